@@ -1,0 +1,44 @@
+"""SHA-256 digests of files, arrays and embedding tables, written ``sha256:<hex>``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+_CHUNK_BYTES = 1 << 20
+
+
+def digest_bytes(data: bytes | memoryview) -> str:
+    """Digest of ``data``."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes; raises ``OSError`` as reading does."""
+    state = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while count := stream.readinto(buffer):
+            state.update(buffer[:count])
+    return f"sha256:{state.hexdigest()}"
+
+
+def fingerprint_embeddings(weight: npt.NDArray[np.floating]) -> str:
+    """Fingerprint of a base model: which model an adapter belongs to.
+
+    SHA-256 of the ASCII text ``"{V},{d};"`` followed by the raw input embedding matrix as row-major little-endian
+    float32 (docs/formats.md).
+
+    Args:
+        weight: input embedding matrix with shape ``(vocab, d)``, as stored in the checkpoint (before any scaling that
+            the embedding module applies).
+    """
+    rows, width = weight.shape
+    state = hashlib.sha256(f"{rows},{width};".encode("ascii"))
+    step = max(1, _CHUNK_BYTES // (4 * width))
+    for start in range(0, rows, step):
+        state.update(np.ascontiguousarray(weight[start : start + step], dtype="<f4").data)
+    return f"sha256:{state.hexdigest()}"

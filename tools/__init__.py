@@ -1,0 +1,1 @@
+"""The command line, parity checks and benchmarks of AdaLink Kit."""

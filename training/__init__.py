@@ -1,0 +1,1 @@
+"""The AdaLink method in PyTorch: attach to a model, train, save, load."""
