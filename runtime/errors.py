@@ -4,7 +4,7 @@ The tree::
 
     AdaLinkError
     ├── ConfigError              a setting is outside what the method allows (rank 0, unknown activation)
-    ├── ModelError               a base model cannot be used: unknown architecture, pickled weights, token ids needed inside
+    ├── ModelError               a base model cannot be used: unknown architecture, pickled weights
     ├── AdapterError             an adapter folder is missing, truncated, altered or holds NaN
     ├── ContractError            two things that do not belong together: adapter and base, task graph and engine
     ├── GraphError               an ONNX graph is not what its role demands

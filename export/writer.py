@@ -1,0 +1,210 @@
+"""Changing a deployment folder: staged beside, renamed in, visible only when the new manifest is.
+
+The manifest is the point of commit. New files get paths that the current manifest does not use, so that until the new
+manifest is renamed over the old one the old deployment is whole, and afterwards the new one is. What neither refers to
+is removed by the writer that follows. See docs/decisions/0002-atomic-deployments.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+from adalink.runtime.digest import digest_file
+from adalink.runtime.errors import BusyError, DeploymentError, UnknownTaskError, WriteError
+from adalink.runtime.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    FileRecord,
+    Manifest,
+    encode_manifest,
+    read_manifest,
+)
+
+LOCK_FILE = ".lock"
+STAGING_FOLDER = ".staging"
+_OWNED_FOLDERS = ("base", "engines", "tasks")
+
+
+class DeploymentWriter:
+    """One exclusive change to a deployment; made by ``open_writer``.
+
+    Attributes:
+        folder: the deployment.
+        current: its manifest before the change; ``None`` for a new deployment.
+    """
+
+    def __init__(self, folder: Path, current: Manifest | None) -> None:
+        self.folder = folder
+        self.current = current
+        self._staging = folder / STAGING_FOLDER
+
+    def fresh_folder(self, wanted: str) -> str:
+        """A folder, ``wanted`` or ``wanted.2`` and so on, that the current manifest has no file in."""
+        used = self.current.paths_in_use() if self.current else set()
+        candidate, number = wanted, 1
+        while any(path.startswith(f"{candidate}/") for path in used):
+            number += 1
+            candidate = f"{wanted}.{number}"
+        return candidate
+
+    def stage(self, relative: str) -> Path:
+        """Where to write the file that will be ``relative``; its folder exists."""
+        path = self._staging / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Make ``manifest`` and every staged file the deployment; returns the manifest with its file records.
+
+        ``manifest.files`` is filled in here: staged files are hashed, kept ones keep their record.
+        """
+        staged = {path.relative_to(self._staging).as_posix(): path for path in _files_below(self._staging)}
+        kept = dict(self.current.files) if self.current else {}
+        if clash := sorted(staged.keys() & kept.keys()):
+            raise AssertionError(f"{clash[0]} is in use by the current manifest: take a fresh folder")
+        records = {
+            relative: FileRecord(sha256=digest_file(path), size_bytes=path.stat().st_size)
+            for relative, path in staged.items()
+        }
+        used = manifest.paths_in_use()
+        files = {path: record for path, record in (kept | records).items() if path in used}
+        manifest = msgspec.structs.replace(
+            manifest, schema_version=SCHEMA_VERSION, kit_version=version("adalink-kit"), files=files
+        )
+        data = encode_manifest(manifest)
+        for relative, path in staged.items():
+            _sync(path)
+            final = self.folder / relative
+            final.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(final)
+        for folder in sorted({(self.folder / relative).parent for relative in staged}):
+            _sync(folder)
+        pending = self._staging / MANIFEST_FILE
+        self._staging.mkdir(exist_ok=True)
+        pending.write_bytes(data)
+        _sync(pending)
+        pending.replace(self.folder / MANIFEST_FILE)
+        _sync(self.folder)
+        self.current = manifest
+        _remove_unused(self.folder, manifest)
+        return manifest
+
+
+@contextmanager
+def open_writer(path: str | Path, *, create: bool = False) -> Iterator[DeploymentWriter]:
+    """Lock a deployment for one change; leaving without ``commit`` changes nothing.
+
+    Args:
+        path: the deployment folder.
+        create: whether it may be new; else it must hold a manifest.
+
+    Raises:
+        BusyError: another process holds the lock.
+        DeploymentError: the folder is no deployment, or holds other things.
+        WriteError: the disk refused.
+    """
+    folder = Path(path)
+    try:
+        if create:
+            _check_new(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        current = read_manifest(folder) if not create or (folder / MANIFEST_FILE).exists() else None
+        with _lock(folder):
+            # Read again: what was read before the lock may have been replaced since.
+            current = read_manifest(folder) if current or (folder / MANIFEST_FILE).exists() else None
+            staging = folder / STAGING_FOLDER
+            try:
+                shutil.rmtree(staging, ignore_errors=True)
+                _remove_unused(folder, current)
+                staging.mkdir()
+                yield DeploymentWriter(folder, current)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        where = error.filename or folder
+        raise WriteError(
+            f"deployment {folder}: cannot write {where}: {error.strerror or error}; the deployment is as it was. "
+            "Free space or choose a writable folder, then run the command again"
+        ) from error
+
+
+def _check_new(folder: Path) -> None:
+    """A new deployment goes into an empty folder, or over an interrupted export."""
+    if folder.exists() and not folder.is_dir():
+        raise DeploymentError(f"{folder} is a file: choose a folder for the deployment")
+    if folder.is_dir() and not (folder / MANIFEST_FILE).exists() and not (folder / LOCK_FILE).exists():
+        others = sorted(entry.name for entry in folder.iterdir())
+        if others:
+            raise DeploymentError(
+                f"{folder} holds {others[0]!r} and no {MANIFEST_FILE}: it is not a deployment; choose an empty folder"
+            )
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the deployment's lock; the system drops it when the process ends, however it ends."""
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise BusyError(
+                f"deployment {folder} is being changed by process {holder}: wait for it to end, then run this again"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+
+
+def _remove_unused(folder: Path, manifest: Manifest | None) -> None:
+    """Remove files in the folders we own that the manifest does not refer to, and folders left empty."""
+    used = set(manifest.files) if manifest else set()
+    for owned in _OWNED_FOLDERS:
+        top = folder / owned
+        if top.is_symlink() or not top.is_dir():
+            continue
+        for path in sorted(top.rglob("*"), reverse=True):
+            if path.is_symlink() or not path.is_dir():
+                if path.relative_to(folder).as_posix() not in used:
+                    path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_task(path: str | Path, name: str) -> Manifest:
+    """Remove a task from a deployment; touches nothing under ``base/`` or ``engines/``.
+
+    Raises:
+        UnknownTaskError: no task of that name is deployed.
+    """
+    with open_writer(path) as writer:
+        assert writer.current is not None
+        if name not in writer.current.tasks:
+            raise UnknownTaskError(
+                f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.current.tasks)) or 'none'}"
+            )
+        tasks = {key: task for key, task in writer.current.tasks.items() if key != name}
+        return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))

@@ -1,0 +1,62 @@
+"""Checking a deployment's files against its manifest before a byte of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from adalink.runtime.digest import digest_bytes, digest_file
+from adalink.runtime.errors import IntegrityError
+from adalink.runtime.manifest import Manifest, locate
+
+
+def verify_files(
+    folder: Path,
+    manifest: Manifest,
+    paths: Iterable[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Compare files with their recorded size and SHA-256.
+
+    Args:
+        folder: the deployment.
+        manifest: its manifest.
+        paths: which files; all that the manifest lists by default.
+        progress: called with each path before it is read.
+
+    Raises:
+        IntegrityError: a file is missing, truncated, altered, or a link out of the deployment.
+    """
+    for relative in sorted(manifest.files) if paths is None else paths:
+        if progress is not None:
+            progress(relative)
+        path = locate(folder, relative)
+        _check_size(manifest, relative, path.stat().st_size)
+        _check_digest(manifest, relative, digest_file(path))
+
+
+def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
+    """Read one file, checking the very bytes that are returned; raises ``IntegrityError``."""
+    path = locate(folder, relative)
+    _check_size(manifest, relative, path.stat().st_size)
+    data = path.read_bytes()
+    _check_digest(manifest, relative, digest_bytes(data))
+    return data
+
+
+def _check_size(manifest: Manifest, relative: str, size_bytes: int) -> None:
+    expected = manifest.files[relative].size_bytes
+    if size_bytes != expected:
+        raise IntegrityError(
+            f"{relative} has {size_bytes} bytes, the manifest says {expected}: it was truncated or altered; "
+            "export it again or restore it from a good copy"
+        )
+
+
+def _check_digest(manifest: Manifest, relative: str, digest: str) -> None:
+    expected = manifest.files[relative].sha256
+    if digest != expected:
+        raise IntegrityError(
+            f"{relative} has digest {digest}, the manifest says {expected}: it was altered; "
+            "export it again or restore it from a good copy"
+        )

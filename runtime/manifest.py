@@ -1,0 +1,290 @@
+"""``manifest.json``: what a deployment holds, and every file with its digest and size (docs/formats.md)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+import msgspec
+from adalink.runtime.adapter import ACTIVATIONS, SCOPES
+from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
+BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
+_MAX_MANIFEST_BYTES = 64 << 20
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the manifest: immutable, and an unknown field is an error."""
+
+
+class FileRecord(_Strict, frozen=True, kw_only=True):
+    """Digest and size of one file."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Cache(_Strict, frozen=True, kw_only=True):
+    """Shape of the KV cache: per layer, key and value of shape ``(batch, kv_heads, past, head_dim)``."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class Base(_Strict, frozen=True, kw_only=True):
+    """The base contract: what a task must match, and what the runtime needs to know of the model.
+
+    Attributes:
+        name: name of the model, for people.
+        architecture: Hugging Face ``model_type``.
+        kind: one of ``BASE_KINDS``.
+        fingerprint: digest of the input embedding matrix.
+        vocab_size: rows of the embedding table.
+        hidden_size: width of the embeddings.
+        embedding_dtype: dtype of the table and of ``inputs_embeds``; one of ``DTYPES``.
+        modalities: modalities that the base takes.
+        max_positions: longest sequence the model was made for; ``None`` when it has no limit of its own.
+        cache: shape of the KV cache; ``None`` for an encoder.
+        eos_token_ids: tokens that end a generation.
+        pad_token_id: token that fills shorter rows.
+        decoder_start_token_id: first decoder token of an encoder-decoder.
+        embeddings: path of the table (safetensors, one tensor ``embeddings`` with shape ``(vocab, d)``): what the
+            embedding module returns for each id.
+        tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
+        chat_template: path of the Jinja chat template, if the model has one.
+    """
+
+    name: str
+    architecture: str
+    kind: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    embedding_dtype: str
+    modalities: tuple[str, ...]
+    max_positions: int | None
+    cache: Cache | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    decoder_start_token_id: int | None = None
+    embeddings: str
+    tokenizer: str | None
+    chat_template: str | None = None
+
+
+class Variant(_Strict, frozen=True, kw_only=True):
+    """One ONNX form of the base.
+
+    Attributes:
+        target: what it was exported for (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``).
+        backends: runtime backends it serves.
+        graph: path of the graph; for an encoder-decoder, of its encoder.
+        decoder_graph: path of the decoder of an encoder-decoder.
+        files: every file of the variant, the graphs and their external data.
+    """
+
+    target: str
+    backends: tuple[str, ...]
+    graph: str
+    decoder_graph: str | None = None
+    files: tuple[str, ...]
+
+
+class Task(_Strict, frozen=True, kw_only=True):
+    """One deployed adapter.
+
+    Attributes:
+        graph: path of the task graph.
+        config: path of its ``adapter_config.json``.
+        weights: path of its ``adapter_model.safetensors``.
+        adapter_digest: digest of the adapter (`adalink.runtime.adapter.Adapter.digest`).
+        rank: rank of the bottleneck.
+        activation: its activation.
+        modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
+        scope: ``"all"`` or ``"prompt"``.
+    """
+
+    graph: str
+    config: str
+    weights: str
+    adapter_digest: str
+    rank: int
+    activation: str
+    modalities: tuple[str, ...]
+    scope: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the task's files."""
+        return (self.graph, self.config, self.weights)
+
+
+class Manifest(_Strict, frozen=True, kw_only=True):
+    """The whole manifest; paths are relative to the deployment, with forward slashes."""
+
+    schema_version: int
+    kit_version: str
+    base: Base
+    variants: dict[str, Variant]
+    tasks: dict[str, Task]
+    files: dict[str, FileRecord]
+
+    def paths_in_use(self) -> set[str]:
+        """Paths that the base, a variant or a task refers to."""
+        base = {path for path in (self.base.embeddings, self.base.tokenizer, self.base.chat_template) if path}
+        variants = {path for variant in self.variants.values() for path in variant.files}
+        tasks = {path for task in self.tasks.values() for path in task.files}
+        return base | variants | tasks
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Check ``manifest`` and encode it; raises ``ManifestError``."""
+    _check(manifest)
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
+    """Decode and check a manifest; raises ``ManifestError`` with the path of the wrong field."""
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{origin} has {len(data)} bytes, expected at most {_MAX_MANIFEST_BYTES}: not a manifest")
+    try:
+        version = msgspec.json.decode(data, type=_VersionOnly).schema_version
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _manifest_error(origin, error) from error
+    if version != SCHEMA_VERSION:
+        age = "newer" if version > SCHEMA_VERSION else "older"
+        raise ManifestError(
+            f"{origin}: $.schema_version is {version}, this kit reads {SCHEMA_VERSION}: the deployment was written by "
+            f"a kit that is {age}; " + ("upgrade adalink-kit" if age == "newer" else "export it again"),
+            field="$.schema_version",
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _manifest_error(origin, error) from error
+    _check(manifest, origin)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a deployment's manifest.
+
+    Raises:
+        DeploymentError: there is no such folder, or it holds no manifest.
+        ManifestError: the manifest is wrong.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError as error:
+        what = "holds no manifest.json" if folder.is_dir() else "does not exist"
+        raise DeploymentError(
+            f"deployment {folder} {what}: make one with 'adalink export base MODEL --out {folder}', and run that again "
+            "if an export was interrupted"
+        ) from error
+    except OSError as error:
+        raise DeploymentError(f"deployment {folder}: cannot read {MANIFEST_FILE}: {error.strerror}") from error
+    return decode_manifest(data, origin=str(path))
+
+
+def locate(folder: Path, relative: str) -> Path:
+    """Path of a deployment's file; raises ``IntegrityError`` if it is missing or a link leads outside."""
+    root = folder.resolve()
+    path = root / relative
+    try:
+        resolved = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise IntegrityError(
+            f"{path}: the manifest lists this file, but it cannot be found: export it again, or reopen the "
+            "deployment if another process has just replaced it"
+        ) from error
+    if not resolved.is_relative_to(root):
+        raise IntegrityError(f"{path} is a link to {resolved}, outside the deployment: replace it by the file itself")
+    if not resolved.is_file():
+        raise IntegrityError(f"{path} is not a file: export it again")
+    return resolved
+
+
+def check_task_name(name: str) -> None:
+    """Check that a task's name can be a folder name; raises ``DeploymentError``."""
+    if not _TASK_NAME.fullmatch(name):
+        raise DeploymentError(
+            f"task name {name!r}: expected 1 to 64 letters, digits, '-' or '_', starting with a letter or digit"
+        )
+
+
+class _VersionOnly(msgspec.Struct):
+    schema_version: int
+
+
+def _manifest_error(origin: str, error: Exception) -> ManifestError:
+    """Turn msgspec's error into ours, with the path of the wrong field."""
+    found = re.search(r"`(\$[^`]*)`$", str(error))
+    field = found.group(1) if found else "$"
+    missing = re.search(r"missing required field `([^`]+)`", str(error))
+    if missing:
+        field = f"{field}.{missing.group(1)}"
+    return ManifestError(f"{origin}: {field}: {error}; export the deployment again", field=field)
+
+
+def _check(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
+    """Check what types alone cannot say."""
+
+    def demand(holds: bool, field: str, received: object, expected: str) -> None:
+        if not holds:
+            raise ManifestError(f"{origin}: {field} is {received!r}, expected {expected}", field=field)
+
+    base = manifest.base
+    for name, limit in (("vocab_size", 1 << 26), ("hidden_size", 1 << 20)):
+        value = getattr(base, name)
+        demand(1 <= value <= limit, f"$.base.{name}", value, f"1 to {limit}")
+    demand(base.kind in BASE_KINDS, "$.base.kind", base.kind, f"one of {', '.join(BASE_KINDS)}")
+    demand(base.embedding_dtype in DTYPES, "$.base.embedding_dtype", base.embedding_dtype, f"one of {DTYPES}")
+    demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
+    demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
+    demand(
+        base.max_positions is None or 1 <= base.max_positions <= 1 << 31,
+        "$.base.max_positions",
+        base.max_positions,
+        "null or a positive number",
+    )
+    demand(
+        (base.cache is None) == (base.kind == "encoder"),
+        "$.base.cache",
+        base.cache,
+        "null for an encoder and a shape for every other kind",
+    )
+    if base.cache is not None:
+        for name in ("layers", "kv_heads", "head_dim"):
+            value = getattr(base.cache, name)
+            demand(1 <= value <= 1 << 16, f"$.base.cache.{name}", value, f"1 to {1 << 16}")
+    for token in (*base.eos_token_ids, base.pad_token_id):
+        demand(0 <= token < base.vocab_size, "$.base.eos_token_ids or pad_token_id", token, "an id in the vocabulary")
+    demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")
+    for name, variant in manifest.variants.items():
+        for path in (variant.graph, variant.decoder_graph):
+            field = f"$.variants[{name!r}].files"
+            demand(path is None or path in variant.files, field, variant.files, f"a list with {path}")
+    for name, task in manifest.tasks.items():
+        field = f"$.tasks[{name!r}]"
+        demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
+        demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
+        demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
+        demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
+        demand(bool(_DIGEST.fullmatch(task.adapter_digest)), f"{field}.adapter_digest", task.adapter_digest, "a digest")
+    for path, record in manifest.files.items():
+        field = f"$.files[{path!r}]"
+        pure = PurePosixPath(path)
+        inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in path and str(pure) == path
+        demand(inside and pure.parts != (), field, path, "a relative path inside the deployment, without '..'")
+        demand(0 <= record.size_bytes <= 1 << 42, f"{field}.size_bytes", record.size_bytes, f"0 to {1 << 42}")
+        demand(bool(_DIGEST.fullmatch(record.sha256)), f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
+    for path in sorted(manifest.paths_in_use()):
+        demand(path in manifest.files, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
