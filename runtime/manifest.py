@@ -53,6 +53,7 @@ class Base(_Strict, frozen=True, kw_only=True):
         cache: shape of the KV cache; ``None`` for an encoder.
         eos_token_ids: tokens that end a generation.
         pad_token_id: token that fills shorter rows.
+        bos_token_id: token that begins a text, for chat templates that write it.
         decoder_start_token_id: first decoder token of an encoder-decoder.
         embeddings: path of the table (safetensors, one tensor ``embeddings`` with shape ``(vocab, d)``): what the
             embedding module returns for each id.
@@ -72,6 +73,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     cache: Cache | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    bos_token_id: int | None = None
     decoder_start_token_id: int | None = None
     embeddings: str
     tokenizer: str | None

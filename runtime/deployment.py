@@ -1,0 +1,346 @@
+"""A deployment, open: one engine, many tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from adalink.runtime.digest import digest_file
+from adalink.runtime.embeddings import open_table
+from adalink.runtime.engine import Array, Backend, Engine, open_backend
+from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode, pad_left, positions_of
+from adalink.runtime.integrity import read_verified, verify_files
+from adalink.runtime.manifest import Manifest, Variant, locate, read_manifest
+from adalink.runtime.request import (
+    Tasks,
+    check_embeds,
+    check_input_ids,
+    check_length,
+    check_mask,
+    check_modality,
+    rows_of,
+)
+from adalink.runtime.sampling import Sampling
+from adalink.runtime.tasks import TaskTable
+from adalink.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The record that nothing was rebuilt.
+
+    Attributes:
+        engine_builds: engines opened by this deployment since it was opened; one for each base graph, made then.
+        expected_builds: number of base graphs.
+        digests: digest of each file of the base, read from the disk now.
+        unchanged: whether those are the digests of the manifest.
+    """
+
+    engine_builds: int
+    expected_builds: int
+    digests: dict[str, str]
+    unchanged: bool
+
+
+class Deployment:
+    """An open deployment; a context manager, safe for calls from several threads.
+
+    Example::
+
+        with Deployment.open("smollm2") as deployment:
+            print(deployment.generate(["Text: oil prices rose\\nTopic:"], tasks="reuters-r8")[0].text)
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, backend: Backend) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._variant = _choose_variant(manifest, backend.name)
+        self._base = manifest.base
+        self._engine_builds = 0
+        self._table = open_table(locate(path, self._base.embeddings), self._base)
+        self._tasks = TaskTable(path, manifest, backend)
+        self._engine = self._build(backend, self._variant.graph, "base")
+        decoder = self._variant.decoder_graph
+        self._decoder = self._build(backend, decoder, "decoder") if decoder else None
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, backend: str = "onnxruntime-cpu", *, threads: int | None = None) -> Deployment:
+        """Check every file of a deployment against its manifest and open its engine, once.
+
+        Args:
+            path: the deployment folder.
+            backend: which engine; see ``adalink doctor``.
+            threads: threads of the engine; all physical cores by default.
+
+        Raises:
+            DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
+            BackendError: the backend is not on this machine, the deployment has no variant for it, or it refused.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        opened = open_backend(backend, threads)
+        _choose_variant(manifest, opened.name)
+        verify_files(folder, manifest)
+        return cls(folder, manifest, opened)
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the engine's memory back; later calls are refused."""
+        self._engine.close()
+        if self._decoder is not None:
+            self._decoder.close()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that can be run, sorted."""
+        return self._tasks.names
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer; raises ``RequestError`` if the deployment has none."""
+        if self._tokenizer is None:
+            if self._base.tokenizer is None:
+                raise RequestError(f"{self._base.name} was exported without a tokenizer: pass input_ids to run()")
+            template = self._base.chat_template
+            text = None if template is None else read_verified(self.path, self.manifest, template).decode("utf-8")
+            data = read_verified(self.path, self.manifest, self._base.tokenizer)
+            self._tokenizer = Tokenizer(data, text, self._base)
+        return self._tokenizer
+
+    def run(
+        self,
+        *,
+        input_ids: npt.ArrayLike | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        attention_mask: npt.ArrayLike | None = None,
+        modality: npt.ArrayLike | None = None,
+        tasks: Tasks = None,
+        decoder_input_ids: npt.ArrayLike | None = None,
+    ) -> dict[str, Array]:
+        """Run the base once over whole sequences.
+
+        Args:
+            input_ids: token ids with shape ``(batch, seq)``; or else
+            inputs_embeds: embeddings with shape ``(batch, seq, d)``, to be adapted, in the base's dtype.
+            attention_mask: 1 for tokens and 0 for padding, ``(batch, seq)``; all tokens by default.
+            modality: index in the base's modalities for each position, -1 for none; all text by default.
+            tasks: one task for all rows, or one for each row; ``None`` is the plain base.
+            decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
+
+        Returns:
+            ``logits`` with shape ``(batch, seq, vocab)`` or ``last_hidden_state`` with shape ``(batch, seq, d)``; of an
+            encoder-decoder the encoder's, and with ``decoder_input_ids`` also ``logits``.
+
+        Raises:
+            RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
+            BackendError: the engine refused.
+        """
+        embeds, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
+        indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
+        embeds = self._tasks.apply(embeds, rows_of(tasks, len(embeds)), indices)
+        output, _ = self._engine.run(_pick(self._engine, embeds, mask))
+        if self._base.kind == "decoder":
+            return {"logits": output}
+        result = {"last_hidden_state": output}
+        if decoder_input_ids is not None:
+            result["logits"] = self._run_decoder(decoder_input_ids, output, mask)
+        return result
+
+    def embed(self, input_ids: npt.ArrayLike, *, tasks: Tasks = None, modality: npt.ArrayLike | None = None) -> Array:
+        """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine. Raises as ``run`` does."""
+        ids = check_input_ids(input_ids, self._base)
+        indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
+        return self._tasks.apply(self._table[ids], rows_of(tasks, len(ids)), indices)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        tasks: Tasks = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stream: Stream | None = None,
+        chat: bool = False,
+    ) -> list[Generation]:
+        """Continue each prompt, all in one batch.
+
+        Args:
+            prompts: the texts.
+            tasks: one task for all prompts, or one for each; ``None`` is the plain base.
+            max_new_tokens: tokens a prompt at most.
+            temperature: 0 takes the likeliest token each time.
+            top_k: see ``adalink.runtime.sampling.Sampling``.
+            top_p: likewise.
+            seed: makes sampling repeatable.
+            stop: texts that end a row; they are not part of its text.
+            stream: called with the row and each new piece of its text.
+            chat: put each prompt into the model's chat template as a user's message.
+
+        Raises:
+            RequestError: a prompt is empty or too long, a setting is wrong, or the base is an encoder.
+            BackendError: the engine refused.
+        """
+        base = self._base
+        if base.kind == "encoder":
+            raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
+        if isinstance(prompts, str) or not prompts:
+            raise RequestError(f"prompts is {prompts!r}, expected a list with at least one text")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        stops = check_stops(stop)
+        names = rows_of(tasks, len(prompts))
+        tokenizer = self.tokenizer
+        encoded = [tokenizer.encode_chat(text) if chat else tokenizer.encode(text) for text in prompts]
+        for index, tokens in enumerate(encoded):
+            if not tokens:
+                raise RequestError(f"prompt {index} has no tokens: give it some text")
+        ids, mask = pad_left(encoded, base.pad_token_id)
+        own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
+        check_length(max(own_context, ids.shape[1]), base)
+        rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
+        embeds = self._tasks.apply(self._table[check_input_ids(ids, base)], names)
+
+        if self._decoder is None:
+            first = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
+            decode(
+                self._engine,
+                first,
+                lambda chosen: self._tasks.apply(self._table[chosen], names, generated=True),
+                rows,
+                sampling,
+                max_new_tokens,
+                base.pad_token_id,
+            )
+        else:
+            states, _ = self._engine.run(_pick(self._engine, embeds, mask))
+            start = np.full((len(prompts), 1), base.decoder_start_token_id, np.int64)
+            first = self._decoder_feeds(start, states, mask)
+            decode(
+                self._decoder,
+                first,
+                lambda chosen: self._table[chosen],
+                rows,
+                sampling,
+                max_new_tokens,
+                base.pad_token_id,
+            )
+        return [row.finish(len(tokens)) for row, tokens in zip(rows, encoded, strict=True)]
+
+    def load_task(self, name: str) -> None:
+        """Load a task ahead of its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
+        self._tasks.get(name)
+
+    def unload_task(self, name: str) -> None:
+        """Give back the memory of a task of the deployment folder; its next use loads it again."""
+        self._tasks.unload(name)
+
+    def add_task(self, path: str | Path, name: str | None = None) -> str:
+        """Add a task from an exported task folder, in this process only; the deployment folder is not changed.
+
+        Args:
+            path: a folder with ``adapter.onnx``, ``adapter_config.json`` and ``adapter_model.safetensors``.
+            name: the task's name; the folder's by default.
+
+        Returns:
+            The name.
+
+        Raises:
+            ContractError: the task belongs to another base.
+            RequestError: a task of that name is there already.
+        """
+        return self._tasks.add(Path(path), name)
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task, in this process only; raises ``UnknownTaskError``."""
+        self._tasks.remove(name)
+
+    def receipt(self) -> Receipt:
+        """Count the engines built and read the base's files again; see ``Receipt``."""
+        paths = [path for path in self._variant.files if not path.endswith(".lock")]
+        digests = {path: digest_file(locate(self.path, path)) for path in (*paths, self._base.embeddings)}
+        return Receipt(
+            engine_builds=self._engine_builds,
+            expected_builds=1 if self._decoder is None else 2,
+            digests=digests,
+            unchanged=all(digest == self.manifest.files[path].sha256 for path, digest in digests.items()),
+        )
+
+    def _build(self, backend: Backend, graph: str, role: str) -> Engine:
+        """Open a base graph, and count it: the only place where an engine is made."""
+        self._engine_builds += 1
+        return backend.open_engine(locate(self.path, graph), self._base, role)
+
+    def _inputs(
+        self, input_ids: npt.ArrayLike | None, inputs_embeds: npt.ArrayLike | None, attention_mask: npt.ArrayLike | None
+    ) -> tuple[Array, Array]:
+        """Plain embeddings and mask of a request."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
+        if input_ids is not None:
+            ids = check_input_ids(input_ids, self._base)
+            check_length(ids.shape[1], self._base)
+            return self._table[ids], check_mask(attention_mask, (ids.shape[0], ids.shape[1]))
+        assert inputs_embeds is not None
+        embeds = check_embeds(inputs_embeds, self._base)
+        check_length(embeds.shape[1], self._base)
+        return embeds, check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
+
+    def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
+        if self._decoder is None:
+            raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} has no decoder")
+        ids = check_input_ids(decoder_input_ids, self._base, "decoder_input_ids")
+        if len(ids) != len(states):
+            raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
+        check_length(ids.shape[1], self._base)
+        feeds = self._decoder_feeds(ids, states, mask)
+        logits, _ = self._decoder.run({name: feeds[name] for name in self._decoder.inputs})
+        return logits
+
+    def _decoder_feeds(self, ids: Array, states: Array, mask: Array) -> dict[str, Array]:
+        ones = np.ones(ids.shape, np.int64)
+        return {
+            "inputs_embeds": self._table[ids],
+            "attention_mask": ones,
+            "position_ids": positions_of(ones),
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": mask,
+        }
+
+
+def _pick(engine: Engine, embeds: Array, mask: Array) -> dict[str, Array]:
+    """What a base graph is fed for whole sequences."""
+    feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
+    return {name: feeds[name] for name in engine.inputs}
+
+
+def _choose_variant(manifest: Manifest, backend: str) -> Variant:
+    """The variant made for a backend, or else one that serves it."""
+    for variant in manifest.variants.values():
+        if variant.target == backend:
+            return variant
+    for variant in manifest.variants.values():
+        if backend in variant.backends:
+            return variant
+    served = sorted({name for variant in manifest.variants.values() for name in variant.backends})
+    raise BackendError(
+        f"this deployment has no base graph for {backend}, only for {', '.join(served) or 'none'}: add one with "
+        f"'adalink export base MODEL --out DIR --target {backend}'"
+    )

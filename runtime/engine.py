@@ -1,0 +1,90 @@
+"""What an engine is to the rest of the runtime, and which backends there are.
+
+A backend compiles or opens things; an engine runs a base; a task runner runs one task graph. All are small protocols, so
+that a new backend touches no caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+from adalink.runtime.errors import BackendUnavailableError
+from adalink.runtime.manifest import Base
+
+Array = npt.NDArray[Any]
+
+BACKENDS = ("onnxruntime-cpu",)
+
+
+class Engine(Protocol):
+    """A compiled base graph, safe for calls from several threads."""
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """Names of the inputs that the caller feeds; cache tensors are not among them."""
+
+    def run(self, feeds: Mapping[str, Array], cache: object | None = None) -> tuple[Array, object | None]:
+        """Run the graph once.
+
+        Args:
+            feeds: one array for each name in ``inputs``.
+            cache: what an earlier call returned, to go on after it; ``None`` starts anew. It is not changed.
+
+        Returns:
+            The graph's first output, and the cache that holds the earlier positions and these (``None`` for a graph
+            without one).
+
+        Raises:
+            BackendError: the engine refused.
+        """
+
+    def close(self) -> None:
+        """Give its memory back."""
+
+
+class TaskRunner(Protocol):
+    """A loaded task graph, safe for calls from several threads."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata of the graph: task, adapter_digest, base_fingerprint and so on."""
+
+    def run(self, inputs_embeds: Array, modality: Array | None) -> Array:
+        """Adapted embeddings: input and output of shape ``(batch, seq, d)``, ``modality`` of ``(batch, seq)``."""
+
+
+class Backend(Protocol):
+    """Opens engines and task graphs of one kind."""
+
+    name: str
+
+    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
+        """Open a base graph; ``role`` is ``"base"`` or ``"decoder"`` (of an encoder-decoder).
+
+        Raises:
+            BackendError: the engine cannot load it.
+            GraphError: its inputs or outputs are not those of a base graph.
+        """
+
+    def open_task(self, graph: bytes, base: Base, modalities: tuple[str, ...]) -> TaskRunner:
+        """Open a task graph given as its bytes; raises as ``open_engine`` does."""
+
+
+def open_backend(name: str, threads: int | None = None) -> Backend:
+    """Backend by name.
+
+    Args:
+        name: one of ``BACKENDS``.
+        threads: threads of the engine; all physical cores by default.
+
+    Raises:
+        BackendUnavailableError: there is no such backend, or its package is not installed.
+    """
+    if name not in BACKENDS:
+        raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
+    from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(name, threads)

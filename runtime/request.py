@@ -1,0 +1,98 @@
+"""Checking what a caller passes, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import RequestError
+from adalink.runtime.manifest import Base
+
+Tasks = str | Sequence[str | None] | None
+
+
+def check_input_ids(input_ids: npt.ArrayLike, base: Base, name: str = "input_ids") -> Array:
+    """Token ids as int64 with shape ``(batch, seq)``; raises ``RequestError``."""
+    ids = _as_array(input_ids, name)
+    if ids.dtype.kind not in "iu":
+        raise RequestError(f"{name} has dtype {ids.dtype}, expected whole numbers such as int64")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise RequestError(f"{name} has shape {ids.shape}, expected (batch, seq), each at least 1")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= base.vocab_size:
+        bad = low if low < 0 else high
+        raise RequestError(
+            f"{name} holds {bad}, expected 0 to {base.vocab_size - 1}: it was made with another model's tokenizer"
+        )
+    return ids.astype(np.int64, copy=False)
+
+
+def check_embeds(inputs_embeds: npt.ArrayLike, base: Base) -> Array:
+    """Embeddings with shape ``(batch, seq, d)`` in the base's dtype; raises ``RequestError``."""
+    embeds = _as_array(inputs_embeds, "inputs_embeds")
+    if embeds.dtype != np.dtype(base.embedding_dtype):
+        raise RequestError(f"inputs_embeds has dtype {embeds.dtype}, the base takes {base.embedding_dtype}: convert it")
+    if embeds.ndim != 3 or embeds.shape[2] != base.hidden_size or 0 in embeds.shape:
+        raise RequestError(f"inputs_embeds has shape {embeds.shape}, expected (batch, seq, {base.hidden_size})")
+    if not np.isfinite(embeds).all():
+        raise RequestError("inputs_embeds holds NaN or infinity: check the encoder that made it")
+    return embeds
+
+
+def check_mask(attention_mask: npt.ArrayLike | None, shape: tuple[int, int]) -> Array:
+    """Mask as int64 of ``shape``, ones where none is given; every row has a 1; raises ``RequestError``."""
+    if attention_mask is None:
+        return np.ones(shape, np.int64)
+    mask = _as_array(attention_mask, "attention_mask")
+    if mask.dtype.kind not in "iub":
+        raise RequestError(f"attention_mask has dtype {mask.dtype}, expected int64 or bool")
+    if mask.shape != shape:
+        raise RequestError(f"attention_mask has shape {mask.shape}, expected {shape}, that of the input")
+    if not np.isin(mask, (0, 1)).all():
+        raise RequestError("attention_mask holds values other than 0 (padding) and 1 (token)")
+    if not mask.any(axis=1).all():
+        row = int(np.flatnonzero(~mask.any(axis=1))[0])
+        raise RequestError(f"attention_mask: row {row} is all padding; give it a token or leave it out")
+    return mask.astype(np.int64, copy=False)
+
+
+def check_modality(modality: npt.ArrayLike | None, shape: tuple[int, int], base: Base) -> Array | None:
+    """Modality of each position as int64 of ``shape``: an index in ``base.modalities``, -1 for none."""
+    if modality is None:
+        return None
+    indices = _as_array(modality, "modality")
+    if indices.dtype.kind not in "iu" or indices.shape != shape:
+        raise RequestError(f"modality is {indices.dtype} with shape {indices.shape}, expected int64 with shape {shape}")
+    if indices.min() < -1 or indices.max() >= len(base.modalities):
+        raise RequestError(
+            f"modality holds {indices.min()} to {indices.max()}, expected -1 (none) or an index in {base.modalities}"
+        )
+    return indices.astype(np.int64, copy=False)
+
+
+def check_length(length: int, base: Base) -> None:
+    """Check a sequence against the model's limit; raises ``RequestError``."""
+    if base.max_positions is not None and length > base.max_positions:
+        raise RequestError(
+            f"the sequence would have {length} positions, {base.name} was made for at most {base.max_positions}: "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+
+
+def rows_of(tasks: Tasks, batch: int) -> list[str | None]:
+    """One task (or ``None``, the plain base) for each row; raises ``RequestError``."""
+    if tasks is None or isinstance(tasks, str):
+        return [tasks] * batch
+    rows = list(tasks)
+    if len(rows) != batch:
+        raise RequestError(f"tasks has {len(rows)} entries for {batch} rows: give one name, or one for each row")
+    return rows
+
+
+def _as_array(value: npt.ArrayLike, name: str) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise RequestError(f"{name} is not a rectangular array: pad the rows to one length ({error})") from error

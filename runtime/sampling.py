@@ -1,0 +1,62 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from adalink.runtime.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; higher flattens the distribution.
+        top_k: keep the k likeliest tokens.
+        top_p: keep the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv 1904.09751).
+        seed: makes sampling repeatable; row ``i`` of a batch draws from the stream ``(seed, i)``.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature is {self.temperature}, expected a number of at least 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise RequestError(f"top_k is {self.top_k}, expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if self.seed is not None and self.seed < 0:
+            raise RequestError(f"seed is {self.seed}, expected a whole number of at least 0")
+
+    def generators(self, batch: int) -> list[np.random.Generator]:
+        """One random stream for each row."""
+        seed = np.random.SeedSequence().entropy if self.seed is None else self.seed
+        return [np.random.default_rng([seed, row]) for row in range(batch)]  # type: ignore[list-item]
+
+    def choose(self, logits: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
+        """Next token from the logits of one position, shape ``(vocab,)``."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities = self.distribution(logits)
+        return int(generator.choice(len(probabilities), p=probabilities))
+
+    def distribution(self, logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Probabilities, float64, that ``choose`` draws from when the temperature is above 0."""
+        scaled = logits.astype(np.float64) / self.temperature
+        if self.top_k is not None and self.top_k < len(scaled):
+            scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
+        weights = np.exp(scaled - scaled.max())
+        probabilities: npt.NDArray[np.float64] = weights / weights.sum()
+        if self.top_p is not None and self.top_p < 1:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            probabilities[order[before >= self.top_p]] = 0.0
+            probabilities /= probabilities.sum()
+        return probabilities

@@ -1,0 +1,106 @@
+"""Text to token ids and back, and chat templates, from the deployment's own files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.manifest import Base
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The base's tokenizer; safe for use from several threads."""
+
+    def __init__(self, tokenizer_json: bytes, chat_template: str | None, base: Base) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        try:
+            self._tokenizer: FastTokenizer = FastTokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the package raises nothing narrower
+            raise IntegrityError(f"{base.tokenizer} is not a tokenizer.json: {error}; export the base again") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._chat_template = chat_template
+        self._base = base
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with the special tokens that the model's own tokenizer adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of one user message in the model's chat template, ready for the reply.
+
+        Raises:
+            RequestError: the model has no template, or the template refuses.
+        """
+        return list(self._tokenizer.encode(self.render_chat(message), add_special_tokens=False).ids)
+
+    def render_chat(self, message: str) -> str:
+        """One user message in the model's chat template; rendered in Jinja's sandbox."""
+        if self._chat_template is None:
+            raise RequestError(
+                f"{self._base.name} has no chat template: call without chat and write the prompt yourself"
+            )
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(reason: str) -> None:
+            raise TemplateError(reason)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        eos = self._base.eos_token_ids[:1]
+        try:
+            return environment.from_string(self._chat_template).render(
+                messages=[{"role": "user", "content": message}],
+                add_generation_prompt=True,
+                bos_token=self._special(self._base.bos_token_id),
+                eos_token=self._special(eos[0] if eos else None),
+            )
+        except TemplateError as error:
+            raise RequestError(f"{self._base.chat_template} cannot render this message: {error}") from error
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self._tokenizer.decode(token_ids))
+
+    def _special(self, token_id: int | None) -> str:
+        return "" if token_id is None else self._tokenizer.id_to_token(token_id) or ""
+
+
+class TextStream:
+    """Text of a growing list of token ids, in work that does not grow with its length.
+
+    Only the ids since the last settled piece are decoded again, with the piece before them for context (a token may
+    begin a word, or be part of a character).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self.text = ""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is now certain."""
+        self._pending.append(token_id)
+        return self._settle(final=False)
+
+    def finish(self) -> str:
+        """The rest, with incomplete characters as replacement characters."""
+        return self._settle(final=True)
+
+    def _settle(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._context)
+        after = self._tokenizer.decode(self._context + self._pending)
+        if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not final):
+            return ""
+        piece = after[len(before) :]
+        self._context, self._pending = self._pending, []
+        self.text += piece
+        return piece
