@@ -1,1 +1,6 @@
 """The edge side of AdaLink Kit: numpy and one engine, never torch, transformers or onnx."""
+
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.generation import Generation
+
+__all__ = ["Deployment", "Generation"]

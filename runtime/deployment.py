@@ -48,12 +48,12 @@ class Receipt:
 
 
 class Deployment:
-    """An open deployment; a context manager, safe for calls from several threads.
+    r"""An open deployment; a context manager, safe for calls from several threads.
 
     Example::
 
         with Deployment.open("smollm2") as deployment:
-            print(deployment.generate(["Text: oil prices rose\\nTopic:"], tasks="reuters-r8")[0].text)
+            print(deployment.generate(["Text: oil prices rose\nTopic:"], tasks="reuters-r8")[0].text)
     """
 
     def __init__(self, path: Path, manifest: Manifest, backend: Backend) -> None:
@@ -232,10 +232,9 @@ class Deployment:
         else:
             states, _ = self._engine.run(_pick(self._engine, embeds, mask))
             start = np.full((len(prompts), 1), base.decoder_start_token_id, np.int64)
-            first = self._decoder_feeds(start, states, mask)
             decode(
                 self._decoder,
-                first,
+                self._decoder_feeds(start, states, mask),
                 lambda chosen: self._table[chosen],
                 rows,
                 sampling,

@@ -1,7 +1,7 @@
 """What an engine is to the rest of the runtime, and which backends there are.
 
-A backend compiles or opens things; an engine runs a base; a task runner runs one task graph. All are small protocols, so
-that a new backend touches no caller.
+A backend opens things; an engine runs a base; a task runner runs one task graph. All are small protocols, so that a new
+backend touches no caller.
 """
 
 from __future__ import annotations

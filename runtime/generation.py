@@ -148,7 +148,8 @@ def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[Array, Array]
 
 def positions_of(mask: Array) -> Array:
     """Position of each token among the tokens of its row, int64 of the mask's shape; padding gets 0."""
-    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+    positions: Array = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return positions
 
 
 def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ class OnnxEngine:
         expected = _ORT_TYPES[base.embedding_dtype]
         if types["inputs_embeds"] != expected:
             raise GraphError(
-                f"{origin}: inputs_embeds is {types['inputs_embeds']}, the base contract says {expected}: export it again"
+                f"{origin}: inputs_embeds is {types['inputs_embeds']}, the contract says {expected}: export it again"
             )
         self._cache_dtype = np.dtype(base.embedding_dtype)
 

@@ -37,8 +37,8 @@ class Sampling:
 
     def generators(self, batch: int) -> list[np.random.Generator]:
         """One random stream for each row."""
-        seed = np.random.SeedSequence().entropy if self.seed is None else self.seed
-        return [np.random.default_rng([seed, row]) for row in range(batch)]  # type: ignore[list-item]
+        seed = int(np.random.default_rng().integers(1 << 63)) if self.seed is None else self.seed
+        return [np.random.default_rng([seed, row]) for row in range(batch)]
 
     def choose(self, logits: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
         """Next token from the logits of one position, shape ``(vocab,)``."""

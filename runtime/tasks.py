@@ -62,9 +62,7 @@ class TaskTable:
         adapter = read_adapter(folder)
         graph = folder / GRAPH_FILE
         if not graph.is_file():
-            raise AdapterError(
-                f"{folder} holds no {GRAPH_FILE}: export the adapter with 'adalink export adapter' first"
-            )
+            raise AdapterError(f"{folder} holds no {GRAPH_FILE}: run 'adalink export adapter' first")
         base, config = self._manifest.base, adapter.config
         if config.base_fingerprint != base.fingerprint:
             raise ContractError(
@@ -106,9 +104,7 @@ class TaskTable:
         """Give back the memory of a task of the deployment; its next use loads it again."""
         with self._lock:
             if name not in self._manifest.tasks or self._tasks.get(name) is not self._manifest.tasks[name]:
-                raise UnknownTaskError(
-                    f"task {name!r} is not a task of the deployment folder: it cannot be loaded again"
-                )
+                raise UnknownTaskError(f"task {name!r} is not in the deployment folder: it could not be loaded again")
             self._loaded.pop(name, None)
 
     def apply(
@@ -159,7 +155,7 @@ class TaskTable:
         base = self._manifest.base
         if adapter.digest != task.adapter_digest or adapter.config.base_fingerprint != base.fingerprint:
             raise ContractError(
-                f"{task.config}: adapter {adapter.digest} for base {adapter.config.base_fingerprint}, the manifest says "
+                f"{task.config}: adapter {adapter.digest} for {adapter.config.base_fingerprint}, the manifest says "
                 f"{task.adapter_digest} for {base.fingerprint}: export the adapter again"
             )
         runner = self._backend.open_task(read_verified(self._folder, self._manifest, task.graph), base, task.modalities)

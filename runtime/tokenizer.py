@@ -43,9 +43,7 @@ class Tokenizer:
     def render_chat(self, message: str) -> str:
         """One user message in the model's chat template; rendered in Jinja's sandbox."""
         if self._chat_template is None:
-            raise RequestError(
-                f"{self._base.name} has no chat template: call without chat and write the prompt yourself"
-            )
+            raise RequestError(f"{self._base.name} has no chat template: write the whole prompt yourself")
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
