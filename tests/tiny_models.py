@@ -1,0 +1,155 @@
+"""Tiny seeded models of every supported family, each of its real transformers class.
+
+Weights are random but neither small nor symmetric: biases and norm weights differ from their initial zeros and ones, so
+a wrong position, mask or missing term changes the output visibly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VOCAB_SIZE = 96
+HIDDEN_SIZE = 48
+LAYERS = 2
+MAX_POSITIONS = 64
+
+_DECODER = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 80,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _fill(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Seed every parameter: matrices by fan-in, vectors near what they scale (norms) or shift (biases)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                is_table = "embed" in name or "wte" in name or "wpe" in name or "shared" in name
+                parameter.copy_(noise * (0.5 if is_table else 1.2 * parameter.shape[-1] ** -0.5))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def llama() -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _fill(LlamaForCausalLM(LlamaConfig(**_DECODER, tie_word_embeddings=True)), 1)
+
+
+def qwen2() -> PreTrainedModel:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return _fill(Qwen2ForCausalLM(Qwen2Config(**_DECODER, tie_word_embeddings=False)), 2)
+
+
+def qwen3() -> PreTrainedModel:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _fill(Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=16, tie_word_embeddings=True)), 3)
+
+
+def gemma3() -> PreTrainedModel:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        **_DECODER, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, layer_types=kinds, tie_word_embeddings=True
+    )
+    return _fill(Gemma3ForCausalLM(config), 4)
+
+
+def mistral() -> PreTrainedModel:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return _fill(MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=None)), 5)
+
+
+def phi3() -> PreTrainedModel:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(**_DECODER, original_max_position_embeddings=MAX_POSITIONS)
+    return _fill(Phi3ForCausalLM(config), 6)
+
+
+def gpt2() -> PreTrainedModel:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=HIDDEN_SIZE,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=MAX_POSITIONS,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return _fill(GPT2LMHeadModel(config), 7)
+
+
+def bert() -> PreTrainedModel:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=80,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_POSITIONS,
+    )
+    return _fill(BertModel(config), 8)
+
+
+def t5() -> PreTrainedModel:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=HIDDEN_SIZE,
+        d_ff=80,
+        d_kv=12,
+        num_heads=4,
+        num_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    return _fill(T5ForConditionalGeneration(config), 9)
+
+
+DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma3": gemma3,
+    "mistral": mistral,
+    "phi3": phi3,
+    "gpt2": gpt2,
+}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {**DECODERS, "bert": bert, "t5": t5}
+
+
+def token_ids(seed: int, rows: int = 3, columns: int = 7) -> torch.Tensor:
+    """Seeded token ids with shape ``(rows, columns)``, special ids 0 to 2 left out."""
+    return torch.randint(3, VOCAB_SIZE, (rows, columns), generator=torch.Generator().manual_seed(seed))
