@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
+
 from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import BusyError, DeploymentError, UnknownTaskError, WriteError
 from adalink.runtime.manifest import (

@@ -1,0 +1,83 @@
+"""Attention as the exported graph computes it: one function for every family, in place of transformers' own.
+
+Transformers looks its attention up by name, so a model's own code is traced unchanged around this function. It takes
+the additive mask as given, never builds one, and sums scores and softmax in float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from adalink.runtime.errors import ModelError
+
+NAME = "adalink_export"
+# Finite, so that a row with every key masked gives the mean of the values and never NaN; far below any score, so that
+# a masked key's weight is exactly zero in every other row.
+MASKED = -1e30
+
+
+@contextmanager
+def exportable_attention(model: Any) -> Iterator[None]:
+    """Let ``model`` compute attention with ``plain_attention`` until the block ends."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, plain_attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def plain_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Softmax attention in standard operators.
+
+    Args:
+        module: the attention module, for its ratio of query to key heads.
+        query: shape ``(batch, heads, sequence, head_dim)``.
+        key: shape ``(batch, kv_heads, total, head_dim)``; ``heads`` is a multiple of ``kv_heads``.
+        value: shape ``(batch, kv_heads, total, head_dim)``.
+        attention_mask: float32, added to the scores, shape ``(batch, 1, sequence or 1, total)``.
+        scaling: factor of the scores; ``head_dim ** -0.5`` by default.
+        position_bias: T5's relative bias, shape ``(1, heads, sequence, total)``.
+        softcap: Gemma 2's limit of the scores, which is refused.
+
+    Returns:
+        The heads' outputs with shape ``(batch, sequence, heads, head_dim)``, and no weights.
+    """
+    if softcap is not None:
+        raise ModelError(
+            f"{type(module).__name__} caps its attention scores at {softcap}: the export cannot express it"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = getattr(module, "num_key_value_groups", 1)
+    if scale != 1.0:
+        query = query * scale
+    if groups > 1:
+        # Keys are broadcast over the query heads of their group, not copied.
+        query = query.unflatten(1, (-1, groups))
+        key, value = key.unsqueeze(2), value.unsqueeze(2)
+    scores = torch.matmul(query, key.transpose(-1, -2)).float()
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores + (attention_mask.unsqueeze(2) if groups > 1 else attention_mask)
+    output = torch.matmul(torch.softmax(scores, dim=-1).to(value.dtype), value)
+    if groups > 1:
+        output = output.flatten(1, 2)
+    return output.transpose(1, 2), None

@@ -1,0 +1,274 @@
+"""``export_base``: a checkpoint becomes a deployment's base, or one more variant of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from adalink.export.architectures import Architecture, architecture_of, cache_shape, max_positions
+from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
+from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TARGETS = {
+    "portable": ("onnxruntime-cpu", "onnxruntime-cuda"),
+    "onnxruntime-cpu": ("onnxruntime-cpu",),
+    "onnxruntime-cuda": ("onnxruntime-cuda",),
+}
+EMBEDDINGS_FILE = "base/embeddings.safetensors"
+TOKENIZER_FILE = "base/tokenizer.json"
+CHAT_TEMPLATE_FILE = "base/chat_template.jinja"
+_TOKENIZER_SOURCES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+)
+
+Progress = Callable[[str], None]
+
+
+def export_base(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    target: str = "onnxruntime-cpu",
+    replace: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Export a base model into a new deployment, or as another variant of the base that is there.
+
+    Args:
+        model: a Hugging Face folder, a GGUF file, a hub id, or a loaded model, which is left as it is.
+        out: the deployment folder.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
+        target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
+        replace: whether a variant of this target may be there already.
+        tokenizer: tokenizer of a loaded model; that of a checkpoint is found beside it.
+        progress: called with a line at each step.
+
+    Returns:
+        The deployment's manifest.
+
+    Raises:
+        ModelError: the model cannot be loaded or exported.
+        ContractError: the deployment holds another base, or the same with another dtype.
+        DeploymentError: the variant exists, or the folder cannot be written.
+    """
+    from adalink.training.base_model import base_fingerprint, display_name, load_base
+
+    _check_request(dtype, target)
+    report: Progress = progress or (lambda line: None)
+    if isinstance(model, (str, Path)):
+        report(f"loading {display_name(model)}")
+        loaded, name = load_base(model), display_name(model)
+        tokenizer = tokenizer or _find_tokenizer(model)
+    else:
+        loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+    architecture = architecture_of(loaded)
+    _check_unhooked(loaded)
+    fingerprint = base_fingerprint(loaded)
+    loaded = _in_dtype(loaded, dtype)
+    with open_writer(out, create=True) as writer:
+        base = _describe(loaded, architecture, name, fingerprint, dtype, tokenizer)
+        variants: dict[str, Variant] = {}
+        if writer.current is not None:
+            _check_same_base(writer.current.base, base, Path(out))
+            variants = dict(writer.current.variants)
+            if target in variants and not replace:
+                raise DeploymentError(
+                    f"deployment {out} already has a base variant {target!r}: pass --replace to write it again"
+                )
+            base = writer.current.base
+        else:
+            report("writing embeddings and tokenizer")
+            _write_common(writer, base, loaded, tokenizer)
+        variants[target] = _write_variant(writer, loaded, architecture, base, target, report)
+        report("hashing and committing")
+        current = writer.current
+        return writer.commit(
+            Manifest(
+                schema_version=SCHEMA_VERSION,
+                kit_version=version("adalink-kit"),
+                base=base,
+                variants=variants,
+                tasks=current.tasks if current else {},
+                files={},
+            )
+        )
+
+
+def _check_request(dtype: str, target: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    if dtype == "bfloat16" and target == "onnxruntime-cpu":
+        raise ConfigError(
+            "target 'onnxruntime-cpu' cannot run bfloat16: ONNX Runtime's CPU provider has no such kernels; choose "
+            "float32 or float16, or the target 'onnxruntime-cuda' or 'portable'"
+        )
+
+
+def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    import torch
+
+    return model.to(getattr(torch, dtype)).to("cpu").requires_grad_(False)
+
+
+def _check_unhooked(model: PreTrainedModel) -> None:
+    """An attached adapter must not be baked into the base; raises ``ModelError``."""
+    from adalink.training.base_model import input_embedding
+
+    if input_embedding(model)._forward_hooks:
+        raise ModelError(
+            f"the input embedding of this {type(model).__name__} has a hook, such as an attached adapter; the base is "
+            "exported without one: call detach() first"
+        )
+
+
+def _check_same_base(current: Base, new: Base, folder: Path) -> None:
+    """Refuse to mix two bases in one deployment; raises ``ContractError``."""
+    for field in ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache"):
+        was, is_now = getattr(current, field), getattr(new, field)
+        if was != is_now:
+            raise ContractError(
+                f"deployment {folder} holds base {current.name!r} with {field} {was}, but {new.name!r} has {field} "
+                f"{is_now}: variants share one base and dtype; export into another folder"
+            )
+
+
+def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a checkpoint; ``None`` for a folder that has no tokenizer files at all."""
+    from adalink.training.base_model import load_tokenizer
+
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_SOURCES):
+        is_gguf = any(folder.glob("*.gguf"))
+        return load_tokenizer(spec) if is_gguf else None
+    return load_tokenizer(spec)
+
+
+def _describe(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    name: str,
+    fingerprint: str,
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Base:
+    """The base contract."""
+    config = model.config
+    rows, width = model.get_input_embeddings().weight.shape
+    eos = _token_ids(model, "eos_token_id", rows)
+    pad = _token_ids(model, "pad_token_id", rows) or eos or (0,)
+    bos = _token_ids(model, "bos_token_id", rows)
+    start = _token_ids(model, "decoder_start_token_id", rows)
+    return Base(
+        name=name,
+        architecture=config.model_type,
+        kind=architecture.kind,
+        fingerprint=fingerprint,
+        vocab_size=rows,
+        hidden_size=width,
+        embedding_dtype=dtype,
+        modalities=("text",),
+        max_positions=max_positions(config, architecture),
+        cache=cache_shape(config, architecture),
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        bos_token_id=bos[0] if bos else None,
+        decoder_start_token_id=start[0] if start and architecture.kind == "encoder-decoder" else None,
+        embeddings=EMBEDDINGS_FILE,
+        tokenizer=None if tokenizer is None else TOKENIZER_FILE,
+        chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
+    )
+
+
+def _token_ids(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
+    """Ids of a special token, from the generation config, else the config; those outside the vocabulary are dropped."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        value = getattr(config, name, None)
+        ids = [value] if isinstance(value, int) else list(value or [])
+        if ids := [token for token in ids if 0 <= token < rows]:
+            return tuple(dict.fromkeys(ids))
+    return ()
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The tokenizer's chat template, the one named ``default`` where it has several."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _write_common(
+    writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write what all variants share: embeddings, tokenizer, chat template."""
+    import torch
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        table = model.get_input_embeddings()(torch.arange(base.vocab_size))
+    save_file({"embeddings": table.contiguous()}, writer.stage(base.embeddings))
+    if tokenizer is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer"
+            )
+        writer.stage(TOKENIZER_FILE).write_text(_plain_tokenizer(backend.to_str()), encoding="utf-8")
+    if template := _chat_template(tokenizer):
+        writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+
+
+def _plain_tokenizer(text: str) -> str:
+    """``tokenizer.json`` without the padding and truncation of whoever used it last; the runtime does both itself."""
+    content = msgspec.json.decode(text)
+    content["padding"] = content["truncation"] = None
+    return msgspec.json.encode(content).decode()
+
+
+def _write_variant(
+    writer: DeploymentWriter,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    base: Base,
+    target: str,
+    report: Progress,
+) -> Variant:
+    """Write the graphs of one variant."""
+    from adalink.export.attention import exportable_attention
+    from adalink.export.onnx_graph import traced_graphs, write_graph
+
+    folder = writer.fresh_folder(f"base/{target}")
+    metadata = {
+        "base_fingerprint": base.fingerprint,
+        "architecture": base.architecture,
+        "kit_version": version("adalink-kit"),
+    }
+    files = {}
+    with exportable_attention(model):
+        for stem, graph in traced_graphs(model, architecture).items():
+            report(f"tracing {stem}.onnx ({target}, {base.embedding_dtype})")
+            files[stem] = f"{folder}/{stem}.onnx"
+            write_graph(graph, writer.stage(files[stem]), metadata)
+    return Variant(
+        target=target,
+        backends=TARGETS[target],
+        graph=files["model"],
+        decoder_graph=files.get("decoder"),
+        files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
+    )

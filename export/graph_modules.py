@@ -1,0 +1,145 @@
+"""The modules that are traced: a model behind flat, named tensors, with its mask built in one place.
+
+``attention_mask`` becomes an additive float32 mask here, so that each family masks alike: a row whose first positions
+are padding stays finite there, and its real positions do not see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from adalink.export.architectures import BARE_MASK
+from adalink.export.attention import MASKED
+
+
+class DecoderGraph(torch.nn.Module):
+    """A causal language model as ``(inputs_embeds, attention_mask, position_ids, *past) -> (logits, *present)``."""
+
+    def __init__(self, model: Any, masks: dict[str, int | None]) -> None:
+        """``masks``: window sizes by the names the model asks by (``adalink.export.architectures.mask_windows``)."""
+        super().__init__()
+        self.model = model
+        self.masks = masks
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits and the grown cache.
+
+        Args:
+            inputs_embeds: shape ``(batch, sequence, d)``.
+            attention_mask: shape ``(batch, past + sequence)``.
+            position_ids: shape ``(batch, sequence)``.
+            past: key and value of each layer in turn, shape ``(batch, kv_heads, past, head_dim)``.
+        """
+        masks = {name: causal_mask(inputs_embeds, attention_mask, window) for name, window in self.masks.items()}
+        cache = make_cache(past)
+        output = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=masks.get(BARE_MASK, masks),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return (output.logits, *cache_tensors(cache))
+
+
+class EncoderGraph(torch.nn.Module):
+    """An encoder as ``(inputs_embeds, attention_mask) -> last_hidden_state``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Shapes: ``(batch, sequence, d)`` and ``(batch, sequence)`` to ``(batch, sequence, d)``."""
+        output = self.model(inputs_embeds=inputs_embeds, attention_mask=padding_mask(attention_mask))
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+class CrossDecoderGraph(torch.nn.Module):
+    """The decoder of an encoder-decoder, with a cache for its own tokens; cross attention is computed at each step."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Shapes: as ``DecoderGraph``; encoder states ``(batch, source, d)``, their mask ``(batch, source)``."""
+        cache = make_cache(past)
+        output = self.model(
+            encoder_outputs=(encoder_hidden_states,),
+            attention_mask=padding_mask(encoder_attention_mask),
+            decoder_inputs_embeds=inputs_embeds,
+            decoder_attention_mask=causal_mask(inputs_embeds, attention_mask, None),
+            past_key_values=EncoderDecoderCache(cache, _NoCache()),
+            use_cache=True,
+        )
+        return (output.logits, *cache_tensors(cache))
+
+
+class _NoCache(DynamicCache):
+    """A cache that keeps nothing: keys and values are used once."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+
+def make_cache(past: Sequence[torch.Tensor]) -> DynamicCache:
+    """A cache of full length for every layer, sliding windows included: the mask, not the cache, ends a window."""
+    cache = DynamicCache()
+    for key, value in zip(past[::2], past[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        cache.layers.append(layer)
+    return cache
+
+
+def cache_tensors(cache: DynamicCache) -> list[torch.Tensor]:
+    """Key and value of each layer in turn."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def causal_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Additive mask with shape ``(batch, 1, sequence, past + sequence)``.
+
+    Args:
+        inputs_embeds: shape ``(batch, sequence, d)``.
+        attention_mask: 1 for real positions, shape ``(batch, past + sequence)``.
+        window: how many positions up to and with its own a position sees; ``None`` for all.
+    """
+    total = attention_mask.shape[1]
+    sequence = inputs_embeds.shape[1]
+    keys = torch.arange(total)[None, :]
+    queries = torch.arange(sequence)[:, None] + (total - sequence)
+    seen = keys <= queries
+    if window is not None:
+        seen = seen & (queries - keys < window)
+    return _additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))
+
+
+def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Additive mask with shape ``(batch, 1, 1, sequence)``."""
+    return _additive(attention_mask[:, None, None, :] != 0)
+
+
+def _additive(seen: torch.Tensor) -> torch.Tensor:
+    return torch.where(seen, torch.tensor(0.0), torch.tensor(MASKED))

@@ -1,0 +1,197 @@
+"""A base model as ONNX graphs: which inputs and outputs each has, and how they are traced.
+
+The traced model runs unchanged around our attention and masks. See docs/decisions/0003-base-exporter.md.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adalink.export.architectures import Architecture, cache_shape, mask_windows
+from adalink.runtime.errors import GraphError
+from adalink.runtime.manifest import Cache
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+    from transformers import PreTrainedModel
+
+OPSET = 20
+# Sizes of the example that is traced: all different, so that one baked into the graph cannot pass for another.
+_BATCH, _SEQUENCE, _PAST, _SOURCE = 2, 3, 4, 5
+
+Axes = dict[int, str]
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """One graph to trace.
+
+    Attributes:
+        module: flat module; takes the inputs in order and returns the outputs in order.
+        inputs: example tensors by name.
+        outputs: names of the outputs.
+        axes: dynamic axes by input or output name.
+    """
+
+    module: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
+    outputs: list[str]
+    axes: dict[str, Axes]
+
+
+def traced_graphs(model: PreTrainedModel, architecture: Architecture) -> dict[str, TracedGraph]:
+    """The graphs of a base by file stem: ``model``, and for an encoder-decoder also ``decoder``."""
+    from adalink.export.graph_modules import CrossDecoderGraph, DecoderGraph, EncoderGraph
+
+    if architecture.kind == "encoder":
+        return {"model": _encoder_graph(EncoderGraph(model.base_model), model)}
+    cache = cache_shape(model.config, architecture)
+    assert cache is not None
+    if architecture.kind == "decoder":
+        module = DecoderGraph(model, mask_windows(model.config, architecture))
+        return {"model": _decoder_graph(module, model, cache)}
+    return {
+        "model": _encoder_graph(EncoderGraph(model.get_encoder()), model),
+        "decoder": _cross_decoder_graph(CrossDecoderGraph(model), model, cache),
+    }
+
+
+def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> None:
+    """Trace ``graph`` into ``path``, with its weights in ``<path>.data``.
+
+    Args:
+        graph: what to trace; its module computes attention with ``adalink.export.attention``.
+        path: file to write, new.
+        metadata: properties to record in the graph.
+
+    Raises:
+        GraphError: the graph has operators outside the ONNX standard.
+    """
+    import onnx
+    import torch
+
+    # Beside the target, so that a full disk shows here; the exporter's own layout of large weights is not the kit's.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace-") as folder:
+        draft = Path(folder) / path.name
+        with torch.no_grad(), quiet_exporter():
+            torch.onnx.export(
+                graph.module,
+                tuple(graph.inputs.values()),
+                str(draft),
+                input_names=list(graph.inputs),
+                output_names=graph.outputs,
+                dynamic_axes=graph.axes,
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        model = onnx.load(draft)
+    _check_standard(model, path.name)
+    model.producer_name = "adalink-kit"
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save_model(
+        model,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{path.name}.data",
+        size_threshold=1024,
+    )
+    onnx.checker.check_model(str(path))
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says of itself: that it is the older one, and that shapes are traced."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.onnx.*")
+        yield
+
+
+def _encoder_graph(module: torch.nn.Module, model: PreTrainedModel) -> TracedGraph:
+    import torch
+
+    return TracedGraph(
+        module=module,
+        inputs={
+            "inputs_embeds": _example(model, _BATCH, _SEQUENCE, model.get_input_embeddings().weight.shape[1]),
+            "attention_mask": torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64),
+        },
+        outputs=["last_hidden_state"],
+        axes=_axes(("inputs_embeds", "attention_mask", "last_hidden_state"), {0: "batch", 1: "sequence"}),
+    )
+
+
+def _decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache: Cache) -> TracedGraph:
+    import torch
+
+    past, present, axes = _cache_signature(model, cache)
+    positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, _SEQUENCE)
+    inputs = _token_inputs(model) | {"position_ids": positions} | past
+    axes |= {"position_ids": {0: "batch", 1: "sequence"}}
+    return TracedGraph(module, inputs, ["logits", *present], axes)
+
+
+def _cross_decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache: Cache) -> TracedGraph:
+    import torch
+
+    past, present, axes = _cache_signature(model, cache)
+    source = {
+        "encoder_hidden_states": _example(model, _BATCH, _SOURCE, model.config.d_model),
+        "encoder_attention_mask": torch.ones(_BATCH, _SOURCE, dtype=torch.int64),
+    }
+    axes |= _axes(source, {0: "batch", 1: "source"})
+    return TracedGraph(module, _token_inputs(model) | source | past, ["logits", *present], axes)
+
+
+def _token_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {
+        "inputs_embeds": _example(model, _BATCH, _SEQUENCE, model.get_input_embeddings().weight.shape[1]),
+        "attention_mask": torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
+    }
+
+
+def _cache_signature(
+    model: PreTrainedModel, cache: Cache
+) -> tuple[dict[str, torch.Tensor], list[str], dict[str, Axes]]:
+    """Example past tensors, names of the present ones, and the dynamic axes of all that a decoder takes and gives."""
+    names = [f"{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
+    past = {f"past_key_values.{name}": _example(model, _BATCH, cache.kv_heads, _PAST, cache.head_dim) for name in names}
+    present = [f"present.{name}" for name in names]
+    axes: dict[str, Axes] = {
+        "inputs_embeds": {0: "batch", 1: "sequence"},
+        "attention_mask": {0: "batch", 1: "total"},
+        "logits": {0: "batch", 1: "sequence"},
+    }
+    axes |= _axes(past, {0: "batch", 2: "past"}) | _axes(present, {0: "batch", 2: "total"})
+    return past, present, axes
+
+
+def _axes(names: Iterable[str], axes: Axes) -> dict[str, Axes]:
+    return {name: dict(axes) for name in names}
+
+
+def _example(model: PreTrainedModel, *shape: int) -> torch.Tensor:
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+
+
+def _check_standard(model: onnx.ModelProto, name: str) -> None:
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain})
+    if foreign:
+        raise GraphError(
+            f"{name} uses {foreign[0]}, expected standard ONNX operators only: this model needs another export"
+        )
