@@ -1,0 +1,84 @@
+"""``adalink doctor``: which backends work on this machine, tried for real, and what to install for the others."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+# Backend or job -> the extra that brings it.
+BACKEND_EXTRAS = {
+    "onnxruntime-cpu": "cpu",
+    "onnxruntime-cuda": "gpu",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+JOB_PACKAGES = {
+    "train": ("torch", "transformers", "accelerate", "gguf"),
+    "export": ("torch", "transformers", "onnx", "onnxscript", "optimum"),
+}
+
+
+def diagnose() -> dict[str, object]:
+    """Try every backend, each in its own process, and look for the packages of training and export."""
+    from adalink.runtime.engine import BACKENDS
+    from adalink.tools.environment import describe_environment, package_versions
+    from adalink.tools.probe import probe
+
+    backends = {}
+    for name, extra in BACKEND_EXTRAS.items():
+        works, detail = probe(name)
+        if name not in BACKENDS:
+            detail += "; deployments cannot be opened on it in this version of the kit"
+        backends[name] = {"works": works, "detail": detail, "install": _install(extra)}
+    jobs = {}
+    for name, packages in JOB_PACKAGES.items():
+        missing = sorted(set(packages) - package_versions(packages).keys())
+        detail = f"missing: {', '.join(missing)}" if missing else "all packages are installed"
+        jobs[name] = {"works": not missing, "detail": detail, "install": _install(name)}
+    return {"backends": backends, "jobs": jobs, "environment": describe_environment()}
+
+
+def _install(extra: str) -> str:
+    """The pip command for an extra; the two onnxruntime packages share a name, so one must go first."""
+    from adalink.tools.environment import package_versions
+
+    rival = {"gpu": "onnxruntime", "cpu": "onnxruntime-gpu"}.get(extra)
+    prefix = f"pip uninstall -y {rival} && " if rival and package_versions((rival,)) else ""
+    return f"{prefix}pip install 'adalink-kit[{extra}]'"
+
+
+@click.command(short_help="Say which backends work on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def command(as_json: bool) -> None:
+    """Say which backends work on this machine.
+
+    Each backend is tried for real, in a process of its own: import, providers, and a session of one node. For the
+    others the line says what to install. onnxruntime and onnxruntime-gpu share one import name: install one of them.
+
+    \b
+    Example:
+      adalink doctor
+      adalink doctor --json
+    """  # noqa: D301
+    findings = diagnose()
+    if as_json:
+        click.echo(json.dumps(findings, indent=2))
+        return
+    from adalink.tools.console import print_table
+
+    rows = []
+    for part in ("backends", "jobs"):
+        entries = findings[part]
+        assert isinstance(entries, dict)
+        for name, entry in entries.items():
+            rows.append((name, "works" if entry["works"] else "no", entry["detail"], _advice(entry)))
+    print_table("Backends and jobs", ("name", "state", "what was seen", "to install"), rows)
+    environment = findings["environment"]
+    assert isinstance(environment, dict)
+    packages = ", ".join(f"{name} {version}" for name, version in environment.pop("packages").items())
+    print_table("This machine", ("", ""), [*environment.items(), ("packages", packages)])
+
+
+def _advice(entry: dict[str, object]) -> object:
+    return "" if entry["works"] else entry["install"]
