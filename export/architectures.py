@@ -120,7 +120,7 @@ def _normalized(config: PretrainedConfig) -> Any:
 def _unexpressible(config: PretrainedConfig, architecture: Architecture) -> str | None:
     """Why the config's own settings rule the export out, or ``None``."""
     ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {ropes.get("rope_type"), *(r.get("rope_type") for r in ropes.values() if isinstance(r, dict))}
+    kinds = {str(rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
     if bad := sorted(kinds & {"dynamic", "longrope"}):
         return f"rope type {bad[0]!r}: {_ROPE_BY_LENGTH}"
     if getattr(config, "use_bidirectional_attention", None):

@@ -70,7 +70,7 @@ def plain_attention(
         query = query * scale
     if groups > 1:
         # Keys are broadcast over the query heads of their group, not copied.
-        query = query.unflatten(1, (-1, groups))
+        query = query.unflatten(1, (-1, groups))  # type: ignore[no-untyped-call]
         key, value = key.unsqueeze(2), value.unsqueeze(2)
     scores = torch.matmul(query, key.transpose(-1, -2)).float()
     if position_bias is not None:

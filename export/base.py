@@ -44,6 +44,7 @@ def export_base(
     *,
     dtype: str = "float32",
     target: str = "onnxruntime-cpu",
+    modalities: tuple[str, ...] = ("text",),
     replace: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
@@ -55,6 +56,8 @@ def export_base(
         out: the deployment folder.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
         target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
+        modalities: what the base is fed with, ``"text"`` first; embeddings of the others come from an encoder of the
+            caller's, and adapters may have weights for any of them.
         replace: whether a variant of this target may be there already.
         tokenizer: tokenizer of a loaded model; that of a checkpoint is found beside it.
         progress: called with a line at each step.
@@ -69,7 +72,7 @@ def export_base(
     """
     from adalink.training.base_model import base_fingerprint, display_name, load_base
 
-    _check_request(dtype, target)
+    _check_request(dtype, target, modalities)
     report: Progress = progress or (lambda line: None)
     if isinstance(model, (str, Path)):
         report(f"loading {display_name(model)}")
@@ -82,7 +85,7 @@ def export_base(
     fingerprint = base_fingerprint(loaded)
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
-        base = _describe(loaded, architecture, name, fingerprint, dtype, tokenizer)
+        base = _describe(loaded, architecture, name, fingerprint, dtype, modalities, tokenizer)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -110,7 +113,9 @@ def export_base(
         )
 
 
-def _check_request(dtype: str, target: str) -> None:
+def _check_request(dtype: str, target: str, modalities: tuple[str, ...]) -> None:
+    if modalities[:1] != ("text",) or len(set(modalities)) != len(modalities):
+        raise ConfigError(f"modalities are {modalities}, expected 'text' first and no name twice")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if target not in TARGETS:
@@ -141,7 +146,7 @@ def _check_unhooked(model: PreTrainedModel) -> None:
 
 def _check_same_base(current: Base, new: Base, folder: Path) -> None:
     """Refuse to mix two bases in one deployment; raises ``ContractError``."""
-    for field in ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache"):
+    for field in ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities"):
         was, is_now = getattr(current, field), getattr(new, field)
         if was != is_now:
             raise ContractError(
@@ -167,6 +172,7 @@ def _describe(
     name: str,
     fingerprint: str,
     dtype: str,
+    modalities: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Base:
     """The base contract."""
@@ -184,7 +190,7 @@ def _describe(
         vocab_size=rows,
         hidden_size=width,
         embedding_dtype=dtype,
-        modalities=("text",),
+        modalities=modalities,
         max_positions=max_positions(config, architecture),
         cache=cache_shape(config, architecture),
         eos_token_ids=eos,

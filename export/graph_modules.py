@@ -93,7 +93,7 @@ class CrossDecoderGraph(torch.nn.Module):
         return (output.logits, *cache_tensors(cache))
 
 
-class _NoCache(DynamicCache):
+class _NoCache(DynamicCache):  # type: ignore[misc]
     """A cache that keeps nothing: keys and values are used once."""
 
     def update(

@@ -1,0 +1,118 @@
+"""``export_adapter``: an adapter becomes a task of a deployment, and nothing else in it is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from adalink.export.task_check import check_task_graph
+from adalink.export.task_graph import build_task_graph
+from adalink.export.writer import open_writer
+from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
+from adalink.runtime.embeddings import open_table
+from adalink.runtime.errors import ContractError, DeploymentError
+from adalink.runtime.integrity import verify_files
+from adalink.runtime.manifest import Base, Manifest, Task, check_task_name
+
+GRAPH_FILE = "adapter.onnx"
+# Rows of the embedding table that a new graph is run on, evenly spread.
+_CHECKED_ROWS = 64
+
+
+def export_adapter(
+    adapter_folder: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+    replace: bool = False,
+) -> Manifest:
+    """Add an adapter to a deployment as a task.
+
+    Args:
+        adapter_folder: what training wrote.
+        out: the deployment.
+        name: name of the task; the adapter folder's by default.
+        dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
+        replace: whether a task of that name may be there already.
+
+    Returns:
+        The deployment's manifest.
+
+    Raises:
+        AdapterError: the adapter folder is broken.
+        ContractError: the adapter belongs to another base.
+        DeploymentError: there is no deployment, the name is taken or unusable, or the folder cannot be written.
+        GraphError: the finished graph does not compute the adapter.
+    """
+    adapter = read_adapter(adapter_folder)
+    task = Path(adapter_folder).resolve().name if name is None else name
+    check_task_name(task)
+    with open_writer(out) as writer:
+        current = writer.current
+        assert current is not None
+        check_contract(adapter, current.base, dtype, origin=f"adapter {adapter_folder}", folder=Path(out))
+        if task in current.tasks and not replace:
+            raise DeploymentError(
+                f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
+                "or --name to give it another name"
+            )
+        graph = build_task_graph(adapter, task, current.base.embedding_dtype).SerializeToString(deterministic=True)
+        check_task_graph(graph, adapter, current.base.embedding_dtype, _sample_rows(Path(out), current))
+        folder = writer.fresh_folder(f"tasks/{task}")
+        config, weights = encode_adapter(adapter)
+        for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+            writer.stage(f"{folder}/{file}").write_bytes(data)
+        entry = Task(
+            graph=f"{folder}/{GRAPH_FILE}",
+            config=f"{folder}/{CONFIG_FILE}",
+            weights=f"{folder}/{WEIGHTS_FILE}",
+            adapter_digest=adapter.digest,
+            rank=adapter.config.rank,
+            activation=adapter.config.activation,
+            modalities=adapter.config.modalities,
+            scope=adapter.config.scope,
+        )
+        return writer.commit(msgspec.structs.replace(current, tasks={**current.tasks, task: entry}))
+
+
+def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str, folder: Path) -> None:
+    """Check that an adapter belongs to a base; raises ``ContractError`` naming both sides."""
+    config = adapter.config
+    if config.base_fingerprint != base.fingerprint:
+        raise ContractError(
+            f"{origin} was trained for base {config.base_fingerprint} ({config.base_model_name_or_path}), deployment "
+            f"{folder} holds {base.fingerprint} ({base.name}): train it for this base, or deploy it with its own"
+        )
+    if config.hidden_size != base.hidden_size:
+        raise ContractError(
+            f"{origin} has hidden_size {config.hidden_size}, the base of {folder} has {base.hidden_size}: "
+            "its adapter_config.json does not describe this base; train it again"
+        )
+    if unknown := [name for name in config.modalities if name not in base.modalities]:
+        raise ContractError(
+            f"{origin} adapts modality {unknown[0]!r}, the base of {folder} takes {', '.join(base.modalities)}: "
+            f"export the base with --modality {unknown[0]} as well, or train the adapter without it"
+        )
+    if dtype not in (None, base.embedding_dtype):
+        raise ContractError(
+            f"{origin}: a task graph of {dtype} was asked for, the base of {folder} takes {base.embedding_dtype}: "
+            "leave the dtype out, or export the base in that dtype into another folder"
+        )
+
+
+def _sample_rows(folder: Path, manifest: Manifest) -> npt.NDArray[np.float32]:
+    """Rows of the deployment's own embedding table, evenly spread, with shape ``(rows, d)``."""
+    import ml_dtypes
+
+    base = manifest.base
+    verify_files(folder, manifest, [base.embeddings])
+    table = open_table(folder / base.embeddings, base)
+    rows = table[np.unique(np.linspace(0, len(table) - 1, _CHECKED_ROWS).astype(np.int64))]
+    if base.embedding_dtype == "bfloat16":
+        rows = rows.view(ml_dtypes.bfloat16)
+    sample: npt.NDArray[np.float32] = rows.astype(np.float32)
+    return sample

@@ -1,0 +1,137 @@
+"""``adalink export base`` and ``adalink export adapter``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adalink.tools.console import say
+
+if TYPE_CHECKING:
+    from adalink.runtime.manifest import Manifest
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
+
+
+@click.group(name="export", short_help="Export a base model or an adapter into a deployment.")
+def command() -> None:
+    """Export a base model or an adapter into a deployment.
+
+    The base is exported once. Each adapter is then a graph of a few kilobytes beside it; adding or replacing one
+    touches no byte of the base.
+
+    \b
+    Example:
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment
+      adalink export adapter ./adapters/topics --out ./deployment
+    """  # noqa: D301
+
+
+@command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="fp32", show_default=True, help="Of the weights.")
+@click.option(
+    "--target",
+    type=click.Choice(_TARGETS),
+    default="onnxruntime-cpu",
+    show_default=True,
+    help="What the graph is for; portable has standard ONNX operators only. Each target is one variant of the base.",
+)
+@click.option(
+    "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
+)
+@click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def base(
+    model: str, out: Path, dtype: str, target: str, modalities: tuple[str, ...], replace: bool, as_json: bool
+) -> None:
+    """Export MODEL as the base of a deployment.
+
+    MODEL is a Hugging Face folder, a GGUF file (or a folder with one) or a hub id. The graph takes inputs_embeds, so
+    nothing of any task is inside it. Run it again with another --target to add a variant.
+
+    \b
+    Example:
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable
+    """  # noqa: D301
+    from adalink.export.base import export_base
+    from adalink.tools.quiet import quiet_libraries
+
+    with quiet_libraries():
+        manifest = export_base(
+            model,
+            out,
+            dtype=_DTYPES[dtype],
+            target=target,
+            modalities=("text", *modalities),
+            replace=replace,
+            progress=say,
+        )
+    variant = manifest.variants[target]
+    result = {
+        "deployment": str(out),
+        "base": manifest.base.name,
+        "fingerprint": manifest.base.fingerprint,
+        "target": target,
+        "dtype": manifest.base.embedding_dtype,
+        "graph": variant.graph,
+        "size_bytes": _size_bytes(manifest, variant.files),
+    }
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
+    click.echo(
+        f"  {variant.graph}, {_size_bytes(manifest, variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
+    )
+    click.echo(f"  fingerprint {manifest.base.fingerprint}")
+
+
+@command.command(name="adapter", short_help="Export an adapter as a task of a deployment.")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@click.option("--name", help="Name of the task; the adapter folder's by default.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Of the task's input; the base's by default.")
+@click.option("--replace", is_flag=True, help="Take the place of a task of that name.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def adapter(adapter: Path, out: Path, name: str | None, dtype: str | None, replace: bool, as_json: bool) -> None:
+    """Export ADAPTER, a folder that training wrote, as a task of a deployment.
+
+    The adapter must belong to the deployment's base. No byte under base/ or engines/ is touched.
+
+    \b
+    Example:
+      adalink export adapter ./adapters/topics --out ./deployment
+      adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
+    """  # noqa: D301
+    from adalink.export.adapter import export_adapter
+
+    manifest = export_adapter(adapter, out, name=name, dtype=_DTYPES[dtype] if dtype else None, replace=replace)
+    task = name or adapter.resolve().name
+    entry = manifest.tasks[task]
+    result = {
+        "deployment": str(out),
+        "task": task,
+        "graph": entry.graph,
+        "adapter_digest": entry.adapter_digest,
+        "rank": entry.rank,
+        "activation": entry.activation,
+        "scope": entry.scope,
+        "modalities": list(entry.modalities),
+        "size_bytes": _size_bytes(manifest, entry.files),
+    }
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(f"task {task} is in {out}: rank {entry.rank}, {entry.activation}, scope {entry.scope}")
+    click.echo(f"  {entry.graph}, {manifest.files[entry.graph].size_bytes / 1e3:.1f} kB, {entry.adapter_digest}")
+
+
+def _size_bytes(manifest: Manifest, files: tuple[str, ...]) -> int:
+    return sum(manifest.files[path].size_bytes for path in files)
