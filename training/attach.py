@@ -1,0 +1,235 @@
+"""Put an adapter in front of a frozen model, and take it off again without a trace.
+
+The adapter acts on the *output* of the model's input embedding, through forward hooks: no weight and no module of the
+model is replaced, so a tied output head, which shares only the matrix, stays as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adalink.runtime.errors import ConfigError, ModelError, RequestError
+from adalink.training.adalink import AdaLink
+from adalink.training.base_model import input_embedding
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+    from adalink.runtime.adapter import Weights
+    from adalink.training.config import AdaLinkConfig
+
+_IN_USE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_IGNORED_LABEL = -100
+
+
+class Attached:
+    """A frozen model with adapters at its input; made by ``attach``, undone by ``detach`` or by leaving the ``with``.
+
+    Which positions are adapted:
+
+    - Encoders, and the encoder of an encoder-decoder: every position. Decoder inputs of an encoder-decoder: none.
+    - Decoders with scope ``"all"``: every position.
+    - Decoders with scope ``"prompt"``: those of the prompt. A row's target starts at its first label other than -100;
+      positions computed with a non-empty KV cache are generated ones. Generating without a cache needs ``positions``.
+
+    ``inputs_embeds`` that the caller computed pass the embedding by and are not adapted.
+
+    Attributes:
+        model: the base model.
+        config: settings of the adapters.
+        adapters: one ``AdaLink`` per modality, on the device of the embedding.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: AdaLinkConfig) -> None:
+        self.model = model
+        self.config = config
+        embedding = input_embedding(model)
+        if embedding in _IN_USE:
+            raise ModelError(
+                f"{type(model).__name__} already has an adapter attached: detach it first, or use a second copy"
+            )
+        weight = embedding.weight
+        hidden_size = weight.shape[1]
+        if config.rank > hidden_size:
+            raise ConfigError(
+                f"rank is {config.rank} and the embeddings of {type(model).__name__} are {hidden_size} wide: choose a "
+                f"rank of at most {hidden_size}"
+            )
+        self.hidden_size = hidden_size
+        self.adapters = nn.ModuleDict(
+            {
+                name: AdaLink(hidden_size, config.rank, config.activation, config.bias, config.dropout)
+                for name in config.modalities
+            }
+        ).to(weight.device)
+        self._embedding = embedding
+        self._prompt_mask: torch.Tensor | None = None
+        self._modality: torch.Tensor | None = None
+        self._labels: torch.Tensor | None = None
+        self._past_length = 0
+        self._in_encoder = False
+        self._frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        for parameter, _ in self._frozen:
+            parameter.requires_grad_(False)
+        self._is_attached = True
+        self._handles = self._hook()
+        _IN_USE.add(embedding)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take the adapters off and restore which parameters are trained; a second call does nothing."""
+        if not self._is_attached:
+            return
+        for handle in self._handles:
+            handle.remove()
+        for parameter, requires_grad in self._frozen:
+            parameter.requires_grad_(requires_grad)
+        _IN_USE.discard(self._embedding)
+        self._is_attached = False
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters, for an optimizer."""
+        return self.adapters.parameters()
+
+    def weights(self) -> Weights:
+        """A float32 copy of the adapters' weights by tensor name, such as ``text.down.weight``."""
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.adapters.state_dict().items()}
+
+    @contextmanager
+    def positions(
+        self, *, prompt_mask: torch.Tensor | None = None, modality: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """Say for the calls within what each position is; column ``j`` speaks of position ``j`` of the sequence.
+
+        Positions past the last column are generated ones: not prompt, and of the modality ``text`` if there is one.
+
+        Args:
+            prompt_mask: bool with shape ``(batch, seq)``, true for the prompt; only scope ``"prompt"`` heeds it.
+            modality: int64 with shape ``(batch, seq)``, index in ``config.modalities``, -1 for a position to leave as
+                it is.
+
+        Raises:
+            RequestError: wrong dtype or an index out of range.
+        """
+        if prompt_mask is not None and prompt_mask.dtype != torch.bool:
+            raise RequestError(f"prompt_mask has dtype {prompt_mask.dtype}, expected torch.bool")
+        if modality is not None:
+            _check_modality(modality, len(self.config.modalities))
+        before = self._prompt_mask, self._modality
+        self._prompt_mask, self._modality = prompt_mask, modality
+        try:
+            yield
+        finally:
+            self._prompt_mask, self._modality = before
+
+    def _hook(self) -> list[RemovableHandle]:
+        handles = [self._embedding.register_forward_hook(self._adapt)]
+        if self.model.config.is_encoder_decoder:
+            encoder = self.model.get_encoder()
+            handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
+            handles.append(encoder.register_forward_hook(self._leave_encoder, always_call=True))
+            return handles
+        for module in {id(module): module for module in (self.model, self.model.base_model)}.values():
+            handles.append(module.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave_decoder, always_call=True))
+        return handles
+
+    def _enter_encoder(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._in_encoder = True
+
+    def _leave_encoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._in_encoder = False
+
+    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        cache = call.get("past_key_values")
+        self._past_length = 0 if cache is None else int(cache.get_seq_length())
+        if module is self.model and self.model.can_generate():
+            self._labels = call.get("labels")
+
+    def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._past_length, self._labels = 0, None
+
+    def _adapt(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the embedding; ``x`` has shape ``(batch, seq, d)``."""
+        if self.model.config.is_encoder_decoder and not self._in_encoder:
+            return x
+        selected = self._selected(x)
+        modality = self._modality_of(x)
+        result = x
+        for index, adapter in enumerate(self.adapters.values()):
+            chosen = selected if modality is None else (modality == index) & selected
+            result = torch.where(chosen.unsqueeze(-1), adapter(x), result)
+        return result
+
+    def _selected(self, x: torch.Tensor) -> torch.Tensor:
+        """Positions the scope lets the adapters touch: bool with shape ``(batch, seq)``."""
+        everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if self.config.scope == "all" or self.model.config.is_encoder_decoder:
+            return everything
+        if self._prompt_mask is not None:
+            return self._columns(self._prompt_mask, x, past_the_end=False)
+        if self._past_length > 0:
+            return ~everything
+        if self._labels is not None:
+            return (self._labels.to(x.device) != _IGNORED_LABEL).cumsum(dim=1) == 0
+        return everything
+
+    def _modality_of(self, x: torch.Tensor) -> torch.Tensor | None:
+        names = self.config.modalities
+        if self._modality is None:
+            if len(names) > 1:
+                raise RequestError(
+                    f"the adapter has the modalities {', '.join(names)} and no map says which position is which: call "
+                    "the model within `with attached.positions(modality=...)`"
+                )
+            return None
+        return self._columns(self._modality, x, past_the_end=names.index("text") if "text" in names else -1)
+
+    def _columns(self, table: torch.Tensor, x: torch.Tensor, past_the_end: int | bool) -> torch.Tensor:
+        """The columns of ``table`` that speak of the positions of ``x``, filled up past its end."""
+        batch, length = x.shape[:2]
+        table = table.to(x.device)
+        if table.shape[0] != batch:
+            raise RequestError(
+                f"the position map has {table.shape[0]} rows and the batch {batch}: expected one row each; with beams "
+                "or several returned sequences repeat the map's rows"
+            )
+        window = table[:, self._past_length : self._past_length + length]
+        return nn.functional.pad(window, (0, length - window.shape[1]), value=past_the_end)
+
+
+def attach(model: PreTrainedModel, config: AdaLinkConfig) -> Attached:
+    """Freeze ``model`` and put fresh adapters, which are the identity, at its input; see ``Attached``.
+
+    Raises:
+        ModelError: the model has no input embedding, or an adapter is attached already.
+        ConfigError: the rank exceeds the embedding's width.
+    """
+    return Attached(model, config)
+
+
+def _check_modality(modality: torch.Tensor, count: int) -> None:
+    if modality.dtype != torch.int64:
+        raise RequestError(f"modality map has dtype {modality.dtype}, expected torch.int64")
+    if modality.numel() and not (int(modality.min()) >= -1 and int(modality.max()) < count):
+        raise RequestError(
+            f"modality map holds {int(modality.min())} to {int(modality.max())}, expected -1 to {count - 1} "
+            "(an index in the adapter's modalities, -1 for none)"
+        )

@@ -1,0 +1,37 @@
+"""What one chooses before training: the settings of the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adalink.runtime.adapter import check_method
+from adalink.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AdaLinkConfig:
+    """Settings of an adapter, checked when made.
+
+    Attributes:
+        rank: width ``r`` of the bottleneck.
+        activation: one of ``adalink.runtime.adapter.ACTIVATIONS``; ``gelu`` is the exact erf form.
+        bias: whether ``down`` and ``up`` carry a bias.
+        dropout: chance in ``[0, 1)`` that a bottleneck feature is dropped in training.
+        modalities: names of the adapted modalities; each gets its own weights.
+        scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
+
+    Raises:
+        ConfigError: a setting is outside what the method allows.
+    """
+
+    rank: int = 16
+    activation: str = "gelu"
+    bias: bool = False
+    dropout: float = 0.0
+    modalities: tuple[str, ...] = ("text",)
+    scope: str = "all"
+
+    def __post_init__(self) -> None:
+        check_method(self.rank, self.activation, self.modalities, self.scope)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout is {self.dropout!r}, expected a chance of at least 0 and less than 1")
