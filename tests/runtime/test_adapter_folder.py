@@ -1,0 +1,183 @@
+"""The adapter folder: round trip, digest, and every way it can be wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from adalink.runtime.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    encode_adapter,
+    make_adapter,
+    read_adapter,
+    weight_shapes,
+)
+from adalink.runtime.digest import fingerprint_embeddings
+from adalink.runtime.errors import AdapterError, ConfigError
+
+FINGERPRINT = "sha256:" + "0123456789abcdef" * 4
+
+
+def make_config(**changes: object) -> AdapterConfig:
+    settings: dict[str, object] = {
+        "base_model_name_or_path": "tiny",
+        "base_fingerprint": FINGERPRINT,
+        "hidden_size": 24,
+        "rank": 3,
+        "activation": "gelu",
+        "bias": True,
+        "modalities": ("text",),
+        "scope": "all",
+    }
+    return AdapterConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def make(seed: int = 0, **changes: object) -> Adapter:
+    config = make_config(**changes)
+    rng = np.random.default_rng(seed)
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weight_shapes(config).items()}
+    return make_adapter(config, weights)
+
+
+def write(folder: Path, adapter: Adapter) -> Path:
+    folder.mkdir(exist_ok=True)
+    config, weights = encode_adapter(adapter)
+    (folder / CONFIG_FILE).write_bytes(config)
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    return folder
+
+
+def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
+    adapter = make(modalities=("text", "image"))
+    again = read_adapter(write(tmp_path, adapter))
+    assert again.config == adapter.config
+    assert again.digest == adapter.digest
+    assert again.weights.keys() == adapter.weights.keys()
+    for name, weight in adapter.weights.items():
+        np.testing.assert_array_equal(again.weights[name], weight)
+
+
+def test_config_on_disk_has_the_documented_fields(tmp_path: Path) -> None:
+    write(tmp_path, make())
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert fields == {
+        "peft_type": "ADALINK",
+        "base_model_name_or_path": "tiny",
+        "base_fingerprint": FINGERPRINT,
+        "hidden_size": 24,
+        "rank": 3,
+        "activation": "gelu",
+        "bias": True,
+        "modalities": ["text"],
+        "scope": "all",
+    }
+
+
+def test_digest_follows_the_arithmetic_and_nothing_else() -> None:
+    digest = make().digest
+    assert make(base_model_name_or_path="another name").digest == digest
+    assert make(activation="silu").digest != digest
+    assert make(scope="prompt").digest != digest
+    changed = make()
+    weights = {name: weight.copy() for name, weight in changed.weights.items()}
+    weights["text.up.weight"][5, 1] = np.nextafter(weights["text.up.weight"][5, 1], np.float32(9))
+    assert make_adapter(changed.config, weights).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "wording"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": -4}, "rank is -4"),
+        ({"rank": 25}, "hidden_size 24"),
+        ({"rank": True}, "whole number"),
+        ({"activation": "swish"}, "expected one of identity"),
+        ({"scope": "some"}, "expected one of all, prompt"),
+        ({"modalities": ()}, "at least one name"),
+        ({"modalities": ("text", "text")}, "none twice"),
+        ({"modalities": ("../x",)}, "not a name"),
+        ({"hidden_size": 0, "rank": 1}, "hidden_size is 0"),
+        ({"base_fingerprint": "sha256:12"}, "not a digest"),
+        ({"peft_type": "LORA"}, "another kind of adapter"),
+    ],
+)
+def test_settings_outside_the_method_are_refused(changes: dict[str, object], wording: str) -> None:
+    with pytest.raises(ConfigError, match=wording):
+        make_config(**changes)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_refused(tmp_path: Path, bad: float) -> None:
+    adapter = make()
+    adapter.weights["text.down.weight"][1, 2] = bad
+    with pytest.raises(AdapterError, match=r"text\.down\.weight.*NaN or infinity"):
+        read_adapter(write(tmp_path, adapter))
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    adapter = make()
+    without = {name: weight for name, weight in adapter.weights.items() if name != "text.up.bias"}
+    with pytest.raises(AdapterError, match=r"'text\.up\.bias' is missing"):
+        make_adapter(adapter.config, without)
+    with pytest.raises(AdapterError, match="'stray' is not part"):
+        make_adapter(adapter.config, adapter.weights | {"stray": np.zeros(2, np.float32)})
+    with pytest.raises(AdapterError, match=r"shape \(24, 3\), expected \(3, 24\)"):
+        make_adapter(adapter.config, adapter.weights | {"text.down.weight": np.zeros((24, 3), np.float32)})
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_every_truncation_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path, make())
+    whole = (tmp_path / name).read_bytes().rstrip()
+    for length in range(0, len(whole), 7):
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(AdapterError, match=name):
+            read_adapter(tmp_path)
+
+
+def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
+    write(tmp_path, make())
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin is pickled.*never loaded"):
+        read_adapter(tmp_path)
+
+
+def test_no_folder_and_missing_field(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no such folder"):
+        read_adapter(tmp_path / "nothing")
+    write(tmp_path, make())
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del fields["rank"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(fields))
+    with pytest.raises(AdapterError, match="rank"):
+        read_adapter(tmp_path)
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    adapter = make()
+    half = {name: weight.astype(np.float16) for name, weight in adapter.weights.items()}
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / CONFIG_FILE).write_bytes(msgspec.json.encode(adapter.config))
+    save_file(half, tmp_path / WEIGHTS_FILE)
+    again = read_adapter(tmp_path)
+    for name, weight in half.items():
+        assert again.weights[name].dtype == np.float32
+        np.testing.assert_array_equal(again.weights[name], weight.astype(np.float32))
+
+
+def test_fingerprint_is_the_documented_digest() -> None:
+    weight = np.random.default_rng(3).normal(size=(1700, 33)).astype(np.float32)
+    expected = hashlib.sha256(b"1700,33;" + weight.astype("<f4").tobytes(order="C")).hexdigest()
+    assert fingerprint_embeddings(weight) == f"sha256:{expected}"
+    assert fingerprint_embeddings(np.asfortranarray(weight)) == f"sha256:{expected}"
+    assert fingerprint_embeddings(weight.T) != f"sha256:{expected}"
