@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from adalink.runtime.errors import AdapterError, ConfigError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
+
+from adalink.runtime.errors import AdapterError, ConfigError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

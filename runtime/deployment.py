@@ -9,6 +9,7 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+
 from adalink.runtime.digest import digest_file
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.engine import Array, Backend, Engine, open_backend

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import IntegrityError
 from adalink.runtime.manifest import Base

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy.typing as npt
+
 from adalink.runtime.errors import BackendUnavailableError
 from adalink.runtime.manifest import Base
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from adalink.runtime.engine import Array, Engine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.sampling import Sampling

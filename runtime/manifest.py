@@ -6,7 +6,9 @@ import re
 from pathlib import Path, PurePosixPath
 
 import msgspec
+
 from adalink.runtime.adapter import ACTIVATIONS, SCOPES
+from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
 
 MANIFEST_FILE = "manifest.json"
@@ -128,7 +130,11 @@ class Task(_Strict, frozen=True, kw_only=True):
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):
-    """The whole manifest; paths are relative to the deployment, with forward slashes."""
+    """The whole manifest; paths are relative to the deployment, with forward slashes.
+
+    ``digest`` is of the manifest itself, encoded with that field empty: no byte of it can change unnoticed. Only
+    ``encode_manifest`` fills it in.
+    """
 
     schema_version: int
     kit_version: str
@@ -136,6 +142,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     variants: dict[str, Variant]
     tasks: dict[str, Task]
     files: dict[str, FileRecord]
+    digest: str = ""
 
     def paths_in_use(self) -> set[str]:
         """Paths that the base, a variant or a task refers to."""
@@ -146,9 +153,10 @@ class Manifest(_Strict, frozen=True, kw_only=True):
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Check ``manifest`` and encode it; raises ``ManifestError``."""
+    """Check ``manifest``, give it its digest and encode it; raises ``ManifestError``."""
     _check(manifest)
-    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+    digest = digest_bytes(_canonical(msgspec.structs.replace(manifest, digest="")))
+    return _canonical(msgspec.structs.replace(manifest, digest=digest))
 
 
 def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
@@ -171,6 +179,12 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _manifest_error(origin, error) from error
     _check(manifest, origin)
+    if encode_manifest(manifest) != data:
+        raise ManifestError(
+            f"{origin}: $.digest is {manifest.digest!r}, not the digest of what the manifest says: it was altered "
+            "after it was written; export the deployment again or restore it from a good copy",
+            field="$.digest",
+        )
     return manifest
 
 
@@ -220,6 +234,10 @@ def check_task_name(name: str) -> None:
         raise DeploymentError(
             f"task name {name!r}: expected 1 to 64 letters, digits, '-' or '_', starting with a letter or digit"
         )
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
 
 
 class _VersionOnly(msgspec.Struct):

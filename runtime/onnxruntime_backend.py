@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, BackendUnavailableError, GraphError, RequestError
 from adalink.runtime.manifest import Base

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest import Base

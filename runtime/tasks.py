@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, decode_adapter, read_adapter
 from adalink.runtime.engine import Array, Backend, TaskRunner
 from adalink.runtime.errors import AdapterError, ContractError, RequestError, UnknownTaskError
