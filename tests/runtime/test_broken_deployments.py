@@ -1,0 +1,174 @@
+"""A deployment that is not, byte for byte, what was written is refused with a typed error."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from adalink.runtime import Deployment
+from adalink.runtime.digest import digest_file
+from adalink.runtime.embeddings import open_table
+from adalink.runtime.errors import BackendError, DeploymentError, GraphError, IntegrityError, ManifestError
+from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
+from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend, guard, onnxruntime_errors
+
+
+@pytest.fixture
+def copy(llama: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama.folder, tmp_path / "copy"))
+
+
+def deployed_files(folder: Path) -> list[str]:
+    return ["manifest.json", *sorted(read_manifest(folder).files)]
+
+
+def test_every_file_is_listed_and_nothing_else_is_there(copy: Path) -> None:
+    present = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    assert present - {".lock"} == set(deployed_files(copy))
+
+
+def test_a_flipped_byte_anywhere_is_found(copy: Path) -> None:
+    rng = np.random.default_rng(7)
+    for name in deployed_files(copy):
+        path = copy / name
+        whole = path.read_bytes()
+        positions = {0, len(whole) - 1, *(int(p) for p in rng.integers(0, len(whole), 3))}
+        for position in positions:
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+            with pytest.raises((ManifestError, IntegrityError)):
+                Deployment.open(copy)
+        path.write_bytes(whole)
+    Deployment.open(copy).close()
+
+
+def test_truncated_longer_and_missing_files_are_named(copy: Path) -> None:
+    for name in deployed_files(copy)[1:]:
+        path = copy / name
+        whole = path.read_bytes()
+        for changed in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0"):
+            path.write_bytes(changed)
+            with pytest.raises(IntegrityError, match=rf"{name} has \d+ bytes, the manifest says {len(whole)}"):
+                Deployment.open(copy)
+        path.unlink()
+        with pytest.raises(IntegrityError, match=rf"{name}.*cannot be found"):
+            Deployment.open(copy)
+        path.write_bytes(whole)
+
+
+def test_a_link_to_an_identical_file_outside_is_refused(copy: Path, tmp_path: Path) -> None:
+    path = copy / "base" / "tokenizer.json"
+    shutil.move(path, tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(IntegrityError, match="outside the deployment"):
+        Deployment.open(copy)
+
+
+def test_a_task_changed_while_open_is_found_at_its_first_use(copy: Path) -> None:
+    with Deployment.open(copy) as opened:
+        path = copy / "tasks" / "beta" / "adapter.onnx"
+        path.write_bytes(path.read_bytes()[::-1])
+        with pytest.raises(IntegrityError, match=r"tasks/beta/adapter\.onnx has digest"):
+            opened.run(input_ids=[[5, 6]], tasks="beta")
+        opened.run(input_ids=[[5, 6]], tasks="alpha")
+
+
+def test_a_changed_engine_shows_in_the_receipt(copy: Path) -> None:
+    with Deployment.open(copy) as opened:
+        assert opened.receipt().unchanged
+        path = copy / "base" / "embeddings.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        assert not opened.receipt().unchanged
+
+
+def renamed_graph(folder: Path, old: str, new: str) -> None:
+    """Rename an input or output of the base graph, and make the manifest agree with the file."""
+    manifest = read_manifest(folder)
+    relative = next(iter(manifest.variants.values())).graph
+    model = onnx.load(folder / relative, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name == old:
+            value.name = new
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new
+    onnx.save(model, folder / relative)
+    path = folder / relative
+    record = FileRecord(sha256=digest_file(path), size_bytes=path.stat().st_size)
+    manifest = msgspec.structs.replace(manifest, files={**manifest.files, relative: record})
+    (folder / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+@pytest.mark.parametrize(
+    "name", ["inputs_embeds", "attention_mask", "past_key_values.1.value", "logits", "present.0.key"]
+)
+def test_a_graph_with_other_names_says_which(copy: Path, name: str) -> None:
+    renamed_graph(copy, name, "surprise")
+    with pytest.raises(GraphError, match=rf"'{name}' does not match the contract"):
+        Deployment.open(copy)
+
+
+def test_a_file_that_is_no_graph_is_refused_by_the_engine(llama: Any) -> None:
+    base = read_manifest(llama.folder).base
+    with pytest.raises(BackendError, match="ONNX Runtime refused"):
+        OnnxRuntimeBackend("onnxruntime-cpu", 1).open_task(b"not a graph", base, ("text",))
+
+
+def test_a_task_graph_of_another_width_is_refused(llama: Any) -> None:
+    base = read_manifest(llama.folder).base
+    shape = ["batch", "sequence", 49]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["inputs_embeds"], ["adapted_embeds"])],
+        "task",
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("adapted_embeds", TensorProto.FLOAT, shape)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    backend = OnnxRuntimeBackend("onnxruntime-cpu", 1)
+    with pytest.raises(GraphError, match=r"width 49.*width 48"):
+        backend.open_task(model.SerializeToString(), base, ("text",))
+    with pytest.raises(GraphError, match="'modality' does not match"):
+        backend.open_task(model.SerializeToString(), base, ("text", "image"))
+
+
+def test_an_embedding_table_of_another_shape_is_refused(llama: Any) -> None:
+    base = read_manifest(llama.folder).base
+    path = llama.folder / base.embeddings
+    assert open_table(path, base).shape == (96, 48)
+    for changes in ({"vocab_size": 97}, {"hidden_size": 24}, {"embedding_dtype": "float16"}):
+        with pytest.raises(IntegrityError, match="expected one tensor 'embeddings'"):
+            open_table(path, msgspec.structs.replace(base, **changes))
+
+
+def test_every_exception_of_onnx_runtime_is_mapped() -> None:
+    import onnxruntime
+
+    kinds = onnxruntime_errors(onnxruntime)
+    assert {"Fail", "InvalidArgument", "NoSuchFile", "InvalidProtobuf", "InvalidGraph", "RuntimeException"} <= {
+        kind.__name__ for kind in kinds
+    }
+    for kind in kinds:
+
+        def raise_it(kind: type[Exception] = kind) -> None:
+            raise kind("it broke\nsecond line")
+
+        with pytest.raises(BackendError, match=r"here: ONNX Runtime refused: it broke$"):
+            guard(onnxruntime, "here", raise_it)
+    with pytest.raises(ZeroDivisionError):
+        guard(onnxruntime, "here", lambda: 1 / 0)
+
+
+def test_an_interrupted_first_export_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    with pytest.raises(DeploymentError, match="if an export was interrupted"):
+        Deployment.open(tmp_path)

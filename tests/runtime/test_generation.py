@@ -1,0 +1,171 @@
+"""Generation against PyTorch run anew at every step, without a cache and without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tiny_tokenizer import CHARACTERS, make_tokenizer
+
+from adalink.runtime import Deployment
+from adalink.runtime.adapter import make_adapter
+from adalink.runtime.errors import RequestError
+from adalink.runtime.generation import Row, positions_of
+from adalink.runtime.tokenizer import TextStream
+
+PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]
+
+
+@pytest.fixture(scope="module")
+def deployment(llama: Any) -> Iterator[Deployment]:
+    with Deployment.open(llama.folder) as opened:
+        yield opened
+
+
+def encode(text: str) -> list[int]:
+    return [CHARACTERS.index(character) + 4 for character in text]
+
+
+@pytest.mark.parametrize("task", [None, "alpha", "beta", "prompted"])
+@pytest.mark.parametrize("prompt", PROMPTS[:2])
+def test_greedy_equals_pytorch(llama: Any, deployment: Deployment, task: str | None, prompt: str) -> None:
+    result = deployment.generate([prompt], tasks=task, max_new_tokens=20)[0]
+    assert list(result.token_ids) == llama.greedy(encode(prompt), task, 20)
+    assert result.prompt_tokens == len(prompt)
+    assert result.finish_reason == ("length" if len(result.token_ids) == 20 else "stop")
+
+
+def test_scope_decides_about_generated_tokens(llama: Any, deployment: Deployment) -> None:
+    """Were generated tokens adapted under scope "prompt" too, other tokens would follow: the two differ here."""
+    prompted = llama.adapters["prompted"]
+    everywhere = make_adapter(msgspec.structs.replace(prompted.config, scope="all"), prompted.weights)
+    other = replace(llama, adapters={"prompted": everywhere})
+    differing = [
+        prompt
+        for prompt in PROMPTS
+        if other.greedy(encode(prompt), "prompted", 20) != llama.greedy(encode(prompt), "prompted", 20)
+    ]
+    assert differing
+    for prompt in differing:
+        result = deployment.generate([prompt], tasks="prompted", max_new_tokens=20)[0]
+        assert list(result.token_ids) == llama.greedy(encode(prompt), "prompted", 20)
+
+
+def test_a_mixed_batch_equals_each_prompt_alone(deployment: Deployment) -> None:
+    tasks = ["alpha", None, "prompted", "beta"]
+    together = deployment.generate(PROMPTS, tasks=tasks, max_new_tokens=24)
+    alone = [
+        deployment.generate([prompt], tasks=task, max_new_tokens=24)[0]
+        for prompt, task in zip(PROMPTS, tasks, strict=True)
+    ]
+    assert together == alone
+    assert len({result.token_ids for result in together}) == 4
+
+
+def test_streamed_pieces_make_the_text(deployment: Deployment) -> None:
+    pieces: dict[int, list[str]] = {0: [], 1: []}
+    results = deployment.generate(
+        PROMPTS[:2], tasks="alpha", max_new_tokens=16, stream=lambda row, piece: pieces[row].append(piece)
+    )
+    for row, result in enumerate(results):
+        assert "".join(pieces[row]) == result.text
+        assert result.text == make_tokenizer().decode(list(result.token_ids))
+        assert len(pieces[row]) > 1 or len(result.token_ids) < 2
+
+
+def test_stop_text_ends_the_row_and_is_never_streamed(deployment: Deployment) -> None:
+    whole = deployment.generate(["wheat"], max_new_tokens=20)[0].text
+    stop = next(whole[i : i + 3] for i in range(4, len(whole) - 3) if whole.find(whole[i : i + 3]) == i)
+    pieces: list[str] = []
+    result = deployment.generate(
+        ["wheat"], max_new_tokens=20, stop=[stop, "never-there"], stream=lambda row, piece: pieces.append(piece)
+    )[0]
+    assert result.finish_reason == "stop"
+    assert result.text == whole[: whole.index(stop)] == "".join(pieces)
+    assert len(result.token_ids) < 20
+
+
+def test_sampling_repeats_with_its_seed(deployment: Deployment) -> None:
+    def sample(seed: int) -> list[Any]:
+        return deployment.generate(["wheat"] * 3, temperature=2.0, top_k=40, seed=seed, max_new_tokens=12)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert len({result.token_ids for result in sample(1)}) == 3
+
+
+def test_chat_template_is_rendered_as_transformers_does(deployment: Deployment) -> None:
+    tokenizer = make_tokenizer()
+    for message in ("hello", "  two words ", "{{ 7 * 7 }}"):
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+        )
+        assert deployment.tokenizer.render_chat(message) == expected
+    with pytest.raises(RequestError, match="not this word"):
+        deployment.tokenizer.render_chat("forbidden")
+    plain = deployment.generate(["hello"], max_new_tokens=8)[0]
+    chat = deployment.generate(["hello"], max_new_tokens=8, chat=True)[0]
+    assert chat.prompt_tokens > plain.prompt_tokens
+    assert chat.token_ids != plain.token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "wording"),
+    [
+        ({"prompts": []}, "at least one text"),
+        ({"prompts": "abc"}, "expected a list"),
+        ({"prompts": [""]}, "prompt 0 has no tokens"),
+        ({"prompts": ["abc"], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompts": ["abc"], "max_new_tokens": 62}, "65 positions.*at most 64"),
+        ({"prompts": ["abc"], "stop": ["x", ""]}, "empty text"),
+        ({"prompts": ["abc"], "tasks": ["alpha", None]}, "2 entries for 1 rows"),
+    ],
+)
+def test_bad_settings(deployment: Deployment, settings: dict[str, Any], wording: str) -> None:
+    with pytest.raises(RequestError, match=wording):
+        deployment.generate(**settings)
+
+
+def test_positions_count_the_tokens_of_a_row() -> None:
+    mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1]])
+    np.testing.assert_array_equal(positions_of(mask), [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 1]])
+
+
+class Bytes:
+    """A byte-level tokenizer: a token is one byte, so characters arrive in pieces."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語 text", "👩‍🚀 ok", "plain"])
+def test_characters_made_of_several_tokens_come_whole(text: str) -> None:
+    stream = TextStream(Bytes())  # type: ignore[arg-type]
+    pieces = [stream.push(token) for token in text.encode()]
+    assert "".join(pieces) + stream.finish() == text == stream.text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+def test_a_stop_text_across_pieces_is_held_back() -> None:
+    sent: list[str] = []
+    row = Row(0, Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    for token in b"aENxEE":
+        row.push(token)
+    assert "".join(sent) == "aENxE"
+    for token in b"ND":
+        row.push(token)
+    assert row.finish_reason == "stop"
+    result = row.finish(1)
+    assert result.text == "aENxE" == "".join(sent)
+
+
+def test_a_row_that_ends_gives_up_what_it_held_back() -> None:
+    sent: list[str] = []
+    row = Row(0, Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    for token in [*b"aEN", 0]:
+        row.push(token)
+    assert row.finish(1).text == "aEN" == "".join(sent)

@@ -1,0 +1,43 @@
+"""The wheel holds every module of the four folders, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("training", "export", "runtime", "tools")
+
+
+def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
+    # Built from a copy: a build folder in the checkout would bring back modules that are no longer there.
+    source = tmp_path / "source"
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / file, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(tmp_path), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    packed = {name for name in names if ".dist-info/" not in name}
+    expected = {
+        f"adalink/{path.relative_to(REPOSITORY).as_posix()}"
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*")
+        if path.suffix in (".py", ".typed") and "__pycache__" not in path.parts
+    }
+    assert packed == expected
+    assert any(name.endswith("entry_points.txt") for name in names)
+
+
+def test_no_package_init_holds_logic() -> None:
+    for package in PACKAGES:
+        lines = (REPOSITORY / package / "__init__.py").read_text().splitlines()
+        code = [line for line in lines if line and not line.startswith(('"', "from adalink.", "__all__"))]
+        assert code == [], f"{package}/__init__.py"
