@@ -52,7 +52,8 @@ class Attached:
     def __init__(self, model: PreTrainedModel, config: AdaLinkConfig) -> None:
         self.model = model
         self.config = config
-        embedding = input_embedding(model)
+        # T5's decoder uses the same matrix and, in some versions of transformers, the same module.
+        embedding = input_embedding(model.get_encoder() if model.config.is_encoder_decoder else model)
         if embedding in _IN_USE:
             raise ModelError(
                 f"{type(model).__name__} already has an adapter attached: detach it first, or use a second copy"

@@ -1,0 +1,142 @@
+"""Text-to-text rows from JSONL, and the batches made of them.
+
+A row is rendered as its prompt, its completion and the end token, as plain text: a deployment that is given the same
+prompt tokenizes it to the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from adalink.runtime.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of a JSONL file."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row; ``target`` ends with the end token."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read rows ``{"prompt": str, "completion": str}``, one a line; empty lines are skipped.
+
+    Raises:
+        DataError: the file is missing, has no row, or a line is not such a row; the message names it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = msgspec.json.decode(line.encode(), type=Row)
+        except msgspec.DecodeError as error:
+            raise DataError(f'{path}:{number}: {error}; expected {{"prompt": "...", "completion": "..."}}') from error
+        if not row.prompt or not row.completion:
+            raise DataError(f"{path}:{number}: an empty prompt or completion: both need text; remove the row")
+        rows.append(row)
+    if not rows:
+        raise DataError(f'{path} holds no row; expected lines {{"prompt": "...", "completion": "..."}}')
+    return rows
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, origin: str | Path
+) -> list[Example]:
+    """Token ids of rows.
+
+    Prompt and completion are tokenized apart, because the deployment tokenizes a prompt before its completion exists.
+
+    Args:
+        rows: what ``read_rows`` returned.
+        tokenizer: tokenizer of the base.
+        max_length: most tokens a row may have, end token included.
+        origin: file the rows come from, for messages.
+
+    Raises:
+        DataError: a row is longer; it is never cut, since the deployment would not cut it.
+        ModelError: the tokenizer has no end token.
+    """
+    end = end_token(tokenizer)
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        prompt = list(tokenizer(row.prompt)["input_ids"])
+        target = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], end]
+        if len(prompt) + len(target) > max_length:
+            raise DataError(
+                f"{origin}: row {number} has {len(prompt) + len(target)} tokens, expected at most {max_length}: "
+                "shorten its prompt or raise --max-length"
+            )
+        examples.append(Example(prompt, target))
+    return examples
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends a completion; raises ``ModelError`` if the tokenizer has none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ModelError("the tokenizer has no end-of-sequence token: a completion could never end")
+    return tokenizer.eos_token_id
+
+
+def pad_decoder(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """A batch for a decoder, padded on the left so that all rows end in the last column.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``position_ids`` (int64) and ``labels`` (int64, -100 but on targets), each
+        with shape ``(batch, seq)``.
+    """
+    length = max(len(example.prompt) + len(example.target) for example in examples)
+    ids, mask, labels = [], [], []
+    for example in examples:
+        blank = length - len(example.prompt) - len(example.target)
+        ids.append([pad] * blank + example.prompt + example.target)
+        mask.append([0] * blank + [1] * (length - blank))
+        labels.append([IGNORED_LABEL] * (blank + len(example.prompt)) + example.target)
+    attention_mask = torch.tensor(mask)
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        "labels": torch.tensor(labels),
+    }
+
+
+def pad_encoder_decoder(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """A batch for an encoder-decoder, padded on the right: prompts for the encoder, targets as labels.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` with shape ``(batch, prompt)``, ``labels`` with shape ``(batch, target)``.
+    """
+    source = max(len(example.prompt) for example in examples)
+    target = max(len(example.target) for example in examples)
+    return {
+        "input_ids": torch.tensor([e.prompt + [pad] * (source - len(e.prompt)) for e in examples]),
+        "attention_mask": torch.tensor([[1] * len(e.prompt) + [0] * (source - len(e.prompt)) for e in examples]),
+        "labels": torch.tensor([e.target + [IGNORED_LABEL] * (target - len(e.target)) for e in examples]),
+    }

@@ -1,0 +1,69 @@
+"""Exact-match accuracy: greedy generation until the end token, compared with the wanted completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from adalink.training.dataset import end_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.training.dataset import Example
+
+
+def greedy_tokens(
+    model: PreTrainedModel, prompts: Sequence[list[int]], end: int, max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Continue each prompt greedily; a reply ends with the end token, or is cut at ``max_new_tokens``.
+
+    Prompts are sorted by length, padded on the left and run in batches.
+    """
+    replies: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        length = max(len(prompts[index]) for index in chosen)
+        blanks = [length - len(prompts[index]) for index in chosen]
+        ids = [[end] * blank + prompts[index] for blank, index in zip(blanks, chosen, strict=True)]
+        mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        # A decoder's output begins with the prompt, an encoder-decoder's with its start token.
+        skipped = 1 if model.config.is_encoder_decoder else length
+        for index, row in zip(chosen, output[:, skipped:].tolist(), strict=True):
+            replies[index] = row[: row.index(end) + 1] if end in row else row
+    return replies
+
+
+def exact_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int
+) -> float:
+    """Share of examples whose greedy reply is the wanted text, spaces at its ends aside, and then ends.
+
+    Args:
+        model: a base, with or without an adapter attached.
+        tokenizer: tokenizer of the base.
+        examples: encoded rows.
+        batch_size: rows generated at once.
+    """
+    end = end_token(tokenizer)
+    longest = max(len(example.target) for example in examples)
+    replies = greedy_tokens(model, [example.prompt for example in examples], end, longest, batch_size)
+    return sum(
+        reply[-1] == end and _text(tokenizer, reply) == _text(tokenizer, example.target)
+        for reply, example in zip(replies, examples, strict=True)
+    ) / len(examples)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids[:-1])).strip()

@@ -1,0 +1,251 @@
+"""Train an adapter on text-to-text rows with the Hugging Face ``Trainer``.
+
+The Trainer sees a module that holds the adapters alone; so a checkpoint is adapters and optimizer state, not the base.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from adalink.runtime.digest import digest_file
+from adalink.runtime.errors import ConfigError, ModelError
+from adalink.training.attach import Attached, attach
+from adalink.training.base_model import display_name, load_base, load_tokenizer
+from adalink.training.config import AdaLinkConfig
+from adalink.training.dataset import IGNORED_LABEL, encode_rows, end_token, pad_decoder, pad_encoder_decoder, read_rows
+from adalink.training.exact_match import exact_match
+from adalink.training.storage import check_target, save_adapter, to_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.training.dataset import Example
+
+REPORT_FILE = "training.json"
+DEVICES = ("auto", "cpu", "cuda")
+_SETTINGS_FILE = "settings.json"
+_WARMUP_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train; checked when made.
+
+    Attributes:
+        lr: highest learning rate, reached after a short warm-up and lowered linearly to 0.
+        max_steps: optimizer steps.
+        batch_size: rows a step.
+        max_length: most tokens of a row, end token included.
+        seed: seed of the initial weights, the order of rows and dropout.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        save_steps: steps between checkpoints.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    lr: float = 3e-3
+    max_steps: int = 200
+    batch_size: int = 8
+    max_length: int = 256
+    seed: int = 0
+    device: str = "auto"
+    save_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.lr < 1.0:
+            raise ConfigError(f"lr is {self.lr!r}, expected more than 0 and less than 1")
+        for name in ("max_steps", "batch_size", "max_length", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected at least 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"seed is {self.seed!r}, expected 0 to {(1 << 32) - 1}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")
+
+
+class TrainableAdapters(nn.Module):
+    """The adapters as a module whose forward pass is the frozen base's loss.
+
+    Only the adapters are registered: the base is reached through ``attached``, which is no module.
+    """
+
+    def __init__(self, attached: Attached) -> None:
+        super().__init__()
+        self.adapters = attached.adapters
+        self.attached = attached
+
+    def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean loss over the target tokens of a batch made by ``adalink.training.dataset``.
+
+        Args:
+            labels: int64 with shape ``(batch, seq)``, -100 but on targets.
+            inputs: what the base takes, each with shape ``(batch, seq)``.
+        """
+        base = self.attached.model
+        if base.config.is_encoder_decoder:
+            return {"loss": base(**inputs, labels=labels).loss}
+        is_target = labels != IGNORED_LABEL
+        # Rows end in the last column: the head is needed only from the token before the first target on.
+        kept = int(is_target.any(dim=0).sum())
+        with self.attached.positions(prompt_mask=~is_target):
+            logits = base(**inputs, use_cache=False, logits_to_keep=kept + 1).logits
+        loss = functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, -kept:].flatten(), ignore_index=IGNORED_LABEL
+        )
+        return {"loss": loss}
+
+
+def train(
+    base: str | Path,
+    data: str | Path,
+    eval_data: str | Path,
+    out: str | Path,
+    config: AdaLinkConfig,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train an adapter and write its folder, with a report in ``training.json``.
+
+    The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed.
+    Checkpoints lie in ``OUT.checkpoints`` and are removed at the end.
+
+    Args:
+        base: the base model, as for ``load_base``.
+        data: JSONL rows to learn from.
+        eval_data: JSONL rows for the exact-match accuracy of base and adapter.
+        out: adapter folder to write or replace.
+        config: settings of the method.
+        settings: how to train.
+        resume: go on from the last checkpoint of an interrupted run with the same settings.
+        callbacks: more Trainer callbacks.
+
+    Returns:
+        the report, as written.
+
+    Raises:
+        AdaLinkError: data, base, settings or target folder cannot be used.
+    """
+    out = Path(out)
+    check_target(out)
+    rows, eval_rows = read_rows(data), read_rows(eval_data)
+    record = {
+        "base": display_name(base),
+        "method": asdict(config),
+        "settings": asdict(settings),
+        "data": {
+            "train": {"file": Path(data).name, "sha256": digest_file(Path(data)), "rows": len(rows)},
+            "eval": {"file": Path(eval_data).name, "sha256": digest_file(Path(eval_data)), "rows": len(eval_rows)},
+        },
+    }
+    checkpoints = out.parent / f"{out.name}.checkpoints"
+    last = _prepare_checkpoints(checkpoints, record, resume)
+    tokenizer = load_tokenizer(base)
+    examples = encode_rows(rows, tokenizer, settings.max_length, data)
+    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data)
+    model = load_base(base)
+    if not model.can_generate():
+        raise ModelError(
+            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
+            "decoders and encoder-decoders; for encoders use adalink.training.attach in a loop of your own"
+        )
+    arguments = _trainer_arguments(checkpoints, settings)
+    model.to(arguments.device)
+    start = time.perf_counter()
+    accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size)}
+    set_seed(settings.seed)
+    with attach(model, config) as attached:
+        trainer = Trainer(
+            model=TrainableAdapters(attached),
+            args=arguments,
+            train_dataset=examples,  # type: ignore[arg-type]  # a list is a map-style data set
+            data_collator=_collator(model, tokenizer),
+            callbacks=list(callbacks),
+        )
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        attached.adapters.eval()
+        accuracy["adapter"] = exact_match(model, tokenizer, eval_examples, settings.batch_size)
+        adapter = to_adapter(attached, display_name(base))
+    report = {
+        "kit_version": version("adalink-kit"),
+        **record,
+        "base_fingerprint": adapter.config.base_fingerprint,
+        "adapter_digest": adapter.digest,
+        "loss_curve": [
+            {"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry
+        ],
+        "exact_match": accuracy,
+        "wall_seconds": round(time.perf_counter() - start, 1),
+    }
+    save_adapter(out, adapter, {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()})
+    shutil.rmtree(checkpoints)
+    return report
+
+
+def _trainer_arguments(checkpoints: Path, settings: TrainSettings) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=round(_WARMUP_SHARE * settings.max_steps),
+        weight_decay=0.0,
+        logging_steps=max(1, settings.max_steps // 20),
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+    )
+
+
+def _collator(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Sequence[Example]], dict[str, torch.Tensor]]:
+    pad = end_token(tokenizer)
+    pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
+    return lambda examples: pad_rows(examples, pad)
+
+
+def _prepare_checkpoints(folder: Path, record: dict[str, Any], resume: bool) -> Path | None:
+    """Open the checkpoint folder of a run; returns the checkpoint to go on from, if any."""
+    settings = folder / _SETTINGS_FILE
+    if not resume:
+        if folder.exists():
+            raise ConfigError(
+                f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
+            )
+        folder.mkdir(parents=True)
+        settings.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return None
+    if not settings.is_file():
+        raise ConfigError(f"{folder} holds no interrupted run to resume: start one without --resume")
+    before = json.loads(settings.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(record))
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        raise ConfigError(
+            f"{folder}: the interrupted run had other {' and '.join(changed)}: {before.get(changed[0])}, now "
+            f"{now[changed[0]]}; resume with the same ones, or remove that folder"
+        )
+    # trainer_state.json is written last: a checkpoint without it was cut off.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
