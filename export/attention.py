@@ -58,7 +58,7 @@ def plain_attention(
         softcap: Gemma 2's limit of the scores, which is refused.
 
     Returns:
-        The heads' outputs with shape ``(batch, sequence, heads, head_dim)``, and no weights.
+        The heads' outputs with shape ``(batch, sequence, ..., head_dim)``, and no weights.
     """
     if softcap is not None:
         raise ModelError(
@@ -70,7 +70,9 @@ def plain_attention(
         query = query * scale
     if groups > 1:
         # Keys are broadcast over the query heads of their group, not copied.
-        query = query.unflatten(1, (-1, groups))  # type: ignore[no-untyped-call]
+        batch, _, sequence, width = query.shape
+        config: Any = module.config
+        query = query.reshape(batch, config.num_key_value_heads, groups, sequence, width)
         key, value = key.unsqueeze(2), value.unsqueeze(2)
     scores = torch.matmul(query, key.transpose(-1, -2)).float()
     if position_bias is not None:
@@ -78,6 +80,5 @@ def plain_attention(
     if attention_mask is not None:
         scores = scores + (attention_mask.unsqueeze(2) if groups > 1 else attention_mask)
     output = torch.matmul(torch.softmax(scores, dim=-1).to(value.dtype), value)
-    if groups > 1:
-        output = output.flatten(1, 2)
-    return output.transpose(1, 2), None
+    # The caller merges all dimensions behind the sequence.
+    return (output.permute(0, 3, 1, 2, 4) if groups > 1 else output.transpose(1, 2)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -257,6 +258,7 @@ def _write_variant(
 ) -> Variant:
     """Write the graphs of one variant."""
     from adalink.export.attention import exportable_attention
+    from adalink.export.fused import fuse, why_not_fused
     from adalink.export.onnx_graph import traced_graphs, write_graph
 
     folder = writer.fresh_folder(f"base/{target}")
@@ -266,11 +268,21 @@ def _write_variant(
         "kit_version": version("adalink-kit"),
     }
     files = {}
+    objection = why_not_fused(target, base.embedding_dtype)
     with exportable_attention(model):
         for stem, graph in traced_graphs(model, architecture).items():
-            report(f"tracing {stem}.onnx ({target}, {base.embedding_dtype})")
+            report(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
-            write_graph(graph, writer.stage(files[stem]), metadata)
+            path = writer.stage(files[stem])
+            if objection is not None:
+                write_graph(graph, path, metadata)
+                continue
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as draft:
+                write_graph(graph, Path(draft) / path.name, metadata)
+                report(f"fusing {stem}.onnx for {target}")
+                fuse(Path(draft) / path.name, path, target)
+    if objection is not None and target != "portable":
+        report(f"the graph is kept in standard operators: {objection}")
     return Variant(
         target=target,
         backends=TARGETS[target],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.export.architectures import Architecture, cache_shape, mask_windows
+from adalink.export.static_shapes import make_reshapes_static
 from adalink.runtime.errors import GraphError
 from adalink.runtime.manifest import Cache
 
@@ -93,6 +94,7 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
             )
         model = onnx.load(draft)
     _check_standard(model, path.name)
+    make_reshapes_static(model)
     model.producer_name = "adalink-kit"
     onnx.helper.set_model_props(model, metadata)
     onnx.save_model(
