@@ -1,8 +1,8 @@
 """How far a correct float32 evaluation of ``x + up(act(down(x)))`` may lie from the exact one (docs/parity.md).
 
-Componentwise forward error bounds in the manner of Higham, Accuracy and Stability of Numerical Algorithms (2nd ed., 2002),
-chapter 3: a sum of ``n`` terms, in any order, with or without fused multiply-add, has an error of at most ``gamma_n`` times
-the sum of the terms' absolute values. All arithmetic here is float64.
+Componentwise forward error bounds in the manner of Higham, Accuracy and Stability of Numerical Algorithms (2nd ed.,
+2002), chapter 3: a sum of ``n`` terms, in any order, with or without fused multiply-add, has an error of at most
+``gamma_n`` times the sum of the terms' absolute values. All arithmetic here is float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ActivationError:
     roundoffs: float
 
 
-# Slopes: gelu' and its tanh form peak at 1.12890 and 1.12899, silu' at 1.09984. Own errors: docs/parity.md, "activations".
+# Slopes: gelu' and its tanh form peak at 1.12890 and 1.12899, silu' at 1.09984. Own errors: docs/parity.md.
 ACTIVATION_ERRORS = {
     "identity": ActivationError(1.0, 0.0),
     "relu": ActivationError(1.0, 0.0),

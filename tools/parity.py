@@ -1,0 +1,178 @@
+"""All levels of parity, in order (docs/parity.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from adalink.runtime.adapter import Adapter, read_adapter
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.engine import open_backend
+from adalink.runtime.errors import UnknownTaskError
+from adalink.runtime.integrity import read_verified
+from adalink.tools.bounds import UNIT_ROUNDOFF
+from adalink.tools.parity_adapter import check_contract, check_vocabulary, check_weights, to_float64
+from adalink.tools.parity_generation import Verdict, check_generation, judge_rows, open_endless
+from adalink.tools.parity_outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity_prompts import choose_prompts, fit, seeded_rows
+from adalink.tools.parity_reference import Reference
+from adalink.tools.parity_report import Check, Report, at_most
+from adalink.tools.parity_swap import check_mixed_outputs, check_swaps, mixed_tasks
+
+STEPS = 32
+_QUICK_GENERATIONS, _GENERATIONS = 3, 6
+
+Progress = Callable[[str], None]
+
+
+def verify(
+    path: Path,
+    against: str,
+    adapters: Mapping[str, Path],
+    *,
+    backend: str = "onnxruntime-cpu",
+    threads: int | None = None,
+    quick: bool = False,
+    progress: Progress = lambda line: None,
+) -> Report:
+    """Compare a deployment with PyTorch.
+
+    Args:
+        path: the deployment.
+        against: its base model: folder, GGUF file or hub id.
+        adapters: adapter folder that a task is compared with; by default the copy beside its graph.
+        backend: which engine.
+        threads: threads of the engine.
+        quick: fewer prompts.
+        progress: called with a line at each step.
+
+    Raises:
+        AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
+    """
+    progress("opening the deployment")
+    with Deployment.open(path, backend, threads=threads) as deployment:
+        folders = _adapter_folders(deployment, adapters)
+        sources = {name: read_adapter(folder) for name, folder in folders.items()}
+        progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
+        reference = Reference(against, deployment.manifest.base)
+        report = Report()
+        _check_adapters(report, deployment, sources, backend, progress)
+        report.checks.append(_check_table(deployment, reference))
+        prompts, rows = _rows(report, deployment, against, quick)
+        _check_outputs(report, deployment, reference, folders, prompts, rows, (backend, threads), progress)
+        progress(f"swapping through {len(deployment.tasks)} tasks in fresh processes")
+        checks, report.receipt = check_swaps(deployment, backend, threads, rows[0])
+        report.checks += checks
+    return report
+
+
+def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> dict[str, Path]:
+    if unknown := sorted(adapters.keys() - set(deployment.tasks)):
+        raise UnknownTaskError(
+            f"task {unknown[0]!r} is not deployed here; deployed are: {', '.join(deployment.tasks) or 'none'}"
+        )
+    own = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
+    return {name: adapters.get(name, own[name]) for name in deployment.tasks}
+
+
+def _check_adapters(
+    report: Report, deployment: Deployment, sources: Mapping[str, Adapter], backend: str, progress: Progress
+) -> None:
+    """Level 1."""
+    manifest = deployment.manifest
+    for name, adapter in sources.items():
+        progress(f"task {name}: every row of the vocabulary, every weight")
+        task = manifest.tasks[name]
+        graph = read_verified(deployment.path, manifest, task.graph)
+        runner = open_backend(backend, 1).open_task(graph, manifest.base, task.modalities)
+        report.checks += [
+            check_contract(name, task, adapter),
+            check_vocabulary(name, deployment, adapter),
+            check_weights(name, runner, adapter, manifest.base.embedding_dtype),
+        ]
+
+
+def _check_table(deployment: Deployment, reference: Reference) -> Check:
+    """The deployment's embedding table is what the model's embedding module returns, rounded to its dtype at most."""
+    base = deployment.manifest.base
+    expected = reference.embedding_table()
+    received = to_float64(deployment.embed(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
+    unit = 0.0 if base.embedding_dtype == "float32" else 2 * UNIT_ROUNDOFF[base.embedding_dtype]
+    excess = float((np.abs(received - expected) - unit * np.abs(expected)).max())
+    return at_most("base/embeddings", max(excess, 0.0), 0.0, "deviation beyond one rounding to the deployment's dtype")
+
+
+def _rows(
+    report: Report, deployment: Deployment, against: str, quick: bool
+) -> tuple[list[str] | None, list[list[int]]]:
+    """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
+    base = deployment.manifest.base
+    longest = (base.max_positions or 1 << 20) - (0 if base.kind == "encoder" else STEPS)
+    if base.tokenizer is None:
+        report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
+        return None, seeded_rows(base, longest)
+    from adalink.training.base_model import load_tokenizer
+
+    encode = deployment.tokenizer.encode
+    prompts = [fit(text, encode, longest) for text in choose_prompts(quick)]
+    own = load_tokenizer(against)
+    rows = [list(own(text)["input_ids"]) for text in prompts]
+    differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
+    detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
+    report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
+    return prompts, rows
+
+
+def _check_outputs(
+    report: Report,
+    deployment: Deployment,
+    reference: Reference,
+    folders: Mapping[str, Path],
+    prompts: list[str] | None,
+    rows: list[list[int]],
+    engine: tuple[str, int | None],
+    progress: Progress,
+) -> None:
+    """Levels 2 and 3, the mixed batch of level 4, and level 5."""
+    quick = prompts is not None and len(prompts) < _GENERATIONS + 1
+    texts = None if prompts is None else prompts[-(_QUICK_GENERATIONS if quick else _GENERATIONS) :]
+    if deployment.manifest.base.kind == "encoder":
+        texts = None
+    configurations: list[str | None] = [None, *deployment.tasks]
+    compared: dict[str | None, Comparison] = {}
+    limits: dict[str, float] = {}
+    endless = None if texts is None else open_endless(deployment, *engine)
+    mixed = mixed_tasks(deployment)
+    mixed_texts = [] if texts is None else [texts[index % len(texts)] for index in range(len(mixed))]
+    mixed_rows = [] if endless is None else endless.generate(mixed_texts, tasks=mixed, max_new_tokens=STEPS)
+    mixed_verdicts: list[Verdict] = []
+    for task in configurations:
+        label = "base" if task is None else f"task/{task}"
+        progress(f"{label}: outputs on {len(rows)} prompts")
+        with reference.adapted(None if task is None else folders[task]):
+            compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
+            report.checks += comparison.checks
+            for name, limit in comparison.limits.items():
+                limits[name] = max(limit, limits.get(name, 0.0))
+            if endless is not None and texts is not None:
+                progress(f"{label}: {STEPS} greedy steps for {len(texts)} prompts")
+                generated = endless.generate(texts, tasks=task, max_new_tokens=STEPS)
+                verdicts = judge_rows(reference, endless, texts, generated, comparison.limits["logits"])
+                report.checks.append(check_generation(f"{label}/generation", verdicts, STEPS))
+                own = [index for index, name in enumerate(mixed) if name == task]
+                mixed_verdicts += judge_rows(
+                    reference,
+                    endless,
+                    [mixed_texts[index] for index in own],
+                    [mixed_rows[index] for index in own],
+                    comparison.limits["logits"],
+                )
+    for task in deployment.tasks:
+        report.checks += check_control(task, compared[None], compared[task])
+    progress("one batch of mixed tasks against single rows")
+    report.checks += check_mixed_outputs(deployment, rows, limits)
+    if endless is not None:
+        report.checks.append(check_generation("mixed/generation", mixed_verdicts, STEPS))
+        endless.close()

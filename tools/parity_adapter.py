@@ -1,0 +1,114 @@
+"""Level 1: a task's graph against the adapter in float64, over the whole vocabulary and over every single weight.
+
+On text an adapter is a function of the token alone, so the vocabulary is its whole domain. A sum over ``d`` terms hides
+a small change of one weight, though, within its own rounding error; so a second sweep feeds multiples of the unit
+vectors, where the inner sum has one term and each weight stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from adalink.runtime.adapter import Adapter
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.engine import Array, TaskRunner
+from adalink.runtime.manifest import Task
+from adalink.tools.bounds import Float64
+from adalink.tools.parity_report import Check, at_most
+from adalink.tools.reference import exact_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BLOCK_ROWS = 4096
+# Multiples of the unit vectors: both signs, so that an activation with a dead side shows its weights.
+_PROBE_SCALES = (1.0, -1.0)
+
+
+def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
+    """What the manifest says of a task against the adapter it is compared with."""
+    config = adapter.config
+    fields = {
+        "adapter_digest": (task.adapter_digest, adapter.digest),
+        "rank": (task.rank, config.rank),
+        "activation": (task.activation, config.activation),
+        "modalities": (task.modalities, config.modalities),
+        "scope": (task.scope, config.scope),
+    }
+    wrong = [f"{key} is {was!r}, the adapter's {own!r}" for key, (was, own) in fields.items() if was != own]
+    return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")
+
+
+def check_vocabulary(name: str, deployment: Deployment, adapter: Adapter) -> Check:
+    """Every row of the embedding table through the deployment, as ``run`` would feed it to the engine."""
+    base = deployment.manifest.base
+    modality, dtype = base.modalities[0], base.embedding_dtype
+
+    def blocks() -> Iterator[tuple[int, Float64, Float64]]:
+        for start in range(0, base.vocab_size, _BLOCK_ROWS):
+            ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
+            plain, adapted = deployment.embed(ids)[0], deployment.embed(ids, tasks=name)[0]
+            yield start, to_float64(plain, dtype), to_float64(adapted, dtype)
+
+    ratio, row, column = _worst(blocks(), adapter, modality, dtype)
+    token = _token_text(deployment, row)
+    detail = f"measured / bound over {base.vocab_size} tokens; worst: token {row}{token}, component {column}"
+    return at_most(f"adapter/{name}/vocabulary", ratio, 1.0, detail)
+
+
+def check_weights(name: str, runner: TaskRunner, adapter: Adapter, dtype: str) -> Check:
+    """Multiples of every unit vector through the task graph, for each modality of the adapter."""
+    width = adapter.config.hidden_size
+    worst, detail = 0.0, ""
+    for index, modality in enumerate(adapter.config.modalities):
+        for scale in _PROBE_SCALES:
+            x = np.eye(width) * scale
+            positions = np.full((1, width), index, np.int64) if len(adapter.config.modalities) > 1 else None
+            adapted = to_float64(runner.run(from_float64(x, dtype)[None], positions)[0], dtype)
+            ratio, row, column = _worst(iter([(0, x, adapted)]), adapter, modality, dtype)
+            if not ratio <= worst:
+                worst = ratio
+                detail = f"; worst: {modality}, {scale:+g} times unit vector {row}, component {column}"
+    return at_most(f"adapter/{name}/weights", worst, 1.0, f"measured / bound over the unit vectors{detail}")
+
+
+def to_float64(values: Array, dtype: str) -> Float64:
+    """Values of the deployment as float64; bfloat16 comes as its bits."""
+    if dtype == "bfloat16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64)
+
+
+def from_float64(values: npt.NDArray[np.float64], dtype: str) -> Array:
+    """The reverse, for values that are exact in ``dtype``."""
+    if dtype == "bfloat16":
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def _worst(
+    blocks: Iterator[tuple[int, Float64, Float64]], adapter: Adapter, modality: str, dtype: str
+) -> tuple[float, int, int]:
+    """Largest ``|measured - exact| / bound`` with its row and component; infinite where the bound is 0 and missed."""
+    worst = (0.0, 0, 0)
+    for start, plain, adapted in blocks:
+        exact = exact_adapter(adapter, modality, plain, dtype)
+        deviation = np.abs(adapted - exact.output)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(deviation == 0, 0.0, deviation / exact.bound)
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)
+        row, column = np.unravel_index(int(ratio.argmax()), ratio.shape)
+        if ratio[row, column] > worst[0]:
+            worst = (float(ratio[row, column]), start + int(row), int(column))
+    return worst
+
+
+def _token_text(deployment: Deployment, token: int) -> str:
+    if deployment.manifest.base.tokenizer is None:
+        return ""
+    decode: Callable[[list[int]], str] = deployment.tokenizer.decode
+    return f" {decode([token])!r}"

@@ -1,0 +1,124 @@
+"""Levels 2, 3 and 5: outputs of the deployment against PyTorch, row by row, for the base and for each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.runtime.deployment import Deployment
+from adalink.tools.bounds import Float64
+from adalink.tools.parity_adapter import to_float64
+from adalink.tools.parity_reference import Outputs, Reference, limit_of
+from adalink.tools.parity_report import Check, at_most, more_than
+
+# Rounding of the float64 sums in the divergence itself.
+_KL_ROUNDING = 1e-14
+_DECODER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Deployment and PyTorch side by side.
+
+    Attributes:
+        checks: the findings.
+        limits: largest deviation allowed, by output.
+        received: the deployment's outputs, one dictionary for each row.
+    """
+
+    checks: list[Check]
+    limits: dict[str, float]
+    received: list[dict[str, Float64]]
+
+
+def compare_outputs(
+    prefix: str, deployment: Deployment, reference: Reference, task: str | None, rows: list[list[int]]
+) -> Comparison:
+    """Run every row alone on both sides; the reference has the task's adapter attached.
+
+    Args:
+        prefix: of the checks' names, such as ``base`` or ``task/topics``.
+        deployment: what is verified.
+        reference: what it is verified against.
+        task: the deployment's task, or ``None``.
+        rows: token ids.
+    """
+    base = deployment.manifest.base
+    expected: list[Outputs] = []
+    received: list[dict[str, Float64]] = []
+    for index, ids in enumerate(rows):
+        decoder_ids = decoder_row(deployment, index)
+        expected.append(reference.outputs(ids, decoder_ids))
+        found = deployment.run(input_ids=[ids], tasks=task, decoder_input_ids=decoder_ids and [decoder_ids])
+        received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in found.items()})
+    checks, limits = [], {}
+    for name in expected[0].values:
+        noise = max(row.noise[name] for row in expected)
+        limits[name] = limit_of(noise, base.embedding_dtype)
+        pairs = [(ours[name], theirs.values[name]) for ours, theirs in zip(received, expected, strict=True)]
+        checks.append(_check_deviation(f"{prefix}/{name}", pairs, limits[name], noise))
+        if name == "logits":
+            checks += _check_predictions(prefix, pairs, limits[name])
+    return Comparison(checks, limits, received)
+
+
+def check_control(task: str, base: Comparison, adapted: Comparison) -> list[Check]:
+    """The negative control: a task must change the base's output by more than any rounding could."""
+    checks = []
+    for name, limit in adapted.limits.items():
+        changes = [
+            float(np.abs(with_task[name] - plain[name]).max())
+            for with_task, plain in zip(adapted.received, base.received, strict=True)
+        ]
+        row = int(np.argmax(changes))
+        detail = f"the task must change the base's output by more than this; largest at prompt {row}"
+        checks.append(more_than(f"control/{task}/{name}", max(changes), limit, detail))
+    return checks
+
+
+def decoder_row(deployment: Deployment, row: int) -> list[int] | None:
+    """Decoder tokens that an encoder-decoder is compared on; ``None`` for every other kind."""
+    base = deployment.manifest.base
+    if base.kind != "encoder-decoder":
+        return None
+    assert base.decoder_start_token_id is not None
+    rng = np.random.default_rng([7, row])
+    return [base.decoder_start_token_id, *rng.integers(0, base.vocab_size, _DECODER_TOKENS - 1).tolist()]
+
+
+def _check_deviation(name: str, pairs: list[tuple[Float64, Float64]], limit: float, noise: float) -> Check:
+    deviations = [np.abs(ours - theirs) for ours, theirs in pairs]
+    row = int(np.argmax([deviation.max() for deviation in deviations]))
+    position = int(deviations[row].max(axis=1).argmax())
+    detail = (
+        f"max |Δ| over {sum(len(ours) for ours, _ in pairs)} positions of {len(pairs)} prompts; worst: prompt {row}, "
+        f"position {position}; PyTorch float32 is itself {noise:.2e} from float64"
+    )
+    return at_most(name, float(deviations[row].max()), limit, detail)
+
+
+def _check_predictions(prefix: str, pairs: list[tuple[Float64, Float64]], limit: float) -> list[Check]:
+    """KL divergence of the next-token distributions, and the likeliest token."""
+    divergence, total, agreeing, decisive, first = 0.0, 0, 0, 0, ""
+    for row, (ours, theirs) in enumerate(pairs):
+        log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+        divergence = max(divergence, float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).max()))
+        chosen = ours.argmax(axis=1)
+        margins = theirs.max(axis=1) - np.take_along_axis(theirs, chosen[:, None], axis=1)[:, 0]
+        total += len(chosen)
+        agreeing += int((chosen == theirs.argmax(axis=1)).sum())
+        bad = np.flatnonzero(~(margins <= 2 * limit))
+        decisive += len(bad)
+        if len(bad) and not first:
+            first = f"; first at prompt {row}, position {bad[0]}"
+    agreement = f"{agreeing} of {total} top-1 tokens agree, the other {total - agreeing - decisive} are ties{first}"
+    return [
+        at_most(f"{prefix}/kl", divergence, limit**2 / 2 + _KL_ROUNDING, "largest KL(PyTorch || deployment), nats"),
+        at_most(f"{prefix}/top1", decisive, 0, agreement),
+    ]
+
+
+def _log_softmax(logits: Float64) -> Float64:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

@@ -1,0 +1,108 @@
+"""Level 4: swapping tasks leaves no trace, rows of one batch do not touch each other, and nothing is ever rebuilt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from adalink.runtime.deployment import Deployment
+from adalink.tools.parity_adapter import to_float64
+from adalink.tools.parity_outputs import decoder_row
+from adalink.tools.parity_report import Check, at_most
+from adalink.tools.swap_worker import run_fresh
+
+_MIXED_ROWS = 8
+
+
+def check_swaps(
+    deployment: Deployment, backend: str, threads: int | None, row: list[int]
+) -> tuple[list[Check], dict[str, object]]:
+    """Go from the base through every task and back in one process, and to each of them in a process of its own.
+
+    Args:
+        deployment: gives path and tasks; it is not run.
+        backend: which engine.
+        threads: threads of the engine.
+        row: token ids.
+
+    Returns:
+        The checks, and the receipt.
+    """
+    there = [None, *deployment.tasks]
+    tour = [*there, *there[-2::-1]]
+    decoder = decoder_row(deployment, 0)
+    request: dict[str, Any] = {
+        "path": str(deployment.path),
+        "backend": backend,
+        "threads": threads,
+        "ids": [row],
+        "decoder_ids": decoder and [decoder],
+    }
+    toured = run_fresh({**request, "tasks": tour})
+    fresh = {task: run_fresh({**request, "tasks": [task]}) for task in there}
+    seen: dict[str | None, set[str]] = {task: set() for task in there}
+    for task, digest in zip(tour, toured["digests"], strict=True):
+        seen[task].add(digest)
+    names = {task: task or "base" for task in there}
+    changed = [names[task] for task, digests in seen.items() if len(digests) > 1]
+    differing = [names[task] for task in there if fresh[task]["digests"] != [toured["digests"][tour.index(task)]]]
+    path = " -> ".join(names[task] for task in tour)
+    builds = toured["builds_after"] - toured["builds_before"]
+    altered = sum(not answer["unchanged"] for answer in (toured, *fresh.values()))
+    checks = [
+        at_most("swap/return", len(changed), 0, f"{path}: each bit for bit as before; differing: {changed or 'none'}"),
+        at_most("swap/fresh-process", len(differing), 0, f"equal to fresh processes; not: {differing or 'none'}"),
+        at_most("receipt/engine-builds", builds, 0, f"engines built during {len(tour) - 1} swaps"),
+        at_most("receipt/base-files", altered, 0, "processes that found a byte of the base changed"),
+    ]
+    receipt = {
+        "tour": [names[task] for task in tour],
+        "outputs": {names[task]: f"sha256:{toured['digests'][tour.index(task)]}" for task in there},
+        "engine_builds_during_swaps": builds,
+        "base_files": toured["files"],
+        "base_unchanged": altered == 0,
+    }
+    return checks, receipt
+
+
+def check_mixed_outputs(deployment: Deployment, rows: list[list[int]], limits: dict[str, float]) -> list[Check]:
+    """One padded batch with another task in each row, against each row alone."""
+    base = deployment.manifest.base
+    tasks = mixed_tasks(deployment)
+    rows = [rows[index % len(rows)] for index in range(len(tasks))]
+    longest = max(map(len, rows))
+    ids = np.full((len(rows), longest), base.pad_token_id, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    places = []
+    for index, row in enumerate(rows):
+        start = longest - len(row) if base.kind == "decoder" else 0
+        places.append(slice(start, start + len(row)))
+        ids[index, places[-1]] = row
+        mask[index, places[-1]] = 1
+    decoder = decoder_row(deployment, 0)
+    mixed = deployment.run(
+        input_ids=ids, attention_mask=mask, tasks=tasks, decoder_input_ids=decoder and [decoder] * len(rows)
+    )
+    checks = []
+    for name, limit in limits.items():
+        deviations = []
+        for index, row in enumerate(rows):
+            single = deployment.run(input_ids=[row], tasks=tasks[index], decoder_input_ids=decoder and [decoder])[name][
+                0
+            ]
+            together = mixed[name][index]
+            if base.kind != "encoder-decoder" or name != "logits":
+                together = together[places[index]]
+            dtype = base.embedding_dtype
+            deviations.append(float(np.abs(to_float64(together, dtype) - to_float64(single, dtype)).max()))
+        worst = int(np.argmax(deviations))
+        detail = f"max |Δ| of {len(rows)} rows in one padded batch from each alone; worst: row {worst} ({tasks[worst]})"
+        checks.append(at_most(f"mixed/{name}", max(deviations), limit, detail))
+    return checks
+
+
+def mixed_tasks(deployment: Deployment) -> list[str | None]:
+    """A task for each row of a mixed batch: the base and every task in turn."""
+    choices = [None, *deployment.tasks]
+    return [choices[index % len(choices)] for index in range(max(_MIXED_ROWS, len(choices)))]

@@ -1,0 +1,27 @@
+"""Writing a report as JSON: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from adalink.runtime.errors import WriteError
+
+
+def write_json(path: Path, report: Mapping[str, object]) -> None:
+    """Write ``report``, strictly JSON (no NaN), beside ``path`` and rename it in; raises ``WriteError``."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    try:
+        handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            Path(staging).replace(path)
+        except BaseException:
+            Path(staging).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror}; choose a writable file with --json") from error

@@ -1,0 +1,63 @@
+"""A process of its own for level 4: open a deployment, run a list of tasks one after the other, digest the outputs.
+
+``python -m adalink.tools.swap_worker`` reads ``{"path", "backend", "threads", "ids", "decoder_ids", "tasks"}`` from
+stdin and prints ``{"digests": [...], "builds_before", "builds_after", "files": {...}, "unchanged"}``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from adalink.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from adalink.runtime.deployment import Deployment
+
+
+def run_fresh(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer a request in a new process; raises ``BackendError`` if that process fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "adalink.tools.swap_worker"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        cause = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BackendError(f"a fresh process for tasks {request['tasks']} ended with code {done.returncode}: {cause}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    from adalink.runtime.deployment import Deployment
+
+    with Deployment.open(request["path"], request["backend"], threads=request["threads"]) as deployment:
+        before = deployment.receipt()
+        digests = [_digest(deployment, request, task) for task in request["tasks"]]
+        after = deployment.receipt()
+    return {
+        "digests": digests,
+        "builds_before": before.engine_builds,
+        "builds_after": after.engine_builds,
+        "files": after.digests,
+        "unchanged": after.unchanged and before.digests == after.digests,
+    }
+
+
+def _digest(deployment: Deployment, request: dict[str, Any], task: str | None) -> str:
+    outputs = deployment.run(input_ids=request["ids"], tasks=task, decoder_input_ids=request["decoder_ids"])
+    state = hashlib.sha256()
+    for name in sorted(outputs):
+        state.update(f"{name} {outputs[name].shape} {outputs[name].dtype};".encode())
+        state.update(outputs[name].tobytes())
+    return state.hexdigest()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))))

@@ -1,0 +1,116 @@
+"""``adalink verify``: prove that a deployment computes what PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from adalink.tools.parity_report import Report
+
+
+@click.command(short_help="Prove that a deployment computes what PyTorch computes.")
+@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="MODEL", help="The base model: a folder, a GGUF file or a hub id.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="Compare task NAME with this adapter folder instead of the copy in the deployment. May be repeated.",
+)
+@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine is verified.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@click.option("--quick", is_flag=True, help="Fewer prompts; every kind of check is still made.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a JSON report.")
+def command(
+    deployment: Path,
+    against: str,
+    adapters: tuple[str, ...],
+    backend: str,
+    threads: int | None,
+    quick: bool,
+    json_file: Path | None,
+) -> None:
+    """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
+
+    Every task graph over the whole vocabulary against float64, the engine's outputs and greedy generation against
+    PyTorch float32, swaps in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are derived
+    (docs/parity.md), not chosen. Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
+
+    \b
+    Example:
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --quick --json parity.json
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --adapter topics=./adapters/topics
+    """  # noqa: D301
+    from adalink.tools.console import say
+    from adalink.tools.environment import describe_environment
+    from adalink.tools.parity import verify
+    from adalink.tools.quiet import quiet_libraries
+    from adalink.tools.report_file import write_json
+
+    started = time.monotonic()
+    with quiet_libraries():
+        report = verify(
+            deployment,
+            against,
+            _parse_adapters(adapters),
+            backend=backend,
+            threads=threads,
+            quick=quick,
+            progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
+        )
+    environment = {**describe_environment(), "backend": backend, "threads": threads, "against": Path(against).name}
+    if json_file is not None:
+        write_json(json_file, report.as_json(environment))
+    print_report(report)
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+def print_report(report: Report) -> None:
+    """The checks as a table, then the receipt."""
+    from adalink.tools.console import print_table
+
+    rows = [
+        (
+            "pass" if check.passed else "FAIL",
+            check.name,
+            f"{check.measured:.3g}",
+            f"{'> ' if check.name.startswith('control/') else '≤ '}{check.limit:.3g}",
+            check.detail,
+        )
+        for check in report.checks
+    ]
+    print_table("Parity with PyTorch", ("", "check", "measured", "limit", "detail"), rows)
+    for line in report.skipped:
+        click.echo(f"Not checked: {line}")
+    print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
+    failed = [check.name for check in report.checks if not check.passed]
+    verdict = (
+        f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}" if failed else "All checks passed"
+    )
+    click.echo(f"{verdict}.")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " -> ".join(map(str, value))
+    return (
+        "\n".join(f"{key}: {entry}" for key, entry in value.items()) if isinstance(value, dict) else json.dumps(value)
+    )
+
+
+def _parse_adapters(pairs: tuple[str, ...]) -> dict[str, Path]:
+    adapters = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not (name and equals and folder):
+            raise click.BadParameter(f"{pair!r} is not NAME=FOLDER", param_hint="--adapter")
+        adapters[name] = Path(folder)
+    return adapters
