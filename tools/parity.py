@@ -116,7 +116,8 @@ def _rows(
     from adalink.training.base_model import load_tokenizer
 
     encode = deployment.tokenizer.encode
-    prompts = [fit(text, encode, longest) for text in choose_prompts(quick)]
+    # A small vocabulary may lack a whole script: what has no token at all is left out.
+    prompts = [fit(text, encode, longest) for text in choose_prompts(quick) if encode(text)]
     own = load_tokenizer(against)
     rows = [list(own(text)["input_ids"]) for text in prompts]
     differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]

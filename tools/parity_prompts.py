@@ -11,8 +11,8 @@ from adalink.runtime.manifest import Base
 PROMPTS = (
     "The capital of France is",
     (
-        "Text: Oil prices rose on Monday after the producers' group said it would keep its output ceiling until the end of "
-        "the quarter, while refiners reported lower stocks of heating fuel.\nTopic:"
+        "Text: Oil prices rose on Monday after the producers' group said it would keep its output ceiling "
+        "until the end of the quarter, while refiners reported lower stocks of heating fuel.\nTopic:"
     ),
     "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return",
     "Hello",
@@ -22,19 +22,20 @@ PROMPTS = (
     "SELECT name, COUNT(*) FROM orders WHERE total > 100 GROUP BY",
     "昨日は雨が降ったので、",
     (
-        "Dear Ms. Okafor,\n\nThank you for your letter of 3 March. We have looked into the matter of the delayed shipment "
-        "and found that the parcel was held at the border for an inspection that was not announced to us. We are sorry for "
-        "the inconvenience and would like to offer you a refund of the postage. Please let us know whether you prefer a "
-        "transfer to your account or a voucher, and"
+        "Dear Ms. Okafor,\n\nThank you for your letter of 3 March. We have looked into the matter of the "
+        "delayed shipment and found that the parcel was held at the border for an inspection that was not "
+        "announced to us. We are sorry for the inconvenience and would like to offer you a refund of the "
+        "postage. Please let us know whether you prefer a transfer to your account or a voucher, and"
     ),
     "1, 1, 2, 3, 5, 8, 13, 21,",
     (
-        "The committee met for the third time this year. After a long debate about the budget, in which several members "
-        "asked for more detail on travel and on the cost of the new building, the chair proposed to postpone the vote. Two "
-        "members objected. The secretary then read the minutes of the previous meeting, which were approved with one "
-        "correction: the figure for the library had been given as 14,200 where it should have been 12,400. The next item "
-        "was the report of the working group on energy. Its speaker explained that insulation of the older wing would pay "
-        "for itself within nine years, and that the subsidy could only be claimed if work began before"
+        "The committee met for the third time this year. After a long debate about the budget, in which "
+        "several members asked for more detail on travel and on the cost of the new building, the chair "
+        "proposed to postpone the vote. Two members objected. The secretary then read the minutes of the "
+        "previous meeting, which were approved with one correction: the figure for the library had been given"
+        " as 14,200 where it should have been 12,400. The next item was the report of the working group on "
+        "energy. Its speaker explained that insulation of the older wing would pay for itself within nine "
+        "years, and that the subsidy could only be claimed if work began before"
     ),
 )
 _QUICK = (0, 1, 2, 4, 9)

@@ -92,10 +92,10 @@ def print_report(report: Report) -> None:
         click.echo(f"Not checked: {line}")
     print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
     failed = [check.name for check in report.checks if not check.passed]
-    verdict = (
-        f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}" if failed else "All checks passed"
-    )
-    click.echo(f"{verdict}.")
+    if failed:
+        click.echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
+    else:
+        click.echo(f"All {len(report.checks)} checks passed.")
 
 
 def _shown(value: object) -> str:
