@@ -70,9 +70,8 @@ def plain_attention(
         query = query * scale
     if groups > 1:
         # Keys are broadcast over the query heads of their group, not copied.
-        batch, _, sequence, width = query.shape
         config: Any = module.config
-        query = query.reshape(batch, config.num_key_value_heads, groups, sequence, width)
+        query = query.reshape(query.shape[0], config.num_key_value_heads, groups, query.shape[2], query.shape[3])
         key, value = key.unsqueeze(2), value.unsqueeze(2)
     scores = torch.matmul(query, key.transpose(-1, -2)).float()
     if position_bias is not None:

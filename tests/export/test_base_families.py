@@ -1,0 +1,283 @@
+"""The exported base of every family computes what its PyTorch model computes: padded, cached, one token at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from tiny_models import DECODERS, FAMILIES, MAX_POSITIONS, _fill, token_ids
+
+from adalink.export.base import export_base
+from adalink.runtime.manifest import Manifest
+
+Array = np.ndarray[Any, Any]
+
+LENGTH = 20
+SHORT = 13
+WINDOW = 8
+
+
+def windowed_mistral():
+    from transformers import MistralForCausalLM
+
+    config = copy.deepcopy(DECODERS["mistral"]().config)
+    config.sliding_window = WINDOW
+    return _fill(MistralForCausalLM(config), 15)
+
+
+def windowed_qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    values = DECODERS["qwen2"]().config.to_dict()
+    for name in ("layer_types", "sliding_window", "max_window_layers", "use_sliding_window"):
+        values.pop(name)
+    config = Qwen2Config(**values, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    assert set(config.layer_types) == {"full_attention", "sliding_attention"}
+    return _fill(Qwen2ForCausalLM(config), 16)
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaModel
+
+    values = FAMILIES["bert"]().config.to_dict() | {"max_position_embeddings": MAX_POSITIONS + 2, "pad_token_id": 1}
+    return _fill(RobertaModel(RobertaConfig(**{k: v for k, v in values.items() if k != "model_type"})), 17)
+
+
+def xlm_roberta():
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    values = roberta().config.to_dict()
+    return _fill(XLMRobertaModel(XLMRobertaConfig(**{k: v for k, v in values.items() if k != "model_type"})), 18)
+
+
+def distilbert():
+    from transformers import DistilBertConfig, DistilBertModel
+
+    config = DistilBertConfig(vocab_size=96, dim=48, hidden_dim=80, n_layers=2, n_heads=4, max_position_embeddings=64)
+    return _fill(DistilBertModel(config), 19)
+
+
+ALL_DECODERS = {**DECODERS, "mistral-windowed": windowed_mistral, "qwen2-windowed": windowed_qwen2}
+ALL_ENCODERS = {"bert": FAMILIES["bert"], "roberta": roberta, "xlm-roberta": xlm_roberta, "distilbert": distilbert}
+MODELS = {**ALL_DECODERS, **ALL_ENCODERS, "t5": FAMILIES["t5"]}
+TARGETS = ("portable", "onnxruntime-cpu")
+
+
+@dataclass
+class Exported:
+    """A model, its deployment and the sessions on it."""
+
+    model: Any
+    manifest: Manifest
+    graph: ort.InferenceSession
+    decoder: ort.InferenceSession | None
+
+    def embed(self, ids: torch.Tensor) -> Array:
+        with torch.no_grad():
+            return self.model.get_input_embeddings()(ids).numpy()
+
+    def empty_cache(self, batch: int) -> dict[str, Array]:
+        cache = self.manifest.base.cache
+        shape = (batch, cache.kv_heads, 0, cache.head_dim)
+        names = [f"past_key_values.{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
+        return {name: np.zeros(shape, np.float32) for name in names}
+
+
+def run(session: ort.InferenceSession, feeds: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """The first output, and the cache as the next call's feeds."""
+    outputs = dict(zip([node.name for node in session.get_outputs()], session.run(None, feeds), strict=True))
+    first = outputs.pop("logits", None)
+    if first is None:
+        first = outputs.pop("last_hidden_state")
+    return first, {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+
+
+def on_each(models: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test on the exports of these models, made once each."""
+    cases = [(name, target) for name in models for target in TARGETS]
+    return pytest.mark.parametrize("exported", cases, indirect=True, ids="-".join)
+
+
+@pytest.fixture(scope="module")
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    name, target = request.param
+    model, out = MODELS[name](), tmp_path_factory.mktemp(name)
+    manifest = export_base(model, out, target=target)
+    return open_exported(model, manifest, out, target)
+
+
+def open_exported(model: Any, manifest: Manifest, out: Path, target: str) -> Exported:
+    variant = manifest.variants[target]
+    decoder = ort.InferenceSession(str(out / variant.decoder_graph)) if variant.decoder_graph else None
+    return Exported(model, manifest, ort.InferenceSession(str(out / variant.graph)), decoder)
+
+
+def yardstick(model: Any, **inputs: Any) -> tuple[Array, float]:
+    """PyTorch's float32 result and a limit for another float32 evaluation of the same function.
+
+    Graph and PyTorch round the same sums in other orders, so the graph may be as far from the exact result as PyTorch
+    itself, measured against float64, and the two may err to opposite sides: a factor of two. Another factor of four
+    covers the spread between orders, since one evaluation's largest error is a sample. Norms and softmax stay in
+    float32 in the float64 model, which makes the yardstick shorter, not longer.
+    """
+    with torch.no_grad():
+        plain = first_output(model(**inputs))
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        exact = first_output(copy.deepcopy(model).double()(**wide))
+    return plain.numpy(), 8 * float((plain - exact).abs().max())
+
+
+def first_output(output: Any) -> torch.Tensor:
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def difference(received: Array, expected: Array) -> float:
+    assert received.shape == expected.shape
+    assert received.dtype == expected.dtype
+    assert np.isfinite(received).all()
+    return float(np.abs(received - expected).max())
+
+
+def padded_batch() -> tuple[torch.Tensor, Array, Array]:
+    """Ids, mask and positions of a long row and a short one with padding on its left."""
+    ids = token_ids(0, 2, LENGTH)
+    mask, positions = np.ones((2, LENGTH), np.int64), np.tile(np.arange(LENGTH), (2, 1))
+    mask[1, : LENGTH - SHORT] = 0
+    positions[1] = np.maximum(np.arange(LENGTH) - (LENGTH - SHORT), 0)
+    return ids, mask, positions
+
+
+@on_each(ALL_DECODERS)
+def test_padded_prompt_equals_each_row_alone(exported: Exported) -> None:
+    ids, mask, positions = padded_batch()
+    feeds = {"inputs_embeds": exported.embed(ids), "attention_mask": mask, "position_ids": positions}
+    logits, _ = run(exported.graph, feeds | exported.empty_cache(2))
+    assert np.isfinite(logits).all(), "fully masked positions must stay finite"
+    for row, start in ((0, 0), (1, LENGTH - SHORT)):
+        expected, limit = yardstick(exported.model, input_ids=ids[row : row + 1, start:])
+        assert difference(logits[row, start:], expected[0]) <= limit
+
+
+@on_each(ALL_DECODERS)
+def test_cached_steps_equal_the_whole_sequence(exported: Exported) -> None:
+    """A prompt of 11, a chunk of 3, then single tokens: past is 0, then more than the window, then grows by one."""
+    ids, mask, positions = padded_batch()
+    embeds, cache, made = exported.embed(ids), exported.empty_cache(2), []
+    for begin, end in [(0, 11), (11, 14), *((i, i + 1) for i in range(14, LENGTH))]:
+        feeds = {
+            "inputs_embeds": embeds[:, begin:end],
+            "attention_mask": mask[:, :end],
+            "position_ids": positions[:, begin:end],
+        }
+        logits, cache = run(exported.graph, feeds | cache)
+        made.append(logits)
+    whole = np.concatenate(made, axis=1)
+    for row, start in ((0, 0), (1, LENGTH - SHORT)):
+        expected, limit = yardstick(exported.model, input_ids=ids[row : row + 1, start:])
+        assert difference(whole[row, start:], expected[0]) <= limit
+
+
+@on_each(ALL_DECODERS)
+def test_wrong_position_mask_or_cache_is_outside_the_limit(exported: Exported) -> None:
+    """The limit of the tests above is tight enough to find what it is there to find."""
+    ids = token_ids(1, 1, LENGTH)
+    embeds, ones = exported.embed(ids), np.ones((1, LENGTH), np.int64)
+    feeds = {
+        "inputs_embeds": embeds[:, :-1],
+        "attention_mask": ones[:, :-1],
+        "position_ids": np.arange(LENGTH - 1)[None],
+    }
+    _, cache = run(exported.graph, feeds | exported.empty_cache(1))
+    expected, limit = yardstick(exported.model, input_ids=ids)
+    step = {"inputs_embeds": embeds[:, -1:], "attention_mask": ones, "position_ids": np.array([[LENGTH - 1]])}
+
+    def error(changed: dict[str, Array], past: dict[str, Array] = cache) -> float:
+        return difference(run(exported.graph, step | changed | past)[0][0], expected[0, -1:])
+
+    assert error({}) <= limit
+    assert error({"position_ids": np.array([[LENGTH]])}) > 10 * limit
+    hidden = ones.copy()
+    hidden[0, -3] = 0
+    assert error({"attention_mask": hidden}) > 10 * limit
+    crossed = {name: value[:, :, ::-1].copy() if name.endswith("key") else value for name, value in cache.items()}
+    assert error({}, crossed) > 10 * limit
+
+
+def test_window_ends_where_the_config_says() -> None:
+    """The windowed models differ from the same weights without a window, so parity above tests the window."""
+    for windowed in (windowed_mistral(), windowed_qwen2(), DECODERS["gemma3"]()):
+        wide = copy.deepcopy(windowed)
+        wide.config.sliding_window = LENGTH + 1
+        expected, limit = yardstick(windowed, input_ids=token_ids(0, 1, LENGTH))
+        with torch.no_grad():
+            assert difference(wide(input_ids=token_ids(0, 1, LENGTH)).logits.numpy(), expected) > 10 * limit
+
+
+@on_each(ALL_ENCODERS)
+def test_encoder_with_padding_equals_each_row_alone(exported: Exported) -> None:
+    ids = token_ids(2, 2, LENGTH)
+    mask = np.ones((2, LENGTH), np.int64)
+    mask[1, SHORT:] = 0
+    hidden, _ = run(exported.graph, {"inputs_embeds": exported.embed(ids), "attention_mask": mask})
+    for row, end in ((0, LENGTH), (1, SHORT)):
+        expected, limit = yardstick(exported.model, input_ids=ids[row : row + 1, :end])
+        assert difference(hidden[row, :end], expected[0]) <= limit
+    unmasked, _ = run(exported.graph, {"inputs_embeds": exported.embed(ids), "attention_mask": np.ones_like(mask)})
+    assert difference(unmasked[1, :SHORT], expected[0]) > 10 * limit
+
+
+@on_each(["t5"])
+def test_encoder_decoder_with_cache_and_padding(exported: Exported) -> None:
+    source, target = token_ids(3, 2, LENGTH), token_ids(4, 2, 9)
+    mask = np.ones((2, LENGTH), np.int64)
+    mask[1, SHORT:] = 0
+    states, _ = run(exported.graph, {"inputs_embeds": exported.embed(source), "attention_mask": mask})
+    embeds, cache, made = exported.embed(target), exported.empty_cache(2), []
+    for begin, end in [(0, 4), (4, 6), (6, 7), (7, 8), (8, 9)]:
+        feeds = {
+            "inputs_embeds": embeds[:, begin:end],
+            "attention_mask": np.ones((2, end), np.int64),
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": mask,
+        }
+        logits, cache = run(exported.decoder, feeds | cache)
+        made.append(logits)
+    whole = np.concatenate(made, axis=1)
+    for row, end in ((0, LENGTH), (1, SHORT)):
+        expected, limit = yardstick(
+            exported.model, input_ids=source[row : row + 1, :end], decoder_input_ids=target[row : row + 1]
+        )
+        assert difference(whole[row], expected[0]) <= limit
+    unmasked = feeds | {"encoder_attention_mask": np.ones_like(mask)}
+    again, _ = run(exported.decoder, unmasked | {name: value[:, :, :-1] for name, value in cache.items()})
+    assert difference(again[1], expected[0, -1:]) > 10 * limit
+
+
+@on_each(MODELS)
+def test_graph_has_the_names_and_dynamic_axes_of_the_contract(exported: Exported) -> None:
+    inputs = {node.name: node.shape for node in exported.graph.get_inputs()}
+    base = exported.manifest.base
+    assert inputs.pop("inputs_embeds") == ["batch", "sequence", base.hidden_size]
+    if base.kind != "decoder":
+        assert inputs == {"attention_mask": ["batch", "sequence"]}
+        assert [node.name for node in exported.graph.get_outputs()] == ["last_hidden_state"]
+        return
+    assert inputs.pop("attention_mask") == ["batch", "total"]
+    assert inputs.pop("position_ids") == ["batch", "sequence"]
+    cache = base.cache
+    names = [f"{i}.{part}" for i in range(cache.layers) for part in ("key", "value")]
+    assert inputs == {f"past_key_values.{name}": ["batch", cache.kv_heads, "past", cache.head_dim] for name in names}
+    assert [node.name for node in exported.graph.get_outputs()] == ["logits", *(f"present.{name}" for name in names)]
+
+
+@on_each(["t5"])
+def test_decoder_of_an_encoder_decoder_has_the_names_of_the_contract(exported: Exported) -> None:
+    names = [node.name for node in exported.decoder.get_inputs() if not node.name.startswith("past_key_values.")]
+    assert names == ["inputs_embeds", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"]
