@@ -118,10 +118,15 @@ def input_embedding(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def display_name(spec: str | Path) -> str:
-    """Name of a base for people: folder name or file stem of a local one, else the hub id; never a machine's path."""
+    """Name of a base for people: folder name or file stem of a local one, else the hub id; never a machine's path.
+
+    A folder that holds one GGUF file and no other model is that file.
+    """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return path.resolve().name
+        ggufs = list(path.glob("*.gguf"))
+        is_gguf = len(ggufs) == 1 and not (path / "config.json").exists()
+        return ggufs[0].stem if is_gguf else path.resolve().name
     if path.is_file() or path.suffix == ".gguf":
         return path.stem
     return str(spec) if _HUB_ID.fullmatch(str(spec)) else path.name
