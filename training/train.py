@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from adalink.training.base_model import display_name, load_base, load_tokenizer
 from adalink.training.config import AdaLinkConfig
 from adalink.training.dataset import IGNORED_LABEL, encode_rows, end_token, pad_decoder, pad_encoder_decoder, read_rows
 from adalink.training.exact_match import exact_match
+from adalink.training.settings import TrainSettings
 from adalink.training.storage import check_target, save_adapter, to_adapter
 
 if TYPE_CHECKING:
@@ -35,48 +36,8 @@ if TYPE_CHECKING:
     from adalink.training.dataset import Example
 
 REPORT_FILE = "training.json"
-DEVICES = ("auto", "cpu", "cuda")
 _SETTINGS_FILE = "settings.json"
 _WARMUP_SHARE = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train; checked when made.
-
-    Attributes:
-        lr: highest learning rate, reached after a short warm-up and lowered linearly to 0.
-        max_steps: optimizer steps.
-        batch_size: rows a step.
-        max_length: most tokens of a row, end token included.
-        seed: seed of the initial weights, the order of rows and dropout.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        save_steps: steps between checkpoints.
-
-    Raises:
-        ConfigError: a setting is out of range.
-    """
-
-    lr: float = 3e-3
-    max_steps: int = 200
-    batch_size: int = 8
-    max_length: int = 256
-    seed: int = 0
-    device: str = "auto"
-    save_steps: int = 50
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.lr < 1.0:
-            raise ConfigError(f"lr is {self.lr!r}, expected more than 0 and less than 1")
-        for name in ("max_steps", "batch_size", "max_length", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected at least 1")
-        if not 0 <= self.seed < 1 << 32:
-            raise ConfigError(f"seed is {self.seed!r}, expected 0 to {(1 << 32) - 1}")
-        if self.device not in DEVICES:
-            raise ConfigError(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")
 
 
 class TrainableAdapters(nn.Module):
@@ -145,6 +106,8 @@ def train(
     """
     out = Path(out)
     check_target(out)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")
     rows, eval_rows = read_rows(data), read_rows(eval_data)
     record = {
         "base": display_name(base),

@@ -1,0 +1,180 @@
+"""Measure the example adapters against the unadapted base and its best zero-shot prompt, on test rows.
+
+    python examples/make_data.py --out build/examples
+    python examples/evaluate.py reuters-r8 --base MODEL --data build/examples --out build/examples/reuters-r8.json
+
+The adapter is scored by exact match: greedy generation until the end token must give the label and nothing else. The
+base gets every prompt wording below, plain and in its chat template, and easier rules: ``starts`` accepts a reply that
+begins with the label (case aside) whatever follows, ``likelihood`` picks the most probable label, so that the base
+cannot answer outside the labels, and ``calibrated`` does so after taking away each label's mean log-probability over
+the rows, so that a label it likes everywhere gains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adalink.training.base_model import load_base, load_tokenizer
+from adalink.training.dataset import Row, encode_rows, end_token, read_rows
+from adalink.training.exact_match import exact_match
+from adalink.training.storage import load_adapter
+
+BATCH_ROWS = 16
+REPLY_TOKENS = 3
+MAX_LENGTH = 128
+SEED = 0
+
+TOPICS = "acquisition, oil, earnings, grain, interest, currency, shipping, trade"
+# {prompt} is the adapter's own prompt, {text} the text in it.
+WORDINGS: dict[str, list[str]] = {
+    "reuters-r8": [
+        "{prompt}",
+        "Classify the news article into one of these topics: " + TOPICS + ".\n\nArticle: {text}\nTopic:",
+        "Article: {text}\n\nQuestion: What is this article about? Choose one: " + TOPICS + ".\nAnswer:",
+        "{text}\n\nThe topic of this Reuters news story (" + TOPICS + ") is",
+    ],
+    "tweet-author": [
+        "{prompt}",
+        "Who wrote this tweet, Clinton or Trump?\n\nTweet: {text}\nAuthor:",
+        'The tweet "{text}" was posted in 2016 by one of the candidates Clinton and Trump. The author is',
+        "Tweet: {text}\n\nQuestion: Which candidate posted it in 2016? Choose one: Trump, Clinton.\nAnswer:",
+    ],
+}
+
+
+def text_of(prompt: str) -> str:
+    """The text within an adapter's prompt: without the word before it and the line after it."""
+    return prompt.partition(": ")[2].rpartition("\n")[0]
+
+
+def render(tokenizer: Any, wording: str, row: Row, chat: bool) -> list[int]:
+    """Token ids of one zero-shot question."""
+    question = wording.format(prompt=row.prompt, text=text_of(row.prompt))
+    if not chat:
+        return list(tokenizer(question)["input_ids"])
+    message = [{"role": "user", "content": question}]
+    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, prompts: list[list[int]], labels: list[list[int]], pad: int
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Log-probability of each label, ``(prompts, labels)``, and a short greedy reply for each prompt."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def step(tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        grown = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+        return output.logits[:, -1].float().log_softmax(dim=-1), grown, output.past_key_values
+
+    first, mask, cache = step(ids, mask, None)
+    scores = []
+    for label in labels:
+        score = first[:, label[0]].clone()
+        branch_mask, branch = mask, copy.deepcopy(cache) if len(label) > 1 else None
+        for token, following in itertools.pairwise(label):
+            logits, branch_mask, branch = step(torch.full((len(prompts), 1), token), branch_mask, branch)
+            score += logits[:, following]
+        scores.append(score)
+    replies = [first.argmax(dim=-1, keepdim=True)]
+    for _ in range(REPLY_TOKENS - 1):
+        logits, mask, cache = step(replies[-1], mask, cache)
+        replies.append(logits.argmax(dim=-1, keepdim=True))
+    return torch.stack(scores, dim=1), torch.cat(replies, dim=1).tolist()
+
+
+def zero_shot(
+    model: Any, tokenizer: Any, rows: list[Row], wording: str, chat: bool, names: list[str]
+) -> dict[str, Any]:
+    """Accuracy of the unadapted base with one wording, by every rule."""
+    labels = [tokenizer(name if chat else f" {name}", add_special_tokens=False)["input_ids"] for name in names]
+    prompts = [render(tokenizer, wording, row, chat) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
+    wanted = [rows[index].completion.strip() for index in order]
+    scores, replies = [], []
+    for start in range(0, len(order), BATCH_ROWS):
+        chosen = order[start : start + BATCH_ROWS]
+        batch_scores, batch_replies = answer(model, [prompts[index] for index in chosen], labels, end_token(tokenizer))
+        scores.append(batch_scores)
+        replies += [tokenizer.decode(reply, skip_special_tokens=True) for reply in batch_replies]
+    table = torch.cat(scores)
+    likely = [names[index] for index in table.argmax(dim=1).tolist()]
+    calibrated = [names[index] for index in (table - table.mean(dim=0)).argmax(dim=1).tolist()]
+    starts = [
+        reply.strip(" \n\"'*").lower().startswith(name.lower()) for reply, name in zip(replies, wanted, strict=True)
+    ]
+    return {
+        "wording": wording,
+        "chat": chat,
+        "starts": sum(starts) / len(rows),
+        "likelihood": sum(map(str.__eq__, likely, wanted)) / len(rows),
+        "calibrated": sum(map(str.__eq__, calibrated, wanted)) / len(rows),
+        "reply": replies[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=sorted(WORDINGS))
+    parser.add_argument("--base", required=True, help="SmolLM2-135M-Instruct: folder, GGUF file or hub id")
+    parser.add_argument("--data", type=Path, default=Path("build/examples"), help="folder that make_data.py wrote")
+    parser.add_argument("--adapter", type=Path, help="default: examples/adapters/TASK")
+    parser.add_argument("--rows", type=int, default=0, help="test rows for the adapter, drawn with a seed; 0 for all")
+    parser.add_argument("--zero-shot-rows", type=int, default=500, help="test rows for the zero-shot prompts")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    options = parser.parse_args()
+    test = read_rows(options.data / options.task / "test.jsonl")
+    names = sorted({row.completion.strip() for row in test})
+    model, tokenizer = load_base(options.base), load_tokenizer(options.base)
+    begin = time.perf_counter()
+
+    def draw(count: int) -> list[Row]:
+        return test if not 0 < count < len(test) else random.Random(SEED).sample(test, count)
+
+    rows = draw(options.rows)
+    sample = draw(options.zero_shot_rows)
+    folder = options.adapter or Path(__file__).parent / "adapters" / options.task
+    with load_adapter(folder, model):
+        accuracy = exact_match(model, tokenizer, encode_rows(rows, tokenizer, MAX_LENGTH, "test.jsonl"), BATCH_ROWS)
+        same = exact_match(model, tokenizer, encode_rows(sample, tokenizer, MAX_LENGTH, "test.jsonl"), BATCH_ROWS)
+    majority = max(sum(row.completion.strip() == name for row in rows) for name in names) / len(rows)
+    figures: dict[str, Any] = {
+        "task": options.task,
+        "adapter": {"rows": len(rows), "exact_match": accuracy, "exact_match_on_zero_shot_rows": same},
+        "majority_label": majority,
+        "zero_shot": {"rows": len(sample), "prompts": []},
+    }
+    print(json.dumps(figures), flush=True)
+    for chat in (False, True):
+        for wording in WORDINGS[options.task]:
+            result = zero_shot(model, tokenizer, sample, wording, chat, names)
+            figures["zero_shot"]["prompts"].append(result)
+            print(json.dumps(result), flush=True)
+    figures["wall_seconds"] = round(time.perf_counter() - begin, 1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
