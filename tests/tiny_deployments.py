@@ -22,8 +22,8 @@ def make_model_folder(folder: Path, family: str) -> Path:
     return folder
 
 
-def seeded_adapter(model_folder: Path, seed: int, **changes: object) -> Adapter:
-    """An adapter that visibly changes the model's output."""
+def seeded_adapter(model_folder: Path, seed: int, up_scale: float = 1.0, **changes: object) -> Adapter:
+    """An adapter that visibly changes the model's output, unless ``up_scale`` is 0."""
     model = load_base(model_folder)
     settings: dict[str, object] = {"rank": 4, "activation": "gelu", "bias": True, "scope": "all", **changes}
     width = model.get_input_embeddings().weight.shape[1]
@@ -39,6 +39,7 @@ def seeded_adapter(model_folder: Path, seed: int, **changes: object) -> Adapter:
     if config.bias:
         shapes |= {"down.bias": (config.rank,), "up.bias": (width,)}
     weights = {f"text.{name}": rng.normal(scale=0.5, size=shape).astype(np.float32) for name, shape in shapes.items()}
+    weights["text.up.weight"] *= np.float32(up_scale)
     return make_adapter(config, weights)
 
 

@@ -14,7 +14,7 @@ from adalink.runtime.errors import UnknownTaskError
 from adalink.runtime.integrity import read_verified
 from adalink.tools.bounds import UNIT_ROUNDOFF
 from adalink.tools.parity_adapter import check_contract, check_vocabulary, check_weights, to_float64
-from adalink.tools.parity_generation import Verdict, check_generation, judge_rows, open_endless
+from adalink.tools.parity_generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity_prompts import choose_prompts, fit, seeded_rows
 from adalink.tools.parity_reference import Reference
@@ -22,7 +22,8 @@ from adalink.tools.parity_report import Check, Report, at_most
 from adalink.tools.parity_swap import check_mixed_outputs, check_swaps, mixed_tasks
 
 STEPS = 32
-_QUICK_GENERATIONS, _GENERATIONS = 3, 6
+# Generation is measured from the shortest prompts: each step costs as much after a long one.
+_GENERATIONS = 4
 
 Progress = Callable[[str], None]
 
@@ -137,19 +138,18 @@ def _check_outputs(
     progress: Progress,
 ) -> None:
     """Levels 2 and 3, the mixed batch of level 4, and level 5."""
-    quick = prompts is not None and len(prompts) < _GENERATIONS + 1
-    texts = None if prompts is None else prompts[-(_QUICK_GENERATIONS if quick else _GENERATIONS) :]
-    if deployment.manifest.base.kind == "encoder":
-        texts = None
-    configurations: list[str | None] = [None, *deployment.tasks]
+    texts: list[str] | None = None
+    if prompts is not None and deployment.manifest.base.kind != "encoder":
+        texts = sorted(prompts, key=len)[:_GENERATIONS]
     compared: dict[str | None, Comparison] = {}
     limits: dict[str, float] = {}
-    endless = None if texts is None else open_endless(deployment, *engine)
+    generator = None if texts is None else Generator(deployment, *engine)
     mixed = mixed_tasks(deployment)
-    mixed_texts = [] if texts is None else [texts[index % len(texts)] for index in range(len(mixed))]
-    mixed_rows = [] if endless is None else endless.generate(mixed_texts, tasks=mixed, max_new_tokens=STEPS)
+    mixed_rows: list[GeneratedRow] = []
+    if generator is not None and texts is not None:
+        mixed_rows = generator.generate([texts[index % len(texts)] for index in range(len(mixed))], mixed, STEPS)
     mixed_verdicts: list[Verdict] = []
-    for task in configurations:
+    for task in (None, *deployment.tasks):
         label = "base" if task is None else f"task/{task}"
         progress(f"{label}: outputs on {len(rows)} prompts")
         with reference.adapted(None if task is None else folders[task]):
@@ -157,23 +157,18 @@ def _check_outputs(
             report.checks += comparison.checks
             for name, limit in comparison.limits.items():
                 limits[name] = max(limit, limits.get(name, 0.0))
-            if endless is not None and texts is not None:
+            if generator is not None and texts is not None:
                 progress(f"{label}: {STEPS} greedy steps for {len(texts)} prompts")
-                generated = endless.generate(texts, tasks=task, max_new_tokens=STEPS)
-                verdicts = judge_rows(reference, endless, texts, generated, comparison.limits["logits"])
-                report.checks.append(check_generation(f"{label}/generation", verdicts, STEPS))
-                own = [index for index, name in enumerate(mixed) if name == task]
-                mixed_verdicts += judge_rows(
-                    reference,
-                    endless,
-                    [mixed_texts[index] for index in own],
-                    [mixed_rows[index] for index in own],
-                    comparison.limits["logits"],
-                )
+                limit = comparison.limits["logits"]
+                generated = generator.generate(texts, task, STEPS)
+                verdicts = [judge(reference, generator, row, limit) for row in generated]
+                report.checks += check_generation(label, verdicts, STEPS, limit)
+                own = [row for row, name in zip(mixed_rows, mixed, strict=True) if name == task]
+                mixed_verdicts += [judge(reference, generator, row, limit) for row in own]
     for task in deployment.tasks:
         report.checks += check_control(task, compared[None], compared[task])
     progress("one batch of mixed tasks against single rows")
     report.checks += check_mixed_outputs(deployment, rows, limits)
-    if endless is not None:
-        report.checks.append(check_generation("mixed/generation", mixed_verdicts, STEPS))
-        endless.close()
+    if generator is not None:
+        report.checks += check_generation("mixed", mixed_verdicts, STEPS, limits["logits"])
+        generator.close()

@@ -1,12 +1,13 @@
-"""Level 3, generation: every token that the deployment chose greedily must be PyTorch's choice after the same prefix.
+"""Level 3, generation: every decode step of the deployment against PyTorch after the same prefix.
 
-PyTorch runs once over the prompt and the chosen tokens. If each token is the likeliest after its prefix, the sequence
-is the greedy one. A token counts as wrong only where PyTorch prefers another by more than twice the logit limit: below
-that, two correct engines may differ, and the comparison goes on along the deployment's own tokens.
+PyTorch runs once over the prompt and the tokens that the deployment chose. If each token is the likeliest after its
+prefix, the sequence is the greedy one. A token counts as wrong only where PyTorch prefers another by more than twice
+the logit limit: below that, two correct engines may differ, and the comparison goes on along the deployment's tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -14,9 +15,58 @@ import numpy as np
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import open_backend
-from adalink.runtime.generation import Generation
+from adalink.tools.bounds import Float64
+from adalink.tools.parity_adapter import to_float64
 from adalink.tools.parity_reference import Reference
 from adalink.tools.parity_report import Check, at_most
+from adalink.tools.recording import RecordingBackend
+
+
+@dataclass(frozen=True)
+class GeneratedRow:
+    """What the deployment generated after one prompt.
+
+    Attributes:
+        prompt: token ids of the prompt.
+        tokens: the tokens chosen.
+        logits: what each was chosen from, shape ``(steps, vocab)``.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: Float64
+
+
+class Generator:
+    """The deployment again, with its decode steps recorded and no token that ends a generation.
+
+    A task whose answer is one word still gives as many steps to compare as are asked for.
+    """
+
+    def __init__(self, deployment: Deployment, backend: str, threads: int | None) -> None:
+        base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
+        self._recorder = RecordingBackend(open_backend(backend, threads))
+        manifest = msgspec.structs.replace(deployment.manifest, base=base)
+        self._deployment = Deployment(deployment.path, manifest, self._recorder)
+        self._dtype = base.embedding_dtype
+
+    def generate(self, prompts: list[str], tasks: str | Sequence[str | None] | None, steps: int) -> list[GeneratedRow]:
+        """Continue all prompts greedily in one batch."""
+        self._recorder.steps.clear()
+        found = self._deployment.generate(prompts, tasks=tasks, max_new_tokens=steps)
+        logits = to_float64(np.stack(self._recorder.steps, axis=1), self._dtype)
+        return [
+            GeneratedRow(self._deployment.tokenizer.encode(prompt), list(row.token_ids), logits[index])
+            for index, (prompt, row) in enumerate(zip(prompts, found, strict=True))
+        ]
+
+    def text(self, token: int) -> str:
+        """Text of one token."""
+        return self._deployment.tokenizer.decode([token])
+
+    def close(self) -> None:
+        """Close the deployment."""
+        self._deployment.close()
 
 
 @dataclass(frozen=True)
@@ -24,57 +74,61 @@ class Verdict:
     """What PyTorch says of one generated row.
 
     Attributes:
+        deviation: largest deviation of a decode step's logits.
         ties: steps where PyTorch prefers another token by no more than rounding may explain.
-        detail: the first step whose token PyTorch clearly would not choose; empty if there is none.
+        wrong: the first step whose token PyTorch clearly would not choose, in words; empty if there is none.
     """
 
+    deviation: float
     ties: int
-    detail: str
+    wrong: str
 
 
-def open_endless(deployment: Deployment, backend: str, threads: int | None) -> Deployment:
-    """The deployment again, with no token that ends a generation: a short answer still gives many steps to compare."""
-    base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
-    manifest = msgspec.structs.replace(deployment.manifest, base=base)
-    return Deployment(deployment.path, manifest, open_backend(backend, threads))
+def judge(reference: Reference, generator: Generator, row: GeneratedRow, limit: float) -> Verdict:
+    """Compare one row with PyTorch; the reference has the adapter of the row's task attached.
 
-
-def judge_rows(
-    reference: Reference, endless: Deployment, prompts: list[str], rows: list[Generation], limit: float
-) -> list[Verdict]:
-    """Judge each generated row; the reference has the adapter of the rows' task attached."""
-    return [
-        _judge(reference, endless, endless.tokenizer.encode(prompt), list(row.token_ids), limit)
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
-
-
-def check_generation(name: str, verdicts: list[Verdict], steps: int) -> Check:
-    """No row may hold a token that PyTorch would clearly not choose."""
-    wrong = [f"row {index}, {verdict.detail}" for index, verdict in enumerate(verdicts) if verdict.detail]
-    ties = sum(verdict.ties for verdict in verdicts)
-    detail = f"rows with a wrong token, of {len(verdicts)} rows of {steps} greedy steps, {ties} ties"
-    return at_most(name, len(wrong), 0, "; ".join([detail, *wrong[:3]]))
-
-
-def _judge(
-    reference: Reference, deployment: Deployment, prompt: list[int], generated: list[int], limit: float
-) -> Verdict:
-    """Compare generated tokens with PyTorch's logits after the same prefixes."""
+    Args:
+        reference: PyTorch.
+        generator: names tokens.
+        row: what was generated.
+        limit: logit limit of the task's whole sequences.
+    """
     base = reference.base
     if base.kind == "encoder-decoder":
         assert base.decoder_start_token_id is not None
-        logits = reference.outputs(prompt, [base.decoder_start_token_id, *generated[:-1]]).values["logits"]
+        expected = reference.outputs(row.prompt, [base.decoder_start_token_id, *row.tokens[:-1]]).values["logits"]
     else:
-        whole = reference.outputs([*prompt, *generated[:-1]], None, prompt_length=len(prompt)).values["logits"]
-        logits = whole[len(prompt) - 1 :]
-    chosen = np.array(generated)
-    margins = logits.max(axis=1) - logits[np.arange(len(chosen)), chosen]
+        whole = reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
+        expected = whole.values["logits"][len(row.prompt) - 1 :]
+    chosen = np.array(row.tokens)
+    margins = expected.max(axis=1) - expected[np.arange(len(chosen)), chosen]
     ties = int(((margins > 0) & (margins <= 2 * limit)).sum())
-    wrong = np.flatnonzero(~(margins <= 2 * limit))
-    if not len(wrong):
-        return Verdict(ties, "")
-    step = int(wrong[0])
-    ours, theirs = (deployment.tokenizer.decode([int(token)]) for token in (chosen[step], logits[step].argmax()))
-    detail = f"step {step} gave {ours!r}, PyTorch {theirs!r} by {margins[step]:.2e} (ties end at {2 * limit:.2e})"
-    return Verdict(ties, detail)
+    wrong = ""
+    steps = np.flatnonzero(~(margins <= 2 * limit))
+    if len(steps):
+        step = int(steps[0])
+        ours, theirs = generator.text(int(chosen[step])), generator.text(int(expected[step].argmax()))
+        wrong = f"step {step}: {ours!r}, PyTorch {theirs!r} by {margins[step]:.2e} (ties end at {2 * limit:.2e})"
+    return Verdict(float(np.abs(row.logits - expected).max()), ties, wrong)
+
+
+def check_generation(label: str, verdicts: list[Verdict], steps: int, limit: float) -> list[Check]:
+    """No decode step may deviate, and no token may be one that PyTorch would clearly not choose."""
+    wrong = [f"row {index}, {verdict.wrong}" for index, verdict in enumerate(verdicts) if verdict.wrong]
+    ties = sum(verdict.ties for verdict in verdicts)
+    rows = f"{len(verdicts)} rows of {steps} greedy steps"
+    worst = int(np.argmax([verdict.deviation for verdict in verdicts]))
+    return [
+        at_most(
+            f"{label}/decode-logits",
+            verdicts[worst].deviation,
+            limit,
+            f"max |Δ| of any step, with the KV cache, over {rows}; worst: row {worst}",
+        ),
+        at_most(
+            f"{label}/generation",
+            len(wrong),
+            0,
+            f"rows with a wrong token, of {rows}; {ties} ties; first differing: {wrong[0] if wrong else 'none'}",
+        ),
+    ]

@@ -15,6 +15,8 @@ from adalink.tools.parity_report import Check, at_most, more_than
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14
 _DECODER_TOKENS = 8
+# float64 is several times slower: the noise is measured on every other prompt.
+_NOISE_STRIDE = 2
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ def compare_outputs(
     received: list[dict[str, Float64]] = []
     for index, ids in enumerate(rows):
         decoder_ids = decoder_row(deployment, index)
-        expected.append(reference.outputs(ids, decoder_ids))
+        expected.append(reference.outputs(ids, decoder_ids, with_noise=index % _NOISE_STRIDE == 0))
         found = deployment.run(input_ids=[ids], tasks=task, decoder_input_ids=decoder_ids and [decoder_ids])
         received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in found.items()})
     checks, limits = [], {}
     for name in expected[0].values:
-        noise = max(row.noise[name] for row in expected)
+        noise = max(row.noise[name] for row in expected if row.noise)
         limits[name] = limit_of(noise, base.embedding_dtype)
         pairs = [(ours[name], theirs.values[name]) for ours, theirs in zip(received, expected, strict=True)]
         checks.append(_check_deviation(f"{prefix}/{name}", pairs, limits[name], noise))

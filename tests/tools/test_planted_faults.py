@@ -1,0 +1,268 @@
+"""The checker checked: each fault is really planted in a deployment whose integrity is intact, and must be found.
+
+The deployment is a tiny llama with two tasks. A clean one passes every check (the control of these controls).
+"""
+
+import json
+import shutil
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from tiny_deployments import make_deployment, seeded_adapter
+
+from adalink.runtime.digest import digest_file
+from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
+from adalink.tools.parity import verify
+from adalink.tools.swap_worker import run_fresh
+
+TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu"}}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    return make_deployment(tmp_path_factory.mktemp("clean"), "llama", TASKS)
+
+
+@pytest.fixture
+def deployment(clean, tmp_path):
+    """A copy to plant a fault in."""
+    model, original = clean
+    return model, shutil.copytree(original, tmp_path / "deployment")
+
+
+def reseal(folder, **changes):
+    """Write the manifest anew with the digests of the files as they are now: integrity has nothing to say."""
+    manifest = msgspec.structs.replace(read_manifest(folder), **changes)
+    files = {
+        path: FileRecord(sha256=digest_file(folder / path), size_bytes=(folder / path).stat().st_size)
+        for path in manifest.files
+    }
+    (folder / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
+
+
+def outcome(model, folder):
+    report = verify(folder, str(model), {}, threads=1, quick=True)
+    return {check.name: check.passed for check in report.checks}
+
+
+def failures(model, folder):
+    return {name for name, passed in outcome(model, folder).items() if not passed}
+
+
+def edit_graph(path, change):
+    """Load a graph with its weights inside, change it, and write it as one file."""
+    graph = onnx.load(path)
+    change(graph)
+    data = graph.SerializeToString()
+    path.write_bytes(data)
+
+
+def change_weight(name, index, factor):
+    def change(model):
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        values = numpy_helper.to_array(tensor).copy()
+        values[index] *= np.float32(factor)
+        tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+    return change
+
+
+def variant_graph(folder):
+    (variant,) = read_manifest(folder).variants.values()
+    return folder / variant.graph
+
+
+def test_clean_deployment_passes(deployment):
+    results = outcome(*deployment)
+    assert all(results.values())
+    for level in (
+        "adapter/alpha/vocabulary",
+        "base/logits",
+        "task/beta/generation",
+        "swap/return",
+        "control/alpha/logits",
+    ):
+        assert level in results
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("text.down.weight", (5, 2)), ("text.up.weight", (1, 30)), ("text.down.bias", (3,)), ("text.up.bias", (17,))],
+)
+def test_one_weight_of_a_task_graph_changed_by_one_percent(deployment, name, index):
+    model, folder = deployment
+    edit_graph(folder / "tasks/alpha/adapter.onnx", change_weight(name, index, 1.01))
+    reseal(folder)
+    assert {"adapter/alpha/vocabulary", "adapter/alpha/weights"} <= failures(model, folder)
+    assert not {name for name in failures(model, folder) if "beta" in name}
+
+
+def test_two_tasks_swapped(deployment):
+    """Each graph computes the other task, under its own metadata, so the runtime cannot know."""
+    model, folder = deployment
+    paths = [folder / f"tasks/{name}/adapter.onnx" for name in ("alpha", "beta")]
+    graphs = [onnx.load(path) for path in paths]
+    properties = [{entry.key: entry.value for entry in graph.metadata_props} for graph in graphs]
+    for path, graph, metadata in zip(paths, reversed(graphs), properties, strict=True):
+        del graph.metadata_props[:]
+        helper.set_model_props(graph, metadata)
+        path.write_bytes(graph.SerializeToString())
+    reseal(folder)
+    found = failures(model, folder)
+    assert {"adapter/alpha/vocabulary", "adapter/beta/vocabulary", "task/alpha/logits", "task/beta/logits"} <= found
+    assert {"task/alpha/top1", "task/alpha/kl", "mixed/decode-logits"} <= found
+
+
+def test_adapter_applied_only_to_the_prompt(deployment):
+    """The manifest says scope 'prompt' of an adapter trained for every position."""
+    model, folder = deployment
+    tasks = dict(read_manifest(folder).tasks)
+    tasks["alpha"] = msgspec.structs.replace(tasks["alpha"], scope="prompt")
+    reseal(folder, tasks=tasks)
+    found = failures(model, folder)
+    assert {"task/alpha/decode-logits", "mixed/decode-logits", "adapter/alpha/contract"} <= found
+    assert "task/alpha/logits" not in found  # whole sequences cannot show it; decoding must
+
+
+def test_adapter_applied_to_generated_tokens_too(clean, tmp_path):
+    """The reverse: trained for the prompt alone, deployed for every position."""
+    model, folder = make_deployment(tmp_path / "root", "llama", {"alpha": {"seed": 1, "scope": "prompt"}})
+    tasks = {"alpha": msgspec.structs.replace(read_manifest(folder).tasks["alpha"], scope="all")}
+    reseal(folder, tasks=tasks)
+    assert "task/alpha/decode-logits" in failures(model, folder)
+
+
+def test_wrong_position_ids(deployment):
+    """The base graph doubles its positions; a constant shift would be invisible to rotary embeddings."""
+    model, folder = deployment
+
+    def double(graph):
+        for node in graph.graph.node:
+            for index, name in enumerate(node.input):
+                if name == "position_ids":
+                    node.input[index] = "position_ids_doubled"
+        graph.graph.node.insert(0, helper.make_node("Add", ["position_ids", "position_ids"], ["position_ids_doubled"]))
+
+    edit_graph(variant_graph(folder), double)
+    reseal(folder)
+    assert {"base/logits", "base/kl", "base/generation", "task/alpha/logits"} <= failures(model, folder)
+
+
+def feed_inputs_embeds(graph, nodes):
+    """Put nodes between the graph's input and its users; the last one makes ``inputs_embeds_changed``."""
+    for node in graph.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "inputs_embeds":
+                node.input[index] = "inputs_embeds_changed"
+    for node in reversed(nodes):
+        graph.graph.node.insert(0, node)
+
+
+def test_rows_of_a_batch_leak_into_each_other(deployment):
+    """x + (mean over the batch - x) / 100: the identity for a single row, so only the mixed batch can tell."""
+    model, folder = deployment
+
+    def leak(graph):
+        values = {"zero": np.array([0], np.int64), "hundredth": np.array(0.01, np.float32)}
+        graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+        nodes = [
+            helper.make_node("ReduceMean", ["inputs_embeds", "zero"], ["mean"], keepdims=1),
+            helper.make_node("Sub", ["mean", "inputs_embeds"], ["difference"]),
+            helper.make_node("Mul", ["difference", "hundredth"], ["leak"]),
+            helper.make_node("Add", ["inputs_embeds", "leak"], ["inputs_embeds_changed"]),
+        ]
+        feed_inputs_embeds(graph, nodes)
+
+    edit_graph(variant_graph(folder), leak)
+    reseal(folder)
+    found = failures(model, folder)
+    assert {"mixed/logits", "mixed/decode-logits"} <= found
+    assert "base/logits" not in found
+
+
+def test_engine_that_is_not_repeatable(deployment):
+    """Noise far below every numerical limit: only bit-exactness can tell."""
+    model, folder = deployment
+
+    def add_noise(graph):
+        graph.graph.initializer.append(numpy_helper.from_array(np.array(1e-7, np.float32), "tiny"))
+        nodes = [
+            helper.make_node("RandomNormalLike", ["inputs_embeds"], ["random"], dtype=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", ["random", "tiny"], ["noise"]),
+            helper.make_node("Add", ["inputs_embeds", "noise"], ["inputs_embeds_changed"]),
+        ]
+        feed_inputs_embeds(graph, nodes)
+
+    edit_graph(variant_graph(folder), add_noise)
+    reseal(folder)
+    assert {"swap/return", "swap/fresh-process"} == failures(model, folder)
+
+
+def test_engine_rebuilt_or_base_changed_during_swaps(deployment, monkeypatch):
+    """What a fresh process reports reaches the receipt's checks."""
+    model, folder = deployment
+
+    def run_fresh_and_rebuild(request):
+        answer = run_fresh(request)
+        return {**answer, "builds_after": answer["builds_after"] + 1, "unchanged": False}
+
+    monkeypatch.setattr("adalink.tools.parity_swap.run_fresh", run_fresh_and_rebuild)
+    assert failures(model, folder) == {"receipt/engine-builds", "receipt/base-files"}
+
+
+def test_tokenizer_altered(deployment):
+    """Two letters change places in the deployment's tokenizer."""
+    model, folder = deployment
+    path = folder / "base/tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    reseal(folder)
+    assert "base/tokenizer" in failures(model, folder)
+
+
+def test_one_base_weight_altered(deployment):
+    """One number of one matrix in the middle of the network, by one percent."""
+    model, folder = deployment
+
+    def nudge(graph):
+        tensor = next(tensor for tensor in graph.graph.initializer if list(tensor.dims) == [48, 80])
+        values = numpy_helper.to_array(tensor).copy()
+        index = np.unravel_index(np.abs(values).argmax(), values.shape)
+        values[index] *= np.float32(1.01)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    edit_graph(variant_graph(folder), nudge)
+    reseal(folder)
+    assert "base/logits" in failures(model, folder)
+
+
+def test_embedding_table_altered(deployment):
+    """One number of the table, in its last bit."""
+    model, folder = deployment
+    path = folder / "base/embeddings.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(bytes(data))
+    reseal(folder)
+    assert "base/embeddings" in failures(model, folder)
+
+
+def test_task_that_does_nothing(tmp_path):
+    """An adapter with up = 0 is deployed correctly and is useless: only the negative control can tell."""
+    model, folder = make_deployment(tmp_path / "root", "llama", {"idle": {"seed": 1, "bias": False, "up_scale": 0.0}})
+    assert failures(model, folder) == {"control/idle/logits"}
+
+
+def test_another_adapter_than_the_one_deployed(deployment, tmp_path):
+    from tiny_deployments import write_adapter
+
+    model, folder = deployment
+    other = write_adapter(tmp_path / "other", seeded_adapter(model, seed=77))
+    report = verify(folder, str(model), {"alpha": other}, threads=1, quick=True)
+    found = {check.name for check in report.checks if not check.passed}
+    assert {"adapter/alpha/contract", "adapter/alpha/vocabulary", "task/alpha/logits"} <= found
