@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -225,11 +226,16 @@ def _write_common(
 ) -> None:
     """Write what all variants share: embeddings, tokenizer, chat template."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with torch.no_grad():
         table = model.get_input_embeddings()(torch.arange(base.vocab_size))
-    save_file({"embeddings": table.contiguous()}, writer.stage(base.embeddings))
+    path = writer.stage(base.embeddings)
+    try:
+        save_file({"embeddings": table.contiguous()}, path)
+    except SafetensorError as error:  # its own class, also for a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error
     if tokenizer is not None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:

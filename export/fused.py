@@ -6,7 +6,11 @@ processor, is left to the session that runs the graph.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
+
+from adalink.runtime.errors import GraphError
 
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 _EXTERNAL_FROM_BYTES = "1024"
@@ -29,12 +33,19 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
     """Write the graph ``portable`` as ``fused``, with its weights in ``<fused>.data``.
 
     Args:
-        portable: a graph of standard operators.
+        portable: a graph of standard operators, with its weights in ``<portable>.data``.
         fused: file to write, new, in another folder.
         target: a target that ``why_not_fused`` has no objection to.
+
+    Raises:
+        OSError: the disk has no room for it.
+        GraphError: ONNX Runtime refused the graph.
     """
     import onnxruntime as ort
 
+    from adalink.runtime.onnxruntime_backend import onnxruntime_errors
+
+    _demand_room(fused, 2 * portable.stat().st_size + portable.with_name(f"{portable.name}.data").stat().st_size)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -43,4 +54,20 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", _EXTERNAL_FROM_BYTES
     )
-    ort.InferenceSession(str(portable), options, providers=[PROVIDERS[target]])
+    again = ort.SessionOptions()
+    again.log_severity_level = 3
+    again.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(str(portable), options, providers=[PROVIDERS[target]])
+        ort.InferenceSession(str(fused), again, providers=[PROVIDERS[target]])  # what was written is whole
+    except onnxruntime_errors(ort) as error:
+        raise GraphError(
+            f"{fused.name}: ONNX Runtime cannot write the graph in its fused form: {error}. Export it with --target "
+            "portable, which runs on the same backends"
+        ) from error
+
+
+def _demand_room(beside: Path, size_bytes: int) -> None:
+    """Take this much of the disk and give it back: ONNX Runtime does not say what it lacked; raises ``OSError``."""
+    with tempfile.TemporaryFile(dir=beside.parent) as stream:
+        os.posix_fallocate(stream.fileno(), 0, size_bytes)

@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from adalink.runtime.manifest import (
     SCHEMA_VERSION,
     FileRecord,
     Manifest,
+    decode_manifest,
     encode_manifest,
     read_manifest,
 )
@@ -62,7 +63,7 @@ class DeploymentWriter:
         return path
 
     def commit(self, manifest: Manifest) -> Manifest:
-        """Make ``manifest`` and every staged file the deployment; returns the manifest with its file records.
+        """Make ``manifest`` and every staged file the deployment; returns the manifest as it is on disk.
 
         ``manifest.files`` is filled in here: staged files are hashed, kept ones keep their record.
         """
@@ -80,6 +81,7 @@ class DeploymentWriter:
             manifest, schema_version=SCHEMA_VERSION, kit_version=version("adalink-kit"), files=files
         )
         data = encode_manifest(manifest)
+        manifest = decode_manifest(data)
         for relative, path in staged.items():
             _sync(path)
             final = self.folder / relative
@@ -93,8 +95,6 @@ class DeploymentWriter:
         _sync(pending)
         pending.replace(self.folder / MANIFEST_FILE)
         _sync(self.folder)
-        self.current = manifest
-        _remove_unused(self.folder, manifest)
         return manifest
 
 
@@ -128,6 +128,10 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
                 yield DeploymentWriter(folder, current)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+                # What the disk says now decides, not how far this process believes it came. What cannot be removed
+                # is of no consequence: nothing refers to it, and the next writer tries again.
+                with suppress(OSError):
+                    _remove_unused(folder, read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None)
     except OSError as error:
         where = error.filename or folder
         raise WriteError(

@@ -1,0 +1,322 @@
+"""What a base export writes, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, token_ids
+from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
+
+from adalink.export.base import export_base
+from adalink.export.static_shapes import make_reshapes_static
+from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
+from adalink.runtime.integrity import verify_files
+from adalink.runtime.manifest import Cache, read_manifest
+from adalink.training.base_model import base_fingerprint
+
+
+def graph_of(folder: Path, target: str = "portable") -> onnx.ModelProto:
+    return onnx.load(folder / read_manifest(folder).variants[target].graph)
+
+
+def test_manifest_describes_the_model(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    manifest = export_base(model, tmp_path, tokenizer=make_tokenizer(), target="portable")
+    base = manifest.base
+    assert (base.architecture, base.kind, base.embedding_dtype) == ("llama", "decoder", "float32")
+    assert (base.vocab_size, base.hidden_size, base.max_positions) == (VOCAB_SIZE, HIDDEN_SIZE, MAX_POSITIONS)
+    assert base.fingerprint == base_fingerprint(model)
+    assert base.cache == Cache(layers=LAYERS, kv_heads=2, head_dim=12)
+    assert (base.eos_token_ids, base.pad_token_id, base.bos_token_id) == ((2,), 0, 1)
+    assert (tmp_path / base.chat_template).read_text() == CHAT_TEMPLATE
+    assert manifest == read_manifest(tmp_path)
+    verify_files(tmp_path, manifest)
+    on_disk = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert on_disk == {*manifest.files, "manifest.json", ".lock"}
+
+
+def test_special_tokens_come_from_the_generation_config_first(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    model.generation_config.eos_token_id = [5, 7, 5, VOCAB_SIZE + 3]
+    model.generation_config.pad_token_id = model.config.pad_token_id = None
+    base = export_base(model, tmp_path).base
+    assert base.eos_token_ids == (5, 7)
+    assert base.pad_token_id == 5
+
+
+def test_encoder_decoder_says_how_to_begin(tmp_path: Path) -> None:
+    base = export_base(FAMILIES["t5"](), tmp_path).base
+    assert (base.kind, base.decoder_start_token_id, base.max_positions) == ("encoder-decoder", 0, None)
+    assert base.cache == Cache(layers=LAYERS, kv_heads=4, head_dim=12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bert"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_table_is_what_the_embedding_module_returns(family: str, dtype: str, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    manifest = export_base(model, tmp_path, dtype=dtype, target="portable")
+    table = load_file(tmp_path / manifest.base.embeddings)["embeddings"]
+    narrow = copy.deepcopy(model).to(getattr(torch, dtype))
+    assert torch.equal(table, narrow.get_input_embeddings()(torch.arange(VOCAB_SIZE)))
+    assert table.dtype == getattr(torch, dtype)
+    assert manifest.base.fingerprint == base_fingerprint(model), "the fingerprint is that of the float32 model"
+    weight = narrow.get_input_embeddings().weight
+    assert torch.equal(table, weight) == (family != "gemma3"), "gemma scales its embeddings"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_portable_graph_is_standard_and_holds_each_weight_once(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    manifest = export_base(model, tmp_path, target="portable")
+    table = model.get_input_embeddings().weight.numel()
+    tied = getattr(model.config, "tie_word_embeddings", False) and manifest.base.kind != "encoder"
+    # Behind `inputs_embeds` no table is needed, except as the output head that is tied to it.
+    needed = sum(p.numel() for p in model.parameters()) - (0 if tied else table)
+    if family == "bert":
+        needed -= sum(p.numel() for p in model.pooler.parameters())
+    variant, stored = manifest.variants["portable"], 0
+    for path in filter(None, (variant.graph, variant.decoder_graph)):
+        graph = onnx.load(tmp_path / path)
+        assert {(entry.domain, entry.version) for entry in graph.opset_import} == {("", 20)}
+        assert {node.domain for node in graph.graph.node} == {""}
+        onnx.checker.check_model(str(tmp_path / path), full_check=True)
+        stored += sum(np.prod(t.dims) for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert stored <= 1.01 * needed
+    assert stored >= 0.98 * needed
+
+
+def test_metadata_names_the_base(tmp_path: Path) -> None:
+    for target in ("portable", "onnxruntime-cpu"):
+        manifest = export_base(FAMILIES["llama"](), tmp_path, target=target)
+        metadata = {entry.key: entry.value for entry in graph_of(tmp_path, target).metadata_props}
+        assert metadata["base_fingerprint"] == manifest.base.fingerprint
+
+
+def test_variants_share_the_common_files(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
+    table = tmp_path / "base" / "embeddings.safetensors"
+    before = table.stat()
+    manifest = export_base(model, tmp_path, target="onnxruntime-cpu", tokenizer=make_tokenizer())
+    assert manifest.variants.keys() == {"portable", "onnxruntime-cpu"}
+    assert (table.stat().st_ino, table.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert {node.domain for node in graph_of(tmp_path, "onnxruntime-cpu").graph.node} != {""}, "fused"
+    verify_files(tmp_path, manifest)
+
+
+def test_existing_variant_needs_replace(tmp_path: Path) -> None:
+    model = FAMILIES["bert"]()
+    first = export_base(model, tmp_path)
+    with pytest.raises(DeploymentError, match=r"already has a base variant 'onnxruntime-cpu': pass --replace"):
+        export_base(model, tmp_path)
+    assert read_manifest(tmp_path) == first
+    second = export_base(model, tmp_path, replace=True)
+    assert second.variants["onnxruntime-cpu"].graph == "base/onnxruntime-cpu.2/model.onnx"
+    assert not (tmp_path / "base" / "onnxruntime-cpu").exists()
+    verify_files(tmp_path, second)
+
+
+def test_other_base_or_dtype_is_refused_and_named(tmp_path: Path) -> None:
+    first = export_base(FAMILIES["llama"](), tmp_path)
+    other = FAMILIES["qwen2"]()
+    with pytest.raises(ContractError) as caught:
+        export_base(other, tmp_path, target="portable")
+    assert first.base.fingerprint in str(caught.value)
+    assert base_fingerprint(other) in str(caught.value)
+    with pytest.raises(ContractError, match=r"embedding_dtype float32, but .* float16"):
+        export_base(FAMILIES["llama"](), tmp_path, target="portable", dtype="float16")
+    assert read_manifest(tmp_path) == first
+
+
+def test_loaded_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        before = model(input_ids=token_ids(0)).logits
+    export_base(model, tmp_path, dtype="float16")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=token_ids(0)).logits, before)
+    assert model.config._attn_implementation != "adalink_export"
+
+
+def test_half_precision_graph_follows_the_float32_model(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider computes in float32 what is stored in float16: only rounding of values shows."""
+    model = FAMILIES["llama"]()
+    manifest = export_base(model, tmp_path, dtype="float16")
+    session = ort.InferenceSession(str(tmp_path / manifest.variants["onnxruntime-cpu"].graph))
+    rounded = copy.deepcopy(model).half().float()
+    ids = token_ids(1, 2, 9)
+    with torch.no_grad():
+        expected = rounded(input_ids=ids).logits.numpy()
+        embeds = rounded.get_input_embeddings()(ids).numpy().astype(np.float16)
+    feeds = {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones((2, 9), np.int64),
+        "position_ids": np.tile(np.arange(9), (2, 1)),
+    } | {
+        f"past_key_values.{i}.{part}": np.zeros((2, 2, 0, 12), np.float16)
+        for i, part in itertools.product(range(LAYERS), ("key", "value"))
+    }
+    received = session.run(["logits"], feeds)[0]
+    assert received.dtype == np.float16
+    # Outputs, cache and some inner values are rounded to 11 bits, a few dozen times along the way.
+    assert np.abs(received - expected).max() <= 32 * 2.0**-11 * np.abs(expected).max()
+
+
+def test_bfloat16_is_written_for_others_and_refused_for_the_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot run bfloat16"):
+        export_base(FAMILIES["llama"](), tmp_path / "cpu", dtype="bfloat16")
+    export_base(FAMILIES["llama"](), tmp_path, dtype="bfloat16", target="portable")
+    graph = graph_of(tmp_path).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert types["inputs_embeds"] == types["logits"] == types["present.0.key"] == onnx.TensorProto.BFLOAT16
+
+
+def test_cuda_target_without_cuda_keeps_the_portable_graph_and_says_so(tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("ONNX Runtime has CUDA here")
+    lines: list[str] = []
+    manifest = export_base(FAMILIES["llama"](), tmp_path, target="onnxruntime-cuda", progress=lines.append)
+    assert manifest.variants["onnxruntime-cuda"].backends == ("onnxruntime-cuda",)
+    assert any("kept in standard operators" in line and "CUDA" in line for line in lines)
+    assert {node.domain for node in graph_of(tmp_path, "onnxruntime-cuda").graph.node} == {""}
+
+
+def refused(model: Any, tmp_path: Path, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        export_base(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsupported_type_names_the_supported_ones(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(vocab_size=96, hidden_size=48, num_hidden_layers=1, num_attention_heads=4)
+    refused(GPTNeoXForCausalLM(config), tmp_path, r"'gpt_neox' is not supported; supported are bert, .*llama.*t5")
+
+
+def test_model_that_needs_token_ids_inside_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    config = Gemma3nTextConfig(
+        vocab_size=96, vocab_size_per_layer_input=96, hidden_size=48, hidden_size_per_layer_input=8,
+        intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+        laurel_rank=4, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    refused(Gemma3nForCausalLM(config), tmp_path, "look token ids up again")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_table_that_follows_the_batch_is_refused(kind: str, tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    refused(model, tmp_path, f"rope type '{kind}': .* longest row of a batch")
+
+
+def test_decoder_without_its_head_is_refused(tmp_path: Path) -> None:
+    refused(FAMILIES["llama"]().model, tmp_path, "LlamaModel has no language model head")
+
+
+def test_model_with_a_hooked_embedding_is_refused(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + 1)
+    refused(model, tmp_path, r"has a hook, such as an attached adapter.*detach\(\)")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "int8"}, {"target": "openvino"}, {"modalities": ("image",)}, {"modalities": ("text", "text")}]
+)
+def test_unknown_settings_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        export_base(FAMILIES["llama"](), tmp_path / "out", **changes)
+
+
+def test_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("five years of work")
+    with pytest.raises(DeploymentError, match=r"holds 'thesis.txt' and no manifest.json"):
+        export_base(FAMILIES["llama"](), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_checkpoint_folder_exports_with_its_tokenizer_or_without(tmp_path: Path) -> None:
+    model = FAMILIES["llama"]()
+    model.save_pretrained(tmp_path / "bare")
+    assert export_base(tmp_path / "bare", tmp_path / "out").base.tokenizer is None
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    model.save_pretrained(tmp_path / "full")
+    tokenizer.save_pretrained(tmp_path / "full")
+    manifest = export_base(tmp_path / "full", tmp_path / "out2")
+    from tokenizers import Tokenizer
+
+    shipped = Tokenizer.from_file(str(tmp_path / "out2" / manifest.base.tokenizer))
+    assert len(shipped.encode("six or seven").ids) == len("six or seven"), "no truncation, no padding"
+    assert manifest.base.name == "full"
+    assert (tmp_path / "out2" / manifest.base.chat_template).read_text() == CHAT_TEMPLATE
+
+
+def test_static_reshapes_change_no_output(tmp_path: Path) -> None:
+    """The pass on a graph made for it: a reshape it can prove, one it cannot, a size computed from a static one."""
+    from onnx import TensorProto, helper
+
+    def constant(name: str, values: Any) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(np.array(values, np.int64), name)
+
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        *(helper.make_node("Gather", ["shape", f"at{i}"], [f"dim{i}"]) for i in range(3)),
+        *(helper.make_node("Unsqueeze", [f"dim{i}", "axis"], [f"size{i}"]) for i in range(3)),
+        helper.make_node("Concat", ["size0", "size1", "free", "four"], ["heads_shape"], axis=0),
+        helper.make_node("Reshape", ["x", "heads_shape"], ["heads"]),
+        helper.make_node("Div", ["dim2", "two"], ["half"]),
+        helper.make_node("Unsqueeze", ["half", "axis"], ["half_size"]),
+        helper.make_node("Slice", ["x", "zero", "half_size", "last"], ["left"]),
+        helper.make_node("Concat", ["size1", "size0", "free"], ["swapped_shape"], axis=0),
+        helper.make_node("Reshape", ["x", "swapped_shape"], ["swapped"]),
+    ]
+    initializers = [
+        *(constant(f"at{i}", i) for i in range(3)),
+        constant("axis", [0]), constant("free", [-1]), constant("four", [4]), constant("two", 2),
+        constant("zero", [0]), constant("last", [-1]),
+    ]  # fmt: skip
+    shapes = {"heads": ["a", "b", 3, 4], "left": ["a", "b", 6], "swapped": ["b", "a", 12]}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", 12])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * len(dims)) for name, dims in shapes.items()],
+        initializer=initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    before = ort.InferenceSession(model.SerializeToString())
+    assert make_reshapes_static(model) > 0
+    after = ort.InferenceSession(model.SerializeToString())
+    left = [node.op_type for node in model.graph.node]
+    assert left.count("Div") == 0
+    reshapes = {node.output[0]: node.input[1] for node in model.graph.node if node.op_type == "Reshape"}
+    targets = {t.name: onnx.numpy_helper.to_array(t).tolist() for t in model.graph.initializer}
+    assert targets[reshapes["heads"]] == [0, 0, -1, 4]
+    assert reshapes["swapped"] == "swapped_shape", "swapped dimensions are not those of the input: left as it was"
+    for sizes in ((1, 1), (2, 5), (7, 3)):
+        x = np.random.default_rng(0).normal(size=(*sizes, 12)).astype(np.float32)
+        for was, is_now in zip(before.run(None, {"x": x}), after.run(None, {"x": x}), strict=True):
+            assert np.array_equal(was, is_now)
+
+
+def test_traced_decoder_has_few_computed_shapes(tmp_path: Path) -> None:
+    export_base(FAMILIES["llama"](), tmp_path, target="portable")
+    nodes = graph_of(tmp_path).graph.node
+    computed = {node.output[0] for node in nodes if node.op_type == "Concat"}
+    dynamic = [node for node in nodes if node.op_type == "Reshape" and node.input[1] in computed]
+    assert len(dynamic) <= LAYERS

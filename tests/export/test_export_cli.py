@@ -1,0 +1,104 @@
+"""``adalink export`` and ``adalink remove`` from the shell's side: results, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from runtime_support import random_adapter, write_adapter
+from tiny_models import FAMILIES
+from tiny_tokenizer import make_tokenizer
+
+from adalink.runtime.manifest import read_manifest
+from adalink.tools.cli import main
+
+
+def adalink(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    FAMILIES["llama"]().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deployment"
+    made = adalink("export", "base", checkpoint, "--out", out, "--target", "portable", "--json")
+    assert made.exit_code == 0, made.output
+    result = json.loads(made.stdout)
+    base = read_manifest(out).base
+    assert result["fingerprint"] == base.fingerprint
+    assert (result["base"], result["target"], result["dtype"]) == ("tiny-llama", "portable", "float32")
+    assert "loading tiny-llama" in made.stderr
+    added = adalink("export", "base", checkpoint, "--out", out)
+    assert added.exit_code == 0
+    assert read_manifest(out).variants.keys() == {"portable", "onnxruntime-cpu"}
+    assert f"fingerprint {base.fingerprint}" in added.stdout
+
+    settings = {"rank": 4, "activation": "gelu", "bias": True, "scope": "prompt"}
+    source = write_adapter(tmp_path / "topics", random_adapter(base.fingerprint, base.hidden_size, 1, **settings))
+    task = adalink("export", "adapter", source, "--out", out, "--json")
+    assert json.loads(task.stdout)["task"] == "topics"
+    assert json.loads(task.stdout)["scope"] == "prompt"
+    again = adalink("export", "adapter", source, "--out", out)
+    assert again.exit_code == 2
+    assert "--replace" in again.stderr
+    assert adalink("export", "adapter", source, "--out", out, "--replace").stdout.startswith("task topics is in ")
+    other = adalink("export", "adapter", source, "--out", out, "--name", "other", "--dtype", "fp16")
+    assert other.exit_code == 2
+    assert "float16 was asked for" in other.stderr
+
+    removed = adalink("remove", out, "topics", "--json")
+    assert json.loads(removed.stdout) == {"deployment": str(out), "removed": "topics", "tasks": []}
+    missing = adalink("remove", out, "topics")
+    assert missing.exit_code == 2
+    assert "'topics' is not in" in missing.stderr
+
+
+def test_modalities_are_given_by_name(checkpoint: Path, tmp_path: Path) -> None:
+    assert adalink("export", "base", checkpoint, "--out", tmp_path / "d", "--modality", "image").exit_code == 0
+    assert read_manifest(tmp_path / "d").base.modalities == ("text", "image")
+
+
+@pytest.mark.parametrize("verb", [("export",), ("export", "base"), ("export", "adapter"), ("remove",)])
+def test_help_has_an_example(verb: tuple[str, ...]) -> None:
+    shown = adalink(*verb, "--help")
+    assert shown.exit_code == 0
+    assert "Example:" in shown.stdout
+    assert f"adalink {verb[0]}" in shown.stdout
+
+
+def test_error_shows_its_message_alone_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    result = subprocess.run(
+        [sys.executable, "-m", "adalink.tools", "export", "base", tmp_path / "model", "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "pickled weights" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_of_a_base_says_nothing_but_its_own_progress(checkpoint: Path, tmp_path: Path) -> None:
+    """The exporter's and the libraries' warnings and bars are not the user's business."""
+    result = subprocess.run(
+        [sys.executable, "-m", "adalink.tools", "export", "base", checkpoint, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line.split()[0] for line in result.stderr.splitlines()] == [
+        "loading", "writing", "tracing", "fusing", "hashing"
+    ]  # fmt: skip
