@@ -1,0 +1,107 @@
+"""`adalink run` against the deployment called directly."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from tiny_deployments import make_deployment
+
+from adalink.runtime.deployment import Deployment
+from adalink.tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tasks = {"alpha": {"seed": 1}, "beta": {"seed": 2}}
+    return make_deployment(tmp_path_factory.mktemp("run"), "mistral", tasks)[1]
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    with Deployment.open(folder) as deployment:
+        return {
+            task: deployment.generate(["Hello 12"], tasks=task, max_new_tokens=6)[0].text
+            for task in (None, "alpha", "beta")
+        }
+
+
+def run(*arguments, **settings):
+    return CliRunner().invoke(main, ["run", *map(str, arguments)], **settings)
+
+
+@pytest.mark.parametrize("task", [None, "alpha", "beta"])
+def test_text_file_and_stdin_give_the_same(folder, expected, tmp_path, task):
+    options = ["--max-new-tokens", 6, *(["--task", task] if task else [])]
+    (tmp_path / "prompt.txt").write_text("Hello 12\n")
+    results = [
+        run(folder, "Hello 12", *options),
+        run(folder, "--file", tmp_path / "prompt.txt", *options),
+        run(folder, *options, input="Hello 12\n"),
+    ]
+    assert [result.stdout for result in results] == [expected[task] + "\n"] * 3
+    assert len(set(expected.values())) == 3  # the tasks differ, so the option is heeded
+
+
+def test_jsonl_rows_keep_order_and_task(folder, expected, tmp_path):
+    rows = [{"prompt": "Hello 12", "task": task} for task in ("beta", None, "alpha")] * 4 + [{"prompt": "Hello 12"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--task", "beta", "--max-new-tokens", 6)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["text"] for answer in answers] == [expected[row.get("task", "beta")] for row in rows]
+
+
+def test_json_holds_tokens_and_reason(folder, expected):
+    answer = json.loads(run(folder, "Hello 12", "--json", "--max-new-tokens", 6).stdout)
+    assert answer["text"] == expected[None]
+    assert answer["finish_reason"] in ("stop", "length")
+    assert answer["prompt_tokens"] == 8
+
+
+def test_streams_on_a_terminal(folder, expected):
+    """A real terminal: the same text, and an end of line."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "adalink.tools", "run", str(folder), "Hello 12", "--max-new-tokens", "6"]
+    done = subprocess.run(command, stdout=follower, check=True, stdin=subprocess.DEVNULL)
+    os.close(follower)
+    assert done.returncode == 0
+    assert os.read(leader, 1 << 16).decode().replace("\r\n", "\n") == expected[None] + "\n"
+    os.close(leader)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", ":2: not JSON"), ('{"text": "x"}', ":2: expected"), ('{"prompt": "x", "task": 3}', ":2: task is 3")],
+)
+def test_bad_row_is_named(folder, tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' + line)
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_wrong_use_exits_2(folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for arguments, message in (
+        ([folder, "x", "--task", "gamma", "--max-new-tokens", 4], "'gamma' is not deployed"),
+        ([folder, "x", "--file", tmp_path / "empty.jsonl"], "give one of"),
+        ([folder, "--jsonl", tmp_path / "empty.jsonl"], "holds no rows"),
+        ([tmp_path, "x"], "holds no manifest.json"),
+        ([folder, "x", "--temperature", -1], "temperature"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+
+
+def test_encoder_gives_mean_states(tmp_path):
+    _, folder = make_deployment(tmp_path / "bert", "bert", {"alpha": {"seed": 1}})
+    answer = json.loads(run(folder, "Hello", "--task", "alpha").stdout)
+    with Deployment.open(folder) as deployment:
+        ids = deployment.tokenizer.encode("Hello")
+        states = deployment.run(input_ids=[ids], tasks="alpha")["last_hidden_state"][0]
+    np.testing.assert_allclose(answer["mean"], states.mean(axis=0), rtol=1e-6)

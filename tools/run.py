@@ -1,0 +1,152 @@
+"""``adalink run``: generate text with a deployment, or hidden states with an encoder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adalink.runtime.errors import DataError, RequestError
+
+if TYPE_CHECKING:
+    from adalink.runtime.deployment import Deployment
+
+_BATCH_ROWS = 8
+
+
+@click.command(short_help="Generate text, or hidden states, with a deployment.")
+@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option(
+    "--file", "text_file", type=click.Path(path_type=Path, dir_okay=False), help="Read the prompt from a file."
+)
+@click.option("--jsonl", type=click.Path(path_type=Path, dir_okay=False), help='Rows {"prompt", "task"}, as batches.')
+@click.option("--task", metavar="NAME", help="The task; the plain base without it. Rows of --jsonl may name their own.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, help="Sample from the k likeliest tokens.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total probability.")
+@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each result.")
+def command(
+    deployment: Path,
+    text: str | None,
+    text_file: Path | None,
+    jsonl: Path | None,
+    task: str | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Generate text from TEXT, a file, standard input, or a file of rows, with the deployment in DIR.
+
+    On a terminal the text appears as it is generated. A file's or standard input's last line end is not part of the
+    prompt. An encoder prints the mean of its last hidden states as JSON instead.
+
+    \b
+    Example:
+      adalink run ./deployment "Text: oil prices rose again\nTopic:" --task topics
+      cat letter.txt | adalink run ./deployment --chat --max-new-tokens 200
+      adalink run ./deployment --jsonl rows.jsonl --task topics > answers.jsonl
+    """  # noqa: D301
+    from adalink.runtime.deployment import Deployment
+
+    if sum(source is not None for source in (text, text_file, jsonl)) > 1:
+        raise click.UsageError("give one of TEXT, --file and --jsonl")
+    rows = read_rows(jsonl, task) if jsonl is not None else [(_prompt(text, text_file), task)]
+    with Deployment.open(deployment, backend, threads=threads) as opened:
+        if opened.manifest.base.kind == "encoder":
+            for entry in _embed(opened, rows):
+                click.echo(json.dumps(entry))
+            return
+        streaming = jsonl is None and not as_json and sys.stdout.isatty()
+        for entry in _generate(opened, rows, _write if streaming else None, settings):
+            if streaming:
+                click.echo()
+            elif as_json or jsonl is not None:
+                click.echo(json.dumps(entry, ensure_ascii=False))
+            else:
+                click.echo(entry["text"])
+
+
+def read_rows(path: Path, task: str | None) -> list[tuple[str, str | None]]:
+    """Prompts and tasks of a JSON-lines file.
+
+    Args:
+        path: rows ``{"prompt": str, "task": str | null}``; ``task`` may be left out.
+        task: for rows that name none.
+
+    Raises:
+        DataError: a line is not such a row; the message names it.
+    """
+    rows: list[tuple[str, str | None]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not JSON: {error}; expected a row with a prompt") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError(f'{path}:{number}: expected {{"prompt": text, "task": name or null}}, received {line[:80]}')
+        own = row.get("task", task)
+        if own is not None and not isinstance(own, str):
+            raise DataError(f"{path}:{number}: task is {own!r}, expected a name or null")
+        rows.append((row["prompt"], own))
+    if not rows:
+        raise DataError(f'{path}: holds no rows; expected {{"prompt": text}} on each line')
+    return rows
+
+
+def _prompt(text: str | None, path: Path | None) -> str:
+    if text is not None:
+        return text
+    if path is None and sys.stdin.isatty():
+        raise click.UsageError("no prompt: give TEXT, --file, --jsonl, or text on standard input")
+    try:
+        read = sys.stdin.read() if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path or 'standard input'}: cannot be read as UTF-8 text: {error}") from error
+    return read.removesuffix("\n")
+
+
+def _generate(
+    deployment: Deployment,
+    rows: list[tuple[str, str | None]],
+    stream: Callable[[int, str], None] | None,
+    settings: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """One result for each row, in order; rows of different tasks share a batch."""
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch = rows[start : start + _BATCH_ROWS]
+        prompts, tasks = [prompt for prompt, _ in batch], [task for _, task in batch]
+        found = deployment.generate(prompts, tasks=tasks, stream=stream, **settings)
+        for (prompt, task), result in zip(batch, found, strict=True):
+            yield {"prompt": prompt, "task": task, **asdict(result)}
+
+
+def _embed(deployment: Deployment, rows: list[tuple[str, str | None]]) -> Iterator[dict[str, Any]]:
+    for prompt, task in rows:
+        ids = deployment.tokenizer.encode(prompt)
+        if not ids:
+            raise RequestError("the text has no tokens: give it some text")
+        states = deployment.run(input_ids=[ids], tasks=task)["last_hidden_state"][0]
+        yield {"prompt": prompt, "task": task, "tokens": len(ids), "mean": states.mean(axis=0).tolist()}
+
+
+def _write(row: int, piece: str) -> None:
+    click.echo(piece, nl=False)
