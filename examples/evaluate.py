@@ -39,14 +39,14 @@ WORDINGS: dict[str, list[str]] = {
     "reuters-r8": [
         "{prompt}",
         "Classify the news article into one of these topics: " + TOPICS + ".\n\nArticle: {text}\nTopic:",
-        "Article: {text}\n\nQuestion: What is this article about? Choose one: " + TOPICS + ".\nAnswer:",
+        "Question: What is this article about? Choose one: " + TOPICS + ".\n\nArticle: {text}\nAnswer:",
         "{text}\n\nThe topic of this Reuters news story (" + TOPICS + ") is",
     ],
     "tweet-author": [
         "{prompt}",
         "Who wrote this tweet, Clinton or Trump?\n\nTweet: {text}\nAuthor:",
         'The tweet "{text}" was posted in 2016 by one of the candidates Clinton and Trump. The author is',
-        "Tweet: {text}\n\nQuestion: Which candidate posted it in 2016? Choose one: Trump, Clinton.\nAnswer:",
+        "Question: Which candidate posted this tweet in 2016? Choose one: Trump, Clinton.\n\nTweet: {text}\nAnswer:",
     ],
 }
 
@@ -66,40 +66,51 @@ def render(tokenizer: Any, wording: str, row: Row, chat: bool) -> list[int]:
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
+def step(model: Any, tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    """Log-probabilities after ``tokens``, ``(rows, vocab)``, and the cache; ``mask`` covers cache and tokens."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    output = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float().log_softmax(dim=-1), output.past_key_values
+
+
 @torch.inference_mode()
 def answer(
-    model: Any, prompts: list[list[int]], labels: list[list[int]], pad: int
+    model: Any, start: list[int], prompts: list[list[int]], labels: list[list[int]], pad: int
 ) -> tuple[torch.Tensor, list[list[int]]]:
-    """Log-probability of each label, ``(prompts, labels)``, and a short greedy reply for each prompt."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    """Log-probability of each label, ``(prompts, labels)``, and a short greedy reply for each prompt.
 
-    def step(tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        grown = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
-        return output.logits[:, -1].float().log_softmax(dim=-1), grown, output.past_key_values
-
-    first, mask, cache = step(ids, mask, None)
+    ``start`` begins every prompt and is computed once.
+    """
+    rests = [prompt[len(start) :] for prompt in prompts]
+    length = max(len(rest) for rest in rests)
+    ids = torch.tensor([[pad] * (length - len(rest)) + rest for rest in rests])
+    mask = torch.tensor([[1] * len(start) + [0] * (length - len(rest)) + [1] * len(rest) for rest in rests])
+    more = torch.ones(len(prompts), 1, dtype=mask.dtype)
+    cache = None
+    if start:
+        _, cache = step(model, torch.tensor([start]), torch.ones(1, len(start), dtype=mask.dtype), None)
+        cache.batch_repeat_interleave(len(prompts))
+    first, cache = step(model, ids, mask, cache)
     scores = []
     for label in labels:
         score = first[:, label[0]].clone()
         branch_mask, branch = mask, copy.deepcopy(cache) if len(label) > 1 else None
         for token, following in itertools.pairwise(label):
-            logits, branch_mask, branch = step(torch.full((len(prompts), 1), token), branch_mask, branch)
+            branch_mask = torch.cat([branch_mask, more], dim=1)
+            logits, branch = step(model, torch.full((len(prompts), 1), token), branch_mask, branch)
             score += logits[:, following]
         scores.append(score)
     replies = [first.argmax(dim=-1, keepdim=True)]
     for _ in range(REPLY_TOKENS - 1):
-        logits, mask, cache = step(replies[-1], mask, cache)
+        mask = torch.cat([mask, more], dim=1)
+        logits, cache = step(model, replies[-1], mask, cache)
         replies.append(logits.argmax(dim=-1, keepdim=True))
     return torch.stack(scores, dim=1), torch.cat(replies, dim=1).tolist()
 
@@ -112,10 +123,12 @@ def zero_shot(
     prompts = [render(tokenizer, wording, row, chat) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     wanted = [rows[index].completion.strip() for index in order]
+    shared = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))]
     scores, replies = [], []
     for start in range(0, len(order), BATCH_ROWS):
         chosen = order[start : start + BATCH_ROWS]
-        batch_scores, batch_replies = answer(model, [prompts[index] for index in chosen], labels, end_token(tokenizer))
+        batch = [prompts[index] for index in chosen]
+        batch_scores, batch_replies = answer(model, shared, batch, labels, end_token(tokenizer))
         scores.append(batch_scores)
         replies += [tokenizer.decode(reply, skip_special_tokens=True) for reply in batch_replies]
     table = torch.cat(scores)

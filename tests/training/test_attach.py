@@ -66,7 +66,7 @@ def test_acts_on_the_embeddings_and_nowhere_else(model):
 
 def test_detach_leaves_no_trace(model):
     ids = token_ids(seed=1)
-    list(model.parameters())[0].requires_grad_(False)
+    next(iter(model.parameters())).requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plain = run(model, ids)
