@@ -274,7 +274,7 @@ def _write_variant(
         "kit_version": version("adalink-kit"),
     }
     files = {}
-    objection = why_not_fused(target, base.embedding_dtype)
+    objection = why_not_fused(target)
     with exportable_attention(model):
         for stem, graph in traced_graphs(model, architecture).items():
             report(f"tracing {stem}.onnx ({base.embedding_dtype})")

@@ -16,14 +16,12 @@ PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUD
 _EXTERNAL_FROM_BYTES = "1024"
 
 
-def why_not_fused(target: str, dtype: str) -> str | None:
+def why_not_fused(target: str) -> str | None:
     """Why the portable graph is kept for ``target``, or ``None`` when it can be fused here."""
     import onnxruntime as ort
 
     if target == "portable":
         return "portable means standard operators"
-    if target == "onnxruntime-cpu" and dtype != "float32":
-        return f"on the CPU ONNX Runtime computes {dtype} in float32, and fusing would store the weights twice as large"
     if PROVIDERS[target] not in ort.get_available_providers():
         return f"{PROVIDERS[target]} is not on this machine, so its fusions cannot be chosen; sessions fuse at load"
     return None

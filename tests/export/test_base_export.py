@@ -147,11 +147,15 @@ def test_loaded_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert model.config._attn_implementation != "adalink_export"
 
 
-def test_half_precision_graph_follows_the_float32_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["portable", "onnxruntime-cpu"])
+def test_half_precision_graph_follows_the_float32_model(target: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider computes in float32 what is stored in float16: only rounding of values shows."""
     model = FAMILIES["llama"]()
-    manifest = export_base(model, tmp_path, dtype="float16")
-    session = ort.InferenceSession(str(tmp_path / manifest.variants["onnxruntime-cpu"].graph))
+    manifest = export_base(model, tmp_path, dtype="float16", target=target)
+    path = tmp_path / manifest.variants[target].graph
+    stored = path.with_name("model.onnx.data").stat().st_size
+    assert stored < 2.1 * sum(parameter.numel() for parameter in model.parameters())
+    session = ort.InferenceSession(str(path))
     rounded = copy.deepcopy(model).half().float()
     ids = token_ids(1, 2, 9)
     with torch.no_grad():
