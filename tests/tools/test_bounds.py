@@ -184,3 +184,21 @@ def test_bias_and_zero_inputs_are_counted():
     )
     assert (bound > 0).all()
     assert bound.max() < 1e-5
+
+
+@pytest.mark.parametrize("part", ["down.weight", "up.weight"])
+def test_one_percent_of_one_weight_is_found_by_unit_vectors_at_real_width(part):
+    """At d = 576 a vocabulary hides one weight behind the rounding of 575 others; unit vectors do not."""
+    rng = np.random.default_rng(4)
+    adapter = random_adapter(rng, 576, 16, "gelu", bias=False, scale=0.05)
+    x = np.vstack([np.eye(576), -np.eye(576)]).astype(np.float32)
+    exact = exact_adapter(adapter, "text", x.astype(np.float64), "float32")
+    clean = adapter.weights[f"text.{part}"]
+    for _ in range(20):
+        index = tuple(rng.integers(0, size) for size in clean.shape)
+        changed = clean.copy()
+        changed[index] *= np.float32(1.01)
+        faulty = make_adapter(adapter.config, {**adapter.weights, f"text.{part}": changed})
+        deviation = np.abs(float32_adapter(faulty, x, "blas", "float32") - exact.output)
+        assert (deviation > exact.bound).any(), (index, clean[index])
+    assert (np.abs(float32_adapter(adapter, x, "blas", "float32") - exact.output) <= exact.bound).all()

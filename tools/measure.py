@@ -1,0 +1,268 @@
+"""What a task costs, measured side by side with the plain base in one process (docs/parity.md, "benchmark")."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.engine import Array, Backend, Engine, TaskRunner, open_backend
+from adalink.runtime.errors import DeploymentError
+from adalink.runtime.manifest import Base, read_manifest
+from adalink.tools.parity_prompts import PROMPTS, fit
+
+PREFILL_TOKENS = 64
+MIXED_TASKS = 8
+_PREFILL_ROUNDS = 15
+# Short rounds, so that the two sides meet the same weather: clock speed, other programs.
+_DECODE_ROUNDS, _DECODE_STEPS = 20, 12
+_MIXED_ROUNDS, _MIXED_STEPS, _MIXED_PROMPT_TOKENS = 10, 10, 16
+_SWAPS = 2000
+_LOADS = 15
+_COPIES = 32
+
+Metric = dict[str, object]
+Samples = dict[str, list[float]]
+# Name of a side -> what it passes as ``tasks``.
+Sides = Mapping[str, str | Sequence[str | None] | None]
+
+
+class SteppedBackend:
+    """Another backend that notes when each call of an engine begins.
+
+    The time from one beginning to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
+    """
+
+    def __init__(self, inner: Backend) -> None:
+        self.name = inner.name
+        self.starts: list[float] = []
+        self._inner = inner
+
+    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
+        """See ``adalink.runtime.engine.Backend``."""
+        return _SteppedEngine(self._inner.open_engine(graph, base, role), self.starts)
+
+    def open_task(self, graph: bytes, base: Base, modalities: tuple[str, ...]) -> TaskRunner:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_task(graph, base, modalities)
+
+
+class _SteppedEngine:
+    def __init__(self, inner: Engine, starts: list[float]) -> None:
+        self.inputs = inner.inputs
+        self.close = inner.close
+        self._run = inner.run
+        self._starts = starts
+
+    def run(self, feeds: Mapping[str, Array], cache: object | None = None) -> tuple[Array, object | None]:
+        self._starts.append(time.perf_counter())
+        return self._run(feeds, cache)
+
+
+class Bench:
+    """An open deployment to measure; its generations do not end before their budget.
+
+    Attributes:
+        model: name of the base.
+        task: the task that is measured.
+        tokens: length of the prompt.
+    """
+
+    def __init__(self, path: Path, task: str | None, backend: str, threads: int | None) -> None:
+        """Open the deployment.
+
+        Raises:
+            DeploymentError: it has no task, or not that one.
+            BackendError: the backend cannot be used.
+        """
+        manifest = read_manifest(path)
+        if not manifest.tasks:
+            raise DeploymentError(f"{path} has no task to measure: add one with 'adalink export adapter'")
+        self.task = sorted(manifest.tasks)[0] if task is None else task
+        if self.task not in manifest.tasks:
+            names = ", ".join(sorted(manifest.tasks))
+            raise DeploymentError(f"{path} has no task {self.task!r} to measure; it has {names}")
+        endless = msgspec.structs.replace(manifest, base=msgspec.structs.replace(manifest.base, eos_token_ids=()))
+        self._steps = SteppedBackend(open_backend(backend, threads))
+        self._deployment = Deployment(path, endless, self._steps)
+        self._base = manifest.base
+        self.model = manifest.base.name
+        self._folder = (path / manifest.tasks[self.task].graph).parent
+        self._files = [path / file for file in manifest.tasks[self.task].files]
+        longest = (self._base.max_positions or PREFILL_TOKENS * 2) - _DECODE_STEPS
+        self.tokens = min(PREFILL_TOKENS, longest)
+        self._generates = self._base.kind != "encoder" and self._base.tokenizer is not None
+
+    def close(self) -> None:
+        """Close the deployment."""
+        self._deployment.close()
+
+    def measure(self, progress: Callable[[str], None]) -> tuple[list[Metric], dict[str, float]]:
+        """Measure everything.
+
+        Returns:
+            The metrics, and the medians in milliseconds that the ratios come from.
+        """
+        medians: dict[str, float] = {}
+        metrics: list[Metric] = []
+
+        def ratio(name: str, samples: Samples) -> None:
+            base, task = (1e3 * float(np.median(values)) for values in samples.values())
+            medians.update({f"{name}_{side}_ms": value for side, value in zip(samples, (base, task), strict=True)})
+            metrics.append(_metric(f"{name}_ratio", task / base, "1"))
+
+        with _quiet_collector():
+            progress("cold load")
+            load = self._load_times()
+            progress(f"prefill of {self.tokens} tokens")
+            ratio("prefill", self._prefill())
+            if self._generates:
+                progress("decode")
+                ratio("decode", self._decode())
+            progress("hot swap")
+            swaps = self._swap_times()
+            metrics.append(_metric("swap_hot_us_p50", 1e6 * float(np.percentile(swaps, 50)), "us"))
+            metrics.append(_metric("swap_hot_us_p99", 1e6 * float(np.percentile(swaps, 99)), "us"))
+            metrics.append(_metric("task_load_ms", 1e3 * float(np.median(load)), "ms"))
+            progress(f"mixed batch of {MIXED_TASKS} tasks")
+            ratio("mixed_batch", self._mixed())
+            progress("memory")
+            if (growth := self._memory_growth()) is not None:
+                metrics.append(_metric("task_bytes", growth, "bytes"))
+        return metrics, medians
+
+    def _prefill(self) -> Samples:
+        ids = np.random.default_rng(0).integers(0, self._base.vocab_size, (1, self.tokens))
+        return self._alternate({"base": None, "task": self.task}, ids)
+
+    def _alternate(self, sides: Sides, ids: Array) -> Samples:
+        """Whole sequences through the engine, the sides taking turns."""
+        samples: Samples = {name: [] for name in sides}
+        for turn in range(-2, _PREFILL_ROUNDS):
+            for name in _order(sides, turn):
+                start = time.perf_counter()
+                self._deployment.run(input_ids=ids, tasks=sides[name])
+                if turn >= 0:
+                    samples[name].append(time.perf_counter() - start)
+        return samples
+
+    def _decode(self) -> Samples:
+        return self._steps_of(
+            {"base": None, "task": self.task}, [self._prompt(self.tokens)], _DECODE_ROUNDS, _DECODE_STEPS
+        )
+
+    def _prompt(self, tokens: int) -> str:
+        return fit(" ".join(PROMPTS), self._deployment.tokenizer.encode, tokens)
+
+    def _mixed(self) -> Samples:
+        """A batch whose rows have one task each, against the same batch with one task for all."""
+        copies = [self._deployment.add_task(self._folder, f"copy-{index}") for index in range(MIXED_TASKS)]
+        try:
+            sides: Sides = {"single": copies[0], "mixed": copies}
+            if self._generates:
+                prompts = [self._prompt(_MIXED_PROMPT_TOKENS)] * MIXED_TASKS
+                return self._steps_of(sides, prompts, _MIXED_ROUNDS, _MIXED_STEPS)
+            shape = (MIXED_TASKS, self.tokens)
+            return self._alternate(sides, np.random.default_rng(1).integers(0, self._base.vocab_size, shape))
+        finally:
+            for name in copies:
+                self._deployment.remove_task(name)
+
+    def _steps_of(self, sides: Sides, prompts: list[str], rounds: int, steps: int) -> Samples:
+        """Decode steps, the sides taking turns; the first round warms up."""
+        samples: Samples = {name: [] for name in sides}
+        for turn in range(-1, rounds):
+            for name in _order(sides, turn):
+                self._steps.starts.clear()
+                self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps)
+                if turn >= 0:
+                    # The first interval holds the prefill, and an encoder-decoder's encoder comes before it.
+                    samples[name] += np.diff(self._steps.starts)[-(steps - 2) :].tolist()
+        return samples
+
+    def _swap_times(self) -> list[float]:
+        """Switch between two loaded tasks and adapt the embedding of one token."""
+        other = self._deployment.add_task(self._folder, "swap-other")
+        ids = np.array([[self._base.vocab_size // 2]])
+        times = []
+        for index in range(-100, _SWAPS):
+            name = (self.task, other)[index % 2]
+            start = time.perf_counter()
+            self._deployment.embed(ids, tasks=name)
+            if index >= 0:
+                times.append(time.perf_counter() - start)
+        self._deployment.remove_task(other)
+        return times
+
+    def _load_times(self) -> list[float]:
+        """Load the task from the disk, its files dropped from the page cache where the system lets us."""
+        times = []
+        for index in range(-1, _LOADS):
+            for file in self._files:
+                _drop_from_cache(file)
+            start = time.perf_counter()
+            self._deployment.load_task(self.task)
+            if index >= 0:
+                times.append(time.perf_counter() - start)
+            self._deployment.unload_task(self.task)
+        self._deployment.load_task(self.task)
+        return times
+
+    def _memory_growth(self) -> float | None:
+        """Resident memory that one more loaded task takes; ``None`` where the system does not say."""
+        before = _resident_bytes()
+        if before is None:
+            return None
+        names = [self._deployment.add_task(self._folder, f"memory-{index}") for index in range(_COPIES)]
+        ids = np.array([[0]])
+        for name in names:
+            self._deployment.embed(ids, tasks=name)
+        after = _resident_bytes()
+        for name in names:
+            self._deployment.remove_task(name)
+        assert after is not None
+        return max(0, after - before) / _COPIES
+
+
+def _metric(name: str, value: float, unit: str) -> Metric:
+    return {"name": name, "value": value, "unit": unit}
+
+
+def _order(sides: Mapping[str, object], turn: int) -> list[str]:
+    """Who goes first changes with every turn, so that a drift favours nobody."""
+    names = list(sides)
+    return names if turn % 2 == 0 else names[::-1]
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """Keep Python's garbage collector out of the measurement."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _drop_from_cache(path: Path) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _resident_bytes() -> int | None:
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
