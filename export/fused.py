@@ -6,8 +6,9 @@ processor, is left to the session that runs the graph.
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 from adalink.runtime.errors import GraphError
@@ -66,6 +67,6 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
 
 
 def _demand_room(beside: Path, size_bytes: int) -> None:
-    """Take this much of the disk and give it back: ONNX Runtime does not say what it lacked; raises ``OSError``."""
-    with tempfile.TemporaryFile(dir=beside.parent) as stream:
-        os.posix_fallocate(stream.fileno(), 0, size_bytes)
+    """Raise ``OSError`` unless so much fits on the disk: ONNX Runtime, when it lacks room, does not say that it did."""
+    if shutil.disk_usage(beside.parent).free < size_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(beside))

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, token_ids
+from tiny_models import DECODERS, FAMILIES, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, token_ids
 from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from adalink.export.base import export_base
@@ -148,31 +148,36 @@ def test_loaded_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime-cpu"])
-def test_half_precision_graph_follows_the_float32_model(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", DECODERS)
+def test_half_precision_graph_follows_the_float32_model(family: str, target: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider computes in float32 what is stored in float16: only rounding of values shows."""
-    model = FAMILIES["llama"]()
+    model = DECODERS[family]()
     manifest = export_base(model, tmp_path, dtype="float16", target=target)
     path = tmp_path / manifest.variants[target].graph
     stored = path.with_name("model.onnx.data").stat().st_size
     assert stored < 2.1 * sum(parameter.numel() for parameter in model.parameters())
-    session = ort.InferenceSession(str(path))
+    session, cache = ort.InferenceSession(str(path)), manifest.base.cache
     rounded = copy.deepcopy(model).half().float()
-    ids = token_ids(1, 2, 9)
+    ids, mask, positions = token_ids(1, 2, 9), np.ones((2, 9), np.int64), np.tile(np.arange(9), (2, 1))
+    mask[1, :4], positions[1] = 0, np.maximum(np.arange(9) - 4, 0)
     with torch.no_grad():
-        expected = rounded(input_ids=ids).logits.numpy()
+        expected = [rounded(input_ids=ids[:1]).logits.numpy()[0], rounded(input_ids=ids[1:, 4:]).logits.numpy()[0]]
         embeds = rounded.get_input_embeddings()(ids).numpy().astype(np.float16)
-    feeds = {
-        "inputs_embeds": embeds,
-        "attention_mask": np.ones((2, 9), np.int64),
-        "position_ids": np.tile(np.arange(9), (2, 1)),
-    } | {
-        f"past_key_values.{i}.{part}": np.zeros((2, 2, 0, 12), np.float16)
+    past = {
+        f"past_key_values.{i}.{part}": np.zeros((2, cache.kv_heads, 0, cache.head_dim), np.float16)
         for i, part in itertools.product(range(LAYERS), ("key", "value"))
     }
-    received = session.run(["logits"], feeds)[0]
+    feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    received = session.run(["logits"], feeds | past)[0]
     assert received.dtype == np.float16
+    assert np.isfinite(received).all()
     # Outputs, cache and some inner values are rounded to 11 bits, a few dozen times along the way.
-    assert np.abs(received - expected).max() <= 32 * 2.0**-11 * np.abs(expected).max()
+    for row, start in ((0, 0), (1, 4)):
+        limit = 32 * 2.0**-11 * np.abs(expected[row]).max()
+        assert np.abs(received[row, start:] - expected[row]).max() <= limit
+    positions[1, -1] += 1
+    wrong = session.run(["logits"], feeds | past)[0]
+    assert not np.array_equal(wrong[1, -1], received[1, -1])
 
 
 def test_bfloat16_is_written_for_others_and_refused_for_the_cpu(tmp_path: Path) -> None:
