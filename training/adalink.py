@@ -59,4 +59,5 @@ class AdaLink(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
             narrow = _ACTIVATIONS[self.activation](self.down(wide))
-            return (wide + self.up(functional.dropout(narrow, self.dropout, self.training))).to(x.dtype)
+            change: torch.Tensor = self.up(functional.dropout(narrow, self.dropout, self.training))
+            return (wide + change).to(x.dtype)

@@ -18,7 +18,7 @@ from torch import nn
 
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.adalink import AdaLink
-from adalink.training.base_model import input_embedding
+from adalink.training.base_model import embedding_matrix, input_embedding
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -58,8 +58,8 @@ class Attached:
             raise ModelError(
                 f"{type(model).__name__} already has an adapter attached: detach it first, or use a second copy"
             )
-        weight = embedding.weight
-        hidden_size = weight.shape[1]
+        matrix = embedding_matrix(model)
+        hidden_size = matrix.shape[1]
         if config.rank > hidden_size:
             raise ConfigError(
                 f"rank is {config.rank} and the embeddings of {type(model).__name__} are {hidden_size} wide: choose a "
@@ -71,7 +71,7 @@ class Attached:
                 name: AdaLink(hidden_size, config.rank, config.activation, config.bias, config.dropout)
                 for name in config.modalities
             }
-        ).to(weight.device)
+        ).to(matrix.device)
         self._embedding = embedding
         self._prompt_mask: torch.Tensor | None = None
         self._modality: torch.Tensor | None = None
@@ -161,7 +161,7 @@ class Attached:
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values")
         self._past_length = 0 if cache is None else int(cache.get_seq_length())
-        if module is self.model and self.model.can_generate():
+        if self.model.can_generate() and module is self.model:
             self._labels = call.get("labels")
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -95,12 +95,20 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     """
     import torch
 
+    return fingerprint_embeddings(embedding_matrix(model).detach().to("cpu", torch.float32).numpy())
+
+
+def embedding_matrix(model: torch.nn.Module) -> torch.Tensor:
+    """The input embedding matrix as stored, with shape ``(vocab, d)``; raises ``ModelError`` if there is none."""
+    import torch
+
     weight = getattr(input_embedding(model), "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
         raise ModelError(
-            f"{type(model).__name__} has no input embedding matrix with shape (vocab, d), so it cannot be fingerprinted"
+            f"{type(model).__name__} has no input embedding matrix with shape (vocab, d): its embeddings cannot be "
+            "fingerprinted or adapted"
         )
-    return fingerprint_embeddings(weight.detach().to("cpu", torch.float32).numpy())
+    return weight
 
 
 def input_embedding(model: torch.nn.Module) -> torch.nn.Module:

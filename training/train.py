@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from adalink.runtime.digest import digest_file
-from adalink.runtime.errors import ConfigError, ModelError
+from adalink.runtime.errors import ConfigError, ModelError, WriteError
 from adalink.training.attach import Attached, attach
 from adalink.training.base_model import display_name, load_base, load_tokenizer
 from adalink.training.config import AdaLinkConfig
@@ -119,7 +119,9 @@ def train(
         },
     }
     checkpoints = out.parent / f"{out.name}.checkpoints"
-    last = _prepare_checkpoints(checkpoints, record, resume)
+    if not resume:
+        _check_fresh(checkpoints)
+    last = _last_checkpoint(checkpoints, record) if resume else None
     tokenizer = load_tokenizer(base)
     examples = encode_rows(rows, tokenizer, settings.max_length, data)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data)
@@ -129,6 +131,8 @@ def train(
             f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
             "decoders and encoder-decoders; for encoders use adalink.training.attach in a loop of your own"
         )
+    if not resume:
+        _begin_checkpoints(checkpoints, record)
     arguments = _trainer_arguments(checkpoints, settings)
     model.to(arguments.device)
     start = time.perf_counter()
@@ -138,7 +142,7 @@ def train(
         trainer = Trainer(
             model=TrainableAdapters(attached),
             args=arguments,
-            train_dataset=examples,  # type: ignore[arg-type]  # a list is a map-style data set
+            train_dataset=examples,
             data_collator=_collator(model, tokenizer),
             callbacks=list(callbacks),
         )
@@ -189,17 +193,28 @@ def _collator(
     return lambda examples: pad_rows(examples, pad)
 
 
-def _prepare_checkpoints(folder: Path, record: dict[str, Any], resume: bool) -> Path | None:
-    """Open the checkpoint folder of a run; returns the checkpoint to go on from, if any."""
-    settings = folder / _SETTINGS_FILE
-    if not resume:
-        if folder.exists():
-            raise ConfigError(
-                f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
-            )
+def _check_fresh(folder: Path) -> None:
+    """Refuse to start over where an interrupted run left checkpoints."""
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
+        )
+
+
+def _begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
+    """Make the checkpoint folder and note in it what the run is."""
+    try:
         folder.mkdir(parents=True)
-        settings.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        return None
+        (folder / _SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WriteError(
+            f"checkpoints: cannot write {error.filename or folder}: {error.strerror or error}; choose a writable --out"
+        ) from error
+
+
+def _last_checkpoint(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, if one was written; refuses a run with other settings."""
+    settings = folder / _SETTINGS_FILE
     if not settings.is_file():
         raise ConfigError(f"{folder} holds no interrupted run to resume: start one without --resume")
     before = json.loads(settings.read_text(encoding="utf-8"))

@@ -1,0 +1,272 @@
+"""Training runs on a tiny model: reproducible, resumable, and on the completion only."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+from tiny_tokenizer import make_tokenizer
+from transformers import TrainerCallback
+
+from adalink.runtime.adapter import read_adapter
+from adalink.runtime.digest import digest_file
+from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
+from adalink.training.attach import attach
+from adalink.training.base_model import input_embedding, load_base
+from adalink.training.config import AdaLinkConfig
+from adalink.training.dataset import Example, Row, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.exact_match import exact_match, greedy_tokens
+from adalink.training.settings import TrainSettings
+from adalink.training.train import TrainableAdapters, train
+
+CONFIG = AdaLinkConfig(rank=16, activation="gelu", dropout=0.1)
+SETTINGS = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
+    FAMILIES["llama"]().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows whose completion names the letter that the prompt repeats."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(7)
+    for name, count in (("train", 40), ("eval", 12)):
+        lines = []
+        for _ in range(count):
+            letter = draw.choice("ab")
+            prompt = letter * draw.choice([3, 5, 7]) + "=" * draw.choice([1, 2])
+            lines.append(json.dumps({"prompt": prompt, "completion": letter.upper()}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def run(base, data, out, config=CONFIG, settings=SETTINGS, **options):
+    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, settings, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "adapter"
+    return out, run(base, data, out)
+
+
+class _Interrupt(TrainerCallback):
+    """Stops a run after a step, as a crash would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_report_tells_what_was_done(finished, base, data):
+    out, report = finished
+    assert json.loads((out / "training.json").read_text()) == json.loads(json.dumps(report))
+    assert report["data"]["train"] == {
+        "file": "train.jsonl",
+        "sha256": digest_file(data / "train.jsonl"),
+        "rows": 40,
+    }
+    assert report["base"] == "tiny-llama"
+    assert report["settings"]["lr"] == SETTINGS.lr
+    assert report["adapter_digest"] == read_adapter(out).digest
+    assert [point["step"] for point in report["loss_curve"]] == list(range(1, 13))
+    assert str(base.parent) not in (out / "training.json").read_text()
+    assert not (out.parent / "adapter.checkpoints").exists()
+
+
+def test_learns_on_the_completion(base, data, tmp_path):
+    settings = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=24, seed=3, device="cpu")
+    report = run(base, data, tmp_path / "out", AdaLinkConfig(rank=24), settings)
+    first, last = report["loss_curve"][0]["loss"], report["loss_curve"][-1]["loss"]
+    assert last < 0.5 * first
+    assert report["exact_match"]["base"] < report["exact_match"]["adapter"]
+
+
+def test_same_run_gives_the_same_adapter(finished, base, data, tmp_path):
+    assert run(base, data, tmp_path / "out")["adapter_digest"] == finished[1]["adapter_digest"]
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"lr": 1e-2}, {"max_steps": 11}])
+def test_other_settings_give_another_adapter(finished, base, data, tmp_path, change):
+    settings = TrainSettings(**{**SETTINGS.__dict__, **change})
+    assert run(base, data, tmp_path / "out", settings=settings)["adapter_digest"] != finished[1]["adapter_digest"]
+
+
+@pytest.mark.parametrize("step", [3, 7, 11])
+def test_interrupted_and_resumed_is_as_uninterrupted(finished, base, data, tmp_path, step):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, out, callbacks=[_Interrupt(step)])
+    assert not out.exists()
+    resumed = run(base, data, out, resume=True)
+    assert resumed["adapter_digest"] == finished[1]["adapter_digest"]
+    assert resumed["loss_curve"] == finished[1]["loss_curve"]
+
+
+def test_checkpoints_hold_the_adapter_alone(base, data, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "out", callbacks=[_Interrupt(11)])
+    folder = tmp_path / "out.checkpoints"
+    weights = folder / "checkpoint-10" / "model.safetensors"
+    adapter_bytes = 2 * CONFIG.rank * 48 * 4
+    assert adapter_bytes < weights.stat().st_size < adapter_bytes + 500
+    (folder / "checkpoint-10" / "trainer_state.json").unlink()  # a checkpoint that was cut off is not used
+    resumed = run(base, data, tmp_path / "out", resume=True)
+    assert [point["step"] for point in resumed["loss_curve"]] == list(range(1, 13))
+
+
+def test_resuming_other_settings_is_refused(base, data, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, out, callbacks=[_Interrupt(7)])
+    with pytest.raises(ConfigError, match=r"go on with --resume, or remove that folder"):
+        run(base, data, out)
+    with pytest.raises(ConfigError, match=r"interrupted run had other settings: .*resume with the same ones"):
+        run(base, data, out, settings=TrainSettings(**{**SETTINGS.__dict__, "lr": 1e-3}), resume=True)
+    with pytest.raises(ConfigError, match=r"other method"):
+        run(base, data, out, config=AdaLinkConfig(rank=3), resume=True)
+
+
+def test_nothing_to_resume(base, data, tmp_path):
+    with pytest.raises(ConfigError, match="no interrupted run to resume"):
+        run(base, data, tmp_path / "out", resume=True)
+
+
+def test_refusals_leave_nothing_behind(base, data, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        train(base, tmp_path / "bad.jsonl", data / "eval.jsonl", out, CONFIG, SETTINGS)
+    with pytest.raises(DataError, match=r"expected at most 6: shorten its prompt or raise --max-length"):
+        run(base, data, out, settings=TrainSettings(**{**SETTINGS.__dict__, "max_length": 6}))
+    with pytest.raises(ModelError, match="no such file or folder"):
+        run(tmp_path / "nowhere", data, out)
+    with pytest.raises(AdapterError, match="is a file"):
+        run(base, data, tmp_path / "bad.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_encoders_are_refused(data, tmp_path):
+    FAMILIES["bert"]().save_pretrained(tmp_path / "tiny-bert")
+    make_tokenizer().save_pretrained(tmp_path / "tiny-bert")
+    with pytest.raises(ModelError, match="tiny-bert is a BertModel, which cannot generate"):
+        run(tmp_path / "tiny-bert", data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"max_steps": 0}, "max_steps is 0, expected at least 1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"device": "tpu"}, "device is 'tpu', expected one of auto, cpu, cuda"),
+    ],
+)
+def test_settings_refuse(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings(**wrong)
+
+
+ROWS = [Row("abcab", "x"), Row("bb", "yzz"), Row("c", "y")]
+
+
+def disturb(attached):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_loss_is_that_of_the_completion_by_hand(family, scope):
+    model, tokenizer = FAMILIES[family](), make_tokenizer()
+    examples = encode_rows(ROWS, tokenizer, 24, "rows")
+    with attach(model, AdaLinkConfig(rank=4, scope=scope)) as attached, torch.no_grad():
+        disturb(attached)
+        loss = TrainableAdapters(attached)(**pad_decoder(examples, pad=2))["loss"]
+        adapter = attached.adapters["text"]
+    total, count, everything = 0.0, 0, 0.0
+    with torch.no_grad():
+        for example in examples:  # one row at a time, without padding, over embeddings
+            plain = input_embedding(model)(torch.tensor([example.prompt + example.target]))
+            embeds = adapter(plain)
+            if scope == "prompt":
+                embeds[:, len(example.prompt) :] = plain[:, len(example.prompt) :]
+            likely = model(inputs_embeds=embeds).logits[0].log_softmax(dim=-1)
+            for place, token in enumerate(example.target):
+                total -= float(likely[len(example.prompt) - 1 + place, token])
+                count += 1
+            ids = example.prompt + example.target
+            everything -= sum(float(likely[place, ids[place + 1]]) for place in range(len(example.prompt) - 1))
+    assert float(loss) == pytest.approx(total / count, abs=1e-4)
+    assert abs(everything) > 1  # what a loss on the prompt would have added
+
+
+def test_loss_of_an_encoder_decoder_by_hand():
+    model, tokenizer = FAMILIES["t5"](), make_tokenizer()
+    examples = encode_rows(ROWS, tokenizer, 24, "rows")
+    with attach(model, AdaLinkConfig(rank=4)) as attached, torch.no_grad():
+        disturb(attached)
+        loss = TrainableAdapters(attached)(**pad_encoder_decoder(examples, pad=0))["loss"]
+        total, count = 0.0, 0
+        for example in examples:
+            embeds = attached.adapters["text"](model.shared(torch.tensor([example.prompt])))
+            inputs = torch.tensor([[0, *example.target[:-1]]])
+            likely = model(inputs_embeds=embeds, decoder_input_ids=inputs).logits[0].log_softmax(dim=-1)
+            total -= sum(float(likely[place, token]) for place, token in enumerate(example.target))
+            count += len(example.target)
+    assert float(loss) == pytest.approx(total / count, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_batched_replies_are_those_of_single_rows(family):
+    model = FAMILIES[family]()
+    prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]]
+    batched = greedy_tokens(model, prompts, end=2, max_new_tokens=6, batch_size=3)
+    assert batched == [greedy_tokens(model, [prompt], 2, 6, 1)[0] for prompt in prompts]
+    assert all(0 < len(reply) <= 6 for reply in batched)
+
+
+def test_exact_match_wants_the_text_and_then_the_end():
+    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
+    end = tokenizer.eos_token_id
+    prompts = [[token, 96 - token] for token in range(4, 92)]
+    replies = greedy_tokens(model, prompts, end, 12, 16)
+    ended = [Example(p, r) for p, r in zip(prompts, replies, strict=True) if r[-1] == end and len(r) > 1]
+    endless = [Example(p, [*r, end]) for p, r in zip(prompts, replies, strict=True) if end not in r]
+    assert len(ended) > 1
+    assert len(endless) > 1
+    assert exact_match(model, tokenizer, ended, 8) == 1.0
+    assert exact_match(model, tokenizer, [Example(e.prompt, [*e.target[:-1], 40, end]) for e in ended], 8) == 0.0
+    cut = [Example(e.prompt, [*e.target[:-2], end]) for e in endless]
+    assert exact_match(model, tokenizer, cut, 8) == 0.0  # the right beginning, but the model goes on
+
+
+def test_exact_match_counts_right_rows(base, data, tmp_path):
+    settings = TrainSettings(lr=2e-2, max_steps=60, batch_size=8, max_length=24, seed=3, device="cpu")
+    report = run(base, data, tmp_path / "out", AdaLinkConfig(rank=24), settings)
+    from adalink.training.storage import load_adapter
+
+    model, tokenizer = load_base(base), make_tokenizer()
+    lines = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
+    with load_adapter(tmp_path / "out", model):
+        right = 0
+        for line in lines:
+            ids = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
+            reply = model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0)
+            right += tokenizer.decode(reply[0, ids.shape[1] :]) == f"{line['completion']}<eos>"
+    assert report["exact_match"]["adapter"] == right / len(lines)
