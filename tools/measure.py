@@ -24,6 +24,7 @@ _PREFILL_ROUNDS = 15
 # Short rounds, so that the two sides meet the same weather: clock speed, other programs.
 _DECODE_ROUNDS, _DECODE_STEPS = 20, 12
 _MIXED_ROUNDS, _MIXED_STEPS, _MIXED_PROMPT_TOKENS = 10, 10, 16
+_QUICK_SHARE = 4
 _SWAPS = 2000
 _LOADS = 15
 _COPIES = 32
@@ -98,20 +99,26 @@ class Bench:
         self._files = [path / file for file in manifest.tasks[self.task].files]
         longest = (self._base.max_positions or PREFILL_TOKENS * 2) - _DECODE_STEPS
         self.tokens = min(PREFILL_TOKENS, longest)
+        self._share = 1
         self._generates = self._base.kind != "encoder" and self._base.tokenizer is not None
 
     def close(self) -> None:
         """Close the deployment."""
         self._deployment.close()
 
-    def measure(self, progress: Callable[[str], None]) -> tuple[list[Metric], dict[str, float]]:
+    def measure(self, progress: Callable[[str], None], *, quick: bool = False) -> tuple[list[Metric], dict[str, float]]:
         """Measure everything.
+
+        Args:
+            progress: called with a line at each step.
+            quick: a quarter of the rounds, for an impression.
 
         Returns:
             The metrics, and the medians in milliseconds that the ratios come from.
         """
         medians: dict[str, float] = {}
         metrics: list[Metric] = []
+        self._share = _QUICK_SHARE if quick else 1
 
         def ratio(name: str, samples: Samples) -> None:
             base, task = (1e3 * float(np.median(values)) for values in samples.values())
@@ -145,7 +152,7 @@ class Bench:
     def _alternate(self, sides: Sides, ids: Array) -> Samples:
         """Whole sequences through the engine, the sides taking turns."""
         samples: Samples = {name: [] for name in sides}
-        for turn in range(-2, _PREFILL_ROUNDS):
+        for turn in range(-2, _PREFILL_ROUNDS // self._share):
             for name in _order(sides, turn):
                 start = time.perf_counter()
                 self._deployment.run(input_ids=ids, tasks=sides[name])
@@ -178,7 +185,7 @@ class Bench:
     def _steps_of(self, sides: Sides, prompts: list[str], rounds: int, steps: int) -> Samples:
         """Decode steps, the sides taking turns; the first round warms up."""
         samples: Samples = {name: [] for name in sides}
-        for turn in range(-1, rounds):
+        for turn in range(-1, rounds // self._share):
             for name in _order(sides, turn):
                 self._steps.starts.clear()
                 self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps)

@@ -1,0 +1,88 @@
+"""`adalink demo` on a tiny model: the whole path, what a second run reuses, and what makes it start again."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from tiny_deployments import make_model_folder, seeded_adapter, write_adapter
+
+from adalink.runtime.deployment import Deployment
+from adalink.tools.cli import main
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    model = make_model_folder(tmp_path / "tiny", "mistral")
+    examples = tmp_path / "examples"
+    for seed, name in enumerate(("alpha", "beta"), 1):
+        write_adapter(examples / "adapters" / name, seeded_adapter(model, seed))
+    rows = [{"prompt": "Hello 12", "task": "alpha"}, {"prompt": "What is it", "task": "beta"}]
+    (examples / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path, model, examples
+
+
+def run(workplace, *arguments):
+    root, model, examples = workplace
+    options = ["--out", root / "out", "--model", model, "--examples", examples, *arguments]
+    return CliRunner().invoke(main, ["demo", *map(str, options)])
+
+
+def test_whole_path_then_reuse_then_change(workplace):
+    root, _, examples = workplace
+    first = run(workplace)
+    assert first.exit_code == 0, first.output
+    assert "reused" not in first.stderr
+    for text in ("One engine, the same texts", "All 32 checks passed", "engine_builds_during_swaps", "decode_ratio"):
+        assert text in first.stdout
+    with Deployment.open(root / "out/deployment") as deployment:
+        assert deployment.tasks == ("alpha", "beta")
+        texts = deployment.generate(["Hello 12"], tasks="alpha", max_new_tokens=8, stop="\n")[0].text.strip()
+    assert f"{texts} (alpha)" in first.stdout
+
+    base = {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")}
+    second = run(workplace)
+    assert second.exit_code == 0, second.output
+    assert second.stderr.count("reused") == 4  # base, two tasks, parity
+    assert "All 32 checks passed" in second.stdout
+
+    # Another adapter under the same name: that task and parity are made anew, the base is not.
+    shutil.rmtree(examples / "adapters/beta")
+    write_adapter(examples / "adapters/beta", seeded_adapter(workplace[1], 9))
+    third = run(workplace)
+    assert third.exit_code == 0, third.output
+    assert third.stderr.count("reused") == 2
+    assert {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")} == base
+
+
+def test_fresh_starts_anew(workplace):
+    assert run(workplace).exit_code == 0
+    again = run(workplace, "--fresh")
+    assert again.exit_code == 0, again.output
+    assert "reused" not in again.stderr
+
+
+def test_a_folder_of_somebody_else_is_left_alone(workplace):
+    root, *_ = workplace
+    precious = root / "out/deployment/precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    result = run(workplace)
+    assert result.exit_code == 2
+    assert "no demo made it" in result.stderr
+    assert precious.read_text() == "mine"
+
+
+def test_wrong_places_are_named(workplace, tmp_path):
+    *_, examples = workplace
+    for arguments, message in (
+        (["--examples", tmp_path / "nowhere"], "holds no adapter folders"),
+        (["--model", tmp_path / "nowhere"], "no such file or folder"),
+    ):
+        result = run(workplace, *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    (examples / "demo.jsonl").write_text('{"prompt": "x"}\n')
+    result = run(workplace)
+    assert result.exit_code == 2
+    assert "names its task" in result.stderr
