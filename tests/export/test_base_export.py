@@ -231,6 +231,30 @@ def test_rotary_table_that_follows_the_batch_is_refused(kind: str, tmp_path: Pat
     refused(model, tmp_path, f"rope type '{kind}': .* longest row of a batch")
 
 
+@pytest.mark.parametrize(
+    ("family", "setting", "reason"),
+    [
+        ("gemma3", "use_bidirectional_attention", "attends in both directions"),
+        ("bert", "is_decoder", "an encoder type configured as a decoder"),
+        ("gpt2", "add_cross_attention", "cross attention to another model"),
+    ],
+)
+def test_settings_that_a_graph_cannot_honour_are_refused(
+    family: str, setting: str, reason: str, tmp_path: Path
+) -> None:
+    model = FAMILIES[family]()
+    setattr(model.config, setting, True)
+    refused(model, tmp_path, reason)
+
+
+def test_attention_refuses_a_cap_instead_of_ignoring_it() -> None:
+    from adalink.export.attention import plain_attention
+
+    heads = torch.ones(1, 2, 3, 4)
+    with pytest.raises(ModelError, match=r"caps its attention scores at 30\.0"):
+        plain_attention(torch.nn.Identity(), heads, heads, heads, None, softcap=30.0)
+
+
 def test_decoder_without_its_head_is_refused(tmp_path: Path) -> None:
     refused(FAMILIES["llama"]().model, tmp_path, "LlamaModel has no language model head")
 
