@@ -1,0 +1,79 @@
+"""``adalink train`` as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_models import FAMILIES
+from tiny_tokenizer import make_tokenizer
+
+from adalink.runtime.adapter import read_adapter
+
+SETTINGS = [
+    *("--rank", "8", "--scope", "prompt", "--lr", "0.02", "--batch-size", "4", "--max-length", "16"),
+    *("--seed", "3", "--device", "cpu", "--save-steps", "5"),
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    FAMILIES["llama"]().save_pretrained(folder / "tiny-llama")
+    make_tokenizer().save_pretrained(folder / "tiny-llama")
+    rows = [json.dumps({"prompt": letter * count, "completion": letter}) for letter in "abc" for count in (2, 3, 4)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "wrong.jsonl").write_text(rows[0] + "\n" + '{"prompt": "x"}')
+    return folder
+
+
+def command(work, out, *extra, data="rows.jsonl"):
+    files = ["--base", "tiny-llama", "--data", data, "--eval", "rows.jsonl", "--out", out]
+    return [sys.executable, "-m", "adalink.tools", "train", *files, *SETTINGS, *extra]
+
+
+def call(work, out, *extra, **options):
+    return subprocess.run(command(work, out, *extra, **options), cwd=work, capture_output=True, text=True, check=False)
+
+
+def test_writes_an_adapter_and_prints_its_report(work):
+    done = call(work, "adapter", "--max-steps", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    adapter = read_adapter(work / "adapter")
+    assert report["adapter_digest"] == adapter.digest
+    assert (adapter.config.scope, adapter.config.rank) == ("prompt", 8)
+    assert report["base"] == "tiny-llama"
+
+
+def test_wrong_row_is_a_message_and_exit_code_2(work):
+    done = call(work, "none", "--max-steps", "6", data="wrong.jsonl")
+    assert done.returncode == 2
+    assert "wrong.jsonl:2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (work / "none").exists()
+
+
+@pytest.mark.slow
+def test_killed_run_is_resumed_to_the_same_adapter(work):
+    steps = ("--max-steps", "400")
+    whole = call(work, "whole", *steps)
+    assert whole.returncode == 0, whole.stderr
+    child = subprocess.Popen(command(work, "killed", *steps), cwd=work, stderr=subprocess.DEVNULL)
+    checkpoints = work / "killed.checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (work / "killed").exists()
+    assert call(work, "killed", *steps).returncode == 2  # not started over by accident
+    resumed = call(work, "killed", *steps, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_adapter(work / "killed").digest == read_adapter(work / "whole").digest
+    assert not checkpoints.exists()
