@@ -55,7 +55,8 @@ def command(
 
     \b
     Example:
-      adalink run ./deployment "Text: oil prices rose again\nTopic:" --task topics
+      adalink run ./deployment "The capital of France is"
+      printf 'Text: oil prices rose again\\nTopic:' | adalink run ./deployment --task topics
       cat letter.txt | adalink run ./deployment --chat --max-new-tokens 200
       adalink run ./deployment --jsonl rows.jsonl --task topics > answers.jsonl
     """  # noqa: D301
