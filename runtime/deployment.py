@@ -136,7 +136,8 @@ class Deployment:
         Args:
             input_ids: token ids with shape ``(batch, seq)``; or else
             inputs_embeds: embeddings with shape ``(batch, seq, d)``, to be adapted, in the base's dtype.
-            attention_mask: 1 for tokens and 0 for padding, ``(batch, seq)``; all tokens by default.
+            attention_mask: 1 for tokens and 0 for padding, ``(batch, seq)``; all tokens by default. Decoders may be
+                padded on either side; encoders, which number their positions from the left, on the right.
             modality: index in the base's modalities for each position, -1 for none; all text by default.
             tasks: one task for all rows, or one for each row; ``None`` is the plain base.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.

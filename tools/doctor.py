@@ -15,7 +15,7 @@ BACKEND_EXTRAS = {
 }
 JOB_PACKAGES = {
     "train": ("torch", "transformers", "accelerate", "gguf"),
-    "export": ("torch", "transformers", "onnx", "onnxscript", "optimum"),
+    "export": ("torch", "transformers", "onnx", "optimum"),
 }
 
 

@@ -57,7 +57,12 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
         safetensors = {} if source.gguf_file else {"use_safetensors": True}
         model, info = _auto_class(config).from_pretrained(
-            source.origin, dtype=torch_dtype, output_loading_info=True, **source.options(), **safetensors
+            source.origin,
+            config=config,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            **source.options(),
+            **safetensors,
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
         raise ModelError(

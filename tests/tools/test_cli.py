@@ -88,7 +88,7 @@ def test_interrupt_exits_130(monkeypatch):
 
 def test_missing_package_names_the_extra(monkeypatch):
     def fail():
-        raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+        raise ModuleNotFoundError("No module named 'optimum'", name="optimum")
 
     result = invoke_verb(monkeypatch, fail)
     assert result.exit_code == 2
