@@ -16,7 +16,7 @@ Float64 = npt.NDArray[np.float64]
 
 # Unit roundoff u of each dtype, and the size below which a result may be flushed to zero or lose digits.
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-_UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def adapter_bound(
     Returns:
         Bounds with shape ``(tokens, d)``.
     """
-    unit, tiny = UNIT_ROUNDOFF["float32"], _UNDERFLOW["float32"]
+    unit, tiny = UNIT_ROUNDOFF["float32"], UNDERFLOW["float32"]
     rank = up.shape[1]
 
     # Inner product. Products with an exact zero add no error, so only the others count as terms.
@@ -102,7 +102,7 @@ def adapter_bound(
     result = np.abs(x + delta)
     result_error = delta_error + unit * (result + delta_error) + tiny
     if dtype != "float32":
-        result_error = result_error + UNIT_ROUNDOFF[dtype] * (result + result_error) + _UNDERFLOW[dtype]
+        result_error = result_error + UNIT_ROUNDOFF[dtype] * (result + result_error) + UNDERFLOW[dtype]
     return np.asarray(result_error)
 
 
