@@ -29,8 +29,10 @@ class _Source:
     origin: str
     gguf_file: str | None = None
 
-    def options(self) -> dict[str, str]:
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+    def options(self) -> dict[str, str | bool]:
+        # Code that a checkpoint brings along is never run; without this, transformers may ask on a terminal.
+        options: dict[str, str | bool] = {"trust_remote_code": False}
+        return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
 
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:

@@ -119,9 +119,11 @@ def train(
         },
     }
     checkpoints = out.parent / f"{out.name}.checkpoints"
-    if not resume:
+    last = None
+    if resume:
+        last = _last_checkpoint(checkpoints, record)
+    else:
         _check_fresh(checkpoints)
-    last = _last_checkpoint(checkpoints, record) if resume else None
     tokenizer = load_tokenizer(base)
     examples = encode_rows(rows, tokenizer, settings.max_length, data)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data)
@@ -134,6 +136,7 @@ def train(
     if not resume:
         _begin_checkpoints(checkpoints, record)
     arguments = _trainer_arguments(checkpoints, settings)
+    arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the adapters, and the hooks only know the first
     model.to(arguments.device)
     start = time.perf_counter()
     accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size)}

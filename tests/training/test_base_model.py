@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import struct
 from pathlib import Path
 
@@ -110,6 +111,16 @@ def test_unknown_architecture(folder):
     (folder / "config.json").write_text(text.replace('"llama"', '"quantum"'))
     with pytest.raises(ModelError, match="quantum"):
         load_base(folder)
+
+
+def test_code_in_a_checkpoint_is_never_run(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError, match="tiny: transformers cannot load it"):
+        load_base(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
