@@ -196,7 +196,7 @@ def show_bench(path: Path, progress: Progress) -> None:
     finally:
         bench.close()
     rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
-    print_table("Short benchmark ('adalink bench' measures longer)", ("metric", "value", "unit"), rows)
+    print_table("Short benchmark", ("metric", "value", "unit"), rows)
 
 
 def _texts(deployment: Deployment, prompts: list[str], tasks: str | list[str] | None) -> list[str]:

@@ -126,6 +126,9 @@ class Bench:
             metrics.append(_metric(f"{name}_ratio", task / base, "1"))
 
         with _quiet_collector():
+            # First, before other measurements leave freed memory that further tasks would fill unseen.
+            progress("memory")
+            growth = self._memory_growth()
             progress("cold load")
             load = self._load_times()
             progress(f"prefill of {self.tokens} tokens")
@@ -140,8 +143,7 @@ class Bench:
             metrics.append(_metric("task_load_ms", 1e3 * float(np.median(load)), "ms"))
             progress(f"mixed batch of {MIXED_TASKS} tasks")
             ratio("mixed_batch", self._mixed())
-            progress("memory")
-            if (growth := self._memory_growth()) is not None:
+            if growth is not None:
                 metrics.append(_metric("task_bytes", growth, "bytes"))
         return metrics, medians
 

@@ -145,7 +145,6 @@ def _check_outputs(
     if prompts is not None and deployment.manifest.base.kind != "encoder":
         texts = sorted(prompts, key=len)[:_GENERATIONS]
     compared: dict[str | None, Comparison] = {}
-    limits: dict[str, float] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     mixed = mixed_tasks(deployment)
     mixed_rows: list[GeneratedRow] = []
@@ -158,20 +157,18 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
-            for name, limit in comparison.limits.items():
-                limits[name] = max(limit, limits.get(name, 0.0))
             if generator is not None and texts is not None:
                 progress(f"{label}: {STEPS} greedy steps for {len(texts)} prompts")
-                limit = comparison.limits["logits"]
+                typical = comparison.typical["logits"]
                 generated = generator.generate(texts, task, STEPS)
-                verdicts = [judge(reference, generator, row, limit) for row in generated]
-                report.checks += check_generation(label, verdicts, STEPS, limit)
+                verdicts = [judge(reference, generator, row, typical) for row in generated]
+                report.checks += check_generation(label, verdicts, STEPS)
                 own = [row for row, name in zip(mixed_rows, mixed, strict=True) if name == task]
-                mixed_verdicts += [judge(reference, generator, row, limit) for row in own]
+                mixed_verdicts += [judge(reference, generator, row, typical) for row in own]
     for task in deployment.tasks:
         report.checks += check_control(task, compared[None], compared[task])
     progress("one batch of mixed tasks against single rows")
-    report.checks += check_mixed_outputs(deployment, rows, limits)
+    report.checks += check_mixed_outputs(deployment, rows, compared)
     if generator is not None:
-        report.checks += check_generation("mixed", mixed_verdicts, STEPS, limits["logits"])
+        report.checks += check_generation("mixed", mixed_verdicts, STEPS)
         generator.close()

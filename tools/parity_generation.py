@@ -17,7 +17,8 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import open_backend
 from adalink.tools.bounds import Float64
 from adalink.tools.parity_adapter import to_float64
-from adalink.tools.parity_reference import Reference
+from adalink.tools.parity_outputs import worst_of
+from adalink.tools.parity_reference import Reference, limit_of
 from adalink.tools.parity_report import Check, at_most
 from adalink.tools.recording import RecordingBackend
 
@@ -74,56 +75,61 @@ class Verdict:
     """What PyTorch says of one generated row.
 
     Attributes:
-        deviation: largest deviation of a decode step's logits.
+        deviations: largest deviation of each step's logits, shape ``(steps,)``.
+        limits: what is allowed, likewise.
         ties: steps where PyTorch prefers another token by no more than rounding may explain.
         wrong: the first step whose token PyTorch clearly would not choose, in words; empty if there is none.
     """
 
-    deviation: float
+    deviations: Float64
+    limits: Float64
     ties: int
     wrong: str
 
 
-def judge(reference: Reference, generator: Generator, row: GeneratedRow, limit: float) -> Verdict:
+def judge(reference: Reference, generator: Generator, row: GeneratedRow, typical: float) -> Verdict:
     """Compare one row with PyTorch; the reference has the adapter of the row's task attached.
 
     Args:
         reference: PyTorch.
         generator: names tokens.
         row: what was generated.
-        limit: logit limit of the task's whole sequences.
+        typical: float32's typical noise under this task.
     """
     base = reference.base
     if base.kind == "encoder-decoder":
         assert base.decoder_start_token_id is not None
-        expected = reference.outputs(row.prompt, [base.decoder_start_token_id, *row.tokens[:-1]]).values["logits"]
+        outputs = reference.outputs(row.prompt, [base.decoder_start_token_id, *row.tokens[:-1]])
     else:
-        whole = reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
-        expected = whole.values["logits"][len(row.prompt) - 1 :]
+        outputs = reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
     chosen = np.array(row.tokens)
+    expected = outputs.values["logits"][-len(chosen) :]
+    limits = limit_of(outputs.noise["logits"][-len(chosen) :], typical, base.embedding_dtype)
     margins = expected.max(axis=1) - expected[np.arange(len(chosen)), chosen]
-    ties = int(((margins > 0) & (margins <= 2 * limit)).sum())
+    ties = int(((margins > 0) & (margins <= 2 * limits)).sum())
     wrong = ""
-    steps = np.flatnonzero(~(margins <= 2 * limit))
+    steps = np.flatnonzero(~(margins <= 2 * limits))
     if len(steps):
         step = int(steps[0])
         ours, theirs = generator.text(int(chosen[step])), generator.text(int(expected[step].argmax()))
-        wrong = f"step {step}: {ours!r}, PyTorch {theirs!r} by {margins[step]:.2e} (ties end at {2 * limit:.2e})"
-    return Verdict(float(np.abs(row.logits - expected).max()), ties, wrong)
+        wrong = f"step {step}: {ours!r}, PyTorch {theirs!r} by {margins[step]:.1e} (ties end at {2 * limits[step]:.1e})"
+    return Verdict(np.abs(row.logits - expected).max(axis=1), limits, ties, wrong)
 
 
-def check_generation(label: str, verdicts: list[Verdict], steps: int, limit: float) -> list[Check]:
+def check_generation(label: str, verdicts: list[Verdict], steps: int) -> list[Check]:
     """No decode step may deviate, and no token may be one that PyTorch would clearly not choose."""
     wrong = [f"row {index}, {verdict.wrong}" for index, verdict in enumerate(verdicts) if verdict.wrong]
     ties = sum(verdict.ties for verdict in verdicts)
     rows = f"{len(verdicts)} rows of {steps} greedy steps"
-    worst = int(np.argmax([verdict.deviation for verdict in verdicts]))
+    deviation, limit, row, step = worst_of(
+        [verdict.deviations for verdict in verdicts], [verdict.limits for verdict in verdicts]
+    )
     return [
         at_most(
             f"{label}/decode-logits",
-            verdicts[worst].deviation,
+            deviation,
             limit,
-            f"max |Δ| of any step, with the KV cache, over {rows}; worst: row {worst}",
+            f"|Δ| nearest its limit, with the KV cache, of {rows}: row {row}, step {step}",
         ),
         at_most(
             f"{label}/generation",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
 from adalink.tools.parity_adapter import to_float64
-from adalink.tools.parity_outputs import decoder_row
+from adalink.tools.parity_outputs import Comparison, decoder_row, worst_of
 from adalink.tools.parity_report import Check, at_most
 from adalink.tools.swap_worker import run_fresh
 
@@ -66,39 +67,49 @@ def check_swaps(
     return checks, receipt
 
 
-def check_mixed_outputs(deployment: Deployment, rows: list[list[int]], limits: dict[str, float]) -> list[Check]:
-    """One padded batch with another task in each row, against each row alone."""
+def check_mixed_outputs(
+    deployment: Deployment, rows: list[list[int]], compared: Mapping[str | None, Comparison]
+) -> list[Check]:
+    """One padded batch with another task in each row, against each row alone.
+
+    Args:
+        deployment: what is verified.
+        rows: token ids.
+        compared: what each row, alone and under each task, may deviate by.
+    """
     base = deployment.manifest.base
     tasks = mixed_tasks(deployment)
-    rows = [rows[index % len(rows)] for index in range(len(tasks))]
-    longest = max(map(len, rows))
-    ids = np.full((len(rows), longest), base.pad_token_id, np.int64)
-    mask = np.zeros((len(rows), longest), np.int64)
+    chosen = [index % len(rows) for index in range(len(tasks))]
+    longest = max(len(rows[index]) for index in chosen)
+    ids = np.full((len(tasks), longest), base.pad_token_id, np.int64)
+    mask = np.zeros((len(tasks), longest), np.int64)
     places = []
-    for index, row in enumerate(rows):
-        start = longest - len(row) if base.kind == "decoder" else 0
-        places.append(slice(start, start + len(row)))
-        ids[index, places[-1]] = row
-        mask[index, places[-1]] = 1
-    decoder = decoder_row(deployment, 0)
+    for place, index in enumerate(chosen):
+        start = longest - len(rows[index]) if base.kind == "decoder" else 0
+        places.append(slice(start, start + len(rows[index])))
+        ids[place, places[-1]] = rows[index]
+        mask[place, places[-1]] = 1
+    decoder = [row or [] for row in (decoder_row(deployment, index) for index in chosen)]
+    is_seq2seq = base.kind == "encoder-decoder"
     mixed = deployment.run(
-        input_ids=ids, attention_mask=mask, tasks=tasks, decoder_input_ids=decoder and [decoder] * len(rows)
+        input_ids=ids, attention_mask=mask, tasks=tasks, decoder_input_ids=decoder if is_seq2seq else None
     )
     checks = []
-    for name, limit in limits.items():
-        deviations = []
-        for index, row in enumerate(rows):
-            single = deployment.run(input_ids=[row], tasks=tasks[index], decoder_input_ids=decoder and [decoder])[name][
-                0
-            ]
-            together = mixed[name][index]
-            if base.kind != "encoder-decoder" or name != "logits":
-                together = together[places[index]]
-            dtype = base.embedding_dtype
-            deviations.append(float(np.abs(to_float64(together, dtype) - to_float64(single, dtype)).max()))
-        worst = int(np.argmax(deviations))
-        detail = f"max |Δ| of {len(rows)} rows in one padded batch from each alone; worst: row {worst} ({tasks[worst]})"
-        checks.append(at_most(f"mixed/{name}", max(deviations), limit, detail))
+    for name in compared[None].limits:
+        deviations, limits = [], []
+        for place, (index, task) in enumerate(zip(chosen, tasks, strict=True)):
+            together = mixed[name][place]
+            if not (is_seq2seq and name == "logits"):
+                together = together[places[place]]
+            alone = compared[task].received[index][name]
+            deviations.append(np.abs(to_float64(together, base.embedding_dtype) - alone).max(axis=1))
+            limits.append(compared[task].limits[name][index])
+        deviation, limit, place, position = worst_of(deviations, limits)
+        detail = (
+            f"|Δ| nearest its limit, of {len(tasks)} rows in one padded batch from each alone: row {place} "
+            f"({tasks[place] or 'base'}), position {position}"
+        )
+        checks.append(at_most(f"mixed/{name}", deviation, limit, detail))
     return checks
 
 
