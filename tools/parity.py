@@ -17,7 +17,7 @@ from adalink.tools.parity_adapter import check_contract, check_vocabulary, check
 from adalink.tools.parity_generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity_prompts import choose_prompts, fit, seeded_rows
-from adalink.tools.parity_reference import Reference
+from adalink.tools.parity_reference import Reference, half_the_cores
 from adalink.tools.parity_report import Check, Report, at_most
 from adalink.tools.parity_swap import check_mixed_outputs, check_swaps, mixed_tasks
 
@@ -53,7 +53,7 @@ def verify(
         AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
     """
     progress("opening the deployment")
-    with Deployment.open(path, backend, threads=threads) as deployment:
+    with half_the_cores(), Deployment.open(path, backend, threads=threads) as deployment:
         folders = _adapter_folders(deployment, adapters)
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")

@@ -13,6 +13,7 @@ import numpy as np
 from adalink.runtime.errors import ContractError
 from adalink.runtime.manifest import Base
 from adalink.tools.bounds import UNIT_ROUNDOFF, Float64
+from adalink.tools.environment import available_cores
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +122,22 @@ class Outputs:
     def __init__(self, values: dict[str, Float64], noise: dict[str, Float64]) -> None:
         self.values = values
         self.noise = noise
+
+
+@contextmanager
+def half_the_cores() -> Iterator[None]:
+    """Give PyTorch half of the cores until the block ends.
+
+    Its threads and the engine's wait by spinning: on the same cores they take turns, and both get many times slower.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, available_cores() // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def limit_of(noise: Float64, typical: float, dtype: str) -> Float64:
