@@ -226,17 +226,23 @@ class Bench:
 
     def _memory_growth(self) -> float | None:
         """Resident memory that one more loaded task takes; ``None`` where the system does not say."""
-        before = _resident_bytes()
-        if before is None:
-            return None
-        names = [self._deployment.add_task(self._folder, f"memory-{index}") for index in range(_COPIES)]
         ids = np.array([[0]])
-        for name in names:
-            self._deployment.embed(ids, tasks=name)
+
+        def add(count: int, prefix: str) -> list[str]:
+            names = [self._deployment.add_task(self._folder, f"{prefix}-{index}") for index in range(count)]
+            for name in names:
+                self._deployment.embed(ids, tasks=name)
+            return names
+
+        names = add(_COPIES // 4, "warm-up")  # what only the first tasks allocate
+        before = _resident_bytes()
+        if before is not None:
+            names += add(_COPIES, "memory")
         after = _resident_bytes()
         for name in names:
             self._deployment.remove_task(name)
-        assert after is not None
+        if before is None or after is None:
+            return None
         return max(0, after - before) / _COPIES
 
 
