@@ -5,9 +5,9 @@
 
 The adapter is scored by exact match: greedy generation until the end token must give the label and nothing else. The
 base gets every prompt wording below, plain and in its chat template, and easier rules: ``starts`` accepts a reply that
-begins with the label (case aside) whatever follows, ``likelihood`` picks the most probable label, so that the base
-cannot answer outside the labels, and ``calibrated`` does so after taking away each label's mean log-probability over
-the rows, so that a label it likes everywhere gains nothing.
+begins with the label or another name for it (case aside), whatever follows; ``likelihood`` picks the most probable
+label, so that the base cannot answer outside the labels; ``calibrated`` does so after taking away each label's mean
+log-probability over the rows, so that a label it likes everywhere gains nothing.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ WORDINGS: dict[str, list[str]] = {
         "Question: Which candidate posted this tweet in 2016? Choose one: Trump, Clinton.\n\nTweet: {text}\nAnswer:",
     ],
 }
+
+# Other words for a label that count as well in a zero-shot answer.
+ALIASES = {"Clinton": ["Hillary Clinton"], "Trump": ["Donald Trump"]}
 
 
 def text_of(prompt: str) -> str:
@@ -119,7 +122,8 @@ def zero_shot(
     model: Any, tokenizer: Any, rows: list[Row], wording: str, chat: bool, names: list[str]
 ) -> dict[str, Any]:
     """Accuracy of the unadapted base with one wording, by every rule."""
-    labels = [tokenizer(name if chat else f" {name}", add_special_tokens=False)["input_ids"] for name in names]
+    answers = [(name, word) for name in names for word in [name, *ALIASES.get(name, [])]]
+    labels = [tokenizer(word if chat else f" {word}", add_special_tokens=False)["input_ids"] for _, word in answers]
     prompts = [render(tokenizer, wording, row, chat) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     wanted = [rows[index].completion.strip() for index in order]
@@ -132,10 +136,11 @@ def zero_shot(
         scores.append(batch_scores)
         replies += [tokenizer.decode(reply, skip_special_tokens=True) for reply in batch_replies]
     table = torch.cat(scores)
-    likely = [names[index] for index in table.argmax(dim=1).tolist()]
-    calibrated = [names[index] for index in (table - table.mean(dim=0)).argmax(dim=1).tolist()]
+    likely = [answers[index][0] for index in table.argmax(dim=1).tolist()]
+    calibrated = [answers[index][0] for index in (table - table.mean(dim=0)).argmax(dim=1).tolist()]
     starts = [
-        reply.strip(" \n\"'*").lower().startswith(name.lower()) for reply, name in zip(replies, wanted, strict=True)
+        reply.strip(" \n\"'*").lower().startswith(tuple(word.lower() for name, word in answers if name == label))
+        for reply, label in zip(replies, wanted, strict=True)
     ]
     return {
         "wording": wording,
