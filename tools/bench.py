@@ -47,8 +47,8 @@ def command(deployment: Path, task: str | None, backend: str, threads: int | Non
         }
     finally:
         bench.close()
-    if json_file is not None:
-        write_json(json_file, {"environment": environment, "metrics": metrics})
     rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
     print_table(f"{bench.model}, task {bench.task}", ("metric", "value", "unit"), rows)
     print_table("Medians", ("", "ms"), [(name, f"{value:.3f}") for name, value in medians.items()])
+    if json_file is not None:
+        write_json(json_file, {"environment": environment, "metrics": metrics})

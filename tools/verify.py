@@ -66,9 +66,9 @@ def command(
             progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
         )
     environment = {**describe_environment(), "backend": backend, "threads": threads, "against": Path(against).name}
+    print_report(report)
     if json_file is not None:
         write_json(json_file, report.as_json(environment))
-    print_report(report)
     if not report.passed:
         raise click.exceptions.Exit(1)
 

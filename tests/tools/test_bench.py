@@ -51,14 +51,14 @@ def test_a_slow_task_shows(folder, monkeypatch):
     run = OnnxTask.run
 
     def slow(self, inputs_embeds, modality):
-        time.sleep(0.02)
+        time.sleep(0.01)
         return run(self, inputs_embeds, modality)
 
     monkeypatch.setattr(OnnxTask, "run", slow)
     monkeypatch.setattr(measure, "_SWAPS", 20)
     bench = measure.Bench(folder, None, "onnxruntime-cpu", 1)
     try:
-        metrics, _ = bench.measure(lambda line: None)
+        metrics, _ = bench.measure(lambda line: None, quick=True)
     finally:
         bench.close()
     values = {metric["name"]: metric["value"] for metric in metrics}
@@ -66,7 +66,7 @@ def test_a_slow_task_shows(folder, monkeypatch):
     assert values["prefill_ratio"] > 2
     assert values["decode_ratio"] > 2
     assert values["mixed_batch_ratio"] > 2  # eight graphs instead of one
-    assert values["swap_hot_us_p50"] >= 20_000
+    assert values["swap_hot_us_p50"] >= 10_000
 
 
 def test_encoder_has_no_decode(tmp_path):

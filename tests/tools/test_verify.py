@@ -52,6 +52,14 @@ def test_failed_check_exits_1(mistral, tmp_path):
     assert json.loads(path.read_text())["passed"] is False
 
 
+def test_report_that_cannot_be_written_exits_2(mistral, tmp_path):
+    model, folder = mistral
+    result = run(folder, "--against", model, "--quick", "--json", tmp_path / "no such folder" / "parity.json")
+    assert result.exit_code == 2
+    assert "All 32 checks passed" in result.stdout  # the work is not lost
+    assert "choose a writable file" in result.stderr
+
+
 def test_wrong_use_exits_2(mistral, tmp_path):
     model, folder = mistral
     other = make_model_folder(tmp_path / "llama", "llama")
