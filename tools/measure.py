@@ -111,7 +111,7 @@ class Bench:
 
         Args:
             progress: called with a line at each step.
-            quick: a quarter of the rounds, for an impression.
+            quick: a quarter of the rounds, for an impression, and no ``task_bytes``, which only a fresh process can tell.
 
         Returns:
             The metrics, and the medians in milliseconds that the ratios come from.
@@ -127,8 +127,7 @@ class Bench:
 
         with _quiet_collector():
             # First, before other measurements leave freed memory that further tasks would fill unseen.
-            progress("memory")
-            growth = self._memory_growth()
+            growth = None if quick else self._memory_growth()
             progress("cold load")
             load = self._load_times()
             progress(f"prefill of {self.tokens} tokens")
