@@ -111,7 +111,7 @@ class Bench:
 
         Args:
             progress: called with a line at each step.
-            quick: a quarter of the rounds, for an impression, and no ``task_bytes``, which only a fresh process can tell.
+            quick: a quarter of the rounds, for an impression; no ``task_bytes``, which only a fresh process can tell.
 
         Returns:
             The metrics, and the medians in milliseconds that the ratios come from.
