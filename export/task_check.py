@@ -9,22 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from adalink.export.bounds import Float64, adapter_bound
 from adalink.export.task_graph import OUTPUT_NAME
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.errors import GraphError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-Float64 = npt.NDArray[np.float64]
-
-_UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Below its normal range a dtype rounds by an absolute amount.
-_SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
-# How far a rounding of the activation's input can be stretched (the largest slope), for the two with slope above 1.
-_SLOPE = {"gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1}
-# What an implementation of erf, tanh or sigmoid in float32 may be off, in roundoffs of the larger of input and 1.
-_ACTIVATION_ROUNDOFFS = 8
 
 
 def check_task_graph(graph: bytes, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32]) -> None:
@@ -65,44 +56,23 @@ def check_task_graph(graph: bytes, adapter: Adapter, dtype: str, embeds: npt.NDA
 
 
 def adapt_with_bound(adapter: Adapter, modality: str, x: Float64, dtype: str) -> tuple[Float64, Float64]:
-    """The method in float64, and a componentwise bound of what float32 arithmetic and one cast may differ by.
-
-    The bound follows the standard model of rounding: an inner product of length n with its bias is off by at most
-    gamma(n + 1) times the same product of absolute values, whatever the order of summation (Higham, Accuracy and
-    Stability of Numerical Algorithms, 3.1).
+    """The method in numpy float64, and the componentwise bound of ``adalink.export.bounds``.
 
     Args:
         adapter: the adapter.
         modality: which of its modalities.
-        x: shape ``(rows, d)``.
+        x: shape ``(rows, d)``, exact in ``dtype``.
         dtype: of the graph's output.
     """
-    u = _UNIT_ROUNDOFF["float32"]
     weights = {name: weight.astype(np.float64) for name, weight in adapter.weights.items()}
     down, up = weights[f"{modality}.down.weight"], weights[f"{modality}.up.weight"]
-    rank, width = down.shape
-    down_bias = weights.get(f"{modality}.down.bias", np.zeros(rank))
-    up_bias = weights.get(f"{modality}.up.bias", np.zeros(width))
-    name = adapter.config.activation
-    hidden = x @ down.T + down_bias
-    hidden_error = _gamma(width + 1) * (np.abs(x) @ np.abs(down).T + np.abs(down_bias))
-    active = _ACTIVATIONS[name](hidden)
-    roundoffs = 0 if name in ("identity", "relu") else _ACTIVATION_ROUNDOFFS
-    active_error = _SLOPE.get(name, 1.0) * hidden_error + roundoffs * u * np.maximum(np.abs(hidden), 1.0)
-    delta = active @ up.T + up_bias
-    delta_error = active_error @ np.abs(up).T + _gamma(rank + 1) * (
-        (np.abs(active) + active_error) @ np.abs(up).T + np.abs(up_bias)
-    )
-    result = x + delta
-    error = delta_error + u * (np.abs(result) + delta_error)
-    if dtype != "float32":
-        error = error + _UNIT_ROUNDOFF[dtype] * (np.abs(result) + error)
-    return result, error + _SMALLEST[dtype]
-
-
-def _gamma(n: int) -> float:
-    u = _UNIT_ROUNDOFF["float32"]
-    return n * u / (1 - n * u)
+    down_bias, up_bias = weights.get(f"{modality}.down.bias"), weights.get(f"{modality}.up.bias")
+    activation = adapter.config.activation
+    hidden = x @ down.T + (0.0 if down_bias is None else down_bias)
+    activated = _ACTIVATIONS[activation](hidden)
+    result = x + activated @ up.T + (0.0 if up_bias is None else up_bias)
+    bound = adapter_bound(x, down, up, down_bias, up_bias, hidden, activated, activation=activation, dtype=dtype)
+    return result, bound
 
 
 def _gelu(h: Float64) -> Float64:

@@ -169,8 +169,8 @@ def show_outputs(path: Path, rows: list[Row], progress: Progress) -> None:
 def show_parity(path: Path, source: Path, state: DemoState, progress: Progress) -> bool:
     """Verify, or show the stored report of the very same files."""
     from adalink.tools.environment import describe_environment
-    from adalink.tools.parity import verify
-    from adalink.tools.parity_report import Check, Report
+    from adalink.tools.parity.report import Check, Report
+    from adalink.tools.parity.suite import verify
     from adalink.tools.verify import print_report
 
     stored = state.verification()

@@ -16,7 +16,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array, Backend, Engine, TaskRunner, open_backend
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.manifest import Base, read_manifest
-from adalink.tools.parity_prompts import PROMPTS, fit
+from adalink.tools.parity.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
 MIXED_TASKS = 8

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from adalink.tools.parity_report import Report
+    from adalink.tools.parity.report import Report
 
 
 @click.command(short_help="Prove that a deployment computes what PyTorch computes.")
@@ -50,7 +50,7 @@ def command(
     """  # noqa: D301
     from adalink.tools.console import say
     from adalink.tools.environment import describe_environment
-    from adalink.tools.parity import verify
+    from adalink.tools.parity.suite import verify
     from adalink.tools.quiet import quiet_libraries
     from adalink.tools.report_file import write_json
 

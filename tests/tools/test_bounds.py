@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adalink.export.bounds import ACTIVATION_ERRORS, adapter_bound, gamma
 from adalink.runtime.adapter import ACTIVATIONS, AdapterConfig, make_adapter
-from adalink.tools.bounds import ACTIVATION_ERRORS, adapter_bound, gamma
-from adalink.tools.reference import exact_adapter
+from adalink.tools.parity.exact import exact_adapter
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -15,8 +15,8 @@ from tiny_deployments import make_deployment, seeded_adapter
 
 from adalink.runtime.digest import digest_file
 from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
-from adalink.tools.parity import verify
-from adalink.tools.swap_worker import run_fresh
+from adalink.tools.parity.suite import verify
+from adalink.tools.parity.swap_worker import run_fresh
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu"}}
 
@@ -209,7 +209,7 @@ def test_engine_rebuilt_or_base_changed_during_swaps(deployment, monkeypatch):
         answer = run_fresh(request)
         return {**answer, "builds_after": answer["builds_after"] + 1, "unchanged": False}
 
-    monkeypatch.setattr("adalink.tools.parity_swap.run_fresh", run_fresh_and_rebuild)
+    monkeypatch.setattr("adalink.tools.parity.swap.run_fresh", run_fresh_and_rebuild)
     assert failures(model, folder) == {"receipt/engine-builds", "receipt/base-files"}
 
 

@@ -14,8 +14,8 @@ from adalink.export.base import export_base
 from adalink.runtime.adapter import make_adapter
 from adalink.runtime.engine import open_backend
 from adalink.runtime.manifest import read_manifest
-from adalink.tools.parity import verify
-from adalink.tools.parity_adapter import check_weights
+from adalink.tools.parity.adapter import check_weights
+from adalink.tools.parity.suite import verify
 
 pytestmark = pytest.mark.slow
 ADAPTERS = Path(__file__).parents[2] / "examples/adapters"

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
 from adalink.tools.cli import main
-from adalink.tools.parity import verify
+from adalink.tools.parity.suite import verify
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "tanh", "scope": "prompt"}}
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adalink.export.bounds import Float64, adapter_bound
 from adalink.runtime.adapter import Adapter
-from adalink.tools.bounds import Float64, adapter_bound
 
 if TYPE_CHECKING:
     import torch

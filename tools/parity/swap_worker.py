@@ -1,7 +1,7 @@
 """A process of its own for level 4: open a deployment, run a list of tasks one after the other, digest the outputs.
 
-``python -m adalink.tools.swap_worker`` reads ``{"path", "backend", "threads", "ids", "decoder_ids", "tasks"}`` from
-stdin and prints ``{"digests": [...], "builds_before", "builds_after", "files": {...}, "unchanged"}``.
+``python -m adalink.tools.parity.swap_worker`` reads ``{"path", "backend", "threads", "ids", "decoder_ids", "tasks"}``
+from stdin and prints ``{"digests": [...], "builds_before", "builds_after", "files": {...}, "unchanged"}``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def run_fresh(request: dict[str, Any]) -> dict[str, Any]:
     """Answer a request in a new process; raises ``BackendError`` if that process fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "adalink.tools.swap_worker"],
+        [sys.executable, "-m", "adalink.tools.parity.swap_worker"],
         input=json.dumps(request),
         capture_output=True,
         text=True,

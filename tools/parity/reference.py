@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adalink.export.bounds import UNIT_ROUNDOFF, Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.manifest import Base
-from adalink.tools.bounds import UNIT_ROUNDOFF, Float64
 from adalink.tools.environment import available_cores
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adalink.export.bounds import Float64
 from adalink.runtime.deployment import Deployment
-from adalink.tools.bounds import Float64
-from adalink.tools.parity_adapter import to_float64
-from adalink.tools.parity_reference import Outputs, Reference, limit_of
-from adalink.tools.parity_report import Check, at_most, more_than
+from adalink.tools.parity.adapter import to_float64
+from adalink.tools.parity.reference import Outputs, Reference, limit_of
+from adalink.tools.parity.report import Check, at_most, more_than
 
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from adalink.export.bounds import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import open_backend
-from adalink.tools.bounds import Float64
-from adalink.tools.parity_adapter import to_float64
-from adalink.tools.parity_outputs import worst_of
-from adalink.tools.parity_reference import Reference, limit_of
-from adalink.tools.parity_report import Check, at_most
-from adalink.tools.recording import RecordingBackend
+from adalink.tools.parity.adapter import to_float64
+from adalink.tools.parity.outputs import worst_of
+from adalink.tools.parity.recording import RecordingBackend
+from adalink.tools.parity.reference import Reference, limit_of
+from adalink.tools.parity.report import Check, at_most
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
+from adalink.export.bounds import UNDERFLOW, UNIT_ROUNDOFF
 from adalink.runtime.adapter import Adapter, read_adapter
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import open_backend
 from adalink.runtime.errors import UnknownTaskError
 from adalink.runtime.integrity import read_verified
-from adalink.tools.bounds import UNDERFLOW, UNIT_ROUNDOFF
-from adalink.tools.parity_adapter import check_contract, check_vocabulary, check_weights, to_float64
-from adalink.tools.parity_generation import GeneratedRow, Generator, Verdict, check_generation, judge
-from adalink.tools.parity_outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity_prompts import choose_prompts, fit, seeded_rows
-from adalink.tools.parity_reference import Reference, half_the_cores
-from adalink.tools.parity_report import Check, Report, at_most
-from adalink.tools.parity_swap import check_mixed_outputs, check_swaps, mixed_tasks
+from adalink.tools.parity.adapter import check_contract, check_vocabulary, check_weights, to_float64
+from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
+from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows
+from adalink.tools.parity.reference import Reference, half_the_cores
+from adalink.tools.parity.report import Check, Report, at_most
+from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
 
 STEPS = 32
 # Generation is measured from the shortest prompts: each step costs as much after a long one.

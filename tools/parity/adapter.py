@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from adalink.export.bounds import Float64
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array, TaskRunner
 from adalink.runtime.manifest import Task
-from adalink.tools.bounds import Float64
-from adalink.tools.parity_report import Check, at_most
-from adalink.tools.reference import exact_adapter
+from adalink.tools.parity.exact import exact_adapter
+from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

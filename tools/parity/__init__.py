@@ -1,0 +1,1 @@
+"""The levels of parity with PyTorch (docs/parity.md)."""
