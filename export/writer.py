@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -82,17 +83,19 @@ class DeploymentWriter:
         )
         data = encode_manifest(manifest)
         manifest = decode_manifest(data)
+        pending = self._staging / MANIFEST_FILE
+        pending.write_bytes(data)
+        _sync(pending)
+        # Some libraries write files that only their owner may read; what ships has the mode of any new file.
+        mode = stat.S_IMODE(pending.stat().st_mode)
         for relative, path in staged.items():
+            path.chmod(mode)
             _sync(path)
             final = self.folder / relative
             final.parent.mkdir(parents=True, exist_ok=True)
             path.replace(final)
         for folder in sorted({(self.folder / relative).parent for relative in staged}):
             _sync(folder)
-        pending = self._staging / MANIFEST_FILE
-        self._staging.mkdir(exist_ok=True)
-        pending.write_bytes(data)
-        _sync(pending)
         pending.replace(self.folder / MANIFEST_FILE)
         _sync(self.folder)
         return manifest

@@ -294,6 +294,14 @@ def test_commit_returns_what_is_on_disk(root: Path) -> None:
     assert committed == read_manifest(root / "deployment")
 
 
+def test_every_file_has_the_mode_of_a_new_file(root: Path) -> None:
+    fresh = root / "fresh"
+    fresh.write_bytes(b"")
+    deployed = read_manifest(root / "deployment").files
+    modes = {name: oct((root / "deployment" / name).stat().st_mode) for name in [MANIFEST_FILE, *deployed]}
+    assert set(modes.values()) == {oct(fresh.stat().st_mode)}, modes
+
+
 def test_new_deployment_over_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("x")
