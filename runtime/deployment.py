@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.digest import digest_file
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.engine import Array, Backend, Engine, open_backend
 from adalink.runtime.errors import BackendError, RequestError
 from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode, pad_left, positions_of
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Manifest, Variant, locate, read_manifest
+from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import (
     Tasks,
     check_embeds,
@@ -27,25 +26,8 @@ from adalink.runtime.request import (
     rows_of,
 )
 from adalink.runtime.sampling import Sampling
-from adalink.runtime.tasks import TaskTable
+from adalink.runtime.tasks import LoadedTask, TaskTable
 from adalink.runtime.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """The record that nothing was rebuilt.
-
-    Attributes:
-        engine_builds: engines opened by this deployment since it was opened; one for each base graph, made then.
-        expected_builds: number of base graphs.
-        digests: digest of each file of the base, read from the disk now.
-        unchanged: whether those are the digests of the manifest.
-    """
-
-    engine_builds: int
-    expected_builds: int
-    digests: dict[str, str]
-    unchanged: bool
 
 
 class Deployment:
@@ -152,7 +134,7 @@ class Deployment:
         """
         embeds, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
         indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-        embeds = self._tasks.apply(embeds, rows_of(tasks, len(embeds)), indices)
+        embeds = self._tasks.apply(embeds, self._rows(tasks, len(embeds)), indices)
         output, _ = self._engine.run(_pick(self._engine, embeds, mask))
         if self._base.kind == "decoder":
             return {"logits": output}
@@ -165,7 +147,7 @@ class Deployment:
         """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine. Raises as ``run`` does."""
         ids = check_input_ids(input_ids, self._base)
         indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
-        return self._tasks.apply(self._table[ids], rows_of(tasks, len(ids)), indices)
+        return self._tasks.apply(self._table[ids], self._rows(tasks, len(ids)), indices)
 
     def generate(
         self,
@@ -208,7 +190,7 @@ class Deployment:
             raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = check_stops(stop)
-        names = rows_of(tasks, len(prompts))
+        row_tasks = self._rows(tasks, len(prompts))
         tokenizer = self.tokenizer
         encoded = [tokenizer.encode_chat(text) if chat else tokenizer.encode(text) for text in prompts]
         for index, tokens in enumerate(encoded):
@@ -218,14 +200,14 @@ class Deployment:
         own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        embeds = self._tasks.apply(self._table[check_input_ids(ids, base)], names)
+        embeds = self._tasks.apply(self._table[check_input_ids(ids, base)], row_tasks)
 
         if self._decoder is None:
             first = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
             decode(
                 self._engine,
                 first,
-                lambda chosen: self._tasks.apply(self._table[chosen], names, generated=True),
+                lambda chosen: self._tasks.apply(self._table[chosen], row_tasks, generated=True),
                 rows,
                 sampling,
                 max_new_tokens,
@@ -275,19 +257,18 @@ class Deployment:
 
     def receipt(self) -> Receipt:
         """Count the engines built and read the base's files again; see ``Receipt``."""
-        paths = [path for path in self._variant.files if not path.endswith(".lock")]
-        digests = {path: digest_file(locate(self.path, path)) for path in (*paths, self._base.embeddings)}
-        return Receipt(
-            engine_builds=self._engine_builds,
-            expected_builds=1 if self._decoder is None else 2,
-            digests=digests,
-            unchanged=all(digest == self.manifest.files[path].sha256 for path, digest in digests.items()),
-        )
+        expected = 1 if self._decoder is None else 2
+        paths = (*self._variant.files, self._base.embeddings)
+        return make_receipt(self.path, self.manifest, paths, self._engine_builds, expected)
 
     def _build(self, backend: Backend, graph: str, role: str) -> Engine:
         """Open a base graph, and count it: the only place where an engine is made."""
         self._engine_builds += 1
         return backend.open_engine(locate(self.path, graph), self._base, role)
+
+    def _rows(self, tasks: Tasks, batch: int) -> list[LoadedTask | None]:
+        """The loaded task of each row; raises ``RequestError``."""
+        return self._tasks.resolve(rows_of(tasks, batch))
 
     def _inputs(
         self, input_ids: npt.ArrayLike | None, inputs_embeds: npt.ArrayLike | None, attention_mask: npt.ArrayLike | None

@@ -17,16 +17,20 @@ from adalink.runtime.manifest import Manifest, Task, check_task_name
 GRAPH_FILE = "adapter.onnx"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedTask:
-    """A task ready to run."""
+    """A task ready to run; two are the same only if they are one object."""
 
     task: Task
     runner: TaskRunner
 
 
 class TaskTable:
-    """Names to tasks. Safe for use from several threads; a call that has begun keeps the tasks it began with."""
+    """Names to tasks, and their application. Safe for use from several threads.
+
+    A call resolves its names once, so that it ends with the tasks it began with, whatever is added or
+    removed meanwhile.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
         self._folder = folder
@@ -108,31 +112,33 @@ class TaskTable:
                 raise UnknownTaskError(f"task {name!r} is not in the deployment folder: it could not be loaded again")
             self._loaded.pop(name, None)
 
+    def resolve(self, names: list[str | None]) -> list[LoadedTask | None]:
+        """The task of each row, loaded; ``None`` is the plain base. Raises as ``get`` does."""
+        return [None if name is None else self.get(name) for name in names]
+
     def apply(
-        self, embeds: Array, rows: list[str | None], modality: Array | None = None, *, generated: bool = False
+        self, embeds: Array, rows: list[LoadedTask | None], modality: Array | None = None, *, generated: bool = False
     ) -> Array:
         """Adapt each row by its task.
 
         Args:
             embeds: shape ``(batch, seq, d)``; not changed.
-            rows: a task for each row, or ``None`` for the plain base, whose rows are returned bit for bit.
+            rows: what ``resolve`` gave; rows of the plain base are returned bit for bit.
             modality: index in the base's modalities for each position, ``(batch, seq)``; ``None`` means text.
             generated: whether these are generated tokens, which a task of scope ``"prompt"`` leaves alone.
         """
-        groups: dict[str, list[int]] = {}
-        for row, name in enumerate(rows):
-            if name is not None:
-                groups.setdefault(name, []).append(row)
-        loaded = {name: self.get(name) for name in groups}
-        active = {name: found for name, found in loaded.items() if not generated or found.task.scope == "all"}
-        if len(active) == 1 and len(groups[next(iter(active))]) == len(rows):
-            return self._run(next(iter(active.values())), embeds, modality)
-        result = embeds
-        for name, found in active.items():
-            if result is embeds:
-                result = embeds.copy()
-            members = groups[name]
-            result[members] = self._run(found, embeds[members], None if modality is None else modality[members])
+        groups: dict[LoadedTask, list[int]] = {}
+        for row, loaded in enumerate(rows):
+            if loaded is not None and not (generated and loaded.task.scope == "prompt"):
+                groups.setdefault(loaded, []).append(row)
+        if not groups:
+            return embeds
+        first, members = next(iter(groups.items()))
+        if len(members) == len(rows):
+            return self._run(first, embeds, modality)
+        result = embeds.copy()
+        for loaded, members in groups.items():
+            result[members] = self._run(loaded, embeds[members], None if modality is None else modality[members])
         return result
 
     def _run(self, loaded: LoadedTask, embeds: Array, modality: Array | None) -> Array:

@@ -197,6 +197,25 @@ def test_threads_get_the_answers_they_would_get_alone(llama: Any) -> None:
     assert failures == []
 
 
+def test_a_generation_ends_with_the_task_it_began_with(llama: Any, tmp_path: Path) -> None:
+    """Another task takes the name after the first piece of text: the rest must not come from it."""
+    other = Path(shutil.copytree(llama.folder / "tasks" / "beta", tmp_path / "beta"))
+    with Deployment.open(llama.folder) as opened:
+        alone = {task: opened.generate(["wheat"], tasks=task, max_new_tokens=16)[0] for task in ("alpha", "beta")}
+        pieces: list[str] = []
+
+        def exchange(row: int, piece: str) -> None:
+            if not pieces:
+                opened.remove_task("alpha")
+                opened.add_task(other, "alpha")
+            pieces.append(piece)
+
+        assert opened.generate(["wheat"], tasks="alpha", max_new_tokens=16, stream=exchange)[0] == alone["alpha"]
+        assert opened.generate(["wheat"], tasks="alpha", max_new_tokens=16)[0] == alone["beta"]
+    assert alone["alpha"] != alone["beta"]
+    assert len(pieces) > 2
+
+
 def test_a_closed_deployment_says_so(llama: Any) -> None:
     with Deployment.open(llama.folder) as opened:
         pass
