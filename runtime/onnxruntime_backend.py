@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -66,7 +67,7 @@ class OnnxRuntimeBackend:
 class OnnxEngine:
     """A base graph in one session; the cache is the list of the session's own output tensors, never copied."""
 
-    def __init__(self, session: ort.InferenceSession, runtime: object, base: Base, role: str, origin: str) -> None:
+    def __init__(self, session: ort.InferenceSession, runtime: ModuleType, base: Base, role: str, origin: str) -> None:
         self._session: ort.InferenceSession | None = session
         self._ort = runtime
         self._origin = origin
@@ -107,7 +108,7 @@ class OnnxEngine:
         session = self._session
         if session is None:
             raise RequestError("the deployment is closed: open it again")
-        make = self._ort.OrtValue.ortvalue_from_numpy  # type: ignore[attr-defined]
+        make = self._ort.OrtValue.ortvalue_from_numpy
         values = {name: make(np.ascontiguousarray(feeds[name])) for name in self._inputs}
         if self._past:
             if cache is None:
@@ -130,7 +131,9 @@ class OnnxEngine:
 class OnnxTask:
     """A task graph in one session."""
 
-    def __init__(self, session: ort.InferenceSession, runtime: object, base: Base, modalities: tuple[str, ...]) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, runtime: ModuleType, base: Base, modalities: tuple[str, ...]
+    ) -> None:
         self._session = session
         self._ort = runtime
         inputs = {node.name: node for node in session.get_inputs()}
@@ -165,7 +168,7 @@ class OnnxTask:
         return result
 
 
-def guard(runtime: object, origin: str, call: Callable[[], T]) -> T:
+def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
     """Call ONNX Runtime; every exception of its own becomes a ``BackendError``. The one place where that is done."""
     try:
         return call()
@@ -174,9 +177,9 @@ def guard(runtime: object, origin: str, call: Callable[[], T]) -> T:
         raise BackendError(f"{origin}: ONNX Runtime refused: {reason}") from error
 
 
-def onnxruntime_errors(runtime: object) -> tuple[type[Exception], ...]:
+def onnxruntime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
     """Every exception type that ONNX Runtime's binding defines."""
-    state = runtime.capi.onnxruntime_pybind11_state  # type: ignore[attr-defined]
+    state = runtime.capi.onnxruntime_pybind11_state
     return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
