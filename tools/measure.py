@@ -22,7 +22,7 @@ PREFILL_TOKENS = 64
 MIXED_TASKS = 8
 _PREFILL_ROUNDS = 15
 # Short rounds, so that the two sides meet the same weather: clock speed, other programs.
-_DECODE_ROUNDS, _DECODE_STEPS = 20, 12
+_DECODE_ROUNDS, _DECODE_STEPS = 60, 12
 _MIXED_ROUNDS, _MIXED_STEPS, _MIXED_PROMPT_TOKENS = 10, 10, 16
 _QUICK_SHARE = 4
 _SWAPS = 2000
@@ -30,7 +30,8 @@ _LOADS = 15
 _COPIES = 32
 
 Metric = dict[str, object]
-Samples = dict[str, list[float]]
+# For each side, the times of each turn.
+Samples = dict[str, list[list[float]]]
 # Name of a side -> what it passes as ``tasks``.
 Sides = Mapping[str, str | Sequence[str | None] | None]
 
@@ -121,9 +122,11 @@ class Bench:
         self._share = _QUICK_SHARE if quick else 1
 
         def ratio(name: str, samples: Samples) -> None:
-            base, task = (1e3 * float(np.median(values)) for values in samples.values())
-            medians.update({f"{name}_{side}_ms": value for side, value in zip(samples, (base, task), strict=True)})
-            metrics.append(_metric(f"{name}_ratio", task / base, "1"))
+            # Each turn gives a ratio of neighbours in time; a drift of the machine meets both of them.
+            base, task = (np.array([np.median(turn) for turn in turns]) for turns in samples.values())
+            times = zip(samples, (base, task), strict=True)
+            medians.update({f"{name}_{side}_ms": 1e3 * float(np.median(values)) for side, values in times})
+            metrics.append(_metric(f"{name}_ratio", float(np.median(task / base)), "1"))
 
         with _quiet_collector():
             # First, before other measurements leave freed memory that further tasks would fill unseen.
@@ -158,7 +161,7 @@ class Bench:
                 start = time.perf_counter()
                 self._deployment.run(input_ids=ids, tasks=sides[name])
                 if turn >= 0:
-                    samples[name].append(time.perf_counter() - start)
+                    samples[name].append([time.perf_counter() - start])
         return samples
 
     def _decode(self) -> Samples:
@@ -192,7 +195,7 @@ class Bench:
                 self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps)
                 if turn >= 0:
                     # The first interval holds the prefill, and an encoder-decoder's encoder comes before it.
-                    samples[name] += np.diff(self._steps.starts)[-(steps - 2) :].tolist()
+                    samples[name].append(np.diff(self._steps.starts)[-(steps - 2) :].tolist())
         return samples
 
     def _swap_times(self) -> list[float]:
