@@ -28,10 +28,16 @@ from adalink.runtime.request import (
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.tasks import LoadedTask, TaskTable
 from adalink.runtime.tokenizer import Tokenizer
+from adalink.runtime.verified import verify_once
 
 
 class Deployment:
     r"""An open deployment; a context manager, safe for calls from several threads.
+
+    Attributes:
+        path: the folder.
+        manifest: what it holds, as it was when it was opened.
+        variant: the form of the base that is run.
 
     Example::
 
@@ -42,24 +48,31 @@ class Deployment:
     def __init__(self, path: Path, manifest: Manifest, backend: Backend) -> None:
         self.path = path
         self.manifest = manifest
-        self._variant = _choose_variant(manifest, backend.name)
+        self.variant = _choose_variant(manifest, backend.name)
         self._base = manifest.base
         self._engine_builds = 0
         self._table = open_table(locate(path, self._base.embeddings), self._base)
         self._tasks = TaskTable(path, manifest, backend)
-        self._engine = self._build(backend, self._variant.graph, "base")
-        decoder = self._variant.decoder_graph
+        self._engine = self._build(backend, self.variant.graph, "base")
+        decoder = self.variant.decoder_graph
         self._decoder = self._build(backend, decoder, "decoder") if decoder else None
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
-    def open(cls, path: str | Path, backend: str = "onnxruntime-cpu", *, threads: int | None = None) -> Deployment:
-        """Check every file of a deployment against its manifest and open its engine, once.
+    def open(
+        cls, path: str | Path, backend: str = "onnxruntime-cpu", *, threads: int | None = None, full_check: bool = False
+    ) -> Deployment:
+        """Check the files of a deployment's base against its manifest and open its engine, once.
+
+        A task's files are checked when it is loaded, the tokenizer's when it is first used.
 
         Args:
             path: the deployment folder.
             backend: which engine; see ``adalink doctor``.
             threads: threads of the engine; all physical cores by default.
+            full_check: read every byte of every file, those of all tasks included. Without it, files that this user
+                has checked before and that have not changed since are not read again
+                (`adalink.runtime.verified`).
 
         Raises:
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
@@ -68,8 +81,11 @@ class Deployment:
         folder = Path(path)
         manifest = read_manifest(folder)
         opened = open_backend(backend, threads)
-        _choose_variant(manifest, opened.name)
-        verify_files(folder, manifest)
+        variant = _choose_variant(manifest, opened.name)
+        if full_check:
+            verify_files(folder, manifest)
+        else:
+            verify_once(folder, manifest, (manifest.base.embeddings, *variant.files))
         return cls(folder, manifest, opened)
 
     def __enter__(self) -> Deployment:
@@ -258,7 +274,7 @@ class Deployment:
     def receipt(self) -> Receipt:
         """Count the engines built and read the base's files again; see ``Receipt``."""
         expected = 1 if self._decoder is None else 2
-        paths = (*self._variant.files, self._base.embeddings)
+        paths = (*self.variant.files, self._base.embeddings)
         return make_receipt(self.path, self.manifest, paths, self._engine_builds, expected)
 
     def _build(self, backend: Backend, graph: str, role: str) -> Engine:

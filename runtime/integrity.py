@@ -31,20 +31,21 @@ def verify_files(
         if progress is not None:
             progress(relative)
         path = locate(folder, relative)
-        _check_size(manifest, relative, path.stat().st_size)
+        check_size(manifest, relative, path.stat().st_size)
         _check_digest(manifest, relative, digest_file(path))
 
 
 def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
     """Read one file, checking the very bytes that are returned; raises ``IntegrityError``."""
     path = locate(folder, relative)
-    _check_size(manifest, relative, path.stat().st_size)
+    check_size(manifest, relative, path.stat().st_size)
     data = path.read_bytes()
     _check_digest(manifest, relative, digest_bytes(data))
     return data
 
 
-def _check_size(manifest: Manifest, relative: str, size_bytes: int) -> None:
+def check_size(manifest: Manifest, relative: str, size_bytes: int) -> None:
+    """Compare a file's size with the recorded one; raises ``IntegrityError``."""
     expected = manifest.files[relative].size_bytes
     if size_bytes != expected:
         raise IntegrityError(

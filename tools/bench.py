@@ -20,7 +20,9 @@ def command(deployment: Path, task: str | None, backend: str, threads: int | Non
     ratio is one of medians. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.
     swap_hot_us: switch between two loaded tasks and adapt one token. task_load_ms: read, check and open a task whose
     files have left the page cache. mixed_batch_ratio: a decode step of 8 rows with 8 tasks against one task.
-    task_bytes: resident memory that one more task takes. Close other programs first.
+    task_bytes: resident memory that one more task takes. open_ratio: opening the deployment against creating ONNX
+    Runtime's session of the same graph. import_ms: the runtime beyond numpy and onnxruntime.
+    Close other programs first.
 
     \b
     Example:
@@ -30,6 +32,7 @@ def command(deployment: Path, task: str | None, backend: str, threads: int | Non
     from adalink.tools.environment import describe_environment
     from adalink.tools.measure import Bench
     from adalink.tools.report_file import write_json
+    from adalink.tools.startup import measure_startup
 
     say("opening the deployment")
     bench = Bench(deployment, task, backend, threads)
@@ -47,6 +50,8 @@ def command(deployment: Path, task: str | None, backend: str, threads: int | Non
         }
     finally:
         bench.close()
+    say("start-up")
+    metrics += measure_startup(deployment, threads)
     rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
     print_table(f"{bench.model}, task {bench.task}", ("metric", "value", "unit"), rows)
     print_table("Medians", ("", "ms"), [(name, f"{value:.3f}") for name, value in medians.items()])

@@ -49,18 +49,25 @@ def _install(extra: str) -> str:
 
 
 @click.command(short_help="Say which backends work on this machine.")
+@click.option("--footprint", is_flag=True, help="List what the runtime and its packages weigh instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(as_json: bool) -> None:
+def command(footprint: bool, as_json: bool) -> None:
     """Say which backends work on this machine.
 
     Each backend is tried for real, in a process of its own: import, providers, and a session of one node. For the
     others the line says what to install. onnxruntime and onnxruntime-gpu share one import name: install one of them.
+    The footprint is the installed size of the kit and of what it needs to run a deployment, without any model; the
+    packages of training and export are left out.
 
     \b
     Example:
       adalink doctor
       adalink doctor --json
+      adalink doctor --footprint
     """  # noqa: D301
+    if footprint:
+        _show_footprint(as_json)
+        return
     findings = diagnose()
     if as_json:
         click.echo(json.dumps(findings, indent=2))
@@ -78,6 +85,19 @@ def command(as_json: bool) -> None:
     assert isinstance(environment, dict)
     packages = ", ".join(f"{name} {version}" for name, version in environment.pop("packages").items())
     print_table("This machine", ("", ""), [*environment.items(), ("packages", packages)])
+
+
+def _show_footprint(as_json: bool) -> None:
+    from adalink.tools.console import print_table
+    from adalink.tools.footprint import measure_footprint
+
+    packages = measure_footprint()
+    total = sum(int(str(entry["bytes"])) for entry in packages)
+    if as_json:
+        click.echo(json.dumps({"packages": packages, "total_bytes": total}, indent=2))
+        return
+    rows = [(entry["package"], entry["version"], f"{int(str(entry['bytes'])) / 1e6:.1f}") for entry in packages]
+    print_table("Footprint of the runtime", ("package", "version", "MB"), [*rows, ("total", "", f"{total / 1e6:.1f}")])
 
 
 def _advice(entry: dict[str, object]) -> object:

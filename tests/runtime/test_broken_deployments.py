@@ -43,9 +43,9 @@ def test_a_flipped_byte_anywhere_is_found(copy: Path) -> None:
         for position in positions:
             path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
             with pytest.raises((ManifestError, IntegrityError)):
-                Deployment.open(copy)
+                Deployment.open(copy, full_check=True)
         path.write_bytes(whole)
-    Deployment.open(copy).close()
+    Deployment.open(copy, full_check=True).close()
 
 
 def test_truncated_longer_and_missing_files_are_named(copy: Path) -> None:
@@ -55,10 +55,10 @@ def test_truncated_longer_and_missing_files_are_named(copy: Path) -> None:
         for changed in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"\0"):
             path.write_bytes(changed)
             with pytest.raises(IntegrityError, match=rf"{name} has \d+ bytes, the manifest says {len(whole)}"):
-                Deployment.open(copy)
+                Deployment.open(copy, full_check=True)
         path.unlink()
         with pytest.raises(IntegrityError, match=rf"{name}.*cannot be found"):
-            Deployment.open(copy)
+            Deployment.open(copy, full_check=True)
         path.write_bytes(whole)
 
 
@@ -67,7 +67,7 @@ def test_a_link_to_an_identical_file_outside_is_refused(copy: Path, tmp_path: Pa
     shutil.move(path, tmp_path / "elsewhere.json")
     path.symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(IntegrityError, match="outside the deployment"):
-        Deployment.open(copy)
+        Deployment.open(copy, full_check=True)
 
 
 def test_a_task_changed_while_open_is_found_at_its_first_use(copy: Path) -> None:

@@ -17,6 +17,8 @@ NAMES = [
     "task_load_ms",
     "mixed_batch_ratio",
     "task_bytes",
+    "open_ratio",
+    "import_ms",
 ]
 
 

@@ -53,7 +53,7 @@ def verify(
         AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
     """
     progress("opening the deployment")
-    with half_the_cores(), Deployment.open(path, backend, threads=threads) as deployment:
+    with half_the_cores(), Deployment.open(path, backend, threads=threads, full_check=True) as deployment:
         folders = _adapter_folders(deployment, adapters)
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")

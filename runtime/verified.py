@@ -1,0 +1,111 @@
+"""What this user has already checked: files whose digest need not be computed again until they change.
+
+A file counts as unchanged while device, inode, size and both time stamps are those it had when it was read. The change
+time cannot be set back by the owner of a file, and a file that changed less than two seconds before it was read is
+never remembered, since a second change could leave the same stamp. What remains unseen is a disk that alters bytes by
+itself and a program that writes through an older memory map: a full check reads every byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from adalink.runtime.digest import digest_bytes
+from adalink.runtime.integrity import check_size, verify_files
+from adalink.runtime.manifest import Manifest, locate
+
+_SETTLED_NS = 2_000_000_000
+
+# Device, inode, size, modification and change time in nanoseconds.
+Stamp = tuple[int, int, int, int, int]
+
+
+class _Seen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file as it was when its digest was computed."""
+
+    sha256: str
+    stamp: Stamp
+
+
+def verify_once(
+    folder: Path, manifest: Manifest, paths: Iterable[str], progress: Callable[[str], None] | None = None
+) -> None:
+    """Compare files with their recorded size and SHA-256, reading only those that are not known to be unchanged.
+
+    Args:
+        folder: the deployment.
+        manifest: its manifest.
+        paths: which files.
+        progress: called with each path that is read.
+
+    Raises:
+        IntegrityError: a file is missing, truncated, altered, or a link out of the deployment.
+    """
+    memory = _memory_file(folder)
+    known = _recall(memory) if memory else {}
+    learnt: dict[str, _Seen] = {}
+    for relative in paths:
+        path = locate(folder, relative)
+        stamp, expected = _stamp(path), manifest.files[relative].sha256
+        check_size(manifest, relative, stamp[2])
+        if known.get(relative) == _Seen(expected, stamp):
+            continue
+        started = time.time_ns()
+        verify_files(folder, manifest, [relative], progress)
+        if _stamp(path) == stamp and max(stamp[3:]) < started - _SETTLED_NS:
+            learnt[relative] = _Seen(expected, stamp)
+    if learnt and memory:
+        _remember(memory, {**known, **learnt})
+
+
+def _stamp(path: Path) -> Stamp:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _memory_file(folder: Path) -> Path | None:
+    """A file of the user's own, one for each deployment: who can alter a deployment need not be able to vouch for it.
+
+    ``None`` for a user who has no home.
+    """
+    windows = sys.platform == "win32"
+    root = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+    try:
+        root = root or str(Path.home() / ("AppData/Local" if windows else ".cache"))
+    except RuntimeError:
+        return None
+    name = digest_bytes(os.fsencode(folder.resolve())).removeprefix("sha256:")[:32]
+    return Path(root, "adalink", "verified", f"{name}.json")
+
+
+def _recall(memory: Path) -> dict[str, _Seen]:
+    """What was checked before; nothing if the file is not there, damaged, or might be another user's work."""
+    try:
+        with memory.open("rb") as stream:
+            if hasattr(os, "getuid"):
+                found = os.fstat(stream.fileno())
+                if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                    return {}
+            return msgspec.json.decode(stream.read(), type=dict[str, _Seen])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+
+
+def _remember(memory: Path, seen: dict[str, _Seen]) -> None:
+    """Write what was checked; a machine that cannot keep it checks again next time."""
+    draft = memory.with_name(f"{memory.name}.{os.getpid()}.new")
+    try:
+        memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft.touch(mode=0o600)
+        draft.write_bytes(msgspec.json.encode(seen))
+        draft.replace(memory)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()

@@ -1,0 +1,131 @@
+"""Files that were checked are not read again until they change; every kind of change is noticed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adalink.runtime import Deployment, verified
+from adalink.runtime.errors import IntegrityError
+from adalink.runtime.manifest import read_manifest
+from adalink.runtime.verified import verify_once
+
+TABLE = "base/embeddings.safetensors"
+
+
+@pytest.fixture
+def settled(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A deployment whose files are older than the margin, and a memory of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = Path(shutil.copytree(llama.folder, tmp_path / "copy"))
+    time.sleep(2.1)  # no one can set the change time of a file back
+    return copy
+
+
+def read_paths(folder: Path) -> list[str]:
+    """Which files a check of the base reads."""
+    manifest = read_manifest(folder)
+    variant = next(iter(manifest.variants.values()))
+    read: list[str] = []
+    verify_once(folder, manifest, (manifest.base.embeddings, *variant.files), read.append)
+    return read
+
+
+def flip(path: Path) -> None:
+    """Change the last byte in place: same size, same inode."""
+    with path.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_unchanged_files_are_read_once(settled: Path) -> None:
+    assert TABLE in read_paths(settled)
+    assert len(read_paths(settled)) == 0
+    with Deployment.open(settled) as opened:
+        assert opened.receipt().unchanged
+
+
+def test_every_change_is_noticed(settled: Path) -> None:
+    read_paths(settled)
+    path = settled / TABLE
+    before = path.stat()
+
+    flip(path)
+    with pytest.raises(IntegrityError, match="it was altered"):
+        Deployment.open(settled)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the time of writing, forged
+    with pytest.raises(IntegrityError, match="it was altered"):
+        Deployment.open(settled)
+    flip(path)
+    Deployment.open(settled).close()
+
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    flip(other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)  # another file under the same name
+    with pytest.raises(IntegrityError, match="it was altered"):
+        Deployment.open(settled)
+    path.write_bytes(b"short")
+    with pytest.raises(IntegrityError, match="5 bytes"):
+        Deployment.open(settled)
+    path.unlink()
+    with pytest.raises(IntegrityError, match="cannot be found"):
+        Deployment.open(settled)
+
+
+def test_another_manifest_is_another_truth(settled: Path) -> None:
+    """The memory holds digests, not verdicts: a manifest that demands another digest is checked anew."""
+    import msgspec
+
+    read_paths(settled)
+    manifest = read_manifest(settled)
+    record = msgspec.structs.replace(manifest.files[TABLE], sha256="sha256:" + "0" * 64)
+    forged = msgspec.structs.replace(manifest, files={**manifest.files, TABLE: record})
+    with pytest.raises(IntegrityError, match="the manifest says sha256:000"):
+        verify_once(settled, forged, [TABLE])
+
+
+def test_files_that_just_changed_are_not_remembered(llama: Any, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(llama.folder, tmp_path / "copy"))
+    assert read_paths(copy) == read_paths(copy) != []
+
+
+def test_full_check_sees_what_the_stamps_hide(settled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: a disk that alters a byte without a stamp changing."""
+    read_paths(settled)
+    true_stamp, target = verified._stamp, settled / TABLE
+    old = true_stamp(target)
+    flip(target)
+    monkeypatch.setattr(verified, "_stamp", lambda path: old if path == target.resolve() else true_stamp(path))
+    Deployment.open(settled).close()
+    with pytest.raises(IntegrityError, match="it was altered"):
+        Deployment.open(settled, full_check=True)
+
+
+def test_a_memory_that_cannot_be_trusted_or_written_is_ignored(
+    settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_paths(settled)
+    (memory,) = (tmp_path / "cache" / "adalink" / "verified").iterdir()
+    assert memory.stat().st_mode & 0o077 == 0
+    whole = memory.read_bytes()
+    memory.chmod(0o666)
+    assert read_paths(settled) == first
+    for damaged in (b"", whole[:-3], b'{"a": 1}', b"\xff"):
+        memory.write_bytes(damaged)
+        assert read_paths(settled) == first  # and it is whole again
+        assert len(read_paths(settled)) == 0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert read_paths(settled) == read_paths(settled) == first
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert read_paths(settled) == read_paths(settled) == first

@@ -1,0 +1,80 @@
+"""How long a program waits before its first answer: importing the runtime, opening a deployment."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.errors import BackendUnavailableError
+
+_IMPORT_CODE = """
+import time
+import numpy, onnxruntime
+start = time.perf_counter()
+import adalink.runtime
+print(time.perf_counter() - start)
+"""
+
+
+def import_seconds(repeats: int) -> float:
+    """Median time of ``import adalink.runtime`` beyond numpy and onnxruntime, in fresh processes, in seconds."""
+    command = [sys.executable, "-c", _IMPORT_CODE]
+    times = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
+    return statistics.median(times)
+
+
+def open_seconds(path: Path, threads: int | None, repeats: int) -> tuple[float, float]:
+    """Median times of opening a deployment and of creating bare ONNX Runtime sessions of its base, in turns.
+
+    Args:
+        path: the deployment; its files have been checked before, as on every start but the first.
+        threads: threads of both.
+        repeats: how often.
+
+    Returns:
+        Seconds of the deployment and of the sessions.
+
+    Raises:
+        BackendUnavailableError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError("a bare session needs ONNX Runtime: pip install 'adalink-kit[cpu]'") from error
+
+    with Deployment.open(path, threads=threads) as opened:
+        graphs = [name for name in (opened.variant.graph, opened.variant.decoder_graph) if name]
+
+    def bare() -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        for graph in graphs:
+            onnxruntime.InferenceSession(str(path / graph), options, providers=["CPUExecutionProvider"])
+
+    def deployment() -> None:
+        Deployment.open(path, threads=threads).close()
+
+    sides: tuple[Callable[[], None], ...] = (deployment, bare)
+    samples: tuple[list[float], list[float]] = ([], [])
+    for turn in range(-1, repeats):
+        for side, times in zip(sides, samples, strict=True):
+            start = time.perf_counter()
+            side()
+            if turn >= 0:
+                times.append(time.perf_counter() - start)
+    return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+def measure_startup(path: Path, threads: int | None) -> list[dict[str, object]]:
+    """The metrics ``open_ratio`` and ``import_ms``, as ``adalink bench`` reports them."""
+    opened, bare = open_seconds(path, threads, repeats=5)
+    return [
+        {"name": "open_ratio", "value": opened / bare, "unit": "1"},
+        {"name": "import_ms", "value": 1e3 * import_seconds(repeats=7), "unit": "ms"},
+    ]
