@@ -8,13 +8,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.task_check import check_task_graph
+from adalink.export.graph_run import OpenGraph
+from adalink.export.task_check import check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.export.writer import open_writer
 from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import ContractError, DeploymentError
-from adalink.runtime.integrity import verify_files
+from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Base, Manifest, Task, check_task_name
 
 GRAPH_FILE = "adapter.onnx"
@@ -46,7 +47,7 @@ def export_adapter(
         AdapterError: the adapter folder is broken.
         ContractError: the adapter belongs to another base.
         DeploymentError: there is no deployment, the name is taken or unusable, or the folder cannot be written.
-        GraphError: the finished graph does not compute the adapter.
+        GraphError: the finished graph, or the deployment's bank graph, does not compute the adapter.
     """
     adapter = read_adapter(adapter_folder)
     task = Path(adapter_folder).resolve().name if name is None else name
@@ -60,8 +61,11 @@ def export_adapter(
                 f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
                 "or --name to give it another name"
             )
-        graph = build_task_graph(adapter, task, current.base.embedding_dtype).SerializeToString(deterministic=True)
-        check_task_graph(graph, adapter, current.base.embedding_dtype, _sample_rows(Path(out), current))
+        dtype, rows = current.base.embedding_dtype, _sample_rows(Path(out), current)
+        graph = build_task_graph(adapter, task, dtype).SerializeToString(deterministic=True)
+        check_task_graph(OpenGraph(graph, dtype), adapter, dtype, rows)
+        bank = read_verified(Path(out), current, current.base.bank[adapter.config.kind])
+        check_in_bank(OpenGraph(bank, dtype), adapter, dtype, rows)
         folder = writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.architectures import Architecture, architecture_of, cache_shape, max_positions
+from adalink.export.bank_graph import build_bank_graph
 from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
 from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Variant
 
@@ -28,6 +30,7 @@ TARGETS = {
 EMBEDDINGS_FILE = "base/embeddings.safetensors"
 TOKENIZER_FILE = "base/tokenizer.json"
 CHAT_TEMPLATE_FILE = "base/chat_template.jinja"
+BANK_FOLDER = "base/bank"
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -98,7 +101,7 @@ def export_base(
                 )
             base = writer.current.base
         else:
-            report("writing embeddings and tokenizer")
+            report("writing embeddings, tokenizer and bank")
             _write_common(writer, base, loaded, tokenizer)
         variants[target] = _write_variant(writer, loaded, architecture, base, target, report)
         report("hashing and committing")
@@ -202,6 +205,7 @@ def _describe(
         embeddings=EMBEDDINGS_FILE,
         tokenizer=None if tokenizer is None else TOKENIZER_FILE,
         chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
+        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
     )
 
 
@@ -224,7 +228,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
 def _write_common(
     writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Write what all variants share: embeddings, tokenizer, chat template."""
+    """Write what all variants share: embeddings, tokenizer, chat template, bank."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -245,6 +249,9 @@ def _write_common(
         writer.stage(TOKENIZER_FILE).write_text(_plain_tokenizer(backend.to_str()), encoding="utf-8")
     if template := _chat_template(tokenizer):
         writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    for kind, relative in base.bank.items():
+        graph = build_bank_graph(kind, base.hidden_size, base.embedding_dtype)
+        writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
 
 
 def _plain_tokenizer(text: str) -> str:

@@ -42,7 +42,7 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
     """
     import onnxruntime as ort
 
-    from adalink.runtime.onnxruntime_backend import onnxruntime_errors
+    from adalink.runtime.onnxruntime_boundary import onnxruntime_errors
 
     _demand_room(fused, 2 * portable.stat().st_size + portable.with_name(f"{portable.name}.data").stat().st_size)
     options = ort.SessionOptions()

@@ -1,58 +1,63 @@
-"""A task graph is run once before it is registered, against the method in numpy float64."""
+"""Task graphs and bank graphs are run once before they are registered, against the method in numpy float64."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from adalink.export.bounds import Float64, adapter_bound
-from adalink.export.task_graph import OUTPUT_NAME
+from adalink.export.graph_run import OpenGraph
 from adalink.runtime.adapter import Adapter
+from adalink.runtime.bank import bank_weights
 from adalink.runtime.errors import GraphError
 
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
-
-def check_task_graph(graph: bytes, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32]) -> None:
-    """Run ``graph`` in ONNX Runtime on ``embeds`` as each modality and as none.
+def check_task_graph(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32]) -> None:
+    """Run ``graph`` on ``embeds`` as each modality and as none.
 
     Args:
-        graph: the serialized graph.
+        graph: a task graph.
         adapter: what it was made from.
-        dtype: the graph's dtype; ``embeds`` are rounded to it first.
+        dtype: the graph's dtype.
         embeds: shape ``(rows, d)``, exact in ``dtype``.
 
     Raises:
         GraphError: an element is outside the rounding bound, or a position without a modality was changed.
     """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = adapter.config.modalities
-    for index in range(len(names)) if len(names) == 1 else range(-1, len(names)):
-        modality = np.full((1, len(embeds)), index, np.int64) if len(names) > 1 else None
-        received = _run(session, embeds[None], modality, dtype)[0]
-        if index < 0:
-            if not np.array_equal(received, embeds):
-                raise GraphError("task graph: positions without a modality were changed; expected them bit for bit")
-            continue
-        expected, bound = adapt_with_bound(adapter, names[index], embeds.astype(np.float64), dtype)
-        ratio = np.abs(received - expected) / bound
-        if not (ratio <= 1.0).all():
-            row, column = np.unravel_index(np.argmax(ratio), ratio.shape)
-            raise GraphError(
-                f"task graph, modality {names[index]!r}: element {column} of row {row} is {received[row, column]!r}, "
-                f"expected {expected[row, column]!r} within {bound[row, column]:.3g}: the graph does not compute the "
-                "adapter, so it was not registered; report this with the versions of onnx and onnxruntime"
-            )
+    if len(names) == 1:
+        _compare("task graph", graph.run(embeds[None], {})[0], adapter, names[0], dtype, embeds)
+        return
+    for index in range(-1, len(names)):
+        received = graph.run(embeds[None], {"modality": np.full((1, len(embeds)), index, np.int64)})[0]
+        if index >= 0:
+            _compare("task graph", received, adapter, names[index], dtype, embeds)
+        elif not np.array_equal(received, embeds):
+            raise GraphError("task graph: positions without a modality were changed; expected them bit for bit")
+
+
+def check_in_bank(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32]) -> None:
+    """Run the bank graph of the adapter's kind with the adapter's weights, in the manner of ``check_task_graph``."""
+    for name in adapter.config.modalities:
+        received = graph.run(embeds[None], bank_weights(adapter, name))[0]
+        _compare("bank graph", received, adapter, name, dtype, embeds)
+
+
+def _compare(
+    what: str, received: Float64, adapter: Adapter, modality: str, dtype: str, embeds: npt.NDArray[np.float32]
+) -> None:
+    expected, bound = adapt_with_bound(adapter, modality, embeds.astype(np.float64), dtype)
+    ratio = np.abs(received - expected) / bound
+    if not (ratio <= 1.0).all():
+        row, column = np.unravel_index(np.argmax(ratio), ratio.shape)
+        raise GraphError(
+            f"{what}, modality {modality!r}: element {column} of row {row} is {received[row, column]!r}, "
+            f"expected {expected[row, column]!r} within {bound[row, column]:.3g}: the graph does not compute the "
+            "adapter, so it was not registered; report this with the versions of onnx and onnxruntime"
+        )
 
 
 def adapt_with_bound(adapter: Adapter, modality: str, x: Float64, dtype: str) -> tuple[Float64, Float64]:
@@ -88,32 +93,3 @@ _ACTIVATIONS: dict[str, Callable[[Float64], Float64]] = {
     "silu": lambda h: h / (1.0 + np.exp(-h)),
     "tanh": np.tanh,
 }
-
-
-def _run(
-    session: ort.InferenceSession, embeds: npt.NDArray[np.float32], modality: npt.NDArray[np.int64] | None, dtype: str
-) -> Float64:
-    """Run the session on float32 values that are exact in ``dtype``.
-
-    Buffers are bound as raw bits, since numpy itself has no bfloat16.
-    """
-    import ml_dtypes
-    import onnxruntime as ort
-    from onnx import TensorProto
-
-    kinds = {
-        "float32": (np.dtype(np.float32), TensorProto.FLOAT),
-        "float16": (np.dtype(np.float16), TensorProto.FLOAT16),
-        "bfloat16": (np.dtype(ml_dtypes.bfloat16), TensorProto.BFLOAT16),
-    }
-    kind, element = kinds[dtype]
-    bits = np.dtype(f"u{kind.itemsize}")
-    given, received = embeds.astype(kind), np.empty(embeds.shape, kind)
-    binding = session.io_binding()
-    value_of = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-    binding.bind_ortvalue_input("inputs_embeds", value_of(given.view(bits), element))
-    if modality is not None:
-        binding.bind_cpu_input("modality", modality)
-    binding.bind_ortvalue_output(OUTPUT_NAME, value_of(received.view(bits), element))
-    session.run_with_iobinding(binding)
-    return received.astype(np.float64)

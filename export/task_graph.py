@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adalink.export.residual import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
 from adalink.runtime.adapter import Adapter
 
 if TYPE_CHECKING:
     import onnx
-
-OPSET = 20
-# The first IR version that goes with opset 20: older runtimes read it too.
-_IR_VERSION = 9
-OUTPUT_NAME = "adapted_embeds"
 
 
 def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto:
@@ -39,21 +35,22 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
     from onnx import TensorProto, helper
 
     shape: list[str | int | None] = ["batch", "sequence", adapter.config.hidden_size]
-    edge_type = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[dtype]
-    inputs = [helper.make_tensor_value_info("inputs_embeds", edge_type, shape)]
+    inputs = [helper.make_tensor_value_info(INPUT_NAME, edge_type(dtype), shape)]
     modalities = adapter.config.modalities
     if len(modalities) > 1:
         inputs.append(helper.make_tensor_value_info("modality", TensorProto.INT64, shape[:2]))
-    nodes, result = [], "inputs_embeds"
+    nodes, result = [], INPUT_NAME
     initializers = [
         onnx.numpy_helper.from_array(np.ascontiguousarray(weight.T), name) for name, weight in adapter.weights.items()
     ]
     if dtype != "float32":
-        nodes.append(helper.make_node("Cast", ["inputs_embeds"], ["x"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Cast", [INPUT_NAME], ["x"], to=TensorProto.FLOAT))
         result = "x"
     source = result
     for index, name in enumerate(modalities):
-        nodes += _residual(adapter, name, source)
+        biases = (f"{name}.down.bias", f"{name}.up.bias") if adapter.config.bias else None
+        down, up = f"{name}.down.weight", f"{name}.up.weight"
+        nodes += residual_nodes(f"{name}.", source, down, up, biases, adapter.config.activation)
         adapted = f"{name}.adapted"
         if len(modalities) > 1:
             initializers.append(onnx.numpy_helper.from_array(np.array(index, np.int64), f"{name}.index"))
@@ -67,60 +64,17 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
     if len(modalities) > 1:
         initializers.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), "last_axis"))
     if dtype != "float32":
-        nodes.append(helper.make_node("Cast", [result], [OUTPUT_NAME], to=edge_type))
+        nodes.append(helper.make_node("Cast", [result], [OUTPUT_NAME], to=edge_type(dtype)))
     else:
         nodes[-1].output[0] = OUTPUT_NAME
     graph = helper.make_graph(
         nodes,
         name="adalink_task",
         inputs=inputs,
-        outputs=[helper.make_tensor_value_info(OUTPUT_NAME, edge_type, shape)],
+        outputs=[helper.make_tensor_value_info(OUTPUT_NAME, edge_type(dtype), shape)],
         initializer=initializers,
     )
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION, producer_name="adalink-kit"
-    )
-    helper.set_model_props(model, _metadata(adapter, task))
-    onnx.checker.check_model(onnx.shape_inference.infer_shapes(model, strict_mode=True), full_check=True)
-    return model
-
-
-def _residual(adapter: Adapter, name: str, source: str) -> list[onnx.NodeProto]:
-    """Nodes of ``<name>.adapted = source + up(act(down(source)))``."""
-    from onnx import helper
-
-    nodes, current = [], source
-
-    def add(operator: str, inputs: list[str], output: str, **attributes: str) -> None:
-        nonlocal current
-        current = f"{name}.{output}"
-        nodes.append(helper.make_node(operator, inputs, [current], **attributes))
-
-    add("MatMul", [current, f"{name}.down.weight"], "down")
-    if adapter.config.bias:
-        add("Add", [current, f"{name}.down.bias"], "down_biased")
-    match adapter.config.activation:
-        case "identity":
-            pass
-        case "relu":
-            add("Relu", [current], "activated")
-        case "gelu":
-            add("Gelu", [current], "activated", approximate="none")
-        case "gelu_tanh":
-            add("Gelu", [current], "activated", approximate="tanh")
-        case "silu":
-            before = current
-            add("Sigmoid", [before], "gate")
-            add("Mul", [before, current], "activated")
-        case "tanh":
-            add("Tanh", [current], "activated")
-        case unknown:
-            raise AssertionError(f"activation {unknown!r} has no operators")
-    add("MatMul", [current, f"{name}.up.weight"], "up")
-    if adapter.config.bias:
-        add("Add", [current, f"{name}.up.bias"], "up_biased")
-    add("Add", [source, current], "adapted")
-    return nodes
+    return finish_model(graph, _metadata(adapter, task))
 
 
 def _metadata(adapter: Adapter, task: str) -> dict[str, str]:

@@ -21,6 +21,8 @@ from adalink.runtime.errors import AdapterError, ConfigError
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
+KINDS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -63,6 +65,11 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"saves nothing; choose a rank of at most {self.hidden_size}"
             )
         check_fingerprint(self.base_fingerprint)
+
+    @property
+    def kind(self) -> str:
+        """Which of ``KINDS`` computes this adapter."""
+        return f"{self.activation}_bias" if self.bias else self.activation
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from adalink.runtime.request import (
     rows_of,
 )
 from adalink.runtime.sampling import Sampling
-from adalink.runtime.tasks import LoadedTask, TaskTable
+from adalink.runtime.tasks import TaskTable
 from adalink.runtime.tokenizer import Tokenizer
 from adalink.runtime.verified import verify_once
 
@@ -148,9 +148,11 @@ class Deployment:
             RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
             BackendError: the engine refused.
         """
-        embeds, mask = self._inputs(input_ids, inputs_embeds, attention_mask)
+        embeds = self._plain(input_ids, inputs_embeds)
+        check_length(embeds.shape[1], self._base)
+        mask = check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
         indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-        embeds = self._tasks.apply(embeds, self._rows(tasks, len(embeds)), indices)
+        embeds = self._tasks.resolve(rows_of(tasks, len(embeds))).apply(embeds, indices)
         output, _ = self._engine.run(_pick(self._engine, embeds, mask))
         if self._base.kind == "decoder":
             return {"logits": output}
@@ -159,11 +161,21 @@ class Deployment:
             result["logits"] = self._run_decoder(decoder_input_ids, output, mask)
         return result
 
-    def embed(self, input_ids: npt.ArrayLike, *, tasks: Tasks = None, modality: npt.ArrayLike | None = None) -> Array:
-        """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine. Raises as ``run`` does."""
-        ids = check_input_ids(input_ids, self._base)
-        indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
-        return self._tasks.apply(self._table[ids], self._rows(tasks, len(ids)), indices)
+    def embed(
+        self,
+        input_ids: npt.ArrayLike | None = None,
+        *,
+        inputs_embeds: npt.ArrayLike | None = None,
+        tasks: Tasks = None,
+        modality: npt.ArrayLike | None = None,
+    ) -> Array:
+        """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine, of any length.
+
+        Takes and raises what ``run`` does.
+        """
+        embeds = self._plain(input_ids, inputs_embeds)
+        indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
+        return self._tasks.resolve(rows_of(tasks, len(embeds))).apply(embeds, indices)
 
     def generate(
         self,
@@ -206,7 +218,7 @@ class Deployment:
             raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = check_stops(stop)
-        row_tasks = self._rows(tasks, len(prompts))
+        selection = self._tasks.resolve(rows_of(tasks, len(prompts)))
         tokenizer = self.tokenizer
         encoded = [tokenizer.encode_chat(text) if chat else tokenizer.encode(text) for text in prompts]
         for index, tokens in enumerate(encoded):
@@ -216,14 +228,15 @@ class Deployment:
         own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        embeds = self._tasks.apply(self._table[check_input_ids(ids, base)], row_tasks)
+        embeds = selection.apply(self._table[check_input_ids(ids, base)])
 
         if self._decoder is None:
+            decoding = selection.decoding()
             first = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
             decode(
                 self._engine,
                 first,
-                lambda chosen: self._tasks.apply(self._table[chosen], row_tasks, generated=True),
+                lambda chosen: decoding.apply(self._table[chosen]),
                 rows,
                 sampling,
                 max_new_tokens,
@@ -252,17 +265,18 @@ class Deployment:
         self._tasks.unload(name)
 
     def add_task(self, path: str | Path, name: str | None = None) -> str:
-        """Add a task from an exported task folder, in this process only; the deployment folder is not changed.
+        """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
 
         Args:
-            path: a folder with ``adapter.onnx``, ``adapter_config.json`` and ``adapter_model.safetensors``.
+            path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             name: the task's name; the folder's by default.
 
         Returns:
             The name.
 
         Raises:
-            ContractError: the task belongs to another base.
+            AdapterError: the folder is no whole adapter.
+            ContractError: the adapter belongs to another base.
             RequestError: a task of that name is there already.
         """
         return self._tasks.add(Path(path), name)
@@ -282,24 +296,14 @@ class Deployment:
         self._engine_builds += 1
         return backend.open_engine(locate(self.path, graph), self._base, role)
 
-    def _rows(self, tasks: Tasks, batch: int) -> list[LoadedTask | None]:
-        """The loaded task of each row; raises ``RequestError``."""
-        return self._tasks.resolve(rows_of(tasks, batch))
-
-    def _inputs(
-        self, input_ids: npt.ArrayLike | None, inputs_embeds: npt.ArrayLike | None, attention_mask: npt.ArrayLike | None
-    ) -> tuple[Array, Array]:
-        """Plain embeddings and mask of a request."""
+    def _plain(self, input_ids: npt.ArrayLike | None, inputs_embeds: npt.ArrayLike | None) -> Array:
+        """Plain embeddings of a request."""
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
-        if input_ids is not None:
-            ids = check_input_ids(input_ids, self._base)
-            check_length(ids.shape[1], self._base)
-            return self._table[ids], check_mask(attention_mask, (ids.shape[0], ids.shape[1]))
-        assert inputs_embeds is not None
-        embeds = check_embeds(inputs_embeds, self._base)
-        check_length(embeds.shape[1], self._base)
-        return embeds, check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
+        if inputs_embeds is not None:
+            return check_embeds(inputs_embeds, self._base)
+        assert input_ids is not None
+        return self._table[check_input_ids(input_ids, self._base)]
 
     def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         if self._decoder is None:

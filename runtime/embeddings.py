@@ -43,6 +43,7 @@ def open_table(path: Path, base: Base) -> Array:
             raise ValueError(f"it holds {entry['dtype']} with shape {tuple(entry['shape'])}")
         if end - begin != shape[0] * shape[1] * np.dtype(dtype).itemsize:
             raise ValueError(f"it holds {end - begin} bytes")
-        return np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
+        mapped = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
+        return mapped.view(np.ndarray)  # rows taken from it are plain arrays too, and quicker to take
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: expected {expected}; {error}. Export the base again") from error

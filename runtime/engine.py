@@ -1,7 +1,7 @@
 """What an engine is to the rest of the runtime, and which backends there are.
 
-A backend opens things; an engine runs a base; a task runner runs one task graph. All are small protocols, so that a new
-backend touches no caller.
+A backend opens things; an engine runs a base; a bank graph runs tasks. All are small protocols, so that a new backend
+touches no caller.
 """
 
 from __future__ import annotations
@@ -46,19 +46,27 @@ class Engine(Protocol):
         """Give its memory back."""
 
 
-class TaskRunner(Protocol):
-    """A loaded task graph, safe for calls from several threads."""
+class BankGraph(Protocol):
+    """The arithmetic of all tasks of one kind, with their weights as inputs; safe for calls from several threads."""
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Metadata of the graph: task, adapter_digest, base_fingerprint and so on."""
+    def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
+        """Adapt embeddings.
 
-    def run(self, inputs_embeds: Array, modality: Array | None) -> Array:
-        """Adapted embeddings: input and output of shape ``(batch, seq, d)``, ``modality`` of ``(batch, seq)``."""
+        Args:
+            inputs_embeds: shape ``(batch, seq, d)``, in the base's dtype.
+            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, for a kind with a bias also ``down_bias``
+                ``(n, 1, r)`` and ``up_bias`` ``(n, 1, d)``; ``n`` is ``batch``, or 1 for all rows.
+
+        Returns:
+            Adapted embeddings of the shape and dtype of ``inputs_embeds``.
+
+        Raises:
+            BackendError: the engine refused.
+        """
 
 
 class Backend(Protocol):
-    """Opens engines and task graphs of one kind."""
+    """Opens engines and bank graphs."""
 
     name: str
 
@@ -70,8 +78,8 @@ class Backend(Protocol):
             GraphError: its inputs or outputs are not those of a base graph.
         """
 
-    def open_task(self, graph: bytes, base: Base, modalities: tuple[str, ...]) -> TaskRunner:
-        """Open a task graph given as its bytes; raises as ``open_engine`` does."""
+    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
+        """Open a bank graph given as its bytes; raises as ``open_engine`` does."""
 
 
 def open_backend(name: str, threads: int | None = None) -> Backend:

@@ -7,12 +7,12 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from adalink.runtime.adapter import ACTIVATIONS, SCOPES
+from adalink.runtime.adapter import ACTIVATIONS, KINDS, SCOPES
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DTYPES = ("float32", "float16", "bfloat16")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -61,6 +61,7 @@ class Base(_Strict, frozen=True, kw_only=True):
             embedding module returns for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
+        bank: path of the bank graph of each of ``adalink.runtime.adapter.KINDS``.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     embeddings: str
     tokenizer: str | None
     chat_template: str | None = None
+    bank: dict[str, str]
 
 
 class Variant(_Strict, frozen=True, kw_only=True):
@@ -146,7 +148,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
 
     def paths_in_use(self) -> set[str]:
         """Paths that the base, a variant or a task refers to."""
-        base = {path for path in (self.base.embeddings, self.base.tokenizer, self.base.chat_template) if path}
+        single = (self.base.embeddings, self.base.tokenizer, self.base.chat_template)
+        base = {path for path in (*single, *self.base.bank.values()) if path}
         variants = {path for variant in self.variants.values() for path in variant.files}
         tasks = {path for task in self.tasks.values() for path in task.files}
         return base | variants | tasks
@@ -268,6 +271,7 @@ def _check(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
     demand(base.kind in BASE_KINDS, "$.base.kind", base.kind, f"one of {', '.join(BASE_KINDS)}")
     demand(base.embedding_dtype in DTYPES, "$.base.embedding_dtype", base.embedding_dtype, f"one of {DTYPES}")
     demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
+    demand(base.bank.keys() == set(KINDS), "$.base.bank", sorted(base.bank), f"a graph for each of {', '.join(KINDS)}")
     demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
     demand(
         base.max_positions is None or 1 <= base.max_positions <= 1 << 31,

@@ -1,24 +1,23 @@
-"""Engines and task graphs on ONNX Runtime."""
+"""Engines on ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, BackendUnavailableError, GraphError, RequestError
 from adalink.runtime.manifest import Base
+from adalink.runtime.onnxruntime_bank import OnnxBankGraph
+from adalink.runtime.onnxruntime_boundary import ORT_TYPES, guard, wrong_name
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-T = TypeVar("T")
-
-_ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 _PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider"}
 
 
@@ -52,9 +51,9 @@ class OnnxRuntimeBackend:
         session = self._session(str(graph), self._threads or 0, origin=str(graph))
         return OnnxEngine(session, self._ort, base, role, origin=str(graph))
 
-    def open_task(self, graph: bytes, base: Base, modalities: tuple[str, ...]) -> OnnxTask:
-        """See ``adalink.runtime.engine.Backend``. A task graph is tiny: one thread, no thread pool of its own."""
-        return OnnxTask(self._session(graph, 1, origin="task graph"), self._ort, base, modalities)
+    def open_bank(self, graph: bytes, base: Base) -> OnnxBankGraph:
+        """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
+        return OnnxBankGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 
     def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:
         options = self._ort.SessionOptions()
@@ -83,15 +82,15 @@ class OnnxEngine:
         wanted = {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}
         for name in ("inputs_embeds", "attention_mask"):
             if role == "base" and name not in self._inputs:
-                raise GraphError(_wrong(origin, "input", name, sorted(self._inputs)))
+                raise GraphError(wrong_name(origin, "input", name, sorted(self._inputs)))
         if wanted != set(self._past):
             differing = sorted(wanted ^ set(self._past))[0]
-            raise GraphError(_wrong(origin, "input", differing, sorted(self._past)))
+            raise GraphError(wrong_name(origin, "input", differing, sorted(self._past)))
         for name in self._outputs:
             if name not in outputs:
-                raise GraphError(_wrong(origin, "output", name, outputs))
+                raise GraphError(wrong_name(origin, "output", name, outputs))
         types = {node.name: node.type for node in session.get_inputs()}
-        expected = _ORT_TYPES[base.embedding_dtype]
+        expected = ORT_TYPES[base.embedding_dtype]
         if types["inputs_embeds"] != expected:
             raise GraphError(
                 f"{origin}: inputs_embeds is {types['inputs_embeds']}, the contract says {expected}: export it again"
@@ -126,65 +125,3 @@ class OnnxEngine:
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
         self._session = None
-
-
-class OnnxTask:
-    """A task graph in one session."""
-
-    def __init__(
-        self, session: ort.InferenceSession, runtime: ModuleType, base: Base, modalities: tuple[str, ...]
-    ) -> None:
-        self._session = session
-        self._ort = runtime
-        inputs = {node.name: node for node in session.get_inputs()}
-        wanted = {"inputs_embeds", "modality"} if len(modalities) > 1 else {"inputs_embeds"}
-        if inputs.keys() != wanted:
-            name = sorted(inputs.keys() ^ wanted)[0]
-            raise GraphError(_wrong("task graph", "input", name, sorted(inputs)))
-        node = inputs["inputs_embeds"]
-        expected = _ORT_TYPES[base.embedding_dtype]
-        if node.type != expected or node.shape[-1] != base.hidden_size:
-            raise GraphError(
-                f"task graph: inputs_embeds is {node.type} of width {node.shape[-1]}, the base takes {expected} of "
-                f"width {base.hidden_size}: export the adapter again for this base"
-            )
-        outputs = [node.name for node in session.get_outputs()]
-        if len(outputs) != 1:
-            raise GraphError(_wrong("task graph", "output", "one output alone", outputs))
-        self._outputs = outputs
-        self._metadata: dict[str, str] = dict(session.get_modelmeta().custom_metadata_map)
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """See ``adalink.runtime.engine.TaskRunner``."""
-        return self._metadata
-
-    def run(self, inputs_embeds: Array, modality: Array | None) -> Array:
-        """See ``adalink.runtime.engine.TaskRunner``."""
-        feeds = {"inputs_embeds": inputs_embeds}
-        if modality is not None:
-            feeds["modality"] = modality
-        result: Array = guard(self._ort, "task graph", lambda: self._session.run(self._outputs, feeds))[0]
-        return result
-
-
-def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
-    """Call ONNX Runtime; every exception of its own becomes a ``BackendError``. The one place where that is done."""
-    try:
-        return call()
-    except onnxruntime_errors(runtime) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BackendError(f"{origin}: ONNX Runtime refused: {reason}") from error
-
-
-def onnxruntime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """Every exception type that ONNX Runtime's binding defines."""
-    state = runtime.capi.onnxruntime_pybind11_state
-    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-
-
-def _wrong(origin: str, what: str, name: str, received: list[str]) -> str:
-    return (
-        f"{origin}: {what} {name!r} does not match the contract; the graph has {received}. "
-        "Export it with 'adalink export' (docs/formats.md lists the names)"
-    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from tiny_models import FAMILIES
@@ -23,7 +24,8 @@ from adalink.runtime.adapter import (
     make_adapter,
     weight_shapes,
 )
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.digest import digest_file
+from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
 
 # Task -> settings of its adapter: every scope, biases, several activations, and one adapter of two modalities.
 TASKS: dict[str, dict[str, Any]] = {
@@ -109,6 +111,16 @@ def random_adapter(fingerprint: str, hidden_size: int, seed: int, **settings: An
         for name, shape in weight_shapes(config).items()
     }
     return make_adapter(config, weights)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Write the manifest anew with the digests of the files as they are now: integrity has nothing to say."""
+    manifest = msgspec.structs.replace(read_manifest(folder), **changes)
+    files = {
+        path: FileRecord(sha256=digest_file(folder / path), size_bytes=(folder / path).stat().st_size)
+        for path in manifest.files
+    }
+    (folder / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
 
 
 def build(family: str, root: Path, modalities: tuple[str, ...] = ("text",)) -> Tiny:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, Backend, Engine, TaskRunner, open_backend
+from adalink.runtime.engine import Array, Backend, BankGraph, Engine, open_backend
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.manifest import Base, read_manifest
 from adalink.tools.parity.prompts import PROMPTS, fit
@@ -51,9 +51,9 @@ class SteppedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return _SteppedEngine(self._inner.open_engine(graph, base, role), self.starts)
 
-    def open_task(self, graph: bytes, base: Base, modalities: tuple[str, ...]) -> TaskRunner:
+    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_task(graph, base, modalities)
+        return self._inner.open_bank(graph, base)
 
 
 class _SteppedEngine:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from runtime_support import random_adapter, write_adapter
+from runtime_support import random_adapter, reseal, write_adapter
 from tiny_models import FAMILIES
 
 from adalink.export import adapter as adapter_module
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
 from adalink.export.writer import remove_task
-from adalink.runtime.adapter import WEIGHTS_FILE, read_adapter
+from adalink.runtime.adapter import KINDS, WEIGHTS_FILE, read_adapter
 from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import (
     AdapterError,
@@ -61,7 +61,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 def test_adding_replacing_and_removing_touch_no_byte_of_the_base(deployment: Path, tmp_path: Path) -> None:
     before = state(deployment)
-    assert len(before) == 3
+    assert len(before) == 3 + len(KINDS)
     first = make(tmp_path / "topics", deployment, seed=1)
     manifest = export_adapter(first, deployment)
     assert manifest.tasks.keys() == {"topics"}
@@ -174,6 +174,16 @@ def test_graph_that_computes_something_else_is_not_registered(
         export_adapter(make(tmp_path / "topics", deployment), deployment)
     assert read_manifest(deployment).tasks == {}
     assert not (deployment / "tasks").exists()
+
+
+def test_bank_that_computes_something_else_stops_the_export(deployment: Path, tmp_path: Path) -> None:
+    """The deployment's own bank graph has another activation, with its digest in the manifest: integrity is content."""
+    paths = read_manifest(deployment).base.bank
+    shutil.copyfile(deployment / paths["relu_bias"], deployment / paths["gelu_bias"])
+    reseal(deployment)
+    with pytest.raises(GraphError, match=r"bank graph, modality 'text'.*does not compute the adapter"):
+        export_adapter(make(tmp_path / "topics", deployment), deployment)
+    assert "plain" in export_adapter(make(tmp_path / "plain", deployment, bias=False), deployment).tasks
 
 
 def test_removing_an_unknown_task_names_those_there(deployment: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from runtime_support import random_adapter
 
+from adalink.export.graph_run import OpenGraph
+from adalink.export.residual import OUTPUT_NAME
 from adalink.export.task_check import check_task_graph
-from adalink.export.task_graph import OUTPUT_NAME, build_task_graph
+from adalink.export.task_graph import build_task_graph
 from adalink.runtime.adapter import ACTIVATIONS, Adapter, make_adapter
 from adalink.runtime.errors import GraphError
 
@@ -140,12 +142,12 @@ def test_check_passes_the_right_graph_and_finds_a_changed_weight(
     modalities: tuple[str, ...], activation: str, dtype: str
 ) -> None:
     adapter, x = make(activation, True, modalities), inputs(dtype)[0].astype(np.float32)
-    check_task_graph(build_task_graph(adapter, "t", dtype).SerializeToString(), adapter, dtype, x)
+    check_task_graph(OpenGraph(build_task_graph(adapter, "t", dtype).SerializeToString(), dtype), adapter, dtype, x)
     weights = {name: value.copy() for name, value in adapter.weights.items()}
     weights["text.up.bias"][0] += np.float32(0.05)
     wrong = build_task_graph(make_adapter(adapter.config, weights), "t", dtype).SerializeToString()
     with pytest.raises(GraphError, match=r"modality 'text': element 0 of row \d+ is .* expected .* within"):
-        check_task_graph(wrong, adapter, dtype, x)
+        check_task_graph(OpenGraph(wrong, dtype), adapter, dtype, x)
 
 
 def test_check_finds_a_graph_that_adapts_positions_of_no_modality() -> None:
@@ -154,7 +156,7 @@ def test_check_finds_a_graph_that_adapts_positions_of_no_modality() -> None:
     index = next(tensor for tensor in model.graph.initializer if tensor.name == "image.index")
     index.CopyFrom(onnx.numpy_helper.from_array(np.array(-1, np.int64), "image.index"))
     with pytest.raises(GraphError, match="without a modality were changed"):
-        check_task_graph(model.SerializeToString(), adapter, "float32", x)
+        check_task_graph(OpenGraph(model.SerializeToString(), "float32"), adapter, "float32", x)
 
 
 def test_metadata_says_what_the_graph_is() -> None:

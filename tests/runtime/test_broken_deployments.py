@@ -10,14 +10,15 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
+from adalink.export.bank_graph import build_bank_graph
 from adalink.runtime import Deployment
 from adalink.runtime.digest import digest_file
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import BackendError, DeploymentError, GraphError, IntegrityError, ManifestError
 from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
-from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend, guard, onnxruntime_errors
+from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
+from adalink.runtime.onnxruntime_boundary import guard, onnxruntime_errors
 
 
 @pytest.fixture
@@ -72,9 +73,9 @@ def test_a_link_to_an_identical_file_outside_is_refused(copy: Path, tmp_path: Pa
 
 def test_a_task_changed_while_open_is_found_at_its_first_use(copy: Path) -> None:
     with Deployment.open(copy) as opened:
-        path = copy / "tasks" / "beta" / "adapter.onnx"
+        path = copy / "tasks" / "beta" / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[::-1])
-        with pytest.raises(IntegrityError, match=r"tasks/beta/adapter\.onnx has digest"):
+        with pytest.raises(IntegrityError, match=r"tasks/beta/adapter_model\.safetensors has digest"):
             opened.run(input_ids=[[5, 6]], tasks="beta")
         opened.run(input_ids=[[5, 6]], tasks="alpha")
 
@@ -121,24 +122,21 @@ def test_a_graph_with_other_names_says_which(copy: Path, name: str) -> None:
 def test_a_file_that_is_no_graph_is_refused_by_the_engine(llama: Any) -> None:
     base = read_manifest(llama.folder).base
     with pytest.raises(BackendError, match="ONNX Runtime refused"):
-        OnnxRuntimeBackend("onnxruntime-cpu", 1).open_task(b"not a graph", base, ("text",))
+        OnnxRuntimeBackend("onnxruntime-cpu", 1).open_bank(b"not a graph", base)
 
 
-def test_a_task_graph_of_another_width_is_refused(llama: Any) -> None:
+def test_a_bank_graph_that_is_none_is_refused(llama: Any) -> None:
     base = read_manifest(llama.folder).base
-    shape = ["batch", "sequence", 49]
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["inputs_embeds"], ["adapted_embeds"])],
-        "task",
-        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("adapted_embeds", TensorProto.FLOAT, shape)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     backend = OnnxRuntimeBackend("onnxruntime-cpu", 1)
+    narrow = build_bank_graph("gelu", 49, "float32").SerializeToString()
     with pytest.raises(GraphError, match=r"width 49.*width 48"):
-        backend.open_task(model.SerializeToString(), base, ("text",))
-    with pytest.raises(GraphError, match="'modality' does not match"):
-        backend.open_task(model.SerializeToString(), base, ("text", "image"))
+        backend.open_bank(narrow, base)
+    half = build_bank_graph("gelu", 48, "float16").SerializeToString()
+    with pytest.raises(GraphError, match=r"tensor\(float16\).*takes tensor\(float\)"):
+        backend.open_bank(half, base)
+    task = (llama.folder / "tasks" / "alpha" / "adapter.onnx").read_bytes()
+    with pytest.raises(GraphError, match="input 'down' does not match"):
+        backend.open_bank(task, base)
 
 
 def test_an_embedding_table_of_another_shape_is_refused(llama: Any) -> None:

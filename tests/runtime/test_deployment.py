@@ -167,11 +167,15 @@ def test_a_task_folder_that_does_not_fit_is_refused(llama: Any, tmp_path: Path) 
             ContractError, match=rf"{foreign.config.base_fingerprint}.*{opened.manifest.base.fingerprint}"
         ):
             opened.add_task(folder)
-        write_adapter(folder, llama.adapters["beta"])
-        with pytest.raises(ContractError, match="was exported from adapter"):
+        config = llama.adapters["alpha"].config
+        heard = {"rank": 2, "activation": "relu", "bias": False, "scope": "all", "modalities": ("text", "audio")}
+        write_adapter(folder, random_adapter(config.base_fingerprint, 48, 9, **heard))
+        with pytest.raises(ContractError, match=r"modality 'audio'.*exported for text, image"):
             opened.add_task(folder)
-        with pytest.raises(AdapterError, match="run 'adalink export adapter'"):
-            opened.add_task(llama.sources / "alpha")
+        (folder / "adapter_model.safetensors").unlink()
+        with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
+            opened.add_task(folder)
+        assert "foreign" not in opened.tasks
 
 
 def test_threads_get_the_answers_they_would_get_alone(llama: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
 from adalink.runtime.manifest import Manifest, check_task_name, decode_manifest, encode_manifest, locate, read_manifest
 
@@ -24,9 +25,10 @@ def fields() -> dict[str, Any]:
         "tasks/r8/adapter.onnx",
         "tasks/r8/adapter_config.json",
         "tasks/r8/adapter_model.safetensors",
+        *(f"base/bank/{kind}.onnx" for kind in KINDS),
     ]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "kit_version": "0.1.0",
         "base": {
             "name": "tiny",
@@ -43,6 +45,7 @@ def fields() -> dict[str, Any]:
             "pad_token_id": 0,
             "embeddings": paths[0],
             "tokenizer": paths[1],
+            "bank": {kind: f"base/bank/{kind}.onnx" for kind in KINDS},
         },
         "variants": {
             "portable": {
@@ -103,7 +106,7 @@ def _delete(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_delete("base"), "$.base"),
         (_delete("base", "hidden_size"), "$.base.hidden_size"),
         (_delete("schema_version"), "$.schema_version"),
-        (_set("schema_version", value=2), "$.schema_version"),
+        (_set("schema_version", value=1), "$.schema_version"),
         (_set("base", "hidden_size", value="wide"), "$.base.hidden_size"),
         (_set("base", "hidden_size", value=0), "$.base.hidden_size"),
         (_set("base", "vocab_size", value=1 << 60), "$.base.vocab_size"),

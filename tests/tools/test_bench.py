@@ -49,15 +49,15 @@ def test_a_slow_task_shows(folder, monkeypatch):
     """Planted: the task's adaptation sleeps, so every ratio with it must grow."""
     import time
 
-    from adalink.runtime.onnxruntime_backend import OnnxTask
+    from adalink.runtime.onnxruntime_bank import OnnxBankGraph
 
-    run = OnnxTask.run
+    run = OnnxBankGraph.run
 
-    def slow(self, inputs_embeds, modality):
-        time.sleep(0.01)
-        return run(self, inputs_embeds, modality)
+    def slow(self, inputs_embeds, weights):
+        time.sleep(0.01 * len(weights["down"]))
+        return run(self, inputs_embeds, weights)
 
-    monkeypatch.setattr(OnnxTask, "run", slow)
+    monkeypatch.setattr(OnnxBankGraph, "run", slow)
     monkeypatch.setattr(measure, "_SWAPS", 20)
     bench = measure.Bench(folder, None, "onnxruntime-cpu", 1)
     try:
@@ -68,7 +68,7 @@ def test_a_slow_task_shows(folder, monkeypatch):
     assert bench.task == "alpha"
     assert values["prefill_ratio"] > 2
     assert values["decode_ratio"] > 2
-    assert values["mixed_batch_ratio"] > 2  # eight graphs instead of one
+    assert values["mixed_batch_ratio"] > 2  # eight tasks' weights instead of one's
     assert values["swap_hot_us_p50"] >= 10_000
 
 

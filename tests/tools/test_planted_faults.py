@@ -11,10 +11,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from runtime_support import reseal
 from tiny_deployments import make_deployment, seeded_adapter
 
-from adalink.runtime.digest import digest_file
-from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
+from adalink.runtime import bank
+from adalink.runtime.manifest import read_manifest
+from adalink.runtime.tasks import TaskTable
 from adalink.tools.parity.suite import verify
 from adalink.tools.parity.swap_worker import run_fresh
 
@@ -31,16 +33,6 @@ def deployment(clean, tmp_path):
     """A copy to plant a fault in."""
     model, original = clean
     return model, shutil.copytree(original, tmp_path / "deployment")
-
-
-def reseal(folder, **changes):
-    """Write the manifest anew with the digests of the files as they are now: integrity has nothing to say."""
-    manifest = msgspec.structs.replace(read_manifest(folder), **changes)
-    files = {
-        path: FileRecord(sha256=digest_file(folder / path), size_bytes=(folder / path).stat().st_size)
-        for path in manifest.files
-    }
-    (folder / "manifest.json").write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files)))
 
 
 def outcome(model, folder):
@@ -79,7 +71,7 @@ def test_clean_deployment_passes(deployment):
     results = outcome(*deployment)
     assert all(results.values())
     for level in (
-        "adapter/alpha/vocabulary",
+        "adapter/alpha/bank-vocabulary",
         "base/logits",
         "task/beta/generation",
         "swap/return",
@@ -96,12 +88,11 @@ def test_one_weight_of_a_task_graph_changed_by_one_percent(deployment, name, ind
     model, folder = deployment
     edit_graph(folder / "tasks/alpha/adapter.onnx", change_weight(name, index, 1.01))
     reseal(folder)
-    assert {"adapter/alpha/vocabulary", "adapter/alpha/weights"} <= failures(model, folder)
-    assert not {name for name in failures(model, folder) if "beta" in name}
+    assert failures(model, folder) == {"adapter/alpha/graph-vocabulary", "adapter/alpha/graph-weights"}
 
 
 def test_two_tasks_swapped(deployment):
-    """Each graph computes the other task, under its own metadata, so the runtime cannot know."""
+    """Each graph computes the other task, under its own metadata; the runtime runs the bank and is not concerned."""
     model, folder = deployment
     paths = [folder / f"tasks/{name}/adapter.onnx" for name in ("alpha", "beta")]
     graphs = [onnx.load(path) for path in paths]
@@ -111,28 +102,96 @@ def test_two_tasks_swapped(deployment):
         helper.set_model_props(graph, metadata)
         path.write_bytes(graph.SerializeToString())
     reseal(folder)
+    assert failures(model, folder) == {
+        f"adapter/{task}/graph-{sweep}" for task in ("alpha", "beta") for sweep in ("vocabulary", "weights")
+    }
+
+
+def test_bank_graph_of_another_activation(deployment):
+    model, folder = deployment
+    paths = read_manifest(folder).base.bank
+    shutil.copyfile(folder / paths["gelu_tanh_bias"], folder / paths["gelu_bias"])
+    reseal(folder)
     found = failures(model, folder)
-    assert {"adapter/alpha/vocabulary", "adapter/beta/vocabulary", "task/alpha/logits", "task/beta/logits"} <= found
-    assert {"task/alpha/top1", "task/alpha/kl", "mixed/decode-logits"} <= found
+    assert {"adapter/alpha/bank-vocabulary", "adapter/alpha/bank-weights", "task/alpha/logits"} <= found
+    assert not {name for name in found if "beta" in name or "graph" in name}
 
 
-def test_adapter_applied_only_to_the_prompt(deployment):
-    """The manifest says scope 'prompt' of an adapter trained for every position."""
+def test_bank_fed_with_another_tasks_weights(deployment, monkeypatch):
+    """The runtime hands out the weights of beta to whoever asks for alpha."""
+    model, folder = deployment
+    get = TaskTable.get
+    monkeypatch.setattr(TaskTable, "get", lambda self, name: get(self, "beta"))
+    found = failures(model, folder)
+    assert {"adapter/alpha/bank-vocabulary", "task/alpha/logits", "task/alpha/top1", "task/alpha/kl"} <= found
+    assert not {name for name in found if "beta" in name or "graph" in name}
+
+
+def stack_wrongly(monkeypatch, change):
+    """Whenever rows of several tasks are stacked, ``change`` spoils the stacked weights."""
+    stack = bank._stack
+
+    def wrong(parts):
+        part = stack(parts)
+        change(part.weights)
+        return part
+
+    monkeypatch.setattr(bank, "_stack", wrong)
+
+
+def test_rows_of_the_stacked_bank_exchanged(tmp_path, monkeypatch):
+    """Two tasks of one kind in one batch: each generates with the other's weights."""
+    model, folder = make_deployment(tmp_path / "root", "llama", {"alpha": {"seed": 1}, "beta": {"seed": 2}})
+    assert not failures(model, folder)
+
+    def exchange(weights):
+        for name, weight in weights.items():
+            weights[name] = weight[::-1].copy()
+
+    stack_wrongly(monkeypatch, exchange)
+    found = failures(model, folder)
+    assert {"mixed/decode-logits", "mixed/generation"} <= found
+    assert all(name.startswith("mixed/") for name in found)
+
+
+def test_padding_of_a_smaller_rank_that_is_not_zero(tmp_path, monkeypatch):
+    """Where alpha's rank ends, the stacked weights hold a little of something, as memory that was not cleared would."""
+    tasks = {"alpha": {"seed": 1, "rank": 2}, "beta": {"seed": 2, "rank": 4}}
+    model, folder = make_deployment(tmp_path / "root", "llama", tasks)
+    assert not failures(model, folder)
+
+    def fill(weights):
+        padded = (weights["down"] == 0).all(axis=2)
+        assert padded.any()
+        weights["down"][padded] = 0.01
+        weights["up"].swapaxes(1, 2)[padded] = 0.01
+
+    stack_wrongly(monkeypatch, fill)
+    assert failures(model, folder) == {"mixed/decode-logits"}
+
+
+def test_adapter_applied_only_to_the_prompt(deployment, monkeypatch):
+    """The runtime forgets the tasks of generated tokens."""
+    model, folder = deployment
+    monkeypatch.setattr(bank.Selection, "decoding", lambda self: bank.PLAIN)
+    found = failures(model, folder)
+    assert {"task/alpha/decode-logits", "mixed/decode-logits"} <= found
+    assert "task/alpha/logits" not in found  # whole sequences cannot show it; decoding must
+
+
+def test_adapter_applied_to_generated_tokens_too(tmp_path, monkeypatch):
+    """The reverse: trained for the prompt alone, run for every position."""
+    model, folder = make_deployment(tmp_path / "root", "llama", {"alpha": {"seed": 1, "scope": "prompt"}})
+    monkeypatch.setattr(bank.Selection, "decoding", lambda self: self)
+    assert "task/alpha/decode-logits" in failures(model, folder)
+
+
+def test_manifest_that_says_another_scope_than_the_adapter(deployment):
     model, folder = deployment
     tasks = dict(read_manifest(folder).tasks)
     tasks["alpha"] = msgspec.structs.replace(tasks["alpha"], scope="prompt")
     reseal(folder, tasks=tasks)
-    found = failures(model, folder)
-    assert {"task/alpha/decode-logits", "mixed/decode-logits", "adapter/alpha/contract"} <= found
-    assert "task/alpha/logits" not in found  # whole sequences cannot show it; decoding must
-
-
-def test_adapter_applied_to_generated_tokens_too(clean, tmp_path):
-    """The reverse: trained for the prompt alone, deployed for every position."""
-    model, folder = make_deployment(tmp_path / "root", "llama", {"alpha": {"seed": 1, "scope": "prompt"}})
-    tasks = {"alpha": msgspec.structs.replace(read_manifest(folder).tasks["alpha"], scope="all")}
-    reseal(folder, tasks=tasks)
-    assert "task/alpha/decode-logits" in failures(model, folder)
+    assert failures(model, folder) == {"adapter/alpha/contract"}
 
 
 def test_wrong_position_ids(deployment):
@@ -265,4 +324,4 @@ def test_another_adapter_than_the_one_deployed(deployment, tmp_path):
     other = write_adapter(tmp_path / "other", seeded_adapter(model, seed=77))
     report = verify(folder, str(model), {"alpha": other}, threads=1, quick=True)
     found = {check.name for check in report.checks if not check.passed}
-    assert {"adapter/alpha/contract", "adapter/alpha/vocabulary", "task/alpha/logits"} <= found
+    assert {"adapter/alpha/contract", "adapter/alpha/bank-vocabulary", "task/alpha/logits"} <= found

@@ -1,4 +1,6 @@
-"""Level 1: a task's graph against the adapter in float64, over the whole vocabulary and over every single weight.
+"""Level 1: a task, by the bank and by its own graph, against the adapter in float64.
+
+Over the whole vocabulary and over every single weight.
 
 On text an adapter is a function of the token alone, so the vocabulary is its whole domain. A sum over ``d`` terms hides
 a small change of one weight, though, within its own rounding error; so a second sweep feeds multiples of the unit
@@ -14,15 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.export.bounds import Float64
+from adalink.export.graph_run import OpenGraph
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, TaskRunner
+from adalink.runtime.engine import Array
 from adalink.runtime.manifest import Task
 from adalink.tools.parity.exact import exact_adapter
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Embeddings with shape (1, tokens, d) in the base's dtype, and their modality -> adapted embeddings.
+Adapt = Callable[[Array, str], Array]
 
 _BLOCK_ROWS = 4096
 # Multiples of the unit vectors: both signs, so that an activation with a dead side shows its weights.
@@ -43,37 +49,67 @@ def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
     return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")
 
 
-def check_vocabulary(name: str, deployment: Deployment, adapter: Adapter) -> Check:
-    """Every row of the embedding table through the deployment, as ``run`` would feed it to the engine."""
+def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment, adapter: Adapter) -> Check:
+    """Every row of the embedding table through one way that a task is computed.
+
+    Args:
+        name: the task.
+        path: which way, for the check's name.
+        adapt: that way.
+        deployment: gives the table.
+        adapter: what is computed.
+    """
     base = deployment.manifest.base
     modality, dtype = base.modalities[0], base.embedding_dtype
 
     def blocks() -> Iterator[tuple[int, Float64, Float64]]:
         for start in range(0, base.vocab_size, _BLOCK_ROWS):
-            ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
-            plain, adapted = deployment.embed(ids)[0], deployment.embed(ids, tasks=name)[0]
-            yield start, to_float64(plain, dtype), to_float64(adapted, dtype)
+            plain = deployment.embed(np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None])
+            yield start, to_float64(plain[0], dtype), to_float64(adapt(plain, modality)[0], dtype)
 
     ratio, row, column = _worst(blocks(), adapter, modality, dtype)
     token = _token_text(deployment, row)
     detail = f"measured / bound over {base.vocab_size} tokens; worst: token {row}{token}, component {column}"
-    return at_most(f"adapter/{name}/vocabulary", ratio, 1.0, detail)
+    return at_most(f"adapter/{name}/{path}-vocabulary", ratio, 1.0, detail)
 
 
-def check_weights(name: str, runner: TaskRunner, adapter: Adapter, dtype: str) -> Check:
-    """Multiples of every unit vector through the task graph, for each modality of the adapter."""
+def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: str) -> Check:
+    """Multiples of every unit vector through one way that a task is computed, for each modality of the adapter."""
     width = adapter.config.hidden_size
     worst, detail = 0.0, ""
-    for index, modality in enumerate(adapter.config.modalities):
+    for modality in adapter.config.modalities:
         for scale in _PROBE_SCALES:
             x = np.eye(width) * scale
-            positions = np.full((1, width), index, np.int64) if len(adapter.config.modalities) > 1 else None
-            adapted = to_float64(runner.run(from_float64(x, dtype)[None], positions)[0], dtype)
+            adapted = to_float64(adapt(from_float64(x, dtype)[None], modality)[0], dtype)
             ratio, row, column = _worst(iter([(0, x, adapted)]), adapter, modality, dtype)
             if not ratio <= worst:
                 worst = ratio
                 detail = f"; worst: {modality}, {scale:+g} times unit vector {row}, component {column}"
-    return at_most(f"adapter/{name}/weights", worst, 1.0, f"measured / bound over the unit vectors{detail}")
+    return at_most(f"adapter/{name}/{path}-weights", worst, 1.0, f"measured / bound over the unit vectors{detail}")
+
+
+def through_bank(deployment: Deployment, name: str) -> Adapt:
+    """The way a deployment itself takes."""
+    known = deployment.manifest.base.modalities
+
+    def adapt(embeds: Array, modality: str) -> Array:
+        indices = None if modality == known[0] else np.full(embeds.shape[:2], known.index(modality), np.int64)
+        return deployment.embed(inputs_embeds=embeds, tasks=name, modality=indices)
+
+    return adapt
+
+
+def through_graph(graph: bytes, modalities: tuple[str, ...], dtype: str) -> Adapt:
+    """A task graph on its own, as another host runs it; positions of a modality it does not have pass by it."""
+    opened = OpenGraph(graph, dtype)
+
+    def adapt(embeds: Array, modality: str) -> Array:
+        if modality not in modalities:
+            return embeds
+        indices = {"modality": np.full(embeds.shape[:2], modalities.index(modality), np.int64)}
+        return from_float64(opened.run(to_float64(embeds, dtype), indices if len(modalities) > 1 else {}), dtype)
+
+    return adapt
 
 
 def to_float64(values: Array, dtype: str) -> Float64:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, Engine, TaskRunner
+from adalink.runtime.engine import Array, Backend, BankGraph, Engine
 from adalink.runtime.manifest import Base
 
 
@@ -28,9 +28,9 @@ class RecordingBackend:
         is_recorded = role == "decoder" or base.kind == "decoder"
         return RecordingEngine(engine, self.steps) if is_recorded else engine
 
-    def open_task(self, graph: bytes, base: Base, modalities: tuple[str, ...]) -> TaskRunner:
+    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_task(graph, base, modalities)
+        return self._inner.open_bank(graph, base)
 
 
 class RecordingEngine:

@@ -10,10 +10,16 @@ import numpy as np
 from adalink.export.bounds import UNDERFLOW, UNIT_ROUNDOFF
 from adalink.runtime.adapter import Adapter, read_adapter
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import open_backend
 from adalink.runtime.errors import UnknownTaskError
 from adalink.runtime.integrity import read_verified
-from adalink.tools.parity.adapter import check_contract, check_vocabulary, check_weights, to_float64
+from adalink.tools.parity.adapter import (
+    check_contract,
+    check_vocabulary,
+    check_weights,
+    through_bank,
+    through_graph,
+    to_float64,
+)
 from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows
@@ -59,7 +65,7 @@ def verify(
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
         reference = Reference(against, deployment.manifest.base)
         report = Report()
-        _check_adapters(report, deployment, sources, backend, progress)
+        _check_adapters(report, deployment, sources, progress)
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         prompts, rows = _rows(report, deployment, against, quick)
@@ -79,21 +85,18 @@ def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> di
     return {name: adapters.get(name, own[name]) for name in deployment.tasks}
 
 
-def _check_adapters(
-    report: Report, deployment: Deployment, sources: Mapping[str, Adapter], backend: str, progress: Progress
-) -> None:
+def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str, Adapter], progress: Progress) -> None:
     """Level 1."""
     manifest = deployment.manifest
     for name, adapter in sources.items():
         progress(f"task {name}: every row of the vocabulary, every weight")
-        task = manifest.tasks[name]
+        task, dtype = manifest.tasks[name], manifest.base.embedding_dtype
+        report.checks.append(check_contract(name, task, adapter))
         graph = read_verified(deployment.path, manifest, task.graph)
-        runner = open_backend(backend, 1).open_task(graph, manifest.base, task.modalities)
-        report.checks += [
-            check_contract(name, task, adapter),
-            check_vocabulary(name, deployment, adapter),
-            check_weights(name, runner, adapter, manifest.base.embedding_dtype),
-        ]
+        ways = {"bank": through_bank(deployment, name), "graph": through_graph(graph, task.modalities, dtype)}
+        for way, adapt in ways.items():
+            report.checks.append(check_vocabulary(name, way, adapt, deployment, adapter))
+            report.checks.append(check_weights(name, way, adapt, adapter, dtype))
 
 
 def _check_table(deployment: Deployment, reference: Reference) -> Check:

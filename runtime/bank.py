@@ -1,0 +1,128 @@
+"""The bank: which rows of a batch go through which weights (docs/decisions/0006-bank.md).
+
+All tasks of one kind share one graph that takes their weights as inputs. A batch under one task feeds it views of that
+task's own weights, of any rank; a mixed batch feeds it the weights of its rows, stacked. Rows of the plain base go
+through no graph: they pass bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from adalink.runtime.adapter import Adapter
+from adalink.runtime.engine import Array, BankGraph
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of a batch whose positions of one modality go through one bank graph in one call.
+
+    Attributes:
+        rows: which rows of the batch, int64; ``None`` for all of them.
+        modality: index in the base's modalities; 0 is text.
+        scope: ``"all"``, or ``"prompt"`` for rows whose generated tokens are left alone.
+        graph: the arithmetic.
+        weights: its inputs, one set for all rows or one for each of ``rows``.
+    """
+
+    rows: Array | None
+    modality: int
+    scope: str
+    graph: BankGraph
+    weights: Mapping[str, Array]
+
+
+class Selection:
+    """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        text = [part for part in parts if part.modality == 0]
+        self._text = tuple(text)
+        self._whole = text[0] if len(text) == 1 and text[0].rows is None else None
+
+    def apply(self, embeds: Array, modality: Array | None = None) -> Array:
+        """Adapt each row by its task.
+
+        Args:
+            embeds: shape ``(batch, seq, d)``; not changed. Rows of the plain base are returned bit for bit.
+            modality: index in the base's modalities for each position, ``(batch, seq)``; ``None`` means text.
+        """
+        if modality is None and self._whole is not None:
+            return self._whole.graph.run(embeds, self._whole.weights)
+        parts = self._text if modality is None else self._parts
+        if not parts:
+            return embeds
+        result = embeds.copy()
+        for part in parts:
+            rows = slice(None) if part.rows is None else part.rows
+            adapted = part.graph.run(embeds[rows], part.weights)
+            if modality is not None:
+                adapted = np.where((modality[rows] == part.modality)[..., None], adapted, result[rows])
+            result[rows] = adapted
+        return result
+
+    def decoding(self) -> Selection:
+        """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``.
+
+        Weights are stacked here, once, so that a step is one call of each graph however many tasks there are.
+        """
+        parts = [part for part in self._text if part.scope == "all"]
+        if len(parts) == len(self._parts) <= 1:
+            return self
+        together: dict[BankGraph, list[Part]] = {}
+        for part in parts:
+            together.setdefault(part.graph, []).append(part)
+        return Selection([group[0] if len(group) == 1 else _stack(group) for group in together.values()])
+
+
+PLAIN = Selection(())
+
+
+def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) -> list[Part]:
+    """The parts of a batch whose rows all have this task; their weights are views of the adapter's.
+
+    Args:
+        adapter: the task's adapter.
+        modalities: those of the base.
+        graph: the bank graph of the adapter's kind.
+    """
+    config = adapter.config
+    return [
+        Part(None, index, config.scope, graph, bank_weights(adapter, modality))
+        for index, modality in enumerate(modalities)
+        if modality in config.modalities
+    ]
+
+
+def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
+    """An adapter's weights for one modality as a bank graph takes them, for all rows: views, nothing is copied."""
+    weights = {name: adapter.weights[f"{modality}.{name}.weight"][None] for name in ("down", "up")}
+    if adapter.config.bias:
+        weights |= {f"{name}_bias": adapter.weights[f"{modality}.{name}.bias"][None, None] for name in ("down", "up")}
+    return weights
+
+
+def _stack(parts: Sequence[Part]) -> Part:
+    """Parts of one graph as one, with one set of weights for each row.
+
+    Smaller ranks are filled up with zeros. That is exact: every activation maps 0 to 0, and a sum is not changed by
+    terms that are 0.
+    """
+    groups = [part.rows for part in parts if part.rows is not None]
+    assert len(groups) == len(parts), "rows of several tasks are listed"
+    rows = np.concatenate(groups)
+    weights = {}
+    for name in parts[0].weights:
+        largest = np.max([part.weights[name].shape[1:] for part in parts], axis=0)
+        weights[name] = np.zeros((len(rows), *largest), np.float32)
+    start = 0
+    for part, group in zip(parts, groups, strict=True):
+        stop = start + len(group)
+        for name, own in part.weights.items():
+            weights[name][start:stop, : own.shape[1], : own.shape[2]] = own
+        start = stop
+    return replace(parts[0], rows=rows, weights=weights)

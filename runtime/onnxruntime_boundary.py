@@ -1,0 +1,41 @@
+"""The boundary to ONNX Runtime: its names of dtypes, and the one place where its exceptions become ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import TypeVar
+
+from adalink.runtime.errors import BackendError
+
+T = TypeVar("T")
+
+ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
+
+
+def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
+    """Call ONNX Runtime; every exception of its own becomes a ``BackendError``."""
+    try:
+        return call()
+    except onnxruntime_errors(runtime) as error:
+        raise refusal(origin, error) from error
+
+
+def refusal(origin: str, error: Exception) -> BackendError:
+    """One of ONNX Runtime's exceptions as ours."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return BackendError(f"{origin}: ONNX Runtime refused: {reason}")
+
+
+def onnxruntime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
+    """Every exception type that ONNX Runtime's binding defines."""
+    state = runtime.capi.onnxruntime_pybind11_state
+    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def wrong_name(origin: str, what: str, name: str, received: list[str]) -> str:
+    """Message for a graph whose ``what`` (an input or output) is not the one called ``name``."""
+    return (
+        f"{origin}: {what} {name!r} does not match the contract; the graph has {received}. "
+        "Export it with 'adalink export' (docs/formats.md lists the names)"
+    )
