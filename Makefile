@@ -4,6 +4,7 @@ VENV   ?= .venv
 RUN     = $(VENV)/bin
 EXTRAS ?= cpu,export,train,dev
 DEMO   ?= build/demo
+PEERS  ?= build/peers
 
 .PHONY: help demo test test-slow test-gpu lint format bench models clean
 
@@ -44,8 +45,18 @@ format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-bench: demo ## measure the demo's deployment
-	$(RUN)/adalink bench $(DEMO)/deployment --task reuters-r8
+$(VENV)/bench: $(VENV)/models
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS),bench]'
+	@touch $@
+
+$(PEERS)/installed: benchmarks/peers/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --requirement $<
+	@touch $@
+
+bench: demo $(VENV)/bench ## measure the kit beside its peers (40 minutes; QUICK=1: a few), draw the plots
+	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: they are reported as such"
+	$(RUN)/python -m benchmarks.run --deployment $(DEMO)/deployment --peers-python $(PEERS)/bin/python $(if $(QUICK),--quick)
 
 clean: ## remove what make made
 	rm -rf build $(VENV)

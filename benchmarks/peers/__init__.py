@@ -1,0 +1,1 @@
+"""One script for each peer, run in a process and an environment of its own."""

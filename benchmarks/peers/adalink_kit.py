@@ -1,0 +1,65 @@
+"""AdaLink Kit, by its public API alone. Kinds: ``base`` and ``task``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime  # noqa: F401  (imports are counted for no peer)
+
+from adalink.runtime import Deployment
+from benchmarks.peers import common
+
+
+class KitPeer(common.Peer):
+    """A deployment whose base has no end token; its tasks are the adapters."""
+
+    packages = ("adalink-kit", "onnxruntime", "numpy")
+
+    def __init__(self, settings: common.Settings) -> None:
+        self._deployment = Deployment.open(self.folder(settings), threads=settings.threads)
+        self._text, self._ids = settings.text, [settings.prompt]
+        self._tasks = self._deployment.tasks
+        self.adapters = len(self._tasks) if settings.kind == "task" else 0
+        self._active = self._tasks[0] if self.adapters else None
+        if self._active is not None:
+            self._deployment.load_task(self._active)
+
+    @staticmethod
+    def folder(settings: common.Settings) -> Path:
+        """See ``common.Peer``."""
+        return settings.work / "deployment"
+
+    def prefill(self) -> None:
+        """See ``common.Peer``."""
+        self._deployment.run(input_ids=self._ids, tasks=self._active)
+
+    def generate(self, new_tokens: int) -> list[int]:
+        """See ``common.Peer``. The text is encoded and decoded too, which no other peer does."""
+        (result,) = self._deployment.generate([self._text], tasks=self._active, max_new_tokens=new_tokens)
+        if result.prompt_tokens != len(self._ids[0]):
+            raise RuntimeError(f"the prompt has {result.prompt_tokens} tokens here, expected {len(self._ids[0])}")
+        return list(result.token_ids)
+
+    def weight_bytes(self) -> int:
+        """See ``common.Peer``."""
+        manifest = self._deployment.manifest
+        (variant,) = manifest.variants.values()
+        return sum(manifest.files[path].size_bytes for path in variant.files if path.endswith(".data"))
+
+    def swap(self, index: int) -> None:
+        """A swap is nothing but the next call's argument: adapt one token under the other task."""
+        self._active = self._tasks[index]
+        self._deployment.embed([[0]], tasks=self._active)
+
+    def load(self, index: int) -> None:
+        """See ``common.Peer``."""
+        self._deployment.load_task(self._tasks[index])
+
+    def disk_bytes(self) -> int:
+        """All files of a task."""
+        entry = self._deployment.manifest.tasks[self._tasks[0]]
+        return sum(self._deployment.manifest.files[path].size_bytes for path in entry.files)
+
+
+if __name__ == "__main__":
+    common.main(KitPeer)

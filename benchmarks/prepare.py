@@ -1,0 +1,97 @@
+"""What the benchmarks of the kit run on: a deployment made of another's base, with seeded tasks and no end token."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from adalink.export.adapter import export_adapter
+from adalink.runtime.adapter import AdapterConfig, encode_adapter, make_adapter
+from adalink.runtime.manifest import MANIFEST_FILE, Base, encode_manifest, read_manifest
+from adalink.runtime.tokenizer import Tokenizer
+from adalink.tools.parity.prompts import PROMPTS, fit
+
+# Size of the seeded weights: outputs change visibly and stay finite.
+_SCALE = 0.1
+
+
+def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:
+    """Copy a deployment's base and give it seeded tasks ``task-00000`` and so on.
+
+    The end tokens are taken out of the contract, so that a generation never ends before its budget. Files of the base
+    are linked where the disk allows it.
+
+    Args:
+        source: a deployment; only its base is used.
+        out: where to write; made anew.
+        ranks: rank of each task.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    manifest = read_manifest(source)
+    files = {path: record for path, record in manifest.files.items() if path not in _task_files(source)}
+    for path in files:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        _link(source / path, out / path)
+    base = msgspec.structs.replace(manifest.base, eos_token_ids=())
+    bare = msgspec.structs.replace(manifest, base=base, files=files, tasks={})
+    (out / MANIFEST_FILE).write_bytes(encode_manifest(bare))
+    add_tasks(out, ranks)
+    return out
+
+
+def add_tasks(deployment: Path, ranks: Sequence[int]) -> None:
+    """Export seeded adapters to a deployment, numbered from 0."""
+    base = read_manifest(deployment).base
+    adapters = deployment.with_name(f".{deployment.name}-adapters")
+    try:
+        for number, rank in enumerate(ranks):
+            export_adapter(write_adapter(adapters / f"task-{number:05}", base, rank, number), deployment)
+    finally:
+        shutil.rmtree(adapters, ignore_errors=True)
+
+
+def write_adapter(folder: Path, base: Base, rank: int, seed: int) -> Path:
+    """A seeded adapter for a base, as training would write it."""
+    config = AdapterConfig(
+        base_model_name_or_path=base.name,
+        base_fingerprint=base.fingerprint,
+        hidden_size=base.hidden_size,
+        rank=rank,
+        activation="gelu",
+        bias=False,
+        modalities=("text",),
+        scope="all",
+    )
+    rng = np.random.default_rng(seed)
+    shapes = {"text.down.weight": (rank, base.hidden_size), "text.up.weight": (base.hidden_size, rank)}
+    weights = {name: _SCALE * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    folder.mkdir(parents=True)
+    config_data, weights_data = encode_adapter(make_adapter(config, weights))
+    (folder / "adapter_config.json").write_bytes(config_data)
+    (folder / "adapter_model.safetensors").write_bytes(weights_data)
+    return folder
+
+
+def make_prompt(tokenizer: Tokenizer, tokens: int) -> dict[str, object]:
+    """A text of exactly that many tokens, and its tokens."""
+    text = " ".join(PROMPTS)
+    text = fit(text * (1 + tokens // len(tokenizer.encode(text))), tokenizer.encode, tokens)
+    while len(tokenizer.encode(text)) < tokens:
+        text += " a"
+    return {"text": text, "ids": tokenizer.encode(text)}
+
+
+def _task_files(deployment: Path) -> set[str]:
+    return {path for task in read_manifest(deployment).tasks.values() for path in task.files}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
