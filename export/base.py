@@ -14,10 +14,11 @@ import msgspec
 
 from adalink.export.architectures import Architecture, architecture_of, cache_shape, max_positions
 from adalink.export.bank_graph import build_bank_graph
+from adalink.export.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
-from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Variant
+from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ TARGETS = {
     "onnxruntime-cpu": ("onnxruntime-cpu",),
     "onnxruntime-cuda": ("onnxruntime-cuda",),
 }
+QUANTIZED_TARGETS = ("onnxruntime-cpu",)
 EMBEDDINGS_FILE = "base/embeddings.safetensors"
 TOKENIZER_FILE = "base/tokenizer.json"
 CHAT_TEMPLATE_FILE = "base/chat_template.jinja"
@@ -49,6 +51,7 @@ def export_base(
     *,
     dtype: str = "float32",
     target: str = "onnxruntime-cpu",
+    quantization: str | None = None,
     modalities: tuple[str, ...] = ("text",),
     replace: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -61,6 +64,7 @@ def export_base(
         out: the deployment folder.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
         target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
+        quantization: one of ``adalink.export.quantize.SCHEMES``: a variant of that name with quantised matrices.
         modalities: what the base is fed with, ``"text"`` first; embeddings of the others come from an encoder of the
             caller's, and adapters may have weights for any of them.
         replace: whether a variant of this target may be there already.
@@ -77,7 +81,8 @@ def export_base(
     """
     from adalink.training.base_model import base_fingerprint, display_name, load_base
 
-    _check_request(dtype, target, modalities)
+    _check_request(dtype, target, quantization, modalities)
+    variant = quantization or target
     report: Progress = progress or (lambda line: None)
     if isinstance(model, (str, Path)):
         report(f"loading {display_name(model)}")
@@ -95,15 +100,15 @@ def export_base(
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
             variants = dict(writer.current.variants)
-            if target in variants and not replace:
+            if variant in variants and not replace:
                 raise DeploymentError(
-                    f"deployment {out} already has a base variant {target!r}: pass --replace to write it again"
+                    f"deployment {out} already has a base variant {variant!r}: pass --replace to write it again"
                 )
             base = writer.current.base
         else:
             report("writing embeddings, tokenizer and bank")
             _write_common(writer, base, loaded, tokenizer)
-        variants[target] = _write_variant(writer, loaded, architecture, base, target, report)
+        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, report)
         report("hashing and committing")
         current = writer.current
         return writer.commit(
@@ -118,7 +123,7 @@ def export_base(
         )
 
 
-def _check_request(dtype: str, target: str, modalities: tuple[str, ...]) -> None:
+def _check_request(dtype: str, target: str, quantization: str | None, modalities: tuple[str, ...]) -> None:
     if modalities[:1] != ("text",) or len(set(modalities)) != len(modalities):
         raise ConfigError(f"modalities are {modalities}, expected 'text' first and no name twice")
     if dtype not in DTYPES:
@@ -129,6 +134,20 @@ def _check_request(dtype: str, target: str, modalities: tuple[str, ...]) -> None
         raise ConfigError(
             "target 'onnxruntime-cpu' cannot run bfloat16: ONNX Runtime's CPU provider has no such kernels; choose "
             "float32 or float16, or the target 'onnxruntime-cuda' or 'portable'"
+        )
+    if quantization is None:
+        return
+    if quantization not in SCHEMES:
+        raise ConfigError(f"quantization is {quantization!r}, expected one of {', '.join(SCHEMES)}")
+    if target not in QUANTIZED_TARGETS:
+        raise ConfigError(
+            f"target {target!r} cannot be quantised to {quantization}: the operator is ONNX Runtime's own and is "
+            f"measured on its CPU provider; choose the target {' or '.join(QUANTIZED_TARGETS)}"
+        )
+    if dtype != "float32":
+        raise ConfigError(
+            f"quantization {quantization!r} is for dtype float32, not {dtype}: only the matrices are quantised, and "
+            "the CPU provider computes what is left in float32 in any case; leave --dtype out"
         )
 
 
@@ -267,6 +286,7 @@ def _write_variant(
     architecture: Architecture,
     base: Base,
     target: str,
+    quantization: str | None,
     report: Progress,
 ) -> Variant:
     """Write the graphs of one variant."""
@@ -274,7 +294,8 @@ def _write_variant(
     from adalink.export.fused import fuse, why_not_fused
     from adalink.export.onnx_graph import traced_graphs, write_graph
 
-    folder = writer.fresh_folder(f"base/{target}")
+    folder = writer.fresh_folder(f"base/{quantization or target}")
+    scheme = None if quantization is None else SCHEMES[quantization]
     metadata = {
         "base_fingerprint": base.fingerprint,
         "architecture": base.architecture,
@@ -291,15 +312,29 @@ def _write_variant(
                 write_graph(graph, path, metadata)
                 continue
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as draft:
-                write_graph(graph, Path(draft) / path.name, metadata)
+                portable = Path(draft) / path.name
+                write_graph(graph, portable, metadata)
+                if scheme is not None:
+                    portable = _quantized(portable, scheme, report)
                 report(f"fusing {stem}.onnx for {target}")
-                fuse(Path(draft) / path.name, path, target)
+                fuse(portable, path, target)
     if objection is not None and target != "portable":
         report(f"the graph is kept in standard operators: {objection}")
     return Variant(
         target=target,
+        quantization=scheme,
         backends=TARGETS[target],
         graph=files["model"],
         decoder_graph=files.get("decoder"),
         files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
     )
+
+
+def _quantized(portable: Path, scheme: Quantization, report: Progress) -> Path:
+    """Quantise a graph in place of the one given; returns the new file."""
+    path = portable.with_name("quantized") / portable.name
+    path.parent.mkdir()
+    quantize(portable, path, scheme, report)
+    portable.unlink()
+    portable.with_name(f"{portable.name}.data").unlink()
+    return path

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.engine import Array, Backend, Engine, open_backend
-from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode, pad_left, positions_of
 from adalink.runtime.integrity import read_verified, verify_files
-from adalink.runtime.manifest import Manifest, Variant, locate, read_manifest
+from adalink.runtime.manifest import Manifest, locate, read_manifest
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import (
     Tasks,
@@ -28,6 +28,7 @@ from adalink.runtime.request import (
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.tasks import TaskTable
 from adalink.runtime.tokenizer import Tokenizer
+from adalink.runtime.variants import choose_variant
 from adalink.runtime.verified import verify_once
 
 
@@ -45,10 +46,10 @@ class Deployment:
             print(deployment.generate(["Text: oil prices rose\nTopic:"], tasks="reuters-r8")[0].text)
     """
 
-    def __init__(self, path: Path, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, path: Path, manifest: Manifest, backend: Backend, variant: str | None = None) -> None:
         self.path = path
         self.manifest = manifest
-        self.variant = _choose_variant(manifest, backend.name)
+        self.variant = manifest.variants[choose_variant(manifest, backend.name, variant)]
         self._base = manifest.base
         self._engine_builds = 0
         self._table = open_table(locate(path, self._base.embeddings), self._base)
@@ -60,7 +61,13 @@ class Deployment:
 
     @classmethod
     def open(
-        cls, path: str | Path, backend: str = "onnxruntime-cpu", *, threads: int | None = None, full_check: bool = False
+        cls,
+        path: str | Path,
+        backend: str = "onnxruntime-cpu",
+        *,
+        variant: str | None = None,
+        threads: int | None = None,
+        full_check: bool = False,
     ) -> Deployment:
         """Check the files of a deployment's base against its manifest and open its engine, once.
 
@@ -69,6 +76,8 @@ class Deployment:
         Args:
             path: the deployment folder.
             backend: which engine; see ``adalink doctor``.
+            variant: which form of the base, such as ``"int4"``; by default one that is not quantised, if there is one
+                (`adalink.runtime.variants`).
             threads: threads of the engine; all physical cores by default.
             full_check: read every byte of every file, those of all tasks included. Without it, files that this user
                 has checked before and that have not changed since are not read again
@@ -76,17 +85,17 @@ class Deployment:
 
         Raises:
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
-            BackendError: the backend is not on this machine, the deployment has no variant for it, or it refused.
+            BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
         opened = open_backend(backend, threads)
-        variant = _choose_variant(manifest, opened.name)
+        chosen = choose_variant(manifest, opened.name, variant)
         if full_check:
             verify_files(folder, manifest)
         else:
-            verify_once(folder, manifest, (manifest.base.embeddings, *variant.files))
-        return cls(folder, manifest, opened)
+            verify_once(folder, manifest, (manifest.base.embeddings, *manifest.variants[chosen].files))
+        return cls(folder, manifest, opened, chosen)
 
     def __enter__(self) -> Deployment:
         return self
@@ -331,18 +340,3 @@ def _pick(engine: Engine, embeds: Array, mask: Array) -> dict[str, Array]:
     """What a base graph is fed for whole sequences."""
     feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
     return {name: feeds[name] for name in engine.inputs}
-
-
-def _choose_variant(manifest: Manifest, backend: str) -> Variant:
-    """The variant made for a backend, or else one that serves it."""
-    for variant in manifest.variants.values():
-        if variant.target == backend:
-            return variant
-    for variant in manifest.variants.values():
-        if backend in variant.backends:
-            return variant
-    served = sorted({name for variant in manifest.variants.values() for name in variant.backends})
-    raise BackendError(
-        f"this deployment has no base graph for {backend}, only for {', '.join(served) or 'none'}: add one with "
-        f"'adalink export base MODEL --out DIR --target {backend}'"
-    )

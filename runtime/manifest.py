@@ -12,7 +12,7 @@ from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -84,11 +84,32 @@ class Base(_Strict, frozen=True, kw_only=True):
     bank: dict[str, str]
 
 
+class Quantization(_Strict, frozen=True, kw_only=True):
+    """How a variant's constant matrices are stored: blocks of integers with a scale and a zero point each.
+
+    Attributes:
+        algorithm: how they were chosen.
+        bits: bits of a weight.
+        block_size: weights of a block, consecutive along the input.
+        sensitive_bits: bits of a weight of the matrices whose rounding costs most (docs/decisions/0007).
+        sensitive_block_size: weights of a block of those.
+        activation_bits: bits that the inputs of these matrices are rounded to while the engine runs.
+    """
+
+    algorithm: str
+    bits: int
+    block_size: int
+    sensitive_bits: int
+    sensitive_block_size: int
+    activation_bits: int
+
+
 class Variant(_Strict, frozen=True, kw_only=True):
     """One ONNX form of the base.
 
     Attributes:
         target: what it was exported for (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``).
+        quantization: how its matrices are quantised; ``None`` when they are stored as they are.
         backends: runtime backends it serves.
         graph: path of the graph; for an encoder-decoder, of its encoder.
         decoder_graph: path of the decoder of an encoder-decoder.
@@ -96,6 +117,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
     """
 
     target: str
+    quantization: Quantization | None = None
     backends: tuple[str, ...]
     graph: str
     decoder_graph: str | None = None

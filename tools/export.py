@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from adalink.runtime.manifest import Manifest
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_QUANTIZATIONS = ("int4", "int8")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 
 
@@ -43,22 +44,37 @@ def command() -> None:
     help="What the graph is for; portable has standard ONNX operators only. Each target is one variant of the base.",
 )
 @click.option(
+    "--quantize",
+    "quantization",
+    type=click.Choice(_QUANTIZATIONS),
+    help="Store the matrices in 4 or 8 bits: a variant of that name, beside others or alone.",
+)
+@click.option(
     "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
 )
 @click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def base(
-    model: str, out: Path, dtype: str, target: str, modalities: tuple[str, ...], replace: bool, as_json: bool
+    model: str,
+    out: Path,
+    dtype: str,
+    target: str,
+    quantization: str | None,
+    modalities: tuple[str, ...],
+    replace: bool,
+    as_json: bool,
 ) -> None:
     """Export MODEL as the base of a deployment.
 
     MODEL is a Hugging Face folder, a GGUF file (or a folder with one) or a hub id. The graph takes inputs_embeds, so
-    nothing of any task is inside it. Run it again with another --target to add a variant.
+    nothing of any task is inside it. Run it again with another --target or with --quantize to add a variant;
+    adapters stay as they are. 'adalink verify --variant int4' measures what quantising costs.
 
     \b
     Example:
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
     """  # noqa: D301
     from adalink.export.base import export_base
     from adalink.tools.quiet import quiet_libraries
@@ -69,15 +85,17 @@ def base(
             out,
             dtype=_DTYPES[dtype],
             target=target,
+            quantization=quantization,
             modalities=("text", *modalities),
             replace=replace,
             progress=say,
         )
-    variant = manifest.variants[target]
+    variant = manifest.variants[quantization or target]
     result = {
         "deployment": str(out),
         "base": manifest.base.name,
         "fingerprint": manifest.base.fingerprint,
+        "variant": quantization or target,
         "target": target,
         "dtype": manifest.base.embedding_dtype,
         "graph": variant.graph,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
 
@@ -69,7 +70,12 @@ def describe_deployment(folder: Path) -> Description:
             "chat_template": base.chat_template,
         },
         "variants": {
-            name: {"target": variant.target, "backends": list(variant.backends), "size_bytes": size(variant.files)}
+            name: {
+                "target": variant.target,
+                "backends": list(variant.backends),
+                "quantization": None if variant.quantization is None else asdict(variant.quantization),
+                "size_bytes": size(variant.files),
+            }
             for name, variant in manifest.variants.items()
         },
         "tasks": {

@@ -35,6 +35,7 @@ _BATCH_ROWS = 8
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
+@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--full-check", is_flag=True, help="Read every file again, also those known to be unchanged.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each result.")
@@ -45,6 +46,7 @@ def command(
     jsonl: Path | None,
     task: str | None,
     backend: str,
+    variant: str | None,
     threads: int | None,
     full_check: bool,
     as_json: bool,
@@ -67,7 +69,7 @@ def command(
     if sum(source is not None for source in (text, text_file, jsonl)) > 1:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     rows = read_rows(jsonl, task) if jsonl is not None else [(_prompt(text, text_file), task)]
-    with Deployment.open(deployment, backend, threads=threads, full_check=full_check) as opened:
+    with Deployment.open(deployment, backend, variant=variant, threads=threads, full_check=full_check) as opened:
         if opened.manifest.base.kind == "encoder":
             for entry in _embed(opened, rows):
                 click.echo(json.dumps(entry))

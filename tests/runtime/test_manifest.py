@@ -12,7 +12,15 @@ import pytest
 
 from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
-from adalink.runtime.manifest import Manifest, check_task_name, decode_manifest, encode_manifest, locate, read_manifest
+from adalink.runtime.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    check_task_name,
+    decode_manifest,
+    encode_manifest,
+    locate,
+    read_manifest,
+)
 
 DIGEST = "sha256:" + "a1" * 32
 
@@ -28,7 +36,7 @@ def fields() -> dict[str, Any]:
         *(f"base/bank/{kind}.onnx" for kind in KINDS),
     ]
     return {
-        "schema_version": 2,
+        "schema_version": SCHEMA_VERSION,
         "kit_version": "0.1.0",
         "base": {
             "name": "tiny",
@@ -106,7 +114,7 @@ def _delete(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_delete("base"), "$.base"),
         (_delete("base", "hidden_size"), "$.base.hidden_size"),
         (_delete("schema_version"), "$.schema_version"),
-        (_set("schema_version", value=1), "$.schema_version"),
+        (_set("schema_version", value=SCHEMA_VERSION + 1), "$.schema_version"),
         (_set("base", "hidden_size", value="wide"), "$.base.hidden_size"),
         (_set("base", "hidden_size", value=0), "$.base.hidden_size"),
         (_set("base", "vocab_size", value=1 << 60), "$.base.vocab_size"),

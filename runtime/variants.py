@@ -1,0 +1,47 @@
+"""Which form of the base an engine runs."""
+
+from __future__ import annotations
+
+from adalink.runtime.errors import BackendError
+from adalink.runtime.manifest import Manifest
+
+
+def choose_variant(manifest: Manifest, backend: str, name: str | None = None) -> str:
+    """Name of the variant that a backend runs.
+
+    Without a name it is one whose weights are stored as they are, made for this backend rather than merely usable by
+    it; so a quantised one is never the answer by accident where both lie side by side. Where all are quantised, it is
+    the one with the most bits.
+
+    Args:
+        manifest: what the deployment holds.
+        backend: which engine.
+        name: the variant asked for.
+
+    Raises:
+        BackendError: there is no such variant, or none for this backend.
+    """
+    variants = manifest.variants
+    if name is not None and name not in variants:
+        raise BackendError(
+            f"this deployment has no base variant {name!r}, only {', '.join(sorted(variants))}: choose one of them, or "
+            f"add it with 'adalink export base MODEL --out DIR' and --target or --quantize {name}"
+        )
+    serving = [key for key, variant in variants.items() if backend in variant.backends and name in (None, key)]
+    if not serving:
+        served = sorted(
+            {entry for key, variant in variants.items() if name in (None, key) for entry in variant.backends}
+        )
+        whose = "this deployment" if name is None else f"variant {name!r}"
+        raise BackendError(
+            f"{whose} has no base graph for {backend}, only for {', '.join(served) or 'none'}: add one with "
+            f"'adalink export base MODEL --out DIR --target {backend}'"
+        )
+
+    def preference(key: str) -> tuple[int, bool, str]:
+        """Smaller is better."""
+        quantization = variants[key].quantization
+        bits = 32 if quantization is None else quantization.bits
+        return -bits, variants[key].target != backend, key
+
+    return min(serving, key=preference)
