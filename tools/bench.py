@@ -11,9 +11,12 @@ import click
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--task", metavar="NAME", help="The task to measure; the first by name without it.")
 @click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
+@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a JSON report.")
-def command(deployment: Path, task: str | None, backend: str, threads: int | None, json_file: Path | None) -> None:
+def command(
+    deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, json_file: Path | None
+) -> None:
     """Measure what a task costs beside the plain base, with the deployment in DIR.
 
     With and without the task take turns in one process, after a warm-up, with Python's garbage collector off; each
@@ -35,12 +38,13 @@ def command(deployment: Path, task: str | None, backend: str, threads: int | Non
     from adalink.tools.startup import measure_startup
 
     say("opening the deployment")
-    bench = Bench(deployment, task, backend, threads)
+    bench = Bench(deployment, task, backend, threads, variant)
     try:
         metrics, medians = bench.measure(say)
         environment = {
             **describe_environment(),
             "backend": backend,
+            "variant": variant,
             "threads": threads,
             "model": bench.model,
             "task": bench.task,
@@ -51,7 +55,7 @@ def command(deployment: Path, task: str | None, backend: str, threads: int | Non
     finally:
         bench.close()
     say("start-up")
-    metrics += measure_startup(deployment, threads)
+    metrics += measure_startup(deployment, threads, variant)
     rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
     print_table(f"{bench.model}, task {bench.task}", ("metric", "value", "unit"), rows)
     print_table("Medians", ("", "ms"), [(name, f"{value:.3f}") for name, value in medians.items()])

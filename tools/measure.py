@@ -77,8 +77,10 @@ class Bench:
         tokens: length of the prompt.
     """
 
-    def __init__(self, path: Path, task: str | None, backend: str, threads: int | None) -> None:
-        """Open the deployment.
+    def __init__(
+        self, path: Path, task: str | None, backend: str, threads: int | None, variant: str | None = None
+    ) -> None:
+        """Open the deployment, with a variant of its base.
 
         Raises:
             DeploymentError: it has no task, or not that one.
@@ -93,7 +95,7 @@ class Bench:
             raise DeploymentError(f"{path} has no task {self.task!r} to measure; it has {names}")
         endless = msgspec.structs.replace(manifest, base=msgspec.structs.replace(manifest.base, eos_token_ids=()))
         self._steps = SteppedBackend(open_backend(backend, threads))
-        self._deployment = Deployment(path, endless, self._steps)
+        self._deployment = Deployment(path, endless, self._steps, variant)
         self._base = manifest.base
         self.model = manifest.base.name
         self._folder = (path / manifest.tasks[self.task].graph).parent

@@ -28,13 +28,14 @@ def import_seconds(repeats: int) -> float:
     return statistics.median(times)
 
 
-def open_seconds(path: Path, threads: int | None, repeats: int) -> tuple[float, float]:
+def open_seconds(path: Path, threads: int | None, repeats: int, variant: str | None = None) -> tuple[float, float]:
     """Median times of opening a deployment and of creating bare ONNX Runtime sessions of its base, in turns.
 
     Args:
         path: the deployment; its files have been checked before, as on every start but the first.
         threads: threads of both.
         repeats: how often.
+        variant: form of the base; see ``Deployment.open``.
 
     Returns:
         Seconds of the deployment and of the sessions.
@@ -47,7 +48,7 @@ def open_seconds(path: Path, threads: int | None, repeats: int) -> tuple[float, 
     except ImportError as error:
         raise BackendUnavailableError("a bare session needs ONNX Runtime: pip install 'adalink-kit[cpu]'") from error
 
-    with Deployment.open(path, threads=threads) as opened:
+    with Deployment.open(path, variant=variant, threads=threads) as opened:
         graphs = [name for name in (opened.variant.graph, opened.variant.decoder_graph) if name]
 
     def bare() -> None:
@@ -58,7 +59,7 @@ def open_seconds(path: Path, threads: int | None, repeats: int) -> tuple[float, 
             onnxruntime.InferenceSession(str(path / graph), options, providers=["CPUExecutionProvider"])
 
     def deployment() -> None:
-        Deployment.open(path, threads=threads).close()
+        Deployment.open(path, variant=variant, threads=threads).close()
 
     sides: tuple[Callable[[], None], ...] = (deployment, bare)
     samples: tuple[list[float], list[float]] = ([], [])
@@ -71,9 +72,9 @@ def open_seconds(path: Path, threads: int | None, repeats: int) -> tuple[float, 
     return statistics.median(samples[0]), statistics.median(samples[1])
 
 
-def measure_startup(path: Path, threads: int | None) -> list[dict[str, object]]:
+def measure_startup(path: Path, threads: int | None, variant: str | None = None) -> list[dict[str, object]]:
     """The metrics ``open_ratio`` and ``import_ms``, as ``adalink bench`` reports them."""
-    opened, bare = open_seconds(path, threads, repeats=5)
+    opened, bare = open_seconds(path, threads, 5, variant)
     return [
         {"name": "open_ratio", "value": opened / bare, "unit": "1"},
         {"name": "import_ms", "value": 1e3 * import_seconds(repeats=7), "unit": "ms"},
