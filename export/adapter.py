@@ -1,7 +1,8 @@
-"""``export_adapter``: an adapter becomes a task of a deployment, and nothing else in it is touched."""
+"""``export_adapter``: adapters become tasks of a deployment, and nothing else in it is touched."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from adalink.export.graph_run import OpenGraph
 from adalink.export.task_check import check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
-from adalink.export.writer import open_writer
+from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import ContractError, DeploymentError
@@ -49,28 +50,71 @@ def export_adapter(
         DeploymentError: there is no deployment, the name is taken or unusable, or the folder cannot be written.
         GraphError: the finished graph, or the deployment's bank graph, does not compute the adapter.
     """
-    adapter = read_adapter(adapter_folder)
     task = Path(adapter_folder).resolve().name if name is None else name
-    check_task_name(task)
+    return export_adapters({task: adapter_folder}, out, dtype=dtype, replace=replace)
+
+
+def export_adapters(
+    adapter_folders: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    replace: bool = False,
+    progress: Callable[[int, str], None] = lambda done, task: None,
+) -> Manifest:
+    """Add many adapters to a deployment in one change: all of them, or none if one cannot be added.
+
+    Args:
+        adapter_folders: name of each task, and what training wrote.
+        out: the deployment.
+        dtype: see ``export_adapter``.
+        replace: likewise.
+        progress: called with the number of tasks done and the name of the next.
+
+    Raises:
+        AdaLinkError: as ``export_adapter``.
+    """
+    for task in adapter_folders:
+        check_task_name(task)
     with open_writer(out) as writer:
-        current = writer.current
-        assert current is not None
-        check_contract(adapter, current.base, dtype, origin=f"adapter {adapter_folder}", folder=Path(out))
-        if task in current.tasks and not replace:
-            raise DeploymentError(
-                f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
-                "or --name to give it another name"
-            )
-        dtype, rows = current.base.embedding_dtype, _sample_rows(Path(out), current)
-        graph = build_task_graph(adapter, task, dtype).SerializeToString(deterministic=True)
-        check_task_graph(OpenGraph(graph, dtype), adapter, dtype, rows)
-        bank = read_verified(Path(out), current, current.base.bank[adapter.config.kind])
-        check_in_bank(OpenGraph(bank, dtype), adapter, dtype, rows)
-        folder = writer.fresh_folder(f"tasks/{task}")
+        exporter = None
+        assert writer.current is not None
+        tasks = dict(writer.current.tasks)
+        for done, (task, folder) in enumerate(adapter_folders.items()):
+            progress(done, task)
+            adapter = read_adapter(folder)
+            check_contract(adapter, writer.current.base, dtype, origin=f"adapter {folder}", folder=Path(out))
+            if task in tasks and not replace:
+                raise DeploymentError(
+                    f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
+                    "or --name to give it another name"
+                )
+            exporter = exporter or _Exporter(writer)
+            tasks[task] = exporter.write(task, adapter)
+        return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+
+
+class _Exporter:
+    """Writes tasks into one change of a deployment; what they have in common is opened once."""
+
+    def __init__(self, writer: DeploymentWriter) -> None:
+        assert writer.current is not None
+        self._writer = writer
+        self._manifest = writer.current
+        self._dtype = writer.current.base.embedding_dtype
+        self._rows = _sample_rows(writer.folder, writer.current)
+        self._bank: dict[str, OpenGraph] = {}
+
+    def write(self, task: str, adapter: Adapter) -> Task:
+        """Build, check and stage the files of one task; raises ``GraphError``."""
+        graph = build_task_graph(adapter, task, self._dtype).SerializeToString(deterministic=True)
+        check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows)
+        check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+        folder = self._writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
-            writer.stage(f"{folder}/{file}").write_bytes(data)
-        entry = Task(
+            self._writer.stage(f"{folder}/{file}").write_bytes(data)
+        return Task(
             graph=f"{folder}/{GRAPH_FILE}",
             config=f"{folder}/{CONFIG_FILE}",
             weights=f"{folder}/{WEIGHTS_FILE}",
@@ -80,7 +124,12 @@ def export_adapter(
             modalities=adapter.config.modalities,
             scope=adapter.config.scope,
         )
-        return writer.commit(msgspec.structs.replace(current, tasks={**current.tasks, task: entry}))
+
+    def _bank_graph(self, kind: str) -> OpenGraph:
+        if kind not in self._bank:
+            data = read_verified(self._writer.folder, self._manifest, self._manifest.base.bank[kind])
+            self._bank[kind] = OpenGraph(data, self._dtype)
+        return self._bank[kind]
 
 
 def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str, folder: Path) -> None:

@@ -5,7 +5,6 @@ They are written once, with the base, and know nothing of any task (docs/decisio
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from adalink.export.residual import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
@@ -58,4 +57,4 @@ def build_bank_graph(kind: str, hidden_size: int, dtype: str) -> onnx.ModelProto
         ],
         outputs=[helper.make_tensor_value_info(OUTPUT_NAME, edge_type(dtype), shape)],
     )
-    return finish_model(graph, {"bank": kind, "kit_version": version("adalink-kit")})
+    return finish_model(graph, {"bank": kind})

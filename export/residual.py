@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -71,13 +73,18 @@ def residual_nodes(
 
 
 def finish_model(graph: onnx.GraphProto, metadata: dict[str, str]) -> onnx.ModelProto:
-    """A checked model of ``graph``; raises what onnx's checker raises."""
+    """A checked model of ``graph``, with ``metadata`` and the kit's version; raises what onnx's checker raises."""
     import onnx
     from onnx import helper
 
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="adalink-kit"
     )
-    helper.set_model_props(model, metadata)
+    helper.set_model_props(model, {**metadata, "kit_version": _kit_version()})
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model, strict_mode=True), full_check=True)
     return model
+
+
+@functools.cache
+def _kit_version() -> str:
+    return version("adalink-kit")

@@ -6,7 +6,6 @@ of the base. Standard operators only, float32 inside whatever the dtype outside,
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,5 +86,4 @@ def _metadata(adapter: Adapter, task: str) -> dict[str, str]:
         "modalities": ",".join(config.modalities),
         "base_fingerprint": config.base_fingerprint,
         "adapter_digest": adapter.digest,
-        "kit_version": version("adalink-kit"),
     }

@@ -47,14 +47,16 @@ class DeploymentWriter:
         self.folder = folder
         self.current = current
         self._staging = folder / STAGING_FOLDER
+        paths = current.paths_in_use() if current else set()
+        self._used_folders = {parent for path in paths for parent in _folders_of(path)}
 
     def fresh_folder(self, wanted: str) -> str:
-        """A folder, ``wanted`` or ``wanted.2`` and so on, that the current manifest has no file in."""
-        used = self.current.paths_in_use() if self.current else set()
+        """A folder, ``wanted`` or ``wanted.2`` and so on, that nobody has a file in; it is given out once."""
         candidate, number = wanted, 1
-        while any(path.startswith(f"{candidate}/") for path in used):
+        while candidate in self._used_folders:
             number += 1
             candidate = f"{wanted}.{number}"
+        self._used_folders.add(candidate)
         return candidate
 
     def stage(self, relative: str) -> Path:
@@ -172,6 +174,13 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _folders_of(path: str) -> Iterator[str]:
+    """Every folder that a relative path lies in."""
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def _files_below(folder: Path) -> list[Path]:

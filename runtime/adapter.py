@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from adalink.runtime.errors import AdapterError, ConfigError
+from adalink.runtime.file_memory import Bytes, read_file
+from adalink.runtime.tensors import view_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -24,6 +24,7 @@ ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 # What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
 KINDS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
+_ALIGNMENT_BYTES = 64
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -155,29 +156,35 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{hint}")
     try:
         config_bytes = (folder / CONFIG_FILE).read_bytes()
-        weights_bytes = (folder / WEIGHTS_FILE).read_bytes()
+        weights_bytes = read_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise AdapterError(f"adapter {folder}: cannot read {error.filename}: {error.strerror}") from error
     return decode_adapter(config_bytes, weights_bytes, origin=f"adapter {folder}")
 
 
-def decode_adapter(config_bytes: bytes, weights_bytes: bytes, origin: str) -> Adapter:
-    """Check an adapter given as the bytes of its two files; raises ``AdapterError``."""
+def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Adapter:
+    """Check an adapter given as its two files; its weights are views of the second. Raises ``AdapterError``."""
     try:
         config = msgspec.json.decode(config_bytes, type=AdapterConfig)
     except (msgspec.DecodeError, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
     try:
-        tensors = load_safetensors(weights_bytes)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors = view_tensors(weights_bytes)
+    except ValueError as error:
         raise AdapterError(f"{origin}: {WEIGHTS_FILE} is not a complete safetensors file: {error}") from error
-    return make_adapter(config, {name: np.asarray(t, dtype=np.float32) for name, t in tensors.items()}, origin)
+    return make_adapter(config, tensors, origin)
 
 
 def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
-    """Bytes of ``adapter_config.json`` and ``adapter_model.safetensors``; the same adapter gives the same bytes."""
+    """Bytes of ``adapter_config.json`` and ``adapter_model.safetensors``; the same adapter gives the same bytes.
+
+    The tensors begin at a multiple of 64 bytes, so that in a map of the file they are aligned.
+    """
     config = msgspec.json.format(msgspec.json.encode(adapter.config, order="sorted"), indent=2) + b"\n"
-    return config, save_safetensors(dict(adapter.weights), metadata={"format": "pt"})
+    data = save_safetensors(dict(adapter.weights), metadata={"format": "pt"})
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:start] + b" " * (-start % _ALIGNMENT_BYTES)
+    return config, len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def _digest(config: AdapterConfig, weights: Weights) -> str:

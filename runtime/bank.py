@@ -38,11 +38,15 @@ class Part:
 class Selection:
     """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
 
+    __slots__ = ("_parts", "_text", "_whole", "_whole_weights")
+
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = tuple(parts)
-        text = [part for part in parts if part.modality == 0]
-        self._text = tuple(text)
-        self._whole = text[0] if len(text) == 1 and text[0].rows is None else None
+        self._text = text = tuple(part for part in parts if part.modality == 0)
+        # One task for a whole batch of text, which is what nearly every call is.
+        is_whole = len(text) == 1 and text[0].rows is None
+        self._whole = text[0].graph if is_whole else None
+        self._whole_weights = text[0].weights if is_whole else {}
 
     def apply(self, embeds: Array, modality: Array | None = None) -> Array:
         """Adapt each row by its task.
@@ -52,7 +56,7 @@ class Selection:
             modality: index in the base's modalities for each position, ``(batch, seq)``; ``None`` means text.
         """
         if modality is None and self._whole is not None:
-            return self._whole.graph.run(embeds, self._whole.weights)
+            return self._whole.run(embeds, self._whole_weights)
         parts = self._text if modality is None else self._parts
         if not parts:
             return embeds
@@ -64,6 +68,10 @@ class Selection:
                 adapted = np.where((modality[rows] == part.modality)[..., None], adapted, result[rows])
             result[rows] = adapted
         return result
+
+    def at_rows(self, rows: Array) -> list[Part]:
+        """The parts of one task, for those rows of a mixed batch that have it."""
+        return [replace(part, rows=rows) for part in self._parts]
 
     def decoding(self) -> Selection:
         """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``.

@@ -23,7 +23,6 @@ from adalink.runtime.request import (
     check_length,
     check_mask,
     check_modality,
-    rows_of,
 )
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.tasks import TaskTable
@@ -46,14 +45,22 @@ class Deployment:
             print(deployment.generate(["Text: oil prices rose\nTopic:"], tasks="reuters-r8")[0].text)
     """
 
-    def __init__(self, path: Path, manifest: Manifest, backend: Backend, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        backend: Backend,
+        variant: str | None = None,
+        *,
+        task_memory_bytes: int | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.variant = manifest.variants[choose_variant(manifest, backend.name, variant)]
         self._base = manifest.base
         self._engine_builds = 0
         self._table = open_table(locate(path, self._base.embeddings), self._base)
-        self._tasks = TaskTable(path, manifest, backend)
+        self._tasks = TaskTable(path, manifest, backend, task_memory_bytes)
         self._engine = self._build(backend, self.variant.graph, "base")
         decoder = self.variant.decoder_graph
         self._decoder = self._build(backend, decoder, "decoder") if decoder else None
@@ -68,6 +75,7 @@ class Deployment:
         variant: str | None = None,
         threads: int | None = None,
         full_check: bool = False,
+        task_memory_bytes: int | None = None,
     ) -> Deployment:
         """Check the files of a deployment's base against its manifest and open its engine, once.
 
@@ -82,20 +90,26 @@ class Deployment:
             full_check: read every byte of every file, those of all tasks included. Without it, files that this user
                 has checked before and that have not changed since are not read again
                 (`adalink.runtime.verified`).
+            task_memory_bytes: weights of tasks that are held at a time; beyond it the task that was not used for the
+                longest time is let go until it is asked for again. No limit by default: the weights of the deployment's
+                tasks are mapped files, whose pages the system takes back when memory is short.
 
         Raises:
+            RequestError: ``threads`` or ``task_memory_bytes`` is less than 1.
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
             BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
+        if task_memory_bytes is not None and task_memory_bytes < 1:
+            raise RequestError(f"task_memory_bytes is {task_memory_bytes}, expected at least 1")
         opened = open_backend(backend, threads)
         chosen = choose_variant(manifest, opened.name, variant)
         if full_check:
             verify_files(folder, manifest)
         else:
             verify_once(folder, manifest, (manifest.base.embeddings, *manifest.variants[chosen].files))
-        return cls(folder, manifest, opened, chosen)
+        return cls(folder, manifest, opened, chosen, task_memory_bytes=task_memory_bytes)
 
     def __enter__(self) -> Deployment:
         return self
@@ -161,7 +175,7 @@ class Deployment:
         check_length(embeds.shape[1], self._base)
         mask = check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
         indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-        embeds = self._tasks.resolve(rows_of(tasks, len(embeds))).apply(embeds, indices)
+        embeds = self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
         output, _ = self._engine.run(_pick(self._engine, embeds, mask))
         if self._base.kind == "decoder":
             return {"logits": output}
@@ -184,7 +198,7 @@ class Deployment:
         """
         embeds = self._plain(input_ids, inputs_embeds)
         indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-        return self._tasks.resolve(rows_of(tasks, len(embeds))).apply(embeds, indices)
+        return self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
 
     def generate(
         self,
@@ -227,7 +241,7 @@ class Deployment:
             raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = check_stops(stop)
-        selection = self._tasks.resolve(rows_of(tasks, len(prompts)))
+        selection = self._tasks.resolve(tasks, len(prompts))
         tokenizer = self.tokenizer
         encoded = [tokenizer.encode_chat(text) if chat else tokenizer.encode(text) for text in prompts]
         for index, tokens in enumerate(encoded):
@@ -270,11 +284,13 @@ class Deployment:
         self._tasks.get(name)
 
     def unload_task(self, name: str) -> None:
-        """Give back the memory of a task of the deployment folder; its next use loads it again."""
+        """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         self._tasks.unload(name)
 
     def add_task(self, path: str | Path, name: str | None = None) -> str:
         """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
+
+        The adapter is read now, and again from the same folder if its memory was given back meanwhile.
 
         Args:
             path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -312,7 +328,7 @@ class Deployment:
         if inputs_embeds is not None:
             return check_embeds(inputs_embeds, self._base)
         assert input_ids is not None
-        return self._table[check_input_ids(input_ids, self._base)]
+        return self._table.take(check_input_ids(input_ids, self._base), axis=0)
 
     def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         if self._decoder is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adalink.runtime.digest import digest_bytes, digest_file
 from adalink.runtime.errors import IntegrityError
+from adalink.runtime.file_memory import Bytes, map_file
 from adalink.runtime.manifest import Manifest, locate
 
 
@@ -41,6 +42,14 @@ def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
     check_size(manifest, relative, path.stat().st_size)
     data = path.read_bytes()
     _check_digest(manifest, relative, digest_bytes(data))
+    return data
+
+
+def map_verified(folder: Path, manifest: Manifest, relative: str) -> Bytes:
+    """Map one file into memory, checking the very bytes that are returned; raises ``IntegrityError``."""
+    data = map_file(locate(folder, relative))
+    check_size(manifest, relative, data.nbytes)
+    _check_digest(manifest, relative, digest_bytes(data.data))
     return data
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import msgspec
 
@@ -18,13 +19,17 @@ BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
 _MAX_MANIFEST_BYTES = 64 << 20
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# Folders and a name with slashes between; none is empty, "." or "..".
+_PATH = re.compile(r"(?:(?!\.{1,2}/)[^/\\\0]+/)*(?!\.{1,2}$)[^/\\\0]+")
+# The digest's line as the indented encoding has it; only fields of the top level are indented by two.
+_NO_DIGEST = b'\n  "digest": ""'
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A part of the manifest: immutable, and an unknown field is an error."""
 
 
-class FileRecord(_Strict, frozen=True, kw_only=True):
+class FileRecord(_Strict, frozen=True, kw_only=True, gc=False):
     """Digest and size of one file."""
 
     sha256: str
@@ -176,12 +181,16 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         tasks = {path for task in self.tasks.values() for path in task.files}
         return base | variants | tasks
 
+    def size_bytes(self, paths: Iterable[str]) -> int:
+        """Size of some of the files together."""
+        return sum(self.files[path].size_bytes for path in paths)
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Check ``manifest``, give it its digest and encode it; raises ``ManifestError``."""
     _check(manifest)
-    digest = digest_bytes(_canonical(msgspec.structs.replace(manifest, digest="")))
-    return _canonical(msgspec.structs.replace(manifest, digest=digest))
+    data = _canonical(msgspec.structs.replace(manifest, digest=""))
+    return data.replace(_NO_DIGEST, _NO_DIGEST[:-1] + digest_bytes(data).encode() + b'"', 1)
 
 
 def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
@@ -204,7 +213,7 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _manifest_error(origin, error) from error
     _check(manifest, origin)
-    if encode_manifest(manifest) != data:
+    if digest_bytes(data.replace(manifest.digest.encode(), b"", 1)) != manifest.digest:
         raise ManifestError(
             f"{origin}: $.digest is {manifest.digest!r}, not the digest of what the manifest says: it was altered "
             "after it was written; export the deployment again or restore it from a good copy",
@@ -319,18 +328,30 @@ def _check(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             field = f"$.variants[{name!r}].files"
             demand(path is None or path in variant.files, field, variant.files, f"a list with {path}")
     for name, task in manifest.tasks.items():
+        _check_task(name, task, base, demand)
+    for path, record in manifest.files.items():
+        # Thousands of tasks have three files each: only a wrong one is worth a description.
+        if not (_PATH.fullmatch(path) and 0 <= record.size_bytes <= 1 << 42 and _DIGEST.fullmatch(record.sha256)):
+            field = f"$.files[{path!r}]"
+            demand(bool(_PATH.fullmatch(path)), field, path, "a relative path inside the deployment, without '..'")
+            demand(0 <= record.size_bytes <= 1 << 42, f"{field}.size_bytes", record.size_bytes, f"0 to {1 << 42}")
+            demand(False, f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
+    for path in sorted(manifest.paths_in_use() - manifest.files.keys()):
+        demand(False, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+
+
+def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    is_sound = (
+        _TASK_NAME.fullmatch(name)
+        and 1 <= task.rank <= base.hidden_size
+        and task.activation in ACTIVATIONS
+        and task.scope in SCOPES
+        and _DIGEST.fullmatch(task.adapter_digest)
+    )
+    if not is_sound:
         field = f"$.tasks[{name!r}]"
         demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
         demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
         demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
         demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
-        demand(bool(_DIGEST.fullmatch(task.adapter_digest)), f"{field}.adapter_digest", task.adapter_digest, "a digest")
-    for path, record in manifest.files.items():
-        field = f"$.files[{path!r}]"
-        pure = PurePosixPath(path)
-        inside = not pure.is_absolute() and ".." not in pure.parts and "\\" not in path and str(pure) == path
-        demand(inside and pure.parts != (), field, path, "a relative path inside the deployment, without '..'")
-        demand(0 <= record.size_bytes <= 1 << 42, f"{field}.size_bytes", record.size_bytes, f"0 to {1 << 42}")
-        demand(bool(_DIGEST.fullmatch(record.sha256)), f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
-    for path in sorted(manifest.paths_in_use()):
-        demand(path in manifest.files, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+        demand(False, f"{field}.adapter_digest", task.adapter_digest, "a digest")

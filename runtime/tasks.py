@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from adalink.runtime.adapter import Adapter, decode_adapter, read_adapter
-from adalink.runtime.bank import PLAIN, Part, Selection, task_parts
+from adalink.runtime.bank import PLAIN, Selection, task_parts
 from adalink.runtime.engine import Backend, BankGraph
 from adalink.runtime.errors import ContractError, RequestError, UnknownTaskError
-from adalink.runtime.integrity import read_verified
+from adalink.runtime.integrity import map_verified, read_verified
 from adalink.runtime.manifest import Manifest, Task, check_task_name
+from adalink.runtime.request import Tasks
 
 
-@dataclass(frozen=True, eq=False)
 class LoadedTask:
     """A task ready to run; two are the same only if they are one object.
 
     Attributes:
-        parts: how a batch under this task runs.
         alone: the selection of a batch whose rows all have this task.
+        size_bytes: of its weights.
+        last_used: when it was last asked for, in the table's count of such requests.
     """
 
-    parts: Sequence[Part]
-    alone: Selection
+    __slots__ = ("alone", "last_used", "size_bytes")
+
+    def __init__(self, alone: Selection, size_bytes: int) -> None:
+        self.alone = alone
+        self.size_bytes = size_bytes
+        self.last_used = 0
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,24 @@ class AddedTask:
 
 
 class TaskTable:
-    """Names to tasks. Safe for use from several threads."""
+    """Names to tasks. Safe for use from several threads.
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+    A task's weights are in memory from its first use on, once: those of the deployment as a map of their file. Beyond
+    ``memory_bytes`` of weights the task that was not used for the longest time is let go, and loaded again when it is
+    asked for. A call that has it keeps it to its end.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, memory_bytes: int | None = None) -> None:
         self._folder = folder
         self._manifest = manifest
         self._backend = backend
         self._tasks: dict[str, Task | AddedTask] = dict(manifest.tasks)
         self._loaded: dict[str, LoadedTask] = {}
+        self._loaded_bytes = 0
+        self._memory_bytes = memory_bytes
+        self._clock = itertools.count(1)
+        # Loaded tasks with their last use when they were sorted, the latest first.
+        self._by_age: list[tuple[int, str]] = []
         self._graphs: dict[str, BankGraph] = {}
         self._lock = threading.RLock()
 
@@ -58,14 +73,12 @@ class TaskTable:
     def get(self, name: str) -> LoadedTask:
         """The task, loaded now if it was not; raises ``UnknownTaskError`` or what loading raises."""
         loaded = self._loaded.get(name)
-        if loaded is not None:
-            return loaded
-        with self._lock:
-            if name in self._loaded:
-                return self._loaded[name]
-            self._check_known(name)
-            self._loaded[name] = self._prepare(self._read(self._tasks[name]))
-            return self._loaded[name]
+        if loaded is None:
+            with self._lock:
+                self._check_known(name)
+                loaded = self._loaded.get(name) or self._keep(name, self._prepare(self._read(self._tasks[name])))
+        loaded.last_used = next(self._clock)
+        return loaded
 
     def add(self, folder: Path, name: str | None) -> str:
         """Register an adapter folder in this process; raises ``ContractError`` if it belongs to another base."""
@@ -88,7 +101,7 @@ class TaskTable:
             if name in self._tasks:
                 raise RequestError(f"task {name!r} is deployed already: remove it first or choose another name")
             self._tasks[name] = AddedTask(folder.resolve(), adapter.digest)
-            self._loaded[name] = loaded
+            self._keep(name, loaded)
         return name
 
     def remove(self, name: str) -> None:
@@ -96,25 +109,32 @@ class TaskTable:
         with self._lock:
             self._check_known(name)
             del self._tasks[name]
-            self._loaded.pop(name, None)
+            self._let_go(name)
 
     def unload(self, name: str) -> None:
         """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
-            self._loaded.pop(name, None)
+            self._let_go(name)
 
-    def resolve(self, rows: Sequence[str | None]) -> Selection:
-        """The tasks of the rows of a batch, loaded; ``None`` is the plain base. Raises as ``get`` does."""
-        first = rows[0]
-        if all(name == first for name in rows):
-            return PLAIN if first is None else self.get(first).alone
+    def resolve(self, tasks: Tasks, batch: int) -> Selection:
+        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the plain base.
+
+        Raises ``RequestError`` for another number of tasks than rows, and what ``get`` raises.
+        """
+        if tasks is None or isinstance(tasks, str):
+            return PLAIN if tasks is None else self.get(tasks).alone
+        rows = list(tasks)
+        if len(rows) != batch:
+            raise RequestError(f"tasks has {len(rows)} entries for {batch} rows: give one name, or one for each row")
+        if rows.count(rows[0]) == batch:
+            return self.resolve(rows[0], batch)
         members: dict[str, list[int]] = {}
         for row, name in enumerate(rows):
             if name is not None:
                 members.setdefault(name, []).append(row)
         return Selection(
-            [replace(part, rows=np.array(own)) for name, own in members.items() for part in self.get(name).parts]
+            [part for name, own in members.items() for part in self.get(name).alone.at_rows(np.array(own))]
         )
 
     def _check_known(self, name: str) -> None:
@@ -129,7 +149,7 @@ class TaskTable:
             adapter, origin, digest = read_adapter(task.folder), str(task.folder), task.digest
         else:
             config = read_verified(self._folder, self._manifest, task.config)
-            weights = read_verified(self._folder, self._manifest, task.weights)
+            weights = map_verified(self._folder, self._manifest, task.weights)
             adapter, origin, digest = decode_adapter(config, weights, task.config), task.config, task.adapter_digest
         base = self._manifest.base
         if adapter.digest != digest or adapter.config.base_fingerprint != base.fingerprint:
@@ -141,7 +161,38 @@ class TaskTable:
 
     def _prepare(self, adapter: Adapter) -> LoadedTask:
         parts = task_parts(adapter, self._manifest.base.modalities, self._graph(adapter.config.kind))
-        return LoadedTask(parts, Selection(parts))
+        return LoadedTask(Selection(parts), adapter.size_bytes)
+
+    def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
+        """Hold a task, and let go of others beyond the budget; the lock is held."""
+        while (
+            self._memory_bytes is not None
+            and self._loaded
+            and self._loaded_bytes + loaded.size_bytes > self._memory_bytes
+        ):
+            self._let_go(self._least_recently_used())
+        loaded.last_used = next(self._clock)
+        self._loaded[name] = loaded
+        self._loaded_bytes += loaded.size_bytes
+        return loaded
+
+    def _least_recently_used(self) -> str:
+        """Who among the loaded was last asked for the longest time ago; the lock is held.
+
+        Sorted once in a while, not at each use: whoever was not used since the last sorting is older than all others.
+        """
+        while True:
+            while self._by_age:
+                last_used, name = self._by_age.pop()
+                if name in self._loaded and self._loaded[name].last_used == last_used:
+                    return name
+            self._by_age = sorted(((loaded.last_used, name) for name, loaded in self._loaded.items()), reverse=True)
+
+    def _let_go(self, name: str) -> None:
+        """Forget a task's weights; the lock is held."""
+        loaded = self._loaded.pop(name, None)
+        if loaded is not None:
+            self._loaded_bytes -= loaded.size_bytes
 
     def _graph(self, kind: str) -> BankGraph:
         """The bank graph of a kind, opened at its first use."""

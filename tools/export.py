@@ -1,17 +1,14 @@
-"""``adalink export base`` and ``adalink export adapter``."""
+"""``adalink export`` and ``adalink export base``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from adalink.tools.console import say
-
-if TYPE_CHECKING:
-    from adalink.runtime.manifest import Manifest
+from adalink.tools.export_adapter import adapter
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _QUANTIZATIONS = ("int4", "int8")
@@ -30,6 +27,9 @@ def command() -> None:
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment
       adalink export adapter ./adapters/topics --out ./deployment
     """  # noqa: D301
+
+
+command.add_command(adapter)
 
 
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
@@ -99,57 +99,13 @@ def base(
         "target": target,
         "dtype": manifest.base.embedding_dtype,
         "graph": variant.graph,
-        "size_bytes": _size_bytes(manifest, variant.files),
+        "size_bytes": manifest.size_bytes(variant.files),
     }
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
     click.echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
     click.echo(
-        f"  {variant.graph}, {_size_bytes(manifest, variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
+        f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
     )
     click.echo(f"  fingerprint {manifest.base.fingerprint}")
-
-
-@command.command(name="adapter", short_help="Export an adapter as a task of a deployment.")
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
-@click.option("--name", help="Name of the task; the adapter folder's by default.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Of the task's input; the base's by default.")
-@click.option("--replace", is_flag=True, help="Take the place of a task of that name.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def adapter(adapter: Path, out: Path, name: str | None, dtype: str | None, replace: bool, as_json: bool) -> None:
-    """Export ADAPTER, a folder that training wrote, as a task of a deployment.
-
-    The adapter must belong to the deployment's base. No byte under base/ or engines/ is touched.
-
-    \b
-    Example:
-      adalink export adapter ./adapters/topics --out ./deployment
-      adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
-    """  # noqa: D301
-    from adalink.export.adapter import export_adapter
-
-    manifest = export_adapter(adapter, out, name=name, dtype=_DTYPES[dtype] if dtype else None, replace=replace)
-    task = name or adapter.resolve().name
-    entry = manifest.tasks[task]
-    result = {
-        "deployment": str(out),
-        "task": task,
-        "graph": entry.graph,
-        "adapter_digest": entry.adapter_digest,
-        "rank": entry.rank,
-        "activation": entry.activation,
-        "scope": entry.scope,
-        "modalities": list(entry.modalities),
-        "size_bytes": _size_bytes(manifest, entry.files),
-    }
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    click.echo(f"task {task} is in {out}: rank {entry.rank}, {entry.activation}, scope {entry.scope}")
-    click.echo(f"  {entry.graph}, {manifest.files[entry.graph].size_bytes / 1e3:.1f} kB, {entry.adapter_digest}")
-
-
-def _size_bytes(manifest: Manifest, files: tuple[str, ...]) -> int:
-    return sum(manifest.files[path].size_bytes for path in files)

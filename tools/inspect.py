@@ -49,9 +49,6 @@ def describe_deployment(folder: Path) -> Description:
     verify_files(folder, manifest)
     base = manifest.base
 
-    def size(paths: tuple[str, ...]) -> int:
-        return sum(manifest.files[path].size_bytes for path in paths)
-
     return {
         "kind": "deployment",
         "schema_version": manifest.schema_version,
@@ -74,7 +71,7 @@ def describe_deployment(folder: Path) -> Description:
                 "target": variant.target,
                 "backends": list(variant.backends),
                 "quantization": None if variant.quantization is None else asdict(variant.quantization),
-                "size_bytes": size(variant.files),
+                "size_bytes": manifest.size_bytes(variant.files),
             }
             for name, variant in manifest.variants.items()
         },
@@ -85,12 +82,12 @@ def describe_deployment(folder: Path) -> Description:
                 "scope": task.scope,
                 "modalities": list(task.modalities),
                 "adapter_digest": task.adapter_digest,
-                "size_bytes": size(task.files),
+                "size_bytes": manifest.size_bytes(task.files),
             }
             for name, task in manifest.tasks.items()
         },
         "files": len(manifest.files),
-        "size_bytes": size(tuple(manifest.files)),
+        "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
     }
 

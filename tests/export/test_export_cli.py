@@ -13,6 +13,7 @@ from runtime_support import random_adapter, write_adapter
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 
+from adalink.runtime.integrity import verify_files
 from adalink.runtime.manifest import read_manifest
 from adalink.tools.cli import main
 
@@ -46,8 +47,8 @@ def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> No
     settings = {"rank": 4, "activation": "gelu", "bias": True, "scope": "prompt"}
     source = write_adapter(tmp_path / "topics", random_adapter(base.fingerprint, base.hidden_size, 1, **settings))
     task = adalink("export", "adapter", source, "--out", out, "--json")
-    assert json.loads(task.stdout)["task"] == "topics"
-    assert json.loads(task.stdout)["scope"] == "prompt"
+    (described,) = json.loads(task.stdout)["tasks"]
+    assert (described["task"], described["scope"]) == ("topics", "prompt")
     again = adalink("export", "adapter", source, "--out", out)
     assert again.exit_code == 2
     assert "--replace" in again.stderr
@@ -61,6 +62,34 @@ def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> No
     missing = adalink("remove", out, "topics")
     assert missing.exit_code == 2
     assert "'topics' is not in" in missing.stderr
+
+
+def test_many_adapters_at_once_are_all_added_or_none(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deployment"
+    assert adalink("export", "base", checkpoint, "--out", out).exit_code == 0
+    base = read_manifest(out).base
+    settings = {"activation": "gelu", "bias": True, "scope": "all"}
+    sources = [
+        write_adapter(tmp_path / f"task-{seed}", random_adapter(base.fingerprint, 48, seed, rank=1 + seed, **settings))
+        for seed in range(23)
+    ]
+    shown = adalink("export", "adapter", *sources[:3], "--out", out)
+    assert shown.stdout.count(" is in ") == 3
+    assert read_manifest(out).tasks["task-2"].rank == 3
+    taken = adalink("export", "adapter", *sources, "--out", out)
+    assert taken.exit_code == 2
+    assert "already has a task 'task-0'" in taken.stderr
+    assert len(read_manifest(out).tasks) == 3
+    shown = adalink("export", "adapter", *sources, "--out", out, "--replace")
+    assert "and 3 more; 23 tasks are in" in shown.stdout
+    manifest = read_manifest(out)
+    assert manifest.tasks["task-0"].graph == "tasks/task-0.2/adapter.onnx"
+    verify_files(out, manifest)
+    twice = adalink("export", "adapter", sources[0], tmp_path / "x" / ".." / "task-0", "--out", out)
+    assert twice.exit_code == 2
+    assert "would both be task 'task-0'" in twice.stderr
+    named = adalink("export", "adapter", *sources[:2], "--out", out, "--name", "one")
+    assert "one name for 2 adapters" in named.stderr
 
 
 def test_modalities_are_given_by_name(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""``adalink export adapter``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adalink.tools.console import say
+
+if TYPE_CHECKING:
+    from adalink.runtime.manifest import Manifest
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_SECONDS_BETWEEN_LINES = 2.0
+# More tasks than this are counted instead of listed.
+_MOST_LISTED = 20
+
+
+@click.command(name="adapter", short_help="Export adapters as tasks of a deployment.")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@click.option("--name", help="Name of the task, for one adapter; the adapter folder's by default.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Of the task's input; the base's by default.")
+@click.option("--replace", is_flag=True, help="Take the place of tasks of the same name.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def adapter(
+    adapters: tuple[Path, ...], out: Path, name: str | None, dtype: str | None, replace: bool, as_json: bool
+) -> None:
+    """Export each ADAPTER, a folder that training wrote, as a task of a deployment.
+
+    The adapters must belong to the deployment's base. All are added in one change, or none. No byte under base/ or
+    engines/ is touched.
+
+    \b
+    Example:
+      adalink export adapter ./adapters/topics --out ./deployment
+      adalink export adapter ./adapters/* --out ./deployment
+      adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
+    """  # noqa: D301
+    from adalink.export.adapter import export_adapters
+
+    folders = _by_name(adapters, name)
+    shown = time.monotonic()
+
+    def progress(done: int, task: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            say(f"{done} of {len(folders)} adapters checked; next: {task}")
+
+    manifest = export_adapters(
+        folders, out, dtype=_DTYPES[dtype] if dtype else None, replace=replace, progress=progress
+    )
+    if as_json:
+        tasks = [_described(manifest, task) for task in folders]
+        click.echo(json.dumps({"deployment": str(out), "tasks": tasks}, indent=2))
+        return
+    for task in list(folders)[:_MOST_LISTED]:
+        entry = manifest.tasks[task]
+        click.echo(f"task {task} is in {out}: rank {entry.rank}, {entry.activation}, scope {entry.scope}")
+        click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
+    if len(folders) > _MOST_LISTED:
+        click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
+
+
+def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:
+    if name is not None and len(adapters) > 1:
+        raise click.BadParameter(f"{name!r} is one name for {len(adapters)} adapters", param_hint="--name")
+    folders: dict[str, Path] = {}
+    for folder in adapters:
+        task = name or folder.resolve().name
+        if task in folders:
+            raise click.BadParameter(
+                f"{folders[task]} and {folder} would both be task {task!r}: rename one, or export it apart with --name",
+                param_hint="ADAPTER",
+            )
+        folders[task] = folder
+    return folders
+
+
+def _described(manifest: Manifest, task: str) -> dict[str, object]:
+    entry = manifest.tasks[task]
+    return {
+        "task": task,
+        "graph": entry.graph,
+        "adapter_digest": entry.adapter_digest,
+        "rank": entry.rank,
+        "activation": entry.activation,
+        "scope": entry.scope,
+        "modalities": list(entry.modalities),
+        "size_bytes": manifest.size_bytes(entry.files),
+    }
