@@ -15,11 +15,11 @@ import numpy as np
 
 from adalink.export.bounds import Float64
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import open_backend
+from adalink.runtime.engine import Backend
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.outputs import worst_of
 from adalink.tools.parity.recording import RecordingBackend
-from adalink.tools.parity.reference import Reference, limit_of
+from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, at_most
 
 
@@ -44,11 +44,11 @@ class Generator:
     A task whose answer is one word still gives as many steps to compare as are asked for.
     """
 
-    def __init__(self, deployment: Deployment, backend: str, threads: int | None) -> None:
+    def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
-        self._recorder = RecordingBackend(open_backend(backend, threads))
+        self._recorder = RecordingBackend(backend)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
-        self._deployment = Deployment(deployment.path, manifest, self._recorder)
+        self._deployment = Deployment(deployment.path, manifest, self._recorder, variant)
         self._dtype = base.embedding_dtype
 
     def generate(self, prompts: list[str], tasks: str | Sequence[str | None] | None, steps: int) -> list[GeneratedRow]:
@@ -104,7 +104,7 @@ def judge(reference: Reference, generator: Generator, row: GeneratedRow, typical
         outputs = reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
     chosen = np.array(row.tokens)
     expected = outputs.values["logits"][-len(chosen) :]
-    limits = limit_of(outputs.noise["logits"][-len(chosen) :], typical, base.embedding_dtype)
+    limits = reference.limit(outputs.noise["logits"][-len(chosen) :], typical)
     margins = expected.max(axis=1) - expected[np.arange(len(chosen)), chosen]
     ties = int(((margins > 0) & (margins <= 2 * limits)).sum())
     wrong = ""

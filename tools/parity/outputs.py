@@ -9,7 +9,7 @@ import numpy as np
 from adalink.export.bounds import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.tools.parity.adapter import to_float64
-from adalink.tools.parity.reference import Outputs, Reference, limit_of
+from adalink.tools.parity.reference import Outputs, Reference
 from adalink.tools.parity.report import Check, at_most, more_than
 
 # Rounding of the float64 sums in the divergence itself.
@@ -62,9 +62,16 @@ def compare_outputs(
     for name in expected[0].values:
         noise = [row.noise[name] for row in expected]
         typical[name] = float(np.percentile(np.concatenate(noise), _TYPICAL_PERCENTILE))
-        limits[name] = [limit_of(row, typical[name], base.embedding_dtype) for row in noise]
+        limits[name] = [reference.limit(row, typical[name]) for row in noise]
         pairs = [(ours[name], theirs.values[name]) for ours, theirs in zip(received, expected, strict=True)]
-        checks.append(_check_deviation(f"{prefix}/{name}", pairs, limits[name], typical[name]))
+        checks.append(
+            _check_deviation(
+                f"{prefix}/{name}",
+                pairs,
+                limits[name],
+                f"{reference.noise_source} is itself typically {typical[name]:.1e} away",
+            )
+        )
         if name == "logits":
             checks += _check_predictions(prefix, pairs, limits[name])
     return Comparison(checks, limits, typical, received)
@@ -110,12 +117,12 @@ def decoder_row(deployment: Deployment, row: int) -> list[int] | None:
     return [base.decoder_start_token_id, *rng.integers(0, base.vocab_size, _DECODER_TOKENS - 1).tolist()]
 
 
-def _check_deviation(name: str, pairs: list[tuple[Float64, Float64]], limits: list[Float64], typical: float) -> Check:
+def _check_deviation(name: str, pairs: list[tuple[Float64, Float64]], limits: list[Float64], noise: str) -> Check:
     deviations = [np.abs(ours - theirs).max(axis=1) for ours, theirs in pairs]
     deviation, limit, row, position = worst_of(deviations, limits)
     detail = (
         f"|Δ| nearest its limit, of {sum(map(len, deviations))} positions of {len(pairs)} prompts: prompt {row}, "
-        f"position {position}; PyTorch float32 is itself typically {typical:.1e} from float64"
+        f"position {position}; {noise}"
     )
     return at_most(name, deviation, limit, detail)
 
@@ -124,7 +131,7 @@ def _check_predictions(prefix: str, pairs: list[tuple[Float64, Float64]], limits
     """KL divergence of the next-token distributions, and the likeliest token."""
     divergences, total, agreeing, decisive, first = [], 0, 0, 0, ""
     for row, ((ours, theirs), limit) in enumerate(zip(pairs, limits, strict=True)):
-        log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+        log_p, log_q = log_softmax(theirs), log_softmax(ours)
         divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
         chosen = ours.argmax(axis=1)
         margins = theirs.max(axis=1) - np.take_along_axis(theirs, chosen[:, None], axis=1)[:, 0]
@@ -145,6 +152,7 @@ def _check_predictions(prefix: str, pairs: list[tuple[Float64, Float64]], limits
     ]
 
 
-def _log_softmax(logits: Float64) -> Float64:
+def log_softmax(logits: Float64) -> Float64:
+    """Log-probabilities along the last axis of ``(positions, vocab)``."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

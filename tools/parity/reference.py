@@ -1,4 +1,7 @@
-"""The other side of every comparison: the checkpoint in PyTorch float32, and float64 to measure float32's noise."""
+"""The other side of every comparison: the checkpoint in PyTorch float32, and float64 to measure float32's noise.
+
+For a quantised engine it computes with the engine's own weights, dequantised; what they cost is measured apart.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,16 @@ from adalink.export.bounds import UNIT_ROUNDOFF, Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.manifest import Base
 from adalink.tools.environment import available_cores
+from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
+from adalink.tools.parity.report import Check
 
 if TYPE_CHECKING:
     import torch
 
 # How many times float32's own noise a correct float32 engine may deviate by: docs/parity.md, "the noise floor".
 NOISE_FACTOR = 16.0
+# Likewise, of what PyTorch loses by rounding the inputs of quantised products: docs/parity.md, "activations".
+ACTIVATIONS_FACTOR = 3.0
 
 
 class Reference:
@@ -48,6 +55,9 @@ class Reference:
             )
         self._exact = copy.deepcopy(self._model).double()
         self._attached: Any = None
+        self._layers: list[Layer] = []
+        self._originals: list[torch.nn.Parameter] = []
+        self._is_rounding = False
 
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:
@@ -63,6 +73,66 @@ class Reference:
                 yield
             finally:
                 self._attached = None
+
+    def quantize(self, matrices: list[Matrix]) -> list[Check]:
+        """Compute with a quantised graph's own weights from now on; all that is not among them stays.
+
+        Args:
+            matrices: what the graph multiplies with.
+
+        Returns:
+            Whether they are what quantising this model gives.
+        """
+        import torch
+
+        self._layers = find_layers(self._model, matrices)
+        checks = check_weights(self._layers, matrices)
+        twins = dict(self._exact.named_modules())
+        for layer in self._layers:
+            values = torch.from_numpy(np.ascontiguousarray(layer.values))
+            # A new parameter, since the head may share its own with the embedding table.
+            self._originals.append(layer.module.weight)
+            layer.module.weight = torch.nn.Parameter(values, requires_grad=False)
+            twins[layer.name].weight = torch.nn.Parameter(values.double(), requires_grad=False)
+        return checks
+
+    @contextmanager
+    def original_weights(self) -> Iterator[None]:
+        """Let ``values`` compute with the checkpoint's weights until the block ends."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @contextmanager
+    def rounded_activations(self) -> Iterator[None]:
+        """Until the block ends, let noise be what rounding the inputs of quantised products changes."""
+        self._is_rounding = True
+        try:
+            yield
+        finally:
+            self._is_rounding = False
+
+    @property
+    def noise_source(self) -> str:
+        """What the noise of the outputs is, in words that go before "is itself typically ... away"."""
+        return "PyTorch with rounded activations" if self._is_rounding else "PyTorch float32"
+
+    def limit(self, noise: Float64, typical: float) -> Float64:
+        """Largest deviation of a correct engine, position by position.
+
+        Args:
+            noise: what the reference itself loses at each position.
+            typical: what it loses at most positions; one that lost less was lucky, and its limit is no smaller for it.
+        """
+        if self._is_rounding:
+            return np.asarray(ACTIVATIONS_FACTOR * np.maximum(noise, typical))
+        return limit_of(noise, typical, self.base.embedding_dtype)
+
+    def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Float64]:
+        """Outputs of one row by name, in float32, without their noise."""
+        return self._run(self._model, 0, ids, decoder_ids, None)
 
     def embedding_table(self) -> Float64:
         """What the embedding module returns for every id, shape ``(vocab, d)``."""
@@ -87,8 +157,18 @@ class Reference:
             prompt_length: how many of ``ids`` are the prompt; the rest counts as generated. All by default.
         """
         values = self._run(self._model, 0, ids, decoder_ids, prompt_length)
-        exact = self._run(self._exact, 1, ids, decoder_ids, prompt_length)
+        if self._is_rounding:
+            with ExitStack() as stack:
+                for layer in self._layers:
+                    stack.enter_context(rounded_inputs(layer))
+                exact = self._run(self._model, 0, ids, decoder_ids, prompt_length)
+        else:
+            exact = self._run(self._exact, 1, ids, decoder_ids, prompt_length)
         return Outputs(values, {name: np.abs(value - exact[name]).max(axis=1) for name, value in values.items()})
+
+    def _exchange(self) -> None:
+        for index, layer in enumerate(self._layers):
+            layer.module.weight, self._originals[index] = self._originals[index], layer.module.weight
 
     def _run(
         self, model: Any, side: int, ids: list[int], decoder_ids: list[int] | None, prompt_length: int | None
@@ -116,7 +196,8 @@ class Outputs:
 
     Attributes:
         values: the float32 model's outputs by name.
-        noise: by name, the largest deviation of the float32 model from the float64 one at each position, ``(seq,)``.
+        noise: by name, the largest deviation of the float32 model at each position, ``(seq,)``, from the float64 one or
+            from itself with rounded activations.
     """
 
     def __init__(self, values: dict[str, Float64], noise: dict[str, Float64]) -> None:

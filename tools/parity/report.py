@@ -43,11 +43,13 @@ class Report:
     Attributes:
         checks: in the order in which they were made.
         receipt: the record that nothing was rebuilt.
+        cost: of a quantised base, what quantising changes (``adalink.tools.parity.quantization.measure_cost``).
         skipped: checks that could not be made, each with its reason.
     """
 
     checks: list[Check] = field(default_factory=list)
     receipt: dict[str, object] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
     @property
@@ -65,6 +67,7 @@ class Report:
             ],
             "skipped": self.skipped,
             "receipt": self.receipt,
+            "cost": {name: {side: _finite(value) for side, value in row.items()} for name, row in self.cost.items()},
             "environment": dict(environment),
         }
 

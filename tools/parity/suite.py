@@ -10,8 +10,10 @@ import numpy as np
 from adalink.export.bounds import UNDERFLOW, UNIT_ROUNDOFF
 from adalink.runtime.adapter import Adapter, read_adapter
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.errors import UnknownTaskError
+from adalink.runtime.engine import Backend, open_backend
+from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.integrity import read_verified
+from adalink.runtime.variants import choose_variant
 from adalink.tools.parity.adapter import (
     check_contract,
     check_vocabulary,
@@ -20,9 +22,11 @@ from adalink.tools.parity.adapter import (
     through_graph,
     to_float64,
 )
+from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows
+from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, half_the_cores
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
@@ -40,8 +44,11 @@ def verify(
     adapters: Mapping[str, Path],
     *,
     backend: str = "onnxruntime-cpu",
+    variant: str | None = None,
     threads: int | None = None,
     quick: bool = False,
+    text: str | None = None,
+    max_perplexity_increase: float | None = None,
     progress: Progress = lambda line: None,
 ) -> Report:
     """Compare a deployment with PyTorch.
@@ -51,15 +58,28 @@ def verify(
         against: its base model: folder, GGUF file or hub id.
         adapters: adapter folder that a task is compared with; by default the copy beside its graph.
         backend: which engine.
+        variant: which form of the base; see ``Deployment.open``.
         threads: threads of the engine.
         quick: fewer prompts.
+        text: what the cost of quantising is measured on; the prompts by default.
+        max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
         progress: called with a line at each step.
 
     Raises:
         AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
     """
     progress("opening the deployment")
-    with half_the_cores(), Deployment.open(path, backend, threads=threads, full_check=True) as deployment:
+    with (
+        half_the_cores(),
+        Deployment.open(path, backend, variant=variant, threads=threads, full_check=True) as deployment,
+    ):
+        form = choose_variant(deployment.manifest, backend, variant)
+        is_quantized = deployment.variant.quantization is not None
+        if max_perplexity_increase is not None and not is_quantized:
+            raise RequestError(
+                f"variant {form!r} is not quantised, so no perplexity is lost: leave --max-perplexity-increase out, or "
+                "choose a quantised variant with --variant"
+            )
         folders = _adapter_folders(deployment, adapters)
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
@@ -69,9 +89,26 @@ def verify(
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         prompts, rows = _rows(report, deployment, against, quick)
-        _check_outputs(report, deployment, reference, folders, prompts, rows, (backend, threads), progress)
+        opened: Backend = open_backend(backend, threads)
+        if not is_quantized:
+            _check_outputs(report, deployment, reference, folders, prompts, rows, (opened, form), progress)
+        else:
+            progress("quantised weights against the model's")
+            report.checks += reference.quantize(matrices_of(deployment))
+            exact = ExactActivations(opened)
+            with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
+                _check_outputs(report, unrounded, reference, folders, prompts, rows, (exact, form), progress)
+            progress("the engine as deployed, with rounded activations")
+            texts = _generation_texts(prompts, deployment)
+            report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
+            progress("what quantising costs")
+            report.cost = measure_cost(
+                deployment, reference, rows if text is None else text_rows(text, deployment, quick)
+            )
+            if max_perplexity_increase is not None:
+                report.checks.append(check_cost(report.cost, max_perplexity_increase))
         progress(f"swapping through {len(deployment.tasks)} tasks in fresh processes")
-        checks, report.receipt = check_swaps(deployment, backend, threads, rows[0])
+        checks, report.receipt = check_swaps(deployment, backend, form, threads, rows[0])
         report.checks += checks
     return report
 
@@ -133,6 +170,12 @@ def _rows(
     return prompts, rows
 
 
+def _generation_texts(prompts: list[str] | None, deployment: Deployment) -> list[str] | None:
+    if prompts is None or deployment.manifest.base.kind == "encoder":
+        return None
+    return sorted(prompts, key=len)[:_GENERATIONS]
+
+
 def _check_outputs(
     report: Report,
     deployment: Deployment,
@@ -140,13 +183,11 @@ def _check_outputs(
     folders: Mapping[str, Path],
     prompts: list[str] | None,
     rows: list[list[int]],
-    engine: tuple[str, int | None],
+    engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
     """Levels 2 and 3, the mixed batch of level 4, and level 5."""
-    texts: list[str] | None = None
-    if prompts is not None and deployment.manifest.base.kind != "encoder":
-        texts = sorted(prompts, key=len)[:_GENERATIONS]
+    texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     mixed = mixed_tasks(deployment)

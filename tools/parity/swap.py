@@ -17,13 +17,14 @@ _MIXED_ROWS = 8
 
 
 def check_swaps(
-    deployment: Deployment, backend: str, threads: int | None, row: list[int]
+    deployment: Deployment, backend: str, variant: str, threads: int | None, row: list[int]
 ) -> tuple[list[Check], dict[str, object]]:
     """Go from the base through every task and back in one process, and to each of them in a process of its own.
 
     Args:
         deployment: gives path and tasks; it is not run.
         backend: which engine.
+        variant: which form of the base.
         threads: threads of the engine.
         row: token ids.
 
@@ -36,6 +37,7 @@ def check_swaps(
     request: dict[str, Any] = {
         "path": str(deployment.path),
         "backend": backend,
+        "variant": variant,
         "threads": threads,
         "ids": [row],
         "decoder_ids": decoder and [decoder],

@@ -1,7 +1,7 @@
 """A process of its own for level 4: open a deployment, run a list of tasks one after the other, digest the outputs.
 
-``python -m adalink.tools.parity.swap_worker`` reads ``{"path", "backend", "threads", "ids", "decoder_ids", "tasks"}``
-from stdin and prints ``{"digests": [...], "builds_before", "builds_after", "files": {...}, "unchanged"}``.
+``python -m adalink.tools.parity.swap_worker`` reads ``{"path", "backend", "variant", "threads", "ids", "decoder_ids",
+"tasks"}`` from stdin and prints ``{"digests": [...], "builds_before", "builds_after", "files": {...}, "unchanged"}``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def run_fresh(request: dict[str, Any]) -> dict[str, Any]:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     from adalink.runtime.deployment import Deployment
 
-    with Deployment.open(request["path"], request["backend"], threads=request["threads"]) as deployment:
+    with Deployment.open(
+        request["path"], request["backend"], variant=request["variant"], threads=request["threads"]
+    ) as deployment:
         before = deployment.receipt()
         digests = [_digest(deployment, request, task) for task in request["tasks"]]
         after = deployment.receipt()
