@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
-EXTRAS ?= cpu,export,train,dev
+EXTRAS ?= cpu,export,train,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 
@@ -45,18 +45,15 @@ format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-$(VENV)/bench: $(VENV)/models
-	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS),bench]'
-	@touch $@
-
 $(PEERS)/installed: benchmarks/peers/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --requirement $<
 	@touch $@
 
-bench: demo $(VENV)/bench ## measure the kit beside its peers (40 minutes; QUICK=1: a few), draw the plots
+bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), draw the plots
 	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: they are reported as such"
-	$(RUN)/python -m benchmarks.run --deployment $(DEMO)/deployment --peers-python $(PEERS)/bin/python $(if $(QUICK),--quick)
+	$(RUN)/python -m benchmarks.run --deployment $(DEMO)/deployment --peers-python $(PEERS)/bin/python \
+		$(if $(QUICK),--quick --out build/bench/quick-report,--readme README.md)
 
 clean: ## remove what make made
 	rm -rf build $(VENV)

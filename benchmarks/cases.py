@@ -74,6 +74,16 @@ CASES = (
         needs=("hf", "lora-attention"),
         without="torch",
     ),
+    Case("kit-int4", "AdaLink Kit int4, plain base", "adalink_kit", "int4-base", "kit", "int4"),
+    Case(
+        "kit-int4-task",
+        "AdaLink Kit int4, task active",
+        "adalink_kit",
+        "int4-task",
+        "kit",
+        "int4",
+        without="kit-int4",
+    ),
     Case("genai-int4", "onnxruntime-genai int4", "genai", "int4", "peers", "int4", needs=("genai-int4",)),
     Case(
         "genai-int4-lora",

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from adalink.export.adapter import export_adapter
+from adalink.export.adapter import export_adapters
 from adalink.runtime.adapter import AdapterConfig, encode_adapter, make_adapter
 from adalink.runtime.manifest import MANIFEST_FILE, Base, encode_manifest, read_manifest
 from adalink.runtime.tokenizer import Tokenizer
@@ -31,17 +31,24 @@ def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:
         out: where to write; made anew.
         ranks: rank of each task.
     """
+    copy_base(source, out)
+    manifest = read_manifest(out)
+    endless = msgspec.structs.replace(manifest.base, eos_token_ids=())
+    (out / MANIFEST_FILE).write_bytes(encode_manifest(msgspec.structs.replace(manifest, base=endless)))
+    add_tasks(out, ranks)
+    return out
+
+
+def copy_base(source: Path, out: Path) -> None:
+    """Copy a deployment without its tasks."""
     shutil.rmtree(out, ignore_errors=True)
     manifest = read_manifest(source)
-    files = {path: record for path, record in manifest.files.items() if path not in _task_files(source)}
+    tasks = {path for task in manifest.tasks.values() for path in task.files}
+    files = {path: record for path, record in manifest.files.items() if path not in tasks}
     for path in files:
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         _link(source / path, out / path)
-    base = msgspec.structs.replace(manifest.base, eos_token_ids=())
-    bare = msgspec.structs.replace(manifest, base=base, files=files, tasks={})
-    (out / MANIFEST_FILE).write_bytes(encode_manifest(bare))
-    add_tasks(out, ranks)
-    return out
+    (out / MANIFEST_FILE).write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files, tasks={})))
 
 
 def add_tasks(deployment: Path, ranks: Sequence[int]) -> None:
@@ -49,8 +56,10 @@ def add_tasks(deployment: Path, ranks: Sequence[int]) -> None:
     base = read_manifest(deployment).base
     adapters = deployment.with_name(f".{deployment.name}-adapters")
     try:
-        for number, rank in enumerate(ranks):
-            export_adapter(write_adapter(adapters / f"task-{number:05}", base, rank, number), deployment)
+        names = [f"task-{number:05}" for number in range(len(ranks))]
+        for number, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+            write_adapter(adapters / name, base, rank, number)
+        export_adapters({name: adapters / name for name in names}, deployment)
     finally:
         shutil.rmtree(adapters, ignore_errors=True)
 
@@ -84,10 +93,6 @@ def make_prompt(tokenizer: Tokenizer, tokens: int) -> dict[str, object]:
     while len(tokenizer.encode(text)) < tokens:
         text += " a"
     return {"text": text, "ids": tokenizer.encode(text)}
-
-
-def _task_files(deployment: Path) -> set[str]:
-    return {path for task in read_manifest(deployment).tasks.values() for path in task.files}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -10,72 +10,33 @@ import argparse
 import datetime
 import hashlib
 import json
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.manifest import read_manifest
 from adalink.tools.demo import find_model
 from adalink.tools.environment import available_cores, describe_environment
 from adalink.tools.report_file import write_json
 from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.cases import CASES, Case
-from benchmarks.peers.common import FIELDS
-from benchmarks.prepare import make_deployment, make_prompt
+from benchmarks.figures import check_fields, summary
+from benchmarks.plots import draw
+from benchmarks.prepare import copy_base, make_deployment, make_prompt
 from benchmarks.process import REPOSITORY, MeasurementError, run, run_json
+from benchmarks.readme import update
+from benchmarks.scale import FULL, PROMPT_TOKENS, QUICK, RANK_TASKS, RATE_LENGTH, TASK_RANK, TASKS
+from benchmarks.slopes import cost_model, fit
+from benchmarks.store import Result, Store
+from benchmarks.table import render
 
-PROMPT_TOKENS = 128
-TASK_RANK = 16
-TASKS = 18
 _SOURCES = ("runtime", "export", "tools", "benchmarks")
-_CASE_TIMEOUT_S, _BUILD_TIMEOUT_S, _KIT_TIMEOUT_S = 300, 600, 900
-
-Result = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is measured.
-
-    Attributes:
-        rounds: processes of each case, the cases taking turns.
-        new_tokens: tokens that each generates.
-        repeats: short measurements in each process.
-    """
-
-    rounds: int
-    new_tokens: int
-    repeats: int
-
-
-FULL = Scale(rounds=5, new_tokens=256, repeats=5)
-QUICK = Scale(rounds=1, new_tokens=64, repeats=3)
-
-
-class Store:
-    """Results on the disk, each under a name, good for as long as ``key`` is the same."""
-
-    def __init__(self, folder: Path, key: str, progress: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._key = key
-        self._progress = progress
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, name: str, make: Callable[[], Result]) -> Result:
-        """The stored result, or else a new one, stored; what ``make`` raises is not stored."""
-        path = self._folder / f"{name}.json"
-        if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["key"] == self._key:
-                self._progress(f"{name}: measured before, kept")
-                return dict(stored["result"])
-        result = make()
-        write_json(path, {"key": self._key, "result": result})
-        return result
+_CASE_TIMEOUT_S, _BUILD_TIMEOUT_S = 300, 900
 
 
 class Bench:
@@ -90,69 +51,21 @@ class Bench:
         self._pythons = {"kit": Path(sys.executable), "peers": arguments.peers_python}
         self._threads: int = arguments.threads
         self._logs = self._work / "logs"
-        self._deployment = self._work / "deployment"
+        self._base, self._deployment = self._work / "base", self._work / "deployment"
         name = "quick" if arguments.quick else "full"
-        self._store = Store(self._work / name, self._key(), self.say)
+        self._key = self._digest()
+        self._store = Store(self._work / name, self._key, self.say)
 
     def say(self, line: str) -> None:
         """One line of progress."""
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
 
-    def prepare(self) -> None:
-        """Make the deployment and the prompt that are measured."""
-        marker = self._work / "deployment.key"
-        if marker.is_file() and marker.read_text(encoding="ascii") == self._key():
-            return
-        self.say(f"a deployment with {TASKS} seeded tasks")
-        make_deployment(self._source, self._deployment, [TASK_RANK] * TASKS)
-        with Deployment.open(self._deployment) as deployment:
-            write_json(self._work / "prompt.json", make_prompt(deployment.tokenizer, PROMPT_TOKENS))
-        marker.write_text(self._key(), encoding="ascii")
-
-    def kit(self) -> Result:
-        """``adalink bench`` on the deployment that the demo made."""
-
-        def make() -> Result:
-            self.say("adalink bench")
-            report = self._work / "adalink-bench.json"
-            command = [self._pythons["kit"], "-m", "adalink.tools", "bench", self._source, "--json", report]
-            run([*command, "--threads", str(self._threads)], _KIT_TIMEOUT_S, self._logs / "kit.log")
-            return dict(json.loads(report.read_text(encoding="utf-8")))
-
-        return self._attempt(lambda: self._store.get("kit", make))
-
-    def peers(self) -> dict[str, Result]:
-        """Every case, round by round; a case that fails is reported with the reason and measured no more."""
-        missing = self._models()
-        rounds: dict[str, list[Result]] = {case.name: [] for case in CASES}
-        errors: dict[str, str] = {}
-        for turn in range(self._scale.rounds):
-            # Who goes first changes with every round, so that a drift of the machine favours nobody.
-            for case in CASES if turn % 2 == 0 else CASES[::-1]:
-                if lacking := [name for name in case.needs if name in missing]:
-                    errors[case.name] = f"{lacking[0]} could not be made: {missing[lacking[0]]}"
-                if case.name in errors:
-                    continue
-                try:
-                    rounds[case.name].append(self._store.get(f"{case.name}.{turn}", partial(self._measure, case, turn)))
-                except MeasurementError as error:
-                    errors[case.name] = str(error)
-                    self.say(f"{case.label}: FAILED, {error}")
-        return {case.name: {**summary(case, rounds[case.name]), **_error(errors.get(case.name))} for case in CASES}
-
-    def bandwidth(self) -> Result:
-        """The machine's own limit."""
-
-        def make() -> Result:
-            self.say("memory bandwidth")
-            return measure_bandwidth(self._threads)
-
-        return self._store.get("bandwidth", make)
-
     def report(self) -> Result:
         """Everything, as ``results/cpu.json`` holds it."""
         self.prepare()
-        bandwidth, kit, peers = self.bandwidth(), self.kit(), self.peers()
+        kit, peers = self.kit(), self.peers()
+        limits = [self.bandwidth(turn) for turn in range(self._scale.rounds)]
+        gb_s = statistics.median(limit["gb_s"] for limit in limits)
         return {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "command": "make bench" + (" QUICK=1" if self._scale is QUICK else ""),
@@ -165,10 +78,90 @@ class Bench:
                 "rounds": self._scale.rounds,
                 "task_rank": TASK_RANK,
             },
-            "bandwidth": bandwidth,
+            "bandwidth": {"gb_s": gb_s, "rounds": limits},
             "kit": kit,
             "peers": peers,
+            "growth": self.growth(gb_s),
         }
+
+    def prepare(self) -> None:
+        """Make the deployment and the prompt that are measured, with a 4-bit variant beside the demo's base."""
+        marker = self._work / "deployment.key"
+        if marker.is_file() and marker.read_text(encoding="ascii") == self._key:
+            return
+        self.say("a copy of the base, and the same in 4 bits")
+        copy_base(self._source, self._base)
+        command = [self._pythons["kit"], "-m", "adalink.tools", "export", "base", self._model, "--out", self._base]
+        self._failure(partial(run, [*command, "--quantize", "int4"], _BUILD_TIMEOUT_S, self._logs / "int4.log"))
+        self.say(f"a deployment with {TASKS} seeded tasks")
+        make_deployment(self._base, self._deployment, [TASK_RANK] * TASKS)
+        with Deployment.open(self._deployment) as deployment:
+            write_json(self._work / "prompt.json", make_prompt(deployment.tokenizer, PROMPT_TOKENS))
+        marker.write_text(self._key, encoding="ascii")
+
+    def kit(self) -> Result:
+        """``adalink bench`` on the deployment that the demo made."""
+
+        def make() -> Result:
+            self.say("adalink bench")
+            report = self._work / "adalink-bench.json"
+            command = [self._pythons["kit"], "-m", "adalink.tools", "bench", self._source, "--json", report]
+            run([*command, "--threads", str(self._threads)], _BUILD_TIMEOUT_S, self._logs / "kit.log")
+            return dict(json.loads(report.read_text(encoding="utf-8")))
+
+        try:
+            return self._store.get("kit", make)
+        except MeasurementError as error:
+            self.say(f"FAILED, {error}")
+            return {"error": str(error)}
+
+    def bandwidth(self, turn: int) -> Result:
+        """The machine's own limit, in that round."""
+        return self._store.get(f"bandwidth.{turn}", partial(measure_bandwidth, self._threads))
+
+    def peers(self) -> dict[str, Result]:
+        """Every case, round by round; a case that fails is reported with the reason and measured no more."""
+        missing = self._models()
+        rounds: dict[str, list[Result]] = {case.name: [] for case in CASES}
+        errors: dict[str, str] = {}
+        for turn in range(self._scale.rounds):
+            self.bandwidth(turn)
+            # Who goes first changes with every round, so that a drift of the machine favours nobody.
+            for case in CASES if turn % 2 == 0 else CASES[::-1]:
+                if lacking := [name for name in case.needs if name in missing]:
+                    errors[case.name] = f"{lacking[0]} could not be made: {missing[lacking[0]]}"
+                if case.name in errors:
+                    continue
+                make = partial(self._measure, case, turn)
+                try:
+                    rounds[case.name].append(self._store.get(f"{case.name}.{turn}", make))
+                except MeasurementError as error:
+                    errors[case.name] = str(error)
+                    self.say(f"{case.label}: FAILED, {error}")
+        found = {case.name: summary(case, rounds[case.name]) for case in CASES}
+        for name, reason in errors.items():
+            found[name]["error"] = reason
+        return found
+
+    def growth(self, gb_s: float) -> Result:
+        """How cost grows: the points of each series up to the first that fails, and the slopes."""
+        found: Result = {}
+        for series, xs in self._scale.growth.items():
+            found[series] = {"points": {}, "fits": {}}
+            for x in xs:
+                try:
+                    point = self._store.get(f"growth.{series}.{x}", partial(self._point, series, x))
+                except MeasurementError as error:
+                    found[series]["error"] = f"at {x}: {error}"
+                    self.say(f"growth with {series} {x}: FAILED, {error}")
+                    break
+                found[series]["points"][x] = point
+        rate_point = found["sequence"]["points"].get(RATE_LENGTH)
+        if rate_point is not None:
+            model = cost_model(read_manifest(self._deployment), RATE_LENGTH, rate_point["prefill_ms"] / 1e3, gb_s)
+            for series in found:
+                found[series]["fits"] = fit(series, found[series]["points"], model)
+        return found
 
     def _measure(self, case: Case, turn: int) -> Result:
         scale = self._scale
@@ -181,6 +174,22 @@ class Bench:
         self.say(f"round {turn + 1} of {scale.rounds}, {case.label}: {result['decode_tok_s']:.1f} tokens/s")
         return result
 
+    def _point(self, series: str, x: int) -> Result:
+        """One point, with tasks of its own where these are what grows."""
+        path, own = self._deployment, self._work / "growth"
+        try:
+            if series in ("tasks", "rank"):
+                ranks = [TASK_RANK] * x if series == "tasks" else [x] * RANK_TASKS
+                self.say(f"growth: making {len(ranks)} tasks of rank {ranks[0]}")
+                path = make_deployment(self._base, own, ranks)
+            command: list[str | Path] = [self._pythons["kit"], "-m", "benchmarks.growth", "--deployment", path]
+            command += ["--series", series, "--x", str(x), "--threads", str(self._threads)]
+            point = run_json(command, _CASE_TIMEOUT_S, self._logs / f"growth.{series}.{x}.log")
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+        self.say(f"growth with {series} {x}: first token {point['prefill_ms']:.1f} ms, swap {point['swap_us']:.1f} µs")
+        return point
+
     def _models(self) -> dict[str, str]:
         """Make what the peers need; reasons by the name of what could not be made."""
         missing: dict[str, str] = {}
@@ -190,22 +199,22 @@ class Bench:
                 continue
             self.say(f"making {name} for the peers")
             command = [self._pythons["peers"], "-m", "benchmarks.peers.make_models", "--model", self._model]
-            try:
-                command += ["--out", folder.parent, name]
-                run(command, _BUILD_TIMEOUT_S, self._logs / f"make-{name}.log")
-            except MeasurementError as error:
-                missing[name] = str(error)
-                self.say(f"{name}: FAILED, {error}")
+            command += ["--out", folder.parent, name]
+            reason = self._failure(partial(run, command, _BUILD_TIMEOUT_S, self._logs / f"make-{name}.log"))
+            if reason is not None:
+                missing[name] = reason
         return missing
 
-    def _attempt(self, make: Callable[[], Result]) -> Result:
+    def _failure(self, call: Callable[[], object]) -> str | None:
+        """Why a call failed, said as well; ``None`` if it did not."""
         try:
-            return make()
+            call()
         except MeasurementError as error:
             self.say(f"FAILED, {error}")
-            return _error(str(error))
+            return str(error)
+        return None
 
-    def _key(self) -> str:
+    def _digest(self) -> str:
         """Digest of the code, the deployment, the model and the settings: results of others are not reused."""
         digest = hashlib.sha256(repr((self._scale, self._threads, str(self._model))).encode())
         digest.update((self._source / "manifest.json").read_bytes())
@@ -215,35 +224,6 @@ class Bench:
         return digest.hexdigest()
 
 
-def check_fields(result: Mapping[str, object]) -> None:
-    """Raise ``MeasurementError`` unless a script printed exactly the common fields, with numbers where they must be."""
-    if wrong := sorted(result.keys() ^ set(FIELDS)):
-        raise MeasurementError(f"field {wrong[0]!r} is missing or unknown")
-    for name in ("prefill_ms", "first_token_ms", "decode_tok_s", "engine_load_s", "resident_mb"):
-        value = result[name]
-        if not isinstance(value, float) or not value > 0:
-            raise MeasurementError(f"field {name!r} is {value!r}, expected a positive number")
-
-
-def summary(case: Case, rounds: list[Result]) -> Result:
-    """Medians over the rounds, and every round's figures beside them."""
-    result: Result = {"label": case.label, "precision": case.precision, "without": case.without}
-    if not rounds:
-        return result
-    for name in FIELDS:
-        values = [found[name] for found in rounds]
-        numbers = [value for value in values if isinstance(value, int | float)]
-        result[name] = statistics.median(numbers) if numbers else values[0]
-    result["rounds"] = {
-        name: [found[name] for found in rounds] for name in ("prefill_ms", "first_token_ms", "decode_tok_s")
-    }
-    return result
-
-
-def _error(reason: str | None) -> Result:
-    return {} if reason is None else {"error": reason}
-
-
 def main() -> None:
     """Run everything and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,6 +231,7 @@ def main() -> None:
     parser.add_argument("--model", help="model folder or GGUF file; SmolLM2 from its package without it")
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--readme", type=Path, help="also write the measured section of this file")
     parser.add_argument("--peers-python", type=Path, default=Path("build/peers/bin/python"))
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--quick", action="store_true", help="one short round, for an impression")
@@ -259,7 +240,12 @@ def main() -> None:
     report = bench.report()
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "cpu.json", report)
-    bench.say(f"wrote {arguments.out / 'cpu.json'}")
+    (arguments.out / "cpu.md").write_text(render(report), encoding="utf-8")
+    for path in draw(report, arguments.out):
+        bench.say(f"drew {path}")
+    if arguments.readme is not None:
+        update(arguments.readme, report)
+    bench.say(f"wrote {arguments.out / 'cpu.json'} and {arguments.out / 'cpu.md'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""AdaLink Kit, by its public API alone. Kinds: ``base`` and ``task``."""
+"""AdaLink Kit, by its public API alone. Kinds: ``base``, ``task``, and both in 4 bits with ``int4-``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class KitPeer(common.Peer):
     packages = ("adalink-kit", "onnxruntime", "numpy")
 
     def __init__(self, settings: common.Settings) -> None:
-        self._deployment = Deployment.open(self.folder(settings), threads=settings.threads)
+        variant = "int4" if settings.kind.startswith("int4") else None
+        self._deployment = Deployment.open(self.folder(settings), threads=settings.threads, variant=variant)
         self._text, self._ids = settings.text, [settings.prompt]
         self._tasks = self._deployment.tasks
-        self.adapters = len(self._tasks) if settings.kind == "task" else 0
+        self.adapters = len(self._tasks) if settings.kind.endswith("task") else 0
         self._active = self._tasks[0] if self.adapters else None
         if self._active is not None:
             self._deployment.load_task(self._active)
@@ -43,8 +44,8 @@ class KitPeer(common.Peer):
     def weight_bytes(self) -> int:
         """See ``common.Peer``."""
         manifest = self._deployment.manifest
-        (variant,) = manifest.variants.values()
-        return sum(manifest.files[path].size_bytes for path in variant.files if path.endswith(".data"))
+        files = self._deployment.variant.files
+        return sum(manifest.files[path].size_bytes for path in files if path.endswith(".data"))
 
     def swap(self, index: int) -> None:
         """A swap is nothing but the next call's argument: adapt one token under the other task."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.cases import CASES, Case
+from benchmarks.figures import check_fields, summary
 from benchmarks.peers import common
 from benchmarks.process import MeasurementError, run_json
-from benchmarks.run import QUICK, Bench, Store, check_fields, summary
+from benchmarks.run import Bench
+from benchmarks.scale import QUICK
+from benchmarks.store import Store
 
 
 def python(code):
@@ -55,27 +59,29 @@ class FakeEngine(common.Peer):
     steady = True
 
     def __init__(self, settings):
-        self.swapped, self.held, self.calls = [], [], 0
+        self.held, self.calls = [], 0
+        FakeEngine.now += 0.25
 
     @staticmethod
     def folder(settings):
         return settings.work
 
     def prefill(self):
-        wait(0.002)
+        FakeEngine.now += 0.002
 
     def generate(self, new_tokens):
         self.calls += 1
-        wait(0.002 + 0.001 * (new_tokens - 1))
+        FakeEngine.now += 0.002 + 0.001 * (new_tokens - 1)
         return [7 if self.steady else self.calls, *range(new_tokens - 1)]
 
     def weight_bytes(self):
         return 1000
 
     def swap(self, index):
-        self.swapped.append(index)
+        FakeEngine.now += 5e-6
 
     def load(self, index):
+        FakeEngine.now += 0.003
         self.held.append(np.ones(2**22, np.uint8))
 
     def disk_bytes(self):
@@ -86,13 +92,11 @@ class Unsteady(FakeEngine):
     steady = False
 
 
-def wait(seconds):
-    """Sleep at least that long, and not much longer."""
-    import time
-
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Time passes only where the engine says so."""
+    FakeEngine.now = 0.0
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: FakeEngine.now))
 
 
 def settings(folder):
@@ -102,10 +106,12 @@ def settings(folder):
 def test_one_driver_measures_every_peer(tmp_path):
     found = common.measure(FakeEngine, settings(tmp_path))
     check_fields(found)
-    # A busy machine is slower, never faster.
-    assert found["prefill_ms"] >= 2
-    assert found["first_token_ms"] >= 2
-    assert 0 < found["decode_tok_s"] <= 1010
+    assert found["engine_load_s"] == pytest.approx(0.25)
+    assert found["prefill_ms"] == pytest.approx(2)
+    assert found["first_token_ms"] == pytest.approx(2)
+    assert found["decode_tok_s"] == pytest.approx(1000)
+    assert found["swap_us"] == pytest.approx(5)
+    assert found["adapter_load_ms"] == pytest.approx(3)
     assert found["adapter_disk_bytes"] == 5
     assert found["adapter_resident_bytes"] == pytest.approx(2**22, rel=0.1)
     assert found["first_tokens"] == [7, *range(15)]
