@@ -292,6 +292,7 @@ def _write_variant(
     """Write the graphs of one variant."""
     from adalink.export.attention import exportable_attention
     from adalink.export.fused import fuse, why_not_fused
+    from adalink.export.grouped_attention import why_not_grouped
     from adalink.export.onnx_graph import traced_graphs, write_graph
 
     folder = writer.fresh_folder(f"base/{quantization or target}")
@@ -303,8 +304,12 @@ def _write_variant(
     }
     files = {}
     objection = why_not_fused(target)
+    grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
+    if grouped and (reason := why_not_grouped(model)):
+        grouped = False
+        report(f"attention is kept in standard operators: {reason}")
     with exportable_attention(model):
-        for stem, graph in traced_graphs(model, architecture).items():
+        for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
             report(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             path = writer.stage(files[stem])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.export.architectures import Architecture, cache_shape, mask_windows
+from adalink.export.architectures import Architecture, cache_shape, mask_windows, max_positions
 from adalink.export.static_shapes import make_reshapes_static
 from adalink.runtime.errors import GraphError
 from adalink.runtime.manifest import Cache
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OPSET = 20
+# The one operator that is not standard, in graphs for ONNX Runtime alone (adalink.export.grouped_attention).
+DOMAIN, OPERATOR = "com.microsoft", "GroupQueryAttention"
 # Sizes of the example that is traced: all different, so that one baked into the graph cannot pass for another.
 _BATCH, _SEQUENCE, _PAST, _SOURCE = 2, 3, 4, 5
 
@@ -47,14 +49,22 @@ class TracedGraph:
     axes: dict[str, Axes]
 
 
-def traced_graphs(model: PreTrainedModel, architecture: Architecture) -> dict[str, TracedGraph]:
-    """The graphs of a base by file stem: ``model``, and for an encoder-decoder also ``decoder``."""
+def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped: bool) -> dict[str, TracedGraph]:
+    """The graphs of a base by file stem: ``model``, and for an encoder-decoder also ``decoder``.
+
+    Args:
+        model: the base.
+        architecture: its entry.
+        grouped: whether a decoder attends with ``GroupQueryAttention``.
+    """
     from adalink.export.graph_modules import CrossDecoderGraph, DecoderGraph, EncoderGraph
 
     if architecture.kind == "encoder":
         return {"model": _encoder_graph(EncoderGraph(model.base_model), model)}
     cache = cache_shape(model.config, architecture)
     assert cache is not None
+    if architecture.kind == "decoder" and grouped:
+        return {"model": _grouped_decoder_graph(model, architecture, cache)}
     if architecture.kind == "decoder":
         module = DecoderGraph(model, mask_windows(model.config, architecture))
         return {"model": _decoder_graph(module, model, cache)}
@@ -73,7 +83,7 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
         metadata: properties to record in the graph.
 
     Raises:
-        GraphError: the graph has operators outside the ONNX standard.
+        GraphError: the graph has operators outside the ONNX standard that no runtime is known to have.
     """
     import onnx
     import torch
@@ -90,10 +100,12 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
                 output_names=graph.outputs,
                 dynamic_axes=graph.axes,
                 opset_version=OPSET,
+                custom_opsets={DOMAIN: 1},
                 dynamo=False,
             )
         model = onnx.load(draft)
-    _check_standard(model, path.name)
+    _check_operators(model, path.name)
+    _name_attention_shapes(model)
     make_reshapes_static(model)
     model.producer_name = "adalink-kit"
     onnx.helper.set_model_props(model, metadata)
@@ -144,6 +156,27 @@ def _decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache: Cache
     return TracedGraph(module, inputs, ["logits", *present], axes)
 
 
+def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, cache: Cache) -> TracedGraph:
+    import torch
+
+    from adalink.export.grouped_attention import GroupedDecoderGraph
+
+    limit = max_positions(model.config, architecture)
+    module = GroupedDecoderGraph(model, mask_windows(model.config, architecture), limit)
+    past, present, axes = _cache_signature(model, cache)
+    axes |= _axes(past, {0: "batch", 2: "capacity"}) | _axes(present, {0: "batch", 2: "capacity_after"})
+    axes |= {"sequence_lengths": {0: "batch"}, "logits_at": {0: "places"}, "logits": {0: "places"}}
+    inputs = {
+        "inputs_embeds": _example(model, _BATCH, _SEQUENCE, model.get_input_embeddings().weight.shape[1]),
+        "sequence_lengths": torch.full((_BATCH,), _PAST + _SEQUENCE, dtype=torch.int32),
+        "logits_at": torch.arange(_SOURCE),
+    }
+    if not module.has_rotary:
+        inputs["position_ids"] = torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1)
+        axes |= {"position_ids": {0: "batch", 1: "sequence"}}
+    return TracedGraph(module, inputs | past, ["logits", *present], axes)
+
+
 def _cross_decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache: Cache) -> TracedGraph:
     import torch
 
@@ -191,9 +224,29 @@ def _example(model: PreTrainedModel, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(model.dtype)
 
 
-def _check_standard(model: onnx.ModelProto, name: str) -> None:
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain})
+def _check_operators(model: onnx.ModelProto, name: str) -> None:
+    known = {f"{DOMAIN}::{OPERATOR}"}
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain} - known)
     if foreign:
         raise GraphError(
             f"{name} uses {foreign[0]}, expected standard ONNX operators only: this model needs another export"
         )
+    if not any(node.domain for node in model.graph.node):
+        kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+
+
+def _name_attention_shapes(model: onnx.ModelProto) -> None:
+    """Tell shape inference, which knows standard operators only, what shape grouped attention gives."""
+    from onnx import helper
+
+    graph = model.graph
+    del graph.value_info[:]
+    dtype = next(value for value in graph.input if value.name == "inputs_embeds").type.tensor_type.elem_type
+    for node in graph.node:
+        if node.op_type == OPERATOR:
+            heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+            head_dim = next(v for v in graph.input if v.name == node.input[3]).type.tensor_type.shape.dim[3].dim_value
+            shape = ["batch", "sequence", heads * head_dim]
+            graph.value_info.append(helper.make_tensor_value_info(node.output[0], dtype, shape))

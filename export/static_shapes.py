@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Dim = int | str | None
 
 _LARGE_ELEMENTS = 1024
+_RESHAPING = {"Reshape", "Unsqueeze", "Squeeze"}
 _SIZE_OPERATORS = {"Add", "Cast", "Concat", "Div", "Mul", "Squeeze", "Sub", "Unsqueeze"}
 
 
@@ -33,6 +34,7 @@ def make_reshapes_static(model: onnx.ModelProto) -> int:
     changed = 0
     while step := _fold_sizes(model.graph, model) + _one_pass(model.graph, model):
         changed += step
+    changed += _bypass_unchanged(model.graph, model)
     _drop_unused(model.graph)
     return changed
 
@@ -95,6 +97,24 @@ def _one_pass(graph: onnx.GraphProto, model: onnx.ModelProto) -> int:
     return changed
 
 
+def _bypass_unchanged(graph: onnx.GraphProto, model: onnx.ModelProto) -> int:
+    """Where reshaping ends in the shape it began with, let consumers take what it began with."""
+    shapes = _infer(graph, model)
+    makers = {node.output[0]: node for node in graph.node if node.op_type in _RESHAPING}
+    kept = {output.name for output in graph.output}
+    instead: dict[str, str] = {}
+    for name in makers.keys() - kept:
+        origin, shape = name, shapes.get(name)
+        while origin in makers and shape is not None and None not in shape:
+            origin = makers[origin].input[0]
+            if shapes.get(origin) == shape:
+                instead[name] = origin
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = instead.get(name, name)
+    return len(instead)
+
+
 def _static_target(before: list[Dim] | None, after: list[Dim] | None) -> tuple[int, ...] | None:
     """Constant target of a reshape between these shapes, or ``None`` where it is not proven.
 
@@ -123,13 +143,20 @@ def _infer(graph: onnx.GraphProto, model: onnx.ModelProto) -> dict[str, list[Dim
     stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in weights]
     small = [tensor for tensor in graph.initializer if _is_small(tensor)]
     light = helper.make_model(
-        helper.make_graph(graph.node, graph.name, [*graph.input, *stand_ins], graph.output, initializer=small),
+        helper.make_graph(
+            graph.node,
+            graph.name,
+            [*graph.input, *stand_ins],
+            graph.output,
+            initializer=small,
+            value_info=graph.value_info,
+        ),
         opset_imports=model.opset_import,
         ir_version=model.ir_version,
     )
     inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     shapes: dict[str, list[Dim]] = {}
-    for value in [*inferred.value_info, *inferred.input, *inferred.output]:
+    for value in [*graph.value_info, *inferred.value_info, *inferred.input, *inferred.output]:
         if value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
             shapes[value.name] = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims]

@@ -86,6 +86,10 @@ class Selection:
             together.setdefault(part.graph, []).append(part)
         return Selection([group[0] if len(group) == 1 else _stack(group) for group in together.values()])
 
+    def take(self, kept: Sequence[int]) -> Selection:
+        """The selection of a batch made of some rows of this one, in the order given."""
+        return Selection([part for old in self._parts if (part := _take(old, np.asarray(kept))) is not None])
+
 
 PLAIN = Selection(())
 
@@ -112,6 +116,20 @@ def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
     if adapter.config.bias:
         weights |= {f"{name}_bias": adapter.weights[f"{modality}.{name}.bias"][None, None] for name in ("down", "up")}
     return weights
+
+
+def _take(part: Part, kept: Array) -> Part | None:
+    """A part of the batch that is left when only some rows are kept; ``None`` if none of them is its own."""
+    if part.rows is None:
+        return part
+    places = {row: place for place, row in enumerate(part.rows.tolist())}
+    own = [(row, places[old]) for row, old in enumerate(kept.tolist()) if old in places]
+    if not own:
+        return None
+    rows, sets = (np.array(numbers) for numbers in zip(*own, strict=True))
+    is_shared = all(len(value) == 1 for value in part.weights.values())
+    weights = part.weights if is_shared else {name: value[sets] for name, value in part.weights.items()}
+    return replace(part, rows=rows, weights=weights)
 
 
 def _stack(parts: Sequence[Part]) -> Part:

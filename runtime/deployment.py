@@ -9,12 +9,14 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from adalink.runtime.bank import PLAIN
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.engine import Array, Backend, Engine, open_backend
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode, pad_left, positions_of
+from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Manifest, locate, read_manifest
+from adalink.runtime.padding import pad_left
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import (
     Tasks,
@@ -176,7 +178,7 @@ class Deployment:
         mask = check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
         indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
         embeds = self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
-        output, _ = self._engine.run(_pick(self._engine, embeds, mask))
+        output = self._engine.run({"inputs_embeds": embeds, "attention_mask": mask})
         if self._base.kind == "decoder":
             return {"logits": output}
         result = {"last_hidden_state": output}
@@ -251,32 +253,14 @@ class Deployment:
         own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        embeds = selection.apply(self._table[check_input_ids(ids, base)])
-
+        feeds = {"inputs_embeds": selection.apply(self._table[check_input_ids(ids, base)]), "attention_mask": mask}
         if self._decoder is None:
-            decoding = selection.decoding()
-            first = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
-            decode(
-                self._engine,
-                first,
-                lambda chosen: decoding.apply(self._table[chosen]),
-                rows,
-                sampling,
-                max_new_tokens,
-                base.pad_token_id,
-            )
+            decoding, adapting = self._engine.start(feeds, max_new_tokens), selection.decoding()
         else:
-            states, _ = self._engine.run(_pick(self._engine, embeds, mask))
             start = np.full((len(prompts), 1), base.decoder_start_token_id, np.int64)
-            decode(
-                self._decoder,
-                self._decoder_feeds(start, states, mask),
-                lambda chosen: self._table[chosen],
-                rows,
-                sampling,
-                max_new_tokens,
-                base.pad_token_id,
-            )
+            states = self._engine.run(feeds)
+            decoding, adapting = self._decoder.start(self._decoder_feeds(start, states, mask), max_new_tokens), PLAIN
+        decode(decoding, self._table, adapting, rows, sampling, max_new_tokens)
         return [row.finish(len(tokens)) for row, tokens in zip(rows, encoded, strict=True)]
 
     def load_task(self, name: str) -> None:
@@ -337,22 +321,12 @@ class Deployment:
         if len(ids) != len(states):
             raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
         check_length(ids.shape[1], self._base)
-        feeds = self._decoder_feeds(ids, states, mask)
-        logits, _ = self._decoder.run({name: feeds[name] for name in self._decoder.inputs})
-        return logits
+        return self._decoder.run(self._decoder_feeds(ids, states, mask))
 
     def _decoder_feeds(self, ids: Array, states: Array, mask: Array) -> dict[str, Array]:
-        ones = np.ones(ids.shape, np.int64)
         return {
             "inputs_embeds": self._table[ids],
-            "attention_mask": ones,
-            "position_ids": positions_of(ones),
+            "attention_mask": np.ones(ids.shape, np.int64),
             "encoder_hidden_states": states,
             "encoder_attention_mask": mask,
         }
-
-
-def _pick(engine: Engine, embeds: Array, mask: Array) -> dict[str, Array]:
-    """What a base graph is fed for whole sequences."""
-    feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions_of(mask)}
-    return {name: feeds[name] for name in engine.inputs}

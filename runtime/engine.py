@@ -20,23 +20,51 @@ Array = npt.NDArray[Any]
 BACKENDS = ("onnxruntime-cpu",)
 
 
+class Decoding(Protocol):
+    """A batch on its way: rows with their caches, after a prompt and the tokens since. For one thread at a time."""
+
+    @property
+    def logits(self) -> Array:
+        """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
+
+    def step(self, inputs_embeds: Array) -> None:
+        """Take one more token of each row.
+
+        Args:
+            inputs_embeds: shape ``(rows, 1, d)``.
+
+        Raises:
+            BackendError: the engine refused.
+        """
+
+    def drop(self, row: int) -> None:
+        """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
+
+
 class Engine(Protocol):
     """A compiled base graph, safe for calls from several threads."""
 
-    @property
-    def inputs(self) -> frozenset[str]:
-        """Names of the inputs that the caller feeds; cache tensors are not among them."""
-
-    def run(self, feeds: Mapping[str, Array], cache: object | None = None) -> tuple[Array, object | None]:
-        """Run the graph once.
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        """Run whole sequences.
 
         Args:
-            feeds: one array for each name in ``inputs``.
-            cache: what an earlier call returned, to go on after it; ``None`` starts anew. It is not changed.
+            feeds: ``inputs_embeds`` of shape ``(batch, seq, d)`` and ``attention_mask`` of shape ``(batch, seq)``, for
+                the decoder of an encoder-decoder also ``encoder_hidden_states`` and ``encoder_attention_mask``.
 
         Returns:
-            The graph's first output, and the cache that holds the earlier positions and these (``None`` for a graph
-            without one).
+            Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; what it
+            holds at padding means nothing.
+
+        Raises:
+            BackendError: the engine refused.
+        """
+
+    def start(self, feeds: Mapping[str, Array], room: int) -> Decoding:
+        """Run prompts, to go on after them; only for graphs with a KV cache.
+
+        Args:
+            feeds: as for ``run``.
+            room: how many steps may follow.
 
         Raises:
             BackendError: the engine refused.

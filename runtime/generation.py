@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.runtime.engine import Array, Engine
+from adalink.runtime.bank import Selection
+from adalink.runtime.engine import Array, Decoding
 from adalink.runtime.errors import RequestError
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.tokenizer import TextStream, Tokenizer
@@ -92,65 +93,44 @@ class Row:
 
 
 def decode(
-    engine: Engine,
-    first_feeds: dict[str, Array],
-    embed_next: Callable[[Array], Array],
-    rows: list[Row],
-    sampling: Sampling,
-    max_new_tokens: int,
-    pad_token_id: int,
+    decoding: Decoding, table: Array, tasks: Selection, rows: list[Row], sampling: Sampling, max_new_tokens: int
 ) -> None:
-    """Run the prompt once, then one step a token until every row has ended.
+    """One step a token until every row has ended; a row that has ended leaves the batch.
 
     Args:
-        engine: a graph with a KV cache and ``logits``.
-        first_feeds: what the engine is fed for the prompt; ``attention_mask`` of shape ``(batch, seq)``.
-        embed_next: embeddings with shape ``(batch, 1, d)`` of the tokens just chosen, shape ``(batch, 1)``.
+        decoding: the prompts, run.
+        table: embeddings of all tokens, shape ``(vocab, d)``.
+        tasks: what the embeddings of generated tokens go through.
         rows: collects each row's tokens.
         sampling: how tokens are chosen.
         max_new_tokens: tokens a row at most.
-        pad_token_id: what a finished row is fed.
     """
-    batch, length = first_feeds["attention_mask"].shape
-    mask = np.ones((batch, length + max_new_tokens), np.int64)
-    mask[:, :length] = first_feeds["attention_mask"]
-    positions = first_feeds["attention_mask"].sum(axis=1, keepdims=True)
-    constant = {name: value for name, value in first_feeds.items() if name.startswith("encoder_")}
-    generators = sampling.generators(batch)
-    feeds, cache = {name: first_feeds[name] for name in engine.inputs}, None
+    alive = list(range(len(rows)))
+    generators = sampling.generators(len(rows))
     for step in range(max_new_tokens):
-        logits, cache = engine.run(feeds, cache)
-        chosen = np.full((batch, 1), pad_token_id, np.int64)
-        for index, row in enumerate(rows):
-            if row.finish_reason is None:
-                chosen[index] = sampling.choose(logits[index, -1], generators[index])
-                row.push(int(chosen[index, 0]))
-        if all(row.finish_reason for row in rows) or step + 1 == max_new_tokens:
+        logits = decoding.logits
+        chosen = np.empty((len(alive), 1), np.int64)
+        for place, row in enumerate(alive):
+            chosen[place] = token = sampling.choose(logits[place], generators[row])
+            rows[row].push(token)
+        kept = _drop_ended(decoding, [rows[row].finish_reason is not None for row in alive])
+        if not kept or step + 1 == max_new_tokens:
             return
-        following = {
-            "inputs_embeds": embed_next(chosen),
-            "attention_mask": mask[:, : length + step + 1],
-            "position_ids": positions + step,
-            **constant,
-        }
-        feeds = {name: following[name] for name in engine.inputs}
+        if len(kept) < len(alive):
+            alive, chosen, tasks = [alive[place] for place in kept], chosen[kept], tasks.take(kept)
+        decoding.step(tasks.apply(table[chosen]))
 
 
-def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[Array, Array]:
-    """Token ids and mask, both int64 of shape ``(batch, longest)``, with the padding before the tokens."""
-    longest = max(len(ids) for ids in prompts)
-    ids = np.full((len(prompts), longest), pad_token_id, np.int64)
-    mask = np.zeros((len(prompts), longest), np.int64)
-    for row, tokens in enumerate(prompts):
-        ids[row, longest - len(tokens) :] = tokens
-        mask[row, longest - len(tokens) :] = 1
-    return ids, mask
-
-
-def positions_of(mask: Array) -> Array:
-    """Position of each token among the tokens of its row, int64 of the mask's shape; padding gets 0."""
-    positions: Array = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    return positions
+def _drop_ended(decoding: Decoding, ended: list[bool]) -> list[int]:
+    """Drop the rows that have ended; the former places of the others, in their new order."""
+    kept = list(range(len(ended)))
+    # From the end, so that a row that takes another's place has been looked at.
+    for place in reversed(range(len(ended))):
+        if ended[place]:
+            decoding.drop(place)
+            kept[place] = kept[-1]
+            kept.pop()
+    return kept
 
 
 def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:

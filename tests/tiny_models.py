@@ -26,6 +26,7 @@ _DECODER = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "max_position_embeddings": MAX_POSITIONS,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -64,7 +65,7 @@ def qwen2() -> PreTrainedModel:
 def qwen3() -> PreTrainedModel:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return _fill(Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=16, tie_word_embeddings=True)), 3)
+    return _fill(Qwen3ForCausalLM(Qwen3Config(**_DECODER, tie_word_embeddings=True)), 3)
 
 
 def gemma3() -> PreTrainedModel:
@@ -72,7 +73,7 @@ def gemma3() -> PreTrainedModel:
 
     kinds = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(
-        **_DECODER, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, layer_types=kinds, tie_word_embeddings=True
+        **_DECODER, query_pre_attn_scalar=16, sliding_window=8, layer_types=kinds, tie_word_embeddings=True
     )
     return _fill(Gemma3ForCausalLM(config), 4)
 
@@ -97,7 +98,7 @@ def gpt2() -> PreTrainedModel:
         vocab_size=VOCAB_SIZE,
         n_embd=HIDDEN_SIZE,
         n_layer=LAYERS,
-        n_head=4,
+        n_head=6,
         n_positions=MAX_POSITIONS,
         bos_token_id=1,
         eos_token_id=2,

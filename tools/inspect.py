@@ -161,7 +161,8 @@ def describe_onnx(path: Path) -> Description:
 def _role(inputs: set[str], metadata: dict[str, str]) -> str:
     if "adapter_digest" in metadata:
         return "task graph"
-    return "base graph" if {"inputs_embeds", "attention_mask"} <= inputs else "neither a task graph nor a base graph"
+    is_base = "inputs_embeds" in inputs and inputs & {"attention_mask", "sequence_lengths"}
+    return "base graph" if is_base else "neither a task graph nor a base graph"
 
 
 def _type(value: onnx.ValueInfoProto) -> str:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, Backend, BankGraph, Engine, open_backend
+from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, open_backend
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.manifest import Base, read_manifest
 from adalink.tools.parity.prompts import PROMPTS, fit
@@ -37,7 +37,7 @@ Sides = Mapping[str, str | Sequence[str | None] | None]
 
 
 class SteppedBackend:
-    """Another backend that notes when each call of an engine begins.
+    """Another backend that notes when each step of a decoding begins.
 
     The time from one beginning to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
     """
@@ -58,14 +58,29 @@ class SteppedBackend:
 
 class _SteppedEngine:
     def __init__(self, inner: Engine, starts: list[float]) -> None:
-        self.inputs = inner.inputs
-        self.close = inner.close
-        self._run = inner.run
+        self._inner = inner
         self._starts = starts
+        self.run = inner.run
+        self.close = inner.close
 
-    def run(self, feeds: Mapping[str, Array], cache: object | None = None) -> tuple[Array, object | None]:
+    def start(self, feeds: Mapping[str, Array], room: int) -> Decoding:
         self._starts.append(time.perf_counter())
-        return self._run(feeds, cache)
+        return _SteppedDecoding(self._inner.start(feeds, room), self._starts)
+
+
+class _SteppedDecoding:
+    def __init__(self, inner: Decoding, starts: list[float]) -> None:
+        self._inner = inner
+        self._starts = starts
+        self.drop = inner.drop
+
+    @property
+    def logits(self) -> Array:
+        return self._inner.logits
+
+    def step(self, inputs_embeds: Array) -> None:
+        self._starts.append(time.perf_counter())
+        self._inner.step(inputs_embeds)
 
 
 class Bench:
@@ -196,7 +211,7 @@ class Bench:
                 self._steps.starts.clear()
                 self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps)
                 if turn >= 0:
-                    # The first interval holds the prefill, and an encoder-decoder's encoder comes before it.
+                    # The first interval holds the prefill.
                     samples[name].append(np.diff(self._steps.starts)[-(steps - 2) :].tolist())
         return samples
 

@@ -35,7 +35,7 @@ def test_manifest_describes_the_model(tmp_path: Path) -> None:
     assert (base.architecture, base.kind, base.embedding_dtype) == ("llama", "decoder", "float32")
     assert (base.vocab_size, base.hidden_size, base.max_positions) == (VOCAB_SIZE, HIDDEN_SIZE, MAX_POSITIONS)
     assert base.fingerprint == base_fingerprint(model)
-    assert base.cache == Cache(layers=LAYERS, kv_heads=2, head_dim=12)
+    assert base.cache == Cache(layers=LAYERS, kv_heads=2, head_dim=16)
     assert (base.eos_token_ids, base.pad_token_id, base.bos_token_id) == ((2,), 0, 1)
     assert (tmp_path / base.chat_template).read_text() == CHAT_TEMPLATE
     assert manifest == read_manifest(tmp_path)
@@ -147,13 +147,12 @@ def test_loaded_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert model.config._attn_implementation != "adalink_export"
 
 
-@pytest.mark.parametrize("target", ["portable", "onnxruntime-cpu"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_half_precision_graph_follows_the_float32_model(family: str, target: str, tmp_path: Path) -> None:
+def test_half_precision_graph_follows_the_float32_model(family: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider computes in float32 what is stored in float16: only rounding of values shows."""
     model = DECODERS[family]()
-    manifest = export_base(model, tmp_path, dtype="float16", target=target)
-    path = tmp_path / manifest.variants[target].graph
+    manifest = export_base(model, tmp_path, dtype="float16", target="portable")
+    path = tmp_path / manifest.variants["portable"].graph
     stored = path.with_name("model.onnx.data").stat().st_size
     assert stored < 2.1 * sum(parameter.numel() for parameter in model.parameters())
     session, cache = ort.InferenceSession(str(path)), manifest.base.cache

@@ -110,9 +110,7 @@ def renamed_graph(folder: Path, old: str, new: str) -> None:
     (folder / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
-@pytest.mark.parametrize(
-    "name", ["inputs_embeds", "attention_mask", "past_key_values.1.value", "logits", "present.0.key"]
-)
+@pytest.mark.parametrize("name", ["inputs_embeds", "logits_at", "past_key_values.1.value", "logits", "present.0.key"])
 def test_a_graph_with_other_names_says_which(copy: Path, name: str) -> None:
     renamed_graph(copy, name, "surprise")
     with pytest.raises(GraphError, match=rf"'{name}' does not match the contract"):

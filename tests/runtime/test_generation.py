@@ -14,7 +14,8 @@ from tiny_tokenizer import CHARACTERS, make_tokenizer
 from adalink.runtime import Deployment
 from adalink.runtime.adapter import make_adapter
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation import Row, positions_of
+from adalink.runtime.generation import Row
+from adalink.runtime.padding import positions_of
 from adalink.runtime.tokenizer import TextStream
 
 PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]
@@ -78,11 +79,16 @@ def test_streamed_pieces_make_the_text(deployment: Deployment) -> None:
 
 
 def test_stop_text_ends_the_row_and_is_never_streamed(deployment: Deployment) -> None:
-    whole = deployment.generate(["wheat"], max_new_tokens=20)[0].text
-    stop = next(whole[i : i + 3] for i in range(4, len(whole) - 3) if whole.find(whole[i : i + 3]) == i)
+    texts = {prompt: deployment.generate([prompt], max_new_tokens=20)[0].text for prompt in PROMPTS}
+    prompt, whole, stop = next(
+        (prompt, whole, whole[i : i + 3])
+        for prompt, whole in texts.items()
+        for i in range(4, len(whole) - 3)
+        if whole.find(whole[i : i + 3]) == i
+    )
     pieces: list[str] = []
     result = deployment.generate(
-        ["wheat"], max_new_tokens=20, stop=[stop, "never-there"], stream=lambda row, piece: pieces.append(piece)
+        [prompt], max_new_tokens=20, stop=[stop, "never-there"], stream=lambda row, piece: pieces.append(piece)
     )[0]
     assert result.finish_reason == "stop"
     assert result.text == whole[: whole.index(stop)] == "".join(pieces)

@@ -194,16 +194,16 @@ def test_manifest_that_says_another_scope_than_the_adapter(deployment):
     assert failures(model, folder) == {"adapter/alpha/contract"}
 
 
-def test_wrong_position_ids(deployment):
+def test_wrong_positions(deployment):
     """The base graph doubles its positions; a constant shift would be invisible to rotary embeddings."""
     model, folder = deployment
 
     def double(graph):
-        for node in graph.graph.node:
-            for index, name in enumerate(node.input):
-                if name == "position_ids":
-                    node.input[index] = "position_ids_doubled"
-        graph.graph.node.insert(0, helper.make_node("Add", ["position_ids", "position_ids"], ["position_ids_doubled"]))
+        for tensor in graph.graph.initializer:
+            if tensor.name in ("cos_all", "sin_all"):
+                values = numpy_helper.to_array(tensor)
+                doubled = np.minimum(2 * np.arange(len(values)), len(values) - 1)
+                tensor.CopyFrom(numpy_helper.from_array(values[doubled], tensor.name))
 
     edit_graph(variant_graph(folder), double)
     reseal(folder)
@@ -289,7 +289,7 @@ def test_one_base_weight_altered(deployment):
     model, folder = deployment
 
     def nudge(graph):
-        tensor = next(tensor for tensor in graph.graph.initializer if list(tensor.dims) == [48, 80])
+        tensor = next(tensor for tensor in graph.graph.initializer if list(tensor.dims) == [48, 2 * 80])
         values = numpy_helper.to_array(tensor).copy()
         index = np.unravel_index(np.abs(values).argmax(), values.shape)
         values[index] *= np.float32(1.01)

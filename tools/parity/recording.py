@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, Engine
+from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine
 from adalink.runtime.manifest import Base
 
 
 class RecordingBackend:
-    """Another backend, with the last position of every engine output kept.
+    """Another backend, with the logits of every decode step kept.
 
     Attributes:
         name: of the backend inside.
-        steps: outputs since the last ``clear``, one array with shape ``(batch, vocab)`` or ``(batch, d)`` each.
+        steps: logits since the last ``clear``, one array with shape ``(rows, vocab)`` each.
     """
 
     def __init__(self, inner: Backend) -> None:
@@ -23,10 +23,8 @@ class RecordingBackend:
         self._inner = inner
 
     def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
-        """See ``adalink.runtime.engine.Backend``; an encoder-decoder's encoder is not recorded."""
-        engine = self._inner.open_engine(graph, base, role)
-        is_recorded = role == "decoder" or base.kind == "decoder"
-        return RecordingEngine(engine, self.steps) if is_recorded else engine
+        """See ``adalink.runtime.engine.Backend``."""
+        return RecordingEngine(self._inner.open_engine(graph, base, role), self.steps)
 
     def open_bank(self, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
@@ -34,23 +32,34 @@ class RecordingBackend:
 
 
 class RecordingEngine:
-    """An engine whose outputs are copied to a list."""
+    """An engine whose decodings are copied to a list, step by step."""
 
     def __init__(self, inner: Engine, steps: list[Array]) -> None:
+        self._steps = steps
+        self._inner = inner
+        self.run = inner.run
+        self.close = inner.close
+
+    def start(self, feeds: Mapping[str, Array], room: int) -> Decoding:
+        """See ``adalink.runtime.engine.Engine``."""
+        return RecordingDecoding(self._inner.start(feeds, room), self._steps)
+
+
+class RecordingDecoding:
+    """A decoding whose logits are copied to a list."""
+
+    def __init__(self, inner: Decoding, steps: list[Array]) -> None:
         self._inner = inner
         self._steps = steps
+        self.drop = inner.drop
+        steps.append(inner.logits.copy())
 
     @property
-    def inputs(self) -> frozenset[str]:
-        """See ``adalink.runtime.engine.Engine``."""
-        return self._inner.inputs
+    def logits(self) -> Array:
+        """See ``adalink.runtime.engine.Decoding``."""
+        return self._inner.logits
 
-    def run(self, feeds: Mapping[str, Array], cache: object | None = None) -> tuple[Array, object | None]:
-        """See ``adalink.runtime.engine.Engine``."""
-        output, cache = self._inner.run(feeds, cache)
-        self._steps.append(output[:, -1].copy())
-        return output, cache
-
-    def close(self) -> None:
-        """See ``adalink.runtime.engine.Engine``."""
-        self._inner.close()
+    def step(self, inputs_embeds: Array) -> None:
+        """See ``adalink.runtime.engine.Decoding``."""
+        self._inner.step(inputs_embeds)
+        self._steps.append(self._inner.logits.copy())

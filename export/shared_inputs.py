@@ -1,0 +1,83 @@
+"""Linear layers that read one tensor, such as queries, keys and values, computed as one product.
+
+A decode step reads each weight once; what remains is the cost of a node, so fewer and larger products are faster. Which
+layers share their input is seen by running the model, so no family has to be listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+Linear = torch.nn.Linear
+
+
+class MergedLinear(torch.nn.Module):
+    """Several linear layers of one input as one product; each of them then returns its part.
+
+    Attributes:
+        layers: the layers, in the order in which they are called.
+        output: what the product gave last, shape ``(..., sum of the widths)``: the layers' outputs side by side.
+    """
+
+    layers: list[Linear]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, layers: list[Linear]) -> None:
+        super().__init__()
+        # Not as submodules: their own weights are not of this product. Its weights are buffers, which the exporter
+        # writes as initializers; constants would be part of the graph's own bytes.
+        self.__dict__["layers"] = layers
+        self.output: torch.Tensor | None = None
+        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
+        self._waiting: list[torch.Tensor] = []
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        """Output of the next layer; the first call of a round computes all."""
+        if not self._waiting:
+            self.output = torch.nn.functional.linear(x, self.weight, self.bias)
+            self._waiting = list(torch.split(self.output, [layer.out_features for layer in self.layers], dim=-1))
+        return self._waiting.pop(0)
+
+
+def find_groups(model: torch.nn.Module, run: Callable[[], Any]) -> list[list[Linear]]:
+    """Linear layers of one parent that get the same tensor, in the order they are called.
+
+    Args:
+        model: the model.
+        run: calls it once.
+    """
+    parents = {id(child): id(module) for module in model.modules() for child in module.children()}
+    seen: dict[tuple[int, int], list[Linear]] = {}
+    inputs: list[torch.Tensor] = []  # kept, so that an id is not given twice
+
+    def note(layer: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        inputs.append(arguments[0])
+        assert isinstance(layer, Linear)
+        seen.setdefault((parents[id(layer)], id(arguments[0])), []).append(layer)
+
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if type(layer) is Linear:
+                stack.callback(layer.register_forward_pre_hook(note).remove)
+        run()
+    return [g for g in seen.values() if len(g) > 1 and len({layer.bias is None for layer in g}) == 1]
+
+
+@contextmanager
+def merged(products: Sequence[MergedLinear]) -> Iterator[None]:
+    """Let the layers of each product return their part of it until the block ends."""
+    layers = [(layer, product) for product in products for layer in product.layers]
+    for layer, product in layers:
+        layer.__dict__["forward"] = product.part
+    try:
+        yield
+    finally:
+        for layer, _ in layers:
+            del layer.__dict__["forward"]

@@ -1,0 +1,142 @@
+"""Engines on graphs that write their cache in place (docs/decisions/0005-decode-loop.md).
+
+Every buffer of a decoding is allocated when it starts and bound to the session once: the cache, which is input and
+output at the same address, the embedding of a token, the logits. A step writes a few numbers and calls the session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.onnxruntime_session import GuardedSession, Signature
+from adalink.runtime.padding import move_left
+
+
+class InPlaceEngine:
+    """A base graph in one session. Rows lie at the left of its inputs, so that a cache has no gaps."""
+
+    def __init__(self, session: GuardedSession, signature: Signature) -> None:
+        self._session = session
+        self._signature = signature
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        """See ``adalink.runtime.engine.Engine``."""
+        signature, mask = self._signature, feeds["attention_mask"]
+        embeds, lengths = move_left(feeds["inputs_embeds"], mask)
+        batch, longest = embeds.shape[:2]
+        is_token = np.arange(longest) < lengths[:, None]
+        heads, head_dim = signature.cache_shape
+        values = {
+            "inputs_embeds": embeds,
+            "sequence_lengths": lengths,
+            "logits_at": np.flatnonzero(is_token),
+            "position_ids": np.arange(longest)[None].repeat(batch, axis=0),
+            **dict.fromkeys(signature.past, np.zeros((batch, heads, 0, head_dim), signature.dtype)),
+        }
+        taken = {name: values[name] for name in (*signature.inputs, *signature.past)}
+        logits: Array = self._session.call(lambda session: session.run([signature.output], taken))[0]
+        if len(logits) == mask.size:
+            return logits.reshape(*mask.shape, -1)
+        result = np.zeros((*mask.shape, logits.shape[1]), logits.dtype)
+        result[mask != 0] = logits
+        return result
+
+    def start(self, feeds: Mapping[str, Array], room: int) -> InPlaceDecoding:
+        """See ``adalink.runtime.engine.Engine``."""
+        embeds, lengths = move_left(feeds["inputs_embeds"], feeds["attention_mask"])
+        decoding = InPlaceDecoding(self._session, self._signature, lengths, embeds.shape[1] + room)
+        decoding.read(embeds)
+        return decoding
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.Engine``."""
+        self._session.close()
+
+
+class InPlaceDecoding:
+    """See ``adalink.runtime.engine.Decoding``. The first rows of its buffers are alive; dropped ones lie behind."""
+
+    def __init__(self, session: GuardedSession, signature: Signature, lengths: Array, capacity: int) -> None:
+        """Allocate everything.
+
+        Args:
+            session: the graph's session.
+            signature: what the graph takes.
+            lengths: tokens of each row's prompt, int32 with shape ``(batch,)``.
+            capacity: most tokens that a row may have in the end.
+        """
+        batch = len(lengths)
+        heads, head_dim = signature.cache_shape
+        self._session = session
+        self._signature = signature
+        self._lengths = lengths
+        # Places behind a row's length are never read, so they need no value.
+        self._cache = np.empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
+        self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
+        self._places = np.arange(batch)
+        self._positions = np.empty((batch, 1), np.int64)
+        self._token: Array | None = None
+        self._alive = batch
+        self._bound = 0
+        self._binding: Any = session.call(lambda session: session.io_binding())
+
+    def read(self, inputs_embeds: Array) -> None:
+        """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
+        batch, longest = inputs_embeds.shape[:2]
+        self._bind(inputs_embeds, np.arange(longest)[None].repeat(batch, axis=0), self._ends(longest))
+        self._run()
+        self._bound = 0
+
+    @property
+    def logits(self) -> Array:
+        """See ``adalink.runtime.engine.Decoding``."""
+        return self._logits[: self._alive]
+
+    def step(self, inputs_embeds: Array) -> None:
+        """See ``adalink.runtime.engine.Decoding``."""
+        alive = self._alive
+        if self._bound != alive:
+            self._token = np.empty_like(inputs_embeds)
+            self._bind(self._token, self._positions[:alive], self._places[:alive])
+            self._bound = alive
+        assert self._token is not None
+        self._token[:] = inputs_embeds
+        self._positions[:alive, 0] = self._lengths[:alive]
+        self._lengths[:alive] += 1
+        self._run()
+
+    def drop(self, row: int) -> None:
+        """See ``adalink.runtime.engine.Decoding``; copies what the last row has cached."""
+        self._alive -= 1
+        last = self._alive
+        if row != last:
+            length = self._lengths[row] = self._lengths[last]
+            self._cache[:, row, :, :length] = self._cache[:, last, :, :length]
+
+    def _ends(self, longest: int) -> Array:
+        """Place of each row's last token in the flattened prompts."""
+        return np.arange(len(self._lengths)) * longest + self._lengths - 1
+
+    def _bind(self, inputs_embeds: Array, positions: Array, places: Array) -> None:
+        """Give the session the buffers of the rows that are alive."""
+        alive, binding, value = self._alive, self._binding, self._session.value
+        buffers = {
+            "inputs_embeds": inputs_embeds,
+            "sequence_lengths": self._lengths[:alive],
+            "logits_at": places,
+            "position_ids": positions,
+        }
+        for name in self._signature.inputs:
+            binding.bind_ortvalue_input(name, value(buffers[name]))
+        binding.bind_ortvalue_output(self._signature.output, value(self._logits[:alive]))
+        for past, present, layer in zip(self._signature.past, self._signature.present, self._cache, strict=True):
+            shared = value(layer[:alive])
+            binding.bind_ortvalue_input(past, shared)
+            binding.bind_ortvalue_output(present, shared)
+
+    def _run(self) -> None:
+        self._session.call(lambda session: session.run_with_iobinding(self._binding))
