@@ -46,7 +46,7 @@ def _speed(report: Mapping[str, Any], folder: Path) -> Path:
     axes.plot([], [], color=LIMIT_COLOUR, linewidth=2, label="limit of the memory's bandwidth")
     axes.set_xscale("log")
     axes.set_xlabel("tokens/s (log scale)")
-    axes.legend(loc="lower right", fontsize=8)
+    _legend_above(axes)
     return _save(figure, folder / "tokens-per-second.png")
 
 
@@ -70,7 +70,8 @@ def _swap(report: Mapping[str, Any], folder: Path) -> Path:
     axes.plot([], [], "s", color=PEER_COLOUR, label="load an adapter from the disk (bars)")
     axes.set_xscale("log")
     axes.set_xlabel("µs (log scale)")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlim(right=50 * axes.dataLim.x1)
+    _legend_above(axes)
     return _save(figure, folder / "swap.png")
 
 
@@ -146,6 +147,11 @@ def _bars(cases: Mapping[str, Any], values: list[float], form: str) -> tuple[Any
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _legend_above(axes: Any) -> None:
+    """Where it covers no bar."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -17,7 +17,7 @@ from adalink.runtime.tokenizer import Tokenizer
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 # Size of the seeded weights: outputs change visibly and stay finite.
-_SCALE = 0.1
+_SCALE = 0.25
 
 
 def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:

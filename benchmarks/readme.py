@@ -33,7 +33,7 @@ def section(report: Mapping[str, Any]) -> str:
     add("tokens/s, 4 bit, adapter active", lambda name: _figure(cases, INT4.get(name), "decode_tok_s", "{:.0f}"))
     add("what the adapter costs of them, fp32", lambda name: _percent(adapter_cost(cases, name)))
     add("first token, 128-token prompt", lambda name: _figure(cases, name, "first_token_ms", "{:.0f} ms"))
-    add("swap to a loaded adapter", lambda name: _figure(cases, name, "swap_us", "{:,.3g} µs"))
+    add("swap to a loaded adapter", lambda name: _figure(cases, name, "swap_us", "{:,.1f} µs"))
     add("load an adapter", lambda name: _figure(cases, name, "adapter_load_ms", "{:.1f} ms"))
     add("adapter on the disk", lambda name: _figure(cases, name, "adapter_disk_bytes", "{:,.2f} MB", 1e-6))
     add("memory a further adapter", lambda name: _figure(cases, name, "adapter_resident_bytes", "{:,.2f} MB", 1e-6))

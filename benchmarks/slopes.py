@@ -96,20 +96,20 @@ LAWS: dict[str, dict[str, Law]] = {
     "rank": {
         "prefill_ms": Law(0, "even rank 512 adds less than half a percent to the base's arithmetic"),
         "decode_ms": Law(0, "even rank 512 adds less than half a percent to what a step reads"),
-        "swap_us": Law(1, "one token's adaptation reads the weights, 2 r d numbers", start=256),
+        "swap_us": Law(1, "one token's adaptation reads the weights, 2 r d numbers", start=128),
         "memory_bytes": Law(1, "weights of 2 r d numbers", start=16),
     },
     "sequence": {
         "prefill_ms": Law(lambda m, x: m.prefill_s(1, x), "cost model: arithmetic for every token, and attention"),
         "decode_ms": Law(lambda m, x: m.step_s(1, x), "cost model: weights and cache are read each step"),
-        "swap_us": Law(1, "every token is looked up and adapted", start=64),
-        "memory_bytes": Law(1, "cache and activations of every position", start=64),
+        "swap_us": Law(1, "every token is looked up and adapted", start=16),
+        "memory_bytes": Law(1, "cache and activations of every position", start=16),
     },
     "batch": {
         "prefill_ms": Law(lambda m, x: m.prefill_s(x, BATCH_PROMPT), "cost model: arithmetic for every row"),
         "decode_ms": Law(lambda m, x: m.step_s(x, BATCH_PROMPT), "cost model: weights are read once for all rows"),
-        "swap_us": Law(1, "every row brings a task of its own", start=8),
-        "memory_bytes": Law(1, "cache and activations of every row", start=8),
+        "swap_us": Law(1, "every row brings a task of its own", start=4),
+        "memory_bytes": Law(1, "cache and activations of every row", start=4),
     },
 }
 

@@ -189,7 +189,7 @@ def recipes(models: Path, source: Path) -> dict[str, Callable[[Path], None]]:
     return {
         "hf": lambda out: make_hf(out, source),
         "lora": lambda out: make_lora(out, models, LINEAR, ADAPTERS),
-        "lora-attention": lambda out: make_lora(out, models, ATTENTION, MERGED),
+        "lora-attention": lambda out: make_lora(out, models, ATTENTION, ADAPTERS),
         "genai-fp32": lambda out: build(out, models / "hf", "fp32"),
         "genai-int4": lambda out: build(out, models / "hf", "int4"),
         "genai-fp32-lora": lambda out: build_lora(out, models, "fp32"),

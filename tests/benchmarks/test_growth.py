@@ -48,11 +48,11 @@ def test_a_cost_that_grows_with_the_tasks_shows():
 
 def test_fits_begin_where_the_law_does():
     points = {
-        x: {"prefill_ms": 60, "decode_ms": 13, "swap_us": 8 if x < 256 else x / 32, "memory_bytes": 4e3 * x}
-        for x in (1, 16, 64, 256, 512)
+        x: {"prefill_ms": 60, "decode_ms": 13, "swap_us": 8 if x < 128 else x / 16, "memory_bytes": 4e3 * x}
+        for x in (1, 16, 128, 256, 512)
     }
     found = fit("rank", points, MODEL)["swap_us"]
-    assert (found["fitted"], found["expected"], found["from"]) == (pytest.approx(1), 1, 256)
+    assert (found["fitted"], found["expected"], found["from"]) == (pytest.approx(1), 1, 128)
 
 
 def test_points_that_are_missing_leave_a_gap_and_not_a_guess():
