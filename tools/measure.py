@@ -19,7 +19,7 @@ from adalink.runtime.manifest import Base, read_manifest
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
-MIXED_TASKS = 8
+MIXED_TASKS = 32
 _PREFILL_ROUNDS = 15
 # Short rounds, so that the two sides meet the same weather: clock speed, other programs.
 _DECODE_ROUNDS, _DECODE_STEPS = 60, 12
