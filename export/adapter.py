@@ -9,15 +9,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from adalink.export.fold import FOLD_FILES, check_foldable, fold_task
 from adalink.export.graph_run import OpenGraph
 from adalink.export.task_check import check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
 from adalink.runtime.embeddings import open_table
+from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
-from adalink.runtime.manifest import Base, Manifest, Task, check_task_name
+from adalink.runtime.manifest import Base, Fold, Manifest, Task, check_task_name
 
 GRAPH_FILE = "adapter.onnx"
 # Rows of the embedding table that a new graph is run on, evenly spread.
@@ -31,6 +33,7 @@ def export_adapter(
     name: str | None = None,
     dtype: str | None = None,
     replace: bool = False,
+    fold: str | None = None,
 ) -> Manifest:
     """Add an adapter to a deployment as a task.
 
@@ -40,18 +43,20 @@ def export_adapter(
         name: name of the task; the adapter folder's by default.
         dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
         replace: whether a task of that name may be there already.
+        fold: compute the task ahead for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.fold`).
 
     Returns:
         The deployment's manifest.
 
     Raises:
         AdapterError: the adapter folder is broken.
+        ConfigError: the adapter cannot be folded.
         ContractError: the adapter belongs to another base.
         DeploymentError: there is no deployment, the name is taken or unusable, or the folder cannot be written.
         GraphError: the finished graph, or the deployment's bank graph, does not compute the adapter.
     """
     task = Path(adapter_folder).resolve().name if name is None else name
-    return export_adapters({task: adapter_folder}, out, dtype=dtype, replace=replace)
+    return export_adapters({task: adapter_folder}, out, dtype=dtype, replace=replace, fold=fold)
 
 
 def export_adapters(
@@ -60,6 +65,7 @@ def export_adapters(
     *,
     dtype: str | None = None,
     replace: bool = False,
+    fold: str | None = None,
     progress: Callable[[int, str], None] = lambda done, task: None,
 ) -> Manifest:
     """Add many adapters to a deployment in one change: all of them, or none if one cannot be added.
@@ -69,6 +75,7 @@ def export_adapters(
         out: the deployment.
         dtype: see ``export_adapter``.
         replace: likewise.
+        fold: likewise.
         progress: called with the number of tasks done and the name of the next.
 
     Raises:
@@ -84,13 +91,15 @@ def export_adapters(
             progress(done, task)
             adapter = read_adapter(folder)
             check_contract(adapter, writer.current.base, dtype, origin=f"adapter {folder}", folder=Path(out))
+            if fold is not None:
+                check_foldable(fold, adapter, writer.current.base, origin=f"adapter {folder}")
             if task in tasks and not replace:
                 raise DeploymentError(
                     f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
                     "or --name to give it another name"
                 )
             exporter = exporter or _Exporter(writer)
-            tasks[task] = exporter.write(task, adapter)
+            tasks[task] = exporter.write(task, adapter, fold)
         return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
 
 
@@ -102,10 +111,12 @@ class _Exporter:
         self._writer = writer
         self._manifest = writer.current
         self._dtype = writer.current.base.embedding_dtype
-        self._rows = _sample_rows(writer.folder, writer.current)
+        verify_files(writer.folder, writer.current, [self._manifest.base.embeddings])
+        self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
+        self._rows = _sample_rows(self._table)
         self._bank: dict[str, OpenGraph] = {}
 
-    def write(self, task: str, adapter: Adapter) -> Task:
+    def write(self, task: str, adapter: Adapter, fold: str | None) -> Task:
         """Build, check and stage the files of one task; raises ``GraphError``."""
         graph = build_task_graph(adapter, task, self._dtype).SerializeToString(deterministic=True)
         check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows)
@@ -114,6 +125,11 @@ class _Exporter:
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
             self._writer.stage(f"{folder}/{file}").write_bytes(data)
+        folded = None
+        if fold is not None:
+            folded = Fold(kind=fold, path=f"{folder}/{FOLD_FILES[fold]}")
+            bank, base = self._bank_graph(adapter.config.kind), self._manifest.base
+            self._writer.stage(folded.path).write_bytes(fold_task(fold, adapter, base, self._table, bank))
         return Task(
             graph=f"{folder}/{GRAPH_FILE}",
             config=f"{folder}/{CONFIG_FILE}",
@@ -123,6 +139,7 @@ class _Exporter:
             activation=adapter.config.activation,
             modalities=adapter.config.modalities,
             scope=adapter.config.scope,
+            fold=folded,
         )
 
     def _bank_graph(self, kind: str) -> OpenGraph:
@@ -157,15 +174,12 @@ def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str,
         )
 
 
-def _sample_rows(folder: Path, manifest: Manifest) -> npt.NDArray[np.float32]:
-    """Rows of the deployment's own embedding table, evenly spread, with shape ``(rows, d)``."""
+def _sample_rows(table: Array) -> npt.NDArray[np.float32]:
+    """Rows of an embedding table, evenly spread, with shape ``(rows, d)``; bfloat16 comes as its bits."""
     import ml_dtypes
 
-    base = manifest.base
-    verify_files(folder, manifest, [base.embeddings])
-    table = open_table(folder / base.embeddings, base)
     rows = table[np.unique(np.linspace(0, len(table) - 1, _CHECKED_ROWS).astype(np.int64))]
-    if base.embedding_dtype == "bfloat16":
+    if rows.dtype == np.uint16:
         rows = rows.view(ml_dtypes.bfloat16)
     sample: npt.NDArray[np.float32] = rows.astype(np.float32)
     return sample

@@ -80,6 +80,11 @@ def adapt_with_bound(adapter: Adapter, modality: str, x: Float64, dtype: str) ->
     return result, bound
 
 
+def activate(activation: str, hidden: Float64) -> Float64:
+    """An activation in float64."""
+    return _ACTIVATIONS[activation](hidden)
+
+
 def _gelu(h: Float64) -> Float64:
     erf = np.array([math.erf(value) for value in (h / math.sqrt(2.0)).ravel()]).reshape(h.shape)
     return 0.5 * h * (1.0 + erf)

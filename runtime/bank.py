@@ -14,6 +14,7 @@ import numpy as np
 
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.engine import Array, BankGraph
+from adalink.runtime.fold import Folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +39,28 @@ class Part:
 class Selection:
     """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
 
-    __slots__ = ("_parts", "_text", "_whole", "_whole_weights")
+    __slots__ = ("_fold", "_parts", "_text", "_whole", "_whole_weights")
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], fold: Folded | None = None) -> None:
         self._parts = tuple(parts)
+        self._fold = fold
         self._text = text = tuple(part for part in parts if part.modality == 0)
         # One task for a whole batch of text, which is what nearly every call is.
         is_whole = len(text) == 1 and text[0].rows is None
         self._whole = text[0].graph if is_whole else None
         self._whole_weights = text[0].weights if is_whole else {}
+
+    def lookup(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
+        """Adapted embeddings of token ids, by the task's folded form where the whole batch has a task that is folded.
+
+        Args:
+            table: the base's embedding table with shape ``(vocab, d)``.
+            ids: token ids with shape ``(batch, seq)``.
+            modality: as in ``apply``.
+        """
+        if self._fold is not None and modality is None:
+            return self._fold.lookup(table, ids)
+        return self.apply(table.take(ids, axis=0), modality)
 
     def apply(self, embeds: Array, modality: Array | None = None) -> Array:
         """Adapt each row by its task.
@@ -88,7 +102,8 @@ class Selection:
 
     def take(self, kept: Sequence[int]) -> Selection:
         """The selection of a batch made of some rows of this one, in the order given."""
-        return Selection([part for old in self._parts if (part := _take(old, np.asarray(kept))) is not None])
+        parts = [part for old in self._parts if (part := _take(old, np.asarray(kept))) is not None]
+        return Selection(parts, self._fold)
 
 
 PLAIN = Selection(())

@@ -173,11 +173,9 @@ class Deployment:
             RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
             BackendError: the engine refused.
         """
-        embeds = self._plain(input_ids, inputs_embeds)
+        embeds = self._adapted(input_ids, inputs_embeds, modality, tasks)
         check_length(embeds.shape[1], self._base)
         mask = check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
-        indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-        embeds = self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
         output = self._engine.run({"inputs_embeds": embeds, "attention_mask": mask})
         if self._base.kind == "decoder":
             return {"logits": output}
@@ -198,9 +196,7 @@ class Deployment:
 
         Takes and raises what ``run`` does.
         """
-        embeds = self._plain(input_ids, inputs_embeds)
-        indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-        return self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
+        return self._adapted(input_ids, inputs_embeds, modality, tasks)
 
     def generate(
         self,
@@ -253,7 +249,8 @@ class Deployment:
         own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        feeds = {"inputs_embeds": selection.apply(self._table[check_input_ids(ids, base)]), "attention_mask": mask}
+        embeds = selection.lookup(self._table, check_input_ids(ids, base))
+        feeds = {"inputs_embeds": embeds, "attention_mask": mask}
         if self._decoder is None:
             decoding, adapting = self._engine.start(feeds, max_new_tokens), selection.decoding()
         else:
@@ -305,14 +302,24 @@ class Deployment:
         self._engine_builds += 1
         return backend.open_engine(locate(self.path, graph), self._base, role)
 
-    def _plain(self, input_ids: npt.ArrayLike | None, inputs_embeds: npt.ArrayLike | None) -> Array:
-        """Plain embeddings of a request."""
+    def _adapted(
+        self,
+        input_ids: npt.ArrayLike | None,
+        inputs_embeds: npt.ArrayLike | None,
+        modality: npt.ArrayLike | None,
+        tasks: Tasks,
+    ) -> Array:
+        """What the engine is fed for a request."""
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
         if inputs_embeds is not None:
-            return check_embeds(inputs_embeds, self._base)
+            embeds = check_embeds(inputs_embeds, self._base)
+            indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
+            return self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
         assert input_ids is not None
-        return self._table.take(check_input_ids(input_ids, self._base), axis=0)
+        ids = check_input_ids(input_ids, self._base)
+        indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
+        return self._tasks.resolve(tasks, len(ids)).lookup(self._table, ids, indices)
 
     def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         if self._decoder is None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-import numpy as np
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import IntegrityError
+from adalink.runtime.file_memory import Bytes, map_file
 from adalink.runtime.manifest import Base
+from adalink.runtime.tensors import raw_tensors
 
 TENSOR_NAME = "embeddings"
-_STORED = {"float32": ("F32", "<f4"), "float16": ("F16", "<f2"), "bfloat16": ("BF16", "<u2")}
-_MAX_HEADER_BYTES = 1 << 20
+_STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 def open_table(path: Path, base: Base) -> Array:
@@ -29,21 +27,22 @@ def open_table(path: Path, base: Base) -> Array:
     Raises:
         IntegrityError: the file is not that table.
     """
-    code, dtype = _STORED[base.embedding_dtype]
-    shape = (base.vocab_size, base.hidden_size)
-    expected = f"one tensor {TENSOR_NAME!r} of {code} with shape {shape}"
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"its header claims {length} bytes")
-            entry = json.loads(stream.read(length))[TENSOR_NAME]
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] != code or tuple(entry["shape"]) != shape:
-            raise ValueError(f"it holds {entry['dtype']} with shape {tuple(entry['shape'])}")
-        if end - begin != shape[0] * shape[1] * np.dtype(dtype).itemsize:
-            raise ValueError(f"it holds {end - begin} bytes")
-        mapped = np.memmap(path, dtype=dtype, mode="r", offset=8 + length + begin, shape=shape)
-        return mapped.view(np.ndarray)  # rows taken from it are plain arrays too, and quicker to take
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path}: expected {expected}; {error}. Export the base again") from error
+        return view_table(map_file(path), base)
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: {error}. Export the base again") from error
+
+
+def view_table(data: Bytes, base: Base) -> Array:
+    """The table in a file's bytes, as ``open_table`` gives it; raises ``ValueError`` if it is another."""
+    shape, dtype = (base.vocab_size, base.hidden_size), _STORED[base.embedding_dtype]
+    expected = f"expected one tensor {TENSOR_NAME!r} of {base.embedding_dtype} with shape {shape}"
+    try:
+        tensors = raw_tensors(data)
+    except ValueError as error:
+        raise ValueError(f"{expected}; {error}") from error
+    table = tensors.get(TENSOR_NAME)
+    if len(tensors) != 1 or table is None or table.shape != shape or table.dtype != dtype:
+        found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
+        raise ValueError(f"{expected}; it holds {', '.join(found) or 'none'}")
+    return table

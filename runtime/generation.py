@@ -118,7 +118,7 @@ def decode(
             return
         if len(kept) < len(alive):
             alive, chosen, tasks = [alive[place] for place in kept], chosen[kept], tasks.take(kept)
-        decoding.step(tasks.apply(table[chosen]))
+        decoding.step(tasks.lookup(table, chosen))
 
 
 def _drop_ended(decoding: Decoding, ended: list[bool]) -> list[int]:

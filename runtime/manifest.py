@@ -15,6 +15,7 @@ from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestErro
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16")
+FOLDS = ("table", "rank")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
 _MAX_MANIFEST_BYTES = 64 << 20
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -129,6 +130,18 @@ class Variant(_Strict, frozen=True, kw_only=True):
     files: tuple[str, ...]
 
 
+class Fold(_Strict, frozen=True, kw_only=True):
+    """A text task computed ahead for every token of the vocabulary (docs/formats.md).
+
+    Attributes:
+        kind: ``"table"``: the adapted embeddings; ``"rank"``: ``act(down(x))`` of each token.
+        path: safetensors file with the one tensor.
+    """
+
+    kind: str
+    path: str
+
+
 class Task(_Strict, frozen=True, kw_only=True):
     """One deployed adapter.
 
@@ -141,6 +154,7 @@ class Task(_Strict, frozen=True, kw_only=True):
         activation: its activation.
         modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
         scope: ``"all"`` or ``"prompt"``.
+        fold: the task computed ahead, if it was exported so.
     """
 
     graph: str
@@ -151,11 +165,13 @@ class Task(_Strict, frozen=True, kw_only=True):
     activation: str
     modalities: tuple[str, ...]
     scope: str
+    fold: Fold | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of the task's files."""
-        return (self.graph, self.config, self.weights)
+        own = (self.graph, self.config, self.weights)
+        return own if self.fold is None else (*own, self.fold.path)
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):
@@ -346,6 +362,7 @@ def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, 
         and 1 <= task.rank <= base.hidden_size
         and task.activation in ACTIVATIONS
         and task.scope in SCOPES
+        and (task.fold is None or task.fold.kind in FOLDS)
         and _DIGEST.fullmatch(task.adapter_digest)
     )
     if not is_sound:
@@ -354,4 +371,6 @@ def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, 
         demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
         demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
         demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
+        fold = None if task.fold is None else task.fold.kind
+        demand(fold is None or fold in FOLDS, f"{field}.fold.kind", fold, f"one of {FOLDS}")
         demand(False, f"{field}.adapter_digest", task.adapter_digest, "a digest")

@@ -12,7 +12,8 @@ import numpy as np
 from adalink.runtime.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.bank import PLAIN, Selection, task_parts
 from adalink.runtime.engine import Backend, BankGraph
-from adalink.runtime.errors import ContractError, RequestError, UnknownTaskError
+from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.fold import Folded, view_fold
 from adalink.runtime.integrity import map_verified, read_verified
 from adalink.runtime.manifest import Manifest, Task, check_task_name
 from adalink.runtime.request import Tasks
@@ -23,7 +24,7 @@ class LoadedTask:
 
     Attributes:
         alone: the selection of a batch whose rows all have this task.
-        size_bytes: of its weights.
+        size_bytes: of its weights, and of its folded form.
         last_used: when it was last asked for, in the table's count of such requests.
     """
 
@@ -76,7 +77,7 @@ class TaskTable:
         if loaded is None:
             with self._lock:
                 self._check_known(name)
-                loaded = self._loaded.get(name) or self._keep(name, self._prepare(self._read(self._tasks[name])))
+                loaded = self._loaded.get(name) or self._keep(name, self._load(self._tasks[name]))
         loaded.last_used = next(self._clock)
         return loaded
 
@@ -159,9 +160,20 @@ class TaskTable:
             )
         return adapter
 
-    def _prepare(self, adapter: Adapter) -> LoadedTask:
+    def _load(self, task: Task | AddedTask) -> LoadedTask:
+        adapter = self._read(task)
+        if isinstance(task, AddedTask) or task.fold is None:
+            return self._prepare(adapter)
+        data = map_verified(self._folder, self._manifest, task.fold.path)
+        try:
+            fold = view_fold(task.fold.kind, data, adapter, self._manifest.base)
+        except ValueError as error:
+            raise IntegrityError(f"{task.fold.path}: {error}. Export the adapter again") from error
+        return self._prepare(adapter, fold, data.nbytes)
+
+    def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
         parts = task_parts(adapter, self._manifest.base.modalities, self._graph(adapter.config.kind))
-        return LoadedTask(Selection(parts), adapter.size_bytes)
+        return LoadedTask(Selection(parts, fold), adapter.size_bytes + fold_bytes)
 
     def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
         """Hold a task, and let go of others beyond the budget; the lock is held."""

@@ -16,6 +16,14 @@ _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 def view_tensors(data: Bytes) -> dict[str, npt.NDArray[np.float32]]:
     """Tensors of a safetensors file by name, as float32; those stored as float32 are views of ``data``.
 
+    Raises ``ValueError`` as ``raw_tensors`` does.
+    """
+    return {name: _as_float32(tensor) for name, tensor in raw_tensors(data).items()}
+
+
+def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
+    """Tensors of a safetensors file by name, as views of ``data``; bfloat16 is given as its bits, uint16.
+
     Raises:
         ValueError: the file is truncated, or not a safetensors file of floating-point tensors.
     """
@@ -50,16 +58,19 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _view(name: str, entry: Any, data: Bytes) -> npt.NDArray[np.float32]:
+def _view(name: str, entry: Any, data: Bytes) -> npt.NDArray[Any]:
     code, shape = entry.get("dtype"), entry.get("shape")
     if code not in _DTYPES:
         raise ValueError(f"tensor {name!r} is {code}, expected one of {', '.join(_DTYPES)}")
     if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"tensor {name!r} has shape {shape}, expected a list of sizes")
     try:
-        tensor = data.view(_DTYPES[code]).reshape(shape)
+        return data.view(_DTYPES[code]).reshape(shape)
     except ValueError as error:
         raise ValueError(f"tensor {name!r} has {len(data)} bytes, which are not {code} of shape {shape}") from error
-    if code == "BF16":
+
+
+def _as_float32(tensor: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if tensor.dtype == np.uint16:
         return (tensor.astype(np.uint32) << 16).view(np.float32)
     return tensor.astype(np.float32, copy=False)

@@ -25,23 +25,37 @@ _MOST_LISTED = 20
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
 @click.option("--name", help="Name of the task, for one adapter; the adapter folder's by default.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Of the task's input; the base's by default.")
+@click.option(
+    "--fold",
+    type=click.Choice(["table", "rank"]),
+    help="Also compute the task ahead for every token: all adapted embeddings, or the bottleneck's values.",
+)
 @click.option("--replace", is_flag=True, help="Take the place of tasks of the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def adapter(
-    adapters: tuple[Path, ...], out: Path, name: str | None, dtype: str | None, replace: bool, as_json: bool
+    adapters: tuple[Path, ...],
+    out: Path,
+    name: str | None,
+    dtype: str | None,
+    fold: str | None,
+    replace: bool,
+    as_json: bool,
 ) -> None:
     """Export each ADAPTER, a folder that training wrote, as a task of a deployment.
 
     The adapters must belong to the deployment's base. All are added in one change, or none. No byte under base/ or
-    engines/ is touched.
+    engines/ is touched. --fold is for adapters of text alone: "table" is what any engine with an external embedding
+    table can use, "rank" is smaller; the command prints what each token gains and what it takes.
 
     \b
     Example:
       adalink export adapter ./adapters/topics --out ./deployment
       adalink export adapter ./adapters/* --out ./deployment
       adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
+      adalink export adapter ./adapters/topics --out ./deployment --fold rank
     """  # noqa: D301
     from adalink.export.adapter import export_adapters
+    from adalink.tools.fold_trade import fold_trade
 
     folders = _by_name(adapters, name)
     shown = time.monotonic()
@@ -53,11 +67,16 @@ def adapter(
             say(f"{done} of {len(folders)} adapters checked; next: {task}")
 
     manifest = export_adapters(
-        folders, out, dtype=_DTYPES[dtype] if dtype else None, replace=replace, progress=progress
+        folders, out, dtype=_DTYPES[dtype] if dtype else None, replace=replace, fold=fold, progress=progress
     )
+    # On a backend that is not here nothing can be timed; the files are the same.
+    can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"
+    trade = fold_trade(out, manifest, next(iter(folders))) if can_run else None
     if as_json:
         tasks = [_described(manifest, task) for task in folders]
-        click.echo(json.dumps({"deployment": str(out), "tasks": tasks}, indent=2))
+        click.echo(
+            json.dumps({"deployment": str(out), "tasks": tasks, **({"fold_trade": trade} if trade else {})}, indent=2)
+        )
         return
     for task in list(folders)[:_MOST_LISTED]:
         entry = manifest.tasks[task]
@@ -65,6 +84,11 @@ def adapter(
         click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
     if len(folders) > _MOST_LISTED:
         click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
+    if trade is not None:
+        click.echo(
+            f"folded ({fold}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
+            f"weights; one token takes {trade['fold_us']:.1f} µs, through the graph {trade['graph_us']:.1f} µs"
+        )
 
 
 def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:
@@ -92,5 +116,6 @@ def _described(manifest: Manifest, task: str) -> dict[str, object]:
         "activation": entry.activation,
         "scope": entry.scope,
         "modalities": list(entry.modalities),
+        "fold": None if entry.fold is None else entry.fold.kind,
         "size_bytes": manifest.size_bytes(entry.files),
     }

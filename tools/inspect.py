@@ -82,6 +82,7 @@ def describe_deployment(folder: Path) -> Description:
                 "scope": task.scope,
                 "modalities": list(task.modalities),
                 "adapter_digest": task.adapter_digest,
+                "fold": None if task.fold is None else task.fold.kind,
                 "size_bytes": manifest.size_bytes(task.files),
             }
             for name, task in manifest.tasks.items()

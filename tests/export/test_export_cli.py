@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,25 @@ def test_many_adapters_at_once_are_all_added_or_none(checkpoint: Path, tmp_path:
     assert "would both be task 'task-0'" in twice.stderr
     named = adalink("export", "adapter", *sources[:2], "--out", out, "--name", "one")
     assert "one name for 2 adapters" in named.stderr
+
+
+def test_fold_prints_what_it_takes_and_gains(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deployment"
+    assert adalink("export", "base", checkpoint, "--out", out).exit_code == 0
+    base = read_manifest(out).base
+    settings = {"rank": 4, "activation": "gelu", "bias": True, "scope": "all"}
+    source = write_adapter(tmp_path / "topics", random_adapter(base.fingerprint, 48, 1, **settings))
+    shown = adalink("export", "adapter", source, "--out", out, "--fold", "rank")
+    assert re.search(
+        r"folded \(rank\): 0\.00 MB beside \d kB of weights; one token takes [\d.]+ µs, through", shown.stdout
+    )
+    made = json.loads(
+        adalink("export", "adapter", source, "--out", out, "--fold", "table", "--replace", "--json").stdout
+    )
+    assert made["tasks"][0]["fold"] == "table"
+    assert made["fold_trade"]["fold_bytes"] == pytest.approx(96 * 48 * 4, abs=200)
+    assert made["fold_trade"]["fold_us"] > 0
+    assert json.loads(adalink("inspect", out, "--json").stdout)["tasks"]["topics"]["fold"] == "table"
 
 
 def test_modalities_are_given_by_name(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from runtime_support import reseal
+from safetensors.numpy import load_file, save_file
 from tiny_deployments import make_deployment, seeded_adapter
 
+from adalink.export.adapter import export_adapter
 from adalink.runtime import bank
 from adalink.runtime.manifest import read_manifest
 from adalink.runtime.tasks import TaskTable
@@ -125,6 +127,24 @@ def test_bank_fed_with_another_tasks_weights(deployment, monkeypatch):
     found = failures(model, folder)
     assert {"adapter/alpha/bank-vocabulary", "task/alpha/logits", "task/alpha/top1", "task/alpha/kl"} <= found
     assert not {name for name in found if "beta" in name or "graph" in name}
+
+
+@pytest.mark.parametrize("fold", ["table", "rank"])
+def test_one_token_of_a_folded_task(fold, clean, tmp_path):
+    """One component of one token, by one percent of the largest: no prompt need hold that token."""
+    model, _ = clean
+    folder = shutil.copytree(clean[1], tmp_path / "deployment")
+    source = tmp_path / "folded"
+    shutil.copytree(folder / "tasks/alpha", source)
+    task = export_adapter(source, folder, fold=fold).tasks["folded"]
+    assert not failures(model, folder)
+    path = folder / task.fold.path
+    ((name, values),) = load_file(path).items()
+    values = values.copy()
+    values[91, 1] += 0.01 * np.abs(values).max()
+    save_file({name: values}, path)
+    reseal(folder)
+    assert failures(model, folder) == {"adapter/folded/fold-vocabulary"}
 
 
 def stack_wrongly(monkeypatch, change):

@@ -73,6 +73,21 @@ def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment,
     return at_most(f"adapter/{name}/{path}-vocabulary", ratio, 1.0, detail)
 
 
+def check_fold(name: str, fold: str, deployment: Deployment, adapter: Adapter) -> Check:
+    """Every token through the task's folded form, which the deployment uses for token ids."""
+    base = deployment.manifest.base
+
+    def blocks() -> Iterator[tuple[int, Float64, Float64]]:
+        for start in range(0, base.vocab_size, _BLOCK_ROWS):
+            ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
+            plain, adapted = deployment.embed(ids)[0], deployment.embed(ids, tasks=name)[0]
+            yield start, to_float64(plain, base.embedding_dtype), to_float64(adapted, base.embedding_dtype)
+
+    ratio, row, column = _worst(blocks(), adapter, base.modalities[0], base.embedding_dtype)
+    detail = f"measured / bound of the folded form ({fold}) over {base.vocab_size} tokens; worst: token {row}, "
+    return at_most(f"adapter/{name}/fold-vocabulary", ratio, 1.0, f"{detail}component {column}")
+
+
 def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: str) -> Check:
     """Multiples of every unit vector through one way that a task is computed, for each modality of the adapter."""
     width = adapter.config.hidden_size

@@ -16,6 +16,7 @@ from adalink.runtime.integrity import read_verified
 from adalink.runtime.variants import choose_variant
 from adalink.tools.parity.adapter import (
     check_contract,
+    check_fold,
     check_vocabulary,
     check_weights,
     through_bank,
@@ -134,6 +135,8 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
         for way, adapt in ways.items():
             report.checks.append(check_vocabulary(name, way, adapt, deployment, adapter))
             report.checks.append(check_weights(name, way, adapt, adapter, dtype))
+        if task.fold is not None:
+            report.checks.append(check_fold(name, task.fold.kind, deployment, adapter))
 
 
 def _check_table(deployment: Deployment, reference: Reference) -> Check:

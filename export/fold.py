@@ -1,0 +1,105 @@
+"""Folding a text task: computed ahead for every token, checked over the whole vocabulary, written as one tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from adalink.export.bounds import Float64
+from adalink.export.graph_run import OpenGraph
+from adalink.export.task_check import activate, adapt_with_bound
+from adalink.runtime.adapter import Adapter
+from adalink.runtime.bank import bank_weights
+from adalink.runtime.embeddings import TENSOR_NAME
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import ConfigError, GraphError
+from adalink.runtime.file_memory import Bytes
+from adalink.runtime.fold import HIDDEN_NAME, view_fold
+from adalink.runtime.manifest import FOLDS, Base
+
+FOLD_FILES = {"table": "embeddings.safetensors", "rank": "hidden.safetensors"}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_BLOCK_ROWS = 4096
+
+
+def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None:
+    """Only what depends on the token alone can be computed ahead; raises ``ConfigError``."""
+    if fold not in FOLDS:
+        raise ConfigError(f"fold is {fold!r}, expected one of {', '.join(FOLDS)}")
+    if adapter.config.modalities != ("text",):
+        raise ConfigError(
+            f"{origin} adapts {', '.join(adapter.config.modalities)}: only an adapter of text alone can be folded, "
+            "whose inputs are the rows of the embedding table; export it without --fold"
+        )
+    if fold == "rank" and base.embedding_dtype == "bfloat16":
+        raise ConfigError(f"{base.name} has bfloat16 embeddings, which numpy cannot add to: fold {origin} to a table")
+
+
+def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenGraph) -> bytes:
+    """Bytes of a task's folded form.
+
+    Args:
+        fold: ``"table"`` or ``"rank"``.
+        adapter: the task's adapter.
+        base: the base contract.
+        table: its embedding table with shape ``(vocab, d)``; bfloat16 as its bits.
+        bank: the bank graph of the adapter's kind, which fills a table.
+
+    Raises:
+        GraphError: a component of some token is outside the bound of the graph.
+    """
+    if fold == "table":
+        kind = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
+        weights = bank_weights(adapter, "text")
+        parts = [bank.run(block[None], weights)[0].astype(kind) for _, block in _blocks(table)]
+        tensor = np.concatenate(parts).view(table.dtype)
+        data = _encode(TENSOR_NAME, tensor, _CODES[base.embedding_dtype])
+    else:
+        data = _encode(HIDDEN_NAME, np.concatenate([_hidden(adapter, block) for _, block in _blocks(table)]), "F32")
+    check_fold(fold, np.frombuffer(data, np.uint8), adapter, base, table)
+    return data
+
+
+def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: Array) -> None:
+    """Compare a folded form with the method in float64 for every token; raises ``GraphError``."""
+    folded = view_fold(fold, data, adapter, base)
+    for start, block in _blocks(table):
+        expected, bound = adapt_with_bound(adapter, "text", block, base.embedding_dtype)
+        received = _float64(folded.lookup(table, np.arange(start, start + len(block))))
+        ratio = np.abs(received - expected) / bound
+        if not (ratio <= 1.0).all():
+            row, column = np.unravel_index(np.argmax(ratio), ratio.shape)
+            raise GraphError(
+                f"folded task ({fold}): component {column} of token {start + row} is {received[row, column]!r}, "
+                f"expected {expected[row, column]!r} within {bound[row, column]:.3g}: the task was not registered; "
+                "report this with the versions of onnx, onnxruntime and numpy"
+            )
+
+
+def _hidden(adapter: Adapter, block: Float64) -> Array:
+    """``act(down(x))``, rounded once; shape ``(rows, r)``."""
+    bias = adapter.weights.get("text.down.bias")
+    hidden = block @ adapter.weights["text.down.weight"].T.astype(np.float64) + (0.0 if bias is None else bias)
+    return activate(adapter.config.activation, hidden).astype(np.float32)
+
+
+def _blocks(table: Array) -> Iterator[tuple[int, Float64]]:
+    for start in range(0, len(table), _BLOCK_ROWS):
+        yield start, _float64(table[start : start + _BLOCK_ROWS])
+
+
+def _float64(values: Array) -> Float64:
+    if values.dtype == np.uint16:
+        values = values.view(ml_dtypes.bfloat16)
+    return values.astype(np.float64)
+
+
+def _encode(name: str, tensor: Array, code: str) -> bytes:
+    """A safetensors file with one tensor, which begins at a multiple of 64 bytes."""
+    entry = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
+    header = json.dumps({name: entry}).encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    return len(header).to_bytes(8, "little") + header + tensor.tobytes()
