@@ -25,6 +25,7 @@ class Part:
         rows: which rows of the batch, int64; ``None`` for all of them.
         modality: index in the base's modalities; 0 is text.
         scope: ``"all"``, or ``"prompt"`` for rows whose generated tokens are left alone.
+        digest: of the adapter; of the first one where parts were stacked.
         graph: the arithmetic.
         weights: its inputs, one set for all rows or one for each of ``rows``.
     """
@@ -32,6 +33,7 @@ class Part:
     rows: Array | None
     modality: int
     scope: str
+    digest: str
     graph: BankGraph
     weights: Mapping[str, Array]
 
@@ -87,6 +89,14 @@ class Selection:
         """The parts of one task, for those rows of a mixed batch that have it."""
         return [replace(part, rows=rows) for part in self._parts]
 
+    def adapters(self, batch: int) -> list[tuple[str, str]]:
+        """Digest and scope of the adapter that each row's text goes through; empty for the plain base."""
+        found = [("", "")] * batch
+        for part in self._text:
+            for row in range(batch) if part.rows is None else part.rows.tolist():
+                found[row] = (part.digest, part.scope)
+        return found
+
     def decoding(self) -> Selection:
         """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``.
 
@@ -119,7 +129,7 @@ def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) ->
     """
     config = adapter.config
     return [
-        Part(None, index, config.scope, graph, bank_weights(adapter, modality))
+        Part(None, index, config.scope, adapter.digest, graph, bank_weights(adapter, modality))
         for index, modality in enumerate(modalities)
         if modality in config.modalities
     ]

@@ -9,14 +9,15 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.bank import PLAIN
+from adalink.runtime.bank import PLAIN, Selection
 from adalink.runtime.embeddings import open_table
-from adalink.runtime.engine import Array, Backend, Engine, open_backend
+from adalink.runtime.engine import Array, Backend, Decoding, Engine, open_backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Manifest, locate, read_manifest
 from adalink.runtime.padding import pad_left
+from adalink.runtime.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import (
     Tasks,
@@ -55,6 +56,7 @@ class Deployment:
         variant: str | None = None,
         *,
         task_memory_bytes: int | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -67,6 +69,13 @@ class Deployment:
         decoder = self.variant.decoder_graph
         self._decoder = self._build(backend, decoder, "decoder") if decoder else None
         self._tokenizer: Tokenizer | None = None
+        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        if self._prefixes is not None and (self._decoder is not None or not self._engine.resumes):
+            self.close()
+            raise RequestError(
+                f"prefix_cache_bytes is {prefix_cache_bytes}, but {self.variant.graph} cannot go on from a kept "
+                "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"
+            )
 
     @classmethod
     def open(
@@ -78,6 +87,7 @@ class Deployment:
         threads: int | None = None,
         full_check: bool = False,
         task_memory_bytes: int | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> Deployment:
         """Check the files of a deployment's base against its manifest and open its engine, once.
 
@@ -95,9 +105,12 @@ class Deployment:
             task_memory_bytes: weights of tasks that are held at a time; beyond it the task that was not used for the
                 longest time is let go until it is asked for again. No limit by default: the weights of the deployment's
                 tasks are mapped files, whose pages the system takes back when memory is short.
+            prefix_cache_bytes: memory for what prompts left in the KV cache; ``generate`` goes on from the longest
+                beginning that a prompt has in common with an earlier one under the same adapter. 0 keeps nothing.
 
         Raises:
-            RequestError: ``threads`` or ``task_memory_bytes`` is less than 1.
+            RequestError: ``threads`` or ``task_memory_bytes`` is less than 1, ``prefix_cache_bytes`` less than 0, or
+                not 0 for a base that cannot go on from a kept prefix.
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
             BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
         """
@@ -105,13 +118,22 @@ class Deployment:
         manifest = read_manifest(folder)
         if task_memory_bytes is not None and task_memory_bytes < 1:
             raise RequestError(f"task_memory_bytes is {task_memory_bytes}, expected at least 1")
+        if prefix_cache_bytes < 0:
+            raise RequestError(f"prefix_cache_bytes is {prefix_cache_bytes}, expected at least 0, which keeps nothing")
         opened = open_backend(backend, threads)
         chosen = choose_variant(manifest, opened.name, variant)
         if full_check:
             verify_files(folder, manifest)
         else:
             verify_once(folder, manifest, (manifest.base.embeddings, *manifest.variants[chosen].files))
-        return cls(folder, manifest, opened, chosen, task_memory_bytes=task_memory_bytes)
+        return cls(
+            folder,
+            manifest,
+            opened,
+            chosen,
+            task_memory_bytes=task_memory_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+        )
 
     def __enter__(self) -> Deployment:
         return self
@@ -252,7 +274,7 @@ class Deployment:
         embeds = selection.lookup(self._table, check_input_ids(ids, base))
         feeds = {"inputs_embeds": embeds, "attention_mask": mask}
         if self._decoder is None:
-            decoding, adapting = self._engine.start(feeds, max_new_tokens), selection.decoding()
+            decoding, adapting = self._start(feeds, encoded, selection, max_new_tokens), selection.decoding()
         else:
             start = np.full((len(prompts), 1), base.decoder_start_token_id, np.int64)
             states = self._engine.run(feeds)
@@ -296,6 +318,20 @@ class Deployment:
         expected = 1 if self._decoder is None else 2
         paths = (*self.variant.files, self._base.embeddings)
         return make_receipt(self.path, self.manifest, paths, self._engine_builds, expected)
+
+    def _start(self, feeds: dict[str, Array], encoded: list[list[int]], selection: Selection, room: int) -> Decoding:
+        """Run prompts, those whose beginning was run before from there on."""
+        prefixes = self._prefixes
+        if prefixes is None:
+            return self._engine.start(feeds, room)
+        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in selection.adapters(len(encoded))]
+        prompts = [np.array(tokens, np.int64) for tokens in encoded]
+        known = [prefixes.find(key, tokens) for key, tokens in zip(keys, prompts, strict=True)]
+        decoding = self._engine.start(feeds, room, known)
+        for row, (key, tokens, states) in enumerate(zip(keys, prompts, known, strict=True)):
+            if states is None or states.shape[2] < len(tokens) - 1:
+                prefixes.add(key, tokens, decoding.states(row, len(tokens)))
+        return decoding
 
     def _build(self, backend: Backend, graph: str, role: str) -> Engine:
         """Open a base graph, and count it: the only place where an engine is made."""

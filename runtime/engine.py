@@ -6,7 +6,7 @@ touches no caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,12 +37,19 @@ class Decoding(Protocol):
             BackendError: the engine refused.
         """
 
+    def states(self, row: int, length: int) -> Array:
+        """A copy of what a row's first tokens left in the cache, as ``Engine.start`` takes it; only if ``resumes``."""
+
     def drop(self, row: int) -> None:
         """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
 
 
 class Engine(Protocol):
     """A compiled base graph, safe for calls from several threads."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether prompts can go on from states that were kept."""
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
         """Run whole sequences.
@@ -59,12 +66,14 @@ class Engine(Protocol):
             BackendError: the engine refused.
         """
 
-    def start(self, feeds: Mapping[str, Array], room: int) -> Decoding:
+    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> Decoding:
         """Run prompts, to go on after them; only for graphs with a KV cache.
 
         Args:
             feeds: as for ``run``.
             room: how many steps may follow.
+            known: for each row what its first tokens left in a cache before, shape
+                ``(2 * layers, kv_heads, n, head_dim)``, fewer than the row has, or ``None``; only if ``resumes``.
 
         Raises:
             BackendError: the engine refused.

@@ -6,7 +6,7 @@ output at the same address, the embedding of a token, the logits. A step writes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,11 +45,20 @@ class InPlaceEngine:
         result[mask != 0] = logits
         return result
 
-    def start(self, feeds: Mapping[str, Array], room: int) -> InPlaceDecoding:
+    @property
+    def resumes(self) -> bool:
+        """See ``adalink.runtime.engine.Engine``."""
+        return True
+
+    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> InPlaceDecoding:
         """See ``adalink.runtime.engine.Engine``."""
         embeds, lengths = move_left(feeds["inputs_embeds"], feeds["attention_mask"])
         decoding = InPlaceDecoding(self._session, self._signature, lengths, embeds.shape[1] + room)
-        decoding.read(embeds)
+        if any(states is not None for states in known):
+            for row, states in enumerate(known):
+                decoding.resume(row, embeds[row : row + 1, : lengths[row]], states)
+        else:
+            decoding.read(embeds)
         return decoding
 
     def close(self) -> None:
@@ -87,9 +96,27 @@ class InPlaceDecoding:
     def read(self, inputs_embeds: Array) -> None:
         """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
         batch, longest = inputs_embeds.shape[:2]
-        self._bind(inputs_embeds, np.arange(longest)[None].repeat(batch, axis=0), self._ends(longest))
+        positions = np.arange(longest)[None].repeat(batch, axis=0)
+        self._bind(slice(batch), inputs_embeds, positions, self._places * longest + self._lengths - 1)
         self._run()
-        self._bound = 0
+
+    def resume(self, row: int, inputs_embeds: Array, states: Array | None) -> None:
+        """Run the prompt of one row, shape ``(1, length, d)``, after the tokens whose states are known.
+
+        The operator takes several tokens after a cache for a single row only, so each row is a call.
+        """
+        known = 0
+        if states is not None:
+            known = states.shape[2]
+            self._cache[:, row, :, :known] = states
+        positions = np.arange(known, inputs_embeds.shape[1])[None]
+        rest = np.ascontiguousarray(inputs_embeds[:, known:])
+        self._bind(slice(row, row + 1), rest, positions, np.array([rest.shape[1] - 1]))
+        self._run()
+
+    def states(self, row: int, length: int) -> Array:
+        """See ``adalink.runtime.engine.Decoding``."""
+        return self._cache[:, row, :, :length].copy()
 
     @property
     def logits(self) -> Array:
@@ -101,7 +128,7 @@ class InPlaceDecoding:
         alive = self._alive
         if self._bound != alive:
             self._token = np.empty_like(inputs_embeds)
-            self._bind(self._token, self._positions[:alive], self._places[:alive])
+            self._bind(slice(alive), self._token, self._positions[:alive], self._places[:alive])
             self._bound = alive
         assert self._token is not None
         self._token[:] = inputs_embeds
@@ -117,24 +144,20 @@ class InPlaceDecoding:
             length = self._lengths[row] = self._lengths[last]
             self._cache[:, row, :, :length] = self._cache[:, last, :, :length]
 
-    def _ends(self, longest: int) -> Array:
-        """Place of each row's last token in the flattened prompts."""
-        return np.arange(len(self._lengths)) * longest + self._lengths - 1
-
-    def _bind(self, inputs_embeds: Array, positions: Array, places: Array) -> None:
-        """Give the session the buffers of the rows that are alive."""
-        alive, binding, value = self._alive, self._binding, self._session.value
+    def _bind(self, rows: slice, inputs_embeds: Array, positions: Array, places: Array) -> None:
+        """Give the session the buffers of some rows."""
+        binding, value = self._binding, self._session.value
         buffers = {
             "inputs_embeds": inputs_embeds,
-            "sequence_lengths": self._lengths[:alive],
+            "sequence_lengths": self._lengths[rows],
             "logits_at": places,
             "position_ids": positions,
         }
         for name in self._signature.inputs:
             binding.bind_ortvalue_input(name, value(buffers[name]))
-        binding.bind_ortvalue_output(self._signature.output, value(self._logits[:alive]))
+        binding.bind_ortvalue_output(self._signature.output, value(self._logits[rows]))
         for past, present, layer in zip(self._signature.past, self._signature.present, self._cache, strict=True):
-            shared = value(layer[:alive])
+            shared = value(layer[rows])
             binding.bind_ortvalue_input(past, shared)
             binding.bind_ortvalue_output(present, shared)
 

@@ -61,11 +61,12 @@ class _SteppedEngine:
         self._inner = inner
         self._starts = starts
         self.run = inner.run
+        self.resumes = inner.resumes
         self.close = inner.close
 
-    def start(self, feeds: Mapping[str, Array], room: int) -> Decoding:
+    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> Decoding:
         self._starts.append(time.perf_counter())
-        return _SteppedDecoding(self._inner.start(feeds, room), self._starts)
+        return _SteppedDecoding(self._inner.start(feeds, room, known), self._starts)
 
 
 class _SteppedDecoding:
@@ -73,6 +74,7 @@ class _SteppedDecoding:
         self._inner = inner
         self._starts = starts
         self.drop = inner.drop
+        self.states = inner.states
 
     @property
     def logits(self) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> Selection:
         adapter = rows[own[0]]
         assert adapter is not None
         for part in task_parts(adapter, MODALITIES, graphs[adapter.config.kind]):
-            parts.append(bank.Part(np.array(own), part.modality, part.scope, part.graph, part.weights))
+            parts.append(replace(part, rows=np.array(own)))
     return Selection(parts)
 
 

@@ -15,6 +15,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.adapter import make_adapter
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Row
+from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 from adalink.runtime.padding import positions_of
 from adalink.runtime.tokenizer import TextStream
 
@@ -65,6 +66,32 @@ def test_a_mixed_batch_equals_each_prompt_alone(deployment: Deployment) -> None:
     ]
     assert together == alone
     assert len({result.token_ids for result in together}) == 4
+
+
+def test_rows_that_end_leave_the_batch(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows stop at different steps, in every order; each is as if it were alone, and steps get smaller."""
+    sizes: list[int] = []
+    step = InPlaceDecoding.step
+
+    def note(self: InPlaceDecoding, inputs_embeds: Any) -> None:
+        sizes.append(len(inputs_embeds))
+        step(self, inputs_embeds)
+
+    monkeypatch.setattr(InPlaceDecoding, "step", note)
+    prompts, tasks = [*PROMPTS, *PROMPTS[::-1]], ["alpha", None, "prompted", "beta", "beta", "alpha", None, "double"]
+    tasks = [task if task in deployment.tasks else None for task in tasks]
+    whole = deployment.generate(prompts, tasks=tasks, max_new_tokens=24)
+    stops = [result.text[2 + 4 * row :][:3] for row, result in enumerate(whole[:4]) if len(result.text) > 4 + 4 * row]
+    alone = [
+        deployment.generate([prompt], tasks=task, max_new_tokens=24, stop=stops)[0]
+        for prompt, task in zip(prompts, tasks, strict=True)
+    ]
+    sizes.clear()
+    assert deployment.generate(prompts, tasks=tasks, max_new_tokens=24, stop=stops) == alone
+    lengths = {len(result.token_ids) for result in alone}
+    assert len(lengths) > 2, "rows of several lengths"
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2, "the batch got smaller more than once"
 
 
 def test_streamed_pieces_make_the_text(deployment: Deployment) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine
@@ -38,11 +38,12 @@ class RecordingEngine:
         self._steps = steps
         self._inner = inner
         self.run = inner.run
+        self.resumes = inner.resumes
         self.close = inner.close
 
-    def start(self, feeds: Mapping[str, Array], room: int) -> Decoding:
+    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> Decoding:
         """See ``adalink.runtime.engine.Engine``."""
-        return RecordingDecoding(self._inner.start(feeds, room), self._steps)
+        return RecordingDecoding(self._inner.start(feeds, room, known), self._steps)
 
 
 class RecordingDecoding:
@@ -52,6 +53,7 @@ class RecordingDecoding:
         self._inner = inner
         self._steps = steps
         self.drop = inner.drop
+        self.states = inner.states
         steps.append(inner.logits.copy())
 
     @property
