@@ -10,7 +10,6 @@ import pytest
 from runtime_support import ACTIVATIONS, random_adapter
 
 from adalink.export.task_check import adapt_with_bound
-from adalink.runtime import bank
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.bank import PLAIN, Selection, task_parts
 from adalink.runtime.manifest import read_manifest
