@@ -44,6 +44,9 @@ _SENSITIVE = re.compile(
     r"/(lm_head|[qkv]_proj|qkv_proj|c_attn|query|key|value|[qkv]_lin|SelfAttention/[qkv]|EncDecAttention/[qkv]"
     r"|down_proj|mlp/c_proj|(?<!attention/)output/dense|lin2|wo)/(MatMul|Gemm)$"
 )
+_LAYER = re.compile(r"\.(\d+)/")
+# So are the layers at both ends, one in twelve at each.
+_END_SHARE = 12
 _INT8_ACTIVATIONS = 4  # the operator's accuracy_level: activations are rounded to 8 bits, block by block
 _EXTERNAL_FROM_BYTES = 1024
 _ALIGNMENT = 4096
@@ -76,13 +79,14 @@ def quantize(source: Path, target: Path, scheme: Quantization, report: Progress)
             f"{source.name} multiplies with no constant float32 matrix, so nothing in it can be quantised: "
             "export it without --quantize"
         )
+    layers = 1 + max(_layer(node.name) for node in products.values())
     rewritten: dict[str, list[onnx.NodeProto]] = {}
     coded: dict[tuple[str, int, bool], _Coded] = {}
     with target.with_name(f"{target.name}.data").open("wb") as stream:
         for index, (output, node) in enumerate(products.items()):
             if index % max(1, len(products) // 4) == 0:
                 report(f"quantising {source.name}: matrix {index + 1} of {len(products)}")
-            bits, block_size = _precision(node, scheme)
+            bits, block_size = _precision(node.name, scheme, layers)
             key = (node.input[1], bits, _is_transposed(node))
             if key not in coded:
                 matrix = _values(constants[node.input[1]], source)
@@ -143,11 +147,19 @@ def _is_transposed(node: onnx.NodeProto) -> bool:
     return any(entry.name == "transB" and entry.i for entry in node.attribute)
 
 
-def _precision(node: onnx.NodeProto, scheme: Quantization) -> tuple[int, int]:
-    """Bits and block size of a product's matrix."""
-    if _SENSITIVE.search(node.name):
+def _precision(name: str, scheme: Quantization, layers: int) -> tuple[int, int]:
+    """Bits and block size of the matrix of the product ``name`` in a graph of so many layers."""
+    layer, ends = _layer(name), layers // _END_SHARE
+    is_at_end = layer >= 0 and not ends <= layer < layers - ends
+    if is_at_end or _SENSITIVE.search(name):
         return scheme.sensitive_bits, scheme.sensitive_block_size
     return scheme.bits, scheme.block_size
+
+
+def _layer(name: str) -> int:
+    """Number of the layer that a product belongs to; -1 if it is in none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
 
 
 def _code(

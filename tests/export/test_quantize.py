@@ -91,6 +91,14 @@ def test_sensitive_matrices_have_more_bits(tmp_path, matrix):
     assert {node.name: attributes["bits"] for node, attributes in products(path)} == names
 
 
+def test_layers_at_both_ends_have_more_bits(tmp_path, matrix):
+    names = [f"/model/layers.{layer}/self_attn/o_proj/MatMul" for layer in range(30)]
+    nodes = [helper.make_node("MatMul", ["x", "w"], [f"y{i}"], name=name) for i, name in enumerate(names)]
+    nodes.append(helper.make_node("Sum", [f"y{i}" for i in range(30)], ["y"]))
+    path = quantized(tmp_path, nodes, {"w": matrix})
+    assert [attributes["bits"] for _, attributes in products(path)] == [8] * 2 + [4] * 26 + [8] * 2
+
+
 def test_one_constant_is_stored_once_for_each_precision(tmp_path, matrix):
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"], name="/a/up_proj/MatMul"),

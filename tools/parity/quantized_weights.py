@@ -159,16 +159,17 @@ def check_weights(layers: list[Layer], matrices: list[Matrix]) -> list[Check]:
 
 
 @contextmanager
-def rounded_inputs(layer: Layer) -> Iterator[None]:
-    """Round what a layer is given to 8 bits until the block ends: in each block by its largest magnitude over 127.
+def rounded_inputs(layer: Layer, module: Any) -> Iterator[None]:
+    """Round what ``module``, the layer in one precision or another, is given to 8 bits until the block ends.
 
-    That is what the operator does at ``accuracy_level`` 4 (ONNX Runtime, ``sqnbitgemm``), written anew.
+    The step of a block is its largest magnitude over 127. That is what the operator does at ``accuracy_level`` 4 (ONNX
+    Runtime, ``sqnbitgemm``), written anew.
     """
     import torch
 
     size = layer.matrix.block_size
 
-    def rounded(module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def rounded(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = arguments[0]
         padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
         blocks = padded.reshape(*x.shape[:-1], -1, size)
@@ -176,7 +177,7 @@ def rounded_inputs(layer: Layer) -> Iterator[None]:
         near = torch.where(step > 0, torch.round(blocks / step) * step, blocks)
         return (near.flatten(-2)[..., : x.shape[-1]], *arguments[1:])
 
-    handle = layer.module.register_forward_pre_hook(rounded)
+    handle = module.register_forward_pre_hook(rounded)
     try:
         yield
     finally:

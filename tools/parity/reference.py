@@ -56,6 +56,7 @@ class Reference:
         self._exact = copy.deepcopy(self._model).double()
         self._attached: Any = None
         self._layers: list[Layer] = []
+        self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
 
@@ -87,13 +88,12 @@ class Reference:
 
         self._layers = find_layers(self._model, matrices)
         checks = check_weights(self._layers, matrices)
-        twins = dict(self._exact.named_modules())
         for layer in self._layers:
             values = torch.from_numpy(np.ascontiguousarray(layer.values))
             # A new parameter, since the head may share its own with the embedding table.
             self._originals.append(layer.module.weight)
             layer.module.weight = torch.nn.Parameter(values, requires_grad=False)
-            twins[layer.name].weight = torch.nn.Parameter(values.double(), requires_grad=False)
+            self._twins[layer.name].weight = torch.nn.Parameter(values.double(), requires_grad=False)
         return checks
 
     @contextmanager
@@ -157,14 +157,16 @@ class Reference:
             prompt_length: how many of ``ids`` are the prompt; the rest counts as generated. All by default.
         """
         values = self._run(self._model, 0, ids, decoder_ids, prompt_length)
-        if self._is_rounding:
-            with ExitStack() as stack:
-                for layer in self._layers:
-                    stack.enter_context(rounded_inputs(layer))
-                exact = self._run(self._model, 0, ids, decoder_ids, prompt_length)
-        else:
-            exact = self._run(self._exact, 1, ids, decoder_ids, prompt_length)
-        return Outputs(values, {name: np.abs(value - exact[name]).max(axis=1) for name, value in values.items()})
+        if not self._is_rounding:
+            return Outputs(values, _deviations(values, self._run(self._exact, 1, ids, decoder_ids, prompt_length)))
+        with ExitStack() as stack:
+            for layer in self._layers:
+                stack.enter_context(rounded_inputs(layer, layer.module))
+                stack.enter_context(rounded_inputs(layer, self._twins[layer.name]))
+            # In both precisions: where a number lies on the edge between two codes, they part as two engines would.
+            single = _deviations(values, self._run(self._model, 0, ids, decoder_ids, prompt_length))
+            double = _deviations(values, self._run(self._exact, 1, ids, decoder_ids, prompt_length))
+        return Outputs(values, {name: np.maximum(single[name], double[name]) for name in values})
 
     def _exchange(self) -> None:
         for index, layer in enumerate(self._layers):
@@ -231,6 +233,11 @@ def limit_of(noise: Float64, typical: float, dtype: str) -> Float64:
     """
     scale = UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
     return np.asarray(NOISE_FACTOR * scale * np.maximum(noise, typical))
+
+
+def _deviations(ours: dict[str, Float64], theirs: dict[str, Float64]) -> dict[str, Float64]:
+    """By output, the largest deviation at each position."""
+    return {name: np.abs(value - theirs[name]).max(axis=1) for name, value in ours.items()}
 
 
 def _float64(tensor: torch.Tensor) -> Float64:
