@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,8 @@ from adalink.runtime.manifest import (
 LOCK_FILE = ".lock"
 STAGING_FOLDER = ".staging"
 _OWNED_FOLDERS = ("base", "engines", "tasks")
+_FEW = 32
+_FLUSHES_AT_ONCE = 32
 
 
 class DeploymentWriter:
@@ -90,14 +93,14 @@ class DeploymentWriter:
         _sync(pending)
         # Some libraries write files that only their owner may read; what ships has the mode of any new file.
         mode = stat.S_IMODE(pending.stat().st_mode)
-        for relative, path in staged.items():
+        for path in staged.values():
             path.chmod(mode)
-            _sync(path)
+        _sync_all(staged.values())
+        for relative, path in staged.items():
             final = self.folder / relative
             final.parent.mkdir(parents=True, exist_ok=True)
             path.replace(final)
-        for folder in sorted({(self.folder / relative).parent for relative in staged}):
-            _sync(folder)
+        _sync_all(sorted({(self.folder / relative).parent for relative in staged}))
         pending.replace(self.folder / MANIFEST_FILE)
         _sync(self.folder)
         return manifest
@@ -209,6 +212,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_all(paths: Collection[Path]) -> None:
+    """Flush many files or folders; a disk flushes many at once in little more time than one."""
+    if len(paths) <= _FEW:
+        for path in paths:
+            _sync(path)
+        return
+    with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
+        for _ in pool.map(_sync, paths):  # raises what one of them raised
+            pass
 
 
 def remove_task(path: str | Path, name: str) -> Manifest:
