@@ -121,7 +121,7 @@ def shift_zero_point(values):
     [
         (2, "o_proj", scale_one_block, "quantization/scales"),
         (2, "lm_head", scale_one_block, "quantization/scales"),
-        (3, "up_proj", shift_zero_point, "quantization/weights"),
+        (3, "gate_proj", shift_zero_point, "quantization/weights"),
         (3, "lm_head", shift_zero_point, "quantization/weights"),
         (
             1,
@@ -151,13 +151,10 @@ def test_two_products_exchanged(deployment):
     model, folder = deployment
 
     def exchange(graph):
-        gate, up = (
-            next(node for node in graph.node if node.op_type == MATRIX_OPERATOR and name in node.name)
-            for name in ("gate_proj", "up_proj")
-        )
-        gate.input[1], up.input[1] = up.input[1], gate.input[1]
-        gate.input[2], up.input[2] = up.input[2], gate.input[2]
-        gate.input[3], up.input[3] = up.input[3], gate.input[3]
+        products = [node for node in graph.node if node.op_type == MATRIX_OPERATOR]
+        first, second = (node for node in products if "gate_proj" in node.name)  # one a layer
+        for part in (1, 2, 3):
+            first.input[part], second.input[part] = second.input[part], first.input[part]
 
     edit(folder, exchange)
     found = failures(model, folder)
