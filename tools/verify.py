@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     metavar="PERCENT",
     help="Fail if quantising raises perplexity by more; it is only reported without this.",
 )
+@click.option(
+    "--rows",
+    "task_rows",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a JSON report.")
 def command(
     deployment: Path,
@@ -52,6 +59,7 @@ def command(
     quick: bool,
     text_file: Path | None,
     max_perplexity_increase: float | None,
+    task_rows: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
@@ -68,6 +76,7 @@ def command(
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --quick --json parity.json
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --text book.txt
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --rows topics=test.jsonl
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --adapter topics=./adapters/topics
     """  # noqa: D301
     from adalink.tools.console import say
@@ -81,13 +90,14 @@ def command(
         report = verify(
             deployment,
             against,
-            _parse_adapters(adapters),
+            _parse_pairs(adapters, "--adapter", "NAME=FOLDER"),
             backend=backend,
             variant=variant,
             threads=threads,
             quick=quick,
             text=None if text_file is None else _read_text(text_file),
             max_perplexity_increase=max_perplexity_increase,
+            task_rows=_parse_pairs(task_rows, "--rows", "NAME=FILE"),
             progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
         )
     environment = {
@@ -122,7 +132,7 @@ def print_report(report: Report) -> None:
     if report.cost:
         sides = ("float32", "weights", "deployed")
         lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
-        print_table("What quantising costs, the plain base", ("", "float32", "quantised weights", "as deployed"), lines)
+        print_table("What quantising costs", ("", "float32", "quantised weights", "as deployed"), lines)
     for line in report.skipped:
         click.echo(f"Not checked: {line}")
     print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
@@ -151,11 +161,11 @@ def _shown(value: object) -> str:
     )
 
 
-def _parse_adapters(pairs: tuple[str, ...]) -> dict[str, Path]:
-    adapters = {}
+def _parse_pairs(pairs: tuple[str, ...], option: str, form: str) -> dict[str, Path]:
+    found = {}
     for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        if not (name and equals and folder):
-            raise click.BadParameter(f"{pair!r} is not NAME=FOLDER", param_hint="--adapter")
-        adapters[name] = Path(folder)
-    return adapters
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise click.BadParameter(f"{pair!r} is not {form}", param_hint=option)
+        found[name] = Path(path)
+    return found

@@ -58,7 +58,7 @@ def matrix():
 @pytest.mark.parametrize(("scheme", "steps"), [("int4", 15), ("int8", 255)])
 def test_every_weight_is_within_half_a_step(tmp_path, matrix, scheme, steps):
     path = quantized(
-        tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"], name="/a/o_proj/MatMul")], {"w": matrix}, scheme
+        tmp_path, [helper.make_node("MatMul", ["x", "w"], ["y"], name="/h.0/mlp/c_fc/MatMul")], {"w": matrix}, scheme
     )
     ((node, values),) = dequantized(path).items()
     block = SCHEMES[scheme].block_size
@@ -70,18 +70,22 @@ def test_every_weight_is_within_half_a_step(tmp_path, matrix, scheme, steps):
         # The zero point is rounded as well: up to half a step more, at the end of the range.
         assert (error <= step[:, None] * 1.001).all()
         assert np.median(error / step[:, None]) <= 0.5
-    assert node == "/a/o_proj/MatMul"
+    assert node == "/h.0/mlp/c_fc/MatMul"
 
 
-def test_sensitive_matrices_have_more_bits(tmp_path, matrix):
+def test_only_what_enters_a_feed_forward_block_has_few_bits(tmp_path, matrix):
     names = {
         "/model/layers.0/self_attn/v_proj/MatMul": 8,
-        "/model/layers.0/self_attn/o_proj/MatMul": 4,
+        "/model/layers.0/self_attn/o_proj/MatMul": 8,
         "/model/layers.0/mlp/up_proj/MatMul": 4,
         "/model/layers.0/mlp/down_proj/MatMul": 8,
         "/model/h.0/mlp/c_proj/Gemm": 8,
-        "/model/h.0/attn/c_proj/Gemm": 4,
-        "/model/layer.0/attention/output/dense/MatMul": 4,
+        "/model/h.0/attn/c_proj/Gemm": 8,
+        "/model/h.0/mlp/c_fc/Gemm": 4,
+        "/model/layer.0/attention/output/dense/MatMul": 8,
+        "/model/layer.0/intermediate/dense/MatMul": 4,
+        "/encoder/block.0/layer.1/DenseReluDense/wi_1/MatMul": 4,
+        "/some/other/MatMul": 8,
         "/model/layer.0/output/dense/MatMul": 8,
         "/lm_head/MatMul": 8,
     }
@@ -92,7 +96,7 @@ def test_sensitive_matrices_have_more_bits(tmp_path, matrix):
 
 
 def test_layers_at_both_ends_have_more_bits(tmp_path, matrix):
-    names = [f"/model/layers.{layer}/self_attn/o_proj/MatMul" for layer in range(30)]
+    names = [f"/model/layers.{layer}/mlp/gate_proj/MatMul" for layer in range(30)]
     nodes = [helper.make_node("MatMul", ["x", "w"], [f"y{i}"], name=name) for i, name in enumerate(names)]
     nodes.append(helper.make_node("Sum", [f"y{i}" for i in range(30)], ["y"]))
     path = quantized(tmp_path, nodes, {"w": matrix})
@@ -101,8 +105,8 @@ def test_layers_at_both_ends_have_more_bits(tmp_path, matrix):
 
 def test_one_constant_is_stored_once_for_each_precision(tmp_path, matrix):
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"], name="/a/up_proj/MatMul"),
-        helper.make_node("MatMul", ["x", "w"], ["b"], name="/b/up_proj/MatMul"),
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/layers.0/up_proj/MatMul"),
+        helper.make_node("MatMul", ["x", "w"], ["b"], name="/layers.1/up_proj/MatMul"),
         helper.make_node("Add", ["a", "b"], ["y"]),
     ]
     path = quantized(tmp_path, nodes, {"w": matrix})
@@ -113,7 +117,7 @@ def test_one_constant_is_stored_once_for_each_precision(tmp_path, matrix):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gemm_keeps_its_bias(tmp_path, matrix, transposed):
     bias = np.linspace(-3, 5, COLUMNS).astype(np.float32)
-    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="/a/c_fc/Gemm", transB=int(transposed))
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="/h.0/c_fc/Gemm", transB=int(transposed))
     stored = np.ascontiguousarray(matrix.T) if transposed else matrix
     path = quantized(tmp_path, [node], {"w": stored, "b": bias})
     x = np.eye(ROWS, dtype=np.float32)  # rounded to 8 bits without loss

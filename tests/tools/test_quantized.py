@@ -13,7 +13,7 @@ from runtime_support import reseal
 from tiny_deployments import make_deployment
 
 from adalink.export.base import export_base
-from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.errors import DataError, RequestError, UnknownTaskError
 from adalink.runtime.manifest import read_manifest
 from adalink.tools.cli import main
 from adalink.tools.parity.quantized_weights import read_matrices
@@ -227,6 +227,20 @@ def test_limits_where_there_is_nothing_to_limit(clean):
         measure(model, folder, None, max_perplexity_increase=5.0)
     with pytest.raises(DataError, match=r"the text has \d tokens, expected at least 2"):
         measure(model, folder, text="a")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": reply}) + "\n" for prompt, reply in rows))
+    return path
+
+
+def test_rows_of_a_task_are_not_measured_where_that_means_nothing(clean, tmp_path):
+    model, folder = clean
+    rows = write_rows(tmp_path / "rows.jsonl", [("a", "b")])
+    with pytest.raises(RequestError, match=r"'onnxruntime-cpu' is not quantised.*--rows"):
+        measure(model, folder, None, task_rows={"alpha": rows})
+    with pytest.raises(UnknownTaskError, match=r"'beta' is not deployed here; deployed are: alpha"):
+        measure(model, folder, task_rows={"beta": rows})
 
 
 def test_the_command_shows_what_quantising_costs(clean, tmp_path):

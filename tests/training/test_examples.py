@@ -101,32 +101,3 @@ def test_zero_shot_scores_are_those_of_whole_rows(family, shared):
             for _ in range(evaluate.REPLY_TOKENS):
                 ids = torch.cat([ids, model(ids).logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
             assert ids[0, len(prompt) :].tolist() == reply
-
-
-def test_accuracy_of_a_deployment_counts_whole_replies_only(tmp_path):
-    """Against one-prompt generations: a reply that goes on after the label, or is another, does not count."""
-    import msgspec
-    from tiny_deployments import make_deployment
-
-    from adalink.runtime.deployment import Deployment
-    from adalink.runtime.engine import open_backend
-    from adalink.training.dataset import Row
-
-    _, folder = make_deployment(tmp_path, "llama", {"alpha": {"seed": 1}})
-    prompts = [first + second for first in "abcdefgh" for second in "mnopqrst"]
-    with Deployment.open(folder, threads=1) as deployment:
-        free = [deployment.generate([p], tasks="alpha", max_new_tokens=4)[0].token_ids for p in prompts]
-        manifest = deployment.manifest
-    end = Counter(token for tokens in free for token in tokens[2:]).most_common(1)[0][0]
-    base = msgspec.structs.replace(manifest.base, eos_token_ids=(end,))
-    manifest = msgspec.structs.replace(manifest, base=base)
-    with Deployment(folder, manifest, open_backend("onnxruntime-cpu", 1)) as deployment:
-        replies = {p: deployment.generate([p], tasks="alpha", max_new_tokens=4)[0] for p in prompts}
-        ending = [p for p, reply in replies.items() if reply.finish_reason == "stop" and reply.text.strip()]
-        endless = [p for p, reply in replies.items() if reply.finish_reason == "length" and len(reply.text) == 4]
-        right = [Row(prompt=p, completion=replies[p].text) for p in ending[:2]]
-        wrong = [Row(prompt=p, completion=f"{replies[p].text}x") for p in ending[:1]]
-        cut = [Row(prompt=p, completion=replies[p].text) for p in endless[:1]]
-        found = script("accuracy").accuracy(deployment, "alpha", right + wrong + cut)
-    assert (len(right), len(wrong), len(cut)) == (2, 1, 1)
-    assert found == 0.5

@@ -6,7 +6,7 @@ For a quantised engine it computes with the engine's own weights, dequantised; w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ from adalink.tools.parity.report import Check
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from adalink.training.dataset import Example
 
 # How many times float32's own noise a correct float32 engine may deviate by: docs/parity.md, "the noise floor".
 NOISE_FACTOR = 16.0
@@ -133,6 +136,12 @@ class Reference:
     def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Float64]:
         """Outputs of one row by name, in float32, without their noise."""
         return self._run(self._model, 0, ids, decoder_ids, None)
+
+    def exact_match(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int) -> float:
+        """Share of examples answered right in float32 (``adalink.training.exact_match``)."""
+        from adalink.training.exact_match import exact_match
+
+        return exact_match(self._model, tokenizer, examples, batch_rows)
 
     def embedding_table(self) -> Float64:
         """What the embedding module returns for every id, shape ``(vocab, d)``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from adalink.runtime.engine import Backend, open_backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.integrity import read_verified
 from adalink.runtime.variants import choose_variant
+from adalink.tools.parity.accuracy import measure_accuracy
 from adalink.tools.parity.adapter import (
     check_contract,
     check_fold,
@@ -31,6 +33,9 @@ from adalink.tools.parity.quantization import check_activations, check_cost, mat
 from adalink.tools.parity.reference import Reference, half_the_cores
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
+
+if TYPE_CHECKING:
+    from adalink.training.dataset import Row
 
 STEPS = 32
 # Generation is measured from the shortest prompts: each step costs as much after a long one.
@@ -50,6 +55,7 @@ def verify(
     quick: bool = False,
     text: str | None = None,
     max_perplexity_increase: float | None = None,
+    task_rows: Mapping[str, Path] | None = None,
     progress: Progress = lambda line: None,
 ) -> Report:
     """Compare a deployment with PyTorch.
@@ -64,6 +70,7 @@ def verify(
         quick: fewer prompts.
         text: what the cost of quantising is measured on; the prompts by default.
         max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
+        task_rows: of a quantised base, by task a JSONL file of prompts and completions, to measure exact match on.
         progress: called with a line at each step.
 
     Raises:
@@ -82,6 +89,7 @@ def verify(
                 "choose a quantised variant with --variant"
             )
         folders = _adapter_folders(deployment, adapters)
+        tested = _read_task_rows(deployment, form, task_rows or {})
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
         reference = Reference(against, deployment.manifest.base)
@@ -108,6 +116,10 @@ def verify(
             )
             if max_perplexity_increase is not None:
                 report.checks.append(check_cost(report.cost, max_perplexity_increase))
+            for name, examples in tested.items():
+                report.cost[f"exact match of {name}"] = measure_accuracy(
+                    deployment, reference, against, name, folders[name], examples, progress
+                )
         progress(f"swapping through {len(deployment.tasks)} tasks in fresh processes")
         checks, report.receipt = check_swaps(deployment, backend, form, threads, rows[0])
         report.checks += checks
@@ -115,12 +127,31 @@ def verify(
 
 
 def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> dict[str, Path]:
-    if unknown := sorted(adapters.keys() - set(deployment.tasks)):
+    _require_tasks(deployment, adapters)
+    own = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
+    return {name: adapters.get(name, own[name]) for name in deployment.tasks}
+
+
+def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[Row]]:
+    """The rows of each task; ``form`` is the variant's name, for messages."""
+    from adalink.training.dataset import read_rows
+
+    if files and deployment.variant.quantization is None:
+        raise RequestError(
+            f"variant {form!r} is not quantised, so no accuracy is lost: leave --rows out, or choose a "
+            "quantised variant with --variant"
+        )
+    if files and (deployment.manifest.base.kind == "encoder" or deployment.manifest.base.tokenizer is None):
+        raise RequestError("exact match needs a base that generates, with its tokenizer: leave --rows out")
+    _require_tasks(deployment, files)
+    return {name: read_rows(path) for name, path in files.items()}
+
+
+def _require_tasks(deployment: Deployment, names: Iterable[str]) -> None:
+    if unknown := sorted(set(names) - set(deployment.tasks)):
         raise UnknownTaskError(
             f"task {unknown[0]!r} is not deployed here; deployed are: {', '.join(deployment.tasks) or 'none'}"
         )
-    own = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
-    return {name: adapters.get(name, own[name]) for name in deployment.tasks}
 
 
 def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str, Adapter], progress: Progress) -> None:
