@@ -53,7 +53,8 @@ def section(report: Mapping[str, Any]) -> str:
     )
     lines = [how, "", *table(["", *COLUMNS.values()], rows), ""]
     if faster:
-        lines += [f"Tokens/s of the kit with a task over those of onnxruntime-genai, in the same rounds: {'; '.join(faster)}.", ""]
+        told = "; ".join(faster)
+        lines += [f"Tokens/s of the kit with a task over onnxruntime-genai's, in the same rounds: {told}.", ""]
     if metrics := {metric["name"]: metric["value"] for metric in report["kit"].get("metrics", [])}:
         shown = {
             "prefill_ratio": "first token x {:.2f}",

@@ -38,8 +38,8 @@ SCHEMES = {
         activation_bits=8,
     ),
 }
-# Of an ``int4`` base only what enters a feed-forward block is in 4 bits, where rounding costs least: a third of SmolLM2.
-# By the traced module's name, in the terms of every family that can be exported.
+# Of an ``int4`` base only what enters a feed-forward block is in 4 bits, where rounding costs least: a third of
+# SmolLM2. By the traced module's name, in the terms of every family that can be exported.
 _ENTERS_FEED_FORWARD = re.compile(
     r"/(gate_proj|up_proj|gate_up_proj|c_fc|intermediate/dense|lin1|wi|wi_[01])/(MatMul|Gemm)$"
 )
