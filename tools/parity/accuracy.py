@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.reference import Reference
+from adalink.tools.environment import available_cores
+from adalink.tools.parity.reference import Reference, torch_threads
 
 if TYPE_CHECKING:
     from adalink.training.dataset import Row
@@ -47,7 +48,7 @@ def measure_accuracy(
 
     tokenizer = load_tokenizer(against)
     examples = encode_rows(rows, tokenizer, deployment.manifest.base.max_positions or 1 << 20, f"rows of {task}")
-    with reference.adapted(folder):
+    with reference.adapted(folder), torch_threads(available_cores()):
         progress(f"task {task}: {len(rows)} rows, the checkpoint's weights")
         with reference.original_weights():
             exact = reference.exact_match(tokenizer, examples, _BATCH_ROWS)

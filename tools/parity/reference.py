@@ -16,7 +16,6 @@ import numpy as np
 from adalink.export.bounds import UNIT_ROUNDOFF, Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.manifest import Base
-from adalink.tools.environment import available_cores
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
 
@@ -217,15 +216,16 @@ class Outputs:
 
 
 @contextmanager
-def half_the_cores() -> Iterator[None]:
-    """Give PyTorch half of the cores until the block ends.
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch compute with that many threads, at least 1, until the block ends.
 
-    Its threads and the engine's wait by spinning: on the same cores they take turns, and both get many times slower.
+    Its threads and the engine's wait by spinning: on the same cores they take turns, and both get many times slower. So
+    where both compute in turns, PyTorch gets half of the cores.
     """
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, available_cores() // 2))
+    torch.set_num_threads(max(1, count))
     try:
         yield
     finally:

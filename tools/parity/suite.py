@@ -15,6 +15,7 @@ from adalink.runtime.engine import Backend, open_backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.integrity import read_verified
 from adalink.runtime.variants import choose_variant
+from adalink.tools.environment import available_cores
 from adalink.tools.parity.accuracy import measure_accuracy
 from adalink.tools.parity.adapter import (
     check_contract,
@@ -30,7 +31,7 @@ from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, ch
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
-from adalink.tools.parity.reference import Reference, half_the_cores
+from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
 
@@ -78,7 +79,7 @@ def verify(
     """
     progress("opening the deployment")
     with (
-        half_the_cores(),
+        torch_threads(available_cores() // 2),
         Deployment.open(path, backend, variant=variant, threads=threads, full_check=True) as deployment,
     ):
         form = choose_variant(deployment.manifest, backend, variant)
