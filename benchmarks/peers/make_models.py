@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,19 @@ def make_merged(out: Path, models: Path) -> None:
         shutil.rmtree(folder)
 
 
+# Which folders each is made from.
+MADE_FROM: dict[str, tuple[str, ...]] = {
+    "hf": (),
+    "lora": ("hf",),
+    "lora-attention": ("hf",),
+    "genai-fp32": ("hf",),
+    "genai-int4": ("hf",),
+    "genai-fp32-lora": ("hf", "lora"),
+    "genai-int4-lora": ("hf", "lora"),
+    "merged": ("hf", "lora"),
+}
+
+
 def recipes(models: Path, source: Path) -> dict[str, Callable[[Path], None]]:
     """Name of each folder, and what makes it."""
     return {
@@ -198,15 +211,23 @@ def recipes(models: Path, source: Path) -> dict[str, Callable[[Path], None]]:
     }
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """The folders and those that they are made from, which come first."""
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys([*in_order(MADE_FROM[name]), name])
+    return list(found)
+
+
 def main() -> None:
-    """Make the folders that are asked for and are not there."""
+    """Make the folders that are asked for and are not there, and what they are made from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or Hugging Face folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("names", nargs="*", help="all of them by default")
     arguments = parser.parse_args()
     makers = recipes(arguments.out, arguments.model)
-    for name in arguments.names or makers:
+    for name in in_order(arguments.names or makers):
         final, staging = arguments.out / name, arguments.out / f".{name}"
         if final.is_dir():
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.cases import CASES, Case
 from benchmarks.figures import check_fields, summary
 from benchmarks.peers import common
+from benchmarks.peers.make_models import MADE_FROM, in_order, recipes
 from benchmarks.process import MeasurementError, run_json
 from benchmarks.run import Bench
 from benchmarks.scale import QUICK
@@ -178,6 +180,14 @@ def test_names_are_unique_and_pairs_fit():
     assert len(names) == len(CASES)
     for case in CASES:
         assert case.without is None or names[case.without].precision == case.precision
+
+
+def test_what_a_peer_is_made_from_is_made_first():
+    needed = [name for case in CASES for name in case.needs]
+    assert set(needed) <= set(MADE_FROM) == set(recipes(Path("models"), Path("source")))
+    for order in (in_order(needed), in_order(reversed(needed)), in_order(["merged"])):
+        for name in order:
+            assert set(MADE_FROM[name]) <= set(order[: order.index(name)])
 
 
 def test_every_peer_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch):
