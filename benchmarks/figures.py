@@ -31,6 +31,7 @@ def summary(case: Case, rounds: list[Result]) -> Result:
         numbers = [value for value in values if isinstance(value, int | float)]
         result[name] = statistics.median(numbers) if numbers else values[0]
     result["rounds"] = {
-        name: [found[name] for found in rounds] for name in ("prefill_ms", "first_token_ms", "decode_tok_s")
+        name: [found[name] for found in rounds]
+        for name in ("prefill_ms", "first_token_ms", "decode_tok_s", "memory_gb_s")
     }
     return result

@@ -38,7 +38,7 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
 def _speed(report: Mapping[str, Any], folder: Path) -> Path:
     """Tokens/s of every case, and the limit of the memory."""
     cases = _measured(report, "decode_tok_s")
-    limit = report["bandwidth"]["gb_s"] * 1e9
+    limit = report["memory_gb_s"] * 1e9
     values = [case["decode_tok_s"] for case in cases.values()]
     figure, axes = _bars(cases, values, "{:.0f}")
     for place, case in enumerate(cases.values()):

@@ -41,8 +41,9 @@ def agreement(cases: Cases) -> list[list[str]]:
     return rows
 
 
-def share_of_limit(case: Mapping[str, Any], gb_s: float) -> float | None:
-    """Tokens/s over those that reading every weight once a token allows."""
-    if "decode_tok_s" not in case:
-        return None
-    return float(case["decode_tok_s"] * case["weight_bytes"] / (gb_s * 1e9))
+def share_of_limit(case: Mapping[str, Any]) -> float | None:
+    """Tokens/s over those that reading every weight once a token allows, at the bandwidth measured around the case."""
+    rounds = case.get("rounds", {})
+    pairs = list(zip(rounds.get("decode_tok_s", []), rounds.get("memory_gb_s", []), strict=True))
+    shares = [speed * case["weight_bytes"] / (gb_s * 1e9) for speed, gb_s in pairs]
+    return statistics.median(shares) if shares else None

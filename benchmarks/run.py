@@ -64,8 +64,8 @@ class Bench:
         """Everything, as ``results/cpu.json`` holds it."""
         self.prepare()
         kit, peers = self.kit(), self.peers()
-        limits = [self.bandwidth(turn) for turn in range(self._scale.rounds)]
-        gb_s = statistics.median(limit["gb_s"] for limit in limits)
+        found = [value for case in peers.values() for value in case.get("rounds", {}).get("memory_gb_s", [])]
+        gb_s = statistics.median(found or [measure_bandwidth(self._threads)])
         return {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "command": "make bench" + (" QUICK=1" if self._scale is QUICK else ""),
@@ -78,7 +78,7 @@ class Bench:
                 "rounds": self._scale.rounds,
                 "task_rank": TASK_RANK,
             },
-            "bandwidth": {"gb_s": gb_s, "rounds": limits},
+            "memory_gb_s": gb_s,
             "kit": kit,
             "peers": peers,
             "growth": self.growth(gb_s),
@@ -115,17 +115,12 @@ class Bench:
             self.say(f"FAILED, {error}")
             return {"error": str(error)}
 
-    def bandwidth(self, turn: int) -> Result:
-        """The machine's own limit, in that round."""
-        return self._store.get(f"bandwidth.{turn}", partial(measure_bandwidth, self._threads))
-
     def peers(self) -> dict[str, Result]:
         """Every case, round by round; a case that fails is reported with the reason and measured no more."""
         missing = self._models()
         rounds: dict[str, list[Result]] = {case.name: [] for case in CASES}
         errors: dict[str, str] = {}
         for turn in range(self._scale.rounds):
-            self.bandwidth(turn)
             # Who goes first changes with every round, so that a drift of the machine favours nobody.
             for case in CASES if turn % 2 == 0 else CASES[::-1]:
                 if lacking := [name for name in case.needs if name in missing]:
@@ -169,8 +164,11 @@ class Bench:
         command += ["--work", self._work, "--kind", case.kind, "--prompt", self._work / "prompt.json"]
         command += ["--new-tokens", str(scale.new_tokens), "--threads", str(self._threads)]
         command += ["--repeats", str(scale.repeats)]
+        # The machine's limit moves within minutes, so it is measured around each case.
+        before = measure_bandwidth(self._threads)
         result = run_json(command, _CASE_TIMEOUT_S, self._logs / f"{case.name}.{turn}.log")
         check_fields(result)
+        result["memory_gb_s"] = (before + measure_bandwidth(self._threads)) / 2
         self.say(f"round {turn + 1} of {scale.rounds}, {case.label}: {result['decode_tok_s']:.1f} tokens/s")
         return result
 

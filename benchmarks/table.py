@@ -13,11 +13,10 @@ KIT, PEER, INT4_KIT, INT4_PEER = "kit-task", "genai-lora", "kit-int4-task", "gen
 def render(report: Mapping[str, Any]) -> str:
     """The page."""
     environment, settings, cases = report["environment"], report["settings"], report["peers"]
-    limit = report["bandwidth"]["gb_s"]
     how = (
         f"`{report['command']}` on {report['date']}: {settings['model']}, {environment['cpu']}, {settings['threads']} "
         f"threads, {settings['prompt_tokens']} prompt tokens, {settings['new_tokens']} new tokens, medians of "
-        f"{settings['rounds']} alternating rounds. Memory is read at {limit:.1f} GB/s. "
+        f"{settings['rounds']} alternating rounds. Memory was read at {report['memory_gb_s']:.1f} GB/s. "
         "[What each figure means](../README.md)."
     )
     lines = [
@@ -38,7 +37,7 @@ def render(report: Mapping[str, Any]) -> str:
                 "an adapter costs",
                 "resident, MB",
             ],
-            [_speed(case, cases, name, limit) for name, case in cases.items()],
+            [_speed(case, cases, name) for name, case in cases.items()],
         ),
         "",
         "## Adapters",
@@ -73,7 +72,7 @@ def render(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _speed(case: Mapping[str, Any], cases: Mapping[str, Any], name: str, limit: float) -> list[str]:
+def _speed(case: Mapping[str, Any], cases: Mapping[str, Any], name: str) -> list[str]:
     if "decode_tok_s" not in case:
         return [case["label"], case["precision"], "not measured", "", "", "", "", ""]
     return [
@@ -82,7 +81,7 @@ def _speed(case: Mapping[str, Any], cases: Mapping[str, Any], name: str, limit: 
         f"{case['prefill_ms']:.0f}",
         f"{case['first_token_ms']:.0f}",
         f"{case['decode_tok_s']:.1f}",
-        _percent(share_of_limit(case, limit)),
+        _percent(share_of_limit(case)),
         _percent(adapter_cost(cases, name)),
         f"{case['resident_mb']:.0f}",
     ]

@@ -35,6 +35,7 @@ def case(definition, speeds, swap):
         "first_tokens": [1, 2, 3, 4],
     }
     found["rounds"] = {"decode_tok_s": speeds, "first_token_ms": [80.0] * 3, "prefill_ms": [100.0] * 3}
+    found["rounds"]["memory_gb_s"] = [40.0, 50.0, 30.0]
     return found
 
 
@@ -63,7 +64,7 @@ def report():
             "new_tokens": 256,
             "rounds": 3,
         },
-        "bandwidth": {"gb_s": 40.0},
+        "memory_gb_s": 40.0,
         "kit": {
             "metrics": [
                 {"name": "prefill_ratio", "value": 1.004, "unit": "1"},
@@ -84,7 +85,9 @@ def test_ratios_are_of_the_same_round(report):
     # 36/40, 33/44, 40/50
     assert adapter_cost(cases, "genai-lora") == pytest.approx(0.2)
     assert adapter_cost(cases, "genai") is None
-    assert share_of_limit(cases["kit-task"], 40.0) == pytest.approx(63 * 0.538 / 40)
+    # 60/40, 66/50, 63/30 times 0.538: the median of the shares
+    assert share_of_limit(cases["kit-task"]) == pytest.approx(60 * 0.538 / 40)
+    assert share_of_limit(cases["peft"]) is None
 
 
 def test_the_table_holds_every_case_and_every_reason(report):

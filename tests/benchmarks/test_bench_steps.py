@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks.bandwidth import measure_bandwidth
+from benchmarks import bandwidth
 from benchmarks.cases import CASES, Case
 from benchmarks.figures import check_fields, summary
 from benchmarks.peers import common
@@ -140,7 +141,7 @@ def test_fields_are_checked(tmp_path):
 
 def test_medians_over_rounds(tmp_path):
     good = common.measure(FakeEngine, settings(tmp_path))
-    rounds = [{**good, "decode_tok_s": value, "swap_us": None} for value in (3.0, 100.0, 4.0)]
+    rounds = [{**good, "decode_tok_s": value, "swap_us": None, "memory_gb_s": 40.0} for value in (3.0, 100.0, 4.0)]
     found = summary(Case("a", "A", "m", "k", "kit"), rounds)
     assert found["decode_tok_s"] == 4.0
     assert found["rounds"]["decode_tok_s"] == [3.0, 100.0, 4.0]
@@ -215,6 +216,14 @@ def test_every_peer_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch
     assert "ended with code" in bench.kit()["error"]
 
 
-def test_bandwidth_is_that_of_the_fastest_reduction():
-    found = measure_bandwidth(2, array_bytes=2**20, rounds=3)
-    assert found["gb_s"] == max(found["reductions"].values()) > 0
+def test_bandwidth_is_that_of_the_fastest_reduction(monkeypatch):
+    slow, fast = 0.3, 0.002
+    reductions = tuple(("int64", lambda array, wait=wait: time.sleep(wait)) for wait in (slow, fast, slow))
+    monkeypatch.setattr(bandwidth, "_REDUCTIONS", reductions)
+    found = bandwidth.measure_bandwidth(2, array_bytes=2**20, rounds=1)
+    # Two arrays, read at the same time; a sleep may take longer than asked for, never less.
+    assert 2 * 2**20 / slow / 1e9 < found <= 2 * 2**20 / fast / 1e9
+
+
+def test_bandwidth_of_the_real_reductions():
+    assert 0.01 < bandwidth.measure_bandwidth(1, array_bytes=2**20, rounds=3) < 10_000
