@@ -18,6 +18,7 @@ class Case:
         precision: of the base.
         needs: folders of make_models.py.
         without: the case that is the same without an adapter, to tell what one costs.
+        is_slow: measured in every third round only; so is the case it is compared with.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     precision: str = "fp32"
     needs: tuple[str, ...] = ()
     without: str | None = None
+    is_slow: bool = False
 
 
 CASES = (
@@ -62,9 +64,27 @@ CASES = (
         needs=("lora", "merged"),
         without="ort",
     ),
-    Case("torch", "PyTorch eager", "pytorch", "base", "kit", needs=("hf",)),
-    Case("torch-adalink", "PyTorch eager, AdaLink", "pytorch", "adalink", "kit", needs=("hf",), without="torch"),
-    Case("peft", "PEFT LoRA, all linear", "peft_lora", "lora", "peers", needs=("hf", "lora"), without="torch"),
+    Case("torch", "PyTorch eager", "pytorch", "base", "kit", needs=("hf",), is_slow=True),
+    Case(
+        "torch-adalink",
+        "PyTorch eager, AdaLink",
+        "pytorch",
+        "adalink",
+        "kit",
+        needs=("hf",),
+        without="torch",
+        is_slow=True,
+    ),
+    Case(
+        "peft",
+        "PEFT LoRA, all linear",
+        "peft_lora",
+        "lora",
+        "peers",
+        needs=("hf", "lora"),
+        without="torch",
+        is_slow=True,
+    ),
     Case(
         "peft-attention",
         "PEFT LoRA, attention",
@@ -73,6 +93,7 @@ CASES = (
         "peers",
         needs=("hf", "lora-attention"),
         without="torch",
+        is_slow=True,
     ),
     Case("kit-int4", "AdaLink Kit int4, plain base", "adalink_kit", "int4-base", "kit", "int4"),
     Case(

@@ -44,8 +44,7 @@ def _speed(report: Mapping[str, Any], folder: Path) -> Path:
     for place, case in enumerate(cases.values()):
         axes.plot([limit / case["weight_bytes"]] * 2, [place - 0.4, place + 0.4], color=LIMIT_COLOUR, linewidth=2)
     axes.plot([], [], color=LIMIT_COLOUR, linewidth=2, label="limit of the memory's bandwidth")
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens/s (log scale)")
+    axes.set_xlabel("tokens/s")
     _legend_above(axes)
     return _save(figure, folder / "tokens-per-second.png")
 

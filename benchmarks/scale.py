@@ -33,7 +33,7 @@ class Scale:
 
 
 FULL = Scale(
-    rounds=5,
+    rounds=11,
     new_tokens=256,
     repeats=5,
     growth={

@@ -180,7 +180,8 @@ def test_names_are_unique_and_pairs_fit():
     names = {case.name: case for case in CASES}
     assert len(names) == len(CASES)
     for case in CASES:
-        assert case.without is None or names[case.without].precision == case.precision
+        other = names.get(case.without or "", case)
+        assert (other.precision, other.is_slow) == (case.precision, case.is_slow)
 
 
 def test_what_a_peer_is_made_from_is_made_first():
