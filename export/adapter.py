@@ -20,6 +20,7 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Base, Fold, Manifest, Task, check_task_name
+from adalink.runtime.tensors import as_float32
 
 GRAPH_FILE = "adapter.onnx"
 # Rows of the embedding table that a new graph is run on, evenly spread.
@@ -176,10 +177,4 @@ def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str,
 
 def _sample_rows(table: Array) -> npt.NDArray[np.float32]:
     """Rows of an embedding table, evenly spread, with shape ``(rows, d)``; bfloat16 comes as its bits."""
-    import ml_dtypes
-
-    rows = table[np.unique(np.linspace(0, len(table) - 1, _CHECKED_ROWS).astype(np.int64))]
-    if rows.dtype == np.uint16:
-        rows = rows.view(ml_dtypes.bfloat16)
-    sample: npt.NDArray[np.float32] = rows.astype(np.float32)
-    return sample
+    return as_float32(table[np.unique(np.linspace(0, len(table) - 1, _CHECKED_ROWS).astype(np.int64))])

@@ -10,7 +10,7 @@ import numpy as np
 
 from adalink.export.bounds import Float64
 from adalink.export.graph_run import OpenGraph
-from adalink.export.task_check import activate, adapt_with_bound
+from adalink.export.task_check import activate, find_outside_bound
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.bank import bank_weights
 from adalink.runtime.embeddings import TENSOR_NAME
@@ -19,6 +19,7 @@ from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.file_memory import Bytes
 from adalink.runtime.fold import HIDDEN_NAME, view_fold
 from adalink.runtime.manifest import FOLDS, Base
+from adalink.runtime.tensors import aligned_header, as_float32
 
 FOLD_FILES = {"table": "embeddings.safetensors", "rank": "hidden.safetensors"}
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -67,15 +68,12 @@ def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: Arra
     """Compare a folded form with the method in float64 for every token; raises ``GraphError``."""
     folded = view_fold(fold, data, adapter, base)
     for start, block in _blocks(table):
-        expected, bound = adapt_with_bound(adapter, "text", block, base.embedding_dtype)
         received = _float64(folded.lookup(table, np.arange(start, start + len(block))))
-        ratio = np.abs(received - expected) / bound
-        if not (ratio <= 1.0).all():
-            row, column = np.unravel_index(np.argmax(ratio), ratio.shape)
+        if outside := find_outside_bound(received, adapter, "text", block, base.embedding_dtype):
             raise GraphError(
-                f"folded task ({fold}): component {column} of token {start + row} is {received[row, column]!r}, "
-                f"expected {expected[row, column]!r} within {bound[row, column]:.3g}: the task was not registered; "
-                "report this with the versions of onnx, onnxruntime and numpy"
+                f"folded task ({fold}): component {outside.column} of token {start + outside.row} is "
+                f"{outside.difference}: the task was not registered; report this with the versions of onnx, "
+                "onnxruntime and numpy"
             )
 
 
@@ -92,14 +90,10 @@ def _blocks(table: Array) -> Iterator[tuple[int, Float64]]:
 
 
 def _float64(values: Array) -> Float64:
-    if values.dtype == np.uint16:
-        values = values.view(ml_dtypes.bfloat16)
-    return values.astype(np.float64)
+    return as_float32(values).astype(np.float64)
 
 
 def _encode(name: str, tensor: Array, code: str) -> bytes:
     """A safetensors file with one tensor, which begins at a multiple of 64 bytes."""
     entry = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
-    header = json.dumps({name: entry}).encode()
-    header += b" " * (-(8 + len(header)) % 64)
-    return len(header).to_bytes(8, "little") + header + tensor.tobytes()
+    return aligned_header(json.dumps({name: entry}).encode()) + tensor.tobytes()

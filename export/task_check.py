@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -49,15 +50,32 @@ def check_in_bank(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.ND
 def _compare(
     what: str, received: Float64, adapter: Adapter, modality: str, dtype: str, embeds: npt.NDArray[np.float32]
 ) -> None:
-    expected, bound = adapt_with_bound(adapter, modality, embeds.astype(np.float64), dtype)
-    ratio = np.abs(received - expected) / bound
-    if not (ratio <= 1.0).all():
-        row, column = np.unravel_index(np.argmax(ratio), ratio.shape)
+    if outside := find_outside_bound(received, adapter, modality, embeds.astype(np.float64), dtype):
         raise GraphError(
-            f"{what}, modality {modality!r}: element {column} of row {row} is {received[row, column]!r}, "
-            f"expected {expected[row, column]!r} within {bound[row, column]:.3g}: the graph does not compute the "
-            "adapter, so it was not registered; report this with the versions of onnx and onnxruntime"
+            f"{what}, modality {modality!r}: element {outside.column} of row {outside.row} is {outside.difference}: "
+            "the graph does not compute the adapter, so it was not registered; report this with the versions of onnx "
+            "and onnxruntime"
         )
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The element furthest outside the rounding bound, and how it differs, in words."""
+
+    row: int
+    column: int
+    difference: str
+
+
+def find_outside_bound(received: Float64, adapter: Adapter, modality: str, x: Float64, dtype: str) -> Outside | None:
+    """Compare with the method in float64, element by element; takes what ``adapt_with_bound`` does."""
+    expected, bound = adapt_with_bound(adapter, modality, x, dtype)
+    ratio = np.abs(received - expected) / bound
+    if (ratio <= 1.0).all():
+        return None
+    row, column = (int(index) for index in np.unravel_index(np.argmax(ratio), ratio.shape))
+    difference = f"{received[row, column]!r}, expected {expected[row, column]!r} within {bound[row, column]:.3g}"
+    return Outside(row, column, difference)
 
 
 def adapt_with_bound(adapter: Adapter, modality: str, x: Float64, dtype: str) -> tuple[Float64, Float64]:

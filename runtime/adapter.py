@@ -16,7 +16,7 @@ from safetensors.numpy import save as save_safetensors
 
 from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.file_memory import Bytes, read_file
-from adalink.runtime.tensors import view_tensors
+from adalink.runtime.tensors import aligned_header, view_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -24,7 +24,6 @@ ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 # What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
 KINDS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
-_ALIGNMENT_BYTES = 64
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -183,8 +182,7 @@ def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
     config = msgspec.json.format(msgspec.json.encode(adapter.config, order="sorted"), indent=2) + b"\n"
     data = save_safetensors(dict(adapter.weights), metadata={"format": "pt"})
     start = 8 + int.from_bytes(data[:8], "little")
-    header = data[8:start] + b" " * (-start % _ALIGNMENT_BYTES)
-    return config, len(header).to_bytes(8, "little") + header + data[start:]
+    return config, aligned_header(data[8:start]) + data[start:]
 
 
 def _digest(config: AdapterConfig, weights: Weights) -> str:

@@ -1,4 +1,4 @@
-"""Reading a safetensors file in memory without copying it: its tensors are views."""
+"""Safetensors files in memory: read without a copy, as views, and written so that these are aligned."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from adalink.runtime.file_memory import Bytes
 
+_ALIGNMENT_BYTES = 64
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -18,7 +19,7 @@ def view_tensors(data: Bytes) -> dict[str, npt.NDArray[np.float32]]:
 
     Raises ``ValueError`` as ``raw_tensors`` does.
     """
-    return {name: _as_float32(tensor) for name, tensor in raw_tensors(data).items()}
+    return {name: as_float32(tensor) for name, tensor in raw_tensors(data).items()}
 
 
 def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
@@ -48,6 +49,12 @@ def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
     return tensors
 
 
+def aligned_header(header: bytes) -> bytes:
+    """The beginning of a safetensors file: its header's length and its JSON, padded so that tensors are aligned."""
+    padded = header + b" " * (-(8 + len(header)) % _ALIGNMENT_BYTES)
+    return len(padded).to_bytes(8, "little") + padded
+
+
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
     try:
         begin, end = entry["data_offsets"]
@@ -70,7 +77,8 @@ def _view(name: str, entry: Any, data: Bytes) -> npt.NDArray[Any]:
         raise ValueError(f"tensor {name!r} has {len(data)} bytes, which are not {code} of shape {shape}") from error
 
 
-def _as_float32(tensor: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def as_float32(tensor: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Numbers as float32; uint16 are the bits of bfloat16."""
     if tensor.dtype == np.uint16:
         return (tensor.astype(np.uint32) << 16).view(np.float32)
     return tensor.astype(np.float32, copy=False)

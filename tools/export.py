@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from adalink.tools.console import say
-from adalink.tools.export_adapter import adapter
+from adalink.tools.export_adapter import DTYPES, adapter
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _QUANTIZATIONS = ("int4", "int8")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 
@@ -35,7 +34,7 @@ command.add_command(adapter)
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), default="fp32", show_default=True, help="Of the weights.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the weights.")
 @click.option(
     "--target",
     type=click.Choice(_TARGETS),
@@ -83,7 +82,7 @@ def base(
         manifest = export_base(
             model,
             out,
-            dtype=_DTYPES[dtype],
+            dtype=DTYPES[dtype],
             target=target,
             quantization=quantization,
             modalities=("text", *modalities),

@@ -14,7 +14,7 @@ from adalink.tools.console import say
 if TYPE_CHECKING:
     from adalink.runtime.manifest import Manifest
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _SECONDS_BETWEEN_LINES = 2.0
 # More tasks than this are counted instead of listed.
 _MOST_LISTED = 20
@@ -24,7 +24,7 @@ _MOST_LISTED = 20
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
 @click.option("--name", help="Name of the task, for one adapter; the adapter folder's by default.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Of the task's input; the base's by default.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the task's input; the base's by default.")
 @click.option(
     "--fold",
     type=click.Choice(["table", "rank"]),
@@ -67,7 +67,7 @@ def adapter(
             say(f"{done} of {len(folders)} adapters checked; next: {task}")
 
     manifest = export_adapters(
-        folders, out, dtype=_DTYPES[dtype] if dtype else None, replace=replace, fold=fold, progress=progress
+        folders, out, dtype=DTYPES[dtype] if dtype else None, replace=replace, fold=fold, progress=progress
     )
     # On a backend that is not here nothing can be timed; the files are the same.
     can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"

@@ -13,9 +13,10 @@ import msgspec
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, open_backend
+from adalink.runtime.engine import Array, open_backend
 from adalink.runtime.errors import DeploymentError
-from adalink.runtime.manifest import Base, read_manifest
+from adalink.runtime.manifest import read_manifest
+from adalink.tools.observed import ObservedBackend
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
@@ -34,55 +35,6 @@ Metric = dict[str, object]
 Samples = dict[str, list[list[float]]]
 # Name of a side -> what it passes as ``tasks``.
 Sides = Mapping[str, str | Sequence[str | None] | None]
-
-
-class SteppedBackend:
-    """Another backend that notes when each step of a decoding begins.
-
-    The time from one beginning to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
-    """
-
-    def __init__(self, inner: Backend) -> None:
-        self.name = inner.name
-        self.starts: list[float] = []
-        self._inner = inner
-
-    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
-        """See ``adalink.runtime.engine.Backend``."""
-        return _SteppedEngine(self._inner.open_engine(graph, base, role), self.starts)
-
-    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
-        """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(graph, base)
-
-
-class _SteppedEngine:
-    def __init__(self, inner: Engine, starts: list[float]) -> None:
-        self._inner = inner
-        self._starts = starts
-        self.run = inner.run
-        self.resumes = inner.resumes
-        self.close = inner.close
-
-    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> Decoding:
-        self._starts.append(time.perf_counter())
-        return _SteppedDecoding(self._inner.start(feeds, room, known), self._starts)
-
-
-class _SteppedDecoding:
-    def __init__(self, inner: Decoding, starts: list[float]) -> None:
-        self._inner = inner
-        self._starts = starts
-        self.drop = inner.drop
-        self.states = inner.states
-
-    @property
-    def logits(self) -> Array:
-        return self._inner.logits
-
-    def step(self, inputs_embeds: Array) -> None:
-        self._starts.append(time.perf_counter())
-        self._inner.step(inputs_embeds)
 
 
 class Bench:
@@ -111,8 +63,10 @@ class Bench:
             names = ", ".join(sorted(manifest.tasks))
             raise DeploymentError(f"{path} has no task {self.task!r} to measure; it has {names}")
         endless = msgspec.structs.replace(manifest, base=msgspec.structs.replace(manifest.base, eos_token_ids=()))
-        self._steps = SteppedBackend(open_backend(backend, threads))
-        self._deployment = Deployment(path, endless, self._steps, variant)
+        # The time from one pass to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
+        self._starts: list[float] = []
+        observed = ObservedBackend(open_backend(backend, threads), lambda: self._starts.append(time.perf_counter()))
+        self._deployment = Deployment(path, endless, observed, variant)
         self._base = manifest.base
         self.model = manifest.base.name
         self._folder = (path / manifest.tasks[self.task].graph).parent
@@ -210,11 +164,11 @@ class Bench:
         samples: Samples = {name: [] for name in sides}
         for turn in range(-1, rounds // self._share):
             for name in _order(sides, turn):
-                self._steps.starts.clear()
+                self._starts.clear()
                 self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps)
                 if turn >= 0:
                     # The first interval holds the prefill.
-                    samples[name].append(np.diff(self._steps.starts)[-(steps - 2) :].tolist())
+                    samples[name].append(np.diff(self._starts)[-(steps - 2) :].tolist())
         return samples
 
     def _swap_times(self) -> list[float]:

@@ -21,6 +21,7 @@ from adalink.runtime.adapter import Adapter
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.manifest import Task
+from adalink.runtime.tensors import as_float32
 from adalink.tools.parity.exact import exact_adapter
 from adalink.tools.parity.report import Check, at_most
 
@@ -130,7 +131,7 @@ def through_graph(graph: bytes, modalities: tuple[str, ...], dtype: str) -> Adap
 def to_float64(values: Array, dtype: str) -> Float64:
     """Values of the deployment as float64; bfloat16 comes as its bits."""
     if dtype == "bfloat16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
+        values = as_float32(values)
     return values.astype(np.float64)
 
 

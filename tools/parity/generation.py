@@ -15,10 +15,10 @@ import numpy as np
 
 from adalink.export.bounds import Float64
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Backend
+from adalink.runtime.engine import Array, Backend
+from adalink.tools.observed import ObservedBackend
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.outputs import worst_of
-from adalink.tools.parity.recording import RecordingBackend
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, at_most
 
@@ -46,16 +46,17 @@ class Generator:
 
     def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
-        self._recorder = RecordingBackend(backend)
+        self._steps: list[Array] = []
+        observed = ObservedBackend(backend, end=lambda logits: self._steps.append(logits.copy()))
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
-        self._deployment = Deployment(deployment.path, manifest, self._recorder, variant)
+        self._deployment = Deployment(deployment.path, manifest, observed, variant)
         self._dtype = base.embedding_dtype
 
     def generate(self, prompts: list[str], tasks: str | Sequence[str | None] | None, steps: int) -> list[GeneratedRow]:
         """Continue all prompts greedily in one batch."""
-        self._recorder.steps.clear()
+        self._steps.clear()
         found = self._deployment.generate(prompts, tasks=tasks, max_new_tokens=steps)
-        logits = to_float64(np.stack(self._recorder.steps, axis=1), self._dtype)
+        logits = to_float64(np.stack(self._steps, axis=1), self._dtype)
         return [
             GeneratedRow(self._deployment.tokenizer.encode(prompt), list(row.token_ids), logits[index])
             for index, (prompt, row) in enumerate(zip(prompts, found, strict=True))
