@@ -1,0 +1,142 @@
+"""The shapes that a compiled engine takes: its profile, how it is written, and what a request may ask of it."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from adalink.runtime.errors import ConfigError, RequestError
+from adalink.runtime.manifest import Base
+
+_RANGE = re.compile(r"(batch|seq|past)=(\d+):(\d+):(\d+)")
+_LARGEST = 1 << 20
+# Totals of a decode step are rounded up, so that steps share a captured graph; by an eighth at most, and to this.
+_SMALLEST_STEP = 64
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Smallest, likeliest and largest size of one dimension."""
+
+    smallest: int
+    likeliest: int
+    largest: int
+
+    def __str__(self) -> str:
+        return f"{self.smallest}:{self.likeliest}:{self.largest}"
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one call of an engine takes.
+
+    Attributes:
+        batch: rows.
+        seq: positions of a row that a prompt's pass takes; a longer prompt is taken in pieces by a decoder.
+        past: positions in the cache before a decode step; ``None`` for an encoder.
+    """
+
+    batch: Span
+    seq: Span
+    past: Span | None
+
+    def __str__(self) -> str:
+        spans = {"batch": self.batch, "seq": self.seq, "past": self.past}
+        return ",".join(f"{name}={span}" for name, span in spans.items() if span is not None)
+
+    @property
+    def capacity(self) -> int:
+        """Most positions that a row can have, in the cache and in a pass together."""
+        return self.seq.largest if self.past is None else max(self.seq.largest, self.past.largest + 1)
+
+    @property
+    def places(self) -> int:
+        """Most positions whose logits one pass gives: the last of each row, or all of one row."""
+        return max(self.batch.largest, self.seq.largest)
+
+    def check_batch(self, batch: int) -> None:
+        """Check a number of rows; raises ``RequestError``."""
+        if not self.batch.smallest <= batch <= self.batch.largest:
+            raise RequestError(
+                f"inputs_embeds: {batch} rows, this engine takes {self.batch.smallest} to {self.batch.largest}: send "
+                f"fewer, or build it again with --profile batch={_widened(self.batch, batch)}"
+            )
+
+    def check_length(self, length: int) -> None:
+        """Check the positions that a row will have in the end; raises ``RequestError``."""
+        if length > self.capacity:
+            option = "seq" if self.past is None else "past"
+            span = self.seq if self.past is None else self.past
+            raise RequestError(
+                f"attention_mask: {length} positions, this engine takes 1 to {self.capacity}: shorten the prompt or "
+                f"ask for fewer new tokens, or build it again with --profile {option}={_widened(span, length)}"
+            )
+        if self.past is None and length < self.seq.smallest:
+            raise RequestError(
+                f"inputs_embeds: {length} positions, this engine takes {self.seq.smallest} to {self.seq.largest}: pad "
+                f"the rows, or build it again with --profile seq={_widened(self.seq, length)}"
+            )
+
+
+def _widened(span: Span, size: int) -> Span:
+    return Span(min(span.smallest, size), min(max(span.likeliest, span.smallest), size), max(span.largest, size))
+
+
+def default_profile(base: Base) -> Profile:
+    """A profile for a base of which nothing more is known: 8 rows, prompts in pieces of 512, 4,096 positions."""
+    limit = base.max_positions or _LARGEST
+    if base.cache is None:
+        return Profile(batch=Span(1, 8, 32), seq=Span(1, min(128, limit), min(512, limit)), past=None)
+    seq = Span(1, min(128, limit), min(512, limit))
+    past = Span(0, min(512, limit - 1), min(4095, limit - 1))
+    return Profile(batch=Span(1, 1, 8), seq=seq, past=past)
+
+
+def parse_profile(text: str, base: Base) -> Profile:
+    """A profile as it is written on the command line, ``batch=1:4:8,seq=1:128:512,past=0:512:4095``.
+
+    What is left out is as in ``default_profile``.
+
+    Raises:
+        ConfigError: it is not written so, or holds sizes that the base cannot have.
+    """
+    profile = default_profile(base)
+    found: dict[str, Span] = {}
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None or match[1] in found:
+            raise ConfigError(
+                f"profile {text!r}: {part!r} is not one of batch=, seq= or past=, each once, with "
+                "SMALLEST:LIKELIEST:LARGEST, as in batch=1:4:8,seq=1:128:512,past=0:512:4095"
+            )
+        found[match[1]] = Span(*(int(number) for number in match.groups()[1:]))
+    if "past" in found and base.cache is None:
+        raise ConfigError(f"profile {text!r}: {base.name} is an encoder and has no cache: leave past= out")
+    profile = msgspec.structs.replace(profile, **found)
+    check_profile(profile, base)
+    return profile
+
+
+def check_profile(profile: Profile, base: Base) -> None:
+    """Check a profile's sizes; raises ``ConfigError``."""
+    limit = base.max_positions or _LARGEST
+    bounds = {"batch": (profile.batch, 1, 4096), "seq": (profile.seq, 1, limit), "past": (profile.past, 0, limit - 1)}
+    for name, (span, least, most) in bounds.items():
+        if span is not None and not least <= span.smallest <= span.likeliest <= span.largest <= most:
+            raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
+
+
+def pieces(length: int, largest: int) -> list[tuple[int, int]]:
+    """Begin and end of the passes that a prompt of ``length`` positions is taken in, the first the shortest."""
+    count = -(-length // largest)
+    first = length - (count - 1) * largest
+    return [(0, first)] + [(first + at * largest, first + (at + 1) * largest) for at in range(count - 1)]
+
+
+def rounded_total(total: int, capacity: int) -> int:
+    """How many positions of the cache a decode step looks at so that few captured graphs serve all lengths.
+
+    At least ``total``, at most ``capacity``, and at most an eighth or 63 positions more than needed.
+    """
+    power = 1 << max(total - 1, 1).bit_length()
+    step = max(_SMALLEST_STEP, power // 16)
+    return min(-(-total // step) * step, capacity)
