@@ -53,7 +53,8 @@ def build_front_graph(front: str, base: Base) -> onnx.ModelProto:
         helper.make_node("Greater", ["task_index", "zero"], ["has_task"]),
         helper.make_node("Unsqueeze", ["has_task", "behind"], ["row_changes"]),
     ]
-    changes, shape = "row_changes", ["batch", "sequence", width]
+    changes = "row_changes"
+    shape: list[str | int | None] = ["batch", "sequence", width]
     if source == "ids":
         inputs[:0] = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
