@@ -97,11 +97,17 @@ class Selection:
                 found[row] = (part.digest, part.scope)
         return found
 
-    def decoding(self) -> Selection:
-        """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``.
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What rows go through, in no particular order."""
+        return self._parts
 
-        Weights are stacked here, once, so that a step is one call of each graph however many tasks there are.
-        """
+    def generated(self) -> Selection:
+        """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``."""
+        return Selection([part for part in self._text if part.scope == "all"])
+
+    def decoding(self) -> Selection:
+        """As ``generated``, with weights stacked: a step is one call of each graph however many tasks there are."""
         parts = [part for part in self._text if part.scope == "all"]
         if len(parts) == len(self._parts) <= 1:
             return self

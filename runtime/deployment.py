@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from adalink.runtime.bank import PLAIN, Selection
 from adalink.runtime.embeddings import open_table
-from adalink.runtime.engine import Array, Backend, Decoding, Engine, open_backend
+from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, open_backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode
 from adalink.runtime.integrity import read_verified, verify_files
@@ -195,9 +195,9 @@ class Deployment:
             RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
             BackendError: the engine refused.
         """
-        embeds = self._adapted(input_ids, inputs_embeds, modality, tasks)
-        check_length(embeds.shape[1], self._base)
-        mask = check_mask(attention_mask, (embeds.shape[0], embeds.shape[1]))
+        embeds, shape = self._adapted(input_ids, inputs_embeds, modality, tasks)
+        check_length(shape[1], self._base)
+        mask = check_mask(attention_mask, shape)
         output = self._engine.run({"inputs_embeds": embeds, "attention_mask": mask})
         if self._base.kind == "decoder":
             return {"logits": output}
@@ -218,7 +218,7 @@ class Deployment:
 
         Takes and raises what ``run`` does.
         """
-        return self._adapted(input_ids, inputs_embeds, modality, tasks)
+        return self._engine.front.read(self._adapted(input_ids, inputs_embeds, modality, tasks)[0])
 
     def generate(
         self,
@@ -271,15 +271,20 @@ class Deployment:
         own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        embeds = selection.lookup(self._table, check_input_ids(ids, base))
+        embeds = self._engine.front.lookup(check_input_ids(ids, base), selection)
         feeds = {"inputs_embeds": embeds, "attention_mask": mask}
         if self._decoder is None:
-            decoding, adapting = self._start(feeds, encoded, selection, max_new_tokens), selection.decoding()
+            front, adapting = self._engine.front, self._engine.front.decoding(selection)
+            decoding = self._start(feeds, encoded, selection, max_new_tokens)
         else:
+            front, adapting = self._decoder.front, PLAIN
             start = np.full((len(prompts), 1), base.decoder_start_token_id, np.int64)
             states = self._engine.run(feeds)
-            decoding, adapting = self._decoder.start(self._decoder_feeds(start, states, mask), max_new_tokens), PLAIN
-        decode(decoding, self._table, adapting, rows, sampling, max_new_tokens)
+            decoding = self._decoder.start(self._decoder_feeds(self._decoder, start, states, mask), max_new_tokens)
+        try:
+            decode(decoding, front, adapting, rows, sampling, max_new_tokens)
+        finally:
+            decoding.close()
         return [row.finish(len(tokens)) for row, tokens in zip(rows, encoded, strict=True)]
 
     def load_task(self, name: str) -> None:
@@ -319,7 +324,7 @@ class Deployment:
         paths = (*self.variant.files, self._base.embeddings)
         return make_receipt(self.path, self.manifest, paths, self._engine_builds, expected)
 
-    def _start(self, feeds: dict[str, Array], encoded: list[list[int]], selection: Selection, room: int) -> Decoding:
+    def _start(self, feeds: dict[str, Fed], encoded: list[list[int]], selection: Selection, room: int) -> Decoding:
         """Run prompts, those whose beginning was run before from there on."""
         prefixes = self._prefixes
         if prefixes is None:
@@ -336,7 +341,7 @@ class Deployment:
     def _build(self, backend: Backend, graph: str, role: str) -> Engine:
         """Open a base graph, and count it: the only place where an engine is made."""
         self._engine_builds += 1
-        return backend.open_engine(locate(self.path, graph), self._base, role)
+        return backend.open_engine(locate(self.path, graph), self._base, role, self._table)
 
     def _adapted(
         self,
@@ -344,18 +349,20 @@ class Deployment:
         inputs_embeds: npt.ArrayLike | None,
         modality: npt.ArrayLike | None,
         tasks: Tasks,
-    ) -> Array:
-        """What the engine is fed for a request."""
+    ) -> tuple[Fed, tuple[int, int]]:
+        """What the engine is fed for a request, and its ``(batch, seq)``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
         if inputs_embeds is not None:
             embeds = check_embeds(inputs_embeds, self._base)
-            indices = check_modality(modality, (embeds.shape[0], embeds.shape[1]), self._base)
-            return self._tasks.resolve(tasks, len(embeds)).apply(embeds, indices)
+            shape = (embeds.shape[0], embeds.shape[1])
+            indices = check_modality(modality, shape, self._base)
+            return self._engine.front.apply(embeds, self._tasks.resolve(tasks, len(embeds)), indices), shape
         assert input_ids is not None
         ids = check_input_ids(input_ids, self._base)
-        indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
-        return self._tasks.resolve(tasks, len(ids)).lookup(self._table, ids, indices)
+        shape = (ids.shape[0], ids.shape[1])
+        indices = check_modality(modality, shape, self._base)
+        return self._engine.front.lookup(ids, self._tasks.resolve(tasks, len(ids)), indices), shape
 
     def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         if self._decoder is None:
@@ -364,11 +371,12 @@ class Deployment:
         if len(ids) != len(states):
             raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
         check_length(ids.shape[1], self._base)
-        return self._decoder.run(self._decoder_feeds(ids, states, mask))
+        return self._decoder.run(self._decoder_feeds(self._decoder, ids, states, mask))
 
-    def _decoder_feeds(self, ids: Array, states: Array, mask: Array) -> dict[str, Array]:
+    @staticmethod
+    def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, Fed]:
         return {
-            "inputs_embeds": self._table[ids],
+            "inputs_embeds": decoder.front.lookup(ids, PLAIN),
             "attention_mask": np.ones(ids.shape, np.int64),
             "encoder_hidden_states": states,
             "encoder_attention_mask": mask,

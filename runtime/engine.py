@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
-from adalink.runtime.errors import BackendUnavailableError
+from adalink.runtime.errors import BackendUnavailableError, RequestError
 from adalink.runtime.manifest import Base
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:
+    from adalink.runtime.bank import Selection
 
-BACKENDS = ("onnxruntime-cpu",)
+Array = npt.NDArray[Any]
+# Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
+Fed = Any
+
+BACKENDS = (
+    "onnxruntime-cpu",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-tensorrt-rtx",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 class Decoding(Protocol):
@@ -27,11 +39,11 @@ class Decoding(Protocol):
     def logits(self) -> Array:
         """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
 
-    def step(self, inputs_embeds: Array) -> None:
+    def step(self, inputs_embeds: Fed) -> None:
         """Take one more token of each row.
 
         Args:
-            inputs_embeds: shape ``(rows, 1, d)``.
+            inputs_embeds: what the front gave for one token of each row, of shape ``(rows, 1, d)``.
 
         Raises:
             BackendError: the engine refused.
@@ -43,20 +55,28 @@ class Decoding(Protocol):
     def drop(self, row: int) -> None:
         """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
 
+    def close(self) -> None:
+        """Let others have what it holds; nothing else is called after it."""
+
 
 class Engine(Protocol):
-    """A compiled base graph, safe for calls from several threads."""
+    """A base graph ready to run, safe for calls from several threads."""
+
+    @property
+    def front(self) -> Front:
+        """What gives it its embeddings."""
 
     @property
     def resumes(self) -> bool:
         """Whether prompts can go on from states that were kept."""
 
-    def run(self, feeds: Mapping[str, Array]) -> Array:
+    def run(self, feeds: Mapping[str, Fed]) -> Array:
         """Run whole sequences.
 
         Args:
-            feeds: ``inputs_embeds`` of shape ``(batch, seq, d)`` and ``attention_mask`` of shape ``(batch, seq)``, for
-                the decoder of an encoder-decoder also ``encoder_hidden_states`` and ``encoder_attention_mask``.
+            feeds: ``inputs_embeds`` as the front gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
+                ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
+                ``encoder_attention_mask``.
 
         Returns:
             Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; what it
@@ -66,7 +86,7 @@ class Engine(Protocol):
             BackendError: the engine refused.
         """
 
-    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> Decoding:
+    def start(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None] = ()) -> Decoding:
         """Run prompts, to go on after them; only for graphs with a KV cache.
 
         Args:
@@ -81,6 +101,22 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give its memory back."""
+
+
+class Front(Protocol):
+    """What stands before an engine: the embedding table and the tasks; safe for calls from several threads."""
+
+    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Fed:
+        """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
+
+    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Fed:
+        """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
+
+    def decoding(self, tasks: Selection) -> Selection:
+        """What generated tokens go through, prepared so that a step costs little."""
+
+    def read(self, fed: Fed) -> Array:
+        """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
 
 
 class BankGraph(Protocol):
@@ -107,16 +143,22 @@ class Backend(Protocol):
 
     name: str
 
-    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
-        """Open a base graph; ``role`` is ``"base"`` or ``"decoder"`` (of an encoder-decoder).
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+        """Open a base graph with its front.
+
+        Args:
+            graph: an ONNX graph, or the plan of a compiled engine.
+            base: the contract.
+            role: ``"base"`` or ``"decoder"`` (of an encoder-decoder).
+            table: the embedding table, shape ``(vocab, d)``.
 
         Raises:
             BackendError: the engine cannot load it.
             GraphError: its inputs or outputs are not those of a base graph.
         """
 
-    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
-        """Open a bank graph given as its bytes; raises as ``open_engine`` does."""
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+        """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
 
 
 def open_backend(name: str, threads: int | None = None) -> Backend:
@@ -127,10 +169,21 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
         threads: threads of the engine; all physical cores by default.
 
     Raises:
-        BackendUnavailableError: there is no such backend, or its package is not installed.
+        BackendUnavailableError: there is no such backend, or its package or device is not on this machine.
+        RequestError: ``threads`` is given for a backend that has none.
     """
     if name not in BACKENDS:
         raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
-    from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
+    if name == "onnxruntime-cpu":
+        from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(name, threads)
+        return OnnxRuntimeBackend(name, threads)
+    if threads is not None:
+        raise RequestError(f"threads is {threads}, but {name} computes on a GPU: leave it out")
+    if name.startswith("onnxruntime-"):
+        from adalink.runtime.nvidia.onnxruntime_backend import OnnxRuntimeGpuBackend
+
+        return OnnxRuntimeGpuBackend(name)
+    from adalink.runtime.nvidia.tensorrt_backend import TensorRtBackend
+
+    return TensorRtBackend(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adalink.runtime.bank import Selection
-from adalink.runtime.engine import Array, Decoding
+from adalink.runtime.engine import Decoding, Front
 from adalink.runtime.errors import RequestError
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.tokenizer import TextStream, Tokenizer
@@ -93,14 +93,14 @@ class Row:
 
 
 def decode(
-    decoding: Decoding, table: Array, tasks: Selection, rows: list[Row], sampling: Sampling, max_new_tokens: int
+    decoding: Decoding, front: Front, tasks: Selection, rows: list[Row], sampling: Sampling, max_new_tokens: int
 ) -> None:
     """One step a token until every row has ended; a row that has ended leaves the batch.
 
     Args:
         decoding: the prompts, run.
-        table: embeddings of all tokens, shape ``(vocab, d)``.
-        tasks: what the embeddings of generated tokens go through.
+        front: what generated tokens go through.
+        tasks: the task of each row.
         rows: collects each row's tokens.
         sampling: how tokens are chosen.
         max_new_tokens: tokens a row at most.
@@ -118,7 +118,7 @@ def decode(
             return
         if len(kept) < len(alive):
             alive, chosen, tasks = [alive[place] for place in kept], chosen[kept], tasks.take(kept)
-        decoding.step(tasks.lookup(table, chosen))
+        decoding.step(front.lookup(chosen, tasks))
 
 
 def _drop_ended(decoding: Decoding, ended: list[bool]) -> list[int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Engine
+from adalink.runtime.engine import Array, Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
+from adalink.runtime.host_front import HostFront
 from adalink.runtime.manifest import Base
 from adalink.runtime.onnxruntime_bank import OnnxBankGraph
 from adalink.runtime.onnxruntime_boundary import guard
@@ -40,7 +41,7 @@ class OnnxRuntimeBackend:
         self._ort = onnxruntime
         self._threads = threads
 
-    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         """See ``adalink.runtime.engine.Backend``."""
         if base.embedding_dtype == "bfloat16":
             raise BackendError(
@@ -50,9 +51,10 @@ class OnnxRuntimeBackend:
         session = self._session(str(graph), self._threads or 0, origin=str(graph))
         guarded = GuardedSession(session, self._ort, origin=str(graph))
         signature = read_signature(session, base, role, origin=str(graph))
-        return InPlaceEngine(guarded, signature) if signature.in_place else GrowingEngine(guarded, signature)
+        kind = InPlaceEngine if signature.in_place else GrowingEngine
+        return kind(guarded, signature, HostFront(table))
 
-    def open_bank(self, graph: bytes, base: Base) -> OnnxBankGraph:
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxBankGraph:
         """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
         return OnnxBankGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.engine import Array, Front
 from adalink.runtime.onnxruntime_session import GuardedSession, Signature
 from adalink.runtime.padding import positions_of
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class GrowingEngine:
     """A base graph in one session; the cache is the list of the session's own output tensors."""
 
-    def __init__(self, session: GuardedSession, signature: Signature) -> None:
+    def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
+        self.front = front
         self._session = session
         self._signature = signature
 
@@ -107,6 +108,9 @@ class GrowingDecoding:
         last = self._rows.pop()
         if row < len(self._rows):
             self._rows[row] = last
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.Decoding``; its memory goes with it."""
 
     def _take(self) -> None:
         self._cache = self._engine.take(self._cache, self._rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.engine import Array, Front
 from adalink.runtime.onnxruntime_session import GuardedSession, Signature
 from adalink.runtime.padding import move_left
 
@@ -19,7 +19,8 @@ from adalink.runtime.padding import move_left
 class InPlaceEngine:
     """A base graph in one session. Rows lie at the left of its inputs, so that a cache has no gaps."""
 
-    def __init__(self, session: GuardedSession, signature: Signature) -> None:
+    def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
+        self.front = front
         self._session = session
         self._signature = signature
 
@@ -143,6 +144,9 @@ class InPlaceDecoding:
         if row != last:
             length = self._lengths[row] = self._lengths[last]
             self._cache[:, row, :, :length] = self._cache[:, last, :, :length]
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.Decoding``; its memory goes with it."""
 
     def _bind(self, rows: slice, inputs_embeds: Array, positions: Array, places: Array) -> None:
         """Give the session the buffers of some rows."""

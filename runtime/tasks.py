@@ -212,5 +212,5 @@ class TaskTable:
             if kind not in self._graphs:
                 base = self._manifest.base
                 data = read_verified(self._folder, self._manifest, base.bank[kind])
-                self._graphs[kind] = self._backend.open_bank(data, base)
+                self._graphs[kind] = self._backend.open_bank(kind, data, base)
             return self._graphs[kind]

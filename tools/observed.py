@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine
+from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, Fed
 from adalink.runtime.manifest import Base
 
 Begin = Callable[[], object]
@@ -26,13 +26,13 @@ class ObservedBackend:
         self._begin = begin
         self._end = end
 
-    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         """See ``adalink.runtime.engine.Backend``."""
-        return _ObservedEngine(self._inner.open_engine(graph, base, role), self._begin, self._end)
+        return _ObservedEngine(self._inner.open_engine(graph, base, role, table), self._begin, self._end)
 
-    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(graph, base)
+        return self._inner.open_bank(kind, graph, base)
 
 
 class _ObservedEngine:
@@ -40,11 +40,12 @@ class _ObservedEngine:
         self._inner = inner
         self._begin = begin
         self._end = end
+        self.front = inner.front
         self.run = inner.run
         self.resumes = inner.resumes
         self.close = inner.close
 
-    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> Decoding:
+    def start(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None] = ()) -> Decoding:
         self._begin()
         decoding = self._inner.start(feeds, room, known)
         self._end(decoding.logits)
@@ -58,12 +59,13 @@ class _ObservedDecoding:
         self._end = end
         self.drop = inner.drop
         self.states = inner.states
+        self.close = inner.close
 
     @property
     def logits(self) -> Array:
         return self._inner.logits
 
-    def step(self, inputs_embeds: Array) -> None:
+    def step(self, inputs_embeds: Fed) -> None:
         self._begin()
         self._inner.step(inputs_embeds)
         self._end(self._inner.logits)

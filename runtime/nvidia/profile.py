@@ -46,7 +46,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def capacity(self) -> int:
         """Most positions that a row can have, in the cache and in a pass together."""
-        return self.seq.largest if self.past is None else max(self.seq.largest, self.past.largest + 1)
+        return self.seq.largest if self.past is None else self.past.largest + 1
 
     @property
     def places(self) -> int:
@@ -123,6 +123,19 @@ def check_profile(profile: Profile, base: Base) -> None:
     for name, (span, least, most) in bounds.items():
         if span is not None and not least <= span.smallest <= span.likeliest <= span.largest <= most:
             raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
+    if profile.past is None:
+        return
+    for name, span, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
+        if span.smallest > most:
+            raise ConfigError(
+                f"profile: {name}={span} begins at {span.smallest}, but a decoder drops rows that have ended and takes "
+                f"prompts in pieces: begin it at {most}"
+            )
+    if profile.past.largest + 1 < profile.seq.largest:
+        raise ConfigError(
+            f"profile: seq={profile.seq} takes more positions at a time than past={profile.past} leaves in the cache: "
+            f"let past end at {profile.seq.largest - 1} or more"
+        )
 
 
 def pieces(length: int, largest: int) -> list[tuple[int, int]]:

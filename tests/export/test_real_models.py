@@ -76,7 +76,9 @@ def test_smollm2_agrees_with_pytorch_on_real_text(target: str, smollm2: tuple[An
     with torch.no_grad():
         embeds = model.get_input_embeddings()(torch.tensor(ids)).numpy()
     graph = tmp_path / manifest.variants[target].graph
-    engine = open_backend("onnxruntime-cpu").open_engine(graph, manifest.base, "base")
+    engine = open_backend("onnxruntime-cpu").open_engine(
+        graph, manifest.base, "base", model.get_input_embeddings().weight.detach().numpy()
+    )
     logits = engine.run({"inputs_embeds": embeds, "attention_mask": mask})
     decoding = engine.start({"inputs_embeds": embeds[:, :-last], "attention_mask": mask[:, :-last]}, last)
     for step in range(last):

@@ -23,7 +23,7 @@ MODALITIES = ("text", "image")
 def graphs(llama: Any) -> dict[str, Any]:
     base, backend = read_manifest(llama.folder).base, OnnxRuntimeBackend("onnxruntime-cpu", 1)
     kinds = [f"{name}{bias}" for name in ACTIVATIONS for bias in ("", "_bias")]
-    return {kind: backend.open_bank((llama.folder / base.bank[kind]).read_bytes(), base) for kind in kinds}
+    return {kind: backend.open_bank(kind, (llama.folder / base.bank[kind]).read_bytes(), base) for kind in kinds}
 
 
 def make(seed: int, rank: int, activation: str = "gelu", **settings: Any) -> Adapter:

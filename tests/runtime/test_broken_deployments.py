@@ -120,7 +120,7 @@ def test_a_graph_with_other_names_says_which(copy: Path, name: str) -> None:
 def test_a_file_that_is_no_graph_is_refused_by_the_engine(llama: Any) -> None:
     base = read_manifest(llama.folder).base
     with pytest.raises(BackendError, match="ONNX Runtime refused"):
-        OnnxRuntimeBackend("onnxruntime-cpu", 1).open_bank(b"not a graph", base)
+        OnnxRuntimeBackend("onnxruntime-cpu", 1).open_bank("gelu", b"not a graph", base)
 
 
 def test_a_bank_graph_that_is_none_is_refused(llama: Any) -> None:
@@ -128,13 +128,13 @@ def test_a_bank_graph_that_is_none_is_refused(llama: Any) -> None:
     backend = OnnxRuntimeBackend("onnxruntime-cpu", 1)
     narrow = build_bank_graph("gelu", 49, "float32").SerializeToString()
     with pytest.raises(GraphError, match=r"width 49.*width 48"):
-        backend.open_bank(narrow, base)
+        backend.open_bank("gelu", narrow, base)
     half = build_bank_graph("gelu", 48, "float16").SerializeToString()
     with pytest.raises(GraphError, match=r"tensor\(float16\).*takes tensor\(float\)"):
-        backend.open_bank(half, base)
+        backend.open_bank("gelu", half, base)
     task = (llama.folder / "tasks" / "alpha" / "adapter.onnx").read_bytes()
     with pytest.raises(GraphError, match="input 'down' does not match"):
-        backend.open_bank(task, base)
+        backend.open_bank("gelu", task, base)
 
 
 def test_an_embedding_table_of_another_shape_is_refused(llama: Any) -> None:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from adalink.runtime.engine import Backend, BankGraph, Engine
+from adalink.runtime.engine import Array, Backend, BankGraph, Engine
 from adalink.runtime.manifest import Base
 
 
@@ -22,7 +22,7 @@ class ExactActivations:
         self.name = inner.name
         self._inner = inner
 
-    def open_engine(self, graph: Path, base: Base, role: str) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         """Open the graph without ``accuracy_level``; its weights are the same file."""
         import onnx
 
@@ -41,11 +41,11 @@ class ExactActivations:
                 _share(graph.with_name(name), Path(folder) / name)
             path = Path(folder) / graph.name
             path.write_bytes(model.SerializeToString())
-            return self._inner.open_engine(path, base, role)
+            return self._inner.open_engine(path, base, role, table)
 
-    def open_bank(self, graph: bytes, base: Base) -> BankGraph:
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(graph, base)
+        return self._inner.open_bank(kind, graph, base)
 
 
 def _share(source: Path, target: Path) -> None:

@@ -1,0 +1,231 @@
+"""An engine whose memory stays on the device, with the front that gives it its embeddings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from adalink.runtime.bank import Selection
+from adalink.runtime.engine import Array, Fed
+from adalink.runtime.errors import RequestError
+from adalink.runtime.manifest import Base
+from adalink.runtime.nvidia.bank import DeviceBank
+from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length
+from adalink.runtime.nvidia.device import NUMPY, Device, as_numbers
+from adalink.runtime.nvidia.inputs import Inputs
+from adalink.runtime.nvidia.passes import EngineSpace, Pass
+from adalink.runtime.nvidia.profile import pieces
+from adalink.runtime.nvidia.workspace import PREFILL, Common, Executors, FrontSpace, Plans
+from adalink.runtime.padding import positions_of
+
+
+class _Space(Protocol):
+    def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=_Space)
+
+
+class Pool(Generic[S]):
+    """Workspaces that nobody uses now; there are as many as calls have ever run at a time."""
+
+    def __init__(self, make: Callable[[], S]) -> None:
+        self._make = make
+        self._free: list[S] = []
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def take(self) -> S:
+        """One for the caller alone, until ``give``."""
+        with self._lock:
+            if self._is_closed:
+                raise RequestError("the deployment is closed: open it again")
+            if self._free:
+                return self._free.pop()
+        return self._make()
+
+    def give(self, space: S) -> None:
+        """Give one back."""
+        with self._lock:
+            if not self._is_closed:
+                self._free.append(space)
+                return
+        space.close()
+
+    @contextmanager
+    def lend(self) -> Iterator[S]:
+        """One for the caller alone, while the block runs."""
+        space = self.take()
+        try:
+            yield space
+        finally:
+            self.give(space)
+
+    def close(self) -> None:
+        """Close all that are free now, and each other one when it is given back."""
+        with self._lock:
+            self._is_closed = True
+            free, self._free = self._free, []
+        for space in free:
+            space.close()
+
+
+class DeviceFront:
+    """See ``adalink.runtime.engine.Front``; what it gives is a recipe that the engine carries out."""
+
+    def __init__(self, common: Common) -> None:
+        self._common = common
+        self._spaces: Pool[_ReadSpace] = Pool(lambda: _ReadSpace(common))
+
+    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
+        """See ``adalink.runtime.engine.Front``."""
+        return Inputs(ids, None, modality, tasks)
+
+    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
+        """See ``adalink.runtime.engine.Front``."""
+        return Inputs(None, embeds, modality, tasks)
+
+    def decoding(self, tasks: Selection) -> Selection:
+        """See ``adalink.runtime.engine.Front``; nothing is stacked, since a row picks its task by index."""
+        return tasks.generated()
+
+    def read(self, fed: Inputs) -> Array:
+        """See ``adalink.runtime.engine.Front``; bfloat16 is given as its bits, uint16."""
+        profile, base = self._common.plans.profile, self._common.base
+        batch, seq = fed.shape
+        result = np.zeros((batch, seq, base.hidden_size), NUMPY[base.embedding_dtype])
+        with self._spaces.lend() as space:
+            for first in range(0, batch, profile.batch.largest):
+                rows = fed.rows(first, min(first + profile.batch.largest, batch))
+                for start, stop in pieces(seq, profile.seq.largest):
+                    result[first : first + rows.shape[0], start:stop] = space.read(rows.columns(start, stop))
+        return result
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._spaces.close()
+
+
+class _ReadSpace:
+    def __init__(self, common: Common) -> None:
+        self._common = common
+        self._front = FrontSpace(common)
+        self._executors = Executors(common.plans, self._front.queue, PREFILL)
+
+    def read(self, inputs: Inputs) -> Array:
+        batch, seq = inputs.shape
+        choice = self._common.bank.choose(inputs.tasks, batch)
+        try:
+            self._front.write(inputs, choice)
+            address = self._front.enqueue(self._executors, inputs, choice)
+            return self._front.read(address, batch, seq, self._common.base.hidden_size)
+        finally:
+            choice.release()
+
+    def close(self) -> None:
+        self._executors.close()
+        self._front.close()
+
+
+class DeviceEngine:
+    """See ``adalink.runtime.engine.Engine``."""
+
+    def __init__(self, device: Device, plans: Plans, base: Base, table: Array) -> None:
+        """Copy the embedding table to the device; a workspace is made when the first call needs it."""
+        self._device = device
+        self._plans = plans
+        self._base = base
+        bank = DeviceBank(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
+        self._common = Common(device, plans, bank, upload_table(device, table), base)
+        self.front = DeviceFront(self._common)
+        self._spaces: Pool[EngineSpace] = Pool(lambda: EngineSpace(self._common))
+        # What is wrong with the plan is found when it is opened, not at the first request.
+        self._spaces.give(self._spaces.take())
+
+    @property
+    def resumes(self) -> bool:
+        """See ``adalink.runtime.engine.Engine``."""
+        return False
+
+    def run(self, feeds: Mapping[str, Fed]) -> Array:
+        """See ``adalink.runtime.engine.Engine``."""
+        inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
+        batch, seq = mask.shape
+        profile = self._plans.profile
+        profile.check_length(seq)
+        width = self._base.hidden_size if self._base.cache is None else self._base.vocab_size
+        result: Array | None = None
+        with self._spaces.lend() as space:
+            for first in range(0, batch, profile.batch.largest):
+                last = min(first + profile.batch.largest, batch)
+                profile.check_batch(last - first)
+                for columns, output in self._passes(space, inputs.rows(first, last), mask[first:last]):
+                    numbers = as_numbers(output, self._base.embedding_dtype)
+                    if result is None:
+                        result = np.zeros((batch, seq, width), numbers.dtype)
+                    result[first:last, columns] = numbers.reshape(last - first, -1, width)
+        assert result is not None
+        return result
+
+    def start(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None] = ()) -> DeviceDecoding:
+        """See ``adalink.runtime.engine.Engine``."""
+        assert not any(states is not None for states in known), "a cache on the device starts empty"
+        inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
+        profile = self._plans.profile
+        profile.check_batch(len(mask))
+        profile.check_length(mask.shape[1] + room)
+        space = self._spaces.take()
+        decoding = DeviceDecoding(space, self._common.bank, self._base, profile, lambda: self._spaces.give(space))
+        try:
+            decoding.read(inputs, mask)
+        except BaseException:
+            decoding.close()
+            raise
+        return decoding
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.Engine``."""
+        self._spaces.close()
+        self.front.close()
+        self._common.bank.close()
+        self._device.free(self._common.table)
+        self._plans.close()
+
+    def _passes(self, space: EngineSpace, inputs: Inputs, mask: Array) -> Iterator[tuple[slice, Array]]:
+        """Whole rows, in as many passes as they take: which columns, and what the engine gives for them."""
+        batch, seq = mask.shape
+        positions = positions_of(mask)
+        is_decoder = space.cache is not None
+        if space.cache is not None:
+            space.cache.length = 0
+        choice = self._common.bank.choose(inputs.tasks, batch)
+        try:
+            for start, stop in pieces(seq, piece_length(self._plans.profile, batch)) if is_decoder else [(0, seq)]:
+                places = np.arange(batch * (stop - start) if is_decoder else 0)
+                piece = inputs.columns(start, stop)
+                yield (
+                    slice(start, stop),
+                    space.prompt(Pass(piece, choice, mask[:, :stop], positions[:, start:stop], places)),
+                )
+        finally:
+            choice.release()
+
+
+def upload_table(device: Device, table: Array) -> int:
+    """Copy the embedding table to the device through a window of pinned memory; its address."""
+    rows = max(1, (8 << 20) // table[0].nbytes)
+    window = device.pinned((min(rows, len(table)), table.shape[1]), table.dtype)
+    address, queue = device.allocate(table.nbytes), device.open_queue()
+    try:
+        for first in range(0, len(table), len(window)):
+            part = table[first : first + len(window)]
+            window[: len(part)] = part
+            queue.upload(address + first * table[0].nbytes, window[: len(part)])
+            queue.wait()
+    finally:
+        queue.close()
+    return address

@@ -1,0 +1,230 @@
+"""One pass of an engine: what is written for it on the host, and what is enqueued on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import GraphError
+from adalink.runtime.manifest import Base
+from adalink.runtime.nvidia.bank import Choice, Stack
+from adalink.runtime.nvidia.cache import DeviceCache, GrowingCache, InPlaceCache, cache_names
+from adalink.runtime.nvidia.device import Executor, Mirror
+from adalink.runtime.nvidia.inputs import Inputs
+from adalink.runtime.nvidia.workspace import DECODE, ENGINE, PREFILL, Common, Executors, FrontSpace
+
+_MOST_STEPS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one pass takes.
+
+    Attributes:
+        inputs: ids or embeddings of its positions, shape ``(batch, seq)``.
+        choice: places of the rows' tasks.
+        mask: 1 for each position that may be seen, int64 with shape ``(batch, total)``; those of the cache come first.
+        positions: position of each token among its row's, int64 with shape ``(batch, seq)``.
+        places: whose logits are wanted, as indices in ``batch * seq``.
+    """
+
+    inputs: Inputs
+    choice: Choice
+    mask: Array
+    positions: Array
+    places: Array
+
+
+@dataclass(eq=False)
+class Step:
+    """A decode step of one shape: its own executors, and its record where there is one."""
+
+    executors: Executors
+    stacks: tuple[Stack, ...]
+    replay: object
+
+
+class EngineSpace:
+    """Everything that one batch at a time needs. For one thread at a time.
+
+    Attributes:
+        queue: where the work goes.
+        cache: keys and values; ``None`` for an encoder.
+    """
+
+    def __init__(self, common: Common) -> None:
+        base, profile, device = common.base, common.plans.profile, common.device
+        self._common = common
+        self._front = FrontSpace(common)
+        self.queue = self._front.queue
+        self._prefill = Executors(common.plans, self.queue, PREFILL)
+        self._steps: dict[tuple[object, ...], Step] = {}
+        self._growing_step = Executors(common.plans, self.queue, DECODE)
+        engine = self._prefill[ENGINE]
+        check_signature(engine, base)
+        self._takes = frozenset(engine.inputs)
+        batch, seq = profile.batch.largest, profile.seq.largest
+        self._mask = Mirror(device, batch * profile.capacity, "int64")
+        self._positions = Mirror(device, batch * seq, "int64")
+        self._places = Mirror(device, profile.places, "int64")
+        self._write_indices = Mirror(device, batch, "int64")
+        self.cache: DeviceCache | None = None
+        self._output_name, self._width, rows = "last_hidden_state", base.hidden_size, batch * seq
+        if base.cache is not None:
+            self._output_name, self._width, rows = "logits", base.vocab_size, profile.places
+            kind = InPlaceCache if self.records else GrowingCache
+            self.cache = kind(device, base.cache, base.embedding_dtype, batch, profile.capacity)
+        self._output = Mirror(device, rows * self._width, base.embedding_dtype)
+
+    @property
+    def records(self) -> bool:
+        """Whether a decode step's shapes stay the same, so that it can be recorded."""
+        return "write_indices" in self._takes
+
+    def prompt(self, wanted: Pass) -> Array:
+        """Run positions of a prompt behind those in the cache.
+
+        Returns:
+            A view of pinned memory: logits at ``places``, shape ``(places, vocab)``, or of an encoder the hidden states
+            at every position, shape ``(batch * seq, d)``.
+        """
+        self._write(wanted)
+        self._enqueue(self._prefill, wanted)
+        self.queue.wait()
+        return self._received(wanted)
+
+    def decode(self, wanted: Pass) -> Array:
+        """Run one token of each row, from a record where there is one; gives what ``prompt`` does."""
+        self._write(wanted)
+        if not self.records:
+            self._enqueue(self._growing_step, wanted)
+        else:
+            self._replay(wanted)
+        self.queue.wait()
+        return self._received(wanted)
+
+    def close(self) -> None:
+        """Give everything back."""
+        for step in self._steps.values():
+            step.executors.close()
+        for executors in (self._prefill, self._growing_step):
+            executors.close()
+        for mirror in (self._mask, self._positions, self._places, self._write_indices, self._output):
+            mirror.close()
+        if self.cache is not None:
+            self.cache.close()
+        self._front.close()
+
+    def _replay(self, wanted: Pass) -> None:
+        """Enqueue a step from its record; the first of its shape is run as it is, and recorded.
+
+        A record holds addresses and shapes, so each has executors that nobody binds anew.
+        """
+        assert self.cache is not None
+        layers = self._front.layers(wanted.inputs, wanted.choice)
+        parts = tuple((layer.activation, layer.stack) for layer in layers)
+        key = (wanted.mask.shape, wanted.inputs.ids is None, wanted.inputs.modality is None, parts)
+        step = self._steps.get(key)
+        if step is None:
+            self._forget_steps()
+            executors = Executors(self._common.plans, self.queue, DECODE)
+            self._enqueue(executors, wanted)
+            # Recording wants an engine that has run with these shapes.
+            self.queue.wait()
+            length = self.cache.length
+            replay = self.queue.record(lambda: self._enqueue(executors, wanted))
+            self.cache.length = length
+            self._steps[key] = Step(executors, tuple(stack for _, stack in parts), replay)
+        elif callable(step.replay):
+            step.replay()
+            self.cache.advance(1)
+        else:
+            self._enqueue(step.executors, wanted)
+
+    def _forget_steps(self) -> None:
+        """Let go of the oldest records beyond a number, and of those that read a stack nobody fills any more."""
+        stale = [key for key, step in self._steps.items() if not all(map(self._common.bank.is_current, step.stacks))]
+        for key in [*stale, *list(self._steps)[: len(self._steps) + 1 - _MOST_STEPS]]:
+            if key in self._steps:
+                self._steps.pop(key).executors.close()
+
+    def _write(self, wanted: Pass) -> None:
+        """Put everything into pinned memory; the queue is idle."""
+        self._front.write(wanted.inputs, wanted.choice)
+        self._mask.host(*wanted.mask.shape)[:] = wanted.mask
+        self._positions.host(*wanted.positions.shape)[:] = wanted.positions
+        self._places.host(len(wanted.places))[:] = wanted.places
+        if self.cache is not None:
+            self._write_indices.host(len(wanted.mask))[:] = self.cache.length
+
+    def _enqueue(self, executors: Executors, wanted: Pass) -> None:
+        """Enqueue copies, fronts and engine; reads nothing of ``wanted`` but shapes and where weights lie."""
+        batch, seq = wanted.inputs.shape
+        engine = executors[ENGINE]
+        engine.bind(
+            "inputs_embeds",
+            self._front.enqueue(executors, wanted.inputs, wanted.choice),
+            (batch, seq, self._common.base.hidden_size),
+        )
+        mirrors = {
+            "attention_mask": (self._mask, wanted.mask.shape),
+            "position_ids": (self._positions, (batch, seq)),
+            "logits_at": (self._places, wanted.places.shape),
+            "write_indices": (self._write_indices, (batch,)),
+        }
+        for name, (mirror, shape) in mirrors.items():
+            if name in self._takes:
+                mirror.upload(self.queue, *shape)
+                engine.bind(name, mirror.address, shape)
+        if self.cache is not None:
+            self.cache.bind(engine, batch, seq)
+        shape = self._output_shape(wanted)
+        engine.bind(self._output_name, self._output.address, shape)
+        engine.enqueue()
+        self._output.download(self.queue, *shape)
+        if self.cache is not None:
+            self.cache.advance(seq)
+
+    def _output_shape(self, wanted: Pass) -> tuple[int, ...]:
+        batch, seq = wanted.inputs.shape
+        if "logits_at" in self._takes:
+            return len(wanted.places), self._width
+        return batch, seq, self._width
+
+    def _received(self, wanted: Pass) -> Array:
+        output = self._output.host(*self._output_shape(wanted))
+        if "logits_at" in self._takes:
+            return output
+        flat = output.reshape(-1, self._width)
+        is_everything = self.cache is None or len(wanted.places) == len(flat)
+        return flat if is_everything else flat[wanted.places]
+
+
+def check_signature(engine: Executor, base: Base) -> None:
+    """Check that a graph takes and gives what a base graph does; raises ``GraphError``."""
+    wanted = {"inputs_embeds", "attention_mask"}
+    given = {"last_hidden_state" if base.cache is None else "logits"}
+    if base.cache is not None:
+        for past, present in cache_names(base.cache):
+            wanted.add(past)
+            given.add(present)
+    optional = set() if base.cache is None else {"position_ids", "logits_at", "write_indices"}
+    missing = sorted((wanted - engine.inputs.keys()) | (given - engine.outputs.keys()))
+    unknown = sorted((engine.inputs.keys() - wanted - optional) | (engine.outputs.keys() - given))
+    if missing or unknown:
+        what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not of the contract"
+        raise GraphError(f"the engine of {base.name}: {what}; it was built from another graph: build the engine again")
+    received = engine.inputs["inputs_embeds"]
+    if received.dtype != base.embedding_dtype or received.shape[-1] != base.hidden_size:
+        raise GraphError(
+            f"the engine of {base.name}: inputs_embeds is {received.dtype} of width {received.shape[-1]}, the base has "
+            f"{base.embedding_dtype} of width {base.hidden_size}: build the engine again"
+        )
+
+
+def last_places(mask: Array) -> Array:
+    """Column of the last token of each row."""
+    last: Array = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
+    return np.asarray(last)

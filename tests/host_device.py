@@ -1,0 +1,156 @@
+"""Main memory behind the protocols of a device, with ONNX Runtime on its CPU provider as the engine.
+
+Not a mock: what is enqueued is computed by another engine from the same graphs, at the addresses and in the shapes that
+were bound. Recording is as strict as a GPU's: a record holds addresses and shapes and sees nothing that is bound later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from adalink.runtime.errors import BackendError
+from adalink.runtime.nvidia.device import Tensor
+from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
+from adalink.runtime.nvidia.profile import Profile
+
+
+class HostQueue:
+    """Does work at once, or records it."""
+
+    def __init__(self) -> None:
+        self._recording: list[Callable[[], None]] | None = None
+        self.replays = 0
+        self.records = 0
+
+    def submit(self, work: Callable[[], None]) -> None:
+        if self._recording is None:
+            work()
+        else:
+            self._recording.append(work)
+
+    @property
+    def is_recording(self) -> bool:
+        return self._recording is not None
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        assert array.flags.c_contiguous
+        self.submit(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes))
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        assert array.flags.c_contiguous
+        self.submit(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        self.submit(lambda: ctypes.memmove(target, source, size_bytes))
+
+    def wait(self) -> None:
+        assert self._recording is None, "a recording queue cannot be waited for"
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        recorded: list[Callable[[], None]] = []
+        self._recording = recorded
+        self.records += 1
+        try:
+            work()
+        finally:
+            self._recording = None
+
+        def replay() -> None:
+            self.replays += 1
+            for part in recorded:
+                part()
+
+        return replay
+
+    def close(self) -> None:
+        pass
+
+
+class HostDevice:
+    """Counts what is allocated; ``limit_bytes`` is how much there is, ``fresh`` what every byte of new memory holds."""
+
+    def __init__(self, limit_bytes: int | None = None, fresh: int = 0) -> None:
+        self._fresh = fresh
+        self._blocks: dict[int, tuple[Any, int]] = {}
+        self.limit_bytes = limit_bytes
+        self.queues: list[HostQueue] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(size for _, size in self._blocks.values())
+
+    def allocate(self, size_bytes: int) -> int:
+        if self.limit_bytes is not None and self.allocated_bytes + size_bytes > self.limit_bytes:
+            raise BackendError(f"out of memory: {size_bytes} bytes")
+        block = np.full(size_bytes + 256, self._fresh, np.uint8)
+        address = -(-block.ctypes.data // 256) * 256
+        self._blocks[address] = (block, size_bytes)
+        return address
+
+    def free(self, address: int) -> None:
+        del self._blocks[address]
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def open_queue(self) -> HostQueue:
+        self.queues.append(HostQueue())
+        return self.queues[-1]
+
+
+class HostExecutor(OnnxRuntimeExecutor):
+    """The kit's own executor, with what is bound frozen while its queue records."""
+
+    def __init__(self, session: ort.InferenceSession, queue: HostQueue) -> None:
+        super().__init__(session, ort, "graph", "cpu")
+        self._queue = queue
+        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self.is_closed = False
+
+    def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
+        super().bind(name, address, shape)
+        self._bound[name] = (address, shape)
+
+    def enqueue(self) -> None:
+        if not self._queue.is_recording:
+            super().enqueue()
+            return
+        frozen = OnnxRuntimeExecutor(self._session, ort, "graph", "cpu")
+        for name, (address, shape) in self._bound.items():
+            frozen.bind(name, address, shape)
+        self._queue.submit(frozen.enqueue)
+
+    def close(self) -> None:
+        super().close()
+        self.is_closed = True
+
+
+class HostPlans:
+    """Graphs by name, and the profile they are used within: a shape outside it is an error, as with a real engine."""
+
+    def __init__(self, graphs: dict[str, bytes | str], profile: Profile, *, rank: int = 64, slots: int = 64) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._sessions = {
+            name: ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            for name, graph in graphs.items()
+        }
+        self.profile = profile
+        self.largest_rank = rank
+        self.largest_slots = slots
+        self.opened: list[HostExecutor] = []
+
+    def executor(self, name: str, profile: int, queue: HostQueue) -> HostExecutor:
+        self.opened.append(HostExecutor(self._sessions[name], queue))
+        return self.opened[-1]
+
+    def close(self) -> None:
+        self._sessions.clear()
+
+
+__all__ = ["HostDevice", "HostExecutor", "HostPlans", "HostQueue", "Tensor"]
