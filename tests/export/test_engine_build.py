@@ -62,8 +62,8 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A deployment with tasks and with both variants of its base."""
-    tiny = build("llama", tmp_path_factory.mktemp("engines"))
-    export_base(tiny.model, tiny.folder, target="portable")
+    tiny = build("llama", tmp_path_factory.mktemp("engines"), ("text", "image"))
+    export_base(tiny.model, tiny.folder, target="portable", modalities=("text", "image"))
     return tiny.folder
 
 
