@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from adalink.export.engine_progress import EngineProgress, make_monitor
-from adalink.runtime.cache_folder import cache_folder
 from adalink.runtime.errors import GraphError
 from adalink.runtime.nvidia.profile import Span
 from adalink.runtime.nvidia.tensorrt_api import Api, count_builder_call
+from adalink.runtime.user_cache import cache_path, read_own, write_own
 
 if TYPE_CHECKING:
     import onnx
@@ -138,7 +137,10 @@ class PlanDraft:
         self._monitor = make_monitor(self._api.trt, self._name, report)
         self.config.progress_monitor = self._monitor
         count_builder_call()
-        plan = self._builder.build_serialized_network(self.network, self.config)
+        try:
+            plan = self._builder.build_serialized_network(self.network, self.config)
+        except MemoryError:
+            plan = None
         self._monitor.raise_what_stopped_it()
         if plan is None:
             raise self._api.error(
@@ -154,30 +156,19 @@ class PlanDraft:
 
     def _take_timings(self) -> Path | None:
         """Let the builder use what earlier builds measured; returns the file, ``None`` where nothing is kept."""
-        folder = cache_folder()
-        if not self._api.has_timing_cache or folder is None:
+        path = cache_path("timing", f"{self._api.backend}-{self._api.version}.cache")
+        if not self._api.has_timing_cache or path is None:
             return None
-        path = folder / "timing" / f"{self._api.backend}-{self._api.version}.cache"
-        try:
-            known = path.read_bytes()
-        except OSError:
-            known = b""
-        cache = self.config.create_timing_cache(known)
+        cache = self.config.create_timing_cache(read_own(path) or b"")
         # Timings of another GPU or driver are refused.
-        if not self.config.set_timing_cache(cache, ignore_mismatch=False):
+        if cache is None or not self.config.set_timing_cache(cache, ignore_mismatch=False):
             self.config.set_timing_cache(self.config.create_timing_cache(b""), ignore_mismatch=False)
         return path
 
     def _keep_timings(self, path: Path) -> None:
-        """Write the timings; a machine that cannot keep them measures again next time."""
-        draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with memoryview(self.config.get_timing_cache().serialize()) as data:
-                draft.write_bytes(data)
-            draft.replace(path)
-        except OSError:
-            draft.unlink(missing_ok=True)
+        """Keep the timings for the next build."""
+        with memoryview(self.config.get_timing_cache().serialize()) as data:
+            write_own(path, data)
 
 
 def build_plan(

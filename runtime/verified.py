@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.cache_folder import cache_folder
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.integrity import check_size, verify_files
 from adalink.runtime.manifest import Manifest, locate
@@ -75,11 +75,14 @@ def _memory_file(folder: Path) -> Path | None:
 
     ``None`` for a user who has no home.
     """
-    root = cache_folder()
-    if root is None:
+    windows = sys.platform == "win32"
+    root = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+    try:
+        root = root or str(Path.home() / ("AppData/Local" if windows else ".cache"))
+    except RuntimeError:
         return None
     name = digest_bytes(os.fsencode(folder.resolve())).removeprefix("sha256:")[:32]
-    return root / "verified" / f"{name}.json"
+    return Path(root, "adalink", "verified", f"{name}.json")
 
 
 def _recall(memory: Path) -> dict[str, _Seen]:
