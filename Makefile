@@ -20,18 +20,23 @@ $(VENV)/models: $(VENV)/installed examples/requirements.txt
 	$(RUN)/python -m pip install --disable-pip-version-check --no-deps --requirement examples/requirements.txt
 	@touch $@
 
+# TensorRT-RTX builds engines without a GPU (230 MB; x86-64 only, elsewhere this installs nothing).
+$(VENV)/tensorrt-rtx: $(VENV)/installed
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[tensorrt-rtx]'
+	@touch $@
+
 models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
 
-demo: $(VENV)/models ## one engine, two tasks and the plain base on SmolLM2: export, run, verify, receipt
+demo: $(VENV)/models $(if $(TRT),$(VENV)/tensorrt-rtx) ## one engine, two tasks and the plain base on SmolLM2: export, run, verify, receipt (TRT=1: TensorRT-RTX too)
 	$(RUN)/adalink demo --out $(DEMO)
 
-test: $(VENV)/installed ## the quick tests
+test: $(VENV)/tensorrt-rtx ## the quick tests
 	$(RUN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: $(VENV)/models ## the tests on real models
+test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 	$(RUN)/python -m pytest -m "slow"
 
-test-gpu: $(VENV)/models ## the tests that need an NVIDIA GPU
+test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
 lint: $(VENV)/installed ## ruff and mypy

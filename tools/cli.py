@@ -14,7 +14,7 @@ VERBS = {
     "run": "Generate text, or hidden states, with a deployment.",
     "verify": "Prove that a deployment computes what PyTorch computes.",
     "bench": "Measure what a task costs beside the plain base.",
-    "inspect": "Explain a deployment, adapter, model or ONNX file.",
+    "inspect": "Explain a deployment, adapter, model, ONNX file or engine.",
     "doctor": "Say which backends work on this machine.",
     "demo": "Export, run, verify and measure a real model with two tasks.",
 }

@@ -7,7 +7,20 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("adalink-kit", "numpy", "onnxruntime", "onnxruntime-gpu", "onnx", "torch", "transformers", "tokenizers")
+PACKAGES = (
+    "adalink-kit",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "tensorrt",
+    "tensorrt-rtx-cu13-bindings",
+    "cuda-bindings",
+    "onnx",
+    "torch",
+    "transformers",
+    "tokenizers",
+)
 
 
 def describe_environment() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""``adalink inspect``: explain a deployment, an adapter folder, a base model or an ONNX file."""
+"""``adalink inspect``: explain a deployment, an adapter folder, a base model, an ONNX file or a compiled engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def describe(target: str) -> Description:
     """Find out what ``target`` is and describe it.
 
     Args:
-        target: a deployment or adapter folder, an ONNX file, or a base model (folder, GGUF file or hub id).
+        target: a deployment or adapter folder, an ONNX file, a plan, or a base model (folder, GGUF file or hub id).
 
     Returns:
-        ``{"kind": "deployment" | "adapter" | "onnx" | "model", ...}``, ready for JSON.
+        ``{"kind": "deployment" | "adapter" | "onnx" | "plan" | "model", ...}``, ready for JSON.
 
     Raises:
         AdaLinkError: it is damaged, or none of these.
@@ -37,6 +37,10 @@ def describe(target: str) -> Description:
         return describe_adapter(path)
     if path.suffix == ".onnx":
         return describe_onnx(path)
+    if path.suffix == ".plan":
+        from adalink.tools.inspect_plan import describe_plan
+
+        return describe_plan(path)
     return describe_model(target)
 
 
@@ -44,6 +48,7 @@ def describe_deployment(folder: Path) -> Description:
     """Describe a deployment, after comparing every file with its digest; raises ``DeploymentError``."""
     from adalink.runtime.integrity import verify_files
     from adalink.runtime.manifest import read_manifest
+    from adalink.tools.inspect_plan import describe_engine
 
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
@@ -72,6 +77,7 @@ def describe_deployment(folder: Path) -> Description:
                 "backends": list(variant.backends),
                 "quantization": None if variant.quantization is None else asdict(variant.quantization),
                 "size_bytes": manifest.size_bytes(variant.files),
+                **({"engine": describe_engine(folder, manifest, variant)} if variant.is_compiled else {}),
             }
             for name, variant in manifest.variants.items()
         },
@@ -174,19 +180,21 @@ def _type(value: onnx.ValueInfoProto) -> str:
     return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} ({shape})"
 
 
-@click.command(short_help="Explain a deployment, adapter, model or ONNX file.")
+@click.command(short_help="Explain a deployment, adapter, model, ONNX file or engine.")
 @click.argument("target")
 @click.option("--json", "as_json", is_flag=True, help="Print the description as JSON.")
 def command(target: str, as_json: bool) -> None:
-    """Explain TARGET: a deployment, an adapter folder, a base model or an ONNX file.
+    """Explain TARGET: a deployment, an adapter folder, a base model, an ONNX file or a compiled engine.
 
-    A deployment's files are compared with their digests; a model is loaded to compute its fingerprint.
+    A deployment's files are compared with their digests; a model is loaded to compute its fingerprint. Of an engine's
+    plan the record beside it and its header are read; it is loaded only where a GPU is and the manifest vouches for it.
 
     \b
     Example:
       adalink inspect ./deployment
       adalink inspect ./adapters/topics --json
       adalink inspect ./deployment/tasks/topics/adapter.onnx
+      adalink inspect ./deployment/engines/tensorrt-rtx/engine.plan
     """  # noqa: D301
     description = describe(target)
     if as_json:

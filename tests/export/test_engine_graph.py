@@ -42,7 +42,9 @@ def open_graph(model: onnx.ModelProto, portable: Path) -> ort.InferenceSession:
     """A session on a graph whose weights lie beside the portable one."""
     path = portable.with_name("engine.onnx")
     path.write_bytes(model.SerializeToString())
-    return ort.InferenceSession(str(path))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns that a cache of main memory is copied
+    return ort.InferenceSession(str(path), options)
 
 
 class InPlace:

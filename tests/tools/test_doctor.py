@@ -1,20 +1,26 @@
 """`adalink doctor` tries backends for real, and a broken one is reported, not fatal."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 
 import onnxruntime
 import pytest
 from click.testing import CliRunner
 
+from adalink.runtime.engine import BACKENDS
+from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.tools import probe as probe_module
 from adalink.tools.cli import main
 from adalink.tools.doctor import BACKEND_EXTRAS
-from adalink.tools.probe import PROBES, probe
+from adalink.tools.probe import PROBES, probe, probe_gpus
 
 
 def test_every_backend_has_a_probe():
-    assert BACKEND_EXTRAS.keys() == PROBES.keys()
+    assert BACKEND_EXTRAS.keys() == PROBES.keys() == set(BACKENDS)
 
 
 def test_findings_agree_with_onnxruntime_itself():
@@ -34,7 +40,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
     """An onnxruntime that cannot be imported: the finding names the package."""
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('no', name='onnxruntime')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert probe("onnxruntime-cpu") == (False, "the package onnxruntime is not installed")
+    assert probe("onnxruntime-cpu") == (False, "the package onnxruntime is not installed", "")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
 def test_crashing_backend_is_a_finding(monkeypatch, tmp_path, body, expected):
     (tmp_path / "onnxruntime.py").write_text(body + "\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    works, detail = probe("onnxruntime-cpu")
+    works, detail, _ = probe("onnxruntime-cpu")
     assert not works
     assert expected in detail
 
@@ -56,6 +62,85 @@ def test_hanging_backend_is_a_finding(monkeypatch, tmp_path):
     (tmp_path / "onnxruntime.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(probe_module, "_TIMEOUT_SECONDS", 1)
-    works, detail = probe("onnxruntime-cpu")
+    works, detail, _ = probe("onnxruntime-cpu")
     assert not works
     assert "no answer" in detail
+
+
+@pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU")
+def test_tensorrt_rtx_builds_without_a_gpu_and_says_what_is_missing():
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    works, detail, advice = probe("tensorrt-rtx")
+    assert not works
+    assert "builds engines (sm86 was tried), but runs none: " in detail
+    assert "driver" in detail or "device" in detail
+    assert "install the NVIDIA driver" in advice
+    assert "adalink export engine --target" in advice
+    shown = CliRunner().invoke(main, ["doctor"]).stdout
+    assert "gpus" in shown
+    assert "none: " in shown
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (
+            "raise ImportError('libnvinfer.so.10: cannot open shared object file')",
+            r"does not load .ImportError: libnvi",
+        ),
+        ("raise ModuleNotFoundError('no', name='numpy')", r"does not load .ModuleNotFoundError"),
+        ("__version__ = '9.3.0'", r"version 9.3.0 is installed, expected 10.0 or later and before 12.0"),
+        ("__version__ = 'new'", r"version new is installed, expected 10.0 or later"),
+        ("import os\nos.abort()", r"ended with code -6"),
+    ],
+)
+def test_broken_tensorrt_is_a_finding_with_a_repair(monkeypatch, tmp_path, body, expected):
+    """A package that does not load, or of another version: the backend's own error says so."""
+    (tmp_path / "tensorrt.py").write_text(body + "\n")
+    inherited = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), inherited])))
+    works, detail, _ = probe("tensorrt")
+    assert not works
+    assert re.search(expected, detail)
+
+
+def test_a_driver_that_refuses_is_no_gpu(monkeypatch, tmp_path):
+    """A library of the driver's name that cannot start: the reason is told, and nothing crashes."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "cuda.c").write_text("int cuInit(unsigned flags) { return 999; }\n")
+    subprocess.run([compiler, "-shared", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert probe_gpus() == {
+        "devices": [],
+        "driver": None,
+        "reason": "the NVIDIA driver refuses to start (cuInit gave 999)",
+    }
+
+
+def test_gpus_are_described_as_the_driver_does(monkeypatch, tmp_path):
+    """A driver of one known device, in C: name, capability, memory and version come through."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "cuda.c").write_text(DRIVER)
+    subprocess.run([compiler, "-shared", "-o", tmp_path / "libcuda.so.1", tmp_path / "cuda.c"], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    assert probe_gpus() == {
+        "devices": [{"name": "A GPU", "capability": "sm86", "memory_bytes": 12_000_000_000}],
+        "driver": "13.1",
+        "reason": "",
+    }
+
+
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 13010; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = 7; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, device == 7 ? "A GPU" : "?", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 12000000000u; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 6; return 0; }
+"""

