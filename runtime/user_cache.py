@@ -1,0 +1,50 @@
+"""Files of the user's own that save time: losing one costs nothing else, and another user's is never believed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+
+def cache_path(folder: str, name: str) -> Path | None:
+    """Where such a file lies; ``None`` for a user who has no home.
+
+    Args:
+        folder: what kind it is.
+        name: the file's name.
+    """
+    windows = sys.platform == "win32"
+    root = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+    try:
+        root = root or str(Path.home() / ("AppData/Local" if windows else ".cache"))
+    except RuntimeError:
+        return None
+    return Path(root, "adalink", folder, name)
+
+
+def read_own(path: Path) -> bytes | None:
+    """Its bytes; ``None`` if it is not there or might be another user's work."""
+    try:
+        with path.open("rb") as stream:
+            if hasattr(os, "getuid"):
+                found = os.fstat(stream.fileno())
+                if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                    return None
+            return stream.read()
+    except OSError:
+        return None
+
+
+def write_own(path: Path, data: bytes | memoryview) -> None:
+    """Write it whole or not at all; a machine that cannot keep it goes without."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft.touch(mode=0o600)
+        draft.write_bytes(data)
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
