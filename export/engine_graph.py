@@ -46,11 +46,7 @@ def engine_graph(path: Path, base: Base, capacity: int | None) -> onnx.ModelProt
     """
     import onnx
 
-    if base.kind == "encoder-decoder":
-        raise ConfigError(
-            f"base {base.name!r} is an encoder-decoder: engines are built for decoders and encoders only; run it with "
-            "--backend onnxruntime-cpu"
-        )
+    check_buildable(base)
     model = onnx.load(str(path), load_external_data=False)
     if base.kind == "encoder":
         return model
@@ -60,6 +56,15 @@ def engine_graph(path: Path, base: Base, capacity: int | None) -> onnx.ModelProt
         edit.keep_cache_in_place(capacity)
     edit.finish()
     return model
+
+
+def check_buildable(base: Base) -> None:
+    """Check that engines can be built of a base; raises ``ConfigError``."""
+    if base.kind == "encoder-decoder":
+        raise ConfigError(
+            f"base {base.name!r} is an encoder-decoder: engines are built for decoders and encoders only; run it with "
+            "--backend onnxruntime-cpu"
+        )
 
 
 class _Edit:

@@ -111,15 +111,16 @@ class Quantization(_Strict, frozen=True, kw_only=True):
 
 
 class Variant(_Strict, frozen=True, kw_only=True):
-    """One ONNX form of the base.
+    """One form of the base: an ONNX graph, or a compiled engine.
 
     Attributes:
-        target: what it was exported for (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``).
+        target: what it was exported for (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``); of a compiled
+            engine, its backend.
         quantization: how its matrices are quantised; ``None`` when they are stored as they are.
         backends: runtime backends it serves.
-        graph: path of the graph; for an encoder-decoder, of its encoder.
+        graph: path of the graph, or of the engine's plan; for an encoder-decoder, of its encoder.
         decoder_graph: path of the decoder of an encoder-decoder.
-        files: every file of the variant, the graphs and their external data.
+        files: every file of the variant, the graphs and their external data, or the plans and their record.
     """
 
     target: str
@@ -128,6 +129,11 @@ class Variant(_Strict, frozen=True, kw_only=True):
     graph: str
     decoder_graph: str | None = None
     files: tuple[str, ...]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``graph`` is the plan of an engine rather than an ONNX file."""
+        return not self.graph.endswith(".onnx")
 
 
 class Fold(_Strict, frozen=True, kw_only=True):
@@ -278,11 +284,11 @@ def locate(folder: Path, relative: str) -> Path:
     return resolved
 
 
-def check_task_name(name: str) -> None:
-    """Check that a task's name can be a folder name; raises ``DeploymentError``."""
+def check_task_name(name: str, what: str = "task") -> None:
+    """Check that the name of a task, or of an engine, can be a folder name; raises ``DeploymentError``."""
     if not _TASK_NAME.fullmatch(name):
         raise DeploymentError(
-            f"task name {name!r}: expected 1 to 64 letters, digits, '-' or '_', starting with a letter or digit"
+            f"{what} name {name!r}: expected 1 to 64 letters, digits, '-' or '_', starting with a letter or digit"
         )
 
 

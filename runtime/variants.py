@@ -5,6 +5,9 @@ from __future__ import annotations
 from adalink.runtime.errors import BackendError
 from adalink.runtime.manifest import Manifest
 
+# Backends that run a plan which was built ahead, not a graph.
+COMPILED_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
 
 def choose_variant(manifest: Manifest, backend: str, name: str | None = None) -> str:
     """Name of the variant that a backend runs.
@@ -33,9 +36,12 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
             {entry for key, variant in variants.items() if name in (None, key) for entry in variant.backends}
         )
         whose = "this deployment" if name is None else f"variant {name!r}"
+        what, command = "base graph", f"base MODEL --out DIR --target {backend}"
+        if backend in COMPILED_BACKENDS:
+            what, command = "engine", f"engine DIR --backend {backend}"
         raise BackendError(
-            f"{whose} has no base graph for {backend}, only for {', '.join(served) or 'none'}: add one with "
-            f"'adalink export base MODEL --out DIR --target {backend}'"
+            f"{whose} has no {what} for {backend}, only for {', '.join(served) or 'none'}: add one with "
+            f"'adalink export {command}'"
         )
 
     def preference(key: str) -> tuple[int, bool, str]:

@@ -9,7 +9,7 @@ import click
 # Verb -> its one-line summary, so that `adalink --help` imports none of them. A test compares them with the verbs' own.
 VERBS = {
     "train": "Train an adapter on prompt and completion rows.",
-    "export": "Export a base model or an adapter into a deployment.",
+    "export": "Export a base model, adapters and engines into a deployment.",
     "remove": "Remove a task from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
     "verify": "Prove that a deployment computes what PyTorch computes.",

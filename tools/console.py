@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +30,35 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 def say(message: str) -> None:
     """Print one line of progress on stderr."""
     click.echo(message, err=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float | None], None]]:
+    """A bar on stderr until the block ends; where stderr is no terminal, a line for each new job instead.
+
+    What it gives is called with ``"job: detail"`` and how far that is from 0 to 1, ``None`` where nobody knows.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def say_job(line: str, done: float | None) -> None:
+            nonlocal last
+            job = line.partition(":")[0]
+            if job != last:
+                say(job)
+            last = job
+
+        yield say_job
+        return
+    columns = (TimeElapsedColumn(), BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task("", total=None)
+
+        def show(line: str, done: float | None) -> None:
+            bar.update(shown, description=line, completed=done or 0.0, total=None if done is None else 1.0)
+
+        yield show
 
 
 def _style(cell: object) -> str:

@@ -9,26 +9,29 @@ import click
 
 from adalink.tools.console import say
 from adalink.tools.export_adapter import DTYPES, adapter
+from adalink.tools.export_engine import engine
 
 _QUANTIZATIONS = ("int4", "int8")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 
 
-@click.group(name="export", short_help="Export a base model or an adapter into a deployment.")
+@click.group(name="export", short_help="Export a base model, adapters and engines into a deployment.")
 def command() -> None:
-    """Export a base model or an adapter into a deployment.
+    """Export a base model, adapters and engines into a deployment.
 
     The base is exported once. Each adapter is then a graph of a few kilobytes beside it; adding or replacing one
-    touches no byte of the base.
+    touches no byte of the base, nor of an engine that was built from it.
 
     \b
     Example:
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment
       adalink export adapter ./adapters/topics --out ./deployment
+      adalink export engine ./deployment --backend tensorrt-rtx --target sm86
     """  # noqa: D301
 
 
 command.add_command(adapter)
+command.add_command(engine)
 
 
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")

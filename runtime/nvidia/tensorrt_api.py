@@ -70,7 +70,7 @@ class Api:
         trt: the module.
         version: its version.
         logger: collects the library's errors; for builders, runtimes and parsers.
-        recorder: the same for objects that have an ``error_recorder``.
+        recorder: the same for runtimes and contexts, through their ``error_recorder``.
     """
 
     def __init__(self, backend: str, module: ModuleType) -> None:
@@ -120,14 +120,15 @@ class Api:
         return BackendError(f"{what}: {self.trt.__name__} {self.version} says: {words}; {repair}")
 
     def make_builder(self) -> Any:
-        """A builder; raises ``BackendError``."""
+        """A builder; raises ``BackendError``.
+
+        Its errors are heard through the logger: with a recorder, letting a parsed network go crashes the process.
+        """
         self.clear()
         try:
-            builder = self.trt.Builder(self.logger)
+            return self.trt.Builder(self.logger)
         except Exception as error:
             raise self.error("no builder", "check the installation with 'adalink doctor'", [str(error)]) from error
-        builder.error_recorder = self.recorder
-        return builder
 
     def make_runtime(self) -> Any:
         """A runtime, which loads plans; raises ``BackendError``."""
