@@ -125,7 +125,10 @@ class Deployment:
         if full_check:
             verify_files(folder, manifest)
         else:
-            verify_once(folder, manifest, (manifest.base.embeddings, *manifest.variants[chosen].files))
+            own = manifest.variants[chosen]
+            verify_once(folder, manifest, (manifest.base.embeddings, *(() if own.is_compiled else own.files)))
+            if own.is_compiled:  # a plan is code: it is read whole, whatever this user has seen before
+                verify_files(folder, manifest, own.files)
         return cls(
             folder,
             manifest,

@@ -8,9 +8,7 @@ itself and a program that writes through an older memory map: a full check reads
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +18,7 @@ import msgspec
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.integrity import check_size, verify_files
 from adalink.runtime.manifest import Manifest, locate
+from adalink.runtime.user_cache import cache_path, read_own, write_own
 
 _SETTLED_NS = 2_000_000_000
 
@@ -62,7 +61,7 @@ def verify_once(
         if _stamp(path) == stamp and max(stamp[3:]) < started - _SETTLED_NS:
             learnt[relative] = _Seen(expected, stamp)
     if learnt and memory:
-        _remember(memory, {**known, **learnt})
+        write_own(memory, msgspec.json.encode({**known, **learnt}))
 
 
 def _stamp(path: Path) -> Stamp:
@@ -71,41 +70,15 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _memory_file(folder: Path) -> Path | None:
-    """A file of the user's own, one for each deployment: who can alter a deployment need not be able to vouch for it.
-
-    ``None`` for a user who has no home.
-    """
-    windows = sys.platform == "win32"
-    root = os.environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
-    try:
-        root = root or str(Path.home() / ("AppData/Local" if windows else ".cache"))
-    except RuntimeError:
-        return None
+    """One for each deployment, the user's own: who can alter a deployment need not be able to vouch for it."""
     name = digest_bytes(os.fsencode(folder.resolve())).removeprefix("sha256:")[:32]
-    return Path(root, "adalink", "verified", f"{name}.json")
+    return cache_path("verified", f"{name}.json")
 
 
 def _recall(memory: Path) -> dict[str, _Seen]:
     """What was checked before; nothing if the file is not there, damaged, or might be another user's work."""
+    data = read_own(memory)
     try:
-        with memory.open("rb") as stream:
-            if hasattr(os, "getuid"):
-                found = os.fstat(stream.fileno())
-                if found.st_uid != os.getuid() or found.st_mode & 0o022:
-                    return {}
-            return msgspec.json.decode(stream.read(), type=dict[str, _Seen])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {} if data is None else msgspec.json.decode(data, type=dict[str, _Seen])
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return {}
-
-
-def _remember(memory: Path, seen: dict[str, _Seen]) -> None:
-    """Write what was checked; a machine that cannot keep it checks again next time."""
-    draft = memory.with_name(f"{memory.name}.{os.getpid()}.new")
-    try:
-        memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft.touch(mode=0o600)
-        draft.write_bytes(msgspec.json.encode(seen))
-        draft.replace(memory)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()

@@ -25,6 +25,7 @@ class HostQueue:
     def __init__(self) -> None:
         self._recording: list[Callable[[], None]] | None = None
         self.replays = 0
+        self.handle = id(self)
         self.records = 0
 
     def submit(self, work: Callable[[], None]) -> None:

@@ -132,7 +132,7 @@ class DeviceBank:
         self._stacks: dict[str, Stack] = {}
         self._lock = threading.Lock()
         # For a batch of the plain base alone; the fronts need something to be bound.
-        self._plain = Stack(device, self._queue, _RANKS, 1, hidden_size)
+        self._plain: Stack | None = Stack(device, self._queue, _RANKS, 1, hidden_size)
 
     def choose(self, tasks: Selection, batch: int) -> Choice:
         """Give each task of a batch a place; one that has none is loaded now.
@@ -171,11 +171,13 @@ class DeviceBank:
 
     def plain(self, batch: int) -> Layer:
         """What a front is fed with when no row has a task."""
+        assert self._plain is not None, "the engine is closed"
         return Layer(ACTIVATIONS[0], self._plain, np.zeros(batch, np.int64), 0)
 
     def close(self) -> None:
-        """Forget every task."""
+        """Forget every task; its memory goes with the last batch that reads it."""
         self._stacks.clear()
+        self._plain = None
         self._queue.close()
 
     def _roomy(self, activation: str, parts: list[Part]) -> Stack:

@@ -31,6 +31,10 @@ class Tensor:
 class Queue(Protocol):
     """Work that the device does in order, while the host goes on."""
 
+    @property
+    def handle(self) -> int:
+        """What engines know it by."""
+
     def upload(self, address: int, array: Array) -> None:
         """Copy pinned memory to the device; raises ``BackendError``."""
 

@@ -9,9 +9,10 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from adalink.runtime.bank import Selection
-from adalink.runtime.engine import Array, Fed
+from adalink.runtime.bank import PLAIN, Selection
+from adalink.runtime.engine import Array, Fed, Front
 from adalink.runtime.errors import RequestError
+from adalink.runtime.host_front import HostFront
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceBank
 from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length
@@ -110,6 +111,30 @@ class DeviceFront:
         self._spaces.close()
 
 
+class HostFedFront:
+    """See ``adalink.runtime.engine.Front``: tasks are applied in main memory, for want of fronts."""
+
+    def __init__(self, table: Array) -> None:
+        self._host = HostFront(table)
+
+    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
+        """See ``adalink.runtime.engine.Front``."""
+        return Inputs(None, self._host.lookup(ids, tasks, modality), None, PLAIN)
+
+    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
+        """See ``adalink.runtime.engine.Front``."""
+        return Inputs(None, self._host.apply(embeds, tasks, modality), None, PLAIN)
+
+    def decoding(self, tasks: Selection) -> Selection:
+        """See ``adalink.runtime.engine.Front``."""
+        return self._host.decoding(tasks)
+
+    def read(self, fed: Inputs) -> Array:
+        """See ``adalink.runtime.engine.Front``."""
+        assert fed.embeds is not None
+        return fed.embeds
+
+
 class _ReadSpace:
     def __init__(self, common: Common) -> None:
         self._common = common
@@ -134,14 +159,16 @@ class _ReadSpace:
 class DeviceEngine:
     """See ``adalink.runtime.engine.Engine``."""
 
-    def __init__(self, device: Device, plans: Plans, base: Base, table: Array) -> None:
-        """Copy the embedding table to the device; a workspace is made when the first call needs it."""
+    def __init__(
+        self, device: Device, plans: Plans, base: Base, table: Array | None = None, front: Front | None = None
+    ) -> None:
+        """Copy the embedding table to the device, unless a front is given that applies tasks before."""
         self._device = device
         self._plans = plans
         self._base = base
         bank = DeviceBank(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
-        self._common = Common(device, plans, bank, upload_table(device, table), base)
-        self.front = DeviceFront(self._common)
+        self._common = Common(device, plans, bank, 0 if table is None else upload_table(device, table), base)
+        self.front: Front = DeviceFront(self._common) if front is None else front
         self._spaces: Pool[EngineSpace] = Pool(lambda: EngineSpace(self._common))
         # What is wrong with the plan is found when it is opened, not at the first request.
         self._spaces.give(self._spaces.take())
@@ -190,7 +217,8 @@ class DeviceEngine:
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
         self._spaces.close()
-        self.front.close()
+        if isinstance(self.front, DeviceFront):
+            self.front.close()
         self._common.bank.close()
         self._device.free(self._common.table)
         self._plans.close()

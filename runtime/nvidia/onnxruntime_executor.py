@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -32,14 +32,22 @@ class OnnxRuntimeExecutor:
         runtime: ModuleType,
         origin: str,
         place: str,
-        options: ort.RunOptions | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """``place`` is ONNX Runtime's name of where addresses are, ``"cuda"`` or ``"cpu"``."""
+        """Bind nothing yet.
+
+        Args:
+            session: the graph.
+            runtime: the module ``onnxruntime``.
+            origin: the graph's name, for messages.
+            place: ONNX Runtime's name of where addresses are, ``"cuda"`` or ``"cpu"``.
+            before: waits for what the session cannot know of, since it computes on a stream of its own.
+        """
         self._session = session
         self._ort = runtime
         self._origin = origin
         self._place = place
-        self._options = options
+        self._before = before
         self._binding = session.io_binding()
         self.inputs: Mapping[str, Tensor] = _tensors(session.get_inputs())
         self.outputs: Mapping[str, Tensor] = _tensors(session.get_outputs())
@@ -52,9 +60,10 @@ class OnnxRuntimeExecutor:
         bind(name, self._place, 0, ELEMENTS[tensor.dtype], shape, address)
 
     def enqueue(self) -> None:
-        """See ``adalink.runtime.nvidia.device.Executor``."""
+        """See ``adalink.runtime.nvidia.device.Executor``; returns when the call is done."""
+        self._before()
         try:
-            self._session.run_with_iobinding(self._binding, self._options)
+            self._session.run_with_iobinding(self._binding)
         except onnxruntime_errors(self._ort) as error:
             raise refusal(self._origin, error) from error
 

@@ -109,6 +109,7 @@ class EngineSpace:
         """Give everything back."""
         for step in self._steps.values():
             step.executors.close()
+        self._steps.clear()
         for executors in (self._prefill, self._growing_step):
             executors.close()
         for mirror in (self._mask, self._positions, self._places, self._write_indices, self._output):

@@ -64,11 +64,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def check_length(self, length: int) -> None:
         """Check the positions that a row will have in the end; raises ``RequestError``."""
         if length > self.capacity:
-            option = "seq" if self.past is None else "past"
-            span = self.seq if self.past is None else self.past
+            option, wanted = ("seq", _widened(self.seq, length)) if self.past is None else ("past", None)
+            if self.past is not None:
+                wanted = _widened(self.past, length - 1)
             raise RequestError(
                 f"attention_mask: {length} positions, this engine takes 1 to {self.capacity}: shorten the prompt or "
-                f"ask for fewer new tokens, or build it again with --profile {option}={_widened(span, length)}"
+                f"ask for fewer new tokens, or build it again with --profile {option}={wanted}"
             )
         if self.past is None and length < self.seq.smallest:
             raise RequestError(

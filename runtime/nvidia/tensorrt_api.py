@@ -142,6 +142,48 @@ class Api:
         runtime.error_recorder = self.recorder
         return runtime
 
+    def runtime_config(self, engine: Any) -> tuple[Any, Any]:
+        """How TensorRT-RTX is to run an engine, and its cache of what it compiles; ``(None, None)`` for TensorRT.
+
+        Kernels are compiled for each shape when it first comes, not in the background: a recorded step would keep the
+        slower ones for ever. The kit records steps itself, so the library's own recording stays off.
+        """
+        if not self.is_rtx or not hasattr(engine, "create_runtime_config"):
+            return None, None
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        cache = config.create_runtime_cache()
+        config.set_runtime_cache(cache)
+        return config, cache
+
+    def make_context(self, engine: Any, config: Any) -> Any:
+        """An execution context whose scratch memory is the caller's; raises ``BackendError``.
+
+        Args:
+            engine: the deserialised plan.
+            config: what ``runtime_config`` gave.
+        """
+        self.clear()
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = engine.create_execution_context(strategy if config is None else config)
+        if context is None:
+            raise self.error("no execution context", "close other programs that use the GPU's memory")
+        context.error_recorder = self.recorder
+        return context
+
+    def scratch_bytes(self, engine: Any) -> int:
+        """Scratch memory that a context of an engine needs, whatever its profile."""
+        name = "device_memory_size_v2" if hasattr(engine, "device_memory_size_v2") else "device_memory_size"
+        return int(getattr(engine, name))
+
+    def set_scratch(self, context: Any, address: int, size_bytes: int) -> None:
+        """Give a context its scratch memory, which contexts that never run at a time may share."""
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(address, size_bytes)
+        else:
+            context.device_memory = address
+
     def network_flags(self) -> int:
         """Flags of a network whose precision is that of the graph: always so in TensorRT 11, asked for in 10."""
         kinds = self.trt.NetworkDefinitionCreationFlag
