@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.export.engine_build import BuiltPlan, Sizes, build_plan
+from adalink.export.engine_build import BuiltPlan, Sizes, build_plan, writes_in_place
 from adalink.export.engine_graph import check_buildable, engine_graph
 from adalink.export.engine_progress import EngineProgress
 from adalink.export.engine_target import CURRENT, resolve_target
@@ -119,7 +119,7 @@ class _Work:
         portable = locate(self._writer.folder, graph)
         cache = None
         if base.kind == "decoder":
-            cache = "in-place" if self._api.has_kv_cache_update else "growing"
+            cache = "in-place" if writes_in_place(self._api) else "growing"
         rank, slots = front_limits(base.hidden_size)
         fronts, own = {}, {}
         # The small ones first: what a target cannot do at all shows in seconds.

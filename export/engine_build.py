@@ -172,6 +172,18 @@ class PlanDraft:
             write_own(path, data)
 
 
+def writes_in_place(api: Api) -> bool:
+    """Whether engines of this library can keep their cache in place: its builder and its parser must both know how."""
+    if not api.has_kv_cache_update:
+        return False
+    builder = api.make_builder()
+    network = builder.create_network(api.network_flags())
+    parser = api.trt.OnnxParser(network, api.logger)
+    known = bool(parser.supports_operator("TensorScatter"))
+    del parser, network, builder  # in this order; see PlanDraft
+    return known
+
+
 def build_plan(
     api: Api,
     graph: onnx.ModelProto,

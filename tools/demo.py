@@ -41,7 +41,8 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
 
     SmolLM2-135M-Instruct is exported once, unmodified. The example adapters become task graphs beside it. The same
     texts then run under the plain base, under each task and in one mixed batch; all of it is verified against
-    PyTorch, and the receipt shows that nothing was rebuilt. A second run reuses what has not changed, and says so.
+    PyTorch, and the receipt shows that nothing was rebuilt. Where TensorRT-RTX is installed, the base also becomes an
+    engine, for this machine's GPU or, without one, for another. A second run reuses what has not changed, and says so.
 
     \b
     Example:
@@ -49,6 +50,7 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
       adalink demo --out ./demo --fresh
     """  # noqa: D301
     from adalink.tools.console import say
+    from adalink.tools.demo_engine import build_engine
     from adalink.tools.demo_state import DemoState
     from adalink.tools.quiet import quiet_libraries
 
@@ -66,6 +68,8 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     with quiet_libraries():
         export_all(out / "deployment", source, adapters, state, progress)
         show_outputs(out / "deployment", rows, progress)
+        if build_engine(out / "deployment", source, progress):
+            show_outputs(out / "deployment", rows, progress, "tensorrt-rtx")
         passed = show_parity(out / "deployment", source, state, progress)
         show_bench(out / "deployment", progress)
     progress("done" if passed else "done, but parity failed")
@@ -138,14 +142,14 @@ def export_all(path: Path, source: Path, adapters: list[Path], state: DemoState,
     return manifest
 
 
-def show_outputs(path: Path, rows: list[Row], progress: Progress) -> None:
+def show_outputs(path: Path, rows: list[Row], progress: Progress, backend: str = "onnxruntime-cpu") -> None:
     """The same texts under the base, under each task, and mixed in one batch."""
     from adalink.runtime.deployment import Deployment
     from adalink.tools.console import print_table
 
-    progress("opening one engine for all tasks")
+    progress(f"opening one engine for all tasks on {backend}")
     prompts = [prompt for prompt, _ in rows]
-    with Deployment.open(path) as deployment:
+    with Deployment.open(path, backend=backend) as deployment:
         columns: dict[str, list[str]] = {}
         for task in (None, *deployment.tasks):
             progress(f"generating under {task or 'the plain base'}")

@@ -19,6 +19,7 @@ BACKEND_EXTRAS = {
 JOB_PACKAGES = {
     "train": ("torch", "transformers", "accelerate", "gguf"),
     "export": ("torch", "transformers", "onnx", "optimum"),
+    "engine": ("onnx",),
 }
 
 

@@ -1,5 +1,6 @@
 """`adalink demo` on a tiny model: the whole path, what a second run reuses, and what makes it start again."""
 
+import importlib.util
 import json
 import shutil
 
@@ -8,7 +9,11 @@ from click.testing import CliRunner
 from tiny_deployments import make_model_folder, seeded_adapter, write_adapter
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.nvidia.gpus import find_gpus
+from adalink.runtime.nvidia.record import read_record
 from adalink.tools.cli import main
+
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx_bindings") is not None
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_whole_path_then_reuse_then_change(workplace):
     base = {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")}
     second = run(workplace)
     assert second.exit_code == 0, second.output
-    assert second.stderr.count("reused") == 4  # base, two tasks, parity
+    assert second.stderr.count("reused") == 4 + HAS_RTX  # base, two tasks, parity, engine
     assert "All 37 checks passed" in second.stdout
 
     # Another adapter under the same name: that task and parity are made anew, the base is not.
@@ -51,7 +56,7 @@ def test_whole_path_then_reuse_then_change(workplace):
     write_adapter(examples / "adapters/beta", seeded_adapter(workplace[1], 9))
     third = run(workplace)
     assert third.exit_code == 0, third.output
-    assert third.stderr.count("reused") == 2
+    assert third.stderr.count("reused") == 2 + HAS_RTX
     assert {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")} == base
 
 
@@ -86,3 +91,21 @@ def test_wrong_places_are_named(workplace, tmp_path):
     result = run(workplace)
     assert result.exit_code == 2
     assert "names its task" in result.stderr
+
+
+@pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU")
+def test_without_a_gpu_an_engine_is_built_for_another_machine(workplace):
+    result = run(workplace)
+    assert result.exit_code == 0, result.output
+    assert "engine: building it with TensorRT-RTX for sm86" in result.stderr
+    assert "engine: built, not run: " in result.stderr
+    folder = workplace[0] / "out/deployment"
+    assert read_record(folder / "engines/tensorrt-rtx").target == ("sm86",)
+
+
+def test_without_the_package_it_says_how_to_get_it(workplace, monkeypatch):
+    monkeypatch.setattr("adalink.tools.demo_engine._MODULES", ("no_such_module",))
+    result = run(workplace)
+    assert result.exit_code == 0, result.output
+    assert "make demo TRT=1" in result.stderr

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -58,6 +60,19 @@ def test_a_mistake_ends_with_its_message_and_code_2(folder):
     wrong = adalink("export", "engine", folder, "--backend", "tensorrt-rtx", "--target", "sm90", "--replace")
     assert wrong.exit_code == 2
     assert "expected any of sm75" in wrong.stderr
+
+
+def test_engines_are_built_without_pytorch(folder):
+    """A machine that builds its own engine of a deployment made elsewhere needs onnx and the library alone."""
+    code = (
+        "import json, sys\nfrom adalink.export.engine import export_engine\n"
+        f"export_engine({str(folder)!r}, 'tensorrt-rtx', target=('sm86',), replace=True)\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "onnx" in loaded
+    assert not loaded & {"torch", "transformers", "onnxruntime", "optimum"}
 
 
 def test_an_engine_of_a_deployment_is_explained(folder):
