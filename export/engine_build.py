@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from adalink.export.engine_progress import EngineProgress, make_monitor
+from adalink.runtime.builds import count_builder_call
 from adalink.runtime.errors import GraphError
 from adalink.runtime.nvidia.profile import Span
-from adalink.runtime.nvidia.tensorrt_api import Api, count_builder_call
+from adalink.runtime.nvidia.tensorrt_api import Api
 from adalink.runtime.user_cache import cache_path, read_own, write_own
 
 if TYPE_CHECKING:

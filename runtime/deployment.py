@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,9 @@ from adalink.runtime.tasks import TaskTable
 from adalink.runtime.tokenizer import Tokenizer
 from adalink.runtime.variants import choose_variant
 from adalink.runtime.verified import verify_once
+
+if TYPE_CHECKING:
+    from adalink.runtime.nvidia.profile import Profile
 
 
 class Deployment:
@@ -158,6 +162,11 @@ class Deployment:
         return self._tasks.names
 
     @property
+    def profile(self) -> Profile | None:
+        """Shapes that the engine takes, where they are limited."""
+        return self._engine.profile
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer; raises ``RequestError`` if the deployment has none."""
         if self._tokenizer is None:
@@ -225,7 +234,7 @@ class Deployment:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         *,
         tasks: Tasks = None,
         max_new_tokens: int = 64,
@@ -240,7 +249,7 @@ class Deployment:
         """Continue each prompt, all in one batch.
 
         Args:
-            prompts: the texts.
+            prompts: the texts, or the token ids of each.
             tasks: one task for all prompts, or one for each; ``None`` is the plain base.
             max_new_tokens: tokens a prompt at most.
             temperature: 0 takes the likeliest token each time.
@@ -266,7 +275,7 @@ class Deployment:
         stops = check_stops(stop)
         selection = self._tasks.resolve(tasks, len(prompts))
         tokenizer = self.tokenizer
-        encoded = [tokenizer.encode_chat(text) if chat else tokenizer.encode(text) for text in prompts]
+        encoded = [self._encode(prompt, chat) for prompt in prompts]
         for index, tokens in enumerate(encoded):
             if not tokens:
                 raise RequestError(f"prompt {index} has no tokens: give it some text")
@@ -326,6 +335,15 @@ class Deployment:
         expected = 1 if self._decoder is None else 2
         paths = (*self.variant.files, self._base.embeddings)
         return make_receipt(self.path, self.manifest, paths, self._engine_builds, expected)
+
+    def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+        """Token ids of a prompt."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
+        if chat:
+            raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
+        ids: list[int] = [] if len(prompt) == 0 else check_input_ids([prompt], self._base, "prompt")[0].tolist()
+        return ids
 
     def _start(self, feeds: dict[str, Fed], encoded: list[list[int]], selection: Selection, room: int) -> Decoding:
         """Run prompts, those whose beginning was run before from there on."""

@@ -17,6 +17,7 @@ from adalink.runtime.manifest import Base
 
 if TYPE_CHECKING:
     from adalink.runtime.bank import Selection
+    from adalink.runtime.nvidia.profile import Profile
 
 Array = npt.NDArray[Any]
 # Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
@@ -65,6 +66,10 @@ class Engine(Protocol):
     @property
     def front(self) -> Front:
         """What gives it its embeddings."""
+
+    @property
+    def profile(self) -> Profile | None:
+        """Shapes that it takes; ``None`` if it takes any."""
 
     @property
     def resumes(self) -> bool:

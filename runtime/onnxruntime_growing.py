@@ -20,6 +20,7 @@ class GrowingEngine:
 
     def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
         self.front = front
+        self.profile = None
         self._session = session
         self._signature = signature
 

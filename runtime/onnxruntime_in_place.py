@@ -21,6 +21,7 @@ class InPlaceEngine:
 
     def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
         self.front = front
+        self.profile = None
         self._session = session
         self._signature = signature
 

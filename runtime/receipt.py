@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from adalink.runtime.builds import builder_calls
 from adalink.runtime.digest import digest_file
 from adalink.runtime.manifest import Manifest, locate
 
@@ -17,12 +18,14 @@ class Receipt:
     Attributes:
         engine_builds: engines opened by this deployment since it was opened; one for each base graph, made then.
         expected_builds: number of base graphs.
+        builder_calls: how often this process has asked a builder of compiled engines for one, ever.
         digests: digest of each file of the base, read from the disk now.
         unchanged: whether those are the digests of the manifest.
     """
 
     engine_builds: int
     expected_builds: int
+    builder_calls: int
     digests: dict[str, str]
     unchanged: bool
 
@@ -37,4 +40,4 @@ def make_receipt(
     """
     digests = {path: digest_file(locate(folder, path)) for path in paths}
     unchanged = all(digest == manifest.files[path].sha256 for path, digest in digests.items())
-    return Receipt(engine_builds, expected_builds, digests, unchanged)
+    return Receipt(engine_builds, expected_builds, builder_calls(), digests, unchanged)

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+from adalink.export.engine_graph import engine_graph
+from adalink.export.front_graph import FRONTS, build_front_graph
+from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError
-from adalink.runtime.nvidia.device import Tensor
+from adalink.runtime.manifest import Base
+from adalink.runtime.nvidia.bank import DeviceKind
+from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile
 
@@ -154,4 +160,26 @@ class HostPlans:
         self._sessions.clear()
 
 
-__all__ = ["HostDevice", "HostExecutor", "HostPlans", "HostQueue", "Tensor"]
+class HostBackend:
+    """Opens the engine that an engine folder would hold, on main memory."""
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, profile: Profile, *, in_place: bool = True, slots: int = 64, **device: Any) -> None:
+        self.profile = profile
+        self.in_place = in_place
+        self.slots = slots
+        self.device = HostDevice(**device)
+        self.plans: HostPlans | None = None
+
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+        model = engine_graph(graph, base, self.profile.capacity if self.in_place and base.cache else None)
+        # Beside the portable graph, whose file of weights it refers to.
+        path = graph.with_name(f"engine-{self.in_place}-{self.profile.capacity}.onnx")
+        path.write_bytes(model.SerializeToString())
+        graphs: dict[str, bytes | str] = {front: build_front_graph(front, base).SerializeToString() for front in FRONTS}
+        self.plans = HostPlans({"engine": str(path), **graphs}, self.profile, slots=self.slots)
+        return DeviceEngine(self.device, self.plans, base, table)
+
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
+        return DeviceKind(kind)

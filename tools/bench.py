@@ -24,8 +24,9 @@ def command(
     swap_hot_us: switch between two loaded tasks and adapt one token. task_load_ms: read, check and open a task whose
     files have left the page cache. mixed_batch_ratio: a decode step of 32 rows with 32 tasks against one task.
     task_bytes: resident memory that one more task takes. open_ratio: opening the deployment against creating ONNX
-    Runtime's session of the same graph. import_ms: the runtime beyond numpy and onnxruntime.
-    Close other programs first.
+    Runtime's session of the same graph. import_ms: the runtime beyond numpy and onnxruntime (both on onnxruntime-cpu
+    alone). An engine whose profile takes fewer than 32 rows is measured with as many as it takes. Close other programs
+    first.
 
     \b
     Example:
@@ -54,8 +55,9 @@ def command(
         }
     finally:
         bench.close()
-    say("start-up")
-    metrics += measure_startup(deployment, threads, variant)
+    if backend == "onnxruntime-cpu":
+        say("start-up")
+        metrics += measure_startup(deployment, threads, variant)
     rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
     print_table(f"{bench.model}, task {bench.task}", ("metric", "value", "unit"), rows)
     print_table("Medians", ("", "ms"), [(name, f"{value:.3f}") for name, value in medians.items()])

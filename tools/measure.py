@@ -74,6 +74,8 @@ class Bench:
         longest = (self._base.max_positions or PREFILL_TOKENS * 2) - _DECODE_STEPS
         self.tokens = min(PREFILL_TOKENS, longest)
         self._share = 1
+        profile = self._deployment.profile
+        self._rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.largest)
         self._generates = self._base.kind != "encoder" and self._base.tokenizer is not None
 
     def close(self) -> None:
@@ -116,7 +118,7 @@ class Bench:
             metrics.append(_metric("swap_hot_us_p50", 1e6 * float(np.percentile(swaps, 50)), "us"))
             metrics.append(_metric("swap_hot_us_p99", 1e6 * float(np.percentile(swaps, 99)), "us"))
             metrics.append(_metric("task_load_ms", 1e3 * float(np.median(load)), "ms"))
-            progress(f"mixed batch of {MIXED_TASKS} tasks")
+            progress(f"mixed batch of {self._rows} tasks")
             ratio("mixed_batch", self._mixed())
             if growth is not None:
                 metrics.append(_metric("task_bytes", growth, "bytes"))
@@ -147,13 +149,13 @@ class Bench:
 
     def _mixed(self) -> Samples:
         """A batch whose rows have one task each, against the same batch with one task for all."""
-        copies = [self._deployment.add_task(self._folder, f"copy-{index}") for index in range(MIXED_TASKS)]
+        copies = [self._deployment.add_task(self._folder, f"copy-{index}") for index in range(self._rows)]
         try:
             sides: Sides = {"single": copies[0], "mixed": copies}
             if self._generates:
-                prompts = [self._prompt(_MIXED_PROMPT_TOKENS)] * MIXED_TASKS
+                prompts = [self._prompt(_MIXED_PROMPT_TOKENS)] * self._rows
                 return self._steps_of(sides, prompts, _MIXED_ROUNDS, _MIXED_STEPS)
-            shape = (MIXED_TASKS, self.tokens)
+            shape = (self._rows, self.tokens)
             return self._alternate(sides, np.random.default_rng(1).integers(0, self._base.vocab_size, shape))
         finally:
             for name in copies:

@@ -41,6 +41,7 @@ class _ObservedEngine:
         self._begin = begin
         self._end = end
         self.front = inner.front
+        self.profile = inner.profile
         self.run = inner.run
         self.resumes = inner.resumes
         self.close = inner.close

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from adalink.runtime.builds import count_builder_call
 from adalink.runtime.errors import BackendError
 from adalink.runtime.nvidia.gpus import Gpu, Gpus, find_gpus
-from adalink.runtime.nvidia.tensorrt_api import Api, count_builder_call, load_api
+from adalink.runtime.nvidia.tensorrt_api import Api, load_api
 
 # Built for where there is no GPU: the most common of the capabilities that TensorRT-RTX knows.
 _ELSEWHERE = "sm86"

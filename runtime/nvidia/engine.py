@@ -19,7 +19,7 @@ from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length
 from adalink.runtime.nvidia.device import NUMPY, Device, as_numbers
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.passes import EngineSpace, Pass
-from adalink.runtime.nvidia.profile import pieces
+from adalink.runtime.nvidia.profile import Profile, pieces
 from adalink.runtime.nvidia.workspace import PREFILL, Common, Executors, FrontSpace, Plans
 from adalink.runtime.padding import positions_of
 
@@ -164,6 +164,7 @@ class DeviceEngine:
     ) -> None:
         """Copy the embedding table to the device, unless a front is given that applies tasks before."""
         self._device = device
+        self.profile: Profile | None = plans.profile
         self._plans = plans
         self._base = base
         bank = DeviceBank(device, base.hidden_size, plans.largest_rank, plans.largest_slots)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-import threading
 from collections import deque
 from collections.abc import Iterable
 from types import ModuleType
@@ -25,21 +24,6 @@ _NOT_TARGETS = ("NONE", "CURRENT")
 _KEPT_LINES = 32
 # Where in the library an error was seen, as its log begins a line.
 _PLACE = re.compile(r"^\[[^\]]*::\d+\] ")
-
-_lock = threading.Lock()
-_builds = 0
-
-
-def builder_calls() -> int:
-    """How often this process asked a TensorRT builder for an engine; a task swap leaves it as it was."""
-    return _builds
-
-
-def count_builder_call() -> None:
-    """Note one call of a builder; whoever calls ``build_serialized_network`` calls this first."""
-    global _builds
-    with _lock:
-        _builds += 1
 
 
 class Heard:

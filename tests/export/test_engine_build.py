@@ -20,6 +20,7 @@ from adalink.export.engine_build import PlanDraft
 from adalink.export.engine_graph import engine_graph
 from adalink.export.engine_progress import Phases
 from adalink.export.front_graph import FRONTS, build_front_graph
+from adalink.runtime.builds import builder_calls
 from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import (
     BackendError,
@@ -35,7 +36,7 @@ from adalink.runtime.manifest import Manifest, read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.runtime.nvidia.profile import Profile, Span, default_profile
 from adalink.runtime.nvidia.record import read_record
-from adalink.runtime.nvidia.tensorrt_api import Api, builder_calls, load_api
+from adalink.runtime.nvidia.tensorrt_api import Api, load_api
 from adalink.runtime.variants import choose_variant
 
 pytest.importorskip(

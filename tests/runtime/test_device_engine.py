@@ -6,21 +6,17 @@ The engine's graph and the fronts are those that TensorRT engines are built from
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from host_device import HostDevice, HostPlans
+from host_device import HostBackend, HostPlans
 from runtime_support import TASKS, Tiny, build
 
 from adalink.export.base import export_base
-from adalink.export.engine_graph import engine_graph
-from adalink.export.front_graph import FRONTS, build_front_graph
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, GraphError, RequestError
 from adalink.runtime.manifest import Base, read_manifest
-from adalink.runtime.nvidia.bank import DeviceKind
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.profile import Profile, Span
 
@@ -28,31 +24,6 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
 PROMPTS = [[5, 9, 33, 41, 7, 60, 12], [8, 70, 3], [90, 4, 77, 21, 15]]
 EVERY = [None, *TASKS]
-
-
-class HostBackend:
-    """Opens the engine that an engine folder would hold, on main memory."""
-
-    name = "onnxruntime-cpu"
-
-    def __init__(self, profile: Profile, *, in_place: bool = True, slots: int = 64, **device: Any) -> None:
-        self.profile = profile
-        self.in_place = in_place
-        self.slots = slots
-        self.device = HostDevice(**device)
-        self.plans: HostPlans | None = None
-
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
-        model = engine_graph(graph, base, self.profile.capacity if self.in_place and base.cache else None)
-        # Beside the portable graph, whose file of weights it refers to.
-        path = graph.with_name(f"engine-{self.in_place}-{self.profile.capacity}.onnx")
-        path.write_bytes(model.SerializeToString())
-        graphs: dict[str, bytes | str] = {front: build_front_graph(front, base).SerializeToString() for front in FRONTS}
-        self.plans = HostPlans({"engine": str(path), **graphs}, self.profile, slots=self.slots)
-        return DeviceEngine(self.device, self.plans, base, table)
-
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
-        return DeviceKind(kind)
 
 
 def opened(tiny: Tiny, backend: HostBackend) -> Deployment:

@@ -286,10 +286,10 @@ def test_engine_rebuilt_or_base_changed_during_swaps(deployment, monkeypatch):
 
     def run_fresh_and_rebuild(request):
         answer = run_fresh(request)
-        return {**answer, "builds_after": answer["builds_after"] + 1, "unchanged": False}
+        return {**answer, "builds": 1, "builder_calls": 1, "unchanged": False}
 
     monkeypatch.setattr("adalink.tools.parity.swap.run_fresh", run_fresh_and_rebuild)
-    assert failures(model, folder) == {"receipt/engine-builds", "receipt/base-files"}
+    assert failures(model, folder) == {"receipt/engine-builds", "receipt/builder-calls", "receipt/base-files"}
 
 
 def test_tokenizer_altered(deployment):

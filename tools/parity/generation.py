@@ -19,7 +19,7 @@ from adalink.runtime.engine import Array, Backend
 from adalink.tools.observed import ObservedBackend
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.outputs import worst_of
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference import Outputs, Reference
 from adalink.tools.parity.report import Check, at_most
 
 
@@ -52,13 +52,30 @@ class Generator:
         self._deployment = Deployment(deployment.path, manifest, observed, variant)
         self._dtype = base.embedding_dtype
 
-    def generate(self, prompts: list[str], tasks: str | Sequence[str | None] | None, steps: int) -> list[GeneratedRow]:
-        """Continue all prompts greedily in one batch."""
+    def generate(
+        self, prompts: Sequence[str | list[int]], tasks: str | Sequence[str | None] | None, steps: int
+    ) -> list[GeneratedRow]:
+        """Continue all prompts greedily, in one batch or in as many as the engine's profile asks for."""
+        profile = self._deployment.profile
+        most = len(prompts) if profile is None else profile.batch.largest
+        rows: list[GeneratedRow] = []
+        for start in range(0, len(prompts), most):
+            own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
+            rows += self._generate(prompts[start : start + most], own, steps)
+        return rows
+
+    def _generate(
+        self, prompts: Sequence[str | list[int]], tasks: str | Sequence[str | None] | None, steps: int
+    ) -> list[GeneratedRow]:
         self._steps.clear()
         found = self._deployment.generate(prompts, tasks=tasks, max_new_tokens=steps)
         logits = to_float64(np.stack(self._steps, axis=1), self._dtype)
         return [
-            GeneratedRow(self._deployment.tokenizer.encode(prompt), list(row.token_ids), logits[index])
+            GeneratedRow(
+                self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+                list(row.token_ids),
+                logits[index],
+            )
             for index, (prompt, row) in enumerate(zip(prompts, found, strict=True))
         ]
 
@@ -88,21 +105,28 @@ class Verdict:
     wrong: str
 
 
-def judge(reference: Reference, generator: Generator, row: GeneratedRow, typical: float) -> Verdict:
-    """Compare one row with PyTorch; the reference has the adapter of the row's task attached.
+def expected_outputs(reference: Reference, row: GeneratedRow) -> Outputs:
+    """What PyTorch gives for a generated row; the reference has the adapter of its task attached."""
+    base = reference.base
+    if base.kind == "encoder-decoder":
+        assert base.decoder_start_token_id is not None
+        return reference.outputs(row.prompt, [base.decoder_start_token_id, *row.tokens[:-1]])
+    return reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
+
+
+def judge(
+    reference: Reference, generator: Generator, row: GeneratedRow, typical: float, outputs: Outputs | None = None
+) -> Verdict:
+    """Compare one row with PyTorch.
 
     Args:
         reference: PyTorch.
         generator: names tokens.
         row: what was generated.
         typical: float32's typical noise under this task.
+        outputs: what ``expected_outputs`` gave for the row, if it was run before.
     """
-    base = reference.base
-    if base.kind == "encoder-decoder":
-        assert base.decoder_start_token_id is not None
-        outputs = reference.outputs(row.prompt, [base.decoder_start_token_id, *row.tokens[:-1]])
-    else:
-        outputs = reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
+    outputs = expected_outputs(reference, row) if outputs is None else outputs
     chosen = np.array(row.tokens)
     expected = outputs.values["logits"][-len(chosen) :]
     limits = reference.limit(outputs.noise["logits"][-len(chosen) :], typical)

@@ -26,6 +26,7 @@ from adalink.tools.parity.adapter import (
     through_graph,
     to_float64,
 )
+from adalink.tools.parity.corners import check_decoder_corners, check_encoder_corners
 from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
@@ -188,7 +189,8 @@ def _rows(
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
-    longest = (base.max_positions or 1 << 20) - (0 if base.kind == "encoder" else STEPS)
+    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
+    longest = min(filter(None, limits), default=1 << 20) - (0 if base.kind == "encoder" else STEPS)
     if base.tokenizer is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
@@ -250,4 +252,13 @@ def _check_outputs(
     report.checks += check_mixed_outputs(deployment, rows, compared)
     if generator is not None:
         report.checks += check_generation("mixed", mixed_verdicts, STEPS)
+    if (profile := deployment.profile) is not None:
+        progress(f"every task at the corners of the engine's profile ({profile})")
+        if generator is not None:
+            report.checks += check_decoder_corners(deployment, generator, reference, folders, compared, profile)
+        elif deployment.manifest.base.kind == "encoder":
+            report.checks += check_encoder_corners(deployment, reference, folders, compared, profile)
+        else:
+            report.skipped.append("the corners of the profile: a decoder is swept by what it generates from texts")
+    if generator is not None:
         generator.close()

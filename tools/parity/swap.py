@@ -51,18 +51,22 @@ def check_swaps(
     changed = [names[task] for task, digests in seen.items() if len(digests) > 1]
     differing = [names[task] for task in there if fresh[task]["digests"] != [toured["digests"][tour.index(task)]]]
     path = " -> ".join(names[task] for task in tour)
-    builds = toured["builds_after"] - toured["builds_before"]
     altered = sum(not answer["unchanged"] for answer in (toured, *fresh.values()))
+    swaps = f"{len(tour) - 1} swaps"
     checks = [
         at_most("swap/return", len(changed), 0, f"{path}: each bit for bit as before; differing: {changed or 'none'}"),
         at_most("swap/fresh-process", len(differing), 0, f"equal to fresh processes; not: {differing or 'none'}"),
-        at_most("receipt/engine-builds", builds, 0, f"engines built during {len(tour) - 1} swaps"),
+        at_most("receipt/engine-builds", toured["builds"], 0, f"engines opened during {swaps}"),
+        at_most(
+            "receipt/builder-calls", toured["builder_calls"], 0, f"calls of a builder during {swaps}"
+        ),
         at_most("receipt/base-files", altered, 0, "processes that found a byte of the base changed"),
     ]
     receipt = {
         "tour": [names[task] for task in tour],
         "outputs": {names[task]: f"sha256:{toured['digests'][tour.index(task)]}" for task in there},
-        "engine_builds_during_swaps": builds,
+        "engine_builds_during_swaps": toured["builds"],
+        "builder_calls_during_swaps": toured["builder_calls"],
         "base_files": toured["files"],
         "base_unchanged": altered == 0,
     }

@@ -1,7 +1,7 @@
 """A process of its own for level 4: open a deployment, run a list of tasks one after the other, digest the outputs.
 
 ``python -m adalink.tools.parity.swap_worker`` reads ``{"path", "backend", "variant", "threads", "ids", "decoder_ids",
-"tasks"}`` from stdin and prints ``{"digests": [...], "builds_before", "builds_after", "files": {...}, "unchanged"}``.
+"tasks"}`` from stdin and prints ``{"digests": [...], "builds", "builder_calls", "files": {...}, "unchanged"}``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         after = deployment.receipt()
     return {
         "digests": digests,
-        "builds_before": before.engine_builds,
-        "builds_after": after.engine_builds,
+        "builds": after.engine_builds - before.engine_builds,
+        "builder_calls": after.builder_calls - before.builder_calls,
         "files": after.digests,
         "unchanged": after.unchanged and before.digests == after.digests,
     }

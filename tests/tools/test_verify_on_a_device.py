@@ -1,0 +1,105 @@
+"""All levels of parity on an engine whose memory is a device's: main memory here, the kit's own code in front of it."""
+
+import shutil
+
+import pytest
+from host_device import HostBackend
+from tiny_deployments import make_deployment
+
+from adalink.export.base import export_base
+from adalink.runtime import deployment as deployment_module
+from adalink.runtime.nvidia import cache, decoding
+from adalink.runtime.nvidia.profile import Profile, Span
+from adalink.tools.parity import suite
+
+TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu", "scope": "prompt"}}
+PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63))
+ENCODER = Profile(batch=Span(1, 2, 3), seq=Span(2, 8, 64), past=None)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    found = {}
+    for family in ("llama", "bert"):
+        model, folder = make_deployment(tmp_path_factory.mktemp(family), family, TASKS)
+        export_base(model, folder, target="portable")
+        found[family] = (model, folder)
+    return found
+
+
+@pytest.fixture
+def outcome(originals, tmp_path, monkeypatch):
+    """Verifies a deployment on main memory; the swaps in fresh processes are those of the portable graph."""
+
+    def verified(family, profile, *, in_place=True):
+        model, original = originals[family]
+        folder = shutil.copytree(original, tmp_path / f"{family}-{in_place}")
+        for module in (suite, deployment_module):
+            monkeypatch.setattr(
+                module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place)
+            )
+        report = suite.verify(folder, str(model), {}, variant="portable", quick=True)
+        return {check.name: check.passed for check in report.checks}
+
+    return verified
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "growing"])
+def test_a_decoder_passes_every_level(outcome, in_place):
+    found = outcome("llama", PROFILE, in_place=in_place)
+    assert all(found.values()), {name for name, passed in found.items() if not passed}
+    corners = {name.split("/")[1] for name in found if name.startswith("profile/")}
+    assert corners == {f"batch={batch},prompt={prompt}" for batch in (1, 3) for prompt in (1, 16, 60)}
+    assert {"adapter/alpha/bank-vocabulary", "mixed/logits", "task/beta/generation"} <= found.keys()
+
+
+def test_an_encoder_passes_every_level(outcome):
+    found = outcome("bert", ENCODER)
+    assert all(found.values()), {name for name, passed in found.items() if not passed}
+    assert {f"profile/batch={batch},seq={seq}/last_hidden_state" for batch in (1, 3) for seq in (2, 64)} <= found.keys()
+
+
+def failures(found):
+    return {name for name, passed in found.items() if not passed}
+
+
+def test_a_step_that_looks_at_too_little_of_the_cache_shows_at_the_far_corner(outcome, monkeypatch):
+    right = decoding.rounded_total
+    monkeypatch.setattr(decoding, "rounded_total", lambda total, capacity: total - (total > 60))
+    assert right(61, 64) == 64
+    found = failures(outcome("llama", PROFILE))
+    assert {name.split("/")[1] for name in found if name.startswith("profile/")} == {
+        "batch=1,prompt=60",
+        "batch=3,prompt=60",
+    }
+
+
+def test_a_cache_that_mixes_up_rows_shows_only_in_batches(outcome, monkeypatch):
+    right = cache.GrowingCache.bind
+
+    def shifted(self, executor, rows, added):
+        right(self, executor, rows, added)
+        if self.length == 16 and rows > 1:  # the last layer's values are read from the keys' place
+            executor.bind(self._names[-1][0], self._current[-2], (rows, self._heads, self.length, self._width))
+
+    monkeypatch.setattr(cache.GrowingCache, "bind", shifted)
+    found = failures(outcome("llama", PROFILE, in_place=False))
+    assert any(name.startswith("profile/batch=3,prompt=16") for name in found)
+    assert not any(name.startswith("profile/batch=1") for name in found)
+
+
+def test_rows_whose_tasks_are_exchanged_are_found(outcome, monkeypatch):
+    from adalink.runtime.nvidia.workspace import FrontSpace
+
+    right = FrontSpace.write
+
+    def exchanged(self, inputs, choice):
+        right(self, inputs, choice)
+        for index, _ in self._indices:
+            rows = index.host(inputs.shape[0])
+            rows[:] = rows[::-1].copy()
+
+    monkeypatch.setattr(FrontSpace, "write", exchanged)
+    found = failures(outcome("llama", PROFILE))
+    assert "mixed/logits" in found
+    assert "task/alpha/logits" not in found
