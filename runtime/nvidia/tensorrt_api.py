@@ -200,11 +200,9 @@ class Api:
         runtime = self.make_runtime()
         verdict, reasons = runtime.get_engine_validity(bytes(plan[: int(runtime.engine_header_size)]))
         self.clear()
-        names = [
-            name.lower().replace("_", " ")
-            for name, kind in self.trt.EngineInvalidityDiagnostics.__members__.items()
-            if int(reasons) & int(kind)
-        ]
+        kinds = getattr(self.trt, "EngineInvalidityDiagnostics", None)
+        known = {} if kinds is None else kinds.__members__
+        names = [name.lower().replace("_", " ") for name, kind in known.items() if int(reasons) & int(kind)]
         return str(verdict.name).lower(), tuple(names)
 
 

@@ -385,3 +385,45 @@ def test_default_profile_covers_the_whole_model(api: Api, decoder: tuple[Manifes
     assert prefill["sequence"].smallest == 1
     wide = msgspec.structs.replace(PROFILE, batch=Span(3, 4, 64))
     assert base_sizes(wide)[0]["places"] == Span(1, 4, 64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_timings_are_kept_for_the_next_build(
+    api: Api, decoder: tuple[Manifest, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX has the calls of TensorRT's timing cache, which it leaves empty: enough to see that they fit."""
+    monkeypatch.setattr(Api, "has_timing_cache", property(lambda self: True))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    front, sizes = build_front_graph(FRONTS[0], decoder[0].base), front_sizes(PROFILE, 48, 64)
+    kept = tmp_path / f"cache/adalink/timing/{RTX}-{api.version}.cache"
+
+    def build() -> int:
+        with PlanDraft(api, front, None, "front.plan") as draft:
+            draft.add_profile(sizes)
+            return draft.build(tmp_path / "x", lambda config: api.set_targets(config, SM86), lambda *_: None).size_bytes
+
+    first = build()
+    assert kept.stat().st_size > 0
+    assert kept.stat().st_mode & 0o077 == 0, "the user's own"
+    assert build() == first
+    kept.write_bytes(b"damaged")
+    assert build() == first
+
+
+@pytest.mark.gpu
+def test_an_engine_for_the_gpu_of_this_machine(api: Api, deployment: Path) -> None:
+    found = find_gpus()
+    if not found.devices or found.devices[0].capability not in api.targets:
+        pytest.skip(f"TensorRT-RTX builds for {', '.join(api.targets)}, here is {found}")
+    manifest = export_engine(deployment, RTX, profile=PROFILE)
+    assert read_record(deployment / "engines" / RTX).target == ("current",)
+    plan = (deployment / manifest.variants[RTX].graph).read_bytes()
+    verdict = api.validity(plan)
+    assert verdict == ("valid", ())
+    runtime = api.make_runtime()
+    engine = runtime.deserialize_cuda_engine(plan)
+    assert engine is not None, api.error("engine.plan", "")
+    assert engine.num_optimization_profiles == 2
+    assert engine.get_aliased_input_tensor("present.0.key") == "past_key_values.0.key"
+    low, likely, high = (tuple(shape) for shape in engine.get_tensor_profile_shape("attention_mask", 1))
+    assert (low, likely, high) == ((1, 1), (2, 13), (4, 40))
