@@ -57,9 +57,7 @@ def check_swaps(
         at_most("swap/return", len(changed), 0, f"{path}: each bit for bit as before; differing: {changed or 'none'}"),
         at_most("swap/fresh-process", len(differing), 0, f"equal to fresh processes; not: {differing or 'none'}"),
         at_most("receipt/engine-builds", toured["builds"], 0, f"engines opened during {swaps}"),
-        at_most(
-            "receipt/builder-calls", toured["builder_calls"], 0, f"calls of a builder during {swaps}"
-        ),
+        at_most("receipt/builder-calls", toured["builder_calls"], 0, f"calls of a builder during {swaps}"),
         at_most("receipt/base-files", altered, 0, "processes that found a byte of the base changed"),
     ]
     receipt = {
