@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -427,3 +429,30 @@ def test_an_engine_for_the_gpu_of_this_machine(api: Api, deployment: Path) -> No
     assert engine.get_aliased_input_tensor("present.0.key") == "past_key_values.0.key"
     low, likely, high = (tuple(shape) for shape in engine.get_tensor_profile_shape("attention_mask", 1))
     assert (low, likely, high) == ((1, 1), (2, 13), (4, 40))
+
+
+LIMITED = """
+import resource, signal, sys
+from adalink.export.engine import export_engine
+from adalink.runtime.errors import WriteError
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    export_engine(sys.argv[1], "tensorrt-rtx", target=("sm86",))
+except WriteError as error:
+    print("WriteError:", error)
+"""
+
+
+# A disk on which not even a front fits, and one that is too small for the base's plan.
+@pytest.mark.parametrize("size_bytes", [10_000, 1_500_000])
+def test_a_disk_that_refuses_to_grow_leaves_the_deployment_as_it_was(size_bytes: int, deployment: Path) -> None:
+    before = contents(deployment)
+    command = [sys.executable, "-c", LIMITED, str(deployment), str(size_bytes)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("WriteError: deployment ")
+    assert "the deployment is as it was. Free space" in result.stdout
+    assert {**contents(deployment), ".lock": ""} == {**before, ".lock": ""}
+    assert not (deployment / "engines").exists()

@@ -81,6 +81,19 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_says_what_is_missing():
     assert "none: " in shown
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_with_a_gpu_a_backend_computes_or_says_why_not(name):
+    found = find_gpus()
+    if not found.devices:
+        pytest.skip(found.reason)
+    works, detail, advice = probe(name)
+    assert works or advice or "is not installed" in detail or "is built without" in detail or "is absent" in detail
+    if works and name.startswith("tensorrt"):
+        assert found.devices[0].name in detail
+    assert found.devices[0].capability in CliRunner().invoke(main, ["doctor"]).stdout
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
