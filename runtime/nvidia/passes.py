@@ -132,8 +132,9 @@ class EngineSpace:
             self._forget_steps()
             executors = Executors(self._common.plans, self.queue, DECODE)
             self._enqueue(executors, wanted)
-            # Recording wants an engine that has run with these shapes.
+            # Recording wants an engine that has run with these shapes, and is not touched again.
             self.queue.wait()
+            executors.is_bound = True
             length = self.cache.length
             replay = self.queue.record(lambda: self._enqueue(executors, wanted))
             self.cache.length = length
@@ -163,26 +164,24 @@ class EngineSpace:
     def _enqueue(self, executors: Executors, wanted: Pass) -> None:
         """Enqueue copies, fronts and engine; reads nothing of ``wanted`` but shapes and where weights lie."""
         batch, seq = wanted.inputs.shape
-        engine = executors[ENGINE]
-        engine.bind(
-            "inputs_embeds",
-            self._front.enqueue(executors, wanted.inputs, wanted.choice),
-            (batch, seq, self._common.base.hidden_size),
-        )
+        engine, shape = executors[ENGINE], self._output_shape(wanted)
+        embeds = self._front.enqueue(executors, wanted.inputs, wanted.choice)
         mirrors = {
             "attention_mask": (self._mask, wanted.mask.shape),
             "position_ids": (self._positions, (batch, seq)),
             "logits_at": (self._places, wanted.places.shape),
             "write_indices": (self._write_indices, (batch,)),
         }
-        for name, (mirror, shape) in mirrors.items():
-            if name in self._takes:
-                mirror.upload(self.queue, *shape)
-                engine.bind(name, mirror.address, shape)
-        if self.cache is not None:
-            self.cache.bind(engine, batch, seq)
-        shape = self._output_shape(wanted)
-        engine.bind(self._output_name, self._output.address, shape)
+        taken = {name: pair for name, pair in mirrors.items() if name in self._takes}
+        for mirror, size in taken.values():
+            mirror.upload(self.queue, *size)
+        if not executors.is_bound:
+            engine.bind("inputs_embeds", embeds, (batch, seq, self._common.base.hidden_size))
+            for name, (mirror, size) in taken.items():
+                engine.bind(name, mirror.address, size)
+            if self.cache is not None:
+                self.cache.bind(engine, batch, seq)
+            engine.bind(self._output_name, self._output.address, shape)
         engine.enqueue()
         self._output.download(self.queue, *shape)
         if self.cache is not None:

@@ -40,13 +40,18 @@ class Plans(Protocol):
 
 
 class Executors:
-    """The executors of one way to run the graphs, opened when they are first used."""
+    """The executors of one way to run the graphs, opened when they are first used.
+
+    Attributes:
+        is_bound: whether all is bound for good, as a recorded step wants it; nothing is bound anew then.
+    """
 
     def __init__(self, plans: Plans, queue: Queue, profile: int) -> None:
         self._plans = plans
         self._queue = queue
         self._profile = profile
         self._open: dict[str, Executor] = {}
+        self.is_bound = False
 
     def __getitem__(self, name: str) -> Executor:
         if name not in self._open:
@@ -129,17 +134,15 @@ class FrontSpace:
         for layer, (index, chosen) in self._layers_with_buffers(inputs, choice):
             front = executors[f"{layer.activation}.{'ids' if is_lookup else 'embeds'}"]
             index.upload(self.queue, batch)
-            front.bind("task_index", index.address, (batch,))
-            if is_lookup:
-                front.bind("input_ids", self._ids.address, (batch, seq))
-                front.bind("table", self._common.table, (self._common.base.vocab_size, self._common.base.hidden_size))
-            else:
+            if not is_lookup:
                 chosen.upload(self.queue, batch, seq)
-                front.bind("is_adapted", chosen.address, (batch, seq))
-                front.bind("inputs_embeds", current.address, shape)
-            for name, address in layer.stack.addresses.items():
-                front.bind(name, address, layer.stack.shapes[name])
-            front.bind("adapted_embeds", other.address, shape)
+            if not executors.is_bound:
+                source = self._ids if is_lookup else current
+                _bind_front(front, layer, source.address, self._common.table, (batch, seq, self._common.base))
+                front.bind("task_index", index.address, (batch,))
+                if not is_lookup:
+                    front.bind("is_adapted", chosen.address, (batch, seq))
+                front.bind("adapted_embeds", other.address, shape)
             front.enqueue()
             current, other, is_lookup = other, current, False
         return current.address
@@ -165,3 +168,15 @@ class FrontSpace:
             batch = profile.batch.largest
             self._indices.append((Mirror(device, batch, "int64"), Mirror(device, batch * profile.seq.largest, "bool")))
         return zip(layers, self._indices, strict=False)
+
+
+def _bind_front(front: Executor, layer: Layer, source: int, table: int, size: tuple[int, int, Base]) -> None:
+    """Bind what a front reads: ids and the table where it takes them, else embeddings; and the stack of weights."""
+    batch, seq, base = size
+    if "input_ids" in front.inputs:
+        front.bind("input_ids", source, (batch, seq))
+        front.bind("table", table, (base.vocab_size, base.hidden_size))
+    else:
+        front.bind("inputs_embeds", source, (batch, seq, base.hidden_size))
+    for name, address in layer.stack.addresses.items():
+        front.bind(name, address, layer.stack.shapes[name])

@@ -1,0 +1,118 @@
+"""On an NVIDIA GPU: every backend that is installed, against PyTorch. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runtime_support import TASKS, Tiny, build
+
+from adalink.export.base import export_base
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.engine import open_backend
+from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.nvidia.gpus import find_gpus
+from adalink.runtime.nvidia.profile import Profile, Span
+from adalink.runtime.variants import COMPILED_BACKENDS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not find_gpus().devices, reason=f"no NVIDIA GPU: {find_gpus().reason}"),
+]
+
+# TF32 is TensorRT's default for float32 products: ten bits of mantissa.
+CLOSE = {"rtol": 2e-2, "atol": 2e-2}
+PROFILE = Profile(batch=Span(1, 2, 4), seq=Span(1, 4, 8), past=Span(0, 16, 62))
+PROMPTS = [[5, 9, 33, 41, 7, 60, 12, 44, 81, 19], [8, 70, 3], [90, 4, 77, 21, 15]]
+BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def opened(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Tiny, Deployment]]:
+    """A tiny llama on one backend; a backend that refuses this machine is skipped in its own words."""
+    name = request.param
+    try:
+        open_backend(name)
+    except BackendError as error:
+        pytest.skip(f"{name}: {error}")
+    tiny = build("llama", tmp_path_factory.mktemp(name), ("text", "image"))
+    export_base(tiny.model, tiny.folder, target="portable", modalities=("text", "image"))
+    try:
+        if name in COMPILED_BACKENDS:
+            from adalink.export.engine import export_engine
+
+            export_engine(tiny.folder, name, profile=PROFILE)
+        deployment = Deployment.open(tiny.folder, name)
+    except BackendError as error:
+        pytest.skip(f"{name}: {error}")
+    with deployment:
+        yield tiny, deployment
+
+
+@pytest.mark.parametrize("task", [None, *TASKS])
+def test_logits_agree_with_pytorch(opened: tuple[Tiny, Deployment], task: str | None) -> None:
+    tiny, deployment = opened
+    for tokens in PROMPTS:
+        logits = deployment.run(input_ids=[tokens], tasks=task)["logits"][0]
+        np.testing.assert_allclose(logits, tiny.logits(tokens, task), **CLOSE)
+
+
+def test_decode_steps_agree_with_a_whole_pass(opened: tuple[Tiny, Deployment]) -> None:
+    """A mixed batch, greedy; each token must be within rounding of the likeliest after its own prefix."""
+    tiny, deployment = opened
+    tasks = ["alpha", None, "prompted"]
+    results = deployment.generate(PROMPTS, tasks=tasks, max_new_tokens=20)
+    for prompt, task, result in zip(PROMPTS, tasks, results, strict=True):
+        made: list[int] = []
+        for token in result.token_ids:
+            parts = [tiny.embeds(prompt, task)]
+            if made:
+                parts.append(tiny.embeds(made, None if task == "prompted" else task))
+            import torch
+
+            with torch.no_grad():
+                logits = tiny.model(inputs_embeds=torch.cat(parts, 1)).logits[0, -1]
+            assert logits.max() - logits[token] <= 0.1
+            made.append(token)
+
+
+def test_base_a_b_a_base_is_bit_for_bit_the_same(opened: tuple[Tiny, Deployment]) -> None:
+    _, deployment = opened
+    tour = [None, "alpha", "beta", "alpha", None]
+    outputs = [deployment.run(input_ids=[PROMPTS[0]], tasks=task)["logits"].tobytes() for task in tour]
+    assert outputs[0] == outputs[4]
+    assert outputs[1] == outputs[3]
+    assert len(set(outputs)) == 3
+    receipt = deployment.receipt()
+    assert receipt.unchanged
+    assert receipt.engine_builds == 1
+
+
+def test_whole_vocabulary_passes_bit_for_bit_without_a_task(opened: tuple[Tiny, Deployment]) -> None:
+    tiny, deployment = opened
+    ids = np.arange(96)[None]
+    assert deployment.embed(ids).tobytes() == tiny.embeds(ids[0].tolist(), None).numpy().tobytes()
+
+
+def test_a_task_added_now_runs_without_building(opened: tuple[Tiny, Deployment], tmp_path: Path) -> None:
+    tiny, deployment = opened
+    before = deployment.receipt()
+    deployment.add_task(tiny.sources / "beta", "late")
+    try:
+        late, beta = (deployment.generate([PROMPTS[1]], tasks=name, max_new_tokens=8) for name in ("late", "beta"))
+    finally:
+        deployment.remove_task("late")
+    assert late == beta
+    after = deployment.receipt()
+    assert (after.engine_builds, after.builder_calls) == (before.engine_builds, before.builder_calls)
+
+
+def test_shapes_outside_the_profile_are_named(opened: tuple[Tiny, Deployment]) -> None:
+    _, deployment = opened
+    assert deployment.profile is not None
+    with pytest.raises(RequestError, match=r"inputs_embeds: \d+ rows, this engine takes"):
+        deployment.generate([[5]] * (deployment.profile.batch.largest + 1), max_new_tokens=2)
