@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TARGETS = {
-    "portable": ("onnxruntime-cpu", "onnxruntime-cuda"),
+    "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
     "onnxruntime-cpu": ("onnxruntime-cpu",),
     "onnxruntime-cuda": ("onnxruntime-cuda",),
 }

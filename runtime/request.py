@@ -14,6 +14,9 @@ from adalink.runtime.manifest import Base
 Tasks = str | Sequence[str | None] | None
 
 _FEW = 64
+# numpy has no bfloat16: its bits are passed.
+_STORED = {"bfloat16": "uint16"}
+_BF16_EXPONENT = np.uint16(0x7F80)
 
 
 def check_input_ids(input_ids: npt.ArrayLike, base: Base, name: str = "input_ids") -> Array:
@@ -35,11 +38,13 @@ def check_input_ids(input_ids: npt.ArrayLike, base: Base, name: str = "input_ids
 def check_embeds(inputs_embeds: npt.ArrayLike, base: Base) -> Array:
     """Embeddings with shape ``(batch, seq, d)`` in the base's dtype; raises ``RequestError``."""
     embeds = _as_array(inputs_embeds, "inputs_embeds")
-    if embeds.dtype != np.dtype(base.embedding_dtype):
-        raise RequestError(f"inputs_embeds has dtype {embeds.dtype}, the base takes {base.embedding_dtype}: convert it")
+    if embeds.dtype != np.dtype(_STORED.get(base.embedding_dtype, base.embedding_dtype)):
+        how = "pass its bits as uint16" if base.embedding_dtype in _STORED else "convert it"
+        raise RequestError(f"inputs_embeds has dtype {embeds.dtype}, the base takes {base.embedding_dtype}: {how}")
     if embeds.ndim != 3 or embeds.shape[2] != base.hidden_size or 0 in embeds.shape:
         raise RequestError(f"inputs_embeds has shape {embeds.shape}, expected (batch, seq, {base.hidden_size})")
-    if not np.isfinite(embeds).all():
+    is_finite = ((embeds & _BF16_EXPONENT) != _BF16_EXPONENT) if embeds.dtype == np.uint16 else np.isfinite(embeds)
+    if not is_finite.all():
         raise RequestError("inputs_embeds holds NaN or infinity: check the encoder that made it")
     return embeds
 

@@ -36,7 +36,8 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
             {entry for key, variant in variants.items() if name in (None, key) for entry in variant.backends}
         )
         whose = "this deployment" if name is None else f"variant {name!r}"
-        what, command = "base graph", f"base MODEL --out DIR --target {backend}"
+        target = backend if backend in ("onnxruntime-cpu", "onnxruntime-cuda") else "portable"
+        what, command = "base graph", f"base MODEL --out DIR --target {target}"
         if backend in COMPILED_BACKENDS:
             what, command = "engine", f"engine DIR --backend {backend}"
         raise BackendError(

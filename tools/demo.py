@@ -49,6 +49,7 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
       adalink demo
       adalink demo --out ./demo --fresh
     """  # noqa: D301
+    from adalink.runtime.errors import BackendError
     from adalink.tools.console import say
     from adalink.tools.demo_engine import build_engine
     from adalink.tools.demo_state import DemoState
@@ -69,7 +70,10 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
         export_all(out / "deployment", source, adapters, state, progress)
         show_outputs(out / "deployment", rows, progress)
         if build_engine(out / "deployment", source, progress):
-            show_outputs(out / "deployment", rows, progress, "tensorrt-rtx")
+            try:
+                show_outputs(out / "deployment", rows, progress, "tensorrt-rtx")
+            except BackendError as error:
+                progress(f"engine: it does not run here: {error}")
         passed = show_parity(out / "deployment", source, state, progress)
         show_bench(out / "deployment", progress)
     progress("done" if passed else "done, but parity failed")

@@ -143,7 +143,7 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     Engines are code: their cache lies in the user's own folder, not in the deployment.
     """
     if name == CUDA:
-        return {"device_id": "0"}
+        return {"device_id": "0", "use_tf32": "0"}  # a float32 base means float32
     low, likely, high = (profile_shapes(base, profile, which) for which in ("smallest", "likeliest", "largest"))
     folder = cache_path("engines", digest_file(graph).removeprefix("sha256:")[:32])
     if folder is not None:

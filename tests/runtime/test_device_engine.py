@@ -150,6 +150,19 @@ def test_encoder_agrees_with_pytorch(bert: Tiny) -> None:
         np.testing.assert_allclose(states[row, : len(tokens)], expected, **CLOSE)
 
 
+def test_float16_logits_and_embeddings(tmp_path: Path, host: HostBackend) -> None:
+    tiny = build("llama", tmp_path / "wide")
+    export_base(tiny.model, tmp_path / "half", dtype="float16", target="portable")
+    manifest = read_manifest(tmp_path / "half")
+    with Deployment(tmp_path / "half", manifest, host, "portable") as deployment:
+        deployment.add_task(tiny.sources / "alpha", "alpha")
+        assert deployment.embed([PROMPTS[0]], tasks="alpha").dtype == np.float16
+        for task in (None, "alpha"):
+            logits = deployment.run(input_ids=[PROMPTS[0]], tasks=task)["logits"][0]
+            assert logits.dtype == np.float16
+            np.testing.assert_allclose(logits, tiny.logits(PROMPTS[0], task), rtol=2e-2, atol=3e-2)
+
+
 def test_embeddings_of_two_modalities(llama: Tiny, host: HostBackend) -> None:
     import torch
 

@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adalink.runtime.bank import Part, Selection
-from adalink.runtime.errors import BackendError, ConfigError
+from adalink.runtime.errors import BackendError, ConfigError, RequestError
 from adalink.runtime.manifest import Base, Cache
 from adalink.runtime.nvidia.bank import DeviceBank, DeviceKind
 from adalink.runtime.nvidia.cache import GrowingCache, InPlaceCache
 from adalink.runtime.nvidia.decoding import piece_length
+from adalink.runtime.nvidia.device import as_numbers, as_stored
 from adalink.runtime.nvidia.profile import Profile, Span, default_profile, parse_profile, pieces, rounded_total
 from adalink.runtime.nvidia.slots import SlotTable
+from adalink.runtime.request import check_embeds
 
 
 def base(**changes: object) -> Base:
@@ -218,6 +220,21 @@ def test_when_all_places_are_in_use_the_error_says_so() -> None:
         bank.choose(Selection([part(9)]), 1)
     held.release()
     bank.choose(Selection([part(9)]), 1)
+
+
+def test_bfloat16_is_its_bits_on_the_host() -> None:
+    import torch
+
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    bits = values.view(torch.uint16).numpy()
+    assert (as_numbers(bits, "bfloat16") == values.float().numpy()).all()
+    assert (as_stored(values.float().numpy(), "bfloat16") == bits).all()
+    own = base(embedding_dtype="bfloat16", hidden_size=5)
+    assert check_embeds(bits[None], own) is not None
+    with pytest.raises(RequestError, match="pass its bits as uint16"):
+        check_embeds(values.float().numpy()[None], own)
+    with pytest.raises(RequestError, match="NaN or infinity"):
+        check_embeds(torch.full((1, 2, 5), torch.inf).bfloat16().view(torch.uint16).numpy(), own)
 
 
 @pytest.mark.parametrize("kind", [InPlaceCache, GrowingCache])
