@@ -43,7 +43,10 @@ class CudaDevice:
 
     def __init__(self, backend: str) -> None:
         """Raises ``BackendUnavailableError`` where there is no GPU."""
-        self._cuda = load_cuda(backend)
+        self._attach(load_cuda(backend))
+
+    def _attach(self, cuda: Any) -> None:
+        self._cuda = cuda
         self._lock = threading.Lock()
         self._sizes: dict[int, int] = {}
 
