@@ -18,7 +18,8 @@ from msgspec import structs
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import open_backend
-from adalink.runtime.manifest import Manifest, read_manifest
+from adalink.runtime.manifest import Manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia import cuda
 from adalink.runtime.nvidia.bank import DeviceBank
 from adalink.runtime.nvidia.device import Device

@@ -12,7 +12,8 @@ import numpy as np
 
 from adalink.export.adapter import export_adapters
 from adalink.runtime.adapter import AdapterConfig, encode_adapter, make_adapter
-from adalink.runtime.manifest import MANIFEST_FILE, Base, encode_manifest, read_manifest
+from adalink.runtime.manifest import MANIFEST_FILE, Base
+from adalink.runtime.manifest_file import encode_manifest, read_manifest
 from adalink.runtime.tokenizer import Tokenizer
 from adalink.tools.parity.prompts import PROMPTS, fit
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.demo import find_model
 from adalink.tools.environment import available_cores, describe_environment
 from adalink.tools.report_file import write_json

@@ -19,7 +19,8 @@ from adalink.runtime.embeddings import open_table
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
-from adalink.runtime.manifest import Base, Fold, Manifest, Task, check_task_name
+from adalink.runtime.manifest import Base, Fold, Manifest, Task
+from adalink.runtime.manifest_checks import check_task_name
 from adalink.runtime.tensors import as_float32
 
 GRAPH_FILE = "adapter.onnx"

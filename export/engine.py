@@ -16,8 +16,9 @@ from adalink.export.engine_target import CURRENT, resolve_target
 from adalink.export.front_graph import FRONTS, build_front_graph
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
-from adalink.runtime.integrity import read_verified, verify_files
-from adalink.runtime.manifest import Base, Manifest, Variant, check_task_name, locate
+from adalink.runtime.integrity import locate, read_verified, verify_files
+from adalink.runtime.manifest import Base, Manifest, Variant
+from adalink.runtime.manifest_checks import check_task_name
 from adalink.runtime.nvidia.profile import Profile, Span, check_profile, default_profile, parse_profile
 from adalink.runtime.nvidia.record import PLAN_FILE, RECORD_FILE, EngineRecord
 from adalink.runtime.nvidia.tensorrt_api import TENSORRT_BACKENDS, Api, load_api

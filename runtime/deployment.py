@@ -7,19 +7,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.bank import PLAIN, Selection
-from adalink.runtime.embeddings import open_table
-from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, open_backend
+from adalink.runtime.engine import Array, Backend, Fed, open_backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode
 from adalink.runtime.integrity import read_verified, verify_files
-from adalink.runtime.manifest import Manifest, locate, read_manifest
+from adalink.runtime.manifest import Manifest
+from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.open_base import OpenBase
 from adalink.runtime.padding import pad_left
-from adalink.runtime.prefix_cache import PrefixCache, PrefixKey
-from adalink.runtime.receipt import Receipt, make_receipt
+from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import (
     Tasks,
     check_embeds,
@@ -66,20 +64,9 @@ class Deployment:
         self.manifest = manifest
         self.variant = manifest.variants[choose_variant(manifest, backend.name, variant)]
         self._base = manifest.base
-        self._engine_builds = 0
-        self._table = open_table(locate(path, self._base.embeddings), self._base)
         self._tasks = TaskTable(path, manifest, backend, task_memory_bytes)
-        self._engine = self._build(backend, self.variant.graph, "base")
-        decoder = self.variant.decoder_graph
-        self._decoder = self._build(backend, decoder, "decoder") if decoder else None
+        self._opened = OpenBase(path, manifest, self.variant, backend, prefix_cache_bytes)
         self._tokenizer: Tokenizer | None = None
-        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
-        if self._prefixes is not None and (self._decoder is not None or not self._engine.resumes):
-            self.close()
-            raise RequestError(
-                f"prefix_cache_bytes is {prefix_cache_bytes}, but {self.variant.graph} cannot go on from a kept "
-                "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"
-            )
 
     @classmethod
     def open(
@@ -152,9 +139,7 @@ class Deployment:
 
     def close(self) -> None:
         """Give the engine's memory back; later calls are refused."""
-        self._engine.close()
-        if self._decoder is not None:
-            self._decoder.close()
+        self._opened.close()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -164,7 +149,7 @@ class Deployment:
     @property
     def profile(self) -> Profile | None:
         """Shapes that the engine takes, where they are limited."""
-        return self._engine.profile
+        return self._opened.engine.profile
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -210,13 +195,7 @@ class Deployment:
         embeds, shape = self._adapted(input_ids, inputs_embeds, modality, tasks)
         check_length(shape[1], self._base)
         mask = check_mask(attention_mask, shape)
-        output = self._engine.run({"inputs_embeds": embeds, "attention_mask": mask})
-        if self._base.kind == "decoder":
-            return {"logits": output}
-        result = {"last_hidden_state": output}
-        if decoder_input_ids is not None:
-            result["logits"] = self._run_decoder(decoder_input_ids, output, mask)
-        return result
+        return self._opened.run(embeds, mask, decoder_input_ids)
 
     def embed(
         self,
@@ -230,7 +209,7 @@ class Deployment:
 
         Takes and raises what ``run`` does.
         """
-        return self._engine.front.read(self._adapted(input_ids, inputs_embeds, modality, tasks)[0])
+        return self._opened.engine.front.read(self._adapted(input_ids, inputs_embeds, modality, tasks)[0])
 
     def generate(
         self,
@@ -283,16 +262,8 @@ class Deployment:
         own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        embeds = self._engine.front.lookup(check_input_ids(ids, base), selection)
-        feeds = {"inputs_embeds": embeds, "attention_mask": mask}
-        if self._decoder is None:
-            front, adapting = self._engine.front, self._engine.front.decoding(selection)
-            decoding = self._start(feeds, encoded, selection, max_new_tokens)
-        else:
-            front, adapting = self._decoder.front, PLAIN
-            start = np.full((len(prompts), 1), base.decoder_start_token_id, np.int64)
-            states = self._engine.run(feeds)
-            decoding = self._decoder.start(self._decoder_feeds(self._decoder, start, states, mask), max_new_tokens)
+        ids = check_input_ids(ids, base)
+        decoding, front, adapting = self._opened.start(encoded, ids, mask, selection, max_new_tokens)
         try:
             decode(decoding, front, adapting, rows, sampling, max_new_tokens)
         finally:
@@ -332,9 +303,7 @@ class Deployment:
 
     def receipt(self) -> Receipt:
         """Count the engines built and read the base's files again; see ``Receipt``."""
-        expected = 1 if self._decoder is None else 2
-        paths = (*self.variant.files, self._base.embeddings)
-        return make_receipt(self.path, self.manifest, paths, self._engine_builds, expected)
+        return self._opened.receipt()
 
     def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
         """Token ids of a prompt."""
@@ -344,25 +313,6 @@ class Deployment:
             raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
         ids: list[int] = [] if len(prompt) == 0 else check_input_ids([prompt], self._base, "prompt")[0].tolist()
         return ids
-
-    def _start(self, feeds: dict[str, Fed], encoded: list[list[int]], selection: Selection, room: int) -> Decoding:
-        """Run prompts, those whose beginning was run before from there on."""
-        prefixes = self._prefixes
-        if prefixes is None:
-            return self._engine.start(feeds, room)
-        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in selection.adapters(len(encoded))]
-        prompts = [np.array(tokens, np.int64) for tokens in encoded]
-        known = [prefixes.find(key, tokens) for key, tokens in zip(keys, prompts, strict=True)]
-        decoding = self._engine.start(feeds, room, known)
-        for row, (key, tokens, states) in enumerate(zip(keys, prompts, known, strict=True)):
-            if states is None or states.shape[2] < len(tokens) - 1:
-                prefixes.add(key, tokens, decoding.states(row, len(tokens)))
-        return decoding
-
-    def _build(self, backend: Backend, graph: str, role: str) -> Engine:
-        """Open a base graph, and count it: the only place where an engine is made."""
-        self._engine_builds += 1
-        return backend.open_engine(locate(self.path, graph), self._base, role, self._table)
 
     def _adapted(
         self,
@@ -378,27 +328,9 @@ class Deployment:
             embeds = check_embeds(inputs_embeds, self._base)
             shape = (embeds.shape[0], embeds.shape[1])
             indices = check_modality(modality, shape, self._base)
-            return self._engine.front.apply(embeds, self._tasks.resolve(tasks, len(embeds)), indices), shape
+            return self._opened.engine.front.apply(embeds, self._tasks.resolve(tasks, len(embeds)), indices), shape
         assert input_ids is not None
         ids = check_input_ids(input_ids, self._base)
         shape = (ids.shape[0], ids.shape[1])
         indices = check_modality(modality, shape, self._base)
-        return self._engine.front.lookup(ids, self._tasks.resolve(tasks, len(ids)), indices), shape
-
-    def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
-        if self._decoder is None:
-            raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} has no decoder")
-        ids = check_input_ids(decoder_input_ids, self._base, "decoder_input_ids")
-        if len(ids) != len(states):
-            raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
-        check_length(ids.shape[1], self._base)
-        return self._decoder.run(self._decoder_feeds(self._decoder, ids, states, mask))
-
-    @staticmethod
-    def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, Fed]:
-        return {
-            "inputs_embeds": decoder.front.lookup(ids, PLAIN),
-            "attention_mask": np.ones(ids.shape, np.int64),
-            "encoder_hidden_states": states,
-            "encoder_attention_mask": mask,
-        }
+        return self._opened.engine.front.lookup(ids, self._tasks.resolve(tasks, len(ids)), indices), shape

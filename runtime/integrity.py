@@ -8,7 +8,25 @@ from pathlib import Path
 from adalink.runtime.digest import digest_bytes, digest_file
 from adalink.runtime.errors import IntegrityError
 from adalink.runtime.file_memory import Bytes, map_file
-from adalink.runtime.manifest import Manifest, locate
+from adalink.runtime.manifest import Manifest
+
+
+def locate(folder: Path, relative: str) -> Path:
+    """Path of a deployment's file; raises ``IntegrityError`` if it is missing or a link leads outside."""
+    root = folder.resolve()
+    path = root / relative
+    try:
+        resolved = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise IntegrityError(
+            f"{path}: the manifest lists this file, but it cannot be found: export it again, or reopen the "
+            "deployment if another process has just replaced it"
+        ) from error
+    if not resolved.is_relative_to(root):
+        raise IntegrityError(f"{path} is a link to {resolved}, outside the deployment: replace it by the file itself")
+    if not resolved.is_file():
+        raise IntegrityError(f"{path} is not a file: export it again")
+    return resolved
 
 
 def verify_files(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adalink.runtime.builds import builder_calls
 from adalink.runtime.digest import digest_file
-from adalink.runtime.manifest import Manifest, locate
+from adalink.runtime.integrity import locate
+from adalink.runtime.manifest import Manifest
 
 
 @dataclass(frozen=True)

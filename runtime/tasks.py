@@ -15,7 +15,8 @@ from adalink.runtime.engine import Backend, BankGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
 from adalink.runtime.fold import Folded, view_fold
 from adalink.runtime.integrity import map_verified, read_verified
-from adalink.runtime.manifest import Manifest, Task, check_task_name
+from adalink.runtime.manifest import Manifest, Task
+from adalink.runtime.manifest_checks import check_task_name
 from adalink.runtime.request import Tasks
 
 

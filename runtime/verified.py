@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.digest import digest_bytes
-from adalink.runtime.integrity import check_size, verify_files
-from adalink.runtime.manifest import Manifest, locate
+from adalink.runtime.integrity import check_size, locate, verify_files
+from adalink.runtime.manifest import Manifest
 from adalink.runtime.user_cache import cache_path, read_own, write_own
 
 _SETTLED_NS = 2_000_000_000

@@ -25,7 +25,8 @@ from adalink.runtime.adapter import (
     weight_shapes,
 )
 from adalink.runtime.digest import digest_file
-from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
+from adalink.runtime.manifest import FileRecord
+from adalink.runtime.manifest_file import encode_manifest, read_manifest
 
 # Task -> settings of its adapter: every scope, biases, several activations, and one adapter of two modalities.
 TASKS: dict[str, dict[str, Any]] = {

@@ -126,7 +126,7 @@ def export_all(path: Path, source: Path, adapters: list[Path], state: DemoState,
     from adalink.export.adapter import export_adapter
     from adalink.export.base import export_base
     from adalink.runtime.adapter import read_adapter
-    from adalink.runtime.manifest import read_manifest
+    from adalink.runtime.manifest_file import read_manifest
 
     if state.holds_base():
         progress("base: exported before from the same model by the same kit, reused")

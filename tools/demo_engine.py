@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adalink.runtime.errors import BackendError
-from adalink.runtime.manifest import Manifest, read_manifest
+from adalink.runtime.manifest import Manifest
+from adalink.runtime.manifest_file import read_manifest
 
 _BACKEND = "tensorrt-rtx"
 _MODULES = ("tensorrt_rtx", "tensorrt_rtx_bindings")

@@ -47,7 +47,7 @@ def describe(target: str) -> Description:
 def describe_deployment(folder: Path) -> Description:
     """Describe a deployment, after comparing every file with its digest; raises ``DeploymentError``."""
     from adalink.runtime.integrity import verify_files
-    from adalink.runtime.manifest import read_manifest
+    from adalink.runtime.manifest_file import read_manifest
     from adalink.tools.inspect_plan import describe_engine
 
     manifest = read_manifest(folder)

@@ -9,7 +9,8 @@ from msgspec.structs import asdict
 
 from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import BackendError, DeploymentError
-from adalink.runtime.manifest import MANIFEST_FILE, Manifest, Variant, read_manifest
+from adalink.runtime.manifest import MANIFEST_FILE, Manifest, Variant
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.runtime.nvidia.record import PLAN_FILE, RECORD_FILE, EngineRecord, read_record
 from adalink.runtime.nvidia.tensorrt_api import Api, load_api

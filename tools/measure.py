@@ -15,7 +15,7 @@ import numpy as np
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array, open_backend
 from adalink.runtime.errors import DeploymentError
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.observed import ObservedBackend
 from adalink.tools.parity.prompts import PROMPTS, fit
 

@@ -27,7 +27,7 @@ from adalink.runtime.errors import (
     UnknownTaskError,
 )
 from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 
 SETTINGS: dict[str, Any] = {"rank": 4, "activation": "gelu", "bias": True, "scope": "all"}
 

@@ -20,7 +20,8 @@ from adalink.export.base import export_base
 from adalink.export.static_shapes import make_reshapes_static
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
 from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest import Cache, read_manifest
+from adalink.runtime.manifest import Cache
+from adalink.runtime.manifest_file import read_manifest
 from adalink.training.base_model import base_fingerprint
 
 

@@ -34,7 +34,8 @@ from adalink.runtime.errors import (
     UnknownTaskError,
 )
 from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest import Manifest, read_manifest
+from adalink.runtime.manifest import Manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.runtime.nvidia.profile import Profile, Span, default_profile
 from adalink.runtime.nvidia.record import read_record

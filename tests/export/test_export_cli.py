@@ -15,7 +15,7 @@ from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.cli import main
 
 

@@ -15,7 +15,7 @@ from adalink.export.base import export_base
 from adalink.export.quantize import SCHEMES, quantize
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import BackendError, ConfigError, DeploymentError, GraphError
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 
 ROWS, COLUMNS = 80, 24
 

@@ -22,7 +22,8 @@ from adalink.export.writer import LOCK_FILE, STAGING_FOLDER, open_writer, remove
 from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import BusyError, DeploymentError, WriteError
 from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest import MANIFEST_FILE, read_manifest
+from adalink.runtime.manifest import MANIFEST_FILE
+from adalink.runtime.manifest_file import read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from runtime_support import ACTIVATIONS, random_adapter
 from adalink.export.task_check import adapt_with_bound
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.bank import PLAIN, Selection, task_parts
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
 D = 48

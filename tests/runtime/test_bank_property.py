@@ -16,7 +16,7 @@ from adalink.export.base import export_base
 from adalink.runtime import Deployment, tasks
 from adalink.runtime.adapter import ACTIVATIONS, Adapter
 from adalink.runtime.errors import UnknownTaskError
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.parity.exact import exact_adapter
 
 POOL = 24

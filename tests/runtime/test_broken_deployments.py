@@ -16,7 +16,8 @@ from adalink.runtime import Deployment
 from adalink.runtime.digest import digest_file
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import BackendError, DeploymentError, GraphError, IntegrityError, ManifestError
-from adalink.runtime.manifest import FileRecord, encode_manifest, read_manifest
+from adalink.runtime.manifest import FileRecord
+from adalink.runtime.manifest_file import encode_manifest, read_manifest
 from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from adalink.runtime.onnxruntime_boundary import guard, onnxruntime_errors
 

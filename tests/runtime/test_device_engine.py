@@ -16,7 +16,8 @@ from adalink.export.base import export_base
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, GraphError, RequestError
-from adalink.runtime.manifest import Base, read_manifest
+from adalink.runtime.manifest import Base
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.profile import Profile, Span
 

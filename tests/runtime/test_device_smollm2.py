@@ -14,7 +14,7 @@ from runtime_support import random_adapter, write_adapter
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.training.base_model import load_base, load_tokenizer
 from adalink.training.storage import load_adapter

@@ -19,7 +19,7 @@ from adalink.export.base import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.errors import ConfigError, GraphError, IntegrityError
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.parity.exact import exact_adapter
 
 D, V = 48, 96

@@ -202,3 +202,17 @@ def test_a_row_that_ends_gives_up_what_it_held_back() -> None:
     for token in [*b"aEN", 0]:
         row.push(token)
     assert row.finish(1).text == "aEN" == "".join(sent)
+
+
+def test_prompts_may_be_token_ids(llama: Any) -> None:
+    with Deployment.open(llama.folder) as deployment:
+        texts = ["oil prices", "wheat"]
+        tokens = [deployment.tokenizer.encode(text) for text in texts]
+        expected = deployment.generate(texts, tasks=["alpha", None], max_new_tokens=6)
+        assert deployment.generate(tokens, tasks=["alpha", None], max_new_tokens=6) == expected
+        assert deployment.generate([texts[0], np.array(tokens[1])], tasks=["alpha", None], max_new_tokens=6) == expected
+        for prompt, words in (([], "no tokens"), ([96], "prompt holds 96, expected 0 to 95"), ([0.5], "whole numbers")):
+            with pytest.raises(RequestError, match=words):
+                deployment.generate([prompt], max_new_tokens=2)
+        with pytest.raises(RequestError, match="chat is for texts"):
+            deployment.generate([tokens[0]], chat=True)

@@ -12,15 +12,10 @@ import pytest
 
 from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
-from adalink.runtime.manifest import (
-    SCHEMA_VERSION,
-    Manifest,
-    check_task_name,
-    decode_manifest,
-    encode_manifest,
-    locate,
-    read_manifest,
-)
+from adalink.runtime.integrity import locate
+from adalink.runtime.manifest import SCHEMA_VERSION, Manifest
+from adalink.runtime.manifest_checks import check_task_name
+from adalink.runtime.manifest_file import decode_manifest, encode_manifest, read_manifest
 
 DIGEST = "sha256:" + "a1" * 32
 

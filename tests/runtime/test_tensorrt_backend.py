@@ -20,7 +20,7 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.nvidia.record import read_record

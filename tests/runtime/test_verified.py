@@ -12,7 +12,7 @@ import pytest
 
 from adalink.runtime import Deployment, verified
 from adalink.runtime.errors import IntegrityError
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.verified import verify_once
 
 TABLE = "base/embeddings.safetensors"

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_deployments import make_deployment, make_model_folder
 
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.cli import main
 from adalink.training.base_model import base_fingerprint, load_base
 

@@ -11,7 +11,7 @@ from export_support import MODELS
 
 from adalink.export.base import export_base
 from adalink.runtime.digest import digest_file
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.tools.cli import main
 

@@ -17,7 +17,7 @@ from tiny_deployments import make_deployment, seeded_adapter
 
 from adalink.export.adapter import export_adapter
 from adalink.runtime import bank
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.tasks import TaskTable
 from adalink.tools.parity.suite import verify
 from adalink.tools.parity.swap_worker import run_fresh

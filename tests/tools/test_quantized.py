@@ -14,7 +14,7 @@ from tiny_deployments import make_deployment
 
 from adalink.export.base import export_base
 from adalink.runtime.errors import DataError, RequestError, UnknownTaskError
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.cli import main
 from adalink.tools.parity.quantized_weights import read_matrices
 from adalink.tools.parity.suite import verify

@@ -12,7 +12,7 @@ from tiny_deployments import seeded_adapter, write_adapter
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
 from adalink.runtime.adapter import make_adapter
-from adalink.runtime.manifest import read_manifest
+from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.parity.adapter import check_weights, through_graph
 from adalink.tools.parity.suite import verify
 

@@ -1,0 +1,95 @@
+"""What a manifest must say beyond the types of its fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from adalink.runtime.adapter import ACTIVATIONS, KINDS, SCOPES
+from adalink.runtime.errors import DeploymentError, ManifestError
+from adalink.runtime.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# Folders and a name with slashes between; none is empty, "." or "..".
+_PATH = re.compile(r"(?:(?!\.{1,2}/)[^/\\\0]+/)*(?!\.{1,2}$)[^/\\\0]+")
+
+
+def check_task_name(name: str, what: str = "task") -> None:
+    """Check that the name of a task, or of an engine, can be a folder name; raises ``DeploymentError``."""
+    if not _TASK_NAME.fullmatch(name):
+        raise DeploymentError(
+            f"{what} name {name!r}: expected 1 to 64 letters, digits, '-' or '_', starting with a letter or digit"
+        )
+
+
+def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
+    """Check what types alone cannot say; raises ``ManifestError`` with the path of the wrong field."""
+
+    def demand(holds: bool, field: str, received: object, expected: str) -> None:
+        if not holds:
+            raise ManifestError(f"{origin}: {field} is {received!r}, expected {expected}", field=field)
+
+    base = manifest.base
+    for name, limit in (("vocab_size", 1 << 26), ("hidden_size", 1 << 20)):
+        value = getattr(base, name)
+        demand(1 <= value <= limit, f"$.base.{name}", value, f"1 to {limit}")
+    demand(base.kind in BASE_KINDS, "$.base.kind", base.kind, f"one of {', '.join(BASE_KINDS)}")
+    demand(base.embedding_dtype in DTYPES, "$.base.embedding_dtype", base.embedding_dtype, f"one of {DTYPES}")
+    demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
+    demand(base.bank.keys() == set(KINDS), "$.base.bank", sorted(base.bank), f"a graph for each of {', '.join(KINDS)}")
+    demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
+    demand(
+        base.max_positions is None or 1 <= base.max_positions <= 1 << 31,
+        "$.base.max_positions",
+        base.max_positions,
+        "null or a positive number",
+    )
+    demand(
+        (base.cache is None) == (base.kind == "encoder"),
+        "$.base.cache",
+        base.cache,
+        "null for an encoder and a shape for every other kind",
+    )
+    if base.cache is not None:
+        for name in ("layers", "kv_heads", "head_dim"):
+            value = getattr(base.cache, name)
+            demand(1 <= value <= 1 << 16, f"$.base.cache.{name}", value, f"1 to {1 << 16}")
+    for token in (*base.eos_token_ids, base.pad_token_id):
+        demand(0 <= token < base.vocab_size, "$.base.eos_token_ids or pad_token_id", token, "an id in the vocabulary")
+    demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")
+    for name, variant in manifest.variants.items():
+        for path in (variant.graph, variant.decoder_graph):
+            field = f"$.variants[{name!r}].files"
+            demand(path is None or path in variant.files, field, variant.files, f"a list with {path}")
+    for name, task in manifest.tasks.items():
+        _check_task(name, task, base, demand)
+    for path, record in manifest.files.items():
+        # Thousands of tasks have three files each: only a wrong one is worth a description.
+        if not (_PATH.fullmatch(path) and 0 <= record.size_bytes <= 1 << 42 and _DIGEST.fullmatch(record.sha256)):
+            field = f"$.files[{path!r}]"
+            demand(bool(_PATH.fullmatch(path)), field, path, "a relative path inside the deployment, without '..'")
+            demand(0 <= record.size_bytes <= 1 << 42, f"{field}.size_bytes", record.size_bytes, f"0 to {1 << 42}")
+            demand(False, f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
+    for path in sorted(manifest.paths_in_use() - manifest.files.keys()):
+        demand(False, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+
+
+def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    is_sound = (
+        _TASK_NAME.fullmatch(name)
+        and 1 <= task.rank <= base.hidden_size
+        and task.activation in ACTIVATIONS
+        and task.scope in SCOPES
+        and (task.fold is None or task.fold.kind in FOLDS)
+        and _DIGEST.fullmatch(task.adapter_digest)
+    )
+    if not is_sound:
+        field = f"$.tasks[{name!r}]"
+        demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
+        demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
+        demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
+        demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
+        fold = None if task.fold is None else task.fold.kind
+        demand(fold is None or fold in FOLDS, f"{field}.fold.kind", fold, f"one of {FOLDS}")
+        demand(False, f"{field}.adapter_digest", task.adapter_digest, "a digest")
