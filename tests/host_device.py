@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
+from packaging.version import Version
 
 from adalink.export.engine_graph import engine_graph
 from adalink.export.front_graph import FRONTS, build_front_graph
@@ -23,6 +25,8 @@ from adalink.runtime.nvidia.bank import DeviceKind
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile
+
+HAS_TENSOR_SCATTER = Version(ort.__version__) >= Version("1.24")
 
 
 class HostQueue:
@@ -173,6 +177,8 @@ class HostBackend:
         self.plans: HostPlans | None = None
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+        if self.in_place and base.cache and not HAS_TENSOR_SCATTER:
+            pytest.skip(f"ONNX Runtime {ort.__version__} has no TensorScatter; 1.24 has")
         model = engine_graph(graph, base, self.profile.capacity if self.in_place and base.cache else None)
         # Beside the portable graph, whose file of weights it refers to.
         path = graph.with_name(f"engine-{self.in_place}-{self.profile.capacity}.onnx")

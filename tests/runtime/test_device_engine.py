@@ -107,7 +107,8 @@ def test_generation_agrees_with_pytorch(family: str, host: HostBackend, request:
                 assert 1 <= sum(result.finish_reason == "stop" for result in results) < 3
 
 
-def test_a_swap_records_nothing_anew(llama: Tiny) -> None:
+@pytest.mark.parametrize("swaps", [10, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_swap_records_nothing_anew(llama: Tiny, swaps: int) -> None:
     """Two tasks of one activation, many swaps: the recorded steps of the first are those of the second."""
     backend = HostBackend(PROFILE)
     with opened(llama, backend) as deployment:
@@ -118,7 +119,7 @@ def test_a_swap_records_nothing_anew(llama: Tiny) -> None:
         records, replays, executors = queue.records, queue.replays, len(backend.plans.opened)
         assert records > 0
         memory = backend.device.allocated_bytes
-        for _ in range(5):
+        for _ in range(swaps // 2):
             for task, before in first.items():
                 assert deployment.generate(["oil"], tasks=task, max_new_tokens=6)[0] == before
         assert (queue.records, len(backend.plans.opened)) == (records, executors)
