@@ -6,6 +6,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class CudaDevice:
         self._cuda = cuda
         self._lock = threading.Lock()
         self._sizes: dict[int, int] = {}
+        # What an engine that could not be opened, or was never closed, has left.
+        weakref.finalize(self, _free_all, cuda, self._sizes)
 
     def allocate(self, size_bytes: int) -> int:
         """See ``Device``."""
@@ -136,13 +139,14 @@ class CudaQueue:
         cuda = self._cuda
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._device.check(cuda.cudaStreamBeginCapture(self._stream, mode)[0])
-        failure: BackendError | None = None
+        is_recorded = False
         try:
-            work()
-        except BackendError as refused:
-            failure = refused
-        error, graph = cuda.cudaStreamEndCapture(self._stream)
-        if failure is not None or error != cuda.cudaError_t.cudaSuccess:
+            with suppress(BackendError):  # something in it cannot be recorded
+                work()
+                is_recorded = True
+        finally:
+            error, graph = cuda.cudaStreamEndCapture(self._stream)
+        if not is_recorded or error != cuda.cudaError_t.cudaSuccess:
             cuda.cudaGetLastError()
             return None
         error, executable = cuda.cudaGraphInstantiate(graph, 0)
@@ -168,6 +172,11 @@ class _Replay:
 
     def __call__(self) -> None:
         self._device.check(self._launch(*self._arguments)[0])
+
+
+def _free_all(cuda: Any, sizes: dict[int, int]) -> None:
+    for address in sizes:
+        cuda.cudaFree(address)
 
 
 def _words(cuda: Any, error: Any) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from adalink.runtime.bank import PLAIN, Selection
 from adalink.runtime.engine import Array, Fed, Front
-from adalink.runtime.errors import RequestError
 from adalink.runtime.host_front import HostFront
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceBank
@@ -19,60 +15,10 @@ from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length
 from adalink.runtime.nvidia.device import NUMPY, Device, as_numbers
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.passes import EngineSpace, Pass
+from adalink.runtime.nvidia.pool import Pool
 from adalink.runtime.nvidia.profile import Profile, pieces
 from adalink.runtime.nvidia.workspace import PREFILL, Common, Executors, FrontSpace, Plans
 from adalink.runtime.padding import positions_of
-
-
-class _Space(Protocol):
-    def close(self) -> None: ...
-
-
-S = TypeVar("S", bound=_Space)
-
-
-class Pool(Generic[S]):
-    """Workspaces that nobody uses now; there are as many as calls have ever run at a time."""
-
-    def __init__(self, make: Callable[[], S]) -> None:
-        self._make = make
-        self._free: list[S] = []
-        self._is_closed = False
-        self._lock = threading.Lock()
-
-    def take(self) -> S:
-        """One for the caller alone, until ``give``."""
-        with self._lock:
-            if self._is_closed:
-                raise RequestError("the deployment is closed: open it again")
-            if self._free:
-                return self._free.pop()
-        return self._make()
-
-    def give(self, space: S) -> None:
-        """Give one back."""
-        with self._lock:
-            if not self._is_closed:
-                self._free.append(space)
-                return
-        space.close()
-
-    @contextmanager
-    def lend(self) -> Iterator[S]:
-        """One for the caller alone, while the block runs."""
-        space = self.take()
-        try:
-            yield space
-        finally:
-            self.give(space)
-
-    def close(self) -> None:
-        """Close all that are free now, and each other one when it is given back."""
-        with self._lock:
-            self._is_closed = True
-            free, self._free = self._free, []
-        for space in free:
-            space.close()
 
 
 class DeviceFront:
@@ -106,9 +52,9 @@ class DeviceFront:
                     result[first : first + rows.shape[0], start:stop] = space.read(rows.columns(start, stop))
         return result
 
-    def close(self) -> None:
-        """Give its memory back."""
-        self._spaces.close()
+    def close(self, at_end: Callable[[], None]) -> None:
+        """Give its memory back, then call ``at_end``."""
+        self._spaces.close(at_end)
 
 
 class HostFedFront:
@@ -216,10 +162,16 @@ class DeviceEngine:
         return decoding
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Engine``."""
-        self._spaces.close()
+        """See ``adalink.runtime.engine.Engine``; what a call that runs still reads goes when it has ended."""
+        self._spaces.close(self._close_front)
+
+    def _close_front(self) -> None:
         if isinstance(self.front, DeviceFront):
-            self.front.close()
+            self.front.close(self._close_common)
+        else:
+            self._close_common()
+
+    def _close_common(self) -> None:
         self._common.bank.close()
         self._device.free(self._common.table)
         self._plans.close()
