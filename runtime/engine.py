@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -50,9 +50,6 @@ class Decoding(Protocol):
             BackendError: the engine refused.
         """
 
-    def states(self, row: int, length: int) -> Array:
-        """A copy of what a row's first tokens left in the cache, as ``Engine.start`` takes it; only if ``resumes``."""
-
     def drop(self, row: int) -> None:
         """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
 
@@ -71,10 +68,6 @@ class Engine(Protocol):
     def profile(self) -> Profile | None:
         """Shapes that it takes; ``None`` if it takes any."""
 
-    @property
-    def resumes(self) -> bool:
-        """Whether prompts can go on from states that were kept."""
-
     def run(self, feeds: Mapping[str, Fed]) -> Array:
         """Run whole sequences.
 
@@ -91,14 +84,12 @@ class Engine(Protocol):
             BackendError: the engine refused.
         """
 
-    def start(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None] = ()) -> Decoding:
+    def start(self, feeds: Mapping[str, Fed], room: int) -> Decoding:
         """Run prompts, to go on after them; only for graphs with a KV cache.
 
         Args:
             feeds: as for ``run``.
             room: how many steps may follow.
-            known: for each row what its first tokens left in a cache before, shape
-                ``(2 * layers, kv_heads, n, head_dim)``, fewer than the row has, or ``None``; only if ``resumes``.
 
         Raises:
             BackendError: the engine refused.
@@ -106,6 +97,31 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give its memory back."""
+
+
+class ResumableDecoding(Decoding, Protocol):
+    """A decoding whose cache can be kept for later prompts."""
+
+    def states(self, row: int, length: int) -> Array:
+        """A copy of what a row's first tokens left in the cache, as ``ResumableEngine.resume`` takes it."""
+
+
+@runtime_checkable
+class ResumableEngine(Protocol):
+    """An engine whose prompts can go on from states that were kept."""
+
+    def resume(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None]) -> ResumableDecoding:
+        """Do what ``Engine.start`` does.
+
+        Args:
+            feeds: as for ``Engine.start``.
+            room: likewise.
+            known: for each row what its first tokens left in a cache before, shape
+                ``(2 * layers, kv_heads, n, head_dim)``, fewer than the row has, or ``None``.
+
+        Raises:
+            BackendError: the engine refused.
+        """
 
 
 class Front(Protocol):

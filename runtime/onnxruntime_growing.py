@@ -28,14 +28,8 @@ class GrowingEngine:
         """See ``adalink.runtime.engine.Engine``."""
         return self.forward({**feeds, "position_ids": positions_of(feeds["attention_mask"])}, None)[0]
 
-    @property
-    def resumes(self) -> bool:
+    def start(self, feeds: Mapping[str, Array], room: int) -> GrowingDecoding:
         """See ``adalink.runtime.engine.Engine``."""
-        return False
-
-    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> GrowingDecoding:
-        """See ``adalink.runtime.engine.Engine``."""
-        assert not any(states is not None for states in known), "a growing cache starts empty"
         return GrowingDecoding(self, feeds, room)
 
     def close(self) -> None:
@@ -99,10 +93,6 @@ class GrowingDecoding:
         output, self._cache = self._engine.forward(feeds, self._cache)
         self._positions = self._positions + 1
         self._logits = output[:, -1]
-
-    def states(self, row: int, length: int) -> Array:
-        """See ``adalink.runtime.engine.Decoding``."""
-        raise NotImplementedError("a growing cache is not resumed")
 
     def drop(self, row: int) -> None:
         """See ``adalink.runtime.engine.Decoding``; copies the cache once before the next step."""

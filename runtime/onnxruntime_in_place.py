@@ -47,21 +47,26 @@ class InPlaceEngine:
         result[mask != 0] = logits
         return result
 
-    @property
-    def resumes(self) -> bool:
+    def start(self, feeds: Mapping[str, Array], room: int) -> InPlaceDecoding:
         """See ``adalink.runtime.engine.Engine``."""
-        return True
+        decoding, embeds, _ = self._allocate(feeds, room)
+        decoding.read(embeds)
+        return decoding
 
-    def start(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None] = ()) -> InPlaceDecoding:
-        """See ``adalink.runtime.engine.Engine``."""
-        embeds, lengths = move_left(feeds["inputs_embeds"], feeds["attention_mask"])
-        decoding = InPlaceDecoding(self._session, self._signature, lengths, embeds.shape[1] + room)
+    def resume(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None]) -> InPlaceDecoding:
+        """See ``adalink.runtime.engine.ResumableEngine``."""
+        decoding, embeds, lengths = self._allocate(feeds, room)
         if any(states is not None for states in known):
             for row, states in enumerate(known):
                 decoding.resume(row, embeds[row : row + 1, : lengths[row]], states)
         else:
             decoding.read(embeds)
         return decoding
+
+    def _allocate(self, feeds: Mapping[str, Array], room: int) -> tuple[InPlaceDecoding, Array, Array]:
+        """A decoding with nothing read yet, the rows' embeddings at the left, and their lengths."""
+        embeds, lengths = move_left(feeds["inputs_embeds"], feeds["attention_mask"])
+        return InPlaceDecoding(self._session, self._signature, lengths, embeds.shape[1] + room), embeds, lengths
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
@@ -117,7 +122,7 @@ class InPlaceDecoding:
         self._run()
 
     def states(self, row: int, length: int) -> Array:
-        """See ``adalink.runtime.engine.Decoding``."""
+        """See ``adalink.runtime.engine.ResumableDecoding``."""
         return self._cache[:, row, :, :length].copy()
 
     @property

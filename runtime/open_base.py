@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from adalink.runtime.bank import PLAIN, Selection
 from adalink.runtime.embeddings import open_table
-from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, Front
+from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, Front, ResumableEngine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.integrity import locate
 from adalink.runtime.manifest import Manifest, Variant
@@ -36,8 +36,10 @@ class OpenBase:
         self._table = open_table(locate(path, self._base.embeddings), self._base)
         self.engine = self._build(backend, variant.graph, "base")
         self._decoder = self._build(backend, variant.decoder_graph, "decoder") if variant.decoder_graph else None
-        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
-        if self._prefixes is not None and (self._decoder is not None or not self.engine.resumes):
+        self._prefixes: tuple[PrefixCache, ResumableEngine] | None = None
+        if prefix_cache_bytes and self._decoder is None and isinstance(self.engine, ResumableEngine):
+            self._prefixes = PrefixCache(prefix_cache_bytes), self.engine
+        elif prefix_cache_bytes:
             self.close()
             raise RequestError(
                 f"prefix_cache_bytes is {prefix_cache_bytes}, but {variant.graph} cannot go on from a kept "
@@ -78,7 +80,7 @@ class OpenBase:
         adapting = front.decoding(tasks)
         if self._prefixes is None:
             return self.engine.start(feeds, room), front, adapting
-        return self._resume(self._prefixes, feeds, prompts, tasks, room), front, adapting
+        return self._resume(*self._prefixes, feeds, prompts, tasks, room), front, adapting
 
     def receipt(self) -> Receipt:
         """See ``Deployment.receipt``."""
@@ -100,6 +102,7 @@ class OpenBase:
     def _resume(
         self,
         prefixes: PrefixCache,
+        engine: ResumableEngine,
         feeds: dict[str, Fed],
         prompts: Sequence[Sequence[int]],
         tasks: Selection,
@@ -109,7 +112,7 @@ class OpenBase:
         keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(prompts))]
         rows = [np.array(tokens, np.int64) for tokens in prompts]
         known = [prefixes.find(key, tokens) for key, tokens in zip(keys, rows, strict=True)]
-        decoding = self.engine.start(feeds, room, known)
+        decoding = engine.resume(feeds, room, known)
         for row, (key, tokens, states) in enumerate(zip(keys, rows, known, strict=True)):
             if states is None or states.shape[2] < len(tokens) - 1:
                 prefixes.add(key, tokens, decoding.states(row, len(tokens)))

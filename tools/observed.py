@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, Fed
@@ -43,12 +43,11 @@ class _ObservedEngine:
         self.front = inner.front
         self.profile = inner.profile
         self.run = inner.run
-        self.resumes = inner.resumes
         self.close = inner.close
 
-    def start(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None] = ()) -> Decoding:
+    def start(self, feeds: Mapping[str, Fed], room: int) -> Decoding:
         self._begin()
-        decoding = self._inner.start(feeds, room, known)
+        decoding = self._inner.start(feeds, room)
         self._end(decoding.logits)
         return _ObservedDecoding(decoding, self._begin, self._end)
 
@@ -59,7 +58,6 @@ class _ObservedDecoding:
         self._begin = begin
         self._end = end
         self.drop = inner.drop
-        self.states = inner.states
         self.close = inner.close
 
     @property

@@ -74,10 +74,6 @@ class DeviceDecoding:
         self._logits = as_numbers(output, self._dtype) if self._dtype == "bfloat16" else output
         self._positions += 1
 
-    def states(self, row: int, length: int) -> Array:
-        """See ``adalink.runtime.engine.Decoding``."""
-        raise NotImplementedError("a cache on the device is not resumed")
-
     def drop(self, row: int) -> None:
         """See ``adalink.runtime.engine.Decoding``; copies the last row's part of the cache on the device."""
         self._alive -= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -120,11 +120,6 @@ class DeviceEngine:
         # What is wrong with the plan is found when it is opened, not at the first request.
         self._spaces.give(self._spaces.take())
 
-    @property
-    def resumes(self) -> bool:
-        """See ``adalink.runtime.engine.Engine``."""
-        return False
-
     def run(self, feeds: Mapping[str, Fed]) -> Array:
         """See ``adalink.runtime.engine.Engine``."""
         inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
@@ -145,9 +140,8 @@ class DeviceEngine:
         assert result is not None
         return result
 
-    def start(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None] = ()) -> DeviceDecoding:
+    def start(self, feeds: Mapping[str, Fed], room: int) -> DeviceDecoding:
         """See ``adalink.runtime.engine.Engine``."""
-        assert not any(states is not None for states in known), "a cache on the device starts empty"
         inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
         profile = self._plans.profile
         profile.check_batch(len(mask))
