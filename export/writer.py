@@ -232,3 +232,22 @@ def remove_task(path: str | Path, name: str) -> Manifest:
             )
         tasks = {key: task for key, task in writer.current.tasks.items() if key != name}
         return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+
+
+def remove_variant(path: str | Path, name: str) -> Manifest:
+    """Remove one form of the base from a deployment: a graph or a compiled engine; tasks stay.
+
+    Raises:
+        DeploymentError: there is no such variant, or no other one.
+    """
+    with open_writer(path) as writer:
+        assert writer.current is not None
+        known = ", ".join(sorted(writer.current.variants))
+        if name not in writer.current.variants:
+            raise DeploymentError(f"variant {name!r} is not in {path}: it has {known}")
+        variants = {key: variant for key, variant in writer.current.variants.items() if key != name}
+        if not variants:
+            raise DeploymentError(
+                f"variant {name!r} is the only one of {path}: remove the folder, or export another first"
+            )
+        return writer.commit(msgspec.structs.replace(writer.current, variants=variants))

@@ -1,4 +1,4 @@
-"""``adalink remove``: a task leaves a deployment, and nothing else in it is touched."""
+"""``adalink remove``: a task, or one form of the base, leaves a deployment, and nothing else in it is touched."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from pathlib import Path
 import click
 
 
-@click.command(name="remove", short_help="Remove a task from a deployment.")
+@click.command(name="remove", short_help="Remove a task, a graph or an engine from a deployment.")
 @click.argument("deployment", type=click.Path(path_type=Path))
-@click.argument("task")
+@click.argument("task", required=False)
+@click.option("--variant", metavar="NAME", help="Remove this form of the base, such as an engine, instead of a task.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(deployment: Path, task: str, as_json: bool) -> None:
-    """Remove TASK from DEPLOYMENT.
+def command(deployment: Path, task: str | None, variant: str | None, as_json: bool) -> None:
+    """Remove TASK, or one form of the base, from DEPLOYMENT.
 
-    No byte under base/ or engines/ is touched. A deployment that is open goes on with the tasks it has loaded.
+    Removing a task touches no byte under base/ or engines/; removing a graph or an engine touches no task. A deployment
+    that is open goes on with what it has loaded.
 
     \b
     Example:
       adalink remove ./deployment topics
+      adalink remove ./deployment --variant tensorrt-rtx
     """  # noqa: D301
-    from adalink.export.writer import remove_task
+    from adalink.export.writer import remove_task, remove_variant
 
-    left = sorted(remove_task(deployment, task).tasks)
+    if (task is None) == (variant is None):
+        raise click.UsageError("say what to remove: a task, or a form of the base with --variant")
+    if task is not None:
+        what, removed, left = "task", task, sorted(remove_task(deployment, task).tasks)
+    else:
+        assert variant is not None
+        what, removed, left = "variant", variant, sorted(remove_variant(deployment, variant).variants)
     if as_json:
-        click.echo(json.dumps({"deployment": str(deployment), "removed": task, "tasks": left}, indent=2))
+        click.echo(json.dumps({"deployment": str(deployment), "removed": removed, f"{what}s": left}, indent=2))
         return
-    click.echo(f"task {task} is removed from {deployment}; left: {', '.join(left) or 'none'}")
+    click.echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}")

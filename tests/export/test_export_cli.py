@@ -65,6 +65,33 @@ def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> No
     assert "'topics' is not in" in missing.stderr
 
 
+def test_a_form_of_the_base_can_be_removed_but_not_the_last(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deployment"
+    for target in ("portable", "onnxruntime-cpu"):
+        assert adalink("export", "base", checkpoint, "--out", out, "--target", target).exit_code == 0
+    base = read_manifest(out).base
+    adapter = random_adapter(base.fingerprint, base.hidden_size, 1, rank=2, activation="gelu", bias=False, scope="all")
+    assert adalink("export", "adapter", write_adapter(tmp_path / "topics", adapter), "--out", out).exit_code == 0
+    kept = {path: path.read_bytes() for path in (out / "base/onnxruntime-cpu").iterdir()}
+
+    removed = adalink("remove", out, "--variant", "portable", "--json")
+    assert json.loads(removed.stdout)["variants"] == ["onnxruntime-cpu"]
+    assert not (out / "base/portable").exists()
+    assert {path: path.read_bytes() for path in (out / "base/onnxruntime-cpu").iterdir()} == kept
+    assert list(read_manifest(out).tasks) == ["topics"]
+    verify_files(out, read_manifest(out))
+
+    for arguments, words in (
+        (("--variant", "portable"), "'portable' is not in"),
+        (("--variant", "onnxruntime-cpu"), "is the only one"),
+        ((), "say what to remove"),
+        (("topics", "--variant", "onnxruntime-cpu"), "say what to remove"),
+    ):
+        refused = adalink("remove", out, *arguments)
+        assert refused.exit_code == 2
+        assert words in refused.stderr
+
+
 def test_many_adapters_at_once_are_all_added_or_none(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "deployment"
     assert adalink("export", "base", checkpoint, "--out", out).exit_code == 0
