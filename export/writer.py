@@ -247,7 +247,5 @@ def remove_variant(path: str | Path, name: str) -> Manifest:
             raise DeploymentError(f"variant {name!r} is not in {path}: it has {known}")
         variants = {key: variant for key, variant in writer.current.variants.items() if key != name}
         if not variants:
-            raise DeploymentError(
-                f"variant {name!r} is the only one of {path}: remove the folder, or export another first"
-            )
+            raise DeploymentError(f"variant {name!r} is the only one of {path}: export another before you remove it")
         return writer.commit(msgspec.structs.replace(writer.current, variants=variants))

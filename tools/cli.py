@@ -10,7 +10,7 @@ import click
 VERBS = {
     "train": "Train an adapter on prompt and completion rows.",
     "export": "Export a base model, adapters and engines into a deployment.",
-    "remove": "Remove a task from a deployment.",
+    "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
     "verify": "Prove that a deployment computes what PyTorch computes.",
     "bench": "Measure what a task costs beside the plain base.",
