@@ -30,7 +30,7 @@ class ImageSide:
 
 def takes_images(model: PreTrainedModel) -> bool:
     """Whether a model is fed with images, in whatever way."""
-    return "image" in getattr(model, "input_modalities", ()) and hasattr(model, "get_input_embeddings")
+    return getattr(model.config, "vision_config", None) is not None
 
 
 def image_side(model: PreTrainedModel) -> ImageSide | None:
