@@ -84,7 +84,8 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
     )
     demand(vision.graph in vision.files, "$.base.vision.files", vision.files, f"a list with {vision.graph}")
     token, tokens = vision.image_token_id, vision.tokens_per_image
-    demand(0 <= token < base.vocab_size, "$.base.vision.image_token_id", token, "an id in the vocabulary")
+    is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
+    demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
     demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
     for size in vision.image_size:
         demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")

@@ -46,7 +46,7 @@ class Attached:
 
     A LLaVA-like model says itself what is an image: the adapter of the modality ``image`` acts on what the projector
     gives, before it is merged with the text embeddings, whatever the scope, since images are part of a prompt; that of
-    ``text`` acts on every token but the placeholders, which the model replaces.
+    ``text`` acts on every token but the placeholders that the model replaces by an image.
 
     Attributes:
         model: the base model.
@@ -85,6 +85,7 @@ class Attached:
         self._labels: torch.Tensor | None = None
         self._past_length = 0
         self._in_encoder = False
+        self._has_images = True
         self._frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self._frozen:
             parameter.requires_grad_(False)
@@ -170,11 +171,14 @@ class Attached:
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values")
         self._past_length = 0 if cache is None else int(cache.get_seq_length())
+        # Given with the prompt alone: a placeholder that is generated is a token like any other.
+        encoded = (call.get("mm_encoder_outputs") or {}).values()
+        self._has_images = any(given is not None for given in (call.get("pixel_values"), *encoded))
         if self.model.can_generate() and module is self.model:
             self._labels = call.get("labels")
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._past_length, self._labels = 0, None
+        self._past_length, self._labels, self._has_images = 0, None, True
 
     def _adapt(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
         """Forward hook of the embedding; ``x`` has shape ``(batch, seq, d)``."""
@@ -219,7 +223,8 @@ class Attached:
                     f"{self._images.image_token_id}: leave the map out"
                 )
             text = names.index("text") if "text" in names else -1
-            return torch.where(ids == self._images.image_token_id, -1, text)
+            replaced = (ids == self._images.image_token_id) & self._has_images
+            return torch.where(replaced, -1, text)
         if self._modality is None:
             if len(names) > 1:
                 raise RequestError(

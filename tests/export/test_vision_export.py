@@ -218,6 +218,7 @@ def test_an_attached_image_adapter_is_not_exported(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("$.base.vision.image_token_id", {"image_token_id": 96}),
+        ("$.base.vision.image_token_id", {"image_token_id": 0}),
         ("$.base.vision.tokens_per_image", {"tokens_per_image": 0}),
         ("$.base.vision.image_size", {"image_size": (24, 0)}),
         ("$.base.vision.files", {"files": ("base/vision/model.onnx.data",)}),

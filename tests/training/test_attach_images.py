@@ -114,6 +114,7 @@ def test_without_images_a_model_is_adapted_as_its_language_model_alone():
     model = llava()
     inputs = request((0, 0))
     del inputs["pixel_values"]
+    inputs["input_ids"][0, -1] = IMAGE_TOKEN  # which nothing replaces
     with attach(model, config(("text", "image"))) as attached:
         disturb(attached)
         adapted = logits(model, **inputs)
