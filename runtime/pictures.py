@@ -45,14 +45,14 @@ def read_picture(source: Picture, name: str) -> Array:
             the memory.
         BackendUnavailableError: Pillow is not installed.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name)
     try:
         from PIL import Image
     except ImportError as error:
         raise BackendUnavailableError(
             "images need Pillow, which is not installed: pip install 'adalink-kit[vision]'"
         ) from error
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
     if isinstance(source, Image.Image):
         _check_size(source.width, source.height, name)
         return _decoded(name, lambda: _on_white(source))

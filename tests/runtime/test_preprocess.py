@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -16,7 +17,7 @@ from PIL import Image
 from vision_support import clip_processor, llava_processor, siglip_processor
 
 from adalink.export.vision import describe_processor
-from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.errors import BackendUnavailableError, IntegrityError, RequestError
 from adalink.runtime.manifest import Vision
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import MAX_PIXELS, Preprocessor, read_preprocessor
@@ -207,6 +208,13 @@ def test_what_is_no_picture_is_refused_by_name(source: Any, message: str) -> Non
 def test_a_truncated_pillow_image_is_refused() -> None:
     with Image.open(BytesIO(png()[: len(png()) // 2])) as image, pytest.raises(RequestError, match="truncated"):
         read_picture(image, "images[0][0]")
+
+
+@pytest.mark.parametrize("source", [b"", np.zeros((3, 3), np.uint8)])
+def test_without_pillow_the_extra_is_named(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(BackendUnavailableError, match=r"images need Pillow.*pip install 'adalink-kit\[vision\]'"):
+        read_picture(source, "")
 
 
 def test_a_narrow_picture_does_not_become_a_bomb_by_resizing() -> None:
