@@ -198,3 +198,25 @@ def test_bases_that_take_no_images_say_so(base: Path, data: Path, tmp_path: Path
     make_tokenizer().save_pretrained(bare)
     with pytest.raises(ModelError, match=r"expected preprocessor_config\.json"):
         run(bare, data, tmp_path / "out")
+
+
+def test_what_was_trained_is_what_is_served(
+    finished: tuple[Path, dict], base: Path, data: Path, tmp_path: Path
+) -> None:
+    """From the trained folder to a deployment: pictures by their paths, each answered as training measured it."""
+    from adalink.export.adapter import export_adapter
+    from adalink.export.base import export_base
+    from adalink.runtime.deployment import Deployment
+
+    export_base(base, tmp_path / "deployment")
+    export_adapter(finished[0], tmp_path / "deployment", name="colour")
+    rows = read_rows(data / "eval.jsonl")
+    with Deployment.open(tmp_path / "deployment") as deployment:
+        answers = deployment.generate(
+            [row.prompt for row in rows],
+            images=[[data / name for name in row.images] for row in rows],
+            tasks="colour",
+            max_new_tokens=4,
+        )
+    right = sum(answer.text == row.completion for answer, row in zip(answers, rows, strict=True))
+    assert right / len(rows) == finished[1]["exact_match"]["adapter"]
