@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
-EXTRAS ?= cpu,export,train,dev,bench
+EXTRAS ?= cpu,vision,export,train,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 

@@ -18,10 +18,11 @@ from adalink.export.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
-from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant
+from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant, Vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
 
 TARGETS = {
     "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
@@ -55,6 +56,7 @@ def export_base(
     modalities: tuple[str, ...] = ("text",),
     replace: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    image_processor: BaseImageProcessor | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Export a base model into a new deployment, or as another variant of the base that is there.
@@ -66,9 +68,11 @@ def export_base(
         target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
         quantization: one of ``adalink.export.quantize.SCHEMES``: a variant of that name with quantised matrices.
         modalities: what the base is fed with, ``"text"`` first; embeddings of the others come from an encoder of the
-            caller's, and adapters may have weights for any of them.
+            caller's, and adapters may have weights for any of them. A model that takes images has ``"image"`` by
+            itself, and its own encoder is exported beside it.
         replace: whether a variant of this target may be there already.
         tokenizer: tokenizer of a loaded model; that of a checkpoint is found beside it.
+        image_processor: likewise, for a model that takes images.
         progress: called with a line at each step.
 
     Returns:
@@ -79,6 +83,13 @@ def export_base(
         ContractError: the deployment holds another base, or the same with another dtype.
         DeploymentError: the variant exists, or the folder cannot be written.
     """
+    from adalink.export.vision import (
+        describe_processor,
+        describe_vision,
+        find_image_processor,
+        language_model,
+        write_vision,
+    )
     from adalink.training.base_model import base_fingerprint, display_name, load_base
 
     _check_request(dtype, target, quantization, modalities)
@@ -90,12 +101,21 @@ def export_base(
         tokenizer = tokenizer or _find_tokenizer(model)
     else:
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+    whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded)
-    _check_unhooked(loaded)
+    _check_unhooked(whole)
+    vision = preprocessor = None
+    if whole is not loaded:
+        _in_dtype(whole, "float32")
+        vision = describe_vision(whole)
+        if image_processor is None and isinstance(model, (str, Path)):
+            image_processor = find_image_processor(model)
+        preprocessor = describe_processor(image_processor, vision)
+        modalities = tuple(dict.fromkeys(("text", "image", *modalities)))
     fingerprint = base_fingerprint(loaded)
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
-        base = _describe(loaded, architecture, name, fingerprint, dtype, modalities, tokenizer)
+        base = _describe(loaded, architecture, name, fingerprint, dtype, modalities, tokenizer, vision)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -108,6 +128,9 @@ def export_base(
         else:
             report("writing embeddings, tokenizer and bank")
             _write_common(writer, base, loaded, tokenizer)
+            if vision is not None and preprocessor is not None:
+                report(f"tracing {vision.graph}")
+                write_vision(writer, vision, whole, preprocessor, _metadata(base))
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, report)
         report("hashing and committing")
         current = writer.current
@@ -160,17 +183,21 @@ def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
 def _check_unhooked(model: PreTrainedModel) -> None:
     """An attached adapter must not be baked into the base; raises ``ModelError``."""
     from adalink.training.base_model import input_embedding
+    from adalink.training.vision import image_side
 
-    if input_embedding(model)._forward_hooks:
-        raise ModelError(
-            f"the input embedding of this {type(model).__name__} has a hook, such as an attached adapter; the base is "
-            "exported without one: call detach() first"
-        )
+    side = image_side(model)
+    for what, module in (("input embedding", input_embedding(model)), ("projector", side.projector if side else None)):
+        if module is not None and module._forward_hooks:
+            raise ModelError(
+                f"the {what} of this {type(model).__name__} has a hook, such as an attached adapter; the base is "
+                "exported without one: call detach() first"
+            )
 
 
 def _check_same_base(current: Base, new: Base, folder: Path) -> None:
     """Refuse to mix two bases in one deployment; raises ``ContractError``."""
-    for field in ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities"):
+    fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
+    for field in (*fields, "vision"):
         was, is_now = getattr(current, field), getattr(new, field)
         if was != is_now:
             raise ContractError(
@@ -198,6 +225,7 @@ def _describe(
     dtype: str,
     modalities: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase | None,
+    vision: Vision | None,
 ) -> Base:
     """The base contract."""
     config = model.config
@@ -225,6 +253,7 @@ def _describe(
         tokenizer=None if tokenizer is None else TOKENIZER_FILE,
         chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
         bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
+        vision=vision,
     )
 
 
@@ -297,11 +326,7 @@ def _write_variant(
 
     folder = writer.fresh_folder(f"base/{quantization or target}")
     scheme = None if quantization is None else SCHEMES[quantization]
-    metadata = {
-        "base_fingerprint": base.fingerprint,
-        "architecture": base.architecture,
-        "kit_version": version("adalink-kit"),
-    }
+    metadata = _metadata(base)
     files = {}
     objection = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
@@ -333,6 +358,15 @@ def _write_variant(
         decoder_graph=files.get("decoder"),
         files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
     )
+
+
+def _metadata(base: Base) -> dict[str, str]:
+    """What every graph of a base records."""
+    return {
+        "base_fingerprint": base.fingerprint,
+        "architecture": base.architecture,
+        "kit_version": version("adalink-kit"),
+    }
 
 
 def _quantized(portable: Path, scheme: Quantization, report: Progress) -> Path:

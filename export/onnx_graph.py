@@ -243,9 +243,9 @@ def _name_attention_shapes(model: onnx.ModelProto) -> None:
 
     graph = model.graph
     del graph.value_info[:]
-    dtype = next(value for value in graph.input if value.name == "inputs_embeds").type.tensor_type.elem_type
     for node in graph.node:
         if node.op_type == OPERATOR:
+            dtype = next(value for value in graph.input if value.name == "inputs_embeds").type.tensor_type.elem_type
             heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
             head_dim = next(v for v in graph.input if v.name == node.input[3]).type.tensor_type.shape.dim[3].dim_value
             shape = ["batch", "sequence", heads * head_dim]

@@ -89,10 +89,10 @@ class Selection:
         """The parts of one task, for those rows of a mixed batch that have it."""
         return [replace(part, rows=rows) for part in self._parts]
 
-    def adapters(self, batch: int) -> list[tuple[str, str]]:
-        """Digest and scope of the adapter that each row's text goes through; empty for the plain base."""
+    def adapters(self, batch: int, modality: int = 0) -> list[tuple[str, str]]:
+        """Digest and scope of the adapter that one modality of each row goes through; empty for none."""
         found = [("", "")] * batch
-        for part in self._text:
+        for part in (part for part in self._parts if part.modality == modality):
             for row in range(batch) if part.rows is None else part.rows.tolist():
                 found[row] = (part.digest, part.scope)
         return found

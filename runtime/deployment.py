@@ -17,6 +17,7 @@ from adalink.runtime.manifest import Manifest
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.open_base import OpenBase
 from adalink.runtime.padding import pad_left
+from adalink.runtime.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
 from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import (
     Tasks,
@@ -31,9 +32,12 @@ from adalink.runtime.tasks import TaskTable
 from adalink.runtime.tokenizer import Tokenizer
 from adalink.runtime.variants import choose_variant
 from adalink.runtime.verified import verify_once
+from adalink.runtime.vision import OpenVision
 
 if TYPE_CHECKING:
     from adalink.runtime.nvidia.profile import Profile
+
+IMAGE_CACHE_BYTES = 256 << 20
 
 
 class Deployment:
@@ -57,8 +61,10 @@ class Deployment:
         backend: Backend,
         variant: str | None = None,
         *,
+        threads: int | None = None,
         task_memory_bytes: int | None = None,
         prefix_cache_bytes: int = 0,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -66,6 +72,7 @@ class Deployment:
         self._base = manifest.base
         self._tasks = TaskTable(path, manifest, backend, task_memory_bytes)
         self._opened = OpenBase(path, manifest, self.variant, backend, prefix_cache_bytes)
+        self._vision = OpenVision(path, manifest, threads, image_cache_bytes)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
@@ -79,10 +86,11 @@ class Deployment:
         full_check: bool = False,
         task_memory_bytes: int | None = None,
         prefix_cache_bytes: int = 0,
+        image_cache_bytes: int = IMAGE_CACHE_BYTES,
     ) -> Deployment:
         """Check the files of a deployment's base against its manifest and open its engine, once.
 
-        A task's files are checked when it is loaded, the tokenizer's when it is first used.
+        A task's files are checked when it is loaded, those of the tokenizer and of the vision tower when first used.
 
         Args:
             path: the deployment folder.
@@ -98,10 +106,11 @@ class Deployment:
                 tasks are mapped files, whose pages the system takes back when memory is short.
             prefix_cache_bytes: memory for what prompts left in the KV cache; ``generate`` goes on from the longest
                 beginning that a prompt has in common with an earlier one under the same adapter. 0 keeps nothing.
+            image_cache_bytes: memory for embeddings of images, which serve every task; 0 keeps nothing between calls.
 
         Raises:
-            RequestError: ``threads`` or ``task_memory_bytes`` is less than 1, ``prefix_cache_bytes`` less than 0, or
-                not 0 for a base that cannot go on from a kept prefix.
+            RequestError: ``threads`` or ``task_memory_bytes`` is less than 1, ``prefix_cache_bytes`` or
+                ``image_cache_bytes`` less than 0, or the former not 0 for a base that cannot go on from a kept prefix.
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
             BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
         """
@@ -109,8 +118,9 @@ class Deployment:
         manifest = read_manifest(folder)
         if task_memory_bytes is not None and task_memory_bytes < 1:
             raise RequestError(f"task_memory_bytes is {task_memory_bytes}, expected at least 1")
-        if prefix_cache_bytes < 0:
-            raise RequestError(f"prefix_cache_bytes is {prefix_cache_bytes}, expected at least 0, which keeps nothing")
+        for name, size in (("prefix_cache_bytes", prefix_cache_bytes), ("image_cache_bytes", image_cache_bytes)):
+            if size < 0:
+                raise RequestError(f"{name} is {size}, expected at least 0, which keeps nothing")
         opened = open_backend(backend, threads)
         chosen = choose_variant(manifest, opened.name, variant)
         if full_check:
@@ -125,8 +135,10 @@ class Deployment:
             manifest,
             opened,
             chosen,
+            threads=threads,
             task_memory_bytes=task_memory_bytes,
             prefix_cache_bytes=prefix_cache_bytes,
+            image_cache_bytes=image_cache_bytes,
         )
 
     def __enter__(self) -> Deployment:
@@ -140,6 +152,12 @@ class Deployment:
     def close(self) -> None:
         """Give the engine's memory back; later calls are refused."""
         self._opened.close()
+        self._vision.close()
+
+    @property
+    def images_encoded(self) -> int:
+        """Images that the vision tower has been run on since the deployment was opened."""
+        return self._vision.encoded
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -171,6 +189,7 @@ class Deployment:
         attention_mask: npt.ArrayLike | None = None,
         modality: npt.ArrayLike | None = None,
         tasks: Tasks = None,
+        images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
         """Run the base once over whole sequences.
@@ -182,6 +201,8 @@ class Deployment:
                 padded on either side; encoders, which number their positions from the left, on the right.
             modality: index in the base's modalities for each position, -1 for none; all text by default.
             tasks: one task for all rows, or one for each row; ``None`` is the plain base.
+            images: for each row its images or ``None``, as in ``generate``; ``input_ids`` has a placeholder for every
+                position that they take up. Without it placeholders are tokens like any other.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
 
         Returns:
@@ -192,7 +213,7 @@ class Deployment:
             RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
             BackendError: the engine refused.
         """
-        embeds, shape = self._adapted(input_ids, inputs_embeds, modality, tasks)
+        embeds, shape = self._adapted(input_ids, inputs_embeds, modality, tasks, images)
         check_length(shape[1], self._base)
         mask = check_mask(attention_mask, shape)
         return self._opened.run(embeds, mask, decoder_input_ids)
@@ -204,17 +225,19 @@ class Deployment:
         inputs_embeds: npt.ArrayLike | None = None,
         tasks: Tasks = None,
         modality: npt.ArrayLike | None = None,
+        images: Images = None,
     ) -> Array:
         """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine, of any length.
 
         Takes and raises what ``run`` does.
         """
-        return self._opened.engine.front.read(self._adapted(input_ids, inputs_embeds, modality, tasks)[0])
+        return self._opened.engine.front.read(self._adapted(input_ids, inputs_embeds, modality, tasks, images)[0])
 
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
+        images: Images = None,
         tasks: Tasks = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -229,6 +252,9 @@ class Deployment:
 
         Args:
             prompts: the texts, or the token ids of each.
+            images: for each prompt a list of its images, or ``None``; the prompt has the model's placeholder, such as
+                ``<image>``, once for each where it belongs. An image is a path, the bytes of a file, a Pillow image or
+                a uint8 array (`adalink.runtime.pictures`).
             tasks: one task for all prompts, or one for each; ``None`` is the plain base.
             max_new_tokens: tokens a prompt at most.
             temperature: 0 takes the likeliest token each time.
@@ -240,7 +266,8 @@ class Deployment:
             chat: put each prompt into the model's chat template as a user's message.
 
         Raises:
-            RequestError: a prompt is empty or too long, a setting is wrong, or the base is an encoder.
+            RequestError: a prompt is empty or too long, a setting is wrong, the base is an encoder, an image is none,
+                or a prompt has not as many placeholders as images.
             BackendError: the engine refused.
         """
         base = self._base
@@ -253,8 +280,11 @@ class Deployment:
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = check_stops(stop)
         selection = self._tasks.resolve(tasks, len(prompts))
+        pictures = check_images(images, len(prompts), base)
         tokenizer = self.tokenizer
-        encoded = [self._encode(prompt, chat) for prompt in prompts]
+        encoded = [
+            expand(self._encode(prompt, chat), len(pictures[row]), row, base) for row, prompt in enumerate(prompts)
+        ]
         for index, tokens in enumerate(encoded):
             if not tokens:
                 raise RequestError(f"prompt {index} has no tokens: give it some text")
@@ -263,7 +293,8 @@ class Deployment:
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
         ids = check_input_ids(ids, base)
-        decoding, front, adapting = self._opened.start(encoded, ids, mask, selection, max_new_tokens)
+        seen = self._vision.embed(pictures) if any(pictures) else None
+        decoding, front, adapting = self._opened.start(encoded, ids, mask, selection, max_new_tokens, seen)
         try:
             decode(decoding, front, adapting, rows, sampling, max_new_tokens)
         finally:
@@ -320,10 +351,15 @@ class Deployment:
         inputs_embeds: npt.ArrayLike | None,
         modality: npt.ArrayLike | None,
         tasks: Tasks,
+        images: Images,
     ) -> tuple[Fed, tuple[int, int]]:
         """What the engine is fed for a request, and its ``(batch, seq)``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
+        if images is not None and (input_ids is None or modality is not None):
+            raise RequestError(
+                "images go with input_ids, whose placeholders say where they are: leave inputs_embeds and modality out"
+            )
         if inputs_embeds is not None:
             embeds = check_embeds(inputs_embeds, self._base)
             shape = (embeds.shape[0], embeds.shape[1])
@@ -333,4 +369,13 @@ class Deployment:
         ids = check_input_ids(input_ids, self._base)
         shape = (ids.shape[0], ids.shape[1])
         indices = check_modality(modality, shape, self._base)
-        return self._opened.engine.front.lookup(ids, self._tasks.resolve(tasks, len(ids)), indices), shape
+        selection = self._tasks.resolve(tasks, len(ids))
+        return self._opened.lookup(ids, selection, indices, self._seen(ids, images)), shape
+
+    def _seen(self, ids: Array, images: Images) -> list[list[ImageEmbeds]] | None:
+        """Embeddings of the images of each row; ``None`` if there are none."""
+        pictures = check_images(images, len(ids), self._base)
+        if self._base.vision is None or images is None:
+            return None
+        check_expanded(ids, pictures, self._base.vision)
+        return self._vision.embed(pictures) if any(pictures) else None

@@ -32,12 +32,39 @@ class Cache(_Strict, frozen=True, kw_only=True):
     head_dim: int
 
 
+class Vision(_Strict, frozen=True, kw_only=True):
+    """The image side of a base: its own vision tower and projector, in front of the same engine.
+
+    Attributes:
+        architecture: Hugging Face ``model_type`` of the whole model.
+        graph: path of the graph from ``pixel_values`` to ``image_embeds``, float32 whatever the base's dtype.
+        files: the graph and its external data.
+        preprocessor: path of the steps from a picture to ``pixel_values`` (`adalink.runtime.preprocess`).
+        image_size: height and width of ``pixel_values``.
+        image_token_id: token that stands for an image in a prompt.
+        tokens_per_image: positions that an image takes up.
+    """
+
+    architecture: str
+    graph: str
+    files: tuple[str, ...]
+    preprocessor: str
+    image_size: tuple[int, int]
+    image_token_id: int
+    tokens_per_image: int
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Paths of everything that belongs to it."""
+        return (*self.files, self.preprocessor)
+
+
 class Base(_Strict, frozen=True, kw_only=True):
     """The base contract: what a task must match, and what the runtime needs to know of the model.
 
     Attributes:
         name: name of the model, for people.
-        architecture: Hugging Face ``model_type``.
+        architecture: Hugging Face ``model_type``; of a model that takes images, that of its language model.
         kind: one of ``BASE_KINDS``.
         fingerprint: digest of the input embedding matrix.
         vocab_size: rows of the embedding table.
@@ -55,6 +82,7 @@ class Base(_Strict, frozen=True, kw_only=True):
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
         bank: path of the bank graph of each of ``adalink.runtime.adapter.KINDS``.
+        vision: what images go through; ``None`` for a base of text alone.
     """
 
     name: str
@@ -75,6 +103,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     tokenizer: str | None
     chat_template: str | None = None
     bank: dict[str, str]
+    vision: Vision | None = None
 
 
 class Quantization(_Strict, frozen=True, kw_only=True):
@@ -185,7 +214,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     def paths_in_use(self) -> set[str]:
         """Paths that the base, a variant or a task refers to."""
         single = (self.base.embeddings, self.base.tokenizer, self.base.chat_template)
-        base = {path for path in (*single, *self.base.bank.values()) if path}
+        vision = self.base.vision.all_files if self.base.vision else ()
+        base = {path for path in (*single, *self.base.bank.values(), *vision) if path}
         variants = {path for variant in self.variants.values() for path in variant.files}
         tasks = {path for task in self.tasks.values() for path in task.files}
         return base | variants | tasks

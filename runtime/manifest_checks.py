@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from adalink.runtime.adapter import ACTIVATIONS, KINDS, SCOPES
 from adalink.runtime.errors import DeploymentError, ManifestError
-from adalink.runtime.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task
+from adalink.runtime.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -57,6 +57,8 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             demand(1 <= value <= 1 << 16, f"$.base.cache.{name}", value, f"1 to {1 << 16}")
     for token in (*base.eos_token_ids, base.pad_token_id):
         demand(0 <= token < base.vocab_size, "$.base.eos_token_ids or pad_token_id", token, "an id in the vocabulary")
+    if base.vision is not None:
+        _check_vision(base.vision, base, demand)
     demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")
     for name, variant in manifest.variants.items():
         for path in (variant.graph, variant.decoder_graph):
@@ -73,6 +75,20 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             demand(False, f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
     for path in sorted(manifest.paths_in_use() - manifest.files.keys()):
         demand(False, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+
+
+def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    demand(base.kind == "decoder", "$.base.vision", vision, f"null for a base of kind {base.kind}")
+    demand(
+        "image" in base.modalities, "$.base.modalities", base.modalities, "'image' among them, as $.base.vision says"
+    )
+    demand(vision.graph in vision.files, "$.base.vision.files", vision.files, f"a list with {vision.graph}")
+    token, tokens = vision.image_token_id, vision.tokens_per_image
+    is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
+    demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
+    demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
+    for size in vision.image_size:
+        demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
 
 
 def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:

@@ -14,6 +14,7 @@ from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, Front,
 from adalink.runtime.errors import RequestError
 from adalink.runtime.integrity import locate
 from adalink.runtime.manifest import Manifest, Variant
+from adalink.runtime.placeholders import ImageEmbeds, merge, prefix_names
 from adalink.runtime.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
@@ -56,8 +57,34 @@ class OpenBase:
             result["logits"] = self._run_decoder(decoder_input_ids, output, mask)
         return result
 
+    def lookup(
+        self,
+        ids: Array,
+        tasks: Selection,
+        modality: Array | None = None,
+        images: Sequence[Sequence[ImageEmbeds]] | None = None,
+    ) -> Fed:
+        """What the engine is fed for token ids of shape ``(batch, seq)``, each row through its task.
+
+        Args:
+            ids: token ids; placeholders for all that the images take up.
+            tasks: the task of each row.
+            modality: of each position; ``None`` for text, or for what follows from the images.
+            images: those of each row; ``None`` if there are none in the batch.
+        """
+        if images is None:
+            return self.engine.front.lookup(ids, tasks, modality)
+        embeds, modality = merge(self._table, ids, images, self._base)
+        return self.engine.front.apply(embeds, tasks, modality)
+
     def start(
-        self, prompts: Sequence[Sequence[int]], ids: Array, mask: Array, tasks: Selection, room: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        ids: Array,
+        mask: Array,
+        tasks: Selection,
+        room: int,
+        images: Sequence[Sequence[ImageEmbeds]] | None = None,
     ) -> tuple[Decoding, Front, Selection]:
         """Run prompts, to go on after them.
 
@@ -67,12 +94,13 @@ class OpenBase:
             mask: 1 for tokens, ``(batch, seq)``.
             tasks: the task of each row.
             room: how many steps may follow.
+            images: as for ``lookup``.
 
         Returns:
             The batch on its way, and the front and the tasks that generated tokens go through.
         """
         front = self.engine.front
-        feeds = {"inputs_embeds": front.lookup(ids, tasks), "attention_mask": mask}
+        feeds = {"inputs_embeds": self.lookup(ids, tasks, images=images), "attention_mask": mask}
         if self._decoder is not None:
             first = np.full((len(prompts), 1), self._base.decoder_start_token_id, np.int64)
             fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), mask)
@@ -80,12 +108,14 @@ class OpenBase:
         adapting = front.decoding(tasks)
         if self._prefixes is None:
             return self.engine.start(feeds, room), front, adapting
-        return self._resume(*self._prefixes, feeds, prompts, tasks, room), front, adapting
+        names = self._names(prompts, tasks, images)
+        return self._resume(*self._prefixes, feeds, names, tasks, room), front, adapting
 
     def receipt(self) -> Receipt:
         """See ``Deployment.receipt``."""
         expected = 1 if self._decoder is None else 2
-        paths = (*self._variant.files, self._base.embeddings)
+        vision = self._base.vision
+        paths = (*self._variant.files, self._base.embeddings, *(vision.all_files if vision else ()))
         return make_receipt(self._path, self._manifest, paths, self._builds, expected)
 
     def close(self) -> None:
@@ -99,18 +129,29 @@ class OpenBase:
         self._builds += 1
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
+    def _names(
+        self, prompts: Sequence[Sequence[int]], tasks: Selection, images: Sequence[Sequence[ImageEmbeds]] | None
+    ) -> list[Array]:
+        """The prompts by what was computed for them: tokens, and images with the adapter they went through."""
+        if images is None:
+            return [np.array(tokens, np.int64) for tokens in prompts]
+        through = tasks.adapters(len(prompts), self._base.modalities.index("image"))
+        return [
+            prefix_names(tokens, own, adapter, self._base.vision)
+            for tokens, own, (adapter, _) in zip(prompts, images, through, strict=True)
+        ]
+
     def _resume(
         self,
         prefixes: PrefixCache,
         engine: ResumableEngine,
         feeds: dict[str, Fed],
-        prompts: Sequence[Sequence[int]],
+        rows: list[Array],
         tasks: Selection,
         room: int,
     ) -> Decoding:
         """Run prompts, those whose beginning was run before from there on."""
-        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(prompts))]
-        rows = [np.array(tokens, np.int64) for tokens in prompts]
+        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(rows))]
         known = [prefixes.find(key, tokens) for key, tokens in zip(keys, rows, strict=True)]
         decoding = engine.resume(feeds, room, known)
         for row, (key, tokens, states) in enumerate(zip(keys, rows, known, strict=True)):

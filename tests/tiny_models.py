@@ -7,7 +7,7 @@ a wrong position, mask or missing term changes the output visibly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -137,6 +137,32 @@ def t5() -> PreTrainedModel:
         eos_token_id=2,
     )
     return _fill(T5ForConditionalGeneration(config), 9)
+
+
+# "@" in the tests' tokenizer (tiny_tokenizer), so that a prompt can be written as text.
+IMAGE_TOKEN = 36
+IMAGE_SIZE = 24
+IMAGE_TOKENS = 9
+
+
+def llava(**settings: Any) -> PreTrainedModel:
+    """A vision tower of CLIP's class, a projector and a language model of Llama's: nine tokens an image."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    text = LlamaConfig(**_DECODER, tie_word_embeddings=False)
+    values = {"image_token_index": IMAGE_TOKEN, "image_seq_length": IMAGE_TOKENS} | settings
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **values))
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.class_embedding.zero_()  # a vector that starts random
+    return _fill(model, 10)
 
 
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {

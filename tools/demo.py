@@ -116,9 +116,9 @@ def read_rows(path: Path) -> list[Row]:
     from adalink.tools.run import read_rows as read_run_rows
 
     rows = read_run_rows(path, None)
-    if any(task is None for _, task in rows):
+    if any(row.task is None for row in rows):
         raise DataError(f"{path}: every row of the demo names its task")
-    return [(prompt, task or "") for prompt, task in rows]
+    return [(row.prompt, row.task or "") for row in rows]
 
 
 def export_all(path: Path, source: Path, adapters: list[Path], state: DemoState, progress: Progress) -> Manifest:

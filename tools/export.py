@@ -93,7 +93,8 @@ def base(
             progress=say,
         )
     variant = manifest.variants[quantization or target]
-    result = {
+    vision = manifest.base.vision
+    result: dict[str, object] = {
         "deployment": str(out),
         "base": manifest.base.name,
         "fingerprint": manifest.base.fingerprint,
@@ -103,6 +104,8 @@ def base(
         "graph": variant.graph,
         "size_bytes": manifest.size_bytes(variant.files),
     }
+    if vision is not None:
+        result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -110,4 +113,9 @@ def base(
     click.echo(
         f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
     )
+    if vision is not None:
+        click.echo(
+            f"  {vision.graph}, {manifest.size_bytes(vision.files) / 1e6:.1f} MB, gives {vision.tokens_per_image} "
+            "positions an image"
+        )
     click.echo(f"  fingerprint {manifest.base.fingerprint}")

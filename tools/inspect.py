@@ -15,6 +15,8 @@ from adalink.runtime.errors import GraphError
 if TYPE_CHECKING:
     import onnx
 
+    from adalink.runtime.manifest import Manifest, Vision
+
 Description = dict[str, object]
 
 
@@ -71,6 +73,7 @@ def describe_deployment(folder: Path) -> Description:
             "tokenizer": base.tokenizer,
             "chat_template": base.chat_template,
         },
+        **({} if base.vision is None else {"vision": _describe_vision(folder, manifest, base.vision)}),
         "variants": {
             name: {
                 "target": variant.target,
@@ -96,6 +99,21 @@ def describe_deployment(folder: Path) -> Description:
         "files": len(manifest.files),
         "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
+    }
+
+
+def _describe_vision(folder: Path, manifest: Manifest, vision: Vision) -> Description:
+    """What images go through before the engine."""
+    from adalink.runtime.preprocess import read_preprocessor
+
+    steps = read_preprocessor((folder / vision.preprocessor).read_bytes(), vision.preprocessor)
+    return {
+        "architecture": vision.architecture,
+        "image_size": list(vision.image_size),
+        "image_token_id": vision.image_token_id,
+        "tokens_per_image": vision.tokens_per_image,
+        "preprocessor": asdict(steps),
+        "size_bytes": manifest.size_bytes(vision.files),
     }
 
 
@@ -168,6 +186,8 @@ def describe_onnx(path: Path) -> Description:
 def _role(inputs: set[str], metadata: dict[str, str]) -> str:
     if "adapter_digest" in metadata:
         return "task graph"
+    if "pixel_values" in inputs:
+        return "vision graph"
     is_base = "inputs_embeds" in inputs and inputs & {"attention_mask", "sequence_lengths"}
     return "base graph" if is_base else "neither a task graph nor a base graph"
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -19,13 +19,33 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 8
 
 
+class Row(NamedTuple):
+    """A prompt, the task that answers it and the images in it."""
+
+    prompt: str
+    task: str | None
+    images: tuple[Path, ...] = ()
+
+
 @click.command(short_help="Generate text, or hidden states, with a deployment.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option(
     "--file", "text_file", type=click.Path(path_type=Path, dir_okay=False), help="Read the prompt from a file."
 )
-@click.option("--jsonl", type=click.Path(path_type=Path, dir_okay=False), help='Rows {"prompt", "task"}, as batches.')
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="An image for the prompt's next placeholder, such as <image>. May be repeated.",
+)
+@click.option(
+    "--jsonl",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='Rows {"prompt", "task", "images"}, as batches; paths of images start at the file\'s folder.',
+)
 @click.option("--task", metavar="NAME", help="The task; the plain base without it. Rows of --jsonl may name their own.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
@@ -43,6 +63,7 @@ def command(
     deployment: Path,
     text: str | None,
     text_file: Path | None,
+    images: tuple[Path, ...],
     jsonl: Path | None,
     task: str | None,
     backend: str,
@@ -63,12 +84,15 @@ def command(
       printf 'Text: oil prices rose again\\nTopic:' | adalink run ./deployment --task topics
       cat letter.txt | adalink run ./deployment --chat --max-new-tokens 200
       adalink run ./deployment --jsonl rows.jsonl --task topics > answers.jsonl
+      adalink run ./deployment "<image> What is this?" --image cat.jpg
     """  # noqa: D301
     from adalink.runtime.deployment import Deployment
 
     if sum(source is not None for source in (text, text_file, jsonl)) > 1:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
-    rows = read_rows(jsonl, task) if jsonl is not None else [(_prompt(text, text_file), task)]
+    if images and jsonl is not None:
+        raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
+    rows = read_rows(jsonl, task) if jsonl is not None else [Row(_prompt(text, text_file), task, images)]
     with Deployment.open(deployment, backend, variant=variant, threads=threads, full_check=full_check) as opened:
         if opened.manifest.base.kind == "encoder":
             for entry in _embed(opened, rows):
@@ -84,17 +108,18 @@ def command(
                 click.echo(entry["text"])
 
 
-def read_rows(path: Path, task: str | None) -> list[tuple[str, str | None]]:
-    """Prompts and tasks of a JSON-lines file.
+def read_rows(path: Path, task: str | None) -> list[Row]:
+    """Prompts, tasks and images of a JSON-lines file.
 
     Args:
-        path: rows ``{"prompt": str, "task": str | null}``; ``task`` may be left out.
+        path: rows ``{"prompt": str, "task": str | null, "images": [path, ...]}``; ``task`` and ``images`` may be left
+            out. Paths of images start at the file's folder.
         task: for rows that name none.
 
     Raises:
         DataError: a line is not such a row; the message names it.
     """
-    rows: list[tuple[str, str | None]] = []
+    rows: list[Row] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -111,7 +136,10 @@ def read_rows(path: Path, task: str | None) -> list[tuple[str, str | None]]:
         own = row.get("task", task)
         if own is not None and not isinstance(own, str):
             raise DataError(f"{path}:{number}: task is {own!r}, expected a name or null")
-        rows.append((row["prompt"], own))
+        images = row.get("images", [])
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise DataError(f"{path}:{number}: images is {str(images)[:80]}, expected a list of paths")
+        rows.append(Row(row["prompt"], own, tuple(path.parent / image for image in images)))
     if not rows:
         raise DataError(f'{path}: holds no rows; expected {{"prompt": text}} on each line')
     return rows
@@ -131,25 +159,26 @@ def _prompt(text: str | None, path: Path | None) -> str:
 
 def _generate(
     deployment: Deployment,
-    rows: list[tuple[str, str | None]],
+    rows: list[Row],
     stream: Callable[[int, str], None] | None,
     settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """One result for each row, in order; rows of different tasks share a batch."""
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
-        prompts, tasks = [prompt for prompt, _ in batch], [task for _, task in batch]
-        found = deployment.generate(prompts, tasks=tasks, stream=stream, **settings)
-        for (prompt, task), result in zip(batch, found, strict=True):
-            yield {"prompt": prompt, "task": task, **asdict(result)}
+        prompts, tasks, images = zip(*batch, strict=True)
+        found = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
+        for row, result in zip(batch, found, strict=True):
+            seen = {"images": list(map(str, row.images))} if row.images else {}
+            yield {"prompt": row.prompt, "task": row.task, **seen, **asdict(result)}
 
 
-def _embed(deployment: Deployment, rows: list[tuple[str, str | None]]) -> Iterator[dict[str, Any]]:
-    for prompt, task in rows:
+def _embed(deployment: Deployment, rows: list[Row]) -> Iterator[dict[str, Any]]:
+    for prompt, task, images in rows:
         ids = deployment.tokenizer.encode(prompt)
         if not ids:
             raise RequestError("the text has no tokens: give it some text")
-        states = deployment.run(input_ids=[ids], tasks=task)["last_hidden_state"][0]
+        states = deployment.run(input_ids=[ids], images=[images], tasks=task)["last_hidden_state"][0]
         yield {"prompt": prompt, "task": task, "tokens": len(ids), "mean": states.mean(axis=0).tolist()}
 
 

@@ -21,6 +21,12 @@ from adalink.training.settings import DEVICES, TrainSettings
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
 @click.option("--rank", default=AdaLinkConfig.rank, show_default=True, help="Width of the bottleneck.")
 @click.option("--activation", default=AdaLinkConfig.activation, show_default=True, type=click.Choice(ACTIVATIONS))
+@click.option(
+    "--modality",
+    "modalities",
+    multiple=True,
+    help="What is adapted: text, or image for a base that takes images; may be repeated. Text alone without it.",
+)
 @click.option("--bias", is_flag=True, help="Train biases too.")
 @click.option("--dropout", default=AdaLinkConfig.dropout, show_default=True, help="Dropout in the bottleneck.")
 @click.option(
@@ -46,6 +52,7 @@ def command(
     out: Path,
     rank: int,
     activation: str,
+    modalities: tuple[str, ...],
     bias: bool,
     dropout: float,
     scope: str,
@@ -59,9 +66,11 @@ def command(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Train an AdaLink adapter for a frozen MODEL on text-to-text rows.
+    """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion.
 
-    Each line of the JSONL files is {"prompt": "...", "completion": "..."}; the loss is on the completion only. OUT gets
+    Each line of the JSONL files is {"prompt": "...", "completion": "..."}; the loss is on the completion only. For a
+    base that takes images a line may have "images": ["a.png"] too, paths from the file's own folder, with one
+    placeholder in the prompt for each. OUT gets
     the adapter and training.json: data digests, settings, loss curve, and exact-match accuracy of the base and of the
     adapter on the eval rows. Checkpoints lie in OUT.checkpoints until the run is done.
 
@@ -69,7 +78,14 @@ def command(
     Example:
       adalink train --base ./SmolLM2-135M-Instruct --data train.jsonl --eval eval.jsonl --out ./adapters/topics
     """  # noqa: D301
-    config = AdaLinkConfig(rank=rank, activation=activation, bias=bias, dropout=dropout, scope=scope)
+    config = AdaLinkConfig(
+        rank=rank,
+        activation=activation,
+        bias=bias,
+        dropout=dropout,
+        scope=scope,
+        modalities=modalities or AdaLinkConfig.modalities,
+    )
     settings = TrainSettings(
         lr=lr,
         max_steps=max_steps,

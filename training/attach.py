@@ -19,6 +19,7 @@ from torch import nn
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.adalink import AdaLink
 from adalink.training.base_model import embedding_matrix, input_embedding
+from adalink.training.vision import check_modalities, image_side
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -43,6 +44,10 @@ class Attached:
 
     ``inputs_embeds`` that the caller computed pass the embedding by and are not adapted.
 
+    A LLaVA-like model says itself what is an image: the adapter of the modality ``image`` acts on what the projector
+    gives, before it is merged with the text embeddings, whatever the scope, since images are part of a prompt; that of
+    ``text`` acts on every token but the placeholders that the model replaces by an image.
+
     Attributes:
         model: the base model.
         config: settings of the adapters.
@@ -58,6 +63,8 @@ class Attached:
             raise ModelError(
                 f"{type(model).__name__} already has an adapter attached: detach it first, or use a second copy"
             )
+        check_modalities(model, config.modalities)
+        self._images = image_side(model)
         matrix = embedding_matrix(model)
         hidden_size = matrix.shape[1]
         if config.rank > hidden_size:
@@ -78,6 +85,7 @@ class Attached:
         self._labels: torch.Tensor | None = None
         self._past_length = 0
         self._in_encoder = False
+        self._has_images = True
         self._frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self._frozen:
             parameter.requires_grad_(False)
@@ -141,6 +149,8 @@ class Attached:
 
     def _hook(self) -> list[RemovableHandle]:
         handles = [self._embedding.register_forward_hook(self._adapt)]
+        if self._images is not None and "image" in self.adapters:
+            handles.append(self._images.projector.register_forward_hook(self._adapt_images))
         if self.model.config.is_encoder_decoder:
             encoder = self.model.get_encoder()
             handles.append(encoder.register_forward_pre_hook(self._enter_encoder))
@@ -161,23 +171,35 @@ class Attached:
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values")
         self._past_length = 0 if cache is None else int(cache.get_seq_length())
+        # Given with the prompt alone: a placeholder that is generated is a token like any other.
+        encoded = (call.get("mm_encoder_outputs") or {}).values()
+        self._has_images = any(given is not None for given in (call.get("pixel_values"), *encoded))
         if self.model.can_generate() and module is self.model:
             self._labels = call.get("labels")
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._past_length, self._labels = 0, None
+        self._past_length, self._labels, self._has_images = 0, None, True
 
     def _adapt(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
         """Forward hook of the embedding; ``x`` has shape ``(batch, seq, d)``."""
         if self.model.config.is_encoder_decoder and not self._in_encoder:
             return x
+        if self._images is not None and x.dim() < 3:
+            return x  # the placeholder's own embedding, which LLaVA looks for in inputs_embeds
         selected = self._selected(x)
-        modality = self._modality_of(x)
+        modality = self._modality_of(x, args[0])
         result = x
-        for index, adapter in enumerate(self.adapters.values()):
+        for index, (name, adapter) in enumerate(self.adapters.items()):
+            if self._images is not None and name != "text":
+                continue
             chosen = selected if modality is None else (modality == index) & selected
             result = torch.where(chosen.unsqueeze(-1), adapter(x), result)
         return result
+
+    def _adapt_images(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
+        """Forward hook of the projector; ``x`` has shape ``(images, tokens, d)``."""
+        adapted: torch.Tensor = self.adapters["image"](x)
+        return adapted
 
     def _selected(self, x: torch.Tensor) -> torch.Tensor:
         """Positions the scope lets the adapters touch: bool with shape ``(batch, seq)``."""
@@ -192,8 +214,17 @@ class Attached:
             return (self._labels.to(x.device) != _IGNORED_LABEL).cumsum(dim=1) == 0
         return everything
 
-    def _modality_of(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _modality_of(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor | None:
         names = self.config.modalities
+        if self._images is not None:
+            if self._modality is not None:
+                raise RequestError(
+                    f"a modality map was given, but {type(self.model).__name__} knows its images by token "
+                    f"{self._images.image_token_id}: leave the map out"
+                )
+            text = names.index("text") if "text" in names else -1
+            replaced = (ids == self._images.image_token_id) & self._has_images
+            return torch.where(replaced, -1, text)
         if self._modality is None:
             if len(names) > 1:
                 raise RequestError(
@@ -220,7 +251,8 @@ def attach(model: PreTrainedModel, config: AdaLinkConfig) -> Attached:
     """Freeze ``model`` and put fresh adapters, which are the identity, at its input; see ``Attached``.
 
     Raises:
-        ModelError: the model has no input embedding, or an adapter is attached already.
+        ModelError: the model has no input embedding, an adapter is attached already, or the model takes images in a
+            way that the adapter's modalities do not fit.
         ConfigError: the rank exceeds the embedding's width.
     """
     return Attached(model, config)

@@ -38,8 +38,8 @@ class _Source:
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """Load a base model in eval mode, on the CPU.
 
-    The class follows the checkpoint: a causal language model, an encoder-decoder with its head, or, for encoders such
-    as BERT, the bare model.
+    The class follows the checkpoint: a causal language model, one that takes images beside text, an encoder-decoder
+    with its head, or, for encoders such as BERT, the bare model.
 
     Args:
         spec: a Hugging Face folder, a ``.gguf`` file, a folder with one ``.gguf`` file, or a hub id.
@@ -188,12 +188,14 @@ def _find_in_folder(folder: Path) -> _Source:
 
 def _auto_class(config: Any) -> Any:
     """The transformers auto class for a checkpoint; GGUF configs carry no ``architectures``."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     if names := config.architectures:
+        if names[0].endswith("ForConditionalGeneration"):
+            return AutoModelForImageTextToText
         return AutoModelForCausalLM if names[0].endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
     is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
     return AutoModelForCausalLM if is_decoder else AutoModel

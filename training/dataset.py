@@ -23,22 +23,40 @@ IGNORED_LABEL = -100
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a JSONL file."""
+    """One line of a JSONL file; ``images`` are paths from the file's own folder."""
 
     prompt: str
     completion: str
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; ``target`` ends with the end token."""
+    """Token ids of one row; ``target`` ends with the end token.
+
+    A placeholder stands for each position that one of its images takes up.
+    """
 
     prompt: list[int]
     target: list[int]
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """How a base that takes images wants them in a prompt.
+
+    Attributes:
+        token_id: the placeholder.
+        per_image: positions that an image takes up.
+    """
+
+    token_id: int
+    per_image: int
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read rows ``{"prompt": str, "completion": str}``, one a line; empty lines are skipped.
+    """Read rows ``{"prompt": str, "completion": str}``, with ``"images": [path, ...]`` too; empty lines are skipped.
 
     Raises:
         DataError: the file is missing, has no row, or a line is not such a row; the message names it.
@@ -67,7 +85,11 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, origin: str | Path
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    origin: str | Path,
+    images: ImageTokens | None = None,
 ) -> list[Example]:
     """Token ids of rows.
 
@@ -77,24 +99,49 @@ def encode_rows(
         rows: what ``read_rows`` returned.
         tokenizer: tokenizer of the base.
         max_length: most tokens a row may have, end token included.
-        origin: file the rows come from, for messages.
+        origin: file the rows come from, for messages; paths of images are from its folder.
+        images: how the base takes images; ``None`` if it takes none.
 
     Raises:
-        DataError: a row is longer; it is never cut, since the deployment would not cut it.
+        DataError: a row is longer; it is never cut, since the deployment would not cut it. Or it has not one
+            placeholder for each image, or an image is not there.
         ModelError: the tokenizer has no end token.
     """
     end = end_token(tokenizer)
     examples = []
     for number, row in enumerate(rows, start=1):
         prompt = list(tokenizer(row.prompt)["input_ids"])
+        pictures = _pictures(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
+        if images is not None:
+            prompt = [token for own in prompt for token in [own] * (images.per_image if own == images.token_id else 1)]
         target = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], end]
         if len(prompt) + len(target) > max_length:
             raise DataError(
                 f"{origin}: row {number} has {len(prompt) + len(target)} tokens, expected at most {max_length}: "
                 "shorten its prompt or raise --max-length"
             )
-        examples.append(Example(prompt, target))
+        examples.append(Example(prompt, target, pictures))
     return examples
+
+
+def _pictures(
+    row: Row, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
+) -> tuple[Path, ...]:
+    """Paths of a row's images; ``prompt`` has one placeholder for each."""
+    if images is None:
+        if row.images:
+            raise DataError(f"{where} has images, which this base does not take: remove them, or train another base")
+        return ()
+    found = sum(token == images.token_id for token in prompt)
+    if found != len(row.images):
+        raise DataError(
+            f"{where} has {found} image placeholders (token {images.token_id}) in its prompt and {len(row.images)} "
+            "images: write one placeholder for each image where it belongs"
+        )
+    paths = tuple(folder / name for name in row.images)
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(f"{where}: image {missing[0]} is not there; expected a path from that file's folder")
+    return paths
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:

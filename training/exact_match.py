@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,14 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from adalink.training.dataset import Example
+    from adalink.training.pictures import Pictures
+
+# Numbers of prompts -> what the base takes beside their tokens.
+MoreInputs = Callable[[Sequence[int]], "dict[str, torch.Tensor]"]
 
 
 def greedy_tokens(
-    model: PreTrainedModel, prompts: Sequence[list[int]], end: int, max_new_tokens: int, batch_size: int
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    end: int,
+    max_new_tokens: int,
+    batch_size: int,
+    more_inputs: MoreInputs = lambda chosen: {},
 ) -> list[list[int]]:
     """Continue each prompt greedily; a reply ends with the end token, or is cut at ``max_new_tokens``.
 
-    Prompts are sorted by length, padded on the left and run in batches.
+    Prompts are sorted by length, padded on the left and run in batches. ``more_inputs`` gives what the base takes
+    beside the tokens of the prompts of these numbers, such as ``pixel_values``.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -37,6 +47,7 @@ def greedy_tokens(
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
+            **more_inputs(chosen),
         )
         # A decoder's output begins with the prompt, an encoder-decoder's with its start token.
         skipped = 1 if model.config.is_encoder_decoder else length
@@ -46,7 +57,11 @@ def greedy_tokens(
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    pictures: Pictures | None = None,
 ) -> float:
     """Share of examples whose greedy reply is the wanted text, spaces at its ends aside, and then ends.
 
@@ -55,10 +70,15 @@ def exact_match(
         tokenizer: tokenizer of the base.
         examples: encoded rows.
         batch_size: rows generated at once.
+        pictures: how the base takes the examples' images, for one that does.
     """
+
+    def images_of(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {} if pictures is None else pictures.inputs([examples[index] for index in chosen], model.device)
+
     end = end_token(tokenizer)
     longest = max(len(example.target) for example in examples)
-    replies = greedy_tokens(model, [example.prompt for example in examples], end, longest, batch_size)
+    replies = greedy_tokens(model, [example.prompt for example in examples], end, longest, batch_size, images_of)
     return sum(
         reply[-1] == end and _text(tokenizer, reply) == _text(tokenizer, example.target)
         for reply, example in zip(replies, examples, strict=True)

@@ -1,4 +1,4 @@
-"""Train an adapter on text-to-text rows with the Hugging Face ``Trainer``.
+"""Train an adapter on rows of text, or of images and text, with the Hugging Face ``Trainer``.
 
 The Trainer sees a module that holds the adapters alone; so a checkpoint is adapters and optimizer state, not the base.
 """
@@ -25,6 +25,7 @@ from adalink.training.base_model import display_name, load_base, load_tokenizer
 from adalink.training.config import AdaLinkConfig
 from adalink.training.dataset import IGNORED_LABEL, encode_rows, end_token, pad_decoder, pad_encoder_decoder, read_rows
 from adalink.training.exact_match import exact_match
+from adalink.training.pictures import Pictures, digest_images
 from adalink.training.settings import TrainSettings
 from adalink.training.storage import check_target, save_adapter, to_adapter
 
@@ -56,7 +57,7 @@ class TrainableAdapters(nn.Module):
 
         Args:
             labels: int64 with shape ``(batch, seq)``, -100 but on targets.
-            inputs: what the base takes, each with shape ``(batch, seq)``.
+            inputs: what the base takes, each with shape ``(batch, seq)``; beside them ``pixel_values`` of its images.
         """
         base = self.attached.model
         if base.config.is_encoder_decoder:
@@ -109,7 +110,7 @@ def train(
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")
     rows, eval_rows = read_rows(data), read_rows(eval_data)
-    record = {
+    record: dict[str, Any] = {
         "base": display_name(base),
         "method": asdict(config),
         "settings": asdict(settings),
@@ -118,16 +119,24 @@ def train(
             "eval": {"file": Path(eval_data).name, "sha256": digest_file(Path(eval_data)), "rows": len(eval_rows)},
         },
     }
+    tokenizer = load_tokenizer(base)
+    model = pictures = None
+    if any(row.images for row in (*rows, *eval_rows)):
+        # How many positions an image takes up is the model's to say.
+        model = load_base(base)
+        pictures = Pictures(base, model)
+    tokens = None if pictures is None else pictures.tokens
+    examples = encode_rows(rows, tokenizer, settings.max_length, data, tokens)
+    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, tokens)
+    if pictures is not None:
+        record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
     last = None
     if resume:
         last = _last_checkpoint(checkpoints, record)
     else:
         _check_fresh(checkpoints)
-    tokenizer = load_tokenizer(base)
-    examples = encode_rows(rows, tokenizer, settings.max_length, data)
-    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data)
-    model = load_base(base)
+    model = model or load_base(base)
     if not model.can_generate():
         raise ModelError(
             f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
@@ -139,19 +148,19 @@ def train(
     arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the adapters, and the hooks only know the first
     model.to(arguments.device)
     start = time.perf_counter()
-    accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size)}
+    accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
     set_seed(settings.seed)
     with attach(model, config) as attached:
         trainer = Trainer(
             model=TrainableAdapters(attached),
             args=arguments,
             train_dataset=examples,
-            data_collator=_collator(model, tokenizer),
+            data_collator=_collator(model, tokenizer, pictures),
             callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         attached.adapters.eval()
-        accuracy["adapter"] = exact_match(model, tokenizer, eval_examples, settings.batch_size)
+        accuracy["adapter"] = exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)
         adapter = to_adapter(attached, display_name(base))
     report = {
         "kit_version": version("adalink-kit"),
@@ -189,11 +198,15 @@ def _trainer_arguments(checkpoints: Path, settings: TrainSettings) -> TrainingAr
 
 
 def _collator(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None
 ) -> Callable[[Sequence[Example]], dict[str, torch.Tensor]]:
     pad = end_token(tokenizer)
     pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
-    return lambda examples: pad_rows(examples, pad)
+
+    def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {**pad_rows(examples, pad), **({} if pictures is None else pictures.inputs(examples))}
+
+    return collate
 
 
 def _check_fresh(folder: Path) -> None:

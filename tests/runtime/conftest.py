@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from runtime_support import Tiny, build
+from seeing_support import Seeing, build_seeing
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return build("t5", tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
+    return build_seeing(tmp_path_factory.mktemp("seeing"))

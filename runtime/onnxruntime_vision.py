@@ -1,0 +1,77 @@
+"""The vision graph on ONNX Runtime's CPU provider, whatever engine the language model runs on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import BackendUnavailableError, GraphError
+from adalink.runtime.manifest import Vision
+from adalink.runtime.onnxruntime_boundary import guard, wrong_name
+
+INPUT, OUTPUT = "pixel_values", "image_embeds"
+
+
+class OnnxVisionGraph:
+    """A graph from pixel values to image embeddings."""
+
+    def __init__(self, path: Path, vision: Vision, hidden_size: int, threads: int | None) -> None:
+        """Open the graph.
+
+        Args:
+            path: the ONNX file.
+            vision: what it must take and give.
+            hidden_size: width of the embeddings.
+            threads: all physical cores by default.
+
+        Raises:
+            BackendUnavailableError: ONNX Runtime is not installed.
+            BackendError: it cannot load the graph.
+            GraphError: inputs or outputs are not those of a vision graph.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendUnavailableError(
+                "the vision tower runs on ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
+            ) from error
+        self._ort, self._origin = onnxruntime, str(path)
+        self._shape = (vision.tokens_per_image, hidden_size)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        self._session = guard(
+            onnxruntime,
+            self._origin,
+            lambda: onnxruntime.InferenceSession(self._origin, options, providers=["CPUExecutionProvider"]),
+        )
+        for what, name, nodes in (
+            ("input", INPUT, self._session.get_inputs()),
+            ("output", OUTPUT, self._session.get_outputs()),
+        ):
+            if [node.name for node in nodes] != [name]:
+                raise GraphError(wrong_name(self._origin, what, name, [node.name for node in nodes]))
+        expected = [3, *vision.image_size]
+        if (received := self._session.get_inputs()[0].shape[1:]) != expected:
+            raise GraphError(f"{path}: {INPUT} is {received} an image, the manifest says {expected}: export it again")
+
+    def run(self, pixel_values: Array) -> Array:
+        """Encode images.
+
+        Args:
+            pixel_values: float32 with shape ``(images, 3, height, width)``.
+
+        Returns:
+            float32 with shape ``(images, tokens_per_image, d)``.
+
+        Raises:
+            BackendError: ONNX Runtime refused.
+            GraphError: the result has another shape.
+        """
+        given: Array = guard(self._ort, self._origin, lambda: self._session.run([OUTPUT], {INPUT: pixel_values}))[0]
+        if given.shape[1:] != self._shape:
+            raise GraphError(
+                f"{self._origin}: {OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: export the "
+                "base again"
+            )
+        return given

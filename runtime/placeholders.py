@@ -1,0 +1,149 @@
+"""Where a prompt's images stand: placeholder tokens, one an image as people write them, one a position as engines see.
+
+A position of an image holds a row of its embeddings instead of the placeholder's own, and goes through a task's weights
+for the modality ``image``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import RequestError
+from adalink.runtime.manifest import Base, Vision
+from adalink.runtime.pictures import Picture
+
+# For each row its images, or None.
+Images = Sequence[Sequence[Picture] | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEmbeds:
+    """An image as the base's own encoder sees it.
+
+    Attributes:
+        digest: of its pixel values.
+        embeds: float32 with shape ``(tokens_per_image, d)``, before any task; not to be written to.
+    """
+
+    digest: str
+    embeds: Array
+
+
+def check_images(images: Images, rows: int, base: Base) -> list[list[Picture]]:
+    """The images of each row, none where there are none; raises ``RequestError``."""
+    if images is None:
+        return [[] for _ in range(rows)]
+    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence) or len(images) != rows:
+        raise RequestError(
+            f"images is {_short(images)} and there are {rows} rows: expected a list with one entry for each row, its "
+            "list of images or None"
+        )
+    given = []
+    for row, own in enumerate(images):
+        if own is not None and not isinstance(own, (list, tuple)):
+            raise RequestError(f"images[{row}] is {_short(own)}, expected a list of images or None")
+        given.append(list(own or ()))
+    if base.vision is None and any(given):
+        raise RequestError(
+            f"{base.name} was exported without a vision tower and takes no images: leave images out, or pass "
+            "embeddings of your own to run() with inputs_embeds and modality"
+        )
+    return given
+
+
+def expand(tokens: list[int], images: int, row: int, base: Base) -> list[int]:
+    """A prompt with as many placeholders as its images take up.
+
+    Args:
+        tokens: with one placeholder an image, or as many as it takes up already.
+        images: how many images belong to it.
+        row: which prompt it is, for errors.
+        base: the contract.
+
+    Raises:
+        RequestError: placeholders and images are not of one number.
+    """
+    vision = base.vision
+    if vision is None:
+        return tokens
+    found = tokens.count(vision.image_token_id)
+    if found == images * vision.tokens_per_image:
+        return tokens
+    if found != images:
+        raise RequestError(
+            f"prompt {row} has {found} placeholders (token {vision.image_token_id}) and {images} images: write one "
+            f"placeholder for each image where it belongs, or {vision.tokens_per_image} for each"
+        )
+    return [
+        token for own in tokens for token in [own] * (vision.tokens_per_image if own == vision.image_token_id else 1)
+    ]
+
+
+def check_expanded(ids: Array, images: Sequence[Sequence[Picture]], vision: Vision) -> None:
+    """Check that every row of ``(batch, seq)`` has the positions that its images take up; raises ``RequestError``."""
+    for row, own in enumerate(images):
+        found = int((ids[row] == vision.image_token_id).sum())
+        if found != len(own) * vision.tokens_per_image:
+            raise RequestError(
+                f"input_ids: row {row} has {found} placeholders (token {vision.image_token_id}) and {len(own)} images: "
+                f"expected {vision.tokens_per_image} placeholders for each image"
+            )
+
+
+def merge(table: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
+    """Embeddings of a batch with those of its images in place, not adapted.
+
+    Args:
+        table: the embedding table, shape ``(vocab, d)``.
+        ids: token ids with shape ``(batch, seq)``; each row has the placeholders that its images take up.
+        images: those of each row, in their order.
+        base: the contract.
+
+    Returns:
+        Embeddings with shape ``(batch, seq, d)`` in the base's dtype, and the modality of each position, int64 with
+        shape ``(batch, seq)``.
+    """
+    assert base.vision is not None
+    is_image = ids == base.vision.image_token_id
+    embeds = table.take(ids, axis=0)
+    rows = [image.embeds for own in images for image in own]
+    if rows:
+        embeds[is_image] = _as_stored(np.concatenate(rows), base.embedding_dtype)
+    return embeds, np.where(is_image, base.modalities.index("image"), 0)
+
+
+def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None) -> Array:
+    """A prompt for the prefix cache: int64, an image's positions named by the image and what it went through.
+
+    Args:
+        tokens: the prompt, expanded.
+        images: its images.
+        adapter: digest of the adapter of its images; empty for none.
+        vision: the image side of the base.
+    """
+    names = np.array(tokens, np.int64)
+    if vision is not None and images:
+        # Negative, so that no name of an image is a token.
+        own = [
+            int.from_bytes(hashlib.sha256(f"{image.digest} {adapter}".encode()).digest()[:8], "big") for image in images
+        ]
+        numbers = np.array([-1 - (number >> 1) for number in own], np.int64)
+        names[names == vision.image_token_id] = np.repeat(numbers, vision.tokens_per_image)
+    return names
+
+
+def _as_stored(embeds: Array, dtype: str) -> Array:
+    """float32 in another dtype, rounded to nearest; bfloat16 as its bits."""
+    if dtype != "bfloat16":
+        return embeds.astype(dtype)
+    bits = np.ascontiguousarray(embeds, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _short(value: object) -> str:
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")

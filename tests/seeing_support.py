@@ -1,0 +1,90 @@
+"""A small deployment that takes images, and the same answers from PyTorch with the adapters attached there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from runtime_support import random_adapter, write_adapter
+from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, llava
+from tiny_tokenizer import make_tokenizer
+from vision_support import clip_processor
+
+from adalink.export.adapter import export_adapter
+from adalink.export.base import export_base
+from adalink.runtime.adapter import Adapter
+from adalink.runtime.manifest_file import read_manifest
+from adalink.training.storage import load_adapter
+
+TASKS: dict[str, dict[str, Any]] = {
+    "words": {"rank": 4, "activation": "gelu", "bias": True, "scope": "all", "modalities": ("text",)},
+    "looks": {"rank": 3, "activation": "silu", "bias": True, "scope": "all", "modalities": ("image",)},
+    "both": {"rank": 5, "activation": "tanh", "bias": False, "scope": "all", "modalities": ("image", "text")},
+    "asked": {"rank": 4, "activation": "identity", "bias": True, "scope": "prompt", "modalities": ("text", "image")},
+}
+
+
+def picture(seed: int, height: int = 30, width: int = 41) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+@dataclass
+class Seeing:
+    """A deployment on disk, the PyTorch model it came from, and its adapters."""
+
+    folder: Path
+    model: Any
+    adapters: dict[str, Adapter]
+    sources: Path
+
+    @contextmanager
+    def adapted(self, model: Any, task: str | None) -> Iterator[Any]:
+        if task is None:
+            yield model
+            return
+        with load_adapter(self.sources / task, model):
+            yield model
+
+    def inputs(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """One row as the model takes it: placeholders repeated, pixels from its own processor."""
+        ids = [t for token in tokens for t in [token] * (IMAGE_TOKENS if token == IMAGE_TOKEN else 1)]
+        own = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+        if images:
+            own["pixel_values"] = clip_processor()(images=list(images), return_tensors="pt")["pixel_values"]
+        return own
+
+    def greedy(self, tokens: Sequence[int], images: Sequence[Image.Image], task: str | None, steps: int) -> list[int]:
+        """What ``model.generate`` gives for one row alone, without the token that ends it."""
+        inputs = self.inputs(tokens, images)
+        with self.adapted(self.model, task) as model, torch.no_grad():
+            made = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return [token for token in made.tolist() if token != 2]
+
+    def logits(
+        self, tokens: Sequence[int], images: Sequence[Image.Image], task: str | None
+    ) -> tuple[np.ndarray, float]:
+        """PyTorch's logits of one row, and a limit for another float32 evaluation (as ``export_support.yardstick``)."""
+        inputs, found = self.inputs(tokens, images), []
+        for model in (self.model, copy.deepcopy(self.model).double()):
+            with self.adapted(model, task), torch.no_grad():
+                found.append(model(**inputs).logits[0])
+        return found[0].numpy(), 8 * float((found[0] - found[1]).abs().max())
+
+
+def build_seeing(root: Path, **settings: Any) -> Seeing:
+    model, folder = llava(), root / "deployment"
+    export_base(model, folder, tokenizer=make_tokenizer(), image_processor=clip_processor(), **settings)
+    base = read_manifest(folder).base
+    adapters = {}
+    for seed, (task, own) in enumerate(TASKS.items()):
+        adapters[task] = random_adapter(base.fingerprint, base.hidden_size, 40 + seed, **own)
+        export_adapter(write_adapter(root / "adapters" / task, adapters[task]), folder)
+    return Seeing(folder, model, adapters, root / "adapters")
