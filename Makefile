@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
-EXTRAS ?= cpu,export,train,dev,bench
+EXTRAS ?= cpu,export,train,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 
