@@ -138,6 +138,8 @@ def read_study(path: Path) -> Study:
     """
     try:
         study = msgspec.toml.decode(path.read_bytes(), type=Study)
+    except ImportError as error:  # Python 3.10 has no parser of TOML
+        raise ConfigError(f"study {path}: {error}: pip install 'adalink-kit[study]'") from error
     except OSError as error:
         raise ConfigError(f"study {path}: cannot be read: {error.strerror}; expected a TOML file") from error
     except msgspec.DecodeError as error:  # a ValidationError is one too
