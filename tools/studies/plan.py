@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from adalink.training.study.data import DataSet, digest_rows
 from adalink.training.study.perform import Run, choose_scored, open_base, open_data, resolve_device
-from adalink.training.study.settings import Base, Data, Method, Study, ZeroShotMethod
+from adalink.training.study.settings import Base, Data, Method, Study, TrainedMethod, ZeroShotMethod
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,15 @@ def make_cells(study: Study) -> list[Cell]:
     for base in study.bases:
         for entry in study.data:
             data = open_data(entry)
+            digest_train = _train_digests(data)
             for place, size in enumerate(study.sizes):
                 for method in study.methods:
                     if isinstance(method, ZeroShotMethod):
                         if place == 0:
                             cells.append(_zero_shot(study, base, entry, data, method, device))
-                    else:
+                    elif size in (method.sizes or study.sizes):
                         rows = None if size == "all" else int(size)
-                        cells.append(_trained(study, base, entry, data, method, rows, device))
+                        cells.append(_trained(study, base, entry, data, method, rows, device, digest_train))
     return cells
 
 
@@ -141,15 +143,25 @@ def _keys(base: str, device: str, method: Mapping[str, Any]) -> tuple[tuple[str,
     return (base, device, str(method["kind"])), (base, device)
 
 
+def _train_digests(data: DataSet) -> Callable[[int | None, int], str]:
+    """The digest of a subset by size and seed, worked out once for all methods."""
+    return lru_cache(maxsize=None)(lambda size, seed: digest_rows(data, data.subset(size, seed)))
+
+
 def _trained(
-    study: Study, base: Base, entry: Data, data: DataSet, method: Method, size: int | None, device: str
+    study: Study,
+    base: Base,
+    entry: Data,
+    data: DataSet,
+    method: TrainedMethod,
+    size: int | None,
+    device: str,
+    digest_train: Callable[[int | None, int], str],
 ) -> Cell:
-    assert not isinstance(method, ZeroShotMethod)
 
     def run(purpose: str, seed: int, lr: float, steps: int, count: int | None) -> Run:
-        train = digest_rows(data, data.subset(size, seed))
         return _run(study, base, entry, data, method, purpose, count, device,
-                    train_digest=train, size=size, seed=seed, lr=lr, max_steps=steps)  # fmt: skip
+                    train_digest=digest_train(size, seed), size=size, seed=seed, lr=lr, max_steps=steps)  # fmt: skip
 
     search = study.search
     rates = method.lr if len(method.lr) > 1 else ()
@@ -178,7 +190,7 @@ def _run(
         words=entry.words,
         scored_digest=digest_rows(data, scored),
         scored_rows=len(scored),
-        method={key: value for key, value in settings.items() if key not in ("lr", "name")},
+        method={key: value for key, value in settings.items() if key not in ("lr", "name", "sizes")},
         batch_size=study.training.batch_size,
         device=device,
         **training,

@@ -69,7 +69,7 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         "base": cell.base.name,
         "data": cell.data.name,
         "method": cell.method.name,
-        "settings": {key: value for key, value in method.items() if key not in ("name", "lr")},
+        "settings": {key: value for key, value in method.items() if key not in ("name", "lr", "sizes")},
         "size": "all" if cell.size is None else cell.size,
         "lr": lr or None,
         # The best of several at an end of the list: a better one may lie beyond it.

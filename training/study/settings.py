@@ -17,6 +17,8 @@ Seed: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 32)]
 Rate: TypeAlias = Annotated[float, Meta(gt=0, lt=1)]
 Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.+ -]*$")]
 Rates: TypeAlias = Annotated[tuple[Rate, ...], Meta(min_length=1)]
+Size: TypeAlias = Count | Literal["all"]
+Sizes: TypeAlias = Annotated[tuple[Size, ...], Meta(min_length=1)]
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -24,10 +26,17 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class _Method(_Entry, frozen=True, tag_field="kind", kw_only=True):
-    """A method under a name of its own; ``lr`` lists the learning rates to choose from."""
+    """A method under a name of its own.
+
+    Attributes:
+        name: what it is called in tables.
+        lr: learning rates to choose from.
+        sizes: those of the study's sizes that it is run with; ``None`` for all.
+    """
 
     name: Name
     lr: Rates
+    sizes: Sizes | None = None
 
 
 class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
@@ -67,9 +76,8 @@ class ZeroShotMethod(_Entry, frozen=True, tag_field="kind", tag="zero-shot", kw_
     name: Name
 
 
-Method: TypeAlias = (
-    AdaLinkMethod | PromptTuningMethod | PTuningMethod | LoraMethod | FullMethod | ZeroShotMethod
-)  # fmt: skip
+TrainedMethod: TypeAlias = AdaLinkMethod | PromptTuningMethod | PTuningMethod | LoraMethod | FullMethod
+Method: TypeAlias = TrainedMethod | ZeroShotMethod
 
 
 class Base(_Entry, frozen=True, kw_only=True):
@@ -121,7 +129,7 @@ class Study(_Entry, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compare_to: str
     seeds: Annotated[tuple[Seed, ...], Meta(min_length=1)]
-    sizes: Annotated[tuple[Count | Literal["all"], ...], Meta(min_length=1)] = ("all",)
+    sizes: Sizes = ("all",)
     training: Training
     search: Search
     bases: Annotated[tuple[Base, ...], Meta(min_length=1)]
@@ -169,6 +177,12 @@ def _check(study: Study, path: Path) -> None:
                 "`folder` with train.jsonl, validation.jsonl and test.jsonl"
             )
     for index, method in enumerate(study.methods):
+        if not isinstance(method, ZeroShotMethod):
+            for size in set(method.sizes or ()) - set(study.sizes):
+                raise ConfigError(
+                    f"study {path}: $.methods[{index}].sizes has {size}, expected some of $.sizes: "
+                    f"{', '.join(map(str, study.sizes))}"
+                )
         if isinstance(method, AdaLinkMethod) and method.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"study {path}: $.methods[{index}].activation is {method.activation!r}, expected one of "

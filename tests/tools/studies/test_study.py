@@ -138,6 +138,18 @@ def test_other_settings_and_other_data_are_other_runs(places, done, copy, tmp_pa
     assert names & other == zero_shot  # what learns nothing does not depend on the training rows
 
 
+def test_a_method_may_be_run_with_some_sizes(places, tmp_path):
+    methods = METHODS.replace("rank = 2\n", 'rank = 2\nsizes = ["all"]\n')
+    study = write_study(places, tmp_path, methods, sizes=[8, "all"])
+    cells = make_cells(read_study(study))
+    assert [(cell.method.name, cell.size) for cell in cells] == [
+        ("AdaLink 8", 8), ("none", None), ("AdaLink 8", None), ("LoRA 2", None)
+    ]  # fmt: skip
+    everything = {run.file_name for cell in cells if cell.size is None for run in (*cell.choose, *cell.finals)}
+    plain = make_cells(read_study(write_study(places, tmp_path)))
+    assert everything == {run.file_name for cell in plain for run in (*cell.choose, *cell.finals)}
+
+
 def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch):
     study, count, real = write_study(places, tmp_path), [0], schedule.perform
 

@@ -49,6 +49,7 @@ def test_a_study_is_read(tmp_path):
         ('name = "LoRA 2"', 'name = "AdaLink 8"', r"\$\.methods\[\.\.\.\]\.name has 'AdaLink 8' twice"),
         ('compare_to = "AdaLink 8"', 'compare_to = "x"', r"\$\.compare_to is 'x', expected a method: AdaLink 8, LoRA"),
         ('folder = "data"', "", r"\$\.data\[0\]\.name is 'letters', expected one of reuters-r8, .*`folder`"),
+        ("lr = [1e-2]", "lr = [1e-2]\nsizes = [7]", r"\$\.methods\[1\]\.sizes has 7, expected some of \$\.sizes: all"),
         ('template = "{text} is"', 'template = "text"', r"\$\.data\[0\]\.template`"),
         ("[search]", "[search", r"study\.toml: .*correct the file"),
     ],
