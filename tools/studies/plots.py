@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ Cell = Mapping[str, Any]
 
 
 def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw every plot that a summary has figures for, one panel a base and data set.
+    """Draw every plot that a summary has figures for: a row of panels a base, a column a data set.
 
     ``parameters.png`` and ``time.png`` are of the largest training size; ``rank.png`` is of AdaLink where several ranks
     were run, ``size.png`` of every trained method where several sizes were.
@@ -31,10 +32,10 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     largest = [cell for cell in trained if cell["size"] == max((other["size"] for other in trained), key=_size)]
     adalink = [cell for cell in largest if cell["settings"]["kind"] == "adalink"]
     plots: list[tuple[str, str, Callable[[Cell], float], Callable[[Cell], str], list[Cell]]] = [
-        ("parameters", "trained parameters", lambda cell: float(cell["trained_parameters"]), _method, largest),
+        ("parameters", "trained parameters", lambda cell: float(cell["trained_parameters"]), _family, largest),
         ("time", "seconds of training", lambda cell: max(1e-2, float(cell["train_seconds"])), _method, largest),
         ("rank", "rank of AdaLink", lambda cell: float(cell["settings"]["rank"]), _activation, adalink),
-        ("size", "training rows", _rows_of(trained), _method, trained),
+        ("size", "training rows", lambda cell: float(cell["train_rows"]), _method, _swept(trained)),
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,14 +61,14 @@ def _draw(
     """One plot of accuracy against ``value``; nothing where there is no cell."""
     from matplotlib import pyplot
 
-    panels = sorted({(cell["base"], cell["data"]) for cell in cells})
-    if not panels:
+    if not cells:
         return []
+    bases, sets = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("base", "data"))
     names = list(dict.fromkeys(series(cell) for cell in cells))
-    width, height = min(3, len(panels)), -(-len(panels) // 3)
-    figure, grid = pyplot.subplots(height, width, figsize=(4.2 * width + 2.4, 3.2 * height), squeeze=False)
-    for place, panel in enumerate(panels):
-        axes = grid[place // width][place % width]
+    size = (4.2 * len(sets) + 2.4, 3.2 * len(bases))
+    figure, grid = pyplot.subplots(len(bases), len(sets), figsize=size, squeeze=False)
+    for place, panel in enumerate(itertools.product(bases, sets)):
+        axes = grid[place // len(sets)][place % len(sets)]
         for index, name in enumerate(names):
             mine = [cell for cell in cells if (cell["base"], cell["data"]) == panel and series(cell) == name]
             mine.sort(key=value)
@@ -84,8 +85,6 @@ def _draw(
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy on test, %")
         axes.set_title(", ".join(panel))
-    for unused in range(len(panels), width * height):
-        grid[unused // width][unused % width].axis("off")
     handles = {label: handle for row in grid for axes in row for handle, label in zip(
         *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
@@ -99,6 +98,11 @@ def _method(cell: Cell) -> str:
     return str(cell["method"])
 
 
+def _family(cell: Cell) -> str:
+    """AdaLink of all ranks as one line, other methods each alone."""
+    return f"AdaLink, {_activation(cell)}" if cell["settings"]["kind"] == "adalink" else _method(cell)
+
+
 def _activation(cell: Cell) -> str:
     return str(cell["settings"]["activation"])
 
@@ -107,7 +111,9 @@ def _size(size: Any) -> float:
     return float("inf") if size == "all" else float(size)
 
 
-def _rows_of(cells: Sequence[Cell]) -> Callable[[Cell], float]:
-    """Where a size is on the axis: all rows beyond the largest number."""
-    numbers = [cell["size"] for cell in cells if cell["size"] != "all"]
-    return lambda cell: 4.0 * max(numbers, default=1) if cell["size"] == "all" else float(cell["size"])
+def _swept(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of methods that were run with several sizes."""
+    sizes: dict[str, set[Any]] = {}
+    for cell in cells:
+        sizes.setdefault(cell["method"], set()).add(cell["size"])
+    return [cell for cell in cells if len(sizes[cell["method"]]) > 1]

@@ -87,6 +87,7 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "trained_parameters": some["trained_parameters"],
             "parameter_share": some["trained_parameters"] / some["base_parameters"],
             "train_seconds": mean_and_deviation([result["train_seconds"] for result in results.values()])[0],
+            "train_rows": some["train_rows"],
             "test_rows": some["rows"],
             "diverged": sum(result["diverged"] for result in results.values()),
         }

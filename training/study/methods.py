@@ -94,6 +94,7 @@ def _by_peft(base: PreTrainedModel, method: PromptTuningMethod | PTuningMethod |
         with warnings.catch_warnings():
             # The head keeps the base's matrix while LoRA is on the embeddings: that is what is studied.
             warnings.filterwarnings("ignore", message=".*tie.*", module="peft")
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             peft_model = get_peft_model(base, _peft_config(base, method))
     except (ValueError, AttributeError) as error:
         raise ConfigError(

@@ -80,6 +80,7 @@ def content(run, accuracy, method):
         "base_parameters": 10_000,
         "train_seconds": 10.0 * run.seed,
         "score_seconds": 1.0,
+        "train_rows": 60,
         "rows": 24,
     }
     return {"run": msgspec.to_builtins(run), "result": result, "versions": {"torch": "2.13"}}
@@ -133,8 +134,9 @@ def test_tables(made):
     assert {row[6] for row in unmeasured} == {"not measured"}
 
 
-def test_plots_show_the_cells(made, tmp_path, monkeypatch):
-    from matplotlib import pyplot
+@pytest.fixture
+def shown(monkeypatch):
+    """What is drawn: plot -> (panel, series) -> x and y."""
     from matplotlib.figure import Figure
 
     shown = {}
@@ -149,11 +151,17 @@ def test_plots_show_the_cells(made, tmp_path, monkeypatch):
         return real(figure, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", watched)
+    return shown
+
+
+def test_plots_show_the_cells(made, tmp_path, shown):
+    from matplotlib import pyplot
+
     (tmp_path / "size.png").write_bytes(b"of an older summary")
     drawn = draw(summarize(*made), tmp_path)
     assert [path.name for path in drawn] == ["parameters.png", "time.png", "rank.png"]
     assert not (tmp_path / "size.png").exists()
-    assert shown["parameters"]["tiny, letters", "AdaLink 8"] == ([768.0], pytest.approx([85.0]))
+    assert shown["parameters"]["tiny, letters", "AdaLink, gelu"] == ([768.0, 1536.0], pytest.approx([85.0, 88.0]))
     assert shown["time"]["tiny, letters", "LoRA 2"] == ([15.0], pytest.approx([91.0]))
     ranks, accuracy = shown["rank"]["tiny, digits", "gelu"]
     assert ranks == [8.0, 16.0]
@@ -166,11 +174,13 @@ def test_nothing_measured_draws_nothing(made, tmp_path):
     assert draw(summarize(made[0], made[1], {}), tmp_path) == []
 
 
-def test_training_sizes_are_drawn_in_their_order(made, tmp_path):
+def test_training_sizes_are_drawn_in_their_order(made, tmp_path, shown):
     summary = summarize(*made)
-    few = [dict(cell, size=size) for cell in summary["cells"] for size in (32, 512)]
-    drawn = draw({**summary, "cells": summary["cells"] + few}, tmp_path)
+    few = [dict(cell, size=32, train_rows=32) for cell in summary["cells"] if cell["method"] != "AdaLink 8"]
+    drawn = draw({**summary, "cells": few[::-1] + summary["cells"]}, tmp_path)
     assert "size.png" in [path.name for path in drawn]
+    assert shown["size"]["tiny, letters", "LoRA 2"] == ([32.0, 60.0], pytest.approx([91.0, 91.0]))
+    assert ("tiny, letters", "AdaLink 8") not in shown["size"]  # it has one size
 
 
 def test_the_page_holds_all_it_shows(made, tmp_path):
