@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
-EXTRAS ?= cpu,vision,export,train,dev,bench
+EXTRAS ?= cpu,vision,export,train,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 
-.PHONY: help demo test test-slow test-gpu lint format bench models clean
+.PHONY: help demo test test-slow test-gpu lint format bench study models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -59,6 +59,9 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: they are reported as such"
 	$(RUN)/python -m benchmarks.run --deployment $(DEMO)/deployment --peers-python $(PEERS)/bin/python \
 		$(if $(QUICK),--quick --out build/bench/quick-report,--readme README.md)
+
+study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
+	$(RUN)/adalink study studies/reduced.toml --out build/study --jobs 2 --minutes 88
 
 clean: ## remove what make made
 	rm -rf build $(VENV)

@@ -9,6 +9,7 @@ import click
 # Verb -> its one-line summary, so that `adalink --help` imports none of them. A test compares them with the verbs' own.
 VERBS = {
     "train": "Train an adapter on prompt and completion rows.",
+    "study": "Compare methods of adaptation on labelled data.",
     "export": "Export a base model, adapters and engines into a deployment.",
     "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
@@ -25,7 +26,9 @@ _EXTRAS = {
     "gguf": "export",
     "onnx": "export",
     "onnxruntime": "cpu",
+    "matplotlib": "study",
     "optimum": "export",
+    "peft": "study",
     "torch": "export",
     "transformers": "export",
 }

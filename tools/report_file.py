@@ -11,8 +11,11 @@ from pathlib import Path
 from adalink.runtime.errors import WriteError
 
 
-def write_json(path: Path, report: Mapping[str, object]) -> None:
-    """Write ``report``, strictly JSON (no NaN), beside ``path`` and rename it in; raises ``WriteError``."""
+def write_json(path: Path, report: Mapping[str, object], *, option: str = "--json") -> None:
+    """Write ``report``, strictly JSON (no NaN), beside ``path`` and rename it in; raises ``WriteError``.
+
+    ``option`` is the one that says where, for the message.
+    """
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     try:
         handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -24,4 +27,4 @@ def write_json(path: Path, report: Mapping[str, object]) -> None:
             Path(staging).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror}; choose a writable file with --json") from error
+        raise WriteError(f"cannot write {path}: {error.strerror}; choose a writable place with {option}") from error

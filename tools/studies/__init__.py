@@ -1,0 +1,1 @@
+"""A whole study: which runs it has, doing them, and what they say."""

@@ -1,0 +1,55 @@
+"""The page of a study: one HTML file that holds its images and needs no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from adalink.runtime.errors import WriteError
+from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ summary.study.name }}</title>
+<style>
+body { font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { border: 1px solid #ccc; padding: 0.2rem 0.6rem; }
+th { background: #f2f2f2; text-align: left; } td { font-variant-numeric: tabular-nums; } img { max-width: 100%; }
+</style></head><body>
+<h1>{{ summary.study.name }}</h1>
+<p>{{ summary.study.description }}</p>
+<p>{{ summary.runs.finished }} runs are finished, {{ summary.runs.open }} are open. Devices:
+{{ summary.devices | join(", ") or "none" }}. {{ summary.scoring }}</p>
+{% for title, note, columns, rows in tables if rows %}
+<h2>{{ title }}</h2>
+<p>{{ note }}</p>
+<table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endfor %}
+{% for name, image in images %}
+<h2>Accuracy against {{ name }}</h2>
+<img alt="Accuracy against {{ name }}" src="data:image/png;base64,{{ image }}">
+{% endfor %}
+<h2>Versions</h2>
+<p>{% for name, found in summary.versions.items() %}{{ name }} {{ found | join(" and ") }}. {% endfor %}</p>
+</body></html>
+"""
+
+
+def write_page(path: Path, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
+    """Write the page; raises ``WriteError``."""
+    tables = [
+        ("Accuracy", "In percent of the test rows: mean and standard deviation over seeds.", *accuracy_rows(summary)),
+        (f"Paired with {summary['study']['compare_to']}", summary["paired"], *comparison_rows(summary)),
+        ("All data sets together", "", *overall_rows(summary)),
+    ]
+    try:
+        images = [(plot.stem, base64.b64encode(plot.read_bytes()).decode("ascii")) for plot in plots]
+        page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE)
+        path.write_text(page.render(summary=summary, tables=tables, images=images), encoding="utf-8")
+    except OSError as error:
+        raise WriteError(f"study: cannot write {path}: {error.strerror}; choose a writable --out") from error

@@ -1,0 +1,119 @@
+"""The plots of a study as PNG. Colours are Okabe and Ito's, safe for all eyes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from adalink.runtime.errors import WriteError
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_MARKERS = "os^Dv<>pX*"
+Cell = Mapping[str, Any]
+
+
+def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw every plot that a summary has figures for: a row of panels a base, a column a data set.
+
+    ``parameters.png`` and ``time.png`` are of the largest training size; ``rank.png`` is of AdaLink where several ranks
+    were run, ``size.png`` of every trained method where several sizes were.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    measured = [cell for cell in summary["cells"] if cell["accuracy"] is not None]
+    trained = [cell for cell in measured if cell["trained_parameters"]]
+    zero_shot = [cell for cell in measured if not cell["trained_parameters"]]
+    largest = [cell for cell in trained if cell["size"] == max((other["size"] for other in trained), key=_size)]
+    adalink = [cell for cell in largest if cell["settings"]["kind"] == "adalink"]
+    plots: list[tuple[str, str, Callable[[Cell], float], Callable[[Cell], str], list[Cell]]] = [
+        ("parameters", "trained parameters", lambda cell: float(cell["trained_parameters"]), _family, largest),
+        ("time", "seconds of training", lambda cell: max(1e-2, float(cell["train_seconds"])), _method, largest),
+        ("rank", "rank of AdaLink", lambda cell: float(cell["settings"]["rank"]), _activation, adalink),
+        ("size", "training rows", lambda cell: float(cell["train_rows"]), _method, _swept(trained)),
+    ]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = []
+        for name, axis, value, series, cells in plots:
+            path = folder / f"{name}.png"
+            path.unlink(missing_ok=True)  # an older one may speak of cells that are gone
+            if name in ("parameters", "time") or len({value(cell) for cell in cells}) > 1:
+                drawn += _draw(path, axis, value, series, cells, zero_shot)
+    except OSError as error:
+        raise WriteError(f"plots: cannot write {folder}: {error.strerror}; choose a writable --out") from error
+    return drawn
+
+
+def _draw(
+    path: Path,
+    axis: str,
+    value: Callable[[Cell], float],
+    series: Callable[[Cell], str],
+    cells: Sequence[Cell],
+    zero_shot: Sequence[Cell],
+) -> list[Path]:
+    """One plot of accuracy against ``value``; nothing where there is no cell."""
+    from matplotlib import pyplot
+
+    if not cells:
+        return []
+    bases, sets = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("base", "data"))
+    names = list(dict.fromkeys(series(cell) for cell in cells))
+    size = (4.2 * len(sets) + 2.4, 3.2 * len(bases))
+    figure, grid = pyplot.subplots(len(bases), len(sets), figsize=size, squeeze=False)
+    for place, panel in enumerate(itertools.product(bases, sets)):
+        axes = grid[place // len(sets)][place % len(sets)]
+        for index, name in enumerate(names):
+            mine = [cell for cell in cells if (cell["base"], cell["data"]) == panel and series(cell) == name]
+            mine.sort(key=value)
+            axes.errorbar(
+                [value(cell) for cell in mine],
+                [100 * cell["accuracy"]["mean"] for cell in mine],
+                yerr=[100 * (cell["accuracy"]["deviation"] or 0.0) for cell in mine],
+                label=name, color=_COLOURS[index % len(_COLOURS)], marker=_MARKERS[index % len(_MARKERS)], capsize=3,
+            )  # fmt: skip
+        for cell in zero_shot:
+            if (cell["base"], cell["data"]) == panel:
+                axes.axhline(100 * cell["accuracy"]["mean"], color="grey", linestyle=":", label=cell["method"])
+        axes.set_xscale("log")
+        axes.set_xlabel(axis)
+        axes.set_ylabel("accuracy on test, %")
+        axes.set_title(", ".join(panel))
+    handles = {label: handle for row in grid for axes in row for handle, label in zip(
+        *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    return [path]
+
+
+def _method(cell: Cell) -> str:
+    return str(cell["method"])
+
+
+def _family(cell: Cell) -> str:
+    """AdaLink of all ranks as one line, other methods each alone."""
+    return f"AdaLink, {_activation(cell)}" if cell["settings"]["kind"] == "adalink" else _method(cell)
+
+
+def _activation(cell: Cell) -> str:
+    return str(cell["settings"]["activation"])
+
+
+def _size(size: Any) -> float:
+    return float("inf") if size == "all" else float(size)
+
+
+def _swept(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of methods that were run with several sizes."""
+    sizes: dict[str, set[Any]] = {}
+    for cell in cells:
+        sizes.setdefault(cell["method"], set()).add(cell["size"])
+    return [cell for cell in cells if len(sizes[cell["method"]]) > 1]

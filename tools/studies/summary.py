@@ -1,0 +1,146 @@
+"""What a study says: figures of every cell over its seeds, and every method paired with one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from adalink.tools.studies.plan import Cell, waiting
+from adalink.tools.studies.statistics import mean_and_deviation, sign_flip_test, t_interval
+from adalink.training.study.settings import Study, ZeroShotMethod
+
+SCORING = (
+    "No text is generated. A decoder answers with the label whose text has the highest log-likelihood after the prompt "
+    "(the sum over its tokens, no end token), an encoder with the label whose text the untouched encoder embeds "
+    "nearest by the cosine. Learning rates were chosen on validation rows with a seed of their own."
+)
+PAIRED = (
+    "Differences are accuracy minus that of the method compared with, for the same seed (same training rows, same "
+    "order). The interval of a cell is Student's for their mean, 95 %. The p-value over data sets is of an exact "
+    "two-sided sign-flip test of all pairs of data set and seed; seeds of a data set share its test rows, so it speaks "
+    "of these data sets, not of others."
+)
+
+
+def summarize(study: Study, cells: Sequence[Cell], finished: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary of all finished runs of a study, fit for strict JSON.
+
+    Args:
+        study: the study.
+        cells: its cells.
+        finished: finished runs by file name; those of other studies are left out.
+    """
+    groups = [_group(cell, finished) for cell in cells]
+    used = {run.file_name for cell in cells for run in (*cell.choose, *cell.measured(finished))} & finished.keys()
+    open_count = len(waiting(cells, finished)) + sum(
+        run.file_name not in finished for cell in cells for run in (*cell.choose, *cell.measured(finished))
+    )
+    return {
+        "study": _without_places(study),
+        "runs": {"finished": len(used), "open": open_count},
+        "devices": sorted({finished[name]["run"]["device"] for name in used}),
+        "versions": _versions([finished[name]["versions"] for name in sorted(used)]),
+        "scoring": SCORING,
+        "paired": PAIRED,
+        "cells": groups,
+        "comparisons": _comparisons(study, groups),
+        "overall": _overall(study, groups),
+    }
+
+
+def _without_places(study: Study) -> dict[str, Any]:
+    """The study's settings without where bases and data lie on this machine."""
+    settings: dict[str, Any] = msgspec.to_builtins(study)
+    for entry in (*settings["bases"], *settings["data"]):
+        for place in ("model", "folder"):
+            entry.pop(place, None)
+    return settings
+
+
+def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of one cell; ``accuracy`` is ``None`` where no seed is measured."""
+    runs = [run for run in cell.measured(finished) if run.file_name in finished]
+    results = {run.seed: finished[run.file_name]["result"] for run in runs}
+    lr = cell.chosen(finished)
+    method = msgspec.to_builtins(cell.method)
+    group: dict[str, Any] = {
+        "base": cell.base.name,
+        "data": cell.data.name,
+        "method": cell.method.name,
+        "settings": {key: value for key, value in method.items() if key not in ("name", "lr", "sizes")},
+        "size": "all" if cell.size is None else cell.size,
+        "lr": lr or None,
+        # The best of several at an end of the list: a better one may lie beyond it.
+        "lr_at_edge": bool(cell.choose) and lr in (min(method["lr"]), max(method["lr"])),
+        "seeds": {str(seed): result["accuracy"] for seed, result in results.items()},
+        "seeds_wanted": len(cell.finals),
+        "runs": [run.file_name for run in runs],
+        "accuracy": None,
+    }
+    if results:
+        mean, deviation = mean_and_deviation([result["accuracy"] for result in results.values()])
+        some = next(iter(results.values()))
+        group |= {
+            "accuracy": {"mean": mean, "deviation": deviation},
+            "trained_parameters": some["trained_parameters"],
+            "parameter_share": some["trained_parameters"] / some["base_parameters"],
+            "train_seconds": mean_and_deviation([result["train_seconds"] for result in results.values()])[0],
+            "train_rows": some["train_rows"],
+            "test_rows": some["rows"],
+            "diverged": sum(result["diverged"] for result in results.values()),
+        }
+    return group
+
+
+def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every trained method paired with ``study.compare_to``, cell by cell."""
+    others = _by_place(groups)
+    found = []
+    for group in groups:
+        against = others.get((group["base"], group["data"], group["size"], study.compare_to))
+        if against is None or against is group or group["settings"]["kind"] == _ZERO_SHOT:
+            continue
+        seeds = [seed for seed in group["seeds"] if seed in against["seeds"]]
+        if not seeds:
+            continue
+        differences = [group["seeds"][seed] - against["seeds"][seed] for seed in seeds]
+        interval = t_interval(differences)
+        found.append({
+            "base": group["base"], "data": group["data"], "size": group["size"], "method": group["method"],
+            "against": study.compare_to, "seeds": seeds, "differences": differences,
+            "mean": mean_and_deviation(differences)[0], "interval": None if interval is None else list(interval),
+            "ratio": group["accuracy"]["mean"] / against["accuracy"]["mean"] if against["accuracy"]["mean"] else None,
+        })  # fmt: skip
+    return found
+
+
+def _overall(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs of all data sets together, for each base, size and method."""
+    pooled: dict[tuple[str, Any, str], list[dict[str, Any]]] = {}
+    for comparison in _comparisons(study, groups):
+        key = (comparison["base"], comparison["size"], comparison["method"])
+        pooled.setdefault(key, []).append(comparison)
+    found = []
+    for (base, size, method), comparisons in pooled.items():
+        differences = [value for comparison in comparisons for value in comparison["differences"]]
+        found.append({
+            "base": base, "size": size, "method": method, "against": study.compare_to,
+            "data": [comparison["data"] for comparison in comparisons], "pairs": len(differences),
+            "mean": mean_and_deviation(differences)[0], "p_value": sign_flip_test(differences),
+        })  # fmt: skip
+    return found
+
+
+def _by_place(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    return {(group["base"], group["data"], group["size"], group["method"]): group for group in groups}
+
+
+def _versions(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Every version of a package that runs were done with: more than one is worth knowing."""
+    names = sorted({name for versions in found for name in versions})
+    return {name: sorted({versions[name] for versions in found if name in versions}) for name in names}
+
+
+_ZERO_SHOT = ZeroShotMethod.__struct_config__.tag

