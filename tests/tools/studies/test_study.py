@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
 import pytest
 from click.testing import CliRunner
-from study_support import METHODS, study_text, write_base, write_data
+from study_support import METHODS, die, fail_first_rate, study_text, write_base, write_data
 
-from adalink.runtime.errors import BackendError
+from adalink.runtime.errors import BackendError, DataError
 from adalink.tools.cli import main
 from adalink.tools.studies import schedule
 from adalink.tools.studies.plan import Estimates, make_cells, open_runs, waiting
@@ -174,19 +175,23 @@ def test_processes_give_what_one_process_gives(done, tmp_path):
     assert ours.keys() == theirs.keys() == finished.keys()
     for name in ours:
         assert ours[name]["result"]["accuracy"] == pytest.approx(theirs[name]["result"]["accuracy"], abs=0.05)
-        assert ours[name]["result"]["threads"] >= 1
-
-
-def _die(*arguments):
-    import os
-
-    os._exit(1)
+        assert ours[name]["result"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(schedule, "perform", _die)
+    monkeypatch.setattr(schedule, "perform", die)
     with pytest.raises(BackendError, match=r"a worker process was killed, .*use fewer --jobs"):
         do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
+
+
+def test_a_failed_run_does_not_lose_what_runs_beside_it(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "perform", fail_first_rate)
+    finished = {}
+    with pytest.raises(DataError, match="planted"):
+        do_runs(make_cells(read_study(done[0])), tmp_path, finished, jobs=2)
+    (content,) = contents(tmp_path).values()  # AdaLink's other rate was on its way and ended later
+    assert content["run"]["lr"] == 1e-3
+    assert finished.keys() == contents(tmp_path).keys()
 
 
 def test_no_run_begins_that_would_end_too_late(places, done, copy, tmp_path):

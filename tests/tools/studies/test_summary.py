@@ -117,12 +117,14 @@ def test_tables(made):
     summary = summarize(*made)
     rows = {row[1] + row[3]: row for row in accuracy_rows(summary)[1]}
     assert rows["lettersAdaLink 8"][4:] == (
-        "768 (7.68%)",
+        "768 (7.68 %)",
         "0.01 (end of the list)",
         "85.0 ± 7.1",
         "2 of 2",
         "15",
     )
+    full = dict(summary["cells"][0], trained_parameters=10_000, parameter_share=1.0)
+    assert accuracy_rows({"cells": [full]})[1][0][4] == "10,000 (100 %)"
     assert rows["digitsLoRA 2"][6:8] == ("60.0", "1 of 2")
     assert rows["digitsnone"][5:7] == ("-", "12.5")
     pairs = {row[1] + row[3]: row for row in comparison_rows(summary)[1]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import platform
 from importlib.metadata import version
 
 import msgspec
@@ -59,6 +60,7 @@ def test_a_run_says_what_it_was_and_what_came_of_it(finished, base, entry):
     weighted = sum(count * accuracy for count, accuracy in zip(counts, result["class_accuracy"], strict=True))
     assert result["accuracy"] == pytest.approx(weighted / 24)
     assert finished["versions"]["torch"] == version("torch")
+    assert (result["hardware"], result["threads"]) == (platform.machine(), torch.get_num_threads())
 
 
 def test_the_same_run_gives_the_same_result_and_leaves_the_base(finished, base, entry):
