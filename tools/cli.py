@@ -23,6 +23,7 @@ VERBS = {
 _EXTRAS = {
     "accelerate": "train",
     "gguf": "export",
+    "PIL": "vision",
     "onnx": "export",
     "onnxruntime": "cpu",
     "optimum": "export",
