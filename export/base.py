@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import errno
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from adalink.export.architectures import Architecture, architecture_of, cache_shape, max_positions
-from adalink.export.bank_graph import build_bank_graph
+from adalink.export.architectures import Architecture, architecture_of
+from adalink.export.base_files import describe_base, metadata_of, write_common
 from adalink.export.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
-from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant, Vision
+from adalink.runtime.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,10 +26,6 @@ TARGETS = {
     "onnxruntime-cuda": ("onnxruntime-cuda",),
 }
 QUANTIZED_TARGETS = ("onnxruntime-cpu",)
-EMBEDDINGS_FILE = "base/embeddings.safetensors"
-TOKENIZER_FILE = "base/tokenizer.json"
-CHAT_TEMPLATE_FILE = "base/chat_template.jinja"
-BANK_FOLDER = "base/bank"
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -115,7 +107,7 @@ def export_base(
     fingerprint = base_fingerprint(loaded)
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
-        base = _describe(loaded, architecture, name, fingerprint, dtype, modalities, tokenizer, vision)
+        base = describe_base(loaded, architecture, name, fingerprint, dtype, modalities, tokenizer, vision)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -127,10 +119,10 @@ def export_base(
             base = writer.current.base
         else:
             report("writing embeddings, tokenizer and bank")
-            _write_common(writer, base, loaded, tokenizer)
+            write_common(writer, base, loaded, tokenizer)
             if vision is not None and preprocessor is not None:
                 report(f"tracing {vision.graph}")
-                write_vision(writer, vision, whole, preprocessor, _metadata(base))
+                write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, report)
         report("hashing and committing")
         current = writer.current
@@ -217,98 +209,6 @@ def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(spec)
 
 
-def _describe(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    name: str,
-    fingerprint: str,
-    dtype: str,
-    modalities: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase | None,
-    vision: Vision | None,
-) -> Base:
-    """The base contract."""
-    config = model.config
-    rows, width = model.get_input_embeddings().weight.shape
-    eos = _token_ids(model, "eos_token_id", rows)
-    pad = _token_ids(model, "pad_token_id", rows) or eos or (0,)
-    bos = _token_ids(model, "bos_token_id", rows)
-    start = _token_ids(model, "decoder_start_token_id", rows)
-    return Base(
-        name=name,
-        architecture=config.model_type,
-        kind=architecture.kind,
-        fingerprint=fingerprint,
-        vocab_size=rows,
-        hidden_size=width,
-        embedding_dtype=dtype,
-        modalities=modalities,
-        max_positions=max_positions(config, architecture),
-        cache=cache_shape(config, architecture),
-        eos_token_ids=eos,
-        pad_token_id=pad[0],
-        bos_token_id=bos[0] if bos else None,
-        decoder_start_token_id=start[0] if start and architecture.kind == "encoder-decoder" else None,
-        embeddings=EMBEDDINGS_FILE,
-        tokenizer=None if tokenizer is None else TOKENIZER_FILE,
-        chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
-        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
-        vision=vision,
-    )
-
-
-def _token_ids(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
-    """Ids of a special token, from the generation config, else the config; those outside the vocabulary are dropped."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        value = getattr(config, name, None)
-        ids = [value] if isinstance(value, int) else list(value or [])
-        if ids := [token for token in ids if 0 <= token < rows]:
-            return tuple(dict.fromkeys(ids))
-    return ()
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """The tokenizer's chat template, the one named ``default`` where it has several."""
-    template = getattr(tokenizer, "chat_template", None)
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _write_common(
-    writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    """Write what all variants share: embeddings, tokenizer, chat template, bank."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with torch.no_grad():
-        table = model.get_input_embeddings()(torch.arange(base.vocab_size))
-    path = writer.stage(base.embeddings)
-    try:
-        save_file({"embeddings": table.contiguous()}, path)
-    except SafetensorError as error:  # its own class, also for a full disk
-        raise OSError(errno.EIO, str(error), str(path)) from error
-    if tokenizer is not None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(
-                f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer"
-            )
-        writer.stage(TOKENIZER_FILE).write_text(_plain_tokenizer(backend.to_str()), encoding="utf-8")
-    if template := _chat_template(tokenizer):
-        writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    for kind, relative in base.bank.items():
-        graph = build_bank_graph(kind, base.hidden_size, base.embedding_dtype)
-        writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
-
-
-def _plain_tokenizer(text: str) -> str:
-    """``tokenizer.json`` without the padding and truncation of whoever used it last; the runtime does both itself."""
-    content = msgspec.json.decode(text)
-    content["padding"] = content["truncation"] = None
-    return msgspec.json.encode(content).decode()
-
-
 def _write_variant(
     writer: DeploymentWriter,
     model: PreTrainedModel,
@@ -326,7 +226,7 @@ def _write_variant(
 
     folder = writer.fresh_folder(f"base/{quantization or target}")
     scheme = None if quantization is None else SCHEMES[quantization]
-    metadata = _metadata(base)
+    metadata = metadata_of(base)
     files = {}
     objection = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
@@ -358,15 +258,6 @@ def _write_variant(
         decoder_graph=files.get("decoder"),
         files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
     )
-
-
-def _metadata(base: Base) -> dict[str, str]:
-    """What every graph of a base records."""
-    return {
-        "base_fingerprint": base.fingerprint,
-        "architecture": base.architecture,
-        "kit_version": version("adalink-kit"),
-    }
 
 
 def _quantized(portable: Path, scheme: Quantization, report: Progress) -> Path:

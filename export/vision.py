@@ -185,6 +185,7 @@ def write_vision(
 
 def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
     """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
+    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
     from transformers import AutoImageProcessor
 
     try:

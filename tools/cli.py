@@ -24,6 +24,7 @@ VERBS = {
 _EXTRAS = {
     "accelerate": "train",
     "gguf": "export",
+    "PIL": "vision",
     "onnx": "export",
     "onnxruntime": "cpu",
     "matplotlib": "study",

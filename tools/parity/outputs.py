@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,11 +13,14 @@ from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.reference import Outputs, Reference
 from adalink.tools.parity.report import Check, at_most, more_than
 
+if TYPE_CHECKING:
+    from adalink.tools.parity.vision import Looks
+
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14
 _DECODER_TOKENS = 8
 # The noise that this share of the positions stays below is called typical.
-_TYPICAL_PERCENTILE = 90
+TYPICAL_PERCENTILE = 90
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,12 @@ class Comparison:
 
 
 def compare_outputs(
-    prefix: str, deployment: Deployment, reference: Reference, task: str | None, rows: list[list[int]]
+    prefix: str,
+    deployment: Deployment,
+    reference: Reference,
+    task: str | None,
+    rows: list[list[int]],
+    looks: Looks | None = None,
 ) -> Comparison:
     """Run every row alone on both sides; the reference has the task's adapter attached.
 
@@ -47,21 +56,25 @@ def compare_outputs(
         reference: what it is verified against.
         task: the deployment's task, or ``None``.
         rows: token ids.
+        looks: the images of these rows, if they have some.
     """
     base = deployment.manifest.base
     expected: list[Outputs] = []
     received: list[dict[str, Float64]] = []
     for index, ids in enumerate(rows):
         decoder_ids = decoder_row(deployment, index)
-        expected.append(reference.outputs(ids, decoder_ids))
-        found = deployment.run(input_ids=[ids], tasks=task, decoder_input_ids=decoder_ids and [decoder_ids])
+        pixels, images = (None, None) if looks is None else (looks.pixels[index], [looks.pictures[index]])
+        expected.append(reference.outputs(ids, decoder_ids, pixels=pixels))
+        found = deployment.run(
+            input_ids=[ids], images=images, tasks=task, decoder_input_ids=decoder_ids and [decoder_ids]
+        )
         received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in found.items()})
     checks: list[Check] = []
     limits: dict[str, list[Float64]] = {}
     typical: dict[str, float] = {}
     for name in expected[0].values:
         noise = [row.noise[name] for row in expected]
-        typical[name] = float(np.percentile(np.concatenate(noise), _TYPICAL_PERCENTILE))
+        typical[name] = float(np.percentile(np.concatenate(noise), TYPICAL_PERCENTILE))
         limits[name] = [reference.limit(row, typical[name]) for row in noise]
         pairs = [(ours[name], theirs.values[name]) for ours, theirs in zip(received, expected, strict=True)]
         checks.append(
@@ -77,17 +90,23 @@ def compare_outputs(
     return Comparison(checks, limits, typical, received)
 
 
-def check_control(task: str, base: Comparison, adapted: Comparison) -> list[Check]:
-    """The negative control: a task must change the base's output by more than any rounding could."""
+def check_control(name: str, base: Comparison, adapted: Comparison) -> list[Check]:
+    """The negative control: a task must change the base's output by more than any rounding could.
+
+    Args:
+        name: of the checks, behind ``control/``: the task's, and ``images`` where it is measured on them.
+        base: outputs of the plain base.
+        adapted: the task's on the same rows.
+    """
     checks = []
-    for name, limits in adapted.limits.items():
+    for output, limits in adapted.limits.items():
         changes = [
-            float(np.abs(with_task[name] - plain[name]).max())
+            float(np.abs(with_task[output] - plain[output]).max())
             for with_task, plain in zip(adapted.received, base.received, strict=True)
         ]
         row = int(np.argmax(changes))
         detail = f"the task must change the base's output by more than this; largest at prompt {row}"
-        checks.append(more_than(f"control/{task}/{name}", changes[row], float(limits[row].max()), detail))
+        checks.append(more_than(f"control/{name}/{output}", changes[row], float(limits[row].max()), detail))
     return checks
 
 

@@ -20,6 +20,7 @@ from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights,
 from adalink.tools.parity.report import Check
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -134,7 +135,7 @@ class Reference:
 
     def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Float64]:
         """Outputs of one row by name, in float32, without their noise."""
-        return self._run(self._model, 0, ids, decoder_ids, None)
+        return self._run(self._model, 0, ids, decoder_ids, None, None)
 
     def exact_match(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int) -> float:
         """Share of examples answered right in float32 (``adalink.training.exact_match``)."""
@@ -150,12 +151,39 @@ class Reference:
             table = self._model.get_input_embeddings()(torch.arange(self.base.vocab_size))
         return np.asarray(table.double().numpy())
 
+    def image_embeds(self, pixels: npt.NDArray[np.float32]) -> tuple[Float64, Float64]:
+        """What the vision tower and the projector give, before any adapter.
+
+        Args:
+            pixels: shape ``(images, 3, height, width)``.
+
+        Returns:
+            The float32 model's embeddings with shape ``(images, tokens, d)``, and the largest deviation of each
+            position, ``(images, tokens)``, from the float64 model's.
+        """
+        import torch
+
+        with torch.no_grad():
+            single, double = (
+                np.stack(
+                    [
+                        embeds.double().numpy()
+                        for embeds in model.get_image_features(
+                            pixel_values=torch.from_numpy(pixels).to(model.dtype)
+                        ).pooler_output
+                    ]
+                )
+                for model in (self._model, self._exact)
+            )
+        return single, np.abs(single - double).max(axis=2)
+
     def outputs(
         self,
         ids: list[int],
         decoder_ids: list[int] | None,
         *,
         prompt_length: int | None = None,
+        pixels: npt.NDArray[np.float32] | None = None,
     ) -> Outputs:
         """Run one row.
 
@@ -163,17 +191,19 @@ class Reference:
             ids: the row's tokens.
             decoder_ids: decoder tokens of an encoder-decoder, else ``None``.
             prompt_length: how many of ``ids`` are the prompt; the rest counts as generated. All by default.
+            pixels: the row's images, float32 with shape ``(images, 3, height, width)``.
         """
-        values = self._run(self._model, 0, ids, decoder_ids, prompt_length)
+        row = (ids, decoder_ids, prompt_length, pixels)
+        values = self._run(self._model, 0, *row)
         if not self._is_rounding:
-            return Outputs(values, _deviations(values, self._run(self._exact, 1, ids, decoder_ids, prompt_length)))
+            return Outputs(values, _deviations(values, self._run(self._exact, 1, *row)))
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(rounded_inputs(layer, layer.module))
                 stack.enter_context(rounded_inputs(layer, self._twins[layer.name]))
             # In both precisions: where a number lies on the edge between two codes, they part as two engines would.
-            single = _deviations(values, self._run(self._model, 0, ids, decoder_ids, prompt_length))
-            double = _deviations(values, self._run(self._exact, 1, ids, decoder_ids, prompt_length))
+            single = _deviations(values, self._run(self._model, 0, *row))
+            double = _deviations(values, self._run(self._exact, 1, *row))
         return Outputs(values, {name: np.maximum(single[name], double[name]) for name in values})
 
     def _exchange(self) -> None:
@@ -181,7 +211,13 @@ class Reference:
             layer.module.weight, self._originals[index] = self._originals[index], layer.module.weight
 
     def _run(
-        self, model: Any, side: int, ids: list[int], decoder_ids: list[int] | None, prompt_length: int | None
+        self,
+        model: Any,
+        side: int,
+        ids: list[int],
+        decoder_ids: list[int] | None,
+        prompt_length: int | None,
+        pixels: npt.NDArray[np.float32] | None,
     ) -> dict[str, Float64]:
         import torch
 
@@ -198,7 +234,8 @@ class Reference:
                     "logits": _float64(found.logits),
                 }
             name = "logits" if self.base.kind == "decoder" else "last_hidden_state"
-            return {name: _float64(getattr(model(input_ids=row), name))}
+            images = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels).to(model.dtype)}
+            return {name: _float64(getattr(model(input_ids=row, **images), name))}
 
 
 class Outputs:

@@ -35,6 +35,7 @@ from adalink.tools.parity.quantization import check_activations, check_cost, mat
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
+from adalink.tools.parity.vision import Looks, check_vision, make_looks, own_processor
 
 if TYPE_CHECKING:
     from adalink.training.dataset import Row
@@ -100,15 +101,16 @@ def verify(
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         prompts, rows = _rows(report, deployment, against, quick)
+        looks = _looks(report, deployment, reference, against, rows, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
-            _check_outputs(report, deployment, reference, folders, prompts, rows, (opened, form), progress)
+            _check_outputs(report, deployment, reference, folders, prompts, rows, looks, (opened, form), progress)
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
             with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
-                _check_outputs(report, unrounded, reference, folders, prompts, rows, (exact, form), progress)
+                _check_outputs(report, unrounded, reference, folders, prompts, rows, looks, (exact, form), progress)
             progress("the engine as deployed, with rounded activations")
             texts = _generation_texts(prompts, deployment)
             report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
@@ -207,6 +209,28 @@ def _rows(
     return prompts, rows
 
 
+def _looks(
+    report: Report,
+    deployment: Deployment,
+    reference: Reference,
+    against: str,
+    rows: list[list[int]],
+    progress: Progress,
+) -> Looks | None:
+    """Level 7 as far as no task is in it, and prompts with images for the rest; ``None`` for a base of text alone."""
+    base = deployment.manifest.base
+    if base.vision is None:
+        return None
+    progress("pixel values and the vision tower")
+    processor = own_processor(against)
+    report.checks += check_vision(deployment, reference, processor)
+    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
+    looks = make_looks(deployment, rows, min(filter(None, limits), default=1 << 20), processor)
+    if looks is None:
+        report.skipped.append(f"prompts with images: one alone takes {base.vision.tokens_per_image} positions")
+    return looks
+
+
 def _generation_texts(prompts: list[str] | None, deployment: Deployment) -> list[str] | None:
     if prompts is None or deployment.manifest.base.kind == "encoder":
         return None
@@ -220,12 +244,14 @@ def _check_outputs(
     folders: Mapping[str, Path],
     prompts: list[str] | None,
     rows: list[list[int]],
+    looks: Looks | None,
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2 and 3, the mixed batch of level 4, and level 5."""
+    """Levels 2, 3 and 7, the mixed batch of level 4, and level 5."""
     texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}
+    seen: dict[str | None, Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     mixed = mixed_tasks(deployment)
     mixed_rows: list[GeneratedRow] = []
@@ -238,6 +264,10 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
+            if looks is not None:
+                progress(f"{label}: outputs on {len(looks.rows)} prompts with images")
+                seen[task] = compare_outputs(f"{label}/images", deployment, reference, task, looks.rows, looks)
+                report.checks += seen[task].checks
             if generator is not None and texts is not None:
                 progress(f"{label}: {STEPS} greedy steps for {len(texts)} prompts")
                 typical = comparison.typical["logits"]
@@ -247,7 +277,11 @@ def _check_outputs(
                 own = [row for row, name in zip(mixed_rows, mixed, strict=True) if name == task]
                 mixed_verdicts += [judge(reference, generator, row, typical) for row in own]
     for task in deployment.tasks:
-        report.checks += check_control(task, compared[None], compared[task])
+        modalities = deployment.manifest.tasks[task].modalities
+        if deployment.manifest.base.vision is None or "text" in modalities:
+            report.checks += check_control(task, compared[None], compared[task])
+        if seen:
+            report.checks += check_control(f"{task}/images", seen[None], seen[task])
     progress("one batch of mixed tasks against single rows")
     report.checks += check_mixed_outputs(deployment, rows, compared)
     if generator is not None:

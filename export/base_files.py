@@ -1,0 +1,141 @@
+"""What all variants of a base share: the contract, the embedding table, the tokenizer and the bank."""
+
+from __future__ import annotations
+
+import errno
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from adalink.export.architectures import Architecture, cache_shape, max_positions
+from adalink.export.bank_graph import build_bank_graph
+from adalink.export.writer import DeploymentWriter
+from adalink.runtime.adapter import KINDS
+from adalink.runtime.errors import ModelError
+from adalink.runtime.manifest import Base, Vision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDINGS_FILE = "base/embeddings.safetensors"
+TOKENIZER_FILE = "base/tokenizer.json"
+CHAT_TEMPLATE_FILE = "base/chat_template.jinja"
+BANK_FOLDER = "base/bank"
+
+
+def describe_base(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    name: str,
+    fingerprint: str,
+    dtype: str,
+    modalities: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vision: Vision | None,
+) -> Base:
+    """The base contract.
+
+    Args:
+        model: the model whose engine it is; of one that takes images, its language model.
+        architecture: its entry.
+        name: for people.
+        fingerprint: of the float32 model.
+        dtype: of the embeddings.
+        modalities: what it is fed with.
+        tokenizer: its tokenizer, if it has one.
+        vision: what images go through, if it takes some.
+    """
+    config = model.config
+    rows, width = model.get_input_embeddings().weight.shape
+    eos = _token_ids(model, "eos_token_id", rows)
+    pad = _token_ids(model, "pad_token_id", rows) or eos or (0,)
+    bos = _token_ids(model, "bos_token_id", rows)
+    start = _token_ids(model, "decoder_start_token_id", rows)
+    return Base(
+        name=name,
+        architecture=config.model_type,
+        kind=architecture.kind,
+        fingerprint=fingerprint,
+        vocab_size=rows,
+        hidden_size=width,
+        embedding_dtype=dtype,
+        modalities=modalities,
+        max_positions=max_positions(config, architecture),
+        cache=cache_shape(config, architecture),
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        bos_token_id=bos[0] if bos else None,
+        decoder_start_token_id=start[0] if start and architecture.kind == "encoder-decoder" else None,
+        embeddings=EMBEDDINGS_FILE,
+        tokenizer=None if tokenizer is None else TOKENIZER_FILE,
+        chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
+        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
+        vision=vision,
+    )
+
+
+def _token_ids(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
+    """Ids of a special token, from the generation config, else the config; those outside the vocabulary are dropped."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        value = getattr(config, name, None)
+        ids = [value] if isinstance(value, int) else list(value or [])
+        if ids := [token for token in ids if 0 <= token < rows]:
+            return tuple(dict.fromkeys(ids))
+    return ()
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The tokenizer's chat template, the one named ``default`` where it has several."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def write_common(
+    writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write what all variants share: embeddings, tokenizer, chat template, bank.
+
+    Raises:
+        ModelError: the tokenizer has no ``tokenizer.json``.
+        OSError: the disk refused.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        table = model.get_input_embeddings()(torch.arange(base.vocab_size))
+    path = writer.stage(base.embeddings)
+    try:
+        save_file({"embeddings": table.contiguous()}, path)
+    except SafetensorError as error:  # its own class, also for a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    if tokenizer is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer"
+            )
+        writer.stage(TOKENIZER_FILE).write_text(_plain_tokenizer(backend.to_str()), encoding="utf-8")
+    if template := _chat_template(tokenizer):
+        writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    for kind, relative in base.bank.items():
+        graph = build_bank_graph(kind, base.hidden_size, base.embedding_dtype)
+        writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def _plain_tokenizer(text: str) -> str:
+    """``tokenizer.json`` without the padding and truncation of whoever used it last; the runtime does both itself."""
+    content = msgspec.json.decode(text)
+    content["padding"] = content["truncation"] = None
+    return msgspec.json.encode(content).decode()
+
+
+def metadata_of(base: Base) -> dict[str, str]:
+    """What every graph of a base records."""
+    return {
+        "base_fingerprint": base.fingerprint,
+        "architecture": base.architecture,
+        "kit_version": version("adalink-kit"),
+    }

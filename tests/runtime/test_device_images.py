@@ -1,0 +1,59 @@
+"""Images in front of an engine whose memory stays on a device, with main memory as the device (test_device_engine)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host_device import HostBackend
+from seeing_support import Seeing, build_seeing, picture
+from vision_support import clip_processor
+
+from adalink.export.base import export_base
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.nvidia.profile import Profile, Span
+
+PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
+NEW = 6
+ROWS = [("@what?", [picture(1)]), ("a @b@ c", [picture(2, 50, 24), picture(1)]), ("no picture", [])]
+TASKS = [None, "words", "looks", "both", "asked"]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
+    own = build_seeing(tmp_path_factory.mktemp("device"))
+    export_base(own.model, own.folder, target="portable", image_processor=clip_processor())
+    return own
+
+
+def opened(folder: Path, host: HostBackend) -> Deployment:
+    return Deployment(folder, read_manifest(folder), host, "portable")
+
+
+@pytest.fixture(params=[True, False], ids=["in-place", "growing"])
+def host(request: pytest.FixtureRequest) -> HostBackend:
+    return HostBackend(PROFILE, in_place=request.param)
+
+
+def test_generation_is_pytorchs(seeing: Seeing, host: HostBackend) -> None:
+    prompts, images = zip(*ROWS, strict=True)
+    with opened(seeing.folder, host) as deployment:
+        for tasks in (TASKS[:3], TASKS[2:], ["asked", "words", None], *([task] * 3 for task in TASKS)):
+            found = deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
+            for (prompt, own), task, row in zip(ROWS, tasks, found, strict=True):
+                expected = seeing.greedy(deployment.tokenizer.encode(prompt), own, task, NEW)
+                assert list(row.token_ids) == expected, (prompt, task)
+        assert deployment.images_encoded == 2
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_logits_are_pytorchs(seeing: Seeing, host: HostBackend, task: str | None) -> None:
+    with opened(seeing.folder, host) as deployment:
+        for prompt, images in ROWS:
+            tokens = deployment.tokenizer.encode(prompt)
+            plain, limit = seeing.logits(tokens, images, task)
+            ids = seeing.inputs(tokens, images)["input_ids"].numpy()
+            received = deployment.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
+            assert np.abs(received - plain).max() <= limit
