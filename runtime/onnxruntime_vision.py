@@ -40,6 +40,8 @@ class OnnxVisionGraph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
+        # Threads that wait by spinning would take the cores from the language model, which runs next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = guard(
             onnxruntime,
             self._origin,
