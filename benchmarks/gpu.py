@@ -59,7 +59,7 @@ def main() -> None:
             except MeasurementError as error:
                 cases[backend] = {"not_measured": str(error)}
         report[dtype] = cases
-        write_json(options.out, report)
+        write_json(options.out, report, option="--out")
     print(json.dumps({"written": str(options.out)}))
 
 

@@ -57,7 +57,7 @@ def test_report_that_cannot_be_written_exits_2(mistral, tmp_path):
     result = run(folder, "--against", model, "--quick", "--json", tmp_path / "no such folder" / "parity.json")
     assert result.exit_code == 2
     assert "All 37 checks passed" in result.stdout  # the work is not lost
-    assert "choose a writable file" in result.stderr
+    assert "choose a writable place with --json" in result.stderr
 
 
 def test_wrong_use_exits_2(mistral, tmp_path):
