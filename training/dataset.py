@@ -130,7 +130,7 @@ def _pictures(
     """Paths of a row's images; ``prompt`` has one placeholder for each."""
     if images is None:
         if row.images:
-            raise DataError(f"{where} has images, which this base does not take: remove them, or train another base")
+            raise DataError(f"{where} has images, which this base or command does not take: remove them")
         return ()
     found = sum(token == images.token_id for token in prompt)
     if found != len(row.images):

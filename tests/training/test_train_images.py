@@ -191,7 +191,7 @@ def test_bases_that_take_no_images_say_so(base: Path, data: Path, tmp_path: Path
     make_tokenizer().save_pretrained(folder)
     with pytest.raises(ModelError, match="takes no images in a way that is supported"):
         run(folder, data, tmp_path / "out")
-    with pytest.raises(DataError, match="which this base does not take"):
+    with pytest.raises(DataError, match="which this base or command does not take"):
         encode_rows(read_rows(data / "eval.jsonl"), make_tokenizer(), 32, data / "eval.jsonl")
     bare = tmp_path / "bare"
     llava().save_pretrained(bare)
