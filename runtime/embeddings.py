@@ -8,10 +8,9 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import IntegrityError
 from adalink.runtime.file_memory import Bytes, map_file
 from adalink.runtime.manifest import Base
-from adalink.runtime.tensors import raw_tensors
+from adalink.runtime.tensors import STORED, raw_tensors
 
 TENSOR_NAME = "embeddings"
-_STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 def open_table(path: Path, base: Base) -> Array:
@@ -35,7 +34,7 @@ def open_table(path: Path, base: Base) -> Array:
 
 def view_table(data: Bytes, base: Base) -> Array:
     """The table in a file's bytes, as ``open_table`` gives it; raises ``ValueError`` if it is another."""
-    shape, dtype = (base.vocab_size, base.hidden_size), _STORED[base.embedding_dtype]
+    shape, dtype = (base.vocab_size, base.hidden_size), STORED[base.embedding_dtype]
     expected = f"expected one tensor {TENSOR_NAME!r} of {base.embedding_dtype} with shape {shape}"
     try:
         tensors = raw_tensors(data)

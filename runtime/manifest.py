@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -30,6 +30,12 @@ class Cache(_Strict, frozen=True, kw_only=True):
     layers: int
     kv_heads: int
     head_dim: int
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Names of each tensor as an input and as an output of a base graph, in their order."""
+        for layer in range(self.layers):
+            for part in ("key", "value"):
+                yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
 
 
 class Vision(_Strict, frozen=True, kw_only=True):

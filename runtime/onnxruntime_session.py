@@ -69,8 +69,7 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
     for name in ("inputs_embeds", *lengths):
         if name not in types:
             raise GraphError(wrong_name(origin, "input", name, sorted(types)))
-    layers = cache.layers if cache else 0
-    wanted = {f"past_key_values.{i}.{part}" for i in range(layers) for part in ("key", "value")}
+    wanted = {past for past, _ in cache.names()} if cache else set()
     if wanted != set(past):
         raise GraphError(wrong_name(origin, "input", sorted(wanted ^ set(past))[0], sorted(past)))
     for name in (signature.output, *signature.present):

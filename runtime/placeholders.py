@@ -16,6 +16,7 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest import Base, Vision
 from adalink.runtime.pictures import Picture
+from adalink.runtime.tensors import as_stored
 
 # For each row its images, or None.
 Images = Sequence[Sequence[Picture] | None] | None
@@ -113,7 +114,7 @@ def merge(table: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], bas
     embeds = table.take(ids, axis=0)
     rows = [image.embeds for own in images for image in own]
     if rows:
-        embeds[is_image] = _as_stored(np.concatenate(rows), base.embedding_dtype)
+        embeds[is_image] = as_stored(np.concatenate(rows), base.embedding_dtype)
     return embeds, np.where(is_image, base.modalities.index("image"), 0)
 
 
@@ -135,14 +136,6 @@ def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: 
         numbers = np.array([-1 - (number >> 1) for number in own], np.int64)
         names[names == vision.image_token_id] = np.repeat(numbers, vision.tokens_per_image)
     return names
-
-
-def _as_stored(embeds: Array, dtype: str) -> Array:
-    """float32 in another dtype, rounded to nearest; bfloat16 as its bits."""
-    if dtype != "bfloat16":
-        return embeds.astype(dtype)
-    bits = np.ascontiguousarray(embeds, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _short(value: object) -> str:

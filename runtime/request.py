@@ -10,12 +10,11 @@ import numpy.typing as npt
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest import Base
+from adalink.runtime.tensors import STORED
 
 Tasks = str | Sequence[str | None] | None
 
 _FEW = 64
-# numpy has no bfloat16: its bits are passed.
-_STORED = {"bfloat16": "uint16"}
 _BF16_EXPONENT = np.uint16(0x7F80)
 
 
@@ -38,8 +37,8 @@ def check_input_ids(input_ids: npt.ArrayLike, base: Base, name: str = "input_ids
 def check_embeds(inputs_embeds: npt.ArrayLike, base: Base) -> Array:
     """Embeddings with shape ``(batch, seq, d)`` in the base's dtype; raises ``RequestError``."""
     embeds = _as_array(inputs_embeds, "inputs_embeds")
-    if embeds.dtype != np.dtype(_STORED.get(base.embedding_dtype, base.embedding_dtype)):
-        how = "pass its bits as uint16" if base.embedding_dtype in _STORED else "convert it"
+    if embeds.dtype != np.dtype(STORED[base.embedding_dtype]):
+        how = "pass its bits as uint16" if base.embedding_dtype == "bfloat16" else "convert it"
         raise RequestError(f"inputs_embeds has dtype {embeds.dtype}, the base takes {base.embedding_dtype}: {how}")
     if embeds.ndim != 3 or embeds.shape[2] != base.hidden_size or 0 in embeds.shape:
         raise RequestError(f"inputs_embeds has shape {embeds.shape}, expected (batch, seq, {base.hidden_size})")

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from adalink.runtime.file_memory import Bytes
 
 _ALIGNMENT_BYTES = 64
+# How numpy holds each embedding dtype; it has no bfloat16, whose bits are uint16.
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -82,3 +84,13 @@ def as_float32(tensor: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     if tensor.dtype == np.uint16:
         return (tensor.astype(np.uint32) << 16).view(np.float32)
     return tensor.astype(np.float32, copy=False)
+
+
+def as_stored(numbers: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """The inverse: numbers in an embedding dtype, rounded to nearest; bits of bfloat16 pass as they are."""
+    if dtype != "bfloat16":
+        return numbers.astype(STORED[dtype], copy=False)
+    if numbers.dtype == np.uint16:
+        return numbers
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 from adalink.runtime.manifest import Cache
@@ -27,19 +26,12 @@ class DeviceCache(Protocol):
         """Give the memory back."""
 
 
-def cache_names(cache: Cache) -> Iterator[tuple[str, str]]:
-    """Names of each tensor of the cache as input and as output, in their order."""
-    for layer in range(cache.layers):
-        for part in ("key", "value"):
-            yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
-
-
 class InPlaceCache:
     """One buffer of the largest size a tensor, input and output at one address; a pass writes its positions alone."""
 
     def __init__(self, device: Device, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._device = device
-        self._names = list(cache_names(cache))
+        self._names = list(cache.names())
         self._shape = (cache.kv_heads, capacity, cache.head_dim)
         self._row_bytes = cache.kv_heads * capacity * cache.head_dim * SIZES[dtype]
         self._addresses = _allocate(device, len(self._names), batch * self._row_bytes)
@@ -70,7 +62,7 @@ class GrowingCache:
 
     def __init__(self, device: Device, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._device = device
-        self._names = list(cache_names(cache))
+        self._names = list(cache.names())
         self._heads, self._width = cache.kv_heads, cache.head_dim
         self._position_bytes = cache.kv_heads * cache.head_dim * SIZES[dtype]
         size = batch * capacity * self._position_bytes

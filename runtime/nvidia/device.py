@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from adalink.runtime.engine import Array
+from adalink.runtime.tensors import STORED, as_float32
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Executor(Protocol):
 
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
-# How numpy holds each; it has no bfloat16, whose bits are uint16.
-NUMPY = {"float32": "f4", "float16": "f2", "bfloat16": "u2", "int64": "i8", "bool": "?"}
+NUMPY = STORED | {"int64": "<i8", "bool": "?"}
 
 
 class Mirror:
@@ -128,13 +128,4 @@ class Mirror:
 
 def as_numbers(array: Array, dtype: str) -> Array:
     """A copy in a dtype numpy can compute with: bfloat16's bits become float32."""
-    if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.copy()
-
-
-def as_stored(array: Array, dtype: str) -> Array:
-    """The inverse of ``as_numbers`` for values that ``dtype`` holds exactly."""
-    if dtype == "bfloat16" and array.dtype != np.uint16:
-        return (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return array
+    return as_float32(array) if dtype == "bfloat16" else array.copy()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adalink.runtime.digest import digest_file
+from adalink.runtime.digest import digest_bytes
+from adalink.runtime.nvidia.record import RECORD_FILE
 from adalink.runtime.nvidia.tensorrt_api import Api
 from adalink.runtime.user_cache import cache_path, read_own, write_own
 
@@ -21,7 +22,9 @@ class JitCache:
         self.config, self._cache = api.runtime_config(engine)
         self._path: Path | None = None
         if self._cache is not None:
-            self._path = cache_path("jit", f"{digest_file(plan).removeprefix('sha256:')[:32]}.bin")
+            # The record tells engines apart as well as the plan does, and is not read in half a second.
+            key = digest_bytes(plan.with_name(RECORD_FILE).read_bytes() + plan.name.encode())
+            self._path = cache_path("jit", f"{key.removeprefix('sha256:')[:32]}.bin")
         data = None if self._path is None else read_own(self._path)
         if data is not None:
             self._cache.deserialize(data)

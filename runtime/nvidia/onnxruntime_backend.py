@@ -14,7 +14,6 @@ from adalink.runtime.digest import digest_file
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, ContractError
 from adalink.runtime.manifest import Base
-from adalink.runtime.nvidia.cache import cache_names
 from adalink.runtime.nvidia.cuda import CudaDevice, load_cuda
 from adalink.runtime.nvidia.device import Queue
 from adalink.runtime.nvidia.engine import DeviceEngine, HostFedFront
@@ -181,7 +180,7 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     if base.cache is not None:
         shapes["position_ids"] = (batch, seq)
         cached = (batch, base.cache.kv_heads, past, base.cache.head_dim)
-        shapes |= {name: cached for name, _ in cache_names(base.cache)}
+        shapes |= {name: cached for name, _ in base.cache.names()}
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 

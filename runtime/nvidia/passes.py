@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import Choice, Stack
-from adalink.runtime.nvidia.cache import DeviceCache, GrowingCache, InPlaceCache, cache_names
+from adalink.runtime.nvidia.cache import DeviceCache, GrowingCache, InPlaceCache
 from adalink.runtime.nvidia.device import Executor, Mirror
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.workspace import DECODE, ENGINE, PREFILL, Common, Executors, FrontSpace
@@ -43,7 +44,7 @@ class Step:
 
     executors: Executors
     stacks: tuple[Stack, ...]
-    replay: object
+    replay: Callable[[], None] | None
 
 
 class EngineSpace:
@@ -139,7 +140,7 @@ class EngineSpace:
             replay = self.queue.record(lambda: self._enqueue(executors, wanted))
             self.cache.length = length
             self._steps[key] = Step(executors, tuple(stack for _, stack in parts), replay)
-        elif callable(step.replay):
+        elif step.replay is not None:
             step.replay()
             self.cache.advance(1)
         else:
@@ -207,7 +208,7 @@ def check_signature(engine: Executor, base: Base) -> None:
     wanted = {"inputs_embeds", "attention_mask"}
     given = {"last_hidden_state" if base.cache is None else "logits"}
     if base.cache is not None:
-        for past, present in cache_names(base.cache):
+        for past, present in base.cache.names():
             wanted.add(past)
             given.add(present)
     optional = set() if base.cache is None else {"position_ids", "logits_at", "write_indices"}

@@ -9,9 +9,10 @@ from typing import Protocol
 from adalink.runtime.engine import Array
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import Choice, DeviceBank, Layer
-from adalink.runtime.nvidia.device import Device, Executor, Mirror, Queue, as_stored
+from adalink.runtime.nvidia.device import Device, Executor, Mirror, Queue
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.profile import Profile
+from adalink.runtime.tensors import as_stored
 
 ENGINE = "engine"
 PREFILL, DECODE = 0, 1

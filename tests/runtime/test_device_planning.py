@@ -15,10 +15,11 @@ from adalink.runtime.manifest import Base, Cache
 from adalink.runtime.nvidia.bank import DeviceBank, DeviceKind
 from adalink.runtime.nvidia.cache import GrowingCache, InPlaceCache
 from adalink.runtime.nvidia.decoding import piece_length
-from adalink.runtime.nvidia.device import as_numbers, as_stored
+from adalink.runtime.nvidia.device import as_numbers
 from adalink.runtime.nvidia.profile import Profile, Span, default_profile, parse_profile, pieces, rounded_total
 from adalink.runtime.nvidia.slots import SlotTable
 from adalink.runtime.request import check_embeds
+from adalink.runtime.tensors import as_stored
 
 
 def base(**changes: object) -> Base:

@@ -16,7 +16,8 @@ from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS
 
 from adalink.runtime import Deployment
 from adalink.runtime.errors import IntegrityError, RequestError
-from adalink.runtime.placeholders import ImageEmbeds, _as_stored, prefix_names
+from adalink.runtime.placeholders import ImageEmbeds, prefix_names
+from adalink.runtime.tensors import as_stored
 
 NEW = 8
 A, B, C = (picture(seed, height, width) for seed, height, width in ((1, 30, 41), (2, 50, 24), (3, 24, 24)))
@@ -175,7 +176,7 @@ def test_bfloat16_bits_are_those_of_pytorch() -> None:
     values = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
     values[0, :4] = (1 + 2.0**-8, 1 + 3 * 2.0**-8, -0.0, 3e38)  # ties go to the even neighbour
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(_as_stored(values, "bfloat16"), expected)
+    np.testing.assert_array_equal(as_stored(values, "bfloat16"), expected)
 
 
 @pytest.mark.parametrize(
