@@ -26,18 +26,18 @@ def write_base(folder: Path, family: str = "llama") -> Path:
     return folder
 
 
-def write_data(folder: Path, seed: int = 5) -> Path:
+def write_data(folder: Path, seed: int = 5, labels: dict[str, str] = LABELS) -> Path:
     """Texts that repeat a letter, which says their class; no text occurs twice."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, seen = random.Random(seed), set()
     for split, count in SPLITS.items():
         lines = []
         while len(lines) < count:
-            letter = draw.choice("abc")
+            letter = draw.choice("".join(labels))
             text = "".join(draw.choice([letter, letter, "."]) for _ in range(9)) + letter
             if text not in seen:
                 seen.add(text)
-                lines.append(json.dumps({"text": text, "label": LABELS[letter]}))
+                lines.append(json.dumps({"text": text, "label": labels[letter]}))
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from adalink.runtime.errors import WriteError
-from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows
+from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows, shared_rows
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ summary.study.name }}</title>
@@ -46,6 +46,11 @@ def write_page(path: Path, summary: Mapping[str, Any], plots: Sequence[Path]) ->
         ("Accuracy", "In percent of the test rows: mean and standard deviation over seeds.", *accuracy_rows(summary)),
         (f"Paired with {summary['study']['compare_to']}", summary["paired"], *comparison_rows(summary)),
         ("All data sets together", "", *overall_rows(summary)),
+        (
+            "One for all",
+            "One trained on all data sets that are combined, beside one for each, whose parameters are added up.",
+            *shared_rows(summary),
+        ),
     ]
     try:
         images = [(plot.stem, base64.b64encode(plot.read_bytes()).decode("ascii")) for plot in plots]

@@ -22,6 +22,7 @@ class Cell:
     Attributes:
         base: the base.
         data: the data set.
+        parts: the entries that it combines.
         method: the method.
         size: rows learned from; ``None`` for all, and for what learns nothing.
         choose: a run for each learning rate; empty where there is nothing to choose.
@@ -30,6 +31,7 @@ class Cell:
 
     base: Base
     data: Data
+    parts: tuple[Data, ...]
     method: Method
     size: int | None
     choose: tuple[Run, ...]
@@ -76,10 +78,11 @@ def make_cells(study: Study) -> list[Cell]:
     cells = []
     for base in study.bases:
         for entry in study.data:
-            data = open_data(entry)
+            data = open_data(entry, study.parts(entry))
             digest_train = _train_digests(data)
+            methods = [method for method in study.methods if entry.methods is None or method.name in entry.methods]
             for place, size in enumerate(study.sizes):
-                for method in study.methods:
+                for method in methods:
                     if isinstance(method, ZeroShotMethod):
                         if place == 0:
                             cells.append(_zero_shot(study, base, entry, data, method, device))
@@ -161,19 +164,21 @@ def _trained(
 
     def run(purpose: str, seed: int, lr: float, steps: int, count: int | None) -> Run:
         return _run(study, base, entry, data, method, purpose, count, device,
-                    train_digest=digest_train(size, seed), size=size, seed=seed, lr=lr, max_steps=steps)  # fmt: skip
+                    train_digest=digest_train(size, seed), size=size, seed=seed, lr=lr,
+                    max_steps=times * steps)  # fmt: skip
 
-    search = study.search
+    search, parts = study.search, study.parts(entry)
+    times = max(1, len(parts))  # each data set is learned in as many steps as alone
     rates = method.lr if len(method.lr) > 1 else ()
-    choose = tuple(run("choose", search.seed, lr, search.max_steps, search.rows) for lr in rates)
+    choose = tuple(run("choose", search.seed, lr, search.max_steps, times * search.rows) for lr in rates)
     finals = tuple(run("final", seed, 0.0, study.training.max_steps, entry.test_rows) for seed in study.seeds)
-    return Cell(base, entry, method, size, choose, finals)
+    return Cell(base, entry, parts, method, size, choose, finals)
 
 
 def _zero_shot(study: Study, base: Base, entry: Data, data: DataSet, method: Method, device: str) -> Cell:
     final = _run(study, base, entry, data, method, "final", entry.test_rows, device,
                  train_digest="", size=None, seed=0, lr=0.0, max_steps=0)  # fmt: skip
-    return Cell(base, entry, method, None, (), (final,))
+    return Cell(base, entry, study.parts(entry), method, None, (), (final,))
 
 
 def _run(
@@ -187,7 +192,7 @@ def _run(
         base=base.name,
         base_digest=open_base(base.model).digest,
         data=entry.name,
-        words=entry.words,
+        words=max(part.words for part in study.parts(entry) or (entry,)),
         scored_digest=digest_rows(data, scored),
         scored_rows=len(scored),
         method={key: value for key, value in settings.items() if key not in ("lr", "name", "sizes")},

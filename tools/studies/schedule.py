@@ -127,9 +127,9 @@ def _keep(future: Future[dict[str, Any]], run: Run, folder: Path, finished: Fini
 
 def _submit(executor: Executor | None, cell: Cell, run: Run) -> Future[dict[str, Any]]:
     if executor is not None:
-        return executor.submit(perform, run, cell.base.model, cell.data, cell.method)
+        return executor.submit(perform, run, cell.base.model, cell.data, cell.method, cell.parts)
     done: Future[dict[str, Any]] = Future()
-    done.set_result(perform(run, cell.base.model, cell.data, cell.method))
+    done.set_result(perform(run, cell.base.model, cell.data, cell.method, cell.parts))
     return done
 
 

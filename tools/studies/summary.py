@@ -47,6 +47,7 @@ def summarize(study: Study, cells: Sequence[Cell], finished: Mapping[str, Mappin
         "cells": groups,
         "comparisons": _comparisons(study, groups),
         "overall": _overall(study, groups),
+        "shared": _shared(study, groups),
     }
 
 
@@ -80,10 +81,9 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         "accuracy": None,
     }
     if results:
-        mean, deviation = mean_and_deviation([result["accuracy"] for result in results.values()])
         some = next(iter(results.values()))
         group |= {
-            "accuracy": {"mean": mean, "deviation": deviation},
+            "accuracy": _accuracy([result["accuracy"] for result in results.values()]),
             "trained_parameters": some["trained_parameters"],
             "parameter_share": some["trained_parameters"] / some["base_parameters"],
             "train_seconds": mean_and_deviation([result["train_seconds"] for result in results.values()])[0],
@@ -91,7 +91,17 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "test_rows": some["rows"],
             "diverged": sum(result["diverged"] for result in results.values()),
         }
+    if results and cell.parts:
+        group["parts"] = {
+            part.name: _accuracy([result["part_accuracy"][part.name] for result in results.values()])
+            for part in cell.parts
+        }
     return group
+
+
+def _accuracy(values: Sequence[float]) -> dict[str, float | None]:
+    mean, deviation = mean_and_deviation(values)
+    return {"mean": mean, "deviation": deviation}
 
 
 def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -119,7 +129,8 @@ def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict
 def _overall(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The pairs of all data sets together, for each base, size and method."""
     pooled: dict[tuple[str, Any, str], list[dict[str, Any]]] = {}
-    for comparison in _comparisons(study, groups):
+    single = {entry.name for entry in study.data if entry.combine is None}
+    for comparison in _comparisons(study, [group for group in groups if group["data"] in single]):
         key = (comparison["base"], comparison["size"], comparison["method"])
         pooled.setdefault(key, []).append(comparison)
     found = []
@@ -130,6 +141,29 @@ def _overall(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str
             "data": [comparison["data"] for comparison in comparisons], "pairs": len(differences),
             "mean": mean_and_deviation(differences)[0], "p_value": sign_flip_test(differences),
         })  # fmt: skip
+    return found
+
+
+def _shared(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One of a method for each data set against one for all of them: accuracy on each, and parameters together."""
+    places = _by_place(groups)
+    measured = {place: group for place, group in places.items() if group["accuracy"] is not None}
+    found = []
+    for entry in study.data:
+        for base, size, method in dict.fromkeys((place[0], place[2], place[3]) for place in measured):
+            alone = [measured.get((base, name, size, method)) for name in entry.combine or ()]
+            together = measured.get((base, entry.name, size, method))
+            if together is None:
+                continue
+            measured_alone = [group for group in alone if group is not None]
+            parameters = sum(group["trained_parameters"] for group in measured_alone)
+            for name, own in zip(entry.combine or (), alone, strict=True):
+                found.append({
+                    "base": base, "data": name, "size": size, "method": method, "combined": entry.name,
+                    "alone": own and own["accuracy"], "together": together["parts"][name],
+                    "parameters_alone": parameters if len(measured_alone) == len(alone) else None,
+                    "parameters_together": together["trained_parameters"],
+                })  # fmt: skip
     return found
 
 

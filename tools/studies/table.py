@@ -49,6 +49,17 @@ def overall_rows(summary: Mapping[str, Any]) -> Table:
     return columns, rows
 
 
+def shared_rows(summary: Mapping[str, Any]) -> Table:
+    """Columns and rows: one of a method for each data set, and one for all that are combined."""
+    columns = ("base", "data", "rows", "method", "one a data set", "one for all", "parameters", "of the one for all")
+    rows: Rows = [
+        (*_place(pair), *("-" if pair[name] is None else _percent(pair[name]) for name in ("alone", "together")),
+         *("-" if pair[name] is None else f"{pair[name]:,}" for name in ("parameters_alone", "parameters_together")))
+        for pair in summary["shared"]
+    ]  # fmt: skip
+    return columns, rows
+
+
 def _place(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return entry["base"], entry["data"], str(entry["size"]), entry["method"]
 

@@ -46,6 +46,7 @@ class DataSet:
         train: rows to learn from.
         validation: rows that choose the learning rate.
         test: rows that results are measured on, and nothing else.
+        parts: the data sets that this one is made of; none for one of its own (``adalink.training.study.combined``).
 
     Raises:
         DataError: two splits share a text, or a row has no class.
@@ -57,6 +58,7 @@ class DataSet:
     train: Sequence[Labelled]
     validation: Sequence[Labelled]
     test: Sequence[Labelled]
+    parts: tuple[DataSet, ...] = ()
 
     def __post_init__(self) -> None:
         texts = {split: {row.text for row in getattr(self, split)} for split in ("train", "validation", "test")}
@@ -77,6 +79,11 @@ class DataSet:
     def prompt(self, row: Labelled) -> str:
         """What a decoder is given for a row."""
         return self.template.format(text=row.text)
+
+    @property
+    def part_of(self) -> tuple[int, ...]:
+        """The part that each label belongs to: only labels of one part are told apart."""
+        return tuple(index for index, part in enumerate(self.parts or (self,)) for _ in part.labels)
 
     def subset(self, size: int | None, seed: int) -> list[Labelled]:
         """``size`` rows of train (``None``: all), drawn by ``seed``; a smaller subset lies within a larger one.
@@ -183,7 +190,7 @@ def _load(name: str, words: int) -> DataSet:
         kept[split] = tuple(Labelled(text, rows[text]) for text in chosen)
         seen |= rows.keys()
     labels = tuple(source.label_texts.get(label, label) for label in classes)
-    return DataSet(name, source.template, labels, **kept)
+    return DataSet(name, source.template, labels, kept["train"], kept["validation"], kept["test"])
 
 
 def _load_own(name: str, words: int, folder: Path, template: str) -> DataSet:
@@ -192,7 +199,7 @@ def _load_own(name: str, words: int, folder: Path, template: str) -> DataSet:
     splits: dict[str, list[Labelled]] = {"train": [], "validation": [], "test": []}
     for row in sourced:
         splits[row.split].append(Labelled(_cut(row.text, words), classes.index(row.label)))
-    return DataSet(name, template, tuple(classes), **splits)
+    return DataSet(name, template, tuple(classes), splits["train"], splits["validation"], splits["test"])
 
 
 def _cut(text: str, words: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import math
 import platform
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.base_model import load_base, load_tokenizer
+from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, digest_rows, load_data
 from adalink.training.study.methods import tune
 from adalink.training.study.scoring import Task, embed_labels, make_task
@@ -116,9 +118,17 @@ def open_base(spec: str) -> LoadedBase:
     return LoadedBase(model, tokenizer, digest_bytes("\n".join(parts).encode()))
 
 
-def open_data(entry: Data) -> DataSet:
-    """The data set of a study's entry; raises ``DataError``."""
-    return load_data(entry.name, entry.words, entry.folder, entry.template)
+def open_data(entry: Data, parts: Sequence[Data] = ()) -> DataSet:
+    """The data set of a study's entry; raises ``DataError``.
+
+    Args:
+        entry: the entry.
+        parts: those that it combines; each gives as many test rows as it is scored on.
+    """
+    if not parts:
+        return load_data(entry.name, entry.words, entry.folder, entry.template)
+    opened = [(open_data(part), part.test_rows) for part in parts]
+    return combine(entry.name, [replace(data, test=data.test[:count]) for data, count in opened])
 
 
 def choose_scored(data: DataSet, purpose: str, count: int | None) -> Sequence[Labelled]:
@@ -127,7 +137,7 @@ def choose_scored(data: DataSet, purpose: str, count: int | None) -> Sequence[La
     return rows if count is None else rows[:count]
 
 
-def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
+def perform(run: Run, base: str, entry: Data, method: Method, parts: Sequence[Data] = ()) -> dict[str, Any]:
     """Do a run.
 
     The base and the data set are loaded once a process. Scores: accuracy, accuracy of each class, and the mean
@@ -138,6 +148,7 @@ def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
         base: where the base is, as for ``open_base``.
         entry: where the data set is.
         method: the method of ``run.method``.
+        parts: the entries that it combines.
 
     Returns:
         the finished run: ``run``, ``result`` and ``versions``, fit for strict JSON.
@@ -145,7 +156,7 @@ def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
     Raises:
         AdaLinkError: the base, the method or the data cannot be used, or base or data are no longer the run's.
     """
-    loaded, data = open_base(base), open_data(entry)
+    loaded, data = open_base(base), open_data(entry, parts)
     scored = choose_scored(data, run.purpose, run.scored_rows)
     rows = data.subset(run.size, run.seed) if run.train_digest else []
     _check_unchanged(run, loaded, data, rows, scored)
@@ -157,7 +168,7 @@ def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
     curve = [] if isinstance(method, ZeroShotMethod) else _train(task, rows, run)
     trained = time.perf_counter()
     task.eval()
-    result = measure(task, scored, len(data.labels))
+    result = measure(task, scored, data)
     return {
         "run": msgspec.to_builtins(run),
         "result": {
@@ -177,23 +188,30 @@ def perform(run: Run, base: str, entry: Data, method: Method) -> dict[str, Any]:
     }
 
 
-def measure(task: Task, rows: Sequence[Labelled], labels: int) -> dict[str, Any]:
+def measure(task: Task, rows: Sequence[Labelled], data: DataSet) -> dict[str, Any]:
     """Score rows: ``accuracy``, ``class_accuracy`` (``None`` for a class without rows), ``loss``, ``rows``.
 
-    Scores that are not numbers count as wrong answers; the loss is ``None`` then.
+    Scores that are not numbers count as wrong answers; the loss is ``None`` then. For a combined data set also
+    ``part_accuracy``, by the names of its parts.
     """
-    order = sorted(rows, key=lambda row: len(row.text))  # rows of a length beside each other: less padding
-    right, seen, losses = [0] * labels, [0] * labels, []
-    for start in range(0, len(order), _SCORED_ROWS):
-        batch = order[start : start + _SCORED_ROWS]
-        scores = task.scores(batch).float().cpu()
-        answers = torch.where(scores.isfinite().all(dim=1), scores.argmax(dim=1), -1).tolist()
-        wanted = torch.tensor([row.label for row in batch])
-        losses.append(-scores.log_softmax(dim=1).gather(1, wanted.unsqueeze(1)).double().sum().item())
-        for row, answer in zip(batch, answers, strict=True):
-            seen[row.label] += 1
-            right[row.label] += answer == row.label
-    return {
+    part_of = data.part_of
+    # Rows of a length beside each other: less padding.
+    order = sorted(rows, key=lambda row: (part_of[row.label], len(row.text)))
+    right, seen, losses = [0] * len(data.labels), [0] * len(data.labels), []
+    for _, own in itertools.groupby(order, key=lambda row: part_of[row.label]):
+        part = list(own)
+        for start in range(0, len(part), _SCORED_ROWS):
+            batch = part[start : start + _SCORED_ROWS]
+            scores = task.scores(batch).float().cpu()
+            is_rival = torch.tensor([number == part_of[batch[0].label] for number in part_of])
+            is_scored = scores[:, is_rival].isfinite().all(dim=1)
+            answers = torch.where(is_scored, scores.argmax(dim=1), -1).tolist()
+            wanted = torch.tensor([row.label for row in batch])
+            losses.append(-scores.log_softmax(dim=1).gather(1, wanted.unsqueeze(1)).double().sum().item())
+            for row, answer in zip(batch, answers, strict=True):
+                seen[row.label] += 1
+                right[row.label] += answer == row.label
+    result = {
         "accuracy": sum(right) / len(order),
         "class_accuracy": [
             hits / count if count else None for hits, count in zip(right, seen, strict=True)
@@ -201,6 +219,18 @@ def measure(task: Task, rows: Sequence[Labelled], labels: int) -> dict[str, Any]
         "loss": _finite(sum(losses) / len(order)),
         "rows": len(order),
     }  # fmt: skip
+    if data.parts:
+        result["part_accuracy"] = {
+            part.name: _share(right, seen, [number == index for number in part_of])
+            for index, part in enumerate(data.parts)
+        }
+    return result
+
+
+def _share(right: Sequence[int], seen: Sequence[int], chosen: Sequence[bool]) -> float | None:
+    """Accuracy over the chosen classes; ``None`` where they have no rows."""
+    count = sum(itertools.compress(seen, chosen))
+    return sum(itertools.compress(right, chosen)) / count if count else None
 
 
 def _train(task: Task, rows: list[Labelled], run: Run) -> list[dict[str, Any]]:

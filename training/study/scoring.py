@@ -48,7 +48,10 @@ class Task(ABC, nn.Module):
 
     @abstractmethod
     def scores(self, rows: Sequence[Labelled]) -> torch.Tensor:
-        """Score of each label, float32 with shape ``(rows, labels)``: the highest is the answer."""
+        """Score of each label, float32 with shape ``(rows, labels)``: the highest is the answer.
+
+        The rows are of one part of the data set; labels of other parts get ``-inf``.
+        """
 
 
 def make_task(
@@ -57,7 +60,7 @@ def make_task(
     """The task of a data set for a decoder, or, given ``label_vectors``, for an encoder."""
     if label_vectors is None:
         return TextToText(tuned, tokenizer, data)
-    return NearestLabel(tuned, tokenizer, label_vectors)
+    return NearestLabel(tuned, tokenizer, label_vectors, data.part_of)
 
 
 class TextToText(Task):
@@ -74,9 +77,10 @@ class TextToText(Task):
         self._labels = [
             list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"]) for label in data.labels
         ]  # fmt: skip
+        part_of = data.part_of
         for one, tokens in enumerate(self._labels):
             for other, longer in enumerate(self._labels):
-                if one != other and longer[: len(tokens)] == tokens:
+                if one != other and part_of[one] == part_of[other] and longer[: len(tokens)] == tokens:
                     raise DataError(
                         f"data set {data.name}: the tokens of label {data.labels[one]!r} begin those of "
                         f"{data.labels[other]!r}, so their likelihoods cannot be compared; give one another text"
@@ -103,10 +107,13 @@ class TextToText(Task):
         """Log-likelihood of each label's text, ``(rows, labels)``; a prompt is computed once for all labels."""
         batch = pad_decoder([Example(self._prompt(row), []) for row in rows], 0)
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-        longer = [index for index, tokens in enumerate(self._labels) if len(tokens) > 1]
+        part_of = self._data.part_of
+        own = [index for index, part in enumerate(part_of) if part == part_of[rows[0].label]]
+        longer = [index for index in own if len(self._labels[index]) > 1]
         output = self._run(ids, mask, 1, use_cache=bool(longer))
         first = output.logits[:, -1].float().log_softmax(dim=-1)
-        result: torch.Tensor = first[:, [tokens[0] for tokens in self._labels]]
+        result: torch.Tensor = first.new_full((len(rows), len(self._labels)), float("-inf"))
+        result[:, own] = first[:, [self._labels[index][0] for index in own]]
         if longer:
             mask = torch.cat([mask.new_ones(len(rows), self.tuned.soft_tokens), mask], dim=1)
             step = max(1, _BRANCHES // len(rows))
@@ -158,14 +165,23 @@ class NearestLabel(Task):
         tuned: the encoder.
         tokenizer: its tokenizer.
         label_vectors: unit vectors with shape ``(labels, d)``.
+        part_of: as ``DataSet.part_of``.
     """
 
     label_vectors: torch.Tensor
+    part_of: torch.Tensor
 
-    def __init__(self, tuned: Tuned, tokenizer: PreTrainedTokenizerBase, label_vectors: torch.Tensor) -> None:
+    def __init__(
+        self,
+        tuned: Tuned,
+        tokenizer: PreTrainedTokenizerBase,
+        label_vectors: torch.Tensor,
+        part_of: Sequence[int],
+    ) -> None:
         super().__init__(tuned)
         self._tokenizer = tokenizer
         self.register_buffer("label_vectors", label_vectors)
+        self.register_buffer("part_of", torch.tensor(part_of))
 
     def collate(self, rows: Sequence[Labelled]) -> dict[str, torch.Tensor]:
         """Ids and mask with shape ``(rows, seq)``, labels with shape ``(rows,)``."""
@@ -176,14 +192,19 @@ class NearestLabel(Task):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Mean loss of a batch that ``collate`` made."""
-        return {"loss": functional.cross_entropy(_COSINE_SCALE * self._cosines(input_ids, attention_mask), labels)}
+        scores = self._scores(input_ids, attention_mask, labels)
+        return {"loss": functional.cross_entropy(scores, labels)}
 
     @torch.inference_mode()
     def scores(self, rows: Sequence[Labelled]) -> torch.Tensor:
         """Cosines times 20, ``(rows, labels)``."""
         batch = self.collate(rows)
-        cosines = self._cosines(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
-        return _COSINE_SCALE * cosines
+        return self._scores(*(batch[name].to(self.device) for name in ("input_ids", "attention_mask", "labels")))
+
+    def _scores(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cosines times 20, ``-inf`` for labels of other parts than a row's own."""
+        others = self.part_of[labels].unsqueeze(1) != self.part_of
+        return (_COSINE_SCALE * self._cosines(ids, mask)).masked_fill(others, float("-inf"))
 
     def _cosines(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         embeds, wide_mask = self.tuned.embed(ids, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -97,6 +98,9 @@ class Data(_Entry, frozen=True, kw_only=True):
         template: what a decoder is given for a row of the folder.
         words: how many words of a text are kept.
         test_rows: how many rows of test are scored; ``None`` for all.
+        combine: names of other entries: this one is all of them together, each with its own wording, labels and
+            ``test_rows``; it is learned in as many times the steps.
+        methods: names of the methods that are run on it; ``None`` for all.
     """
 
     name: Name
@@ -104,6 +108,8 @@ class Data(_Entry, frozen=True, kw_only=True):
     template: Annotated[str, Meta(pattern=r"\{text\}")] = DEFAULT_TEMPLATE
     words: Count = 32
     test_rows: Count | None = None
+    combine: Annotated[tuple[Name, ...], Meta(min_length=2)] | None = None
+    methods: Annotated[tuple[Name, ...], Meta(min_length=1)] | None = None
 
 
 class Training(_Entry, frozen=True, kw_only=True):
@@ -135,6 +141,10 @@ class Study(_Entry, frozen=True, kw_only=True):
     bases: Annotated[tuple[Base, ...], Meta(min_length=1)]
     data: Annotated[tuple[Data, ...], Meta(min_length=1)]
     methods: Annotated[tuple[Method, ...], Meta(min_length=1)]
+
+    def parts(self, entry: Data) -> tuple[Data, ...]:
+        """The entries that a data set combines; none for one of its own."""
+        return tuple(other for name in entry.combine or () for other in self.data if other.name == name)
 
 
 def read_study(path: Path) -> Study:
@@ -170,11 +180,17 @@ def _check(study: Study, path: Path) -> None:
             f"study {path}: $.search.seed is {study.search.seed}, which is in $.seeds: a learning rate must not be "
             "chosen with a seed that is measured; take another"
         )
+    single = [data.name for data in study.data if data.combine is None]
     for index, data in enumerate(study.data):
-        if data.folder is None and data.name not in SOURCES:
+        field = f"study {path}: $.data[{index}]"
+        if unknown := [name for name in data.methods or () if name not in names]:
+            raise ConfigError(f"{field}.methods has {unknown[0]!r}, expected some of {', '.join(names)}")
+        if data.combine is not None:
+            _check_combined(data, field, single)
+        elif data.folder is None and data.name not in SOURCES:
             raise ConfigError(
-                f"study {path}: $.data[{index}].name is {data.name!r}, expected one of {', '.join(SOURCES)}, or a "
-                "`folder` with train.jsonl, validation.jsonl and test.jsonl"
+                f"{field}.name is {data.name!r}, expected one of {', '.join(SOURCES)}, or a `folder` with "
+                "train.jsonl, validation.jsonl and test.jsonl"
             )
     for index, method in enumerate(study.methods):
         if not isinstance(method, ZeroShotMethod):
@@ -188,6 +204,21 @@ def _check(study: Study, path: Path) -> None:
                 f"study {path}: $.methods[{index}].activation is {method.activation!r}, expected one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
+
+
+def _check_combined(data: Data, field: str, single: Sequence[str]) -> None:
+    """A combined data set is made of others, each once, and has nothing of its own."""
+    assert data.combine is not None
+    if unknown := [name for name in data.combine if name not in single]:
+        raise ConfigError(
+            f"{field}.combine has {unknown[0]!r}, expected names of data sets of this study that combine none: "
+            f"{', '.join(single)}"
+        )
+    if len(set(data.combine)) < len(data.combine):
+        raise ConfigError(f"{field}.combine is {', '.join(data.combine)}: expected each once")
+    for own in ("folder", "template", "words", "test_rows"):
+        if getattr(data, own) != getattr(Data(name=data.name), own):
+            raise ConfigError(f"{field} has both combine and {own}: leave {own} to the data sets that it combines")
 
 
 def _refuse_twice(path: Path, field: str, values: list[str]) -> None:

@@ -151,6 +151,41 @@ def test_a_method_may_be_run_with_some_sizes(places, tmp_path):
     assert everything == {run.file_name for cell in plain for run in (*cell.choose, *cell.finals)}
 
 
+def test_one_for_all(places, tmp_path):
+    other = write_data(tmp_path / "ends", seed=6, labels={"x": "ant", "y": "yes", "z": "no"})
+    more = f"""
+[[data]]
+name = "ends"
+folder = "{other}"
+methods = ["AdaLink 8"]
+
+[[data]]
+name = "both"
+combine = ["letters", "ends"]
+methods = ["AdaLink 8", "LoRA 2"]
+"""
+    methods = METHODS.replace("lr = [1e-2, 1e-3]", "lr = [1e-2]")
+    study = write_study(places, tmp_path, methods + more, seeds=[1])
+    result = invoke(study, "--out", tmp_path / "out")
+    assert "one for each data set, and one for all" in result.stdout
+    runs = contents(tmp_path / "out").values()
+    assert sorted((c["run"]["data"], c["run"]["method"]["kind"], c["run"]["max_steps"]) for c in runs) == [
+        ("both", "adalink", 24), ("both", "lora", 24), ("ends", "adalink", 12),
+        ("letters", "adalink", 12), ("letters", "lora", 12), ("letters", "zero-shot", 0),
+    ]  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {tuple(pooled["data"]) for pooled in summary["overall"]} == {("letters",)}
+    alone = {(c["run"]["data"], c["run"]["method"]["kind"]): c["result"] for c in runs}
+    shared = {(pair["data"], pair["method"]): pair for pair in summary["shared"]}
+    assert shared.keys() == {(data, name) for data in ("letters", "ends") for name in ("AdaLink 8", "LoRA 2")}
+    ours = shared["ends", "AdaLink 8"]
+    assert ours["alone"]["mean"] == alone["ends", "adalink"]["accuracy"]
+    assert ours["together"]["mean"] == alone["both", "adalink"]["part_accuracy"]["ends"]
+    assert ours["parameters_alone"] == 2 * ours["parameters_together"] == 2 * 2 * 8 * 48
+    assert (shared["ends", "LoRA 2"]["alone"], shared["ends", "LoRA 2"]["parameters_alone"]) == (None, None)
+    assert shared["letters", "LoRA 2"]["alone"]["mean"] == alone["letters", "lora"]["accuracy"]
+
+
 def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch):
     study, count, real = write_study(places, tmp_path), [0], schedule.perform
 

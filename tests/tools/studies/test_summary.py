@@ -63,7 +63,7 @@ def made():
                 choose = tuple(msgspec.structs.replace(finals[0], purpose="choose", lr=lr) for lr in (1e-2, 1e-3))
                 for run in choose:
                     finished[run.file_name] = content(run, run.lr, method.name)
-            cells.append(Cell(study.bases[0], data, method, None, choose, tuple(finals)))
+            cells.append(Cell(study.bases[0], data, (), method, None, choose, tuple(finals)))
             for run in finals:
                 if run.seed in accuracy:
                     run = msgspec.structs.replace(run, lr=rate)

@@ -61,7 +61,7 @@ def make(family, method, data):
     tuned = tune(base, method)
     if vectors is None:
         return TextToText(tuned, make_tokenizer(), data)
-    return NearestLabel(tuned, make_tokenizer(), vectors)
+    return NearestLabel(tuned, make_tokenizer(), vectors, data.part_of)
 
 
 def method_of(family, name):

@@ -15,7 +15,7 @@ from study_support import write_base, write_data
 
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.study import perform as module
-from adalink.training.study.data import Labelled, digest_rows
+from adalink.training.study.data import DataSet, Labelled, digest_rows
 from adalink.training.study.perform import Run, choose_scored, measure, open_base, open_data, perform, resolve_device
 from adalink.training.study.settings import AdaLinkMethod, Data, LoraMethod, ZeroShotMethod
 
@@ -109,7 +109,7 @@ def seen(monkeypatch, entry):
     data = open_data(entry)
     hidden = dataclasses.replace(data)
     object.__setattr__(hidden, "test", _Poisoned(data.test))
-    monkeypatch.setattr(module, "open_data", lambda _: hidden)
+    monkeypatch.setattr(module, "open_data", lambda *_: hidden)
     texts = {"train": set(), "scored": set()}
     collate, scores = module.Trainer, module.measure
 
@@ -119,9 +119,9 @@ def seen(monkeypatch, entry):
             options["data_collator"] = lambda rows: (texts["train"].update(r.text for r in rows), inner(rows))[1]
             super().__init__(**options)
 
-    def watched_measure(task, rows, labels):
+    def watched_measure(task, rows, data):
         texts["scored"].update(row.text for row in rows)
-        return scores(task, rows, labels)
+        return scores(task, rows, data)
 
     monkeypatch.setattr(module, "Trainer", Watched)
     monkeypatch.setattr(module, "measure", watched_measure)
@@ -150,6 +150,11 @@ def test_changed_data_or_base_are_refused(base, entry):
         perform(make_run(base, entry, base_digest="sha256:other"), base, entry, METHOD)
 
 
+def named(*labels):
+    """A data set with those labels."""
+    return DataSet("letters", "{text}", labels, [Labelled("x", 0)], [Labelled("y", 0)], [Labelled("z", 0)])
+
+
 def test_a_run_that_diverges_is_told_and_scored_as_wrong(base, entry):
     method = LoraMethod(name="m", lr=(0.9,), rank=2, targets="all-linear")
     run = make_run(base, entry, lr=0.999999, max_steps=8)
@@ -158,7 +163,7 @@ def test_a_run_that_diverges_is_told_and_scored_as_wrong(base, entry):
         def scores(self, rows):
             return torch.full((len(rows), 3), float("nan"))
 
-    result = measure(Broken(), [Labelled("a", 0), Labelled("b", 2)], 3)
+    result = measure(Broken(), [Labelled("a", 0), Labelled("b", 2)], named("a", "b", "c"))
     assert result == {"accuracy": 0.0, "class_accuracy": [0.0, None, 0.0], "loss": None, "rows": 2}
     json.dumps(perform(run, base, entry, method), allow_nan=False)
 
@@ -170,7 +175,7 @@ def test_scores_are_counted_by_hand():
         def scores(self, rows):
             return torch.tensor([table[row.text] for row in rows])
 
-    result = measure(Fixed(), [Labelled("cccc", 1), Labelled("aa", 0), Labelled("b", 0)], 2)
+    result = measure(Fixed(), [Labelled("cccc", 1), Labelled("aa", 0), Labelled("b", 0)], named("a", "b"))
     assert result["accuracy"] == pytest.approx(2 / 3)
     assert result["class_accuracy"] == [0.5, 1.0]
     losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), math.log1p(math.exp(-3))]

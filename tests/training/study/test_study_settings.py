@@ -60,6 +60,44 @@ def test_a_wrong_field_is_named(tmp_path, old, new, message):
         read(tmp_path, TEXT.replace(old, new))
 
 
+COMBINED = """
+[[data]]
+name = "both"
+combine = ["letters", "reuters-r8"]
+methods = ["LoRA 2"]
+
+[[data]]
+name = "reuters-r8"
+"""
+
+
+def test_data_sets_are_combined(tmp_path):
+    study = read(tmp_path, TEXT + COMBINED)
+    assert [part.name for part in study.parts(study.data[1])] == ["letters", "reuters-r8"]
+    assert study.parts(study.data[0]) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            '"reuters-r8"]',
+            '"reuters-r52"]',
+            r"\$\.data\[1\]\.combine has 'reuters-r52', expected .*letters, reut",
+        ),
+        ('"reuters-r8"]', '"both"]', r"\$\.data\[1\]\.combine has 'both', expected names of data sets .* combine none"),
+        ('"reuters-r8"]', '"letters"]', r"\$\.data\[1\]\.combine is letters, letters: expected each once"),
+        (', "reuters-r8"]', "]", r"\$\.data\[1\]\.combine`"),
+        ("methods =", "words = 3\nmethods =", r"\$\.data\[1\] has both combine and words: leave words to"),
+        ('["LoRA 2"]', '["LoRA 3"]', r"\$\.data\[1\]\.methods has 'LoRA 3', expected some of AdaLink 8, LoRA 2, none"),
+    ],
+)
+def test_a_wrong_combination_is_named(tmp_path, old, new, message):
+    assert COMBINED.count(old) == 1
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, TEXT + COMBINED.replace(old, new))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
         read_study(tmp_path / "none.toml")
