@@ -35,7 +35,7 @@ def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_r
     base, data set, method and size the learning rate is chosen on validation rows, then every seed is trained with it
     and measured on test rows. A finished run is a file of OUT/runs, named by the digest of its settings and data: it is
     not done again, so an interrupted study goes on where it was. The end is OUT/summary.json, plots, and
-    OUT/study.html, which needs no other file.
+    OUT/study.html, which needs no other file, and OUT/study.md.
 
     \b
     Example:
@@ -67,13 +67,13 @@ def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_r
 
 def _report(study: Study, cells: Sequence[Cell], finished: Finished, out: Path) -> dict[str, Any]:
     """Write summary, plots and page; the summary."""
-    from adalink.tools.studies.page import write_page
+    from adalink.tools.studies.page import write_pages
     from adalink.tools.studies.plots import draw
     from adalink.tools.studies.summary import summarize
 
     summary = summarize(study, cells, finished)
     write_json(out / "summary.json", summary, option="--out")
-    write_page(out / "study.html", summary, draw(summary, out / "plots"))
+    write_pages(out, summary, draw(summary, out / "plots"))
     return summary
 
 

@@ -1,4 +1,4 @@
-"""The page of a study: one HTML file that holds its images and needs no network."""
+"""What a study leaves to read: one HTML file that holds its images and needs no network, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -40,8 +40,41 @@ th { background: #f2f2f2; text-align: left; } td { font-variant-numeric: tabular
 """
 
 
-def write_page(path: Path, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
-    """Write the page; raises ``WriteError``."""
+_MARKDOWN = """# {{ summary.study.name }}
+
+{{ summary.study.description }}
+
+{{ summary.runs.finished }} runs are finished, {{ summary.runs.open }} are open.
+Devices: {{ summary.devices | join(", ") or "none" }}.
+{{ summary.scoring }}
+{% for title, note, columns, rows in tables if rows %}
+## {{ title }}
+{% if note %}
+{{ note }}
+{% endif %}
+| {{ columns | join(" | ") }} |
+|{{ " --- |" * (columns | length) }}
+{% for row in rows -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{%- endfor %}
+{%- for plot in plots %}
+![Accuracy against {{ plot.stem }}](plots/{{ plot.name }})
+{% endfor %}
+## Versions
+
+{% for name, found in summary.versions.items() %}{{ name }} {{ found | join(" and ") }}. {% endfor %}
+"""
+
+
+def write_pages(out: Path, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
+    """Write ``study.html`` and ``study.md``; raises ``WriteError``.
+
+    Args:
+        out: the study's folder.
+        summary: what ``summarize`` gave.
+        plots: PNG files in ``out / "plots"``.
+    """
     tables = [
         ("Accuracy", "In percent of the test rows: mean and standard deviation over seeds.", *accuracy_rows(summary)),
         (f"Paired with {summary['study']['compare_to']}", summary["paired"], *comparison_rows(summary)),
@@ -54,7 +87,9 @@ def write_page(path: Path, summary: Mapping[str, Any], plots: Sequence[Path]) ->
     ]
     try:
         images = [(plot.stem, base64.b64encode(plot.read_bytes()).decode("ascii")) for plot in plots]
-        page = jinja2.Environment(autoescape=True).from_string(_TEMPLATE)
-        path.write_text(page.render(summary=summary, tables=tables, images=images), encoding="utf-8")
+        for name, template, escapes in (("study.html", _TEMPLATE, True), ("study.md", _MARKDOWN, False)):
+            page = jinja2.Environment(autoescape=escapes, keep_trailing_newline=True).from_string(template)
+            text = page.render(summary=summary, tables=tables, images=images, plots=plots)
+            (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise WriteError(f"study: cannot write {path}: {error.strerror}; choose a writable --out") from error
+        raise WriteError(f"study: cannot write {error.filename}: {error.strerror}; choose a writable --out") from error

@@ -12,7 +12,7 @@ import pytest
 from study_support import METHODS, study_text
 
 from adalink.runtime.errors import WriteError
-from adalink.tools.studies.page import write_page
+from adalink.tools.studies.page import write_pages
 from adalink.tools.studies.plan import Cell
 from adalink.tools.studies.plots import draw
 from adalink.tools.studies.summary import summarize
@@ -188,7 +188,7 @@ def test_training_sizes_are_drawn_in_their_order(made, tmp_path, shown):
 def test_the_page_holds_all_it_shows(made, tmp_path):
     summary = summarize(*made)
     plots = draw(summary, tmp_path / "plots")
-    write_page(tmp_path / "study.html", summary, plots)
+    write_pages(tmp_path, summary, plots)
     page = (tmp_path / "study.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert [base64.b64decode(image) for image in images] == [plot.read_bytes() for plot in plots]
@@ -199,9 +199,22 @@ def test_the_page_holds_all_it_shows(made, tmp_path):
     assert str(tmp_path) not in page
 
 
+def test_the_markdown_has_the_same_tables(made, tmp_path):
+    summary = summarize(*made)
+    write_pages(tmp_path, summary, draw(summary, tmp_path / "plots"))
+    text = (tmp_path / "study.md").read_text()
+    for columns, rows in (accuracy_rows(summary), comparison_rows(summary), overall_rows(summary)):
+        table = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        assert "\n".join(table + ["| " + " | ".join(row) + " |" for row in rows]) + "\n" in text
+    assert "## One for all" not in text  # this study combines nothing
+    for plot in re.findall(r"\]\((plots/[^)]+)\)", text):
+        assert (tmp_path / plot).is_file()
+    assert str(tmp_path) not in text
+
+
 def test_a_folder_that_cannot_be_written_is_told(made, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="choose a writable --out"):
         draw(summarize(*made), tmp_path / "file" / "plots")
     with pytest.raises(WriteError, match="choose a writable --out"):
-        write_page(tmp_path / "file" / "page.html", summarize(*made), [])
+        write_pages(tmp_path / "file", summarize(*made), [])
