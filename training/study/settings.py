@@ -15,7 +15,7 @@ from adalink.training.study.data import DEFAULT_TEMPLATE, SOURCES
 
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Seed: TypeAlias = Annotated[int, Meta(ge=0, lt=1 << 32)]
-Rate: TypeAlias = Annotated[float, Meta(gt=0, lt=1)]
+Rate: TypeAlias = Annotated[float, Meta(gt=0, lt=10)]
 Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.+ -]*$")]
 Rates: TypeAlias = Annotated[tuple[Rate, ...], Meta(min_length=1)]
 Size: TypeAlias = Count | Literal["all"]

@@ -40,7 +40,7 @@ def test_a_study_is_read(tmp_path):
         ('targets = "attention"', 'targets = "heads"', r"'heads' - at `\$\.methods\[1\]\.targets`"),
         ("rank = 8", 'rank = 8\nactivation = "sine"', r"\$\.methods\[0\]\.activation is 'sine', expected one of ident"),
         ("lr = [1e-2]", "lr = []", r"\$\.methods\[1\]\.lr`"),
-        ("lr = [1e-2]", "lr = [1.5]", r"\$\.methods\[1\]\.lr\[0\]`"),
+        ("lr = [1e-2]", "lr = [15.0]", r"\$\.methods\[1\]\.lr\[0\]`"),
         ("max_steps = 12", 'max_steps = "12"', r"\$\.training\.max_steps`"),
         ('sizes = ["all"]', "sizes = [0]", r"\$\.sizes"),
         ('sizes = ["all"]', 'sizes = ["all", "all"]', r"\$\.sizes has 'all' twice"),
@@ -103,7 +103,7 @@ def test_a_missing_file_is_named(tmp_path):
         read_study(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("name", ["reduced", "full"])
+@pytest.mark.parametrize("name", ["reduced", "encoder", "full"])
 def test_the_studies_of_this_repository_can_be_read(name):
     study = read_study(STUDIES / f"{name}.toml")
     assert len(study.seeds) >= 3
