@@ -87,6 +87,14 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
     is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
     demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
     demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
+    if vision.tiles is not None:
+        own = vision.tiles
+        cells = [cell for row in own.before_tile for cell in row]
+        is_square = all(len(row) == len(own.before_tile) for row in own.before_tile)
+        demand(is_square, "$.base.vision.tiles.before_tile", own.before_tile, "as many columns as rows")
+        for token in (token for part in (*cells, own.before_whole, own.before_only, own.end) for token in part):
+            is_own = 0 <= token < base.vocab_size and token != vision.image_token_id
+            demand(is_own, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
     for size in vision.image_size:
         demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
 

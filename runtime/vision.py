@@ -20,12 +20,12 @@ from adalink.runtime.integrity import locate, read_verified
 from adalink.runtime.manifest import Manifest
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import Picture, read_picture
-from adalink.runtime.placeholders import ImageEmbeds
+from adalink.runtime.placeholders import ImageEmbeds, Prepared
 from adalink.runtime.preprocess import Preprocessor, read_preprocessor
 from adalink.runtime.verified import verify_once
 
-# The tower's own working memory grows with the images of a call.
-_IMAGES_AT_ONCE = 8
+# The tower's own working memory grows with the tiles of a call; an image that is not cut is one.
+_TILES_AT_ONCE = 8
 
 
 class OpenVision:
@@ -41,8 +41,8 @@ class OpenVision:
         self._lock = threading.Lock()
         self.encoded = 0
 
-    def embed(self, images: Sequence[Sequence[Picture]]) -> list[list[ImageEmbeds]]:
-        """Embeddings of the images of each row.
+    def prepare(self, images: Sequence[Sequence[Picture]]) -> list[list[Prepared]]:
+        """The images of each row as the tower takes them.
 
         Args:
             images: those of each row; only for a base with a vision tower.
@@ -53,26 +53,36 @@ class OpenVision:
             BackendError: ONNX Runtime is not there, or refused.
         """
         with self._lock:
-            preprocessor, graph = self._open()
-            prepared: dict[str, Array] = {}
-            digests: list[list[str]] = []
-            for row, own in enumerate(images):
-                digests.append([])
-                for place, source in enumerate(own):
-                    values = preprocessor.apply(read_picture(source, f"images[{row}][{place}]"))
-                    digests[-1].append(digest_bytes(values.data))
-                    prepared[digests[-1][-1]] = values
-            found = {digest: self._kept[digest] for digest in prepared if digest in self._kept}
-            missing = [digest for digest in prepared if digest not in found]
-            for start in range(0, len(missing), _IMAGES_AT_ONCE):
-                chosen = missing[start : start + _IMAGES_AT_ONCE]
-                given = graph.run(np.stack([prepared[digest] for digest in chosen]))
-                self.encoded += len(chosen)
-                # Copies, so that one that is kept does not keep its neighbours.
-                found.update((digest, embeds.copy()) for digest, embeds in zip(chosen, given, strict=True))
+            preprocessor, _ = self._open()
+        prepared: list[list[Prepared]] = []
+        for row, own in enumerate(images):
+            prepared.append([])
+            for place, source in enumerate(own):
+                picture = read_picture(source, f"images[{row}][{place}]")
+                values = preprocessor.apply(picture)
+                grid = preprocessor.grid(picture.shape[0], picture.shape[1])
+                prepared[-1].append(Prepared(digest_bytes(values.data), values, grid))
+        return prepared
+
+    def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
+        """Embeddings of the images of each row; raises what ``prepare`` does."""
+        with self._lock:
+            _, graph = self._open()
+            pixels = {image.digest: image.pixel_values for own in images for image in own}
+            found = {digest: self._kept[digest] for digest in pixels if digest in self._kept}
+            missing = [digest for digest in pixels if digest not in found]
+            if missing:
+                tiles = np.concatenate([pixels[digest] for digest in missing])
+                starts = range(0, len(tiles), _TILES_AT_ONCE)
+                given = np.concatenate([graph.run(tiles[start : start + _TILES_AT_ONCE]) for start in starts])
+                ends = np.cumsum([len(pixels[digest]) for digest in missing])[:-1]
+                for digest, own in zip(missing, np.split(given, ends), strict=True):
+                    # A copy, so that one that is kept does not keep its neighbours.
+                    found[digest] = own.reshape(-1, own.shape[-1]).copy()
+                self.encoded += len(missing)
             for digest in found:
                 self._keep(digest, found[digest])
-            return [[ImageEmbeds(digest, found[digest]) for digest in own] for own in digests]
+            return [[ImageEmbeds(image.digest, found[image.digest]) for image in own] for own in images]
 
     def close(self) -> None:
         """Give its memory back."""

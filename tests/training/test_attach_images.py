@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attach_support import MODALITIES, config, disturb, logits, residual
 from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, MAX_POSITIONS, VOCAB_SIZE, llama, llava
 
 from adalink.runtime.errors import ModelError, RequestError
 from adalink.training.attach import attach
 from adalink.training.base_model import base_fingerprint, load_base
-from adalink.training.config import AdaLinkConfig
-
-MODALITIES = [("text",), ("image",), ("text", "image"), ("image", "text")]
-
-
-def config(modalities, **settings):
-    return AdaLinkConfig(**({"rank": 4, "activation": "gelu", "bias": True, "modalities": modalities} | settings))
-
-
-def disturb(attached, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def request(images_a_row=(1, 2, 0), seed=3):
@@ -43,11 +30,6 @@ def request(images_a_row=(1, 2, 0), seed=3):
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-def logits(model, **inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def by_hand(model, adapters, inputs):
     """The whole method written out: look up, encode, adapt each on its own, merge, run the language model."""
     ids, llava_model = inputs["input_ids"], model.model
@@ -63,12 +45,6 @@ def by_hand(model, adapters, inputs):
         merged[ids == IMAGE_TOKEN] = images.reshape(-1, images.shape[-1])
         states = llava_model.language_model(inputs_embeds=merged, attention_mask=inputs["attention_mask"])
         return model.lm_head(states.last_hidden_state)
-
-
-def residual(adapter, x):
-    inner = x @ adapter.down.weight.T + adapter.down.bias
-    gelu = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    return gelu @ adapter.up.weight.T + adapter.up.bias
 
 
 @pytest.mark.parametrize("modalities", MODALITIES)
