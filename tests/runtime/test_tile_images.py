@@ -134,6 +134,37 @@ def test_an_all_zero_tile_is_a_tile(tmp_path: Path) -> None:
     assert np.abs(received[0] - expected).max() > 0.1
 
 
+# As SmolVLM's: a plain text is a list of characters to it, none of which has a type.
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def test_a_chat_template_for_texts_and_images(tmp_path: Path) -> None:
+    model, tokenizer = idefics3(), make_tile_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    export_base(model, tmp_path, tokenizer=tokenizer, image_processor=tile_processor())
+    image, text = {"type": "image"}, {"type": "text"}
+    chats = {
+        "What is it?": [text | {"text": "What is it?"}],
+        "<image>What<image> is it?": [image, text | {"text": "What"}, image, text | {"text": " is it?"}],
+        "Is it <image>": [text | {"text": "Is it "}, image],
+    }
+    with Deployment.open(tmp_path) as deployment:
+        for message, content in chats.items():
+            chat = [{"role": "user", "content": content}]
+            expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            assert deployment.tokenizer.render_chat(message) == expected
+            images = [[A, B][: message.count("<image>")]]
+            (answer,) = deployment.generate([message], images=images, max_new_tokens=4, chat=True)
+            (again,) = deployment.generate([expected], images=images, max_new_tokens=4)
+            assert answer == again
+
+
 @pytest.mark.parametrize(
     ("prompts", "images", "message"),
     [
