@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from adalink.runtime.adapter import Rank
 from adalink.runtime.tiles import Grid, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -191,7 +192,7 @@ class Task(_Strict, frozen=True, kw_only=True):
         config: path of its ``adapter_config.json``.
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.adapter.Adapter.digest`).
-        rank: rank of the bottleneck.
+        rank: rank of the bottleneck, or of each modality's.
         activation: its activation.
         modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
         scope: ``"all"`` or ``"prompt"``.
@@ -202,7 +203,7 @@ class Task(_Strict, frozen=True, kw_only=True):
     config: str
     weights: str
     adapter_digest: str
-    rank: int
+    rank: Rank
     activation: str
     modalities: tuple[str, ...]
     scope: str

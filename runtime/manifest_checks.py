@@ -100,9 +100,12 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
 
 
 def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    fits = set(task.rank) == set(task.modalities) if isinstance(task.rank, dict) else True
+    ranks = task.rank.values() if isinstance(task.rank, dict) else (task.rank,)
+    has_rank = fits and all(1 <= rank <= base.hidden_size for rank in ranks)
     is_sound = (
         _TASK_NAME.fullmatch(name)
-        and 1 <= task.rank <= base.hidden_size
+        and has_rank
         and task.activation in ACTIVATIONS
         and task.scope in SCOPES
         and (task.fold is None or task.fold.kind in FOLDS)
@@ -111,7 +114,8 @@ def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, 
     if not is_sound:
         field = f"$.tasks[{name!r}]"
         demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
-        demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
+        expected = f"1 to {base.hidden_size}, or such a number for each modality"
+        demand(has_rank, f"{field}.rank", task.rank, expected)
         demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
         demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
         fold = None if task.fold is None else task.fold.kind

@@ -27,7 +27,13 @@ from adalink.training.storage import load_adapter
 TASKS: dict[str, dict[str, Any]] = {
     "words": {"rank": 4, "activation": "gelu", "bias": True, "scope": "all", "modalities": ("text",)},
     "looks": {"rank": 3, "activation": "silu", "bias": True, "scope": "all", "modalities": ("image",)},
-    "both": {"rank": 5, "activation": "tanh", "bias": False, "scope": "all", "modalities": ("image", "text")},
+    "both": {
+        "rank": {"text": 5, "image": 9},
+        "activation": "tanh",
+        "bias": False,
+        "scope": "all",
+        "modalities": ("image", "text"),
+    },
     "asked": {"rank": 4, "activation": "identity", "bias": True, "scope": "prompt", "modalities": ("text", "image")},
 }
 

@@ -85,10 +85,11 @@ def test_loss_by_hand_over_rows_with_and_without_images(base: Path, data: Path) 
 
 def test_an_adapter_is_trained_and_written(base: Path, data: Path, tmp_path: Path) -> None:
     settings = TrainSettings(lr=2e-2, max_steps=30, batch_size=3, max_length=128, device="cpu")
-    config = AdaLinkConfig(rank=8, modalities=("image", "text"))
+    config = AdaLinkConfig(rank={"image": 12, "text": 4}, modalities=("image", "text"))
     report = train(base, data / "rows.jsonl", data / "rows.jsonl", tmp_path / "adapter", config, settings)
     assert report["loss_curve"][-1]["loss"] < report["loss_curve"][0]["loss"] / 2
-    assert read_adapter(tmp_path / "adapter").config.modalities == ("image", "text")
+    trained = read_adapter(tmp_path / "adapter").config
+    assert (trained.modalities, trained.rank) == (config.modalities, config.rank)
 
 
 def test_a_row_that_cannot_be_used_is_named(base: Path, data: Path) -> None:
