@@ -15,9 +15,9 @@ import numpy as np
 
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.engine import Array
-from adalink.runtime.errors import RequestError
+from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.integrity import locate, read_verified
-from adalink.runtime.manifest import Manifest
+from adalink.runtime.manifest import Manifest, Vision
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import Picture, read_picture
 from adalink.runtime.placeholders import ImageEmbeds, Prepared
@@ -100,9 +100,12 @@ class OpenVision:
             vision = base.vision
             assert vision is not None
             verify_once(self._path, self._manifest, vision.files)
-            steps = read_verified(self._path, self._manifest, vision.preprocessor)
+            steps = read_preprocessor(
+                read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
+            )
+            _check_tiles(steps, vision)
             graph = OnnxVisionGraph(locate(self._path, vision.graph), vision, base.hidden_size, self._threads)
-            self._opened = read_preprocessor(steps, vision.preprocessor), graph
+            self._opened = steps, graph
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
@@ -116,3 +119,14 @@ class OpenVision:
         self._size_bytes += embeds.nbytes
         while self._size_bytes > self._cache_bytes:
             self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
+    """Check that pictures are cut into the tiles that the manifest has tokens for; raises ``IntegrityError``."""
+    expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
+    given = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
+    if given != expected:
+        raise IntegrityError(
+            f"{vision.preprocessor} cuts pictures into tiles of {given}, the manifest has tokens for {expected} (their "
+            "size, most in a row): export the base again"
+        )

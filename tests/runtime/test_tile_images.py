@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runtime_support import reseal
 from seeing_support import SeeingTiles, build_seeing_tiles, picture
 from tiny_models import TILE_EDGE, TILE_IMAGE_TOKEN, TILE_TOKENS, idefics3, smolvlm
 from tiny_tokenizer import make_tile_tokenizer
@@ -15,7 +16,7 @@ from vision_support import tile_processor
 
 from adalink.export.base import export_base
 from adalink.runtime import Deployment
-from adalink.runtime.errors import RequestError
+from adalink.runtime.errors import IntegrityError, RequestError
 
 NEW = 8
 # Of nine tiles and one more, of six, of three and of four.
@@ -163,6 +164,16 @@ def test_a_chat_template_for_texts_and_images(tmp_path: Path) -> None:
             (answer,) = deployment.generate([message], images=images, max_new_tokens=4, chat=True)
             (again,) = deployment.generate([expected], images=images, max_new_tokens=4)
             assert answer == again
+
+
+def test_tiles_without_tokens_of_their_own_are_refused(tmp_path: Path) -> None:
+    export_base(smolvlm(), tmp_path, tokenizer=make_tile_tokenizer(), image_processor=tile_processor())
+    path = tmp_path / "base" / "vision" / "preprocessor.json"
+    path.write_text(path.read_text().replace('"longest_edge": 48', '"longest_edge": 64'))
+    reseal(tmp_path)
+    message = r"cuts pictures into tiles of \(\(16, 16\), 4\), the manifest has tokens for \(\(16, 16\), 3\)"
+    with Deployment.open(tmp_path) as deployment, pytest.raises(IntegrityError, match=message):
+        deployment.generate(["<image>"], images=[[A]], max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
