@@ -45,7 +45,7 @@ class Attached:
 
     ``inputs_embeds`` that the caller computed pass the embedding by and are not adapted.
 
-    A LLaVA-like model says itself what is an image: the adapter of the modality ``image`` acts on what the projector
+    A model that takes images says itself what is one: the adapter of the modality ``image`` acts on what the projector
     gives, before it is merged with the text embeddings, whatever the scope, since images are part of a prompt; that of
     ``text`` acts on every token but the placeholders that the model replaces by an image.
 
@@ -199,7 +199,7 @@ class Attached:
         return result
 
     def _adapt_images(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the projector; ``x`` has shape ``(images, tokens, d)``."""
+        """Forward hook of the projector; ``x`` has shape ``(images or tiles, tokens, d)``."""
         adapted: torch.Tensor = self.adapters["image"](x)
         return adapted
 

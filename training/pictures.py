@@ -88,11 +88,12 @@ class Pictures:
     def _positions(self, model: PreTrainedModel) -> int:
         """How many positions an image, or a tile of one, takes up: what the projector gives for it."""
         pixels = self._pixels([np.full((64, 64, 3), 127, np.uint8)])
+        if self._takes_tiles:
+            pixels = pixels[:, :1]
         with torch.no_grad():
             found = model.base_model.get_image_features(pixel_values=pixels.to(model.device))
         features = getattr(found, "pooler_output", found)
-        tiles = pixels.shape[1] if self._takes_tiles else 1
-        return int(features[0].shape[-2]) // tiles
+        return int(features[0].shape[-2])
 
 
 def _read(path: Path) -> Array:
