@@ -24,8 +24,8 @@ from adalink.runtime.placeholders import ImageEmbeds, Prepared
 from adalink.runtime.preprocess import Preprocessor, read_preprocessor
 from adalink.runtime.verified import verify_once
 
-# The tower's own working memory grows with the tiles of a call; an image that is not cut is one.
-_TILES_AT_ONCE = 8
+# The tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
+_PIXELS_AT_ONCE = 512 * 512
 
 
 class OpenVision:
@@ -73,8 +73,9 @@ class OpenVision:
             missing = [digest for digest in pixels if digest not in found]
             if missing:
                 tiles = np.concatenate([pixels[digest] for digest in missing])
-                starts = range(0, len(tiles), _TILES_AT_ONCE)
-                given = np.concatenate([graph.run(tiles[start : start + _TILES_AT_ONCE]) for start in starts])
+                count = max(1, _PIXELS_AT_ONCE // (tiles.shape[2] * tiles.shape[3]))
+                starts = range(0, len(tiles), count)
+                given = np.concatenate([graph.run(tiles[start : start + count]) for start in starts])
                 ends = np.cumsum([len(pixels[digest]) for digest in missing])[:-1]
                 for digest, own in zip(missing, np.split(given, ends), strict=True):
                     # A copy, so that one that is kept does not keep its neighbours.

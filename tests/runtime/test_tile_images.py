@@ -15,8 +15,9 @@ from tiny_tokenizer import make_tile_tokenizer
 from vision_support import tile_processor
 
 from adalink.export.base import export_base
-from adalink.runtime import Deployment
+from adalink.runtime import Deployment, vision
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 
 NEW = 8
 # Of nine tiles and one more, of six, of three and of four.
@@ -100,6 +101,20 @@ def test_the_encoder_runs_once_for_a_picture_and_the_cache_keeps_to_its_budget(t
         for image, encoded in ((B, 1), (B, 1), (A, 2), (A, 3), (B, 3)):  # seven tiles fit, ten do not
             deployment.generate(["<image>"], images=[[image]], max_new_tokens=1)
             assert deployment.images_encoded == encoded
+
+
+def test_the_tower_takes_few_tiles_at_a_time(
+    tiled: SeeingTiles, opened: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tiled.inputs("<image><image>", [B, A])["input_ids"].numpy()
+    expected = opened.embed(ids, images=[[B, A]])
+    monkeypatch.setattr(vision, "_PIXELS_AT_ONCE", 3 * TILE_EDGE**2)
+    calls: list[int] = []
+    run = OnnxVisionGraph.run
+    monkeypatch.setattr(OnnxVisionGraph, "run", lambda self, tiles: calls.append(len(tiles)) or run(self, tiles))
+    with Deployment.open(tiled.folder) as deployment:
+        np.testing.assert_allclose(deployment.embed(ids, images=[[B, A]]), expected, atol=1e-5)
+    assert calls == [3, 3, 3, 3, 3, 2]
 
 
 def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(
