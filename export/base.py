@@ -75,13 +75,8 @@ def export_base(
         ContractError: the deployment holds another base, or the same with another dtype.
         DeploymentError: the variant exists, or the folder cannot be written.
     """
-    from adalink.export.vision import (
-        describe_processor,
-        describe_vision,
-        find_image_processor,
-        language_model,
-        write_vision,
-    )
+    from adalink.export.image_processor import find_image_processor
+    from adalink.export.vision import describe_images, language_model, write_vision
     from adalink.training.base_model import base_fingerprint, display_name, load_base
 
     _check_request(dtype, target, quantization, modalities)
@@ -99,10 +94,9 @@ def export_base(
     vision = preprocessor = None
     if whole is not loaded:
         _in_dtype(whole, "float32")
-        vision = describe_vision(whole)
         if image_processor is None and isinstance(model, (str, Path)):
             image_processor = find_image_processor(model)
-        preprocessor = describe_processor(image_processor, vision)
+        vision, preprocessor = describe_images(whole, image_processor, tokenizer)
         modalities = tuple(dict.fromkeys(("text", "image", *modalities)))
     fingerprint = base_fingerprint(loaded)
     loaded = _in_dtype(loaded, dtype)

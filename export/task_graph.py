@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.residual import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import Adapter, show_rank
 
 if TYPE_CHECKING:
     import onnx
@@ -80,7 +80,7 @@ def _metadata(adapter: Adapter, task: str) -> dict[str, str]:
     config = adapter.config
     return {
         "task": task,
-        "rank": str(config.rank),
+        "rank": show_rank(config.rank),
         "activation": config.activation,
         "scope": config.scope,
         "modalities": ",".join(config.modalities),

@@ -12,29 +12,28 @@ import msgspec
 import torch
 
 from adalink.export.architectures import architecture_of
+from adalink.export.image_processor import describe_processor
 from adalink.export.onnx_graph import TracedGraph
 from adalink.runtime.errors import ModelError
 from adalink.runtime.manifest import Vision
-from adalink.runtime.preprocess import Preprocessor
-from adalink.training.vision import image_side, takes_images
+from adalink.training.tiles import read_tile_tokens
+from adalink.training.vision import SUPPORTED, image_side, takes_images
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
     from adalink.export.writer import DeploymentWriter
+    from adalink.runtime.preprocess import Preprocessor
 
 FOLDER = "base/vision"
-# Vision towers with one size of picture, and the image processors whose steps `Preprocessor` has.
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
-_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
+# Vision towers with one size of picture, or of tile.
+_TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
 _BATCH = 2
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model inside a LLaVA-like one, as its own class with a head; any other model as it is.
+    """The language model inside one that takes images, as its own class with a head; any other model as it is.
 
     Raises:
         ModelError: the model takes images in a way that is not supported, or its language model is no decoder with a
@@ -45,14 +44,15 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     if not takes_images(model):
         return model
     name = type(model).__name__
-    if image_side(model) is None:
+    side = image_side(model)
+    if side is None:
         raise ModelError(
             f"{name} (model type {model.config.model_type!r}) takes images in a way that is not supported; of the "
-            "models that do, only LlavaForConditionalGeneration can be exported"
+            f"models that do, only {SUPPORTED} can be exported"
         )
     if model.get_output_embeddings() is None:
-        raise ModelError(f"{name} has no language model head; expected LlavaForConditionalGeneration")
-    inner = model.base_model.language_model
+        raise ModelError(f"{name} has no language model head; expected one of {SUPPORTED}")
+    inner = side.language_model
     try:
         with torch.device("meta"):
             outer = AutoModelForCausalLM.from_config(inner.config)
@@ -90,8 +90,67 @@ class VisionGraph(torch.nn.Module):
         return given[0]
 
 
-def describe_vision(model: PreTrainedModel) -> Vision:
-    """What the manifest says of the image side of a LLaVA-like model; raises ``ModelError``."""
+class TileGraph(torch.nn.Module):
+    """``pixel_values -> image_embeds`` of a model that takes tiles: vision tower and connector, nothing padded.
+
+    Without padding every tile has the same positions. They are looked up once, by the model's own code, since
+    that compares fractions for equality, which another runtime may round differently; so no mask is needed either.
+    Tiles that are all zero, which the model takes for padding and drops, are tiles like any other.
+    """
+
+    positions: torch.Tensor
+
+    def __init__(self, model: Any, edge: int) -> None:
+        """``model``: as for ``VisionGraph``; ``edge``: height and width of a tile."""
+        super().__init__()
+        self.tower, self.connector = model.base_model.vision_model, model.base_model.connector
+        embeddings, given = self.tower.embeddings, []
+        patches = edge // embeddings.patch_size
+        handle = embeddings.position_embedding.register_forward_hook(lambda module, args, output: given.append(output))
+        try:
+            with torch.no_grad():
+                embeddings(torch.zeros(1, 3, edge, edge), torch.ones(1, patches, patches, dtype=torch.bool))
+        finally:
+            handle.remove()
+        self.register_buffer("positions", given[0])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Shapes: ``(tiles, 3, edge, edge)`` to ``(tiles, tokens, d)``."""
+        patches = self.tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        states = self.tower.encoder(inputs_embeds=patches + self.positions).last_hidden_state
+        embeds: torch.Tensor = self.connector(self.tower.post_layernorm(states))
+        return embeds
+
+
+def _graph_of(model: PreTrainedModel, edge: int) -> torch.nn.Module:
+    side = image_side(model)
+    assert side is not None
+    return TileGraph(model, edge) if side.takes_tiles else VisionGraph(model)
+
+
+def describe_images(
+    model: PreTrainedModel, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Vision, Preprocessor]:
+    """What the manifest says of a model's image side, and how pictures are prepared for it.
+
+    Args:
+        model: of a supported class, in float32.
+        processor: its image processor.
+        tokenizer: its tokenizer, which knows the tokens around tiles.
+
+    Raises:
+        ModelError: the vision tower, the processor or the tokenizer is missing, or not one that is supported.
+    """
+    vision, side = _describe_tower(model), image_side(model)
+    assert side is not None
+    steps = describe_processor(processor, vision.image_size, takes_tiles=side.takes_tiles)
+    if steps.tiling is not None:
+        tiles = read_tile_tokens(tokenizer, steps.tiling, vision.image_token_id, vision.tokens_per_image)
+        vision = msgspec.structs.replace(vision, tiles=tiles)
+    return vision, steps
+
+
+def _describe_tower(model: PreTrainedModel) -> Vision:
     config = model.config
     tower = config.vision_config
     if tower.model_type not in _TOWERS:
@@ -107,7 +166,7 @@ def describe_vision(model: PreTrainedModel) -> Vision:
         )
     size = (tower.image_size, tower.image_size)
     with torch.no_grad():
-        tokens = VisionGraph(model)(torch.zeros(1, 3, *size)).shape[1]
+        tokens = _graph_of(model, tower.image_size)(torch.zeros(1, 3, *size)).shape[1]
     graph = f"{FOLDER}/model.onnx"
     return Vision(
         architecture=config.model_type,
@@ -118,50 +177,6 @@ def describe_vision(model: PreTrainedModel) -> Vision:
         image_token_id=config.image_token_id,
         tokens_per_image=tokens,
     )
-
-
-def describe_processor(processor: BaseImageProcessor | None, vision: Vision) -> Preprocessor:
-    """The steps of an image processor.
-
-    Raises:
-        ModelError: there is none, it has other steps, or it does not give what the vision tower takes.
-    """
-    if processor is None:
-        raise ModelError(
-            "this model takes images and no image processor was found: put preprocessor_config.json beside the "
-            "checkpoint, or pass image_processor="
-        )
-    name = type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
-    if name not in _PROCESSORS:
-        raise ModelError(f"image processor {name} is not supported; expected one of {', '.join(_PROCESSORS)}")
-    values = processor.to_dict()
-    size, crop = dict(values["size"]), dict(values.get("crop_size") or {})
-    edge, sides = size.get("shortest_edge"), (size.get("height"), size.get("width"))
-    resizes, crops = bool(values.get("do_resize")), bool(values.get("do_center_crop"))
-    if resizes and (size.get("longest_edge") or (edge is None and None in sides)):
-        raise ModelError(f"image processor {name} resizes to {size}; expected a shortest_edge, or a height and width")
-    pads = bool(values.get("do_pad"))
-    if pads and name != "LlavaImageProcessor":
-        raise ModelError(f"image processor {name} pads (do_pad), which only LlavaImageProcessor is known to do")
-    normalizes = bool(values.get("do_normalize"))
-    red, green, blue = values["image_mean"]
-    own = Preprocessor(
-        pad_color=(int(red * 255), int(green * 255), int(blue * 255)) if pads else None,
-        shortest_edge=edge if resizes else None,
-        resize=None if not resizes or edge is not None else (int(size["height"]), int(size["width"])),
-        resample=int(values["resample"]),
-        crop=(int(crop["height"]), int(crop["width"])) if crops else None,
-        rescale_factor=values["rescale_factor"] if values.get("do_rescale") else None,
-        mean=(red, green, blue) if normalizes else None,
-        std=tuple(values["image_std"]) if normalizes else None,
-    )
-    given = own.crop or own.resize or ((edge, edge) if pads and resizes else None)
-    if given != vision.image_size:
-        raise ModelError(
-            f"image processor {name} gives pictures of {given or 'any size'}, the vision tower takes "
-            f"{vision.image_size}: set its crop_size to that"
-        )
-    return own
 
 
 def write_vision(
@@ -178,17 +193,6 @@ def write_vision(
     writer.stage(vision.preprocessor).write_bytes(msgspec.json.format(msgspec.json.encode(preprocessor), indent=2))
     example = torch.randn(_BATCH, 3, *vision.image_size, generator=torch.Generator().manual_seed(0))
     axes = {"pixel_values": {0: "images"}, "image_embeds": {0: "images", 1: "tokens"}}
-    graph = TracedGraph(VisionGraph(model), {"pixel_values": example}, ["image_embeds"], axes)
+    graph = TracedGraph(_graph_of(model, vision.image_size[0]), {"pixel_values": example}, ["image_embeds"], axes)
     with exportable_attention(model):
         write_graph(graph, writer.stage(vision.graph), metadata)
-
-
-def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
-    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
-    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(str(spec), backend="pil", trust_remote_code=False)
-    except (OSError, ValueError):
-        return None

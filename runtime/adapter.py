@@ -27,6 +27,8 @@ SCOPES = ("all", "prompt")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 Weights = dict[str, npt.NDArray[np.float32]]
+# Width of the bottleneck: of every modality, or of each by its name.
+Rank = int | dict[str, int]
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +38,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         base_model_name_or_path: name of the base, for people; the fingerprint is what is checked.
         base_fingerprint: digest of the base's input embedding matrix.
         hidden_size: width ``d`` of the embeddings.
-        rank: width ``r`` of the bottleneck.
+        rank: width ``r`` of the bottleneck, or of each modality's.
         activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form.
         bias: whether ``down`` and ``up`` carry a bias.
         modalities: names of the adapted modalities; one AdaLink each.
@@ -46,7 +48,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     base_model_name_or_path: str
     base_fingerprint: str
     hidden_size: int
-    rank: int
+    rank: Rank
     activation: str
     bias: bool
     modalities: tuple[str, ...]
@@ -59,10 +61,10 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"peft_type is {self.peft_type!r}, expected 'ADALINK': this is another kind of adapter")
         if not 1 <= self.hidden_size <= 1 << 20:
             raise ConfigError(f"hidden_size is {self.hidden_size}, expected 1 to {1 << 20}")
-        if self.rank > self.hidden_size:
+        if max(rank_of(self.rank, modality) for modality in self.modalities) > self.hidden_size:
             raise ConfigError(
-                f"rank is {self.rank} and hidden_size {self.hidden_size}: a bottleneck wider than the embedding "
-                f"saves nothing; choose a rank of at most {self.hidden_size}"
+                f"rank is {show_rank(self.rank)} and hidden_size {self.hidden_size}: a bottleneck wider than the "
+                f"embedding saves nothing; choose a rank of at most {self.hidden_size}"
             )
         check_fingerprint(self.base_fingerprint)
 
@@ -86,10 +88,26 @@ class Adapter:
         return sum(weight.nbytes for weight in self.weights.values())
 
 
-def check_method(rank: int, activation: str, modalities: tuple[str, ...], scope: str) -> None:
+def rank_of(rank: Rank, modality: str) -> int:
+    """The rank of one modality."""
+    return rank[modality] if isinstance(rank, dict) else rank
+
+
+def show_rank(rank: Rank) -> str:
+    """A rank for people and as ``adalink train`` takes it: ``16``, or ``text=16,image=64``."""
+    return ",".join(f"{name}={own}" for name, own in rank.items()) if isinstance(rank, dict) else str(rank)
+
+
+def check_method(rank: Rank, activation: str, modalities: tuple[str, ...], scope: str) -> None:
     """Check the settings of the method; raises ``ConfigError``."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1")
+    ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
+    if any(isinstance(own, bool) or not isinstance(own, int) or own < 1 for own in ranks):
+        raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1, or one for each modality")
+    if isinstance(rank, dict) and rank.keys() != set(modalities):
+        raise ConfigError(
+            f"rank is for {', '.join(rank) or 'nothing'} and the modalities are {', '.join(modalities)}: expected one "
+            "rank, or one for each modality"
+        )
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if scope not in SCOPES:
@@ -112,10 +130,11 @@ def weight_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes that an adapter with this config must hold, all of them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for modality in config.modalities:
-        shapes[f"{modality}.down.weight"] = (config.rank, config.hidden_size)
-        shapes[f"{modality}.up.weight"] = (config.hidden_size, config.rank)
+        rank = rank_of(config.rank, modality)
+        shapes[f"{modality}.down.weight"] = (rank, config.hidden_size)
+        shapes[f"{modality}.up.weight"] = (config.hidden_size, rank)
         if config.bias:
-            shapes[f"{modality}.down.bias"] = (config.rank,)
+            shapes[f"{modality}.down.bias"] = (rank,)
             shapes[f"{modality}.up.bias"] = (config.hidden_size,)
     return shapes
 
@@ -132,7 +151,7 @@ def make_adapter(config: AdapterConfig, weights: Weights, origin: str = "adapter
         if weight.shape != shape:
             raise AdapterError(
                 f"{origin}: tensor {name!r} has shape {weight.shape}, expected {shape} "
-                f"(hidden_size {config.hidden_size}, rank {config.rank})"
+                f"(hidden_size {config.hidden_size}, rank {show_rank(config.rank)})"
             )
         if not np.isfinite(weight).all():
             raise AdapterError(f"{origin}: tensor {name!r} holds NaN or infinity; train again with a lower rate")

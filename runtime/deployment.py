@@ -282,9 +282,9 @@ class Deployment:
         selection = self._tasks.resolve(tasks, len(prompts))
         pictures = check_images(images, len(prompts), base)
         tokenizer = self.tokenizer
-        encoded = [
-            expand(self._encode(prompt, chat), len(pictures[row]), row, base) for row, prompt in enumerate(prompts)
-        ]
+        written = [self._encode(prompt, chat) for prompt in prompts]
+        prepared = self._vision.prepare(pictures) if any(pictures) else [[] for _ in prompts]
+        encoded = [expand(tokens, prepared[row], row, base) for row, tokens in enumerate(written)]
         for index, tokens in enumerate(encoded):
             if not tokens:
                 raise RequestError(f"prompt {index} has no tokens: give it some text")
@@ -293,7 +293,7 @@ class Deployment:
         check_length(max(own_context, ids.shape[1]), base)
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
         ids = check_input_ids(ids, base)
-        seen = self._vision.embed(pictures) if any(pictures) else None
+        seen = self._vision.embed(prepared) if any(pictures) else None
         decoding, front, adapting = self._opened.start(encoded, ids, mask, selection, max_new_tokens, seen)
         try:
             decode(decoding, front, adapting, rows, sampling, max_new_tokens)
@@ -377,5 +377,6 @@ class Deployment:
         pictures = check_images(images, len(ids), self._base)
         if self._base.vision is None or images is None:
             return None
-        check_expanded(ids, pictures, self._base.vision)
-        return self._vision.embed(pictures) if any(pictures) else None
+        prepared = self._vision.prepare(pictures) if any(pictures) else [[] for _ in pictures]
+        check_expanded(ids, prepared, self._base.vision)
+        return self._vision.embed(prepared) if any(pictures) else None

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import Adapter, rank_of
 from adalink.runtime.embeddings import view_table
 from adalink.runtime.engine import Array
 from adalink.runtime.file_memory import Bytes
@@ -69,7 +69,7 @@ def view_fold(kind: str, data: Bytes, adapter: Adapter, base: Base) -> Folded:
     """The folded form in a file's bytes; raises ``ValueError`` if it does not belong to the adapter and the base."""
     if kind == "table":
         return TableFold(view_table(data, base))
-    tensors, shape = raw_tensors(data), (base.vocab_size, adapter.config.rank)
+    tensors, shape = raw_tensors(data), (base.vocab_size, rank_of(adapter.config.rank, "text"))
     hidden = tensors.get(HIDDEN_NAME)
     if len(tensors) != 1 or hidden is None or hidden.shape != shape or hidden.dtype != np.float32:
         found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]

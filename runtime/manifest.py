@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from adalink.runtime.adapter import Rank
+from adalink.runtime.tiles import Grid, TileTokens, tiles_of
+
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,9 +49,10 @@ class Vision(_Strict, frozen=True, kw_only=True):
         graph: path of the graph from ``pixel_values`` to ``image_embeds``, float32 whatever the base's dtype.
         files: the graph and its external data.
         preprocessor: path of the steps from a picture to ``pixel_values`` (`adalink.runtime.preprocess`).
-        image_size: height and width of ``pixel_values``.
+        image_size: height and width of ``pixel_values``: of an image, or of a tile of one.
         image_token_id: token that stands for an image in a prompt.
-        tokens_per_image: positions that an image takes up.
+        tokens_per_image: positions that an image takes up; where images are cut into tiles, a tile.
+        tiles: tokens around the tiles of an image; ``None`` for a base whose images are one tile without such tokens.
     """
 
     architecture: str
@@ -58,11 +62,21 @@ class Vision(_Strict, frozen=True, kw_only=True):
     image_size: tuple[int, int]
     image_token_id: int
     tokens_per_image: int
+    tiles: TileTokens | None = None
 
     @property
     def all_files(self) -> tuple[str, ...]:
         """Paths of everything that belongs to it."""
         return (*self.files, self.preprocessor)
+
+    def positions(self, grid: Grid) -> int:
+        """Positions with a placeholder that an image takes up."""
+        return tiles_of(grid) * self.tokens_per_image
+
+    def written(self, grid: Grid) -> list[int]:
+        """What an image becomes in a prompt, in place of the one placeholder that people write."""
+        placeholders = [self.image_token_id] * self.tokens_per_image
+        return placeholders if self.tiles is None else self.tiles.around(placeholders, grid)
 
 
 class Base(_Strict, frozen=True, kw_only=True):
@@ -178,7 +192,7 @@ class Task(_Strict, frozen=True, kw_only=True):
         config: path of its ``adapter_config.json``.
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.adapter.Adapter.digest`).
-        rank: rank of the bottleneck.
+        rank: rank of the bottleneck, or of each modality's.
         activation: its activation.
         modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
         scope: ``"all"`` or ``"prompt"``.
@@ -189,7 +203,7 @@ class Task(_Strict, frozen=True, kw_only=True):
     config: str
     weights: str
     adapter_digest: str
-    rank: int
+    rank: Rank
     activation: str
     modalities: tuple[str, ...]
     scope: str

@@ -87,14 +87,25 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
     is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
     demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
     demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
+    if vision.tiles is not None:
+        own = vision.tiles
+        cells = [cell for row in own.before_tile for cell in row]
+        is_square = all(len(row) == len(own.before_tile) for row in own.before_tile)
+        demand(is_square, "$.base.vision.tiles.before_tile", own.before_tile, "as many columns as rows")
+        for token in (token for part in (*cells, own.before_whole, own.before_only, own.end) for token in part):
+            is_own = 0 <= token < base.vocab_size and token != vision.image_token_id
+            demand(is_own, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
     for size in vision.image_size:
         demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
 
 
 def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    fits = set(task.rank) == set(task.modalities) if isinstance(task.rank, dict) else True
+    ranks = task.rank.values() if isinstance(task.rank, dict) else (task.rank,)
+    has_rank = fits and all(1 <= rank <= base.hidden_size for rank in ranks)
     is_sound = (
         _TASK_NAME.fullmatch(name)
-        and 1 <= task.rank <= base.hidden_size
+        and has_rank
         and task.activation in ACTIVATIONS
         and task.scope in SCOPES
         and (task.fold is None or task.fold.kind in FOLDS)
@@ -103,7 +114,8 @@ def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, 
     if not is_sound:
         field = f"$.tasks[{name!r}]"
         demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
-        demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
+        expected = f"1 to {base.hidden_size}, or such a number for each modality"
+        demand(has_rank, f"{field}.rank", task.rank, expected)
         demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
         demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
         fold = None if task.fold is None else task.fold.kind

@@ -1,5 +1,7 @@
 """Where a prompt's images stand: placeholder tokens, one an image as people write them, one a position as engines see.
 
+Where images are cut into tiles, tokens that say which tile is which stand between the positions.
+
 A position of an image holds a row of its embeddings instead of the placeholder's own, and goes through a task's weights
 for the modality ``image``.
 """
@@ -17,9 +19,25 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest import Base, Vision
 from adalink.runtime.pictures import Picture
 from adalink.runtime.tensors import as_stored
+from adalink.runtime.tiles import Grid
 
 # For each row its images, or None.
 Images = Sequence[Sequence[Picture] | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image as the base's own encoder takes it.
+
+    Attributes:
+        digest: of its pixel values.
+        pixel_values: float32 with shape ``(tiles, 3, height, width)``.
+        grid: rows and columns that it was cut into.
+    """
+
+    digest: str
+    pixel_values: Array
+    grid: Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +46,7 @@ class ImageEmbeds:
 
     Attributes:
         digest: of its pixel values.
-        embeds: float32 with shape ``(tokens_per_image, d)``, before any task; not to be written to.
+        embeds: float32 with shape ``(positions, d)``, before any task; not to be written to.
     """
 
     digest: str
@@ -57,12 +75,12 @@ def check_images(images: Images, rows: int, base: Base) -> list[list[Picture]]:
     return given
 
 
-def expand(tokens: list[int], images: int, row: int, base: Base) -> list[int]:
-    """A prompt with as many placeholders as its images take up.
+def expand(tokens: list[int], images: Sequence[Prepared], row: int, base: Base) -> list[int]:
+    """A prompt with as many placeholders as its images take up, and with the tokens around their tiles.
 
     Args:
-        tokens: with one placeholder an image, or as many as it takes up already.
-        images: how many images belong to it.
+        tokens: with one placeholder an image, or as the result is.
+        images: those that belong to it.
         row: which prompt it is, for errors.
         base: the contract.
 
@@ -73,26 +91,31 @@ def expand(tokens: list[int], images: int, row: int, base: Base) -> list[int]:
     if vision is None:
         return tokens
     found = tokens.count(vision.image_token_id)
-    if found == images * vision.tokens_per_image:
-        return tokens
-    if found != images:
+    if found == len(images):
+        left = iter(images)
+        return [
+            token
+            for own in tokens
+            for token in (vision.written(next(left).grid) if own == vision.image_token_id else (own,))
+        ]
+    positions = sum(vision.positions(image.grid) for image in images)
+    if found != positions:
         raise RequestError(
-            f"prompt {row} has {found} placeholders (token {vision.image_token_id}) and {images} images: write one "
-            f"placeholder for each image where it belongs, or {vision.tokens_per_image} for each"
+            f"prompt {row} has {found} placeholders (token {vision.image_token_id}) and {len(images)} images: write "
+            f"one placeholder for each image where it belongs, or all {positions} positions that they take up"
         )
-    return [
-        token for own in tokens for token in [own] * (vision.tokens_per_image if own == vision.image_token_id else 1)
-    ]
+    return tokens
 
 
-def check_expanded(ids: Array, images: Sequence[Sequence[Picture]], vision: Vision) -> None:
+def check_expanded(ids: Array, images: Sequence[Sequence[Prepared]], vision: Vision) -> None:
     """Check that every row of ``(batch, seq)`` has the positions that its images take up; raises ``RequestError``."""
     for row, own in enumerate(images):
         found = int((ids[row] == vision.image_token_id).sum())
-        if found != len(own) * vision.tokens_per_image:
+        expected = sum(vision.positions(image.grid) for image in own)
+        if found != expected:
             raise RequestError(
                 f"input_ids: row {row} has {found} placeholders (token {vision.image_token_id}) and {len(own)} images: "
-                f"expected {vision.tokens_per_image} placeholders for each image"
+                f"expected {expected} placeholders, {vision.tokens_per_image} for each image or tile of one"
             )
 
 
@@ -134,7 +157,7 @@ def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: 
             int.from_bytes(hashlib.sha256(f"{image.digest} {adapter}".encode()).digest()[:8], "big") for image in images
         ]
         numbers = np.array([-1 - (number >> 1) for number in own], np.int64)
-        names[names == vision.image_token_id] = np.repeat(numbers, vision.tokens_per_image)
+        names[names == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
     return names
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.tiles import Grid, Tiling
 
 # Beyond this a picture is a decompression bomb, or becomes one when its shorter edge is enlarged: Pillow's own limit.
 MAX_PIXELS = 89_478_485
@@ -29,6 +30,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         rescale_factor: factor of the values 0 to 255; ``None``: do not.
         mean: subtracted from each channel; ``None``: do not.
         std: what each channel is then divided by.
+        tiling: resize and cut into tiles instead of all that goes before ``rescale_factor``; ``None``: do not.
     """
 
     pad_color: tuple[int, int, int] | None
@@ -39,6 +41,11 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rescale_factor: float | None
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    tiling: Tiling | None = None
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns that a picture of this size is cut into; ``(0, 0)`` where it is one tile."""
+        return (0, 0) if self.tiling is None else self.tiling.grid(height, width)
 
     def apply(self, picture: Array) -> Array:
         """Pixel values of one picture.
@@ -47,23 +54,45 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             picture: RGB, uint8 with shape ``(height, width, 3)``.
 
         Returns:
-            float32 with shape ``(3, height, width)``.
+            float32 with shape ``(tiles, 3, height, width)``: one tile, unless pictures are cut into tiles.
 
         Raises:
             RequestError: the picture is so narrow that resizing it would need more memory than a bomb.
         """
+        tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
+        tables = self._tables()
+        values = np.empty((len(tiles), *tiles[0].shape), np.float32)
+        for tile, own in zip(tiles, values, strict=True):
+            for table, levels, result in zip(tables, tile, own, strict=True):
+                np.take(table, levels, out=result, mode="clip")
+        return values
+
+    def _tables(self) -> Array:
+        """What each of the values 0 to 255 becomes in each channel: float32 with shape ``(3, 256)``."""
+        levels: Array = np.arange(256)
+        if self.rescale_factor is not None:
+            levels = levels.astype(np.float64) * self.rescale_factor
+        tables = np.tile(levels.astype(np.float32), (3, 1))
+        if self.mean is not None:
+            mean, std = (np.array(numbers, np.float32)[:, None] for numbers in (self.mean, self.std))
+            tables = (tables - mean) / std
+        return tables
+
+    def _one(self, picture: Array) -> Array:
+        """A picture as the one tile that it is: uint8 with shape ``(3, height, width)``."""
         picture = picture if self.pad_color is None else _padded_to_square(picture, self.pad_color)
         if size := self._target(picture.shape[0], picture.shape[1]):
             picture = _resized(picture, size, self.resample)
         values = picture.transpose(2, 0, 1)
-        values = values if self.crop is None else _cropped(values, *self.crop)
-        if self.rescale_factor is not None:
-            values = values.astype(np.float64) * self.rescale_factor
-        values = values.astype(np.float32)
-        if self.mean is not None:
-            mean, std = (np.array(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
-            values = (values - mean) / std
-        return np.ascontiguousarray(values)
+        return values if self.crop is None else _cropped(values, *self.crop)
+
+    def _tiles(self, picture: Array, tiling: Tiling) -> list[Array]:
+        """The tiles of a picture, the one with the whole of it last: uint8, each of shape ``(3, edge, edge)``."""
+        height, width, _ = picture.shape
+        for size in tiling.sizes(height, width):
+            picture = _resized(picture, size, self.resample)
+        whole = _resized(picture, (tiling.edge, tiling.edge), self.resample)
+        return [tile.transpose(2, 0, 1) for tile in (*tiling.cut(picture, tiling.grid(height, width)), whole)]
 
     def _target(self, height: int, width: int) -> tuple[int, int] | None:
         if self.shortest_edge is None:

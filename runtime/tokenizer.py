@@ -41,8 +41,13 @@ class Tokenizer:
         return list(self._tokenizer.encode(self.render_chat(message), add_special_tokens=False).ids)
 
     def render_chat(self, message: str) -> str:
-        """One user message in the model's chat template; rendered in Jinja's sandbox."""
-        if self._chat_template is None:
+        """One user message in the model's chat template; rendered in Jinja's sandbox.
+
+        Templates of models that take images are often written for a list of texts and images, and leave a plain text
+        out; they are given the message as such a list, an image wherever it has the placeholder.
+        """
+        template = self._chat_template
+        if template is None:
             raise RequestError(f"{self._base.name} has no chat template: write the whole prompt yourself")
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -53,15 +58,31 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
         eos = self._base.eos_token_ids[:1]
-        try:
-            return environment.from_string(self._chat_template).render(
-                messages=[{"role": "user", "content": message}],
+
+        def render(content: str | list[dict[str, str]]) -> str:
+            return environment.from_string(template).render(
+                messages=[{"role": "user", "content": content}],
                 add_generation_prompt=True,
                 bos_token=self._special(self._base.bos_token_id),
                 eos_token=self._special(eos[0] if eos else None),
             )
+
+        try:
+            text = render(message)
+            if self._base.vision is None or message.strip() in text:
+                return text
+            return render(self._parts(message))
         except TemplateError as error:
             raise RequestError(f"{self._base.chat_template} cannot render this message: {error}") from error
+
+    def _parts(self, message: str) -> list[dict[str, str]]:
+        """A message as texts and images, in their order."""
+        placeholder = self._special(self._base.vision.image_token_id if self._base.vision else None)
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(message.split(placeholder)):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        return parts
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -15,17 +15,17 @@ import numpy as np
 
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.engine import Array
-from adalink.runtime.errors import RequestError
+from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.integrity import locate, read_verified
-from adalink.runtime.manifest import Manifest
+from adalink.runtime.manifest import Manifest, Vision
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import Picture, read_picture
-from adalink.runtime.placeholders import ImageEmbeds
+from adalink.runtime.placeholders import ImageEmbeds, Prepared
 from adalink.runtime.preprocess import Preprocessor, read_preprocessor
 from adalink.runtime.verified import verify_once
 
-# The tower's own working memory grows with the images of a call.
-_IMAGES_AT_ONCE = 8
+# The tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
+_PIXELS_AT_ONCE = 512 * 512
 
 
 class OpenVision:
@@ -41,8 +41,8 @@ class OpenVision:
         self._lock = threading.Lock()
         self.encoded = 0
 
-    def embed(self, images: Sequence[Sequence[Picture]]) -> list[list[ImageEmbeds]]:
-        """Embeddings of the images of each row.
+    def prepare(self, images: Sequence[Sequence[Picture]]) -> list[list[Prepared]]:
+        """The images of each row as the tower takes them.
 
         Args:
             images: those of each row; only for a base with a vision tower.
@@ -53,26 +53,37 @@ class OpenVision:
             BackendError: ONNX Runtime is not there, or refused.
         """
         with self._lock:
-            preprocessor, graph = self._open()
-            prepared: dict[str, Array] = {}
-            digests: list[list[str]] = []
-            for row, own in enumerate(images):
-                digests.append([])
-                for place, source in enumerate(own):
-                    values = preprocessor.apply(read_picture(source, f"images[{row}][{place}]"))
-                    digests[-1].append(digest_bytes(values.data))
-                    prepared[digests[-1][-1]] = values
-            found = {digest: self._kept[digest] for digest in prepared if digest in self._kept}
-            missing = [digest for digest in prepared if digest not in found]
-            for start in range(0, len(missing), _IMAGES_AT_ONCE):
-                chosen = missing[start : start + _IMAGES_AT_ONCE]
-                given = graph.run(np.stack([prepared[digest] for digest in chosen]))
-                self.encoded += len(chosen)
-                # Copies, so that one that is kept does not keep its neighbours.
-                found.update((digest, embeds.copy()) for digest, embeds in zip(chosen, given, strict=True))
+            preprocessor, _ = self._open()
+        prepared: list[list[Prepared]] = []
+        for row, own in enumerate(images):
+            prepared.append([])
+            for place, source in enumerate(own):
+                picture = read_picture(source, f"images[{row}][{place}]")
+                values = preprocessor.apply(picture)
+                grid = preprocessor.grid(picture.shape[0], picture.shape[1])
+                prepared[-1].append(Prepared(digest_bytes(values.data), values, grid))
+        return prepared
+
+    def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
+        """Embeddings of the images of each row; raises what ``prepare`` does."""
+        with self._lock:
+            _, graph = self._open()
+            pixels = {image.digest: image.pixel_values for own in images for image in own}
+            found = {digest: self._kept[digest] for digest in pixels if digest in self._kept}
+            missing = [digest for digest in pixels if digest not in found]
+            if missing:
+                tiles = np.concatenate([pixels[digest] for digest in missing])
+                count = max(1, _PIXELS_AT_ONCE // (tiles.shape[2] * tiles.shape[3]))
+                starts = range(0, len(tiles), count)
+                given = np.concatenate([graph.run(tiles[start : start + count]) for start in starts])
+                ends = np.cumsum([len(pixels[digest]) for digest in missing])[:-1]
+                for digest, own in zip(missing, np.split(given, ends), strict=True):
+                    # A copy, so that one that is kept does not keep its neighbours.
+                    found[digest] = own.reshape(-1, own.shape[-1]).copy()
+                self.encoded += len(missing)
             for digest in found:
                 self._keep(digest, found[digest])
-            return [[ImageEmbeds(digest, found[digest]) for digest in own] for own in digests]
+            return [[ImageEmbeds(image.digest, found[image.digest]) for image in own] for own in images]
 
     def close(self) -> None:
         """Give its memory back."""
@@ -90,9 +101,12 @@ class OpenVision:
             vision = base.vision
             assert vision is not None
             verify_once(self._path, self._manifest, vision.files)
-            steps = read_verified(self._path, self._manifest, vision.preprocessor)
+            steps = read_preprocessor(
+                read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
+            )
+            _check_tiles(steps, vision)
             graph = OnnxVisionGraph(locate(self._path, vision.graph), vision, base.hidden_size, self._threads)
-            self._opened = read_preprocessor(steps, vision.preprocessor), graph
+            self._opened = steps, graph
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
@@ -106,3 +120,14 @@ class OpenVision:
         self._size_bytes += embeds.nbytes
         while self._size_bytes > self._cache_bytes:
             self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
+    """Check that pictures are cut into the tiles that the manifest has tokens for; raises ``IntegrityError``."""
+    expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
+    given = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
+    if given != expected:
+        raise IntegrityError(
+            f"{vision.preprocessor} cuts pictures into tiles of {given}, the manifest has tokens for {expected} (their "
+            "size, most in a row): export the base again"
+        )

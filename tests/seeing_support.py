@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from runtime_support import random_adapter, write_adapter
-from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, llava
-from tiny_tokenizer import make_tokenizer
-from vision_support import clip_processor
+from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS, llava
+from tiny_tokenizer import make_tile_tokenizer, make_tokenizer
+from transformers import Idefics3Processor
+from vision_support import clip_processor, idefics3_processor, tile_processor
 
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
@@ -26,7 +27,13 @@ from adalink.training.storage import load_adapter
 TASKS: dict[str, dict[str, Any]] = {
     "words": {"rank": 4, "activation": "gelu", "bias": True, "scope": "all", "modalities": ("text",)},
     "looks": {"rank": 3, "activation": "silu", "bias": True, "scope": "all", "modalities": ("image",)},
-    "both": {"rank": 5, "activation": "tanh", "bias": False, "scope": "all", "modalities": ("image", "text")},
+    "both": {
+        "rank": {"text": 5, "image": 9},
+        "activation": "tanh",
+        "bias": False,
+        "scope": "all",
+        "modalities": ("image", "text"),
+    },
     "asked": {"rank": 4, "activation": "identity", "bias": True, "scope": "prompt", "modalities": ("text", "image")},
 }
 
@@ -79,12 +86,31 @@ class Seeing:
         return found[0].numpy(), 8 * float((found[0] - found[1]).abs().max())
 
 
+@dataclass
+class SeeingTiles(Seeing):
+    """Likewise of a model that takes tiles; a row is its text, which transformers' own processor makes tokens of."""
+
+    def inputs(self, tokens: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        processor = Idefics3Processor(idefics3_processor(), make_tile_tokenizer(), image_seq_len=TILE_TOKENS)
+        return dict(processor(text=[tokens], images=[list(images)] if images else None, return_tensors="pt"))
+
+
 def build_seeing(root: Path, **settings: Any) -> Seeing:
     model, folder = llava(), root / "deployment"
     export_base(model, folder, tokenizer=make_tokenizer(), image_processor=clip_processor(), **settings)
+    return Seeing(folder, model, _adapters(root, folder), root / "adapters")
+
+
+def build_seeing_tiles(root: Path, model: Any, **settings: Any) -> SeeingTiles:
+    folder = root / "deployment"
+    export_base(model, folder, tokenizer=make_tile_tokenizer(), image_processor=tile_processor(), **settings)
+    return SeeingTiles(folder, model, _adapters(root, folder), root / "adapters")
+
+
+def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:
     base = read_manifest(folder).base
     adapters = {}
     for seed, (task, own) in enumerate(TASKS.items()):
         adapters[task] = random_adapter(base.fingerprint, base.hidden_size, 40 + seed, **own)
         export_adapter(write_adapter(root / "adapters" / task, adapters[task]), folder)
-    return Seeing(folder, model, adapters, root / "adapters")
+    return adapters

@@ -165,6 +165,34 @@ def llava(**settings: Any) -> PreTrainedModel:
     return _fill(model, 10)
 
 
+# Of the tests' tokenizer for tiles (tiny_tokenizer).
+TILE_VOCAB_SIZE = 112
+TILE_IMAGE_TOKEN = 99
+TILE_EDGE = 16
+TILE_TOKENS = 4
+
+
+def idefics3(kind: str = "idefics3", **settings: Any) -> PreTrainedModel:
+    """A tower of sixteen patches a tile, a connector that makes four tokens of them, a language model of Llama's."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
+
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(**_DECODER | {"vocab_size": TILE_VOCAB_SIZE, "max_position_embeddings": 256})
+    values: dict[str, Any] = {
+        "vision_config": vision | {"image_size": TILE_EDGE, "patch_size": 4},
+        "text_config": text,
+        "scale_factor": 2,
+        "image_token_id": TILE_IMAGE_TOKEN,
+    }
+    config = AutoConfig.for_model(kind, **values | settings)
+    return _fill(AutoModelForImageTextToText.from_config(config), 11)
+
+
+def smolvlm(**settings: Any) -> PreTrainedModel:
+    """The same with a head that shares its matrix with the embedding table."""
+    return idefics3("smolvlm", tie_word_embeddings=True, **settings)
+
+
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2,

@@ -31,3 +31,25 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+TILE_SPECIALS = (
+    *("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
+)
+
+
+def make_tile_tokenizer(specials: tuple[str, ...] = TILE_SPECIALS) -> PreTrainedTokenizerFast:
+    """The same with the tokens of a model that takes tiles; two line ends are one token, as in many vocabularies.
+
+    Args:
+        specials: leave some out and they become several tokens, as in checkpoints that never had them.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.models import WordLevel
+
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.get_vocab() | {"\n": VOCAB_SIZE, "\n\n": VOCAB_SIZE + 1}
+    tokenizer.backend_tokenizer.model = WordLevel(vocabulary, unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials], special_tokens=True)
+    return tokenizer

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_models import IMAGE_SIZE
+from tiny_models import IMAGE_SIZE, TILE_EDGE
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 
 def clip_processor(edge: int = IMAGE_SIZE, **settings: Any) -> CLIPImageProcessorPil:
@@ -23,3 +25,14 @@ def llava_processor(edge: int = IMAGE_SIZE, **settings: Any) -> LlavaImageProces
 
 def siglip_processor(edge: int = IMAGE_SIZE, **settings: Any) -> SiglipImageProcessorPil:
     return SiglipImageProcessorPil(**({"size": {"height": edge, "width": edge}} | settings))
+
+
+def tile_processor(edge: int = TILE_EDGE, tiles: int = 3, **settings: Any) -> SmolVLMImageProcessorPil:
+    """Of SmolVLM's class; ``tiles`` on the longer edge of a picture."""
+    sizes = {"size": {"longest_edge": tiles * edge}, "max_image_size": {"longest_edge": edge}}
+    return SmolVLMImageProcessorPil(**sizes | settings)
+
+
+def idefics3_processor(edge: int = TILE_EDGE, tiles: int = 3, **settings: Any) -> Idefics3ImageProcessorPil:
+    sizes = {"size": {"longest_edge": tiles * edge}, "max_image_size": {"longest_edge": edge}}
+    return Idefics3ImageProcessorPil(**sizes | settings)

@@ -116,6 +116,6 @@ def base(
     if vision is not None:
         click.echo(
             f"  {vision.graph}, {manifest.size_bytes(vision.files) / 1e6:.1f} MB, gives {vision.tokens_per_image} "
-            "positions an image"
+            f"positions {'an image' if vision.tiles is None else 'a tile of an image'}"
         )
     click.echo(f"  fingerprint {manifest.base.fingerprint}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adalink.runtime.adapter import show_rank
 from adalink.tools.console import say
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def adapter(
         return
     for task in list(folders)[:_MOST_LISTED]:
         entry = manifest.tasks[task]
-        click.echo(f"task {task} is in {out}: rank {entry.rank}, {entry.activation}, scope {entry.scope}")
+        click.echo(f"task {task} is in {out}: rank {show_rank(entry.rank)}, {entry.activation}, scope {entry.scope}")
         click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
     if len(folders) > _MOST_LISTED:
         click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")

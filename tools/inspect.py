@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
@@ -112,7 +113,8 @@ def _describe_vision(folder: Path, manifest: Manifest, vision: Vision) -> Descri
         "image_size": list(vision.image_size),
         "image_token_id": vision.image_token_id,
         "tokens_per_image": vision.tokens_per_image,
-        "preprocessor": asdict(steps),
+        "takes_tiles": vision.tiles is not None,
+        "preprocessor": to_builtins(steps),
         "size_bytes": manifest.size_bytes(vision.files),
     }
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from adalink.runtime.adapter import ACTIVATIONS, SCOPES
+from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
+from adalink.runtime.errors import ConfigError
 from adalink.training.config import AdaLinkConfig
 from adalink.training.settings import DEVICES, TrainSettings
 
@@ -19,7 +20,15 @@ from adalink.training.settings import DEVICES, TrainSettings
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL rows to learn from.")
 @click.option("--eval", "eval_data", required=True, type=click.Path(path_type=Path), help="JSONL rows to measure on.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
-@click.option("--rank", default=AdaLinkConfig.rank, show_default=True, help="Width of the bottleneck.")
+@click.option(
+    "--rank",
+    "ranks",
+    multiple=True,
+    default=[str(AdaLinkConfig.rank)],
+    show_default=True,
+    metavar="R | MODALITY=R",
+    help="Width of the bottleneck; one for each modality if repeated.",
+)
 @click.option("--activation", default=AdaLinkConfig.activation, show_default=True, type=click.Choice(ACTIVATIONS))
 @click.option(
     "--modality",
@@ -50,7 +59,7 @@ def command(
     data: Path,
     eval_data: Path,
     out: Path,
-    rank: int,
+    ranks: tuple[str, ...],
     activation: str,
     modalities: tuple[str, ...],
     bias: bool,
@@ -79,7 +88,7 @@ def command(
       adalink train --base ./SmolLM2-135M-Instruct --data train.jsonl --eval eval.jsonl --out ./adapters/topics
     """  # noqa: D301
     config = AdaLinkConfig(
-        rank=rank,
+        rank=_read_rank(ranks),
         activation=activation,
         bias=bias,
         dropout=dropout,
@@ -108,3 +117,19 @@ def command(
         f"adapter {out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )
+
+
+def _read_rank(given: tuple[str, ...]) -> Rank:
+    """``("16",)``, or ``("text=16", "image=64")``; raises ``ConfigError``."""
+    named = [text.partition("=") for text in given]
+    try:
+        if len(given) == 1 and not named[0][1]:
+            return int(given[0])
+        ranks = {name: int(number) for name, _, number in named}
+    except ValueError as error:
+        raise ConfigError(
+            f"--rank is {' '.join(given)}, expected one number, or MODALITY=NUMBER for each modality"
+        ) from error
+    if len(ranks) < len(given):
+        raise ConfigError(f"--rank is {' '.join(given)}, expected each modality once")
+    return ranks

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adalink.runtime.adapter import rank_of, show_rank
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.adalink import AdaLink
 from adalink.training.base_model import embedding_matrix, input_embedding
@@ -44,7 +45,7 @@ class Attached:
 
     ``inputs_embeds`` that the caller computed pass the embedding by and are not adapted.
 
-    A LLaVA-like model says itself what is an image: the adapter of the modality ``image`` acts on what the projector
+    A model that takes images says itself what is one: the adapter of the modality ``image`` acts on what the projector
     gives, before it is merged with the text embeddings, whatever the scope, since images are part of a prompt; that of
     ``text`` acts on every token but the placeholders that the model replaces by an image.
 
@@ -67,16 +68,17 @@ class Attached:
         self._images = image_side(model)
         matrix = embedding_matrix(model)
         hidden_size = matrix.shape[1]
-        if config.rank > hidden_size:
+        ranks = {name: rank_of(config.rank, name) for name in config.modalities}
+        if max(ranks.values()) > hidden_size:
             raise ConfigError(
-                f"rank is {config.rank} and the embeddings of {type(model).__name__} are {hidden_size} wide: choose a "
-                f"rank of at most {hidden_size}"
+                f"rank is {show_rank(config.rank)} and the embeddings of {type(model).__name__} are {hidden_size} "
+                f"wide: choose a rank of at most {hidden_size}"
             )
         self.hidden_size = hidden_size
         self.adapters = nn.ModuleDict(
             {
-                name: AdaLink(hidden_size, config.rank, config.activation, config.bias, config.dropout)
-                for name in config.modalities
+                name: AdaLink(hidden_size, rank, config.activation, config.bias, config.dropout)
+                for name, rank in ranks.items()
             }
         ).to(matrix.device)
         self._embedding = embedding
@@ -197,7 +199,7 @@ class Attached:
         return result
 
     def _adapt_images(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the projector; ``x`` has shape ``(images, tokens, d)``."""
+        """Forward hook of the projector; ``x`` has shape ``(images or tiles, tokens, d)``."""
         adapted: torch.Tensor = self.adapters["image"](x)
         return adapted
 

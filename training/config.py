@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adalink.runtime.adapter import check_method
+from adalink.runtime.adapter import Rank, check_method
 from adalink.runtime.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ class AdaLinkConfig:
     """Settings of an adapter, checked when made.
 
     Attributes:
-        rank: width ``r`` of the bottleneck.
+        rank: width ``r`` of the bottleneck, or of each modality's: ``{"text": 16, "image": 64}``.
         activation: one of ``adalink.runtime.adapter.ACTIVATIONS``; ``gelu`` is the exact erf form.
         bias: whether ``down`` and ``up`` carry a bias.
         dropout: chance in ``[0, 1)`` that a bottleneck feature is dropped in training.
@@ -24,7 +24,7 @@ class AdaLinkConfig:
         ConfigError: a setting is outside what the method allows.
     """
 
-    rank: int = 16
+    rank: Rank = 16
     activation: str = "gelu"
     bias: bool = False
     dropout: float = 0.0

@@ -6,7 +6,7 @@ prompt tokenizes it to the same ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,11 +48,11 @@ class ImageTokens:
 
     Attributes:
         token_id: the placeholder.
-        per_image: positions that an image takes up.
+        written: what an image becomes in a prompt, in place of the one placeholder that people write.
     """
 
     token_id: int
-    per_image: int
+    written: Callable[[Path], list[int]]
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -113,7 +113,10 @@ def encode_rows(
         prompt = list(tokenizer(row.prompt)["input_ids"])
         pictures = _pictures(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
         if images is not None:
-            prompt = [token for own in prompt for token in [own] * (images.per_image if own == images.token_id else 1)]
+            left = iter(pictures)
+            prompt = [
+                token for own in prompt for token in (images.written(next(left)) if own == images.token_id else (own,))
+            ]
         target = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], end]
         if len(prompt) + len(target) > max_length:
             raise DataError(

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from adalink.runtime.digest import digest_file
+from adalink.runtime.engine import Array
 from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.pictures import read_picture
 from adalink.training.dataset import Example, ImageTokens
+from adalink.training.tiles import read_tile_tokens, read_tiling
 from adalink.training.vision import image_side
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Pictures:
@@ -26,12 +29,13 @@ class Pictures:
         tokens: how the base wants images in a prompt.
     """
 
-    def __init__(self, base: str | Path, model: PreTrainedModel) -> None:
+    def __init__(self, base: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load the image processor that lies beside a checkpoint.
 
         Args:
             base: the checkpoint.
-            model: the same, loaded; LLaVA-like.
+            model: the same, loaded.
+            tokenizer: its tokenizer, which knows the tokens around tiles.
 
         Raises:
             ModelError: there is no image processor, or the model takes no images that way.
@@ -49,38 +53,55 @@ class Pictures:
             raise ModelError(
                 f"{base}: no image processor was found, expected preprocessor_config.json beside it ({error})"
             ) from error
-        self.tokens = ImageTokens(side.image_token_id, self._positions(model))
+        self._takes_tiles = side.takes_tiles
+        placeholders = [side.image_token_id] * self._positions(model)
+        if not side.takes_tiles:
+            self.tokens = ImageTokens(side.image_token_id, lambda path: placeholders)
+            return
+        tiling = read_tiling(self._processor)
+        around = read_tile_tokens(tokenizer, tiling, side.image_token_id, len(placeholders)).around
+
+        def written(path: Path) -> list[int]:
+            height, width, _ = _read(path).shape
+            return around(placeholders, tiling.grid(height, width))
+
+        self.tokens = ImageTokens(side.image_token_id, written)
 
     def inputs(self, examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
         """``pixel_values`` of all images of a batch in the order of its rows; nothing if it has none.
 
         Returns:
-            float32 with shape ``(images, 3, height, width)``.
+            float32 with shape ``(images, 3, height, width)``; of a base that takes tiles, ``(1, tiles, 3, height,
+            width)``: as if all were one row's, so that no row is filled up with empty tiles.
 
         Raises:
             DataError: a file is no image.
         """
-        pictures = []
-        for path in (path for example in examples for path in example.images):
-            try:
-                pictures.append(read_picture(path, "image"))
-            except RequestError as error:
-                raise DataError(str(error)) from error
-        if not pictures:
-            return {}
+        pictures = [_read(path) for example in examples for path in example.images]
+        return {"pixel_values": self._pixels(pictures).to(device)} if pictures else {}
+
+    def _pixels(self, pictures: list[Array]) -> torch.Tensor:
         values = self._processor(images=pictures, input_data_format="channels_last", return_tensors="pt")
-        return {"pixel_values": values["pixel_values"].to(device)}
+        pixels: torch.Tensor = values["pixel_values"]
+        return pixels
 
     def _positions(self, model: PreTrainedModel) -> int:
-        """How many positions an image takes up: what the projector gives for one."""
-        import numpy as np
-
-        grey = np.full((64, 64, 3), 127, np.uint8)
-        values = self._processor(images=[grey], input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+        """How many positions an image, or a tile of one, takes up: what the projector gives for it."""
+        pixels = self._pixels([np.full((64, 64, 3), 127, np.uint8)])
+        if self._takes_tiles:
+            pixels = pixels[:, :1]
         with torch.no_grad():
-            found = model.base_model.get_image_features(pixel_values=values.to(model.device))
+            found = model.base_model.get_image_features(pixel_values=pixels.to(model.device))
         features = getattr(found, "pooler_output", found)
         return int(features[0].shape[-2])
+
+
+def _read(path: Path) -> Array:
+    """Pixels of an image file; raises ``DataError``."""
+    try:
+        return read_picture(path, "image")
+    except RequestError as error:
+        raise DataError(str(error)) from error
 
 
 def digest_images(examples: Sequence[Example]) -> str:

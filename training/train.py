@@ -124,7 +124,7 @@ def train(
     if any(row.images for row in (*rows, *eval_rows)):
         # How many positions an image takes up is the model's to say.
         model = load_base(base)
-        pictures = Pictures(base, model)
+        pictures = Pictures(base, model, tokenizer)
     tokens = None if pictures is None else pictures.tokens
     examples = encode_rows(rows, tokenizer, settings.max_length, data, tokens)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, tokens)

@@ -11,8 +11,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Model types whose projector gives nothing but image embeddings, which then replace those of one placeholder token.
-_LLAVA_LIKE = ("llava",)
+# Model types whose projector gives nothing but image embeddings, which then replace those of one placeholder token: for
+# each, the names of its projector and of its language model, and whether it takes pictures as tiles.
+_SIDES = {
+    "llava": ("multi_modal_projector", "language_model", False),
+    "idefics3": ("connector", "text_model", True),
+    "smolvlm": ("connector", "text_model", True),
+}
+SUPPORTED = "LlavaForConditionalGeneration, Idefics3ForConditionalGeneration and SmolVLMForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,17 @@ class ImageSide:
     """The image side of a model.
 
     Attributes:
-        projector: the module whose output, of shape ``(images, tokens, d)``, is merged with the text embeddings.
+        projector: the module whose output, of shape ``(images, tokens, d)``, is merged with the text embeddings; of a
+            model that takes tiles, ``(tiles, tokens, d)``.
+        language_model: what the merged embeddings go to, without its head.
         image_token_id: the placeholder that is replaced, once for each row of an image's embeddings.
+        takes_tiles: whether ``pixel_values`` are tiles of pictures, with shape ``(rows, tiles, 3, height, width)``.
     """
 
     projector: nn.Module
+    language_model: PreTrainedModel
     image_token_id: int
+    takes_tiles: bool
 
 
 def takes_images(model: PreTrainedModel) -> bool:
@@ -34,10 +45,14 @@ def takes_images(model: PreTrainedModel) -> bool:
 
 
 def image_side(model: PreTrainedModel) -> ImageSide | None:
-    """The image side of a LLaVA-like model; ``None`` for any other."""
-    if model.config.model_type not in _LLAVA_LIKE:
+    """The image side of a model of a supported class; ``None`` for any other."""
+    if model.config.model_type not in _SIDES:
         return None
-    return ImageSide(model.base_model.multi_modal_projector, model.config.image_token_id)
+    projector, language_model, takes_tiles = _SIDES[model.config.model_type]
+    inner = model.base_model
+    return ImageSide(
+        getattr(inner, projector), getattr(inner, language_model), model.config.image_token_id, takes_tiles
+    )
 
 
 def check_modalities(model: PreTrainedModel, modalities: tuple[str, ...]) -> None:
@@ -48,8 +63,8 @@ def check_modalities(model: PreTrainedModel, modalities: tuple[str, ...]) -> Non
     if image_side(model) is None:
         if modalities != ("text",):
             raise ModelError(
-                f"{name} takes images in a way that is not supported (only {', '.join(_LLAVA_LIKE)} is): its text "
-                f"alone can be adapted, so use modalities ('text',) and not {modalities}"
+                f"{name} takes images in a way that is not supported ({SUPPORTED} are): its text alone can be "
+                f"adapted, so use modalities ('text',) and not {modalities}"
             )
     elif unknown := [modality for modality in modalities if modality not in ("text", "image")]:
         raise ModelError(

@@ -81,6 +81,40 @@ def test_config_on_disk_has_the_documented_fields(tmp_path: Path) -> None:
     }
 
 
+def test_each_modality_can_have_its_own_rank(tmp_path: Path) -> None:
+    adapter = make(modalities=("text", "image"), rank={"image": 7, "text": 2})
+    shapes = {name: weight.shape for name, weight in adapter.weights.items() if name.endswith("weight")}
+    assert shapes["text.down.weight"] == (2, 24) == shapes["text.up.weight"][::-1]
+    assert shapes["image.down.weight"] == (7, 24) == shapes["image.up.weight"][::-1]
+    again = read_adapter(write(tmp_path, adapter))
+    assert again.config == adapter.config
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["rank"] == {"image": 7, "text": 2}
+    other_order = make(modalities=("text", "image"), rank={"text": 2, "image": 7})
+    assert again.digest == adapter.digest == other_order.digest
+    with pytest.raises(AdapterError, match=r"'text.down.weight' has shape \(2, 24\), .* rank image=2,text=7"):
+        make_adapter(make_config(modalities=("text", "image"), rank={"image": 2, "text": 7}), adapter.weights)
+
+
+def test_digests_of_one_rank_are_what_they_were() -> None:
+    """Of the fields and tensors as they were before modalities could have ranks of their own."""
+    adapter = make()
+    fields = {
+        "activation": "gelu",
+        "base_fingerprint": FINGERPRINT,
+        "base_model_name_or_path": "",
+        "bias": True,
+        "hidden_size": 24,
+        "modalities": ["text"],
+        "peft_type": "ADALINK",
+        "rank": 3,
+        "scope": "all",
+    }
+    state = hashlib.sha256(json.dumps(fields, separators=(",", ":")).encode())
+    for name in sorted(adapter.weights):
+        state.update(f"\0{name}\0".encode() + adapter.weights[name].tobytes())
+    assert adapter.digest == f"sha256:{state.hexdigest()}"
+
+
 def test_digest_follows_the_arithmetic_and_nothing_else() -> None:
     digest = make().digest
     assert make(base_model_name_or_path="another name").digest == digest
@@ -99,6 +133,10 @@ def test_digest_follows_the_arithmetic_and_nothing_else() -> None:
         ({"rank": -4}, "rank is -4"),
         ({"rank": 25}, "hidden_size 24"),
         ({"rank": True}, "whole number"),
+        ({"rank": {"text": 0}}, "rank is {'text': 0}, expected a whole number of at least 1, or one for each"),
+        ({"rank": {"text": 3, "image": 3}}, "rank is for text, image and the modalities are text: expected one"),
+        ({"rank": {}}, "rank is for nothing and the modalities are text"),
+        ({"rank": {"text": 25}}, "rank is text=25 and hidden_size 24"),
         ({"activation": "swish"}, "expected one of identity"),
         ({"scope": "some"}, "expected one of all, prompt"),
         ({"modalities": ()}, "at least one name"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from host_device import HostBackend
-from seeing_support import Seeing, build_seeing, picture
+from seeing_support import Seeing, build_seeing, build_seeing_tiles, picture
+from tiny_models import idefics3
 from vision_support import clip_processor
 
 from adalink.export.base import export_base
@@ -57,3 +58,15 @@ def test_logits_are_pytorchs(seeing: Seeing, host: HostBackend, task: str | None
             ids = seeing.inputs(tokens, images)["input_ids"].numpy()
             received = deployment.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
             assert np.abs(received - plain).max() <= limit
+
+
+def test_tiles_in_front_of_a_device(tmp_path: Path) -> None:
+    tiled = build_seeing_tiles(tmp_path, idefics3(), target="portable")
+    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 16, 40), past=Span(0, 64, 150))
+    rows = [("<image>what?", [picture(1)]), ("a <image> b <image>", [picture(2, 50, 24), picture(3, 7, 100)])]
+    prompts, images = zip(*rows, strict=True)
+    with opened(tiled.folder, HostBackend(profile, in_place=True)) as deployment:
+        for tasks in ((None, "both"), ("looks", "asked")):
+            found = deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
+            for (prompt, own), task, row in zip(rows, tasks, found, strict=True):
+                assert list(row.token_ids) == tiled.greedy(prompt, own, task, NEW), (prompt, task)

@@ -122,6 +122,8 @@ def _delete(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("base", "surprise", value=1), "$.base"),
         (_set("variants", value={}), "$.variants"),
         (_set("tasks", "r8", "rank", value=33), "$.tasks['r8'].rank"),
+        (_set("tasks", "r8", "rank", value={"text": 33}), "$.tasks['r8'].rank"),
+        (_set("tasks", "r8", "rank", value={"text": 4, "image": 4}), "$.tasks['r8'].rank"),
         (_set("tasks", "r8", "scope", value="none"), "$.tasks['r8'].scope"),
         (_set("tasks", "r8", "graph", value="tasks/other/adapter.onnx"), "$.files['tasks/other/adapter.onnx']"),
         (_set("files", "base/tokenizer.json", "size_bytes", value=-1), "$.files['base/tokenizer.json'].size_bytes"),

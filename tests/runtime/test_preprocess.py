@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 from vision_support import clip_processor, llava_processor, siglip_processor
 
-from adalink.export.vision import describe_processor
+from adalink.export.image_processor import describe_processor
 from adalink.runtime.errors import BackendUnavailableError, IntegrityError, RequestError
-from adalink.runtime.manifest import Vision
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import MAX_PIXELS, Preprocessor, read_preprocessor
 
@@ -70,21 +69,12 @@ SIZES = [(37, 53), (53, 37), (24, 24), (1, 7), (7, 1), (25, 24), (300, 41)]
 
 
 def describe(processor: Any) -> Preprocessor:
-    vision = Vision(
-        architecture="llava",
-        graph="g",
-        files=("g",),
-        preprocessor="p",
-        image_size=(EDGE, EDGE),
-        image_token_id=1,
-        tokens_per_image=1,
-    )
-    return describe_processor(processor, vision)
+    return describe_processor(processor, (EDGE, EDGE))
 
 
 def agrees(processor: Any, source: Any, reference: Any) -> np.ndarray:
     """What the kit makes of ``source``, compared with what the processor makes of ``reference``."""
-    received = describe(processor).apply(read_picture(source, "images[0][0]"))
+    received = describe(processor).apply(read_picture(source, "images[0][0]"))[0]
     expected = np.asarray(processor(images=reference, return_tensors="np")["pixel_values"][0])
     assert received.dtype == np.float32
     assert received.shape == expected.shape == (3, EDGE, EDGE)
@@ -155,7 +145,7 @@ def test_the_comparison_finds_a_picture_that_is_slightly_off() -> None:
         clip_processor(rescale_factor=1 / 256),
         clip_processor(image_mean=[0.5] * 3),
     ):
-        received = describe(wrong).apply(read_picture(image, ""))
+        received = describe(wrong).apply(read_picture(image, ""))[0]
         expected = clip_processor()(images=image, return_tensors="np")["pixel_values"][0]
         assert np.abs(received - expected).max() > 1e-3
 

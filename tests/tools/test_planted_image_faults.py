@@ -20,7 +20,7 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.placeholders import merge
 from adalink.tools.parity.suite import verify
-from adalink.tools.parity.vision import make_looks
+from adalink.tools.parity.vision import OwnImages, make_looks
 
 VISION = "base/vision/model.onnx"
 
@@ -67,7 +67,7 @@ def test_another_preprocessor_is_found(deployment, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     reseal(deployment[1])
     if "crop" in change:
-        with pytest.raises(ContractError, match=r"gives \(3, 24, 24\), that of the deployment \(3, 24, 23\)"):
+        with pytest.raises(ContractError, match=r"4 tiles of \(3, 24, 24\) .* that of the deployment 4 of \(3, 24, 23"):
             outcome(*deployment)
     else:
         assert "vision/pixel-values" in failures(*deployment)
@@ -116,8 +116,9 @@ def test_a_model_without_an_image_processor_is_refused(deployment, tmp_path):
 
 def test_images_fit_the_context_or_are_left_out(deployment):
     with Deployment.open(deployment[1]) as opened:
-        assert make_looks(opened, [[5, 6, 7]], 10, clip_processor()) is None
-        one = make_looks(opened, [[5, IMAGE_TOKEN, 6, 7]], 11, clip_processor())
+        own = OwnImages(clip_processor(), opened.manifest.base.vision)
+        assert make_looks(opened, [[5, 6, 7]], 10, own) is None
+        one = make_looks(opened, [[5, IMAGE_TOKEN, 6, 7]], 11, own)
         assert one.rows == [[5, *[IMAGE_TOKEN] * IMAGE_TOKENS, 6]]
-        two = make_looks(opened, [[5, 6, 7]], 64, clip_processor())
+        two = make_looks(opened, [[5, 6, 7]], 64, own)
         assert [row.count(IMAGE_TOKEN) for row in two.rows] == [IMAGE_TOKENS, 2 * IMAGE_TOKENS]

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attach_support import MODALITIES, config, disturb, logits, residual
 from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, MAX_POSITIONS, VOCAB_SIZE, llama, llava
 
-from adalink.runtime.errors import ModelError, RequestError
+from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.attach import attach
 from adalink.training.base_model import base_fingerprint, load_base
-from adalink.training.config import AdaLinkConfig
-
-MODALITIES = [("text",), ("image",), ("text", "image"), ("image", "text")]
-
-
-def config(modalities, **settings):
-    return AdaLinkConfig(**({"rank": 4, "activation": "gelu", "bias": True, "modalities": modalities} | settings))
-
-
-def disturb(attached, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+from adalink.training.storage import load_adapter, save_adapter, to_adapter
 
 
 def request(images_a_row=(1, 2, 0), seed=3):
@@ -43,11 +31,6 @@ def request(images_a_row=(1, 2, 0), seed=3):
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-def logits(model, **inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def by_hand(model, adapters, inputs):
     """The whole method written out: look up, encode, adapt each on its own, merge, run the language model."""
     ids, llava_model = inputs["input_ids"], model.model
@@ -65,12 +48,6 @@ def by_hand(model, adapters, inputs):
         return model.lm_head(states.last_hidden_state)
 
 
-def residual(adapter, x):
-    inner = x @ adapter.down.weight.T + adapter.down.bias
-    gelu = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
-    return gelu @ adapter.up.weight.T + adapter.up.bias
-
-
 @pytest.mark.parametrize("modalities", MODALITIES)
 def test_each_modality_has_its_own_adapter(modalities):
     model, inputs = llava(), request()
@@ -84,6 +61,21 @@ def test_each_modality_has_its_own_adapter(modalities):
     torch.testing.assert_close(adapted[real], expected[real], rtol=0, atol=1e-5)
     assert (adapted - plain)[real].abs().max() > 0.05
     assert torch.equal(logits(model, **inputs), plain), "detaching leaves a trace"
+
+
+def test_each_modality_can_have_its_own_rank(tmp_path):
+    model, inputs = llava(), request()
+    with attach(model, config(("text", "image"), rank={"text": 2, "image": 7})) as attached:
+        assert [attached.adapters[name].down.out_features for name in ("text", "image")] == [2, 7]
+        disturb(attached)
+        adapted = logits(model, **inputs)
+        save_adapter(tmp_path / "own", to_adapter(attached, "tiny"))
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(adapted[real], by_hand(model, attached.adapters, inputs)[real], rtol=0, atol=1e-5)
+    with load_adapter(tmp_path / "own", model):
+        assert torch.equal(logits(model, **inputs), adapted)
+    with pytest.raises(ConfigError, match=r"rank is text=2,image=49 and the embeddings of Llava.* are 48 wide"):
+        attach(model, config(("text", "image"), rank={"text": 2, "image": 49}))
 
 
 def merged_embeddings(model, inputs):

@@ -10,10 +10,16 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.adapter import read_adapter
+from adalink.tools.cli import main
+
+FILES = ["--base", "b", "--data", "d", "--eval", "e", "--out", "o"]
+BOTH = ["--modality", "text", "--modality", "image"]
+REPORT: dict[str, object] = {}
 
 SETTINGS = [
     *("--rank", "8", "--scope", "prompt", "--lr", "0.02", "--batch-size", "4", "--max-length", "16"),
@@ -57,6 +63,39 @@ def test_wrong_row_is_a_message_and_exit_code_2(work):
     assert "wrong.jsonl:2" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (work / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank"),
+    [
+        ([], 16),
+        (["--rank", "8"], 8),
+        ([*BOTH, "--rank", "text=8", "--rank", "image=9"], {"text": 8, "image": 9}),
+        (["--rank", "text=8"], {"text": 8}),
+    ],
+)
+def test_ranks_of_modalities(monkeypatch, arguments, rank):
+    chosen = []
+    monkeypatch.setattr("adalink.training.train.train", lambda *given, **options: chosen.append(given[4]) or REPORT)
+    done = CliRunner().invoke(main, ["train", *FILES, *arguments, "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert chosen[0].rank == rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "many"], "--rank is many, expected one number, or MODALITY=NUMBER for each modality"),
+        (["--rank", "8", "--rank", "16"], "--rank is 8 16, expected one number, or MODALITY=NUMBER"),
+        (["--rank", "text=8", "--rank", "text=16"], "--rank is text=8 text=16, expected each modality once"),
+        (["--rank", "text=8", "--rank", "image=16"], "rank is for text, image and the modalities are text"),
+        (["--rank", "0"], "rank is 0, expected a whole number of at least 1"),
+    ],
+)
+def test_wrong_ranks_are_a_message_and_exit_code_2(arguments, message):
+    done = CliRunner().invoke(main, ["train", *FILES, *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_without_the_right_picture_it_cannot_know(finished: tuple[Path, dict], b
     from adalink.training.storage import load_adapter
 
     model, tokenizer = load_base(base), make_tokenizer()
-    pictures = Pictures(base, model)
+    pictures = Pictures(base, model, tokenizer)
     examples = encode_rows(read_rows(data / "eval.jsonl"), tokenizer, 32, data / "eval.jsonl", pictures.tokens)
     red = next(e.images for e in examples if tokenizer.decode(e.target[:1]) == "R")
     blue = next(e.images for e in examples if tokenizer.decode(e.target[:1]) == "B")
@@ -96,7 +96,7 @@ def test_without_the_right_picture_it_cannot_know(finished: tuple[Path, dict], b
 def test_loss_by_hand_over_rows_with_and_without_images(base: Path, data: Path) -> None:
     """Row by row, unpadded: tower, projector, adapters and merge written out here."""
     model, tokenizer = load_base(base), make_tokenizer()
-    pictures = Pictures(base, model)
+    pictures = Pictures(base, model, tokenizer)
     names = [f"pictures/train-{index}.png" for index in range(3)]
     rows = [
         Row(prompt="@ is", completion="RB", images=(names[0],)),

@@ -155,11 +155,12 @@ class Reference:
         """What the vision tower and the projector give, before any adapter.
 
         Args:
-            pixels: shape ``(images, 3, height, width)``.
+            pixels: shape ``(images, 3, height, width)``, or ``(rows, tiles, 3, height, width)`` for a model that takes
+                tiles.
 
         Returns:
-            The float32 model's embeddings with shape ``(images, tokens, d)``, and the largest deviation of each
-            position, ``(images, tokens)``, from the float64 model's.
+            The float32 model's embeddings with shape ``(images or rows, positions, d)``, and the largest deviation of
+            each position, ``(images or rows, positions)``, from the float64 model's.
         """
         import torch
 
@@ -191,7 +192,7 @@ class Reference:
             ids: the row's tokens.
             decoder_ids: decoder tokens of an encoder-decoder, else ``None``.
             prompt_length: how many of ``ids`` are the prompt; the rest counts as generated. All by default.
-            pixels: the row's images, float32 with shape ``(images, 3, height, width)``.
+            pixels: the row's images, float32 in the shape that the model takes.
         """
         row = (ids, decoder_ids, prompt_length, pixels)
         values = self._run(self._model, 0, *row)

@@ -35,7 +35,7 @@ from adalink.tools.parity.quantization import check_activations, check_cost, mat
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.vision import Looks, check_vision, make_looks, own_processor
+from adalink.tools.parity.vision import Looks, check_vision, make_looks, own_images
 
 if TYPE_CHECKING:
     from adalink.training.dataset import Row
@@ -222,12 +222,12 @@ def _looks(
     if base.vision is None:
         return None
     progress("pixel values and the vision tower")
-    processor = own_processor(against)
-    report.checks += check_vision(deployment, reference, processor)
+    own = own_images(against, base.vision)
+    report.checks += check_vision(deployment, reference, own)
     limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
-    looks = make_looks(deployment, rows, min(filter(None, limits), default=1 << 20), processor)
+    looks = make_looks(deployment, rows, min(filter(None, limits), default=1 << 20), own)
     if looks is None:
-        report.skipped.append(f"prompts with images: one alone takes {base.vision.tokens_per_image} positions")
+        report.skipped.append("prompts with images: one alone takes up more positions than the model has")
     return looks
 
 

@@ -13,6 +13,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
 from adalink.runtime.integrity import locate, read_verified
+from adalink.runtime.manifest import Vision
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import read_preprocessor
@@ -21,10 +22,13 @@ from adalink.tools.parity.reference import Reference, limit_of
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
 # Height and width: smaller and larger than most towers', upright and lying, odd.
 _SIZES = ((37, 53), (481, 320), (224, 224), (511, 700))
+# Tiles that the tower is compared on: in float64 one is many times the work of a text.
+_TILES = 8
 # Rescaling, subtracting the mean, dividing: each rounds once, and so does the processor.
 _PIXEL_ROUNDINGS = 6
 
@@ -36,7 +40,8 @@ class Looks:
     Attributes:
         rows: token ids, placeholders for all that the images take up.
         pictures: those of each row, uint8 with shape ``(height, width, 3)``.
-        pixels: likewise as the model's own processor prepares them, ``(images, 3, height, width)``.
+        pixels: likewise as the model's own processor prepares them, ``(images, 3, height, width)``, or ``(1, tiles, 3,
+            height, width)`` for a model that takes tiles.
     """
 
     rows: list[list[int]]
@@ -44,39 +49,71 @@ class Looks:
     pixels: list[Array]
 
 
-def make_looks(
-    deployment: Deployment, rows: Sequence[list[int]], longest: int, processor: BaseImageProcessor
-) -> Looks | None:
+class OwnImages:
+    """Pictures as the model's own code prepares them, and what it writes in a prompt for each."""
+
+    def __init__(
+        self, processor: BaseImageProcessor, vision: Vision, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """The tokenizer is for models that take tiles: their tokens come from transformers' own text of a picture."""
+        self._processor, self._vision, self._tokenizer = processor, vision, tokenizer
+
+    def pixels(self, pictures: Sequence[Array]) -> Array:
+        """``pixel_values`` of the pictures of one row, in the shape that the model takes."""
+        return np.asarray(self._processor(images=list(pictures), return_tensors="np")["pixel_values"], np.float32)
+
+    def tokens(self, picture: Array) -> list[int]:
+        """What stands for a picture in a prompt."""
+        image, count = self._vision.image_token_id, self._vision.tokens_per_image
+        if self._vision.tiles is None:
+            return [image] * count
+        assert self._tokenizer is not None
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+        cut = self._processor(images=[picture], return_tensors="np", return_row_col_info=True)
+        text = get_image_prompt_string(
+            cut["rows"][0][0],
+            cut["cols"][0][0],
+            count,
+            fake_token_around_image=getattr(self._tokenizer, "fake_image_token", "<fake_token_around_image>"),
+            image_token=self._tokenizer.convert_ids_to_tokens(image),
+            global_image_token=getattr(self._tokenizer, "global_image_token", "<global-img>"),
+        )
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, images: OwnImages) -> Looks | None:
     """Rows of text with one image, and with two where they fit; ``None`` where an image alone is too long.
 
     Args:
         deployment: what is verified; it has a vision tower.
         rows: token ids of texts.
         longest: positions that a row may have.
-        processor: the model's own.
+        images: the model's own way with pictures.
     """
     vision = deployment.manifest.base.vision
     assert vision is not None
     found = Looks([], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
-        own = pictures[2 * index : 2 * index + 1 + index]
+        chosen = pictures[2 * index : 2 * index + 1 + index]
+        written = [token for picture in chosen for token in images.tokens(picture)]
         words = [token for token in rows[index % len(rows)] if token != vision.image_token_id]
-        room = longest - len(own) * vision.tokens_per_image
+        room = longest - len(written)
         if room < 2:
             break
         words = (words or [deployment.manifest.base.pad_token_id])[:room]
-        tokens = [words[0]]
-        for _ in own:
-            tokens += [vision.image_token_id] * vision.tokens_per_image
-        found.rows.append([*tokens, *words[1:]])
-        found.pictures.append(own)
-        found.pixels.append(np.asarray(processor(images=own, return_tensors="np")["pixel_values"], np.float32))
+        found.rows.append([words[0], *written, *words[1:]])
+        found.pictures.append(chosen)
+        found.pixels.append(images.pixels(chosen))
     return found if found.rows else None
 
 
-def check_vision(deployment: Deployment, reference: Reference, processor: BaseImageProcessor) -> list[Check]:
-    """Preprocessing against the model's own processor, and the vision graph against PyTorch, on the same pixels."""
+def check_vision(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
+    """Preprocessing against the model's own processor, and the vision graph against PyTorch, on the same pixels.
+
+    Where pictures are cut into tiles, also the tokens around them.
+    """
     base = deployment.manifest.base
     vision = base.vision
     assert vision is not None
@@ -85,34 +122,45 @@ def check_vision(deployment: Deployment, reference: Reference, processor: BaseIm
     )
     graph = OnnxVisionGraph(locate(deployment.path, vision.graph), vision, base.hidden_size, None)
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
-    theirs = np.asarray(processor(images=pictures, return_tensors="np")["pixel_values"], np.float32)
-    ours = np.stack([steps.apply(read_picture(picture, "picture")) for picture in pictures])
+    prepared = images.pixels(pictures)
+    theirs = prepared.reshape(-1, *prepared.shape[-3:])
+    ours = np.concatenate([steps.apply(read_picture(picture, "picture")) for picture in pictures])
     if theirs.shape != ours.shape:
         raise ContractError(
-            f"the image processor of the model gives {theirs.shape[1:]}, that of the deployment {ours.shape[1:]}: "
-            "verify it against the model it was made from"
+            f"the image processor of the model gives {len(theirs)} tiles of {theirs.shape[1:]} for {len(pictures)} "
+            f"pictures, that of the deployment {len(ours)} of {ours.shape[1:]}: verify it against the model it was "
+            "made from"
         )
     offset = 0.0 if steps.mean is None or steps.std is None else max(map(abs, np.divide(steps.mean, steps.std)))
     allowed = _PIXEL_ROUNDINGS * UNIT_ROUNDOFF["float32"] * (float(np.abs(theirs).max()) + offset)
     differing = f"|Δ| over {len(pictures)} pictures of odd sizes, against the model's own image processor"
-    expected, noise = reference.image_embeds(theirs)
+    checks = [at_most("vision/pixel-values", float(np.abs(ours - theirs).max()), allowed, differing)]
+    if vision.tiles is not None:
+        grids = [steps.grid(*picture.shape[:2]) for picture in pictures]
+        wrong = [
+            index
+            for index, (picture, grid) in enumerate(zip(pictures, grids, strict=True))
+            if vision.written(grid) != images.tokens(picture)
+        ]
+        said = f"of {len(pictures)} pictures of odd sizes, in {grids} rows and columns of tiles; differing: {wrong}"
+        checks.append(at_most("vision/tile-tokens", len(wrong), 0, said))
+    few = prepared[..., :_TILES, :, :, :]
+    expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(noise, TYPICAL_PERCENTILE))
-    received: Float64 = graph.run(theirs).astype(np.float64)
+    received: Float64 = graph.run(few.reshape(-1, *few.shape[-3:])).astype(np.float64).reshape(expected.shape)
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
     deviation, limit, picture, position = worst_of(deviations, [limit_of(own, typical, "float32") for own in noise])
     nearest = (
         f"|Δ| nearest its limit, of {received.shape[0] * received.shape[1]} positions: picture {picture}, position "
         f"{position}; PyTorch float32 is itself typically {typical:.1e} away"
     )
-    return [
-        at_most("vision/pixel-values", float(np.abs(ours - theirs).max()), allowed, differing),
-        at_most("vision/image-embeds", deviation, limit, nearest),
-    ]
+    return [*checks, at_most("vision/image-embeds", deviation, limit, nearest)]
 
 
-def own_processor(against: str) -> BaseImageProcessor:
-    """The image processor of the model that is verified against; raises ``ContractError`` if it has none."""
-    from adalink.export.vision import find_image_processor
+def own_images(against: str, vision: Vision) -> OwnImages:
+    """How the model that is verified against takes pictures; raises ``ContractError`` if it has no processor."""
+    from adalink.export.image_processor import find_image_processor
+    from adalink.training.base_model import load_tokenizer
 
     processor = find_image_processor(against)
     if processor is None:
@@ -120,7 +168,7 @@ def own_processor(against: str) -> BaseImageProcessor:
             f"{against} has no image processor and the deployment takes images: verify it against the model it was "
             "made from, with its preprocessor_config.json"
         )
-    return processor
+    return OwnImages(processor, vision, None if vision.tiles is None else load_tokenizer(against))
 
 
 def _picture(seed: int, height: int, width: int) -> Array:

@@ -1,0 +1,120 @@
+"""Pictures cut into tiles: which tiles a picture becomes, and the tokens that stand around them in a prompt.
+
+The steps are those of the image processors of Idefics3 and SmolVLM in transformers (their PIL backend): a picture
+becomes rows and columns of square tiles, and behind them the whole picture on one more tile.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from adalink.runtime.engine import Array
+
+# Rows and columns; (0, 0) of a picture that is one tile.
+Grid = tuple[int, int]
+
+# The processors' own limit for the longer edge.
+MAX_EDGE = 4096
+
+
+class Tiling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a picture is cut.
+
+    Attributes:
+        longest_edge: first the picture is resized so that its longer edge has this many pixels; ``None``: it is not.
+        edge: height and width of a tile.
+        is_cut: whether it is cut; else it is resized to one tile.
+    """
+
+    longest_edge: int | None
+    edge: int
+    is_cut: bool
+
+    @property
+    def most(self) -> int:
+        """Most rows, and most columns, that a picture can have; 0 where none is cut."""
+        if not self.is_cut or self.longest_edge is None:
+            return 0
+        longest = min(self.longest_edge, MAX_EDGE)
+        return ceil((longest + longest % 2) / self.edge)
+
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Heights and widths that a picture is resized to, one after the other, before it is cut."""
+        sizes = []
+        if self.longest_edge is not None:
+            height, width = _below_limit(*_to_longest_edge(height, width, self.longest_edge))
+            sizes.append((height, width))
+        if not self.is_cut:
+            return [*sizes, (self.edge, self.edge)]
+        ratio = width / height
+        if width >= height:
+            width = self._whole(width)
+            height = self._whole(int(width / ratio))
+        else:
+            height = self._whole(height)
+            width = self._whole(int(height * ratio))
+        return [*sizes, (height, width)]
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns that a picture of this size is cut into."""
+        height, width = self.sizes(height, width)[-1]
+        return (0, 0) if height == width == self.edge else (height // self.edge, width // self.edge)
+
+    def cut(self, picture: Array, grid: Grid) -> list[Array]:
+        """The tiles of a grid, row by row, of a picture that has been resized: views of shape ``(edge, edge, 3)``."""
+        rows, columns = ([number * self.edge for number in range(count)] for count in grid)
+        return [picture[top : top + self.edge, left : left + self.edge] for top in rows for left in columns]
+
+    def _whole(self, length: int) -> int:
+        return ceil(length / self.edge) * self.edge
+
+
+class TileTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tokens around the placeholders of a picture's tiles, as the model's own processor writes them.
+
+    Attributes:
+        before_tile: for each row and each column, those in front of that tile, with what ends the row before.
+        before_whole: those in front of the tile that shows the whole picture, behind others.
+        before_only: those in front of a picture's only tile.
+        end: those behind a picture.
+    """
+
+    before_tile: tuple[tuple[tuple[int, ...], ...], ...]
+    before_whole: tuple[int, ...]
+    before_only: tuple[int, ...]
+    end: tuple[int, ...]
+
+    def around(self, placeholders: list[int], grid: Grid) -> list[int]:
+        """What a picture becomes in a prompt; ``placeholders`` are those of one tile."""
+        if grid == (0, 0):
+            return [*self.before_only, *placeholders, *self.end]
+        rows, columns = grid
+        tiles = [token for row in self.before_tile[:rows] for own in row[:columns] for token in (*own, *placeholders)]
+        return [*tiles, *self.before_whole, *placeholders, *self.end]
+
+
+def tiles_of(grid: Grid) -> int:
+    """How many tiles a picture is, the whole one among them."""
+    return grid[0] * grid[1] + 1
+
+
+def _to_longest_edge(height: int, width: int, longest: int) -> tuple[int, int]:
+    ratio = width / height
+    if width >= height:
+        height = int(longest / ratio)
+        return max(height + height % 2, 1), longest
+    width = int(longest * ratio)
+    return longest, max(width + width % 2, 1)
+
+
+def _below_limit(height: int, width: int) -> tuple[int, int]:
+    ratio = width / height
+    if width >= height and width > MAX_EDGE:
+        height, width = int(MAX_EDGE / ratio), MAX_EDGE
+    elif height > width and height > MAX_EDGE:
+        height, width = MAX_EDGE, int(MAX_EDGE * ratio)
+    return max(height, 1), max(width, 1)
