@@ -10,10 +10,11 @@ import numpy as np
 
 from adalink.export.fold import FOLD_FILES, check_foldable, fold_task
 from adalink.export.graph_run import OpenGraph
+from adalink.export.peft_folder import convert_peft, peft_type_of
 from adalink.export.task_check import check_ids_table, check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
+from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, decode_adapter, encode_adapter, read_folder
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
@@ -34,16 +35,18 @@ def export_adapter(
     dtype: str | None = None,
     replace: bool = False,
     fold: str | None = None,
+    assume_base: bool = False,
 ) -> Manifest:
     """Add an adapter to a deployment as a task.
 
     Args:
-        adapter_folder: what training wrote.
+        adapter_folder: what training wrote; or PEFT, of a method that acts at the input (`adalink.export.peft_folder`).
         out: the deployment.
         name: name of the task; the adapter folder's by default.
         dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
         replace: whether a task of that name may be there already.
         fold: compute the task ahead for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.fold`).
+        assume_base: the caller knows that a folder of PEFT, which cannot say so itself, is for this very base.
 
     Returns:
         The deployment's manifest.
@@ -56,7 +59,9 @@ def export_adapter(
         GraphError: the finished graph, or the deployment's bank graph, does not compute the adapter.
     """
     task = Path(adapter_folder).resolve().name if name is None else name
-    return export_adapters({task: adapter_folder}, out, dtype=dtype, replace=replace, fold=fold)
+    return export_adapters(
+        {task: adapter_folder}, out, dtype=dtype, replace=replace, fold=fold, assume_base=assume_base
+    )
 
 
 def export_adapters(
@@ -66,6 +71,7 @@ def export_adapters(
     dtype: str | None = None,
     replace: bool = False,
     fold: str | None = None,
+    assume_base: bool = False,
     progress: Callable[[int, str], None] = lambda done, task: None,
 ) -> Manifest:
     """Add many adapters to a deployment in one change: all of them, or none if one cannot be added.
@@ -76,6 +82,7 @@ def export_adapters(
         dtype: see ``export_adapter``.
         replace: likewise.
         fold: likewise.
+        assume_base: likewise.
         progress: called with the number of tasks done and the name of the next.
 
     Raises:
@@ -89,7 +96,7 @@ def export_adapters(
         tasks = dict(writer.current.tasks)
         for done, (task, folder) in enumerate(adapter_folders.items()):
             progress(done, task)
-            adapter = read_adapter(folder)
+            adapter = _read(folder, writer.current.base, assume_base)
             check_contract(adapter, writer.current.base, dtype, origin=f"adapter {folder}", folder=Path(out))
             if fold is not None:
                 check_foldable(fold, adapter, writer.current.base, origin=f"adapter {folder}")
@@ -101,6 +108,15 @@ def export_adapters(
             exporter = exporter or _Exporter(writer)
             tasks[task] = exporter.write(task, adapter, fold)
         return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+
+
+def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:
+    """An adapter folder, of this kit or of PEFT."""
+    config, weights = read_folder(folder)
+    origin = f"adapter {folder}"
+    if peft_type_of(config, origin) == "ADALINK":
+        return decode_adapter(config, weights, origin)
+    return convert_peft(config, weights, base, origin, assume_base=assume_base)
 
 
 class _Exporter:

@@ -183,6 +183,12 @@ def read_adapter(folder: str | Path) -> Adapter:
     Raises:
         AdapterError: a file is missing, truncated or pickled; a tensor is missing, misshapen, NaN or infinite.
     """
+    config_bytes, weights_bytes = read_folder(folder)
+    return decode_adapter(config_bytes, weights_bytes, origin=f"adapter {folder}")
+
+
+def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
+    """The two files of an adapter folder, the kit's own or PEFT's, undecoded; raises ``AdapterError``."""
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -191,11 +197,17 @@ def read_adapter(folder: str | Path) -> Adapter:
         hint = f"; {pickled[0]} is pickled, which can run code, and is never loaded: convert it" if pickled else ""
         raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{hint}")
     try:
-        config_bytes = (folder / CONFIG_FILE).read_bytes()
-        weights_bytes = read_file(folder / WEIGHTS_FILE)
+        return (folder / CONFIG_FILE).read_bytes(), read_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise AdapterError(f"adapter {folder}: cannot read {error.filename}: {error.strerror}") from error
-    return decode_adapter(config_bytes, weights_bytes, origin=f"adapter {folder}")
+
+
+def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
+    """Tensors of ``adapter_model.safetensors`` as float32, views where they are; raises ``AdapterError``."""
+    try:
+        return view_tensors(weights_bytes)
+    except ValueError as error:
+        raise AdapterError(f"{origin}: {WEIGHTS_FILE} is not a complete safetensors file: {error}") from error
 
 
 def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Adapter:
@@ -204,11 +216,7 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
         config = msgspec.json.decode(config_bytes, type=AdapterConfig)
     except (msgspec.DecodeError, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
-    try:
-        tensors = view_tensors(weights_bytes)
-    except ValueError as error:
-        raise AdapterError(f"{origin}: {WEIGHTS_FILE} is not a complete safetensors file: {error}") from error
-    return make_adapter(config, tensors, origin)
+    return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
 
 
 def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
