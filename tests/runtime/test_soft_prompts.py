@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from host_device import HostBackend
 from runtime_support import random_adapter, write_adapter
 from seeing_support import Seeing, picture
 from soft_support import EVERY, TASKS, Soft, build_soft, padded
 
 from adalink.export.base import export_base
+from adalink.runtime.adapter import make_adapter
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ContractError, RequestError
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
+from adalink.runtime.soft_prompt import SoftPrompt
 
 NEW = 8
 PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
@@ -85,8 +89,6 @@ def test_the_encoder_of_an_encoder_decoder(t5: Soft, left: bool) -> None:
 @pytest.mark.parametrize("task", EVERY)
 def test_a_decoder_attends_to_the_soft_prompt_of_its_encoder(t5: Soft, task: str | None) -> None:
     (ids, decoder_ids) = rows(6, 4)
-    import torch
-
     with Deployment.open(t5.folder) as deployment:
         found = deployment.run(input_ids=[ids], tasks=task, decoder_input_ids=[decoder_ids])["logits"][0]
     expected, limit = t5.output(ids, task, decoder_input_ids=torch.tensor([decoder_ids]))
@@ -159,7 +161,32 @@ def test_kept_prefixes_know_soft_prompts(llama: Soft, resumed: list[int]) -> Non
         check_generation(llama, deployment, EVERY)
 
 
-def test_images_go_on_working_beside_soft_prompts(seeing: Seeing, tmp_path: Any) -> None:
+def test_names_that_do_not_tell_soft_prompts_apart_give_other_tokens(
+    llama: Soft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault that the test above exists to find."""
+    monkeypatch.setattr(SoftPrompt, "names", lambda self: np.full(len(self.vectors), -1))
+    (prompt,) = rows(9)
+    with Deployment.open(llama.folder, prefix_cache_bytes=1 << 20) as deployment:
+        found = [deployment.generate([prompt], tasks=task, max_new_tokens=NEW)[0] for task in ("soft", "soft-too")]
+    assert list(found[0].token_ids) == llama.greedy(prompt, "soft", NEW)
+    assert list(found[1].token_ids) != llama.greedy(prompt, "soft-too", NEW)
+
+
+def test_images_are_not_looked_up_by_the_id_of_their_placeholder(seeing: Seeing, tmp_path: Path) -> None:
+    base = read_manifest(seeing.folder).base
+    adapter = random_adapter(base.fingerprint, base.hidden_size, 6, **TASKS["ids"])
+    with Deployment.open(seeing.folder) as deployment:
+        deployment.add_task(write_adapter(tmp_path / "own", adapter))
+        ids = seeing.inputs(deployment.tokenizer.encode("a @b"), [])["input_ids"].numpy()
+        plain = deployment.embed(ids, images=[[picture(2)]])
+        found = deployment.embed(ids, tasks="own", images=[[picture(2)]])
+    delta = adapter.weights["text.table.weight"][ids] @ adapter.weights["text.up.weight"].T
+    expected = np.where((ids == base.vision.image_token_id)[..., None], plain, plain + delta)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_images_go_on_working_beside_soft_prompts(seeing: Seeing, tmp_path: Path) -> None:
     prompts, images = ["@what?", "a @b", "no picture", "a @b"], [[picture(1)], [picture(2)], [], [picture(2)]]
     base = read_manifest(seeing.folder).base
     settings = {"rank": 3, "activation": "tanh", "bias": False, "scope": "all", "modalities": ("image", "text")}
@@ -229,14 +256,12 @@ def test_the_soft_prompt_counts_towards_the_longest_sequence(llama: Soft) -> Non
         )
 
 
-def test_an_adapter_that_does_not_fit_is_refused(llama: Soft, tmp_path: Any) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(llama: Soft, tmp_path: Path) -> None:
     base = read_manifest(llama.folder).base
     plain = {"activation": "identity", "bias": False, "scope": "all"}
     long = random_adapter(base.fingerprint, base.hidden_size, 1, rank=0, soft_tokens=64, **plain)
     table = llama.adapters["ids"].weights["text.table.weight"]
     other = dict(llama.adapters["ids"].weights) | {"text.table.weight": table[:-1]}
-    from adalink.runtime.adapter import make_adapter
-
     with Deployment.open(llama.folder) as deployment:
         with pytest.raises(ContractError, match="soft prompt of 64 positions"):
             deployment.add_task(write_adapter(tmp_path / "long", long))

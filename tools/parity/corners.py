@@ -18,6 +18,7 @@ from adalink.runtime.nvidia.profile import Profile
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.generation import Generator, Verdict, check_generation, expected_outputs, judge
 from adalink.tools.parity.outputs import Comparison, worst_of
+from adalink.tools.parity.prompts import soft_positions
 from adalink.tools.parity.reference import Outputs, Reference
 from adalink.tools.parity.report import Check, at_most
 
@@ -43,7 +44,7 @@ def check_decoder_corners(
         profile: what the engine takes.
     """
     limit = deployment.manifest.base.max_positions or profile.capacity
-    longest = min(profile.capacity, limit) - STEPS
+    longest = min(profile.capacity, limit) - STEPS - soft_positions(deployment)
     prompts = sorted({1, min(profile.seq.largest, longest), longest})
     corners = list(product(sorted({profile.batch.smallest, profile.batch.largest}), prompts))
     verdicts: dict[tuple[int, int], list[Verdict]] = {corner: [] for corner in corners}
@@ -75,7 +76,7 @@ def check_encoder_corners(
     """Hidden states under every task at each corner of an encoder's profile, against PyTorch; as for decoders."""
     base = deployment.manifest.base
     name = "last_hidden_state"
-    longest = min(profile.seq.largest, base.max_positions or profile.seq.largest)
+    longest = min(profile.seq.largest, base.max_positions or profile.seq.largest) - soft_positions(deployment)
     batches = sorted({profile.batch.smallest, profile.batch.largest})
     corners = list(product(batches, sorted({profile.seq.smallest, longest})))
     found: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {corner: ([], []) for corner in corners}
