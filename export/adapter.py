@@ -10,11 +10,19 @@ import numpy as np
 
 from adalink.export.fold import FOLD_FILES, check_foldable, fold_task
 from adalink.export.graph_run import OpenGraph
-from adalink.export.peft_folder import convert_peft, peft_type_of
+from adalink.export.peft_folder import convert_peft
 from adalink.export.task_check import check_ids_table, check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, decode_adapter, encode_adapter, read_folder
+from adalink.runtime.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    decode_adapter,
+    encode_adapter,
+    read_folder,
+    read_method,
+)
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
@@ -114,7 +122,7 @@ def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:
     """An adapter folder, of this kit or of PEFT."""
     config, weights = read_folder(folder)
     origin = f"adapter {folder}"
-    if peft_type_of(config, origin) == "ADALINK":
+    if read_method(config, origin) == "ADALINK":
         return decode_adapter(config, weights, origin)
     return convert_peft(config, weights, base, origin, assume_base=assume_base)
 

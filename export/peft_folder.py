@@ -23,6 +23,7 @@ from adalink.runtime.adapter import (
     Weights,
     decode_tensors,
     make_adapter,
+    read_method,
 )
 from adalink.runtime.digest import fingerprint_embeddings
 from adalink.runtime.errors import AdapterError, ConfigError, ContractError
@@ -66,14 +67,6 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 
 
-def peft_type_of(config_bytes: bytes, origin: str) -> str:
-    """The method that ``adapter_config.json`` names, AdaLink if it names none; raises ``AdapterError``."""
-    peft_type = _decode(config_bytes, origin).get("peft_type", "ADALINK")
-    if not isinstance(peft_type, str):
-        raise AdapterError(f"{origin}: {CONFIG_FILE} has peft_type {peft_type!r}, expected the name of a method")
-    return peft_type
-
-
 def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: str, *, assume_base: bool) -> Adapter:
     """Read an adapter that PEFT wrote.
 
@@ -88,7 +81,7 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
         AdapterError: the method does not act at the input alone, or the folder is not what its method demands.
         ContractError: width or vocabulary are another base's, or nobody vouches for the base.
     """
-    fields, peft_type = _decode(config_bytes, origin), peft_type_of(config_bytes, origin)
+    peft_type, fields = read_method(config_bytes, origin), msgspec.json.decode(config_bytes, type=dict[str, Any])
     readers: dict[str, Callable[[_Folder], tuple[dict[str, Any], Weights]]] = {
         "PROMPT_TUNING": _soft_prompt,
         "P_TUNING": _soft_prompt,
@@ -242,10 +235,3 @@ def _check_matrix(folder: _Folder) -> None:
                     f"{folder.base.name} has {folder.base.fingerprint}: it was trained for another base, or resized it"
                 )
             folder.shows_base = True
-
-
-def _decode(config_bytes: bytes, origin: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(config_bytes, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error

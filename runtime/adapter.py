@@ -95,6 +95,10 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.activation}_bias" if self.bias else self.activation
 
 
+class _MethodOnly(msgspec.Struct):
+    peft_type: str = "ADALINK"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A checked adapter: its config, its float32 weights by tensor name, and its digest."""
@@ -210,8 +214,21 @@ def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
         raise AdapterError(f"{origin}: {WEIGHTS_FILE} is not a complete safetensors file: {error}") from error
 
 
+def read_method(config_bytes: bytes, origin: str) -> str:
+    """The method that ``adapter_config.json`` names as ``peft_type``; raises ``AdapterError``."""
+    try:
+        return msgspec.json.decode(config_bytes, type=_MethodOnly).peft_type
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
+
+
 def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Adapter:
     """Check an adapter given as its two files; its weights are views of the second. Raises ``AdapterError``."""
+    if (method := read_method(config_bytes, origin)) != "ADALINK":
+        raise AdapterError(
+            f"{origin}: peft_type is {method!r}, expected 'ADALINK': another method wrote it; 'adalink export adapter' "
+            "makes tasks of those of PEFT's that act at the input alone"
+        )
     try:
         config = msgspec.json.decode(config_bytes, type=AdapterConfig)
     except (msgspec.DecodeError, ConfigError) as error:

@@ -99,7 +99,8 @@ def test_outputs_and_generation_are_pefts(
     tuned = train(FAMILIES[family](), family, method, tmp_path / "tuned")
     entry = export_adapter(tmp_path / "tuned", folder, name=method, assume_base=True, replace=True).tasks[method]
     assert (entry.rank, entry.soft_tokens) == ((3, 0) if "lora" in method else (0, TOKENS))
-    with Deployment.open(folder) as deployment:
+    keeps_prefixes = family not in ("bert", "t5")
+    with Deployment.open(folder, prefix_cache_bytes=keeps_prefixes << 20) as deployment:
         if family == "t5":
             decoder_ids = token_ids(10, 3, 4)
             expected, limit = peft_output(tuned, ids, decoder_input_ids=decoder_ids)
@@ -118,7 +119,9 @@ def test_outputs_and_generation_are_pefts(
         )
         # A decoder's result begins with the prompt, an encoder-decoder's with one token.
         made = made[:, 1 if family == "t5" else ids.shape[1] :].tolist()
-        mixed = deployment.generate([*ids.tolist(), [5, 6]], tasks=[method] * 3 + [None], max_new_tokens=NEW)
+        batch = {"prompts": [*ids.tolist(), [5, 6]], "tasks": [method] * 3 + [None], "max_new_tokens": NEW}
+        mixed = deployment.generate(**batch)
+        assert deployment.generate(**batch) == mixed, "from the prefixes that were kept"
     for row, tokens in zip(mixed, made, strict=False):
         ended = tokens.index(2) if 2 in tokens else len(tokens)
         assert list(row.token_ids) == tokens[:ended]
@@ -211,7 +214,7 @@ def test_what_acts_inside_is_refused_with_the_reason(
         ("lora", {"rank_pattern": {"embed_tokens": 5}}, "rank_pattern"),
         ("lora", {"init_lora_weights": "pissa"}, "changes the base's own weights"),
         ("lora", {"lora_alpha": 0}, "lora_alpha is 0"),
-        ("lora", {"peft_type": 7}, "peft_type 7"),
+        ("lora", {"peft_type": 7}, r"got `int` - at `\$.peft_type`"),
     ],
 )
 def test_settings_that_are_not_understood_are_refused(
@@ -255,6 +258,16 @@ def test_more_than_the_prompt_is_refused(bases: Callable[[str], Path], saved: Ca
     save_file(load_file(path) | {"word_embeddings.weight": np.zeros((2, 2), np.float32)}, path)
     with pytest.raises(AdapterError, match="'prompt_embeddings' alone"):
         export_adapter(folder, bases("llama"), assume_base=True)
+
+
+def test_a_deployment_that_is_open_takes_adapters_of_this_kit_alone(
+    bases: Callable[[str], Path], saved: Callable[..., Path]
+) -> None:
+    with (
+        Deployment.open(bases("llama")) as deployment,
+        pytest.raises(AdapterError, match=r"peft_type is 'PROMPT_TUNING'.*'adalink export adapter'"),
+    ):
+        deployment.add_task(saved("prompt"))
 
 
 def test_a_pickle_is_never_loaded(bases: Callable[[str], Path], saved: Callable[..., Path]) -> None:

@@ -15,8 +15,10 @@ from soft_support import EVERY, TASKS, Soft, build_soft, padded
 
 from adalink.export.base import export_base
 from adalink.runtime.adapter import make_adapter
+from adalink.runtime.bank import OwnTable, Selection, mix
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ContractError, RequestError
+from adalink.runtime.fold import RankFold
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
@@ -236,6 +238,22 @@ def test_positions_of_no_text_are_not_looked_up(llama: Soft) -> None:
         plain, adapted = deployment.embed([ids]), deployment.embed([ids], tasks="ids")
         received = deployment.embed([ids], tasks="ids", modality=modality)
     np.testing.assert_array_equal(received, np.where((modality == 0)[..., None], adapted, plain))
+
+
+def test_rows_that_go_and_change_places_keep_their_tables() -> None:
+    rng = np.random.default_rng(4)
+    table = rng.normal(size=(20, 6))
+    folds = [RankFold(rng.normal(size=(20, 2)), rng.normal(size=(6, 2)), None) for _ in range(2)]
+    alone = [Selection([], tables=[OwnTable(None, "all", str(index), fold)]) for index, fold in enumerate(folds)]
+    mixed = mix([(alone[0], np.array([0, 3])), (alone[1], np.array([2]))])
+    ids = rng.integers(0, 20, (4, 5))
+    whole = mixed.lookup(table, ids)
+    np.testing.assert_allclose(whole[2], table[ids[2]] + folds[1].hidden[ids[2]] @ folds[1].up.T)
+    np.testing.assert_array_equal(whole[1], table[ids[1]])
+    for kept in ([3, 1, 2], [2, 0], [1], [3, 0]):
+        np.testing.assert_array_equal(mixed.take(kept).lookup(table, ids[kept]), whole[kept])
+    assert not mixed.take([1]).needs_ids
+    assert [digest for digest, _ in mixed.adapters(4)] == ["0", "", "1", "0"]
 
 
 def test_the_soft_prompt_counts_towards_the_longest_sequence(llama: Soft) -> None:
