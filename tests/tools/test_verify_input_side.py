@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from host_device import HostBackend
 from onnx import numpy_helper
 from runtime_support import random_adapter, reseal, write_adapter
 from soft_support import TASKS
@@ -17,10 +18,13 @@ from vision_support import clip_processor
 
 from adalink.export.adapter import export_adapters
 from adalink.export.base import export_base
+from adalink.runtime import deployment as deployment_module
 from adalink.runtime import onnxruntime_growing, tasks
 from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.padding import positions_of
 from adalink.runtime.soft_prompt import Layout
+from adalink.tools.parity import suite
 from adalink.tools.parity.suite import verify
 
 OWN = ["soft", "both", "ids"]
@@ -80,6 +84,17 @@ def test_clean_deployment_passes(clean, variant):
 def test_every_kind_of_base_passes(family, tmp_path):
     results = outcome(*make(tmp_path, family, ["soft", "asked", "ids-asked"]))
     assert all(results.values()), {name for name, passed in results.items() if not passed}
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "growing"])
+def test_an_engine_on_a_device_passes(clean, monkeypatch, in_place):
+    """Main memory is the device; corners of the profile are reached with soft prompts as with text alone."""
+    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63))
+    for module in (suite, deployment_module):
+        monkeypatch.setattr(module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place))
+    results = outcome(*clean, variant="portable")
+    assert all(results.values()), {name for name, passed in results.items() if not passed}
+    assert "profile/batch=3,prompt=60/generation" in results
 
 
 def test_a_base_that_takes_images_passes(tmp_path):

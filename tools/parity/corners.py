@@ -18,7 +18,6 @@ from adalink.runtime.nvidia.profile import Profile
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.generation import Generator, Verdict, check_generation, expected_outputs, judge
 from adalink.tools.parity.outputs import Comparison, worst_of
-from adalink.tools.parity.prompts import soft_positions
 from adalink.tools.parity.reference import Outputs, Reference
 from adalink.tools.parity.report import Check, at_most
 
@@ -44,7 +43,7 @@ def check_decoder_corners(
         profile: what the engine takes.
     """
     limit = deployment.manifest.base.max_positions or profile.capacity
-    longest = min(profile.capacity, limit) - STEPS - soft_positions(deployment)
+    longest = min(profile.capacity, limit) - STEPS
     prompts = sorted({1, min(profile.seq.largest, longest), longest})
     corners = list(product(sorted({profile.batch.smallest, profile.batch.largest}), prompts))
     verdicts: dict[tuple[int, int], list[Verdict]] = {corner: [] for corner in corners}
@@ -52,7 +51,7 @@ def check_decoder_corners(
         known: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in corners:
-                rows = _rows(deployment, batch, length)
+                rows = _rows(deployment, batch, length, task)
                 for row in generator.generate(rows, task, STEPS):
                     sequence = (*row.prompt, *row.tokens)
                     if sequence not in known:
@@ -76,7 +75,7 @@ def check_encoder_corners(
     """Hidden states under every task at each corner of an encoder's profile, against PyTorch; as for decoders."""
     base = deployment.manifest.base
     name = "last_hidden_state"
-    longest = min(profile.seq.largest, base.max_positions or profile.seq.largest) - soft_positions(deployment)
+    longest = min(profile.seq.largest, base.max_positions or profile.seq.largest)
     batches = sorted({profile.batch.smallest, profile.batch.largest})
     corners = list(product(batches, sorted({profile.seq.smallest, longest})))
     found: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {corner: ([], []) for corner in corners}
@@ -84,7 +83,7 @@ def check_encoder_corners(
         known: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in corners:
-                rows = _rows(deployment, batch, length)
+                rows = _rows(deployment, batch, length, task)
                 states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
                 for row, ids in enumerate(rows):
                     if tuple(ids) not in known:
@@ -101,9 +100,11 @@ def check_encoder_corners(
     return checks
 
 
-def _rows(deployment: Deployment, batch: int, length: int) -> list[list[int]]:
-    """Seeded prompts of one length; two of them in turn, so that PyTorch runs no more than two."""
+def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> list[list[int]]:
+    """Seeded prompts of one length with the task's soft prompt; two in turn, so that PyTorch runs no more than two."""
     base = deployment.manifest.base
+    if task is not None:
+        length = max(1, length - deployment.manifest.tasks[task].soft_tokens)
     usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id))
     rng = np.random.default_rng([20231012, length])
     pair = rng.choice(usable, size=(2, length)).tolist()
