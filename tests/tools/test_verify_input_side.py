@@ -20,6 +20,7 @@ from adalink.export.adapter import export_adapters
 from adalink.export.base import export_base
 from adalink.runtime import deployment as deployment_module
 from adalink.runtime import onnxruntime_growing, tasks
+from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.padding import positions_of
@@ -116,6 +117,17 @@ def test_a_base_that_takes_images_passes(tmp_path):
     results = outcome(model, folder)
     assert all(results.values()), {name for name, passed in results.items() if not passed}
     assert {f"task/{task}/images/logits" for task in settings} <= set(results)
+
+
+def test_a_quantised_base_passes(deployment, tmp_path):
+    model, folder = deployment
+    export_base(model, folder, quantization="int4")
+    results = outcome(model, folder, variant="int4")
+    assert all(results.values()), {name for name, passed in results.items() if not passed}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(RequestError, match="exact match of both cannot be measured"):
+        outcome(model, folder, variant="int4", task_rows={"both": rows})
 
 
 def test_a_soft_prompt_of_another_scale(clean, monkeypatch):

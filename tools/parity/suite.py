@@ -152,7 +152,8 @@ def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]
     for name in files:
         if (task := deployment.manifest.tasks[name]).soft_tokens or task.input == "ids":
             raise RequestError(
-                f"exact match of {name} has no reference, a soft prompt or a table of token ids: leave it out"
+                f"exact match of {name} cannot be measured: it has a soft prompt or a table of token ids, which the "
+                "reference does not generate with; leave its --rows out"
             )
     return {name: read_rows(path) for name, path in files.items()}
 
