@@ -97,7 +97,8 @@ class Selection:
         """
         if self._fold is not None and modality is None:
             return self._fold.lookup(table, ids)
-        return self.apply(self.embed(table, ids, modality), modality)
+        embeds = self.embed(table, ids, modality) if self._tables else table.take(ids, axis=0)
+        return self.apply(embeds, modality)
 
     def embed(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
         """Embeddings before any bottleneck: those of the base, with what tasks have for token ids; as ``lookup``."""
