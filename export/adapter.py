@@ -7,24 +7,31 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from adalink.export.fold import FOLD_FILES, check_foldable, fold_task
 from adalink.export.graph_run import OpenGraph
-from adalink.export.task_check import check_in_bank, check_task_graph
+from adalink.export.peft_folder import convert_peft
+from adalink.export.task_check import check_ids_table, check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
+from adalink.runtime.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    decode_adapter,
+    encode_adapter,
+    read_folder,
+    read_method,
+)
 from adalink.runtime.embeddings import open_table
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.manifest_checks import check_task_name
+from adalink.runtime.soft_prompt import check_input_side
 from adalink.runtime.tensors import as_float32
 
 GRAPH_FILE = "adapter.onnx"
-# Rows of the embedding table that a new graph is run on, evenly spread.
 _CHECKED_ROWS = 64
 
 
@@ -36,16 +43,18 @@ def export_adapter(
     dtype: str | None = None,
     replace: bool = False,
     fold: str | None = None,
+    assume_base: bool = False,
 ) -> Manifest:
     """Add an adapter to a deployment as a task.
 
     Args:
-        adapter_folder: what training wrote.
+        adapter_folder: what training wrote; or PEFT, of a method that acts at the input (`adalink.export.peft_folder`).
         out: the deployment.
         name: name of the task; the adapter folder's by default.
         dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
         replace: whether a task of that name may be there already.
         fold: compute the task ahead for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.fold`).
+        assume_base: the caller knows that a folder of PEFT, which cannot say so itself, is for this very base.
 
     Returns:
         The deployment's manifest.
@@ -58,7 +67,9 @@ def export_adapter(
         GraphError: the finished graph, or the deployment's bank graph, does not compute the adapter.
     """
     task = Path(adapter_folder).resolve().name if name is None else name
-    return export_adapters({task: adapter_folder}, out, dtype=dtype, replace=replace, fold=fold)
+    return export_adapters(
+        {task: adapter_folder}, out, dtype=dtype, replace=replace, fold=fold, assume_base=assume_base
+    )
 
 
 def export_adapters(
@@ -68,6 +79,7 @@ def export_adapters(
     dtype: str | None = None,
     replace: bool = False,
     fold: str | None = None,
+    assume_base: bool = False,
     progress: Callable[[int, str], None] = lambda done, task: None,
 ) -> Manifest:
     """Add many adapters to a deployment in one change: all of them, or none if one cannot be added.
@@ -78,6 +90,7 @@ def export_adapters(
         dtype: see ``export_adapter``.
         replace: likewise.
         fold: likewise.
+        assume_base: likewise.
         progress: called with the number of tasks done and the name of the next.
 
     Raises:
@@ -91,7 +104,7 @@ def export_adapters(
         tasks = dict(writer.current.tasks)
         for done, (task, folder) in enumerate(adapter_folders.items()):
             progress(done, task)
-            adapter = read_adapter(folder)
+            adapter = _read(folder, writer.current.base, assume_base)
             check_contract(adapter, writer.current.base, dtype, origin=f"adapter {folder}", folder=Path(out))
             if fold is not None:
                 check_foldable(fold, adapter, writer.current.base, origin=f"adapter {folder}")
@@ -105,6 +118,15 @@ def export_adapters(
         return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
 
 
+def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:
+    """An adapter folder, of this kit or of PEFT."""
+    config, weights = read_folder(folder)
+    origin = f"adapter {folder}"
+    if read_method(config, origin) == "ADALINK":
+        return decode_adapter(config, weights, origin)
+    return convert_peft(config, weights, base, origin, assume_base=assume_base)
+
+
 class _Exporter:
     """Writes tasks into one change of a deployment; what they have in common is opened once."""
 
@@ -115,14 +137,19 @@ class _Exporter:
         self._dtype = writer.current.base.embedding_dtype
         verify_files(writer.folder, writer.current, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
-        self._rows = _sample_rows(self._table)
+        # Tokens that a new graph is run on, evenly spread.
+        self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
+        self._rows = as_float32(self._table[self._ids])
         self._bank: dict[str, OpenGraph] = {}
 
     def write(self, task: str, adapter: Adapter, fold: str | None) -> Task:
         """Build, check and stage the files of one task; raises ``GraphError``."""
         graph = build_task_graph(adapter, task, self._dtype).SerializeToString(deterministic=True)
-        check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows)
-        check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+        check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows, self._ids)
+        if adapter.config.input == "ids":
+            check_ids_table(adapter, self._table, self._dtype, self._ids)
+        elif adapter.config.rank:
+            check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
         folder = self._writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
@@ -141,6 +168,8 @@ class _Exporter:
             activation=adapter.config.activation,
             modalities=adapter.config.modalities,
             scope=adapter.config.scope,
+            soft_tokens=adapter.config.soft_tokens,
+            input=adapter.config.input,
             fold=folded,
         )
 
@@ -169,13 +198,9 @@ def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str,
             f"{origin} adapts modality {unknown[0]!r}, the base of {folder} takes {', '.join(base.modalities)}: "
             f"export the base with --modality {unknown[0]} as well, or train the adapter without it"
         )
+    check_input_side(adapter, base, origin)
     if dtype not in (None, base.embedding_dtype):
         raise ContractError(
             f"{origin}: a task graph of {dtype} was asked for, the base of {folder} takes {base.embedding_dtype}: "
             "leave the dtype out, or export the base in that dtype into another folder"
         )
-
-
-def _sample_rows(table: Array) -> npt.NDArray[np.float32]:
-    """Rows of an embedding table, evenly spread, with shape ``(rows, d)``; bfloat16 comes as its bits."""
-    return as_float32(table[np.unique(np.linspace(0, len(table) - 1, _CHECKED_ROWS).astype(np.int64))])

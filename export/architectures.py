@@ -23,12 +23,14 @@ class Architecture:
         masks_by_layer_type: whether the model takes a mask per layer type (``{"full_attention": ...}``) or a bare one.
         windowed: whether the bare mask ends at the config's ``sliding_window``.
         reserved_positions: entries of the position table that no token uses (RoBERTa starts behind its padding id).
+        scales_embeddings: whether the embedding module multiplies a row of its matrix by the root of the width.
     """
 
     kind: str
     masks_by_layer_type: bool = False
     windowed: bool = False
     reserved_positions: int = 0
+    scales_embeddings: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -42,7 +44,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture("decoder", windowed=True),
     "qwen2": Architecture("decoder", masks_by_layer_type=True),
     "qwen3": Architecture("decoder", masks_by_layer_type=True),
-    "gemma3_text": Architecture("decoder", masks_by_layer_type=True),
+    "gemma3_text": Architecture("decoder", masks_by_layer_type=True, scales_embeddings=True),
     "t5": Architecture("encoder-decoder"),
 }
 

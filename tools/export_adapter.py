@@ -31,6 +31,7 @@ _MOST_LISTED = 20
     type=click.Choice(["table", "rank"]),
     help="Also compute the task ahead for every token: all adapted embeddings, or the bottleneck's values.",
 )
+@click.option("--assume-base", is_flag=True, help="You know that a PEFT folder was trained for this very base.")
 @click.option("--replace", is_flag=True, help="Take the place of tasks of the same name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def adapter(
@@ -39,14 +40,18 @@ def adapter(
     name: str | None,
     dtype: str | None,
     fold: str | None,
+    assume_base: bool,
     replace: bool,
     as_json: bool,
 ) -> None:
-    """Export each ADAPTER, a folder that training wrote, as a task of a deployment.
+    """Export each ADAPTER, a folder that training or PEFT wrote, as a task of a deployment.
 
     The adapters must belong to the deployment's base. All are added in one change, or none. No byte under base/ or
     engines/ is touched. --fold is for adapters of text alone: "table" is what any engine with an external embedding
     table can use, "rank" is smaller; the command prints what each token gains and what it takes.
+
+    Of PEFT's methods, those that act at the input alone can be exported: prompt tuning, P-tuning, and LoRA of the input
+    embedding. Such a folder does not say which weights it was trained for: --assume-base says that you know.
 
     \b
     Example:
@@ -54,6 +59,7 @@ def adapter(
       adalink export adapter ./adapters/* --out ./deployment
       adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
       adalink export adapter ./adapters/topics --out ./deployment --fold rank
+      adalink export adapter ./peft/prompt-tuned --out ./deployment --assume-base
     """  # noqa: D301
     from adalink.export.adapter import export_adapters
     from adalink.tools.fold_trade import fold_trade
@@ -68,7 +74,13 @@ def adapter(
             say(f"{done} of {len(folders)} adapters checked; next: {task}")
 
     manifest = export_adapters(
-        folders, out, dtype=DTYPES[dtype] if dtype else None, replace=replace, fold=fold, progress=progress
+        folders,
+        out,
+        dtype=DTYPES[dtype] if dtype else None,
+        replace=replace,
+        fold=fold,
+        assume_base=assume_base,
+        progress=progress,
     )
     # On a backend that is not here nothing can be timed; the files are the same.
     can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"
@@ -81,7 +93,9 @@ def adapter(
         return
     for task in list(folders)[:_MOST_LISTED]:
         entry = manifest.tasks[task]
-        click.echo(f"task {task} is in {out}: rank {show_rank(entry.rank)}, {entry.activation}, scope {entry.scope}")
+        soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
+        own = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
+        click.echo(f"task {task} is in {out}: {own}{soft}, scope {entry.scope}")
         click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
     if len(folders) > _MOST_LISTED:
         click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
@@ -116,6 +130,8 @@ def _described(manifest: Manifest, task: str) -> dict[str, object]:
         "rank": entry.rank,
         "activation": entry.activation,
         "scope": entry.scope,
+        "soft_tokens": entry.soft_tokens,
+        "input": entry.input,
         "modalities": list(entry.modalities),
         "fold": None if entry.fold is None else entry.fold.kind,
         "size_bytes": manifest.size_bytes(entry.files),

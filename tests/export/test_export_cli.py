@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from runtime_support import random_adapter, write_adapter
+from safetensors.numpy import save_file
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 
@@ -90,6 +92,28 @@ def test_a_form_of_the_base_can_be_removed_but_not_the_last(checkpoint: Path, tm
         refused = adalink("remove", out, *arguments)
         assert refused.exit_code == 2
         assert words in refused.stderr
+
+
+def test_an_adapter_of_peft_needs_somebody_who_knows_its_base(checkpoint: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "deployment", tmp_path / "prompt-tuned"
+    assert adalink("export", "base", checkpoint, "--out", out).exit_code == 0
+    source.mkdir()
+    fields = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "base_model_name_or_path": "tiny-llama"}
+    (source / "adapter_config.json").write_text(json.dumps(fields))
+    prompt = np.random.default_rng(3).normal(size=(3, 48)).astype(np.float32)
+    save_file({"prompt_embeddings": prompt}, source / "adapter_model.safetensors")
+    refused = adalink("export", "adapter", source, "--out", out)
+    assert refused.exit_code == 2
+    assert "say so with --assume-base" in refused.stderr
+    shown = adalink("export", "adapter", source, "--out", out, "--assume-base")
+    assert shown.stdout.startswith(f"task prompt-tuned is in {out}: rank 0, identity, soft prompt of 3, scope all")
+    made = adalink("export", "adapter", source, "--out", out, "--assume-base", "--replace", "--json")
+    (described,) = json.loads(made.stdout)["tasks"]
+    assert (described["rank"], described["soft_tokens"], described["input"]) == (0, 3, "embeddings")
+    seen = json.loads(adalink("inspect", out, "--json").stdout)["tasks"]["prompt-tuned"]
+    assert (seen["rank"], seen["soft_tokens"], seen["input"]) == (0, 3, "embeddings")
+    own = json.loads(adalink("inspect", out / "tasks" / "prompt-tuned.2", "--json").stdout)
+    assert (own["soft_tokens"], own["tensors"]) == (3, {"soft_prompt": [3, 48]})
 
 
 def test_many_adapters_at_once_are_all_added_or_none(checkpoint: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_one_percent_of_one_weight_of_a_trained_adapter_is_found(smollm2, part):
         index = tuple(rng.integers(0, size) for size in values.shape)
         values[index] *= np.float32(1.01)
         tensor.CopyFrom(numpy_helper.from_array(values, part))
-        way = through_graph(graph.SerializeToString(), task.modalities, "float32")
+        way = through_graph(graph.SerializeToString(), adapter.config, "float32")
         assert not check_weights("reuters-r8", "graph", way, adapter, "float32").passed, (index, values[index])
 
 

@@ -17,19 +17,20 @@ import numpy.typing as npt
 
 from adalink.export.bounds import Float64
 from adalink.export.graph_run import OpenGraph
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import SOFT_PROMPT_NAME, Adapter, AdapterConfig
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.manifest import Task
-from adalink.runtime.tensors import as_float32
+from adalink.runtime.tensors import as_float32, as_stored
 from adalink.tools.parity.exact import exact_adapter
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Embeddings with shape (1, tokens, d) in the base's dtype, and their modality -> adapted embeddings.
-Adapt = Callable[[Array, str], Array]
+# Embeddings with shape (1, tokens, d) in the base's dtype, their modality, and the tokens, (1, tokens), where they are
+# some -> adapted embeddings.
+Adapt = Callable[[Array, str, Array | None], Array]
 
 _BLOCK_ROWS = 4096
 # Multiples of the unit vectors: both signs, so that an activation with a dead side shows its weights.
@@ -45,6 +46,8 @@ def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
         "activation": (task.activation, config.activation),
         "modalities": (task.modalities, config.modalities),
         "scope": (task.scope, config.scope),
+        "soft_tokens": (task.soft_tokens, config.soft_tokens),
+        "input": (task.input, config.input),
     }
     wrong = [f"{key} is {was!r}, the adapter's {own!r}" for key, (was, own) in fields.items() if was != own]
     return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")
@@ -65,8 +68,9 @@ def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment,
 
     def blocks() -> Iterator[tuple[int, Float64, Float64]]:
         for start in range(0, base.vocab_size, _BLOCK_ROWS):
-            plain = deployment.embed(np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None])
-            yield start, to_float64(plain[0], dtype), to_float64(adapt(plain, modality)[0], dtype)
+            ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
+            plain = deployment.embed(ids)
+            yield start, to_float64(plain[0], dtype), to_float64(adapt(plain, modality, ids)[0], dtype)
 
     ratio, row, column = _worst(blocks(), adapter, modality, dtype)
     token = _token_text(deployment, row)
@@ -96,7 +100,7 @@ def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: s
     for modality in adapter.config.modalities:
         for scale in _PROBE_SCALES:
             x = np.eye(width) * scale
-            adapted = to_float64(adapt(from_float64(x, dtype)[None], modality)[0], dtype)
+            adapted = to_float64(adapt(from_float64(x, dtype)[None], modality, None)[0], dtype)
             ratio, row, column = _worst(iter([(0, x, adapted)]), adapter, modality, dtype)
             if not ratio <= worst:
                 worst = ratio
@@ -104,28 +108,52 @@ def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: s
     return at_most(f"adapter/{name}/{path}-weights", worst, 1.0, f"measured / bound over the unit vectors{detail}")
 
 
+def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: Adapter) -> Check:
+    """What a task graph puts before the text, in every row: the adapter's vectors, rounded to the base's dtype."""
+    base, soft_tokens = deployment.manifest.base, adapter.config.soft_tokens
+    ids = np.arange(2)[:, None]
+    plain = to_float64(deployment.embed(ids), base.embedding_dtype)
+    others = _other_inputs(adapter.config, plain, 0, ids)
+    received = OpenGraph(graph, base.embedding_dtype).run(plain, others, soft_tokens)
+    stored = to_float64(as_stored(adapter.weights[SOFT_PROMPT_NAME], base.embedding_dtype), base.embedding_dtype)
+    differing = int((received[:, :soft_tokens] != stored).sum())
+    detail = f"numbers of {soft_tokens} vectors that the graph puts before the text and that are not the adapter's"
+    return at_most(f"adapter/{name}/graph-soft-prompt", differing, 0, detail)
+
+
 def through_bank(deployment: Deployment, name: str) -> Adapt:
     """The way a deployment itself takes."""
     known = deployment.manifest.base.modalities
+    by_ids = deployment.manifest.tasks[name].input == "ids"
 
-    def adapt(embeds: Array, modality: str) -> Array:
+    def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
+        if by_ids:
+            return deployment.embed(ids, tasks=name)
         indices = None if modality == known[0] else np.full(embeds.shape[:2], known.index(modality), np.int64)
         return deployment.embed(inputs_embeds=embeds, tasks=name, modality=indices)
 
     return adapt
 
 
-def through_graph(graph: bytes, modalities: tuple[str, ...], dtype: str) -> Adapt:
+def through_graph(graph: bytes, config: AdapterConfig, dtype: str) -> Adapt:
     """A task graph on its own, as another host runs it; positions of a modality it does not have pass by it."""
     opened = OpenGraph(graph, dtype)
 
-    def adapt(embeds: Array, modality: str) -> Array:
-        if modality not in modalities:
+    def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
+        if modality not in config.modalities:
             return embeds
-        indices = {"modality": np.full(embeds.shape[:2], modalities.index(modality), np.int64)}
-        return from_float64(opened.run(to_float64(embeds, dtype), indices if len(modalities) > 1 else {}), dtype)
+        others = _other_inputs(config, embeds, config.modalities.index(modality), ids)
+        adapted = opened.run(to_float64(embeds, dtype), others, config.soft_tokens)
+        return from_float64(adapted[:, config.soft_tokens :], dtype)
 
     return adapt
+
+
+def _other_inputs(config: AdapterConfig, embeds: Array, modality: int, ids: Array | None) -> dict[str, Array]:
+    """What a task graph takes beside embeddings, whose modality is an index in the adapter's list."""
+    if config.input == "ids":
+        return {} if ids is None else {"input_ids": ids}
+    return {"modality": np.full(embeds.shape[:2], modality)} if len(config.modalities) > 1 and config.rank else {}
 
 
 def to_float64(values: Array, dtype: str) -> Float64:
@@ -148,7 +176,7 @@ def _worst(
     """Largest ``|measured - exact| / bound`` with its row and component; infinite where the bound is 0 and missed."""
     worst = (0.0, 0, 0)
     for start, plain, adapted in blocks:
-        exact = exact_adapter(adapter, modality, plain, dtype)
+        exact = exact_adapter(adapter, modality, plain, dtype, np.arange(start, start + len(plain)))
         deviation = np.abs(adapted - exact.output)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(deviation == 0, 0.0, deviation / exact.bound)

@@ -51,7 +51,7 @@ def check_decoder_corners(
         known: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in corners:
-                rows = _rows(deployment, batch, length)
+                rows = _rows(deployment, batch, length, task)
                 for row in generator.generate(rows, task, STEPS):
                     sequence = (*row.prompt, *row.tokens)
                     if sequence not in known:
@@ -83,7 +83,7 @@ def check_encoder_corners(
         known: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in corners:
-                rows = _rows(deployment, batch, length)
+                rows = _rows(deployment, batch, length, task)
                 states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
                 for row, ids in enumerate(rows):
                     if tuple(ids) not in known:
@@ -100,9 +100,11 @@ def check_encoder_corners(
     return checks
 
 
-def _rows(deployment: Deployment, batch: int, length: int) -> list[list[int]]:
-    """Seeded prompts of one length; two of them in turn, so that PyTorch runs no more than two."""
+def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> list[list[int]]:
+    """Seeded prompts of one length with the task's soft prompt; two in turn, so that PyTorch runs no more than two."""
     base = deployment.manifest.base
+    if task is not None:
+        length = max(1, length - deployment.manifest.tasks[task].soft_tokens)
     usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id))
     rng = np.random.default_rng([20231012, length])
     pair = rng.choice(usable, size=(2, length)).tolist()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.bounds import Float64, adapter_bound
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import TABLE_NAME, Adapter
+from adalink.runtime.engine import Array
 
 if TYPE_CHECKING:
     import torch
@@ -23,28 +24,37 @@ class Exact:
     bound: Float64
 
 
-def exact_adapter(adapter: Adapter, modality: str, x: Float64, dtype: str) -> Exact:
+def exact_adapter(adapter: Adapter, modality: str, x: Float64, dtype: str, ids: Array | None = None) -> Exact:
     """Adapt ``x`` in float64.
 
     Args:
         adapter: the weights.
-        modality: whose weights; one that the adapter does not have leaves ``x`` as it is, and demands equality.
+        modality: whose weights; one that the adapter does not have leaves ``x`` as it is, and demands equality, as does
+            a soft prompt without a bottleneck.
         x: inputs with shape ``(tokens, d)``, exact in ``dtype``.
         dtype: dtype of the task graph's input and output.
+        ids: the tokens, int64 ``(tokens,)``, of an adapter that looks them up.
     """
     import torch
 
-    if modality not in adapter.config.modalities:
+    if modality not in adapter.config.modalities or not adapter.config.rank:
         return Exact(x, np.zeros_like(x))
     weights = {
         part: torch.from_numpy(adapter.weights[f"{modality}.{part}"]).double()
         for part in ("down.weight", "up.weight", "down.bias", "up.bias")
         if f"{modality}.{part}" in adapter.weights
     }
-    down, up = weights["down.weight"], weights["up.weight"]
+    up = weights["up.weight"]
     down_bias, up_bias = weights.get("down.bias"), weights.get("up.bias")
     source = torch.from_numpy(x)
-    hidden = torch.nn.functional.linear(source, down, down_bias)
+    if adapter.config.input == "ids":
+        # A row of a table is not computed and has no error: its bound is that of an inner product with nothing.
+        down = torch.zeros_like(up.T)
+        hidden = torch.nn.functional.embedding(torch.from_numpy(ids), torch.from_numpy(adapter.weights[TABLE_NAME]))
+        hidden = hidden.double()
+    else:
+        down = weights["down.weight"]
+        hidden = torch.nn.functional.linear(source, down, down_bias)
     activated = _activation(adapter.config.activation)(hidden)
     output = source + torch.nn.functional.linear(activated, up, up_bias)
     bound = adapter_bound(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from adalink.runtime.deployment import Deployment
 from adalink.runtime.manifest import Base
 
 PROMPTS = (
@@ -45,6 +46,11 @@ _ID_LENGTHS = (1, 3, 7, 12, 20)
 def choose_prompts(quick: bool) -> tuple[str, ...]:
     """The prompts of a run."""
     return tuple(PROMPTS[index] for index in _QUICK) if quick else PROMPTS
+
+
+def soft_positions(deployment: Deployment) -> int:
+    """Positions that must be left for the longest soft prompt of a deployment's tasks."""
+    return max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
 
 
 def fit(text: str, encode: Callable[[str], list[int]], longest: int) -> str:

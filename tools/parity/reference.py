@@ -6,6 +6,7 @@ For a quantised engine it computes with the engine's own weights, dequantised; w
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adalink.export.bounds import UNIT_ROUNDOFF, Float64
+from adalink.runtime.adapter import read_adapter
 from adalink.runtime.errors import ContractError
 from adalink.runtime.manifest import Base
+from adalink.tools.parity.input_side import InputSide, without_input_side
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
 
@@ -58,6 +61,7 @@ class Reference:
             )
         self._exact = copy.deepcopy(self._model).double()
         self._attached: Any = None
+        self._input_side: InputSide | None = None
         self._layers: list[Layer] = []
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
@@ -66,9 +70,19 @@ class Reference:
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:
         """Attach an adapter folder until the block ends; ``None`` is the plain base."""
-        from adalink.training.storage import load_adapter
+        from adalink.training.storage import load_adapter, save_adapter
 
         with ExitStack() as stack:
+            if folder is not None:
+                adapter = read_adapter(folder)
+                if adapter.config.soft_tokens or adapter.config.input == "ids":
+                    self._input_side = InputSide(adapter)
+                    bottleneck, folder = without_input_side(adapter), None
+                    if bottleneck is not None:
+                        folder = (
+                            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="adalink-"))) / "bottleneck"
+                        )
+                        save_adapter(folder, bottleneck)
             if folder is not None:
                 self._attached = [
                     stack.enter_context(load_adapter(folder, model)) for model in (self._model, self._exact)
@@ -76,7 +90,7 @@ class Reference:
             try:
                 yield
             finally:
-                self._attached = None
+                self._attached = self._input_side = None
 
     def quantize(self, matrices: list[Matrix]) -> list[Check]:
         """Compute with a quantised graph's own weights from now on; all that is not among them stays.
@@ -222,21 +236,26 @@ class Reference:
     ) -> dict[str, Float64]:
         import torch
 
-        row = torch.tensor([ids])
+        row, own = torch.tensor([ids]), self._input_side
+        images = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels).to(model.dtype)}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self._attached is not None and prompt_length is not None:
                 mask = (torch.arange(len(ids)) < prompt_length)[None]
                 stack.enter_context(self._attached[side].positions(prompt_mask=mask))
+            inputs, soft_tokens = {"input_ids": row}, 0
+            if own is not None:
+                image_token = None if pixels is None or self.base.vision is None else self.base.vision.image_token_id
+                inputs = {"inputs_embeds": own.embeds(model, row, prompt_length, image_token, **images)}
+                soft_tokens = own.soft_tokens
             if self.base.kind == "encoder-decoder":
-                found = model(input_ids=row, decoder_input_ids=torch.tensor([decoder_ids]))
+                found = model(**inputs, decoder_input_ids=torch.tensor([decoder_ids]))
                 return {
-                    "last_hidden_state": _float64(found.encoder_last_hidden_state),
+                    "last_hidden_state": _float64(found.encoder_last_hidden_state)[soft_tokens:],
                     "logits": _float64(found.logits),
                 }
             name = "logits" if self.base.kind == "decoder" else "last_hidden_state"
-            images = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels).to(model.dtype)}
-            return {name: _float64(getattr(model(input_ids=row, **images), name))}
+            return {name: _float64(getattr(model(**inputs, **images), name))[soft_tokens:]}
 
 
 class Outputs:

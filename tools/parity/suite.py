@@ -20,6 +20,7 @@ from adalink.tools.parity.accuracy import measure_accuracy
 from adalink.tools.parity.adapter import (
     check_contract,
     check_fold,
+    check_soft_prompt,
     check_vocabulary,
     check_weights,
     through_bank,
@@ -30,7 +31,7 @@ from adalink.tools.parity.corners import check_decoder_corners, check_encoder_co
 from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows
+from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows, soft_positions
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
@@ -148,6 +149,12 @@ def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]
     if files and (deployment.manifest.base.kind == "encoder" or deployment.manifest.base.tokenizer is None):
         raise RequestError("exact match needs a base that generates, with its tokenizer: leave --rows out")
     _require_tasks(deployment, files)
+    for name in files:
+        if (task := deployment.manifest.tasks[name]).soft_tokens or task.input == "ids":
+            raise RequestError(
+                f"exact match of {name} cannot be measured: it has a soft prompt or a table of token ids, which the "
+                "reference does not generate with; leave its --rows out"
+            )
     return {name: read_rows(path) for name, path in files.items()}
 
 
@@ -166,10 +173,13 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
         task, dtype = manifest.tasks[name], manifest.base.embedding_dtype
         report.checks.append(check_contract(name, task, adapter))
         graph = read_verified(deployment.path, manifest, task.graph)
-        ways = {"bank": through_bank(deployment, name), "graph": through_graph(graph, task.modalities, dtype)}
+        ways = {"bank": through_bank(deployment, name), "graph": through_graph(graph, adapter.config, dtype)}
         for way, adapt in ways.items():
             report.checks.append(check_vocabulary(name, way, adapt, deployment, adapter))
-            report.checks.append(check_weights(name, way, adapt, adapter, dtype))
+            if task.input == "embeddings":  # a table has no inner sum that could hide a weight
+                report.checks.append(check_weights(name, way, adapt, adapter, dtype))
+        if adapter.config.soft_tokens:
+            report.checks.append(check_soft_prompt(name, graph, deployment, adapter))
         if task.fold is not None:
             report.checks.append(check_fold(name, task.fold.kind, deployment, adapter))
 
@@ -193,6 +203,12 @@ def _rows(
     base = deployment.manifest.base
     limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
     longest = min(filter(None, limits), default=1 << 20) - (0 if base.kind == "encoder" else STEPS)
+    longest -= soft_positions(deployment)
+    if longest < 1:
+        raise RequestError(
+            f"a soft prompt of {soft_positions(deployment)} positions leaves no room for a prompt of {base.name} and "
+            f"{STEPS} tokens after it: such a task cannot be verified; train a shorter one"
+        )
     if base.tokenizer is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
@@ -225,7 +241,8 @@ def _looks(
     own = own_images(against, base.vision)
     report.checks += check_vision(deployment, reference, own)
     limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
-    looks = make_looks(deployment, rows, min(filter(None, limits), default=1 << 20), own)
+    longest = min(filter(None, limits), default=1 << 20) - soft_positions(deployment)
+    looks = make_looks(deployment, rows, longest, own)
     if looks is None:
         report.skipped.append("prompts with images: one alone takes up more positions than the model has")
     return looks
