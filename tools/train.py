@@ -6,12 +6,15 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from adalink.runtime.adapter import ACTIVATIONS, SCOPES
+from adalink.tools.console import say
 from adalink.training.config import AdaLinkConfig
-from adalink.training.settings import DEVICES, TrainSettings
+from adalink.training.settings import DEVICES, SearchSettings, TrainSettings
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -43,6 +46,13 @@ from adalink.training.settings import DEVICES, TrainSettings
 @click.option("--save-steps", default=TrainSettings.save_steps, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", default=TrainSettings.seed, show_default=True, help="Seed of weights, order and dropout.")
 @click.option("--device", default=TrainSettings.device, show_default=True, type=click.Choice(DEVICES))
+@click.option(
+    "--search",
+    "minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MINUTES",
+    help="First choose rate, rank and activation, those of them that are not given, within this time.",
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -63,6 +73,7 @@ def command(
     save_steps: int,
     seed: int,
     device: str,
+    minutes: float | None,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -74,9 +85,16 @@ def command(
     the adapter and training.json: data digests, settings, loss curve, and exact-match accuracy of the base and of the
     adapter on the eval rows. Checkpoints lie in OUT.checkpoints until the run is done.
 
+    --search holds out a tenth of the rows of --data (16 to 200 of them) and trains candidates on the others: all for a
+    few steps, the better half for twice as many, and so on, as many as the machine can do in that time. The one with
+    the lowest loss on the rows held out is then trained on all rows of --data, as if its settings had been given. The
+    eval rows play no part in the choice. training.json has every trial.
+
     \b
-    Example:
+    Examples:
       adalink train --base ./SmolLM2-135M-Instruct --data train.jsonl --eval eval.jsonl --out ./adapters/topics
+      adalink train ... --search 30                                  # choose rate, rank and activation
+      adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
     """  # noqa: D301
     config = AdaLinkConfig(
         rank=rank,
@@ -95,11 +113,27 @@ def command(
         device=device,
         save_steps=save_steps,
     )
+    space = None
+    if minutes is not None:
+        given: dict[str, Any] = {
+            "rates": ("lr", lr),
+            "ranks": ("rank", rank),
+            "activations": ("activation", activation),
+        }
+        context = click.get_current_context()
+        space = SearchSettings(
+            minutes=minutes,
+            **{
+                field: (value,)
+                for field, (name, value) in given.items()
+                if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+            },
+        )
     from adalink.training.train import train
 
     # The Trainer logs to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        report = train(base, data, eval_data, out, config, settings, resume=resume)
+        report = train(base, data, eval_data, out, config, settings, space=space, resume=resume, say=say)
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
