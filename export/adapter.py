@@ -7,24 +7,22 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from adalink.export.fold import FOLD_FILES, check_foldable, fold_task
 from adalink.export.graph_run import OpenGraph
-from adalink.export.task_check import check_in_bank, check_task_graph
+from adalink.export.task_check import check_ids_table, check_in_bank, check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, encode_adapter, read_adapter
 from adalink.runtime.embeddings import open_table
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError, DeploymentError
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.manifest_checks import check_task_name
+from adalink.runtime.soft_prompt import check_input_side
 from adalink.runtime.tensors import as_float32
 
 GRAPH_FILE = "adapter.onnx"
-# Rows of the embedding table that a new graph is run on, evenly spread.
 _CHECKED_ROWS = 64
 
 
@@ -115,14 +113,19 @@ class _Exporter:
         self._dtype = writer.current.base.embedding_dtype
         verify_files(writer.folder, writer.current, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
-        self._rows = _sample_rows(self._table)
+        # Tokens that a new graph is run on, evenly spread.
+        self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
+        self._rows = as_float32(self._table[self._ids])
         self._bank: dict[str, OpenGraph] = {}
 
     def write(self, task: str, adapter: Adapter, fold: str | None) -> Task:
         """Build, check and stage the files of one task; raises ``GraphError``."""
         graph = build_task_graph(adapter, task, self._dtype).SerializeToString(deterministic=True)
-        check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows)
-        check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+        check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows, self._ids)
+        if adapter.config.input == "ids":
+            check_ids_table(adapter, self._table, self._dtype, self._ids)
+        elif adapter.config.rank:
+            check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
         folder = self._writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
@@ -141,6 +144,8 @@ class _Exporter:
             activation=adapter.config.activation,
             modalities=adapter.config.modalities,
             scope=adapter.config.scope,
+            soft_tokens=adapter.config.soft_tokens,
+            input=adapter.config.input,
             fold=folded,
         )
 
@@ -169,13 +174,9 @@ def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str,
             f"{origin} adapts modality {unknown[0]!r}, the base of {folder} takes {', '.join(base.modalities)}: "
             f"export the base with --modality {unknown[0]} as well, or train the adapter without it"
         )
+    check_input_side(adapter, base, origin)
     if dtype not in (None, base.embedding_dtype):
         raise ContractError(
             f"{origin}: a task graph of {dtype} was asked for, the base of {folder} takes {base.embedding_dtype}: "
             "leave the dtype out, or export the base in that dtype into another folder"
         )
-
-
-def _sample_rows(table: Array) -> npt.NDArray[np.float32]:
-    """Rows of an embedding table, evenly spread, with shape ``(rows, d)``; bfloat16 comes as its bits."""
-    return as_float32(table[np.unique(np.linspace(0, len(table) - 1, _CHECKED_ROWS).astype(np.int64))])

@@ -35,18 +35,23 @@ class OpenGraph:
         self._element = edge_type(dtype)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
-    def run(self, embeds: npt.NDArray[np.floating[Any]], others: Mapping[str, npt.NDArray[Any]]) -> Float64:
+    def run(
+        self, embeds: npt.NDArray[np.floating[Any]], others: Mapping[str, npt.NDArray[Any]], soft_tokens: int = 0
+    ) -> Float64:
         """Run the graph; buffers are bound as raw bits, since numpy itself has no bfloat16.
 
         Args:
             embeds: shape ``(batch, seq, d)``, exact in the graph's dtype.
             others: the other inputs by name.
+            soft_tokens: positions that the graph puts before those given.
 
         Returns:
-            ``adapted_embeds`` with the shape of ``embeds``.
+            ``adapted_embeds`` with shape ``(batch, soft_tokens + seq, d)``.
         """
         bits = np.dtype(f"u{self._kind.itemsize}")
-        given, received = np.ascontiguousarray(embeds.astype(self._kind)), np.empty(embeds.shape, self._kind)
+        batch, seq, width = embeds.shape
+        given = np.ascontiguousarray(embeds.astype(self._kind))
+        received = np.empty((batch, soft_tokens + seq, width), self._kind)
         binding = self._session.io_binding()
         value_of = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
         binding.bind_ortvalue_input(INPUT_NAME, value_of(given.view(bits), self._element))

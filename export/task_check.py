@@ -11,29 +11,45 @@ import numpy.typing as npt
 
 from adalink.export.bounds import Float64, adapter_bound
 from adalink.export.graph_run import OpenGraph
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
 from adalink.runtime.bank import bank_weights
+from adalink.runtime.engine import Array
 from adalink.runtime.errors import GraphError
+from adalink.runtime.fold import ids_table
+from adalink.runtime.tensors import as_float32, as_stored
 
 
-def check_task_graph(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32]) -> None:
-    """Run ``graph`` on ``embeds`` as each modality and as none.
+def check_task_graph(
+    graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32], ids: Array | None = None
+) -> None:
+    """Run ``graph`` on ``embeds`` as each modality and as none; before them it must put the soft prompt, bit for bit.
 
     Args:
         graph: a task graph.
         adapter: what it was made from.
         dtype: the graph's dtype.
         embeds: shape ``(rows, d)``, exact in ``dtype``.
+        ids: int64 ``(rows,)``, for an adapter that looks token ids up.
 
     Raises:
         GraphError: an element is outside the rounding bound, or a position without a modality was changed.
     """
-    names = adapter.config.modalities
-    if len(names) == 1:
-        _compare("task graph", graph.run(embeds[None], {})[0], adapter, names[0], dtype, embeds)
+    config = adapter.config
+    soft_tokens, names = config.soft_tokens, config.modalities
+
+    def run(others: dict[str, Array]) -> Float64:
+        received = graph.run(embeds[None], {name: value[None] for name, value in others.items()}, soft_tokens)[0]
+        soft = as_float32(as_stored(adapter.weights[SOFT_PROMPT_NAME], dtype)) if soft_tokens else embeds[:0]
+        if not np.array_equal(received[:soft_tokens], soft):
+            raise GraphError("task graph: the soft prompt is not what the adapter holds; expected it bit for bit")
+        return np.asarray(received[soft_tokens:])
+
+    if len(names) == 1 and config.rank:
+        given = {} if ids is None or config.input != "ids" else {"input_ids": ids}
+        _compare("task graph", run(given), adapter, names[0], dtype, embeds, ids)
         return
-    for index in range(-1, len(names)):
-        received = graph.run(embeds[None], {"modality": np.full((1, len(embeds)), index, np.int64)})[0]
+    for index in range(-1, len(names) if config.rank else 0):
+        received = run({"modality": np.full(len(embeds), index, np.int64)} if config.rank else {})
         if index >= 0:
             _compare("task graph", received, adapter, names[index], dtype, embeds)
         elif not np.array_equal(received, embeds):
@@ -47,10 +63,22 @@ def check_in_bank(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.ND
         _compare("bank graph", received, adapter, name, dtype, embeds)
 
 
+def check_ids_table(adapter: Adapter, table: Array, dtype: str, ids: Array) -> None:
+    """Look ``ids`` up in the adapter's own table as the runtime does, in the manner of ``check_task_graph``."""
+    received = ids_table(adapter).lookup(table, ids).astype(np.float64)
+    _compare("table of token ids", received, adapter, "text", dtype, as_float32(table[ids]), ids)
+
+
 def _compare(
-    what: str, received: Float64, adapter: Adapter, modality: str, dtype: str, embeds: npt.NDArray[np.float32]
+    what: str,
+    received: Float64,
+    adapter: Adapter,
+    modality: str,
+    dtype: str,
+    embeds: npt.NDArray[np.float32],
+    ids: Array | None = None,
 ) -> None:
-    if outside := find_outside_bound(received, adapter, modality, embeds.astype(np.float64), dtype):
+    if outside := find_outside_bound(received, adapter, modality, embeds.astype(np.float64), dtype, ids):
         raise GraphError(
             f"{what}, modality {modality!r}: element {outside.column} of row {outside.row} is {outside.difference}: "
             "the graph does not compute the adapter, so it was not registered; report this with the versions of onnx "
@@ -67,9 +95,11 @@ class Outside:
     difference: str
 
 
-def find_outside_bound(received: Float64, adapter: Adapter, modality: str, x: Float64, dtype: str) -> Outside | None:
+def find_outside_bound(
+    received: Float64, adapter: Adapter, modality: str, x: Float64, dtype: str, ids: Array | None = None
+) -> Outside | None:
     """Compare with the method in float64, element by element; takes what ``adapt_with_bound`` does."""
-    expected, bound = adapt_with_bound(adapter, modality, x, dtype)
+    expected, bound = adapt_with_bound(adapter, modality, x, dtype, ids)
     ratio = np.abs(received - expected) / bound
     if (ratio <= 1.0).all():
         return None
@@ -78,7 +108,9 @@ def find_outside_bound(received: Float64, adapter: Adapter, modality: str, x: Fl
     return Outside(row, column, difference)
 
 
-def adapt_with_bound(adapter: Adapter, modality: str, x: Float64, dtype: str) -> tuple[Float64, Float64]:
+def adapt_with_bound(
+    adapter: Adapter, modality: str, x: Float64, dtype: str, ids: Array | None = None
+) -> tuple[Float64, Float64]:
     """The method in numpy float64, and the componentwise bound of ``adalink.export.bounds``.
 
     Args:
@@ -86,12 +118,18 @@ def adapt_with_bound(adapter: Adapter, modality: str, x: Float64, dtype: str) ->
         modality: which of its modalities.
         x: shape ``(rows, d)``, exact in ``dtype``.
         dtype: of the graph's output.
+        ids: the tokens, int64 ``(rows,)``, of an adapter with ``input`` ``"ids"``.
     """
     weights = {name: weight.astype(np.float64) for name, weight in adapter.weights.items()}
-    down, up = weights[f"{modality}.down.weight"], weights[f"{modality}.up.weight"]
+    up = weights[f"{modality}.up.weight"]
     down_bias, up_bias = weights.get(f"{modality}.down.bias"), weights.get(f"{modality}.up.bias")
     activation = adapter.config.activation
-    hidden = x @ down.T + (0.0 if down_bias is None else down_bias)
+    if adapter.config.input == "ids":
+        # Looked up, not computed: nothing of it is rounded, which is the bound without an inner product.
+        hidden, down = weights[TABLE_NAME][ids], np.zeros(up.T.shape)
+    else:
+        down = weights[f"{modality}.down.weight"]
+        hidden = x @ down.T + (0.0 if down_bias is None else down_bias)
     activated = _ACTIVATIONS[activation](hidden)
     result = x + activated @ up.T + (0.0 if up_bias is None else up_bias)
     bound = adapter_bound(x, down, up, down_bias, up_bias, hidden, activated, activation=activation, dtype=dtype)

@@ -24,6 +24,11 @@ ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 # What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
 KINDS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
+INPUTS = ("embeddings", "ids")
+# A soft prompt takes up positions of the model: far more of them than anybody trains would be a mistake.
+MOST_SOFT_TOKENS = 4096
+SOFT_PROMPT_NAME = "soft_prompt"
+TABLE_NAME = "text.table.weight"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 Weights = dict[str, npt.NDArray[np.float32]]
@@ -36,11 +41,14 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
         base_model_name_or_path: name of the base, for people; the fingerprint is what is checked.
         base_fingerprint: digest of the base's input embedding matrix.
         hidden_size: width ``d`` of the embeddings.
-        rank: width ``r`` of the bottleneck.
+        rank: width ``r`` of the bottleneck; 0 for a soft prompt alone.
         activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form.
         bias: whether ``down`` and ``up`` carry a bias.
         modalities: names of the adapted modalities; one AdaLink each.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated tokens unadapted.
+        soft_tokens: vectors of the soft prompt, which stand before the first token and go through no bottleneck.
+        input: what the bottleneck starts from: ``"embeddings"``, ``x + up(act(down(x)))``; or the token's ``"ids"``,
+            ``x + up(table[id])``.
     """
 
     base_model_name_or_path: str
@@ -51,10 +59,12 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     bias: bool
     modalities: tuple[str, ...]
     scope: str
+    soft_tokens: int = 0
+    input: str = "embeddings"
     peft_type: str = "ADALINK"
 
     def __post_init__(self) -> None:
-        check_method(self.rank, self.activation, self.modalities, self.scope)
+        check_method(self.rank, self.activation, self.modalities, self.scope, self.soft_tokens)
         if self.peft_type != "ADALINK":
             raise ConfigError(f"peft_type is {self.peft_type!r}, expected 'ADALINK': this is another kind of adapter")
         if not 1 <= self.hidden_size <= 1 << 20:
@@ -63,6 +73,19 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"rank is {self.rank} and hidden_size {self.hidden_size}: a bottleneck wider than the embedding "
                 f"saves nothing; choose a rank of at most {self.hidden_size}"
+            )
+        if self.input not in INPUTS:
+            raise ConfigError(f"input is {self.input!r}, expected one of {', '.join(INPUTS)}")
+        is_plain = self.activation == "identity" and not self.bias
+        if self.rank == 0 and not (is_plain and self.input == "embeddings"):
+            raise ConfigError(
+                f"rank is 0 with activation {self.activation!r}, bias {self.bias} and input {self.input!r}: a soft "
+                "prompt without a bottleneck has activation 'identity', no bias and input 'embeddings'"
+            )
+        if self.input == "ids" and not (is_plain and self.modalities == ("text",)):
+            raise ConfigError(
+                f"input is 'ids' with activation {self.activation!r}, bias {self.bias} and modalities "
+                f"{self.modalities!r}: a table of token ids has activation 'identity', no bias and modalities ('text',)"
             )
         check_fingerprint(self.base_fingerprint)
 
@@ -86,10 +109,14 @@ class Adapter:
         return sum(weight.nbytes for weight in self.weights.values())
 
 
-def check_method(rank: int, activation: str, modalities: tuple[str, ...], scope: str) -> None:
+def check_method(rank: int, activation: str, modalities: tuple[str, ...], scope: str, soft_tokens: int = 0) -> None:
     """Check the settings of the method; raises ``ConfigError``."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"rank is {rank!r}, expected a whole number of at least 1")
+    if isinstance(soft_tokens, bool) or not isinstance(soft_tokens, int) or not 0 <= soft_tokens <= MOST_SOFT_TOKENS:
+        raise ConfigError(f"soft_tokens is {soft_tokens!r}, expected a whole number from 0 to {MOST_SOFT_TOKENS}")
+    least = 0 if soft_tokens else 1
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < least:
+        hint = "" if soft_tokens else "; 0 is for adapters with a soft prompt"
+        raise ConfigError(f"rank is {rank!r}, expected a whole number of at least {least}{hint}")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if scope not in SCOPES:
@@ -108,10 +135,19 @@ def check_fingerprint(value: str) -> None:
         raise ConfigError(f"{value!r} is not a digest: expected 'sha256:' and 64 lower-case hex digits")
 
 
-def weight_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes that an adapter with this config must hold, all of them."""
+def weight_shapes(config: AdapterConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes that an adapter with this config must hold, all of them.
+
+    Args:
+        config: the adapter's.
+        vocab_size: rows of its table of token ids, for ``input`` ``"ids"``.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    for modality in config.modalities:
+    if config.soft_tokens:
+        shapes[SOFT_PROMPT_NAME] = (config.soft_tokens, config.hidden_size)
+    if config.input == "ids":
+        return shapes | {TABLE_NAME: (vocab_size, config.rank), "text.up.weight": (config.hidden_size, config.rank)}
+    for modality in config.modalities if config.rank else ():
         shapes[f"{modality}.down.weight"] = (config.rank, config.hidden_size)
         shapes[f"{modality}.up.weight"] = (config.hidden_size, config.rank)
         if config.bias:
@@ -122,7 +158,8 @@ def weight_shapes(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
 
 def make_adapter(config: AdapterConfig, weights: Weights, origin: str = "adapter") -> Adapter:
     """Check ``weights`` against ``config`` and give them their digest; raises ``AdapterError``."""
-    expected = weight_shapes(config)
+    table = weights.get(TABLE_NAME)
+    expected = weight_shapes(config, vocab_size=len(table) if table is not None and table.ndim else 0)
     if missing := sorted(expected.keys() - weights.keys()):
         raise AdapterError(f"{origin}: tensor {missing[0]!r} is missing; expected {sorted(expected)}")
     if extra := sorted(weights.keys() - expected.keys()):
@@ -132,7 +169,7 @@ def make_adapter(config: AdapterConfig, weights: Weights, origin: str = "adapter
         if weight.shape != shape:
             raise AdapterError(
                 f"{origin}: tensor {name!r} has shape {weight.shape}, expected {shape} "
-                f"(hidden_size {config.hidden_size}, rank {config.rank})"
+                f"(hidden_size {config.hidden_size}, rank {config.rank}, soft_tokens {config.soft_tokens})"
             )
         if not np.isfinite(weight).all():
             raise AdapterError(f"{origin}: tensor {name!r} holds NaN or infinity; train again with a lower rate")
@@ -179,17 +216,24 @@ def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
 
     The tensors begin at a multiple of 64 bytes, so that in a map of the file they are aligned.
     """
-    config = msgspec.json.format(msgspec.json.encode(adapter.config, order="sorted"), indent=2) + b"\n"
+    config = msgspec.json.format(_encode_config(adapter.config), indent=2) + b"\n"
     data = save_safetensors(dict(adapter.weights), metadata={"format": "pt"})
     start = 8 + int.from_bytes(data[:8], "little")
     return config, aligned_header(data[8:start]) + data[start:]
 
 
+def _encode_config(config: AdapterConfig) -> bytes:
+    """The config as JSON; what came to the format later is left out where it says nothing, so that digests stay."""
+    fields = msgspec.to_builtins(config)
+    for name, default in (("soft_tokens", 0), ("input", "embeddings")):
+        if fields[name] == default:
+            del fields[name]
+    return msgspec.json.encode(fields, order="sorted")
+
+
 def _digest(config: AdapterConfig, weights: Weights) -> str:
     """Digest of all that changes the arithmetic; the base's display name does not."""
-    state = hashlib.sha256(
-        msgspec.json.encode(msgspec.structs.replace(config, base_model_name_or_path=""), order="sorted")
-    )
+    state = hashlib.sha256(_encode_config(msgspec.structs.replace(config, base_model_name_or_path="")))
     for name in sorted(weights):
         state.update(f"\0{name}\0".encode())
         state.update(weights[name].astype("<f4", copy=False).data)

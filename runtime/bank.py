@@ -7,7 +7,7 @@ through no graph: they pass bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from adalink.runtime.adapter import Adapter
 from adalink.runtime.engine import Array, BankGraph
 from adalink.runtime.fold import Folded
+from adalink.runtime.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +39,48 @@ class Part:
     weights: Mapping[str, Array]
 
 
+@dataclass(frozen=True, eq=False)
+class OwnTable:
+    """Rows of a batch whose task adds to a token what it has for its id.
+
+    Attributes:
+        rows: which rows of the batch, int64; ``None`` for all of them.
+        scope: as in ``Part``.
+        digest: of the adapter.
+        table: gives the embeddings with what is added.
+    """
+
+    rows: Array | None
+    scope: str
+    digest: str
+    table: Folded
+
+
 class Selection:
     """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
 
-    __slots__ = ("_fold", "_parts", "_text", "_whole", "_whole_weights")
+    __slots__ = ("_fold", "_parts", "_prompts", "_tables", "_text", "_whole", "_whole_weights")
 
-    def __init__(self, parts: Sequence[Part], fold: Folded | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        fold: Folded | None = None,
+        *,
+        tables: Sequence[OwnTable] = (),
+        prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
+    ) -> None:
+        """Say what rows go through.
+
+        Args:
+            parts: bottlenecks.
+            fold: all of it for text, computed ahead.
+            tables: what is looked up by token id.
+            prompts: soft prompts, with the rows that begin with them; ``None`` for all.
+        """
         self._parts = tuple(parts)
         self._fold = fold
+        self._tables = tuple(tables)
+        self._prompts = tuple(prompts)
         self._text = text = tuple(part for part in parts if part.modality == 0)
         # One task for a whole batch of text, which is what nearly every call is.
         is_whole = len(text) == 1 and text[0].rows is None
@@ -62,7 +97,18 @@ class Selection:
         """
         if self._fold is not None and modality is None:
             return self._fold.lookup(table, ids)
-        return self.apply(table.take(ids, axis=0), modality)
+        return self.apply(self.embed(table, ids, modality), modality)
+
+    def embed(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
+        """Embeddings before any bottleneck: those of the base, with what tasks have for token ids; as ``lookup``."""
+        embeds = table.take(ids, axis=0)
+        for own in self._tables:
+            rows = slice(None) if own.rows is None else own.rows
+            changed = own.table.lookup(table, ids[rows])
+            if modality is not None:
+                changed = np.where((modality[rows] == 0)[..., None], changed, embeds[rows])
+            embeds[rows] = changed
+        return embeds
 
     def apply(self, embeds: Array, modality: Array | None = None) -> Array:
         """Adapt each row by its task.
@@ -85,14 +131,26 @@ class Selection:
             result[rows] = adapted
         return result
 
-    def at_rows(self, rows: Array) -> list[Part]:
-        """The parts of one task, for those rows of a mixed batch that have it."""
-        return [replace(part, rows=rows) for part in self._parts]
+    def soft_prompts(self, batch: int) -> list[SoftPrompt | None]:
+        """What each row begins with; empty if no row has a soft prompt."""
+        if not self._prompts:
+            return []
+        found: list[SoftPrompt | None] = [None] * batch
+        for rows, prompt in self._prompts:
+            for row in range(batch) if rows is None else rows.tolist():
+                found[row] = prompt
+        return found
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether a task looks token ids up, so that embeddings alone do not do."""
+        return bool(self._tables)
 
     def adapters(self, batch: int, modality: int = 0) -> list[tuple[str, str]]:
         """Digest and scope of the adapter that one modality of each row goes through; empty for none."""
         found = [("", "")] * batch
-        for part in (part for part in self._parts if part.modality == modality):
+        parts: list[Part | OwnTable] = [part for part in self._parts if part.modality == modality]
+        for part in (*parts, *(self._tables if modality == 0 else ())):
             for row in range(batch) if part.rows is None else part.rows.tolist():
                 found[row] = (part.digest, part.scope)
         return found
@@ -104,25 +162,50 @@ class Selection:
 
     def generated(self) -> Selection:
         """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``."""
-        return Selection([part for part in self._text if part.scope == "all"])
+        return Selection([part for part in self._text if part.scope == "all"], tables=self._generated_tables())
 
     def decoding(self) -> Selection:
         """As ``generated``, with weights stacked: a step is one call of each graph however many tasks there are."""
-        parts = [part for part in self._text if part.scope == "all"]
-        if len(parts) == len(self._parts) <= 1:
+        parts, tables = [part for part in self._text if part.scope == "all"], self._generated_tables()
+        if len(parts) == len(self._parts) <= 1 and len(tables) == len(self._tables):
             return self
         together: dict[BankGraph, list[Part]] = {}
         for part in parts:
             together.setdefault(part.graph, []).append(part)
-        return Selection([group[0] if len(group) == 1 else _stack(group) for group in together.values()])
+        stacked = [group[0] if len(group) == 1 else _stack(group) for group in together.values()]
+        return Selection(stacked, tables=tables)
 
     def take(self, kept: Sequence[int]) -> Selection:
-        """The selection of a batch made of some rows of this one, in the order given."""
+        """The selection of a batch made of some rows of this one, in the order given, past its soft prompts."""
         parts = [part for old in self._parts if (part := _take(old, np.asarray(kept))) is not None]
-        return Selection(parts, self._fold)
+        tables = []
+        for own in self._tables:
+            rows = None if own.rows is None else np.flatnonzero(np.isin(kept, own.rows))
+            if rows is None or len(rows):
+                tables.append(replace(own, rows=rows))
+        return Selection(parts, self._fold, tables=tables)
+
+    def _generated_tables(self) -> list[OwnTable]:
+        return [own for own in self._tables if own.scope == "all"]
 
 
 PLAIN = Selection(())
+
+
+def mix(members: Iterable[tuple[Selection, Array]]) -> Selection:
+    """The selection of a batch of several tasks.
+
+    Args:
+        members: for each task the selection of a batch that has no other, and the rows that have it, int64.
+    """
+    parts: list[Part] = []
+    tables: list[OwnTable] = []
+    prompts: list[tuple[Array | None, SoftPrompt]] = []
+    for alone, rows in members:
+        parts += [replace(part, rows=rows) for part in alone._parts]
+        tables += [replace(own, rows=rows) for own in alone._tables]
+        prompts += [(rows, prompt) for _, prompt in alone._prompts]
+    return Selection(parts, tables=tables, prompts=prompts)
 
 
 def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) -> list[Part]:
@@ -134,6 +217,8 @@ def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) ->
         graph: the bank graph of the adapter's kind.
     """
     config = adapter.config
+    if not config.rank or config.input == "ids":
+        return []
     return [
         Part(None, index, config.scope, adapter.digest, graph, bank_weights(adapter, modality))
         for index, modality in enumerate(modalities)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
-from adalink.runtime.engine import Array, Backend, Fed, open_backend
+from adalink.runtime.engine import Array, Backend, open_backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode
 from adalink.runtime.integrity import read_verified, verify_files
 from adalink.runtime.manifest import Manifest
 from adalink.runtime.manifest_file import read_manifest
-from adalink.runtime.open_base import OpenBase
+from adalink.runtime.open_base import Given, OpenBase
 from adalink.runtime.padding import pad_left
 from adalink.runtime.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
 from adalink.runtime.receipt import Receipt
@@ -28,6 +29,7 @@ from adalink.runtime.request import (
     check_modality,
 )
 from adalink.runtime.sampling import Sampling
+from adalink.runtime.soft_prompt import Layout
 from adalink.runtime.tasks import TaskTable
 from adalink.runtime.tokenizer import Tokenizer
 from adalink.runtime.variants import choose_variant
@@ -194,6 +196,9 @@ class Deployment:
     ) -> dict[str, Array]:
         """Run the base once over whole sequences.
 
+        A task's soft prompt stands before the first token of its rows: what is passed and returned are the caller's own
+        positions, and the soft prompt counts towards the longest sequence.
+
         Args:
             input_ids: token ids with shape ``(batch, seq)``; or else
             inputs_embeds: embeddings with shape ``(batch, seq, d)``, to be adapted, in the base's dtype.
@@ -213,10 +218,10 @@ class Deployment:
             RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
             BackendError: the engine refused.
         """
-        embeds, shape = self._adapted(input_ids, inputs_embeds, modality, tasks, images)
-        check_length(shape[1], self._base)
-        mask = check_mask(attention_mask, shape)
-        return self._opened.run(embeds, mask, decoder_input_ids)
+        given = self._given(input_ids, inputs_embeds, modality, tasks, images)
+        layout = self._lay_out(given, check_mask(attention_mask, given.shape))
+        check_length(layout.mask.shape[1], self._base)
+        return self._opened.run(given, layout, decoder_input_ids)
 
     def embed(
         self,
@@ -229,9 +234,12 @@ class Deployment:
     ) -> Array:
         """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine, of any length.
 
+        They are those of the positions given: a soft prompt, which ``run`` puts before them, is not among them.
+
         Takes and raises what ``run`` does.
         """
-        return self._opened.engine.front.read(self._adapted(input_ids, inputs_embeds, modality, tasks, images)[0])
+        given = self._given(input_ids, inputs_embeds, modality, tasks, images)
+        return self._opened.engine.front.read(self._opened.adapt(given))
 
     def generate(
         self,
@@ -256,7 +264,7 @@ class Deployment:
                 ``<image>``, once for each where it belongs. An image is a path, the bytes of a file, a Pillow image or
                 a uint8 array (`adalink.runtime.pictures`).
             tasks: one task for all prompts, or one for each; ``None`` is the plain base.
-            max_new_tokens: tokens a prompt at most.
+            max_new_tokens: tokens a prompt at most; with the prompt and its soft prompt no more than the model allows.
             temperature: 0 takes the likeliest token each time.
             top_k: see ``adalink.runtime.sampling.Sampling``.
             top_p: likewise.
@@ -289,12 +297,16 @@ class Deployment:
             if not tokens:
                 raise RequestError(f"prompt {index} has no tokens: give it some text")
         ids, mask = pad_left(encoded, base.pad_token_id)
-        own_context = max_new_tokens if base.kind == "encoder-decoder" else ids.shape[1] + max_new_tokens
-        check_length(max(own_context, ids.shape[1]), base)
+        given = Given(check_input_ids(ids, base), None, None, selection)
+        layout = self._lay_out(given, mask)
+        positions = layout.mask.shape[1]
+        check_length(
+            max(positions, max_new_tokens) if base.kind == "encoder-decoder" else positions + max_new_tokens, base
+        )
         rows = [Row(index, tokenizer, stops, frozenset(base.eos_token_ids), stream) for index in range(len(prompts))]
-        ids = check_input_ids(ids, base)
-        seen = self._vision.embed(pictures) if any(pictures) else None
-        decoding, front, adapting = self._opened.start(encoded, ids, mask, selection, max_new_tokens, seen)
+        if any(pictures):
+            given = replace(given, images=self._vision.embed(pictures))
+        decoding, front, adapting = self._opened.start(encoded, given, layout, max_new_tokens)
         try:
             decode(decoding, front, adapting, rows, sampling, max_new_tokens)
         finally:
@@ -345,15 +357,19 @@ class Deployment:
         ids: list[int] = [] if len(prompt) == 0 else check_input_ids([prompt], self._base, "prompt")[0].tolist()
         return ids
 
-    def _adapted(
+    def _lay_out(self, given: Given, mask: Array) -> Layout:
+        """Where the positions of a request stand behind the soft prompts of their rows."""
+        return Layout(mask, given.tasks.soft_prompts(len(mask)), self._base)
+
+    def _given(
         self,
         input_ids: npt.ArrayLike | None,
         inputs_embeds: npt.ArrayLike | None,
         modality: npt.ArrayLike | None,
         tasks: Tasks,
         images: Images,
-    ) -> tuple[Fed, tuple[int, int]]:
-        """What the engine is fed for a request, and its ``(batch, seq)``."""
+    ) -> Given:
+        """A request, checked."""
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
         if images is not None and (input_ids is None or modality is not None):
@@ -362,15 +378,15 @@ class Deployment:
             )
         if inputs_embeds is not None:
             embeds = check_embeds(inputs_embeds, self._base)
-            shape = (embeds.shape[0], embeds.shape[1])
-            indices = check_modality(modality, shape, self._base)
-            return self._opened.engine.front.apply(embeds, self._tasks.resolve(tasks, len(embeds)), indices), shape
+            indices = check_modality(modality, embeds.shape[:2], self._base)
+            selection = self._tasks.resolve(tasks, len(embeds))
+            if selection.needs_ids:
+                raise RequestError("a task of these rows looks token ids up, so embeddings do not do: pass input_ids")
+            return Given(None, embeds, indices, selection)
         assert input_ids is not None
         ids = check_input_ids(input_ids, self._base)
-        shape = (ids.shape[0], ids.shape[1])
-        indices = check_modality(modality, shape, self._base)
-        selection = self._tasks.resolve(tasks, len(ids))
-        return self._opened.lookup(ids, selection, indices, self._seen(ids, images)), shape
+        indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
+        return Given(ids, None, indices, self._tasks.resolve(tasks, len(ids)), self._seen(ids, images))
 
     def _seen(self, ids: Array, images: Images) -> list[list[ImageEmbeds]] | None:
         """Embeddings of the images of each row; ``None`` if there are none."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import TABLE_NAME, Adapter
 from adalink.runtime.embeddings import view_table
 from adalink.runtime.engine import Array
 from adalink.runtime.file_memory import Bytes
@@ -63,6 +63,11 @@ class RankFold:
             return delta
         result: Array = (delta + plain).astype(plain.dtype)
         return result
+
+
+def ids_table(adapter: Adapter) -> RankFold:
+    """What an adapter with ``input`` ``"ids"`` has for every token: the arithmetic of a fold, trained as such."""
+    return RankFold(adapter.weights[TABLE_NAME], adapter.weights["text.up.weight"], None)
 
 
 def view_fold(kind: str, data: Bytes, adapter: Adapter, base: Base) -> Folded:

@@ -178,10 +178,12 @@ class Task(_Strict, frozen=True, kw_only=True):
         config: path of its ``adapter_config.json``.
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.adapter.Adapter.digest`).
-        rank: rank of the bottleneck.
+        rank: rank of the bottleneck; 0 for a soft prompt alone.
         activation: its activation.
         modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
         scope: ``"all"`` or ``"prompt"``.
+        soft_tokens: vectors of its soft prompt.
+        input: what its bottleneck starts from; one of ``adalink.runtime.adapter.INPUTS``.
         fold: the task computed ahead, if it was exported so.
     """
 
@@ -193,6 +195,8 @@ class Task(_Strict, frozen=True, kw_only=True):
     activation: str
     modalities: tuple[str, ...]
     scope: str
+    soft_tokens: int = 0
+    input: str = "embeddings"
     fold: Fold | None = None
 
     @property

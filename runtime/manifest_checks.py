@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from adalink.runtime.adapter import ACTIVATIONS, KINDS, SCOPES
+from adalink.runtime.adapter import ACTIVATIONS, INPUTS, KINDS, MOST_SOFT_TOKENS, SCOPES
 from adalink.runtime.errors import DeploymentError, ManifestError
 from adalink.runtime.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 
@@ -92,9 +92,12 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
 
 
 def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    least = 0 if task.soft_tokens else 1
     is_sound = (
         _TASK_NAME.fullmatch(name)
-        and 1 <= task.rank <= base.hidden_size
+        and least <= task.rank <= base.hidden_size
+        and 0 <= task.soft_tokens <= MOST_SOFT_TOKENS
+        and task.input in INPUTS
         and task.activation in ACTIVATIONS
         and task.scope in SCOPES
         and (task.fold is None or task.fold.kind in FOLDS)
@@ -103,7 +106,10 @@ def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, 
     if not is_sound:
         field = f"$.tasks[{name!r}]"
         demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
-        demand(1 <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"1 to {base.hidden_size}")
+        soft_tokens = task.soft_tokens
+        demand(0 <= soft_tokens <= MOST_SOFT_TOKENS, f"{field}.soft_tokens", soft_tokens, f"0 to {MOST_SOFT_TOKENS}")
+        demand(least <= task.rank <= base.hidden_size, f"{field}.rank", task.rank, f"{least} to {base.hidden_size}")
+        demand(task.input in INPUTS, f"{field}.input", task.input, f"one of {INPUTS}")
         demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
         demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
         fold = None if task.fold is None else task.fold.kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,33 @@ from adalink.runtime.placeholders import ImageEmbeds, merge, prefix_names
 from adalink.runtime.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
+from adalink.runtime.soft_prompt import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A checked batch before its tasks.
+
+    Attributes:
+        ids: token ids, int64 with shape ``(batch, seq)``, placeholders for all that images take up; or else
+        embeds: embeddings with shape ``(batch, seq, d)``.
+        modality: of each position, ``(batch, seq)``; ``None`` for text, or for what follows from the images.
+        tasks: the task of each row.
+        images: those of each row; ``None`` if there are none in the batch.
+    """
+
+    ids: Array | None
+    embeds: Array | None
+    modality: Array | None
+    tasks: Selection
+    images: Sequence[Sequence[ImageEmbeds]] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(batch, seq)``."""
+        source = self.embeds if self.ids is None else self.ids
+        assert source is not None
+        return source.shape[0], source.shape[1]
 
 
 class OpenBase:
@@ -47,69 +75,47 @@ class OpenBase:
                 "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"
             )
 
-    def run(self, embeds: Fed, mask: Array, decoder_input_ids: npt.ArrayLike | None) -> dict[str, Array]:
-        """Run whole sequences; see ``Deployment.run``."""
-        output = self.engine.run({"inputs_embeds": embeds, "attention_mask": mask})
+    def run(self, given: Given, layout: Layout, decoder_input_ids: npt.ArrayLike | None) -> dict[str, Array]:
+        """Run whole sequences, laid out with their soft prompts; see ``Deployment.run``."""
+        output = self.engine.run(self._feeds(given, layout))
         if self._base.kind == "decoder":
-            return {"logits": output}
-        result = {"last_hidden_state": output}
+            return {"logits": layout.cut(output)}
+        result = {"last_hidden_state": layout.cut(output)}
         if decoder_input_ids is not None:
-            result["logits"] = self._run_decoder(decoder_input_ids, output, mask)
+            result["logits"] = self._run_decoder(decoder_input_ids, output, layout.mask)
         return result
 
-    def lookup(
-        self,
-        ids: Array,
-        tasks: Selection,
-        modality: Array | None = None,
-        images: Sequence[Sequence[ImageEmbeds]] | None = None,
-    ) -> Fed:
-        """What the engine is fed for token ids of shape ``(batch, seq)``, each row through its task.
-
-        Args:
-            ids: token ids; placeholders for all that the images take up.
-            tasks: the task of each row.
-            modality: of each position; ``None`` for text, or for what follows from the images.
-            images: those of each row; ``None`` if there are none in the batch.
-        """
-        if images is None:
-            return self.engine.front.lookup(ids, tasks, modality)
-        embeds, modality = merge(self._table, ids, images, self._base)
-        return self.engine.front.apply(embeds, tasks, modality)
+    def adapt(self, given: Given) -> Fed:
+        """What the engine is fed for the positions given, each row through its task, without soft prompts."""
+        front = self.engine.front
+        if given.ids is not None and given.images is None:
+            return front.lookup(given.ids, given.tasks, given.modality)
+        return front.apply(*self._unadapted(given))
 
     def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        ids: Array,
-        mask: Array,
-        tasks: Selection,
-        room: int,
-        images: Sequence[Sequence[ImageEmbeds]] | None = None,
+        self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout, room: int
     ) -> tuple[Decoding, Front, Selection]:
         """Run prompts, to go on after them.
 
         Args:
             prompts: token ids of each.
-            ids: the same, padded to ``(batch, seq)``.
-            mask: 1 for tokens, ``(batch, seq)``.
-            tasks: the task of each row.
+            given: the same, padded.
+            layout: where they stand behind their soft prompts.
             room: how many steps may follow.
-            images: as for ``lookup``.
 
         Returns:
             The batch on its way, and the front and the tasks that generated tokens go through.
         """
-        front = self.engine.front
-        feeds = {"inputs_embeds": self.lookup(ids, tasks, images=images), "attention_mask": mask}
+        front, feeds = self.engine.front, self._feeds(given, layout)
         if self._decoder is not None:
             first = np.full((len(prompts), 1), self._base.decoder_start_token_id, np.int64)
-            fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), mask)
+            fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
             return self._decoder.start(fed, room), self._decoder.front, PLAIN
-        adapting = front.decoding(tasks)
+        adapting = front.decoding(given.tasks)
         if self._prefixes is None:
             return self.engine.start(feeds, room), front, adapting
-        names = self._names(prompts, tasks, images)
-        return self._resume(*self._prefixes, feeds, names, tasks, room), front, adapting
+        names = self._names(prompts, given, layout)
+        return self._resume(*self._prefixes, feeds, names, given.tasks, room), front, adapting
 
     def receipt(self) -> Receipt:
         """See ``Deployment.receipt``."""
@@ -129,16 +135,38 @@ class OpenBase:
         self._builds += 1
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
-    def _names(
-        self, prompts: Sequence[Sequence[int]], tasks: Selection, images: Sequence[Sequence[ImageEmbeds]] | None
-    ) -> list[Array]:
-        """The prompts by what was computed for them: tokens, and images with the adapter they went through."""
-        if images is None:
-            return [np.array(tokens, np.int64) for tokens in prompts]
-        through = tasks.adapters(len(prompts), self._base.modalities.index("image"))
+    def _feeds(self, given: Given, layout: Layout) -> dict[str, Fed]:
+        """What the engine is fed for whole rows."""
+        if layout.is_plain:
+            return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask}
+        embeds, tasks, modality = self._unadapted(given)
+        wide, indices = layout.widen(embeds, modality)
+        return {"inputs_embeds": self.engine.front.apply(wide, tasks, indices), "attention_mask": layout.mask}
+
+    def _unadapted(self, given: Given) -> tuple[Array, Selection, Array | None]:
+        """Embeddings before any bottleneck, with images in place, as a front takes them."""
+        if given.ids is None:
+            assert given.embeds is not None
+            return given.embeds, given.tasks, given.modality
+        embeds, modality = given.tasks.embed(self._table, given.ids, given.modality), given.modality
+        if given.images is not None:
+            embeds, modality = merge(embeds, given.ids, given.images, self._base)
+        return embeds, given.tasks, modality
+
+    def _names(self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout) -> list[Array]:
+        """The prompts by what was computed for them: soft prompts, tokens, images with what they went through."""
+        images = given.images
+        through = [("", "")] * len(prompts)
+        if images is not None:
+            through = given.tasks.adapters(len(prompts), self._base.modalities.index("image"))
         return [
-            prefix_names(tokens, own, adapter, self._base.vision)
-            for tokens, own, (adapter, _) in zip(prompts, images, through, strict=True)
+            np.concatenate(
+                [
+                    layout.names(row),
+                    prefix_names(tokens, () if images is None else images[row], through[row][0], self._base.vision),
+                ]
+            )
+            for row, tokens in enumerate(prompts)
         ]
 
     def _resume(

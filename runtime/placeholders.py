@@ -6,7 +6,6 @@ for the modality ``image``.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest import Base, Vision
 from adalink.runtime.pictures import Picture
+from adalink.runtime.prefix_cache import name_of
 from adalink.runtime.tensors import as_stored
 
 # For each row its images, or None.
@@ -96,11 +96,11 @@ def check_expanded(ids: Array, images: Sequence[Sequence[Picture]], vision: Visi
             )
 
 
-def merge(table: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
+def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
     """Embeddings of a batch with those of its images in place, not adapted.
 
     Args:
-        table: the embedding table, shape ``(vocab, d)``.
+        embeds: those of its tokens, shape ``(batch, seq, d)``; written to.
         ids: token ids with shape ``(batch, seq)``; each row has the placeholders that its images take up.
         images: those of each row, in their order.
         base: the contract.
@@ -111,7 +111,6 @@ def merge(table: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], bas
     """
     assert base.vision is not None
     is_image = ids == base.vision.image_token_id
-    embeds = table.take(ids, axis=0)
     rows = [image.embeds for own in images for image in own]
     if rows:
         embeds[is_image] = as_stored(np.concatenate(rows), base.embedding_dtype)
@@ -129,11 +128,7 @@ def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: 
     """
     names = np.array(tokens, np.int64)
     if vision is not None and images:
-        # Negative, so that no name of an image is a token.
-        own = [
-            int.from_bytes(hashlib.sha256(f"{image.digest} {adapter}".encode()).digest()[:8], "big") for image in images
-        ]
-        numbers = np.array([-1 - (number >> 1) for number in own], np.int64)
+        numbers = np.array([name_of(f"{image.digest} {adapter}") for image in images], np.int64)
         names[names == vision.image_token_id] = np.repeat(numbers, vision.tokens_per_image)
     return names
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from adalink.runtime.adapter import Adapter, decode_adapter, read_adapter
-from adalink.runtime.bank import PLAIN, Selection, task_parts
+from adalink.runtime.bank import PLAIN, OwnTable, Selection, mix, task_parts
 from adalink.runtime.engine import Backend, BankGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
-from adalink.runtime.fold import Folded, view_fold
+from adalink.runtime.fold import Folded, ids_table, view_fold
 from adalink.runtime.integrity import map_verified, read_verified
 from adalink.runtime.manifest import Manifest, Task
 from adalink.runtime.manifest_checks import check_task_name
 from adalink.runtime.request import Tasks
+from adalink.runtime.soft_prompt import check_input_side, soft_prompts_of
 
 
 class LoadedTask:
@@ -98,6 +99,7 @@ class TaskTable:
                 f"{folder} adapts modality {unknown[0]!r}, {base.name} was exported for {', '.join(base.modalities)}: "
                 "use an adapter without it, or export the base with it"
             )
+        check_input_side(adapter, base, str(folder))
         loaded = self._prepare(adapter)
         with self._lock:
             if name in self._tasks:
@@ -135,9 +137,7 @@ class TaskTable:
         for row, name in enumerate(rows):
             if name is not None:
                 members.setdefault(name, []).append(row)
-        return Selection(
-            [part for name, own in members.items() for part in self.get(name).alone.at_rows(np.array(own))]
-        )
+        return mix((self.get(name).alone, np.array(own)) for name, own in members.items())
 
     def _check_known(self, name: str) -> None:
         if name not in self._tasks:
@@ -173,8 +173,11 @@ class TaskTable:
         return self._prepare(adapter, fold, data.nbytes)
 
     def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
-        parts = task_parts(adapter, self._manifest.base.modalities, self._graph(adapter.config.kind))
-        return LoadedTask(Selection(parts, fold), adapter.size_bytes + fold_bytes)
+        config, base = adapter.config, self._manifest.base
+        parts = task_parts(adapter, base.modalities, self._graph(config.kind))
+        tables = [OwnTable(None, config.scope, adapter.digest, ids_table(adapter))] if config.input == "ids" else []
+        prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
+        return LoadedTask(Selection(parts, fold, tables=tables, prompts=prompts), adapter.size_bytes + fold_bytes)
 
     def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
         """Hold a task, and let go of others beyond the budget; the lock is held."""

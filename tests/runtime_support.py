@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, VOCAB_SIZE
 from tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter import export_adapter
@@ -109,7 +109,7 @@ def random_adapter(fingerprint: str, hidden_size: int, seed: int, **settings: An
     rng = np.random.default_rng(seed)
     weights = {
         name: (rng.normal(size=shape) * (0.8 / np.sqrt(shape[-1]))).astype(np.float32)
-        for name, shape in weight_shapes(config).items()
+        for name, shape in weight_shapes(config, VOCAB_SIZE).items()
     }
     return make_adapter(config, weights)
 

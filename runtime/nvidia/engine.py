@@ -24,12 +24,15 @@ from adalink.runtime.padding import positions_of
 class DeviceFront:
     """See ``adalink.runtime.engine.Front``; what it gives is a recipe that the engine carries out."""
 
-    def __init__(self, common: Common) -> None:
+    def __init__(self, common: Common, table: Array) -> None:
         self._common = common
+        self._table = table
         self._spaces: Pool[_ReadSpace] = Pool(lambda: _ReadSpace(common))
 
     def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
-        """See ``adalink.runtime.engine.Front``."""
+        """See ``adalink.runtime.engine.Front``; what tasks have for token ids is added in main memory."""
+        if tasks.needs_ids:
+            return Inputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
         return Inputs(ids, None, modality, tasks)
 
     def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
@@ -115,7 +118,10 @@ class DeviceEngine:
         self._base = base
         bank = DeviceBank(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
         self._common = Common(device, plans, bank, 0 if table is None else upload_table(device, table), base)
-        self.front: Front = DeviceFront(self._common) if front is None else front
+        if front is None:
+            assert table is not None, "a front of its own looks token ids up"
+            front = DeviceFront(self._common, table)
+        self.front: Front = front
         self._spaces: Pool[EngineSpace] = Pool(lambda: EngineSpace(self._common))
         # What is wrong with the plan is found when it is opened, not at the first request.
         self._spaces.give(self._spaces.take())

@@ -12,6 +12,7 @@ import pytest
 
 from adalink.runtime.adapter import (
     CONFIG_FILE,
+    MOST_SOFT_TOKENS,
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
@@ -23,6 +24,10 @@ from adalink.runtime.adapter import (
 from adalink.runtime.digest import fingerprint_embeddings
 from adalink.runtime.errors import AdapterError, ConfigError
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
+VOCAB_SIZE = 11
+SOFT_ALONE: dict[str, object] = {"rank": 0, "activation": "identity", "bias": False, "soft_tokens": 5}
+BY_IDS: dict[str, object] = {"activation": "identity", "bias": False, "input": "ids"}
 FINGERPRINT = "sha256:" + "0123456789abcdef" * 4
 
 
@@ -43,7 +48,8 @@ def make_config(**changes: object) -> AdapterConfig:
 def make(seed: int = 0, **changes: object) -> Adapter:
     config = make_config(**changes)
     rng = np.random.default_rng(seed)
-    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weight_shapes(config).items()}
+    shapes = weight_shapes(config, VOCAB_SIZE)
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     return make_adapter(config, weights)
 
 
@@ -63,6 +69,71 @@ def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     assert again.weights.keys() == adapter.weights.keys()
     for name, weight in adapter.weights.items():
         np.testing.assert_array_equal(again.weights[name], weight)
+
+
+@pytest.mark.parametrize("name", ["reuters-r8", "tweet-author"])
+def test_adapters_of_the_first_format_keep_digest_and_bytes(name: str) -> None:
+    adapter = read_adapter(EXAMPLES / name)
+    assert adapter.digest == json.loads((EXAMPLES / name / "training.json").read_text())["adapter_digest"]
+    assert encode_adapter(adapter)[0] == (EXAMPLES / name / CONFIG_FILE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors"),
+    [
+        (SOFT_ALONE, {"soft_prompt": (5, 24)}),
+        (
+            {"bias": False, "soft_tokens": 2},
+            {"soft_prompt": (2, 24), "text.down.weight": (3, 24), "text.up.weight": (24, 3)},
+        ),
+        (BY_IDS, {"text.table.weight": (VOCAB_SIZE, 3), "text.up.weight": (24, 3)}),
+    ],
+    ids=["soft prompt", "soft prompt and bottleneck", "ids"],
+)
+def test_other_input_side_methods_come_back_as_they_were(
+    tmp_path: Path, settings: dict[str, object], tensors: dict[str, tuple[int, ...]]
+) -> None:
+    adapter = make(**settings)
+    again = read_adapter(write(tmp_path, adapter))
+    assert again.config == adapter.config
+    assert again.digest == adapter.digest
+    assert {name: weight.shape for name, weight in again.weights.items()} == tensors
+    for name, weight in adapter.weights.items():
+        np.testing.assert_array_equal(again.weights[name], weight)
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert {"soft_tokens", "input"} & fields.keys() == {"soft_tokens", "input"} & settings.keys()
+
+
+def test_the_soft_prompt_is_part_of_the_digest() -> None:
+    adapter = make(**SOFT_ALONE)
+    changed = adapter.weights["soft_prompt"].copy()
+    changed[4, 23] += 1
+    assert make_adapter(adapter.config, {"soft_prompt": changed}).digest != adapter.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "at least 1; 0 is for adapters with a soft prompt"),
+        ({"soft_tokens": -1}, f"from 0 to {MOST_SOFT_TOKENS}"),
+        ({"soft_tokens": MOST_SOFT_TOKENS + 1}, f"from 0 to {MOST_SOFT_TOKENS}"),
+        (SOFT_ALONE | {"activation": "gelu"}, "'identity', no bias and input 'embeddings'"),
+        (SOFT_ALONE | {"bias": True}, "'identity', no bias and input 'embeddings'"),
+        (SOFT_ALONE | {"input": "ids"}, "'identity', no bias and input 'embeddings'"),
+        ({"input": "tokens"}, "expected one of embeddings, ids"),
+        (BY_IDS | {"modalities": ("text", "image")}, r"modalities \('text',\)"),
+        (BY_IDS | {"activation": "relu"}, "activation 'identity'"),
+    ],
+)
+def test_settings_of_soft_prompts_and_tables_of_ids_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+def test_a_soft_prompt_of_another_length_than_the_config_says_is_refused() -> None:
+    adapter = make(**SOFT_ALONE)
+    with pytest.raises(AdapterError, match=r"'soft_prompt' has shape \(4, 24\), expected \(5, 24\)"):
+        make_adapter(adapter.config, {"soft_prompt": adapter.weights["soft_prompt"][:4]})
 
 
 def test_config_on_disk_has_the_documented_fields(tmp_path: Path) -> None:
