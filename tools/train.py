@@ -22,7 +22,7 @@ from adalink.training.settings import DEVICES, SearchSettings, TrainSettings
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL rows to learn from.")
 @click.option("--eval", "eval_data", required=True, type=click.Path(path_type=Path), help="JSONL rows to measure on.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
-@click.option("--rank", default=AdaLinkConfig.rank, show_default=True, help="Width of the bottleneck.")
+@click.option("--rank", default=AdaLinkConfig.rank, show_default=True, help="Width of the bottleneck; 0 for none.")
 @click.option("--activation", default=AdaLinkConfig.activation, show_default=True, type=click.Choice(ACTIVATIONS))
 @click.option(
     "--modality",
@@ -38,6 +38,12 @@ from adalink.training.settings import DEVICES, SearchSettings, TrainSettings
     show_default=True,
     type=click.Choice(SCOPES),
     help="Adapt every position, or the prompt alone.",
+)
+@click.option(
+    "--soft-tokens",
+    default=AdaLinkConfig.soft_tokens,
+    show_default=True,
+    help="Trained vectors before each row's first token; alone with --rank 0.",
 )
 @click.option("--lr", default=TrainSettings.lr, show_default=True, help="Highest learning rate.")
 @click.option("--max-steps", default=TrainSettings.max_steps, show_default=True, help="Optimizer steps.")
@@ -66,6 +72,7 @@ def command(
     bias: bool,
     dropout: float,
     scope: str,
+    soft_tokens: int,
     lr: float,
     max_steps: int,
     batch_size: int,
@@ -96,12 +103,20 @@ def command(
       adalink train ... --search 30                                  # choose rate, rank and activation
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
     """  # noqa: D301
+    context = click.get_current_context()
+    searched = {
+        name for name in ("lr", "rank", "activation") if context.get_parameter_source(name) is ParameterSource.DEFAULT
+    }  # what is not given, in a search
+    if rank == 0 and "activation" in searched:
+        activation = "identity"  # of nothing
+        searched.remove("activation")
     config = AdaLinkConfig(
         rank=rank,
         activation=activation,
         bias=bias,
         dropout=dropout,
         scope=scope,
+        soft_tokens=soft_tokens,
         modalities=modalities or AdaLinkConfig.modalities,
     )
     settings = TrainSettings(
@@ -120,15 +135,8 @@ def command(
             "ranks": ("rank", rank),
             "activations": ("activation", activation),
         }
-        context = click.get_current_context()
-        space = SearchSettings(
-            minutes=minutes,
-            **{
-                field: (value,)
-                for field, (name, value) in given.items()
-                if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-            },
-        )
+        fixed = {field: (value,) for field, (name, value) in given.items() if name not in searched}
+        space = SearchSettings(minutes=minutes, **fixed)
     from adalink.training.train import train
 
     # The Trainer logs to stdout, which is for the result.
