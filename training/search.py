@@ -8,11 +8,9 @@ its own, so that it is the final training in small. All see the same rows in the
 from __future__ import annotations
 
 import math
-import random
 import tempfile
 import time
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +18,19 @@ import msgspec
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from adalink.runtime.digest import digest_bytes
-from adalink.runtime.errors import ConfigError, DataError, WriteError
+from adalink.runtime.errors import ConfigError, WriteError
 from adalink.training.attach import attach
 from adalink.training.base_model import embedding_matrix
+from adalink.training.search_plan import (
+    FEWEST_CANDIDATES,
+    Candidate,
+    Rungs,
+    Trial,
+    list_candidates,
+    plan_rungs,
+    rank_trials,
+    split_rows,
+)
 from adalink.training.trainer import TrainableAdapters, trainer_arguments
 
 if TYPE_CHECKING:
@@ -35,34 +43,8 @@ if TYPE_CHECKING:
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
 
-SEARCH_FILE = "search.json"
-_FEWEST_ROWS, _MOST_ROWS = 16, 200  # held out
-_FEWEST_CANDIDATES = 3
-_SHORTEST_SHARE = 8  # the shortest trial has at least an eighth of the final training's steps
+_SEARCH_FILE = "search.json"
 _MEASURED_STEPS = 4
-_PLANNED_SHARE = 0.9  # of the time; the rest is for steps that take longer than those measured
-
-Rungs = tuple[tuple[int, int], ...]  # of each: how many candidates, and for how many steps
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """What a search chooses."""
-
-    lr: float
-    rank: int
-    activation: str
-
-    def __str__(self) -> str:
-        return f"rate {self.lr:g}, rank {self.rank}, {self.activation}"
-
-
-class Trial(msgspec.Struct, frozen=True):
-    """A candidate trained for ``steps``; ``loss`` is that of the held-out rows, ``None`` if it was not finite."""
-
-    candidate: Candidate
-    steps: int
-    loss: float | None
-    seconds: float
 
 
 class SearchRecord(msgspec.Struct):
@@ -132,17 +114,12 @@ def search(
     learned, held = split_rows(rows, settings.seed)
     trials = _Trials(model, [examples[i] for i in learned], [examples[i] for i in held], collate, config, settings)
     candidates = list_candidates(space, embedding_matrix(model).shape[1])
-    path, started = folder / SEARCH_FILE, clock()
+    path, started = folder / _SEARCH_FILE, clock()
     if path.is_file():
         record = msgspec.json.decode(path.read_bytes(), type=SearchRecord)
     else:
-        module = trials.attach(candidates[0])
-        with module.attached:
-            loss_before = trials.validate(module)
-            validated = clock()
-            trials.train(module, candidates[0], _MEASURED_STEPS)
-        measured = clock()
-        step, check = (measured - validated) / _MEASURED_STEPS, validated - started
+        loss_before, check, step = _measure(trials, candidates[0], clock)
+        spent = clock() - started
         record = SearchRecord(
             minutes=space.minutes,
             learned_rows=len(learned),
@@ -151,11 +128,9 @@ def search(
             loss_before=loss_before,
             step_seconds=step,
             validation_seconds=check,
-            rungs=plan_rungs(
-                len(candidates), 60 * space.minutes, measured - started, step, check, settings.max_steps
-            ),
-            seconds=measured - started,
-        )  # fmt: skip
+            rungs=plan_rungs(len(candidates), 60 * space.minutes, spent, step, check, settings.max_steps),
+            seconds=spent,
+        )
         _write(path, record)
         say(
             f"search: a step takes {step:.2g} s and {len(held)} held-out rows {check:.2g} s: "
@@ -169,88 +144,6 @@ def search(
     say(f"search: {record.winner} is trained on all {len(rows)} rows")
     config, settings = trials.settings_of(record.winner)
     return config, settings, msgspec.to_builtins(record)
-
-
-def split_rows(rows: Sequence[Row], seed: int) -> tuple[list[int], list[int]]:
-    """Which rows are learned from and which are held out: a tenth of the different ones, 16 to 200.
-
-    Rows that stand several times are on one side.
-
-    Raises:
-        DataError: there are fewer than 32 different rows.
-    """
-    different = list(dict.fromkeys(rows))
-    if len(different) < 2 * _FEWEST_ROWS:
-        raise DataError(
-            f"a search needs at least {2 * _FEWEST_ROWS} different rows, {_FEWEST_ROWS} of them to choose by, and the "
-            f"data has {len(different)}: add rows, or leave out --search"
-        )
-    chosen = set(random.Random(seed).sample(different, min(_MOST_ROWS, max(_FEWEST_ROWS, len(different) // 10))))
-    learned = [index for index, row in enumerate(rows) if row not in chosen]
-    places = {row: index for index, row in enumerate(rows)}
-    return learned, sorted(places[row] for row in chosen)
-
-
-def list_candidates(space: SearchSettings, hidden_size: int) -> list[Candidate]:
-    """All combinations, those first that are to be tried if not all can be."""
-    ranks = [rank for rank in space.ranks if rank <= hidden_size] or space.ranks
-    return [
-        Candidate(lr, rank, activation) for activation, rank, lr in product(space.activations, ranks, space.rates)
-    ]  # fmt: skip
-
-
-def plan_rungs(
-    candidates: int, budget: float, spent: float, step_seconds: float, validation_seconds: float, longest: int
-) -> Rungs:
-    """As many candidates as there is time for, and then as many steps.
-
-    A rung has half the candidates of the one before and twice its steps. The last has two candidates, or ``longest``
-    steps: a trial as long as the final training needs no longer one.
-
-    Args:
-        candidates: how many there are.
-        budget: seconds for the search.
-        spent: seconds that are gone already.
-        step_seconds: time of a step.
-        validation_seconds: time of the look at the held-out rows that ends a trial.
-        longest: steps of the final training.
-
-    Raises:
-        ConfigError: there is not even time for three candidates (two, where there are no more).
-    """
-
-    def rungs(count: int, steps: int) -> Rungs:
-        planned = [(count, steps)]
-        while planned[-1][0] > 2 and planned[-1][1] < longest:
-            planned.append((math.ceil(planned[-1][0] / 2), min(2 * planned[-1][1], longest)))
-        return tuple(planned)
-
-    def fits(planned: Rungs) -> bool:
-        return spent + cost(planned) <= _PLANNED_SHARE * budget
-
-    def cost(planned: Rungs) -> float:
-        return sum(count * (steps * step_seconds + validation_seconds) for count, steps in planned)
-
-    shortest = math.ceil(longest / _SHORTEST_SHARE)
-    fewest = min(candidates, _FEWEST_CANDIDATES)
-    count = next((count for count in range(candidates, fewest - 1, -1) if fits(rungs(count, shortest))), None)
-    if count is None:
-        minutes = (spent + cost(rungs(fewest, shortest))) / _PLANNED_SHARE / 60
-        raise ConfigError(
-            f"a search of {budget / 60:.3g} minutes has no time for {fewest} candidates, trained for at least "
-            f"{shortest} steps ({step_seconds:.2g} s each here): give it at least {math.ceil(100 * minutes) / 100:g} "
-            "minutes, or lower --max-steps"
-        )
-    return next(rungs(count, steps) for steps in range(longest, 0, -1) if fits(rungs(count, steps)))
-
-
-def rank_trials(trials: Sequence[Trial]) -> list[Candidate]:
-    """Candidates by the loss of their trials, the lowest first; of equal ones the lower rank, then the lower rate.
-
-    Those that diverged are left out.
-    """
-    finite = [(trial.loss, trial.candidate) for trial in trials if trial.loss is not None]
-    return [choice for _, choice in sorted(finite, key=lambda pair: (pair[0], pair[1].rank, pair[1].lr))]
 
 
 class _Trials:
@@ -307,6 +200,17 @@ class _Trials:
         return total / len(self._held)
 
 
+def _measure(trials: _Trials, candidate: Candidate, clock: Callable[[], float]) -> tuple[float, float, float]:
+    """The held-out rows' loss before training, the seconds that a look at them takes, and those of a step."""
+    started = clock()
+    module = trials.attach(candidate)
+    with module.attached:
+        loss = trials.validate(module)
+        validated = clock()
+        trials.train(module, candidate, _MEASURED_STEPS)
+    return loss, validated - started, (clock() - validated) / _MEASURED_STEPS
+
+
 class _Deadline(TrainerCallback):  # type: ignore[misc]  # transformers has no types for it
     """Ends a training after the step at which ``is_over`` says so."""
 
@@ -351,14 +255,12 @@ def _run_rungs(
                 f"search: {candidate}, {steps} steps: loss {loss:.4g} on held-out rows "
                 f"({len(done)} of {len(entered)}, round {number + 1} of {len(record.rungs)})"
             )
-        is_cut = len(done) < len(entered)
-        if not is_cut:
-            alive = rank_trials(list(done.values())) or alive[count:]
-        elif number == 0:
-            alive = rank_trials(list(done.values())) if len(done) >= _FEWEST_CANDIDATES else []
-        if is_cut:
+        if len(done) < len(entered):
             say(f"search: the time is over after {len(done)} of {len(entered)} in round {number + 1}")
+            if number == 0:
+                alive = rank_trials(list(done.values())) if len(done) >= FEWEST_CANDIDATES else []
             break
+        alive = rank_trials(list(done.values())) or alive[count:]
     diverged = {trial.candidate for trial in record.trials if trial.loss is None}
     alive = [candidate for candidate in alive if candidate not in diverged]
     if not alive:

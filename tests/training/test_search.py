@@ -21,7 +21,8 @@ from adalink.training import search as search_module
 from adalink.training.attach import attach
 from adalink.training.config import AdaLinkConfig
 from adalink.training.dataset import Row, encode_rows, pad_decoder, pad_encoder_decoder
-from adalink.training.search import Candidate, Trial, list_candidates, plan_rungs, rank_trials, search, split_rows
+from adalink.training.search import search
+from adalink.training.search_plan import Candidate, Trial, list_candidates, plan_rungs, rank_trials, split_rows
 from adalink.training.settings import SearchSettings, TrainSettings
 from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters, collator
