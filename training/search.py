@@ -258,19 +258,30 @@ def _run_rungs(
         if len(done) < len(entered):
             say(f"search: the time is over after {len(done)} of {len(entered)} in round {number + 1}")
             if number == 0:
-                alive = rank_trials(list(done.values())) if len(done) >= FEWEST_CANDIDATES else []
+                _check_enough(record, len(done), len(entered))
+                alive = rank_trials(list(done.values()))
             break
         alive = rank_trials(list(done.values())) or alive[count:]
     diverged = {trial.candidate for trial in record.trials if trial.loss is None}
     alive = [candidate for candidate in alive if candidate not in diverged]
     if not alive:
         raise ConfigError(
-            f"a search of {record.minutes:g} minutes tried {len(record.trials)} candidates and {len(diverged)} "
-            "diverged, expected at least one with a finite loss out of three: give it more minutes, or a lower --lr"
+            f"a search tried {len(diverged)} candidates and all diverged, expected one with a finite loss: give a "
+            "lower --lr, and see that the rows are what they should be"
         )
     record.seconds = seconds()
     record.winner = alive[0]
     _write(path, record)
+
+
+def _check_enough(record: SearchRecord, tried: int, planned: int) -> None:
+    """Whether a first round that time cut short says something; raises ``ConfigError``."""
+    if tried < FEWEST_CANDIDATES:
+        raise ConfigError(
+            f"a search of {record.minutes:g} minutes tried {tried} of {planned} candidates, expected at least "
+            f"{FEWEST_CANDIDATES}: this machine became slower than the {record.step_seconds:.2g} s a step that were "
+            "measured; give it more minutes"
+        )
 
 
 def _write(path: Path, record: SearchRecord) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FEWEST_CANDIDATES = 3
 _FEWEST_ROWS, _MOST_ROWS = 16, 200  # held out
-_SHORTEST_SHARE = 8  # the shortest trial has at least an eighth of the final training's steps
+_FIRST_SHARES = 8, 4  # trials of the first round have between an eighth and a quarter of the final training's steps
 _PLANNED_SHARE = 0.9  # of the time; the rest is for steps that take longer than those measured
 
 Rungs = tuple[tuple[int, int], ...]  # of each: how many candidates, and for how many steps
@@ -78,8 +78,9 @@ def plan_rungs(
 ) -> Rungs:
     """As many candidates as there is time for, and then as many steps.
 
-    A rung has half the candidates of the one before and twice its steps. The last has two candidates, or ``longest``
-    steps: a trial as long as the final training needs no longer one.
+    A rung has half the candidates of the one before and twice its steps; two candidates go on together. Trials as long
+    as the final training are the last. The first rung is short, so that there is a choice early on: a machine may
+    become slower than it was when measured.
 
     Args:
         candidates: how many there are.
@@ -105,7 +106,7 @@ def plan_rungs(
     def cost(planned: Rungs) -> float:
         return sum(count * (steps * step_seconds + validation_seconds) for count, steps in planned)
 
-    shortest = math.ceil(longest / _SHORTEST_SHARE)
+    shortest, most = (math.ceil(longest / share) for share in _FIRST_SHARES)
     fewest = min(candidates, FEWEST_CANDIDATES)
     count = next((count for count in range(candidates, fewest - 1, -1) if fits(rungs(count, shortest))), None)
     if count is None:
@@ -115,7 +116,13 @@ def plan_rungs(
             f"{shortest} steps ({step_seconds:.2g} s each here): give it at least {math.ceil(100 * minutes) / 100:g} "
             "minutes, or lower --max-steps"
         )
-    return next(rungs(count, steps) for steps in range(longest, 0, -1) if fits(rungs(count, steps)))
+    planned = next(rungs(count, steps) for steps in range(most, 0, -1) if fits(rungs(count, steps)))
+    while planned[-1][1] < longest:
+        longer = (*planned, (planned[-1][0], min(2 * planned[-1][1], longest)))
+        if not fits(longer):
+            break
+        planned = longer
+    return planned
 
 
 def rank_trials(trials: Sequence[Trial]) -> list[Candidate]:

@@ -133,9 +133,9 @@ def test_ends_in_time_where_steps_become_slower(model, clock, tmp_path):
 
 def test_too_slow_for_three_candidates_is_an_error(model, clock, tmp_path):
     def slow_down(line):
-        clock.seconds_a_pass = 100.0
+        clock.seconds_a_pass = 200.0
 
-    with pytest.raises(ConfigError, match=r"of 20 minutes tried 0 candidates and 0 diverged.*give it more minutes"):
+    with pytest.raises(ConfigError, match=r"of 20 minutes tried 0 of 4 candidates.*the 1 s a step that were measured"):
         look(model, tmp_path, clock, say=slow_down)
 
 
@@ -189,7 +189,7 @@ def test_a_candidate_that_diverges_loses(model, clock, tmp_path, monkeypatch):
     assert [trial["loss"] is None for trial in report["trials"]].count(True) == 2
     assert json.loads((tmp_path / "search.json").read_text(), parse_constant=pytest.fail)
     (tmp_path / "search.json").unlink()
-    with pytest.raises(ConfigError, match=r"tried 2 candidates and 2 diverged.*a lower --lr"):
+    with pytest.raises(ConfigError, match=r"tried 2 candidates and all diverged.*a lower --lr"):
         look(model, tmp_path, clock, SearchSettings(minutes=40, rates=(2e-2, 1e-6), ranks=(16,), activations=("tanh",)))
 
 
@@ -242,11 +242,12 @@ def test_a_plan_fits_and_is_the_largest_that_does(seed):
     assert min(candidates, 3) <= counts[0] <= candidates
     assert steps[0] >= longest / 8
     assert sorted(set(steps)) == list(steps)
+    assert steps[0] <= math.ceil(longest / 4)
     assert counts[-1] == 2 or steps[-1] == longest
-    assert all(later == math.ceil(count / 2) for count, later in pairwise(counts))
+    assert all(later == max(2, math.ceil(count / 2)) for count, later in pairwise(counts))
     assert all(later == min(2 * few, longest) for few, later in pairwise(steps))
-    if cost(rungs) < 0.4 * budget:  # there was time for twice as much
-        assert rungs == ((candidates, longest),)
+    if cost(rungs) < 0.2 * budget:  # there was time for much more
+        assert (counts[0], steps[0], steps[-1]) == (candidates, math.ceil(longest / 4), longest)
 
 
 def test_little_time_goes_to_the_first_candidates_all_rates_of_one_rank():
@@ -328,7 +329,7 @@ def test_the_adapter_is_that_of_the_winner_trained_on_all_rows(searched, work, t
     assert direct["adapter_digest"] == searched["adapter_digest"]
     assert "search" not in direct
     assert json.loads((work / "searched/training.json").read_text()) == json.loads(json.dumps(searched))
-    assert json.loads(json.dumps(searched["search"]["rungs"])) == [[4, 12]]
+    assert json.loads(json.dumps(searched["search"]["rungs"])) == [[4, 3], [2, 6], [2, 12]]
     assert not (work / "searched.checkpoints").exists()
 
 
@@ -366,7 +367,7 @@ def test_a_run_interrupted_in_its_search_is_resumed(searched, work, tmp_path):
         run(work, out, SearchSettings(minutes=31, rates=(2e-2, 1e-6), ranks=(16, 8)), resume=True)
     resumed = run(work, out, resume=True, say=told.append)
     assert without_times(resumed) == without_times(searched)
-    assert sum("12 steps: loss" in line for line in told) == 4  # each trial once
+    assert sum("steps: loss" in line for line in told) == 8  # each trial once
 
 
 @pytest.mark.parametrize(
@@ -423,6 +424,6 @@ def test_the_command_prints_progress_apart_from_the_report(work, tmp_path):
     assert done.exit_code == 0
     report = json.loads(done.stdout)
     assert {trial["candidate"]["rank"] for trial in report["search"]["trials"]} == {8}
-    assert len(report["search"]["trials"]) == len(SearchSettings(minutes=1).rates)
+    assert {trial["candidate"]["lr"] for trial in report["search"]["trials"]} == set(SearchSettings(minutes=1).rates)
     assert done.stderr.count("loss") >= 4
     assert "is trained on all 80 rows" in done.stderr
