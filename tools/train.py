@@ -6,13 +6,16 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.errors import ConfigError
+from adalink.tools.console import say
 from adalink.training.config import AdaLinkConfig
-from adalink.training.settings import DEVICES, TrainSettings
+from adalink.training.settings import DEVICES, SearchSettings, TrainSettings
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -27,7 +30,7 @@ from adalink.training.settings import DEVICES, TrainSettings
     default=[str(AdaLinkConfig.rank)],
     show_default=True,
     metavar="R | MODALITY=R",
-    help="Width of the bottleneck; one for each modality if repeated.",
+    help="Width of the bottleneck; one for each modality if repeated; 0 for none.",
 )
 @click.option("--activation", default=AdaLinkConfig.activation, show_default=True, type=click.Choice(ACTIVATIONS))
 @click.option(
@@ -45,6 +48,12 @@ from adalink.training.settings import DEVICES, TrainSettings
     type=click.Choice(SCOPES),
     help="Adapt every position, or the prompt alone.",
 )
+@click.option(
+    "--soft-tokens",
+    default=AdaLinkConfig.soft_tokens,
+    show_default=True,
+    help="Trained vectors before each row's first token; alone with --rank 0.",
+)
 @click.option("--lr", default=TrainSettings.lr, show_default=True, help="Highest learning rate.")
 @click.option("--max-steps", default=TrainSettings.max_steps, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
@@ -52,6 +61,13 @@ from adalink.training.settings import DEVICES, TrainSettings
 @click.option("--save-steps", default=TrainSettings.save_steps, show_default=True, help="Steps between checkpoints.")
 @click.option("--seed", default=TrainSettings.seed, show_default=True, help="Seed of weights, order and dropout.")
 @click.option("--device", default=TrainSettings.device, show_default=True, type=click.Choice(DEVICES))
+@click.option(
+    "--search",
+    "minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MINUTES",
+    help="First choose rate, rank and activation, those of them that are not given, within this time.",
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -65,6 +81,7 @@ def command(
     bias: bool,
     dropout: float,
     scope: str,
+    soft_tokens: int,
     lr: float,
     max_steps: int,
     batch_size: int,
@@ -72,6 +89,7 @@ def command(
     save_steps: int,
     seed: int,
     device: str,
+    minutes: float | None,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -83,16 +101,33 @@ def command(
     the adapter and training.json: data digests, settings, loss curve, and exact-match accuracy of the base and of the
     adapter on the eval rows. Checkpoints lie in OUT.checkpoints until the run is done.
 
+    --search holds out a tenth of the rows of --data (16 to 200 of them) and trains candidates on the others: all for a
+    few steps, the better half for twice as many, and so on, as many as the machine can do in that time. The one with
+    the lowest loss on the rows held out is then trained on all rows of --data, as if its settings had been given. The
+    eval rows play no part in the choice. training.json has every trial.
+
     \b
-    Example:
+    Examples:
       adalink train --base ./SmolLM2-135M-Instruct --data train.jsonl --eval eval.jsonl --out ./adapters/topics
+      adalink train ... --search 30                                  # choose rate, rank and activation
+      adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
     """  # noqa: D301
+    context, rank = click.get_current_context(), _read_rank(ranks)
+    searched = {
+        name
+        for name, parameter in (("lr", "lr"), ("rank", "ranks"), ("activation", "activation"))
+        if context.get_parameter_source(parameter) is ParameterSource.DEFAULT
+    }  # what is not given, in a search
+    if rank == 0 and "activation" in searched:
+        activation = "identity"  # of nothing
+        searched.remove("activation")
     config = AdaLinkConfig(
-        rank=_read_rank(ranks),
+        rank=rank,
         activation=activation,
         bias=bias,
         dropout=dropout,
         scope=scope,
+        soft_tokens=soft_tokens,
         modalities=modalities or AdaLinkConfig.modalities,
     )
     settings = TrainSettings(
@@ -104,11 +139,22 @@ def command(
         device=device,
         save_steps=save_steps,
     )
+    space = None
+    if minutes is not None:
+        if isinstance(rank, dict):
+            raise ConfigError(f"--rank is {' '.join(ranks)}, and --search takes one rank for all: give one, or none")
+        given: dict[str, Any] = {
+            "rates": ("lr", lr),
+            "ranks": ("rank", rank),
+            "activations": ("activation", activation),
+        }
+        fixed = {field: (value,) for field, (name, value) in given.items() if name not in searched}
+        space = SearchSettings(minutes=minutes, **fixed)
     from adalink.training.train import train
 
     # The Trainer logs to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        report = train(base, data, eval_data, out, config, settings, resume=resume)
+        report = train(base, data, eval_data, out, config, settings, space=space, resume=resume, say=say)
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return

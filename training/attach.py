@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from adalink.runtime.adapter import rank_of, show_rank
+from adalink.runtime.adapter import SOFT_PROMPT_NAME, rank_of, show_rank
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.adalink import AdaLink
 from adalink.training.base_model import embedding_matrix, input_embedding
+from adalink.training.soft_prompt import SoftPromptHooks, draw_soft_prompt
 from adalink.training.vision import check_modalities, image_side
 
 if TYPE_CHECKING:
@@ -49,10 +50,14 @@ class Attached:
     gives, before it is merged with the text embeddings, whatever the scope, since images are part of a prompt; that of
     ``text`` acts on every token but the placeholders that the model replaces by an image.
 
+    A soft prompt (``config.soft_tokens``) stands before every row of a decoder or encoder, whatever the scope, and no
+    adapter acts on it; what the model returns is for the caller's positions (``adalink.training.soft_prompt``).
+
     Attributes:
         model: the base model.
         config: settings of the adapters.
-        adapters: one ``AdaLink`` per modality, on the device of the embedding.
+        adapters: one ``AdaLink`` per modality, none for rank 0; beside them the parameter ``soft_prompt`` of shape
+            ``(n, d)``, if there is one. On the device of the embedding.
     """
 
     def __init__(self, model: PreTrainedModel, config: AdaLinkConfig) -> None:
@@ -79,8 +84,14 @@ class Attached:
             {
                 name: AdaLink(hidden_size, rank, config.activation, config.bias, config.dropout)
                 for name, rank in ranks.items()
+                if rank
             }
         ).to(matrix.device)
+        self._soft_prompt: SoftPromptHooks | None = None
+        if config.soft_tokens:
+            vectors = draw_soft_prompt(embedding, len(matrix), config.soft_tokens)
+            self._soft_prompt = SoftPromptHooks(model, vectors)
+            self.adapters.register_parameter(SOFT_PROMPT_NAME, vectors)
         self._embedding = embedding
         self._prompt_mask: torch.Tensor | None = None
         self._modality: torch.Tensor | None = None
@@ -161,7 +172,7 @@ class Attached:
         for module in {id(module): module for module in (self.model, self.model.base_model)}.values():
             handles.append(module.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave_decoder, always_call=True))
-        return handles
+        return handles if self._soft_prompt is None else handles + self._soft_prompt.install()
 
     def _enter_encoder(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._in_encoder = True
@@ -172,7 +183,8 @@ class Attached:
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values")
-        self._past_length = 0 if cache is None else int(cache.get_seq_length())
+        held = 0 if cache is None else int(cache.get_seq_length())
+        self._past_length = max(0, held - self.config.soft_tokens)
         # Given with the prompt alone: a placeholder that is generated is a token like any other.
         encoded = (call.get("mm_encoder_outputs") or {}).values()
         self._has_images = any(given is not None for given in (call.get("pixel_values"), *encoded))
@@ -254,7 +266,8 @@ def attach(model: PreTrainedModel, config: AdaLinkConfig) -> Attached:
 
     Raises:
         ModelError: the model has no input embedding, an adapter is attached already, or the model takes images in a
-            way that the adapter's modalities do not fit.
+            way that the adapter's modalities or a soft prompt do not fit; or it is an encoder-decoder and there is
+            a soft prompt.
         ConfigError: the rank exceeds the embedding's width.
     """
     return Attached(model, config)

@@ -13,12 +13,14 @@ class AdaLinkConfig:
     """Settings of an adapter, checked when made.
 
     Attributes:
-        rank: width ``r`` of the bottleneck, or of each modality's: ``{"text": 16, "image": 64}``.
+        rank: width ``r`` of the bottleneck, or of each modality's: ``{"text": 16, "image": 64}``; 0 for a soft prompt
+            alone, with activation ``identity`` and no bias.
         activation: one of ``adalink.runtime.adapter.ACTIVATIONS``; ``gelu`` is the exact erf form.
         bias: whether ``down`` and ``up`` carry a bias.
         dropout: chance in ``[0, 1)`` that a bottleneck feature is dropped in training.
         modalities: names of the adapted modalities; each gets its own weights.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
+        soft_tokens: trained vectors before a row's first token.
 
     Raises:
         ConfigError: a setting is outside what the method allows.
@@ -30,8 +32,14 @@ class AdaLinkConfig:
     dropout: float = 0.0
     modalities: tuple[str, ...] = ("text",)
     scope: str = "all"
+    soft_tokens: int = 0
 
     def __post_init__(self) -> None:
-        check_method(self.rank, self.activation, self.modalities, self.scope)
+        check_method(self.rank, self.activation, self.modalities, self.scope, self.soft_tokens)
+        if self.rank == 0 and (self.activation != "identity" or self.bias):
+            raise ConfigError(
+                f"rank is 0 with activation {self.activation!r} and bias {self.bias}: a soft prompt alone has "
+                "activation 'identity' and no bias"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout!r}, expected a chance of at least 0 and less than 1")

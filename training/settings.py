@@ -44,3 +44,35 @@ class TrainSettings:
             raise ConfigError(f"seed is {self.seed!r}, expected 0 to {(1 << 32) - 1}")
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What ``train`` may choose from, and for how long, before it trains.
+
+    Where the time is too short for all combinations, the first ones are tried: all rates of the first rank and
+    activation, then those of the next rank, then the next activation.
+
+    Attributes:
+        minutes: time of the search alone.
+        rates: learning rates.
+        ranks: widths of the bottleneck; those wider than the embedding are left out.
+        activations: of ``adalink.runtime.adapter.ACTIVATIONS``.
+
+    Raises:
+        ConfigError: there is no time, or nothing to choose from.
+    """
+
+    minutes: float
+    rates: tuple[float, ...] = (3e-3, 1e-2, 1e-3, 3e-2)
+    ranks: tuple[int, ...] = (64, 16, 256, 4)
+    activations: tuple[str, ...] = ("identity", "gelu")
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.minutes < float("inf"):
+            raise ConfigError(f"search minutes are {self.minutes!r}, expected more than 0")
+        if len(set(self.rates)) * len(set(self.ranks)) * len(set(self.activations)) < 2:
+            raise ConfigError(
+                "a search was asked for and nothing is left to choose: leave out at least one of --lr, --rank and "
+                "--activation, or --search"
+            )

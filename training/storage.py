@@ -53,6 +53,7 @@ def to_adapter(attached: Attached, base_name: str) -> Adapter:
         bias=attached.config.bias,
         modalities=attached.config.modalities,
         scope=attached.config.scope,
+        soft_tokens=attached.config.soft_tokens,
     )
     return make_adapter(config, attached.weights(), origin=f"adapter for {base_name}")
 
@@ -98,7 +99,7 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
     """Read an adapter folder and attach it to the base it was trained for.
 
     Raises:
-        AdapterError: the folder is missing, truncated or numerically broken.
+        AdapterError: the folder is missing, truncated or numerically broken, or holds a table of token ids.
         ContractError: it belongs to another base.
         ModelError: an adapter is attached already.
     """
@@ -110,8 +111,20 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
             f"adapter {folder} belongs to another base: it was trained for {config.base_model_name_or_path} "
             f"({config.base_fingerprint}), this {type(model).__name__} has {fingerprint}; load that base in float32"
         )
+    if config.input == "ids":
+        raise AdapterError(
+            f"adapter {folder} has a table of token ids, expected one that acts on embeddings: what trained it loads it"
+        )
     attached = attach(
-        model, AdaLinkConfig(config.rank, config.activation, config.bias, 0.0, config.modalities, config.scope)
+        model,
+        AdaLinkConfig(
+            rank=config.rank,
+            activation=config.activation,
+            bias=config.bias,
+            modalities=config.modalities,
+            scope=config.scope,
+            soft_tokens=config.soft_tokens,
+        ),
     )
     attached.adapters.load_state_dict({name: torch.from_numpy(weight) for name, weight in adapter.weights.items()})
     attached.adapters.eval()

@@ -1,6 +1,6 @@
 """Train an adapter on rows of text, or of images and text, with the Hugging Face ``Trainer``.
 
-The Trainer sees a module that holds the adapters alone; so a checkpoint is adapters and optimizer state, not the base.
+What the Trainer trains holds the adapters alone; so a checkpoint is adapters and optimizer state, not the base.
 """
 
 from __future__ import annotations
@@ -14,63 +14,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn import functional
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from adalink.runtime.digest import digest_file
-from adalink.runtime.errors import ConfigError, ModelError, WriteError
-from adalink.training.attach import Attached, attach
+from adalink.runtime.errors import ConfigError, DataError, ModelError, WriteError
+from adalink.training.attach import attach
 from adalink.training.base_model import display_name, load_base, load_tokenizer
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import IGNORED_LABEL, encode_rows, end_token, pad_decoder, pad_encoder_decoder, read_rows
+from adalink.training.dataset import encode_rows, read_rows
 from adalink.training.exact_match import exact_match
 from adalink.training.pictures import Pictures, digest_images
-from adalink.training.settings import TrainSettings
+from adalink.training.search import search
 from adalink.training.storage import check_target, save_adapter, to_adapter
+from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from adalink.training.dataset import Example
+    from adalink.training.config import AdaLinkConfig
+    from adalink.training.settings import SearchSettings, TrainSettings
 
 REPORT_FILE = "training.json"
 _SETTINGS_FILE = "settings.json"
-_WARMUP_SHARE = 0.05
-
-
-class TrainableAdapters(nn.Module):
-    """The adapters as a module whose forward pass is the frozen base's loss.
-
-    Only the adapters are registered: the base is reached through ``attached``, which is no module.
-    """
-
-    def __init__(self, attached: Attached) -> None:
-        super().__init__()
-        self.adapters = attached.adapters
-        self.attached = attached
-
-    def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean loss over the target tokens of a batch made by ``adalink.training.dataset``.
-
-        Args:
-            labels: int64 with shape ``(batch, seq)``, -100 but on targets.
-            inputs: what the base takes, each with shape ``(batch, seq)``; beside them ``pixel_values`` of its images.
-        """
-        base = self.attached.model
-        if base.config.is_encoder_decoder:
-            return {"loss": base(**inputs, labels=labels).loss}
-        is_target = labels != IGNORED_LABEL
-        # Rows end in the last column: the head is needed only from the token before the first target on.
-        kept = int(is_target.any(dim=0).sum())
-        with self.attached.positions(prompt_mask=~is_target):
-            logits = base(**inputs, use_cache=False, logits_to_keep=kept + 1).logits
-        loss = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, -kept:].flatten(), ignore_index=IGNORED_LABEL
-        )
-        return {"loss": loss}
 
 
 def train(
@@ -81,13 +45,16 @@ def train(
     config: AdaLinkConfig,
     settings: TrainSettings,
     *,
+    space: SearchSettings | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train an adapter and write its folder, with a report in ``training.json``.
 
-    The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed.
-    Checkpoints lie in ``OUT.checkpoints`` and are removed at the end.
+    The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed; with
+    a search that is so once its trials are done, since how many there are is a matter of time. Checkpoints and the
+    trials lie in ``OUT.checkpoints`` and are removed at the end.
 
     Args:
         base: the base model, as for ``load_base``.
@@ -96,8 +63,11 @@ def train(
         out: adapter folder to write or replace.
         config: settings of the method.
         settings: how to train.
-        resume: go on from the last checkpoint of an interrupted run with the same settings.
+        space: rates, ranks and activations to choose from first, on rows held out of ``data``; those of ``config`` and
+            ``settings`` are then not used. The choice is trained on all rows.
+        resume: go on from the last trial or checkpoint of an interrupted run with the same settings.
         callbacks: more Trainer callbacks.
+        say: told of a search's progress, a line at a time.
 
     Returns:
         the report, as written.
@@ -119,6 +89,8 @@ def train(
             "eval": {"file": Path(eval_data).name, "sha256": digest_file(Path(eval_data)), "rows": len(eval_rows)},
         },
     }
+    if space is not None:
+        record["search"] = asdict(space)
     tokenizer = load_tokenizer(base)
     model = pictures = None
     if any(row.images for row in (*rows, *eval_rows)):
@@ -144,18 +116,25 @@ def train(
         )
     if not resume:
         _begin_checkpoints(checkpoints, record)
-    arguments = _trainer_arguments(checkpoints, settings)
-    arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the adapters, and the hooks only know the first
-    model.to(arguments.device)
+    collate = collator(model, tokenizer, pictures)
+    model.to(trainer_arguments(checkpoints, settings).device)
+    if space is not None:
+        try:
+            config, settings, record["search"] = search(
+                model, rows, examples, collate, config, settings, space, checkpoints, say=say
+            )
+        except (ConfigError, DataError):
+            shutil.rmtree(checkpoints)  # it cannot be gone on with
+            raise
     start = time.perf_counter()
     accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
     set_seed(settings.seed)
     with attach(model, config) as attached:
         trainer = Trainer(
             model=TrainableAdapters(attached),
-            args=arguments,
+            args=trainer_arguments(checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2),
             train_dataset=examples,
-            data_collator=_collator(model, tokenizer, pictures),
+            data_collator=collate,
             callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -165,6 +144,8 @@ def train(
     report = {
         "kit_version": version("adalink-kit"),
         **record,
+        "method": asdict(config),
+        "settings": asdict(settings),
         "base_fingerprint": adapter.config.base_fingerprint,
         "adapter_digest": adapter.digest,
         "loss_curve": [
@@ -176,37 +157,6 @@ def train(
     save_adapter(out, adapter, {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()})
     shutil.rmtree(checkpoints)
     return report
-
-
-def _trainer_arguments(checkpoints: Path, settings: TrainSettings) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=round(_WARMUP_SHARE * settings.max_steps),
-        weight_decay=0.0,
-        logging_steps=max(1, settings.max_steps // 20),
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        seed=settings.seed,
-        use_cpu=settings.device == "cpu",
-        remove_unused_columns=False,
-        report_to="none",
-    )
-
-
-def _collator(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None
-) -> Callable[[Sequence[Example]], dict[str, torch.Tensor]]:
-    pad = end_token(tokenizer)
-    pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
-
-    def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        return {**pad_rows(examples, pad), **({} if pictures is None else pictures.inputs(examples))}
-
-    return collate
 
 
 def _check_fresh(folder: Path) -> None:

@@ -20,7 +20,8 @@ from adalink.training.config import AdaLinkConfig
 from adalink.training.dataset import Example, Row, encode_rows, pad_decoder, pad_encoder_decoder
 from adalink.training.exact_match import exact_match, greedy_tokens
 from adalink.training.settings import TrainSettings
-from adalink.training.train import TrainableAdapters, train
+from adalink.training.train import train
+from adalink.training.trainer import TrainableAdapters
 
 CONFIG = AdaLinkConfig(rank=16, activation="gelu", dropout=0.1)
 SETTINGS = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)

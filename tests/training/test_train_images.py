@@ -23,7 +23,8 @@ from adalink.training.dataset import Row, encode_rows, pad_decoder, read_rows
 from adalink.training.exact_match import exact_match
 from adalink.training.pictures import Pictures
 from adalink.training.settings import TrainSettings
-from adalink.training.train import TrainableAdapters, train
+from adalink.training.train import train
+from adalink.training.trainer import TrainableAdapters
 
 SETTINGS = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=20)
 CONFIG = AdaLinkConfig(rank=32, activation="identity", modalities=("image",))

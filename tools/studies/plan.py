@@ -187,6 +187,8 @@ def _run(
 ) -> Run:  # fmt: skip
     scored = choose_scored(data, purpose, count)
     settings = msgspec.to_builtins(method)
+    if settings.get("tokens") == 0:
+        del settings["tokens"]  # says nothing, and runs done before AdaLink knew it keep their names
     return Run(
         purpose=purpose,
         base=base.name,

@@ -34,7 +34,7 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     plots: list[tuple[str, str, Callable[[Cell], float], Callable[[Cell], str], list[Cell]]] = [
         ("parameters", "trained parameters", lambda cell: float(cell["trained_parameters"]), _family, largest),
         ("time", "seconds of training", lambda cell: max(1e-2, float(cell["train_seconds"])), _method, largest),
-        ("rank", "rank of AdaLink", lambda cell: float(cell["settings"]["rank"]), _activation, adalink),
+        ("rank", "rank of AdaLink", lambda cell: float(cell["settings"]["rank"]), _variant, adalink),
         ("size", "training rows", lambda cell: float(cell["train_rows"]), _method, _swept(trained)),
     ]
     try:
@@ -100,11 +100,13 @@ def _method(cell: Cell) -> str:
 
 def _family(cell: Cell) -> str:
     """AdaLink of all ranks as one line, other methods each alone."""
-    return f"AdaLink, {_activation(cell)}" if cell["settings"]["kind"] == "adalink" else _method(cell)
+    return f"AdaLink, {_variant(cell)}" if cell["settings"]["kind"] == "adalink" else _method(cell)
 
 
-def _activation(cell: Cell) -> str:
-    return str(cell["settings"]["activation"])
+def _variant(cell: Cell) -> str:
+    """The activation of an AdaLink, and its soft prompt if it has one: what a line of several ranks has in common."""
+    tokens = cell["settings"].get("tokens")
+    return f"{cell['settings']['activation']}, {tokens} soft tokens" if tokens else str(cell["settings"]["activation"])
 
 
 def _size(size: Any) -> float:

@@ -30,9 +30,9 @@ class Tuned(nn.Module):
     """A base with a method on it, the same to call whatever the method.
 
     Attributes:
-        base: the base model; LoRA has put its layers into it, AdaLink hangs on its embedding by hooks.
+        base: the base model; LoRA has put its layers into it, AdaLink hangs on its input by hooks.
         added: what the method brought that is no part of the base: an adapter, or the encoder of a soft prompt.
-        soft_tokens: embeddings that the method puts before the text.
+        soft_tokens: embeddings that ``embed`` puts before the text; AdaLink's own soft prompt is unseen here.
     """
 
     def __init__(self, base: PreTrainedModel, added: nn.Module | None = None, soft_prompt: Any = None) -> None:
@@ -82,7 +82,8 @@ def tune(base: PreTrainedModel, method: Method) -> Tuned:
         base.requires_grad_(isinstance(method, FullMethod))
         return Tuned(base)
     if isinstance(method, AdaLinkMethod):
-        attached: Attached = attach(base, AdaLinkConfig(rank=method.rank, activation=method.activation))
+        config = AdaLinkConfig(rank=method.rank, activation=method.activation, soft_tokens=method.tokens)
+        attached: Attached = attach(base, config)
         return Tuned(base, attached.adapters)
     return _by_peft(base, method)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, DataError, ModelError
@@ -28,14 +28,13 @@ from adalink.training.study.data import DataSet, Labelled, digest_rows, load_dat
 from adalink.training.study.methods import tune
 from adalink.training.study.scoring import Task, embed_labels, make_task
 from adalink.training.study.settings import Data, Method, ZeroShotMethod
+from adalink.training.trainer import trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT = 1  # of a run; another number where the same settings would no longer mean the same run
-_WARMUP_SHARE = 0.05
 _SCORED_ROWS = 16
-_CURVE_POINTS = 20
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -236,24 +235,9 @@ def _share(right: Sequence[int], seen: Sequence[int], chosen: Sequence[bool]) ->
 def _train(task: Task, rows: list[Labelled], run: Run) -> list[dict[str, Any]]:
     """Train, and give the loss curve."""
     with tempfile.TemporaryDirectory(prefix="adalink-study-") as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=run.max_steps,
-            per_device_train_batch_size=run.batch_size,
-            learning_rate=run.lr,
-            lr_scheduler_type="linear",
-            warmup_steps=round(_WARMUP_SHARE * run.max_steps),
-            weight_decay=0.0,
-            logging_steps=max(1, run.max_steps // _CURVE_POINTS),
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            seed=run.seed,
-            use_cpu=run.device == "cpu",
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to="none",
-        )
-        arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the model, and hooks only know the first
+        arguments = trainer_arguments(
+            folder, run, save_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True
+        )  # fmt: skip
         trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=task.collate)
         trainer.remove_callback(PrinterCallback)  # stdout is for results
         trainer.train()

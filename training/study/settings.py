@@ -41,10 +41,11 @@ class _Method(_Entry, frozen=True, tag_field="kind", kw_only=True):
 
 
 class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
-    """AdaLink: ``2 r d`` parameters."""
+    """AdaLink, and with ``tokens`` a soft prompt before the text: ``(2 r + tokens) d`` parameters."""
 
     rank: Count
     activation: str = "gelu"
+    tokens: Annotated[int, Meta(ge=0)] = 0
 
 
 class PromptTuningMethod(_Method, frozen=True, tag="prompt-tuning", kw_only=True):

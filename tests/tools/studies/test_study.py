@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -13,10 +14,10 @@ from study_support import METHODS, die, fail_first_rate, study_text, write_base,
 
 from adalink.runtime.errors import BackendError, DataError
 from adalink.tools.cli import main
-from adalink.tools.studies import schedule
+from adalink.tools.studies import plan, schedule
 from adalink.tools.studies.plan import Estimates, make_cells, open_runs, waiting
 from adalink.tools.studies.schedule import do_runs, read_finished
-from adalink.training.study.settings import read_study
+from adalink.training.study.settings import AdaLinkMethod, read_study
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,26 @@ def copy(done, tmp_path):
 
 def contents(out):
     return {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+
+
+def test_runs_keep_their_names(monkeypatch):
+    """A name that changes has finished runs done again; a soft prompt that is not there must not change it."""
+    monkeypatch.setattr(plan, "open_base", lambda model: SimpleNamespace(digest="sha256:0"))
+    monkeypatch.setattr(plan, "choose_scored", lambda *arguments: [1])
+    monkeypatch.setattr(plan, "digest_rows", lambda *arguments: "sha256:1")
+    study = SimpleNamespace(training=SimpleNamespace(batch_size=8))
+    base, entry = SimpleNamespace(name="b", model="m"), SimpleNamespace(name="d", words=3)
+
+    def name(**method):
+        run = plan._run(
+            study, base, entry, None, AdaLinkMethod(name="x", lr=(1e-2,), **method), "final", 5, "cpu",
+            train_digest="t", size=None, seed=1, lr=1e-2, max_steps=9,
+        )  # fmt: skip
+        return run.file_name
+
+    assert name(rank=16, activation="identity") == "final-be4e91e3225f9b0001d20b0a.json"
+    assert name(rank=64) == name(rank=64, tokens=0) == "final-21aae14bf9ea2165c7110aed.json"
+    assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4))
 
 
 def test_the_runs_are_those_declared(done):

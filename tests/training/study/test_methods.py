@@ -29,6 +29,7 @@ LINEAR = (D + HEADS) + 2 * (D + KV) + (HEADS + D) + 3 * (D + FF)
 METHODS = {
     "identity": (AdaLinkMethod(name="m", lr=LR, rank=5, activation="identity"), 2 * 5 * D),
     "gelu": (AdaLinkMethod(name="m", lr=LR, rank=16, activation="gelu"), 2 * 16 * D),
+    "both": (AdaLinkMethod(name="m", lr=LR, rank=5, activation="identity", tokens=3), (2 * 5 + 3) * D),
     "prompt": (PromptTuningMethod(name="m", lr=LR, tokens=6), 6 * D),
     "p-tuning": (PTuningMethod(name="m", lr=LR, tokens=4, hidden=20), 4 * D + (D + 1) * 20 + 21 * 20 + 21 * D),
     "attention": (LoraMethod(name="m", lr=LR, rank=3, targets="attention"), LAYERS * 3 * ((D + HEADS) + (D + KV))),
@@ -39,6 +40,7 @@ METHODS = {
 BERT_LINEAR = 4 * (D + D) + 2 * (D + FF)
 BERT = {
     "gelu": METHODS["gelu"],
+    "both": METHODS["both"],
     "prompt": METHODS["prompt"],
     "p-tuning": METHODS["p-tuning"],
     "attention": (LoraMethod(name="m", lr=LR, rank=3, targets="attention"), LAYERS * 3 * 2 * (D + D)),

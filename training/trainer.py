@@ -1,0 +1,133 @@
+"""What the Hugging Face ``Trainer`` is given: the adapters as a module, batches of rows, and one schedule for all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import TrainingArguments
+
+from adalink.training.dataset import IGNORED_LABEL, end_token, pad_decoder, pad_encoder_decoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.training.attach import Attached
+    from adalink.training.dataset import Example
+    from adalink.training.pictures import Pictures
+
+    Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+
+_WARMUP_SHARE = 0.05
+_CURVE_POINTS = 20
+
+
+class TrainableAdapters(nn.Module):
+    """The adapters as a module whose forward pass is the frozen base's loss.
+
+    Only the adapters are registered: the base is reached through ``attached``, which is no module.
+    """
+
+    def __init__(self, attached: Attached) -> None:
+        super().__init__()
+        self.adapters = attached.adapters
+        self.attached = attached
+
+    def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean loss over the target tokens of a batch made by ``adalink.training.dataset``.
+
+        Args:
+            labels: int64 with shape ``(batch, seq)``, -100 but on targets.
+            inputs: what the base takes, each with shape ``(batch, seq)``; beside them ``pixel_values`` of its images.
+        """
+        logits, targets = self._predict(labels, inputs)
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
+        return {"loss": loss}
+
+    @torch.no_grad()
+    def row_losses(self, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Mean loss over the target tokens of each row, float32 with shape ``(batch,)``; arguments as ``forward``'s."""
+        logits, targets = self._predict(labels, inputs)
+        losses = functional.cross_entropy(
+            logits.transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none"
+        )  # fmt: skip
+        return losses.sum(dim=1) / (targets != IGNORED_LABEL).sum(dim=1)
+
+    def _predict(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 logits ``(batch, kept, V)`` and the tokens that they are to predict, ``(batch, kept)``."""
+        base = self.attached.model
+        if base.config.is_encoder_decoder:
+            return base(**inputs, labels=labels).logits.float(), labels
+        is_target = labels != IGNORED_LABEL
+        # Rows end in the last column: the head is needed only from the token before the first target on.
+        kept = int(is_target.any(dim=0).sum())
+        with self.attached.positions(prompt_mask=~is_target):
+            logits = base(**inputs, use_cache=False, logits_to_keep=kept + 1).logits
+        return logits[:, :-1].float(), labels[:, -kept:]
+
+
+class Schedule(Protocol):
+    """What ``TrainSettings`` and a run of a study have in common."""
+
+    @property
+    def lr(self) -> float:
+        """Highest learning rate."""
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows a step."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order of rows."""
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` to leave GPUs alone."""
+
+
+def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> TrainingArguments:
+    """Arguments of a ``Trainer``: AdamW without weight decay, a warm-up over 5 % of the steps, linear decay.
+
+    Args:
+        folder: where checkpoints go, if there are any.
+        schedule: rate, steps, rows a step, seed and device.
+        more: further ``TrainingArguments``.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.max_steps,
+        per_device_train_batch_size=schedule.batch_size,
+        learning_rate=schedule.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=round(_WARMUP_SHARE * schedule.max_steps),
+        weight_decay=0.0,
+        logging_steps=max(1, schedule.max_steps // _CURVE_POINTS),
+        seed=schedule.seed,
+        use_cpu=schedule.device == "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+        **more,
+    )
+    arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the module, and hooks only know the first
+    return arguments
+
+
+def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None) -> Collate:
+    """What makes a batch of examples for ``TrainableAdapters`` of this base."""
+    pad = end_token(tokenizer)
+    pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
+
+    def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {**pad_rows(examples, pad), **({} if pictures is None else pictures.inputs(examples))}
+
+    return collate
