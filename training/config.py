@@ -26,8 +26,8 @@ class AdaLinkConfig:
         ConfigError: a setting is outside what the method allows.
     """
 
-    rank: Rank = 16
-    activation: str = "gelu"
+    rank: Rank = 64
+    activation: str = "identity"
     bias: bool = False
     dropout: float = 0.0
     modalities: tuple[str, ...] = ("text",)
