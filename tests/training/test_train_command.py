@@ -68,7 +68,7 @@ def test_wrong_row_is_a_message_and_exit_code_2(work):
 @pytest.mark.parametrize(
     ("arguments", "rank"),
     [
-        ([], 16),
+        ([], 64),
         (["--rank", "8"], 8),
         ([*BOTH, "--rank", "text=8", "--rank", "image=9"], {"text": 8, "image": 9}),
         (["--rank", "text=8"], {"text": 8}),

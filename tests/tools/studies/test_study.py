@@ -62,7 +62,7 @@ def test_runs_keep_their_names(monkeypatch):
     monkeypatch.setattr(plan, "open_base", lambda model: SimpleNamespace(digest="sha256:0"))
     monkeypatch.setattr(plan, "choose_scored", lambda *arguments: [1])
     monkeypatch.setattr(plan, "digest_rows", lambda *arguments: "sha256:1")
-    study = SimpleNamespace(training=SimpleNamespace(batch_size=8))
+    study = SimpleNamespace(training=SimpleNamespace(batch_size=8), parts=lambda entry: ())
     base, entry = SimpleNamespace(name="b", model="m"), SimpleNamespace(name="d", words=3)
 
     def name(**method):
