@@ -18,7 +18,7 @@ from adalink.tools.studies.plots import draw
 from adalink.tools.studies.summary import summarize
 from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows
 from adalink.training.study.perform import Run
-from adalink.training.study.settings import Study
+from adalink.training.study.settings import Study, read_study
 
 ACCURACY = {
     ("letters", "AdaLink 8"): {1: 0.80, 2: 0.90},
@@ -210,6 +210,19 @@ def test_the_markdown_has_the_same_tables(made, tmp_path):
     for plot in re.findall(r"\]\((plots/[^)]+)\)", text):
         assert (tmp_path / plot).is_file()
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("name", ["reduced", "encoder"])
+def test_committed_results_are_of_the_committed_study(name):
+    studies = Path(__file__).parents[3] / "studies"
+    summary = json.loads((studies / "results" / name / "summary.json").read_text())
+    declared = summarize(read_study(studies / f"{name}.toml"), [], {})
+    assert summary["study"] == json.loads(json.dumps(declared["study"]))
+    assert summary["runs"]["open"] == 0
+    assert not any(cell["lr_at_edge"] for cell in summary["cells"])
+    text = (studies / "results" / name / "study.md").read_text()
+    for row in accuracy_rows(summary)[1]:
+        assert "| " + " | ".join(row) + " |" in text
 
 
 def test_a_folder_that_cannot_be_written_is_told(made, tmp_path):
