@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 # each, the names of its projector and of its language model, and whether it takes pictures as tiles.
 _SIDES = {
     "llava": ("multi_modal_projector", "language_model", False),
+    "fast_vlm": ("multi_modal_projector", "language_model", False),
     "idefics3": ("connector", "text_model", True),
     "smolvlm": ("connector", "text_model", True),
 }
-SUPPORTED = "LlavaForConditionalGeneration, Idefics3ForConditionalGeneration and SmolVLMForConditionalGeneration"
+SUPPORTED = (
+    "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, Idefics3ForConditionalGeneration and "
+    "SmolVLMForConditionalGeneration"
+)
 
 
 @dataclass(frozen=True)
