@@ -21,6 +21,7 @@ from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile, default_profile
 from adalink.runtime.onnxruntime_bank import OnnxBankGraph
 from adalink.runtime.onnxruntime_boundary import guard
+from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.user_cache import cache_path
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class OnnxRuntimeGpuBackend:
             self._ort, "bank graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
         )
         return OnnxBankGraph(session, self._ort, base)
+
+    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+        """See ``adalink.runtime.engine.Backend``: on the CPU."""
+        return OnnxVisionGraph(graph, base)
 
     def _session(self, graph: Path, base: Base, profile: Profile) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

@@ -12,9 +12,8 @@ from adalink.export.bounds import UNIT_ROUNDOFF, Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
-from adalink.runtime.integrity import locate, read_verified
+from adalink.runtime.integrity import read_verified
 from adalink.runtime.manifest import Vision
-from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import read_preprocessor
 from adalink.tools.parity.outputs import TYPICAL_PERCENTILE, worst_of
@@ -120,7 +119,6 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     steps = read_preprocessor(
         read_verified(deployment.path, deployment.manifest, vision.preprocessor), vision.preprocessor
     )
-    graph = OnnxVisionGraph(locate(deployment.path, vision.graph), vision, base.hidden_size, None)
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     prepared = images.pixels(pictures)
     theirs = prepared.reshape(-1, *prepared.shape[-3:])
@@ -147,7 +145,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     few = prepared[..., :_TILES, :, :, :]
     expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(noise, TYPICAL_PERCENTILE))
-    received: Float64 = graph.run(few.reshape(-1, *few.shape[-3:])).astype(np.float64).reshape(expected.shape)
+    received: Float64 = deployment.encode(few.reshape(-1, *few.shape[-3:])).astype(np.float64).reshape(expected.shape)
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
     deviation, limit, picture, position = worst_of(deviations, [limit_of(own, typical, "float32") for own in noise])
     nearest = (
