@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,15 +37,27 @@ class Looks:
     """Prompts with images, and both sides' ways to see them.
 
     Attributes:
-        rows: token ids, placeholders for all that the images take up.
+        prompts: token ids, one placeholder for each image.
+        rows: the same, with placeholders for all that the images take up.
         pictures: those of each row, uint8 with shape ``(height, width, 3)``.
         pixels: likewise as the model's own processor prepares them, ``(images, 3, height, width)``, or ``(1, tiles, 3,
-            height, width)`` for a model that takes tiles.
+            height, width)`` for a model that takes tiles; ``None`` for a row without images.
     """
 
+    prompts: list[list[int]]
     rows: list[list[int]]
     pictures: list[list[Array]]
-    pixels: list[Array]
+    pixels: list[Array | None]
+
+    def pick(self, indices: Iterable[int]) -> Looks:
+        """Some of the rows."""
+        rows = list(zip(self.prompts, self.rows, self.pictures, self.pixels, strict=True))
+        prompts, ids, pictures, pixels = zip(*(rows[index] for index in indices), strict=True)
+        return Looks(list(prompts), list(ids), list(pictures), list(pixels))
+
+    def with_text(self, ids: list[int]) -> Looks:
+        """These rows, and one without images."""
+        return Looks([*self.prompts, ids], [*self.rows, ids], [*self.pictures, []], [*self.pixels, None])
 
 
 class OwnImages:
@@ -92,7 +104,7 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
     """
     vision = deployment.manifest.base.vision
     assert vision is not None
-    found = Looks([], [], [])
+    found = Looks([], [], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
         chosen = pictures[2 * index : 2 * index + 1 + index]
@@ -102,6 +114,7 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
         if room < 2:
             break
         words = (words or [deployment.manifest.base.pad_token_id])[:room]
+        found.prompts.append([words[0], *[vision.image_token_id] * len(chosen), *words[1:]])
         found.rows.append([words[0], *written, *words[1:]])
         found.pictures.append(chosen)
         found.pixels.append(images.pixels(chosen))
