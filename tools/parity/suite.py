@@ -32,7 +32,7 @@ from adalink.tools.parity.corners import check_decoder_corners, check_encoder_co
 from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import Generator
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows, soft_positions
+from adalink.tools.parity.prompts import fitting_prompts, row_positions, seeded_rows
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
@@ -150,10 +150,12 @@ def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]
         raise RequestError("exact match needs a base that generates, with its tokenizer: leave --rows out")
     _require_tasks(deployment, files)
     for name in files:
-        if (task := deployment.manifest.tasks[name]).soft_tokens or task.input == "ids":
+        task = deployment.manifest.tasks[name]
+        if task.input == "ids" or (task.soft_tokens and deployment.manifest.base.kind == "encoder-decoder"):
+            has = "a table of token ids" if task.input == "ids" else "a soft prompt before an encoder-decoder"
             raise RequestError(
-                f"exact match of {name} cannot be measured: it has a soft prompt or a table of token ids, which the "
-                "reference does not generate with; leave its --rows out"
+                f"exact match of {name} cannot be measured: it has {has}, which adalink.training does not attach; "
+                "leave its --rows out"
             )
     return {name: read_rows(path) for name, path in files.items()}
 
@@ -201,22 +203,21 @@ def _rows(
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
-    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
-    longest = min(filter(None, limits), default=1 << 20) - (0 if base.kind == "encoder" else STEPS)
-    longest -= soft_positions(deployment)
-    if longest < 1:
+    steps = 0 if base.kind == "encoder" else STEPS
+    longest = row_positions(deployment) - steps
+    encode = None if base.tokenizer is None else deployment.tokenizer.encode
+    prompts = [] if encode is None else fitting_prompts(quick, encode, longest)
+    if longest < 1 or (encode is not None and not prompts):
         raise RequestError(
-            f"a soft prompt of {soft_positions(deployment)} positions leaves no room for a prompt of {base.name} and "
-            f"{STEPS} tokens after it: such a task cannot be verified; train a shorter one"
+            f"{base.name} takes {longest + steps} positions here behind the longest soft prompt of its tasks, which "
+            f"leaves none for a prompt before {steps} generated tokens: verify a base or an engine that takes more, or "
+            "train a shorter soft prompt"
         )
-    if base.tokenizer is None:
+    if encode is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
     from adalink.training.base_model import load_tokenizer
 
-    encode = deployment.tokenizer.encode
-    # A small vocabulary may lack a whole script: what has no token at all is left out.
-    prompts = [fit(text, encode, longest) for text in choose_prompts(quick) if encode(text)]
     own = load_tokenizer(against)
     rows = [list(own(text)["input_ids"]) for text in prompts]
     differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
@@ -243,8 +244,7 @@ def _looks(
     progress("pixel values and the vision tower")
     own = own_images(against, base.vision)
     report.checks += check_vision(deployment, reference, own)
-    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
-    longest = min(filter(None, limits), default=1 << 20) - soft_positions(deployment)
+    longest = row_positions(deployment)
     looks = make_looks(deployment, rows, longest, own)
     asked = make_looks(deployment, rows, longest - STEPS, own)
     if looks is None:
