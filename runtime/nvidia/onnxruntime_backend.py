@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from adalink.runtime.digest import digest_file
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, ContractError
@@ -66,7 +68,8 @@ class OnnxRuntimeGpuBackend:
             raise ContractError(
                 f"{graph}: {base.name} is an encoder-decoder, which {self.name} does not run: use onnxruntime-cpu"
             )
-        device, profile = CudaDevice(self.name), default_profile(base)
+        # The vision tower stays on the CPU, which takes any number of images.
+        device, profile = CudaDevice(self.name), msgspec.structs.replace(default_profile(base), images=None)
         session = self._session(graph, base, profile)
         plans = OnnxRuntimePlans(session, self._ort, str(graph), profile)
         return DeviceEngine(device, plans, base, front=HostFedFront(table))

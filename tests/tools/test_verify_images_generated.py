@@ -124,7 +124,8 @@ def test_tokens_that_are_not_adapted_behind_images(clean, monkeypatch):
     assert not {name for name in found if not name.startswith(own)}
 
 
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63), images=Span(1, 2, 3))
+# More images a call than are looked at anywhere but at its corner.
+PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63), images=Span(1, 2, 6))
 
 
 @pytest.fixture
@@ -138,7 +139,21 @@ def on_a_device(clean, monkeypatch):
 
 
 def test_a_tower_on_a_device_passes(on_a_device):
-    assert not failures(*on_a_device)
+    found = outcome(*on_a_device)
+    assert not {name for name, check in found.items() if not check.passed}
+    assert {"profile/images=1/image-embeds", "profile/images=6/image-embeds"} <= found.keys()
+
+
+def test_a_tower_on_a_device_that_is_wrong_for_full_calls_shows_at_the_corner(on_a_device, monkeypatch):
+    run = DeviceVision.run
+
+    def short(self, values):
+        embeds = run(self, values)
+        embeds[5:] = 0
+        return embeds
+
+    monkeypatch.setattr(DeviceVision, "run", short)
+    assert failures(*on_a_device) == {"profile/images=6/image-embeds"}
 
 
 def test_a_tower_on_a_device_that_gives_an_images_embeddings_for_the_next(on_a_device, monkeypatch):

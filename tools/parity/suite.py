@@ -37,7 +37,7 @@ from adalink.tools.parity.quantization import check_activations, check_cost, mat
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.vision import Looks, check_vision, make_looks, own_images
+from adalink.tools.parity.vision import Looks, check_tower_corners, check_vision, make_looks, own_images
 
 if TYPE_CHECKING:
     from adalink.training.dataset import Row
@@ -243,7 +243,7 @@ def _looks(
         return None, None
     progress("pixel values and the vision tower")
     own = own_images(against, base.vision)
-    report.checks += check_vision(deployment, reference, own)
+    report.checks += check_vision(deployment, reference, own) + check_tower_corners(deployment, reference, own)
     longest = row_positions(deployment)
     looks = make_looks(deployment, rows, longest, own)
     asked = make_looks(deployment, rows, longest - STEPS, own)

@@ -168,6 +168,26 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     return [*checks, at_most("vision/image-embeds", deviation, limit, nearest)]
 
 
+def check_tower_corners(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
+    """Level 6 of a compiled vision tower: as few images a call as its profile allows, and as many; none for others."""
+    span = None if deployment.profile is None else deployment.profile.images
+    if span is None:
+        return []
+    pixels = images.pixels([_picture(seed, *size) for seed, size in enumerate(_SIZES[:2])])[..., :2, :, :, :]
+    expected, noise = reference.image_embeds(pixels)
+    flat = pixels.reshape(-1, *pixels.shape[-3:])
+    rows, typical = (len(flat), -1), float(np.percentile(noise, TYPICAL_PERCENTILE))
+    right, limits = expected.reshape(*rows, expected.shape[-1]), limit_of(noise, typical, "float32").reshape(rows)
+    checks = []
+    for count in sorted({span.smallest, span.largest}):
+        order = np.arange(count) % len(flat)
+        deviations = np.abs(deployment.encode(flat[order]) - right[order]).max(axis=2)
+        deviation, limit, image, position = worst_of(list(deviations), list(limits[order]))
+        nearest = f"|Δ| nearest its limit, of {count} images or tiles in one call: number {image}, position {position}"
+        checks.append(at_most(f"profile/images={count}/image-embeds", deviation, limit, nearest))
+    return checks
+
+
 def own_images(against: str, vision: Vision) -> OwnImages:
     """How the model that is verified against takes pictures; raises ``ContractError`` if it has no processor."""
     from adalink.export.image_processor import find_image_processor
