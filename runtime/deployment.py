@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import numpy.typing as npt
 
 from adalink.runtime.engine import Array, Backend, open_backend
@@ -253,12 +252,6 @@ class Deployment:
             RequestError: the base takes no images, or none of this size.
             BackendError: what runs the tower is not there, or refused.
         """
-        vision = self._base.vision
-        if vision is None:
-            raise RequestError(f"{self._base.name} was exported without a vision tower: it has no images to encode")
-        shape, expected = np.shape(pixel_values), (3, *vision.image_size)
-        if len(shape) != 4 or not shape[0] or shape[1:] != expected:
-            raise RequestError(f"pixel_values has the shape {shape}, expected one or more images of {expected}")
         return self._vision.encode(pixel_values)
 
     def generate(

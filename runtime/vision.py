@@ -80,7 +80,13 @@ class OpenVision:
             return [[ImageEmbeds(image.digest, found[image.digest]) for image in own] for own in images]
 
     def encode(self, pixel_values: Array) -> Array:
-        """See ``Deployment.encode``; raises what ``prepare`` does."""
+        """See ``Deployment.encode``."""
+        base = self._manifest.base
+        if base.vision is None:
+            raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
+        shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
+        if len(shape) != 4 or not shape[0] or shape[1:] != expected:
+            raise RequestError(f"pixel_values has the shape {shape}, expected one or more images of {expected}")
         with self._lock:
             return _run(self._open()[1], pixel_values)
 
