@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +12,8 @@ from adalink.export.bounds import UNIT_ROUNDOFF, Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
-from adalink.runtime.integrity import locate, read_verified
+from adalink.runtime.integrity import read_verified
 from adalink.runtime.manifest import Vision
-from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import read_preprocessor
 from adalink.tools.parity.outputs import TYPICAL_PERCENTILE, worst_of
@@ -38,15 +37,27 @@ class Looks:
     """Prompts with images, and both sides' ways to see them.
 
     Attributes:
-        rows: token ids, placeholders for all that the images take up.
+        prompts: token ids, one placeholder for each image.
+        rows: the same, with placeholders for all that the images take up.
         pictures: those of each row, uint8 with shape ``(height, width, 3)``.
         pixels: likewise as the model's own processor prepares them, ``(images, 3, height, width)``, or ``(1, tiles, 3,
-            height, width)`` for a model that takes tiles.
+            height, width)`` for a model that takes tiles; ``None`` for a row without images.
     """
 
+    prompts: list[list[int]]
     rows: list[list[int]]
     pictures: list[list[Array]]
-    pixels: list[Array]
+    pixels: list[Array | None]
+
+    def pick(self, indices: Iterable[int]) -> Looks:
+        """Some of the rows."""
+        rows = list(zip(self.prompts, self.rows, self.pictures, self.pixels, strict=True))
+        prompts, ids, pictures, pixels = zip(*(rows[index] for index in indices), strict=True)
+        return Looks(list(prompts), list(ids), list(pictures), list(pixels))
+
+    def with_text(self, ids: list[int]) -> Looks:
+        """These rows, and one without images."""
+        return Looks([*self.prompts, ids], [*self.rows, ids], [*self.pictures, []], [*self.pixels, None])
 
 
 class OwnImages:
@@ -93,7 +104,7 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
     """
     vision = deployment.manifest.base.vision
     assert vision is not None
-    found = Looks([], [], [])
+    found = Looks([], [], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
         chosen = pictures[2 * index : 2 * index + 1 + index]
@@ -103,6 +114,7 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
         if room < 2:
             break
         words = (words or [deployment.manifest.base.pad_token_id])[:room]
+        found.prompts.append([words[0], *[vision.image_token_id] * len(chosen), *words[1:]])
         found.rows.append([words[0], *written, *words[1:]])
         found.pictures.append(chosen)
         found.pixels.append(images.pixels(chosen))
@@ -120,7 +132,6 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     steps = read_preprocessor(
         read_verified(deployment.path, deployment.manifest, vision.preprocessor), vision.preprocessor
     )
-    graph = OnnxVisionGraph(locate(deployment.path, vision.graph), vision, base.hidden_size, None)
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     prepared = images.pixels(pictures)
     theirs = prepared.reshape(-1, *prepared.shape[-3:])
@@ -147,7 +158,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     few = prepared[..., :_TILES, :, :, :]
     expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(noise, TYPICAL_PERCENTILE))
-    received: Float64 = graph.run(few.reshape(-1, *few.shape[-3:])).astype(np.float64).reshape(expected.shape)
+    received: Float64 = deployment.encode(few.reshape(-1, *few.shape[-3:])).astype(np.float64).reshape(expected.shape)
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
     deviation, limit, picture, position = worst_of(deviations, [limit_of(own, typical, "float32") for own in noise])
     nearest = (
@@ -155,6 +166,26 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
         f"{position}; PyTorch float32 is itself typically {typical:.1e} away"
     )
     return [*checks, at_most("vision/image-embeds", deviation, limit, nearest)]
+
+
+def check_tower_corners(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
+    """Level 6 of a compiled vision tower: as few images a call as its profile allows, and as many; none for others."""
+    span = None if deployment.profile is None else deployment.profile.images
+    if span is None:
+        return []
+    pixels = images.pixels([_picture(seed, *size) for seed, size in enumerate(_SIZES[:2])])[..., :2, :, :, :]
+    expected, noise = reference.image_embeds(pixels)
+    flat = pixels.reshape(-1, *pixels.shape[-3:])
+    rows, typical = (len(flat), -1), float(np.percentile(noise, TYPICAL_PERCENTILE))
+    right, limits = expected.reshape(*rows, expected.shape[-1]), limit_of(noise, typical, "float32").reshape(rows)
+    checks = []
+    for count in sorted({span.smallest, span.largest}):
+        order = np.arange(count) % len(flat)
+        deviations = np.abs(deployment.encode(flat[order]) - right[order]).max(axis=2)
+        deviation, limit, image, position = worst_of(list(deviations), list(limits[order]))
+        nearest = f"|Δ| nearest its limit, of {count} images or tiles in one call: number {image}, position {position}"
+        checks.append(at_most(f"profile/images={count}/image-embeds", deviation, limit, nearest))
+    return checks
 
 
 def own_images(against: str, vision: Vision) -> OwnImages:
