@@ -44,6 +44,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture("decoder", windowed=True),
     "qwen2": Architecture("decoder", masks_by_layer_type=True),
     "qwen3": Architecture("decoder", masks_by_layer_type=True),
+    "gemma": Architecture("decoder", scales_embeddings=True),
     "gemma3_text": Architecture("decoder", masks_by_layer_type=True, scales_embeddings=True),
     "t5": Architecture("encoder-decoder"),
 }

@@ -78,6 +78,12 @@ def gemma3() -> PreTrainedModel:
     return _fill(Gemma3ForCausalLM(config), 4)
 
 
+def gemma() -> PreTrainedModel:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return _fill(GemmaForCausalLM(GemmaConfig(**_DECODER, tie_word_embeddings=True)), 22)
+
+
 def mistral() -> PreTrainedModel:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -197,6 +203,7 @@ DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "gemma": gemma,
     "gemma3": gemma3,
     "mistral": mistral,
     "phi3": phi3,
