@@ -206,8 +206,8 @@ PREFIX_IMAGE_TOKEN = 98
 def paligemma(**settings: Any) -> PreTrainedModel:
     """A vision tower of SigLIP's class and a language model of Gemma's with one head of keys: nine tokens an image.
 
-    Its head is its own, and its embeddings are as large as other models', so that what a token is does not drown what it
-    sees.
+    Its head is its own, and its embeddings are as large as other models', so that what a token is does not drown what
+    it sees.
     """
     from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 

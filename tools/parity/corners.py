@@ -42,10 +42,14 @@ def check_decoder_corners(
         compared: float32's typical noise under each task.
         profile: what the engine takes.
     """
-    limit = deployment.manifest.base.max_positions or profile.capacity
-    longest = min(profile.capacity, limit) - STEPS
-    prompts = sorted({1, min(profile.seq.largest, longest), longest})
-    corners = list(product(sorted({profile.batch.smallest, profile.batch.largest}), prompts))
+    base = deployment.manifest.base
+    longest = min(profile.capacity, base.max_positions or profile.capacity) - STEPS
+    corners = []
+    for batch in sorted({profile.batch.smallest, profile.batch.largest}):
+        lengths = {1, min(profile.seq.largest, longest), longest}
+        if base.bidirectional_prompt:  # goes in at once, which an engine that gives all logits has less room for
+            lengths = {1, min(profile.seq.largest, profile.places // batch, longest)}
+        corners += [(batch, length) for length in sorted(lengths)]
     verdicts: dict[tuple[int, int], list[Verdict]] = {corner: [] for corner in corners}
     for task in (None, *deployment.tasks):
         known: dict[tuple[int, ...], Outputs] = {}

@@ -58,6 +58,9 @@ class Generator:
         """Continue all prompts greedily, in one batch or in as many as the engine's profile asks for."""
         profile = self._deployment.profile
         most = len(prompts) if profile is None else profile.batch.largest
+        if profile is not None and self._deployment.manifest.base.bidirectional_prompt:
+            # Those that go in at once, whatever the engine.
+            most = max(1, min(most, profile.places // max(len(self._encode(prompt)) for prompt in prompts)))
         rows: list[GeneratedRow] = []
         for start in range(0, len(prompts), most):
             own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
@@ -72,12 +75,15 @@ class Generator:
         logits = to_float64(np.stack(self._steps, axis=1), self._dtype)
         return [
             GeneratedRow(
-                self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+                self._encode(prompt),
                 list(row.token_ids),
                 logits[index],
             )
             for index, (prompt, row) in enumerate(zip(prompts, found, strict=True))
         ]
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        return self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def text(self, token: int) -> str:
         """Text of one token."""

@@ -48,6 +48,17 @@ def choose_prompts(quick: bool) -> tuple[str, ...]:
     return tuple(PROMPTS[index] for index in _QUICK) if quick else PROMPTS
 
 
+def longest_pass(deployment: Deployment) -> int | None:
+    """Positions that a row may have in an engine's profile; ``None`` without one.
+
+    A prompt that attends in both directions goes in at once, every other in as many passes as the cache has room for.
+    """
+    profile = deployment.profile
+    if profile is None:
+        return None
+    return profile.seq.largest if deployment.manifest.base.bidirectional_prompt else profile.capacity
+
+
 def soft_positions(deployment: Deployment) -> int:
     """Positions that must be left for the longest soft prompt of a deployment's tasks."""
     return max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)

@@ -31,7 +31,7 @@ from adalink.tools.parity.corners import check_decoder_corners, check_encoder_co
 from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows, soft_positions
+from adalink.tools.parity.prompts import choose_prompts, fit, longest_pass, seeded_rows, soft_positions
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
@@ -101,7 +101,7 @@ def verify(
         _check_adapters(report, deployment, sources, progress)
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
-        prompts, rows = _rows(report, deployment, against, quick)
+        prompts, rows = _rows(report, deployment, reference, against, quick)
         looks = _looks(report, deployment, reference, against, rows, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
@@ -197,11 +197,11 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
 
 
 def _rows(
-    report: Report, deployment: Deployment, against: str, quick: bool
+    report: Report, deployment: Deployment, reference: Reference, against: str, quick: bool
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
-    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
+    limits = [base.max_positions, longest_pass(deployment)]
     longest = min(filter(None, limits), default=1 << 20) - (0 if base.kind == "encoder" else STEPS)
     longest -= soft_positions(deployment)
     if longest < 1:
@@ -218,7 +218,7 @@ def _rows(
     # A small vocabulary may lack a whole script: what has no token at all is left out.
     prompts = [fit(text, encode, longest) for text in choose_prompts(quick) if encode(text)]
     own = load_tokenizer(against)
-    rows = [list(own(text)["input_ids"]) for text in prompts]
+    rows = [reference.prompt_ids(own, text) for text in prompts]
     differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
     detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
     report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
@@ -240,7 +240,7 @@ def _looks(
     progress("pixel values and the vision tower")
     own = own_images(against, base.vision)
     report.checks += check_vision(deployment, reference, own)
-    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
+    limits = [base.max_positions, longest_pass(deployment)]
     longest = min(filter(None, limits), default=1 << 20) - soft_positions(deployment)
     looks = make_looks(deployment, rows, longest, own)
     if looks is None:
