@@ -95,7 +95,8 @@ class OpenBase:
         front = self.engine.front
         if given.ids is not None and given.images is None:
             return front.lookup(given.ids, given.tasks, given.modality)
-        return front.apply(*self._unadapted(given))
+        embeds, modality = self._unadapted(given)
+        return front.apply(embeds, given.tasks, modality)
 
     def start(
         self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout, room: int
@@ -144,19 +145,19 @@ class OpenBase:
         """What the engine is fed for whole rows."""
         if layout.is_plain:
             return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask}
-        embeds, tasks, modality = self._unadapted(given)
+        embeds, modality = self._unadapted(given)
         wide, indices = layout.widen(embeds, modality)
-        return {"inputs_embeds": self.engine.front.apply(wide, tasks, indices), "attention_mask": layout.mask}
+        return {"inputs_embeds": self.engine.front.apply(wide, given.tasks, indices), "attention_mask": layout.mask}
 
-    def _unadapted(self, given: Given) -> tuple[Array, Selection, Array | None]:
-        """Embeddings before any bottleneck, with images in place, as a front takes them."""
+    def _unadapted(self, given: Given) -> tuple[Array, Array | None]:
+        """Embeddings before any bottleneck, with images in place, and the modality of each position."""
         if given.ids is None:
             assert given.embeds is not None
-            return given.embeds, given.tasks, given.modality
+            return given.embeds, given.modality
         embeds, modality = given.tasks.embed(self._table, given.ids, given.modality), given.modality
         if given.images is not None:
             embeds, modality = merge(embeds, given.ids, given.images, self._base)
-        return embeds, given.tasks, modality
+        return embeds, modality
 
     def _names(self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout) -> list[Array]:
         """The prompts by what was computed for them: soft prompts, tokens, images with what they went through."""

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 # attends in both directions.
 _SIDES = {
     "llava": ("multi_modal_projector", "language_model", False, False),
+    "fast_vlm": ("multi_modal_projector", "language_model", False, False),
     "paligemma": ("multi_modal_projector", "language_model", False, True),
     "idefics3": ("connector", "text_model", True, False),
     "smolvlm": ("connector", "text_model", True, False),
 }
 SUPPORTED = (
-    "LlavaForConditionalGeneration, PaliGemmaForConditionalGeneration, Idefics3ForConditionalGeneration and "
-    "SmolVLMForConditionalGeneration"
+    "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, PaliGemmaForConditionalGeneration, "
+    "Idefics3ForConditionalGeneration and SmolVLMForConditionalGeneration"
 )
 
 
