@@ -109,7 +109,8 @@ def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> 
     base = deployment.manifest.base
     if task is not None:
         length = max(1, length - deployment.manifest.tasks[task].soft_tokens)
-    usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id))
+    placeholders = () if base.vision is None else (base.vision.image_token_id,)
+    usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id, *placeholders))
     rng = np.random.default_rng([20231012, length])
     pair = rng.choice(usable, size=(2, length)).tolist()
     return [pair[row % 2] for row in range(batch)]

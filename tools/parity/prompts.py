@@ -48,20 +48,19 @@ def choose_prompts(quick: bool) -> tuple[str, ...]:
     return tuple(PROMPTS[index] for index in _QUICK) if quick else PROMPTS
 
 
-def longest_pass(deployment: Deployment) -> int | None:
-    """Positions that a row may have in an engine's profile; ``None`` without one.
-
-    A prompt that attends in both directions goes in at once, every other in as many passes as the cache has room for.
-    """
-    profile = deployment.profile
-    if profile is None:
-        return None
-    return profile.seq.largest if deployment.manifest.base.bidirectional_prompt else profile.capacity
-
-
 def soft_positions(deployment: Deployment) -> int:
     """Positions that must be left for the longest soft prompt of a deployment's tasks."""
     return max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
+
+
+def longest_prompt(deployment: Deployment, steps: int) -> int:
+    """Positions that a prompt may have where so many steps follow it, behind the longest soft prompt of any task."""
+    base, profile = deployment.manifest.base, deployment.profile
+    limits = [base.max_positions, None if profile is None else profile.capacity]
+    longest = min(filter(None, limits), default=1 << 20) - steps
+    if profile is not None and base.bidirectional_prompt:  # goes in at once
+        longest = min(longest, profile.seq.largest)
+    return longest - soft_positions(deployment)
 
 
 def fit(text: str, encode: Callable[[str], list[int]], longest: int) -> str:

@@ -31,7 +31,7 @@ from adalink.tools.parity.corners import check_decoder_corners, check_encoder_co
 from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.prompts import choose_prompts, fit, longest_pass, seeded_rows, soft_positions
+from adalink.tools.parity.prompts import choose_prompts, fit, longest_prompt, seeded_rows, soft_positions
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
@@ -201,9 +201,7 @@ def _rows(
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
-    limits = [base.max_positions, longest_pass(deployment)]
-    longest = min(filter(None, limits), default=1 << 20) - (0 if base.kind == "encoder" else STEPS)
-    longest -= soft_positions(deployment)
+    longest = longest_prompt(deployment, 0 if base.kind == "encoder" else STEPS)
     if longest < 1:
         raise RequestError(
             f"a soft prompt of {soft_positions(deployment)} positions leaves no room for a prompt of {base.name} and "
@@ -240,9 +238,7 @@ def _looks(
     progress("pixel values and the vision tower")
     own = own_images(against, base.vision)
     report.checks += check_vision(deployment, reference, own)
-    limits = [base.max_positions, longest_pass(deployment)]
-    longest = min(filter(None, limits), default=1 << 20) - soft_positions(deployment)
-    looks = make_looks(deployment, rows, longest, own)
+    looks = make_looks(deployment, rows, longest_prompt(deployment, 0), own)
     if looks is None:
         report.skipped.append("prompts with images: one alone takes up more positions than the model has")
     return looks
