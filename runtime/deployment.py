@@ -194,7 +194,7 @@ class Deployment:
         images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
-        """Run the base once over whole sequences.
+        """Run the base once over whole sequences, each a prompt: PaliGemma's attend in both directions.
 
         A task's soft prompt stands before the first token of its rows: what is passed and returned are the caller's own
         positions, and the soft prompt counts towards the longest sequence.
