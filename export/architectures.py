@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import ModelError
@@ -24,6 +24,8 @@ class Architecture:
         windowed: whether the bare mask ends at the config's ``sliding_window``.
         reserved_positions: entries of the position table that no token uses (RoBERTa starts behind its padding id).
         scales_embeddings: whether the embedding module multiplies a row of its matrix by the root of the width.
+        bidirectional_prompt: whether every position of a prompt sees all of it, and only what follows is causal; a
+            model's own, not its type's.
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Architecture:
     windowed: bool = False
     reserved_positions: int = 0
     scales_embeddings: bool = False
+    bidirectional_prompt: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -44,6 +47,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture("decoder", windowed=True),
     "qwen2": Architecture("decoder", masks_by_layer_type=True),
     "qwen3": Architecture("decoder", masks_by_layer_type=True),
+    "gemma": Architecture("decoder", scales_embeddings=True),
     "gemma3_text": Architecture("decoder", masks_by_layer_type=True, scales_embeddings=True),
     "t5": Architecture("encoder-decoder"),
 }
@@ -53,8 +57,12 @@ _NEEDS_TOKEN_IDS = "its layers look token ids up again (per-layer embeddings), s
 _ROPE_BY_LENGTH = "its rotary table follows the longest row of a batch, so a row would depend on its neighbours"
 
 
-def architecture_of(model: PreTrainedModel) -> Architecture:
+def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = False) -> Architecture:
     """The registry's entry for ``model``.
+
+    Args:
+        model: what is exported; of a model that takes images, its language model.
+        bidirectional_prompt: whether that model has it attend so.
 
     Raises:
         ModelError: the type is not supported, the model needs token ids inside, has no language model head where its
@@ -71,14 +79,14 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             "A new one needs an entry in adalink.export.architectures and its parity test"
         )
     found = ARCHITECTURES[name]
-    if reason := _unexpressible(config, found):
+    if reason := _unexpressible(config, found, bidirectional_prompt):
         raise ModelError(f"this {name} model cannot be exported: {reason}")
     if found.kind != "encoder" and model.get_output_embeddings() is None:
         raise ModelError(
             f"{type(model).__name__} has no language model head; expected the model that gives logits, such as one "
             "loaded with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
         )
-    return found
+    return replace(found, bidirectional_prompt=bidirectional_prompt)
 
 
 def mask_windows(config: PretrainedConfig, architecture: Architecture) -> dict[str, int | None]:
@@ -119,13 +127,13 @@ def _normalized(config: PretrainedConfig) -> Any:
         return NormalizedTextConfig(config)
 
 
-def _unexpressible(config: PretrainedConfig, architecture: Architecture) -> str | None:
+def _unexpressible(config: PretrainedConfig, architecture: Architecture, bidirectional_prompt: bool) -> str | None:
     """Why the config's own settings rule the export out, or ``None``."""
     ropes = getattr(config, "rope_parameters", None) or {}
     kinds = {str(rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
     if bad := sorted(kinds & {"dynamic", "longrope"}):
         return f"rope type {bad[0]!r}: {_ROPE_BY_LENGTH}"
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) and not bidirectional_prompt:
         return "its decoder attends in both directions (use_bidirectional_attention), which a KV cache cannot serve"
     if architecture.kind == "encoder" and getattr(config, "is_decoder", False):
         return "it is an encoder type configured as a decoder (is_decoder)"

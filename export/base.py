@@ -78,6 +78,7 @@ def export_base(
     from adalink.export.image_processor import find_image_processor
     from adalink.export.vision import describe_images, language_model, write_vision
     from adalink.training.base_model import base_fingerprint, display_name, load_base
+    from adalink.training.prefix import has_bidirectional_prompt
 
     _check_request(dtype, target, quantization, modalities)
     variant = quantization or target
@@ -89,7 +90,12 @@ def export_base(
     else:
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
     whole, loaded = loaded, language_model(loaded)
-    architecture = architecture_of(loaded)
+    architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
+    if architecture.bidirectional_prompt and quantization is not None:
+        raise ConfigError(
+            f"quantization {quantization!r} is for bases whose attention is causal: what it costs is measured as the "
+            f"perplexity of a text, and every position of a prompt of {name} sees the tokens behind it; leave it out"
+        )
     _check_unhooked(whole)
     vision = preprocessor = None
     if whole is not loaded:
@@ -224,7 +230,7 @@ def _write_variant(
     files = {}
     objection = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
-    if grouped and (reason := why_not_grouped(model)):
+    if grouped and (reason := why_not_grouped(model, architecture)):
         grouped = False
         report(f"attention is kept in standard operators: {reason}")
     with exportable_attention(model):

@@ -72,6 +72,7 @@ def describe_base(
         chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
         bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
         vision=vision,
+        bidirectional_prompt=architecture.bidirectional_prompt,
     )
 
 

@@ -19,11 +19,18 @@ from adalink.export.attention import MASKED
 class DecoderGraph(torch.nn.Module):
     """A causal language model as ``(inputs_embeds, attention_mask, position_ids, *past) -> (logits, *present)``."""
 
-    def __init__(self, model: Any, masks: dict[str, int | None]) -> None:
-        """``masks``: window sizes by the names the model asks by (``adalink.export.architectures.mask_windows``)."""
+    def __init__(self, model: Any, masks: dict[str, int | None], bidirectional_prompt: bool = False) -> None:
+        """Wrap a model.
+
+        Args:
+            model: the decoder.
+            masks: window sizes by the names it asks by (``adalink.export.architectures.mask_windows``).
+            bidirectional_prompt: whether a call without a past, which is the prompt, attends in both directions.
+        """
         super().__init__()
         self.model = model
         self.masks = masks
+        self.mask_of = prompt_mask if bidirectional_prompt else causal_mask
 
     def forward(
         self,
@@ -40,7 +47,7 @@ class DecoderGraph(torch.nn.Module):
             position_ids: shape ``(batch, sequence)``.
             past: key and value of each layer in turn, shape ``(batch, kv_heads, past, head_dim)``.
         """
-        masks = {name: causal_mask(inputs_embeds, attention_mask, window) for name, window in self.masks.items()}
+        masks = {name: self.mask_of(inputs_embeds, attention_mask, window) for name, window in self.masks.items()}
         cache = make_cache(past)
         output = self.model(
             inputs_embeds=inputs_embeds,
@@ -126,14 +133,35 @@ def causal_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, windo
         attention_mask: 1 for real positions, shape ``(batch, past + sequence)``.
         window: how many positions up to and with its own a position sees; ``None`` for all.
     """
+    keys, queries = _places(inputs_embeds, attention_mask)
+    return _additive(_causal(keys, queries, window)[None, None] & (attention_mask[:, None, None, :] != 0))
+
+
+def prompt_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Likewise of a call that is a whole prompt if it has no past: then each position sees all of its row.
+
+    A window says nothing of the prompt itself, as in PaliGemma.
+    """
+    keys, queries = _places(inputs_embeds, attention_mask)
+    first, last = queries[:1], queries[-1:]
+    # What is behind the last position is a cache's, not written yet.
+    in_prompt = (first == 0) & (keys <= last)
+    seen = _causal(keys, queries, window) | in_prompt
+    return _additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))
+
+
+def _places(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of all positions, ``(1, past + sequence)``, and of those that look at them, ``(sequence, 1)``."""
     total = attention_mask.shape[1]
     sequence = inputs_embeds.shape[1]
     keys = torch.arange(total)[None, :]
     queries = torch.arange(sequence)[:, None] + (total - sequence)
+    return keys, queries
+
+
+def _causal(keys: torch.Tensor, queries: torch.Tensor, window: int | None) -> torch.Tensor:
     seen = keys <= queries
-    if window is not None:
-        seen = seen & (queries - keys < window)
-    return _additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))
+    return seen if window is None else seen & (queries - keys < window)
 
 
 def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:

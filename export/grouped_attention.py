@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
-from adalink.export.architectures import BARE_MASK
+from adalink.export.architectures import BARE_MASK, Architecture
 from adalink.export.attention import NAME
 from adalink.export.onnx_graph import DOMAIN, OPERATOR
 from adalink.export.shared_inputs import MergedLinear, find_groups, merged
@@ -28,8 +28,10 @@ from adalink.runtime.errors import ModelError
 _HEAD_MULTIPLE, _ROTARY_MULTIPLE = 16, 16
 
 
-def why_not_grouped(model: Any) -> str | None:
+def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
     """Why a decoder keeps attention in standard operators, or ``None`` when ``GroupedDecoderGraph`` can express it."""
+    if architecture.bidirectional_prompt:
+        return f"its prompt attends in both directions, and {OPERATOR} only causally"
     rotary = getattr(model.base_model, "rotary_emb", None)
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
     if rotary is None:

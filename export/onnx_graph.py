@@ -66,7 +66,7 @@ def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped
     if architecture.kind == "decoder" and grouped:
         return {"model": _grouped_decoder_graph(model, architecture, cache)}
     if architecture.kind == "decoder":
-        module = DecoderGraph(model, mask_windows(model.config, architecture))
+        module = DecoderGraph(model, mask_windows(model.config, architecture), architecture.bidirectional_prompt)
         return {"model": _decoder_graph(module, model, cache)}
     return {
         "model": _encoder_graph(EncoderGraph(model.get_encoder()), model),

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adalink.export.architectures import architecture_of
 from adalink.export.image_processor import describe_processor
 from adalink.export.onnx_graph import TracedGraph
 from adalink.runtime.errors import ModelError
 from adalink.runtime.manifest import Vision
+from adalink.training.prefix import prompt_form
 from adalink.training.tiles import read_tile_tokens
 from adalink.training.vision import SUPPORTED, image_side, takes_images
 
@@ -36,8 +36,8 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The language model inside one that takes images, as its own class with a head; any other model as it is.
 
     Raises:
-        ModelError: the model takes images in a way that is not supported, or its language model is no decoder with a
-            head of its own.
+        ModelError: the model takes images in a way that is not supported, or its language model is none that
+            transformers knows, with a head of its own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,6 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     outer.generation_config = model.generation_config
     if left := [key for key, parameter in outer.named_parameters() if parameter.is_meta]:
         raise ModelError(f"{type(outer).__name__} has {left[0]!r}, which this {name} does not: it cannot be exported")
-    architecture_of(outer)
     return outer.eval()
 
 
@@ -136,7 +135,7 @@ def describe_images(
     Args:
         model: of a supported class, in float32.
         processor: its image processor.
-        tokenizer: its tokenizer, which knows the tokens around tiles.
+        tokenizer: its tokenizer, which knows the tokens around tiles and those that every prompt has.
 
     Raises:
         ModelError: the vision tower, the processor or the tokenizer is missing, or not one that is supported.
@@ -147,6 +146,8 @@ def describe_images(
     if steps.tiling is not None:
         tiles = read_tile_tokens(tokenizer, steps.tiling, vision.image_token_id, vision.tokens_per_image)
         vision = msgspec.structs.replace(vision, tiles=tiles)
+    if tokenizer is not None:
+        vision = msgspec.structs.replace(vision, prompt_form=prompt_form(model, tokenizer))
     return vision, steps
 
 

@@ -192,7 +192,7 @@ class Deployment:
         images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
-        """Run the base once over whole sequences.
+        """Run the base once over whole sequences, each a prompt: PaliGemma's attend in both directions.
 
         A task's soft prompt stands before the first token of its rows: what is passed and returned are the caller's own
         positions, and the soft prompt counts towards the longest sequence.
@@ -274,8 +274,8 @@ class Deployment:
         Args:
             prompts: the texts, or the token ids of each.
             images: for each prompt a list of its images, or ``None``; the prompt has the model's placeholder, such as
-                ``<image>``, once for each where it belongs. An image is a path, the bytes of a file, a Pillow image or
-                a uint8 array (`adalink.runtime.pictures`).
+                ``<image>``, once for each where it belongs; PaliGemma's may do without, then images go in front. An
+                image is a path, the bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.pictures`).
             tasks: one task for all prompts, or one for each; ``None`` is the plain base.
             max_new_tokens: tokens a prompt at most; with the prompt and its soft prompt no more than the model allows.
             temperature: 0 takes the likeliest token each time.
@@ -303,7 +303,7 @@ class Deployment:
         selection = self._tasks.resolve(tasks, len(prompts))
         pictures = check_images(images, len(prompts), base)
         tokenizer = self.tokenizer
-        written = [self._encode(prompt, chat) for prompt in prompts]
+        written = [self._encode(prompt, chat, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
         prepared = self._vision.prepare(pictures) if any(pictures) else [[] for _ in prompts]
         encoded = [expand(tokens, prepared[row], row, base) for row, tokens in enumerate(written)]
         for index, tokens in enumerate(encoded):
@@ -361,10 +361,10 @@ class Deployment:
         """Count the engines built and read the base's files again; see ``Receipt``."""
         return self._opened.receipt()
 
-    def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
-        """Token ids of a prompt."""
+    def _encode(self, prompt: str | Sequence[int], chat: bool, images: int) -> list[int]:
+        """Token ids of a prompt with so many images."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
+            return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt, images)
         if chat:
             raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
         ids: list[int] = [] if len(prompt) == 0 else check_input_ids([prompt], self._base, "prompt")[0].tolist()

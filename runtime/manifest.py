@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.adapter import Rank
+from adalink.runtime.prompt_form import PromptForm
 from adalink.runtime.tiles import Grid, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -55,6 +56,7 @@ class Vision(_Strict, frozen=True, kw_only=True):
         image_token_id: token that stands for an image in a prompt.
         tokens_per_image: positions that an image takes up; where images are cut into tiles, a tile.
         tiles: tokens around the tiles of an image; ``None`` for a base whose images are one tile without such tokens.
+        prompt_form: how texts of prompts are written, with images and without; ``None`` for as they are.
     """
 
     architecture: str
@@ -65,6 +67,7 @@ class Vision(_Strict, frozen=True, kw_only=True):
     image_token_id: int
     tokens_per_image: int
     tiles: TileTokens | None = None
+    prompt_form: PromptForm | None = None
 
     @property
     def all_files(self) -> tuple[str, ...]:
@@ -111,6 +114,7 @@ class Base(_Strict, frozen=True, kw_only=True):
         chat_template: path of the Jinja chat template, if the model has one.
         bank: path of the bank graph of each of ``adalink.runtime.adapter.KINDS``.
         vision: what images go through; ``None`` for a base of text alone.
+        bidirectional_prompt: whether every position of a prompt sees all of it, and only what is generated is causal.
     """
 
     name: str
@@ -132,6 +136,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     chat_template: str | None = None
     bank: dict[str, str]
     vision: Vision | None = None
+    bidirectional_prompt: bool = False
 
 
 class Quantization(_Strict, frozen=True, kw_only=True):

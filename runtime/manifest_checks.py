@@ -97,6 +97,9 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
         for token in (token for part in (*cells, own.before_whole, own.before_only, own.end) for token in part):
             is_own = 0 <= token < base.vocab_size and token != vision.image_token_id
             demand(is_own, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
+    if vision.prompt_form is not None:
+        image = vision.prompt_form.image
+        demand(bool(image), "$.base.vision.prompt_form.image", image, "the text of the placeholder")
     for size in vision.image_size:
         demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
 

@@ -70,6 +70,11 @@ class OpenBase:
             self._prefixes = PrefixCache(prefix_cache_bytes), self.engine
         elif prefix_cache_bytes:
             self.close()
+            if self._base.bidirectional_prompt:
+                raise RequestError(
+                    f"prefix_cache_bytes is {prefix_cache_bytes}, but a prompt of {self._base.name} attends in both "
+                    "directions: what its beginning leaves depends on its end; leave prefix_cache_bytes at 0"
+                )
             raise RequestError(
                 f"prefix_cache_bytes is {prefix_cache_bytes}, but {variant.graph} cannot go on from a kept "
                 "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"

@@ -28,9 +28,18 @@ class Tokenizer:
         self._chat_template = chat_template
         self._base = base
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with the special tokens that the model's own tokenizer adds."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, images: int = 0) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the model's own tokenizer, or processor, adds.
+
+        Args:
+            text: what people write.
+            images: how many images it has; only a base with a form of prompts puts placeholders for them.
+        """
+        vision = self._base.vision
+        form = None if vision is None else vision.prompt_form
+        if form is None:
+            return list(self._tokenizer.encode(text).ids)
+        return list(self._tokenizer.encode(form.written(text, images), add_special_tokens=False).ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of one user message in the model's chat template, ready for the reply.

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 from runtime_support import random_adapter, write_adapter
-from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS, llava
-from tiny_tokenizer import make_tile_tokenizer, make_tokenizer
-from transformers import Idefics3Processor
-from vision_support import clip_processor, idefics3_processor, tile_processor
+from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS, llava, paligemma
+from tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
+from transformers import Idefics3Processor, PaliGemmaProcessor
+from vision_support import clip_processor, idefics3_processor, siglip_processor, tile_processor
 
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
@@ -95,6 +95,23 @@ class SeeingTiles(Seeing):
         return dict(processor(text=[tokens], images=[list(images)] if images else None, return_tensors="pt"))
 
 
+@dataclass
+class SeeingPrefix(Seeing):
+    """Likewise of PaliGemma; a row is what people write, which transformers' own processor makes a prompt of."""
+
+    def inputs(self, tokens: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        if images:
+            own = siglip_processor()
+            own.image_seq_length = IMAGE_TOKENS
+            processor = PaliGemmaProcessor(own, make_prefix_tokenizer())
+            found = dict(processor(text=[tokens], images=[list(images)], return_tensors="pt"))
+            del found["labels"]
+            return found
+        # The processor takes no text alone; the model does, as any prompt.
+        ids = make_prefix_tokenizer()(f"<bos>{tokens}\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
 def build_seeing(root: Path, **settings: Any) -> Seeing:
     model, folder = llava(), root / "deployment"
     export_base(model, folder, tokenizer=make_tokenizer(), image_processor=clip_processor(), **settings)
@@ -105,6 +122,12 @@ def build_seeing_tiles(root: Path, model: Any, **settings: Any) -> SeeingTiles:
     folder = root / "deployment"
     export_base(model, folder, tokenizer=make_tile_tokenizer(), image_processor=tile_processor(), **settings)
     return SeeingTiles(folder, model, _adapters(root, folder), root / "adapters")
+
+
+def build_seeing_prefix(root: Path, model: Any = None, **settings: Any) -> SeeingPrefix:
+    model, folder = model or paligemma(), root / "deployment"
+    export_base(model, folder, tokenizer=make_prefix_tokenizer(), image_processor=siglip_processor(), **settings)
+    return SeeingPrefix(folder, model, _adapters(root, folder), root / "adapters")
 
 
 def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:

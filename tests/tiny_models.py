@@ -78,6 +78,12 @@ def gemma3() -> PreTrainedModel:
     return _fill(Gemma3ForCausalLM(config), 4)
 
 
+def gemma() -> PreTrainedModel:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return _fill(GemmaForCausalLM(GemmaConfig(**_DECODER, tie_word_embeddings=True)), 22)
+
+
 def mistral() -> PreTrainedModel:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -221,10 +227,46 @@ def smolvlm(**settings: Any) -> PreTrainedModel:
     return idefics3("smolvlm", tie_word_embeddings=True, **settings)
 
 
+# Of the tests' tokenizer for prompts that attend in both directions (tiny_tokenizer).
+PREFIX_IMAGE_TOKEN = 98
+
+
+def paligemma(**settings: Any) -> PreTrainedModel:
+    """A vision tower of SigLIP's class and a language model of Gemma's with one head of keys: nine tokens an image.
+
+    Its head is its own, and its embeddings are as large as other models', so that what a token is does not drown what
+    it sees.
+    """
+    from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
+
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    text = GemmaConfig(**_DECODER | {"vocab_size": TILE_VOCAB_SIZE, "num_key_value_heads": 1})
+    values: dict[str, Any] = {
+        "image_token_index": PREFIX_IMAGE_TOKEN,
+        "projection_dim": HIDDEN_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "tie_word_embeddings": False,
+    }
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, **values | settings)
+    model = _fill(PaliGemmaForConditionalGeneration(config), 23)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(HIDDEN_SIZE**-0.5)
+    return model
+
+
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "gemma": gemma,
     "gemma3": gemma3,
     "mistral": mistral,
     "phi3": phi3,

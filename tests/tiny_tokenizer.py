@@ -39,6 +39,15 @@ TILE_SPECIALS = (
 )
 
 
+def make_prefix_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a placeholder that is no character; by itself it begins each text with its token, as Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tile_tokenizer(("<image>",))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return tokenizer
+
+
 def make_tile_tokenizer(specials: tuple[str, ...] = TILE_SPECIALS) -> PreTrainedTokenizerFast:
     """The same with the tokens of a model that takes tiles; two line ends are one token, as in many vocabularies.
 

@@ -97,9 +97,9 @@ def command(
 
     Each line of the JSONL files is {"prompt": "...", "completion": "..."}; the loss is on the completion only. For a
     base that takes images a line may have "images": ["a.png"] too, paths from the file's own folder, with one
-    placeholder in the prompt for each. OUT gets
-    the adapter and training.json: data digests, settings, loss curve, and exact-match accuracy of the base and of the
-    adapter on the eval rows. Checkpoints lie in OUT.checkpoints until the run is done.
+    placeholder in the prompt for each, which PaliGemma may do without. OUT gets the adapter and training.json: data
+    digests, settings, loss curve, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints
+    lie in OUT.checkpoints until the run is done.
 
     --search holds out a tenth of the rows of --data (16 to 200 of them) and trains candidates on the others: all for a
     few steps, the better half for twice as many, and so on, as many as the machine can do in that time. The one with

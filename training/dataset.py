@@ -19,6 +19,8 @@ from adalink.runtime.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from adalink.runtime.prompt_form import PromptForm
+
 IGNORED_LABEL = -100
 
 
@@ -90,6 +92,7 @@ def encode_rows(
     max_length: int,
     origin: str | Path,
     images: ImageTokens | None = None,
+    form: PromptForm | None = None,
 ) -> list[Example]:
     """Token ids of rows.
 
@@ -101,6 +104,7 @@ def encode_rows(
         max_length: most tokens a row may have, end token included.
         origin: file the rows come from, for messages; paths of images are from its folder.
         images: how the base takes images; ``None`` if it takes none.
+        form: how its prompts are written; ``None`` for as they are.
 
     Raises:
         DataError: a row is longer; it is never cut, since the deployment would not cut it. Or it has not one
@@ -110,7 +114,11 @@ def encode_rows(
     end = end_token(tokenizer)
     examples = []
     for number, row in enumerate(rows, start=1):
-        prompt = list(tokenizer(row.prompt)["input_ids"])
+        if form is None:
+            prompt = list(tokenizer(row.prompt)["input_ids"])
+        else:
+            written = form.written(row.prompt, len(row.images))
+            prompt = list(tokenizer(written, add_special_tokens=False)["input_ids"])
         pictures = _pictures(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
         if images is not None:
             left = iter(pictures)

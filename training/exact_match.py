@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from adalink.training.dataset import end_token
+from adalink.training.prefix import prompt_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +41,11 @@ def greedy_tokens(
         blanks = [length - len(prompts[index]) for index in chosen]
         ids = [[end] * blank + prompts[index] for blank, index in zip(blanks, chosen, strict=True)]
         mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
+        attention_mask = torch.tensor(mask, device=model.device)
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            attention_mask=attention_mask,
+            **prompt_inputs(model, torch.ones_like(attention_mask, dtype=torch.bool)),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=end,

@@ -47,7 +47,8 @@ class SoftPromptHooks:
         vectors: the soft prompt, with shape ``(n, d)``.
 
     Raises:
-        ModelError: an encoder-decoder, or a model that is fed with images in a way that is not supported.
+        ModelError: an encoder-decoder, a model whose prompt attends in both directions, or one that is fed with images
+            in a way that is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, vectors: nn.Parameter) -> None:
@@ -137,9 +138,14 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder, which takes no soft prompt here: use soft_tokens = 0"
         )
-    if image_side(model) is not None:
-        body: PreTrainedModel = model.base_model.language_model
-        return body
+    side = image_side(model)
+    if side is not None and side.bidirectional_prompt:
+        raise ModelError(
+            f"{type(model).__name__} decides in front of its language model what each position sees, and would not see "
+            "a soft prompt: use soft_tokens = 0"
+        )
+    if side is not None:
+        return side.language_model
     if takes_images(model):
         raise ModelError(
             f"{type(model).__name__} takes images in a way that no soft prompt can stand before: use soft_tokens = 0"

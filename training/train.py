@@ -23,6 +23,7 @@ from adalink.training.base_model import display_name, load_base, load_tokenizer
 from adalink.training.dataset import encode_rows, read_rows
 from adalink.training.exact_match import exact_match
 from adalink.training.pictures import Pictures, digest_images
+from adalink.training.prefix import prompt_form
 from adalink.training.search import search
 from adalink.training.storage import check_target, save_adapter, to_adapter
 from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
@@ -91,15 +92,13 @@ def train(
     }
     if space is not None:
         record["search"] = asdict(space)
-    tokenizer = load_tokenizer(base)
-    model = pictures = None
-    if any(row.images for row in (*rows, *eval_rows)):
-        # How many positions an image takes up is the model's to say.
-        model = load_base(base)
-        pictures = Pictures(base, model, tokenizer)
-    tokens = None if pictures is None else pictures.tokens
-    examples = encode_rows(rows, tokenizer, settings.max_length, data, tokens)
-    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, tokens)
+    # How prompts are written, and how many positions an image takes up, is the model's to say.
+    model, tokenizer = load_base(base), load_tokenizer(base)
+    has_images = any(row.images for row in (*rows, *eval_rows))
+    pictures = Pictures(base, model, tokenizer) if has_images else None
+    how = (None if pictures is None else pictures.tokens, prompt_form(model, tokenizer))
+    examples = encode_rows(rows, tokenizer, settings.max_length, data, *how)
+    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *how)
     if pictures is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
@@ -108,7 +107,6 @@ def train(
         last = _last_checkpoint(checkpoints, record)
     else:
         _check_fresh(checkpoints)
-    model = model or load_base(base)
     if not model.can_generate():
         raise ModelError(
             f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "

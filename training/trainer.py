@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import TrainingArguments
 
 from adalink.training.dataset import IGNORED_LABEL, end_token, pad_decoder, pad_encoder_decoder
+from adalink.training.prefix import prompt_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,6 +129,8 @@ def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, picture
     pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
 
     def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        return {**pad_rows(examples, pad), **({} if pictures is None else pictures.inputs(examples))}
+        batch = pad_rows(examples, pad)
+        more = {} if pictures is None else pictures.inputs(examples)
+        return {**batch, **prompt_inputs(model, batch["labels"] == IGNORED_LABEL), **more}
 
     return collate

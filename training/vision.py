@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Model types whose projector gives nothing but image embeddings, which then replace those of one placeholder token: for
-# each, the names of its projector and of its language model, and whether it takes pictures as tiles.
+# each, the names of its projector and of its language model, whether it takes pictures as tiles, and whether its prompt
+# attends in both directions.
 _SIDES = {
-    "llava": ("multi_modal_projector", "language_model", False),
-    "fast_vlm": ("multi_modal_projector", "language_model", False),
-    "idefics3": ("connector", "text_model", True),
-    "smolvlm": ("connector", "text_model", True),
+    "llava": ("multi_modal_projector", "language_model", False, False),
+    "fast_vlm": ("multi_modal_projector", "language_model", False, False),
+    "paligemma": ("multi_modal_projector", "language_model", False, True),
+    "idefics3": ("connector", "text_model", True, False),
+    "smolvlm": ("connector", "text_model", True, False),
 }
 SUPPORTED = (
-    "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, Idefics3ForConditionalGeneration and "
-    "SmolVLMForConditionalGeneration"
+    "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, PaliGemmaForConditionalGeneration, "
+    "Idefics3ForConditionalGeneration and SmolVLMForConditionalGeneration"
 )
 
 
@@ -35,12 +37,15 @@ class ImageSide:
         language_model: what the merged embeddings go to, without its head.
         image_token_id: the placeholder that is replaced, once for each row of an image's embeddings.
         takes_tiles: whether ``pixel_values`` are tiles of pictures, with shape ``(rows, tiles, 3, height, width)``.
+        bidirectional_prompt: whether every position of a prompt sees all of the prompt, images and text, and only what
+            follows attends causally. The model is told by ``token_type_ids`` (``adalink.training.prefix``).
     """
 
     projector: nn.Module
     language_model: PreTrainedModel
     image_token_id: int
     takes_tiles: bool
+    bidirectional_prompt: bool
 
 
 def takes_images(model: PreTrainedModel) -> bool:
@@ -52,10 +57,14 @@ def image_side(model: PreTrainedModel) -> ImageSide | None:
     """The image side of a model of a supported class; ``None`` for any other."""
     if model.config.model_type not in _SIDES:
         return None
-    projector, language_model, takes_tiles = _SIDES[model.config.model_type]
+    projector, language_model, takes_tiles, bidirectional_prompt = _SIDES[model.config.model_type]
     inner = model.base_model
     return ImageSide(
-        getattr(inner, projector), getattr(inner, language_model), model.config.image_token_id, takes_tiles
+        getattr(inner, projector),
+        getattr(inner, language_model),
+        model.config.image_token_id,
+        takes_tiles,
+        bidirectional_prompt,
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from adalink.runtime.bank import Selection
 from adalink.runtime.engine import Array
+from adalink.runtime.errors import RequestError
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import Choice, DeviceBank
 from adalink.runtime.nvidia.device import as_numbers
@@ -26,8 +27,8 @@ class DeviceDecoding:
         """``end`` is called once, when it is closed."""
         self._space = space
         self._bank = bank
+        self._base = base
         self._dtype = base.embedding_dtype
-        self._vocab_size = base.vocab_size
         self._profile = profile
         self._end = end
         self._tasks: Selection | None = None
@@ -43,10 +44,13 @@ class DeviceDecoding:
         self._mask = np.zeros((batch, self._profile.capacity), np.int64)
         self._mask[:, :longest] = mask
         self._positions = mask.sum(axis=1, keepdims=True)
-        self._logits = np.zeros((batch, self._vocab_size), self._numbers)
+        self._logits = np.zeros((batch, self._base.vocab_size), self._numbers)
         positions, last = positions_of(mask), last_places(mask)
         choice = self._choose(inputs.tasks, batch)
-        for start, stop in pieces(longest, piece_length(self._profile, batch)):
+        most = piece_length(self._profile, batch)
+        if self._base.bidirectional_prompt and self._space.gathers_logits:
+            most = self._profile.seq.largest  # logits are asked for where rows end, and take up no room elsewhere
+        for start, stop in prompt_pieces(longest, most, self._base):
             rows = np.flatnonzero((start <= last) & (last < stop))
             # Where no row ends, the logits of one place are asked for and not looked at.
             places = rows * (stop - start) + last[rows] - start if len(rows) else np.zeros(1, np.int64)
@@ -102,6 +106,18 @@ class DeviceDecoding:
             before.release()
             self._tasks = tasks
         return self._choice
+
+
+def prompt_pieces(length: int, most: int, base: Base) -> list[tuple[int, int]]:
+    """Begin and end of the passes that prompts are taken in, of at most so many positions; raises ``RequestError``."""
+    found = pieces(length, most)
+    if base.bidirectional_prompt and len(found) > 1:
+        raise RequestError(
+            f"the prompts are {length} positions long and the engine takes {most} of so many rows at a time, but a "
+            f"prompt of {base.name} attends in both directions and must go in at once: shorten it, give fewer rows, or "
+            "build the engine with a larger seq"
+        )
+    return found
 
 
 def piece_length(profile: Profile, batch: int) -> int:

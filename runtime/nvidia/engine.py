@@ -11,7 +11,7 @@ from adalink.runtime.engine import Array, Fed, Front
 from adalink.runtime.host_front import HostFront
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceBank
-from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length
+from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length, prompt_pieces
 from adalink.runtime.nvidia.device import NUMPY, Device, as_numbers
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.passes import EngineSpace, Pass
@@ -135,8 +135,11 @@ class DeviceEngine:
         width = self._base.hidden_size if self._base.cache is None else self._base.vocab_size
         result: Array | None = None
         with self._spaces.lend() as space:
-            for first in range(0, batch, profile.batch.largest):
-                last = min(first + profile.batch.largest, batch)
+            at_once = profile.batch.largest
+            if self._base.bidirectional_prompt:  # fewer rows, so that each goes in whole
+                at_once = max(1, min(at_once, profile.places // seq))
+            for first in range(0, batch, at_once):
+                last = min(first + at_once, batch)
                 profile.check_batch(last - first)
                 for columns, output in self._passes(space, inputs.rows(first, last), mask[first:last]):
                     numbers = as_numbers(output, self._base.embedding_dtype)
@@ -185,7 +188,8 @@ class DeviceEngine:
             space.cache.length = 0
         choice = self._common.bank.choose(inputs.tasks, batch)
         try:
-            for start, stop in pieces(seq, piece_length(self._plans.profile, batch)) if is_decoder else [(0, seq)]:
+            most = piece_length(self._plans.profile, batch)
+            for start, stop in prompt_pieces(seq, most, self._base) if is_decoder else [(0, seq)]:
                 places = np.arange(batch * (stop - start) if is_decoder else 0)
                 piece = inputs.columns(start, stop)
                 yield (

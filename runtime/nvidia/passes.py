@@ -84,6 +84,11 @@ class EngineSpace:
         """Whether a decode step's shapes stay the same, so that it can be recorded."""
         return "write_indices" in self._takes
 
+    @property
+    def gathers_logits(self) -> bool:
+        """Whether the engine gives logits only where they are wanted."""
+        return "logits_at" in self._takes
+
     def prompt(self, wanted: Pass) -> Array:
         """Run positions of a prompt behind those in the cache.
 
@@ -190,13 +195,13 @@ class EngineSpace:
 
     def _output_shape(self, wanted: Pass) -> tuple[int, ...]:
         batch, seq = wanted.inputs.shape
-        if "logits_at" in self._takes:
+        if self.gathers_logits:
             return len(wanted.places), self._width
         return batch, seq, self._width
 
     def _received(self, wanted: Pass) -> Array:
         output = self._output.host(*self._output_shape(wanted))
-        if "logits_at" in self._takes:
+        if self.gathers_logits:
             return output
         flat = output.reshape(-1, self._width)
         is_everything = self.cache is None or len(wanted.places) == len(flat)

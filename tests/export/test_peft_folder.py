@@ -89,7 +89,7 @@ def peft_output(tuned: Any, ids: torch.Tensor, **inputs: Any) -> tuple[np.ndarra
 
 
 @pytest.mark.parametrize("method", ["prompt", "p-tuning", "lstm", "lora", "rslora"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "gemma3", "bert", "t5"])
 def test_outputs_and_generation_are_pefts(
     family: str, method: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:

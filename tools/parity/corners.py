@@ -42,10 +42,14 @@ def check_decoder_corners(
         compared: float32's typical noise under each task.
         profile: what the engine takes.
     """
-    limit = deployment.manifest.base.max_positions or profile.capacity
-    longest = min(profile.capacity, limit) - STEPS
-    prompts = sorted({1, min(profile.seq.largest, longest), longest})
-    corners = list(product(sorted({profile.batch.smallest, profile.batch.largest}), prompts))
+    base = deployment.manifest.base
+    longest = min(profile.capacity, base.max_positions or profile.capacity) - STEPS
+    corners = []
+    for batch in sorted({profile.batch.smallest, profile.batch.largest}):
+        lengths = {1, min(profile.seq.largest, longest), longest}
+        if base.bidirectional_prompt:  # goes in at once, which an engine that gives all logits has less room for
+            lengths = {1, min(profile.seq.largest, profile.places // batch, longest)}
+        corners += [(batch, length) for length in sorted(lengths)]
     verdicts: dict[tuple[int, int], list[Verdict]] = {corner: [] for corner in corners}
     for task in (None, *deployment.tasks):
         known: dict[tuple[int, ...], Outputs] = {}
@@ -105,7 +109,8 @@ def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> 
     base = deployment.manifest.base
     if task is not None:
         length = max(1, length - deployment.manifest.tasks[task].soft_tokens)
-    usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id))
+    placeholders = () if base.vision is None else (base.vision.image_token_id,)
+    usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id, *placeholders))
     rng = np.random.default_rng([20231012, length])
     pair = rng.choice(usable, size=(2, length)).tolist()
     return [pair[row % 2] for row in range(batch)]

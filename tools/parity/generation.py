@@ -75,6 +75,10 @@ class Generator:
         """
         profile = self._deployment.profile
         most = len(prompts) if profile is None else profile.batch.largest
+        if profile is not None and self._deployment.manifest.base.bidirectional_prompt:
+            # Those that go in at once, whatever the engine.
+            rows_given = [self._encode(prompt) for prompt in prompts] if looks is None else looks.rows
+            most = max(1, min(most, profile.places // max(map(len, rows_given))))
         rows: list[GeneratedRow] = []
         for start in range(0, len(prompts), most):
             own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
@@ -95,8 +99,7 @@ class Generator:
         logits = to_float64(np.stack(self._steps, axis=1), self._base.embedding_dtype)
         made = [list(row.token_ids) for row in found]
         if looks is None:
-            encode = self._deployment.tokenizer.encode
-            ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+            ids = [self._encode(prompt) for prompt in prompts]
             return [GeneratedRow(*row) for row in zip(ids, made, logits, strict=True)]
         assert self._base.vision is not None
         placeholder, rows = self._base.vision.image_token_id, []
@@ -104,6 +107,9 @@ class Generator:
             end = tokens.index(placeholder) + 1 if pixels is not None and placeholder in tokens else len(tokens)
             rows.append(GeneratedRow(prompt, tokens[:end], own[:end], pixels))
         return rows
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        return self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def text(self, token: int) -> str:
         """Text of one token."""

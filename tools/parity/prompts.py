@@ -58,12 +58,14 @@ def fitting_prompts(quick: bool, encode: Callable[[str], list[int]], longest: in
     return [text for text in fitting if text and encode(text)]
 
 
-def row_positions(deployment: Deployment) -> int:
-    """Positions that a row may have, prompt and generated tokens, behind the longest soft prompt of any task."""
+def longest_prompt(deployment: Deployment, steps: int) -> int:
+    """Positions that a prompt may have where so many steps follow it, behind the longest soft prompt of any task."""
     base, profile = deployment.manifest.base, deployment.profile
     limits = [base.max_positions, None if profile is None else profile.capacity]
-    soft = max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
-    return min(filter(None, limits), default=1 << 20) - soft
+    longest = min(filter(None, limits), default=1 << 20) - steps
+    if profile is not None and base.bidirectional_prompt:  # goes in at once
+        longest = min(longest, profile.seq.largest)
+    return longest - max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
 
 
 def fit(text: str, encode: Callable[[str], list[int]], longest: int) -> str:

@@ -164,6 +164,14 @@ class Reference:
         with load_adapter(folder, self._model):
             return exact_match(self._model, tokenizer, examples, batch_rows)
 
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """Token ids of a prompt without images, as the model's own tokenizer, or its processor, gives them."""
+        from adalink.training.prefix import has_bidirectional_prompt
+
+        if has_bidirectional_prompt(self._model):  # as PaliGemmaProcessor would, were it to take a text alone
+            return list(tokenizer(f"{tokenizer.bos_token}{text}\n", add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text)["input_ids"])
+
     def embedding_table(self) -> Float64:
         """What the embedding module returns for every id, shape ``(vocab, d)``."""
         import torch
@@ -243,6 +251,8 @@ class Reference:
     ) -> dict[str, Float64]:
         import torch
 
+        from adalink.training.prefix import prompt_inputs
+
         row, own = torch.tensor([ids]), self._input_side
         images = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels).to(model.dtype)}
         with ExitStack() as stack:
@@ -255,6 +265,8 @@ class Reference:
                 image_token = None if pixels is None or self.base.vision is None else self.base.vision.image_token_id
                 inputs = {"inputs_embeds": own.embeds(model, row, prompt_length, image_token, **images)}
                 soft_tokens = own.soft_tokens
+            prompt = soft_tokens + (len(ids) if prompt_length is None else prompt_length)
+            inputs |= prompt_inputs(model, (torch.arange(soft_tokens + len(ids)) < prompt)[None])
             if self.base.kind == "encoder-decoder":
                 found = model(**inputs, decoder_input_ids=torch.tensor([decoder_ids]))
                 return {

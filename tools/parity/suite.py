@@ -32,7 +32,7 @@ from adalink.tools.parity.corners import check_decoder_corners, check_encoder_co
 from adalink.tools.parity.exact_engine import ExactActivations
 from adalink.tools.parity.generation import Generator
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.prompts import fitting_prompts, row_positions, seeded_rows
+from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
@@ -101,7 +101,7 @@ def verify(
         _check_adapters(report, deployment, sources, progress)
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
-        prompts, rows = _rows(report, deployment, against, quick)
+        prompts, rows = _rows(report, deployment, reference, against, quick)
         seeing = _looks(report, deployment, reference, against, rows, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
@@ -199,12 +199,12 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
 
 
 def _rows(
-    report: Report, deployment: Deployment, against: str, quick: bool
+    report: Report, deployment: Deployment, reference: Reference, against: str, quick: bool
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
     steps = 0 if base.kind == "encoder" else STEPS
-    longest = row_positions(deployment) - steps
+    longest = longest_prompt(deployment, steps)
     encode = None if base.tokenizer is None else deployment.tokenizer.encode
     prompts = [] if encode is None else fitting_prompts(quick, encode, longest)
     if longest < 1 or (encode is not None and not prompts):
@@ -219,7 +219,7 @@ def _rows(
     from adalink.training.base_model import load_tokenizer
 
     own = load_tokenizer(against)
-    rows = [list(own(text)["input_ids"]) for text in prompts]
+    rows = [reference.prompt_ids(own, text) for text in prompts]
     differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
     detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
     report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
@@ -244,9 +244,8 @@ def _looks(
     progress("pixel values and the vision tower")
     own = own_images(against, base.vision)
     report.checks += check_vision(deployment, reference, own) + check_tower_corners(deployment, reference, own)
-    longest = row_positions(deployment)
-    looks = make_looks(deployment, rows, longest, own)
-    asked = make_looks(deployment, rows, longest - STEPS, own)
+    looks = make_looks(deployment, rows, longest_prompt(deployment, 0), own)
+    asked = make_looks(deployment, rows, longest_prompt(deployment, STEPS), own)
     if looks is None:
         report.skipped.append("prompts with images: one alone takes up more positions than the model has")
     elif asked is None:

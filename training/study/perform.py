@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.base_model import load_base, load_tokenizer
+from adalink.training.prefix import has_bidirectional_prompt
 from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, digest_rows, load_data
 from adalink.training.study.methods import tune
@@ -110,6 +111,11 @@ def open_base(spec: str) -> LoadedBase:
     """
     place = _find_in_package(spec.removeprefix("package:")) if spec.startswith("package:") else spec
     model, tokenizer = load_base(place), load_tokenizer(place)
+    if has_bidirectional_prompt(model):
+        raise ModelError(
+            f"{type(model).__name__} attends to a prompt in both directions, and a study runs its rows as text that "
+            "attends causally: use another base, or adalink train"
+        )
     parts = [str(tokenizer.backend_tokenizer.to_str())]
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().contiguous().numpy()
