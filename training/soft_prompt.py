@@ -137,10 +137,10 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder, which takes no soft prompt here: use soft_tokens = 0"
         )
-    if image_side(model) is not None:
-        body: PreTrainedModel = model.base_model.language_model
-        return body
-    if takes_images(model):
+    side = image_side(model)
+    if side is not None and not side.takes_patches:
+        return side.language_model
+    if takes_images(model):  # among them those whose positions follow pictures: the model counts them itself
         raise ModelError(
             f"{type(model).__name__} takes images in a way that no soft prompt can stand before: use soft_tokens = 0"
         )

@@ -43,7 +43,7 @@ class TrainableAdapters(nn.Module):
 
         Args:
             labels: int64 with shape ``(batch, seq)``, -100 but on targets.
-            inputs: what the base takes, each with shape ``(batch, seq)``; beside them ``pixel_values`` of its images.
+            inputs: what the base takes, each with shape ``(batch, seq)``; beside them what it takes for images.
         """
         logits, targets = self._predict(labels, inputs)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
@@ -128,6 +128,7 @@ def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, picture
     pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
 
     def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        return {**pad_rows(examples, pad), **({} if pictures is None else pictures.inputs(examples))}
+        batch = pad_rows(examples, pad)
+        return batch if pictures is None else pictures.join(batch, examples)
 
     return collate

@@ -17,8 +17,16 @@ _SIDES = {
     "llava": ("multi_modal_projector", "language_model", False),
     "idefics3": ("connector", "text_model", True),
     "smolvlm": ("connector", "text_model", True),
+    "qwen2_vl": ("visual.merger", "language_model", False),
+    "qwen2_5_vl": ("visual.merger", "language_model", False),
+    "qwen3_vl": ("visual.merger", "language_model", False),
 }
-SUPPORTED = "LlavaForConditionalGeneration, Idefics3ForConditionalGeneration and SmolVLMForConditionalGeneration"
+# Those that take a picture as patches in the grid of its own shape, which positions follow (adalink.runtime.patches).
+_TAKE_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SUPPORTED = (
+    "LlavaForConditionalGeneration, Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration, "
+    "Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and Qwen3VLForConditionalGeneration"
+)
 
 
 @dataclass(frozen=True)
@@ -27,16 +35,19 @@ class ImageSide:
 
     Attributes:
         projector: the module whose output, of shape ``(images, tokens, d)``, is merged with the text embeddings; of a
-            model that takes tiles, ``(tiles, tokens, d)``.
+            model that takes tiles, ``(tiles, tokens, d)``, and of one that takes patches ``(tokens, d)``, all images'.
         language_model: what the merged embeddings go to, without its head.
         image_token_id: the placeholder that is replaced, once for each row of an image's embeddings.
         takes_tiles: whether ``pixel_values`` are tiles of pictures, with shape ``(rows, tiles, 3, height, width)``.
+        takes_patches: whether they are patches of pictures that keep their shape, all in a row with shape
+            ``(patches, numbers)``, beside ``image_grid_thw``.
     """
 
     projector: nn.Module
     language_model: PreTrainedModel
     image_token_id: int
     takes_tiles: bool
+    takes_patches: bool
 
 
 def takes_images(model: PreTrainedModel) -> bool:
@@ -51,7 +62,11 @@ def image_side(model: PreTrainedModel) -> ImageSide | None:
     projector, language_model, takes_tiles = _SIDES[model.config.model_type]
     inner = model.base_model
     return ImageSide(
-        getattr(inner, projector), getattr(inner, language_model), model.config.image_token_id, takes_tiles
+        inner.get_submodule(projector),
+        inner.get_submodule(language_model),
+        model.config.image_token_id,
+        takes_tiles,
+        model.config.model_type in _TAKE_PATCHES,
     )
 
 
