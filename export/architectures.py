@@ -24,6 +24,8 @@ class Architecture:
         windowed: whether the bare mask ends at the config's ``sliding_window``.
         reserved_positions: entries of the position table that no token uses (RoBERTa starts behind its padding id).
         scales_embeddings: whether the embedding module multiplies a row of its matrix by the root of the width.
+        position_axes: numbers that say where a position is; 3 where they follow the grid of a picture
+            (``adalink.runtime.grid_positions``).
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Architecture:
     windowed: bool = False
     reserved_positions: int = 0
     scales_embeddings: bool = False
+    position_axes: int = 1
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -44,6 +47,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture("decoder", windowed=True),
     "qwen2": Architecture("decoder", masks_by_layer_type=True),
     "qwen3": Architecture("decoder", masks_by_layer_type=True),
+    "qwen2_vl_text": Architecture("decoder", masks_by_layer_type=True, position_axes=3),
+    "qwen2_5_vl_text": Architecture("decoder", masks_by_layer_type=True, position_axes=3),
     "gemma3_text": Architecture("decoder", masks_by_layer_type=True, scales_embeddings=True),
     "t5": Architecture("encoder-decoder"),
 }

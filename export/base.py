@@ -25,6 +25,8 @@ TARGETS = {
     "onnxruntime-cpu": ("onnxruntime-cpu",),
     "onnxruntime-cuda": ("onnxruntime-cuda",),
 }
+# Backends that take position ids of several axes.
+ONE_BACKEND = ("onnxruntime-cpu",)
 QUANTIZED_TARGETS = ("onnxruntime-cpu",)
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
@@ -90,6 +92,11 @@ def export_base(
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded)
+    if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
+        raise ConfigError(
+            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of a picture "
+            f"are not supported: choose the target {' or '.join(ONE_BACKEND)}"
+        )
     _check_unhooked(whole)
     vision = preprocessor = None
     if whole is not loaded:
@@ -224,7 +231,7 @@ def _write_variant(
     files = {}
     objection = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
-    if grouped and (reason := why_not_grouped(model)):
+    if grouped and (reason := why_not_grouped(model, architecture.position_axes)):
         grouped = False
         report(f"attention is kept in standard operators: {reason}")
     with exportable_attention(model):
@@ -247,7 +254,7 @@ def _write_variant(
     return Variant(
         target=target,
         quantization=scheme,
-        backends=TARGETS[target],
+        backends=TARGETS[target] if architecture.position_axes == 1 else ONE_BACKEND,
         graph=files["model"],
         decoder_graph=files.get("decoder"),
         files=tuple(path for name in files.values() for path in (name, f"{name}.data")),

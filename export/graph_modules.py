@@ -37,7 +37,7 @@ class DecoderGraph(torch.nn.Module):
         Args:
             inputs_embeds: shape ``(batch, sequence, d)``.
             attention_mask: shape ``(batch, past + sequence)``.
-            position_ids: shape ``(batch, sequence)``.
+            position_ids: shape ``(batch, sequence)``, or ``(batch, sequence, axes)``.
             past: key and value of each layer in turn, shape ``(batch, kv_heads, past, head_dim)``.
         """
         masks = {name: causal_mask(inputs_embeds, attention_mask, window) for name, window in self.masks.items()}
@@ -45,7 +45,7 @@ class DecoderGraph(torch.nn.Module):
         output = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=masks.get(BARE_MASK, masks),
-            position_ids=position_ids,
+            position_ids=axes_first(position_ids),
             past_key_values=cache,
             use_cache=True,
         )
@@ -134,6 +134,11 @@ def causal_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, windo
     if window is not None:
         seen = seen & (queries - keys < window)
     return _additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))
+
+
+def axes_first(position_ids: torch.Tensor) -> torch.Tensor:
+    """Position ids as models take them: ``(batch, sequence, axes)`` becomes ``(axes, batch, sequence)``."""
+    return position_ids if position_ids.dim() == 2 else position_ids.permute(2, 0, 1)
 
 
 def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,8 @@ class Engine(Protocol):
         Args:
             feeds: ``inputs_embeds`` as the front gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
                 ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
-                ``encoder_attention_mask``.
+                ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
+                ``(batch, seq, axes)``.
 
         Returns:
             Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; what it

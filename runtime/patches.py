@@ -7,13 +7,16 @@ a piece, ``merge x merge`` patches, becomes one position of the language model. 
 from __future__ import annotations
 
 from math import ceil, floor, sqrt
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.tiles import Grid
+
+if TYPE_CHECKING:
+    from adalink.runtime.engine import Array
 
 # The processor's own limit of the longer edge over the shorter.
 _LONGEST = 200

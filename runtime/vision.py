@@ -18,6 +18,7 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.integrity import locate, read_verified
 from adalink.runtime.manifest import Manifest, Vision
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import Picture, read_picture
 from adalink.runtime.placeholders import ImageEmbeds, Prepared
@@ -26,6 +27,8 @@ from adalink.runtime.verified import verify_once
 
 # The tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
 _PIXELS_AT_ONCE = 512 * 512
+
+_Graph = OnnxVisionGraph | OnnxPatchGraph
 
 
 class OpenVision:
@@ -36,7 +39,7 @@ class OpenVision:
         self._cache_bytes = cache_bytes
         self._size_bytes = 0
         self._kept: OrderedDict[str, Array] = OrderedDict()
-        self._opened: tuple[Preprocessor, OnnxVisionGraph] | None = None
+        self._opened: tuple[Preprocessor, _Graph] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
         self.encoded = 0
@@ -61,29 +64,24 @@ class OpenVision:
                 picture = read_picture(source, f"images[{row}][{place}]")
                 values = preprocessor.apply(picture)
                 grid = preprocessor.grid(picture.shape[0], picture.shape[1])
-                prepared[-1].append(Prepared(digest_bytes(values.data), values, grid))
+                # Patches of one colour are the same in any grid.
+                prepared[-1].append(Prepared(f"{digest_bytes(values.data)} {grid}", values, grid))
         return prepared
 
     def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
         """Embeddings of the images of each row; raises what ``prepare`` does."""
         with self._lock:
             _, graph = self._open()
-            pixels = {image.digest: image.pixel_values for own in images for image in own}
-            found = {digest: self._kept[digest] for digest in pixels if digest in self._kept}
-            missing = [digest for digest in pixels if digest not in found]
+            given = {image.digest: image for own in images for image in own}
+            found = {digest: self._kept[digest] for digest in given if digest in self._kept}
+            missing = [image for digest, image in given.items() if digest not in found]
             if missing:
-                tiles = np.concatenate([pixels[digest] for digest in missing])
-                count = max(1, _PIXELS_AT_ONCE // (tiles.shape[2] * tiles.shape[3]))
-                starts = range(0, len(tiles), count)
-                given = np.concatenate([graph.run(tiles[start : start + count]) for start in starts])
-                ends = np.cumsum([len(pixels[digest]) for digest in missing])[:-1]
-                for digest, own in zip(missing, np.split(given, ends), strict=True):
-                    # A copy, so that one that is kept does not keep its neighbours.
-                    found[digest] = own.reshape(-1, own.shape[-1]).copy()
+                for image, own in zip(missing, _encode(graph, missing), strict=True):
+                    found[image.digest] = own
                 self.encoded += len(missing)
             for digest in found:
                 self._keep(digest, found[digest])
-            return [[ImageEmbeds(image.digest, found[image.digest]) for image in own] for own in images]
+            return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
 
     def close(self) -> None:
         """Give its memory back."""
@@ -93,7 +91,7 @@ class OpenVision:
             self._kept.clear()
             self._size_bytes = 0
 
-    def _open(self) -> tuple[Preprocessor, OnnxVisionGraph]:
+    def _open(self) -> tuple[Preprocessor, _Graph]:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
         if self._opened is None:
@@ -105,7 +103,8 @@ class OpenVision:
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
             _check_tiles(steps, vision)
-            graph = OnnxVisionGraph(locate(self._path, vision.graph), vision, base.hidden_size, self._threads)
+            kind = OnnxVisionGraph if vision.patches is None else OnnxPatchGraph
+            graph: _Graph = kind(locate(self._path, vision.graph), vision, base.hidden_size, self._threads)
             self._opened = steps, graph
         return self._opened
 
@@ -122,8 +121,27 @@ class OpenVision:
             self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
+def _encode(graph: _Graph, images: Sequence[Prepared]) -> list[Array]:
+    """Embeddings of each image, ``(positions, d)``."""
+    if isinstance(graph, OnnxPatchGraph):
+        return [graph.run(image.pixel_values, image.grid) for image in images]
+    tiles = np.concatenate([image.pixel_values for image in images])
+    count = max(1, _PIXELS_AT_ONCE // (tiles.shape[2] * tiles.shape[3]))
+    given = np.concatenate([graph.run(tiles[start : start + count]) for start in range(0, len(tiles), count)])
+    ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
+    # Copies, so that one that is kept does not keep its neighbours.
+    return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(given, ends)]
+
+
 def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
-    """Check that pictures are cut into the tiles that the manifest has tokens for; raises ``IntegrityError``."""
+    """Check that pictures are cut as the manifest says, which has tokens for that; raises ``IntegrityError``."""
+    pieces = None if vision.patches is None else (vision.image_size, vision.patches.merge)
+    cut = steps.patching
+    if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
+        raise IntegrityError(
+            f"{vision.preprocessor} cuts pictures into patches by {cut}, the manifest expects {pieces} (the size of "
+            "pieces, patches on an edge): export the base again"
+        )
     expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
     given = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
     if given != expected:
