@@ -146,6 +146,21 @@ def test_a_soft_prompt_is_refused(kept: SeeingPatches, tmp_path: Path, opened: D
             add()
 
 
+def test_a_float16_base_takes_images(tmp_path: Path) -> None:
+    """Compared with its own float32: positions are far from exact in 11 bits, so angles must be computed in 24."""
+    half, whole = (
+        build_seeing_patches(tmp_path / dtype, qwen2_5_vl(), dtype=dtype) for dtype in ("float16", "float32")
+    )
+    ids = whole.inputs([5, IMAGE_TOKEN, *range(40, 90)], [A])["input_ids"].numpy()
+    with Deployment.open(half.folder) as narrow, Deployment.open(whole.folder) as wide:
+        given = [own.run(input_ids=ids, images=[[A]], tasks="both")["logits"][0] for own in (narrow, wide)]
+        turned = wide.run(input_ids=ids, images=[[np.asarray(A)[::-1]]], tasks="both")["logits"][0]
+    assert given[0].dtype == np.float16
+    far = np.abs(given[0].astype(np.float32) - given[1]).max()
+    assert far < 0.02 * np.abs(given[1]).max()
+    assert far < np.abs(turned - given[1]).max() / 10
+
+
 def test_other_backends_are_refused(kept: SeeingPatches, opened: Deployment) -> None:
     assert opened.variant.backends == ("onnxruntime-cpu",)
     with pytest.raises(ConfigError, match="follow the grid of a picture, which engines do not take"):
