@@ -23,15 +23,18 @@ MASKED = -1e30
 @contextmanager
 def exportable_attention(model: Any) -> Iterator[None]:
     """Let ``model`` compute attention with ``plain_attention`` until the block ends."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, PreTrainedModel
 
     AttentionInterface.register(NAME, plain_attention)
-    before = model.config._attn_implementation
+    # Of each model inside too: a convolutional tower has none, and refuses that of the model around it.
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def plain_attention(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "base/vision"
 # Vision towers with one size of picture, or of tile.
-_TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision")
+_TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision", "efficientnet")
 _BATCH = 2
 
 

@@ -91,7 +91,8 @@ class OpenBase:
         front = self.engine.front
         if given.ids is not None and given.images is None:
             return front.lookup(given.ids, given.tasks, given.modality)
-        return front.apply(*self._unadapted(given))
+        embeds, modality = self._unadapted(given)
+        return front.apply(embeds, given.tasks, modality)
 
     def start(
         self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout, room: int
@@ -140,9 +141,9 @@ class OpenBase:
         """What the engine is fed for whole rows."""
         if layout.is_plain:
             return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask, **self._positions(given, layout)}
-        embeds, tasks, modality = self._unadapted(given)
+        embeds, modality = self._unadapted(given)
         wide, indices = layout.widen(embeds, modality)
-        return {"inputs_embeds": self.engine.front.apply(wide, tasks, indices), "attention_mask": layout.mask}
+        return {"inputs_embeds": self.engine.front.apply(wide, given.tasks, indices), "attention_mask": layout.mask}
 
     def _positions(self, given: Given, layout: Layout) -> dict[str, Array]:
         """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
@@ -152,15 +153,15 @@ class OpenBase:
         grids = [[image.grid for image in own] for own in given.images or ()]
         return {"position_ids": grid_positions(given.ids, layout.mask, grids, vision.image_token_id)}
 
-    def _unadapted(self, given: Given) -> tuple[Array, Selection, Array | None]:
-        """Embeddings before any bottleneck, with images in place, as a front takes them."""
+    def _unadapted(self, given: Given) -> tuple[Array, Array | None]:
+        """Embeddings before any bottleneck, with images in place, and the modality of each position."""
         if given.ids is None:
             assert given.embeds is not None
-            return given.embeds, given.tasks, given.modality
+            return given.embeds, given.modality
         embeds, modality = given.tasks.embed(self._table, given.ids, given.modality), given.modality
         if given.images is not None:
             embeds, modality = merge(embeds, given.ids, given.images, self._base)
-        return embeds, given.tasks, modality
+        return embeds, modality
 
     def _names(self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout) -> list[Array]:
         """The prompts by what was computed for them: soft prompts, tokens, images with what they went through."""

@@ -165,6 +165,34 @@ def llava(**settings: Any) -> PreTrainedModel:
     return _fill(model, 10)
 
 
+def fast_vlm() -> PreTrainedModel:
+    """A convolutional tower, whose features are a map, before the same language model: nine tokens an image."""
+    from transformers import EfficientNetConfig, FastVlmConfig, FastVlmForConditionalGeneration, LlamaConfig
+
+    vision = EfficientNetConfig(
+        image_size=IMAGE_SIZE,
+        width_coefficient=0.025,
+        depth_coefficient=1.0,
+        in_channels=[320, 320],
+        out_channels=[320, 640],
+        kernel_sizes=[3, 5],
+        strides=[2, 2],
+        num_block_repeats=[1, 2],
+        expand_ratios=[1, 2],
+        hidden_dim=32,
+        hidden_size=32,
+        hidden_act="relu6",
+    )
+    text = LlamaConfig(**_DECODER, tie_word_embeddings=False)
+    config = FastVlmConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    model = _fill(FastVlmForConditionalGeneration(config), 10)
+    generator = torch.Generator().manual_seed(12)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return model
+
+
 # Of the tests' tokenizer for tiles (tiny_tokenizer).
 TILE_VOCAB_SIZE = 112
 TILE_IMAGE_TOKEN = 99

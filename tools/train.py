@@ -112,15 +112,7 @@ def command(
       adalink train ... --search 30                                  # choose rate, rank and activation
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
     """  # noqa: D301
-    context, rank = click.get_current_context(), _read_rank(ranks)
-    searched = {
-        name
-        for name, parameter in (("lr", "lr"), ("rank", "ranks"), ("activation", "activation"))
-        if context.get_parameter_source(parameter) is ParameterSource.DEFAULT
-    }  # what is not given, in a search
-    if rank == 0 and "activation" in searched:
-        activation = "identity"  # of nothing
-        searched.remove("activation")
+    rank = _read_rank(ranks)
     config = AdaLinkConfig(
         rank=rank,
         activation=activation,
@@ -143,12 +135,13 @@ def command(
     if minutes is not None:
         if isinstance(rank, dict):
             raise ConfigError(f"--rank is {' '.join(ranks)}, and --search takes one rank for all: give one, or none")
-        given: dict[str, Any] = {
-            "rates": ("lr", lr),
-            "ranks": ("rank", rank),
-            "activations": ("activation", activation),
-        }
-        fixed = {field: (value,) for field, (name, value) in given.items() if name not in searched}
+        fixed: dict[str, Any] = {}
+        if _is_given("lr"):
+            fixed["rates"] = (lr,)
+        if _is_given("ranks"):
+            fixed["ranks"] = (rank,)
+        if _is_given("activation") or rank == 0:
+            fixed["activations"] = (activation,)
         space = SearchSettings(minutes=minutes, **fixed)
     from adalink.training.train import train
 
@@ -163,6 +156,11 @@ def command(
         f"adapter {out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )
+
+
+def _is_given(parameter: str) -> bool:
+    """Whether an option was passed, rather than left at its default."""
+    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
 
 
 def _read_rank(given: tuple[str, ...]) -> Rank:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # each, the names of its projector and of its language model, and whether it takes pictures as tiles.
 _SIDES = {
     "llava": ("multi_modal_projector", "language_model", False),
+    "fast_vlm": ("multi_modal_projector", "language_model", False),
     "idefics3": ("connector", "text_model", True),
     "smolvlm": ("connector", "text_model", True),
     "qwen2_vl": ("visual.merger", "language_model", False),
@@ -24,8 +25,9 @@ _SIDES = {
 # Those that take a picture as patches in the grid of its own shape, which positions follow (adalink.runtime.patches).
 _TAKE_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SUPPORTED = (
-    "LlavaForConditionalGeneration, Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration, "
-    "Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and Qwen3VLForConditionalGeneration"
+    "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, Idefics3ForConditionalGeneration, "
+    "SmolVLMForConditionalGeneration, Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and "
+    "Qwen3VLForConditionalGeneration"
 )
 
 

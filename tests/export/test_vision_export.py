@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, _fill, llama, llava
+from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, _fill, fast_vlm, llama, llava
 from tiny_tokenizer import make_tokenizer
 from vision_support import clip_processor, llava_processor, siglip_processor
 
@@ -52,6 +52,7 @@ MODELS = {
     "clip, with its class token": (lambda: llava(vision_feature_select_strategy="full"), IMAGE_TOKENS + 1),
     "clip, of two layers": (lambda: llava(vision_feature_layer=[-2, 1]), IMAGE_TOKENS),
     "siglip": (siglip, IMAGE_TOKENS),
+    "efficientnet": (fast_vlm, IMAGE_TOKENS),
 }
 
 

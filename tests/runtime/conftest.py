@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from runtime_support import Tiny, build
 from seeing_support import Seeing, build_seeing
+
+from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,17 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(scope="session")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
     return build_seeing(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture
+def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions were known of each row that was run by itself."""
+    counts: list[int] = []
+    resume = InPlaceDecoding.resume
+
+    def note(self: InPlaceDecoding, row: int, embeds: Any, positions: Any, states: Any) -> None:
+        counts.append(0 if states is None else states.shape[2])
+        resume(self, row, embeds, positions, states)
+
+    monkeypatch.setattr(InPlaceDecoding, "resume", note)
+    return counts

@@ -114,6 +114,11 @@ def test_without_pictures_all_axes_count_tokens() -> None:
     assert positions_after(np.array([[0, 1, 2], [0, 1, 0]])).tolist() == [[3], [2]]
 
 
+def test_pictures_without_a_token_between_are_two() -> None:
+    received = grid_positions(np.full((1, 5), IMAGE_TOKEN), np.ones((1, 5)), [[(2, 1), (1, 3)]], IMAGE_TOKEN)
+    assert received[0].tolist() == [[0, 0, 0], [0, 1, 0], [2, 2, 2], [2, 2, 3], [2, 2, 4]]
+
+
 @pytest.mark.parametrize("columns", [[1, 2, 3, 5], [1, 2, 3]])
 def test_placeholders_that_do_not_stand_together_are_refused(columns: list[int]) -> None:
     ids = np.full((1, 7), 5)

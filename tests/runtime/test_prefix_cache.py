@@ -12,7 +12,6 @@ from runtime_support import random_adapter, write_adapter
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
-from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 from adalink.runtime.prefix_cache import PrefixCache, PrefixKey
 
 SHARED = "wheat prices rose again"
@@ -23,20 +22,6 @@ PROMPTS = [f"{SHARED} today", f"{SHARED} in may", SHARED[:9], f"{SHARED} today"]
 def cached(llama: Any) -> Iterator[Deployment]:
     with Deployment.open(llama.folder, threads=1, prefix_cache_bytes=1 << 20) as deployment:
         yield deployment
-
-
-@pytest.fixture
-def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens were known of each row that was run by itself."""
-    counts: list[int] = []
-    resume = InPlaceDecoding.resume
-
-    def note(self: InPlaceDecoding, row: int, embeds: Any, positions: Any, states: Any) -> None:
-        counts.append(0 if states is None else states.shape[2])
-        resume(self, row, embeds, positions, states)
-
-    monkeypatch.setattr(InPlaceDecoding, "resume", note)
-    return counts
 
 
 def plain(llama: Any, prompts: list[str], tasks: Any) -> list[Any]:

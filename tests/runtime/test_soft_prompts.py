@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from adalink.runtime.errors import ContractError, RequestError
 from adalink.runtime.fold import RankFold
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
-from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 from adalink.runtime.soft_prompt import SoftPrompt
 
 NEW = 8
@@ -133,20 +131,6 @@ def test_generation_on_a_device(llama: Soft, in_place: bool) -> None:
             expected, limit = llama.output(ids, task)
             found = deployment.run(input_ids=[ids], tasks=task)["logits"][0]
             assert np.abs(found - expected).max() <= limit
-
-
-@pytest.fixture
-def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many positions were known of each row that was run by itself."""
-    counts: list[int] = []
-    resume = InPlaceDecoding.resume
-
-    def note(self: InPlaceDecoding, row: int, embeds: Any, positions: Any, states: Any) -> None:
-        counts.append(0 if states is None else states.shape[2])
-        resume(self, row, embeds, positions, states)
-
-    monkeypatch.setattr(InPlaceDecoding, "resume", note)
-    return counts
 
 
 def test_kept_prefixes_know_soft_prompts(llama: Soft, resumed: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attach_support import MODALITIES, config, disturb, logits, residual
-from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, MAX_POSITIONS, VOCAB_SIZE, llama, llava
+from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, MAX_POSITIONS, VOCAB_SIZE, fast_vlm, llama, llava
 
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.attach import attach
@@ -37,7 +37,9 @@ def by_hand(model, adapters, inputs):
     with torch.no_grad():
         text = model.get_input_embeddings()(ids)
         tower = llava_model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-        images = llava_model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+        is_map = model.config.model_type == "fast_vlm"
+        seen = tower.last_hidden_state.flatten(2).mT if is_map else tower.hidden_states[-2][:, 1:]
+        images = llava_model.multi_modal_projector(seen)
         text, images = (
             values if name not in adapters else values + residual(adapters[name], values)
             for name, values in (("text", text), ("image", images))
@@ -48,9 +50,10 @@ def by_hand(model, adapters, inputs):
         return model.lm_head(states.last_hidden_state)
 
 
+@pytest.mark.parametrize("make", [llava, fast_vlm])
 @pytest.mark.parametrize("modalities", MODALITIES)
-def test_each_modality_has_its_own_adapter(modalities):
-    model, inputs = llava(), request()
+def test_each_modality_has_its_own_adapter(modalities, make):
+    model, inputs = make(), request()
     plain = logits(model, **inputs)
     with attach(model, config(modalities)) as attached:
         assert torch.equal(logits(model, **inputs), plain), "a fresh adapter is the identity"

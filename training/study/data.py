@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from adalink.runtime.digest import digest_bytes
@@ -80,7 +80,7 @@ class DataSet:
         """What a decoder is given for a row."""
         return self.template.format(text=row.text)
 
-    @property
+    @cached_property
     def part_of(self) -> tuple[int, ...]:
         """The part that each label belongs to: only labels of one part are told apart."""
         return tuple(index for index, part in enumerate(self.parts or (self,)) for _ in part.labels)

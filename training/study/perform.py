@@ -199,10 +199,10 @@ def measure(task: Task, rows: Sequence[Labelled], data: DataSet) -> dict[str, An
     right, seen, losses = [0] * len(data.labels), [0] * len(data.labels), []
     for _, own in itertools.groupby(order, key=lambda row: part_of[row.label]):
         part = list(own)
+        is_rival = torch.tensor([number == part_of[part[0].label] for number in part_of])
         for start in range(0, len(part), _SCORED_ROWS):
             batch = part[start : start + _SCORED_ROWS]
             scores = task.scores(batch).float().cpu()
-            is_rival = torch.tensor([number == part_of[batch[0].label] for number in part_of])
             is_scored = scores[:, is_rival].isfinite().all(dim=1)
             answers = torch.where(is_scored, scores.argmax(dim=1), -1).tolist()
             wanted = torch.tensor([row.label for row in batch])
