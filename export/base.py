@@ -231,7 +231,7 @@ def _write_variant(
     files = {}
     objection = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
-    if grouped and (reason := why_not_grouped(model, architecture.position_axes)):
+    if grouped and (reason := why_not_grouped(model, architecture)):
         grouped = False
         report(f"attention is kept in standard operators: {reason}")
     with exportable_attention(model):

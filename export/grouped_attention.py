@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
-from adalink.export.architectures import BARE_MASK
+from adalink.export.architectures import BARE_MASK, Architecture
 from adalink.export.attention import NAME
 from adalink.export.graph_modules import axes_first
 from adalink.export.onnx_graph import DOMAIN, OPERATOR
@@ -29,11 +29,11 @@ from adalink.runtime.errors import ModelError
 _HEAD_MULTIPLE, _ROTARY_MULTIPLE = 16, 16
 
 
-def why_not_grouped(model: Any, position_axes: int = 1) -> str | None:
+def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
     """Why a decoder keeps attention in standard operators, or ``None`` when ``GroupedDecoderGraph`` can express it."""
     rotary = getattr(model.base_model, "rotary_emb", None)
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    if rotary is None or position_axes > 1:
+    if rotary is None or architecture.position_axes > 1:
         return None if head_dim % 8 == 0 else f"its heads are {head_dim} wide, no multiple of 8"
     if head_dim % _HEAD_MULTIPLE:
         return f"its heads are {head_dim} wide, no multiple of {_HEAD_MULTIPLE}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from adalink.runtime.pictures import read_picture
 from adalink.training.dataset import Example, ImageTokens
 from adalink.training.patches import read_patching
 from adalink.training.tiles import read_tile_tokens, read_tiling
-from adalink.training.vision import image_side
+from adalink.training.vision import ImageSide, image_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,33 +54,8 @@ class Pictures:
             raise ModelError(
                 f"{base}: no image processor was found, expected preprocessor_config.json beside it ({error})"
             ) from error
-        self._token_id = side.image_token_id
         self._takes_tiles, self._takes_patches = side.takes_tiles, side.takes_patches
-        if side.takes_patches:
-            patching = read_patching(self._processor)
-
-            def pieces(path: Path) -> list[int]:
-                height, width, _ = _read(path).shape
-                try:
-                    rows, columns = patching.grid(height, width)
-                except RequestError as error:
-                    raise DataError(f"{path}: {error}") from error
-                return [side.image_token_id] * (rows * columns)
-
-            self.tokens = ImageTokens(side.image_token_id, pieces)
-            return
-        placeholders = [side.image_token_id] * self._positions(model)
-        if not side.takes_tiles:
-            self.tokens = ImageTokens(side.image_token_id, lambda path: placeholders)
-            return
-        tiling = read_tiling(self._processor)
-        around = read_tile_tokens(tokenizer, tiling, side.image_token_id, len(placeholders)).around
-
-        def written(path: Path) -> list[int]:
-            height, width, _ = _read(path).shape
-            return around(placeholders, tiling.grid(height, width))
-
-        self.tokens = ImageTokens(side.image_token_id, written)
+        self.tokens = ImageTokens(side.image_token_id, self._writer(model, side, tokenizer))
 
     def join(self, batch: dict[str, torch.Tensor], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """A batch with all its images in the order of its rows; as it is if it has none.
@@ -107,11 +82,39 @@ class Pictures:
         if self._takes_patches:
             joined.pop("position_ids", None)
             joined["image_grid_thw"] = prepared["image_grid_thw"].to(ids.device)
-            joined["mm_token_type_ids"] = (ids == self._token_id).int()
+            joined["mm_token_type_ids"] = (ids == self.tokens.token_id).int()
         return joined
 
     def _prepare(self, pictures: list[Array]) -> dict[str, torch.Tensor]:
         return dict(self._processor(images=pictures, input_data_format="channels_last", return_tensors="pt"))
+
+    def _writer(
+        self, model: PreTrainedModel, side: ImageSide, tokenizer: PreTrainedTokenizerBase
+    ) -> Callable[[Path], list[int]]:
+        """What says what an image becomes in a prompt."""
+        if side.takes_patches:
+            patching = read_patching(self._processor)
+
+            def pieces(path: Path) -> list[int]:
+                height, width, _ = _read(path).shape
+                try:
+                    rows, columns = patching.grid(height, width)
+                except RequestError as error:
+                    raise DataError(f"{path}: {error}") from error
+                return [side.image_token_id] * (rows * columns)
+
+            return pieces
+        placeholders = [side.image_token_id] * self._positions(model)
+        if not side.takes_tiles:
+            return lambda path: placeholders
+        tiling = read_tiling(self._processor)
+        around = read_tile_tokens(tokenizer, tiling, side.image_token_id, len(placeholders)).around
+
+        def tiles(path: Path) -> list[int]:
+            height, width, _ = _read(path).shape
+            return around(placeholders, tiling.grid(height, width))
+
+        return tiles
 
     def _positions(self, model: PreTrainedModel) -> int:
         """How many positions an image, or a tile of one, takes up: what the projector gives for it."""
