@@ -53,9 +53,15 @@ def check_embeddings_suffice(model: PreTrainedModel) -> None:
 def describe_patch_tower(model: PreTrainedModel) -> PatchTower:
     """How the tower of a supported model looks at patches."""
     config: Any = model.config.vision_config
-    size = getattr(config, "window_size", None)
-    window = None if size is None else size // config.spatial_merge_size // config.patch_size
+    window = None
+    if _whole_layers(config) < set(range(config.depth)):
+        window = config.window_size // config.spatial_merge_size // config.patch_size
     return PatchTower(merge=config.spatial_merge_size, window=window)
+
+
+def _whole_layers(config: Any) -> set[int]:
+    """The layers that look at the whole picture: of a tower without windows all of them."""
+    return set(getattr(config, "fullatt_block_indexes", range(config.depth))) & set(range(config.depth))
 
 
 class PatchGraph(torch.nn.Module):
@@ -69,9 +75,8 @@ class PatchGraph(torch.nn.Module):
         """``model``: of a supported class, in float32."""
         super().__init__()
         self.tower = model.base_model.visual
-        config = self.tower.config
-        self.heads = config.num_heads
-        self.whole = set(getattr(config, "fullatt_block_indexes", range(len(self.tower.blocks))))
+        self.heads = self.tower.config.num_heads
+        self.whole = _whole_layers(self.tower.config)
 
     def forward(
         self,

@@ -248,10 +248,10 @@ def qwen2_vl(**settings: Any) -> PreTrainedModel:
     return _qwen_vl("qwen2_vl", vision, {"mrope_section": [2, 3, 3]}, **settings)
 
 
-def qwen2_5_vl(**settings: Any) -> PreTrainedModel:
-    """A tower whose first and last layer look through windows, and a language model that turns by three axes."""
+def qwen2_5_vl(whole: tuple[int, ...] = (1,), **settings: Any) -> PreTrainedModel:
+    """A tower of three layers, all but ``whole`` looking through windows; a language model that turns by three axes."""
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "out_hidden_size": HIDDEN_SIZE}
-    windows = {"window_size": 2 * PIECE_EDGE, "fullatt_block_indexes": [1]}
+    windows = {"window_size": 2 * PIECE_EDGE, "fullatt_block_indexes": list(whole)}
     return _qwen_vl("qwen2_5_vl", vision | windows, {"mrope_section": [2, 3, 3]}, **settings)
 
 

@@ -110,13 +110,14 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
     for index in range(len(pictures) // 2):
         chosen = pictures[2 * index : 2 * index + 1 + index]
         words = [token for token in rows[index % len(rows)] if token != vision.image_token_id]
+        words = words or [deployment.manifest.base.pad_token_id]
         # By placeholders alone the model does not tell pictures of several grids apart.
         between = words[:1] if vision.patches is not None else []
         written = [token for picture in chosen for token in (*images.tokens(picture), *between)]
         room = longest - len(written)
         if room < 2:
             break
-        words = (words or [deployment.manifest.base.pad_token_id])[:room]
+        words = words[:room]
         found.rows.append([words[0], *written, *words[1:]])
         found.pictures.append(chosen)
         found.pixels.append(images.pixels(chosen))
