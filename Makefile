@@ -6,7 +6,7 @@ EXTRAS ?= cpu,vision,export,train,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 
-.PHONY: help demo test test-slow test-gpu lint format bench study models clean
+.PHONY: help demo test test-slow test-gpu lint format bench study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -62,6 +62,11 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
 	$(RUN)/adalink study studies/reduced.toml --out build/study --jobs 2 --minutes 88
+
+vision: $(VENV)/models ## a small base that sees, of two pretrained parts, and what its six adapters reach (TRAIN=1: train them and the projector anew, 40 minutes)
+	$(RUN)/python examples/vision/digits.py --out build/vision/data
+	$(RUN)/python examples/vision/base.py --out build/vision/base $(if $(TRAIN),--train build/vision/projector.safetensors)
+	$(RUN)/python examples/vision/study.py --work build/vision $(if $(TRAIN),--train)
 
 clean: ## remove what make made
 	rm -rf build $(VENV)

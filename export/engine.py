@@ -17,10 +17,10 @@ from adalink.export.front_graph import FRONTS, build_front_graph
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
 from adalink.runtime.integrity import locate, read_verified, verify_files
-from adalink.runtime.manifest import Base, Manifest, Variant
+from adalink.runtime.manifest import Base, Manifest, Variant, Vision
 from adalink.runtime.manifest_checks import check_task_name
 from adalink.runtime.nvidia.profile import Profile, Span, check_profile, default_profile, parse_profile
-from adalink.runtime.nvidia.record import PLAN_FILE, RECORD_FILE, EngineRecord
+from adalink.runtime.nvidia.record import PLAN_FILE, RECORD_FILE, VISION_FILE, EngineRecord, VisionRecord
 from adalink.runtime.nvidia.tensorrt_api import TENSORRT_BACKENDS, Api, load_api
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def export_engine(
     progress: EngineProgress | None = None,
 ) -> Manifest:
     """Build an engine of a deployment's base, its fronts, and the graphs of some tasks; nothing of the base changes.
+
+    Of a base that takes images, the vision tower is built too, for as many images at a time as the profile says.
 
     Args:
         deployment: the folder.
@@ -86,12 +88,19 @@ def export_engine(
             raise UnknownTaskError(f"task {missing[0]!r} is not in {deployment}: deployed are {known}")
         resolved, set_target = resolve_target(api, target)
         report("reading the portable graph", None)
-        verify_files(writer.folder, manifest, manifest.variants[source].files)
+        tower = manifest.base.vision.files if manifest.base.vision else ()
+        verify_files(writer.folder, manifest, (*manifest.variants[source].files, *tower))
         build = partial(build_plan, api, set_target=set_target, report=report)
         work = _Work(writer, manifest, api, writer.fresh_folder(f"engines/{own}"), shapes, build)
         record = work.build_all(source, resolved, tuple(dict.fromkeys(tasks)))
         work.write_record(record)
-        compiled = Variant(target=backend, backends=(backend,), graph=f"{work.place}/{PLAN_FILE}", files=work.files)
+        compiled = Variant(
+            target=backend,
+            backends=(backend,),
+            graph=f"{work.place}/{PLAN_FILE}",
+            vision_graph=None if record.vision is None else f"{work.place}/{VISION_FILE}",
+            files=work.files,
+        )
         report("hashing and committing", None)
         return writer.commit(msgspec.structs.replace(manifest, variants={**manifest.variants, own: compiled}))
 
@@ -130,6 +139,7 @@ class _Work:
         for task in tasks:
             own[task] = f"task-{task}.plan"
             self._plan(own[task], self._task_graph(task), [_rows_of(self._profile)])
+        vision = None if base.vision is None else self._build_vision(base.vision)
         model = engine_graph(portable, base, self._profile.capacity if cache == "in-place" else None)
         built = self._plan(PLAN_FILE, model, base_sizes(self._profile), portable)
         return EngineRecord(
@@ -147,12 +157,29 @@ class _Work:
             tasks=own,
             build_seconds=round(built.seconds, 2),
             plan_bytes=built.size_bytes,
+            vision=vision,
         )
 
     def write_record(self, record: EngineRecord) -> None:
         """Write ``engine.json``."""
         data = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
         self._stage(RECORD_FILE).write_bytes(data)
+
+    def _build_vision(self, vision: Vision) -> VisionRecord | None:
+        """The vision tower as its graph is, if the profile says how many images it takes."""
+        import onnx
+
+        if self._profile.images is None:
+            return None
+        path, files = locate(self._writer.folder, vision.graph), self._manifest.files
+        model = onnx.load(str(path), load_external_data=False)
+        built = self._plan(VISION_FILE, model, [{"images": self._profile.images}], path)
+        return VisionRecord(
+            onnx_sha256=files[vision.graph].sha256,
+            weights_sha256=files[f"{vision.graph}.data"].sha256,
+            build_seconds=round(built.seconds, 2),
+            plan_bytes=built.size_bytes,
+        )
 
     def _plan(
         self, name: str, graph: onnx.ModelProto, profiles: Sequence[Sizes], origin: Path | None = None

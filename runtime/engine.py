@@ -18,6 +18,7 @@ from adalink.runtime.manifest import Base
 if TYPE_CHECKING:
     from adalink.runtime.bank import Selection
     from adalink.runtime.nvidia.profile import Profile
+    from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 Array = npt.NDArray[Any]
 # Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
@@ -160,8 +161,33 @@ class BankGraph(Protocol):
         """
 
 
+class VisionGraph(Protocol):
+    """A vision tower ready to run; for one thread at a time."""
+
+    @property
+    def most_images(self) -> int:
+        """Images, or tiles of them, that a call takes at most."""
+
+    def run(self, pixel_values: Array) -> Array:
+        """Encode images.
+
+        Args:
+            pixel_values: float32 with shape ``(images, 3, height, width)``, 1 to ``most_images`` of them.
+
+        Returns:
+            float32 with shape ``(images, tokens_per_image, d)``, the caller's own.
+
+        Raises:
+            BackendError: the engine refused.
+            GraphError: the result has another shape.
+        """
+
+    def close(self) -> None:
+        """Give its memory back; nothing else is called after it."""
+
+
 class Backend(Protocol):
-    """Opens engines and bank graphs."""
+    """Opens engines, bank graphs and vision towers."""
 
     name: str
 
@@ -181,6 +207,9 @@ class Backend(Protocol):
 
     def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+        """Open the vision tower of a base that has one, an ONNX graph or a plan; raises as ``open_engine`` does."""
 
 
 def open_backend(name: str, threads: int | None = None) -> Backend:

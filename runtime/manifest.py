@@ -15,6 +15,8 @@ SCHEMA_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16")
 FOLDS = ("table", "rank")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
+# A vision tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
+_PIXELS_AT_ONCE = 512 * 512
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +75,12 @@ class Vision(_Strict, frozen=True, kw_only=True):
     def all_files(self) -> tuple[str, ...]:
         """Paths of everything that belongs to it."""
         return (*self.files, self.preprocessor)
+
+    @property
+    def images_at_once(self) -> int:
+        """Images, or tiles of them, that the vision tower is given in one call, unless its plan says otherwise."""
+        height, width = self.image_size
+        return max(1, _PIXELS_AT_ONCE // (height * width))
 
     def positions(self, grid: Grid) -> int:
         """Positions with a placeholder that an image takes up."""
@@ -163,6 +171,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
         backends: runtime backends it serves.
         graph: path of the graph, or of the engine's plan; for an encoder-decoder, of its encoder.
         decoder_graph: path of the decoder of an encoder-decoder.
+        vision_graph: path of a compiled engine's plan of the vision tower; without it the base's own graph runs.
         files: every file of the variant, the graphs and their external data, or the plans and their record.
     """
 
@@ -171,6 +180,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
     backends: tuple[str, ...]
     graph: str
     decoder_graph: str | None = None
+    vision_graph: str | None = None
     files: tuple[str, ...]
 
     @property

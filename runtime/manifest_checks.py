@@ -61,9 +61,11 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
         _check_vision(base.vision, base, demand)
     demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")
     for name, variant in manifest.variants.items():
-        for path in (variant.graph, variant.decoder_graph):
+        for path in (variant.graph, variant.decoder_graph, variant.vision_graph):
             field = f"$.variants[{name!r}].files"
             demand(path is None or path in variant.files, field, variant.files, f"a list with {path}")
+        field, tower = f"$.variants[{name!r}].vision_graph", variant.vision_graph
+        demand(tower is None or base.vision is not None, field, tower, "null for a base that takes no images")
     for name, task in manifest.tasks.items():
         _check_task(name, task, base, demand)
     for path, record in manifest.files.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import GraphError
-from adalink.runtime.manifest import Vision
+from adalink.runtime.manifest import Base
 from adalink.runtime.onnxruntime_boundary import guard, wrong_name
 from adalink.runtime.onnxruntime_vision import INPUT, OUTPUT, open_vision_session
 from adalink.runtime.tiles import Grid
@@ -15,10 +15,12 @@ from adalink.runtime.tiles import Grid
 class OnnxPatchGraph:
     """A graph from the patches of a picture to its embeddings."""
 
-    def __init__(self, path: Path, vision: Vision, hidden_size: int, threads: int | None) -> None:
+    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
         """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, of a base that takes patches."""
+        vision = base.vision
+        assert vision is not None
         assert vision.patches is not None
-        self._origin, self._vision, self._tower, self._width = str(path), vision, vision.patches, hidden_size
+        self._origin, self._vision, self._tower, self._width = str(path), vision, vision.patches, base.hidden_size
         self._ort, self._session = open_vision_session(path, threads)
         received = sorted(node.name for node in self._session.get_inputs())
         for name in (INPUT, *self._tower.inputs((1, 1))):
@@ -51,3 +53,6 @@ class OnnxPatchGraph:
                 "export the base again"
             )
         return given
+
+    def close(self) -> None:
+        """Give its memory back, which goes with it; nothing else is called after it."""

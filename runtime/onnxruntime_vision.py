@@ -1,4 +1,4 @@
-"""The vision graph on ONNX Runtime's CPU provider, whatever engine the language model runs on."""
+"""The vision graph on ONNX Runtime's CPU provider: in front of every engine that has no plan of the tower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, GraphError
-from adalink.runtime.manifest import Vision
+from adalink.runtime.manifest import Base
 from adalink.runtime.onnxruntime_boundary import guard, wrong_name
 
 if TYPE_CHECKING:
@@ -18,15 +18,18 @@ INPUT, OUTPUT = "pixel_values", "image_embeds"
 
 
 class OnnxVisionGraph:
-    """A graph from pixel values to image embeddings."""
+    """See ``adalink.runtime.engine.VisionGraph``.
 
-    def __init__(self, path: Path, vision: Vision, hidden_size: int, threads: int | None) -> None:
+    Attributes:
+        most_images: ``adalink.runtime.manifest.Vision.images_at_once``.
+    """
+
+    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
         """Open the graph.
 
         Args:
             path: the ONNX file.
-            vision: what it must take and give.
-            hidden_size: width of the embeddings.
+            base: what it must take and give; it has a vision tower.
             threads: all physical cores by default.
 
         Raises:
@@ -34,8 +37,11 @@ class OnnxVisionGraph:
             BackendError: it cannot load the graph.
             GraphError: inputs or outputs are not those of a vision graph.
         """
+        vision = base.vision
+        assert vision is not None
+        self.most_images = vision.images_at_once
         self._origin = str(path)
-        self._shape = (vision.tokens_per_image, hidden_size)
+        self._shape = (vision.tokens_per_image, base.hidden_size)
         self._ort, self._session = open_vision_session(path, threads)
         for what, name, nodes in (
             ("input", INPUT, self._session.get_inputs()),
@@ -48,18 +54,7 @@ class OnnxVisionGraph:
             raise GraphError(f"{path}: {INPUT} is {received} an image, the manifest says {expected}: export it again")
 
     def run(self, pixel_values: Array) -> Array:
-        """Encode images.
-
-        Args:
-            pixel_values: float32 with shape ``(images, 3, height, width)``.
-
-        Returns:
-            float32 with shape ``(images, tokens_per_image, d)``.
-
-        Raises:
-            BackendError: ONNX Runtime refused.
-            GraphError: the result has another shape.
-        """
+        """See ``adalink.runtime.engine.VisionGraph``."""
         given: Array = guard(self._ort, self._origin, lambda: self._session.run([OUTPUT], {INPUT: pixel_values}))[0]
         if given.shape[1:] != self._shape:
             raise GraphError(
@@ -67,6 +62,9 @@ class OnnxVisionGraph:
                 "base again"
             )
         return given
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.VisionGraph``; its memory goes with it."""
 
 
 def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, ort.InferenceSession]:

@@ -14,32 +14,28 @@ from pathlib import Path
 import numpy as np
 
 from adalink.runtime.digest import digest_bytes
-from adalink.runtime.engine import Array
+from adalink.runtime.engine import Array, Backend, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.integrity import locate, read_verified
-from adalink.runtime.manifest import Manifest, Vision
+from adalink.runtime.manifest import Manifest, Variant, Vision
 from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
-from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import Picture, read_picture
 from adalink.runtime.placeholders import ImageEmbeds, Prepared
 from adalink.runtime.preprocess import Preprocessor, read_preprocessor
+from adalink.runtime.tiles import Grid
 from adalink.runtime.verified import verify_once
-
-# The tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
-_PIXELS_AT_ONCE = 512 * 512
-
-_Graph = OnnxVisionGraph | OnnxPatchGraph
 
 
 class OpenVision:
     """The image side of a deployment; safe for calls from several threads, which it serves one after another."""
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int | None, cache_bytes: int) -> None:
-        self._path, self._manifest, self._threads = path, manifest, threads
+    def __init__(self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, cache_bytes: int) -> None:
+        """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
+        self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
         self._size_bytes = 0
         self._kept: OrderedDict[str, Array] = OrderedDict()
-        self._opened: tuple[Preprocessor, _Graph] | None = None
+        self._opened: tuple[Preprocessor, VisionGraph | OnnxPatchGraph] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
         self.encoded = 0
@@ -53,7 +49,7 @@ class OpenVision:
         Raises:
             RequestError: one is no picture.
             IntegrityError: a file of the vision tower is not the one in the manifest.
-            BackendError: ONNX Runtime is not there, or refused.
+            BackendError: what runs the tower is not there, or refused.
         """
         with self._lock:
             preprocessor, _ = self._open()
@@ -83,28 +79,48 @@ class OpenVision:
                 self._keep(digest, found[digest])
             return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
 
+    def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
+        """See ``Deployment.encode``."""
+        base = self._manifest.base
+        if base.vision is None:
+            raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
+        shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
+        if base.vision.patches is not None:
+            patches = None if grid is None else base.vision.positions(grid) * base.vision.patches.merge**2
+            if len(shape) != 2 or shape[0] != patches:
+                raise RequestError(f"pixel_values has the shape {shape} and grid is {grid}: expected all its patches")
+        elif len(shape) != 4 or not shape[0] or shape[1:] != expected:
+            raise RequestError(f"pixel_values has the shape {shape}, expected one or more images of {expected}")
+        with self._lock:
+            graph = self._open()[1]
+            if isinstance(graph, OnnxPatchGraph):
+                assert grid is not None
+                return graph.run(pixel_values, grid)
+            return _run(graph, pixel_values)
+
     def close(self) -> None:
         """Give its memory back."""
         with self._lock:
             self._is_closed = True
+            if self._opened is not None:
+                self._opened[1].close()
             self._opened = None
             self._kept.clear()
             self._size_bytes = 0
 
-    def _open(self) -> tuple[Preprocessor, _Graph]:
+    def _open(self) -> tuple[Preprocessor, VisionGraph | OnnxPatchGraph]:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
         if self._opened is None:
-            base = self._manifest.base
-            vision = base.vision
+            vision, plan = self._manifest.base.vision, self._variant.vision_graph
             assert vision is not None
-            verify_once(self._path, self._manifest, vision.files)
+            if plan is None:  # a plan was read whole with the engine's
+                verify_once(self._path, self._manifest, vision.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
             _check_tiles(steps, vision)
-            kind = OnnxVisionGraph if vision.patches is None else OnnxPatchGraph
-            graph: _Graph = kind(locate(self._path, vision.graph), vision, base.hidden_size, self._threads)
+            graph = self._backend.open_vision(locate(self._path, plan or vision.graph), self._manifest.base)
             self._opened = steps, graph
         return self._opened
 
@@ -121,16 +137,20 @@ class OpenVision:
             self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
-def _encode(graph: _Graph, images: Sequence[Prepared]) -> list[Array]:
+def _encode(graph: VisionGraph | OnnxPatchGraph, images: Sequence[Prepared]) -> list[Array]:
     """Embeddings of each image, ``(positions, d)``."""
     if isinstance(graph, OnnxPatchGraph):
         return [graph.run(image.pixel_values, image.grid) for image in images]
-    tiles = np.concatenate([image.pixel_values for image in images])
-    count = max(1, _PIXELS_AT_ONCE // (tiles.shape[2] * tiles.shape[3]))
-    given = np.concatenate([graph.run(tiles[start : start + count]) for start in range(0, len(tiles), count)])
+    given = _run(graph, np.concatenate([image.pixel_values for image in images]))
     ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
     # Copies, so that one that is kept does not keep its neighbours.
     return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(given, ends)]
+
+
+def _run(graph: VisionGraph, tiles: Array) -> Array:
+    """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as the tower takes."""
+    starts = range(0, len(tiles), graph.most_images)
+    return np.concatenate([graph.run(tiles[start : start + graph.most_images]) for start in starts])
 
 
 def _check_tiles(steps: Preprocessor, vision: Vision) -> None:

@@ -18,13 +18,16 @@ from packaging.version import Version
 
 from adalink.export.engine_graph import engine_graph
 from adalink.export.front_graph import FRONTS, build_front_graph
-from adalink.runtime.engine import Array
+from adalink.runtime.engine import Array, VisionGraph
 from adalink.runtime.errors import BackendError
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceKind
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile
+from adalink.runtime.nvidia.vision import DeviceVision
+from adalink.runtime.nvidia.workspace import VISION
+from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 
 HAS_TENSOR_SCATTER = Version(ort.__version__) >= Version("1.24")
 
@@ -189,3 +192,9 @@ class HostBackend:
 
     def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
         return DeviceKind(kind)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+        """The tower on the device if the profile has images; else as where an engine has no plan of it."""
+        if self.profile.images is None:
+            return OnnxVisionGraph(graph, base)
+        return DeviceVision(self.device, HostPlans({VISION: str(graph)}, self.profile), base)

@@ -26,8 +26,8 @@ _BACKENDS = ("tensorrt", "tensorrt-rtx")
 @click.option(
     "--profile",
     metavar="SIZES",
-    help="Shapes it takes, SMALLEST:LIKELIEST:LARGEST each, as in batch=1:4:8,seq=1:128:512,past=0:512:4095; what is "
-    "left out has a default.",
+    help="Shapes it takes, SMALLEST:LIKELIEST:LARGEST each, as in batch=1:4:8,seq=1:128:512,past=0:512:4095, and "
+    "images=1:1:4 at a time for a base that takes some; what is left out has a default.",
 )
 @click.option("--name", help="Name of the variant; the backend's without it.")
 @click.option("--variant", help="The portable variant it is built from; without it, the one there is.")
@@ -50,8 +50,9 @@ def engine(
     """Build a TensorRT engine of the base in DEPLOYMENT.
 
     It is built from the portable base graph, unmodified by any task, together with small engines that adapt its input
-    for every task there is or will be: adding a task later builds nothing. TensorRT builds on the GPU that will run
-    the engine; TensorRT-RTX builds for other GPUs too, on a machine that has none.
+    for every task there is or will be: adding a task later builds nothing. Of a base that takes images the vision
+    tower is built beside it. TensorRT builds on the GPU that will run the engine; TensorRT-RTX builds for other GPUs
+    too, on a machine that has none.
 
     \b
     Example:
@@ -60,6 +61,8 @@ def engine(
       adalink export engine ./deployment --backend tensorrt-rtx --target sm86,sm89
       adalink export engine ./deployment --backend tensorrt-rtx --profile batch=1:1:4,past=0:256:1023 --replace
     """  # noqa: D301
+    from msgspec import to_builtins
+
     from adalink.export.engine import export_engine
     from adalink.runtime.nvidia.record import read_record
 
@@ -91,6 +94,7 @@ def engine(
         "plan_bytes": record.plan_bytes,
         "size_bytes": manifest.size_bytes(built.files),
         "build_seconds": record.build_seconds,
+        "vision": to_builtins(record.vision),
         "tasks": sorted(record.tasks),
     }
     if as_json:
@@ -101,5 +105,10 @@ def engine(
         f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
         f"{record.version} for {', '.join(record.target)}"
     )
+    if record.vision is not None:
+        click.echo(
+            f"  {built.vision_graph}, the vision tower, {record.vision.plan_bytes / 1e6:.1f} MB, built in "
+            f"{record.vision.build_seconds:.1f} s"
+        )
     click.echo(f"  profile {record.profile}")
     click.echo(f"  {len(record.fronts)} fronts, for every task of rank {record.front_rank} or less")

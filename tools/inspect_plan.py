@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.digest import digest_file
@@ -12,7 +13,7 @@ from adalink.runtime.errors import BackendError, DeploymentError
 from adalink.runtime.manifest import MANIFEST_FILE, Manifest, Variant
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
-from adalink.runtime.nvidia.record import PLAN_FILE, RECORD_FILE, EngineRecord, read_record
+from adalink.runtime.nvidia.record import PLAN_FILE, RECORD_FILE, VISION_FILE, EngineRecord, read_record
 from adalink.runtime.nvidia.tensorrt_api import Api, load_api
 
 if TYPE_CHECKING:
@@ -55,16 +56,21 @@ def _describe_record(record: EngineRecord) -> Description:
     described["profile"] = str(record.profile)
     described["fronts"] = sorted(record.fronts)
     described["tasks"] = sorted(record.tasks)
+    described["vision"] = to_builtins(record.vision)
     return described
 
 
 def _is_of_this_base(record: EngineRecord, manifest: Manifest) -> bool:
-    """Whether the variant that an engine was built from is still the one in the deployment."""
+    """Whether what an engine was built from, variant and vision tower, is still what is in the deployment."""
     source = manifest.variants.get(record.variant)
     if source is None:
         return False
-    held = {manifest.files[path].sha256 for path in source.files}
-    return {record.onnx_sha256, record.weights_sha256} <= held
+    tower = manifest.base.vision.files if manifest.base.vision else ()
+    held = {manifest.files[path].sha256 for path in (*source.files, *tower)}
+    built_from = {record.onnx_sha256, record.weights_sha256}
+    if record.vision is not None:
+        built_from |= {record.vision.onnx_sha256, record.vision.weights_sha256}
+    return built_from <= held
 
 
 def _role(name: str, record: EngineRecord | None) -> str:
@@ -72,6 +78,8 @@ def _role(name: str, record: EngineRecord | None) -> str:
         return "base"
     if record is None:
         return "unknown"
+    if name == VISION_FILE:
+        return "vision tower"
     for front, file in record.fronts.items():
         if name == file:
             return f"front {front}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, Fed
+from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, Fed, VisionGraph
 from adalink.runtime.manifest import Base
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
@@ -33,6 +34,10 @@ class ObservedBackend:
     def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_vision(graph, base)
 
 
 class _ObservedEngine:

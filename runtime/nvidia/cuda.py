@@ -62,7 +62,7 @@ class CudaDevice:
             _, free, total = cuda.cudaMemGetInfo()
             raise BackendError(
                 f"the GPU's memory is full: {size_bytes / 1e6:.1f} MB asked for, {free / 1e6:.1f} of {total / 1e6:.1f} "
-                "MB free; close other programs, or build the engine with a smaller --profile (batch, past)"
+                "MB free; close other programs, or build the engine with a smaller --profile (batch, past, images)"
             )
         self.check(error)
         self.check(cuda.cudaMemset(address, 0, size_bytes)[0])

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from adalink.runtime.digest import digest_file
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, ContractError
@@ -21,6 +23,7 @@ from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile, default_profile
 from adalink.runtime.onnxruntime_bank import OnnxBankGraph
 from adalink.runtime.onnxruntime_boundary import guard
+from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.user_cache import cache_path
 
 if TYPE_CHECKING:
@@ -65,7 +68,8 @@ class OnnxRuntimeGpuBackend:
             raise ContractError(
                 f"{graph}: {base.name} is an encoder-decoder, which {self.name} does not run: use onnxruntime-cpu"
             )
-        device, profile = CudaDevice(self.name), default_profile(base)
+        # The vision tower stays on the CPU, which takes any number of images.
+        device, profile = CudaDevice(self.name), msgspec.structs.replace(default_profile(base), images=None)
         session = self._session(graph, base, profile)
         plans = OnnxRuntimePlans(session, self._ort, str(graph), profile)
         return DeviceEngine(device, plans, base, front=HostFedFront(table))
@@ -80,6 +84,10 @@ class OnnxRuntimeGpuBackend:
             self._ort, "bank graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
         )
         return OnnxBankGraph(session, self._ort, base)
+
+    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+        """See ``adalink.runtime.engine.Backend``: on the CPU."""
+        return OnnxVisionGraph(graph, base)
 
     def _session(self, graph: Path, base: Base, profile: Profile) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

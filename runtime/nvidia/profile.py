@@ -9,7 +9,7 @@ import msgspec
 from adalink.runtime.errors import ConfigError, RequestError
 from adalink.runtime.manifest import Base
 
-_RANGE = re.compile(r"(batch|seq|past)=(\d+):(\d+):(\d+)")
+_RANGE = re.compile(r"(batch|seq|past|images)=(\d+):(\d+):(\d+)")
 _LARGEST = 1 << 20
 # Totals of a decode step are rounded up, so that steps share a captured graph; by an eighth at most, and to this.
 _SMALLEST_STEP = 64
@@ -33,14 +33,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         batch: rows.
         seq: positions of a row that a prompt's pass takes; a longer prompt is taken in pieces by a decoder.
         past: positions in the cache before a decode step; ``None`` for an encoder.
+        images: images, or tiles of them, that the vision tower takes at a time; ``None`` where it is not compiled.
     """
 
     batch: Span
     seq: Span
     past: Span | None
+    images: Span | None = None
 
     def __str__(self) -> str:
-        spans = {"batch": self.batch, "seq": self.seq, "past": self.past}
+        spans = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
         return ",".join(f"{name}={span}" for name, span in spans.items() if span is not None)
 
     @property
@@ -83,13 +85,20 @@ def _widened(span: Span, size: int) -> Span:
 
 
 def default_profile(base: Base) -> Profile:
-    """A profile for a base of which nothing more is known: 8 rows, prompts in pieces of 512, 4,096 positions."""
+    """A profile for a base of which nothing more is known: 8 rows, prompts in pieces of 512, 4,096 positions.
+
+    Of images as many at a time as ONNX Runtime is given; likeliest is one, or as many tiles as there may be.
+    """
     limit = base.max_positions or _LARGEST
     if base.cache is None:
         return Profile(batch=Span(1, 8, 32), seq=Span(1, min(128, limit), min(512, limit)), past=None)
     seq = Span(1, min(128, limit), min(512, limit))
     past = Span(0, min(512, limit - 1), min(4095, limit - 1))
-    return Profile(batch=Span(1, 1, 8), seq=seq, past=past)
+    images = None
+    if base.vision is not None:
+        most = base.vision.images_at_once
+        images = Span(1, 1 if base.vision.tiles is None else most, most)
+    return Profile(batch=Span(1, 1, 8), seq=seq, past=past, images=images)
 
 
 def parse_profile(text: str, base: Base) -> Profile:
@@ -106,7 +115,7 @@ def parse_profile(text: str, base: Base) -> Profile:
         match = _RANGE.fullmatch(part.strip())
         if match is None or match[1] in found:
             raise ConfigError(
-                f"profile {text!r}: {part!r} is not one of batch=, seq= or past=, each once, with "
+                f"profile {text!r}: {part!r} is not one of batch=, seq=, past= or images=, each once, with "
                 "SMALLEST:LIKELIEST:LARGEST, as in batch=1:4:8,seq=1:128:512,past=0:512:4095"
             )
         found[match[1]] = Span(*(int(number) for number in match.groups()[1:]))
@@ -120,10 +129,19 @@ def parse_profile(text: str, base: Base) -> Profile:
 def check_profile(profile: Profile, base: Base) -> None:
     """Check a profile's sizes; raises ``ConfigError``."""
     limit = base.max_positions or _LARGEST
-    bounds = {"batch": (profile.batch, 1, 4096), "seq": (profile.seq, 1, limit), "past": (profile.past, 0, limit - 1)}
+    bounds = {
+        "batch": (profile.batch, 1, 4096),
+        "seq": (profile.seq, 1, limit),
+        "past": (profile.past, 0, limit - 1),
+        "images": (profile.images, 1, 4096),
+    }
     for name, (span, least, most) in bounds.items():
         if span is not None and not least <= span.smallest <= span.likeliest <= span.largest <= most:
             raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
+    if profile.images is not None and base.vision is None:
+        raise ConfigError(f"profile: images={profile.images}, but {base.name} takes no images: leave images= out")
+    if profile.images is not None and profile.images.smallest > 1:
+        raise ConfigError(f"profile: images={profile.images}, but an image may come alone: begin it at 1")
     if profile.past is None:
         return
     for name, span, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):

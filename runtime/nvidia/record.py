@@ -11,7 +11,24 @@ from adalink.runtime.nvidia.profile import Profile
 
 RECORD_FILE = "engine.json"
 PLAN_FILE = "engine.plan"
+VISION_FILE = "vision.plan"
 CACHES = ("in-place", "growing")
+
+
+class VisionRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the plan of a vision tower is, ``VISION_FILE`` beside the base's plan.
+
+    Attributes:
+        onnx_sha256: digest of the vision graph that it was built from, without its weights' file.
+        weights_sha256: digest of that graph's weights' file.
+        build_seconds: of the plan.
+        plan_bytes: its size.
+    """
+
+    onnx_sha256: str
+    weights_sha256: str
+    build_seconds: float
+    plan_bytes: int
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,6 +49,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tasks: file name of the plan of a task's own graph, by task.
         build_seconds: of the base's plan.
         plan_bytes: size of the base's plan.
+        vision: the plan of its vision tower; ``None`` for a base of text alone, and in records of older kits.
     """
 
     backend: str
@@ -48,6 +66,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tasks: dict[str, str] = {}
     build_seconds: float
     plan_bytes: int
+    vision: VisionRecord | None = None
 
 
 def read_record(folder: Path) -> EngineRecord:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from adalink.runtime.engine import Array
+from adalink.runtime.engine import Array, VisionGraph
 from adalink.runtime.errors import BackendError, ContractError, DeploymentError, IntegrityError
 from adalink.runtime.file_memory import map_file
 from adalink.runtime.manifest import Base
@@ -16,10 +16,12 @@ from adalink.runtime.nvidia.device import Queue
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.jit_cache import JitCache
 from adalink.runtime.nvidia.profile import Profile
-from adalink.runtime.nvidia.record import EngineRecord, read_record
+from adalink.runtime.nvidia.record import PLAN_FILE, VISION_FILE, EngineRecord, read_record
 from adalink.runtime.nvidia.tensorrt_api import Api, load_api
 from adalink.runtime.nvidia.tensorrt_executor import TensorRtExecutor
-from adalink.runtime.nvidia.workspace import ENGINE
+from adalink.runtime.nvidia.vision import DeviceVision
+from adalink.runtime.nvidia.workspace import ENGINE, VISION
+from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 
 
 class TensorRtBackend:
@@ -43,17 +45,30 @@ class TensorRtBackend:
             BackendError: the plan is of another version or for another GPU.
             BackendUnavailableError: there is no driver or no GPU.
         """
-        record = read_record(graph.parent)
-        check_record(record, self._api, graph.parent)
+        record = self._read(graph)
         if role != "base" or base.kind == "encoder-decoder":
             raise ContractError(f"{graph}: {base.name} is an encoder-decoder, for which no engine is built")
         check_validity(self._api, graph)
         device = CudaDevice(self.name)
-        return DeviceEngine(device, TensorRtPlans(self._api, device, graph, record), base, table)
+        return DeviceEngine(device, TensorRtPlans(self._api, device, graph.parent, record), base, table)
 
     def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
         """See ``adalink.runtime.engine.Backend``: an engine's own fronts do the arithmetic."""
         return DeviceKind(kind)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+        """See ``adalink.runtime.engine.Backend``; the graph itself, where there is no plan, runs on the CPU."""
+        if graph.suffix == ".onnx":
+            return OnnxVisionGraph(graph, base)
+        record = self._read(graph)
+        check_validity(self._api, graph)
+        device = CudaDevice(self.name)
+        return DeviceVision(device, TensorRtPlans(self._api, device, graph.parent, record), base)
+
+    def _read(self, plan: Path) -> EngineRecord:
+        record = read_record(plan.parent)
+        check_record(record, self._api, plan.parent)
+        return record
 
 
 class TensorRtPlans:
@@ -65,14 +80,15 @@ class TensorRtPlans:
         largest_slots: most sets of weights that the fronts take.
     """
 
-    def __init__(self, api: Api, device: CudaDevice, plan: Path, record: EngineRecord) -> None:
+    def __init__(self, api: Api, device: CudaDevice, folder: Path, record: EngineRecord) -> None:
         self.profile: Profile = record.profile
         self.largest_rank = record.front_rank
         self.largest_slots = record.front_slots
         self._api = api
         self._device = device
         self._runtime = api.make_runtime()
-        self._paths = {ENGINE: plan} | {name: plan.with_name(file) for name, file in record.fronts.items()}
+        self._folder = folder
+        self._files = {ENGINE: PLAN_FILE, VISION: VISION_FILE, **record.fronts}
         self._engines: dict[str, Any] = {}
         self._caches: dict[str, JitCache] = {}
         # A queue does one thing at a time, so the contexts of a plan on it share their scratch memory.
@@ -90,7 +106,7 @@ class TensorRtPlans:
                 self._scratch[key] = self._device.allocate(size)
         if size:
             self._api.set_scratch(context, self._scratch[key], size)
-        return TensorRtExecutor(self._api, engine, context, profile, queue, str(self._paths[name]))
+        return TensorRtExecutor(self._api, engine, context, profile, queue, str(self._folder / self._files[name]))
 
     def close(self) -> None:
         """See ``Plans``; what was compiled for this GPU is kept for the next time."""
@@ -104,11 +120,9 @@ class TensorRtPlans:
 
     def _engine(self, name: str) -> Any:
         if name not in self._engines:
-            path = self._paths.get(name)
-            if path is None:
-                raise BackendError(
-                    f"{self._paths[ENGINE].parent} has no front {name!r}: build the engine again with this kit"
-                )
+            if name not in self._files:
+                raise BackendError(f"{self._folder} has no front {name!r}: build the engine again with this kit")
+            path = self._folder / self._files[name]
             self._api.clear()
             engine = self._runtime.deserialize_cuda_engine(memoryview(read_plan(path)))
             if engine is None:

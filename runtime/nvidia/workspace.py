@@ -14,7 +14,7 @@ from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.profile import Profile
 from adalink.runtime.tensors import as_stored
 
-ENGINE = "engine"
+ENGINE, VISION = "engine", "vision"
 PREFILL, DECODE = 0, 1
 
 
@@ -34,7 +34,7 @@ class Plans(Protocol):
         """Most sets of weights that the fronts take."""
 
     def executor(self, name: str, profile: int, queue: Queue) -> Executor:
-        """A new executor of ``"engine"`` or of a front such as ``"gelu.ids"``; raises ``BackendError``."""
+        """A new executor of ``"engine"``, ``"vision"`` or a front such as ``"gelu.ids"``; raises ``BackendError``."""
 
     def close(self) -> None:
         """Give it all back."""

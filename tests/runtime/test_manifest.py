@@ -121,6 +121,11 @@ def _delete(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("base", "max_positions", value=-1), "$.base.max_positions"),
         (_set("base", "surprise", value=1), "$.base"),
         (_set("variants", value={}), "$.variants"),
+        (_set("variants", "portable", "vision_graph", value="base/x.plan"), "$.variants['portable'].files"),
+        (
+            _set("variants", "portable", "vision_graph", value="base/portable/model.onnx"),
+            "$.variants['portable'].vision_graph",
+        ),
         (_set("tasks", "r8", "rank", value=33), "$.tasks['r8'].rank"),
         (_set("tasks", "r8", "rank", value={"text": 33}), "$.tasks['r8'].rank"),
         (_set("tasks", "r8", "rank", value={"text": 4, "image": 4}), "$.tasks['r8'].rank"),

@@ -146,6 +146,15 @@ def test_a_soft_prompt_is_refused(kept: SeeingPatches, tmp_path: Path, opened: D
             add()
 
 
+def test_encode_wants_the_patches_of_one_grid(kept: SeeingPatches, opened: Deployment) -> None:
+    pixels = kept.inputs([IMAGE_TOKEN], [A])["pixel_values"].numpy()
+    received = opened.encode(pixels, (3, 5))
+    np.testing.assert_allclose(received, opened.embed([[IMAGE_TOKEN] * 15], images=[[A]])[0], atol=1e-5)
+    for grid in (None, (5, 5)):
+        with pytest.raises(RequestError, match=r"pixel_values has the shape \(60, 96\) and grid is .* all its patches"):
+            opened.encode(pixels, grid)
+
+
 def test_a_float16_base_takes_images(tmp_path: Path) -> None:
     """Compared with its own float32: positions are far from exact in 11 bits, so angles must be computed in 24."""
     half, whole = (

@@ -15,7 +15,7 @@ from tiny_tokenizer import make_tile_tokenizer
 from vision_support import tile_processor
 
 from adalink.export.base import export_base
-from adalink.runtime import Deployment, vision
+from adalink.runtime import Deployment, manifest
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 
@@ -108,7 +108,7 @@ def test_the_tower_takes_few_tiles_at_a_time(
 ) -> None:
     ids = tiled.inputs("<image><image>", [B, A])["input_ids"].numpy()
     expected = opened.embed(ids, images=[[B, A]])
-    monkeypatch.setattr(vision, "_PIXELS_AT_ONCE", 3 * TILE_EDGE**2)
+    monkeypatch.setattr(manifest, "_PIXELS_AT_ONCE", 3 * TILE_EDGE**2)
     calls: list[int] = []
     run = OnnxVisionGraph.run
     monkeypatch.setattr(OnnxVisionGraph, "run", lambda self, tiles: calls.append(len(tiles)) or run(self, tiles))

@@ -4,7 +4,9 @@ import json
 from collections import Counter
 
 import pytest
-from tiny_deployments import make_deployment, make_model_folder, seeded_adapter, write_adapter
+from runtime_support import random_adapter
+from soft_support import TASKS
+from tiny_deployments import make_model_folder, seeded_adapter, write_adapter
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 
@@ -22,11 +24,17 @@ def replies_of(folder, variant):
         return {p: deployment.generate([p], tasks="alpha", max_new_tokens=LENGTH)[0] for p in PROMPTS}
 
 
-@pytest.fixture(scope="module")
-def ending(tmp_path_factory):
-    """A tiny model whose end token is one that it likes to say, deployed in 4 bits as well."""
+@pytest.fixture(scope="module", params=["bottleneck", "soft prompt"])
+def ending(request, tmp_path_factory):
+    """A tiny model whose end token is one that it likes to say under a task, deployed in 4 bits as well."""
     root = tmp_path_factory.mktemp("ending")
-    _, folder = make_deployment(root / "free", "llama", {"alpha": {"seed": 1}})
+    adapter = seeded_adapter(make_model_folder(root / "free", "llama"), seed=1)
+    if request.param == "soft prompt":
+        config = adapter.config
+        adapter = random_adapter(config.base_fingerprint, config.hidden_size, 1, **TASKS["both"])
+    source, folder = write_adapter(root / "alpha", adapter), root / "free-deployment"
+    export_base(root / "free", folder)
+    export_adapter(source, folder)
     free = [reply.token_ids for reply in replies_of(folder, None).values()]
     end = Counter(token for tokens in free for token in tokens[1:]).most_common(1)[0][0]
     model = make_model_folder(root / "tiny", "llama")
@@ -39,7 +47,7 @@ def ending(tmp_path_factory):
     folder = root / "deployment"
     export_base(model, folder)
     export_base(model, folder, quantization="int4")
-    export_adapter(write_adapter(root / "alpha", seeded_adapter(model, seed=1)), folder)
+    export_adapter(source, folder)
     return model, folder
 
 

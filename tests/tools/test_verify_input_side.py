@@ -126,8 +126,8 @@ def test_a_quantised_base_passes(deployment, tmp_path):
     assert all(results.values()), {name for name, passed in results.items() if not passed}
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(RequestError, match="exact match of both cannot be measured"):
-        outcome(model, folder, variant="int4", task_rows={"both": rows})
+    with pytest.raises(RequestError, match="exact match of ids cannot be measured: it has a table of token ids"):
+        outcome(model, folder, variant="int4", task_rows={"ids": rows})
 
 
 def test_a_soft_prompt_of_another_scale(clean, monkeypatch):

@@ -41,19 +41,20 @@ def measure_accuracy(
         ``deployed``.
 
     Raises:
-        DataError: a row is longer than the model allows.
+        DataError: a row is longer than the model allows, behind the task's soft prompt.
     """
     from adalink.training.base_model import load_tokenizer
     from adalink.training.dataset import encode_rows
 
-    tokenizer = load_tokenizer(against)
-    examples = encode_rows(rows, tokenizer, deployment.manifest.base.max_positions or 1 << 20, f"rows of {task}")
-    with reference.adapted(folder), torch_threads(available_cores()):
+    tokenizer, manifest = load_tokenizer(against), deployment.manifest
+    longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].soft_tokens
+    examples = encode_rows(rows, tokenizer, longest, f"rows of {task}")
+    with torch_threads(available_cores()):
         progress(f"task {task}: {len(rows)} rows, the checkpoint's weights")
         with reference.original_weights():
-            exact = reference.exact_match(tokenizer, examples, _BATCH_ROWS)
+            exact = reference.exact_match(folder, tokenizer, examples, _BATCH_ROWS)
         progress(f"task {task}: {len(rows)} rows, the quantised weights")
-        dequantized = reference.exact_match(tokenizer, examples, _BATCH_ROWS)
+        dequantized = reference.exact_match(folder, tokenizer, examples, _BATCH_ROWS)
     progress(f"task {task}: {len(rows)} rows, as deployed")
     return {"float32": exact, "weights": dequantized, "deployed": deployed_accuracy(deployment, task, rows)}
 

@@ -61,7 +61,7 @@ def check_decoder_corners(
     return [
         check
         for (batch, length), found in verdicts.items()
-        for check in check_generation(f"profile/batch={batch},prompt={length}", found, STEPS)
+        for check in check_generation(f"profile/batch={batch},prompt={length}", found)
     ]
 
 

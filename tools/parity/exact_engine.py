@@ -7,8 +7,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, Engine
+from adalink.runtime.engine import Array, Backend, BankGraph, Engine, VisionGraph
 from adalink.runtime.manifest import Base
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 
 class ExactActivations:
@@ -46,6 +47,10 @@ class ExactActivations:
     def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_vision(graph, base)
 
 
 def _share(source: Path, target: Path) -> None:

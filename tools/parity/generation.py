@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -19,8 +20,11 @@ from adalink.runtime.engine import Array, Backend
 from adalink.tools.observed import ObservedBackend
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.outputs import worst_of
-from adalink.tools.parity.reference import Outputs, Reference
+from adalink.tools.parity.reference import Outputs, Pixels, Reference
 from adalink.tools.parity.report import Check, at_most
+
+if TYPE_CHECKING:
+    from adalink.tools.parity.vision import Looks
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,16 @@ class GeneratedRow:
     """What the deployment generated after one prompt.
 
     Attributes:
-        prompt: token ids of the prompt.
-        tokens: the tokens chosen.
+        prompt: token ids of the prompt, with placeholders for all that its images take up.
+        tokens: the tokens chosen; behind images, up to the first placeholder, which PyTorch would take for an image.
         logits: what each was chosen from, shape ``(steps, vocab)``.
+        pixels: the prompt's images as PyTorch takes them; ``None`` without images.
     """
 
     prompt: list[int]
     tokens: list[int]
     logits: Float64
+    pixels: Pixels | None = None
 
 
 class Generator:
@@ -50,34 +56,54 @@ class Generator:
         observed = ObservedBackend(backend, end=lambda logits: self._steps.append(logits.copy()))
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
         self._deployment = Deployment(deployment.path, manifest, observed, variant)
-        self._dtype = base.embedding_dtype
+        self._base = base
 
     def generate(
-        self, prompts: Sequence[str | list[int]], tasks: str | Sequence[str | None] | None, steps: int
+        self,
+        prompts: Sequence[str | list[int]],
+        tasks: str | Sequence[str | None] | None,
+        steps: int,
+        looks: Looks | None = None,
     ) -> list[GeneratedRow]:
-        """Continue all prompts greedily, in one batch or in as many as the engine's profile asks for."""
+        """Continue all prompts greedily, in one batch or in as many as the engine's profile asks for.
+
+        Args:
+            prompts: texts or token ids, with one placeholder for each image.
+            tasks: one for all, or one for each.
+            steps: tokens to generate.
+            looks: the images of the prompts, if they have some.
+        """
         profile = self._deployment.profile
         most = len(prompts) if profile is None else profile.batch.largest
         rows: list[GeneratedRow] = []
         for start in range(0, len(prompts), most):
             own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
-            rows += self._generate(prompts[start : start + most], own, steps)
+            seen = None if looks is None else looks.pick(range(start, min(start + most, len(prompts))))
+            rows += self._generate(prompts[start : start + most], own, steps, seen)
         return rows
 
     def _generate(
-        self, prompts: Sequence[str | list[int]], tasks: str | Sequence[str | None] | None, steps: int
+        self,
+        prompts: Sequence[str | list[int]],
+        tasks: str | Sequence[str | None] | None,
+        steps: int,
+        looks: Looks | None,
     ) -> list[GeneratedRow]:
         self._steps.clear()
-        found = self._deployment.generate(prompts, tasks=tasks, max_new_tokens=steps)
-        logits = to_float64(np.stack(self._steps, axis=1), self._dtype)
-        return [
-            GeneratedRow(
-                self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
-                list(row.token_ids),
-                logits[index],
-            )
-            for index, (prompt, row) in enumerate(zip(prompts, found, strict=True))
-        ]
+        images = None if looks is None else looks.pictures
+        found = self._deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=steps)
+        logits = to_float64(np.stack(self._steps, axis=1), self._base.embedding_dtype)
+        made = [list(row.token_ids) for row in found]
+        if looks is None:
+            encode = self._deployment.tokenizer.encode
+            ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+            return [GeneratedRow(*row) for row in zip(ids, made, logits, strict=True)]
+        assert self._base.vision is not None
+        placeholder, rows = self._base.vision.image_token_id, []
+        for prompt, pixels, tokens, own in zip(looks.rows, looks.pixels, made, logits, strict=True):
+            end = tokens.index(placeholder) + 1 if pixels is not None and placeholder in tokens else len(tokens)
+            rows.append(GeneratedRow(prompt, tokens[:end], own[:end], pixels))
+        return rows
 
     def text(self, token: int) -> str:
         """Text of one token."""
@@ -111,7 +137,8 @@ def expected_outputs(reference: Reference, row: GeneratedRow) -> Outputs:
     if base.kind == "encoder-decoder":
         assert base.decoder_start_token_id is not None
         return reference.outputs(row.prompt, [base.decoder_start_token_id, *row.tokens[:-1]])
-    return reference.outputs([*row.prompt, *row.tokens[:-1]], None, prompt_length=len(row.prompt))
+    tokens = [*row.prompt, *row.tokens[:-1]]
+    return reference.outputs(tokens, None, prompt_length=len(row.prompt), pixels=row.pixels)
 
 
 def judge(
@@ -141,11 +168,11 @@ def judge(
     return Verdict(np.abs(row.logits - expected).max(axis=1), limits, ties, wrong)
 
 
-def check_generation(label: str, verdicts: list[Verdict], steps: int) -> list[Check]:
+def check_generation(label: str, verdicts: list[Verdict]) -> list[Check]:
     """No decode step may deviate, and no token may be one that PyTorch would clearly not choose."""
     wrong = [f"row {index}, {verdict.wrong}" for index, verdict in enumerate(verdicts) if verdict.wrong]
     ties = sum(verdict.ties for verdict in verdicts)
-    rows = f"{len(verdicts)} rows of {steps} greedy steps"
+    rows = f"{len(verdicts)} rows with {sum(len(verdict.limits) for verdict in verdicts)} greedy steps"
     deviation, limit, row, step = worst_of(
         [verdict.deviations for verdict in verdicts], [verdict.limits for verdict in verdicts]
     )

@@ -1,7 +1,8 @@
-"""What of a task `adalink.training` does not attach, in PyTorch: soft prompts and tables of token ids.
+"""Soft prompts and tables of token ids in PyTorch, put where a model takes ``inputs_embeds``.
 
-They are put where a model takes ``inputs_embeds``. A bottleneck beside them is attached to the model as always: what
-its embedding gives is caught on its way, and goes back in behind the soft prompt.
+`adalink.training` attaches soft prompts too, by hooks; this is written apart from it, since levels 2 to 6 compare with
+it what such training ships. Tables of ids nothing else here attaches. A bottleneck beside them is attached to the model
+as always: what its embedding gives is caught on its way, and goes back in behind the soft prompt.
 """
 
 from __future__ import annotations

@@ -48,15 +48,28 @@ def choose_prompts(quick: bool) -> tuple[str, ...]:
     return tuple(PROMPTS[index] for index in _QUICK) if quick else PROMPTS
 
 
-def soft_positions(deployment: Deployment) -> int:
-    """Positions that must be left for the longest soft prompt of a deployment's tasks."""
-    return max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
+def fitting_prompts(quick: bool, encode: Callable[[str], list[int]], longest: int) -> list[str]:
+    """The prompts of a run, cut to at most ``longest`` tokens.
+
+    A small vocabulary may lack a whole script, and one letter may be many tokens: what has no token, or not room enough
+    for its first letter, is left out.
+    """
+    fitting = (fit(text, encode, longest) for text in choose_prompts(quick))
+    return [text for text in fitting if text and encode(text)]
+
+
+def row_positions(deployment: Deployment) -> int:
+    """Positions that a row may have, prompt and generated tokens, behind the longest soft prompt of any task."""
+    base, profile = deployment.manifest.base, deployment.profile
+    limits = [base.max_positions, None if profile is None else profile.capacity]
+    soft = max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
+    return min(filter(None, limits), default=1 << 20) - soft
 
 
 def fit(text: str, encode: Callable[[str], list[int]], longest: int) -> str:
-    """Cut ``text`` until it has at most ``longest`` tokens, for models with short contexts."""
-    while len(encode(text)) > longest:
-        text = text[: max(1, min(len(text) - 1, len(text) * longest // len(encode(text))))]
+    """Cut ``text`` until it has at most ``longest`` tokens, for models with short contexts; empty if no letter fits."""
+    while text and len(encode(text)) > longest:
+        text = text[: min(len(text) - 1, max(1, len(text) * longest // len(encode(text))))]
     return text
 
 

@@ -63,7 +63,7 @@ def check_activations(
                 generator = Generator(deployment, *engine)
                 typical = comparison.typical["logits"]
                 verdicts = [judge(reference, generator, row, typical) for row in generator.generate(texts, task, steps)]
-                checks += check_generation(label, verdicts, steps)
+                checks += check_generation(label, verdicts)
                 generator.close()
     return checks
 

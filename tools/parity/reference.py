@@ -154,11 +154,18 @@ class Reference:
         """Outputs of one row by name, in float32, without their noise."""
         return self._run(self._model, 0, ids, decoder_ids, None, None)
 
-    def exact_match(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int) -> float:
-        """Share of examples answered right in float32 (``adalink.training.exact_match``)."""
-        from adalink.training.exact_match import exact_match
+    def exact_match(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int
+    ) -> float:
+        """Share of examples answered right in float32 (``adalink.training.exact_match``).
 
-        return exact_match(self._model, tokenizer, examples, batch_rows)
+        The adapter in ``folder`` is attached as it was trained, with its soft prompt; ``adapted`` has none attached.
+        """
+        from adalink.training.exact_match import exact_match
+        from adalink.training.storage import load_adapter
+
+        with load_adapter(folder, self._model):
+            return exact_match(self._model, tokenizer, examples, batch_rows)
 
     def embedding_table(self) -> Float64:
         """What the embedding module returns for every id, shape ``(vocab, d)``."""

@@ -27,21 +27,21 @@ from adalink.tools.parity.adapter import (
     through_graph,
     to_float64,
 )
+from adalink.tools.parity.batches import STEPS, Batch
 from adalink.tools.parity.corners import check_decoder_corners, check_encoder_corners
 from adalink.tools.parity.exact_engine import ExactActivations
-from adalink.tools.parity.generation import GeneratedRow, Generator, Verdict, check_generation, judge
+from adalink.tools.parity.generation import Generator
 from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.prompts import choose_prompts, fit, seeded_rows, soft_positions
+from adalink.tools.parity.prompts import fitting_prompts, row_positions, seeded_rows
 from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.vision import Looks, check_vision, make_looks, own_images
+from adalink.tools.parity.vision import Looks, check_tower_corners, check_vision, make_looks, own_images
 
 if TYPE_CHECKING:
     from adalink.training.dataset import Row
 
-STEPS = 32
 # Generation is measured from the shortest prompts: each step costs as much after a long one.
 _GENERATIONS = 4
 
@@ -102,16 +102,16 @@ def verify(
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         prompts, rows = _rows(report, deployment, against, quick)
-        looks = _looks(report, deployment, reference, against, rows, progress)
+        seeing = _looks(report, deployment, reference, against, rows, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
-            _check_outputs(report, deployment, reference, folders, prompts, rows, looks, (opened, form), progress)
+            _check_outputs(report, deployment, reference, folders, prompts, rows, seeing, (opened, form), progress)
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
             with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
-                _check_outputs(report, unrounded, reference, folders, prompts, rows, looks, (exact, form), progress)
+                _check_outputs(report, unrounded, reference, folders, prompts, rows, seeing, (exact, form), progress)
             progress("the engine as deployed, with rounded activations")
             texts = _generation_texts(prompts, deployment)
             report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
@@ -150,10 +150,12 @@ def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]
         raise RequestError("exact match needs a base that generates, with its tokenizer: leave --rows out")
     _require_tasks(deployment, files)
     for name in files:
-        if (task := deployment.manifest.tasks[name]).soft_tokens or task.input == "ids":
+        task = deployment.manifest.tasks[name]
+        if task.input == "ids" or (task.soft_tokens and deployment.manifest.base.kind == "encoder-decoder"):
+            has = "a table of token ids" if task.input == "ids" else "a soft prompt before an encoder-decoder"
             raise RequestError(
-                f"exact match of {name} cannot be measured: it has a soft prompt or a table of token ids, which the "
-                "reference does not generate with; leave its --rows out"
+                f"exact match of {name} cannot be measured: it has {has}, which adalink.training does not attach; "
+                "leave its --rows out"
             )
     return {name: read_rows(path) for name, path in files.items()}
 
@@ -201,22 +203,21 @@ def _rows(
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
-    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
-    longest = min(filter(None, limits), default=1 << 20) - (0 if base.kind == "encoder" else STEPS)
-    longest -= soft_positions(deployment)
-    if longest < 1:
+    steps = 0 if base.kind == "encoder" else STEPS
+    longest = row_positions(deployment) - steps
+    encode = None if base.tokenizer is None else deployment.tokenizer.encode
+    prompts = [] if encode is None else fitting_prompts(quick, encode, longest)
+    if longest < 1 or (encode is not None and not prompts):
         raise RequestError(
-            f"a soft prompt of {soft_positions(deployment)} positions leaves no room for a prompt of {base.name} and "
-            f"{STEPS} tokens after it: such a task cannot be verified; train a shorter one"
+            f"{base.name} takes {longest + steps} positions here behind the longest soft prompt of its tasks, which "
+            f"leaves none for a prompt before {steps} generated tokens: verify a base or an engine that takes more, or "
+            "train a shorter soft prompt"
         )
-    if base.tokenizer is None:
+    if encode is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
     from adalink.training.base_model import load_tokenizer
 
-    encode = deployment.tokenizer.encode
-    # A small vocabulary may lack a whole script: what has no token at all is left out.
-    prompts = [fit(text, encode, longest) for text in choose_prompts(quick) if encode(text)]
     own = load_tokenizer(against)
     rows = [list(own(text)["input_ids"]) for text in prompts]
     differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
@@ -232,20 +233,26 @@ def _looks(
     against: str,
     rows: list[list[int]],
     progress: Progress,
-) -> Looks | None:
-    """Level 7 as far as no task is in it, and prompts with images for the rest; ``None`` for a base of text alone."""
+) -> tuple[Looks | None, Looks | None]:
+    """Level 7 as far as no task is in it, and prompts with images for the rest: to run, and to generate from.
+
+    ``None`` for a base of text alone, and where images leave no room.
+    """
     base = deployment.manifest.base
     if base.vision is None:
-        return None
+        return None, None
     progress("pixel values and the vision tower")
     own = own_images(against, base.vision)
-    report.checks += check_vision(deployment, reference, own)
-    limits = [base.max_positions, None if deployment.profile is None else deployment.profile.capacity]
-    longest = min(filter(None, limits), default=1 << 20) - soft_positions(deployment)
+    report.checks += check_vision(deployment, reference, own) + check_tower_corners(deployment, reference, own)
+    longest = row_positions(deployment)
     looks = make_looks(deployment, rows, longest, own)
+    asked = make_looks(deployment, rows, longest - STEPS, own)
     if looks is None:
         report.skipped.append("prompts with images: one alone takes up more positions than the model has")
-    return looks
+    elif asked is None:
+        report.skipped.append(f"generation with images: one and {STEPS} tokens after it are more than the model takes")
+    text = [token for token in rows[0] if token != base.vision.image_token_id]
+    return looks, None if asked is None else asked.with_text(text or [base.pad_token_id])
 
 
 def _generation_texts(prompts: list[str] | None, deployment: Deployment) -> list[str] | None:
@@ -261,20 +268,21 @@ def _check_outputs(
     folders: Mapping[str, Path],
     prompts: list[str] | None,
     rows: list[list[int]],
-    looks: Looks | None,
+    seeing: tuple[Looks | None, Looks | None],
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2, 3 and 7, the mixed batch of level 4, and level 5."""
+    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``seeing`` is what ``_looks`` gave."""
+    looks, asked = seeing
     texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}
     seen: dict[str | None, Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
-    mixed = mixed_tasks(deployment)
-    mixed_rows: list[GeneratedRow] = []
+    batches: list[Batch] = []
     if generator is not None and texts is not None:
-        mixed_rows = generator.generate([texts[index % len(texts)] for index in range(len(mixed))], mixed, STEPS)
-    mixed_verdicts: list[Verdict] = []
+        batches.append(Batch(generator, texts, mixed_tasks(deployment)))
+        if asked is not None:
+            batches.append(Batch(generator, asked.prompts, mixed_tasks(deployment), asked))
     for task in (None, *deployment.tasks):
         label = "base" if task is None else f"task/{task}"
         progress(f"{label}: outputs on {len(rows)} prompts")
@@ -285,14 +293,10 @@ def _check_outputs(
                 progress(f"{label}: outputs on {len(looks.rows)} prompts with images")
                 seen[task] = compare_outputs(f"{label}/images", deployment, reference, task, looks.rows, looks)
                 report.checks += seen[task].checks
-            if generator is not None and texts is not None:
-                progress(f"{label}: {STEPS} greedy steps for {len(texts)} prompts")
-                typical = comparison.typical["logits"]
-                generated = generator.generate(texts, task, STEPS)
-                verdicts = [judge(reference, generator, row, typical) for row in generated]
-                report.checks += check_generation(label, verdicts, STEPS)
-                own = [row for row, name in zip(mixed_rows, mixed, strict=True) if name == task]
-                mixed_verdicts += [judge(reference, generator, row, typical) for row in own]
+            for batch in batches:
+                progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
+                typical = (seen[task] if batch.has_images else comparison).typical["logits"]
+                report.checks += batch.check(label, task, reference, typical)
     for task in deployment.tasks:
         modalities = deployment.manifest.tasks[task].modalities
         if deployment.manifest.base.vision is None or "text" in modalities:
@@ -301,8 +305,8 @@ def _check_outputs(
             report.checks += check_control(f"{task}/images", seen[None], seen[task])
     progress("one batch of mixed tasks against single rows")
     report.checks += check_mixed_outputs(deployment, rows, compared)
-    if generator is not None:
-        report.checks += check_generation("mixed", mixed_verdicts, STEPS)
+    for batch in batches:
+        report.checks += batch.check_mixed()
     if (profile := deployment.profile) is not None:
         progress(f"every task at the corners of the engine's profile ({profile})")
         if generator is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,8 @@ from adalink.export.bounds import UNIT_ROUNDOFF
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
-from adalink.runtime.integrity import locate, read_verified
+from adalink.runtime.integrity import read_verified
 from adalink.runtime.manifest import Vision
-from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
-from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import read_preprocessor
 from adalink.tools.parity.outputs import TYPICAL_PERCENTILE, worst_of
@@ -41,14 +39,26 @@ class Looks:
     """Prompts with images, and both sides' ways to see them.
 
     Attributes:
-        rows: token ids, placeholders for all that the images take up.
+        prompts: token ids, one placeholder for each image.
+        rows: the same, with placeholders for all that the images take up.
         pictures: those of each row, uint8 with shape ``(height, width, 3)``.
-        pixels: likewise as the model's own processor prepares them.
+        pixels: likewise as the model's own processor prepares them; ``None`` for a row without images.
     """
 
+    prompts: list[list[int]]
     rows: list[list[int]]
     pictures: list[list[Array]]
-    pixels: list[Pixels]
+    pixels: list[Pixels | None]
+
+    def pick(self, indices: Iterable[int]) -> Looks:
+        """Some of the rows."""
+        rows = list(zip(self.prompts, self.rows, self.pictures, self.pixels, strict=True))
+        prompts, ids, pictures, pixels = zip(*(rows[index] for index in indices), strict=True)
+        return Looks(list(prompts), list(ids), list(pictures), list(pixels))
+
+    def with_text(self, ids: list[int]) -> Looks:
+        """These rows, and one without images."""
+        return Looks([*self.prompts, ids], [*self.rows, ids], [*self.pictures, []], [*self.pixels, None])
 
 
 class OwnImages:
@@ -105,7 +115,7 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
     """
     vision = deployment.manifest.base.vision
     assert vision is not None
-    found = Looks([], [], [])
+    found = Looks([], [], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
         chosen = pictures[2 * index : 2 * index + 1 + index]
@@ -118,6 +128,7 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
         if room < 2:
             break
         words = words[:room]
+        found.prompts.append([words[0], *[vision.image_token_id, *between] * len(chosen), *words[1:]])
         found.rows.append([words[0], *written, *words[1:]])
         found.pictures.append(chosen)
         found.pixels.append(images.pixels(chosen))
@@ -161,16 +172,14 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
         ]
         said = f"of {len(pictures)} pictures of odd sizes, of rows and columns {grids}; differing: {wrong}"
         checks.append(at_most(f"vision/{part}-tokens", len(wrong), 0, said))
-    graph = locate(deployment.path, vision.graph)
     if vision.patches is None:
         few: Pixels = {"pixel_values": prepared["pixel_values"][..., :_TILES, :, :, :]}
-        received = _through_tower(OnnxVisionGraph(graph, vision, base.hidden_size, None), few["pixel_values"])
+        received = _through_tower(deployment, few["pixel_values"])
     else:
         few = images.pixels(pictures[:_PATCHED])
         counts = few["image_grid_thw"].prod(axis=1)
-        tower = OnnxPatchGraph(graph, vision, base.hidden_size, None)
         own = np.split(few["pixel_values"], np.cumsum(counts)[:-1])
-        received = [tower.run(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
+        received = [deployment.encode(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
     expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(np.concatenate(noise), TYPICAL_PERCENTILE))
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
@@ -182,10 +191,31 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     return [*checks, at_most("vision/image-embeds", deviation, limit, nearest)]
 
 
-def _through_tower(graph: OnnxVisionGraph, pixels: Array) -> list[Array]:
+def _through_tower(deployment: Deployment, pixels: Array) -> list[Array]:
     """Embeddings ``(positions, d)`` of each image, or of each row of tiles."""
-    embeds = graph.run(pixels.reshape(-1, *pixels.shape[-3:]))
+    embeds = deployment.encode(pixels.reshape(-1, *pixels.shape[-3:]))
     return list(embeds.reshape(len(pixels), -1, embeds.shape[-1]))
+
+
+def check_tower_corners(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
+    """Level 6 of a compiled vision tower: as few images a call as its profile allows, and as many; none for others."""
+    span = None if deployment.profile is None else deployment.profile.images
+    if span is None:
+        return []
+    pixels = images.pixels([_picture(seed, *size) for seed, size in enumerate(_SIZES[:2])])["pixel_values"]
+    pixels = pixels[..., :2, :, :, :]
+    expected, noise = (np.stack(found) for found in reference.image_embeds({"pixel_values": pixels}))
+    flat = pixels.reshape(-1, *pixels.shape[-3:])
+    rows, typical = (len(flat), -1), float(np.percentile(noise, TYPICAL_PERCENTILE))
+    right, limits = expected.reshape(*rows, expected.shape[-1]), limit_of(noise, typical, "float32").reshape(rows)
+    checks = []
+    for count in sorted({span.smallest, span.largest}):
+        order = np.arange(count) % len(flat)
+        deviations = np.abs(deployment.encode(flat[order]) - right[order]).max(axis=2)
+        deviation, limit, image, position = worst_of(list(deviations), list(limits[order]))
+        nearest = f"|Δ| nearest its limit, of {count} images or tiles in one call: number {image}, position {position}"
+        checks.append(at_most(f"profile/images={count}/image-embeds", deviation, limit, nearest))
+    return checks
 
 
 def own_images(against: str, vision: Vision) -> OwnImages:

@@ -1,0 +1,141 @@
+"""What an adapter of each modality buys: two tasks on one frozen base that sees, measured as deployed.
+
+    python examples/vision/study.py --work build/vision            # the adapters that lie beside this file
+    python examples/vision/study.py --work build/vision --train    # adapters of its own
+
+Each task gets an adapter on the text, one on the image, and one on both, all with as many parameters. All go into one
+deployment; every test row is answered by the plain base and by each adapter through ``Deployment.generate``, and a
+reply counts when it is the answer and nothing else. Writes ``WORK/results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from adalink.export.adapter import export_adapters
+from adalink.export.base import export_base
+from adalink.runtime import Deployment
+from adalink.runtime.adapter import read_adapter
+from adalink.training.config import AdaLinkConfig
+from adalink.training.dataset import Row, read_rows
+from adalink.training.settings import TrainSettings
+from adalink.training.train import train
+
+HERE = Path(__file__).parent
+TASKS = ("even", "above-five")
+# Half the rank each where both are adapted: the same number of parameters.
+VARIANTS: dict[str, tuple[tuple[str, ...], int]] = {
+    "text": (("text",), 64),
+    "image": (("image",), 64),
+    "both": (("text", "image"), 32),
+}
+SETTINGS = TrainSettings(max_steps=200, batch_size=8)
+BATCH_ROWS = 50
+
+
+def train_all(base: Path, data: Path, adapters: Path) -> None:
+    """Train every adapter that is not there; an interrupted run goes on."""
+    for task in TASKS:
+        for variant, (modalities, rank) in VARIANTS.items():
+            out = adapters / f"{task}-{variant}"
+            if out.exists():
+                continue
+            config = AdaLinkConfig(rank=rank, modalities=modalities)
+            resume = (adapters / f"{out.name}.checkpoints").exists()
+            rows, held_out = data / task / "train.jsonl", data / task / "eval.jsonl"
+            train(base, rows, held_out, out, config, SETTINGS, resume=resume, say=print)
+
+
+def share_right(deployment: Deployment, rows: list[Row], data: Path, task: str | None) -> float:
+    """Share of rows that are answered by the wanted text and nothing else."""
+    right = 0
+    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=task or "plain base", unit="batch"):
+        batch = rows[start : start + BATCH_ROWS]
+        images = [[data / name for name in row.images] for row in batch]
+        replies = deployment.generate([row.prompt for row in batch], images=images, tasks=task, max_new_tokens=4)
+        right += sum(reply.text.strip() == row.completion.strip() for reply, row in zip(replies, batch, strict=True))
+    return right / len(rows)
+
+
+def share_likelier(deployment: Deployment, rows: list[Row], data: Path) -> float:
+    """Share of rows for which the plain base finds the right answer likelier than the other ones."""
+    vision = deployment.manifest.base.vision
+    answers = sorted({row.completion for row in rows})
+    first_tokens = [deployment.tokenizer.encode(answer)[0] for answer in answers]
+    prompt = deployment.tokenizer.encode(rows[0].prompt)  # that of every row
+    ids = [t for own in prompt for t in [own] * (vision.tokens_per_image if own == vision.image_token_id else 1)]
+    right = 0
+    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc="plain base, likelier answer", unit="batch"):
+        batch = rows[start : start + BATCH_ROWS]
+        images = [[data / name for name in row.images] for row in batch]
+        logits = deployment.run(input_ids=[ids] * len(batch), images=images)["logits"][:, -1]
+        found = logits[:, first_tokens].argmax(axis=1)
+        right += sum(answers[place] == row.completion for place, row in zip(found, batch, strict=True))
+    return right / len(rows)
+
+
+def commonest(rows: list[Row]) -> float:
+    """What the same answer to every row would reach."""
+    answers = [row.completion for row in rows]
+    return max(answers.count(answer) for answer in set(answers)) / len(answers)
+
+
+def measure(deployment_folder: Path, data: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """Accuracy of the plain base and of every adapter on all test rows."""
+    results: dict[str, Any] = {"tasks": {}}
+    with Deployment.open(deployment_folder) as deployment:
+        rows = read_rows(data / "name" / "test.jsonl")
+        results["test rows"] = len(rows)
+        results["base names the digit"] = share_right(deployment, rows, data / "name", None)
+        for task in TASKS:
+            rows = read_rows(data / task / "test.jsonl")
+            results["tasks"][task] = {
+                "always the commonest answer": commonest(rows),
+                "base": share_right(deployment, rows, data / task, None),
+                "base, the likelier of the two answers": share_likelier(deployment, rows, data / task),
+                **{name: share_right(deployment, rows, data / task, f"{task}-{name}") for name in VARIANTS},
+            }
+        results["images encoded"] = deployment.images_encoded
+    reports = {name: json.loads((folder / "training.json").read_text()) for name, folder in folders.items()}
+    results["adapters"] = {
+        name: {
+            "parameters": read_adapter(folder).size_bytes // 4,
+            "digest": reports[name]["adapter_digest"],
+            "training seconds": reports[name]["wall_seconds"],
+        }
+        for name, folder in folders.items()
+    }
+    results["versions"] = {name: version(name) for name in ("onnxruntime", "torch", "transformers")}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/vision"), help="with data/ and base/; the rest goes here"
+    )
+    parser.add_argument("--train", action="store_true", help="train the adapters anew, into WORK/adapters (20 minutes)")
+    arguments = parser.parse_args()
+    work = arguments.work
+    adapters = work / "adapters" if arguments.train else HERE / "adapters"
+    if arguments.train:
+        train_all(work / "base", work / "data", adapters)
+    deployment = work / "deployment"
+    shutil.rmtree(deployment, ignore_errors=True)  # it may be of another projector
+    export_base(work / "base", deployment, progress=print)
+    folders = {name: adapters / name for name in (f"{task}-{own}" for task in TASKS for own in VARIANTS)}
+    export_adapters(folders, deployment, replace=True)
+    results = measure(deployment, work / "data", folders)
+    (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Level 3, generation: prompts that are continued under each task, and once with another task in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adalink.tools.parity.generation import Generator, Verdict, check_generation, judge
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.report import Check
+from adalink.tools.parity.vision import Looks
+
+STEPS = 32
+
+
+class Batch:
+    """Prompts that are continued together, with images or without.
+
+    A row of the mixed batch is judged with its task's adapter attached to PyTorch, so with the task's own rows.
+
+    Attributes:
+        has_images: whether there are images in it.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[str | list[int]],
+        tasks: Sequence[str | None],
+        looks: Looks | None = None,
+    ) -> None:
+        """Generate the mixed batch.
+
+        Args:
+            generator: the deployment.
+            prompts: texts or token ids.
+            tasks: those of the mixed batch's rows, which begin with each prompt in turn.
+            looks: the images of the prompts, if they have some.
+        """
+        self.has_images = looks is not None
+        self._generator, self._prompts, self._looks = generator, prompts, looks
+        chosen = [index % len(prompts) for index in range(len(tasks))]
+        rows = generator.generate(
+            [prompts[index] for index in chosen], tasks, STEPS, None if looks is None else looks.pick(chosen)
+        )
+        self._mixed = list(zip(tasks, rows, strict=True))
+        self._verdicts: list[Verdict] = []
+
+    def check(self, label: str, task: str | None, reference: Reference, typical: float) -> list[Check]:
+        """Every prompt under one task.
+
+        Args:
+            label: of the checks, such as ``task/topics``.
+            task: the task.
+            reference: PyTorch with its adapter attached.
+            typical: float32's typical noise under this task.
+        """
+        rows = self._generator.generate(self._prompts, task, STEPS, self._looks)
+        own = [row for name, row in self._mixed if name == task]
+        self._verdicts += [judge(reference, self._generator, row, typical) for row in own]
+        verdicts = [judge(reference, self._generator, row, typical) for row in rows]
+        return check_generation(self._named(label), verdicts)
+
+    def check_mixed(self) -> list[Check]:
+        """The mixed batch, once every task has been checked."""
+        return check_generation(self._named("mixed"), self._verdicts)
+
+    def _named(self, label: str) -> str:
+        return f"{label}/images" if self.has_images else label
