@@ -26,6 +26,8 @@ class Architecture:
         scales_embeddings: whether the embedding module multiplies a row of its matrix by the root of the width.
         bidirectional_prompt: whether every position of a prompt sees all of it, and only what follows is causal; a
             model's own, not its type's.
+        position_axes: numbers that say where a position is; 3 where they follow the grid of a picture
+            (``adalink.runtime.grid_positions``).
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Architecture:
     reserved_positions: int = 0
     scales_embeddings: bool = False
     bidirectional_prompt: bool = False
+    position_axes: int = 1
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -48,6 +51,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture("decoder", masks_by_layer_type=True),
     "qwen3": Architecture("decoder", masks_by_layer_type=True),
     "gemma": Architecture("decoder", scales_embeddings=True),
+    "qwen2_vl_text": Architecture("decoder", masks_by_layer_type=True, position_axes=3),
+    "qwen2_5_vl_text": Architecture("decoder", masks_by_layer_type=True, position_axes=3),
     "gemma3_text": Architecture("decoder", masks_by_layer_type=True, scales_embeddings=True),
     "t5": Architecture("encoder-decoder"),
 }

@@ -25,6 +25,8 @@ TARGETS = {
     "onnxruntime-cpu": ("onnxruntime-cpu",),
     "onnxruntime-cuda": ("onnxruntime-cuda",),
 }
+# Backends that take position ids of several axes.
+ONE_BACKEND = ("onnxruntime-cpu",)
 QUANTIZED_TARGETS = ("onnxruntime-cpu",)
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
@@ -95,6 +97,11 @@ def export_base(
         raise ConfigError(
             f"quantization {quantization!r} is for bases whose attention is causal: what it costs is measured as the "
             f"perplexity of a text, and every position of a prompt of {name} sees the tokens behind it; leave it out"
+        )
+    if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
+        raise ConfigError(
+            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of a picture "
+            f"are not supported: choose the target {' or '.join(ONE_BACKEND)}"
         )
     _check_unhooked(whole)
     vision = preprocessor = None
@@ -253,7 +260,7 @@ def _write_variant(
     return Variant(
         target=target,
         quantization=scheme,
-        backends=TARGETS[target],
+        backends=TARGETS[target] if architecture.position_axes == 1 else ONE_BACKEND,
         graph=files["model"],
         decoder_graph=files.get("decoder"),
         files=tuple(path for name in files.values() for path in (name, f"{name}.data")),

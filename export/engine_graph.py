@@ -65,6 +65,11 @@ def check_buildable(base: Base) -> None:
             f"base {base.name!r} is an encoder-decoder: engines are built for decoders and encoders only; run it with "
             "--backend onnxruntime-cpu"
         )
+    if base.vision is not None and base.vision.patches is not None:
+        raise ConfigError(
+            f"positions of base {base.name!r} follow the grid of a picture, which engines do not take: run it with "
+            "--backend onnxruntime-cpu"
+        )
 
 
 class _Edit:

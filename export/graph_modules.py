@@ -44,7 +44,7 @@ class DecoderGraph(torch.nn.Module):
         Args:
             inputs_embeds: shape ``(batch, sequence, d)``.
             attention_mask: shape ``(batch, past + sequence)``.
-            position_ids: shape ``(batch, sequence)``.
+            position_ids: shape ``(batch, sequence)``, or ``(batch, sequence, axes)``.
             past: key and value of each layer in turn, shape ``(batch, kv_heads, past, head_dim)``.
         """
         masks = {name: self.mask_of(inputs_embeds, attention_mask, window) for name, window in self.masks.items()}
@@ -52,7 +52,7 @@ class DecoderGraph(torch.nn.Module):
         output = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=masks.get(BARE_MASK, masks),
-            position_ids=position_ids,
+            position_ids=axes_first(position_ids),
             past_key_values=cache,
             use_cache=True,
         )
@@ -162,6 +162,11 @@ def _places(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[
 def _causal(keys: torch.Tensor, queries: torch.Tensor, window: int | None) -> torch.Tensor:
     seen = keys <= queries
     return seen if window is None else seen & (queries - keys < window)
+
+
+def axes_first(position_ids: torch.Tensor) -> torch.Tensor:
+    """Position ids as models take them: ``(batch, sequence, axes)`` becomes ``(axes, batch, sequence)``."""
+    return position_ids if position_ids.dim() == 2 else position_ids.permute(2, 0, 1)
 
 
 def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from adalink.export.architectures import BARE_MASK, Architecture
 from adalink.export.attention import NAME
+from adalink.export.graph_modules import axes_first
 from adalink.export.onnx_graph import DOMAIN, OPERATOR
 from adalink.export.shared_inputs import MergedLinear, find_groups, merged
 from adalink.runtime.errors import ModelError
@@ -34,7 +35,7 @@ def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
         return f"its prompt attends in both directions, and {OPERATOR} only causally"
     rotary = getattr(model.base_model, "rotary_emb", None)
     head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
-    if rotary is None:
+    if rotary is None or architecture.position_axes > 1:
         return None if head_dim % 8 == 0 else f"its heads are {head_dim} wide, no multiple of 8"
     if head_dim % _HEAD_MULTIPLE:
         return f"its heads are {head_dim} wide, no multiple of {_HEAD_MULTIPLE}"
@@ -47,21 +48,24 @@ def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
 class GroupedDecoderGraph(torch.nn.Module):
     """A causal language model as ``(inputs_embeds, sequence_lengths, logits_at, *past) -> (logits, *present)``.
 
-    Models that learn their positions take ``position_ids`` before the cache.
+    Models whose positions the operator cannot know, learned ones and those of several axes, take ``position_ids``
+    before the cache; rotary embeddings of several axes are computed around the operator, by the model's own code.
     """
 
-    def __init__(self, model: Any, masks: dict[str, int | None], max_positions: int | None) -> None:
+    def __init__(
+        self, model: Any, masks: dict[str, int | None], max_positions: int | None, position_axes: int = 1
+    ) -> None:
         """``masks``: window sizes by the names the model asks by (``adalink.export.architectures.mask_windows``)."""
         super().__init__()
         self.model = model
         self.masks = masks
-        self.has_rotary = hasattr(model.base_model, "rotary_emb")
+        self.rotates = hasattr(model.base_model, "rotary_emb") and position_axes == 1
         self._call: _Call | None = None
         example = torch.randn(1, 2, model.get_input_embeddings().weight.shape[1]).to(model.dtype)
         groups = find_groups(model, lambda: model(inputs_embeds=example, use_cache=False))
         self.products = [MergedLinear(group) for group in groups]
         self._registered = torch.nn.ModuleList(self.products)
-        if self.has_rotary:
+        if self.rotates:
             assert max_positions is not None
             for kind, (cos, sin) in _rotary_tables(model, max_positions).items():
                 half = cos.shape[-1] // 2
@@ -82,17 +86,18 @@ class GroupedDecoderGraph(torch.nn.Module):
             inputs_embeds: shape ``(batch, sequence, d)``; rows are padded on the right.
             sequence_lengths: int32, tokens of each row, those in the cache and these, shape ``(batch,)``.
             logits_at: places in the flattened ``(batch * sequence)``, shape ``(places,)``.
-            rest: without a rotary embedding ``position_ids``, shape ``(batch, sequence)``; then key and value of each
-                layer in turn, shape ``(batch, kv_heads, capacity, head_dim)``.
+            rest: unless the operator rotates, ``position_ids``, shape ``(batch, sequence)`` or
+                ``(batch, sequence, axes)``; then key and value of each layer in turn, shape
+                ``(batch, kv_heads, capacity, head_dim)``.
         """
-        past = rest if self.has_rotary else rest[1:]
-        positions = torch.zeros(1, 1, dtype=torch.int64) if self.has_rotary else rest[0]
+        past = rest if self.rotates else rest[1:]
+        positions = torch.zeros(1, 1, dtype=torch.int64) if self.rotates else axes_first(rest[0])
         unseen = torch.zeros(1, 1, 1, 1)
         self._call = _Call(sequence_lengths - 1, sequence_lengths.max(), past)
         head = self.model.get_output_embeddings()
         gather = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[logits_at],))
         try:
-            with _grouped(self.model, self._attend), merged(self.products):
+            with _grouped(self.model, self._attend, self.rotates), merged(self.products):
                 output = self.model(
                     inputs_embeds=inputs_embeds,
                     attention_mask=unseen if BARE_MASK in self.masks else dict.fromkeys(self.masks, unseen),
@@ -136,7 +141,7 @@ class GroupedDecoderGraph(torch.nn.Module):
         call, layer = self._call, module.layer_idx
         kind = next(iter(self.masks)) if len(self.masks) == 1 else module.config.layer_types[layer]
         tables = []
-        if self.has_rotary:
+        if self.rotates:
             name = _table_name(self.model, kind)
             tables = [getattr(self, f"cos_{name}"), getattr(self, f"sin_{name}")]
         settings = {
@@ -144,7 +149,7 @@ class GroupedDecoderGraph(torch.nn.Module):
             "kv_num_heads": int(key.shape[1]),
             "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
             "local_window_size": self.masks[kind] or -1,
-            "do_rotary": int(self.has_rotary),
+            "do_rotary": int(self.rotates),
         }
         parts = [_merge_heads(tensor) for tensor in (query, key, value)]
         projected = self._packed(module, parts) or parts
@@ -228,11 +233,11 @@ def _merge_heads(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _grouped(model: Any, attend: Any) -> Iterator[None]:
-    """Let ``model`` call ``attend``, and leave queries and keys unrotated, until the block ends."""
+def _grouped(model: Any, attend: Any, rotates: bool) -> Iterator[None]:
+    """Let ``model`` call ``attend``, which ``rotates`` queries and keys or gets them so, until the block ends."""
     AttentionInterface.register(NAME, attend)
     modules = {sys.modules[type(layer).__module__] for layer in model.modules()}
-    rotating = [module for module in modules if hasattr(module, "apply_rotary_pos_emb")]
+    rotating = [module for module in modules if rotates and hasattr(module, "apply_rotary_pos_emb")]
     patches = [patch.object(module, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k)) for module in rotating]
     for each in patches:
         each.start()

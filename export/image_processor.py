@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import ModelError
 from adalink.runtime.preprocess import Preprocessor
+from adalink.training.patches import read_patching
 from adalink.training.tiles import processor_name, read_tiling
 
 if TYPE_CHECKING:
@@ -29,14 +30,19 @@ def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
 
 
 def describe_processor(
-    processor: BaseImageProcessor | None, image_size: tuple[int, int], *, takes_tiles: bool = False
+    processor: BaseImageProcessor | None,
+    image_size: tuple[int, int],
+    *,
+    takes_tiles: bool = False,
+    takes_patches: bool = False,
 ) -> Preprocessor:
     """The steps of an image processor.
 
     Args:
         processor: the model's own.
-        image_size: height and width that the vision tower takes.
+        image_size: height and width that the vision tower takes: of a picture, or of a tile or piece of one.
         takes_tiles: whether the model takes pictures as tiles.
+        takes_patches: whether it takes them as patches, in pieces.
 
     Raises:
         ModelError: there is none, it has other steps, or it does not give what the vision tower takes.
@@ -48,14 +54,16 @@ def describe_processor(
         )
     name = processor_name(processor)
     tiling = read_tiling(processor) if takes_tiles else None
-    if tiling is None and name not in _PROCESSORS:
+    patching = read_patching(processor) if takes_patches else None
+    if tiling is None and patching is None and name not in _PROCESSORS:
         raise ModelError(f"image processor {name} is not supported; expected one of {', '.join(_PROCESSORS)}")
     values = processor.to_dict()
     normalizes = bool(values.get("do_normalize"))
     before: dict[str, Any] = {"pad_color": None, "shortest_edge": None, "resize": None, "crop": None}
     own = Preprocessor(
-        **(before if tiling else _steps_of_one(name, values)),
+        **(before if tiling or patching else _steps_of_one(name, values)),
         tiling=tiling,
+        patching=patching,
         resample=int(values["resample"]),
         rescale_factor=values["rescale_factor"] if values.get("do_rescale") else None,
         mean=tuple(values["image_mean"]) if normalizes else None,
@@ -63,13 +71,15 @@ def describe_processor(
     )
     if tiling is not None:
         given: tuple[int, int] | None = (tiling.edge, tiling.edge)
+    elif patching is not None:
+        given = (patching.edge * patching.merge,) * 2
     else:
         edge = own.shortest_edge
         given = own.crop or own.resize or ((edge, edge) if own.pad_color and edge else None)
     if given != image_size:
         raise ModelError(
             f"image processor {name} gives pictures of {given or 'any size'}, the vision tower takes {image_size}: set "
-            f"its {'max_image_size' if tiling else 'crop_size'} to that"
+            f"its {'max_image_size' if tiling else 'patch_size and merge_size' if patching else 'crop_size'} to that"
         )
     return own
 

@@ -67,7 +67,7 @@ def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped
         return {"model": _grouped_decoder_graph(model, architecture, cache)}
     if architecture.kind == "decoder":
         module = DecoderGraph(model, mask_windows(model.config, architecture), architecture.bidirectional_prompt)
-        return {"model": _decoder_graph(module, model, cache)}
+        return {"model": _decoder_graph(module, model, architecture, cache)}
     return {
         "model": _encoder_graph(EncoderGraph(model.get_encoder()), model),
         "decoder": _cross_decoder_graph(CrossDecoderGraph(model), model, cache),
@@ -146,12 +146,11 @@ def _encoder_graph(module: torch.nn.Module, model: PreTrainedModel) -> TracedGra
     )
 
 
-def _decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache: Cache) -> TracedGraph:
-    import torch
-
+def _decoder_graph(
+    module: torch.nn.Module, model: PreTrainedModel, architecture: Architecture, cache: Cache
+) -> TracedGraph:
     past, present, axes = _cache_signature(model, cache)
-    positions = torch.arange(_PAST, _PAST + _SEQUENCE).expand(_BATCH, _SEQUENCE)
-    inputs = _token_inputs(model) | {"position_ids": positions} | past
+    inputs = _token_inputs(model) | {"position_ids": _positions(architecture)} | past
     axes |= {"position_ids": {0: "batch", 1: "sequence"}}
     return TracedGraph(module, inputs, ["logits", *present], axes)
 
@@ -162,7 +161,7 @@ def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, c
     from adalink.export.grouped_attention import GroupedDecoderGraph
 
     limit = max_positions(model.config, architecture)
-    module = GroupedDecoderGraph(model, mask_windows(model.config, architecture), limit)
+    module = GroupedDecoderGraph(model, mask_windows(model.config, architecture), limit, architecture.position_axes)
     past, present, axes = _cache_signature(model, cache)
     axes |= _axes(past, {0: "batch", 2: "capacity"}) | _axes(present, {0: "batch", 2: "capacity_after"})
     axes |= {"sequence_lengths": {0: "batch"}, "logits_at": {0: "places"}, "logits": {0: "places"}}
@@ -171,8 +170,8 @@ def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, c
         "sequence_lengths": torch.full((_BATCH,), _PAST + _SEQUENCE, dtype=torch.int32),
         "logits_at": torch.arange(_SOURCE),
     }
-    if not module.has_rotary:
-        inputs["position_ids"] = torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1)
+    if not module.rotates:
+        inputs["position_ids"] = _positions(architecture)
         axes |= {"position_ids": {0: "batch", 1: "sequence"}}
     return TracedGraph(module, inputs | past, ["logits", *present], axes)
 
@@ -187,6 +186,16 @@ def _cross_decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache:
     }
     axes |= _axes(source, {0: "batch", 1: "source"})
     return TracedGraph(module, _token_inputs(model) | source | past, ["logits", *present], axes)
+
+
+def _positions(architecture: Architecture) -> torch.Tensor:
+    """Example position ids: int64 with shape ``(batch, sequence)``, or ``(batch, sequence, axes)``."""
+    import torch
+
+    positions = torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1)
+    if architecture.position_axes == 1:
+        return positions
+    return positions.unsqueeze(-1) + torch.arange(architecture.position_axes)
 
 
 def _token_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -13,6 +13,12 @@ import torch
 
 from adalink.export.image_processor import describe_processor
 from adalink.export.onnx_graph import TracedGraph
+from adalink.export.patch_vision import (
+    check_embeddings_suffice,
+    describe_patch_tower,
+    empty_decoder,
+    traced_patch_graph,
+)
 from adalink.runtime.errors import ModelError
 from adalink.runtime.manifest import Vision
 from adalink.training.prefix import prompt_form
@@ -39,8 +45,6 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
         ModelError: the model takes images in a way that is not supported, or its language model is none that
             transformers knows, with a head of its own.
     """
-    from transformers import AutoModelForCausalLM
-
     if not takes_images(model):
         return model
     name = type(model).__name__
@@ -52,10 +56,11 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
         )
     if model.get_output_embeddings() is None:
         raise ModelError(f"{name} has no language model head; expected one of {SUPPORTED}")
+    check_embeddings_suffice(model)
     inner = side.language_model
     try:
         with torch.device("meta"):
-            outer = AutoModelForCausalLM.from_config(inner.config)
+            outer = empty_decoder(inner.config)
     except ValueError as error:
         raise ModelError(f"the language model of this {name} is no decoder that transformers knows: {error}") from error
     outer.config = inner.config
@@ -140,9 +145,12 @@ def describe_images(
     Raises:
         ModelError: the vision tower, the processor or the tokenizer is missing, or not one that is supported.
     """
-    vision, side = _describe_tower(model), image_side(model)
+    side = image_side(model)
     assert side is not None
-    steps = describe_processor(processor, vision.image_size, takes_tiles=side.takes_tiles)
+    vision = _describe_patches(model) if side.takes_patches else _describe_tower(model)
+    steps = describe_processor(
+        processor, vision.image_size, takes_tiles=side.takes_tiles, takes_patches=side.takes_patches
+    )
     if steps.tiling is not None:
         tiles = read_tile_tokens(tokenizer, steps.tiling, vision.image_token_id, vision.tokens_per_image)
         vision = msgspec.structs.replace(vision, tiles=tiles)
@@ -159,24 +167,35 @@ def _describe_tower(model: PreTrainedModel) -> Vision:
             f"the vision tower of this {type(model).__name__} is a {tower.model_type!r}, whose pictures have no one "
             f"size; supported are {', '.join(_TOWERS)}"
         )
+    size = (tower.image_size, tower.image_size)
+    with torch.no_grad():
+        tokens = _graph_of(model, tower.image_size)(torch.zeros(1, 3, *size)).shape[1]
+    return _describe(model, image_size=size, tokens_per_image=tokens)
+
+
+def _describe_patches(model: PreTrainedModel) -> Vision:
+    """Of a model that takes patches: a piece of a picture, which becomes one position."""
+    tower = describe_patch_tower(model)
+    edge = tower.merge * model.config.vision_config.patch_size
+    return _describe(model, image_size=(edge, edge), tokens_per_image=1, patches=tower)
+
+
+def _describe(model: PreTrainedModel, **size: Any) -> Vision:
+    """The manifest's entry; raises ``ModelError`` if the image token is not in the vocabulary."""
+    config, graph = model.config, f"{FOLDER}/model.onnx"
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if not 0 <= config.image_token_id < vocabulary:
         raise ModelError(
             f"image_token_id is {config.image_token_id} and the embedding table has {vocabulary} rows: resize the "
             "embeddings of this checkpoint to hold the image token"
         )
-    size = (tower.image_size, tower.image_size)
-    with torch.no_grad():
-        tokens = _graph_of(model, tower.image_size)(torch.zeros(1, 3, *size)).shape[1]
-    graph = f"{FOLDER}/model.onnx"
     return Vision(
         architecture=config.model_type,
         graph=graph,
         files=(graph, f"{graph}.data"),
         preprocessor=f"{FOLDER}/preprocessor.json",
-        image_size=size,
         image_token_id=config.image_token_id,
-        tokens_per_image=tokens,
+        **size,
     )
 
 
@@ -192,8 +211,12 @@ def write_vision(
     from adalink.export.onnx_graph import write_graph
 
     writer.stage(vision.preprocessor).write_bytes(msgspec.json.format(msgspec.json.encode(preprocessor), indent=2))
-    example = torch.randn(_BATCH, 3, *vision.image_size, generator=torch.Generator().manual_seed(0))
-    axes = {"pixel_values": {0: "images"}, "image_embeds": {0: "images", 1: "tokens"}}
-    graph = TracedGraph(_graph_of(model, vision.image_size[0]), {"pixel_values": example}, ["image_embeds"], axes)
+    graph = traced_patch_graph(model) if vision.patches is not None else _traced_graph(model, vision)
     with exportable_attention(model):
         write_graph(graph, writer.stage(vision.graph), metadata)
+
+
+def _traced_graph(model: PreTrainedModel, vision: Vision) -> TracedGraph:
+    example = torch.randn(_BATCH, 3, *vision.image_size, generator=torch.Generator().manual_seed(0))
+    axes = {"pixel_values": {0: "images"}, "image_embeds": {0: "images", 1: "tokens"}}
+    return TracedGraph(_graph_of(model, vision.image_size[0]), {"pixel_values": example}, ["image_embeds"], axes)

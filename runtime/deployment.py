@@ -31,6 +31,7 @@ from adalink.runtime.request import (
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.soft_prompt import Layout
 from adalink.runtime.tasks import TaskTable
+from adalink.runtime.tiles import Grid
 from adalink.runtime.tokenizer import Tokenizer
 from adalink.runtime.variants import choose_variant
 from adalink.runtime.verified import verify_once
@@ -239,20 +240,22 @@ class Deployment:
         given = self._given(input_ids, inputs_embeds, modality, tasks, images)
         return self._opened.engine.front.read(self._opened.adapt(given))
 
-    def encode(self, pixel_values: Array) -> Array:
+    def encode(self, pixel_values: Array, grid: Grid | None = None) -> Array:
         """What the vision tower gives for prepared images, before any task; nothing of it is kept.
 
         Args:
-            pixel_values: float32 with shape ``(images, 3, height, width)``, tiles counting as images.
+            pixel_values: float32 with shape ``(images, 3, height, width)``, tiles counting as images; of a base whose
+                images keep their shape the patches of one, ``(patches, numbers)``.
+            grid: rows and columns of pieces of that one.
 
         Returns:
-            float32 with shape ``(images, tokens_per_image, d)``.
+            float32 with shape ``(images, tokens_per_image, d)``, or ``(positions, d)``.
 
         Raises:
             RequestError: the base takes no images, or none of this size.
             BackendError: what runs the tower is not there, or refused.
         """
-        return self._vision.encode(pixel_values)
+        return self._vision.encode(pixel_values, grid)
 
     def generate(
         self,

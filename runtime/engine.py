@@ -18,6 +18,7 @@ from adalink.runtime.manifest import Base
 if TYPE_CHECKING:
     from adalink.runtime.bank import Selection
     from adalink.runtime.nvidia.profile import Profile
+    from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 Array = npt.NDArray[Any]
 # Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
@@ -74,7 +75,8 @@ class Engine(Protocol):
         Args:
             feeds: ``inputs_embeds`` as the front gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
                 ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
-                ``encoder_attention_mask``.
+                ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
+                ``(batch, seq, axes)``.
 
         Returns:
             Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; what it
@@ -206,7 +208,7 @@ class Backend(Protocol):
     def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
         """Open the vision tower of a base that has one, an ONNX graph or a plan; raises as ``open_engine`` does."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.adapter import Rank
+from adalink.runtime.patches import PatchTower
 from adalink.runtime.prompt_form import PromptForm
 from adalink.runtime.tiles import Grid, TileTokens, tiles_of
 
@@ -52,11 +53,14 @@ class Vision(_Strict, frozen=True, kw_only=True):
         graph: path of the graph from ``pixel_values`` to ``image_embeds``, float32 whatever the base's dtype.
         files: the graph and its external data.
         preprocessor: path of the steps from a picture to ``pixel_values`` (`adalink.runtime.preprocess`).
-        image_size: height and width of ``pixel_values``: of an image, or of a tile of one.
+        image_size: height and width of ``pixel_values``: of an image, or of a tile of one; of the piece of an image
+            that becomes one position, where images keep their shape.
         image_token_id: token that stands for an image in a prompt.
-        tokens_per_image: positions that an image takes up; where images are cut into tiles, a tile.
+        tokens_per_image: positions that an image takes up; where images are cut into tiles or pieces, one of those.
         tiles: tokens around the tiles of an image; ``None`` for a base whose images are one tile without such tokens.
         prompt_form: how texts of prompts are written, with images and without; ``None`` for as they are.
+        patches: how the tower looks at images that keep their shape; the language model's positions follow their grid
+            (`adalink.runtime.grid_positions`). ``None`` for a base whose images or tiles have one size.
     """
 
     architecture: str
@@ -68,6 +72,7 @@ class Vision(_Strict, frozen=True, kw_only=True):
     tokens_per_image: int
     tiles: TileTokens | None = None
     prompt_form: PromptForm | None = None
+    patches: PatchTower | None = None
 
     @property
     def all_files(self) -> tuple[str, ...]:
@@ -82,12 +87,14 @@ class Vision(_Strict, frozen=True, kw_only=True):
 
     def positions(self, grid: Grid) -> int:
         """Positions with a placeholder that an image takes up."""
-        return tiles_of(grid) * self.tokens_per_image
+        parts = tiles_of(grid) if self.patches is None else grid[0] * grid[1]
+        return parts * self.tokens_per_image
 
     def written(self, grid: Grid) -> list[int]:
         """What an image becomes in a prompt, in place of the one placeholder that people write."""
-        placeholders = [self.image_token_id] * self.tokens_per_image
-        return placeholders if self.tiles is None else self.tiles.around(placeholders, grid)
+        if self.tiles is None:
+            return [self.image_token_id] * self.positions(grid)
+        return self.tiles.around([self.image_token_id] * self.tokens_per_image, grid)
 
 
 class Base(_Strict, frozen=True, kw_only=True):

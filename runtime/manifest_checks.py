@@ -100,6 +100,12 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
     if vision.prompt_form is not None:
         image = vision.prompt_form.image
         demand(bool(image), "$.base.vision.prompt_form.image", image, "the text of the placeholder")
+    if vision.patches is not None:
+        merge, window = vision.patches.merge, vision.patches.window
+        is_sound = 1 <= merge <= 1 << 8 and (window is None or 1 <= window <= 1 << 12)
+        demand(is_sound, "$.base.vision.patches", vision.patches, "a merge of 1 to 256, a window of 1 to 4096 or null")
+        is_piece = tokens == 1 and vision.tiles is None and all(size % merge == 0 for size in vision.image_size)
+        demand(is_piece, "$.base.vision", vision, "image_size of whole patches, one token an image and no tiles")
     for size in vision.image_size:
         demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
 

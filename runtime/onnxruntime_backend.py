@@ -13,6 +13,7 @@ from adalink.runtime.onnxruntime_bank import OnnxBankGraph
 from adalink.runtime.onnxruntime_boundary import guard
 from adalink.runtime.onnxruntime_growing import GrowingEngine
 from adalink.runtime.onnxruntime_in_place import InPlaceEngine
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 from adalink.runtime.onnxruntime_session import GuardedSession, read_signature
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 
@@ -59,9 +60,11 @@ class OnnxRuntimeBackend:
         """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
         return OnnxBankGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph | OnnxPatchGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return OnnxVisionGraph(graph, base, self._threads)
+        assert base.vision is not None
+        kind = OnnxVisionGraph if base.vision.patches is None else OnnxPatchGraph
+        return kind(graph, base, self._threads)
 
     def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

@@ -9,7 +9,7 @@ import numpy as np
 
 from adalink.runtime.engine import Array, Front
 from adalink.runtime.onnxruntime_session import GuardedSession, Signature
-from adalink.runtime.padding import positions_of
+from adalink.runtime.padding import positions_after, positions_of
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -26,7 +26,7 @@ class GrowingEngine:
 
     def run(self, feeds: Mapping[str, Array]) -> Array:
         """See ``adalink.runtime.engine.Engine``."""
-        return self.forward({**feeds, "position_ids": positions_of(feeds["attention_mask"])}, None)[0]
+        return self.forward({"position_ids": positions_of(feeds["attention_mask"]), **feeds}, None)[0]
 
     def start(self, feeds: Mapping[str, Array], room: int) -> GrowingDecoding:
         """See ``adalink.runtime.engine.Engine``."""
@@ -67,10 +67,11 @@ class GrowingDecoding:
         self._mask = np.ones((prompt.shape[0], prompt.shape[1] + room), np.int64)
         self._mask[:, : prompt.shape[1]] = prompt
         self._length = prompt.shape[1]
-        self._positions = prompt.sum(axis=1, keepdims=True)
+        positions = feeds.get("position_ids", positions_of(prompt))
+        self._positions = positions_after(positions)
         self._constant = {name: value for name, value in feeds.items() if name.startswith("encoder_")}
         self._rows = list(range(len(prompt)))
-        output, self._cache = engine.forward({**feeds, "position_ids": positions_of(prompt)}, None)
+        output, self._cache = engine.forward({**feeds, "position_ids": positions}, None)
         last = prompt.shape[1] - 1 - prompt[:, ::-1].argmax(axis=1)
         self._logits: Array = output[np.arange(len(prompt)), last]
 

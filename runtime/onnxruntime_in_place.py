@@ -13,7 +13,7 @@ import numpy as np
 
 from adalink.runtime.engine import Array, Front
 from adalink.runtime.onnxruntime_session import GuardedSession, Signature
-from adalink.runtime.padding import move_left
+from adalink.runtime.padding import move_left, positions_after
 
 
 class InPlaceEngine:
@@ -28,7 +28,7 @@ class InPlaceEngine:
     def run(self, feeds: Mapping[str, Array]) -> Array:
         """See ``adalink.runtime.engine.Engine``."""
         signature, mask = self._signature, feeds["attention_mask"]
-        embeds, lengths = move_left(feeds["inputs_embeds"], mask)
+        embeds, positions, lengths = _at_left(feeds)
         batch, longest = embeds.shape[:2]
         is_token = np.arange(longest) < lengths[:, None]
         heads, head_dim = signature.cache_shape
@@ -36,7 +36,7 @@ class InPlaceEngine:
             "inputs_embeds": embeds,
             "sequence_lengths": lengths,
             "logits_at": np.flatnonzero(is_token),
-            "position_ids": np.arange(longest)[None].repeat(batch, axis=0),
+            "position_ids": positions,
             **dict.fromkeys(signature.past, np.zeros((batch, heads, 0, head_dim), signature.dtype)),
         }
         taken = {name: values[name] for name in (*signature.inputs, *signature.past)}
@@ -49,24 +49,27 @@ class InPlaceEngine:
 
     def start(self, feeds: Mapping[str, Array], room: int) -> InPlaceDecoding:
         """See ``adalink.runtime.engine.Engine``."""
-        decoding, embeds, _ = self._allocate(feeds, room)
-        decoding.read(embeds)
+        decoding, embeds, positions, _ = self._allocate(feeds, room)
+        decoding.read(embeds, positions)
         return decoding
 
     def resume(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None]) -> InPlaceDecoding:
         """See ``adalink.runtime.engine.ResumableEngine``."""
-        decoding, embeds, lengths = self._allocate(feeds, room)
+        decoding, embeds, positions, lengths = self._allocate(feeds, room)
         if any(states is not None for states in known):
             for row, states in enumerate(known):
-                decoding.resume(row, embeds[row : row + 1, : lengths[row]], states)
+                own = slice(row, row + 1), slice(lengths[row])
+                decoding.resume(row, embeds[own], positions[own], states)
         else:
-            decoding.read(embeds)
+            decoding.read(embeds, positions)
         return decoding
 
-    def _allocate(self, feeds: Mapping[str, Array], room: int) -> tuple[InPlaceDecoding, Array, Array]:
-        """A decoding with nothing read yet, the rows' embeddings at the left, and their lengths."""
-        embeds, lengths = move_left(feeds["inputs_embeds"], feeds["attention_mask"])
-        return InPlaceDecoding(self._session, self._signature, lengths, embeds.shape[1] + room), embeds, lengths
+    def _allocate(self, feeds: Mapping[str, Array], room: int) -> tuple[InPlaceDecoding, Array, Array, Array]:
+        """A decoding with nothing read yet, the rows' embeddings and positions at the left, and their lengths."""
+        embeds, positions, lengths = _at_left(feeds)
+        capacity = embeds.shape[1] + room
+        decoding = InPlaceDecoding(self._session, self._signature, lengths, positions_after(positions), capacity)
+        return decoding, embeds, positions, lengths
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
@@ -76,13 +79,16 @@ class InPlaceEngine:
 class InPlaceDecoding:
     """See ``adalink.runtime.engine.Decoding``. The first rows of its buffers are alive; dropped ones lie behind."""
 
-    def __init__(self, session: GuardedSession, signature: Signature, lengths: Array, capacity: int) -> None:
+    def __init__(
+        self, session: GuardedSession, signature: Signature, lengths: Array, following: Array, capacity: int
+    ) -> None:
         """Allocate everything.
 
         Args:
             session: the graph's session.
             signature: what the graph takes.
             lengths: tokens of each row's prompt, int32 with shape ``(batch,)``.
+            following: position ids of the tokens that follow, int64 with shape ``(batch, 1)`` or ``(batch, 1, axes)``.
             capacity: most tokens that a row may have in the end.
         """
         batch = len(lengths)
@@ -94,20 +100,19 @@ class InPlaceDecoding:
         self._cache = np.empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
         self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
         self._places = np.arange(batch)
-        self._positions = np.empty((batch, 1), np.int64)
+        self._positions = following - 1  # a step counts on
         self._token: Array | None = None
         self._alive = batch
         self._bound = 0
         self._binding: Any = session.call(lambda session: session.io_binding())
 
-    def read(self, inputs_embeds: Array) -> None:
+    def read(self, inputs_embeds: Array, positions: Array) -> None:
         """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
         batch, longest = inputs_embeds.shape[:2]
-        positions = np.arange(longest)[None].repeat(batch, axis=0)
         self._bind(slice(batch), inputs_embeds, positions, self._places * longest + self._lengths - 1)
         self._run()
 
-    def resume(self, row: int, inputs_embeds: Array, states: Array | None) -> None:
+    def resume(self, row: int, inputs_embeds: Array, positions: Array, states: Array | None) -> None:
         """Run the prompt of one row, shape ``(1, length, d)``, after the tokens whose states are known.
 
         The operator takes several tokens after a cache for a single row only, so each row is a call.
@@ -116,9 +121,8 @@ class InPlaceDecoding:
         if states is not None:
             known = states.shape[2]
             self._cache[:, row, :, :known] = states
-        positions = np.arange(known, inputs_embeds.shape[1])[None]
-        rest = np.ascontiguousarray(inputs_embeds[:, known:])
-        self._bind(slice(row, row + 1), rest, positions, np.array([rest.shape[1] - 1]))
+        rest, where = (np.ascontiguousarray(given[:, known:]) for given in (inputs_embeds, positions))
+        self._bind(slice(row, row + 1), rest, where, np.array([rest.shape[1] - 1]))
         self._run()
 
     def states(self, row: int, length: int) -> Array:
@@ -139,7 +143,7 @@ class InPlaceDecoding:
             self._bound = alive
         assert self._token is not None
         self._token[:] = inputs_embeds
-        self._positions[:alive, 0] = self._lengths[:alive]
+        self._positions[:alive] += 1
         self._lengths[:alive] += 1
         self._run()
 
@@ -149,6 +153,7 @@ class InPlaceDecoding:
         last = self._alive
         if row != last:
             length = self._lengths[row] = self._lengths[last]
+            self._positions[row] = self._positions[last]
             self._cache[:, row, :, :length] = self._cache[:, last, :, :length]
 
     def close(self) -> None:
@@ -173,3 +178,12 @@ class InPlaceDecoding:
 
     def _run(self) -> None:
         self._session.call(lambda session: session.run_with_iobinding(self._binding))
+
+
+def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+    """Embeddings, position ids and lengths of rows, each row's tokens at its left."""
+    mask = feeds["attention_mask"]
+    embeds, lengths = move_left(feeds["inputs_embeds"], mask)
+    if "position_ids" in feeds:
+        return embeds, move_left(feeds["position_ids"], mask)[0], lengths
+    return embeds, np.minimum(np.arange(embeds.shape[1]), lengths[:, None] - 1), lengths

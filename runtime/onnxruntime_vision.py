@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, GraphError
 from adalink.runtime.manifest import Base
 from adalink.runtime.onnxruntime_boundary import guard, wrong_name
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 INPUT, OUTPUT = "pixel_values", "image_embeds"
 
@@ -32,27 +37,12 @@ class OnnxVisionGraph:
             BackendError: it cannot load the graph.
             GraphError: inputs or outputs are not those of a vision graph.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendUnavailableError(
-                "the vision tower runs on ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
-            ) from error
         vision = base.vision
         assert vision is not None
         self.most_images = vision.images_at_once
-        self._ort, self._origin = onnxruntime, str(path)
+        self._origin = str(path)
         self._shape = (vision.tokens_per_image, base.hidden_size)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
-        # Threads that wait by spinning would take the cores from the language model, which runs next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = guard(
-            onnxruntime,
-            self._origin,
-            lambda: onnxruntime.InferenceSession(self._origin, options, providers=["CPUExecutionProvider"]),
-        )
+        self._ort, self._session = open_vision_session(path, threads)
         for what, name, nodes in (
             ("input", INPUT, self._session.get_inputs()),
             ("output", OUTPUT, self._session.get_outputs()),
@@ -75,3 +65,25 @@ class OnnxVisionGraph:
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.VisionGraph``; its memory goes with it."""
+
+
+def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, ort.InferenceSession]:
+    """ONNX Runtime and a session of a vision graph; raises ``BackendUnavailableError`` or ``BackendError``."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "the vision tower runs on ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    # Threads that wait by spinning would take the cores from the language model, which runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    origin = str(path)
+    session = guard(
+        onnxruntime,
+        origin,
+        lambda: onnxruntime.InferenceSession(origin, options, providers=["CPUExecutionProvider"]),
+    )
+    return onnxruntime, session

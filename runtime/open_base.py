@@ -13,6 +13,7 @@ from adalink.runtime.bank import PLAIN, Selection
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, Front, ResumableEngine
 from adalink.runtime.errors import RequestError
+from adalink.runtime.grid_positions import grid_positions
 from adalink.runtime.integrity import locate
 from adalink.runtime.manifest import Manifest, Variant
 from adalink.runtime.placeholders import ImageEmbeds, merge, prefix_names
@@ -144,10 +145,18 @@ class OpenBase:
     def _feeds(self, given: Given, layout: Layout) -> dict[str, Fed]:
         """What the engine is fed for whole rows."""
         if layout.is_plain:
-            return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask}
+            return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask, **self._positions(given, layout)}
         embeds, modality = self._unadapted(given)
         wide, indices = layout.widen(embeds, modality)
         return {"inputs_embeds": self.engine.front.apply(wide, given.tasks, indices), "attention_mask": layout.mask}
+
+    def _positions(self, given: Given, layout: Layout) -> dict[str, Array]:
+        """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
+        vision = self._base.vision
+        if vision is None or vision.patches is None:
+            return {}
+        grids = [[image.grid for image in own] for own in given.images or ()]
+        return {"position_ids": grid_positions(given.ids, layout.mask, grids, vision.image_token_id)}
 
     def _unadapted(self, given: Given) -> tuple[Array, Array | None]:
         """Embeddings before any bottleneck, with images in place, and the modality of each position."""

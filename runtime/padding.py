@@ -24,6 +24,17 @@ def positions_of(mask: Array) -> Array:
     return positions
 
 
+def positions_after(positions: Array) -> Array:
+    """Position of the token after each row, int64 of shape ``(batch, 1)``, or ``(batch, 1, axes)``.
+
+    Args:
+        positions: those of the tokens and zeros for padding, shape ``(batch, seq)`` or ``(batch, seq, axes)``.
+    """
+    after: Array = np.zeros_like(positions[:, :1])
+    after += positions.max(axis=tuple(range(1, positions.ndim)), keepdims=True) + 1
+    return after
+
+
 def move_left(embeds: Array, mask: Array) -> tuple[Array, Array]:
     """Each row's tokens at its beginning, in their order.
 

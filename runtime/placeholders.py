@@ -30,8 +30,8 @@ class Prepared:
     """An image as the base's own encoder takes it.
 
     Attributes:
-        digest: of its pixel values.
-        pixel_values: float32 with shape ``(tiles, 3, height, width)``.
+        digest: of its pixel values and its grid.
+        pixel_values: float32 with shape ``(tiles, 3, height, width)``, or ``(patches, numbers)``.
         grid: rows and columns that it was cut into.
     """
 
@@ -45,12 +45,14 @@ class ImageEmbeds:
     """An image as the base's own encoder sees it.
 
     Attributes:
-        digest: of its pixel values.
+        digest: of its pixel values and its grid.
         embeds: float32 with shape ``(positions, d)``, before any task; not to be written to.
+        grid: rows and columns that it was cut into.
     """
 
     digest: str
     embeds: Array
+    grid: Grid = (0, 0)
 
 
 def check_images(images: Images, rows: int, base: Base) -> list[list[Picture]]:
@@ -115,7 +117,7 @@ def check_expanded(ids: Array, images: Sequence[Sequence[Prepared]], vision: Vis
         if found != expected:
             raise RequestError(
                 f"input_ids: row {row} has {found} placeholders (token {vision.image_token_id}) and {len(own)} images: "
-                f"expected {expected} placeholders, {vision.tokens_per_image} for each image or tile of one"
+                f"expected {expected} placeholders, {vision.tokens_per_image} for each image, tile or piece of one"
             )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.patches import Patching
 from adalink.runtime.tiles import Grid, Tiling
 
 # Beyond this a picture is a decompression bomb, or becomes one when its shorter edge is enlarged: Pillow's own limit.
@@ -31,6 +32,8 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         mean: subtracted from each channel; ``None``: do not.
         std: what each channel is then divided by.
         tiling: resize and cut into tiles instead of all that goes before ``rescale_factor``; ``None``: do not.
+        patching: resize instead of all that goes before ``rescale_factor``, and cut into patches in the end; ``None``:
+            do not.
     """
 
     pad_color: tuple[int, int, int] | None
@@ -42,9 +45,12 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
     tiling: Tiling | None = None
+    patching: Patching | None = None
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns that a picture of this size is cut into; ``(0, 0)`` where it is one tile."""
+        """Rows and columns of tiles or pieces that a picture of this size becomes; ``(0, 0)`` where it is one tile."""
+        if self.patching is not None:
+            return self.patching.grid(height, width)
         return (0, 0) if self.tiling is None else self.tiling.grid(height, width)
 
     def apply(self, picture: Array) -> Array:
@@ -54,10 +60,12 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             picture: RGB, uint8 with shape ``(height, width, 3)``.
 
         Returns:
-            float32 with shape ``(tiles, 3, height, width)``: one tile, unless pictures are cut into tiles.
+            float32 with shape ``(tiles, 3, height, width)``: one tile, unless pictures are cut into tiles. Of pictures
+            that are cut into patches, ``(patches, numbers)``.
 
         Raises:
-            RequestError: the picture is so narrow that resizing it would need more memory than a bomb.
+            RequestError: the picture is so narrow that resizing it would need more memory than a bomb, or that the
+                model's processor refuses it.
         """
         tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
         tables = self._tables()
@@ -65,7 +73,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for tile, own in zip(tiles, values, strict=True):
             for table, levels, result in zip(tables, tile, own, strict=True):
                 np.take(table, levels, out=result, mode="clip")
-        return values
+        return values if self.patching is None else self.patching.cut(values[0])
 
     def _tables(self) -> Array:
         """What each of the values 0 to 255 becomes in each channel: float32 with shape ``(3, 256)``."""
@@ -95,6 +103,8 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return [tile.transpose(2, 0, 1) for tile in (*tiling.cut(picture, tiling.grid(height, width)), whole)]
 
     def _target(self, height: int, width: int) -> tuple[int, int] | None:
+        if self.patching is not None:
+            return self.patching.size(height, width)
         if self.shortest_edge is None:
             return self.resize
         longest = int(self.shortest_edge * max(height, width) / min(height, width))

@@ -135,6 +135,11 @@ def soft_prompts_of(adapter: Adapter, base: Base) -> list[SoftPrompt]:
 def check_input_side(adapter: Adapter, base: Base, origin: str) -> None:
     """Check that soft prompt and table of token ids fit a base; raises ``ContractError``."""
     soft_tokens, table = adapter.config.soft_tokens, adapter.weights.get(TABLE_NAME)
+    if soft_tokens and base.vision is not None and base.vision.patches is not None:
+        raise ContractError(
+            f"{origin} has a soft prompt, and positions of {base.name} follow the grid of a picture, before which none "
+            "can stand: use an adapter without a soft prompt"
+        )
     if base.max_positions is not None and soft_tokens >= base.max_positions:
         raise ContractError(
             f"{origin} has a soft prompt of {soft_tokens} positions, {base.name} was made for at most "

@@ -18,9 +18,11 @@ from adalink.runtime.engine import Array, Backend, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.integrity import locate, read_verified
 from adalink.runtime.manifest import Manifest, Variant, Vision
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 from adalink.runtime.pictures import Picture, read_picture
 from adalink.runtime.placeholders import ImageEmbeds, Prepared
 from adalink.runtime.preprocess import Preprocessor, read_preprocessor
+from adalink.runtime.tiles import Grid
 from adalink.runtime.verified import verify_once
 
 
@@ -33,7 +35,7 @@ class OpenVision:
         self._cache_bytes = cache_bytes
         self._size_bytes = 0
         self._kept: OrderedDict[str, Array] = OrderedDict()
-        self._opened: tuple[Preprocessor, VisionGraph] | None = None
+        self._opened: tuple[Preprocessor, VisionGraph | OnnxPatchGraph] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
         self.encoded = 0
@@ -58,37 +60,43 @@ class OpenVision:
                 picture = read_picture(source, f"images[{row}][{place}]")
                 values = preprocessor.apply(picture)
                 grid = preprocessor.grid(picture.shape[0], picture.shape[1])
-                prepared[-1].append(Prepared(digest_bytes(values.data), values, grid))
+                # Patches of one colour are the same in any grid.
+                prepared[-1].append(Prepared(f"{digest_bytes(values.data)} {grid}", values, grid))
         return prepared
 
     def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
         """Embeddings of the images of each row; raises what ``prepare`` does."""
         with self._lock:
             _, graph = self._open()
-            pixels = {image.digest: image.pixel_values for own in images for image in own}
-            found = {digest: self._kept[digest] for digest in pixels if digest in self._kept}
-            missing = [digest for digest in pixels if digest not in found]
+            given = {image.digest: image for own in images for image in own}
+            found = {digest: self._kept[digest] for digest in given if digest in self._kept}
+            missing = [image for digest, image in given.items() if digest not in found]
             if missing:
-                given = _run(graph, np.concatenate([pixels[digest] for digest in missing]))
-                ends = np.cumsum([len(pixels[digest]) for digest in missing])[:-1]
-                for digest, own in zip(missing, np.split(given, ends), strict=True):
-                    # A copy, so that one that is kept does not keep its neighbours.
-                    found[digest] = own.reshape(-1, own.shape[-1]).copy()
+                for image, own in zip(missing, _encode(graph, missing), strict=True):
+                    found[image.digest] = own
                 self.encoded += len(missing)
             for digest in found:
                 self._keep(digest, found[digest])
-            return [[ImageEmbeds(image.digest, found[image.digest]) for image in own] for own in images]
+            return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
 
-    def encode(self, pixel_values: Array) -> Array:
+    def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
         """See ``Deployment.encode``."""
         base = self._manifest.base
         if base.vision is None:
             raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
         shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
-        if len(shape) != 4 or not shape[0] or shape[1:] != expected:
+        if base.vision.patches is not None:
+            patches = None if grid is None else base.vision.positions(grid) * base.vision.patches.merge**2
+            if len(shape) != 2 or shape[0] != patches:
+                raise RequestError(f"pixel_values has the shape {shape} and grid is {grid}: expected all its patches")
+        elif len(shape) != 4 or not shape[0] or shape[1:] != expected:
             raise RequestError(f"pixel_values has the shape {shape}, expected one or more images of {expected}")
         with self._lock:
-            return _run(self._open()[1], pixel_values)
+            graph = self._open()[1]
+            if isinstance(graph, OnnxPatchGraph):
+                assert grid is not None
+                return graph.run(pixel_values, grid)
+            return _run(graph, pixel_values)
 
     def close(self) -> None:
         """Give its memory back."""
@@ -100,7 +108,7 @@ class OpenVision:
             self._kept.clear()
             self._size_bytes = 0
 
-    def _open(self) -> tuple[Preprocessor, VisionGraph]:
+    def _open(self) -> tuple[Preprocessor, VisionGraph | OnnxPatchGraph]:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
         if self._opened is None:
@@ -129,6 +137,16 @@ class OpenVision:
             self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
+def _encode(graph: VisionGraph | OnnxPatchGraph, images: Sequence[Prepared]) -> list[Array]:
+    """Embeddings of each image, ``(positions, d)``."""
+    if isinstance(graph, OnnxPatchGraph):
+        return [graph.run(image.pixel_values, image.grid) for image in images]
+    given = _run(graph, np.concatenate([image.pixel_values for image in images]))
+    ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
+    # Copies, so that one that is kept does not keep its neighbours.
+    return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(given, ends)]
+
+
 def _run(graph: VisionGraph, tiles: Array) -> Array:
     """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as the tower takes."""
     starts = range(0, len(tiles), graph.most_images)
@@ -136,7 +154,14 @@ def _run(graph: VisionGraph, tiles: Array) -> Array:
 
 
 def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
-    """Check that pictures are cut into the tiles that the manifest has tokens for; raises ``IntegrityError``."""
+    """Check that pictures are cut as the manifest says, which has tokens for that; raises ``IntegrityError``."""
+    pieces = None if vision.patches is None else (vision.image_size, vision.patches.merge)
+    cut = steps.patching
+    if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
+        raise IntegrityError(
+            f"{vision.preprocessor} cuts pictures into patches by {cut}, the manifest expects {pieces} (the size of "
+            "pieces, patches on an edge): export the base again"
+        )
     expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
     given = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
     if given != expected:

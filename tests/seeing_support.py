@@ -16,7 +16,7 @@ from runtime_support import random_adapter, write_adapter
 from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS, llava, paligemma
 from tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
 from transformers import Idefics3Processor, PaliGemmaProcessor
-from vision_support import clip_processor, idefics3_processor, siglip_processor, tile_processor
+from vision_support import clip_processor, idefics3_processor, patch_processor, siglip_processor, tile_processor
 
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
@@ -112,6 +112,19 @@ class SeeingPrefix(Seeing):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
+@dataclass
+class SeeingPatches(Seeing):
+    """Likewise of a model whose pictures keep their shape."""
+
+    def inputs(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        own = dict(patch_processor()(images=list(images), return_tensors="pt")) if images else {}
+        left = iter([int(grid.prod()) // 4 for grid in own.get("image_grid_thw", ())])
+        ids = [t for token in tokens for t in [token] * (next(left, 1) if token == IMAGE_TOKEN else 1)]
+        row = torch.tensor([ids])
+        types = {"mm_token_type_ids": (row == IMAGE_TOKEN).int()} if images else {}
+        return {"input_ids": row, "attention_mask": torch.ones_like(row), **own, **types}
+
+
 def build_seeing(root: Path, **settings: Any) -> Seeing:
     model, folder = llava(), root / "deployment"
     export_base(model, folder, tokenizer=make_tokenizer(), image_processor=clip_processor(), **settings)
@@ -128,6 +141,12 @@ def build_seeing_prefix(root: Path, model: Any = None, **settings: Any) -> Seein
     model, folder = model or paligemma(), root / "deployment"
     export_base(model, folder, tokenizer=make_prefix_tokenizer(), image_processor=siglip_processor(), **settings)
     return SeeingPrefix(folder, model, _adapters(root, folder), root / "adapters")
+
+
+def build_seeing_patches(root: Path, model: Any, **settings: Any) -> SeeingPatches:
+    folder = root / "deployment"
+    export_base(model, folder, tokenizer=make_tokenizer(), image_processor=patch_processor(), **settings)
+    return SeeingPatches(folder, model, _adapters(root, folder), root / "adapters")
 
 
 def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:

@@ -262,6 +262,47 @@ def paligemma(**settings: Any) -> PreTrainedModel:
     return model
 
 
+# Of the models that take patches: patches of 4 pixels, four of them a piece, windows of two by two pieces.
+PATCH_EDGE = 4
+PIECE_EDGE = 8
+
+
+def _qwen_vl(kind: str, vision: dict[str, Any], sections: dict[str, Any], **settings: Any) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    values: dict[str, Any] = {
+        "vision_config": vision | {"num_heads": 4, "patch_size": PATCH_EDGE, "spatial_merge_size": 2},
+        "text_config": _DECODER
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 256}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, **sections}},
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": 95,
+        "vision_start_token_id": 30,
+        "vision_end_token_id": 32,
+    }
+    return _fill(AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **values | settings)), 12)
+
+
+def qwen2_vl(**settings: Any) -> PreTrainedModel:
+    """A tower whose layers all look at the whole picture."""
+    vision = {"depth": 3, "embed_dim": 32, "hidden_size": HIDDEN_SIZE, "mlp_ratio": 2}
+    return _qwen_vl("qwen2_vl", vision, {"mrope_section": [2, 3, 3]}, **settings)
+
+
+def qwen2_5_vl(whole: tuple[int, ...] = (1,), **settings: Any) -> PreTrainedModel:
+    """A tower of three layers, all but ``whole`` looking through windows; a language model that turns by three axes."""
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "out_hidden_size": HIDDEN_SIZE}
+    windows = {"window_size": 2 * PIECE_EDGE, "fullatt_block_indexes": list(whole)}
+    return _qwen_vl("qwen2_5_vl", vision | windows, {"mrope_section": [2, 3, 3]}, **settings)
+
+
+def qwen3_vl(**settings: Any) -> PreTrainedModel:
+    """A tower that hands states of its first layer to the first layer of the language model, beside its embeddings."""
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "out_hidden_size": HIDDEN_SIZE}
+    deep = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return _qwen_vl("qwen3_vl", vision | deep, {"mrope_section": [3, 3, 2], "mrope_interleaved": True}, **settings)
+
+
 DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_models import IMAGE_SIZE, TILE_EDGE
+from tiny_models import IMAGE_SIZE, PATCH_EDGE, PIECE_EDGE, TILE_EDGE
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -36,3 +37,9 @@ def tile_processor(edge: int = TILE_EDGE, tiles: int = 3, **settings: Any) -> Sm
 def idefics3_processor(edge: int = TILE_EDGE, tiles: int = 3, **settings: Any) -> Idefics3ImageProcessorPil:
     sizes = {"size": {"longest_edge": tiles * edge}, "max_image_size": {"longest_edge": edge}}
     return Idefics3ImageProcessorPil(**sizes | settings)
+
+
+def patch_processor(least: int = 4, most: int = 20, **settings: Any) -> Qwen2VLImageProcessorPil:
+    """Of the tiny models that take patches: pictures become ``least`` to ``most`` pieces."""
+    size = {"shortest_edge": least * PIECE_EDGE**2, "longest_edge": most * PIECE_EDGE**2}
+    return Qwen2VLImageProcessorPil(**({"size": size, "patch_size": PATCH_EDGE} | settings))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adalink.tools.console import say
 from adalink.tools.export_adapter import DTYPES, adapter
 from adalink.tools.export_engine import engine
+
+if TYPE_CHECKING:
+    from adalink.runtime.manifest import Vision
 
 _QUANTIZATIONS = ("int4", "int8")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
@@ -116,6 +120,14 @@ def base(
     if vision is not None:
         click.echo(
             f"  {vision.graph}, {manifest.size_bytes(vision.files) / 1e6:.1f} MB, gives {vision.tokens_per_image} "
-            f"positions {'an image' if vision.tiles is None else 'a tile of an image'}"
+            f"positions {_unit(vision)}"
         )
     click.echo(f"  fingerprint {manifest.base.fingerprint}")
+
+
+def _unit(vision: Vision) -> str:
+    """What gives as many positions as the manifest says."""
+    if vision.patches is not None:
+        height, width = vision.image_size
+        return f"for {height} x {width} pixels of an image"
+    return "an image" if vision.tiles is None else "a tile of an image"

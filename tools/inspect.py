@@ -116,6 +116,7 @@ def _describe_vision(folder: Path, manifest: Manifest, vision: Vision) -> Descri
         "image_token_id": vision.image_token_id,
         "tokens_per_image": vision.tokens_per_image,
         "takes_tiles": vision.tiles is not None,
+        "takes_patches": vision.patches is not None,
         "preprocessor": to_builtins(steps),
         "size_bytes": manifest.size_bytes(vision.files),
     }

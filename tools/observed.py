@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, Fed, VisionGraph
 from adalink.runtime.manifest import Base
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
@@ -34,7 +35,7 @@ class ObservedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 

@@ -188,6 +188,11 @@ class Attached:
         # Given with the prompt alone: a placeholder that is generated is a token like any other.
         encoded = (call.get("mm_encoder_outputs") or {}).values()
         self._has_images = any(given is not None for given in (call.get("pixel_values"), *encoded))
+        if self._images is not None and call.get("pixel_values_videos") is not None:
+            raise RequestError(
+                f"pixel_values_videos was given to {type(self.model).__name__}, whose videos no adapter is for: leave "
+                "videos out, or give their frames as images"
+            )
         if self.model.can_generate() and module is self.model:
             self._labels = call.get("labels")
 
@@ -211,7 +216,7 @@ class Attached:
         return result
 
     def _adapt_images(self, module: nn.Module, args: tuple[Any, ...], x: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the projector; ``x`` has shape ``(images or tiles, tokens, d)``."""
+        """Forward hook of the projector; ``x`` has shape ``(images or tiles, tokens, d)`` or ``(tokens, d)``."""
         adapted: torch.Tensor = self.adapters["image"](x)
         return adapted
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from adalink.training.dataset import Example
     from adalink.training.pictures import Pictures
 
-# Numbers of prompts -> what the base takes beside their tokens.
-MoreInputs = Callable[[Sequence[int]], "dict[str, torch.Tensor]"]
+# A batch and the numbers of its prompts -> the batch with what the base takes beside their tokens.
+Join = Callable[["dict[str, torch.Tensor]", Sequence[int]], "dict[str, torch.Tensor]"]
 
 
 def greedy_tokens(
@@ -26,12 +26,12 @@ def greedy_tokens(
     end: int,
     max_new_tokens: int,
     batch_size: int,
-    more_inputs: MoreInputs = lambda chosen: {},
+    join: Join = lambda batch, chosen: batch,
 ) -> list[list[int]]:
     """Continue each prompt greedily; a reply ends with the end token, or is cut at ``max_new_tokens``.
 
-    Prompts are sorted by length, padded on the left and run in batches. ``more_inputs`` gives what the base takes
-    beside the tokens of the prompts of these numbers, such as ``pixel_values``.
+    Prompts are sorted by length, padded on the left and run in batches. ``join`` adds what the base takes beside the
+    tokens of the prompts of these numbers, such as ``pixel_values``.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -42,15 +42,17 @@ def greedy_tokens(
         ids = [[end] * blank + prompts[index] for blank, index in zip(blanks, chosen, strict=True)]
         mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
         attention_mask = torch.tensor(mask, device=model.device)
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=attention_mask,
+        batch = {
+            "input_ids": torch.tensor(ids, device=model.device),
+            "attention_mask": attention_mask,
             **prompt_inputs(model, torch.ones_like(attention_mask, dtype=torch.bool)),
+        }
+        output = model.generate(
+            **join(batch, chosen),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
-            **more_inputs(chosen),
         )
         # A decoder's output begins with the prompt, an encoder-decoder's with its start token.
         skipped = 1 if model.config.is_encoder_decoder else length
@@ -76,12 +78,12 @@ def exact_match(
         pictures: how the base takes the examples' images, for one that does.
     """
 
-    def images_of(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
-        return {} if pictures is None else pictures.inputs([examples[index] for index in chosen], model.device)
+    def with_images(batch: dict[str, torch.Tensor], chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+        return batch if pictures is None else pictures.join(batch, [examples[index] for index in chosen])
 
     end = end_token(tokenizer)
     longest = max(len(example.target) for example in examples)
-    replies = greedy_tokens(model, [example.prompt for example in examples], end, longest, batch_size, images_of)
+    replies = greedy_tokens(model, [example.prompt for example in examples], end, longest, batch_size, with_images)
     return sum(
         reply[-1] == end and _text(tokenizer, reply) == _text(tokenizer, example.target)
         for reply, example in zip(replies, examples, strict=True)

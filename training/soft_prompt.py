@@ -144,9 +144,9 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} decides in front of its language model what each position sees, and would not see "
             "a soft prompt: use soft_tokens = 0"
         )
-    if side is not None:
+    if side is not None and not side.takes_patches:
         return side.language_model
-    if takes_images(model):
+    if takes_images(model):  # among them those whose positions follow pictures: the model counts them itself
         raise ModelError(
             f"{type(model).__name__} takes images in a way that no soft prompt can stand before: use soft_tokens = 0"
         )

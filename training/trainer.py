@@ -44,7 +44,7 @@ class TrainableAdapters(nn.Module):
 
         Args:
             labels: int64 with shape ``(batch, seq)``, -100 but on targets.
-            inputs: what the base takes, each with shape ``(batch, seq)``; beside them ``pixel_values`` of its images.
+            inputs: what the base takes, each with shape ``(batch, seq)``; beside them what it takes for images.
         """
         logits, targets = self._predict(labels, inputs)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
@@ -130,7 +130,7 @@ def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, picture
 
     def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         batch = pad_rows(examples, pad)
-        more = {} if pictures is None else pictures.inputs(examples)
-        return {**batch, **prompt_inputs(model, batch["labels"] == IGNORED_LABEL), **more}
+        batch |= prompt_inputs(model, batch["labels"] == IGNORED_LABEL)
+        return batch if pictures is None else pictures.join(batch, examples)
 
     return collate

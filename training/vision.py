@@ -12,18 +12,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Model types whose projector gives nothing but image embeddings, which then replace those of one placeholder token: for
-# each, the names of its projector and of its language model, whether it takes pictures as tiles, and whether its prompt
-# attends in both directions.
+# each, the names of its projector and of its language model.
 _SIDES = {
-    "llava": ("multi_modal_projector", "language_model", False, False),
-    "fast_vlm": ("multi_modal_projector", "language_model", False, False),
-    "paligemma": ("multi_modal_projector", "language_model", False, True),
-    "idefics3": ("connector", "text_model", True, False),
-    "smolvlm": ("connector", "text_model", True, False),
+    "llava": ("multi_modal_projector", "language_model"),
+    "fast_vlm": ("multi_modal_projector", "language_model"),
+    "paligemma": ("multi_modal_projector", "language_model"),
+    "idefics3": ("connector", "text_model"),
+    "smolvlm": ("connector", "text_model"),
+    "qwen2_vl": ("visual.merger", "language_model"),
+    "qwen2_5_vl": ("visual.merger", "language_model"),
+    "qwen3_vl": ("visual.merger", "language_model"),
 }
+# Those that cut a picture into tiles (adalink.training.tiles).
+_TAKE_TILES = ("idefics3", "smolvlm")
+# Those that take a picture as patches in the grid of its own shape, which positions follow (adalink.runtime.patches).
+_TAKE_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Those whose prompt attends in both directions (adalink.training.prefix).
+_BIDIRECTIONAL_PROMPT = ("paligemma",)
 SUPPORTED = (
     "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, PaliGemmaForConditionalGeneration, "
-    "Idefics3ForConditionalGeneration and SmolVLMForConditionalGeneration"
+    "Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration, Qwen2VLForConditionalGeneration, "
+    "Qwen2_5_VLForConditionalGeneration and Qwen3VLForConditionalGeneration"
 )
 
 
@@ -33,10 +42,12 @@ class ImageSide:
 
     Attributes:
         projector: the module whose output, of shape ``(images, tokens, d)``, is merged with the text embeddings; of a
-            model that takes tiles, ``(tiles, tokens, d)``.
+            model that takes tiles, ``(tiles, tokens, d)``, and of one that takes patches ``(tokens, d)``, all images'.
         language_model: what the merged embeddings go to, without its head.
         image_token_id: the placeholder that is replaced, once for each row of an image's embeddings.
         takes_tiles: whether ``pixel_values`` are tiles of pictures, with shape ``(rows, tiles, 3, height, width)``.
+        takes_patches: whether they are patches of pictures that keep their shape, all in a row with shape
+            ``(patches, numbers)``, beside ``image_grid_thw``.
         bidirectional_prompt: whether every position of a prompt sees all of the prompt, images and text, and only what
             follows attends causally. The model is told by ``token_type_ids`` (``adalink.training.prefix``).
     """
@@ -45,6 +56,7 @@ class ImageSide:
     language_model: PreTrainedModel
     image_token_id: int
     takes_tiles: bool
+    takes_patches: bool
     bidirectional_prompt: bool
 
 
@@ -55,16 +67,18 @@ def takes_images(model: PreTrainedModel) -> bool:
 
 def image_side(model: PreTrainedModel) -> ImageSide | None:
     """The image side of a model of a supported class; ``None`` for any other."""
-    if model.config.model_type not in _SIDES:
+    kind = model.config.model_type
+    if kind not in _SIDES:
         return None
-    projector, language_model, takes_tiles, bidirectional_prompt = _SIDES[model.config.model_type]
+    projector, language_model = _SIDES[kind]
     inner = model.base_model
     return ImageSide(
-        getattr(inner, projector),
-        getattr(inner, language_model),
-        model.config.image_token_id,
-        takes_tiles,
-        bidirectional_prompt,
+        projector=inner.get_submodule(projector),
+        language_model=inner.get_submodule(language_model),
+        image_token_id=model.config.image_token_id,
+        takes_tiles=kind in _TAKE_TILES,
+        takes_patches=kind in _TAKE_PATCHES,
+        bidirectional_prompt=kind in _BIDIRECTIONAL_PROMPT,
     )
 
 

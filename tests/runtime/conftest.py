@@ -37,9 +37,9 @@ def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     resume = InPlaceDecoding.resume
 
-    def note(self: InPlaceDecoding, row: int, embeds: Any, states: Any) -> None:
+    def note(self: InPlaceDecoding, row: int, embeds: Any, positions: Any, states: Any) -> None:
         counts.append(0 if states is None else states.shape[2])
-        resume(self, row, embeds, states)
+        resume(self, row, embeds, positions, states)
 
     monkeypatch.setattr(InPlaceDecoding, "resume", note)
     return counts

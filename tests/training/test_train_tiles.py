@@ -60,7 +60,7 @@ def test_loss_by_hand_over_rows_with_and_without_images(base: Path, data: Path) 
         generator = torch.Generator().manual_seed(5)
         for parameter in attached.adapters.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        batch = {**pad_decoder(examples, pad=2), **pictures.inputs(examples)}
+        batch = pictures.join(pad_decoder(examples, pad=2), examples)
         assert batch["pixel_values"].shape[:2] == (1, 21)
         loss = TrainableAdapters(attached)(**batch)["loss"]
         text, image = attached.adapters["text"], attached.adapters["image"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adalink.runtime.engine import Array, Backend, BankGraph, Engine, VisionGraph
 from adalink.runtime.manifest import Base
+from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 
 class ExactActivations:
@@ -47,7 +48,7 @@ class ExactActivations:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 

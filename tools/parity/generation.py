@@ -20,7 +20,7 @@ from adalink.runtime.engine import Array, Backend
 from adalink.tools.observed import ObservedBackend
 from adalink.tools.parity.adapter import to_float64
 from adalink.tools.parity.outputs import worst_of
-from adalink.tools.parity.reference import Outputs, Reference
+from adalink.tools.parity.reference import Outputs, Pixels, Reference
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class GeneratedRow:
     prompt: list[int]
     tokens: list[int]
     logits: Float64
-    pixels: Array | None = None
+    pixels: Pixels | None = None
 
 
 class Generator:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from adalink.training.dataset import Example
+
+# Images by the names of a model's inputs: float32 `pixel_values` in the shape that it takes, and what goes with them.
+Pixels = Mapping[str, "npt.NDArray[Any]"]
 
 # How many times float32's own noise a correct float32 engine may deviate by: docs/parity.md, "the noise floor".
 NOISE_FACTOR = 16.0
@@ -180,32 +183,27 @@ class Reference:
             table = self._model.get_input_embeddings()(torch.arange(self.base.vocab_size))
         return np.asarray(table.double().numpy())
 
-    def image_embeds(self, pixels: npt.NDArray[np.float32]) -> tuple[Float64, Float64]:
+    def image_embeds(self, pixels: Pixels) -> tuple[list[Float64], list[Float64]]:
         """What the vision tower and the projector give, before any adapter.
 
         Args:
-            pixels: shape ``(images, 3, height, width)``, or ``(rows, tiles, 3, height, width)`` for a model that takes
-                tiles.
+            pixels: images as the model takes them.
 
         Returns:
-            The float32 model's embeddings with shape ``(images or rows, positions, d)``, and the largest deviation of
-            each position, ``(images or rows, positions)``, from the float64 model's.
+            For each image, or each row of a model that takes tiles, the float32 model's embeddings with shape
+            ``(positions, d)``, and the largest deviation of each position, ``(positions,)``, from the float64 model's.
         """
         import torch
 
         with torch.no_grad():
             single, double = (
-                np.stack(
-                    [
-                        embeds.double().numpy()
-                        for embeds in model.get_image_features(
-                            pixel_values=torch.from_numpy(pixels).to(model.dtype)
-                        ).pooler_output
-                    ]
-                )
+                [
+                    np.asarray(embeds.double().numpy().reshape(-1, embeds.shape[-1]))
+                    for embeds in model.get_image_features(**_tensors(model, pixels)).pooler_output
+                ]
                 for model in (self._model, self._exact)
             )
-        return single, np.abs(single - double).max(axis=2)
+        return single, [np.abs(one - other).max(axis=1) for one, other in zip(single, double, strict=True)]
 
     def outputs(
         self,
@@ -213,7 +211,7 @@ class Reference:
         decoder_ids: list[int] | None,
         *,
         prompt_length: int | None = None,
-        pixels: npt.NDArray[np.float32] | None = None,
+        pixels: Pixels | None = None,
     ) -> Outputs:
         """Run one row.
 
@@ -221,7 +219,7 @@ class Reference:
             ids: the row's tokens.
             decoder_ids: decoder tokens of an encoder-decoder, else ``None``.
             prompt_length: how many of ``ids`` are the prompt; the rest counts as generated. All by default.
-            pixels: the row's images, float32 in the shape that the model takes.
+            pixels: the row's images as the model takes them.
         """
         row = (ids, decoder_ids, prompt_length, pixels)
         values = self._run(self._model, 0, *row)
@@ -247,14 +245,17 @@ class Reference:
         ids: list[int],
         decoder_ids: list[int] | None,
         prompt_length: int | None,
-        pixels: npt.NDArray[np.float32] | None,
+        pixels: Pixels | None,
     ) -> dict[str, Float64]:
         import torch
 
         from adalink.training.prefix import prompt_inputs
 
         row, own = torch.tensor([ids]), self._input_side
-        images = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels).to(model.dtype)}
+        images = {} if pixels is None else _tensors(model, pixels)
+        if "image_grid_thw" in images:  # given embeddings, the model could not count its positions by itself
+            is_image = (row == model.config.image_token_id).int()
+            images["position_ids"] = model.base_model.get_rope_index(row, is_image, images["image_grid_thw"])[0]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self._attached is not None and prompt_length is not None:
@@ -318,6 +319,13 @@ def limit_of(noise: Float64, typical: float, dtype: str) -> Float64:
     """
     scale = UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
     return np.asarray(NOISE_FACTOR * scale * np.maximum(noise, typical))
+
+
+def _tensors(model: Any, pixels: Pixels) -> dict[str, torch.Tensor]:
+    import torch
+
+    tensors = {name: torch.from_numpy(values) for name, values in pixels.items()}
+    return tensors | {"pixel_values": tensors["pixel_values"].to(model.dtype)}
 
 
 def _deviations(ours: dict[str, Float64], theirs: dict[str, Float64]) -> dict[str, Float64]:

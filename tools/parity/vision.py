@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.export.bounds import UNIT_ROUNDOFF, Float64
+from adalink.export.bounds import UNIT_ROUNDOFF
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
@@ -17,7 +17,7 @@ from adalink.runtime.manifest import Vision
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import read_preprocessor
 from adalink.tools.parity.outputs import TYPICAL_PERCENTILE, worst_of
-from adalink.tools.parity.reference import Reference, limit_of
+from adalink.tools.parity.reference import Pixels, Reference, limit_of
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _SIZES = ((37, 53), (481, 320), (224, 224), (511, 700))
 # Tiles that the tower is compared on: in float64 one is many times the work of a text.
 _TILES = 8
+# Likewise, pictures that are taken as patches: a smaller and a larger one than a window.
+_PATCHED = 2
 # Rescaling, subtracting the mean, dividing: each rounds once, and so does the processor.
 _PIXEL_ROUNDINGS = 6
 
@@ -40,14 +42,13 @@ class Looks:
         prompts: token ids, one placeholder for each image.
         rows: the same, with placeholders for all that the images take up.
         pictures: those of each row, uint8 with shape ``(height, width, 3)``.
-        pixels: likewise as the model's own processor prepares them, ``(images, 3, height, width)``, or ``(1, tiles, 3,
-            height, width)`` for a model that takes tiles; ``None`` for a row without images.
+        pixels: likewise as the model's own processor prepares them; ``None`` for a row without images.
     """
 
     prompts: list[list[int]]
     rows: list[list[int]]
     pictures: list[list[Array]]
-    pixels: list[Array | None]
+    pixels: list[Pixels | None]
 
     def pick(self, indices: Iterable[int]) -> Looks:
         """Some of the rows."""
@@ -69,13 +70,23 @@ class OwnImages:
         """The tokenizer is for models that take tiles: their tokens come from transformers' own text of a picture."""
         self._processor, self._vision, self._tokenizer = processor, vision, tokenizer
 
-    def pixels(self, pictures: Sequence[Array]) -> Array:
-        """``pixel_values`` of the pictures of one row, in the shape that the model takes."""
-        return np.asarray(self._processor(images=list(pictures), return_tensors="np")["pixel_values"], np.float32)
+    def pixels(self, pictures: Sequence[Array]) -> dict[str, Array]:
+        """The pictures of one row as the model takes them.
+
+        Returns:
+            ``pixel_values``, float32 with shape ``(images, 3, height, width)``; for a model that takes tiles
+            ``(1, tiles, 3, height, width)``; for one that takes patches ``(patches, numbers)``, and beside them
+            ``image_grid_thw``, int64 with shape ``(images, 3)``.
+        """
+        given = self._processor(images=list(pictures), return_tensors="np")
+        found = {"pixel_values": np.asarray(given["pixel_values"], np.float32)}
+        return found if self._vision.patches is None else found | {"image_grid_thw": given["image_grid_thw"]}
 
     def tokens(self, picture: Array) -> list[int]:
         """What stands for a picture in a prompt."""
         image, count = self._vision.image_token_id, self._vision.tokens_per_image
+        if self._vision.patches is not None:
+            return [image] * int(self.pixels([picture])["image_grid_thw"].prod() // self._vision.patches.merge**2)
         if self._vision.tiles is None:
             return [image] * count
         assert self._tokenizer is not None
@@ -108,13 +119,16 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
         chosen = pictures[2 * index : 2 * index + 1 + index]
-        written = [token for picture in chosen for token in images.tokens(picture)]
         words = [token for token in rows[index % len(rows)] if token != vision.image_token_id]
+        words = words or [deployment.manifest.base.pad_token_id]
+        # By placeholders alone the model does not tell pictures of several grids apart.
+        between = words[:1] if vision.patches is not None else []
+        written = [token for picture in chosen for token in (*images.tokens(picture), *between)]
         room = longest - len(written)
         if room < 2:
             break
-        words = (words or [deployment.manifest.base.pad_token_id])[:room]
-        found.prompts.append([words[0], *[vision.image_token_id] * len(chosen), *words[1:]])
+        words = words[:room]
+        found.prompts.append([words[0], *[vision.image_token_id, *between] * len(chosen), *words[1:]])
         found.rows.append([words[0], *written, *words[1:]])
         found.pictures.append(chosen)
         found.pixels.append(images.pixels(chosen))
@@ -134,11 +148,14 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     )
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     prepared = images.pixels(pictures)
-    theirs = prepared.reshape(-1, *prepared.shape[-3:])
+    theirs = prepared["pixel_values"]
+    if vision.patches is None:
+        theirs = theirs.reshape(-1, *theirs.shape[-3:])
     ours = np.concatenate([steps.apply(read_picture(picture, "picture")) for picture in pictures])
+    part, parts = ("tile", "tiles") if vision.patches is None else ("patch", "patches")
     if theirs.shape != ours.shape:
         raise ContractError(
-            f"the image processor of the model gives {len(theirs)} tiles of {theirs.shape[1:]} for {len(pictures)} "
+            f"the image processor of the model gives {len(theirs)} {parts} of {theirs.shape[1:]} for {len(pictures)} "
             f"pictures, that of the deployment {len(ours)} of {ours.shape[1:]}: verify it against the model it was "
             "made from"
         )
@@ -146,26 +163,38 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
     allowed = _PIXEL_ROUNDINGS * UNIT_ROUNDOFF["float32"] * (float(np.abs(theirs).max()) + offset)
     differing = f"|Δ| over {len(pictures)} pictures of odd sizes, against the model's own image processor"
     checks = [at_most("vision/pixel-values", float(np.abs(ours - theirs).max()), allowed, differing)]
-    if vision.tiles is not None:
-        grids = [steps.grid(*picture.shape[:2]) for picture in pictures]
+    grids = [steps.grid(*picture.shape[:2]) for picture in pictures]
+    if vision.tiles is not None or vision.patches is not None:
         wrong = [
             index
             for index, (picture, grid) in enumerate(zip(pictures, grids, strict=True))
             if vision.written(grid) != images.tokens(picture)
         ]
-        said = f"of {len(pictures)} pictures of odd sizes, in {grids} rows and columns of tiles; differing: {wrong}"
-        checks.append(at_most("vision/tile-tokens", len(wrong), 0, said))
-    few = prepared[..., :_TILES, :, :, :]
+        said = f"of {len(pictures)} pictures of odd sizes, of rows and columns {grids}; differing: {wrong}"
+        checks.append(at_most(f"vision/{part}-tokens", len(wrong), 0, said))
+    if vision.patches is None:
+        few: Pixels = {"pixel_values": prepared["pixel_values"][..., :_TILES, :, :, :]}
+        received = _through_tower(deployment, few["pixel_values"])
+    else:
+        few = images.pixels(pictures[:_PATCHED])
+        counts = few["image_grid_thw"].prod(axis=1)
+        own = np.split(few["pixel_values"], np.cumsum(counts)[:-1])
+        received = [deployment.encode(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
     expected, noise = reference.image_embeds(few)
-    typical = float(np.percentile(noise, TYPICAL_PERCENTILE))
-    received: Float64 = deployment.encode(few.reshape(-1, *few.shape[-3:])).astype(np.float64).reshape(expected.shape)
+    typical = float(np.percentile(np.concatenate(noise), TYPICAL_PERCENTILE))
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
     deviation, limit, picture, position = worst_of(deviations, [limit_of(own, typical, "float32") for own in noise])
     nearest = (
-        f"|Δ| nearest its limit, of {received.shape[0] * received.shape[1]} positions: picture {picture}, position "
+        f"|Δ| nearest its limit, of {sum(map(len, received))} positions: picture {picture}, position "
         f"{position}; PyTorch float32 is itself typically {typical:.1e} away"
     )
     return [*checks, at_most("vision/image-embeds", deviation, limit, nearest)]
+
+
+def _through_tower(deployment: Deployment, pixels: Array) -> list[Array]:
+    """Embeddings ``(positions, d)`` of each image, or of each row of tiles."""
+    embeds = deployment.encode(pixels.reshape(-1, *pixels.shape[-3:]))
+    return list(embeds.reshape(len(pixels), -1, embeds.shape[-1]))
 
 
 def check_tower_corners(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
@@ -173,8 +202,9 @@ def check_tower_corners(deployment: Deployment, reference: Reference, images: Ow
     span = None if deployment.profile is None else deployment.profile.images
     if span is None:
         return []
-    pixels = images.pixels([_picture(seed, *size) for seed, size in enumerate(_SIZES[:2])])[..., :2, :, :, :]
-    expected, noise = reference.image_embeds(pixels)
+    pixels = images.pixels([_picture(seed, *size) for seed, size in enumerate(_SIZES[:2])])["pixel_values"]
+    pixels = pixels[..., :2, :, :, :]
+    expected, noise = (np.stack(found) for found in reference.image_embeds({"pixel_values": pixels}))
     flat = pixels.reshape(-1, *pixels.shape[-3:])
     rows, typical = (len(flat), -1), float(np.percentile(noise, TYPICAL_PERCENTILE))
     right, limits = expected.reshape(*rows, expected.shape[-1]), limit_of(noise, typical, "float32").reshape(rows)
