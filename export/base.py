@@ -77,9 +77,8 @@ def export_base(
         ContractError: the deployment holds another base, or the same with another dtype.
         DeploymentError: the variant exists, or the folder cannot be written.
     """
-    from adalink.export.image_processor import find_image_processor
     from adalink.export.vision import describe_images, language_model, write_vision
-    from adalink.training.base_model import base_fingerprint, display_name, load_base
+    from adalink.training.base_model import base_fingerprint, display_name, find_image_processor, load_base
     from adalink.training.prefix import has_bidirectional_prompt
 
     _check_request(dtype, target, quantization, modalities)

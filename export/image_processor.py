@@ -1,4 +1,4 @@
-"""A model's own image processor, found and written down as the steps that the runtime takes."""
+"""A model's own image processor written down as the steps that the runtime takes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,10 @@ from adalink.training.patches import read_patching
 from adalink.training.tiles import processor_name, read_tiling
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers.image_processing_utils import BaseImageProcessor
 
 # Those whose steps `Preprocessor` has, beside the ones that cut tiles.
 _PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
-
-
-def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
-    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
-    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(str(spec), backend="pil", trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
 
 
 def describe_processor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from adalink.training.attach import attach
 from adalink.training.config import AdaLinkConfig
 
 MODALITIES = [("text",), ("image",), ("text", "image"), ("image", "text")]
@@ -29,3 +30,18 @@ def residual(adapter, x):
     inner = x @ adapter.down.weight.T + adapter.down.bias
     gelu = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
     return gelu @ adapter.up.weight.T + adapter.up.bias
+
+
+def check_adapted(model, inputs, modalities, by_hand, atol=1e-5):
+    """Attach, compare with ``by_hand(model, adapters, inputs)``, detach; returns what was attached, and the logits."""
+    plain = logits(model, **inputs)
+    with attach(model, config(modalities)) as attached:
+        assert torch.equal(logits(model, **inputs), plain), "a fresh adapter is the identity"
+        disturb(attached)
+        adapted = logits(model, **inputs)
+    real = inputs["attention_mask"].bool()
+    expected = by_hand(model, attached.adapters, inputs)
+    torch.testing.assert_close(adapted[real], expected[real], rtol=0, atol=atol)
+    assert (adapted - plain)[real].abs().max() > 0.05
+    assert torch.equal(logits(model, **inputs), plain), "detaching leaves a trace"
+    return attached, adapted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from tiny_models import IMAGE_SIZE, PATCH_EDGE, PIECE_EDGE, TILE_EDGE
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -11,6 +12,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from adalink.runtime.manifest import Manifest
 
 
 def clip_processor(edge: int = IMAGE_SIZE, **settings: Any) -> CLIPImageProcessorPil:
@@ -43,3 +46,15 @@ def patch_processor(least: int = 4, most: int = 20, **settings: Any) -> Qwen2VLI
     """Of the tiny models that take patches: pictures become ``least`` to ``most`` pieces."""
     size = {"shortest_edge": least * PIECE_EDGE**2, "longest_edge": most * PIECE_EDGE**2}
     return Qwen2VLImageProcessorPil(**({"size": size, "patch_size": PATCH_EDGE} | settings))
+
+
+def check_same_engine(whole: Manifest, alone: Manifest) -> None:
+    """Check that a base that takes images has the engines, table and bank of its language model, byte for byte."""
+    assert set(whole.variants) == set(alone.variants)
+    for variant in alone.variants.values():
+        for path in variant.files:
+            assert whole.files[path] == alone.files[path], f"{path} knows of images"
+    for path in (alone.base.embeddings, alone.base.tokenizer, *alone.base.bank.values()):
+        assert whole.files[path] == alone.files[path]
+    expected = msgspec.structs.replace(alone.base, name="", vision=None, modalities=("text", "image"))
+    assert msgspec.structs.replace(whole.base, name="", vision=None) == expected

@@ -16,6 +16,7 @@ from adalink.runtime.errors import ModelError
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
 
 DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -92,6 +93,17 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
             "Expected tokenizer.json beside the weights, or a GGUF file that carries one"
         ) from error
+
+
+def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
+    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
+    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(str(spec), backend="pil", trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
 
 
 def base_fingerprint(model: torch.nn.Module) -> str:

@@ -14,6 +14,7 @@ from adalink.runtime.digest import digest_file
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.pictures import read_picture
+from adalink.training.base_model import find_image_processor
 from adalink.training.dataset import Example, ImageTokens
 from adalink.training.patches import read_patching
 from adalink.training.tiles import read_tile_tokens, read_tiling
@@ -41,19 +42,15 @@ class Pictures:
         Raises:
             ModelError: there is no image processor, or the model takes no images that way.
         """
-        from transformers import AutoImageProcessor
-
         side = image_side(model)
         if side is None:
             raise ModelError(
                 f"{type(model).__name__} takes no images in a way that is supported: remove them from the rows"
             )
-        try:
-            self._processor = AutoImageProcessor.from_pretrained(str(base), backend="pil", trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{base}: no image processor was found, expected preprocessor_config.json beside it ({error})"
-            ) from error
+        processor = find_image_processor(base)
+        if processor is None:
+            raise ModelError(f"{base}: no image processor was found, expected preprocessor_config.json beside it")
+        self._processor = processor
         self._takes_tiles, self._takes_patches = side.takes_tiles, side.takes_patches
         self.tokens = ImageTokens(side.image_token_id, self._writer(model, side, tokenizer))
 

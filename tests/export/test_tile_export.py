@@ -21,7 +21,7 @@ from tiny_models import (
 )
 from tiny_tokenizer import make_tile_tokenizer
 from transformers import LlamaForCausalLM
-from vision_support import clip_processor, idefics3_processor, tile_processor
+from vision_support import check_same_engine, clip_processor, idefics3_processor, tile_processor
 
 from adalink.export.base import export_base
 from adalink.runtime.errors import ManifestError, ModelError
@@ -73,12 +73,7 @@ def test_the_engine_is_that_of_the_language_model_alone(name: str, tmp_path: Pat
     for target in ("onnxruntime-cpu", "portable"):
         whole = export(model, tmp_path / "whole", target=target)
         alone = export_base(text, tmp_path / "alone", target=target, tokenizer=make_tile_tokenizer())
-        for path in alone.variants[target].files:
-            assert whole.files[path] == alone.files[path], f"{path} knows of images"
-    for path in (alone.base.embeddings, alone.base.tokenizer, *alone.base.bank.values()):
-        assert whole.files[path] == alone.files[path]
-    expected = msgspec.structs.replace(alone.base, name="", vision=None, modalities=("text", "image"))
-    assert msgspec.structs.replace(whole.base, name="", vision=None) == expected
+    check_same_engine(whole, alone)
     assert whole.base.fingerprint == base_fingerprint(model)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, _fill, fast_vlm, llama, llava
 from tiny_tokenizer import make_tokenizer
-from vision_support import clip_processor, llava_processor, siglip_processor
+from vision_support import check_same_engine, clip_processor, llava_processor, siglip_processor
 
 from adalink.export.base import export_base
 from adalink.runtime.errors import ContractError, ManifestError, ModelError
@@ -101,12 +101,7 @@ def test_the_engine_is_that_of_the_language_model_alone(tmp_path: Path) -> None:
             model, tmp_path / "whole", target=target, tokenizer=make_tokenizer(), image_processor=clip_processor()
         )
         alone = export_base(text, tmp_path / "alone", target=target, tokenizer=make_tokenizer())
-        for path in alone.variants[target].files:
-            assert whole.files[path] == alone.files[path], f"{path} knows of images"
-    for path in (alone.base.embeddings, alone.base.tokenizer, *alone.base.bank.values()):
-        assert whole.files[path] == alone.files[path]
-    expected = msgspec.structs.replace(alone.base, name="", vision=None, modalities=("text", "image"))
-    assert msgspec.structs.replace(whole.base, name="", vision=None) == expected
+    check_same_engine(whole, alone)
     assert whole.base.fingerprint == base_fingerprint(model)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attach_support import MODALITIES, config, disturb, logits, residual
+from attach_support import MODALITIES, check_adapted, config, disturb, logits, residual
 from tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, MAX_POSITIONS, VOCAB_SIZE, fast_vlm, llama, llava
 
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
@@ -54,16 +54,7 @@ def by_hand(model, adapters, inputs):
 @pytest.mark.parametrize("modalities", MODALITIES)
 def test_each_modality_has_its_own_adapter(modalities, make):
     model, inputs = make(), request()
-    plain = logits(model, **inputs)
-    with attach(model, config(modalities)) as attached:
-        assert torch.equal(logits(model, **inputs), plain), "a fresh adapter is the identity"
-        disturb(attached)
-        adapted = logits(model, **inputs)
-    real = inputs["attention_mask"].bool()
-    expected = by_hand(model, attached.adapters, inputs)
-    torch.testing.assert_close(adapted[real], expected[real], rtol=0, atol=1e-5)
-    assert (adapted - plain)[real].abs().max() > 0.05
-    assert torch.equal(logits(model, **inputs), plain), "detaching leaves a trace"
+    check_adapted(model, inputs, modalities, by_hand)
 
 
 def test_each_modality_can_have_its_own_rank(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attach_support import MODALITIES, config, disturb, logits, residual
+from attach_support import MODALITIES, check_adapted, config, disturb, logits, residual
 from tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, PREFIX_IMAGE_TOKEN, paligemma
 
 from adalink.runtime.errors import ModelError
@@ -59,17 +59,9 @@ def by_hand(model, adapters, inputs):
 @pytest.mark.parametrize("modalities", MODALITIES)
 def test_each_modality_has_its_own_adapter(modalities, tmp_path):
     model, inputs = paligemma(), request()
-    plain = logits(model, **inputs)
-    with attach(model, config(modalities)) as attached:
-        assert torch.equal(logits(model, **inputs), plain), "a fresh adapter is the identity"
-        disturb(attached)
-        adapted = logits(model, **inputs)
-        save_adapter(tmp_path / "own", to_adapter(attached, "tiny"))
-    real = inputs["attention_mask"].bool()
-    expected = by_hand(model, attached.adapters, inputs)
-    torch.testing.assert_close(adapted[real], expected[real], rtol=0, atol=1e-4)
-    assert (adapted - plain)[real].abs().max() > 0.05
-    assert torch.equal(logits(model, **inputs), plain), "detaching leaves a trace"
+    attached, adapted = check_adapted(model, inputs, modalities, by_hand, atol=1e-4)
+    save_adapter(tmp_path / "own", to_adapter(attached, "tiny"))
+    real, expected = inputs["attention_mask"].bool(), by_hand(model, attached.adapters, inputs)
     causal = by_hand(model, attached.adapters, inputs | {"token_type_ids": torch.ones_like(inputs["input_ids"])})
     assert (causal - expected)[real].abs().max() > 0.05, "the mask written out must matter"
     with load_adapter(tmp_path / "own", model):

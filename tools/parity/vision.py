@@ -220,8 +220,7 @@ def check_tower_corners(deployment: Deployment, reference: Reference, images: Ow
 
 def own_images(against: str, vision: Vision) -> OwnImages:
     """How the model that is verified against takes pictures; raises ``ContractError`` if it has no processor."""
-    from adalink.export.image_processor import find_image_processor
-    from adalink.training.base_model import load_tokenizer
+    from adalink.training.base_model import find_image_processor, load_tokenizer
 
     processor = find_image_processor(against)
     if processor is None:
