@@ -45,3 +45,21 @@ def check_adapted(model, inputs, modalities, by_hand, atol=1e-5):
     assert (adapted - plain)[real].abs().max() > 0.05
     assert torch.equal(logits(model, **inputs), plain), "detaching leaves a trace"
     return attached, adapted
+
+
+def check_untouched(model, inputs, modality, language_model, placeholder):
+    """Adapt one modality; what the language model is fed at the positions of the other stays bit for bit."""
+    seen = []
+    handle = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
+    )
+    logits(model, **inputs)
+    with attach(model, config((modality,))) as attached:
+        disturb(attached)
+        logits(model, **inputs)
+    handle.remove()
+    is_image = inputs["input_ids"] == placeholder
+    other = ~is_image if modality == "image" else is_image
+    plain, adapted = seen
+    assert torch.equal(adapted[other], plain[other])
+    assert (adapted[~other] != plain[~other]).any(dim=-1).all()

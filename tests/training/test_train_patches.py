@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeing_support import write_rows
 from tiny_models import IMAGE_TOKEN, qwen2_5_vl, qwen2_vl, qwen3_vl
 from tiny_tokenizer import make_tokenizer
 from vision_support import patch_processor
@@ -41,11 +42,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for index, size in enumerate(((11, 40), (30, 33), (17, 9))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(folder / f"{index}.png")
-    rows = [{"prompt": row.prompt, "completion": row.completion, "images": row.images} for row in ROWS]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder, ROWS, ((11, 40), (30, 33), (17, 9)))
     return folder
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeing_support import write_rows
 from tiny_models import TILE_IMAGE_TOKEN, TILE_TOKENS, idefics3
 from tiny_tokenizer import make_tile_tokenizer
 from transformers import Idefics3Processor
@@ -42,11 +41,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures of three, of nine and of six tiles."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for index, size in enumerate(((11, 40), (30, 33), (60, 31))):
-        Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(folder / f"{index}.png")
-    rows = [{"prompt": row.prompt, "completion": row.completion, "images": row.images} for row in ROWS]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder, ROWS, ((11, 40), (30, 33), (60, 31)))
     return folder
 
 
