@@ -35,7 +35,7 @@ def test_adapter_is_the_one_that_its_report_describes(name):
     report = json.loads((folder / "training.json").read_text())
     assert adapter.digest == report["adapter_digest"]
     assert adapter.config.rank == report["method"]["rank"]
-    assert adapter.size_bytes < 100_000
+    assert adapter.size_bytes < 300_000
     assert "/" not in adapter.config.base_model_name_or_path
 
 

@@ -44,7 +44,7 @@ class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
     """AdaLink, and with ``tokens`` a soft prompt before the text: ``(2 r + tokens) d`` parameters."""
 
     rank: Count
-    activation: str = "gelu"
+    activation: str = "identity"
     tokens: Annotated[int, Meta(ge=0)] = 0
 
 
