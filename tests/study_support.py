@@ -75,6 +75,7 @@ METHODS = """
 name = "AdaLink 8"
 kind = "adalink"
 rank = 8
+activation = "gelu"
 lr = [1e-2, 1e-3]
 
 [[methods]]

@@ -24,7 +24,7 @@ bases = [
 ]
 data = [{ name = "reuters-r52", words = 16, test_rows = 24 }, { name = "film-reviews", words = 16, test_rows = 24 }]
 methods = [
-    { name = "AdaLink", kind = "adalink", rank = 16, lr = [1e-2] },
+    { name = "AdaLink", kind = "adalink", rank = 16, activation = "gelu", lr = [1e-2] },
     { name = "LoRA", kind = "lora", rank = 4, targets = "attention", lr = [1e-3] },
     { name = "none", kind = "zero-shot" },
 ]

@@ -35,6 +35,7 @@ MORE = """
 name = "AdaLink 16"
 kind = "adalink"
 rank = 16
+activation = "gelu"
 lr = [1e-2]
 """
 PARAMETERS = {"AdaLink 8": 768, "AdaLink 16": 1536, "LoRA 2": 400, "none": 0}
