@@ -302,12 +302,12 @@ def test_a_table_of_ids_is_not_loaded_as_a_bottleneck(tmp_path):
 def test_the_command_trains_one(files, tmp_path):
     from click.testing import CliRunner
 
-    from adalink.tools.train import command
+    from adalink.tools.cli import main
 
     base, rows, _ = map(str, files)
     where = ["--base", base, "--data", rows, "--eval", rows, "--out", str(tmp_path / "out")]
     options = ["--rank", "0", "--soft-tokens", "4", "--lr", "0.3", "--max-steps", "60", "--device", "cpu", "--json"]
-    done = CliRunner().invoke(command, [*where, *options], catch_exceptions=False)
+    done = CliRunner().invoke(main, ["train", *where, *options], catch_exceptions=False)
     assert done.exit_code == 0
     report = json.loads(done.stdout)
     config = read_adapter(tmp_path / "out").config

@@ -73,8 +73,9 @@ def test_runs_keep_their_names(monkeypatch):
         return run.file_name
 
     assert name(rank=16, activation="identity") == "final-be4e91e3225f9b0001d20b0a.json"
-    assert name(rank=64) == name(rank=64, tokens=0) == "final-21aae14bf9ea2165c7110aed.json"
-    assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4))
+    gelu = name(rank=64, activation="gelu")
+    assert gelu == name(rank=64, activation="gelu", tokens=0) == "final-21aae14bf9ea2165c7110aed.json"
+    assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4), gelu)
 
 
 def test_the_runs_are_those_declared(done):

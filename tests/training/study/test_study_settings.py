@@ -38,7 +38,7 @@ def test_a_study_is_read(tmp_path):
         ("rank = 8", "rank = 8\nalpha = 3", r"unknown field `alpha` - at `\$\.methods\[0\]`"),
         ('kind = "lora"', 'kind = "dora"', r"Invalid value 'dora' - at `\$\.methods\[1\]\.kind`"),
         ('targets = "attention"', 'targets = "heads"', r"'heads' - at `\$\.methods\[1\]\.targets`"),
-        ('activation = "gelu"', 'activation = "sine"', r"\$\.methods\[0\]\.activation is 'sine', expected one of ident"),
+        ('activation = "gelu"', 'activation = "sine"', r"\$\.methods\[0\]\.activation is 'sine', expected one of id"),
         ("lr = [1e-2]", "lr = []", r"\$\.methods\[1\]\.lr`"),
         ("lr = [1e-2]", "lr = [15.0]", r"\$\.methods\[1\]\.lr\[0\]`"),
         ("max_steps = 12", 'max_steps = "12"', r"\$\.training\.max_steps`"),
