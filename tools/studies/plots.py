@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from adalink.runtime.errors import WriteError
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "os^Dv<>pX*"
+_COLUMNS = 2
 Cell = Mapping[str, Any]
 
 
 def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw every plot that a summary has figures for: a row of panels a base, a column a data set.
+    """Draw every plot that a summary has figures for: a panel for each base and data set.
 
     ``parameters.png`` and ``time.png`` are of the largest training size; ``rank.png`` is of AdaLink where several ranks
-    were run, ``size.png`` of every trained method where several sizes were.
+    were run, ``size.png`` of every trained method where several sizes were. Combined data sets are not drawn: what one
+    method for all costs is in the tables, data set by data set.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -26,7 +28,7 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    measured = [cell for cell in summary["cells"] if cell["accuracy"] is not None]
+    measured = [cell for cell in summary["cells"] if cell["accuracy"] is not None and "parts" not in cell]
     trained = [cell for cell in measured if cell["trained_parameters"]]
     zero_shot = [cell for cell in measured if not cell["trained_parameters"]]
     largest = [cell for cell in trained if cell["size"] == max((other["size"] for other in trained), key=_size)]
@@ -63,12 +65,14 @@ def _draw(
 
     if not cells:
         return []
-    bases, sets = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("base", "data"))
+    panels = list(dict.fromkeys((cell["base"], cell["data"]) for cell in cells))
     names = list(dict.fromkeys(series(cell) for cell in cells))
-    size = (4.2 * len(sets) + 2.4, 3.2 * len(bases))
-    figure, grid = pyplot.subplots(len(bases), len(sets), figsize=size, squeeze=False)
-    for place, panel in enumerate(itertools.product(bases, sets)):
-        axes = grid[place // len(sets)][place % len(sets)]
+    columns = min(len(panels), _COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(4.2 * columns + 2.4, 3.2 * rows), squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(grid.flat, panels, strict=False):
         for index, name in enumerate(names):
             mine = [cell for cell in cells if (cell["base"], cell["data"]) == panel and series(cell) == name]
             mine.sort(key=value)
@@ -77,6 +81,7 @@ def _draw(
                 [100 * cell["accuracy"]["mean"] for cell in mine],
                 yerr=[100 * (cell["accuracy"]["deviation"] or 0.0) for cell in mine],
                 label=name, color=_COLOURS[index % len(_COLOURS)], marker=_MARKERS[index % len(_MARKERS)], capsize=3,
+                fillstyle="full" if index < len(_COLOURS) else "none",
             )  # fmt: skip
         for cell in zero_shot:
             if (cell["base"], cell["data"]) == panel:
@@ -85,7 +90,7 @@ def _draw(
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy on test, %")
         axes.set_title(", ".join(panel))
-    handles = {label: handle for row in grid for axes in row for handle, label in zip(
+    handles = {label: handle for axes in figure.axes for handle, label in zip(
         *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()

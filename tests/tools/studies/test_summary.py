@@ -173,6 +173,13 @@ def test_plots_show_the_cells(made, tmp_path, shown):
     assert not pyplot.get_fignums()
 
 
+def test_a_combined_data_set_is_not_drawn(made, tmp_path, shown):
+    summary = summarize(*made)
+    combined = [dict(cell, data="both", parts={"letters": cell["accuracy"]}) for cell in summary["cells"]]
+    draw({"cells": summary["cells"] + combined}, tmp_path)
+    assert {panel for panel, _ in shown["parameters"]} == {"tiny, letters", "tiny, digits"}
+
+
 def test_nothing_measured_draws_nothing(made, tmp_path):
     assert draw(summarize(made[0], made[1], {}), tmp_path) == []
 
