@@ -5,6 +5,7 @@ RUN     = $(VENV)/bin
 EXTRAS ?= cpu,vision,export,train,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
+WORKERS ?= 2
 
 .PHONY: help demo test test-slow test-gpu lint format bench study vision models clean
 
@@ -30,8 +31,8 @@ models: $(VENV)/models ## install the real models and data sets that demo, bench
 demo: $(VENV)/models $(if $(TRT),$(VENV)/tensorrt-rtx) ## one engine, two tasks and the plain base on SmolLM2: export, run, verify, receipt (TRT=1: TensorRT-RTX too)
 	$(RUN)/adalink demo --out $(DEMO)
 
-test: $(VENV)/tensorrt-rtx ## the quick tests
-	$(RUN)/python -m pytest -m "not slow and not gpu"
+test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 	$(RUN)/python -m pytest -m "slow"
