@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from adalink.runtime.adapter import ACTIVATIONS
 from adalink.runtime.errors import ConfigError
+from adalink.training.config import AdaLinkConfig
 from adalink.training.study.data import DEFAULT_TEMPLATE, SOURCES
 
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -44,7 +45,7 @@ class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
     """AdaLink, and with ``tokens`` a soft prompt before the text: ``(2 r + tokens) d`` parameters."""
 
     rank: Count
-    activation: str = "identity"
+    activation: str = AdaLinkConfig.activation
     tokens: Annotated[int, Meta(ge=0)] = 0
 
 
