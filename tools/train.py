@@ -15,7 +15,7 @@ from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.errors import ConfigError
 from adalink.tools.console import say
 from adalink.training.config import AdaLinkConfig
-from adalink.training.settings import DEVICES, SearchSettings, TrainSettings
+from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, TrainSettings
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -62,6 +62,13 @@ from adalink.training.settings import DEVICES, SearchSettings, TrainSettings
 @click.option("--seed", default=TrainSettings.seed, show_default=True, help="Seed of weights, order and dropout.")
 @click.option("--device", default=TrainSettings.device, show_default=True, type=click.Choice(DEVICES))
 @click.option(
+    "--precision",
+    default=TrainSettings.precision,
+    show_default=True,
+    type=click.Choice(PRECISIONS),
+    help="Of the products in a training step; bfloat16 is for hardware that has it.",
+)
+@click.option(
     "--search",
     "minutes",
     type=click.FloatRange(min=0, min_open=True),
@@ -89,6 +96,7 @@ def command(
     save_steps: int,
     seed: int,
     device: str,
+    precision: str,
     minutes: float | None,
     resume: bool,
     as_json: bool,
@@ -129,6 +137,7 @@ def command(
         max_length=max_length,
         seed=seed,
         device=device,
+        precision=precision,
         save_steps=save_steps,
     )
     space = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from adalink.runtime.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class TrainSettings:
         max_length: most tokens of a row, end token included.
         seed: seed of the initial weights, the order of rows and dropout.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        precision: of the products in a step: ``"float32"``, or ``"bfloat16"`` by autocast. Weights, the adapter's own
+            arithmetic, the loss and what the optimizer holds are float32 in both, and so is all that is measured.
         save_steps: steps between checkpoints.
 
     Raises:
@@ -32,6 +35,7 @@ class TrainSettings:
     max_length: int = 256
     seed: int = 0
     device: str = "auto"
+    precision: str = "float32"
     save_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -44,6 +48,8 @@ class TrainSettings:
             raise ConfigError(f"seed is {self.seed!r}, expected 0 to {(1 << 32) - 1}")
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,15 +95,20 @@ class Schedule(Protocol):
     def device(self) -> str:
         """``"cpu"`` to leave GPUs alone."""
 
+    @property
+    def precision(self) -> str:
+        """``"float32"``, or ``"bfloat16"`` for steps under autocast."""
+
 
 def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> TrainingArguments:
     """Arguments of a ``Trainer``: AdamW without weight decay, a warm-up over 5 % of the steps, linear decay.
 
     Args:
         folder: where checkpoints go, if there are any.
-        schedule: rate, steps, rows a step, seed and device.
+        schedule: rate, steps, rows a step, seed, device and precision.
         more: further ``TrainingArguments``.
     """
+    is_bfloat16 = schedule.precision == "bfloat16"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.max_steps,
@@ -114,7 +119,9 @@ def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> Tr
         weight_decay=0.0,
         logging_steps=max(1, schedule.max_steps // _CURVE_POINTS),
         seed=schedule.seed,
-        use_cpu=schedule.device == "cpu",
+        bf16=is_bfloat16,
+        # Left to itself the Trainer takes bf16 for a wish for a GPU, and refuses where there is none.
+        use_cpu=schedule.device == "cpu" or (is_bfloat16 and not torch.cuda.is_available()),
         remove_unused_columns=False,
         report_to="none",
         **more,

@@ -174,6 +174,7 @@ def test_encoders_are_refused(data, tmp_path):
         ({"batch_size": -1}, "batch_size is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"device": "tpu"}, "device is 'tpu', expected one of auto, cpu, cuda"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected one of float32, bfloat16"),
     ],
 )
 def test_settings_refuse(wrong, message):

@@ -22,7 +22,8 @@ th { background: #f2f2f2; text-align: left; } td { font-variant-numeric: tabular
 <h1>{{ summary.study.name }}</h1>
 <p>{{ summary.study.description }}</p>
 <p>{{ summary.runs.finished }} runs are finished, {{ summary.runs.open }} are open. Devices:
-{{ summary.devices | join(", ") or "none" }}. {{ summary.scoring }}</p>
+{{ summary.devices | join(", ") or "none" }}; training steps in {{ summary.study.training.precision }}, scores in
+float32. {{ summary.scoring }}</p>
 {% for title, note, columns, rows in tables if rows %}
 <h2>{{ title }}</h2>
 <p>{{ note }}</p>
@@ -45,7 +46,8 @@ _MARKDOWN = """# {{ summary.study.name }}
 {{ summary.study.description }}
 
 {{ summary.runs.finished }} runs are finished, {{ summary.runs.open }} are open.
-Devices: {{ summary.devices | join(", ") or "none" }}.
+Devices: {{ summary.devices | join(", ") or "none" }}; training steps in {{ summary.study.training.precision }},
+scores in float32.
 {{ summary.scoring }}
 {% for title, note, columns, rows in tables if rows %}
 ## {{ title }}

@@ -106,7 +106,7 @@ def waiting(cells: Sequence[Cell], finished: Mapping[str, Mapping[str, Any]]) ->
 
 
 class Estimates:
-    """Seconds a run will take, from finished runs of the same base, method and device, else of the same base.
+    """Seconds a run will take, from finished runs of the same base, device, precision and method, else of any method.
 
     Args:
         finished: contents of finished runs.
@@ -119,7 +119,7 @@ class Estimates:
         self._rows: dict[tuple[str, ...], list[float]] = {}
         for content in finished:
             run, result = content["run"], content["result"]
-            for key in _keys(run["base"], run["device"], run["method"]):
+            for key in _keys(run["base"], run["device"], run.get("precision", "float32"), run["method"]):
                 self._rows.setdefault(key, []).append(result["score_seconds"] / result["rows"])
                 if run["max_steps"]:
                     self._steps.setdefault(key, []).append(result["train_seconds"] / run["max_steps"])
@@ -136,14 +136,14 @@ class Estimates:
 
     @staticmethod
     def _known(table: Mapping[tuple[str, ...], Sequence[float]], run: Run) -> float | None:
-        for key in _keys(run.base, run.device, run.method):
+        for key in _keys(run.base, run.device, run.precision, run.method):
             if key in table:
                 return statistics.median(table[key])
         return None
 
 
-def _keys(base: str, device: str, method: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return (base, device, str(method["kind"])), (base, device)
+def _keys(base: str, device: str, precision: str, method: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return (base, device, precision, str(method["kind"])), (base, device, precision)
 
 
 def _train_digests(data: DataSet) -> Callable[[int | None, int], str]:
@@ -200,6 +200,7 @@ def _run(
         method={key: value for key, value in settings.items() if key not in ("lr", "name", "sizes")},
         batch_size=study.training.batch_size,
         device=device,
+        precision=study.training.precision if training["max_steps"] else "float32",  # nothing is trained
         **training,
     )
 

@@ -57,6 +57,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         batch_size: rows a step.
         seed: seed of the subset, the initial weights and the order.
         device: ``"cpu"`` or ``"cuda"``.
+        precision: of a training step, as in ``TrainSettings``.
         format: ``FORMAT``.
     """
 
@@ -75,12 +76,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     batch_size: int
     seed: int
     device: str
+    precision: str = "float32"
     format: int = FORMAT
 
     @property
     def file_name(self) -> str:
         """Name of the finished run's file."""
-        digest = digest_bytes(msgspec.json.encode(self, order="sorted")).removeprefix("sha256:")
+        settings = msgspec.to_builtins(self)
+        if self.precision == "float32":
+            del settings["precision"]  # runs done before there was a choice keep their names
+        digest = digest_bytes(msgspec.json.encode(settings, order="sorted")).removeprefix("sha256:")
         return f"{self.purpose}-{digest[:24]}.json"
 
 
@@ -167,7 +172,10 @@ def perform(run: Run, base: str, entry: Data, method: Method, parts: Sequence[Da
     _check_unchanged(run, loaded, data, rows, scored)
     vectors = None if loaded.model.can_generate() else embed_labels(loaded.model, loaded.tokenizer, data)
     set_seed(run.seed)
-    task = make_task(tune(copy.deepcopy(loaded.model), method), loaded.tokenizer, data, vectors)
+    model = copy.deepcopy(loaded.model)
+    if (run.device, run.precision) == ("cpu", "bfloat16"):
+        model.set_attn_implementation("eager")  # for rows as short as these: PyTorch's own is slow backwards there
+    task = make_task(tune(model, method), loaded.tokenizer, data, vectors)
     task.to(torch.device(run.device))
     started = time.perf_counter()
     curve = [] if isinstance(method, ZeroShotMethod) else _train(task, rows, run)

@@ -209,7 +209,8 @@ class NearestLabel(Task):
     def _cosines(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         embeds, wide_mask = self.tuned.embed(ids, mask)
         hidden = self.tuned.base(inputs_embeds=embeds, attention_mask=wide_mask).last_hidden_state
-        return _unit_mean(hidden[:, self.tuned.soft_tokens :], mask) @ self.label_vectors.T
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _unit_mean(hidden[:, self.tuned.soft_tokens :].float(), mask) @ self.label_vectors.T
 
 
 @torch.no_grad()

@@ -115,10 +115,17 @@ class Data(_Entry, frozen=True, kw_only=True):
 
 
 class Training(_Entry, frozen=True, kw_only=True):
-    """How every method is trained: linear decay after a warm-up of 5 %, AdamW without weight decay."""
+    """How every method is trained: linear decay after a warm-up of 5 %, AdamW without weight decay.
+
+    Attributes:
+        max_steps: optimizer steps.
+        batch_size: rows a step.
+        precision: as in ``TrainSettings``, also while a rate is chosen. Rows are scored in float32.
+    """
 
     max_steps: Count
     batch_size: Count = 8
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Search(_Entry, frozen=True, kw_only=True):

@@ -62,7 +62,7 @@ def test_runs_keep_their_names(monkeypatch):
     monkeypatch.setattr(plan, "open_base", lambda model: SimpleNamespace(digest="sha256:0"))
     monkeypatch.setattr(plan, "choose_scored", lambda *arguments: [1])
     monkeypatch.setattr(plan, "digest_rows", lambda *arguments: "sha256:1")
-    study = SimpleNamespace(training=SimpleNamespace(batch_size=8), parts=lambda entry: ())
+    study = SimpleNamespace(training=SimpleNamespace(batch_size=8, precision="float32"), parts=lambda entry: ())
     base, entry = SimpleNamespace(name="b", model="m"), SimpleNamespace(name="d", words=3)
 
     def name(**method):
@@ -76,6 +76,8 @@ def test_runs_keep_their_names(monkeypatch):
     gelu = name(rank=64, activation="gelu")
     assert gelu == name(rank=64, activation="gelu", tokens=0) == "final-21aae14bf9ea2165c7110aed.json"
     assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4), gelu)
+    study.training.precision = "bfloat16"
+    assert name(rank=64, activation="gelu") != gelu
 
 
 def test_the_runs_are_those_declared(done):
@@ -294,6 +296,8 @@ def test_estimates(done):
     assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 3.0 + 15 * 0.5)
     measured.append(json.loads(json.dumps(measured[0]).replace("adalink", "lora").replace("20.0", "70.0")))
     assert Estimates(measured, [declared]).seconds(lora) == pytest.approx(12 * 7.0 + 24 * 0.5)
+    measured[2]["run"]["precision"] = "bfloat16"
+    assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 2.5 + 15 * 0.5)
     measured[0]["run"]["device"] = measured[1]["run"]["device"] = measured[2]["run"]["device"] = "cuda"
     assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 7.0 + 15 * 0.5)
 

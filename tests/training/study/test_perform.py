@@ -17,7 +17,14 @@ from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.study import perform as module
 from adalink.training.study.data import DataSet, Labelled, digest_rows
 from adalink.training.study.perform import Run, choose_scored, measure, open_base, open_data, perform, resolve_device
-from adalink.training.study.settings import AdaLinkMethod, Data, LoraMethod, ZeroShotMethod
+from adalink.training.study.settings import (
+    AdaLinkMethod,
+    Data,
+    FullMethod,
+    LoraMethod,
+    PromptTuningMethod,
+    ZeroShotMethod,
+)
 
 METHOD = AdaLinkMethod(name="AdaLink 8", lr=(1e-2,), rank=8)
 
@@ -84,13 +91,47 @@ def test_learning_beats_the_base(finished, base, entry):
     "change",
     [{"seed": 2}, {"lr": 2e-2}, {"method": {"kind": "adalink", "rank": 9}}, {"max_steps": 41}, {"batch_size": 5},
      {"base_digest": "sha256:other"}, {"train_digest": "sha256:other"}, {"scored_digest": "sha256:other"},
-     {"words": 31}, {"device": "cuda"}, {"purpose": "choose"}, {"format": 0}],
+     {"words": 31}, {"device": "cuda"}, {"precision": "bfloat16"}, {"purpose": "choose"}, {"format": 0}],
 )  # fmt: skip
 def test_every_field_changes_the_name(base, entry, change):
     run = make_run(base, entry)
     changed = msgspec.structs.replace(run, **change)
     assert changed.file_name != run.file_name
     assert msgspec.convert(msgspec.to_builtins(run), Run).file_name == run.file_name
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["adalink", "lora", "full", "prompt-tuning"])
+def test_steps_in_bfloat16_and_scores_in_float32(entry, tmp_path, monkeypatch, family, kind):
+    base = str(write_base(tmp_path / "base", family))
+    found, forward = {"step": set(), "scoring": set()}, torch.nn.Linear.forward
+
+    def watched(layer, x):
+        y = forward(layer, x)
+        found["step" if torch.is_grad_enabled() else "scoring"].add(y.dtype)
+        return y
+
+    methods = (
+        METHOD,
+        LoraMethod(name="l", lr=(1e-2,), rank=2, targets="attention"),
+        FullMethod(name="f", lr=(1e-3,)),
+        PromptTuningMethod(name="p", lr=(1e-2,), tokens=3),
+    )
+    (method,) = (one for one in methods if one.__struct_config__.tag == kind)
+
+    def run(precision):
+        settings = {"lr": method.lr[0], "max_steps": 8, "precision": precision, "base_digest": open_base(base).digest}
+        return perform(make_run(base, entry, **settings), base, entry, method)["result"]
+
+    exact = run("float32")
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    result = run("bfloat16")
+    assert torch.bfloat16 in found["step"]
+    assert found["scoring"] == {torch.float32}
+    assert result["trained_parameters"] == exact["trained_parameters"]
+    for one, other in zip(result["loss_curve"], exact["loss_curve"], strict=True):
+        assert 0 < abs(one["loss"] - other["loss"]) < 0.05 * other["loss"]
+    assert result["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
 class _Poisoned(tuple):
