@@ -135,7 +135,7 @@ class Case:
 
     def _timed(self, batch: int, length: int, steps: int, task: str | None) -> float:
         begun = time.perf_counter()
-        self._deployment.generate([self._ids(length)] * batch, tasks=task, max_new_tokens=steps)
+        self._deployment.generate([self._ids(length)] * batch, tasks=task, max_new_tokens=steps, draft_tokens=0)
         return time.perf_counter() - begun
 
     def _step(self, batch: int, task: str | None) -> float:

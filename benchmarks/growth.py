@@ -69,7 +69,8 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
 
 
 def _generate(deployment: Deployment, prompts: list[str], tasks: list[str], tokens: int) -> None:
-    deployment.generate(prompts, tasks=tasks * (len(prompts) // len(tasks)), max_new_tokens=tokens)
+    own = tasks * (len(prompts) // len(tasks))
+    deployment.generate(prompts, tasks=own, max_new_tokens=tokens, draft_tokens=0)
 
 
 def _swaps(deployment: Deployment, names: list[str], rows: int, length: int) -> float:

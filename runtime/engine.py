@@ -109,6 +109,27 @@ class ResumableDecoding(Decoding, Protocol):
 
 
 @runtime_checkable
+class CheckingDecoding(Decoding, Protocol):
+    """A decoding that takes several tokens of its only row at once, so that guesses can be checked."""
+
+    def extend(self, inputs_embeds: Fed) -> Array:
+        """Take more tokens of the row, of which there is one; ``logits`` is not touched.
+
+        Args:
+            inputs_embeds: what the front gave for them, of shape ``(1, n, d)``.
+
+        Returns:
+            What follows each of them, shape ``(n, vocab)``; the next call writes over it.
+
+        Raises:
+            BackendError: the engine refused.
+        """
+
+    def retract(self, count: int) -> None:
+        """Forget that many of the row's last tokens."""
+
+
+@runtime_checkable
 class ResumableEngine(Protocol):
     """An engine whose prompts can go on from states that were kept."""
 

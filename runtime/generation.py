@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from adalink.runtime.bank import Selection
-from adalink.runtime.engine import Decoding, Front
+from adalink.runtime.engine import Array, CheckingDecoding, Decoding, Front
 from adalink.runtime.errors import RequestError
+from adalink.runtime.prompt_lookup import PromptLookup
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.tokenizer import TextStream, Tokenizer
 
@@ -37,8 +39,15 @@ class Row:
     """A row being generated: collects tokens, settles text, notices its end."""
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, stops: Sequence[str], eos: frozenset[int], stream: Stream | None
+        self,
+        index: int,
+        prompt: Sequence[int],
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        eos: frozenset[int],
+        stream: Stream | None,
     ) -> None:
+        self.prompt = prompt
         self._index = index
         self._text = TextStream(tokenizer)
         self._stops = stops
@@ -61,7 +70,7 @@ class Row:
                 self._find_stop()
         self._send()
 
-    def finish(self, prompt_tokens: int) -> Generation:
+    def finish(self) -> Generation:
         """The result; a row that no end was found for ran out of its budget."""
         if self.finish_reason is None:
             self._text.finish()
@@ -69,7 +78,7 @@ class Row:
             self.finish_reason = self.finish_reason or "length"
             self._send()
         text = self._text.text if self._end is None else self._text.text[: self._end]
-        return Generation(text, tuple(self.token_ids), self.finish_reason, prompt_tokens)
+        return Generation(text, tuple(self.token_ids), self.finish_reason, len(self.prompt))
 
     def _find_stop(self) -> None:
         """Look for a stop text in what is new, with the length of a stop text before it."""
@@ -93,9 +102,18 @@ class Row:
 
 
 def decode(
-    decoding: Decoding, front: Front, tasks: Selection, rows: list[Row], sampling: Sampling, max_new_tokens: int
+    decoding: Decoding,
+    front: Front,
+    tasks: Selection,
+    rows: list[Row],
+    sampling: Sampling,
+    max_new_tokens: int,
+    draft_tokens: int = 0,
 ) -> None:
-    """One step a token until every row has ended; a row that has ended leaves the batch.
+    """Tokens until every row has ended; a row that has ended leaves the batch.
+
+    A step takes one token of each row. The only row of a batch, or the last one left of it, goes on by drafts, where
+    the decoding can check them.
 
     Args:
         decoding: the prompts, run.
@@ -104,10 +122,15 @@ def decode(
         rows: collects each row's tokens.
         sampling: how tokens are chosen.
         max_new_tokens: tokens a row at most.
+        draft_tokens: guesses at once at most; 0 for none.
     """
     alive = list(range(len(rows)))
     generators = sampling.generators(len(rows))
     for step in range(max_new_tokens):
+        if len(alive) == 1 and draft_tokens and isinstance(decoding, CheckingDecoding):
+            own, choose = rows[alive[0]], partial(sampling.choose, generator=generators[alive[0]])
+            _decode_by_drafts(decoding, front, tasks, own, choose, max_new_tokens - step, draft_tokens)
+            return
         logits = decoding.logits
         chosen = np.empty((len(alive), 1), np.int64)
         for place, row in enumerate(alive):
@@ -119,6 +142,37 @@ def decode(
         if len(kept) < len(alive):
             alive, chosen, tasks = [alive[place] for place in kept], chosen[kept], tasks.take(kept)
         decoding.step(front.lookup(chosen, tasks))
+
+
+def _decode_by_drafts(
+    decoding: CheckingDecoding,
+    front: Front,
+    tasks: Selection,
+    row: Row,
+    choose: Callable[[Array], int],
+    room: int,
+    draft_tokens: int,
+) -> None:
+    """Go on with the only row until it has ended, or has ``room`` more tokens: guesses are checked in one pass.
+
+    What is chosen, and with which random numbers, is what steps of one token would choose.
+    """
+    lookup = PromptLookup((*row.prompt, *row.token_ids), draft_tokens)
+    logits, guesses = decoding.logits, list[int]()
+    while True:
+        for right, scores in enumerate(logits):
+            token = choose(scores)
+            row.push(token)
+            room -= 1
+            if row.finish_reason is not None or not room:
+                return
+            lookup.push(token)
+            if right == len(guesses) or token != guesses[right]:
+                break
+        decoding.retract(len(guesses) - right)
+        lookup.learn(len(guesses), right)
+        guesses = lookup.guess(room - 1)
+        logits = decoding.extend(front.lookup(np.array([[token, *guesses]]), tasks))
 
 
 def _drop_ended(decoding: Decoding, ended: list[bool]) -> list[int]:

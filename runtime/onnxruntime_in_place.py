@@ -7,6 +7,7 @@ output at the same address, the embedding of a token, the logits. A step writes 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,16 +102,16 @@ class InPlaceDecoding:
         self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
         self._places = np.arange(batch)
         self._positions = following - 1  # a step counts on
-        self._token: Array | None = None
         self._alive = batch
-        self._bound = 0
-        self._binding: Any = session.call(lambda session: session.io_binding())
+        # Calls with their buffers bound: a step for as many rows as there are, an extension by as many tokens.
+        self._step: _Bound | None = None
+        self._extensions: dict[int, _Bound] = {}
 
     def read(self, inputs_embeds: Array, positions: Array) -> None:
         """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
         batch, longest = inputs_embeds.shape[:2]
-        self._bind(slice(batch), inputs_embeds, positions, self._places * longest + self._lengths - 1)
-        self._run()
+        last = self._places * longest + self._lengths - 1
+        self._run(self._bind(slice(batch), inputs_embeds, positions, last, self._logits))
 
     def resume(self, row: int, inputs_embeds: Array, positions: Array, states: Array | None) -> None:
         """Run the prompt of one row, shape ``(1, length, d)``, after the tokens whose states are known.
@@ -122,8 +123,8 @@ class InPlaceDecoding:
             known = states.shape[2]
             self._cache[:, row, :, :known] = states
         rest, where = (np.ascontiguousarray(given[:, known:]) for given in (inputs_embeds, positions))
-        self._bind(slice(row, row + 1), rest, where, np.array([rest.shape[1] - 1]))
-        self._run()
+        own = slice(row, row + 1)
+        self._run(self._bind(own, rest, where, np.array([rest.shape[1] - 1]), self._logits[own]))
 
     def states(self, row: int, length: int) -> Array:
         """See ``adalink.runtime.engine.ResumableDecoding``."""
@@ -137,15 +138,35 @@ class InPlaceDecoding:
     def step(self, inputs_embeds: Array) -> None:
         """See ``adalink.runtime.engine.Decoding``."""
         alive = self._alive
-        if self._bound != alive:
-            self._token = np.empty_like(inputs_embeds)
-            self._bind(slice(alive), self._token, self._positions[:alive], self._places[:alive])
-            self._bound = alive
-        assert self._token is not None
-        self._token[:] = inputs_embeds
+        if self._step is None or len(self._step.embeds) != alive:
+            rows, embeds = slice(alive), np.empty_like(inputs_embeds)
+            self._step = self._bind(rows, embeds, self._positions[rows], self._places[rows], self._logits[rows])
+        self._step.embeds[:] = inputs_embeds
         self._positions[:alive] += 1
         self._lengths[:alive] += 1
-        self._run()
+        self._run(self._step)
+
+    def extend(self, inputs_embeds: Array) -> Array:
+        """See ``adalink.runtime.engine.CheckingDecoding``."""
+        count = inputs_embeds.shape[1]
+        bound = self._extensions.get(count)
+        if bound is None:
+            logits = np.empty((count, self._signature.vocab_size), self._signature.dtype)
+            positions = np.repeat(self._positions[:1], count, axis=1)
+            bound = self._bind(slice(1), np.empty_like(inputs_embeds), positions, np.arange(count), logits)
+            self._extensions[count] = bound
+        bound.embeds[:] = inputs_embeds
+        ahead = np.arange(1, count + 1).reshape(1, count, *[1] * (self._positions.ndim - 2))
+        np.add(self._positions[:1], ahead, out=bound.positions)
+        self._positions[0] += count
+        self._lengths[0] += count
+        self._run(bound)
+        return bound.logits
+
+    def retract(self, count: int) -> None:
+        """See ``adalink.runtime.engine.CheckingDecoding``: places behind a row's length are never read."""
+        self._positions[0] -= count
+        self._lengths[0] -= count
 
     def drop(self, row: int) -> None:
         """See ``adalink.runtime.engine.Decoding``; copies what the last row has cached."""
@@ -159,9 +180,9 @@ class InPlaceDecoding:
     def close(self) -> None:
         """See ``adalink.runtime.engine.Decoding``; its memory goes with it."""
 
-    def _bind(self, rows: slice, inputs_embeds: Array, positions: Array, places: Array) -> None:
-        """Give the session the buffers of some rows."""
-        binding, value = self._binding, self._session.value
+    def _bind(self, rows: slice, inputs_embeds: Array, positions: Array, places: Array, logits: Array) -> _Bound:
+        """A call that reads and writes the buffers of some rows; the logits at ``places`` of their tokens."""
+        binding, value = self._session.call(lambda session: session.io_binding()), self._session.value
         buffers = {
             "inputs_embeds": inputs_embeds,
             "sequence_lengths": self._lengths[rows],
@@ -170,14 +191,25 @@ class InPlaceDecoding:
         }
         for name in self._signature.inputs:
             binding.bind_ortvalue_input(name, value(buffers[name]))
-        binding.bind_ortvalue_output(self._signature.output, value(self._logits[rows]))
+        binding.bind_ortvalue_output(self._signature.output, value(logits))
         for past, present, layer in zip(self._signature.past, self._signature.present, self._cache, strict=True):
             shared = value(layer[rows])
             binding.bind_ortvalue_input(past, shared)
             binding.bind_ortvalue_output(present, shared)
+        return _Bound(binding, inputs_embeds, positions, logits)
 
-    def _run(self) -> None:
-        self._session.call(lambda session: session.run_with_iobinding(self._binding))
+    def _run(self, bound: _Bound) -> None:
+        self._session.call(lambda session: session.run_with_iobinding(bound.binding))
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A call that has its buffers, of which these are written or read between two calls."""
+
+    binding: Any
+    embeds: Array
+    positions: Array
+    logits: Array
 
 
 def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:

@@ -168,7 +168,7 @@ class Bench:
         for turn in range(-1, rounds // self._share):
             for name in _order(sides, turn):
                 self._starts.clear()
-                self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps)
+                self._deployment.generate(prompts, tasks=sides[name], max_new_tokens=steps, draft_tokens=0)
                 if turn >= 0:
                     # The first interval holds the prefill.
                     samples[name].append(np.diff(self._starts)[-(steps - 2) :].tolist())

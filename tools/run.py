@@ -54,6 +54,12 @@ class Row(NamedTuple):
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option(
+    "--draft-tokens",
+    type=click.IntRange(min=0),
+    help="Most guesses checked at once for a single prompt; 8 in float32 without it, none where that might change "
+    "the text. 0 for none.",
+)
 @click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
 @click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")

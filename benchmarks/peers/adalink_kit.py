@@ -36,7 +36,9 @@ class KitPeer(common.Peer):
 
     def generate(self, new_tokens: int) -> list[int]:
         """See ``common.Peer``. The text is encoded and decoded too, which no other peer does."""
-        (result,) = self._deployment.generate([self._text], tasks=self._active, max_new_tokens=new_tokens)
+        (result,) = self._deployment.generate(
+            [self._text], tasks=self._active, max_new_tokens=new_tokens, draft_tokens=0
+        )
         if result.prompt_tokens != len(self._ids[0]):
             raise RuntimeError(f"the prompt has {result.prompt_tokens} tokens here, expected {len(self._ids[0])}")
         return list(result.token_ids)

@@ -20,6 +20,7 @@ from adalink.runtime.manifest import FileRecord
 from adalink.runtime.manifest_file import encode_manifest, read_manifest
 from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from adalink.runtime.onnxruntime_boundary import guard, onnxruntime_errors
+from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 
 
 @pytest.fixture
@@ -163,6 +164,19 @@ def test_every_exception_of_onnx_runtime_is_mapped() -> None:
             guard(onnxruntime, "here", raise_it)
     with pytest.raises(ZeroDivisionError):
         guard(onnxruntime, "here", lambda: 1 / 0)
+
+
+def test_a_refusal_in_the_middle_of_a_text_is_ours(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its buffers bound ONNX Runtime raises another exception than without."""
+    step = InPlaceDecoding.step
+
+    def go_too_far(self: InPlaceDecoding, inputs_embeds: Any) -> None:
+        self._lengths += 1000
+        step(self, inputs_embeds)
+
+    monkeypatch.setattr(InPlaceDecoding, "step", go_too_far)
+    with Deployment.open(llama.folder) as opened, pytest.raises(BackendError, match=r"ONNX Runtime refused: .*execut"):
+        opened.generate(["abc", "de"], max_new_tokens=3)
 
 
 def test_an_interrupted_first_export_is_explained(tmp_path: Path) -> None:

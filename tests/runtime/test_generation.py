@@ -153,6 +153,7 @@ def test_chat_template_is_rendered_as_transformers_does(deployment: Deployment) 
         ({"prompts": "abc"}, "expected a list"),
         ({"prompts": [""]}, "prompt 0 has no tokens"),
         ({"prompts": ["abc"], "max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"prompts": ["abc"], "draft_tokens": -1}, "draft_tokens is -1"),
         ({"prompts": ["abc"], "max_new_tokens": 62}, "65 positions.*at most 64"),
         ({"prompts": ["abc"], "stop": ["x", ""]}, "empty text"),
         ({"prompts": ["abc"], "tasks": ["alpha", None]}, "2 entries for 1 rows"),
@@ -185,23 +186,23 @@ def test_characters_made_of_several_tokens_come_whole(text: str) -> None:
 
 def test_a_stop_text_across_pieces_is_held_back() -> None:
     sent: list[str] = []
-    row = Row(0, Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
     for token in b"aENxEE":
         row.push(token)
     assert "".join(sent) == "aENxE"
     for token in b"ND":
         row.push(token)
     assert row.finish_reason == "stop"
-    result = row.finish(1)
+    result = row.finish()
     assert result.text == "aENxE" == "".join(sent)
 
 
 def test_a_row_that_ends_gives_up_what_it_held_back() -> None:
     sent: list[str] = []
-    row = Row(0, Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
     for token in [*b"aEN", 0]:
         row.push(token)
-    assert row.finish(1).text == "aEN" == "".join(sent)
+    assert row.finish().text == "aEN" == "".join(sent)
 
 
 def test_prompts_may_be_token_ids(llama: Any) -> None:
