@@ -65,8 +65,8 @@ def add_tasks(deployment: Path, ranks: Sequence[int]) -> None:
         shutil.rmtree(adapters, ignore_errors=True)
 
 
-def write_adapter(folder: Path, base: Base, rank: int, seed: int) -> Path:
-    """A seeded adapter for a base, as training would write it."""
+def write_adapter(folder: Path, base: Base, rank: int, seed: int, *, is_still: bool = False) -> Path:
+    """A seeded adapter for a base, as training would write it; a still one computes as much and changes nothing."""
     config = AdapterConfig(
         base_model_name_or_path=base.name,
         base_fingerprint=base.fingerprint,
@@ -80,6 +80,8 @@ def write_adapter(folder: Path, base: Base, rank: int, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     shapes = {"text.down.weight": (rank, base.hidden_size), "text.up.weight": (base.hidden_size, rank)}
     weights = {name: _SCALE * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    if is_still:
+        weights["text.up.weight"][:] = 0
     folder.mkdir(parents=True)
     config_data, weights_data = encode_adapter(make_adapter(config, weights))
     (folder / "adapter_config.json").write_bytes(config_data)

@@ -5,31 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, Decoding, Engine, Fed, VisionGraph
+from adalink.runtime.engine import Array, Backend, BankGraph, CheckingDecoding, Decoding, Engine, Fed, VisionGraph
 from adalink.runtime.manifest import Base
 from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
+Retracted = Callable[[int], object]
 
 
 class ObservedBackend:
-    """Another backend that tells of each pass of a decoding: of its prompts, then of each step.
+    """Another backend that tells of each pass of a decoding: of its prompts, then of each step or check of guesses.
 
     Attributes:
         name: of the backend inside.
     """
 
-    def __init__(self, inner: Backend, begin: Begin = lambda: None, end: End = lambda logits: None) -> None:
-        """``begin`` is called before a pass, ``end`` after it with logits that the next pass writes over."""
+    def __init__(
+        self,
+        inner: Backend,
+        begin: Begin = lambda: None,
+        end: End = lambda logits: None,
+        retracted: Retracted = lambda count: None,
+    ) -> None:
+        """Watch a backend.
+
+        Args:
+            inner: the backend.
+            begin: called before a pass.
+            end: called after it with logits of shape ``(rows, vocab)``, or for each of several tokens of the only row
+                with ``(1, vocab)``; the next pass writes over them.
+            retracted: called with the number of tokens that were taken back.
+        """
         self.name = inner.name
         self._inner = inner
-        self._begin = begin
-        self._end = end
+        self._hooks = begin, end, retracted
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         """See ``adalink.runtime.engine.Backend``."""
-        return _ObservedEngine(self._inner.open_engine(graph, base, role, table), self._begin, self._end)
+        return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
     def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """See ``adalink.runtime.engine.Backend``."""
@@ -41,10 +55,11 @@ class ObservedBackend:
 
 
 class _ObservedEngine:
-    def __init__(self, inner: Engine, begin: Begin, end: End) -> None:
+    def __init__(self, inner: Engine, begin: Begin, end: End, retracted: Retracted) -> None:
         self._inner = inner
         self._begin = begin
         self._end = end
+        self._retracted = retracted
         self.front = inner.front
         self.profile = inner.profile
         self.run = inner.run
@@ -54,6 +69,8 @@ class _ObservedEngine:
         self._begin()
         decoding = self._inner.start(feeds, room)
         self._end(decoding.logits)
+        if isinstance(decoding, CheckingDecoding):
+            return _ObservedCheckingDecoding(decoding, self._begin, self._end, self._retracted)
         return _ObservedDecoding(decoding, self._begin, self._end)
 
 
@@ -73,3 +90,21 @@ class _ObservedDecoding:
         self._begin()
         self._inner.step(inputs_embeds)
         self._end(self._inner.logits)
+
+
+class _ObservedCheckingDecoding(_ObservedDecoding):
+    def __init__(self, inner: CheckingDecoding, begin: Begin, end: End, retracted: Retracted) -> None:
+        super().__init__(inner, begin, end)
+        self._checking = inner
+        self._retracted = retracted
+
+    def extend(self, inputs_embeds: Fed) -> Array:
+        self._begin()
+        logits = self._checking.extend(inputs_embeds)
+        for row in range(len(logits)):
+            self._end(logits[row : row + 1])
+        return logits
+
+    def retract(self, count: int) -> None:
+        self._checking.retract(count)
+        self._retracted(count)

@@ -1,4 +1,8 @@
-"""AdaLink Kit, by its public API alone. Kinds: ``base``, ``task``, and both in 4 bits with ``int4-``."""
+"""AdaLink Kit, by its public API alone.
+
+Kinds: ``base``, ``task``, and ``still``, a task that changes nothing (benchmarks/drafts.py); in 4 bits with ``int4-``
+in front, by drafts with ``-drafts`` behind.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 import onnxruntime  # noqa: F401  (imports are counted for no peer)
 
 from adalink.runtime import Deployment
+from adalink.runtime.prompt_lookup import DRAFT_TOKENS
 from benchmarks.peers import common
 
 
@@ -18,9 +23,14 @@ class KitPeer(common.Peer):
     def __init__(self, settings: common.Settings) -> None:
         variant = "int4" if settings.kind.startswith("int4") else None
         self._deployment = Deployment.open(self.folder(settings), threads=settings.threads, variant=variant)
-        self._text, self._ids = settings.text, [settings.prompt]
+        self._prompt: str | list[int] = settings.text
+        self._ids = [settings.prompt]
+        self._draft_tokens = DRAFT_TOKENS if settings.kind.endswith("-drafts") else 0
+        kind = settings.kind.removesuffix("-drafts")
         self._tasks = self._deployment.tasks
-        self.adapters = len(self._tasks) if settings.kind.endswith("task") else 0
+        if kind.endswith("still"):
+            self._tasks = (self._deployment.add_task(settings.work / "still"),)
+        self.adapters = 0 if kind.endswith("base") else len(self._tasks)
         self._active = self._tasks[0] if self.adapters else None
         if self._active is not None:
             self._deployment.load_task(self._active)
@@ -34,10 +44,14 @@ class KitPeer(common.Peer):
         """See ``common.Peer``."""
         self._deployment.run(input_ids=self._ids, tasks=self._active)
 
+    def ask(self, ids: list[int]) -> None:
+        """See ``common.Peer``; given as tokens, such as a chat's."""
+        self._prompt, self._ids = ids, [ids]
+
     def generate(self, new_tokens: int) -> list[int]:
         """See ``common.Peer``. The text is encoded and decoded too, which no other peer does."""
         (result,) = self._deployment.generate(
-            [self._text], tasks=self._active, max_new_tokens=new_tokens, draft_tokens=0
+            [self._prompt], tasks=self._active, max_new_tokens=new_tokens, draft_tokens=self._draft_tokens
         )
         if result.prompt_tokens != len(self._ids[0]):
             raise RuntimeError(f"the prompt has {result.prompt_tokens} tokens here, expected {len(self._ids[0])}")

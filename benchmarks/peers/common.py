@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # Every script prints these, and nothing else; a figure that a peer has no equivalent of is null.
 FIELDS = (
@@ -91,6 +92,10 @@ class Peer(ABC):
     def weight_bytes(self) -> int:
         """Size of the base's weights on the disk: what a step has to read, without the adapter."""
 
+    def ask(self, ids: list[int]) -> None:
+        """Take other tokens as the prompt."""
+        raise NotImplementedError
+
     def swap(self, index: int) -> None:
         """Make another loaded adapter the active one."""
         raise NotImplementedError
@@ -113,6 +118,7 @@ def main(open_peer: type[Peer]) -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--texts", type=Path, help="measure nothing but the time to answer each: text, ids, tokens")
     arguments = parser.parse_args()
     prompt = json.loads(arguments.prompt.read_text(encoding="utf-8"))
     settings = Settings(
@@ -125,8 +131,33 @@ def main(open_peer: type[Peer]) -> None:
         arguments.repeats,
     )
     gc.disable()
+    if arguments.texts is None:
+        result = measure(open_peer, settings)
+    else:
+        result = answer(open_peer, settings, json.loads(arguments.texts.read_text(encoding="utf-8")))
     # Libraries may print what they like; the object is the last line.
-    print(json.dumps(measure(open_peer, settings)), flush=True)
+    print(json.dumps(result), flush=True)
+
+
+def answer(open_peer: type[Peer], settings: Settings, texts: list[dict[str, Any]]) -> dict[str, object]:
+    """Seconds that a peer takes to read each text and to write so many tokens, and the tokens."""
+    warm_files(open_peer.folder(settings))
+    peer = open_peer(settings)
+    peer.generate(_SHOWN_TOKENS)
+    seconds, replies = [], []
+    for text in texts:
+        peer.ask(text["ids"])
+        begin = time.perf_counter()
+        reply = peer.generate(text["tokens"])
+        seconds.append(time.perf_counter() - begin)
+        if len(reply) != text["tokens"]:
+            raise RuntimeError(f"asked for {text['tokens']} tokens after {text['text']!r}, got {len(reply)}")
+        replies.append(reply)
+    return {
+        "seconds": seconds,
+        "replies": replies,
+        "versions": {name: metadata.version(name) for name in peer.packages},
+    }
 
 
 def measure(open_peer: type[Peer], settings: Settings) -> dict[str, object]:

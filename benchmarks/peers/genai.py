@@ -49,6 +49,10 @@ class GenaiPeer(common.Peer):
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[len(self._prompt) :]]
 
+    def ask(self, ids: list[int]) -> None:
+        """See ``common.Peer``."""
+        self._prompt = np.array(ids, np.int32)
+
     def weight_bytes(self) -> int:
         """See ``common.Peer``."""
         return (self._folder / "model.onnx.data").stat().st_size

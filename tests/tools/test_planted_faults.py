@@ -18,6 +18,7 @@ from tiny_deployments import make_deployment, seeded_adapter
 from adalink.export.adapter import export_adapter
 from adalink.runtime import bank
 from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 from adalink.runtime.tasks import TaskTable
 from adalink.tools.parity.suite import verify
 from adalink.tools.parity.swap_worker import run_fresh
@@ -91,6 +92,28 @@ def test_one_weight_of_a_task_graph_changed_by_one_percent(deployment, name, ind
     edit_graph(folder / "tasks/alpha/adapter.onnx", change_weight(name, index, 1.01))
     reseal(folder)
     assert failures(model, folder) == {"adapter/alpha/graph-vocabulary", "adapter/alpha/graph-weights"}
+
+
+@pytest.mark.parametrize("name", ["extend", "retract"])
+def test_guesses_are_checked_wrongly(deployment, monkeypatch, name):
+    """Logits of the first token for the second; a cache that is altered where guesses were taken back."""
+    true = getattr(InPlaceDecoding, name)
+
+    def extend(self, embeds):
+        logits = true(self, embeds)
+        logits[1:2] = logits[0]
+        return logits
+
+    def retract(self, count):
+        true(self, max(0, count - 1))
+        if count:
+            self._lengths[0] -= 1
+            self._cache[:, 0, :, self._lengths[0] - 1] *= 1.05
+
+    monkeypatch.setattr(InPlaceDecoding, name, extend if name == "extend" else retract)
+    found = failures(*deployment)
+    assert found
+    assert all("/drafts/" in check for check in found)
 
 
 def test_two_tasks_swapped(deployment):

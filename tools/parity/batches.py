@@ -58,7 +58,19 @@ class Batch:
         own = [row for name, row in self._mixed if name == task]
         self._verdicts += [judge(reference, self._generator, row, typical) for row in own]
         verdicts = [judge(reference, self._generator, row, typical) for row in rows]
-        return check_generation(self._named(label), verdicts)
+        return check_generation(self._named(label), verdicts) + self._check_drafts(label, task, reference, typical)
+
+    def _check_drafts(self, label: str, task: str | None, reference: Reference, typical: float) -> list[Check]:
+        """One prompt by drafts: half of a text, twice, so that there is something to guess."""
+        if self.has_images:
+            return []
+        tokens = self._generator.encode(self._prompts[0])
+        found = self._generator.by_drafts(tokens[: len(tokens) // 2] * 2 or tokens, task, STEPS)
+        if found is None:
+            return []
+        row, passes = found
+        verdict = judge(reference, self._generator, row, typical)
+        return check_generation(f"{label}/drafts", [verdict], f"{passes} passes for ")
 
     def check_mixed(self) -> list[Check]:
         """The mixed batch, once every task has been checked."""

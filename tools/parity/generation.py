@@ -53,7 +53,8 @@ class Generator:
     def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
         self._steps: list[Array] = []
-        observed = ObservedBackend(backend, end=lambda logits: self._steps.append(logits.copy()))
+        self._passes, self._guesses = 0, False
+        observed = ObservedBackend(backend, self._count, lambda logits: self._steps.append(logits.copy()), self._forget)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
         self._deployment = Deployment(deployment.path, manifest, observed, variant)
         self._base = base
@@ -77,7 +78,7 @@ class Generator:
         most = len(prompts) if profile is None else profile.batch.largest
         if profile is not None and self._deployment.manifest.base.bidirectional_prompt:
             # Those that go in at once, whatever the engine.
-            rows_given = [self._encode(prompt) for prompt in prompts] if looks is None else looks.rows
+            rows_given = [self.encode(prompt) for prompt in prompts] if looks is None else looks.rows
             most = max(1, min(most, profile.places // max(map(len, rows_given))))
         rows: list[GeneratedRow] = []
         for start in range(0, len(prompts), most):
@@ -86,20 +87,43 @@ class Generator:
             rows += self._generate(prompts[start : start + most], own, steps, seen)
         return rows
 
+    def by_drafts(self, prompt: str | list[int], task: str | None, steps: int) -> tuple[GeneratedRow, int] | None:
+        """Continue one prompt by drafts, as many as ``generate`` makes unless told otherwise.
+
+        Returns:
+            The row, with the logits of passes over several tokens, and how many passes followed the prompt; ``None``
+            where nothing is guessed.
+        """
+        if self._deployment.profile is not None:  # a compiled engine has none, and its shapes are limited
+            return None
+        self._passes, self._guesses = 0, False
+        (row,) = self._generate([prompt], task, steps, None, None)
+        return (row, self._passes - 1) if self._guesses else None
+
+    def _count(self) -> None:
+        self._passes += 1
+
+    def _forget(self, count: int) -> None:
+        self._guesses = True
+        del self._steps[len(self._steps) - count :]
+
     def _generate(
         self,
         prompts: Sequence[str | list[int]],
         tasks: str | Sequence[str | None] | None,
         steps: int,
         looks: Looks | None,
+        draft_tokens: int | None = 0,
     ) -> list[GeneratedRow]:
         self._steps.clear()
         images = None if looks is None else looks.pictures
-        found = self._deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=steps)
+        found = self._deployment.generate(
+            prompts, images=images, tasks=tasks, max_new_tokens=steps, draft_tokens=draft_tokens
+        )
         logits = to_float64(np.stack(self._steps, axis=1), self._base.embedding_dtype)
         made = [list(row.token_ids) for row in found]
         if looks is None:
-            ids = [self._encode(prompt) for prompt in prompts]
+            ids = [self.encode(prompt) for prompt in prompts]
             return [GeneratedRow(*row) for row in zip(ids, made, logits, strict=True)]
         assert self._base.vision is not None
         placeholder, rows = self._base.vision.image_token_id, []
@@ -108,7 +132,8 @@ class Generator:
             rows.append(GeneratedRow(prompt, tokens[:end], own[:end], pixels))
         return rows
 
-    def _encode(self, prompt: str | list[int]) -> list[int]:
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a prompt."""
         return self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def text(self, token: int) -> str:
@@ -174,11 +199,17 @@ def judge(
     return Verdict(np.abs(row.logits - expected).max(axis=1), limits, ties, wrong)
 
 
-def check_generation(label: str, verdicts: list[Verdict]) -> list[Check]:
-    """No decode step may deviate, and no token may be one that PyTorch would clearly not choose."""
+def check_generation(label: str, verdicts: list[Verdict], how: str = "") -> list[Check]:
+    """No decode step may deviate, and no token may be one that PyTorch would clearly not choose.
+
+    Args:
+        label: of the checks.
+        verdicts: of the rows.
+        how: they were made, for the detail.
+    """
     wrong = [f"row {index}, {verdict.wrong}" for index, verdict in enumerate(verdicts) if verdict.wrong]
     ties = sum(verdict.ties for verdict in verdicts)
-    rows = f"{len(verdicts)} rows with {sum(len(verdict.limits) for verdict in verdicts)} greedy steps"
+    rows = f"{how}{len(verdicts)} rows with {sum(len(verdict.limits) for verdict in verdicts)} greedy steps"
     deviation, limit, row, step = worst_of(
         [verdict.deviations for verdict in verdicts], [verdict.limits for verdict in verdicts]
     )

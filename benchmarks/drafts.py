@@ -1,0 +1,181 @@
+"""How much sooner a single prompt is answered by drafts from its own text, beside onnxruntime-genai.
+
+    python -m benchmarks.drafts --peers-python build/peers/bin/python
+
+It uses what ``make bench`` has made in build/bench. Each text is answered as far as the plain float32 base answers it,
+by every side: token by token, by drafts, by drafts with a task active, and by onnxruntime-genai, in processes that take
+turns. The task's weights change nothing, so that all sides write the same text; its arithmetic is that of any other.
+A draft is guessed from the text itself, so the gain depends on the texts: they are in ``TEXTS``, by kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from adalink.runtime import Deployment
+from adalink.runtime.prompt_lookup import DRAFT_TOKENS
+from adalink.tools.environment import available_cores, describe_environment
+from adalink.tools.report_file import write_json
+from benchmarks.prepare import write_adapter
+from benchmarks.process import run_json
+from benchmarks.scale import TASK_RANK
+
+_ARTICLE = (
+    "The city council met on Tuesday to discuss the new bridge over the river. Mayor Ellen Brooks said the bridge will "
+    "cost 40 million dollars and take three years to build. Several residents objected to the noise of the "
+    "construction, while shop owners hoped for more visitors. The council will vote on the plan in March."
+)
+TEXTS = {
+    "questions and stories": (
+        "Write a short story about a dog who finds a lost key.",
+        "Tell me about the history of the Roman Empire.",
+        "Explain how photosynthesis works in simple terms.",
+        "What are the benefits of regular exercise?",
+        "Describe a sunset over the ocean in three sentences.",
+        "Write an email to my boss asking for a day off.",
+        "Compare cats and dogs as pets.",
+        "What is machine learning?",
+    ),
+    "lists and code": (
+        "List ten facts about the planet Mars.",
+        "Write a Python function that returns the n-th Fibonacci number.",
+        "Give me a recipe for tomato soup.",
+        "Make a table of the planets with their sizes.",
+        "Write a JSON object with the name, age and city of five people.",
+        "Write unit tests for a stack class in Python.",
+    ),
+    "about a text": tuple(
+        f"{task}: {_ARTICLE}"
+        for task in (
+            "Summarize this text",
+            "Rewrite this text more politely",
+            "List the names and numbers in this text",
+            "Correct the spelling of this text and print it again",
+            "Continue this text",
+        )
+    ),
+}
+_MOST_TOKENS, _FEWEST_TOKENS = 256, 16
+_TIMEOUT_S = 900
+# Side -> script, its kind, and whose Python runs it; the base's precision goes in front of a kind.
+SIDES = {
+    "steps": ("adalink_kit", "base", "kit"),
+    "drafts": ("adalink_kit", "base-drafts", "kit"),
+    "task": ("adalink_kit", "still-drafts", "kit"),
+    "genai": ("genai", "", "peers"),
+}
+
+
+def write_texts(deployment: Deployment, path: Path) -> list[dict[str, Any]]:
+    """Each text as tokens of a chat, with the length of the base's answer; answers of a few words are left out."""
+    found = []
+    for kind, texts in TEXTS.items():
+        for text in texts:
+            ids = deployment.tokenizer.encode_chat(text)
+            (answer,) = deployment.generate([ids], max_new_tokens=_MOST_TOKENS)
+            if len(answer.token_ids) >= _FEWEST_TOKENS:
+                found.append({"kind": kind, "text": text, "ids": ids, "tokens": len(answer.token_ids)})
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def measure(work: Path, pythons: dict[str, Path], threads: int, precision: str, rounds: int) -> dict[str, list[Any]]:
+    """For each side what its process printed in each round; the order of the sides turns round every round."""
+    found: dict[str, list[Any]] = {side: [] for side in SIDES}
+    for turn in range(rounds):
+        for side in list(SIDES)[:: 1 if turn % 2 == 0 else -1]:
+            script, kind, environment = SIDES[side]
+            full = "-".join(part for part in (kind_prefix(script, precision), kind) if part)
+            command: list[str | Path] = [pythons[environment], "-m", f"benchmarks.peers.{script}", "--work", work]
+            command += ["--kind", full, "--prompt", work / "prompt.json", "--threads", str(threads)]
+            command += ["--texts", work / "texts.json"]
+            found[side].append(run_json(command, _TIMEOUT_S, work / "logs" / f"drafts.{precision}.{side}.{turn}.log"))
+            seconds = sum(found[side][-1]["seconds"])
+            print(f"{precision}, round {turn + 1} of {rounds}, {side}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def kind_prefix(script: str, precision: str) -> str:
+    """What a script calls a precision: the kit's kinds are of float32 unless they say otherwise."""
+    return "" if script == "adalink_kit" and precision == "fp32" else precision
+
+
+def summarize(texts: list[dict[str, Any]], found: dict[str, list[Any]]) -> dict[str, Any]:
+    """For each text medians over the rounds, of tokens/s and of the rounds' own ratios; their median over the texts."""
+    rows = []
+    for place, text in enumerate(texts):
+        seconds = {side: [result["seconds"][place] for result in rounds] for side, rounds in found.items()}
+        rows.append({
+            "kind": text["kind"],
+            "text": text["text"],
+            "tokens": text["tokens"],
+            "tokens_per_s": {side: text["tokens"] / statistics.median(values) for side, values in seconds.items()},
+            "drafts_over_steps": _ratio(seconds["steps"], seconds["drafts"]),
+            "task_over_genai": _ratio(seconds["genai"], seconds["task"]),
+            "same_text": all(
+                result["replies"][place] == found["steps"][0]["replies"][place]
+                for side in ("drafts", "task")
+                for result in found[side]
+            ),
+        })  # fmt: skip
+    return {
+        "texts": rows,
+        **{name: _spread([row[name] for row in rows]) for name in ("drafts_over_steps", "task_over_genai")},
+        "by_kind": {
+            kind: {
+                name: _spread([row[name] for row in rows if row["kind"] == kind])
+                for name in ("drafts_over_steps", "task_over_genai")
+            }
+            for kind in dict.fromkeys(row["kind"] for row in rows)
+        },
+        "versions": {side: rounds[0]["versions"] for side, rounds in found.items()},
+    }
+
+
+def _ratio(slower: list[float], faster: list[float]) -> float:
+    """How many times sooner: the median of the rounds' ratios."""
+    return statistics.median(one / other for one, other in zip(slower, faster, strict=True))
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def main() -> None:
+    """Measure, and write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="made by make bench")
+    parser.add_argument("--peers-python", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drafts.json"))
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    with Deployment.open(work / "base") as deployment:
+        texts = write_texts(deployment, work / "texts.json")
+        shutil.rmtree(work / "still", ignore_errors=True)
+        write_adapter(work / "still", deployment.manifest.base, TASK_RANK, 0, is_still=True)
+    pythons = {"kit": Path(sys.executable), "peers": arguments.peers_python}
+    report = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": "python -m benchmarks.drafts --peers-python build/peers/bin/python",
+        "environment": describe_environment(),
+        "settings": {"threads": arguments.threads, "rounds": arguments.rounds, "draft_tokens": DRAFT_TOKENS,
+                     "task_rank": TASK_RANK},
+        **{
+            precision: summarize(texts, measure(work, pythons, arguments.threads, precision, arguments.rounds))
+            for precision in ("fp32", "int4")
+        },
+    }  # fmt: skip
+    write_json(arguments.out, report, option="--out")
+
+
+if __name__ == "__main__":
+    main()
