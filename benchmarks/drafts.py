@@ -1,6 +1,6 @@
 """How much sooner a single prompt is answered by drafts from its own text, beside onnxruntime-genai.
 
-    python -m benchmarks.drafts --peers-python build/peers/bin/python
+    python -m benchmarks.drafts --peers-python build/peers/bin/python    # 12 minutes on two cores
 
 It uses what ``make bench`` has made in build/bench. Each text is answered as far as the plain float32 base answers it,
 by every side: token by token, by drafts, by drafts with a task active, and by onnxruntime-genai, in processes that take
@@ -62,6 +62,8 @@ TEXTS = {
         )
     ),
 }
+_OWN = "the prompt of make bench"
+_COLUMNS = {"drafts over steps": "drafts_over_steps", "drafts with a task over genai": "task_over_genai"}
 _MOST_TOKENS, _FEWEST_TOKENS = 256, 16
 _TIMEOUT_S = 900
 # Side -> script, its kind, and whose Python runs it; the base's precision goes in front of a kind.
@@ -74,7 +76,10 @@ SIDES = {
 
 
 def write_texts(deployment: Deployment, path: Path) -> list[dict[str, Any]]:
-    """Each text as tokens of a chat, with the length of the base's answer; answers of a few words are left out."""
+    """Each text as tokens of a chat, with the length of the base's answer; answers of a few words are left out.
+
+    Then the prompt of ``make bench``, which is continued past any end.
+    """
     found = []
     for kind, texts in TEXTS.items():
         for text in texts:
@@ -82,6 +87,8 @@ def write_texts(deployment: Deployment, path: Path) -> list[dict[str, Any]]:
             (answer,) = deployment.generate([ids], max_new_tokens=_MOST_TOKENS)
             if len(answer.token_ids) >= _FEWEST_TOKENS:
                 found.append({"kind": kind, "text": text, "ids": ids, "tokens": len(answer.token_ids)})
+    own = json.loads(path.with_name("prompt.json").read_text(encoding="utf-8"))
+    found.append({"kind": _OWN, "text": own["text"], "ids": own["ids"], "tokens": _MOST_TOKENS})
     path.write_text(json.dumps(found), encoding="utf-8")
     return found
 
@@ -127,16 +134,31 @@ def summarize(texts: list[dict[str, Any]], found: dict[str, list[Any]]) -> dict[
         })  # fmt: skip
     return {
         "texts": rows,
-        **{name: _spread([row[name] for row in rows]) for name in ("drafts_over_steps", "task_over_genai")},
+        **{name: _spread([row[name] for row in rows if row["kind"] != _OWN]) for name in _COLUMNS.values()},
         "by_kind": {
-            kind: {
-                name: _spread([row[name] for row in rows if row["kind"] == kind])
-                for name in ("drafts_over_steps", "task_over_genai")
-            }
+            kind: {name: _spread([row[name] for row in rows if row["kind"] == kind]) for name in _COLUMNS.values()}
             for kind in dict.fromkeys(row["kind"] for row in rows)
         },
         "versions": {side: rounds[0]["versions"] for side, rounds in found.items()},
     }
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The lines of benchmarks/README.md, of a report."""
+    lines = [
+        "| texts | " + " | ".join(f"{name}, {precision}" for precision in ("fp32", "int4") for name in _COLUMNS) + " |"
+    ]
+    lines.append("| --- |" + " --- |" * 4)
+    for kind in (*TEXTS, None, _OWN):
+        cells = []
+        for precision in ("fp32", "int4"):
+            found = report[precision] if kind is None else report[precision]["by_kind"][kind]
+            for name in _COLUMNS.values():
+                spread = found[name]
+                several = "" if kind == _OWN else f" ({spread['least']:.2f} to {spread['most']:.2f})"
+                cells.append(f"{spread['median']:.2f}{several}")
+        lines.append(f"| {kind or 'all of these'} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _ratio(slower: list[float], faster: list[float]) -> float:
@@ -153,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/bench"), help="made by make bench")
     parser.add_argument("--peers-python", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drafts.json"))
     arguments = parser.parse_args()
@@ -175,6 +197,7 @@ def main() -> None:
         },
     }  # fmt: skip
     write_json(arguments.out, report, option="--out")
+    print("\n".join(table(report)))
 
 
 if __name__ == "__main__":

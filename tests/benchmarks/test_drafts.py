@@ -14,6 +14,7 @@ from runtime_support import build
 from adalink.runtime import Deployment
 from benchmarks import drafts
 from benchmarks.prepare import make_deployment, make_prompt, write_adapter
+from benchmarks.process import REPOSITORY
 
 
 def rounds(*seconds: list[float], replies: list[list[int]] | None = None) -> list[dict[str, Any]]:
@@ -38,6 +39,14 @@ def test_report_by_hand() -> None:
     assert report["drafts_over_steps"] == {"median": 2.0, "least": 1.0, "most": 3.0}
     assert report["by_kind"]["stories"]["task_over_genai"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     json.dumps(report, allow_nan=False)
+
+
+def test_readme_has_the_stored_figures() -> None:
+    results = REPOSITORY / "benchmarks" / "results" / "drafts.json"
+    text = (REPOSITORY / "benchmarks" / "README.md").read_text()
+    lines = drafts.table(json.loads(results.read_text()))
+    assert len(lines) == 2 + len(drafts.TEXTS) + 2
+    assert "\n".join(lines) in text
 
 
 @pytest.fixture(scope="module")
