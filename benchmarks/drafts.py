@@ -66,12 +66,12 @@ _OWN = "the prompt of make bench"
 _COLUMNS = {"drafts over steps": "drafts_over_steps", "drafts with a task over genai": "task_over_genai"}
 _MOST_TOKENS, _FEWEST_TOKENS = 256, 16
 _TIMEOUT_S = 900
-# Side -> script, its kind, and whose Python runs it; the base's precision goes in front of a kind.
+# Side -> script, its kind for each precision, and whose Python runs it.
 SIDES = {
-    "steps": ("adalink_kit", "base", "kit"),
-    "drafts": ("adalink_kit", "base-drafts", "kit"),
-    "task": ("adalink_kit", "still-drafts", "kit"),
-    "genai": ("genai", "", "peers"),
+    "steps": ("adalink_kit", {"fp32": "base", "int4": "int4-base"}, "kit"),
+    "drafts": ("adalink_kit", {"fp32": "base-drafts", "int4": "int4-base-drafts"}, "kit"),
+    "task": ("adalink_kit", {"fp32": "still-drafts", "int4": "int4-still-drafts"}, "kit"),
+    "genai": ("genai", {"fp32": "fp32", "int4": "int4"}, "peers"),
 }
 
 
@@ -98,20 +98,14 @@ def measure(work: Path, pythons: dict[str, Path], threads: int, precision: str, 
     found: dict[str, list[Any]] = {side: [] for side in SIDES}
     for turn in range(rounds):
         for side in list(SIDES)[:: 1 if turn % 2 == 0 else -1]:
-            script, kind, environment = SIDES[side]
-            full = "-".join(part for part in (kind_prefix(script, precision), kind) if part)
+            script, kinds, environment = SIDES[side]
             command: list[str | Path] = [pythons[environment], "-m", f"benchmarks.peers.{script}", "--work", work]
-            command += ["--kind", full, "--prompt", work / "prompt.json", "--threads", str(threads)]
+            command += ["--kind", kinds[precision], "--prompt", work / "prompt.json", "--threads", str(threads)]
             command += ["--texts", work / "texts.json"]
             found[side].append(run_json(command, _TIMEOUT_S, work / "logs" / f"drafts.{precision}.{side}.{turn}.log"))
             seconds = sum(found[side][-1]["seconds"])
             print(f"{precision}, round {turn + 1} of {rounds}, {side}: {seconds:.1f} s", file=sys.stderr, flush=True)
     return found
-
-
-def kind_prefix(script: str, precision: str) -> str:
-    """What a script calls a precision: the kit's kinds are of float32 unless they say otherwise."""
-    return "" if script == "adalink_kit" and precision == "fp32" else precision
 
 
 def summarize(texts: list[dict[str, Any]], found: dict[str, list[Any]]) -> dict[str, Any]:

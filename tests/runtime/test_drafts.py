@@ -66,7 +66,7 @@ def encode(text: str) -> list[int]:
     return [CHARACTERS.index(character) + 4 for character in text]
 
 
-# The words of a text, as of a letter each.
+# A token for each letter.
 TEXT = [ord(letter) for letter in "the cat and the dog and the c"]
 
 
