@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ float32. {{ summary.scoring }}</p>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% endfor %}
-{% for name, image in images %}
-<h2>Accuracy against {{ name }}</h2>
-<img alt="Accuracy against {{ name }}" src="data:image/png;base64,{{ image }}">
+{% for title, image in images %}
+<h2>{{ title }}</h2>
+<img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
 <h2>Versions</h2>
 <p>{% for name, found in summary.versions.items() %}{{ name }} {{ found | join(" and ") }}. {% endfor %}</p>
@@ -60,8 +60,8 @@ scores in float32.
 | {{ row | join(" | ") }} |
 {% endfor %}
 {%- endfor %}
-{%- for plot in plots %}
-![Accuracy against {{ plot.stem }}](plots/{{ plot.name }})
+{%- for title, plot in plots.items() %}
+![{{ title }}](plots/{{ plot.name }})
 {% endfor %}
 ## Versions
 
@@ -69,13 +69,13 @@ scores in float32.
 """
 
 
-def write_pages(out: Path, summary: Mapping[str, Any], plots: Sequence[Path]) -> None:
+def write_pages(out: Path, summary: Mapping[str, Any], plots: Mapping[str, Path]) -> None:
     """Write ``study.html`` and ``study.md``; raises ``WriteError``.
 
     Args:
         out: the study's folder.
         summary: what ``summarize`` gave.
-        plots: PNG files in ``out / "plots"``.
+        plots: PNG files in ``out / "plots"``, by what they show.
     """
     tables = [
         ("Accuracy", "In percent of the test rows: mean and standard deviation over seeds.", *accuracy_rows(summary)),
@@ -88,7 +88,7 @@ def write_pages(out: Path, summary: Mapping[str, Any], plots: Sequence[Path]) ->
         ),
     ]
     try:
-        images = [(plot.stem, base64.b64encode(plot.read_bytes()).decode("ascii")) for plot in plots]
+        images = [(title, base64.b64encode(plot.read_bytes()).decode("ascii")) for title, plot in plots.items()]
         for name, template, escapes in (("study.html", _TEMPLATE, True), ("study.md", _MARKDOWN, False)):
             page = jinja2.Environment(autoescape=escapes, keep_trailing_newline=True).from_string(template)
             text = page.render(summary=summary, tables=tables, images=images, plots=plots)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import WriteError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "os^Dv<>pX*"
@@ -15,12 +19,15 @@ _COLUMNS = 2
 Cell = Mapping[str, Any]
 
 
-def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Draw every plot that a summary has figures for: a panel for each base and data set.
 
-    ``parameters.png`` and ``time.png`` are of the largest training size; ``rank.png`` is of AdaLink where several ranks
-    were run, ``size.png`` of every trained method where several sizes were. Combined data sets are not drawn: what one
-    method for all costs is in the tables, data set by data set.
+    ``differences.png``, ``parameters.png`` and ``time.png`` are of the largest training size; ``rank.png`` is of
+    AdaLink where several ranks were run, ``size.png`` of every trained method where several sizes were. Combined data
+    sets are not drawn: what one method for all costs is in the tables, data set by data set.
+
+    Returns:
+        The files by what they show.
 
     Raises:
         WriteError: the folder cannot be written.
@@ -31,7 +38,8 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     measured = [cell for cell in summary["cells"] if cell["accuracy"] is not None and "parts" not in cell]
     trained = [cell for cell in measured if cell["trained_parameters"]]
     zero_shot = [cell for cell in measured if not cell["trained_parameters"]]
-    largest = [cell for cell in trained if cell["size"] == max((other["size"] for other in trained), key=_size)]
+    most = max((cell["size"] for cell in trained), key=_size, default=None)
+    largest = [cell for cell in trained if cell["size"] == most]
     adalink = [cell for cell in largest if cell["settings"]["kind"] == "adalink"]
     plots: list[tuple[str, str, Callable[[Cell], float], Callable[[Cell], str], list[Cell]]] = [
         ("parameters", "trained parameters", lambda cell: float(cell["trained_parameters"]), _family, largest),
@@ -39,42 +47,68 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
         ("rank", "rank of AdaLink", lambda cell: float(cell["settings"]["rank"]), _variant, adalink),
         ("size", "training rows", lambda cell: float(cell["train_rows"]), _method, _swept(trained)),
     ]
+    pairs = [
+        pair
+        for pair in summary["comparisons"]
+        if pair["size"] == most and any(_panel(pair) == _panel(cell) for cell in largest)
+    ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = []
+        for name in ("differences", *(plot[0] for plot in plots)):
+            (folder / f"{name}.png").unlink(missing_ok=True)  # an older one may speak of cells that are gone
+        drawn = {}
+        if pairs:
+            title = f"Accuracy minus that of {pairs[0]['against']}"
+            drawn[title] = _draw_differences(folder / "differences.png", title, pairs)
         for name, axis, value, series, cells in plots:
-            path = folder / f"{name}.png"
-            path.unlink(missing_ok=True)  # an older one may speak of cells that are gone
-            if name in ("parameters", "time") or len({value(cell) for cell in cells}) > 1:
-                drawn += _draw(path, axis, value, series, cells, zero_shot)
+            if cells and (name in ("parameters", "time") or len({value(cell) for cell in cells}) > 1):
+                path = folder / f"{name}.png"
+                drawn[f"Accuracy against {axis}"] = _draw_accuracy(path, axis, value, series, cells, zero_shot)
     except OSError as error:
         raise WriteError(f"plots: cannot write {folder}: {error.strerror}; choose a writable --out") from error
     return drawn
 
 
-def _draw(
+def _draw_differences(path: Path, title: str, pairs: Sequence[Mapping[str, Any]]) -> Path:
+    """Mean difference of each method and its interval, a row each; an interval that leaves the panel is cut there."""
+    panels = list(dict.fromkeys(_panel(pair) for pair in pairs))
+    methods = list(dict.fromkeys(pair["method"] for pair in pairs))[::-1]
+    figure, grid = _grid(len(panels), 1.2 + 0.24 * len(methods))
+    reach = 1.5 * max(1.0, *(abs(100 * pair["mean"]) for pair in pairs))
+    for axes, panel in zip(grid, panels, strict=True):
+        mine = [pair for pair in pairs if _panel(pair) == panel]
+        means = [100 * pair["mean"] for pair in mine]
+        ends = [[100 * end for end in pair["interval"] or (pair["mean"], pair["mean"])] for pair in mine]
+        axes.errorbar(
+            means, [methods.index(pair["method"]) for pair in mine],
+            xerr=[[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+                  [high - mean for mean, (_, high) in zip(means, ends, strict=True)]],
+            label=title, color=_COLOURS[0], marker="o", linestyle="none", capsize=3,
+        )  # fmt: skip
+        axes.axvline(0.0, color="grey", linestyle=":")
+        axes.set_xlim(-reach, reach)
+        axes.set_ylim(-0.6, len(methods) - 0.4)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_xlabel(f"points more than {mine[0]['against']}")
+        axes.set_title(", ".join(panel))
+    return _save(figure, path)
+
+
+def _draw_accuracy(
     path: Path,
     axis: str,
     value: Callable[[Cell], float],
     series: Callable[[Cell], str],
     cells: Sequence[Cell],
     zero_shot: Sequence[Cell],
-) -> list[Path]:
-    """One plot of accuracy against ``value``; nothing where there is no cell."""
-    from matplotlib import pyplot
-
-    if not cells:
-        return []
-    panels = list(dict.fromkeys((cell["base"], cell["data"]) for cell in cells))
+) -> Path:
+    """Accuracy against ``value``."""
+    panels = list(dict.fromkeys(_panel(cell) for cell in cells))
     names = list(dict.fromkeys(series(cell) for cell in cells))
-    columns = min(len(panels), _COLUMNS)
-    rows = math.ceil(len(panels) / columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(4.2 * columns + 2.4, 3.2 * rows), squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    figure, grid = _grid(len(panels), 3.2)
+    for axes, panel in zip(grid, panels, strict=True):
         for index, name in enumerate(names):
-            mine = [cell for cell in cells if (cell["base"], cell["data"]) == panel and series(cell) == name]
+            mine = [cell for cell in cells if _panel(cell) == panel and series(cell) == name]
             mine.sort(key=value)
             axes.errorbar(
                 [value(cell) for cell in mine],
@@ -84,7 +118,7 @@ def _draw(
                 fillstyle="full" if index < len(_COLOURS) else "none",
             )  # fmt: skip
         for cell in zero_shot:
-            if (cell["base"], cell["data"]) == panel:
+            if _panel(cell) == panel:
                 axes.axhline(100 * cell["accuracy"]["mean"], color="grey", linestyle=":", label=cell["method"])
         axes.set_xscale("log")
         axes.set_xlabel(axis)
@@ -93,10 +127,32 @@ def _draw(
     handles = {label: handle for axes in figure.axes for handle, label in zip(
         *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _save(figure, path)
+
+
+def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels of a height in inches."""
+    from matplotlib import pyplot
+
+    columns = min(panels, _COLUMNS)
+    rows = math.ceil(panels / columns)
+    figure, grid = pyplot.subplots(rows, columns, figsize=(4.2 * columns + 2.4, height * rows), squeeze=False)
+    for axes in grid.flat[panels:]:
+        axes.remove()
+    return figure, list(grid.flat[:panels])
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    from matplotlib import pyplot
+
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
-    return [path]
+    return path
+
+
+def _panel(cell: Cell) -> tuple[str, str]:
+    return cell["base"], cell["data"]
 
 
 def _method(cell: Cell) -> str:

@@ -157,38 +157,78 @@ def shown(monkeypatch):
     return shown
 
 
+@pytest.fixture
+def intervals(monkeypatch):
+    """Ends of the horizontal error bars of ``differences.png`` by panel, in the order of its points."""
+    from matplotlib.figure import Figure
+
+    found = {}
+    real = Figure.savefig
+
+    def watched(figure, path, **options):
+        if Path(path).stem == "differences":
+            for axes in figure.axes:
+                (bars,) = axes.containers[0].lines[2]
+                found[axes.get_title()] = [(line[0][0], line[1][0]) for line in bars.get_segments()]
+        return real(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    return found
+
+
 def test_plots_show_the_cells(made, tmp_path, shown):
     from matplotlib import pyplot
 
     (tmp_path / "size.png").write_bytes(b"of an older summary")
     drawn = draw(summarize(*made), tmp_path)
-    assert [path.name for path in drawn] == ["parameters.png", "time.png", "rank.png"]
+    assert [path.name for path in drawn.values()] == ["differences.png", "parameters.png", "time.png", "rank.png"]
+    assert list(drawn) == [
+        "Accuracy minus that of LoRA 2",
+        "Accuracy against trained parameters",
+        "Accuracy against seconds of training",
+        "Accuracy against rank of AdaLink",
+    ]
     assert not (tmp_path / "size.png").exists()
     assert shown["parameters"]["tiny, letters", "AdaLink, gelu"] == ([768.0, 1536.0], pytest.approx([85.0, 88.0]))
     assert shown["time"]["tiny, letters", "LoRA 2"] == ([15.0], pytest.approx([91.0]))
     ranks, accuracy = shown["rank"]["tiny, digits", "gelu"]
     assert ranks == [8.0, 16.0]
     assert accuracy == pytest.approx([50.0, 54.0])
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.values())
     assert not pyplot.get_fignums()
+
+
+def test_differences_are_drawn_with_their_intervals(made, tmp_path, shown, intervals):
+    draw(summarize(*made), tmp_path)
+    title = "Accuracy minus that of LoRA 2"
+    points, rows = shown["differences"]["tiny, letters", title]
+    assert points == pytest.approx([-6.0, -3.0])  # worked out by hand above; rows go upwards
+    assert rows == [1, 0]
+    assert intervals["tiny, letters"][0] == pytest.approx((-56.8, 44.8), abs=0.05)
+    points, _ = shown["differences"]["tiny, digits", title]
+    assert points == pytest.approx([-10.0, -5.0])
+    for (low, high), mean in zip(intervals["tiny, digits"], points, strict=True):
+        assert low == high == pytest.approx(mean)  # one pair has no interval
 
 
 def test_a_combined_data_set_is_not_drawn(made, tmp_path, shown):
     summary = summarize(*made)
     combined = [dict(cell, data="both", parts={"letters": cell["accuracy"]}) for cell in summary["cells"]]
-    draw({"cells": summary["cells"] + combined}, tmp_path)
-    assert {panel for panel, _ in shown["parameters"]} == {"tiny, letters", "tiny, digits"}
+    pairs = summary["comparisons"] + [dict(pair, data="both") for pair in summary["comparisons"]]
+    draw({"cells": summary["cells"] + combined, "comparisons": pairs}, tmp_path)
+    for plot in ("parameters", "differences"):
+        assert {panel for panel, _ in shown[plot]} == {"tiny, letters", "tiny, digits"}
 
 
 def test_nothing_measured_draws_nothing(made, tmp_path):
-    assert draw(summarize(made[0], made[1], {}), tmp_path) == []
+    assert draw(summarize(made[0], made[1], {}), tmp_path) == {}
 
 
 def test_training_sizes_are_drawn_in_their_order(made, tmp_path, shown):
     summary = summarize(*made)
     few = [dict(cell, size=32, train_rows=32) for cell in summary["cells"] if cell["method"] != "AdaLink 8"]
     drawn = draw({**summary, "cells": few[::-1] + summary["cells"]}, tmp_path)
-    assert "size.png" in [path.name for path in drawn]
+    assert "size.png" in [path.name for path in drawn.values()]
     assert shown["size"]["tiny, letters", "LoRA 2"] == ([32.0, 60.0], pytest.approx([91.0, 91.0]))
     assert ("tiny, letters", "AdaLink 8") not in shown["size"]  # it has one size
 
@@ -199,7 +239,8 @@ def test_the_page_holds_all_it_shows(made, tmp_path):
     write_pages(tmp_path, summary, plots)
     page = (tmp_path / "study.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert [base64.b64decode(image) for image in images] == [plot.read_bytes() for plot in plots]
+    assert [base64.b64decode(image) for image in images] == [plot.read_bytes() for plot in plots.values()]
+    assert all(f"<h2>{title}</h2>" in page for title in plots)
     assert not re.search(r"https?://|<script|<link|src=\"(?!data:)", page)
     assert "&lt;b&gt;made up&lt;/b&gt;" in page
     assert "85.0 ± 7.1" in page
@@ -238,4 +279,4 @@ def test_a_folder_that_cannot_be_written_is_told(made, tmp_path):
     with pytest.raises(WriteError, match="choose a writable --out"):
         draw(summarize(*made), tmp_path / "file" / "plots")
     with pytest.raises(WriteError, match="choose a writable --out"):
-        write_pages(tmp_path / "file", summarize(*made), [])
+        write_pages(tmp_path / "file", summarize(*made), {})
