@@ -22,6 +22,7 @@ from adalink.runtime.engine import Array, VisionGraph
 from adalink.runtime.errors import BackendError
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceKind
+from adalink.runtime.nvidia.device import Lease
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile
@@ -40,6 +41,7 @@ class HostQueue:
         self.replays = 0
         self.handle = id(self)
         self.records = 0
+        self.is_open = True
 
     def submit(self, work: Callable[[], None]) -> None:
         if self._recording is None:
@@ -82,7 +84,7 @@ class HostQueue:
         return replay
 
     def close(self) -> None:
-        pass
+        self.is_open = False
 
 
 class HostDevice:
@@ -97,6 +99,10 @@ class HostDevice:
     @property
     def allocated_bytes(self) -> int:
         return sum(size for _, size in self._blocks.values())
+
+    @property
+    def open_queues(self) -> int:
+        return sum(queue.is_open for queue in self.queues)
 
     def allocate(self, size_bytes: int) -> int:
         if self.limit_bytes is not None and self.allocated_bytes + size_bytes > self.limit_bytes:
@@ -159,8 +165,8 @@ class HostPlans:
         self.largest_slots = slots
         self.opened: list[HostExecutor] = []
 
-    def executor(self, name: str, profile: int, queue: HostQueue) -> HostExecutor:
-        self.opened.append(HostExecutor(self._sessions[name], queue))
+    def executor(self, name: str, profile: int, lease: Lease) -> HostExecutor:
+        self.opened.append(HostExecutor(self._sessions[name], lease.queue))
         return self.opened[-1]
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from adalink.runtime.manifest import Cache
-from adalink.runtime.nvidia.device import SIZES, Device, Executor, Queue
+from adalink.runtime.nvidia.device import SIZES, Executor, Lease, Queue
 
 
 class DeviceCache(Protocol):
@@ -22,19 +22,15 @@ class DeviceCache(Protocol):
     def move(self, queue: Queue, source: int, target: int) -> None:
         """Let a row take another's place."""
 
-    def close(self) -> None:
-        """Give the memory back."""
-
 
 class InPlaceCache:
     """One buffer of the largest size a tensor, input and output at one address; a pass writes its positions alone."""
 
-    def __init__(self, device: Device, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
-        self._device = device
+    def __init__(self, lease: Lease, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._names = list(cache.names())
         self._shape = (cache.kv_heads, capacity, cache.head_dim)
         self._row_bytes = cache.kv_heads * capacity * cache.head_dim * SIZES[dtype]
-        self._addresses = _allocate(device, len(self._names), batch * self._row_bytes)
+        self._addresses = _allocate(lease, len(self._names), batch * self._row_bytes)
         self.length = 0
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
@@ -52,21 +48,16 @@ class InPlaceCache:
         for address in self._addresses:
             queue.copy(address + target * self._row_bytes, address + source * self._row_bytes, self._row_bytes)
 
-    def close(self) -> None:
-        """See ``DeviceCache``."""
-        self._device.free(self._addresses[0])
-
 
 class GrowingCache:
     """Two buffers of the largest size a tensor: a pass reads one and writes it, longer, into the other."""
 
-    def __init__(self, device: Device, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
-        self._device = device
+    def __init__(self, lease: Lease, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._names = list(cache.names())
         self._heads, self._width = cache.kv_heads, cache.head_dim
         self._position_bytes = cache.kv_heads * cache.head_dim * SIZES[dtype]
         size = batch * capacity * self._position_bytes
-        self._current, self._other = (_allocate(device, len(self._names), size) for _ in range(2))
+        self._current, self._other = (_allocate(lease, len(self._names), size) for _ in range(2))
         self.length = 0
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
@@ -86,14 +77,9 @@ class GrowingCache:
         for address in self._current:
             queue.copy(address + target * row_bytes, address + source * row_bytes, row_bytes)
 
-    def close(self) -> None:
-        """See ``DeviceCache``."""
-        for addresses in (self._current, self._other):
-            self._device.free(addresses[0])
 
-
-def _allocate(device: Device, count: int, size_bytes: int) -> list[int]:
-    """Addresses in one allocation, each aligned to 256 bytes; the first is the one to free."""
+def _allocate(lease: Lease, count: int, size_bytes: int) -> list[int]:
+    """Addresses in one allocation, each aligned to 256 bytes."""
     aligned = -(-size_bytes // 256) * 256
-    first = device.allocate(count * aligned)
+    first = lease.allocate(count * aligned)
     return [first + index * aligned for index in range(count)]

@@ -40,7 +40,12 @@ def load_cuda(backend: str) -> Any:
 
 
 class CudaDevice:
-    """See ``adalink.runtime.nvidia.device.Device``: the first visible GPU."""
+    """See ``adalink.runtime.nvidia.device.Device``: the first visible GPU.
+
+    Attributes:
+        not_recording: held while a queue records, and by whatever may wait for the whole device, such as taking memory
+            or opening an execution context: CUDA allows neither beside a recording.
+    """
 
     def __init__(self, backend: str) -> None:
         """Raises ``BackendUnavailableError`` where there is no GPU."""
@@ -48,13 +53,24 @@ class CudaDevice:
 
     def _attach(self, cuda: Any) -> None:
         self._cuda = cuda
-        self._lock = threading.Lock()
+        self.not_recording = threading.RLock()
         self._sizes: dict[int, int] = {}
         # What an engine that could not be opened, or was never closed, has left.
         weakref.finalize(self, _free_all, cuda, self._sizes)
 
     def allocate(self, size_bytes: int) -> int:
         """See ``Device``."""
+        with self.not_recording:
+            address = self._take(size_bytes)
+            self._sizes[address] = size_bytes
+            queue = self.open_queue()
+            try:
+                queue.clear(address, size_bytes)
+            finally:
+                queue.close()
+        return address
+
+    def _take(self, size_bytes: int) -> int:
         cuda = self._cuda
         error, address = cuda.cudaMalloc(size_bytes)
         if error == cuda.cudaError_t.cudaErrorMemoryAllocation:
@@ -65,18 +81,13 @@ class CudaDevice:
                 "MB free; close other programs, or build the engine with a smaller --profile (batch, past, images)"
             )
         self.check(error)
-        self.check(cuda.cudaMemset(address, 0, size_bytes)[0])
-        self.check(cuda.cudaDeviceSynchronize()[0])  # queues do not wait for it by themselves
-        with self._lock:
-            self._sizes[int(address)] = size_bytes
         return int(address)
 
     def free(self, address: int) -> None:
         """See ``Device``; an error here has been reported by what caused it."""
-        with self._lock:
-            known = self._sizes.pop(address, None)
-        if known is not None:
-            self._cuda.cudaFree(address)
+        with self.not_recording:
+            if self._sizes.pop(address, None) is not None:
+                self._cuda.cudaFree(address)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """See ``Device``."""
@@ -130,12 +141,21 @@ class CudaQueue:
     def _copy(self, target: int, source: int, size_bytes: int, kind: Any) -> None:
         self._device.check(self._cuda.cudaMemcpyAsync(target, source, size_bytes, kind, self._stream)[0])
 
+    def clear(self, address: int, size_bytes: int) -> None:
+        """Fill memory with zeros, and wait until it is."""
+        self._device.check(self._cuda.cudaMemsetAsync(address, 0, size_bytes, self._stream)[0])
+        self.wait()
+
     def wait(self) -> None:
         """See ``Queue``."""
         self._device.check(self._cuda.cudaStreamSynchronize(self._stream)[0])
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
         """See ``Queue``: a CUDA graph."""
+        with self._device.not_recording:
+            return self._record(work)
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None] | None:
         cuda = self._cuda
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._device.check(cuda.cudaStreamBeginCapture(self._stream, mode)[0])

@@ -1,4 +1,4 @@
-"""A device as the rest of this folder sees it: addresses, one queue of work a workspace, and graphs bound to addresses.
+"""A device as the rest of this folder sees it: addresses, queues of work, and graphs bound to addresses.
 
 All are small protocols. `adalink.runtime.nvidia.cuda` is the GPU; the tests have main memory behind the same protocols,
 with ONNX Runtime as the engine, so that every decision made here is tested where there is no GPU.
@@ -101,13 +101,50 @@ SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 NUMPY = STORED | {"int64": "<i8", "bool": "?"}
 
 
+class Lease:
+    """What one workspace has of a device: a queue, and memory that is given back all at once. For one thread at a time.
+
+    Attributes:
+        queue: where its work goes.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._addresses: list[int] = []
+        self._scratch: dict[str, int] = {}
+        self.queue = device.open_queue()
+
+    def allocate(self, size_bytes: int) -> int:
+        """See ``Device``."""
+        address = self._device.allocate(size_bytes)
+        self._addresses.append(address)
+        return address
+
+    def mirror(self, size: int, dtype: str) -> Mirror:
+        """Pinned memory for so many numbers, with a place on the device; raises ``BackendError``."""
+        flat = self._device.pinned((size,), np.dtype(NUMPY[dtype]))
+        return Mirror(flat, self.allocate(max(flat.nbytes, 1)))
+
+    def scratch(self, name: str, size_bytes: int) -> int:
+        """Memory that all executors of a graph share, since a queue does one thing at a time."""
+        if name not in self._scratch:
+            self._scratch[name] = self.allocate(size_bytes)
+        return self._scratch[name]
+
+    def close(self) -> None:
+        """Give everything back; what views pinned memory keeps it until it goes itself."""
+        for address in self._addresses:
+            self._device.free(address)
+        self._addresses.clear()
+        self.queue.close()
+
+
 class Mirror:
     """Pinned host memory with a place on the device: what is written into ``host`` is there after ``upload``."""
 
-    def __init__(self, device: Device, size: int, dtype: str) -> None:
-        self._device = device
-        self._flat = device.pinned((size,), np.dtype(NUMPY[dtype]))
-        self.address = device.allocate(max(self._flat.nbytes, 1))
+    def __init__(self, flat: Array, address: int) -> None:
+        self._flat = flat
+        self.address = address
 
     def host(self, *shape: int) -> Array:
         """The first elements in a shape; a call with another shape lies over it."""
@@ -120,10 +157,6 @@ class Mirror:
     def download(self, queue: Queue, *shape: int) -> None:
         """Enqueue the copy of the first elements from the device."""
         queue.download(self.host(*shape), self.address)
-
-    def close(self) -> None:
-        """Give the device's memory back; the host's goes with the last array that views it."""
-        self._device.free(self.address)
 
 
 def as_numbers(array: Array, dtype: str) -> Array:

@@ -12,7 +12,7 @@ from adalink.runtime.host_front import HostFront
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceBank
 from adalink.runtime.nvidia.decoding import DeviceDecoding, piece_length, prompt_pieces
-from adalink.runtime.nvidia.device import NUMPY, Device, as_numbers
+from adalink.runtime.nvidia.device import NUMPY, Device, Lease, as_numbers
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.passes import EngineSpace, Pass
 from adalink.runtime.nvidia.pool import Pool
@@ -87,8 +87,13 @@ class HostFedFront:
 class _ReadSpace:
     def __init__(self, common: Common) -> None:
         self._common = common
-        self._front = FrontSpace(common)
-        self._executors = Executors(common.plans, self._front.queue, PREFILL)
+        self._lease = Lease(common.device)
+        self._executors = Executors(common.plans, self._lease, PREFILL)
+        try:
+            self._front = FrontSpace(common, self._lease)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, inputs: Inputs) -> Array:
         batch, seq = inputs.shape
@@ -102,7 +107,7 @@ class _ReadSpace:
 
     def close(self) -> None:
         self._executors.close()
-        self._front.close()
+        self._lease.close()
 
 
 class DeviceEngine:

@@ -5,6 +5,7 @@ Tasks are applied in main memory, as on the CPU; their embeddings are what cross
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.runtime.digest import digest_file
+from adalink.runtime.digest import digest_bytes, digest_file
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, ContractError
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.cuda import CudaDevice, load_cuda
-from adalink.runtime.nvidia.device import Queue
+from adalink.runtime.nvidia.device import Lease
 from adalink.runtime.nvidia.engine import DeviceEngine, HostFedFront
 from adalink.runtime.nvidia.onnxruntime_executor import OnnxRuntimeExecutor
 from adalink.runtime.nvidia.profile import Profile, default_profile
@@ -68,6 +69,9 @@ class OnnxRuntimeGpuBackend:
             raise ContractError(
                 f"{graph}: {base.name} is an encoder-decoder, which {self.name} does not run: use onnxruntime-cpu"
             )
+        if self.name != CUDA and base.embedding_dtype == "float32":
+            # A float32 base means float32, and these providers have no option for it: NVIDIA's libraries read this.
+            os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         # The vision tower stays on the CPU, which takes any number of images.
         device, profile = CudaDevice(self.name), msgspec.structs.replace(default_profile(base), images=None)
         session = self._session(graph, base, profile)
@@ -134,10 +138,10 @@ class OnnxRuntimePlans:
         self._ort = runtime
         self._origin = origin
 
-    def executor(self, name: str, profile: int, queue: Queue) -> OnnxRuntimeExecutor:
+    def executor(self, name: str, profile: int, lease: Lease) -> OnnxRuntimeExecutor:
         """See ``Plans``."""
         assert self._session is not None
-        return OnnxRuntimeExecutor(self._session, self._ort, self._origin, "cuda", before=queue.wait)
+        return OnnxRuntimeExecutor(self._session, self._ort, self._origin, "cuda", before=lease.queue.wait)
 
     def close(self) -> None:
         """See ``Plans``."""
@@ -152,9 +156,7 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     if name == CUDA:
         return {"device_id": "0", "use_tf32": "0"}  # a float32 base means float32
     low, likely, high = (profile_shapes(base, profile, which) for which in ("smallest", "likeliest", "largest"))
-    folder = cache_path("engines", digest_file(graph).removeprefix("sha256:")[:32])
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = _engine_folder(graph)
     if name == TENSORRT:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
         places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
@@ -171,6 +173,22 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
         "nv_profile_max_shapes": high,
         **({} if folder is None else {"nv_runtime_cache_path": str(folder)}),
     }
+
+
+def _engine_folder(graph: Path) -> Path | None:
+    """Where engines made of a graph are kept, by the digest of it and of its weights; ``None`` where nothing can be.
+
+    The provider's own names do not tell two graphs of one structure apart.
+    """
+    weights = graph.with_name(f"{graph.name}.data")
+    parts = [digest_file(path) for path in (graph, weights) if path.exists()]
+    folder = cache_path("engines", digest_bytes("".join(parts).encode()).removeprefix("sha256:")[:32])
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError:
+            return None
+    return folder
 
 
 def profile_shapes(base: Base, profile: Profile, which: str) -> str:

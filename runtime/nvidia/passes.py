@@ -12,7 +12,7 @@ from adalink.runtime.errors import GraphError
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import Choice, Stack
 from adalink.runtime.nvidia.cache import DeviceCache, GrowingCache, InPlaceCache
-from adalink.runtime.nvidia.device import Executor, Mirror
+from adalink.runtime.nvidia.device import Executor, Lease
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.workspace import DECODE, ENGINE, PREFILL, Common, Executors, FrontSpace
 
@@ -56,28 +56,36 @@ class EngineSpace:
     """
 
     def __init__(self, common: Common) -> None:
-        base, profile, device = common.base, common.plans.profile, common.device
         self._common = common
-        self._front = FrontSpace(common)
-        self.queue = self._front.queue
-        self._prefill = Executors(common.plans, self.queue, PREFILL)
+        self._lease = Lease(common.device)
+        self.queue = self._lease.queue
+        self._prefill = Executors(common.plans, self._lease, PREFILL)
+        self._growing_step = Executors(common.plans, self._lease, DECODE)
         self._steps: dict[tuple[object, ...], Step] = {}
-        self._growing_step = Executors(common.plans, self.queue, DECODE)
+        try:
+            self._open(self._lease)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, lease: Lease) -> None:
+        base, profile = self._common.base, self._common.plans.profile
+        self._front = FrontSpace(self._common, lease)
         engine = self._prefill[ENGINE]
         check_signature(engine, base)
         self._takes = frozenset(engine.inputs)
         batch, seq = profile.batch.largest, profile.seq.largest
-        self._mask = Mirror(device, batch * profile.capacity, "int64")
-        self._positions = Mirror(device, batch * seq, "int64")
-        self._places = Mirror(device, profile.places, "int64")
-        self._write_indices = Mirror(device, batch, "int64")
+        self._mask = lease.mirror(batch * profile.capacity, "int64")
+        self._positions = lease.mirror(batch * seq, "int64")
+        self._places = lease.mirror(profile.places, "int64")
+        self._write_indices = lease.mirror(batch, "int64")
         self.cache: DeviceCache | None = None
         self._output_name, self._width, rows = "last_hidden_state", base.hidden_size, batch * seq
         if base.cache is not None:
             self._output_name, self._width, rows = "logits", base.vocab_size, profile.places
             kind = InPlaceCache if self.records else GrowingCache
-            self.cache = kind(device, base.cache, base.embedding_dtype, batch, profile.capacity)
-        self._output = Mirror(device, rows * self._width, base.embedding_dtype)
+            self.cache = kind(lease, base.cache, base.embedding_dtype, batch, profile.capacity)
+        self._output = lease.mirror(rows * self._width, base.embedding_dtype)
 
     @property
     def records(self) -> bool:
@@ -118,11 +126,7 @@ class EngineSpace:
         self._steps.clear()
         for executors in (self._prefill, self._growing_step):
             executors.close()
-        for mirror in (self._mask, self._positions, self._places, self._write_indices, self._output):
-            mirror.close()
-        if self.cache is not None:
-            self.cache.close()
-        self._front.close()
+        self._lease.close()
 
     def _replay(self, wanted: Pass) -> None:
         """Enqueue a step from its record; the first of its shape is run as it is, and recorded.
@@ -136,7 +140,7 @@ class EngineSpace:
         step = self._steps.get(key)
         if step is None:
             self._forget_steps()
-            executors = Executors(self._common.plans, self.queue, DECODE)
+            executors = Executors(self._common.plans, self._lease, DECODE)
             self._enqueue(executors, wanted)
             # Recording wants an engine that has run with these shapes, and is not touched again.
             self.queue.wait()
@@ -154,7 +158,7 @@ class EngineSpace:
     def _forget_steps(self) -> None:
         """Let go of the oldest records beyond a number, and of those that read a stack nobody fills any more."""
         stale = [key for key, step in self._steps.items() if not all(map(self._common.bank.is_current, step.stacks))]
-        for key in [*stale, *list(self._steps)[: len(self._steps) + 1 - _MOST_STEPS]]:
+        for key in [*stale, *list(self._steps)[: max(0, len(self._steps) + 1 - _MOST_STEPS)]]:
             if key in self._steps:
                 self._steps.pop(key).executors.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from adalink.runtime.file_memory import map_file
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import DeviceKind
 from adalink.runtime.nvidia.cuda import CudaDevice
-from adalink.runtime.nvidia.device import Queue
+from adalink.runtime.nvidia.device import Lease
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.jit_cache import JitCache
 from adalink.runtime.nvidia.profile import Profile
@@ -91,30 +90,22 @@ class TensorRtPlans:
         self._files = {ENGINE: PLAN_FILE, VISION: VISION_FILE, **record.fronts}
         self._engines: dict[str, Any] = {}
         self._caches: dict[str, JitCache] = {}
-        # A queue does one thing at a time, so the contexts of a plan on it share their scratch memory.
-        self._scratch: dict[tuple[int, str], int] = {}
-        self._lock = threading.Lock()
 
-    def executor(self, name: str, profile: int, queue: Queue) -> TensorRtExecutor:
+    def executor(self, name: str, profile: int, lease: Lease) -> TensorRtExecutor:
         """See ``Plans``."""
-        with self._lock:
+        with self._device.not_recording:
             engine = self._engine(name)
             context = self._api.make_context(engine, self._caches[name].config)
             size = self._api.scratch_bytes(engine)
-            key = (queue.handle, name)
-            if size and key not in self._scratch:
-                self._scratch[key] = self._device.allocate(size)
-        if size:
-            self._api.set_scratch(context, self._scratch[key], size)
-        return TensorRtExecutor(self._api, engine, context, profile, queue, str(self._folder / self._files[name]))
+            if size:
+                self._api.set_scratch(context, lease.scratch(name, size), size)
+            origin = str(self._folder / self._files[name])
+            return TensorRtExecutor(self._api, engine, context, profile, lease.queue, origin)
 
     def close(self) -> None:
         """See ``Plans``; what was compiled for this GPU is kept for the next time."""
         for cache in self._caches.values():
             cache.save()
-        for address in self._scratch.values():
-            self._device.free(address)
-        self._scratch.clear()
         self._caches.clear()
         self._engines.clear()
 

@@ -7,7 +7,7 @@ import math
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import DeploymentError, GraphError
 from adalink.runtime.manifest import Base
-from adalink.runtime.nvidia.device import Device, Executor, Mirror, Tensor
+from adalink.runtime.nvidia.device import Device, Executor, Lease, Tensor
 from adalink.runtime.nvidia.workspace import VISION, Plans
 from adalink.runtime.onnxruntime_vision import INPUT, OUTPUT
 
@@ -34,30 +34,33 @@ class DeviceVision:
         self.most_images = images.largest
         self._plans = plans
         self._taken, self._given = (3, *base.vision.image_size), (base.vision.tokens_per_image, base.hidden_size)
-        self._queue = device.open_queue()
-        self._executor = plans.executor(VISION, 0, self._queue)
-        _check_signature(self._executor, self._taken, self._given, base.name)
-        self._pixels = Mirror(device, images.largest * math.prod(self._taken), "float32")
-        self._embeds = Mirror(device, images.largest * math.prod(self._given), "float32")
+        self._lease = Lease(device)
+        try:
+            self._executor = plans.executor(VISION, 0, self._lease)
+            _check_signature(self._executor, self._taken, self._given, base.name)
+            self._pixels = self._lease.mirror(images.largest * math.prod(self._taken), "float32")
+            self._embeds = self._lease.mirror(images.largest * math.prod(self._given), "float32")
+        except BaseException:
+            self._lease.close()
+            raise
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
         taken, given = (len(pixel_values), *self._taken), (len(pixel_values), *self._given)
+        queue = self._lease.queue
         self._pixels.host(*taken)[:] = pixel_values
-        self._pixels.upload(self._queue, *taken)
+        self._pixels.upload(queue, *taken)
         self._executor.bind(INPUT, self._pixels.address, taken)
         self._executor.bind(OUTPUT, self._embeds.address, given)
         self._executor.enqueue()
-        self._embeds.download(self._queue, *given)
-        self._queue.wait()
+        self._embeds.download(queue, *given)
+        queue.wait()
         return self._embeds.host(*given).copy()
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.VisionGraph``."""
         self._executor.close()
-        self._pixels.close()
-        self._embeds.close()
-        self._queue.close()
+        self._lease.close()
         self._plans.close()
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from adalink.runtime.engine import Array
 from adalink.runtime.manifest import Base
 from adalink.runtime.nvidia.bank import Choice, DeviceBank, Layer
-from adalink.runtime.nvidia.device import Device, Executor, Mirror, Queue
+from adalink.runtime.nvidia.device import Device, Executor, Lease, Mirror
 from adalink.runtime.nvidia.inputs import Inputs
 from adalink.runtime.nvidia.profile import Profile
 from adalink.runtime.tensors import as_stored
@@ -33,8 +33,12 @@ class Plans(Protocol):
     def largest_slots(self) -> int:
         """Most sets of weights that the fronts take."""
 
-    def executor(self, name: str, profile: int, queue: Queue) -> Executor:
-        """A new executor of ``"engine"``, ``"vision"`` or a front such as ``"gelu.ids"``; raises ``BackendError``."""
+    def executor(self, name: str, profile: int, lease: Lease) -> Executor:
+        """A new executor of ``"engine"``, ``"vision"`` or a front such as ``"gelu.ids"``, for the queue of a lease.
+
+        Raises:
+            BackendError: there is no such graph, or the device has not enough memory.
+        """
 
     def close(self) -> None:
         """Give it all back."""
@@ -47,16 +51,16 @@ class Executors:
         is_bound: whether all is bound for good, as a recorded step wants it; nothing is bound anew then.
     """
 
-    def __init__(self, plans: Plans, queue: Queue, profile: int) -> None:
+    def __init__(self, plans: Plans, lease: Lease, profile: int) -> None:
         self._plans = plans
-        self._queue = queue
+        self._lease = lease
         self._profile = profile
         self._open: dict[str, Executor] = {}
         self.is_bound = False
 
     def __getitem__(self, name: str) -> Executor:
         if name not in self._open:
-            self._open[name] = self._plans.executor(name, self._profile if name == ENGINE else 0, self._queue)
+            self._open[name] = self._plans.executor(name, self._profile if name == ENGINE else 0, self._lease)
         return self._open[name]
 
     def close(self) -> None:
@@ -86,19 +90,15 @@ class Common:
 
 
 class FrontSpace:
-    """Buffers that turn ids and tasks into the embeddings that an engine takes. For one thread at a time.
+    """Buffers that turn ids and tasks into the embeddings that an engine takes. For one thread at a time."""
 
-    Attributes:
-        queue: where its work goes.
-    """
-
-    def __init__(self, common: Common) -> None:
-        profile, device, width = common.plans.profile, common.device, common.base.hidden_size
+    def __init__(self, common: Common, lease: Lease) -> None:
+        profile, width = common.plans.profile, common.base.hidden_size
         positions = profile.batch.largest * profile.seq.largest
-        self.queue = device.open_queue()
         self._common = common
-        self._ids = Mirror(device, positions, "int64")
-        self._embeds = [Mirror(device, positions * width, common.base.embedding_dtype) for _ in range(2)]
+        self._lease = lease
+        self._ids = lease.mirror(positions, "int64")
+        self._embeds = [lease.mirror(positions * width, common.base.embedding_dtype) for _ in range(2)]
         # For each layer in turn: which row has which task, and which positions are of its modality.
         self._indices: list[tuple[Mirror, Mirror]] = []
 
@@ -125,18 +125,18 @@ class FrontSpace:
     def enqueue(self, executors: Executors, inputs: Inputs, choice: Choice) -> int:
         """Enqueue the copies and the fronts of what was written; the address of the engine's embeddings."""
         batch, seq = inputs.shape
-        shape = (batch, seq, self._common.base.hidden_size)
+        shape, queue = (batch, seq, self._common.base.hidden_size), self._lease.queue
         current, other = self._embeds
         if inputs.ids is None:
-            current.upload(self.queue, *shape)
+            current.upload(queue, *shape)
         else:
-            self._ids.upload(self.queue, batch, seq)
+            self._ids.upload(queue, batch, seq)
         is_lookup = inputs.ids is not None
         for layer, (index, chosen) in self._layers_with_buffers(inputs, choice):
             front = executors[f"{layer.activation}.{'ids' if is_lookup else 'embeds'}"]
-            index.upload(self.queue, batch)
+            index.upload(queue, batch)
             if not is_lookup:
-                chosen.upload(self.queue, batch, seq)
+                chosen.upload(queue, batch, seq)
             if not executors.is_bound:
                 source = self._ids if is_lookup else current
                 _bind_front(front, layer, source.address, self._common.table, (batch, seq, self._common.base))
@@ -151,23 +151,17 @@ class FrontSpace:
     def read(self, address: int, *shape: int) -> Array:
         """What lies at an address that ``enqueue`` gave, once it is there; a view of pinned memory."""
         mirror = next(mirror for mirror in self._embeds if mirror.address == address)
-        mirror.download(self.queue, *shape)
-        self.queue.wait()
+        mirror.download(self._lease.queue, *shape)
+        self._lease.queue.wait()
         return mirror.host(*shape)
-
-    def close(self) -> None:
-        """Give everything back."""
-        for mirror in (self._ids, *self._embeds, *(mirror for pair in self._indices for mirror in pair)):
-            mirror.close()
-        self.queue.close()
 
     def _layers_with_buffers(self, inputs: Inputs, choice: Choice) -> Iterable[tuple[Layer, tuple[Mirror, Mirror]]]:
         """What a pass goes through, each with its buffers; as many as any pass has needed are kept."""
-        profile, device = self._common.plans.profile, self._common.device
-        layers = self.layers(inputs, choice)
+        profile, layers = self._common.plans.profile, self.layers(inputs, choice)
         while len(self._indices) < len(layers):
             batch = profile.batch.largest
-            self._indices.append((Mirror(device, batch, "int64"), Mirror(device, batch * profile.seq.largest, "bool")))
+            pair = self._lease.mirror(batch, "int64"), self._lease.mirror(batch * profile.seq.largest, "bool")
+            self._indices.append(pair)
         return zip(layers, self._indices, strict=False)
 
 

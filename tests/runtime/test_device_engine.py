@@ -18,6 +18,7 @@ from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, GraphError, RequestError
 from adalink.runtime.manifest import Base
 from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.nvidia import passes
 from adalink.runtime.nvidia.engine import DeviceEngine
 from adalink.runtime.nvidia.profile import Profile, Span
 
@@ -262,6 +263,46 @@ def test_an_engine_that_does_not_fit_says_so(llama: Tiny) -> None:
     backend = HostBackend(PROFILE, limit_bytes=1 << 16)
     with pytest.raises(BackendError, match="out of memory"):
         opened(llama, backend)
+
+
+def test_a_request_that_finds_no_room_for_a_workspace_leaves_nothing_behind(llama: Tiny) -> None:
+    """A second request at a time needs a workspace of its own, which fits at no place where memory may run out."""
+    backend = HostBackend(PROFILE)
+    with opened(llama, backend) as deployment:
+        engine = deployment._opened.engine
+        assert isinstance(engine, DeviceEngine)
+        first = engine._spaces.take()
+        held, queues = backend.device.allocated_bytes, backend.device.open_queues
+        second = passes.EngineSpace(engine._common)
+        size = backend.device.allocated_bytes - held
+        second.close()
+        for room in range(0, size, size // 7):
+            backend.device.limit_bytes = held + room
+            with pytest.raises(BackendError, match="out of memory"):
+                engine._spaces.take()
+            assert (backend.device.allocated_bytes, backend.device.open_queues) == (held, queues)
+        backend.device.limit_bytes = None
+        engine._spaces.give(first)
+        prompt = deployment.tokenizer.encode("oil")
+        found = deployment.generate(["oil"], tasks="alpha", max_new_tokens=4)[0]
+        assert list(found.token_ids) == llama.greedy(prompt, "alpha", 4)
+    assert (backend.device.allocated_bytes, backend.device.open_queues) == (0, 0)
+
+
+def test_as_many_steps_stay_recorded_as_may(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers of rows and other tasks are other steps; the oldest record goes, and no other."""
+    monkeypatch.setattr(passes, "_MOST_STEPS", 4)
+    backend = HostBackend(PROFILE)
+    with opened(llama, backend) as deployment:
+        engine = deployment._opened.engine
+        assert isinstance(engine, DeviceEngine)
+        kept = []
+        for rows in (1, 2, 3):
+            for task in (None, "alpha"):
+                deployment.generate(["oil"] * rows, tasks=task, max_new_tokens=2)
+                with engine._spaces.lend() as space:
+                    kept.append(len(space._steps))
+    assert kept == [1, 2, 3, 4, 4, 4]
 
 
 def test_the_engine_of_another_base_is_refused(llama: Tiny, bert: Tiny) -> None:

@@ -15,7 +15,7 @@ from adalink.runtime.manifest import Base, Cache
 from adalink.runtime.nvidia.bank import DeviceBank, DeviceKind
 from adalink.runtime.nvidia.cache import GrowingCache, InPlaceCache
 from adalink.runtime.nvidia.decoding import piece_length
-from adalink.runtime.nvidia.device import as_numbers
+from adalink.runtime.nvidia.device import Lease, as_numbers
 from adalink.runtime.nvidia.profile import Profile, Span, default_profile, parse_profile, pieces, rounded_total
 from adalink.runtime.nvidia.slots import SlotTable
 from adalink.runtime.request import check_embeds
@@ -245,7 +245,8 @@ def test_moving_a_row_moves_what_it_cached(kind: type) -> None:
 
     cache_shape, batch, capacity = Cache(layers=2, kv_heads=2, head_dim=4), 3, 6
     device = HostDevice()
-    cache = kind(device, cache_shape, "float32", batch, capacity)
+    lease = Lease(device)
+    cache = kind(lease, cache_shape, "float32", batch, capacity)
     rng = np.random.default_rng(0)
     known = rng.normal(size=(4, batch, 2, capacity, 4)).astype("f4")
 
@@ -265,7 +266,7 @@ def test_moving_a_row_moves_what_it_cached(kind: type) -> None:
         assert rows.shape == shape
         ctypes.memmove(address, rows.ctypes.data, rows.nbytes)
     cache.advance(5)
-    cache.move(device.open_queue(), 2, 0)
+    cache.move(lease.queue, 2, 0)
     cache.bind(bound, 2, 1)
     assert cache.length == 5
     for index, name in enumerate(name.replace("present", "past_key_values") for name in names):
@@ -273,5 +274,5 @@ def test_moving_a_row_moves_what_it_cached(kind: type) -> None:
         raw = np.frombuffer(ctypes.string_at(address, 4 * int(np.prod(shape))), np.float32).reshape(shape)
         assert (raw[0][:, :5] == known[index][2][:, :5]).all()
         assert (raw[1][:, :5] == known[index][1][:, :5]).all()
-    cache.close()
+    lease.close()
     assert device.allocated_bytes == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not find_gpus().devices, reason=f"no NVIDIA GPU: {find_gpus().reason}"),
 ]
 
-# Wider than on the CPU: the providers of TensorRT in ONNX Runtime may compute products in TF32, ten bits of mantissa.
+# Wider than on the CPU: where a library goes on in TF32 all the same, products have ten bits of mantissa.
 CLOSE = {"rtol": 2e-2, "atol": 2e-2}
 PROFILE = Profile(batch=Span(1, 2, 4), seq=Span(1, 4, 8), past=Span(0, 16, 62))
 PROMPTS = [[5, 9, 33, 41, 7, 60, 12, 44, 81, 19], [8, 70, 3], [90, 4, 77, 21, 15]]
@@ -131,6 +132,20 @@ def test_the_vision_tower_runs_from_its_plan(name: str, tmp_path: Path) -> None:
             logits = deployment.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
             np.testing.assert_allclose(logits, seeing.logits(tokens, images, task)[0], **CLOSE)
         assert deployment.images_encoded == 2
+
+
+def test_requests_at_a_time_answer_as_one_by_one(opened: tuple[Tiny, Deployment]) -> None:
+    """Some open workspaces and load tasks while others record their steps."""
+    _, deployment = opened
+    wanted = [(prompt, task, steps) for prompt in PROMPTS for task in (None, *TASKS) for steps in (3, 9)]
+
+    def answer(asked: tuple[list[int], str | None, int]) -> tuple[int, ...]:
+        prompt, task, steps = asked
+        return deployment.generate([prompt], tasks=task, max_new_tokens=steps)[0].token_ids
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(answer, wanted))
+    assert found == [answer(asked) for asked in wanted]
 
 
 def test_shapes_outside_the_profile_are_named(opened: tuple[Tiny, Deployment]) -> None:

@@ -64,4 +64,34 @@ def test_engines_of_providers_are_kept_in_the_users_own_folder(
         for key, which in (("min", "smallest"), ("opt", "likeliest"), ("max", "largest")):
             assert options[name][f"{prefix}_profile_{key}_shapes"] == profile_shapes(manifest.base, profile, which)
     assert options[TENSORRT]["trt_engine_cache_enable"] == "1"
+    again = provider_options(TENSORRT, graph, manifest.base, profile)
+    assert again["trt_engine_cache_path"] == options[TENSORRT]["trt_engine_cache_path"]
     assert all(isinstance(value, str) for own in options.values() for value in own.values())
+
+
+def test_another_base_of_the_same_graph_never_finds_its_engines(
+    exported: tuple[Manifest, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, graph = exported
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    other = tmp_path / graph.name
+    other.write_bytes(graph.read_bytes())
+    weights = bytearray(graph.with_name(f"{graph.name}.data").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    other.with_name(f"{graph.name}.data").write_bytes(weights)
+    profile = default_profile(manifest.base)
+    places = {
+        provider_options(TENSORRT, path, manifest.base, profile)["trt_engine_cache_path"] for path in (graph, other)
+    }
+    assert len(places) == 2
+
+
+def test_a_user_who_cannot_keep_engines_goes_without(
+    exported: tuple[Manifest, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, graph = exported
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    profile = default_profile(manifest.base)
+    assert "trt_engine_cache_enable" not in provider_options(TENSORRT, graph, manifest.base, profile)
+    assert "nv_runtime_cache_path" not in provider_options(RTX, graph, manifest.base, profile)
