@@ -12,6 +12,7 @@ from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
 Begin = Callable[[], object]
 End = Callable[[Array], object]
 Retracted = Callable[[int], object]
+Dropped = Callable[[int], object]
 
 
 class ObservedBackend:
@@ -27,6 +28,7 @@ class ObservedBackend:
         begin: Begin = lambda: None,
         end: End = lambda logits: None,
         retracted: Retracted = lambda count: None,
+        dropped: Dropped = lambda row: None,
     ) -> None:
         """Watch a backend.
 
@@ -36,10 +38,11 @@ class ObservedBackend:
             end: called after it with logits of shape ``(rows, vocab)``, or for each of several tokens of the only row
                 with ``(1, vocab)``; the next pass writes over them.
             retracted: called with the number of tokens that were taken back.
+            dropped: called with a row that was dropped; the last row takes its number.
         """
         self.name = inner.name
         self._inner = inner
-        self._hooks = begin, end, retracted
+        self._hooks = begin, end, retracted, dropped
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         """See ``adalink.runtime.engine.Backend``."""
@@ -55,11 +58,12 @@ class ObservedBackend:
 
 
 class _ObservedEngine:
-    def __init__(self, inner: Engine, begin: Begin, end: End, retracted: Retracted) -> None:
+    def __init__(self, inner: Engine, begin: Begin, end: End, retracted: Retracted, dropped: Dropped) -> None:
         self._inner = inner
         self._begin = begin
         self._end = end
         self._retracted = retracted
+        self._dropped = dropped
         self.front = inner.front
         self.profile = inner.profile
         self.run = inner.run
@@ -70,16 +74,16 @@ class _ObservedEngine:
         decoding = self._inner.start(feeds, room)
         self._end(decoding.logits)
         if isinstance(decoding, CheckingDecoding):
-            return _ObservedCheckingDecoding(decoding, self._begin, self._end, self._retracted)
-        return _ObservedDecoding(decoding, self._begin, self._end)
+            return _ObservedCheckingDecoding(decoding, self._begin, self._end, self._dropped, self._retracted)
+        return _ObservedDecoding(decoding, self._begin, self._end, self._dropped)
 
 
 class _ObservedDecoding:
-    def __init__(self, inner: Decoding, begin: Begin, end: End) -> None:
+    def __init__(self, inner: Decoding, begin: Begin, end: End, dropped: Dropped) -> None:
         self._inner = inner
         self._begin = begin
         self._end = end
-        self.drop = inner.drop
+        self._dropped = dropped
         self.close = inner.close
 
     @property
@@ -91,10 +95,14 @@ class _ObservedDecoding:
         self._inner.step(inputs_embeds)
         self._end(self._inner.logits)
 
+    def drop(self, row: int) -> None:
+        self._inner.drop(row)
+        self._dropped(row)
+
 
 class _ObservedCheckingDecoding(_ObservedDecoding):
-    def __init__(self, inner: CheckingDecoding, begin: Begin, end: End, retracted: Retracted) -> None:
-        super().__init__(inner, begin, end)
+    def __init__(self, inner: CheckingDecoding, begin: Begin, end: End, dropped: Dropped, retracted: Retracted) -> None:
+        super().__init__(inner, begin, end, dropped)
         self._checking = inner
         self._retracted = retracted
 

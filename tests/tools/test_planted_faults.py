@@ -116,6 +116,22 @@ def test_guesses_are_checked_wrongly(deployment, monkeypatch, name):
     assert all("/drafts/" in check for check in found)
 
 
+@pytest.mark.parametrize("fault", ["cache", "task"])
+def test_a_row_that_takes_anothers_place_keeps_what_was_there(deployment, monkeypatch, fault):
+    """Only rows that end at different times ever change places."""
+
+    def drop(self, row):
+        self._alive -= 1
+        self._lengths[row], self._positions[row] = self._lengths[self._alive], self._positions[self._alive]
+
+    if fault == "cache":
+        monkeypatch.setattr(InPlaceDecoding, "drop", drop)
+    else:
+        take = bank.Selection.take
+        monkeypatch.setattr(bank.Selection, "take", lambda self, kept: take(self, sorted(kept)))
+    assert failures(*deployment) == {"mixed/ends/decode-logits", "mixed/ends/generation"}
+
+
 def test_two_tasks_swapped(deployment):
     """Each graph computes the other task, under its own metadata; the runtime runs the bank and is not concerned."""
     model, folder = deployment
@@ -210,7 +226,7 @@ def test_padding_of_a_smaller_rank_that_is_not_zero(tmp_path, monkeypatch):
         weights["up"].swapaxes(1, 2)[padded] = 0.01
 
     stack_wrongly(monkeypatch, fill)
-    assert failures(model, folder) == {"mixed/decode-logits"}
+    assert failures(model, folder) == {"mixed/decode-logits", "mixed/ends/decode-logits"}
 
 
 def test_adapter_applied_only_to_the_prompt(deployment, monkeypatch):

@@ -30,7 +30,7 @@ def test_passes_with_a_report(mistral, tmp_path):
     path = tmp_path / "parity.json"
     result = run(folder, "--against", model, "--json", path, "--threads", 1)
     assert result.exit_code == 0, result.output
-    assert "All 43 checks passed" in result.stdout
+    assert "All 45 checks passed" in result.stdout
     report = json.loads(path.read_text())
     assert report["passed"] is True
     assert all(check.keys() == {"name", "passed", "measured", "limit", "detail"} for check in report["checks"])
@@ -56,7 +56,7 @@ def test_report_that_cannot_be_written_exits_2(mistral, tmp_path):
     model, folder = mistral
     result = run(folder, "--against", model, "--quick", "--json", tmp_path / "no such folder" / "parity.json")
     assert result.exit_code == 2
-    assert "All 43 checks passed" in result.stdout  # the work is not lost
+    assert "All 45 checks passed" in result.stdout  # the work is not lost
     assert "choose a writable place with --json" in result.stderr
 
 

@@ -2,8 +2,11 @@
 
 import shutil
 
+import host_device
+import numpy as np
 import pytest
 from host_device import HostBackend
+from onnx import helper, numpy_helper
 from tiny_deployments import make_deployment
 
 from adalink.export.base import export_base
@@ -50,7 +53,12 @@ def test_a_decoder_passes_every_level(outcome, in_place):
     assert all(found.values()), {name for name, passed in found.items() if not passed}
     corners = {name.split("/")[1] for name in found if name.startswith("profile/")}
     assert corners == {f"batch={batch},prompt={prompt}" for batch in (1, 3) for prompt in (1, 16, 60)}
-    assert {"adapter/alpha/bank-vocabulary", "mixed/logits", "task/beta/generation"} <= found.keys()
+    assert {
+        "adapter/alpha/bank-vocabulary",
+        "mixed/logits",
+        "mixed/ends/generation",
+        "task/beta/generation",
+    } <= found.keys()
 
 
 def test_an_encoder_passes_every_level(outcome):
@@ -103,3 +111,38 @@ def test_rows_whose_tasks_are_exchanged_are_found(outcome, monkeypatch):
     found = failures(outcome("llama", PROFILE))
     assert "mixed/logits" in found
     assert "task/alpha/logits" not in found
+
+
+@pytest.mark.parametrize("kind", [cache.InPlaceCache, cache.GrowingCache], ids=["in-place", "growing"])
+def test_a_cache_that_does_not_move_with_its_row_is_found(outcome, monkeypatch, kind):
+    monkeypatch.setattr(kind, "move", lambda self, queue, source, target: None)
+    found = failures(outcome("llama", PROFILE, in_place=kind is cache.InPlaceCache))
+    assert found == {"mixed/ends/decode-logits", "mixed/ends/generation"}
+
+
+@pytest.mark.parametrize("source", ["ids", "embeds"])
+def test_each_graph_of_a_front_is_swept(outcome, monkeypatch, source):
+    """Tasks are applied by one graph for token ids and another for embeddings; a thousandth is added here."""
+    right = host_device.build_front_graph
+
+    def altered(name, base):
+        graph = right(name, base)
+        if name == f"gelu.{source}":
+            _spoil_output(graph)
+        return graph
+
+    monkeypatch.setattr(host_device, "build_front_graph", altered)
+    found = failures(outcome("llama", PROFILE))
+    assert {"ids": "adapter/alpha/bank-vocabulary", "embeds": "adapter/alpha/bank-weights"}[source] in found
+    assert not {name for name in found if name.startswith("adapter/beta")}
+
+
+def _spoil_output(model):
+    """One thousandth more of every number that a front gives."""
+    graph = model.graph
+    (output,) = (entry.name for entry in graph.output)
+    for node in graph.node:
+        node.output[:] = ["before" if name == output else name for name in node.output]
+    factor = numpy_helper.from_array(np.float32(1.001), "factor")
+    graph.initializer.append(factor)
+    graph.node.append(helper.make_node("Mul", ["before", "factor"], [output]))

@@ -122,12 +122,15 @@ def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: 
 
 
 def through_bank(deployment: Deployment, name: str) -> Adapt:
-    """The way a deployment itself takes."""
+    """The way a deployment itself takes: from token ids where there are some, which a device has graphs of its own for.
+
+    A folded task answers token ids by its folded form, which has a check of its own.
+    """
     known = deployment.manifest.base.modalities
-    by_ids = deployment.manifest.tasks[name].input == "ids"
+    task = deployment.manifest.tasks[name]
 
     def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
-        if by_ids:
+        if ids is not None and (task.input == "ids" or task.fold is None):
             return deployment.embed(ids, tasks=name)
         indices = None if modality == known[0] else np.full(embeds.shape[:2], known.index(modality), np.int64)
         return deployment.embed(inputs_embeds=embeds, tasks=name, modality=indices)

@@ -35,26 +35,34 @@ class GeneratedRow:
         prompt: token ids of the prompt, with placeholders for all that its images take up.
         tokens: the tokens chosen; behind images, up to the first placeholder, which PyTorch would take for an image.
         logits: what each was chosen from, shape ``(steps, vocab)``.
+        text: the tokens' text, up to a stop text.
         pixels: the prompt's images as PyTorch takes them; ``None`` without images.
     """
 
     prompt: list[int]
     tokens: list[int]
     logits: Float64
+    text: str
     pixels: Pixels | None = None
 
 
 class Generator:
     """The deployment again, with its decode steps recorded and no token that ends a generation.
 
-    A task whose answer is one word still gives as many steps to compare as are asked for.
+    A task whose answer is one word still gives as many steps to compare as are asked for. Rows end before that only
+    where stop texts are given.
+
+    Attributes:
+        drops: rows that have left a batch before its last step.
     """
 
     def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
-        self._steps: list[Array] = []
+        self._logits: list[list[Array]] = []
+        self._alive: list[int] = []  # number of each row that is left, among those that the batch began with
         self._passes, self._guesses = 0, False
-        observed = ObservedBackend(backend, self._count, lambda logits: self._steps.append(logits.copy()), self._forget)
+        self.drops = 0
+        observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
         self._deployment = Deployment(deployment.path, manifest, observed, variant)
         self._base = base
@@ -65,6 +73,7 @@ class Generator:
         tasks: str | Sequence[str | None] | None,
         steps: int,
         looks: Looks | None = None,
+        stop: Sequence[str] = (),
     ) -> list[GeneratedRow]:
         """Continue all prompts greedily, in one batch or in as many as the engine's profile asks for.
 
@@ -73,6 +82,7 @@ class Generator:
             tasks: one for all, or one for each.
             steps: tokens to generate.
             looks: the images of the prompts, if they have some.
+            stop: texts that end a row.
         """
         profile = self._deployment.profile
         most = len(prompts) if profile is None else profile.batch.largest
@@ -84,7 +94,7 @@ class Generator:
         for start in range(0, len(prompts), most):
             own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
             seen = None if looks is None else looks.pick(range(start, min(start + most, len(prompts))))
-            rows += self._generate(prompts[start : start + most], own, steps, seen)
+            rows += self._generate(prompts[start : start + most], own, steps, seen, stop)
         return rows
 
     def by_drafts(self, prompt: str | list[int], task: str | None, steps: int) -> tuple[GeneratedRow, int] | None:
@@ -92,20 +102,33 @@ class Generator:
 
         Returns:
             The row, with the logits of passes over several tokens, and how many passes followed the prompt; ``None``
-            where nothing is guessed.
+            where the engine makes no drafts.
         """
         if self._deployment.profile is not None:  # a compiled engine has none, and its shapes are limited
             return None
         self._passes, self._guesses = 0, False
-        (row,) = self._generate([prompt], task, steps, None, None)
+        (row,) = self._generate([prompt], task, steps, None, (), None)
         return (row, self._passes - 1) if self._guesses else None
 
-    def _count(self) -> None:
+    def _begin(self) -> None:
         self._passes += 1
+
+    def _take(self, logits: Array) -> None:
+        if not self._alive:  # those of the prompts
+            self._alive = list(range(len(logits)))
+            self._logits = [[] for _ in logits]
+        for place, row in enumerate(self._alive):
+            self._logits[row].append(logits[place].copy())
 
     def _forget(self, count: int) -> None:
         self._guesses = True
-        del self._steps[len(self._steps) - count :]
+        own = self._logits[self._alive[0]]
+        del own[len(own) - count :]
+
+    def _drop(self, place: int) -> None:
+        self._alive[place] = self._alive[-1]
+        self._alive.pop()
+        self.drops += bool(self._alive)
 
     def _generate(
         self,
@@ -113,23 +136,25 @@ class Generator:
         tasks: str | Sequence[str | None] | None,
         steps: int,
         looks: Looks | None,
+        stop: Sequence[str],
         draft_tokens: int | None = 0,
     ) -> list[GeneratedRow]:
-        self._steps.clear()
+        self._alive = []
         images = None if looks is None else looks.pictures
         found = self._deployment.generate(
-            prompts, images=images, tasks=tasks, max_new_tokens=steps, draft_tokens=draft_tokens
+            prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )
-        logits = to_float64(np.stack(self._steps, axis=1), self._base.embedding_dtype)
+        logits = [to_float64(np.stack(own), self._base.embedding_dtype) for own in self._logits]
+        texts = [row.text for row in found]
         made = [list(row.token_ids) for row in found]
         if looks is None:
             ids = [self.encode(prompt) for prompt in prompts]
-            return [GeneratedRow(*row) for row in zip(ids, made, logits, strict=True)]
+            return [GeneratedRow(*row) for row in zip(ids, made, logits, texts, strict=True)]
         assert self._base.vision is not None
         placeholder, rows = self._base.vision.image_token_id, []
-        for prompt, pixels, tokens, own in zip(looks.rows, looks.pixels, made, logits, strict=True):
+        for prompt, pixels, tokens, own, text in zip(looks.rows, looks.pixels, made, logits, texts, strict=True):
             end = tokens.index(placeholder) + 1 if pixels is not None and placeholder in tokens else len(tokens)
-            rows.append(GeneratedRow(prompt, tokens[:end], own[:end], pixels))
+            rows.append(GeneratedRow(prompt, tokens[:end], own[:end], text, pixels))
         return rows
 
     def encode(self, prompt: str | list[int]) -> list[int]:

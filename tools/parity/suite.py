@@ -306,6 +306,9 @@ def _check_outputs(
     report.checks += check_mixed_outputs(deployment, rows, compared)
     for batch in batches:
         report.checks += batch.check_mixed()
+        if not batch.ends_apart:
+            images = " with images" if batch.has_images else ""
+            report.skipped.append(f"rows{images} that leave a batch one after another: none did before the last step")
     if (profile := deployment.profile) is not None:
         progress(f"every task at the corners of the engine's profile ({profile})")
         if generator is not None:
