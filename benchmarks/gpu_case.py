@@ -105,15 +105,15 @@ class Case:
         return found
 
     def swaps(self) -> Json:
-        """Two tasks in turn, a generation of one token each: whole requests, with and without a swap."""
+        """Each task in turn, two requests of three tokens: the first follows the other task, the second its own."""
         prompt = [self._ids(4)]
-        for task in self._tasks * 2:
+        for task in self._tasks:  # both are loaded, and the second one is the last that ran
             self._deployment.generate(prompt, tasks=task, max_new_tokens=3)
         times: dict[str, list[float]] = {"swapped": [], "same": []}
         for index in range(self._swaps):
-            for side, task in (("swapped", self._tasks[index % 2]), ("same", self._tasks[0])):
+            for side in times:
                 begun = time.perf_counter()
-                self._deployment.generate(prompt, tasks=task, max_new_tokens=3)
+                self._deployment.generate(prompt, tasks=self._tasks[index % 2], max_new_tokens=3)
                 times[side].append(time.perf_counter() - begun)
         medians = {f"{side}_request_us_p50": 1e6 * float(np.median(np.array(each))) for side, each in times.items()}
         return {"swaps": self._swaps, **medians}
@@ -222,12 +222,13 @@ def parity(deployment: Deployment, against: str) -> Json:
 
 @contextmanager
 def counted_records(count: list[int]) -> Iterator[None]:
-    """Count the decode steps that are recorded as CUDA graphs while the block runs."""
+    """Count the decode steps that become CUDA graphs while the block runs."""
     right = cuda.CudaQueue.record
 
     def record(self: cuda.CudaQueue, work: Callable[[], None]) -> Callable[[], None] | None:
-        count[0] += 1
-        return right(self, work)
+        replay = right(self, work)
+        count[0] += replay is not None
+        return replay
 
     cuda.CudaQueue.record = record  # type: ignore[method-assign]
     try:

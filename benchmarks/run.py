@@ -36,6 +36,7 @@ from benchmarks.store import Result, Store
 from benchmarks.table import render
 
 _SOURCES = ("runtime", "export", "tools", "benchmarks")
+_RECIPES = ("benchmarks/peers/make_models.py", "benchmarks/peers/requirements.txt", "constraints.txt")
 _CASE_TIMEOUT_S, _BUILD_TIMEOUT_S = 300, 900
 
 
@@ -193,6 +194,10 @@ class Bench:
     def _models(self) -> dict[str, str]:
         """Make what the peers need; reasons by the name of what could not be made."""
         missing: dict[str, str] = {}
+        marker, key = self._work / "models.key", self._models_key()
+        if not marker.is_file() or marker.read_text(encoding="ascii") != key:
+            shutil.rmtree(self._work / "models", ignore_errors=True)
+            marker.write_text(key, encoding="ascii")
         for name in dict.fromkeys(name for case in CASES for name in case.needs):
             folder = self._work / "models" / name
             if folder.is_dir():
@@ -204,6 +209,16 @@ class Bench:
             if reason is not None:
                 missing[name] = reason
         return missing
+
+    def _models_key(self) -> str:
+        """Digest of what the peers' models are made from: checkpoint, recipes, and the packages that make them."""
+        digest = hashlib.sha256()
+        checkpoint = sorted(self._model.rglob("*")) if self._model.is_dir() else [self._model]
+        recipes = [REPOSITORY / name for name in _RECIPES]
+        for path in [*checkpoint, *recipes]:
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     def _failure(self, call: Callable[[], object]) -> str | None:
         """Why a call failed, said as well; ``None`` if it did not."""

@@ -218,6 +218,14 @@ def test_every_peer_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch
     assert found["genai"]["error"].startswith("genai-fp32 could not be made: ")
     assert "is not installed" in found["peft"]["error"]
     assert "ended with code" in bench.kit()["error"]
+    made = tmp_path / "work/models/genai-fp32/model.onnx"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"of this checkpoint")
+    bench._models()
+    assert made.exists()
+    (tmp_path / "model/weights").write_bytes(b"others")
+    bench._models()
+    assert not made.exists()  # peers never run another checkpoint than the kit
 
 
 def test_bandwidth_is_that_of_the_fastest_reduction(monkeypatch):
