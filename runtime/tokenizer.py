@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import IntegrityError, RequestError
@@ -9,6 +10,8 @@ from adalink.runtime.manifest import Base
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
+
+    from adalink.runtime.chat_template import ChatTemplate
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
@@ -50,39 +53,28 @@ class Tokenizer:
         return list(self._tokenizer.encode(self.render_chat(message), add_special_tokens=False).ids)
 
     def render_chat(self, message: str) -> str:
-        """One user message in the model's chat template; rendered in Jinja's sandbox.
+        """One user message in the model's chat template.
 
         Templates of models that take images are often written for a list of texts and images, and leave a plain text
         out; they are given the message as such a list, an image wherever it has the placeholder.
         """
-        template = self._chat_template
-        if template is None:
+        is_text = self._base.vision is None or self._chat.takes_text
+        return self._chat.render(message if is_text else self._parts(message))
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        path = self._base.chat_template
+        if self._chat_template is None or path is None:
             raise RequestError(f"{self._base.name} has no chat template: write the whole prompt yourself")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from adalink.runtime.chat_template import ChatTemplate
 
-        def refuse(reason: str) -> None:
-            raise TemplateError(reason)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
         eos = self._base.eos_token_ids[:1]
-
-        def render(content: str | list[dict[str, str]]) -> str:
-            return environment.from_string(template).render(
-                messages=[{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                bos_token=self._special(self._base.bos_token_id),
-                eos_token=self._special(eos[0] if eos else None),
-            )
-
-        try:
-            text = render(message)
-            if self._base.vision is None or message.strip() in text:
-                return text
-            return render(self._parts(message))
-        except TemplateError as error:
-            raise RequestError(f"{self._base.chat_template} cannot render this message: {error}") from error
+        return ChatTemplate(
+            self._chat_template,
+            path,
+            bos_token=self._special(self._base.bos_token_id),
+            eos_token=self._special(eos[0] if eos else None),
+        )
 
     def _parts(self, message: str) -> list[dict[str, str]]:
         """A message as texts and images, in their order."""

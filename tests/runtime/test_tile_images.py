@@ -169,6 +169,8 @@ def test_a_chat_template_for_texts_and_images(tmp_path: Path) -> None:
         "What is it?": [text | {"text": "What is it?"}],
         "<image>What<image> is it?": [image, text | {"text": "What"}, image, text | {"text": " is it?"}],
         "Is it <image>": [text | {"text": "Is it "}, image],
+        # All of these are in what the template writes around a message.
+        **{word: [text | {"text": word}] for word in ("A", "is", "User", ":")},
     }
     with Deployment.open(tmp_path) as deployment:
         for message, content in chats.items():
