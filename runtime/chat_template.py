@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from datetime import datetime
 from functools import cached_property
+from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adalink.runtime.errors import RequestError
@@ -44,16 +50,55 @@ class ChatTemplate:
     def render(self, content: str | list[dict[str, str]]) -> str:
         """A user's message, ready for the reply; raises ``RequestError`` if the template refuses it."""
         try:
-            return self._template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
+            return self._template.render(
+                messages=[{"role": "user", "content": content}],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+            )
         except Exception as error:  # a template is a program: it raises whatever Python raises
             raise RequestError(f"{self._name} cannot render this message: {error}") from error
 
 
+class _Generation(Extension):
+    """The block ``{% generation %}``, with which templates mark replies for training; here it says nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The statements in the block, in a scope of their own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+    def _written(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
+    """What templates are written for: the environment of transformers' ``apply_chat_template``."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     return environment
 
 
 def _refuse(reason: str) -> None:
     raise TemplateError(reason)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own is for HTML: it escapes what a prompt should have as it is."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
