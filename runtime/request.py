@@ -88,6 +88,18 @@ def check_length(length: int, base: Base) -> None:
         )
 
 
+def check_text(text: str, name: str = "the text") -> str:
+    """A text that UTF-8 can hold, as tokenizers need it; raises ``RequestError``."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} holds {text[error.start]!r} at character {error.start}, half of a character or a byte that was "
+            "not UTF-8: decode it anew, as what it was written in"
+        ) from error
+    return text
+
+
 def _extremes(ids: Array) -> tuple[int, int]:
     """Smallest and largest of ``ids``: for a few, as in every decode step, Python is quicker than two reductions."""
     if ids.size <= _FEW:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.manifest import Base
+from adalink.runtime.request import check_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -37,7 +38,11 @@ class Tokenizer:
         Args:
             text: what people write.
             images: how many images it has; only a base with a form of prompts puts placeholders for them.
+
+        Raises:
+            RequestError: the text holds half a character.
         """
+        check_text(text)
         vision = self._base.vision
         form = None if vision is None else vision.prompt_form
         if form is None:
@@ -48,7 +53,7 @@ class Tokenizer:
         """Token ids of one user message in the model's chat template, ready for the reply.
 
         Raises:
-            RequestError: the model has no template, or the template refuses.
+            RequestError: the model has no template, the template refuses, or the message holds half a character.
         """
         return list(self._tokenizer.encode(self.render_chat(message), add_special_tokens=False).ids)
 
@@ -58,6 +63,7 @@ class Tokenizer:
         Templates of models that take images are often written for a list of texts and images, and leave a plain text
         out; they are given the message as such a list, an image wherever it has the placeholder.
         """
+        check_text(message)
         is_text = self._base.vision is None or self._chat.takes_text
         return self._chat.render(message if is_text else self._parts(message))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.request import check_text
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -139,6 +140,10 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
             raise DataError(f"{path}:{number}: not JSON: {error}; expected a row with a prompt") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise DataError(f'{path}:{number}: expected {{"prompt": text, "task": name or null}}, received {line[:80]}')
+        try:
+            check_text(row["prompt"], "prompt")
+        except RequestError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
         own = row.get("task", task)
         if own is not None and not isinstance(own, str):
             raise DataError(f"{path}:{number}: task is {own!r}, expected a name or null")
@@ -153,14 +158,14 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
 
 def _prompt(text: str | None, path: Path | None) -> str:
     if text is not None:
-        return text
+        return check_text(text, "TEXT")
     if path is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give TEXT, --file, --jsonl, or text on standard input")
     try:
         read = sys.stdin.read() if path is None else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path or 'standard input'}: cannot be read as UTF-8 text: {error}") from error
-    return read.removesuffix("\n")
+    return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 
 
 def _generate(

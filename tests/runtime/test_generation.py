@@ -197,6 +197,14 @@ def test_bad_settings(deployment: Deployment, settings: dict[str, Any], wording:
         deployment.generate(**settings)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_half_a_character_is_refused(deployment: Deployment, chat: bool) -> None:
+    with pytest.raises(RequestError, match=r"holds '\\ud800' at character 1"):
+        deployment.generate(["a\ud800"], chat=chat)
+    with pytest.raises(RequestError, match=r"holds '\\ud800' at character 1"):
+        deployment.tokenizer.encode("a\ud800")
+
+
 def test_positions_count_the_tokens_of_a_row() -> None:
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1]])
     np.testing.assert_array_equal(positions_of(mask), [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 1]])

@@ -75,7 +75,12 @@ def test_streams_on_a_terminal(folder, expected):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", ":2: not JSON"), ('{"text": "x"}', ":2: expected"), ('{"prompt": "x", "task": 3}', ":2: task is 3")],
+    [
+        ("{", ":2: not JSON"),
+        ('{"text": "x"}', ":2: expected"),
+        ('{"prompt": "x", "task": 3}', ":2: task is 3"),
+        (r'{"prompt": "a\ud800"}', r":2: prompt holds '\ud800' at character 1"),
+    ],
 )
 def test_bad_row_is_named(folder, tmp_path, line, message):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' + line)
@@ -105,3 +110,17 @@ def test_encoder_gives_mean_states(tmp_path):
         ids = deployment.tokenizer.encode("Hello")
         states = deployment.run(input_ids=[ids], tasks="alpha")["last_hidden_state"][0]
     np.testing.assert_allclose(answer["mean"], states.mean(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_bytes_that_are_not_utf8_exit_2(folder, locale, chat):
+    """In some locales Python hands undecodable bytes on as halves of characters."""
+    command = [sys.executable, "-m", "adalink.tools", "run", folder, *chat, "--max-new-tokens", "2"]
+    settings = {"capture_output": True, "env": {**os.environ, "LC_ALL": locale}}
+    argument = subprocess.run([*command, b"caf\xe9"], check=False, stdin=subprocess.DEVNULL, **settings)
+    piped = subprocess.run(command, check=False, input=b"caf\xe9", **settings)
+    for done, message in ((argument, rb"TEXT holds '\udce9' at character 3"), (piped, b"standard input")):
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert b"Traceback" not in done.stderr
