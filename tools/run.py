@@ -21,11 +21,12 @@ _BATCH_ROWS = 8
 
 
 class Row(NamedTuple):
-    """A prompt, the task that answers it and the images in it."""
+    """A prompt, the task that answers it, the images in it, and its file and line if it has one."""
 
     prompt: str
     task: str | None
     images: tuple[Path, ...] = ()
+    origin: str | None = None
 
 
 @click.command(short_help="Generate text, or hidden states, with a deployment.")
@@ -102,9 +103,12 @@ def command(
     rows = read_rows(jsonl, task) if jsonl is not None else [Row(_prompt(text, text_file), task, images)]
     with Deployment.open(deployment, backend, variant=variant, threads=threads, full_check=full_check) as opened:
         if opened.manifest.base.kind == "encoder":
+            _check_tokens(opened, rows)
             for entry in _embed(opened, rows):
                 click.echo(json.dumps(entry))
             return
+        if not settings["chat"]:
+            _check_tokens(opened, rows)
         streaming = jsonl is None and not as_json and sys.stdout.isatty()
         for entry in _generate(opened, rows, _write if streaming else None, settings):
             if streaming:
@@ -128,7 +132,7 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -136,7 +140,7 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {error}; expected a row with a prompt") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise DataError(f'{path}:{number}: expected {{"prompt": text, "task": name or null}}, received {line[:80]}')
@@ -150,7 +154,7 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
         images = row.get("images", [])
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise DataError(f"{path}:{number}: images is {str(images)[:80]}, expected a list of paths")
-        rows.append(Row(row["prompt"], own, tuple(path.parent / image for image in images)))
+        rows.append(Row(row["prompt"], own, tuple(path.parent / image for image in images), f"{path}:{number}"))
     if not rows:
         raise DataError(f'{path}: holds no rows; expected {{"prompt": text}} on each line')
     return rows
@@ -168,6 +172,12 @@ def _prompt(text: str | None, path: Path | None) -> str:
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 
 
+def _check_tokens(deployment: Deployment, rows: list[Row]) -> None:
+    for row in rows:
+        if not deployment.tokenizer.encode(row.prompt, len(row.images)):
+            raise RequestError(f"{row.origin or 'the prompt'} has no tokens: give it some text")
+
+
 def _generate(
     deployment: Deployment,
     rows: list[Row],
@@ -177,18 +187,19 @@ def _generate(
     """One result for each row, in order; rows of different tasks share a batch."""
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
-        prompts, tasks, images = zip(*batch, strict=True)
-        found = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
+        prompts, tasks, images, origins = zip(*batch, strict=True)
+        try:
+            found = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
+        except RequestError as error:
+            raise RequestError(f"{origins[0]} and on: {error}" if origins[0] else str(error)) from error
         for row, result in zip(batch, found, strict=True):
             seen = {"images": list(map(str, row.images))} if row.images else {}
             yield {"prompt": row.prompt, "task": row.task, **seen, **asdict(result)}
 
 
 def _embed(deployment: Deployment, rows: list[Row]) -> Iterator[dict[str, Any]]:
-    for prompt, task, images in rows:
+    for prompt, task, images, _ in rows:
         ids = deployment.tokenizer.encode(prompt)
-        if not ids:
-            raise RequestError("the text has no tokens: give it some text")
         states = deployment.run(input_ids=[ids], images=[images], tasks=task)["last_hidden_state"][0]
         yield {"prompt": prompt, "task": task, "tokens": len(ids), "mean": states.mean(axis=0).tolist()}
 

@@ -55,6 +55,36 @@ def test_jsonl_rows_keep_order_and_task(folder, expected, tmp_path):
     assert [answer["text"] for answer in answers] == [expected[row.get("task", "beta")] for row in rows]
 
 
+def test_jsonl_lines_end_at_line_feeds_alone(folder, tmp_path):
+    """Other separators of Unicode may stand in a JSON text as they are."""
+    prompts = ["a\u2028b", "a\u2029b", "a\x85b", "c"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line)["prompt"] for line in result.stdout.split("\n")[:-1]] == prompts
+
+
+def test_an_empty_prompt_is_named_before_anything_is_generated(folder, tmp_path):
+    rows = [{"prompt": "a"}] * 9 + [{"prompt": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
+    assert result.exit_code == 2
+    assert "rows.jsonl:10 has no tokens" in result.stderr
+    assert not result.stdout
+    single = run(folder, "", "--max-new-tokens", 2)
+    assert (single.exit_code, single.stdout) == (2, "")
+    assert "the prompt has no tokens" in single.stderr
+
+
+def test_an_error_in_a_later_batch_says_where_it_begins(folder, tmp_path):
+    rows = [{"prompt": "a"}] * 9 + [{"prompt": "a" * 9999}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
+    assert result.exit_code == 2
+    assert "rows.jsonl:9 and on: the sequence would have 10001 positions" in result.stderr
+
+
 def test_json_holds_tokens_and_reason(folder, expected):
     answer = json.loads(run(folder, "Hello 12", "--json", "--max-new-tokens", 6).stdout)
     assert answer["text"] == expected[None]
@@ -79,6 +109,8 @@ def test_streams_on_a_terminal(folder, expected):
         ("{", ":2: not JSON"),
         ('{"text": "x"}', ":2: expected"),
         ('{"prompt": "x", "task": 3}', ":2: task is 3"),
+        ('{"prompt": ' + "[" * 100_000, ":2: not JSON"),
+        ('{"prompt": "x", "task": ' + "1" * 5000 + "}", ":2: not JSON"),
         (r'{"prompt": "a\ud800"}', r":2: prompt holds '\ud800' at character 1"),
     ],
 )
