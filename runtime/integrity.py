@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from adalink.runtime.digest import digest_bytes, digest_file
@@ -29,6 +30,18 @@ def locate(folder: Path, relative: str) -> Path:
     return resolved
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be read into ``IntegrityError``."""
+    try:
+        yield
+    except OSError as error:
+        raise IntegrityError(
+            f"{path} cannot be read: {error.strerror}; make it readable, export it again, or reopen the deployment if "
+            "another process has just replaced it"
+        ) from error
+
+
 def verify_files(
     folder: Path,
     manifest: Manifest,
@@ -44,28 +57,32 @@ def verify_files(
         progress: called with each path before it is read.
 
     Raises:
-        IntegrityError: a file is missing, truncated, altered, or a link out of the deployment.
+        IntegrityError: a file is missing, unreadable, truncated, altered, or a link out of the deployment.
     """
     for relative in sorted(manifest.files) if paths is None else paths:
         if progress is not None:
             progress(relative)
         path = locate(folder, relative)
-        check_size(manifest, relative, path.stat().st_size)
-        _check_digest(manifest, relative, digest_file(path))
+        with reading(path):
+            check_size(manifest, relative, path.stat().st_size)
+            _check_digest(manifest, relative, digest_file(path))
 
 
 def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
     """Read one file, checking the very bytes that are returned; raises ``IntegrityError``."""
     path = locate(folder, relative)
-    check_size(manifest, relative, path.stat().st_size)
-    data = path.read_bytes()
+    with reading(path):
+        check_size(manifest, relative, path.stat().st_size)
+        data = path.read_bytes()
     _check_digest(manifest, relative, digest_bytes(data))
     return data
 
 
 def map_verified(folder: Path, manifest: Manifest, relative: str) -> Bytes:
     """Map one file into memory, checking the very bytes that are returned; raises ``IntegrityError``."""
-    data = map_file(locate(folder, relative))
+    path = locate(folder, relative)
+    with reading(path):
+        data = map_file(path)
     check_size(manifest, relative, data.nbytes)
     _check_digest(manifest, relative, digest_bytes(data.data))
     return data

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adalink.runtime.builds import builder_calls
 from adalink.runtime.digest import digest_file
-from adalink.runtime.integrity import locate
+from adalink.runtime.integrity import locate, reading
 from adalink.runtime.manifest import Manifest
 
 
@@ -37,8 +37,12 @@ def make_receipt(
     """Read ``paths`` of a deployment again and compare them with its manifest.
 
     Raises:
-        IntegrityError: a file is gone, or a link out of the deployment.
+        IntegrityError: a file is gone, unreadable, or a link out of the deployment.
     """
-    digests = {path: digest_file(locate(folder, path)) for path in paths}
+    digests = {}
+    for relative in paths:
+        path = locate(folder, relative)
+        with reading(path):
+            digests[relative] = digest_file(path)
     unchanged = all(digest == manifest.files[path].sha256 for path, digest in digests.items())
     return Receipt(engine_builds, expected_builds, builder_calls(), digests, unchanged)

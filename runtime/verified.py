@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.digest import digest_bytes
-from adalink.runtime.integrity import check_size, locate, verify_files
+from adalink.runtime.integrity import check_size, locate, reading, verify_files
 from adalink.runtime.manifest import Manifest
 from adalink.runtime.user_cache import cache_path, read_own, write_own
 
@@ -45,7 +45,7 @@ def verify_once(
         progress: called with each path that is read.
 
     Raises:
-        IntegrityError: a file is missing, truncated, altered, or a link out of the deployment.
+        IntegrityError: a file is missing, unreadable, truncated, altered, or a link out of the deployment.
     """
     memory = _memory_file(folder)
     known = _recall(memory) if memory else {}
@@ -65,7 +65,8 @@ def verify_once(
 
 
 def _stamp(path: Path) -> Stamp:
-    found = path.stat()
+    with reading(path):
+        found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 

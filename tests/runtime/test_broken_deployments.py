@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import onnx
 import pytest
 
 from adalink.export.bank_graph import build_bank_graph
-from adalink.runtime import Deployment
+from adalink.runtime import Deployment, integrity, receipt, verified
 from adalink.runtime.digest import digest_file
 from adalink.runtime.embeddings import open_table
 from adalink.runtime.errors import BackendError, DeploymentError, GraphError, IntegrityError, ManifestError
-from adalink.runtime.manifest import FileRecord
+from adalink.runtime.integrity import locate, map_verified, read_verified, verify_files
+from adalink.runtime.manifest import FileRecord, Manifest
 from adalink.runtime.manifest_file import encode_manifest, read_manifest
 from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from adalink.runtime.onnxruntime_boundary import guard, onnxruntime_errors
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
+from adalink.runtime.receipt import make_receipt
+from adalink.runtime.verified import verify_once
 
 
 @pytest.fixture
@@ -49,6 +53,43 @@ def test_a_flipped_byte_anywhere_is_found(copy: Path) -> None:
                 Deployment.open(copy, full_check=True)
         path.write_bytes(whole)
     Deployment.open(copy, full_check=True).close()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder, manifest, path: verify_files(folder, manifest, [path]),
+        lambda folder, manifest, path: verify_once(folder, manifest, [path]),
+        read_verified,
+        map_verified,
+        lambda folder, manifest, path: make_receipt(folder, manifest, [path], 1, 1),
+    ],
+    ids=["verify_files", "verify_once", "read_verified", "map_verified", "make_receipt"],
+)
+def test_a_file_that_goes_away_or_cannot_be_opened(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path, Manifest, str], Any]
+) -> None:
+    manifest = read_manifest(copy)
+    path = manifest.base.embeddings
+
+    def locate_and_remove(folder: Path, relative: str) -> Path:
+        found = locate(folder, relative)
+        found.unlink()
+        return found
+
+    for module in (integrity, verified, receipt):
+        monkeypatch.setattr(module, "locate", locate_and_remove)
+    with pytest.raises(IntegrityError, match=f"{path} cannot be read: No such file"):
+        read(copy, manifest, path)
+    monkeypatch.undo()
+    # A folder opens as no file does, whoever asks; what a file without permission does depends on that.
+    (copy / path).mkdir()
+    for module in (integrity, verified, receipt):
+        monkeypatch.setattr(module, "locate", lambda folder, relative: folder / relative)
+    size = (copy / path).stat().st_size
+    files = manifest.files | {path: FileRecord(sha256=manifest.files[path].sha256, size_bytes=size)}
+    with pytest.raises(IntegrityError, match=f"{path} cannot be read: Is a directory"):
+        read(copy, msgspec.structs.replace(manifest, files=files), path)
 
 
 def test_truncated_longer_and_missing_files_are_named(copy: Path) -> None:
