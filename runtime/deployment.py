@@ -22,12 +22,15 @@ from adalink.runtime.placeholders import ImageEmbeds, Images, check_expanded, ch
 from adalink.runtime.prompt_lookup import DRAFT_TOKENS
 from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import (
+    Prompts,
     Tasks,
     check_embeds,
     check_input_ids,
     check_length,
     check_mask,
     check_modality,
+    check_prompts,
+    check_whole,
 )
 from adalink.runtime.sampling import Sampling
 from adalink.runtime.soft_prompt import Layout
@@ -260,7 +263,7 @@ class Deployment:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Prompts,
         *,
         images: Images = None,
         tasks: Tasks = None,
@@ -269,7 +272,7 @@ class Deployment:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         stream: Stream | None = None,
         chat: bool = False,
         draft_tokens: int | None = None,
@@ -303,22 +306,20 @@ class Deployment:
         base = self._base
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
-        if isinstance(prompts, str) or not prompts:
-            raise RequestError(f"prompts is {prompts!r}, expected a list with at least one text")
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        asked = check_prompts(prompts, base)
+        check_whole(max_new_tokens, "max_new_tokens", 1)
         if draft_tokens is None:
             is_exact = base.embedding_dtype == "float32" and self.variant.quantization is None
             draft_tokens = DRAFT_TOKENS if is_exact else 0
-        elif draft_tokens < 0:
-            raise RequestError(f"draft_tokens is {draft_tokens}, expected at least 0")
+        else:
+            check_whole(draft_tokens, "draft_tokens", 0)
         sampling = Sampling(temperature, top_k, top_p, seed)
         stops = check_stops(stop)
-        selection = self._tasks.resolve(tasks, len(prompts))
-        pictures = check_images(images, len(prompts), base)
+        selection = self._tasks.resolve(tasks, len(asked))
+        pictures = check_images(images, len(asked), base)
         tokenizer = self.tokenizer
-        written = [self._encode(prompt, chat, len(own)) for prompt, own in zip(prompts, pictures, strict=True)]
-        prepared = self._vision.prepare(pictures) if any(pictures) else [[] for _ in prompts]
+        written = [self._encode(prompt, chat, len(own)) for prompt, own in zip(asked, pictures, strict=True)]
+        prepared = self._vision.prepare(pictures) if any(pictures) else [[] for _ in asked]
         encoded = [expand(tokens, prepared[row], row, base) for row, tokens in enumerate(written)]
         for index, tokens in enumerate(encoded):
             if not tokens:
@@ -376,14 +377,13 @@ class Deployment:
         """Count the engines built and read the base's files again; see ``Receipt``."""
         return self._opened.receipt()
 
-    def _encode(self, prompt: str | Sequence[int], chat: bool, images: int) -> list[int]:
-        """Token ids of a prompt with so many images."""
+    def _encode(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
+        """Token ids of a checked prompt with so many images."""
         if isinstance(prompt, str):
             return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt, images)
         if chat:
             raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
-        ids: list[int] = [] if len(prompt) == 0 else check_input_ids([prompt], self._base, "prompt")[0].tolist()
-        return ids
+        return prompt
 
     def _lay_out(self, given: Given, mask: Array) -> Layout:
         """Where the positions of a request stand behind the soft prompts of their rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,9 +189,13 @@ def _drop_ended(decoding: Decoding, ended: list[bool]) -> list[int]:
     return kept
 
 
-def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """Stop texts as a tuple; raises ``RequestError`` for an empty one."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop texts as a tuple, ``None`` for none; raises ``RequestError`` for an empty one."""
+    if stop is None:
+        return ()
+    stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+    if not all(isinstance(text, str) for text in stops):
+        raise RequestError(f"stop is {stop!r}, expected a text or a list of texts")
     if "" in stops:
         raise RequestError("stop holds an empty text, which would end every row at once: leave it out")
     return stops

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,8 @@ from adalink.runtime.manifest import Base
 from adalink.runtime.tensors import STORED
 
 Tasks = str | Sequence[str | None] | None
+# The texts, or the token ids of each.
+Prompts = Sequence[str | Sequence[int]] | Array
 
 _FEW = 64
 _BF16_EXPONENT = np.uint16(0x7F80)
@@ -86,6 +90,37 @@ def check_length(length: int, base: Base) -> None:
             f"the sequence would have {length} positions, {base.name} was made for at most {base.max_positions}: "
             "shorten the prompt or ask for fewer new tokens"
         )
+
+
+def check_whole(value: Any, name: str, least: int) -> None:
+    """Check a whole number; raises ``RequestError``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise RequestError(f"{name} is {value!r}, expected a whole number of at least {least}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number, of Python or of numpy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_prompts(prompts: Prompts, base: Base) -> list[str | list[int]]:
+    """The prompts of a batch, each a text or token ids; raises ``RequestError``."""
+    given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) or not given:
+        raise RequestError(f"prompts is {given!r:.80}, expected a list with at least one text or list of token ids")
+    checked: list[str | list[int]] = []
+    for row, prompt in enumerate(given):
+        name = f"prompt {row}"
+        if isinstance(prompt, str):
+            checked.append(check_text(prompt, name))
+            continue
+        ids = _as_array(prompt, name)
+        if ids.ndim != 1:
+            raise RequestError(
+                f"{name} is {prompt!r:.80}, expected a text or a list of token ids: [[5, 6, 7]] is one prompt of three"
+            )
+        checked.append(check_input_ids(ids[None], base, name)[0].tolist() if ids.size else [])
+    return checked
 
 
 def check_text(text: str, name: str = "the text") -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.runtime.errors import RequestError
+from adalink.runtime.request import check_whole, is_number
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature is {self.temperature}, expected a number of at least 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise RequestError(f"top_k is {self.top_k}, expected at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}, expected more than 0 and at most 1")
-        if self.seed is not None and self.seed < 0:
-            raise RequestError(f"seed is {self.seed}, expected a whole number of at least 0")
+        if not is_number(self.temperature) or not 0 <= self.temperature < np.inf:
+            raise RequestError(f"temperature is {self.temperature!r}, expected a number of at least 0")
+        if self.top_k is not None:
+            check_whole(self.top_k, "top_k", 1)
+        if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise RequestError(f"top_p is {self.top_p!r}, expected a number of more than 0 and at most 1")
+        if self.seed is not None:
+            check_whole(self.seed, "seed", 0)
 
     def generators(self, batch: int) -> list[np.random.Generator]:
         """One random stream for each row."""
@@ -50,10 +51,14 @@ class Sampling:
 
     def distribution(self, logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """Probabilities, float64, that ``choose`` draws from when the temperature is above 0."""
-        scaled = logits.astype(np.float64) / self.temperature
+        scaled = logits.astype(np.float64)
+        scaled -= scaled.max()
+        # The smallest temperatures take all but the likeliest to minus infinity, which is what they are for.
+        with np.errstate(over="ignore"):
+            scaled /= self.temperature
         if self.top_k is not None and self.top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
-        weights = np.exp(scaled - scaled.max())
+        weights = np.exp(scaled)
         probabilities: npt.NDArray[np.float64] = weights / weights.sum()
         if self.top_p is not None and self.top_p < 1:
             order = np.argsort(-probabilities, kind="stable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,11 +125,13 @@ class TaskTable:
     def resolve(self, tasks: Tasks, batch: int) -> Selection:
         """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the plain base.
 
-        Raises ``RequestError`` for another number of tasks than rows, and what ``get`` raises.
+        Raises ``RequestError`` for what are no names, or another number of them than rows, and what ``get`` raises.
         """
         if tasks is None or isinstance(tasks, str):
             return PLAIN if tasks is None else self.get(tasks).alone
-        rows = list(tasks)
+        rows = list(tasks) if isinstance(tasks, Iterable) else [tasks]
+        if not all(name is None or isinstance(name, str) for name in rows):
+            raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
         if len(rows) != batch:
             raise RequestError(f"tasks has {len(rows)} entries for {batch} rows: give one name, or one for each row")
         if rows.count(rows[0]) == batch:

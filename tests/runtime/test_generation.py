@@ -16,6 +16,7 @@ from adalink.runtime.adapter import make_adapter
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Row
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
+from adalink.runtime.open_base import OpenBase
 from adalink.runtime.padding import positions_of
 from adalink.runtime.tokenizer import TextStream, Tokenizer
 
@@ -190,11 +191,42 @@ def test_a_template_that_cannot_be_rendered(deployment: Deployment, template: st
         ({"prompts": ["abc"], "max_new_tokens": 62}, "65 positions.*at most 64"),
         ({"prompts": ["abc"], "stop": ["x", ""]}, "empty text"),
         ({"prompts": ["abc"], "tasks": ["alpha", None]}, "2 entries for 1 rows"),
+        ({"prompts": None}, "prompts is None, expected a list"),
+        ({"prompts": 5}, "prompts is 5, expected a list"),
+        ({"prompts": np.array(5)}, "prompts is 5, expected a list"),
+        ({"prompts": np.zeros((0, 3), np.int64)}, "at least one text"),
+        ({"prompts": [5, 6, 7]}, r"prompt 0 is 5, expected .*: \[\[5, 6, 7\]\] is one prompt of three"),
+        ({"prompts": np.array([5, 6, 7])}, "prompt 0 is 5, expected"),
+        ({"prompts": ["abc", None]}, "prompt 1 is None, expected a text or a list of token ids"),
+        ({"prompts": [[[5]]]}, r"prompt 0 is \[\[5\]\], expected"),
+        ({"prompts": [[[5], [6, 7]]]}, "prompt 0 is not a rectangular array"),
+        ({"prompts": [[None]]}, "prompt 0 has dtype object, expected whole numbers"),
+        ({"prompts": ["abc"], "stop": 5}, "stop is 5, expected a text or a list of texts"),
+        ({"prompts": ["abc"], "stop": [None]}, r"stop is \[None\], expected"),
+        ({"prompts": ["abc"], "tasks": 5}, "tasks is 5, expected a name"),
+        ({"prompts": ["abc"], "tasks": [["alpha"]]}, "tasks is .*, expected a name"),
+        ({"prompts": ["abc"], "max_new_tokens": "4"}, "max_new_tokens is '4', expected a whole number"),
+        ({"prompts": ["abc"], "max_new_tokens": 4.0}, "max_new_tokens is 4.0, expected a whole number"),
+        ({"prompts": ["abc"], "max_new_tokens": None}, "max_new_tokens is None, expected a whole number"),
+        ({"prompts": ["abc"], "draft_tokens": 2.0}, "draft_tokens is 2.0, expected a whole number"),
+        ({"prompts": ["abc"], "temperature": None}, "temperature is None, expected a number"),
+        ({"prompts": ["abc"], "temperature": 1.0, "top_k": 5.0}, "top_k is 5.0, expected a whole number"),
+        ({"prompts": ["abc"], "temperature": 1.0, "top_p": "0.9"}, "top_p is '0.9', expected a number"),
+        ({"prompts": ["abc"], "temperature": 1.0, "seed": 1.0}, "seed is 1.0, expected a whole number"),
     ],
 )
-def test_bad_settings(deployment: Deployment, settings: dict[str, Any], wording: str) -> None:
+def test_bad_settings(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], wording: str
+) -> None:
+    monkeypatch.setattr(OpenBase, "start", lambda *_: pytest.fail("the engine was asked"))
     with pytest.raises(RequestError, match=wording):
         deployment.generate(**settings)
+
+
+def test_settings_may_be_numbers_of_numpy(deployment: Deployment) -> None:
+    own = {"max_new_tokens": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 7}
+    theirs = {name: np.asarray(value)[()] for name, value in own.items()} | {"stop": None}
+    assert deployment.generate(["wheat"], **theirs) == deployment.generate(["wheat"], **own)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -253,7 +285,10 @@ def test_prompts_may_be_token_ids(llama: Any) -> None:
         expected = deployment.generate(texts, tasks=["alpha", None], max_new_tokens=6)
         assert deployment.generate(tokens, tasks=["alpha", None], max_new_tokens=6) == expected
         assert deployment.generate([texts[0], np.array(tokens[1])], tasks=["alpha", None], max_new_tokens=6) == expected
-        for prompt, words in (([], "no tokens"), ([96], "prompt holds 96, expected 0 to 95"), ([0.5], "whole numbers")):
+        assert deployment.generate(np.array(tokens[1:]), max_new_tokens=6) == deployment.generate(
+            texts[1:], max_new_tokens=6
+        )
+        for prompt, words in (([], "no tokens"), ([96], "prompt 0 holds 96, expected 0 to"), ([0.5], "whole numbers")):
             with pytest.raises(RequestError, match=words):
                 deployment.generate([prompt], max_new_tokens=2)
         with pytest.raises(RequestError, match="chat is for texts"):

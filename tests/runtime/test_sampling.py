@@ -52,6 +52,15 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     assert np.abs(observed - expected).max() < 5 * np.sqrt(0.25 / len(draws))
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_the_smallest_temperatures_take_the_likeliest(temperature: float, top_k: int | None) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k)
+    for values in (logits(), -np.abs(logits()), np.where(logits() < 0, -np.inf, logits())):
+        np.testing.assert_array_equal(sampling.distribution(values), np.arange(50) == values.argmax())
+        assert sampling.choose(values, np.random.default_rng(0)) == values.argmax()
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
