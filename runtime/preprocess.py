@@ -64,8 +64,8 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             that are cut into patches, ``(patches, numbers)``.
 
         Raises:
-            RequestError: the picture is so narrow that resizing it would need more memory than a bomb, or that the
-                model's processor refuses it.
+            RequestError: the picture is so narrow that resizing it, or filling it up to a square, would need more
+                memory than a bomb, or that the model's processor refuses it.
         """
         tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
         tables = self._tables()
@@ -127,6 +127,11 @@ def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
 def _padded_to_square(picture: Array, color: tuple[int, int, int]) -> Array:
     height, width, _ = picture.shape
     side = max(height, width)
+    if side * side > MAX_PIXELS:
+        raise RequestError(
+            f"the image is {width} x {height} pixels: filled up to a square it would have more than {MAX_PIXELS} "
+            "pixels; crop it, or make it smaller first"
+        )
     square = np.empty((side, side, 3), np.uint8)
     square[:] = color
     top, left = (side - height) // 2, (side - width) // 2

@@ -213,6 +213,13 @@ def test_a_narrow_picture_does_not_become_a_bomb_by_resizing() -> None:
         steps.apply(np.zeros((1, 200_000, 3), np.uint8))
 
 
+@pytest.mark.parametrize("shape", [(1, 200_000, 3), (200_000, 1, 3)])
+def test_a_narrow_picture_does_not_become_a_bomb_by_padding(shape: tuple[int, ...]) -> None:
+    steps = describe(llava_processor())
+    with pytest.raises(RequestError, match="filled up to a square it would have more than"):
+        steps.apply(np.zeros(shape, np.uint8))
+
+
 def test_files_are_closed(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole.png", tmp_path / "broken.png"
     whole.write_bytes(png())
