@@ -83,12 +83,14 @@ class OpenBase:
 
     def run(self, given: Given, layout: Layout, decoder_input_ids: npt.ArrayLike | None) -> dict[str, Array]:
         """Run whole sequences, laid out with their soft prompts; see ``Deployment.run``."""
+        if decoder_input_ids is not None and self._decoder is None:
+            raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
         output = self.engine.run(self._feeds(given, layout))
         if self._base.kind == "decoder":
             return {"logits": layout.cut(output)}
         result = {"last_hidden_state": layout.cut(output)}
-        if decoder_input_ids is not None:
-            result["logits"] = self._run_decoder(decoder_input_ids, output, layout.mask)
+        if decoder_input_ids is not None and self._decoder is not None:
+            result["logits"] = self._run_decoder(self._decoder, decoder_input_ids, output, layout.mask)
         return result
 
     def adapt(self, given: Given) -> Fed:
@@ -202,14 +204,12 @@ class OpenBase:
                 prefixes.add(key, tokens, decoding.states(row, len(tokens)))
         return decoding
 
-    def _run_decoder(self, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
-        if self._decoder is None:
-            raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} has no decoder")
+    def _run_decoder(self, decoder: Engine, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         ids = check_input_ids(decoder_input_ids, self._base, "decoder_input_ids")
         if len(ids) != len(states):
             raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
         check_length(ids.shape[1], self._base)
-        return self._decoder.run(_decoder_feeds(self._decoder, ids, states, mask))
+        return decoder.run(_decoder_feeds(decoder, ids, states, mask))
 
 
 def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, Fed]:

@@ -248,6 +248,7 @@ def test_a_closed_deployment_says_so(llama: Any) -> None:
         ({"input_ids": [[5, 6]], "tasks": ["alpha", None]}, "2 entries for 1 rows"),
         ({"input_ids": [[5, 6]], "modality": [[0, 2]]}, "expected -1"),
         ({"input_ids": [[5, 6]], "modality": [[0]]}, r"expected int64 with shape \(1, 2\)"),
+        ({"input_ids": [[5, 6]], "decoder_input_ids": [[5]]}, "decoder_input_ids is for encoder-decoders; .* is none"),
         ({"inputs_embeds": np.zeros((1, 2, 48))}, "dtype float64"),
         ({"inputs_embeds": np.zeros((1, 2, 47), np.float32)}, "shape"),
         ({"inputs_embeds": np.full((1, 2, 48), np.nan, np.float32)}, "NaN"),
