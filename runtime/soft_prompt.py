@@ -61,13 +61,15 @@ class Layout:
             return
         batch, seq = mask.shape
         lengths = np.array([0 if prompt is None else len(prompt.vectors) for prompt in prompts])
+        ends = seq - mask[:, ::-1].argmax(axis=1)
         if base.kind == "encoder":
-            total = max(seq, int((lengths + seq - mask[:, ::-1].argmax(axis=1)).max()))
+            total = max(seq, int((lengths + ends).max()))
             offsets, self._starts = lengths, np.zeros(batch, np.int64)
         else:
             first = mask.argmax(axis=1)
-            total = max(seq, int((lengths + seq - first).max()))
-            offsets, self._starts = np.full(batch, total - seq), total - seq + first - lengths
+            total = max(seq, int((lengths + ends - first).max()))
+            offsets = total - ends
+            self._starts = offsets + first - lengths
         columns = offsets[:, None] + np.arange(seq)
         # What is past the end was padding.
         self._is_inside = columns < total

@@ -258,6 +258,19 @@ def test_the_soft_prompt_counts_towards_the_longest_sequence(llama: Soft) -> Non
         )
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_a_batch_is_as_wide_as_its_longest_row(llama: Soft, left: bool) -> None:
+    """Whichever side the padding is on: 60 tokens beside 5 vectors and 3 tokens fit into 64 positions."""
+    own = rows(60, 3, 8)
+    ids, mask, places = padded(own, left=left)
+    tasks = [None, "soft", "both"]
+    with Deployment.open(llama.folder) as deployment:
+        together = deployment.run(input_ids=ids, attention_mask=mask, tasks=tasks)["logits"]
+    for row, (tokens, task, place) in enumerate(zip(own, tasks, places, strict=True)):
+        output, limit = llama.output(tokens, task)
+        assert np.abs(together[row, place] - output).max() <= limit, task
+
+
 def test_an_adapter_that_does_not_fit_is_refused(llama: Soft, tmp_path: Path) -> None:
     base = read_manifest(llama.folder).base
     plain = {"activation": "identity", "bias": False, "scope": "all"}
