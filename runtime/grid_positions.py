@@ -31,7 +31,7 @@ def grid_positions(ids: Array | None, mask: Array, grids: Sequence[Sequence[Grid
         int64 with shape ``(batch, seq, 3)``; padding gets 0.
 
     Raises:
-        RequestError: the placeholders of a picture do not stand together.
+        RequestError: the placeholders of a picture do not stand together, or are not among the tokens.
     """
     positions = np.zeros((*mask.shape, AXES), np.int64)
     for row in range(len(mask)):
@@ -47,12 +47,12 @@ def _row_positions(is_image: Array, grids: Sequence[Grid], row: int) -> Array:
     positions = np.empty((len(is_image), AXES), np.int64)
     done = following = 0
     for number, (rows, columns) in enumerate(grids):
-        first = done + int(is_image[done:].argmax())
+        first = done + (int(is_image[done:].argmax()) if done < len(is_image) else 0)
         end = first + rows * columns
         if end > len(is_image) or not is_image[first:end].all():
             raise RequestError(
                 f"row {row}: the placeholders of image {number} do not stand together, expected {rows * columns} in a "
-                "row: write one placeholder, which becomes all of them"
+                "row: write one placeholder, which becomes all of them, and leave none of them out by attention_mask"
             )
         positions[done:first] = (following + np.arange(first - done))[:, None]
         following += first - done

@@ -216,3 +216,11 @@ def test_run_wants_every_placeholder(opened: Deployment) -> None:
         RequestError, match=r"row 0 has 4 placeholders .* and 1 images: expected 15 placeholders, 1 for"
     ):
         opened.run(input_ids=[[IMAGE_TOKEN] * 4], images=[[A]])
+
+
+@pytest.mark.parametrize("seen", [0, 7])
+def test_an_image_that_is_masked_out_is_refused(opened: Deployment, seen: int) -> None:
+    ids = [[5, *[IMAGE_TOKEN] * 15, 6]]
+    mask = [[1, *[1] * seen, *[0] * (16 - seen)]]
+    with pytest.raises(RequestError, match=r"row 0: the placeholders of image 0 do not .* none of them out by atten"):
+        opened.run(input_ids=ids, attention_mask=mask, images=[[A]])
