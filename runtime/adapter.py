@@ -240,7 +240,7 @@ def read_method(config_bytes: bytes, origin: str) -> str:
     """The method that ``adapter_config.json`` names as ``peft_type``; raises ``AdapterError``."""
     try:
         return msgspec.json.decode(config_bytes, type=_MethodOnly).peft_type
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
 
 
@@ -253,7 +253,7 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
         )
     try:
         config = msgspec.json.decode(config_bytes, type=AdapterConfig)
-    except (msgspec.DecodeError, ConfigError) as error:
+    except (msgspec.DecodeError, RecursionError, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
     return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
 

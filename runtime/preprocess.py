@@ -120,7 +120,7 @@ def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
     """Decode ``preprocessor.json``; raises ``IntegrityError``."""
     try:
         return msgspec.json.decode(data, type=Preprocessor)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"{origin} is not a preprocessor: {error}; export the base again") from error
 
 

@@ -35,7 +35,10 @@ def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if start > len(data):
         raise ValueError(f"its header claims {start - 8} bytes, the file has {len(data)}")
-    header = json.loads(data[8:start].tobytes())
+    try:
+        header = json.loads(data[8:start].tobytes())
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)

@@ -81,5 +81,5 @@ def _recall(memory: Path) -> dict[str, _Seen]:
     data = read_own(memory)
     try:
         return {} if data is None else msgspec.json.decode(data, type=dict[str, _Seen])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}

@@ -252,6 +252,20 @@ def test_every_truncation_is_refused(tmp_path: Path, name: str) -> None:
             read_adapter(tmp_path)
 
 
+def test_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    deep = b"[" * 200_000
+    write(tmp_path, make())
+    config, weights = ((tmp_path / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    (tmp_path / WEIGHTS_FILE).write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(AdapterError, match=f"{WEIGHTS_FILE} is not a complete safetensors file: .* nested too deeply"):
+        read_adapter(tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(weights)
+    for field in (b'"more": ', b'"modalities": '):
+        (tmp_path / CONFIG_FILE).write_bytes(config.replace(b"{", b"{" + field + deep + b"]" * len(deep) + b",", 1))
+        with pytest.raises(AdapterError, match=f"{CONFIG_FILE}: maximum recursion depth"):
+            read_adapter(tmp_path)
+
+
 def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
     write(tmp_path, make())
     (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")

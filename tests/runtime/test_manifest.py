@@ -215,3 +215,8 @@ def test_task_names_that_cannot_be_folders(name: str) -> None:
     value["tasks"][name] = value["tasks"].pop("r8")
     with pytest.raises(ManifestError):
         decode(value)
+
+
+def test_a_manifest_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(ManifestError, match=r"manifest\.json: \$: maximum recursion depth"):
+        decode_manifest(b'{"more": ' + b"[" * 200_000)

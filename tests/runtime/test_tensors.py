@@ -77,6 +77,7 @@ def test_a_hole_an_overlap_or_another_dtype_is_refused() -> None:
         (b"\xff" * 8, "header claims"),
         (b"\2" + b"\0" * 7 + b"[]", "not a JSON object"),
         (b"\2" + b"\0" * 7 + b"{x", "Expecting"),
+        ((200_000).to_bytes(8, "little") + b"[" * 200_000, "nested too deeply"),
     ):
         with pytest.raises(ValueError, match=wording):
             view_tensors(as_bytes(data))
