@@ -188,11 +188,6 @@ def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str,
             f"{origin} was trained for base {config.base_fingerprint} ({config.base_model_name_or_path}), deployment "
             f"{folder} holds {base.fingerprint} ({base.name}): train it for this base, or deploy it with its own"
         )
-    if config.hidden_size != base.hidden_size:
-        raise ContractError(
-            f"{origin} has hidden_size {config.hidden_size}, the base of {folder} has {base.hidden_size}: "
-            "its adapter_config.json does not describe this base; train it again"
-        )
     if unknown := [name for name in config.modalities if name not in base.modalities]:
         raise ContractError(
             f"{origin} adapts modality {unknown[0]!r}, the base of {folder} takes {', '.join(base.modalities)}: "

@@ -135,7 +135,12 @@ def soft_prompts_of(adapter: Adapter, base: Base) -> list[SoftPrompt]:
 
 
 def check_input_side(adapter: Adapter, base: Base, origin: str) -> None:
-    """Check that soft prompt and table of token ids fit a base; raises ``ContractError``."""
+    """Check that an adapter's width, soft prompt and table of token ids fit a base; raises ``ContractError``."""
+    if adapter.config.hidden_size != base.hidden_size:
+        raise ContractError(
+            f"{origin} has hidden_size {adapter.config.hidden_size}, {base.name} has {base.hidden_size}: "
+            "its adapter_config.json does not describe this base; train it again"
+        )
     soft_tokens, table = adapter.config.soft_tokens, adapter.weights.get(TABLE_NAME)
     if soft_tokens and base.vision is not None and base.vision.patches is not None:
         raise ContractError(

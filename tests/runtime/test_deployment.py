@@ -172,6 +172,10 @@ def test_a_task_folder_that_does_not_fit_is_refused(llama: Any, tmp_path: Path) 
         write_adapter(folder, random_adapter(config.base_fingerprint, 48, 9, **heard))
         with pytest.raises(ContractError, match=r"modality 'audio'.*exported for text, image"):
             opened.add_task(folder)
+        narrow = {"rank": 2, "activation": "relu", "bias": False, "scope": "all"}
+        write_adapter(folder, random_adapter(config.base_fingerprint, 32, 9, **narrow))
+        with pytest.raises(ContractError, match=r"hidden_size 32, .* has 48: its adapter_config\.json"):
+            opened.add_task(folder)
         (folder / "adapter_model.safetensors").unlink()
         with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
             opened.add_task(folder)
