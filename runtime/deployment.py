@@ -80,6 +80,7 @@ class Deployment:
         self._opened = OpenBase(path, manifest, self.variant, backend, prefix_cache_bytes)
         self._vision = OpenVision(path, manifest, self.variant, backend, image_cache_bytes)
         self._tokenizer: Tokenizer | None = None
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -155,7 +156,8 @@ class Deployment:
         self.close()
 
     def close(self) -> None:
-        """Give the engine's memory back; later calls are refused."""
+        """Give the engine's memory back; later calls that compute or load anything are refused."""
+        self._is_closed = True
         self._opened.close()
         self._vision.close()
 
@@ -303,6 +305,7 @@ class Deployment:
                 or a prompt has not as many placeholders as images.
             BackendError: the engine refused.
         """
+        self._check_open()
         base = self._base
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
@@ -344,6 +347,7 @@ class Deployment:
 
     def load_task(self, name: str) -> None:
         """Load a task ahead of its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
+        self._check_open()
         self._tasks.get(name)
 
     def unload_task(self, name: str) -> None:
@@ -367,6 +371,7 @@ class Deployment:
             ContractError: the adapter belongs to another base.
             RequestError: a task of that name is there already.
         """
+        self._check_open()
         return self._tasks.add(Path(path), name)
 
     def remove_task(self, name: str) -> None:
@@ -376,6 +381,10 @@ class Deployment:
     def receipt(self) -> Receipt:
         """Count the engines built and read the base's files again; see ``Receipt``."""
         return self._opened.receipt()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RequestError("the deployment is closed: open it again")
 
     def _encode(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
         """Token ids of a checked prompt with so many images."""
@@ -398,6 +407,7 @@ class Deployment:
         images: Images,
     ) -> Given:
         """A request, checked."""
+        self._check_open()
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
         if images is not None and (input_ids is None or modality is not None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +224,22 @@ def test_a_generation_ends_with_the_task_it_began_with(llama: Any, tmp_path: Pat
     assert len(pieces) > 2
 
 
-def test_a_closed_deployment_says_so(llama: Any) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda opened: opened.run(input_ids=[[5]]),
+        lambda opened: opened.embed([[5]]),
+        lambda opened: opened.generate(["a"], max_new_tokens=2),
+        lambda opened: opened.load_task("alpha"),
+        lambda opened: opened.add_task(opened.path / "tasks" / "alpha", "gamma"),
+    ],
+    ids=["run", "embed", "generate", "load_task", "add_task"],
+)
+def test_a_closed_deployment_says_so(llama: Any, call: Callable[[Deployment], object]) -> None:
     with Deployment.open(llama.folder) as opened:
-        pass
-    with pytest.raises(RequestError, match="closed"):
-        opened.run(input_ids=[[5]])
+        call(opened)
+    with pytest.raises(RequestError, match="the deployment is closed: open it again"):
+        call(opened)
 
 
 @pytest.mark.parametrize(
