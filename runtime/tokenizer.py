@@ -126,7 +126,8 @@ class TextStream:
         after = self._tokenizer.decode(self._context + self._pending)
         if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not final):
             return ""
-        piece = after[len(before) :]
+        # Some decoders take bytes that follow each other as one text: an incomplete character spoils those before it.
+        piece = after[len(before) :] if after.startswith(before) else self._tokenizer.decode(self._pending)
         self._context, self._pending = self._pending, []
         self.text += piece
         return piece

@@ -257,6 +257,32 @@ def test_characters_made_of_several_tokens_come_whole(text: str) -> None:
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
+class Fallback:
+    """A tokenizer's own decoder of bytes, which takes all that follow each other as one text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        from tokenizers import decoders
+
+        own = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        return str(own.decode([f"<0x{token:02X}>" if token > 127 else chr(token) for token in token_ids]))
+
+
+@pytest.mark.parametrize(
+    ("data", "pieces", "rest"),
+    [
+        ("a😀".encode() + "😁".encode()[:2], ["a", "😀"], "��"),
+        ("a😀".encode() + "😁".encode()[:2] + b"b", ["a", "😀", "��b"], ""),
+        ("é日😀".encode(), ["é", "日", "😀"], ""),
+        (b"\xf0\x9f", [], "��"),
+    ],
+)
+def test_a_character_cut_off_spoils_none_before_it(data: bytes, pieces: list[str], rest: str) -> None:
+    stream = TextStream(Fallback())  # type: ignore[arg-type]
+    assert [piece for token in data if (piece := stream.push(token))] == pieces
+    assert stream.finish() == rest
+    assert stream.text == "".join(pieces) + rest
+
+
 def test_a_stop_text_across_pieces_is_held_back() -> None:
     sent: list[str] = []
     row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
