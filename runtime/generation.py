@@ -24,7 +24,7 @@ class Generation:
 
     Attributes:
         text: the generated text, without the prompt.
-        token_ids: its tokens, without the one that ended it.
+        token_ids: its tokens, without an end token; those of a stop text, which the text leaves out, are among them.
         finish_reason: ``"stop"`` for an end token or stop text, ``"length"`` when the budget ran out.
         prompt_tokens: number of tokens of the prompt.
     """
