@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import ConfigError, DataError, ModelError, WriteError
 from adalink.training.attach import attach
-from adalink.training.base_model import display_name, load_base, load_tokenizer
+from adalink.training.base_model import base_fingerprint, display_name, load_base, load_tokenizer
 from adalink.training.dataset import encode_rows, read_rows
 from adalink.training.exact_match import exact_match
 from adalink.training.pictures import Pictures, digest_images
@@ -99,6 +99,7 @@ def train(
     how = (None if pictures is None else pictures.tokens, prompt_form(model, tokenizer))
     examples = encode_rows(rows, tokenizer, settings.max_length, data, *how)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *how)
+    record["base_fingerprint"] = base_fingerprint(model)
     if pictures is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
@@ -144,7 +145,6 @@ def train(
         **record,
         "method": asdict(config),
         "settings": asdict(settings),
-        "base_fingerprint": adapter.config.base_fingerprint,
         "adapter_digest": adapter.digest,
         "loss_curve": [
             {"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry
@@ -183,10 +183,10 @@ def _last_checkpoint(folder: Path, record: dict[str, Any]) -> Path | None:
         raise ConfigError(f"{folder} holds no interrupted run to resume: start one without --resume")
     before = json.loads(settings.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(record))
-    if changed := [name for name in now if before.get(name) != now[name]]:
+    if changed := [name for name in {**now, **before} if before.get(name) != now.get(name)]:
         raise ConfigError(
             f"{folder}: the interrupted run had other {' and '.join(changed)}: {before.get(changed[0])}, now "
-            f"{now[changed[0]]}; resume with the same ones, or remove that folder"
+            f"{now.get(changed[0])}; resume with the same ones, or remove that folder"
         )
     # trainer_state.json is written last: a checkpoint without it was cut off.
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]

@@ -139,6 +139,16 @@ def test_resuming_other_settings_is_refused(base, data, tmp_path):
         run(base, data, out, config=AdaLinkConfig(rank=3), resume=True)
 
 
+def test_resuming_another_base_of_the_same_name_is_refused(base, data, tmp_path):
+    other = tmp_path / base.name
+    FAMILIES["qwen3"]().save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "out", callbacks=[_Interrupt(7)])
+    with pytest.raises(ConfigError, match="the interrupted run had other base_fingerprint: sha256:"):
+        run(other, data, tmp_path / "out", resume=True)
+
+
 def test_nothing_to_resume(base, data, tmp_path):
     with pytest.raises(ConfigError, match="no interrupted run to resume"):
         run(base, data, tmp_path / "out", resume=True)
