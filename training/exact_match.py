@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import GenerationConfig
 
 from adalink.training.dataset import end_token
 from adalink.training.prefix import prompt_inputs
@@ -31,7 +33,8 @@ def greedy_tokens(
     """Continue each prompt greedily; a reply ends with the end token, or is cut at ``max_new_tokens``.
 
     Prompts are sorted by length, padded on the left and run in batches. ``join`` adds what the base takes beside the
-    tokens of the prompts of these numbers, such as ``pixel_values``.
+    tokens of the prompts of these numbers, such as ``pixel_values``. What the checkpoint says of how to generate, such
+    as a penalty or beams, is left aside, as a deployment leaves it.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -47,18 +50,32 @@ def greedy_tokens(
             "attention_mask": attention_mask,
             **prompt_inputs(model, torch.ones_like(attention_mask, dtype=torch.bool)),
         }
-        output = model.generate(
-            **join(batch, chosen),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+        with _plain_generation(model, end):
+            output = model.generate(**join(batch, chosen), max_new_tokens=max_new_tokens)
         # A decoder's output begins with the prompt, an encoder-decoder's with its start token.
         skipped = 1 if model.config.is_encoder_decoder else length
         for index, row in zip(chosen, output[:, skipped:].tolist(), strict=True):
             replies[index] = row[: row.index(end) + 1] if end in row else row
     return replies
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel, end: int) -> Iterator[None]:
+    """Let ``model`` generate greedily with a cache until the block ends; of its own settings, only how to begin."""
+    own = model.generation_config
+    starts = (getattr(config, "decoder_start_token_id", None) for config in (own, model.config))
+    # In place of the model's own, not for the call: generate would fill in what a given one leaves open.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=next((token for token in starts if token is not None), None),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def exact_match(

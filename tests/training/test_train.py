@@ -253,6 +253,53 @@ def test_batched_replies_are_those_of_single_rows(family):
     assert all(0 < len(reply) <= 6 for reply in batched)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.5},
+        {"num_beams": 4},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 6},
+        {"suppress_tokens": list(range(3, 50))},
+        {"use_cache": False},
+    ],
+)
+def test_replies_are_greedy_whatever_the_checkpoint_says(family, setting):
+    model = FAMILIES[family]()
+    prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]]
+    with attach(model, AdaLinkConfig(rank=4, scope="prompt")) as attached:
+        disturb(attached)
+        attached.adapters.eval()
+        plain = greedy_tokens(model, prompts, 2, 8, 2)
+        for prompt, reply in zip(prompts, plain, strict=True):  # the highest logit each time, with no generate
+            assert reply == by_hand(model, prompt, len(reply))
+        own = model.generation_config
+        own.update(**setting)
+        before = own.to_dict()
+        assert greedy_tokens(model, prompts, 2, 8, 2) == plain
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
+def by_hand(model, prompt, count):
+    """The tokens with the highest logit, one after the other; only the prompt is adapted."""
+    ids, made = torch.tensor([prompt]), []
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            encoded = model.get_encoder()(input_ids=ids)
+            for _ in range(count):
+                logits = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([[0, *made]])).logits
+                made.append(int(logits[0, -1].argmax()))
+            return made
+        output = model(input_ids=ids, use_cache=True)
+        while True:
+            made.append(int(output.logits[0, -1].argmax()))
+            if len(made) == count:
+                return made
+            output = model(input_ids=torch.tensor([made[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+
+
 def test_exact_match_wants_the_text_and_then_the_end():
     model, tokenizer = FAMILIES["llama"](), make_tokenizer()
     end = tokenizer.eos_token_id
