@@ -48,7 +48,7 @@ def describe_base(
     """
     config = model.config
     rows, width = model.get_input_embeddings().weight.shape
-    eos = _token_ids(model, "eos_token_id", rows)
+    eos = _end_tokens(model, tokenizer, rows)
     pad = _token_ids(model, "pad_token_id", rows) or eos or (0,)
     bos = _token_ids(model, "bos_token_id", rows)
     start = _token_ids(model, "decoder_start_token_id", rows)
@@ -84,6 +84,12 @@ def _token_ids(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
         if ids := [token for token in ids if 0 <= token < rows]:
             return tuple(dict.fromkeys(ids))
     return ()
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rows: int) -> tuple[int, ...]:
+    """The model's own, then the tokenizer's, with which training ends a completion."""
+    own, last = _token_ids(model, "eos_token_id", rows), getattr(tokenizer, "eos_token_id", None)
+    return tuple(dict.fromkeys((*own, last))) if isinstance(last, int) and 0 <= last < rows else own
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:

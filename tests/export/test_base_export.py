@@ -54,6 +54,17 @@ def test_special_tokens_come_from_the_generation_config_first(tmp_path: Path) ->
     assert base.pad_token_id == 5
 
 
+def test_the_token_that_ends_completions_ends_a_generation(tmp_path: Path) -> None:
+    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
+    assert tokenizer.eos_token_id == 2
+    for number, (own, ends) in enumerate([(1, (1, 2)), ([5, 2, 7], (5, 2, 7)), (None, (2,))]):
+        model.generation_config.eos_token_id = model.config.eos_token_id = own
+        assert export_base(model, tmp_path / str(number), tokenizer=tokenizer).base.eos_token_ids == ends
+    tokenizer.add_special_tokens({"eos_token": "<far>"})
+    assert tokenizer.eos_token_id >= VOCAB_SIZE
+    assert export_base(model, tmp_path / "far", tokenizer=tokenizer).base.eos_token_ids == ()
+
+
 def test_encoder_decoder_says_how_to_begin(tmp_path: Path) -> None:
     base = export_base(FAMILIES["t5"](), tmp_path).base
     assert (base.kind, base.decoder_start_token_id, base.max_positions) == ("encoder-decoder", 0, None)
