@@ -31,6 +31,7 @@ from adalink.training.search_plan import (
     rank_trials,
     split_rows,
 )
+from adalink.training.storage import replace_file
 from adalink.training.trainer import TrainableAdapters, trainer_arguments
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
 
-_SEARCH_FILE = "search.json"
+SEARCH_FILE = "search.json"
 _MEASURED_STEPS = 4
 
 
@@ -114,7 +115,7 @@ def search(
     learned, held = split_rows(rows, settings.seed)
     trials = _Trials(model, [examples[i] for i in learned], [examples[i] for i in held], collate, config, settings)
     candidates = list_candidates(space, embedding_matrix(model).shape[1])
-    path, started = folder / _SEARCH_FILE, clock()
+    path, started = folder / SEARCH_FILE, clock()
     if path.is_file():
         record = msgspec.json.decode(path.read_bytes(), type=SearchRecord)
     else:
@@ -144,6 +145,12 @@ def search(
     say(f"search: {record.winner} is trained on all {len(rows)} rows")
     config, settings = trials.settings_of(record.winner)
     return config, settings, msgspec.to_builtins(record)
+
+
+def candidate_config(config: AdaLinkConfig, space: SearchSettings, model: PreTrainedModel) -> AdaLinkConfig:
+    """The settings of the first candidate; whatever fits it fits all."""
+    first = list_candidates(space, embedding_matrix(model).shape[1])[0]
+    return replace(config, rank=first.rank, activation=first.activation)
 
 
 class _Trials:
@@ -285,11 +292,8 @@ def _check_enough(record: SearchRecord, tried: int, planned: int) -> None:
 
 
 def _write(path: Path, record: SearchRecord) -> None:
-    """Whole or not at all."""
-    draft = path.with_suffix(".draft")
     try:
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2))
-        draft.replace(path)
+        replace_file(path, msgspec.json.format(msgspec.json.encode(record), indent=2))
     except OSError as error:
         raise WriteError(
             f"search: cannot write {path}: {error.strerror}; free space and go on with --resume"

@@ -70,7 +70,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
         AdapterError: the folder holds something other than an adapter.
         WriteError: the disk refused; what was there is as it was.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # what is beside "." is in ".."
     check_target(folder)
     config_bytes, weights_bytes = encode_adapter(adapter)
     files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes, **(extra or {})}
@@ -80,10 +80,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         staging.chmod(0o755)
         for name, data in files.items():
-            with (staging / name).open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+            _write_through(staging / name, data)
         _rename_over(staging, folder)
     except OSError as error:
         raise WriteError(
@@ -137,6 +134,21 @@ def check_target(folder: Path) -> None:
         raise AdapterError(f"{folder} is not empty and holds no {CONFIG_FILE}: it is no adapter; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file: choose a folder for the adapter")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, or replace it, whole or not at all; raises ``OSError``."""
+    draft = path.with_suffix(".draft")
+    _write_through(draft, data)
+    draft.replace(path)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Write a file down to the disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _rename_over(staging: Path, folder: Path) -> None:

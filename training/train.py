@@ -14,28 +14,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from adalink.runtime.digest import digest_file
-from adalink.runtime.errors import ConfigError, DataError, ModelError, WriteError
+from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
 from adalink.training.attach import attach
 from adalink.training.base_model import base_fingerprint, display_name, load_base, load_tokenizer
+from adalink.training.checkpoints import (
+    CheckpointTrainer,
+    begin_checkpoints,
+    check_fresh,
+    last_checkpoint,
+    removed_if_useless,
+    restore,
+    step_of,
+)
 from adalink.training.dataset import encode_rows, read_rows
 from adalink.training.exact_match import exact_match
 from adalink.training.pictures import Pictures, digest_images
 from adalink.training.prefix import prompt_form
-from adalink.training.search import search
+from adalink.training.search import candidate_config, search
 from adalink.training.storage import check_target, save_adapter, to_adapter
 from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
+from adalink.training.vision import image_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from transformers import PreTrainedModel
+
     from adalink.training.config import AdaLinkConfig
+    from adalink.training.dataset import Example
     from adalink.training.settings import SearchSettings, TrainSettings
+    from adalink.training.trainer import Collate
 
 REPORT_FILE = "training.json"
-_SETTINGS_FILE = "settings.json"
 
 
 def train(
@@ -76,7 +89,7 @@ def train(
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # "." has no name of its own, and so no neighbour for the checkpoints
     check_target(out)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")
@@ -105,50 +118,48 @@ def train(
     checkpoints = out.parent / f"{out.name}.checkpoints"
     last = None
     if resume:
-        last = _last_checkpoint(checkpoints, record)
+        last = last_checkpoint(checkpoints, record)
     else:
-        _check_fresh(checkpoints)
+        check_fresh(checkpoints)
     if not model.can_generate():
         raise ModelError(
             f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
             "decoders and encoder-decoders; for encoders use adalink.training.attach in a loop of your own"
         )
-    if not resume:
-        _begin_checkpoints(checkpoints, record)
     collate = collator(model, tokenizer, pictures)
     model.to(trainer_arguments(checkpoints, settings).device)
-    if space is not None:
-        try:
-            config, settings, record["search"] = search(
-                model, rows, examples, collate, config, settings, space, checkpoints, say=say
-            )
-        except (ConfigError, DataError):
-            shutil.rmtree(checkpoints)  # it cannot be gone on with
-            raise
-    start = time.perf_counter()
-    accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
-    set_seed(settings.seed)
-    with attach(model, config) as attached:
-        trainer = Trainer(
-            model=TrainableAdapters(attached),
-            args=trainer_arguments(checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2),
-            train_dataset=examples,
-            data_collator=collate,
-            callbacks=list(callbacks),
-        )
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        attached.adapters.eval()
-        accuracy["adapter"] = exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)
-        adapter = to_adapter(attached, display_name(base))
+    first = config if space is None else candidate_config(config, space, model)
+    _try_out(model, first, collate(examples[: settings.batch_size]), display_name(base))
+    if not resume:
+        begin_checkpoints(checkpoints, record)
+    with removed_if_useless(checkpoints):
+        if space is not None:
+            try:
+                config, settings, record["search"] = search(
+                    model, rows, examples, collate, config, settings, space, checkpoints, say=say
+                )
+            except (ConfigError, DataError):
+                shutil.rmtree(checkpoints)  # it cannot be gone on with
+                raise
+        start = time.perf_counter()
+        accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
+        set_seed(settings.seed)
+        with attach(model, config) as attached:
+            history = _train(TrainableAdapters(attached), examples, collate, settings, checkpoints, last, callbacks)
+            attached.adapters.eval()
+            try:
+                adapter = to_adapter(attached, display_name(base))
+            except AdapterError:
+                shutil.rmtree(checkpoints)  # as above
+                raise
+            accuracy["adapter"] = exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)
     report = {
         "kit_version": version("adalink-kit"),
         **record,
         "method": asdict(config),
         "settings": asdict(settings),
         "adapter_digest": adapter.digest,
-        "loss_curve": [
-            {"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry
-        ],
+        "loss_curve": [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
         "exact_match": accuracy,
         "wall_seconds": round(time.perf_counter() - start, 1),
     }
@@ -157,37 +168,47 @@ def train(
     return report
 
 
-def _check_fresh(folder: Path) -> None:
-    """Refuse to start over where an interrupted run left checkpoints."""
-    if folder.exists():
+def _try_out(model: PreTrainedModel, config: AdaLinkConfig, batch: dict[str, torch.Tensor], name: str) -> None:
+    """Whether the method fits the base, and the base a batch of rows, before anything that takes long.
+
+    Raises:
+        AdaLinkError: as ``attach``'s; rows do not say which of several modalities is where; or the base gives no finite
+            loss.
+    """
+    if len(config.modalities) > 1 and image_side(model) is None:
         raise ConfigError(
-            f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
+            f"the modalities are {', '.join(config.modalities)}, and the rows of {name}, a {type(model).__name__}, are "
+            "text alone: leave --modality out"
+        )
+    with attach(model, config) as attached:
+        module = TrainableAdapters(attached).eval()
+        losses = module.row_losses(**{key: value.to(model.device) for key, value in batch.items()})
+    if not losses.isfinite().all():
+        raise ModelError(
+            f"base model {name} has a loss of {float(losses.mean())} on the first rows, before any training; expected "
+            "a finite one: its weights hold NaN or overflow"
         )
 
 
-def _begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
-    """Make the checkpoint folder and note in it what the run is."""
-    try:
-        folder.mkdir(parents=True)
-        (folder / _SETTINGS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WriteError(
-            f"checkpoints: cannot write {error.filename or folder}: {error.strerror or error}; choose a writable --out"
-        ) from error
-
-
-def _last_checkpoint(folder: Path, record: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, if one was written; refuses a run with other settings."""
-    settings = folder / _SETTINGS_FILE
-    if not settings.is_file():
-        raise ConfigError(f"{folder} holds no interrupted run to resume: start one without --resume")
-    before = json.loads(settings.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(record))
-    if changed := [name for name in {**now, **before} if before.get(name) != now.get(name)]:
-        raise ConfigError(
-            f"{folder}: the interrupted run had other {' and '.join(changed)}: {before.get(changed[0])}, now "
-            f"{now.get(changed[0])}; resume with the same ones, or remove that folder"
-        )
-    # trainer_state.json is written last: a checkpoint without it was cut off.
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+def _train(
+    module: TrainableAdapters,
+    examples: Sequence[Example],
+    collate: Collate,
+    settings: TrainSettings,
+    checkpoints: Path,
+    last: Path | None,
+    callbacks: Sequence[TrainerCallback],
+) -> list[dict[str, Any]]:
+    """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
+    if last is not None and step_of(last) == settings.max_steps:
+        return restore(module, last)  # the Trainer would go one step further
+    trainer = CheckpointTrainer(
+        model=module,
+        args=trainer_arguments(checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2),
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    history: list[dict[str, Any]] = trainer.state.log_history
+    return history

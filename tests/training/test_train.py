@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 
 import pytest
 import torch
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from adalink.runtime.adapter import read_adapter
 from adalink.runtime.digest import digest_file
-from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
+from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError, WriteError
 from adalink.training.attach import attach
 from adalink.training.base_model import input_embedding, load_base
 from adalink.training.config import AdaLinkConfig
@@ -62,12 +63,21 @@ def finished(base, data, tmp_path_factory):
 class _Interrupt(TrainerCallback):
     """Stops a run after a step, as a crash would."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, error=KeyboardInterrupt):
+        self.step, self.error = step, error
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise KeyboardInterrupt
+            raise self.error
+
+
+class _Count(TrainerCallback):
+    """Counts the steps of a run."""
+
+    steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
 
 
 def test_report_tells_what_was_done(finished, base, data):
@@ -127,6 +137,56 @@ def test_checkpoints_hold_the_adapter_alone(base, data, tmp_path):
     assert [point["step"] for point in resumed["loss_curve"]] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("kept", [0, 0.5])
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_that_a_power_loss_cut_is_not_used(finished, base, data, tmp_path, name, kept):
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "out", callbacks=[_Interrupt(11)])
+    path = tmp_path / "out.checkpoints" / "checkpoint-10" / name
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    count = _Count()
+    resumed = run(base, data, tmp_path / "out", resume=True, callbacks=[count])
+    assert count.steps == 12 - 5
+    assert resumed["adapter_digest"] == finished[1]["adapter_digest"]
+
+
+def test_a_run_interrupted_after_its_last_step_makes_no_other(finished, base, data, tmp_path, monkeypatch):
+    looks = []
+
+    def interrupted(*arguments):
+        looks.append(arguments)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return exact_match(*arguments)
+
+    monkeypatch.setattr("adalink.training.train.exact_match", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "out")
+    count = _Count()
+    resumed = run(base, data, tmp_path / "out", resume=True, callbacks=[count])
+    assert count.steps == 0
+    for name in ("adapter_digest", "loss_curve", "exact_match"):
+        assert resumed[name] == finished[1][name]
+
+
+@pytest.mark.parametrize("limit", [3000, 9000], ids=["weights", "optimizer"])
+def test_a_full_disk_in_a_checkpoint_is_told_and_can_be_resumed(finished, base, data, tmp_path, monkeypatch, limit):
+    save, before = Trainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_little(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            save(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", save_little)
+        with pytest.raises(WriteError, match=r"cannot write .*out\.checkpoints: .*go on with --resume"):
+            run(base, data, tmp_path / "out")
+    assert run(base, data, tmp_path / "out", resume=True)["adapter_digest"] == finished[1]["adapter_digest"]
+
+
 def test_resuming_other_settings_is_refused(base, data, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -152,6 +212,10 @@ def test_resuming_another_base_of_the_same_name_is_refused(base, data, tmp_path)
 def test_nothing_to_resume(base, data, tmp_path):
     with pytest.raises(ConfigError, match="no interrupted run to resume"):
         run(base, data, tmp_path / "out", resume=True)
+    (tmp_path / "out.checkpoints").mkdir()
+    (tmp_path / "out.checkpoints" / "settings.json").write_text('{"base')
+    with pytest.raises(ConfigError, match=r"settings\.json is cut off: remove .*out\.checkpoints and start without"):
+        run(base, data, tmp_path / "out", resume=True)
 
 
 def test_refusals_leave_nothing_behind(base, data, tmp_path):
@@ -166,6 +230,59 @@ def test_refusals_leave_nothing_behind(base, data, tmp_path):
     with pytest.raises(AdapterError, match="is a file"):
         run(base, data, tmp_path / "bad.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "error", "message"),
+    [
+        ("llama", {"rank": 49}, ConfigError, "rank is 49 and the embeddings of LlamaForCausalLM are 48 wide"),
+        ("llama", {"modalities": ("text", "image")}, ConfigError, "are text, image, and the rows of tiny, a LlamaFor"),
+        ("t5", {"soft_tokens": 3}, ModelError, "an encoder-decoder, which takes no soft prompt"),
+        ("broken", {}, ModelError, "base model tiny has a loss of nan on the first rows, before any training"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_refused_at_once(data, tmp_path, monkeypatch, family, method, error, message):
+    model = FAMILIES["llama" if family == "broken" else family]()
+    if family == "broken":
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr("adalink.training.train.exact_match", lambda *_: pytest.fail("the base was measured first"))
+    with pytest.raises(error, match=message):
+        run(tmp_path / "tiny", data, tmp_path / "out", AdaLinkConfig(**{"rank": 16, **method}))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_an_error_leaves_checkpoints_only_if_they_help(finished, base, data, tmp_path):
+    error = DataError("planted")
+    with pytest.raises(DataError, match="planted"):
+        run(base, data, tmp_path / "out", callbacks=[_Interrupt(3, error)])
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="planted"):
+        run(base, data, tmp_path / "out", callbacks=[_Interrupt(7, error)])
+    assert run(base, data, tmp_path / "out", resume=True)["adapter_digest"] == finished[1]["adapter_digest"]
+
+
+def test_an_adapter_that_diverged_is_refused_and_leaves_nothing_behind(base, data, tmp_path):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            model.adapters["text"].up.weight.data[0, 0] = float("inf")
+
+    with pytest.raises(AdapterError, match="holds NaN or infinity; train again with a lower rate"):
+        run(base, data, tmp_path / "out", callbacks=[Diverge()])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_is_in_can_be_the_adapters(finished, base, data, tmp_path, monkeypatch):
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, ".", callbacks=[_Interrupt(7)])
+    assert list(place.iterdir()) == []
+    run(base, data, ".", resume=True)
+    assert read_adapter(place).digest == finished[1]["adapter_digest"]
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_encoders_are_refused(data, tmp_path):

@@ -1,0 +1,125 @@
+"""``OUT.checkpoints``: what a training writes on its way, and what an interrupted one is gone on with from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from adalink.runtime.errors import AdaLinkError, ConfigError, WriteError
+from adalink.training.search import SEARCH_FILE
+from adalink.training.storage import replace_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SETTINGS_FILE = "settings.json"
+_WEIGHTS_FILE = "model.safetensors"
+_STATE_FILE = "trainer_state.json"
+_ZIPPED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+class CheckpointTrainer(Trainer):  # type: ignore[misc]  # transformers has no types for it
+    """A ``Trainer`` that says so where the disk refuses a checkpoint: ``WriteError``."""
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **options)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch.save makes of a full disk
+            raise WriteError(
+                f"checkpoints: cannot write {self.args.output_dir}: {error}; free space and go on with --resume"
+            ) from error
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuse to start over where an interrupted run left checkpoints."""
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
+        )
+
+
+def begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
+    """Make the checkpoint folder and note in it what the run is."""
+    try:
+        folder.mkdir(parents=True)
+        try:
+            replace_file(folder / _SETTINGS_FILE, (json.dumps(record, indent=2) + "\n").encode())
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise WriteError(
+            f"checkpoints: cannot write {error.filename or folder}: {error.strerror or error}; choose a writable --out"
+        ) from error
+
+
+@contextmanager
+def removed_if_useless(folder: Path) -> Iterator[None]:
+    """Remove the folder where an error ends the block and nothing is in it that a run could go on from.
+
+    A full disk leaves it: freed, the run can be resumed.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except AdaLinkError:
+        if not (folder / SEARCH_FILE).is_file() and not _whole_checkpoints(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def last_checkpoint(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, if one was written whole; refuses a run with other settings."""
+    settings = folder / _SETTINGS_FILE
+    if not settings.is_file():
+        raise ConfigError(
+            f"{folder} holds no interrupted run to resume: start one without --resume, and without that folder"
+        )
+    try:
+        before = json.loads(settings.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{settings} is cut off: remove {folder} and start without --resume") from error
+    now = json.loads(json.dumps(record))
+    if changed := [name for name in {**now, **before} if before.get(name) != now.get(name)]:
+        raise ConfigError(
+            f"{folder}: the interrupted run had other {' and '.join(changed)}: {before.get(changed[0])}, now "
+            f"{now.get(changed[0])}; resume with the same ones, or remove that folder"
+        )
+    return max(_whole_checkpoints(folder), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def restore(module: nn.Module, checkpoint: Path) -> list[dict[str, Any]]:
+    """Load a checkpoint's weights alone; returns the log of the run until then."""
+    module.load_state_dict(load_file(checkpoint / _WEIGHTS_FILE))
+    history: list[dict[str, Any]] = json.loads((checkpoint / _STATE_FILE).read_bytes())["log_history"]
+    return history
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Those that can be read: one may have been cut off, by a crash or, whatever its last file is, by a power loss."""
+    return [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / _STATE_FILE).read_bytes())
+        with safe_open(checkpoint / _WEIGHTS_FILE, framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(checkpoint / name) for name in _ZIPPED)
