@@ -22,7 +22,6 @@ class Architecture:
         kind: one of ``adalink.runtime.manifest.BASE_KINDS``.
         masks_by_layer_type: whether the model takes a mask per layer type (``{"full_attention": ...}``) or a bare one.
         windowed: whether the bare mask ends at the config's ``sliding_window``.
-        reserved_positions: entries of the position table that no token uses (RoBERTa starts behind its padding id).
         scales_embeddings: whether the embedding module multiplies a row of its matrix by the root of the width.
         bidirectional_prompt: whether every position of a prompt sees all of it, and only what follows is causal; a
             model's own, not its type's.
@@ -33,7 +32,6 @@ class Architecture:
     kind: str
     masks_by_layer_type: bool = False
     windowed: bool = False
-    reserved_positions: int = 0
     scales_embeddings: bool = False
     bidirectional_prompt: bool = False
     position_axes: int = 1
@@ -42,8 +40,8 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture("encoder"),
     "distilbert": Architecture("encoder"),
-    "roberta": Architecture("encoder", reserved_positions=2),
-    "xlm-roberta": Architecture("encoder", reserved_positions=2),
+    "roberta": Architecture("encoder"),
+    "xlm-roberta": Architecture("encoder"),
     "gpt2": Architecture("decoder"),
     "llama": Architecture("decoder"),
     "mistral": Architecture("decoder", windowed=True),
@@ -114,12 +112,6 @@ def cache_shape(config: PretrainedConfig, architecture: Architecture) -> Cache |
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(names, "head_dim", None) or names.hidden_size // heads,
     )
-
-
-def max_positions(config: PretrainedConfig, architecture: Architecture) -> int | None:
-    """Longest sequence the model was made for; ``None`` where positions are relative."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else positions - architecture.reserved_positions
 
 
 def _normalized(config: PretrainedConfig) -> Any:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.export.architectures import Architecture, cache_shape, max_positions
+from adalink.export.architectures import Architecture, cache_shape
 from adalink.export.bank_graph import build_bank_graph
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ModelError
 from adalink.runtime.manifest import Base, Vision
+from adalink.training.base_model import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def describe_base(
         hidden_size=width,
         embedding_dtype=dtype,
         modalities=modalities,
-        max_positions=max_positions(config, architecture),
+        max_positions=max_positions(model),
         cache=cache_shape(config, architecture),
         eos_token_ids=eos,
         pad_token_id=pad[0],

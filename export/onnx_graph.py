@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.export.architectures import Architecture, cache_shape, mask_windows, max_positions
+from adalink.export.architectures import Architecture, cache_shape, mask_windows
 from adalink.export.static_shapes import make_reshapes_static
 from adalink.runtime.errors import GraphError
 from adalink.runtime.manifest import Cache
+from adalink.training.base_model import max_positions
 
 if TYPE_CHECKING:
     import onnx
@@ -160,8 +161,8 @@ def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, c
 
     from adalink.export.grouped_attention import GroupedDecoderGraph
 
-    limit = max_positions(model.config, architecture)
-    module = GroupedDecoderGraph(model, mask_windows(model.config, architecture), limit, architecture.position_axes)
+    windows, limit = mask_windows(model.config, architecture), max_positions(model)
+    module = GroupedDecoderGraph(model, windows, limit, architecture.position_axes)
     past, present, axes = _cache_signature(model, cache)
     axes |= _axes(past, {0: "batch", 2: "capacity"}) | _axes(present, {0: "batch", 2: "capacity_after"})
     axes |= {"sequence_lengths": {0: "batch"}, "logits_at": {0: "places"}, "logits": {0: "places"}}

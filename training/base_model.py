@@ -144,6 +144,16 @@ def input_embedding(model: torch.nn.Module) -> torch.nn.Module:
     return module  # type: ignore[no-any-return]
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence the model was made for; ``None`` where positions are relative."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding: int | None = getattr(module, "padding_idx", None)
+        if positions is not None and padding is not None and name.endswith("position_embeddings"):
+            return positions - padding - 1  # of the table: RoBERTa starts behind its padding id
+    return positions
+
+
 def display_name(spec: str | Path) -> str:
     """Name of a base for people: folder name or file stem of a local one, else the hub id; never a machine's path.
 

@@ -15,9 +15,10 @@ import msgspec
 import torch
 
 from adalink.runtime.errors import DataError, ModelError
+from adalink.training.base_model import max_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from adalink.runtime.prompt_form import PromptForm
 
@@ -133,6 +134,30 @@ def encode_rows(
             )
         examples.append(Example(prompt, target, pictures))
     return examples
+
+
+def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_tokens: int, origin: str | Path) -> None:
+    """Refuse a row that is longer than the longest sequence the base was made for.
+
+    Args:
+        examples: encoded rows.
+        model: the base.
+        soft_tokens: vectors of a soft prompt before each row.
+        origin: file the rows come from, for messages.
+
+    Raises:
+        DataError: a row has more tokens than the base has positions; of an encoder-decoder, its prompt or its target.
+    """
+    limit = max_positions(model)
+    for number, example in enumerate(examples, start=1):
+        prompt, target = soft_tokens + len(example.prompt), len(example.target)
+        length = max(prompt, target) if model.config.is_encoder_decoder else prompt + target
+        if limit is not None and length > limit:
+            with_soft = f", {soft_tokens} of them the soft prompt's" if soft_tokens else ""
+            raise DataError(
+                f"{origin}: row {number} takes {length} positions{with_soft}, and {type(model).__name__} has {limit}: "
+                "shorten its prompt or remove the row"
+            )
 
 
 def _pictures(

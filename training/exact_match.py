@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
+from adalink.training.base_model import max_positions
 from adalink.training.dataset import end_token
 from adalink.training.prefix import prompt_inputs
 
@@ -84,6 +85,8 @@ def exact_match(
     examples: Sequence[Example],
     batch_size: int,
     pictures: Pictures | None = None,
+    *,
+    soft_tokens: int = 0,
 ) -> float:
     """Share of examples whose greedy reply is the wanted text, spaces at its ends aside, and then ends.
 
@@ -93,17 +96,29 @@ def exact_match(
         examples: encoded rows.
         batch_size: rows generated at once.
         pictures: how the base takes the examples' images, for one that does.
+        soft_tokens: vectors of the attached adapter's soft prompt.
     """
-
-    def with_images(batch: dict[str, torch.Tensor], chosen: Sequence[int]) -> dict[str, torch.Tensor]:
-        return batch if pictures is None else pictures.join(batch, [examples[index] for index in chosen])
-
     end = end_token(tokenizer)
+
+    def answer(numbers: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        def with_images(batch: dict[str, torch.Tensor], chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+            return batch if pictures is None else pictures.join(batch, [examples[numbers[index]] for index in chosen])
+
+        prompts = [examples[number].prompt for number in numbers]
+        return greedy_tokens(model, prompts, end, max_new_tokens, batch_size, with_images)
+
     longest = max(len(example.target) for example in examples)
-    replies = greedy_tokens(model, [example.prompt for example in examples], end, longest, batch_size, with_images)
+    room = None if model.config.is_encoder_decoder else max_positions(model)
+    # Rows that would run out of positions if they went on for as long as the longest target: each as far as it can.
+    left = [longest if room is None else room - soft_tokens - len(example.prompt) for example in examples]
+    roomy = [number for number, steps in enumerate(left) if steps >= longest]
+    replies = dict(zip(roomy, answer(roomy, longest), strict=True))
+    for number, steps in enumerate(left):
+        if steps < longest:
+            (replies[number],) = answer([number], max(1, steps))
     return sum(
         reply[-1] == end and _text(tokenizer, reply) == _text(tokenizer, example.target)
-        for reply, example in zip(replies, examples, strict=True)
+        for reply, example in ((replies[number], example) for number, example in enumerate(examples))
     ) / len(examples)
 
 

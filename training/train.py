@@ -29,7 +29,7 @@ from adalink.training.checkpoints import (
     restore,
     step_of,
 )
-from adalink.training.dataset import encode_rows, read_rows
+from adalink.training.dataset import check_positions, encode_rows, read_rows
 from adalink.training.exact_match import exact_match
 from adalink.training.pictures import Pictures, digest_images
 from adalink.training.prefix import prompt_form
@@ -112,6 +112,8 @@ def train(
     how = (None if pictures is None else pictures.tokens, prompt_form(model, tokenizer))
     examples = encode_rows(rows, tokenizer, settings.max_length, data, *how)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *how)
+    for encoded, origin in ((examples, data), (eval_examples, eval_data)):
+        check_positions(encoded, model, config.soft_tokens, origin)
     record["base_fingerprint"] = base_fingerprint(model)
     if pictures is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
@@ -152,7 +154,9 @@ def train(
             except AdapterError:
                 shutil.rmtree(checkpoints)  # as above
                 raise
-            accuracy["adapter"] = exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)
+            accuracy["adapter"] = exact_match(
+                model, tokenizer, eval_examples, settings.batch_size, pictures, soft_tokens=config.soft_tokens
+            )
     report = {
         "kit_version": version("adalink-kit"),
         **record,

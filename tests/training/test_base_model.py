@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_support import ALL_ENCODERS
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, token_ids
+from tiny_models import FAMILIES, MAX_POSITIONS, token_ids
 from tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import ModelError
-from adalink.training.base_model import base_fingerprint, display_name, load_base, load_tokenizer
+from adalink.training.base_model import base_fingerprint, display_name, load_base, load_tokenizer, max_positions
 
 
 @pytest.fixture
@@ -23,6 +24,25 @@ def folder(tmp_path):
     FAMILIES["llama"]().save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
     return tmp_path / "tiny"
+
+
+TABLES = {**ALL_ENCODERS, "gpt2": FAMILIES["gpt2"]}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_a_position_table_ends_where_the_base_says(family):
+    model = TABLES[family]()
+    limit = max_positions(model)
+    assert limit == MAX_POSITIONS
+    with torch.no_grad():
+        model(torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 5))
+
+
+def test_positions_without_a_table():
+    assert max_positions(FAMILIES["llama"]()) == MAX_POSITIONS
+    assert max_positions(FAMILIES["t5"]()) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

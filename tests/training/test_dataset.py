@@ -6,10 +6,19 @@ import json
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import DataError, ModelError
-from adalink.training.dataset import Example, Row, encode_rows, pad_decoder, pad_encoder_decoder, read_rows
+from adalink.training.dataset import (
+    Example,
+    Row,
+    check_positions,
+    encode_rows,
+    pad_decoder,
+    pad_encoder_decoder,
+    read_rows,
+)
 
 GOOD = json.dumps({"prompt": "2+2=", "completion": "4"})
 
@@ -63,6 +72,29 @@ def test_rows_end_with_the_end_token():
 def test_long_row_is_refused_not_cut():
     with pytest.raises(DataError, match=r"x: row 2 has 5 tokens, expected at most 4"):
         encode_rows([Row("ab", "c"), Row("abc", "d")], make_tokenizer(), max_length=4, origin="x")
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "target", "soft"),
+    [("gpt2", 60, 4, 0), ("gpt2", 50, 4, 10), ("llama", 60, 4, 0), ("bart", 64, 64, 0), ("t5", 500, 500, 0)],
+)
+def test_rows_longer_than_the_base_has_positions_are_refused(family, prompt, target, soft):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    if family == "bart":
+        model = BartForConditionalGeneration(
+            BartConfig(vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=64)
+        )
+    else:
+        model = FAMILIES[family]()
+    short, full = Example([5] * 3, [2]), Example([5] * prompt, [6] * target)
+    check_positions([short, full], model, soft, "x")
+    for longer in (Example([5, *full.prompt], full.target), Example(full.prompt, [6, *full.target])):
+        if family == "t5":
+            check_positions([short, longer], model, soft, "x")
+            continue
+        with pytest.raises(DataError, match=r"x: row 2 takes 65 positions.*, and .* has 64: shorten its prompt"):
+            check_positions([short, longer], model, soft, "x")
 
 
 def test_tokenizer_without_an_end():

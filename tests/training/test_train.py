@@ -8,7 +8,7 @@ import resource
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, MAX_POSITIONS
 from tiny_tokenizer import make_tokenizer
 from transformers import Trainer, TrainerCallback
 
@@ -153,11 +153,11 @@ def test_a_checkpoint_that_a_power_loss_cut_is_not_used(finished, base, data, tm
 def test_a_run_interrupted_after_its_last_step_makes_no_other(finished, base, data, tmp_path, monkeypatch):
     looks = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         looks.append(arguments)
         if len(looks) == 2:
             raise KeyboardInterrupt
-        return exact_match(*arguments)
+        return exact_match(*arguments, **options)
 
     monkeypatch.setattr("adalink.training.train.exact_match", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -430,6 +430,36 @@ def test_exact_match_wants_the_text_and_then_the_end():
     assert exact_match(model, tokenizer, [Example(e.prompt, [*e.target[:-1], 40, end]) for e in ended], 8) == 0.0
     cut = [Example(e.prompt, [*e.target[:-2], end]) for e in endless]
     assert exact_match(model, tokenizer, cut, 8) == 0.0  # the right beginning, but the model goes on
+
+
+def test_rows_fill_the_positions_of_a_base_and_go_no_further(data, tmp_path):
+    FAMILIES["gpt2"]().save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    method = AdaLinkConfig(rank=0, soft_tokens=4)
+    settings = TrainSettings(**{**SETTINGS.__dict__, "max_steps": 2, "max_length": 99})
+    rows = [{"prompt": "a" * (MAX_POSITIONS - 6), "completion": "b"}, {"prompt": "c", "completion": "d" * 20}]
+    (tmp_path / "full.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    full = tmp_path / "full.jsonl"
+    report = train(tmp_path / "tiny", full, full, tmp_path / "out", method, settings)
+    assert report["exact_match"].keys() == {"base", "adapter"}
+    rows[0]["prompt"] += "a"
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+    for files in ((tmp_path / "long.jsonl", full), (full, tmp_path / "long.jsonl")):
+        with pytest.raises(DataError, match=r"long\.jsonl: row 2 takes 65 positions, 4 of them the soft prompt's, and"):
+            train(tmp_path / "tiny", *files, tmp_path / "other", method, settings)
+    assert not (tmp_path / "other.checkpoints").exists()
+
+
+def test_replies_of_rows_that_nearly_fill_the_positions_are_those_of_single_rows():
+    model, tokenizer = FAMILIES["gpt2"](), make_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(63)  # one that this model often says
+    end, draw = tokenizer.eos_token_id, random.Random(3)
+    prompts = [[draw.randrange(4, 96) for _ in range(length)] for length in (3, 40, 55, 58) for _ in range(20)]
+    replies = [greedy_tokens(model, [prompt], end, MAX_POSITIONS - len(prompt), 1)[0] for prompt in prompts]
+    ended = [Example(p, r) for p, r in zip(prompts, replies, strict=True) if r[-1] == end and len(r) > 1]
+    assert {len(example.prompt) for example in ended} == {3, 40, 55, 58}
+    assert max(len(example.target) for example in ended) > 40
+    assert exact_match(model, tokenizer, ended, 8) == 1.0
 
 
 def test_exact_match_counts_right_rows(base, data, tmp_path):
