@@ -12,6 +12,7 @@ import msgspec
 
 from adalink.training.study.data import DataSet, digest_rows
 from adalink.training.study.perform import Run, choose_scored, open_base, open_data, resolve_device
+from adalink.training.study.scoring import check_positions
 from adalink.training.study.settings import Base, Data, Method, Study, TrainedMethod, ZeroShotMethod
 
 
@@ -79,6 +80,7 @@ def make_cells(study: Study) -> list[Cell]:
     for base in study.bases:
         for entry in study.data:
             data = open_data(entry, study.parts(entry))
+            _check_positions(study, base, entry, data)
             digest_train = _train_digests(data)
             methods = [method for method in study.methods if entry.methods is None or method.name in entry.methods]
             for place, size in enumerate(study.sizes):
@@ -90,6 +92,19 @@ def make_cells(study: Study) -> list[Cell]:
                         rows = None if size == "all" else int(size)
                         cells.append(_trained(study, base, entry, data, method, rows, device, digest_train))
     return cells
+
+
+def _check_positions(study: Study, base: Base, entry: Data, data: DataSet) -> None:
+    """Refuse rows of a study that the base has no positions for; raises ``DataError``."""
+    loaded, times = open_base(base.model), max(1, len(study.parts(entry)))
+    rows = {row: None for purpose, count in (("choose", times * study.search.rows), ("final", entry.test_rows))
+            for row in choose_scored(data, purpose, count)}  # fmt: skip
+    for seed in (study.search.seed, *study.seeds):
+        for size in study.sizes:
+            rows |= dict.fromkeys(data.subset(None if size == "all" else int(size), seed))
+    methods = [method for method in study.methods if entry.methods is None or method.name in entry.methods]
+    soft = max(getattr(method, "tokens", 0) for method in methods)
+    check_positions(loaded.model, loaded.tokenizer, data, list(rows), soft)
 
 
 def open_runs(cells: Sequence[Cell], finished: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Cell, Run]]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from adalink.runtime.errors import DataError
+from adalink.training.base_model import max_positions
 from adalink.training.dataset import IGNORED_LABEL, Example, pad_decoder
 
 if TYPE_CHECKING:
@@ -63,6 +64,44 @@ def make_task(
     return NearestLabel(tuned, tokenizer, label_vectors, data.part_of)
 
 
+def check_positions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataSet, rows: Sequence[Labelled], soft: int
+) -> None:
+    """Refuse rows that are longer than the longest sequence the base was made for.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        data: the data set.
+        rows: those of its rows that are learned from or scored.
+        soft: embeddings that a method puts before the text.
+
+    Raises:
+        DataError: a row, with the longest label that a decoder may go on with, has more tokens than there are
+            positions.
+    """
+    limit = max_positions(model)
+    if limit is None or not rows:
+        return
+    longest = [0] * (max(data.part_of) + 1)
+    if model.can_generate():
+        for part, label in zip(data.part_of, data.labels, strict=True):
+            longest[part] = max(longest[part], len(_label_tokens(tokenizer, label)))
+    texts = [data.prompt(row) if model.can_generate() else row.text for row in rows]
+    for row, ids in zip(rows, tokenizer(texts)["input_ids"], strict=True):
+        length = soft + len(ids) + longest[data.part_of[row.label]]
+        if length > limit:
+            raise DataError(
+                f"data set {data.name}: {row.text[:60]!r} takes up to {length} positions, {soft} of them a soft "
+                f"prompt's, and {type(model).__name__} has {limit}: lower words, or shorten the row"
+            )
+
+
+def _label_tokens(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
+    """What a decoder goes on with to give a label."""
+    return list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
+
+
 class TextToText(Task):
     """A decoder that goes on with the text of the label.
 
@@ -74,9 +113,7 @@ class TextToText(Task):
         super().__init__(tuned)
         self._data = data
         self._tokenizer = tokenizer
-        self._labels = [
-            list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"]) for label in data.labels
-        ]  # fmt: skip
+        self._labels = [_label_tokens(tokenizer, label) for label in data.labels]
         part_of = data.part_of
         for one, tokens in enumerate(self._labels):
             for other, longer in enumerate(self._labels):

@@ -280,6 +280,20 @@ def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path):
     assert "tiny, letters, AdaLink 8, all rows" in text.stdout
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_row_that_a_base_has_no_positions_for_is_refused_before_the_first_run(places, tmp_path, split):
+    data = shutil.copytree(places[1], tmp_path / "letters")
+    lines = (data / f"{split}.jsonl").read_text().splitlines()
+    lines[-1] = json.dumps({**json.loads(lines[-1]), "text": "a" * 60})
+    (data / f"{split}.jsonl").write_text("\n".join(lines))
+    methods = METHODS.replace('activation = "gelu"', "tokens = 5")
+    study = write_study((write_base(tmp_path / "tiny-bert", "bert"), data), tmp_path, methods)
+    message = invoke(study, "--out", tmp_path / "out", code=2).stderr
+    assert "data set letters: 'aaa" in message
+    assert "takes up to 65 positions, 5 of them a soft prompt's, and BertModel has 64" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_estimates(done):
     cells = make_cells(read_study(done[0]))
     (run, *_), lora, zero = cells[0].choose, cells[1].finals[0], cells[2].finals[0]

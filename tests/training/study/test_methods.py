@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from study_support import write_data
-from tiny_models import FAMILIES, HIDDEN_SIZE, LAYERS, VOCAB_SIZE, token_ids
+from tiny_models import FAMILIES, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, token_ids
 from tiny_tokenizer import make_tokenizer
 from transformers import set_seed
 
 from adalink.runtime.errors import ConfigError, DataError, ModelError
+from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, load_data
 from adalink.training.study.methods import tune
-from adalink.training.study.scoring import NearestLabel, TextToText, embed_labels
+from adalink.training.study.scoring import NearestLabel, TextToText, check_positions, embed_labels
 from adalink.training.study.settings import (
     AdaLinkMethod,
     FullMethod,
@@ -82,6 +83,36 @@ def steps(task, data, count, lr=1e-2):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+@pytest.mark.parametrize("name", ["gelu", "both", "prompt"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_rows_without_positions_are_refused_before_they_are_run(family, name, data):
+    method = METHODS[name][0]
+    soft, tokenizer = getattr(method, "tokens", 0), make_tokenizer()
+    task = make(family, method, data)
+    full = Labelled("a" * (MAX_POSITIONS - soft - (0 if family == "bert" else len(" is ant"))), 0)
+    longer = Labelled(full.text + "a", 0)
+    base = FAMILIES[family]()
+    check_positions(base, tokenizer, data, [data.test[0], full], soft)
+    task(**task.collate([full]))
+    task.scores([full])
+    with pytest.raises(
+        DataError, match=rf"letters: 'a+' takes up to 65 positions, {soft} of them .* has 64: lower words"
+    ):
+        check_positions(base, tokenizer, data, [data.test[0], longer], soft)
+    with pytest.raises((IndexError, RuntimeError)):
+        task(**task.collate([longer]))
+
+
+def test_a_row_is_followed_by_labels_of_its_own_part_alone(data):
+    long = DataSet("long", "{text}", ("a" * 30, "b", "c"), data.train, data.validation, data.test)
+    short = DataSet("short", "{text} is", ("x", "y"), [Labelled("!", 0)], [Labelled("?", 1)], [Labelled(".", 0)])
+    both = combine("both", [long, short])
+    text = "a" * (MAX_POSITIONS - len(" is x"))
+    check_positions(FAMILIES["gpt2"](), make_tokenizer(), both, [Labelled(text, 3)], 0)
+    with pytest.raises(DataError, match="takes up to 90 positions"):
+        check_positions(FAMILIES["gpt2"](), make_tokenizer(), both, [Labelled(text, 0)], 0)
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
