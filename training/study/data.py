@@ -78,7 +78,7 @@ class DataSet:
 
     def prompt(self, row: Labelled) -> str:
         """What a decoder is given for a row."""
-        return self.template.format(text=row.text)
+        return self.template.replace("{text}", row.text)
 
     @cached_property
     def part_of(self) -> tuple[int, ...]:

@@ -184,6 +184,11 @@ def _check(study: Study, path: Path) -> None:
     names = [method.name for method in study.methods]
     if study.compare_to not in names:
         raise ConfigError(f"study {path}: $.compare_to is {study.compare_to!r}, expected a method: {', '.join(names)}")
+    if any(isinstance(method, ZeroShotMethod) and method.name == study.compare_to for method in study.methods):
+        raise ConfigError(
+            f"study {path}: $.compare_to is {study.compare_to!r}, which learns nothing: others are paired with it seed "
+            "by seed, and it has none; name a method that is trained"
+        )
     if study.search.seed in study.seeds:
         raise ConfigError(
             f"study {path}: $.search.seed is {study.search.seed}, which is in $.seeds: a learning rate must not be "
@@ -200,6 +205,11 @@ def _check(study: Study, path: Path) -> None:
             raise ConfigError(
                 f"{field}.name is {data.name!r}, expected one of {', '.join(SOURCES)}, or a `folder` with "
                 "train.jsonl, validation.jsonl and test.jsonl"
+            )
+        elif data.folder is None and data.template != DEFAULT_TEMPLATE:
+            raise ConfigError(
+                f"{field} has a template and no folder: {data.name} has a template of its own, and one is for a data "
+                "set of yours; leave it out"
             )
     for index, method in enumerate(study.methods):
         if not isinstance(method, ZeroShotMethod):

@@ -34,6 +34,11 @@ def test_own_data_are_read_as_they_are(tmp_path):
     assert data.prompt(data.test[0]) == wanted[0]["text"] + " is"
 
 
+def test_a_template_may_have_other_braces(tmp_path):
+    data = load_data("letters", 32, str(write_data(tmp_path)), '{"text": "{text}", {json}: {} {0}')
+    assert data.prompt(row("a {b} {text}")) == '{"text": "a {b} {text}", {json}: {} {0}'
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_test_row_planted_elsewhere_is_caught(tmp_path, split):
     folder = write_data(tmp_path / "letters")

@@ -51,6 +51,11 @@ def test_a_study_is_read(tmp_path):
         ('folder = "data"', "", r"\$\.data\[0\]\.name is 'letters', expected one of reuters-r8, .*`folder`"),
         ("lr = [1e-2]", "lr = [1e-2]\nsizes = [7]", r"\$\.methods\[1\]\.sizes has 7, expected some of \$\.sizes: all"),
         ('template = "{text} is"', 'template = "text"', r"\$\.data\[0\]\.template`"),
+        (
+            'compare_to = "AdaLink 8"',
+            'compare_to = "none"',
+            r"\$\.compare_to is 'none', which learns nothing: .* trained",
+        ),
         ("[search]", "[search", r"study\.toml: .*correct the file"),
     ],
 )
@@ -96,6 +101,12 @@ def test_a_wrong_combination_is_named(tmp_path, old, new, message):
     assert COMBINED.count(old) == 1
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, TEXT + COMBINED.replace(old, new))
+
+
+def test_a_template_is_for_a_folder(tmp_path):
+    template = 'name = "reuters-r8"\ntemplate = "{text} is"'
+    with pytest.raises(ConfigError, match=r"\$\.data\[2\] has a template and no folder: reuters-r8 has .*leave it out"):
+        read(tmp_path, TEXT + COMBINED.replace('name = "reuters-r8"', template))
 
 
 def test_a_missing_file_is_named(tmp_path):
