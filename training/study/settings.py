@@ -184,10 +184,11 @@ def _check(study: Study, path: Path) -> None:
     names = [method.name for method in study.methods]
     if study.compare_to not in names:
         raise ConfigError(f"study {path}: $.compare_to is {study.compare_to!r}, expected a method: {', '.join(names)}")
-    if any(isinstance(method, ZeroShotMethod) and method.name == study.compare_to for method in study.methods):
+    trained = [method.name for method in study.methods if not isinstance(method, ZeroShotMethod)]
+    if trained and study.compare_to not in trained:
         raise ConfigError(
             f"study {path}: $.compare_to is {study.compare_to!r}, which learns nothing: others are paired with it seed "
-            "by seed, and it has none; name a method that is trained"
+            f"by seed, and it has none; expected one that is trained: {', '.join(trained)}"
         )
     if study.search.seed in study.seeds:
         raise ConfigError(

@@ -54,7 +54,7 @@ def test_a_study_is_read(tmp_path):
         (
             'compare_to = "AdaLink 8"',
             'compare_to = "none"',
-            r"\$\.compare_to is 'none', which learns nothing: .* trained",
+            r"\$\.compare_to is 'none', which learns nothing: .* trained: AdaLink 8, LoRA 2",
         ),
         ("[search]", "[search", r"study\.toml: .*correct the file"),
     ],
