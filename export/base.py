@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.export.architectures import Architecture, architecture_of
-from adalink.export.base_files import describe_base, metadata_of, write_common
+from adalink.export.base_files import check_common, describe_base, metadata_of, write_common
 from adalink.export.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
@@ -74,7 +74,7 @@ def export_base(
 
     Raises:
         ModelError: the model cannot be loaded or exported.
-        ContractError: the deployment holds another base, or the same with another dtype.
+        ContractError: the deployment holds another base, or the same with another dtype or tokenizer.
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision import describe_images, language_model, write_vision
@@ -117,6 +117,7 @@ def export_base(
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
+            check_common(Path(out), writer.current.base, base, tokenizer)
             variants = dict(writer.current.variants)
             if variant in variants and not replace:
                 raise DeploymentError(

@@ -12,11 +12,13 @@ from adalink.export.architectures import Architecture, cache_shape
 from adalink.export.bank_graph import build_bank_graph
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.adapter import KINDS
-from adalink.runtime.errors import ModelError
+from adalink.runtime.errors import ContractError, ModelError
 from adalink.runtime.manifest import Base, Vision
 from adalink.training.base_model import max_positions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDINGS_FILE = "base/embeddings.safetensors"
@@ -120,17 +122,58 @@ def write_common(
     except SafetensorError as error:  # its own class, also for a full disk
         raise OSError(errno.EIO, str(error), str(path)) from error
     if tokenizer is not None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise ModelError(
-                f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer"
-            )
-        writer.stage(TOKENIZER_FILE).write_text(_plain_tokenizer(backend.to_str()), encoding="utf-8")
+        writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
     if template := _chat_template(tokenizer):
         writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
     for kind, relative in base.bank.items():
         graph = build_bank_graph(kind, base.hidden_size, base.embedding_dtype)
         writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def check_common(folder: Path, current: Base, new: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a model whose tokenizer, chat template or special tokens are no longer those that were written.
+
+    A model that comes without a tokenizer says nothing of one: what the deployment has stays.
+
+    Args:
+        folder: the deployment.
+        current: its base.
+        new: the base that the model would be.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ContractError: one of them differs.
+    """
+    same = {name: getattr(current, name) == getattr(new, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    if tokenizer is None:
+        ends = current.eos_token_ids if current.tokenizer is None else current.eos_token_ids[: len(new.eos_token_ids)]
+        same["eos_token_ids"] = ends == new.eos_token_ids
+    else:
+        same["eos_token_ids"] = current.eos_token_ids == new.eos_token_ids
+        same["tokenizer"] = current.tokenizer is not None and _is_same_tokenizer(folder / current.tokenizer, tokenizer)
+        template = None if current.chat_template is None else (folder / current.chat_template).read_text("utf-8")
+        same["chat_template"] = template == (_chat_template(tokenizer) or None)
+    if changed := [name for name, is_same in same.items() if not is_same]:
+        raise ContractError(
+            f"deployment {folder} holds base {current.name!r} with another {' and '.join(changed)} than {new.name!r} "
+            "has now: variants share them, and they stay as they were written; export into another folder"
+        )
+
+
+def _is_same_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a written tokenizer is this one, whatever release of ``tokenizers`` wrote it."""
+    from tokenizers import Tokenizer
+
+    written = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    return _plain_tokenizer(written.to_str()) == _tokenizer_text(tokenizer)
+
+
+def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is written as ``tokenizer.json``; raises ``ModelError`` if there is no such form."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer")
+    return _plain_tokenizer(backend.to_str())
 
 
 def _plain_tokenizer(text: str) -> str:

@@ -149,6 +149,41 @@ def test_other_base_or_dtype_is_refused_and_named(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == first
 
 
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("tokenizer", lambda model, tokenizer: tokenizer.backend_tokenizer.add_special_tokens(["<new>"])),
+        ("chat_template", lambda model, tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}")),
+        ("chat_template", lambda model, tokenizer: setattr(tokenizer, "chat_template", None)),
+        ("eos_token_ids", lambda model, tokenizer: setattr(tokenizer, "eos_token", "a")),
+        ("eos_token_ids", lambda model, tokenizer: setattr(model.generation_config, "eos_token_id", [2, 5])),
+        ("bos_token_id", lambda model, tokenizer: setattr(model.generation_config, "bos_token_id", 3)),
+    ],
+)
+def test_a_variant_with_other_common_files_is_refused_and_named(field: str, change: Any, tmp_path: Path) -> None:
+    first = export_base(FAMILIES["llama"](), tmp_path, tokenizer=make_tokenizer())
+    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
+    change(model, tokenizer)
+    for options in ({"replace": True}, {"target": "portable"}):
+        with pytest.raises(ContractError, match=rf"with another {field} than .* export into another folder"):
+            export_base(model, tmp_path, tokenizer=tokenizer, **options)
+    assert read_manifest(tmp_path) == first
+
+
+def test_a_variant_without_a_tokenizer_keeps_the_one_that_is_there(tmp_path: Path) -> None:
+    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
+    model.generation_config.eos_token_id = model.config.eos_token_id = 1
+    first = export_base(model, tmp_path / "one", tokenizer=tokenizer)
+    assert first.base.eos_token_ids == (1, 2)
+    assert export_base(model, tmp_path / "one", target="portable").base == first.base
+    tokenizer.backend_tokenizer.enable_padding(length=9)  # its user's, and no part of what is written
+    assert export_base(model, tmp_path / "one", tokenizer=tokenizer, replace=True).base == first.base
+    bare = export_base(model, tmp_path / "two")
+    with pytest.raises(ContractError, match="with another eos_token_ids and tokenizer and chat_template than"):
+        export_base(model, tmp_path / "two", tokenizer=tokenizer, replace=True)
+    assert read_manifest(tmp_path / "two") == bare
+
+
 def test_loaded_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     with torch.no_grad():
