@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adalink.runtime.errors import AdapterError, DataError, ModelError
+from adalink.runtime.errors import AdapterError, DataError, ModelError, WriteError
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -63,7 +63,10 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     adapters = find_adapters(examples)
     rows = read_rows(examples / "demo.jsonl")
     source = find_model(model)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot make {out}: {error.strerror}; choose a writable place with --out") from error
     progress(f"model: {source.name}")
     state = DemoState(out, source, fresh=fresh)
     with quiet_libraries():
