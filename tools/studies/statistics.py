@@ -8,8 +8,8 @@ import random
 import statistics
 from collections.abc import Sequence
 
-_EXACT_PAIRS = 16
-_DRAWS = 1 << 16
+EXACT_PAIRS = 16
+DRAWS = 1 << 16
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -55,14 +55,13 @@ def sign_flip_test(differences: Sequence[float]) -> float:
     65,536 drawn with a fixed seed, the one found counted among them.
     """
     found = abs(math.fsum(differences)) * (1 - 1e-9)
-    if len(differences) <= _EXACT_PAIRS:
+    if len(differences) <= EXACT_PAIRS:
         patterns = itertools.product((-1, 1), repeat=len(differences))
         sums = [abs(math.fsum(sign * value for sign, value in zip(signs, differences, strict=True)))
                 for signs in patterns]  # fmt: skip
         return sum(value >= found for value in sums) / len(sums)
     draw = random.Random(0)
     extreme = sum(
-        abs(math.fsum(value if draw.random() < 0.5 else -value for value in differences)) >= found
-        for _ in range(_DRAWS)
+        abs(math.fsum(value if draw.random() < 0.5 else -value for value in differences)) >= found for _ in range(DRAWS)
     )
-    return (extreme + 1) / (_DRAWS + 1)
+    return (extreme + 1) / (DRAWS + 1)

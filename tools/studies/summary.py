@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from adalink.tools.studies.plan import Cell, waiting
-from adalink.tools.studies.statistics import mean_and_deviation, sign_flip_test, t_interval
+from adalink.tools.studies.statistics import DRAWS, EXACT_PAIRS, mean_and_deviation, sign_flip_test, t_interval
 from adalink.training.study.settings import Study, ZeroShotMethod
 
 SCORING = (
@@ -18,9 +18,9 @@ SCORING = (
 )
 PAIRED = (
     "Differences are accuracy minus that of the method compared with, for the same seed (same training rows, same "
-    "order). The interval of a cell is Student's for their mean, 95 %. The p-value over data sets is of an exact "
-    "two-sided sign-flip test of all pairs of data set and seed; seeds of a data set share its test rows, so it speaks "
-    "of these data sets, not of others."
+    "order). The interval of a cell is Student's for their mean, 95 %. The p-value over data sets is of a two-sided "
+    f"sign-flip test of all pairs of data set and seed, exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random "
+    "patterns; seeds of a data set share its test rows, so it speaks of these data sets, not of others."
 )
 
 

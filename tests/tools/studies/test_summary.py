@@ -15,6 +15,7 @@ from adalink.runtime.errors import WriteError
 from adalink.tools.studies.page import write_pages
 from adalink.tools.studies.plan import Cell
 from adalink.tools.studies.plots import draw
+from adalink.tools.studies.statistics import DRAWS, EXACT_PAIRS
 from adalink.tools.studies.summary import summarize
 from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows
 from adalink.training.study.perform import Run
@@ -280,3 +281,16 @@ def test_a_folder_that_cannot_be_written_is_told(made, tmp_path):
         draw(summarize(*made), tmp_path / "file" / "plots")
     with pytest.raises(WriteError, match="choose a writable --out"):
         write_pages(tmp_path / "file", summarize(*made), {})
+
+
+def test_what_the_p_value_is_is_said(made, tmp_path):
+    summary = summarize(*made)
+    said = (
+        f"sign-flip test of all pairs of data set and seed, exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random"
+    )
+    assert said in summary["paired"]
+    root = Path(__file__).parents[3]
+    assert f"exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random" in (root / "docs" / "study.md").read_text()
+    for folder in (root / "studies" / "results").iterdir():
+        assert json.loads((folder / "summary.json").read_text())["paired"] == summary["paired"]
+        assert summary["paired"] in (folder / "study.md").read_text()
