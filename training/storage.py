@@ -70,7 +70,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
         AdapterError: the folder holds something other than an adapter.
         WriteError: the disk refused; what was there is as it was.
     """
-    folder = Path(folder).resolve()  # what is beside "." is in ".."
+    folder = Path(folder).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(folder)
     config_bytes, weights_bytes = encode_adapter(adapter)
     files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes, **(extra or {})}
@@ -129,7 +129,12 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to replace a folder that is not an adapter; raises ``AdapterError``."""
+    """Refuse to replace a folder that is not an adapter, or the current one; raises ``AdapterError``."""
+    if folder.is_dir() and folder.samefile("."):
+        raise AdapterError(
+            f"{folder} is the current folder, and an adapter folder is replaced as a whole: name another, or go to its "
+            "parent and name it there"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{folder} is not empty and holds no {CONFIG_FILE}: it is no adapter; choose another folder")
     if folder.exists() and not folder.is_dir():

@@ -89,7 +89,7 @@ def train(
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
-    out = Path(out).resolve()  # "." has no name of its own, and so no neighbour for the checkpoints
+    out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")

@@ -273,16 +273,25 @@ def test_an_adapter_that_diverged_is_refused_and_leaves_nothing_behind(base, dat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_one_is_in_can_be_the_adapters(finished, base, data, tmp_path, monkeypatch):
-    place = tmp_path / "here"
-    place.mkdir()
-    monkeypatch.chdir(place)
+@pytest.mark.parametrize("path", [".", "x/..", "../here"])
+def test_the_current_folder_is_refused_at_once(base, data, tmp_path, monkeypatch, path):
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "adapter_config.json").write_text("{}")  # as if an adapter had been there
+    with pytest.raises(AdapterError, match="is the current folder, and an adapter folder is replaced as a whole"):
+        run(base, data, path)
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"x", "adapter_config.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_path_may_end_in_its_parent(finished, base, data, tmp_path):
+    out = tmp_path / "adapter" / "x" / ".."
     with pytest.raises(KeyboardInterrupt):
-        run(base, data, ".", callbacks=[_Interrupt(7)])
-    assert list(place.iterdir()) == []
-    run(base, data, ".", resume=True)
-    assert read_adapter(place).digest == finished[1]["adapter_digest"]
-    assert list(tmp_path.iterdir()) == [place]
+        run(base, data, out, callbacks=[_Interrupt(7)])
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.checkpoints"]
+    run(base, data, out, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert read_adapter(tmp_path / "adapter").digest == finished[1]["adapter_digest"]
 
 
 def test_encoders_are_refused(data, tmp_path):
