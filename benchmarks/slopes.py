@@ -103,13 +103,13 @@ LAWS: dict[str, dict[str, Law]] = {
         "prefill_ms": Law(lambda m, x: m.prefill_s(1, x), "cost model: arithmetic for every token, and attention"),
         "decode_ms": Law(lambda m, x: m.step_s(1, x), "cost model: weights and cache are read each step"),
         "swap_us": Law(1, "every token is looked up and adapted", start=16),
-        "memory_bytes": Law(1, "cache and activations of every position", start=16),
+        "memory_bytes": Law(1, "cache and activations of every position, beyond what a short request left", start=256),
     },
     "batch": {
         "prefill_ms": Law(lambda m, x: m.prefill_s(x, BATCH_PROMPT), "cost model: arithmetic for every row"),
         "decode_ms": Law(lambda m, x: m.step_s(x, BATCH_PROMPT), "cost model: weights are read once for all rows"),
         "swap_us": Law(1, "every row brings a task of its own", start=4),
-        "memory_bytes": Law(1, "cache and activations of every row", start=4),
+        "memory_bytes": Law(1, "cache and activations of every row, beyond what a short request left", start=8),
     },
 }
 
