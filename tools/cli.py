@@ -89,7 +89,7 @@ class LazyGroup(click.Group):
 def main() -> None:
     """Input-only adapters (AdaLink) for frozen transformers.
 
-    Compile the base once, ship every task as a graph of a few kilobytes, and prove that both compute what PyTorch
+    Compile the base once, ship every task as a graph of some 100 kB, and prove that both compute what PyTorch
     computes. Exit codes: 0 done, 1 a check failed, 2 wrong use or bad input, 130 interrupted.
 
     \b

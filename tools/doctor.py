@@ -12,7 +12,7 @@ BACKEND_EXTRAS = {
     "onnxruntime-cpu": "cpu",
     "onnxruntime-cuda": "gpu",
     "onnxruntime-tensorrt": "gpu,tensorrt",
-    "onnxruntime-tensorrt-rtx": "tensorrt-rtx-provider",
+    "onnxruntime-tensorrt-rtx": "cpu,tensorrt-rtx-provider",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
 }

@@ -23,7 +23,7 @@ _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 def command() -> None:
     """Export a base model, adapters and engines into a deployment.
 
-    The base is exported once. Each adapter is then a graph of a few kilobytes beside it; adding or replacing one
+    The base is exported once. Each adapter is then a graph of some 100 kB beside it; adding or replacing one
     touches no byte of the base, nor of an engine that was built from it.
 
     \b

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     "--text",
     "text_file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Text to measure the cost of quantising on; the built-in prompts without it.",
+    help="Text whose first 4,096 tokens the cost of quantising is measured on; the built-in prompts without it.",
 )
 @click.option(
     "--max-perplexity-increase",

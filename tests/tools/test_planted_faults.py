@@ -9,6 +9,7 @@ import shutil
 import msgspec
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from runtime_support import reseal
@@ -19,7 +20,9 @@ from adalink.export.adapter import export_adapter
 from adalink.runtime import bank
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
+from adalink.runtime.open_base import OpenBase
 from adalink.runtime.tasks import TaskTable
+from adalink.tools.parity import swap_worker
 from adalink.tools.parity.suite import verify
 from adalink.tools.parity.swap_worker import run_fresh
 
@@ -329,6 +332,24 @@ def test_engine_rebuilt_or_base_changed_during_swaps(deployment, monkeypatch):
 
     monkeypatch.setattr("adalink.tools.parity.swap.run_fresh", run_fresh_and_rebuild)
     assert failures(model, folder) == {"receipt/engine-builds", "receipt/builder-calls", "receipt/base-files"}
+
+
+def test_an_engine_opened_during_a_swap_is_counted(deployment, monkeypatch):
+    """Whoever opens it: here the runtime does, and does not say so."""
+    _, folder = deployment
+    (variant,) = read_manifest(folder).variants
+    request = {"path": folder, "backend": "onnxruntime-cpu", "variant": variant, "threads": 1, "ids": [[5, 6, 7]]}
+    request |= {"decoder_ids": None, "tasks": [None, "alpha", "beta", None]}
+    assert swap_worker._answer(request)["builds"] == 0
+    run = OpenBase.run
+
+    def rebuilding(self, given, *rest):
+        if given.tasks is not bank.PLAIN:
+            onnxruntime.InferenceSession(str(variant_graph(folder)))
+        return run(self, given, *rest)
+
+    monkeypatch.setattr(OpenBase, "run", rebuilding)
+    assert swap_worker._answer(request)["builds"] == 2
 
 
 def test_tokenizer_altered(deployment):

@@ -16,6 +16,7 @@ from vision_support import patch_processor
 from adalink.runtime import Deployment, onnxruntime_in_place, open_base
 from adalink.runtime.errors import ContractError
 from adalink.runtime.grid_positions import grid_positions
+from adalink.runtime.manifest import Vision
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.patches import Patching, PatchTower
 from adalink.tools.parity.outputs import compare_outputs
@@ -99,6 +100,15 @@ def test_patches_in_the_wrong_order_are_found(deployment, monkeypatch):
     cut = Patching.cut
     monkeypatch.setattr(Patching, "cut", lambda self, values: cut(self, values)[::-1].copy())
     assert {"vision/pixel-values", "base/images/logits"} <= failures(*deployment)
+
+
+def test_another_number_of_places_for_a_picture_is_found(deployment, monkeypatch):
+    written = Vision.written
+    monkeypatch.setattr(Vision, "written", lambda self, grid: [*written(self, grid), self.image_token_id])
+    vision = read_manifest(deployment[1]).base.vision
+    with Deployment.open(deployment[1], threads=1) as opened:
+        checks = check_vision(opened, Reference(deployment[0], opened.manifest.base), own_images(deployment[0], vision))
+    assert {check.name for check in checks if not check.passed} == {"vision/patch-tokens"}
 
 
 def test_one_weight_of_the_vision_tower_is_found(deployment):

@@ -16,6 +16,7 @@ from adalink.export.base import export_base
 from adalink.runtime.errors import DataError, RequestError, UnknownTaskError
 from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.cli import main
+from adalink.tools.parity.quantization import check_cost
 from adalink.tools.parity.quantized_weights import read_matrices
 from adalink.tools.parity.suite import verify
 
@@ -198,10 +199,15 @@ def test_cost_is_attributed_and_may_be_limited(clean):
     assert len({perplexity[side] for side in ("float32", "weights", "deployed")}) == 3
     assert report.cost["kl"]["float32"] == 0 < report.cost["kl"]["weights"] < 1
     assert report.cost["top1"]["float32"] == 1
-    lowered = 100 * (perplexity["deployed"] / perplexity["float32"] - 1) - 1e-3
-    if lowered > 0:
-        strict = measure(model, folder, text=TEXT, max_perplexity_increase=lowered)
-        assert {check.name for check in strict.checks if not check.passed} == {"quantization/perplexity"}
+    increase = 100 * (perplexity["deployed"] / perplexity["float32"] - 1)
+    (check,) = (check for check in report.checks if check.name == "quantization/perplexity")
+    assert check.measured == pytest.approx(increase)
+
+
+def test_more_perplexity_than_is_accepted_is_found():
+    cost = {"perplexity": {"float32": 10.0, "weights": 10.4, "deployed": 11.0}}
+    assert check_cost(cost, 10.1).passed
+    assert not check_cost(cost, 9.9).passed
 
 
 def test_perplexity_against_a_direct_computation(clean):

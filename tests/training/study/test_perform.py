@@ -17,6 +17,7 @@ from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.study import perform as module
 from adalink.training.study.data import DataSet, Labelled, digest_rows
 from adalink.training.study.perform import Run, choose_scored, measure, open_base, open_data, perform, resolve_device
+from adalink.training.study.scoring import TextToText
 from adalink.training.study.settings import (
     AdaLinkMethod,
     Data,
@@ -196,9 +197,21 @@ def named(*labels):
     return DataSet("letters", "{text}", labels, [Labelled("x", 0)], [Labelled("y", 0)], [Labelled("z", 0)])
 
 
-def test_a_run_that_diverges_is_told_and_scored_as_wrong(base, entry):
-    method = LoraMethod(name="m", lr=(0.9,), rank=2, targets="all-linear")
-    run = make_run(base, entry, lr=0.999999, max_steps=8)
+def test_a_run_that_diverges_is_told_and_scored_as_wrong(base, entry, monkeypatch):
+    forward, steps = TextToText.forward, iter(range(100))
+
+    def diverging(self, input_ids, attention_mask, position_ids, labels):
+        loss = forward(self, input_ids, attention_mask, position_ids, labels)["loss"]
+        return {"loss": loss * float("nan") if next(steps) >= 4 else loss}
+
+    monkeypatch.setattr(TextToText, "forward", diverging)
+    method = LoraMethod(name="m", lr=(1e-3,), rank=2, targets="all-linear")
+    result = perform(make_run(base, entry, lr=1e-3, max_steps=8), base, entry, method)["result"]
+    assert result["diverged"]
+    assert result["loss_curve"][0]["loss"] is not None
+    assert result["loss_curve"][-1]["loss"] is None
+    assert (result["accuracy"], result["loss"]) == (0.0, None)
+    json.dumps(result, allow_nan=False)
 
     class Broken:
         def scores(self, rows):
@@ -206,7 +219,6 @@ def test_a_run_that_diverges_is_told_and_scored_as_wrong(base, entry):
 
     result = measure(Broken(), [Labelled("a", 0), Labelled("b", 2)], named("a", "b", "c"))
     assert result == {"accuracy": 0.0, "class_accuracy": [0.0, None, 0.0], "loss": None, "rows": 2}
-    json.dumps(perform(run, base, entry, method), allow_nan=False)
 
 
 def test_scores_are_counted_by_hand():
