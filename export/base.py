@@ -174,9 +174,28 @@ def _check_request(dtype: str, target: str, quantization: str | None, modalities
 
 
 def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The model on the CPU, its weights in ``dtype``.
+
+    Rotary frequencies stay as they are, as transformers keeps them: rounded to 11 bits they turn position 4,000 by up
+    to a radian too much.
+
+    Raises:
+        ModelError: the weights are quantised.
+    """
     import torch
 
-    return model.to(getattr(torch, dtype)).to("cpu").requires_grad_(False)
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    try:
+        model.to(getattr(torch, dtype)).to("cpu").requires_grad_(False)
+    except ValueError as error:  # what transformers says of bitsandbytes and GPTQ
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are quantised and cannot be exported: {error}; export the "
+            "original checkpoint, with --quantize if it shall be small"
+        ) from error
+    for name, values in kept.items():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, values.cpu())
+    return model
 
 
 def _check_unhooked(model: PreTrainedModel) -> None:
@@ -228,8 +247,9 @@ def _write_variant(
     """Write the graphs of one variant."""
     from adalink.export.attention import exportable_attention
     from adalink.export.fused import fuse, why_not_fused
-    from adalink.export.grouped_attention import why_not_grouped
+    from adalink.export.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
     from adalink.export.onnx_graph import traced_graphs, write_graph
+    from adalink.runtime.onnxruntime_session import NEEDS_ONNXRUNTIME
 
     folder = writer.fresh_folder(f"base/{quantization or target}")
     scheme = None if quantization is None else SCHEMES[quantization]
@@ -240,6 +260,8 @@ def _write_variant(
     if grouped and (reason := why_not_grouped(model, architecture)):
         grouped = False
         report(f"attention is kept in standard operators: {reason}")
+    if grouped and has_windows(model, architecture):
+        metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
     with exportable_attention(model):
         for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
             report(f"tracing {stem}.onnx ({base.embedding_dtype})")

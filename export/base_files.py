@@ -54,7 +54,12 @@ def describe_base(
     eos = _end_tokens(model, tokenizer, rows)
     pad = _token_ids(model, "pad_token_id", rows) or eos or (0,)
     bos = _token_ids(model, "bos_token_id", rows)
-    start = _token_ids(model, "decoder_start_token_id", rows)
+    start = _token_ids(model, "decoder_start_token_id", rows) or bos
+    if architecture.kind == "encoder-decoder" and not start:
+        raise ModelError(
+            f"the configuration of {name} says neither decoder_start_token_id nor bos_token_id, with one of which its "
+            "decoder begins: set it in config.json"
+        )
     return Base(
         name=name,
         architecture=config.model_type,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from adalink.export.bounds import Float64
 from adalink.export.graph_run import OpenGraph
 from adalink.export.task_check import activate, find_outside_bound
-from adalink.runtime.adapter import Adapter
+from adalink.runtime.adapter import Adapter, rank_of
 from adalink.runtime.bank import bank_weights
 from adalink.runtime.embeddings import TENSOR_NAME
 from adalink.runtime.engine import Array
@@ -42,8 +44,8 @@ def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None
         raise ConfigError(f"{base.name} has bfloat16 embeddings, which numpy cannot add to: fold {origin} to a table")
 
 
-def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenGraph) -> bytes:
-    """Bytes of a task's folded form.
+def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenGraph) -> bytearray:
+    """Bytes of a task's folded form; made in place, since they are as large as the embedding table.
 
     Args:
         fold: ``"table"`` or ``"rank"``.
@@ -58,11 +60,13 @@ def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenG
     if fold == "table":
         kind = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
         weights = bank_weights(adapter, "text")
-        parts = [bank.run(block[None], weights)[0].astype(kind) for _, block in _blocks(table)]
-        tensor = np.concatenate(parts).view(table.dtype)
-        data = _encode(TENSOR_NAME, tensor, _CODES[base.embedding_dtype])
+        data, rows = _tensor_file(TENSOR_NAME, _CODES[base.embedding_dtype], kind, len(table), table.shape[1])
+        for start, block in _blocks(table):
+            rows[start : start + len(block)] = bank.run(block[None], weights)[0].astype(kind)
     else:
-        data = _encode(HIDDEN_NAME, np.concatenate([_hidden(adapter, block) for _, block in _blocks(table)]), "F32")
+        data, rows = _tensor_file(HIDDEN_NAME, "F32", np.dtype("<f4"), len(table), rank_of(adapter.config.rank, "text"))
+        for start, block in _blocks(table):
+            rows[start : start + len(block)] = _hidden(adapter, block)
     check_fold(fold, np.frombuffer(data, np.uint8), adapter, base, table)
     return data
 
@@ -96,7 +100,10 @@ def _float64(values: Array) -> Float64:
     return as_float32(values).astype(np.float64)
 
 
-def _encode(name: str, tensor: Array, code: str) -> bytes:
-    """A safetensors file with one tensor, which begins at a multiple of 64 bytes."""
-    entry = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
-    return aligned_header(json.dumps({name: entry}).encode()) + tensor.tobytes()
+def _tensor_file(name: str, code: str, kind: np.dtype[Any], *shape: int) -> tuple[bytearray, Array]:
+    """A safetensors file with one tensor, from a multiple of 64 bytes on, and that tensor, to be filled."""
+    size = kind.itemsize * math.prod(shape)
+    header = aligned_header(json.dumps({name: {"dtype": code, "shape": shape, "data_offsets": [0, size]}}).encode())
+    data = bytearray(len(header) + size)
+    data[: len(header)] = header
+    return data, np.frombuffer(data, kind, offset=len(header)).reshape(shape)

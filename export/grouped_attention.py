@@ -14,23 +14,29 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import onnxruntime
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
-from adalink.export.architectures import BARE_MASK, Architecture
+from adalink.export.architectures import BARE_MASK, Architecture, mask_windows
 from adalink.export.attention import NAME
 from adalink.export.graph_modules import axes_first
 from adalink.export.onnx_graph import DOMAIN, OPERATOR
 from adalink.export.shared_inputs import MergedLinear, find_groups, merged
 from adalink.runtime.errors import ModelError
+from adalink.runtime.onnxruntime_session import is_older
 
 # What the operator demands of its rotary tables (ONNX Runtime 1.31: group_query_attention_helper.h).
 _HEAD_MULTIPLE, _ROTARY_MULTIPLE = 16, 16
+# Before it, the operator lets a window of n tokens see n + 1 (microsoft/onnxruntime #25927).
+WINDOWS_SINCE = "1.24"
 
 
 def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
     """Why a decoder keeps attention in standard operators, or ``None`` when ``GroupedDecoderGraph`` can express it."""
+    if has_windows(model, architecture) and is_older(onnxruntime.__version__, WINDOWS_SINCE):
+        return f"ONNX Runtime {onnxruntime.__version__} lets its windows see a token too many; {WINDOWS_SINCE} does not"
     if architecture.bidirectional_prompt:
         return f"its prompt attends in both directions, and {OPERATOR} only causally"
     rotary = getattr(model.base_model, "rotary_emb", None)
@@ -43,6 +49,11 @@ def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
     if bad := [width for width in widths if width % _ROTARY_MULTIPLE]:
         return f"its rotary embedding turns {bad[0]} numbers of a head, no multiple of {_ROTARY_MULTIPLE}"
     return None
+
+
+def has_windows(model: Any, architecture: Architecture) -> bool:
+    """Whether some layer of a decoder sees only the latest tokens."""
+    return any(mask_windows(model.config, architecture).values())
 
 
 class GroupedDecoderGraph(torch.nn.Module):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.errors import GraphError
+from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.manifest import Quantization
 
 if TYPE_CHECKING:
@@ -172,7 +172,9 @@ def _code(
     codes = np.zeros((columns, blocks, block_size * bits // 8), np.uint8)
     scales = np.zeros((columns, blocks), np.float32)
     zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
-    kernel = kernels.quantize_matmul_4bits if bits == 4 else kernels.quantize_matmul_8bits
+    kernel = getattr(kernels, f"quantize_matmul_{bits}bits", None)
+    if kernel is None:
+        raise ConfigError(f"the installed ONNX Runtime has no matrices in {bits} bits: pip install 'onnxruntime>=1.22'")
     kernel(codes, padded, scales, zero_points, block_size, columns, rows, False)  # False: not symmetric
     arrays = {"codes": codes, "scales": scales, "zero_points": zero_points}
     parts = [_stored(f"{name}.{part}", array, stream, target) for part, array in arrays.items()]

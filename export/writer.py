@@ -44,15 +44,16 @@ class DeploymentWriter:
         self.current = current
         self._staging = folder / STAGING_FOLDER
         paths = current.paths_in_use() if current else set()
-        self._used_folders = {parent for path in paths for parent in _folders_of(path)}
+        # Without case, which some disks do not tell apart.
+        self._used_folders = {parent.casefold() for path in paths for parent in _folders_of(path)}
 
     def fresh_folder(self, wanted: str) -> str:
         """A folder, ``wanted`` or ``wanted.2`` and so on, that nobody has a file in; it is given out once."""
         candidate, number = wanted, 1
-        while candidate in self._used_folders:
+        while candidate.casefold() in self._used_folders:
             number += 1
             candidate = f"{wanted}.{number}"
-        self._used_folders.add(candidate)
+        self._used_folders.add(candidate.casefold())
         return candidate
 
     def stage(self, relative: str) -> Path:

@@ -14,7 +14,7 @@ from adalink.runtime.onnxruntime_boundary import guard
 from adalink.runtime.onnxruntime_growing import GrowingEngine
 from adalink.runtime.onnxruntime_in_place import InPlaceEngine
 from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
-from adalink.runtime.onnxruntime_session import GuardedSession, read_signature
+from adalink.runtime.onnxruntime_session import GuardedSession, check_version, read_signature
 from adalink.runtime.onnxruntime_vision import OnnxVisionGraph
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class OnnxRuntimeBackend:
                 "or use this deployment with TensorRT"
             )
         session = self._session(str(graph), self._threads or 0, origin=str(graph))
+        check_version(session, self._ort.__version__, origin=str(graph))
         guarded = GuardedSession(session, self._ort, origin=str(graph))
         signature = read_signature(session, base, role, origin=str(graph))
         kind = InPlaceEngine if signature.in_place else GrowingEngine

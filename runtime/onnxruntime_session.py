@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from adalink.runtime.errors import GraphError, RequestError
+from adalink.runtime.errors import BackendError, GraphError, RequestError
 from adalink.runtime.manifest import Base
 from adalink.runtime.onnxruntime_boundary import ORT_TYPES, guard, wrong_name
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
     from adalink.runtime.engine import Array
+
+# Of a base graph's metadata: the oldest ONNX Runtime that computes it rightly.
+NEEDS_ONNXRUNTIME = "needs_onnxruntime"
 
 T = TypeVar("T")
 
@@ -81,6 +84,22 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
             f"{origin}: inputs_embeds is {types['inputs_embeds']}, the contract says {expected}: export it again"
         )
     return signature
+
+
+def check_version(session: ort.InferenceSession, installed: str, origin: str) -> None:
+    """Refuse a graph that an older ONNX Runtime computes wrongly; raises ``BackendError``."""
+    needed = session.get_modelmeta().custom_metadata_map.get(NEEDS_ONNXRUNTIME)
+    if needed is not None and is_older(installed, needed):
+        raise BackendError(
+            f"{origin} needs ONNX Runtime {needed} or newer and would be computed wrongly by {installed}: install a "
+            "newer one, or export the base here with --target portable"
+        )
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a version such as ``1.23.2`` comes before one such as ``1.24``."""
+    numbers = [[int(part) for part in text.split(".")[:2]] for text in (version, than)]
+    return numbers[0] < numbers[1]
 
 
 class GuardedSession:

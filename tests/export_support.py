@@ -70,6 +70,7 @@ def narrow_llama():
 
 
 ALL_DECODERS = {**DECODERS, "mistral-windowed": windowed_mistral, "qwen2-windowed": windowed_qwen2}
+WINDOWED = ("gemma3", "mistral-windowed", "qwen2-windowed")
 ALL_ENCODERS = {"bert": FAMILIES["bert"], "roberta": roberta, "xlm-roberta": xlm_roberta, "distilbert": distilbert}
 MODELS = {**ALL_DECODERS, "llama-narrow": narrow_llama, **ALL_ENCODERS, "t5": FAMILIES["t5"]}
 
@@ -124,3 +125,13 @@ def difference(received: Array, expected: Array) -> float:
     assert received.dtype == expected.dtype
     assert np.isfinite(received).all()
     return float(np.abs(received - expected).max())
+
+
+def in_half(model: Any) -> Any:
+    """The model computing in float32 with weights rounded to float16; rotary frequencies are no weights."""
+    rounded = copy.deepcopy(model).half().float()
+    for name, values in model.named_buffers():
+        if "inv_freq" in name:
+            owner, _, own = name.rpartition(".")
+            setattr(rounded.get_submodule(owner), own, values)
+    return rounded

@@ -12,6 +12,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from export_support import in_half
+from onnx import numpy_helper
 from safetensors.torch import load_file
 from tiny_models import DECODERS, FAMILIES, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, token_ids
 from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
@@ -69,6 +71,17 @@ def test_encoder_decoder_says_how_to_begin(tmp_path: Path) -> None:
     base = export_base(FAMILIES["t5"](), tmp_path).base
     assert (base.kind, base.decoder_start_token_id, base.max_positions) == ("encoder-decoder", 0, None)
     assert base.cache == Cache(layers=LAYERS, kv_heads=4, head_dim=12)
+
+
+def test_a_decoder_must_know_how_it_begins(tmp_path: Path) -> None:
+    model = FAMILIES["t5"]()
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.bos_token_id = None, 7
+    assert export_base(copy.deepcopy(model), tmp_path / "bos").base.decoder_start_token_id == 7
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = None
+    with pytest.raises(ModelError, match="neither decoder_start_token_id nor bos_token_id"):
+        export_base(model, tmp_path / "none")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", "bert"])
@@ -203,7 +216,7 @@ def test_half_precision_graph_follows_the_float32_model(family: str, tmp_path: P
     stored = path.with_name("model.onnx.data").stat().st_size
     assert stored < 2.1 * sum(parameter.numel() for parameter in model.parameters())
     session, cache = ort.InferenceSession(str(path)), manifest.base.cache
-    rounded = copy.deepcopy(model).half().float()
+    rounded = in_half(model)
     ids, mask, positions = token_ids(1, 2, 9), np.ones((2, 9), np.int64), np.tile(np.arange(9), (2, 1))
     mask[1, :4], positions[1] = 0, np.maximum(np.arange(9) - 4, 0)
     with torch.no_grad():
@@ -224,6 +237,46 @@ def test_half_precision_graph_follows_the_float32_model(family: str, tmp_path: P
     positions[1, -1] += 1
     wrong = session.run(["logits"], feeds | past)[0]
     assert not np.array_equal(wrong[1, -1], received[1, -1])
+
+
+def test_half_precision_does_not_turn_far_positions(tmp_path: Path) -> None:
+    """Rotary frequencies in 11 bits would be wrong by a radian between positions that are this far apart."""
+    model = DECODERS["llama"]()
+    model.config.max_position_embeddings = 8192
+    for target in ("onnxruntime-cpu", "portable"):
+        export_base(copy.deepcopy(model), tmp_path, dtype="float16", target=target)
+    graph = graph_of(tmp_path, "onnxruntime-cpu").graph
+    tables = {tensor.name: numpy_helper.to_array(tensor).astype(np.float64) for tensor in graph.initializer}
+    angles = np.arange(8192)[:, None] * model.base_model.rotary_emb.inv_freq.double().numpy()
+    assert np.abs(tables["cos_all"] - np.cos(angles)).max() < 2**-10
+    assert np.abs(tables["sin_all"] - np.sin(angles)).max() < 2**-10
+    manifest = read_manifest(tmp_path)
+    rounded, ids, cache = in_half(model), token_ids(1, 1, 8), manifest.base.cache
+    assert cache is not None
+    positions = np.array([[0, 1, 2, 3, 6000, 6001, 7000, 8000]])
+    with torch.no_grad():
+        expected = rounded(input_ids=ids, position_ids=torch.from_numpy(positions)).logits.numpy()
+        embeds = rounded.get_input_embeddings()(ids).numpy().astype(np.float16)
+        for module in (wrong := copy.deepcopy(rounded)).modules():
+            if hasattr(module, "inv_freq"):
+                module.inv_freq = module.inv_freq.half().float()
+        turned = wrong(input_ids=ids, position_ids=torch.from_numpy(positions)).logits.numpy()
+    past = {name: np.zeros((1, cache.kv_heads, 0, cache.head_dim), np.float16) for name, _ in cache.names()}
+    feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, 8), np.int64), "position_ids": positions}
+    session = ort.InferenceSession(str(tmp_path / manifest.variants["portable"].graph))
+    received = session.run(["logits"], feeds | past)[0]
+    limit = 32 * 2.0**-11 * np.abs(expected).max()
+    assert np.abs(received - expected).max() <= limit < np.abs(turned - expected).max()
+
+
+def test_quantised_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> None:
+        raise ValueError("You cannot cast a bitsandbytes model in a new `dtype`.")
+
+    model = DECODERS["llama"]()
+    monkeypatch.setattr(type(model), "to", refuse)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM are quantised.*--quantize"):
+        export_base(model, tmp_path)
 
 
 def test_bfloat16_is_written_for_others_and_refused_for_the_cpu(tmp_path: Path) -> None:

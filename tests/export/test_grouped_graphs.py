@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from export_support import (
     ALL_DECODERS,
     LENGTH,
     SHORT,
+    WINDOWED,
     Array,
     Exported,
     difference,
+    in_half,
     narrow_llama,
     open_exported,
     yardstick,
@@ -25,7 +26,12 @@ from export_support import (
 from tiny_models import LAYERS, token_ids
 
 from adalink.export.base import export_base
+from adalink.export.grouped_attention import WINDOWS_SINCE
 from adalink.export.shared_inputs import MergedLinear, find_groups, merged
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.errors import BackendError
+from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.onnxruntime_session import is_older
 
 CAPACITY = LENGTH + 3
 NAMES = [f"{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
@@ -33,8 +39,14 @@ NAMES = [f"{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value
 
 @pytest.fixture(scope="module", params=ALL_DECODERS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    skip_windows_of_old(request.param)
     model, out = ALL_DECODERS[request.param](), tmp_path_factory.mktemp(request.param)
     return open_exported(model, export_base(model, out), out, "onnxruntime-cpu")
+
+
+def skip_windows_of_old(family: str) -> None:
+    if family in WINDOWED and is_older(ort.__version__, WINDOWS_SINCE):
+        pytest.skip(f"ONNX Runtime {ort.__version__} computes windows wrongly, so they stay in standard operators")
 
 
 class InPlace:
@@ -152,9 +164,10 @@ def test_graph_has_the_names_and_dynamic_axes_of_the_contract(exported: Exported
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_half_precision_follows_the_float32_model(family: str, tmp_path: Path) -> None:
+    skip_windows_of_old(family)
     model = ALL_DECODERS[family]()
     exported = open_exported(model, export_base(model, tmp_path, dtype="float16"), tmp_path, "onnxruntime-cpu")
-    rounded, ids, lengths = copy.deepcopy(model).half().float(), token_ids(1, 2, 9), [9, 5]
+    rounded, ids, lengths = in_half(model), token_ids(1, 2, 9), [9, 5]
     with torch.no_grad():
         embeds = rounded.get_input_embeddings()(ids).numpy()
         expected = [rounded(input_ids=ids[row : row + 1, :n]).logits.numpy()[0] for row, n in enumerate(lengths)]
@@ -162,6 +175,35 @@ def test_half_precision_follows_the_float32_model(family: str, tmp_path: Path) -
     # Outputs, cache and some inner values are rounded to 11 bits, a few dozen times along the way.
     limit = 32 * 2.0**-11 * np.abs(np.concatenate(expected)).max()
     assert np.abs(received - np.concatenate(expected)).max() <= limit
+
+
+@pytest.mark.parametrize(
+    ("version", "is_old"), [("1.9.0", True), ("1.23.2", True), ("1.24.0", False), ("1.31.1", False)]
+)
+def test_windows_are_not_left_to_a_runtime_that_counts_them_wrongly(
+    version: str, is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_older(ort.__version__, WINDOWS_SINCE):
+        pytest.skip("what is installed is such a runtime")
+    for family, own in (("mistral-windowed", is_old), ("llama", False)):
+        export_base(ALL_DECODERS[family](), tmp_path / family)
+        with monkeypatch.context() as patched:
+            patched.setattr(ort, "__version__", version)
+            if own:
+                with pytest.raises(BackendError, match=rf"needs ONNX Runtime {WINDOWS_SINCE}.*wrongly by {version}"):
+                    Deployment.open(tmp_path / family)
+            else:
+                Deployment.open(tmp_path / family).close()
+            lines: list[str] = []
+            export_base(ALL_DECODERS[family](), tmp_path / family, replace=True, progress=lines.append)
+            assert any("a token too many" in line for line in lines) == own
+        nodes = {
+            node.op_type
+            for node in onnx.load(
+                tmp_path / family / read_manifest(tmp_path / family).variants["onnxruntime-cpu"].graph
+            ).graph.node
+        }
+        assert ("GroupQueryAttention" in nodes) != own
 
 
 def test_each_layer_is_one_operator_fed_by_one_product(tmp_path: Path) -> None:

@@ -283,6 +283,7 @@ def test_file_in_use_is_never_overwritten(root: Path) -> None:
     with open_writer(root / "deployment") as writer:
         path = writer.current.tasks["topics"].graph
         assert writer.fresh_folder("tasks/topics") == "tasks/topics.2"
+        assert writer.fresh_folder("tasks/Topics") == "tasks/Topics.3"  # one folder on disks that fold case
         writer.stage(path).write_bytes(b"other")
         with pytest.raises(AssertionError, match="take a fresh folder"):
             writer.commit(writer.current)

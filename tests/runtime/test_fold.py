@@ -119,14 +119,15 @@ def test_only_text_alone_can_be_folded(llama: Any, tmp_path: Path) -> None:
 def test_a_wrong_fold_is_not_registered(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One value of one token, changed by one percent."""
     folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
-    encode = fold_module._encode
+    check = fold_module.check_fold
 
-    def wrong(name: str, tensor: np.ndarray, code: str) -> bytes:
-        tensor = tensor.copy()
+    def spoiled(fold: str, data: np.ndarray, adapter: Any, base: Any, table: np.ndarray) -> None:
+        width = table.shape[1] if fold == "table" else adapter.config.rank
+        tensor = data[-4 * len(table) * width :].view(np.float32).reshape(len(table), width)
         tensor[77, 3] += 0.01 * np.abs(tensor).max()
-        return encode(name, tensor, code)
+        check(fold, data, adapter, base, table)
 
-    monkeypatch.setattr(fold_module, "_encode", wrong)
+    monkeypatch.setattr(fold_module, "check_fold", spoiled)
     for kind in ("table", "rank"):
         with pytest.raises(GraphError, match=rf"folded task \({kind}\): component \d+ of token 77 "):
             export_adapter(llama.sources / "alpha", folder, name="x", fold=kind)
