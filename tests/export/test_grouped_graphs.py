@@ -14,13 +14,13 @@ from export_support import (
     ALL_DECODERS,
     LENGTH,
     SHORT,
-    WINDOWED,
     Array,
     Exported,
     difference,
     in_half,
     narrow_llama,
     open_exported,
+    skip_windows_of_old,
     yardstick,
 )
 from tiny_models import LAYERS, token_ids
@@ -42,11 +42,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     skip_windows_of_old(request.param)
     model, out = ALL_DECODERS[request.param](), tmp_path_factory.mktemp(request.param)
     return open_exported(model, export_base(model, out), out, "onnxruntime-cpu")
-
-
-def skip_windows_of_old(family: str) -> None:
-    if family in WINDOWED and is_older(ort.__version__, WINDOWS_SINCE):
-        pytest.skip(f"ONNX Runtime {ort.__version__} computes windows wrongly, so they stay in standard operators")
 
 
 class InPlace:

@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from export_support import skip_windows_of_old
 from safetensors.numpy import load_file, save_file
 from tiny_models import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, token_ids
 from tiny_tokenizer import make_tokenizer
@@ -95,6 +96,7 @@ def test_outputs_and_generation_are_pefts(
 ) -> None:
     if family == "t5" and "lora" in method:
         return  # refused, below
+    skip_windows_of_old(family)  # prefixes are kept by the operator alone
     folder, ids = bases(family), token_ids(9, 3, 6)
     tuned = train(FAMILIES[family](), family, method, tmp_path / "tuned")
     entry = export_adapter(tmp_path / "tuned", folder, name=method, assume_base=True, replace=True).tasks[method]

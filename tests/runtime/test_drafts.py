@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from export_support import skip_windows_of_old
 from runtime_support import build
 from tiny_tokenizer import CHARACTERS, make_tokenizer
 
@@ -128,6 +129,7 @@ def test_right_and_wrong_guesses_of_every_family(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]
 ) -> None:
     """Windows, norms of queries, rotary and learned positions: passes over several tokens are as steps."""
+    skip_windows_of_old(family)
     tiny = build(family, tmp_path)
     with Deployment.open(tiny.folder) as opened:
         for task in (None, "alpha", "prompted"):

@@ -13,14 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 from vision_support import clip_processor, llava_processor, siglip_processor
 
 from adalink.export.image_processor import describe_processor
 from adalink.runtime.errors import BackendUnavailableError, IntegrityError, RequestError
+from adalink.runtime.onnxruntime_session import is_older
 from adalink.runtime.pictures import read_picture
 from adalink.runtime.preprocess import MAX_PIXELS, Preprocessor, read_preprocessor
 
+# The last transformers for Python 3.10 refuses such pictures, or lays what is transparent on another ground.
+AS_NOW = pytest.mark.skipif(
+    is_older(transformers.__version__, "5.21"), reason="an older transformers reads it otherwise"
+)
 EDGE = 24
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "clip": clip_processor,
@@ -65,6 +71,8 @@ def picture(mode: str, height: int = 37, width: int = 53) -> Image.Image:
 
 MODES = ["RGB", "L", "LA", "RGBA", "CMYK", "I;16", "1", "F", "I", "P", "YCbCr"]
 TRANSPARENT = ["P with a transparent colour", "RGB with a transparent colour"]
+ALL = [*MODES, *TRANSPARENT]
+SEE_THROUGH = ("LA", "RGBA", "P with a transparent colour")
 SIZES = [(37, 53), (53, 37), (24, 24), (1, 7), (7, 1), (25, 24), (300, 41)]
 
 
@@ -91,7 +99,7 @@ def test_every_step_at_odd_sizes(name: str, size: tuple[int, int]) -> None:
     agrees(PROCESSORS[name](), image, image)
 
 
-@pytest.mark.parametrize("mode", [*MODES, *TRANSPARENT])
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=AS_NOW if mode in SEE_THROUGH else ()) for mode in ALL])
 def test_a_pillow_image_of_every_mode(mode: str) -> None:
     image = picture(mode)
     before = image.tobytes()
@@ -101,7 +109,8 @@ def test_a_pillow_image_of_every_mode(mode: str) -> None:
 
 FILES = [("RGB", "png"), ("RGB", "jpeg"), ("RGB", "webp"), ("RGB", "bmp"), ("RGB", "gif"), ("L", "png"), ("L", "jpeg")]
 FILES += [("LA", "png"), ("RGBA", "png"), ("RGBA", "tiff"), ("CMYK", "jpeg"), ("CMYK", "tiff"), ("I;16", "png")]
-FILES += [("1", "png"), ("P", "png"), *((mode, "png") for mode in TRANSPARENT)]
+FILES += [("1", "png"), ("P", "png"), ("RGB with a transparent colour", "png")]
+FILES += [pytest.param("P with a transparent colour", "png", marks=AS_NOW)]
 
 
 @pytest.mark.parametrize(("mode", "kind"), FILES)
@@ -125,12 +134,20 @@ def test_a_file_is_turned_as_its_exif_says_and_a_pillow_image_is_not(orientation
     assert (np.abs(turned - as_it_lies).max() > 0.1) == (orientation != 1)
 
 
-@pytest.mark.parametrize("shape", [(37, 53, 3), (37, 53, 4), (37, 53, 1), (3, 37, 53), (4, 37, 53), (1, 37, 53)])
+@pytest.mark.parametrize("shape", [(37, 53, 3), (3, 37, 53)])
+def test_an_array_of_colours(shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    agrees(clip_processor(), array, array)
+
+
+@AS_NOW
+@pytest.mark.parametrize("shape", [(37, 53, 4), (37, 53, 1), (4, 37, 53), (1, 37, 53)])
 def test_an_array(shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
     agrees(clip_processor(), array, array)
 
 
+@AS_NOW
 def test_a_grey_array_without_channels() -> None:
     array = pixels(20, 30, 1)
     agrees(clip_processor(), array[..., 0], array)
