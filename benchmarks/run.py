@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.digest import digest_file
 from adalink.runtime.manifest_file import read_manifest
 from adalink.tools.demo import find_model
 from adalink.tools.environment import available_cores, describe_environment
@@ -217,7 +218,7 @@ class Bench:
         recipes = [REPOSITORY / name for name in _RECIPES]
         for path in [*checkpoint, *recipes]:
             if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
+                digest.update(f"{path.name} {digest_file(path)};".encode())
         return digest.hexdigest()
 
     def _failure(self, call: Callable[[], object]) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
-from adalink.runtime.errors import AdapterError, ConfigError
+from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError
 from adalink.runtime.file_memory import Bytes, read_file
 from adalink.runtime.tensors import aligned_header, view_tensors
 
@@ -240,7 +240,7 @@ def read_method(config_bytes: bytes, origin: str) -> str:
     """The method that ``adapter_config.json`` names as ``peft_type``; raises ``AdapterError``."""
     try:
         return msgspec.json.decode(config_bytes, type=_MethodOnly).peft_type
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
 
 
@@ -253,7 +253,7 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
         )
     try:
         config = msgspec.json.decode(config_bytes, type=AdapterConfig)
-    except (msgspec.DecodeError, RecursionError, ConfigError) as error:
+    except (*NOT_JSON, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
     return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
 

@@ -25,6 +25,8 @@ what was received, what was expected and the repair.
 
 from __future__ import annotations
 
+import msgspec
+
 __all__ = [
     "AdaLinkError",
     "AdapterError",
@@ -115,3 +117,7 @@ class BackendError(AdaLinkError):
 
 class BackendUnavailableError(BackendError):
     """The engine's package or device is not on this machine."""
+
+
+# What msgspec raises for bytes that are not the JSON asked for: another text, another type, nested beyond reason.
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.digest import digest_bytes
-from adalink.runtime.errors import DeploymentError, ManifestError
+from adalink.runtime.errors import NOT_JSON, DeploymentError, ManifestError
 from adalink.runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
 from adalink.runtime.manifest_checks import check_manifest
 
@@ -30,7 +30,7 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
         raise ManifestError(f"{origin} has {len(data)} bytes, expected at most {_MAX_MANIFEST_BYTES}: not a manifest")
     try:
         version = msgspec.json.decode(data, type=_VersionOnly).schema_version
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise _manifest_error(origin, error) from error
     if version != SCHEMA_VERSION:
         age = "newer" if version > SCHEMA_VERSION else "older"
@@ -41,7 +41,7 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise _manifest_error(origin, error) from error
     check_manifest(manifest, origin)
     if digest_bytes(data.replace(manifest.digest.encode(), b"", 1)) != manifest.digest:

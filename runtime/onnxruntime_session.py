@@ -98,8 +98,9 @@ def check_version(session: ort.InferenceSession, installed: str, origin: str) ->
 
 def is_older(version: str, than: str) -> bool:
     """Whether a version such as ``1.23.2`` comes before one such as ``1.24``."""
-    numbers = [[int(part) for part in text.split(".")[:2]] for text in (version, than)]
-    return numbers[0] < numbers[1]
+    from packaging.version import Version  # few graphs ask
+
+    return Version(version).release < Version(than).release
 
 
 class GuardedSession:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from adalink.runtime.engine import Array
-from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.errors import NOT_JSON, IntegrityError, RequestError
 from adalink.runtime.patches import Patching
 from adalink.runtime.tiles import Grid, Tiling
 
@@ -120,7 +120,7 @@ def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
     """Decode ``preprocessor.json``; raises ``IntegrityError``."""
     try:
         return msgspec.json.decode(data, type=Preprocessor)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise IntegrityError(f"{origin} is not a preprocessor: {error}; export the base again") from error
 
 

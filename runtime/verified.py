@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.digest import digest_bytes
+from adalink.runtime.errors import NOT_JSON
 from adalink.runtime.integrity import check_size, locate, reading, verify_files
 from adalink.runtime.manifest import Manifest
 from adalink.runtime.user_cache import cache_path, read_own, write_own
@@ -81,5 +82,5 @@ def _recall(memory: Path) -> dict[str, _Seen]:
     data = read_own(memory)
     try:
         return {} if data is None else msgspec.json.decode(data, type=dict[str, _Seen])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NOT_JSON:
         return {}

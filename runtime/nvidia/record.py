@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import DeploymentError
+from adalink.runtime.errors import NOT_JSON, DeploymentError
 from adalink.runtime.nvidia.profile import Profile
 
 RECORD_FILE = "engine.json"
@@ -74,5 +74,5 @@ def read_record(folder: Path) -> EngineRecord:
     path = folder / RECORD_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, *NOT_JSON) as error:
         raise DeploymentError(f"{path}: {error}; build the engine again with 'adalink export engine'") from error
