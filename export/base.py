@@ -78,7 +78,13 @@ def export_base(
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision import describe_images, language_model, write_vision
-    from adalink.training.base_model import base_fingerprint, display_name, find_image_processor, load_base
+    from adalink.training.base_model import (
+        base_fingerprint,
+        display_name,
+        find_image_processor,
+        load_base,
+        weights_digest,
+    )
     from adalink.training.prefix import has_bidirectional_prompt
 
     _check_request(dtype, target, quantization, modalities)
@@ -110,10 +116,10 @@ def export_base(
             image_processor = find_image_processor(model)
         vision, preprocessor = describe_images(whole, image_processor, tokenizer)
         modalities = tuple(dict.fromkeys(("text", "image", *modalities)))
-    fingerprint = base_fingerprint(loaded)
+    digests = base_fingerprint(loaded), weights_digest(whole)
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
-        base = describe_base(loaded, architecture, name, fingerprint, dtype, modalities, tokenizer, vision)
+        base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -215,9 +221,9 @@ def _check_unhooked(model: PreTrainedModel) -> None:
 def _check_same_base(current: Base, new: Base, folder: Path) -> None:
     """Refuse to mix two bases in one deployment; raises ``ContractError``."""
     fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
-    for field in (*fields, "vision"):
+    for field in (*fields, "vision", "weights_digest"):
         was, is_now = getattr(current, field), getattr(new, field)
-        if was != is_now:
+        if was != is_now and not (field == "weights_digest" and not was):  # older kits did not write it
             raise ContractError(
                 f"deployment {folder} holds base {current.name!r} with {field} {was}, but {new.name!r} has {field} "
                 f"{is_now}: variants share one base and dtype; export into another folder"

@@ -31,7 +31,7 @@ def describe_base(
     model: PreTrainedModel,
     architecture: Architecture,
     name: str,
-    fingerprint: str,
+    digests: tuple[str, str],
     dtype: str,
     modalities: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -43,7 +43,7 @@ def describe_base(
         model: the model whose engine it is; of one that takes images, its language model.
         architecture: its entry.
         name: for people.
-        fingerprint: of the float32 model.
+        digests: fingerprint of the float32 model, and digest of all its weights.
         dtype: of the embeddings.
         modalities: what it is fed with.
         tokenizer: its tokenizer, if it has one.
@@ -64,7 +64,7 @@ def describe_base(
         name=name,
         architecture=config.model_type,
         kind=architecture.kind,
-        fingerprint=fingerprint,
+        fingerprint=digests[0],
         vocab_size=rows,
         hidden_size=width,
         embedding_dtype=dtype,
@@ -81,6 +81,7 @@ def describe_base(
         bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
         vision=vision,
         bidirectional_prompt=architecture.bidirectional_prompt,
+        weights_digest=digests[1],
     )
 
 

@@ -105,6 +105,8 @@ class Base(_Strict, frozen=True, kw_only=True):
         architecture: Hugging Face ``model_type``; of a model that takes images, that of its language model.
         kind: one of ``BASE_KINDS``.
         fingerprint: digest of the input embedding matrix.
+        weights_digest: digest of all weights (`adalink.training.base_model.weights_digest`), of a model that takes
+            images with those of its tower; empty where an older kit wrote the deployment.
         vocab_size: rows of the embedding table.
         hidden_size: width of the embeddings.
         embedding_dtype: dtype of the table and of ``inputs_embeds``; one of ``DTYPES``.
@@ -144,6 +146,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     bank: dict[str, str]
     vision: Vision | None = None
     bidirectional_prompt: bool = False
+    weights_digest: str = ""
 
 
 class Quantization(_Strict, frozen=True, kw_only=True):

@@ -37,6 +37,8 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
     demand(base.kind in BASE_KINDS, "$.base.kind", base.kind, f"one of {', '.join(BASE_KINDS)}")
     demand(base.embedding_dtype in DTYPES, "$.base.embedding_dtype", base.embedding_dtype, f"one of {DTYPES}")
     demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
+    known = not base.weights_digest or bool(_DIGEST.fullmatch(base.weights_digest))
+    demand(known, "$.base.weights_digest", base.weights_digest, "'sha256:' and 64 digits, or nothing")
     demand(base.bank.keys() == set(KINDS), "$.base.bank", sorted(base.bank), f"a graph for each of {', '.join(KINDS)}")
     demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
     demand(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalink.runtime.digest import fingerprint_embeddings
+from adalink.runtime.digest import digest_bytes, fingerprint_embeddings
 from adalink.runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -72,7 +73,7 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
             f"base model {display_name(spec)}: transformers cannot load it: {type(error).__name__}: {error}. "
             "Expected a supported architecture with safetensors or GGUF weights"
         ) from error
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
         raise ModelError(
             f"base model {display_name(spec)}: {len(missing)} weights are missing, the first {missing[0]!r}, and would "
@@ -115,6 +116,23 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     import torch
 
     return fingerprint_embeddings(embedding_matrix(model).detach().to("cpu", torch.float32).numpy())
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Digest of all weights of a model, in float32: which of the models with the same embeddings it is.
+
+    SHA-256 of a line for each parameter, its shape and the digest of its values, sorted: releases of transformers name
+    parameters differently. A pooler, which a checkpoint may lack, is left out.
+    """
+    import torch
+
+    lines = []
+    for name, parameter in model.named_parameters():
+        if _POOLER in name:
+            continue
+        values = parameter.detach().to("cpu", torch.float32).numpy().reshape(-1)
+        lines.append(f"{tuple(parameter.shape)} {digest_bytes(values.data)}")
+    return digest_bytes("\n".join(sorted(lines)).encode())
 
 
 def embedding_matrix(model: torch.nn.Module) -> torch.Tensor:

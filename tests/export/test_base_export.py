@@ -157,6 +157,11 @@ def test_other_base_or_dtype_is_refused_and_named(tmp_path: Path) -> None:
         export_base(other, tmp_path, target="portable")
     assert first.base.fingerprint in str(caught.value)
     assert base_fingerprint(other) in str(caught.value)
+    finetuned = FAMILIES["llama"]()
+    with torch.no_grad():
+        finetuned.model.layers[-1].mlp.down_proj.weight[3, 4] += 1e-3
+    with pytest.raises(ContractError, match=r"weights_digest sha256:\w{64}, but .* has weights_digest sha256:\w{64}"):
+        export_base(finetuned, tmp_path, target="portable")
     with pytest.raises(ContractError, match=r"embedding_dtype float32, but .* float16"):
         export_base(FAMILIES["llama"](), tmp_path, target="portable", dtype="float16")
     assert read_manifest(tmp_path) == first

@@ -12,6 +12,7 @@ from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
 from adalink.tools.cli import main
 from adalink.tools.parity.suite import verify
+from adalink.training.base_model import load_base
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "tanh", "scope": "prompt"}}
 
@@ -63,8 +64,13 @@ def test_report_that_cannot_be_written_exits_2(mistral, tmp_path):
 def test_wrong_use_exits_2(mistral, tmp_path):
     model, folder = mistral
     other = make_model_folder(tmp_path / "llama", "llama")
+    finetuned = load_base(model)
+    with torch.no_grad():
+        finetuned.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-3
+    finetuned.save_pretrained(tmp_path / "finetuned")
     for arguments, message in (
         ([folder, "--against", other], "verify it against the model it was made from"),
+        ([folder, "--against", tmp_path / "finetuned"], "finetuned has weights_digest sha256:"),
         ([folder, "--against", tmp_path / "nowhere"], "no such file or folder"),
         ([tmp_path, "--against", model], "holds no manifest.json"),
         ([folder, "--against", model, "--adapter", "gamma=x"], "'gamma' is not deployed"),

@@ -52,16 +52,18 @@ class Reference:
             ModelError: it cannot be loaded.
             ContractError: it is another model than the deployment's.
         """
-        from adalink.training.base_model import base_fingerprint, display_name, load_base
+        from adalink.training.base_model import base_fingerprint, display_name, load_base, weights_digest
 
         self.base = base
         self._model = load_base(spec)
-        fingerprint = base_fingerprint(self._model)
-        if fingerprint != base.fingerprint:
-            raise ContractError(
-                f"{display_name(spec)} has fingerprint {fingerprint}, the deployment was exported from {base.name} "
-                f"with {base.fingerprint}: verify it against the model it was made from"
-            )
+        digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
+        for field, digest in digests.items():
+            exported = getattr(base, field)
+            if exported and exported != digest:
+                raise ContractError(
+                    f"{display_name(spec)} has {field} {digest}, the deployment was exported from {base.name} with "
+                    f"{exported}: verify it against the model it was made from"
+                )
         self._exact = copy.deepcopy(self._model).double()
         self._attached: Any = None
         self._input_side: InputSide | None = None
