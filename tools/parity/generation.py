@@ -61,6 +61,7 @@ class Generator:
         self._logits: list[list[Array]] = []
         self._alive: list[int] = []  # number of each row that is left, among those that the batch began with
         self._passes, self._guesses = 0, False
+        self._makes_drafts: bool | None = None  # not known before the first attempt
         self.drops = 0
         observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
@@ -104,10 +105,11 @@ class Generator:
             The row, with the logits of passes over several tokens, and how many passes followed the prompt; ``None``
             where the engine makes no drafts.
         """
-        if self._deployment.profile is not None:  # a compiled engine has none, and its shapes are limited
-            return None
+        if self._deployment.profile is not None or self._makes_drafts is False:
+            return None  # a compiled engine makes none, and its shapes are limited
         self._passes, self._guesses = 0, False
         (row,) = self._generate([prompt], task, steps, None, (), None)
+        self._makes_drafts = self._guesses
         return (row, self._passes - 1) if self._guesses else None
 
     def _begin(self) -> None:
