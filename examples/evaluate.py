@@ -18,11 +18,14 @@ import itertools
 import json
 import random
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adalink.runtime.adapter import read_adapter
+from adalink.runtime.digest import digest_file
 from adalink.training.base_model import load_base, load_tokenizer
 from adalink.training.dataset import Row, encode_rows, end_token, read_rows
 from adalink.training.exact_match import exact_match
@@ -179,7 +182,14 @@ def main() -> None:
     majority = max(sum(row.completion.strip() == name for row in rows) for name in names) / len(rows)
     figures: dict[str, Any] = {
         "task": options.task,
-        "adapter": {"rows": len(rows), "exact_match": accuracy, "exact_match_on_zero_shot_rows": same},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "test_digest": digest_file(options.data / options.task / "test.jsonl"),
+        "adapter": {
+            "digest": read_adapter(folder).digest,
+            "rows": len(rows),
+            "exact_match": accuracy,
+            "exact_match_on_zero_shot_rows": same,
+        },
         "majority_label": majority,
         "zero_shot": {"rows": len(sample), "prompts": []},
     }
