@@ -13,7 +13,8 @@ from adalink.export.bank_graph import build_bank_graph
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ContractError, ModelError
-from adalink.runtime.manifest import Base, Vision
+from adalink.runtime.integrity import read_verified
+from adalink.runtime.manifest import Base, Manifest, Vision
 from adalink.training.base_model import max_positions
 
 if TYPE_CHECKING:
@@ -136,29 +137,34 @@ def write_common(
         writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
 
 
-def check_common(folder: Path, current: Base, new: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def check_common(folder: Path, manifest: Manifest, new: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuse a model whose tokenizer, chat template or special tokens are no longer those that were written.
 
     A model that comes without a tokenizer says nothing of one: what the deployment has stays.
 
     Args:
         folder: the deployment.
-        current: its base.
+        manifest: its manifest.
         new: the base that the model would be.
         tokenizer: its tokenizer.
 
     Raises:
         ContractError: one of them differs.
+        IntegrityError: a file of the deployment is missing or altered.
     """
+
+    def written(path: str | None) -> str | None:
+        return None if path is None else read_verified(folder, manifest, path).decode()
+
+    current = manifest.base
     same = {name: getattr(current, name) == getattr(new, name) for name in ("bos_token_id", "decoder_start_token_id")}
     if tokenizer is None:
         ends = current.eos_token_ids if current.tokenizer is None else current.eos_token_ids[: len(new.eos_token_ids)]
         same["eos_token_ids"] = ends == new.eos_token_ids
     else:
         same["eos_token_ids"] = current.eos_token_ids == new.eos_token_ids
-        same["tokenizer"] = current.tokenizer is not None and _is_same_tokenizer(folder / current.tokenizer, tokenizer)
-        template = None if current.chat_template is None else (folder / current.chat_template).read_text("utf-8")
-        same["chat_template"] = template == (_chat_template(tokenizer) or None)
+        same["tokenizer"] = _is_same_tokenizer(written(current.tokenizer), tokenizer)
+        same["chat_template"] = written(current.chat_template) == (_chat_template(tokenizer) or None)
     if changed := [name for name, is_same in same.items() if not is_same]:
         raise ContractError(
             f"deployment {folder} holds base {current.name!r} with another {' and '.join(changed)} than {new.name!r} "
@@ -166,12 +172,11 @@ def check_common(folder: Path, current: Base, new: Base, tokenizer: PreTrainedTo
         )
 
 
-def _is_same_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_same_tokenizer(written: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a written tokenizer is this one, whatever release of ``tokenizers`` wrote it."""
     from tokenizers import Tokenizer
 
-    written = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    return _plain_tokenizer(written.to_str()) == _tokenizer_text(tokenizer)
+    return written is not None and _plain_tokenizer(Tokenizer.from_str(written).to_str()) == _tokenizer_text(tokenizer)
 
 
 def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:

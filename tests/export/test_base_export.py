@@ -20,7 +20,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 
 from adalink.export.base import export_base
 from adalink.export.static_shapes import make_reshapes_static
-from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
+from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, IntegrityError, ModelError
 from adalink.runtime.integrity import verify_files
 from adalink.runtime.manifest import Cache
 from adalink.runtime.manifest_file import read_manifest
@@ -200,6 +200,25 @@ def test_a_variant_without_a_tokenizer_keeps_the_one_that_is_there(tmp_path: Pat
     with pytest.raises(ContractError, match="with another eos_token_ids and tokenizer and chat_template than"):
         export_base(model, tmp_path / "two", tokenizer=tokenizer, replace=True)
     assert read_manifest(tmp_path / "two") == bare
+
+
+def test_a_chat_template_with_line_ends_of_windows_is_still_the_same(tmp_path: Path) -> None:
+    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE + "\r\n"
+    first = export_base(model, tmp_path, tokenizer=tokenizer)
+    assert export_base(model, tmp_path, target="portable", tokenizer=tokenizer).base == first.base
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("data", [None, b"", b"{\xff"], ids=["missing", "empty", "altered"])
+def test_a_variant_beside_damaged_common_files_is_refused(name: str, data: bytes | None, tmp_path: Path) -> None:
+    first, path = export_base(FAMILIES["llama"](), tmp_path, tokenizer=make_tokenizer()), tmp_path / "base" / name
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=name):
+        export_base(FAMILIES["llama"](), tmp_path, target="portable", tokenizer=make_tokenizer())
+    assert read_manifest(tmp_path) == first
 
 
 def test_loaded_model_is_left_as_it_was(tmp_path: Path) -> None:
