@@ -74,7 +74,8 @@ def export_base(
 
     Raises:
         ModelError: the model cannot be loaded or exported.
-        ContractError: the deployment holds another base, or the same with another dtype or tokenizer.
+        ContractError: the deployment holds another base, or the same with another dtype, tokenizer or image
+            processor.
         IntegrityError: a file of the deployment that a further variant would share is missing or altered.
         DeploymentError: the variant exists, or the folder cannot be written.
     """
@@ -124,7 +125,7 @@ def export_base(
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
-            check_common(Path(out), writer.current, base, tokenizer)
+            check_common(Path(out), writer.current, base, tokenizer, preprocessor)
             variants = dict(writer.current.variants)
             if variant in variants and not replace:
                 raise DeploymentError(

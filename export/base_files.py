@@ -15,12 +15,15 @@ from adalink.runtime.adapter import KINDS
 from adalink.runtime.errors import ContractError, ModelError
 from adalink.runtime.integrity import read_verified
 from adalink.runtime.manifest import Base, Manifest, Vision
+from adalink.runtime.preprocess import read_preprocessor
 from adalink.training.base_model import max_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.runtime.preprocess import Preprocessor
 
 EMBEDDINGS_FILE = "base/embeddings.safetensors"
 TOKENIZER_FILE = "base/tokenizer.json"
@@ -137,8 +140,14 @@ def write_common(
         writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
 
 
-def check_common(folder: Path, manifest: Manifest, new: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuse a model whose tokenizer, chat template or special tokens are no longer those that were written.
+def check_common(
+    folder: Path,
+    manifest: Manifest,
+    new: Base,
+    tokenizer: PreTrainedTokenizerBase | None,
+    preprocessor: Preprocessor | None,
+) -> None:
+    """Refuse a model whose tokenizer, chat template, special tokens or image processor are not those that were written.
 
     A model that comes without a tokenizer says nothing of one: what the deployment has stays.
 
@@ -147,6 +156,7 @@ def check_common(folder: Path, manifest: Manifest, new: Base, tokenizer: PreTrai
         manifest: its manifest.
         new: the base that the model would be.
         tokenizer: its tokenizer.
+        preprocessor: how pictures are prepared for it, if it takes some; the deployment's base does so too.
 
     Raises:
         ContractError: one of them differs.
@@ -165,6 +175,9 @@ def check_common(folder: Path, manifest: Manifest, new: Base, tokenizer: PreTrai
         same["eos_token_ids"] = current.eos_token_ids == new.eos_token_ids
         same["tokenizer"] = _is_same_tokenizer(written(current.tokenizer), tokenizer)
         same["chat_template"] = written(current.chat_template) == (_chat_template(tokenizer) or None)
+    if current.vision is not None:
+        path = current.vision.preprocessor
+        same["image processor"] = read_preprocessor(read_verified(folder, manifest, path), path) == preprocessor
     if changed := [name for name, is_same in same.items() if not is_same]:
         raise ContractError(
             f"deployment {folder} holds base {current.name!r} with another {' and '.join(changed)} than {new.name!r} "

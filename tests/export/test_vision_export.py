@@ -18,7 +18,7 @@ from vision_support import check_same_engine, clip_processor, llava_processor, s
 from adalink.export.base import export_base
 from adalink.runtime.errors import ContractError, ManifestError, ModelError
 from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest_file import encode_manifest
+from adalink.runtime.manifest_file import encode_manifest, read_manifest
 from adalink.runtime.preprocess import read_preprocessor
 from adalink.training.attach import attach
 from adalink.training.base_model import base_fingerprint
@@ -137,6 +137,10 @@ def test_another_variant_leaves_the_vision_graph_alone(tmp_path: Path) -> None:
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     with pytest.raises(ContractError, match="with vision Vision"):
         export_base(llava(vision_feature_select_strategy="full"), tmp_path, image_processor=clip_processor())
+    for other in (clip_processor(image_std=[0.5, 0.5, 0.5]), clip_processor(resample=2)):
+        with pytest.raises(ContractError, match="with another image processor than"):
+            export_base(model, tmp_path, image_processor=other, replace=True)
+    assert read_manifest(tmp_path) == second
 
 
 def test_a_checkpoint_brings_its_own_processor(tmp_path: Path) -> None:
