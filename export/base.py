@@ -223,7 +223,7 @@ def _check_unhooked(model: PreTrainedModel) -> None:
 def _check_same_base(current: Base, new: Base, folder: Path) -> None:
     """Refuse to mix two bases in one deployment; raises ``ContractError``."""
     fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
-    for field in (*fields, "vision", "weights_digest"):
+    for field in (*fields, "max_positions", "vision", "weights_digest"):
         was, is_now = getattr(current, field), getattr(new, field)
         if was != is_now and not (field == "weights_digest" and not was):  # older kits did not write it
             raise ContractError(

@@ -162,6 +162,10 @@ def test_other_base_or_dtype_is_refused_and_named(tmp_path: Path) -> None:
         finetuned.model.layers[-1].mlp.down_proj.weight[3, 4] += 1e-3
     with pytest.raises(ContractError, match=r"weights_digest sha256:\w{64}, but .* has weights_digest sha256:\w{64}"):
         export_base(finetuned, tmp_path, target="portable")
+    shorter = FAMILIES["llama"]()
+    shorter.config.max_position_embeddings //= 2
+    with pytest.raises(ContractError, match=rf"max_positions {MAX_POSITIONS}, but .* has max_positions"):
+        export_base(shorter, tmp_path, target="portable")
     with pytest.raises(ContractError, match=r"embedding_dtype float32, but .* float16"):
         export_base(FAMILIES["llama"](), tmp_path, target="portable", dtype="float16")
     assert read_manifest(tmp_path) == first
