@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
 from adalink.export.architectures import BARE_MASK, Architecture, mask_windows
-from adalink.export.attention import NAME
+from adalink.export.attention import NAME, plain_attention
 from adalink.export.graph_modules import axes_first
 from adalink.export.onnx_graph import DOMAIN, OPERATOR
 from adalink.export.shared_inputs import MergedLinear, find_groups, merged
@@ -257,6 +257,8 @@ def _grouped(model: Any, attend: Any, rotates: bool) -> Iterator[None]:
     finally:
         for each in patches:
             each.stop()
+        # What is registered stays so for good, and would keep the whole model in memory.
+        AttentionInterface.register(NAME, plain_attention)
 
 
 def _rotary_tables(model: Any, positions: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

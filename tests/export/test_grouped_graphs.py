@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from export_support import (
 from tiny_models import LAYERS, token_ids
 
 from adalink.export.base import export_base
-from adalink.export.grouped_attention import WINDOWS_SINCE
+from adalink.export.grouped_attention import WINDOWS_SINCE, why_not_grouped
 from adalink.export.shared_inputs import MergedLinear, find_groups, merged
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import BackendError
@@ -236,3 +238,16 @@ def test_tracing_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         products[0].weight[0] -= 1
         export_base(model, tmp_path)
         assert torch.equal(model(input_ids=token_ids(0)).logits, before)
+
+
+def test_an_export_keeps_no_model_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own: list[weakref.ref[Any]] = []
+
+    def note(model: Any, architecture: Any) -> str | None:
+        own.append(weakref.ref(model))
+        return why_not_grouped(model, architecture)
+
+    monkeypatch.setattr("adalink.export.grouped_attention.why_not_grouped", note)
+    export_base(ALL_DECODERS["llama"](), tmp_path)
+    gc.collect()
+    assert [model() for model in own] == [None]
