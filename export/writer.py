@@ -94,7 +94,9 @@ class DeploymentWriter:
             final = self.folder / relative
             final.parent.mkdir(parents=True, exist_ok=True)
             path.replace(final)
-        _sync_all(sorted({(self.folder / relative).parent for relative in staged}))
+        # A folder that is new is known to the disk when the one that it lies in is flushed.
+        folders = {self.folder / parent for relative in staged for parent in _folders_of(relative)}
+        _sync_all(sorted({self.folder, *folders}))
         pending.replace(self.folder / MANIFEST_FILE)
         _sync(self.folder)
         return manifest

@@ -16,6 +16,7 @@ import pytest
 from runtime_support import random_adapter, write_adapter
 from tiny_models import FAMILIES
 
+from adalink.export import writer as writers
 from adalink.export.adapter import export_adapter
 from adalink.export.base import export_base
 from adalink.export.writer import LOCK_FILE, STAGING_FOLDER, open_writer, remove_task
@@ -204,6 +205,23 @@ def test_full_disk_during_a_base_export_is_a_write_error(small_disk: Path) -> No
     with pytest.raises(WriteError, match=r"[Nn]o space left on device.*Free space"):
         export_base(FAMILIES["llama"](), folder)
     assert {path.name for path in folder.rglob("*")} <= {LOCK_FILE}, "it leaves no files behind"
+
+
+def test_new_folders_are_on_the_disk_before_the_manifest_that_needs_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = root / "deployment"
+    remove_task(folder, "topics")
+    old, flushed, flush = (folder / MANIFEST_FILE).read_bytes(), set(), writers._sync
+
+    def note(path: Path) -> None:
+        flush(path)
+        if (folder / MANIFEST_FILE).read_bytes() == old:
+            flushed.add(path)
+
+    monkeypatch.setattr(writers, "_sync", note)
+    export_adapter(root / "two", folder, name="second")
+    assert {folder, folder / "tasks", folder / "tasks" / "second"} <= flushed
 
 
 def test_two_writers_at_once_are_refused_and_the_holder_is_named(root: Path) -> None:
