@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 # Settings of a config that a graph behind `inputs_embeds` cannot honour, and why.
 _NEEDS_TOKEN_IDS = "its layers look token ids up again (per-layer embeddings), so embeddings alone do not determine it"
 _ROPE_BY_LENGTH = "its rotary table follows the longest row of a batch, so a row would depend on its neighbours"
+_CHUNKS_TRACED = "and a graph would have as many as the traced example; set it to 0, which computes the same"
 
 
 def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = False) -> Architecture:
@@ -134,6 +135,8 @@ def _unexpressible(config: PretrainedConfig, architecture: Architecture, bidirec
         return "its decoder attends in both directions (use_bidirectional_attention), which a KV cache cannot serve"
     if architecture.kind == "encoder" and getattr(config, "is_decoder", False):
         return "it is an encoder type configured as a decoder (is_decoder)"
+    if architecture.kind == "encoder" and getattr(config, "chunk_size_feed_forward", None):
+        return f"its feed-forward blocks are computed in chunks (chunk_size_feed_forward), {_CHUNKS_TRACED}"
     if getattr(config, "add_cross_attention", False):
         return "it has cross attention to another model (add_cross_attention)"
     return None

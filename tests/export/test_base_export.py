@@ -363,6 +363,7 @@ def test_rotary_table_that_follows_the_batch_is_refused(kind: str, tmp_path: Pat
     [
         ("gemma3", "use_bidirectional_attention", "attends in both directions"),
         ("bert", "is_decoder", "an encoder type configured as a decoder"),
+        ("bert", "chunk_size_feed_forward", "computed in chunks .* set it to 0, which computes the same"),
         ("gpt2", "add_cross_attention", "cross attention to another model"),
     ],
 )
