@@ -53,8 +53,8 @@ def describe_processor(
         patching=patching,
         resample=int(values["resample"]),
         rescale_factor=values["rescale_factor"] if values.get("do_rescale") else None,
-        mean=tuple(values["image_mean"]) if normalizes else None,
-        std=tuple(values["image_std"]) if normalizes else None,
+        mean=_channels(values["image_mean"]) if normalizes else None,
+        std=_channels(values["image_std"]) if normalizes else None,
     )
     if tiling is not None:
         given: tuple[int, int] | None = (tiling.edge, tiling.edge)
@@ -81,10 +81,15 @@ def _steps_of_one(name: str, values: dict[str, Any]) -> dict[str, Any]:
     pads = bool(values.get("do_pad"))
     if pads and name != "LlavaImageProcessor":
         raise ModelError(f"image processor {name} pads (do_pad), which only LlavaImageProcessor is known to do")
-    red, green, blue = values["image_mean"]
     return {
-        "pad_color": (int(red * 255), int(green * 255), int(blue * 255)) if pads else None,
+        "pad_color": tuple(int(mean * 255) for mean in _channels(values["image_mean"] or 0)) if pads else None,
         "shortest_edge": edge if resizes else None,
         "resize": None if not resizes or edge is not None else (int(size["height"]), int(size["width"])),
         "crop": (int(crop["height"]), int(crop["width"])) if crops else None,
     }
+
+
+def _channels(numbers: Any) -> tuple[float, float, float]:
+    """A number for each channel, as processors have it: three, or one for all."""
+    red, green, blue = (numbers,) * 3 if isinstance(numbers, (int, float)) else numbers
+    return red, green, blue

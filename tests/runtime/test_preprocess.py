@@ -36,8 +36,11 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "clip, of both sides": lambda: clip_processor(size={"height": 40, "width": 27}),
     "clip, not resized": lambda: clip_processor(do_resize=False),
     "clip, not normalised": lambda: clip_processor(do_normalize=False),
+    "clip, without a mean": lambda: clip_processor(do_normalize=False, image_mean=None, image_std=None),
+    "clip, one mean for all channels": lambda: clip_processor(image_mean=0.4, image_std=0.3),
     "clip, not rescaled": lambda: clip_processor(do_rescale=False),
     "llava, padded to a square": llava_processor,
+    "llava, padded without a mean": lambda: llava_processor(do_normalize=False, image_mean=None, image_std=None),
     "llava, not padded": lambda: llava_processor(do_pad=False),
     "siglip": siglip_processor,
 }
