@@ -27,9 +27,10 @@ def describe_processor(
 
     Args:
         processor: the model's own.
-        image_size: height and width that the vision tower takes: of a picture, or of a tile or piece of one.
+        image_size: height and width that the vision tower takes: of a picture, or of a tile of one.
         takes_tiles: whether the model takes pictures as tiles.
-        takes_patches: whether it takes them as patches, in pieces.
+        takes_patches: whether it takes them as patches (what a tower takes of those:
+            ``adalink.export.patch_vision.check_patching``).
 
     Raises:
         ModelError: there is none, it has other steps, or it does not give what the vision tower takes.
@@ -56,17 +57,17 @@ def describe_processor(
         mean=_channels(values["image_mean"]) if normalizes else None,
         std=_channels(values["image_std"]) if normalizes else None,
     )
+    if patching is not None:
+        return own
     if tiling is not None:
         given: tuple[int, int] | None = (tiling.edge, tiling.edge)
-    elif patching is not None:
-        given = (patching.edge * patching.merge,) * 2
     else:
         edge = own.shortest_edge
         given = own.crop or own.resize or ((edge, edge) if own.pad_color and edge else None)
     if given != image_size:
         raise ModelError(
             f"image processor {name} gives pictures of {given or 'any size'}, the vision tower takes {image_size}: set "
-            f"its {'max_image_size' if tiling else 'patch_size and merge_size' if patching else 'crop_size'} to that"
+            f"its {'max_image_size' if tiling else 'crop_size'} to that"
         )
     return own
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from adalink.export.attention import MASKED, plain_attention
 from adalink.export.onnx_graph import TracedGraph
 from adalink.runtime.errors import ModelError
-from adalink.runtime.patches import PatchTower
+from adalink.runtime.patches import Patching, PatchTower
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -57,6 +57,18 @@ def describe_patch_tower(model: PreTrainedModel) -> PatchTower:
     if _whole_layers(config) < set(range(config.depth)):
         window = config.window_size // config.spatial_merge_size // config.patch_size
     return PatchTower(merge=config.spatial_merge_size, window=window)
+
+
+def check_patching(model: PreTrainedModel, patching: Patching) -> None:
+    """Check that pictures are cut into the patches that a supported model's tower takes; raises ``ModelError``."""
+    config: Any = model.config.vision_config
+    given = (patching.edge, patching.merge, patching.frames)
+    taken = (config.patch_size, config.spatial_merge_size, config.temporal_patch_size)
+    if given != taken:
+        raise ModelError(
+            f"the image processor has patch_size, merge_size and temporal_patch_size {given}, the vision tower takes "
+            f"{taken}: set them to that"
+        )
 
 
 def _whole_layers(config: Any) -> set[int]:

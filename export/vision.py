@@ -15,6 +15,7 @@ from adalink.export.image_processor import describe_processor
 from adalink.export.onnx_graph import TracedGraph
 from adalink.export.patch_vision import (
     check_embeddings_suffice,
+    check_patching,
     describe_patch_tower,
     empty_decoder,
     traced_patch_graph,
@@ -151,6 +152,8 @@ def describe_images(
     steps = describe_processor(
         processor, vision.image_size, takes_tiles=side.takes_tiles, takes_patches=side.takes_patches
     )
+    if steps.patching is not None:
+        check_patching(model, steps.patching)
     if steps.tiling is not None:
         tiles = read_tile_tokens(tokenizer, steps.tiling, vision.image_token_id, vision.tokens_per_image)
         vision = msgspec.structs.replace(vision, tiles=tiles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,12 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
         ModelError, match="image processor Qwen2VLImageProcessor is not supported; expected one of CLIP"
     ):
         export(llava(), tmp_path, image_processor=patch_processor())
-    message = (
-        r"gives pictures of \(10, 10\), the vision tower takes \(8, 8\): set its patch_size and merge_size to that"
-    )
-    with pytest.raises(ModelError, match=message):
-        export(qwen2_5_vl(), tmp_path, image_processor=patch_processor(patch_size=5))
+    # The second cuts pieces of the right size into other patches.
+    for wrong in ({"patch_size": 5}, {"patch_size": 2, "merge_size": 4}, {"temporal_patch_size": 1}):
+        given = tuple(({"patch_size": PATCH_EDGE, "merge_size": 2, "temporal_patch_size": 2} | wrong).values())
+        message = f"temporal_patch_size {given}, the vision tower takes {(PATCH_EDGE, 2, 2)}: set them to that"
+        with pytest.raises(ModelError, match=re.escape(message)):
+            export(qwen2_5_vl(), tmp_path, image_processor=patch_processor(**wrong))
     with pytest.raises(ModelError, match="no image processor was found"):
         export(qwen2_5_vl(), tmp_path, image_processor=None)
     with pytest.raises(ModelError, match="Qwen2_5_VLModel has no language model head"):
