@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base_files import check_common, describe_base, metadata_of, write_common
 from adalink.export.quantize import SCHEMES, quantize
@@ -225,6 +227,8 @@ def _check_same_base(current: Base, new: Base, folder: Path) -> None:
     fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
     for field in (*fields, "max_positions", "vision", "weights_digest"):
         was, is_now = getattr(current, field), getattr(new, field)
+        if field == "vision" and was and is_now:  # how prompts are written is the tokenizer's, see check_common
+            was, is_now = (msgspec.structs.replace(vision, prompt_form=None) for vision in (was, is_now))
         if was != is_now and not (field == "weights_digest" and not was):  # older kits did not write it
             raise ContractError(
                 f"deployment {folder} holds base {current.name!r} with {field} {was}, but {new.name!r} has {field} "

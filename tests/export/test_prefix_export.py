@@ -136,6 +136,13 @@ def test_a_checkpoint_brings_its_processor_and_its_form(tmp_path: Path) -> None:
     assert bare.base.vision.prompt_form is None, "without a tokenizer there are no texts"
 
 
+def test_a_variant_without_a_tokenizer_keeps_the_form_that_is_there(tmp_path: Path) -> None:
+    own = {"image_processor": siglip_processor()}
+    first = export_base(paligemma(), tmp_path, tokenizer=make_prefix_tokenizer(), **own)
+    assert export_base(paligemma(), tmp_path, target="portable", **own).base == first.base
+    assert first.base.vision.prompt_form is not None
+
+
 def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
     own = {"tokenizer": make_prefix_tokenizer(), "image_processor": siglip_processor()}
     with pytest.raises(ConfigError, match=r"'int4' is for bases whose attention is causal: .* leave it out"):
