@@ -81,10 +81,8 @@ class Row:
         return Generation(text, tuple(self.token_ids), self.finish_reason, len(self.prompt))
 
     def _find_stop(self) -> None:
-        """Look for a stop text in what is new, with the length of a stop text before it."""
-        margin = max((len(stop) for stop in self._stops), default=0)
-        start = max(0, self._sent - margin)
-        found = [at for stop in self._stops if (at := self._text.text.find(stop, start)) >= 0]
+        """Look for a stop text in what was not sent: what was sent is not the beginning of one."""
+        found = [at for stop in self._stops if (at := self._text.text.find(stop, self._sent)) >= 0]
         if found:
             self._end = min(found)
             self.finish_reason = "stop"

@@ -139,6 +139,10 @@ def test_right_and_wrong_guesses_of_every_family(
             passes.clear()
             assert opened.generate(PROMPTS[:1], tasks=task, max_new_tokens=40) == [expected]
             assert sum(count for count, _ in passes) > len(passes) < len(expected.token_ids)
+            made = 1  # by the prompt
+            for count, taken_back in passes:
+                assert made + count <= 40, "guesses for which no room is left"
+                made += count - taken_back
             assert any(taken_back for _, taken_back in passes[:-1])
 
 

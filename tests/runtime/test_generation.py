@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
+from tiny_models import FAMILIES
 from tiny_tokenizer import CHARACTERS, make_tokenizer
 
+from adalink.export.base import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.adapter import make_adapter
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import Row
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 from adalink.runtime.open_base import OpenBase
-from adalink.runtime.padding import positions_of
+from adalink.runtime.padding import pad_left, positions_of
 from adalink.runtime.tokenizer import TextStream, Tokenizer
 
 PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]
@@ -93,6 +97,34 @@ def test_rows_that_end_leave_the_batch(deployment: Deployment, monkeypatch: pyte
     assert len(lengths) > 2, "rows of several lengths"
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) > 2, "the batch got smaller more than once"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "portable"])
+def test_learned_positions_of_rows_that_go_and_change_places(tmp_path: Path, target: str, side: str) -> None:
+    """They are an input of the graph, which rotary ones are not; every step against the whole row in PyTorch."""
+    model, rng = FAMILIES["gpt2"](), np.random.default_rng(3)
+    export_base(model, tmp_path / "deployment", target=target)
+    rows = [rng.integers(4, 96, length).tolist() for length in (5, 1, 9, 3)]
+    ids, mask = pad_left(rows, 0)
+    if side == "right":
+        ids, mask = (
+            np.array([np.roll(row, len(own)) for row, own in zip(given, rows, strict=True)]) for given in (ids, mask)
+        )
+    with Deployment.open(tmp_path / "deployment", threads=1) as opened:
+        engine = opened._opened.engine
+        decoding = engine.start({"inputs_embeds": opened.embed(ids), "attention_mask": mask}, 8)
+        for dropped in (None, 0, None, 1, 1, None):
+            with torch.no_grad():
+                expected = [model(torch.tensor([row])).logits[0, -1].numpy() for row in rows]
+            np.testing.assert_allclose(decoding.logits, expected, atol=2e-4)
+            if dropped is not None:
+                decoding.drop(dropped)
+                rows[dropped] = rows[-1]
+                rows.pop()
+            tokens = rng.integers(4, 96, (len(rows), 1))
+            rows = [[*row, int(token)] for row, token in zip(rows, tokens[:, 0], strict=True)]
+            decoding.step(opened.embed(tokens))
 
 
 def test_streamed_pieces_make_the_text(deployment: Deployment) -> None:
@@ -319,3 +351,49 @@ def test_prompts_may_be_token_ids(llama: Any) -> None:
                 deployment.generate([prompt], max_new_tokens=2)
         with pytest.raises(RequestError, match="chat is for texts"):
             deployment.generate([tokens[0]], chat=True)
+
+
+class Pieces:
+    """A tokenizer of pieces; bytes that are no whole character are replacement characters."""
+
+    pieces = (b"", b"xabcd", b"e", b"ab", b"c\xf0\x9f")
+
+    def decode(self, token_ids: list[int]) -> str:
+        return b"".join(self.pieces[token] for token in token_ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "text"),
+    [
+        ([1, 2], ("cd", "b"), "xa"),  # of two in one piece the one that begins first
+        ([1, 2], ("d", "abcd"), "x"),  # and where both end at once
+        ([3, 4, 0], ("bc",), "a"),  # what only the end token settles
+        ([3, 4], ("bc",), "a"),  # or the budget
+    ],
+)
+def test_stop_texts_of_which_a_piece_holds_several_or_the_end_the_only_one(
+    tokens: list[int], stops: tuple[str, ...], text: str
+) -> None:
+    sent: list[str] = []
+    row = Row(0, (1,), Pieces(), stops, frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    for token in tokens:
+        if row.finish_reason is None:
+            row.push(token)
+    result = row.finish()
+    assert (result.text, "".join(sent), result.finish_reason) == (text, text, "stop")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_last_token_is_not_run(deployment: Deployment, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Nobody asks what would follow it: of ``n`` tokens the prompt gives one, and each pass another."""
+    passes: list[int] = []
+    step = InPlaceDecoding.step
+
+    def count(self: InPlaceDecoding, embeds: np.ndarray) -> None:
+        passes.append(len(embeds))
+        step(self, embeds)
+
+    monkeypatch.setattr(InPlaceDecoding, "step", count)
+    made = deployment.generate(["oil", "wheat prices"], max_new_tokens=steps)
+    assert [len(row.token_ids) for row in made] == [steps, steps]
+    assert passes == [2] * (steps - 1)

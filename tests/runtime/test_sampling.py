@@ -39,6 +39,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float) -> None:
     assert plain[kept].min() >= np.delete(plain, kept).max()
 
 
+def test_a_set_that_reaches_p_exactly_is_enough() -> None:
+    assert Sampling(temperature=1.0, top_p=0.5).distribution(np.zeros(4)).tolist() == [0.5, 0.5, 0, 0]
+
+
+def test_top_p_is_a_share_of_what_top_k_keeps() -> None:
+    values = np.log([2.0, 8.0, 1.0, 4.0])  # of the two likeliest the first has two thirds
+    for top_p, expected in ((0.6, [0, 1, 0, 0]), (0.7, [0, 2 / 3, 0, 1 / 3])):
+        found = Sampling(temperature=1.0, top_k=2, top_p=top_p).distribution(values)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_draws_follow_the_distribution_and_the_seed() -> None:
     sampling = Sampling(temperature=1.0, seed=11)
     values = logits(size=6)
@@ -48,6 +59,9 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
     assert draws[:50] == [sampling.choose(values, again) for _ in range(50)]
     assert draws[:50] != [sampling.choose(values, second) for _ in range(50)]
     expected = sampling.distribution(values)
+    for row, generator in enumerate(sampling.generators(2)):  # the stream (seed, row)
+        stream = np.random.default_rng([11, row])
+        assert [sampling.choose(values, generator) for _ in range(50)] == stream.choice(6, 50, p=expected).tolist()
     observed = np.bincount(draws, minlength=6) / len(draws)
     assert np.abs(observed - expected).max() < 5 * np.sqrt(0.25 / len(draws))
 
