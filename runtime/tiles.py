@@ -115,6 +115,6 @@ def _below_limit(height: int, width: int) -> tuple[int, int]:
     ratio = width / height
     if width >= height and width > MAX_EDGE:
         height, width = int(MAX_EDGE / ratio), MAX_EDGE
-    elif height > width and height > MAX_EDGE:
+    elif height > MAX_EDGE:
         height, width = MAX_EDGE, int(MAX_EDGE * ratio)
     return max(height, 1), max(width, 1)

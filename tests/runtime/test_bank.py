@@ -95,6 +95,18 @@ def test_padding_changes_no_bit_whatever_its_width(graphs: dict[str, Any]) -> No
     assert_adapted(stacked.apply(x)[0], small, x[0])
 
 
+def test_rows_that_go_and_change_places_keep_their_stacked_weights(graphs: dict[str, Any]) -> None:
+    adapters = [make(1, 3), make(2, 7), make(3, 5), make(4, 2, "silu")]
+    rows = [None, adapters[0], adapters[3], adapters[1], adapters[0], adapters[2], None, adapters[1]]
+    steps, rng = choose(graphs, rows).decoding(), np.random.default_rng(5)
+    while len(rows) > 1:
+        kept = rng.permutation(len(rows))[:-1]
+        rows, steps = [rows[place] for place in kept], steps.take(kept.tolist())
+        x = batch(len(rows), seed=len(rows))
+        for own, adapter, plain in zip(steps.apply(x), rows, x, strict=True):
+            assert_adapted(own, adapter, plain)
+
+
 def test_scope_prompt_leaves_generated_tokens_alone(graphs: dict[str, Any]) -> None:
     every, prompt = make(1, 3), make(2, 3, scope="prompt")
     rows, x = [prompt, every, None], batch(3)

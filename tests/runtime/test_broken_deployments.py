@@ -11,12 +11,20 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from runtime_support import reseal
 
 from adalink.export.bank_graph import build_bank_graph
 from adalink.runtime import Deployment, integrity, receipt, verified
 from adalink.runtime.digest import digest_file
 from adalink.runtime.embeddings import open_table
-from adalink.runtime.errors import BackendError, DeploymentError, GraphError, IntegrityError, ManifestError
+from adalink.runtime.errors import (
+    BackendError,
+    ContractError,
+    DeploymentError,
+    GraphError,
+    IntegrityError,
+    ManifestError,
+)
 from adalink.runtime.integrity import locate, map_verified, read_verified, verify_files
 from adalink.runtime.manifest import FileRecord, Manifest
 from adalink.runtime.manifest_file import encode_manifest, read_manifest
@@ -121,6 +129,14 @@ def test_a_task_changed_while_open_is_found_at_its_first_use(copy: Path) -> None
         with pytest.raises(IntegrityError, match=r"tasks/beta/adapter_model\.safetensors has digest"):
             opened.run(input_ids=[[5, 6]], tasks="beta")
         opened.run(input_ids=[[5, 6]], tasks="alpha")
+
+
+def test_a_task_of_another_base_is_not_run_with_this_one(copy: Path) -> None:
+    """Its files and digests are as the manifest says: only its own words tell that it is for another base."""
+    base = read_manifest(copy).base
+    reseal(copy, base=msgspec.structs.replace(base, fingerprint="sha256:" + "ab" * 32))
+    with Deployment.open(copy) as opened, pytest.raises(ContractError, match=rf"for {base.fingerprint}, expected was"):
+        opened.embed([[5]], tasks="alpha")
 
 
 def test_a_changed_engine_shows_in_the_receipt(copy: Path) -> None:

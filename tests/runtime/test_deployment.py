@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,8 @@ from adalink.runtime.errors import (
     RequestError,
     UnknownTaskError,
 )
+from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.request import check_embeds
 
 # Float32 through two layers of width 48: sums of at most 80 terms, six in a row, of logits around 10.
 LIMIT = 80 * 6 * 2**-24 * 10
@@ -248,6 +251,8 @@ def test_a_closed_deployment_says_so(llama: Any, call: Callable[[Deployment], ob
         ({}, "either input_ids or inputs_embeds"),
         ({"input_ids": [[5, 96]]}, "holds 96, expected 0 to 95"),
         ({"input_ids": [[5, -1]]}, "holds -1"),
+        ({"input_ids": [[5] * 40, [5] * 39 + [-2]]}, "holds -2"),
+        ({"input_ids": [[5] * 40, [5] * 39 + [97]]}, "holds 97"),
         ({"input_ids": [[5.0, 6.0]]}, "dtype float64"),
         ({"input_ids": [[True, False]]}, "dtype bool"),
         ({"input_ids": [5, 6]}, r"shape \(2,\)"),
@@ -267,11 +272,39 @@ def test_a_closed_deployment_says_so(llama: Any, call: Callable[[Deployment], ob
         ({"inputs_embeds": np.zeros((1, 2, 48))}, "dtype float64"),
         ({"inputs_embeds": np.zeros((1, 2, 47), np.float32)}, "shape"),
         ({"inputs_embeds": np.full((1, 2, 48), np.nan, np.float32)}, "NaN"),
+        ({"inputs_embeds": np.full((1, 2, 48), -np.inf, np.float32)}, "NaN"),
     ],
 )
 def test_bad_requests_are_refused_by_name(deployment: Deployment, request_: dict[str, Any], wording: str) -> None:
     with pytest.raises(RequestError, match=wording):
         deployment.run(**request_)
+
+
+@pytest.mark.parametrize(
+    ("bits", "fits"),
+    [(0x7F7F, True), (0xFF7F, True), (0x8000, True), (0x0001, True), (0x7F80, False), (0xFF80, False), (0x7FC1, False)],
+)
+def test_bits_of_bfloat16_are_numbers(llama: Any, bits: int, fits: bool) -> None:
+    """As PyTorch reads them: the largest number, zero and the smallest, then infinity and NaN."""
+    base = msgspec.structs.replace(read_manifest(llama.folder).base, embedding_dtype="bfloat16")
+    embeds = np.zeros((1, 2, 48), np.uint16)
+    embeds[0, 1, 7] = bits
+    assert bool(torch.from_numpy(embeds.view(np.int16)).view(torch.bfloat16).isfinite().all()) == fits
+    if fits:
+        assert check_embeds(embeds, base) is embeds
+    else:
+        with pytest.raises(RequestError, match="NaN or infinity"):
+            check_embeds(embeds, base)
+
+
+def test_embeddings_may_lie_in_any_order_of_memory(deployment: Deployment) -> None:
+    embeds = deployment.embed([random_ids(8), random_ids(8, 1)])
+    expected = deployment.run(inputs_embeds=embeds)["logits"]
+    turned = np.ascontiguousarray(embeds.transpose(2, 0, 1)).transpose(1, 2, 0)
+    assert not turned.flags.c_contiguous
+    np.testing.assert_array_equal(deployment.run(inputs_embeds=turned)["logits"], expected)
+    started = deployment._opened.engine.start({"inputs_embeds": turned, "attention_mask": np.ones((2, 8), np.int64)}, 1)
+    np.testing.assert_allclose(started.logits, expected[:, -1], atol=LIMIT)
 
 
 def test_an_unknown_backend_and_bad_thread_count(llama: Any) -> None:

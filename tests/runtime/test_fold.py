@@ -99,6 +99,16 @@ def test_a_folded_table_is_the_embedding_table_of_another_host(llama: Any, tmp_p
         )
 
 
+@pytest.mark.parametrize("fold", ["table", "rank"])
+def test_memory_of_a_folded_task_is_counted(llama: Any, tmp_path: Path, fold: str) -> None:
+    folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
+    entry = export_adapter(llama.sources / "alpha", folder, name="folded", fold=fold).tasks["folded"].fold
+    assert entry is not None
+    with Deployment.open(folder, threads=1) as opened:
+        weights = opened._tasks.get("alpha").size_bytes
+        assert opened._tasks.get("folded").size_bytes == weights + (folder / entry.path).stat().st_size
+
+
 def test_scope_prompt_holds_for_a_folded_task(llama: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
     export_adapter(llama.sources / "prompted", folder, name="folded", fold="rank")
@@ -142,4 +152,13 @@ def test_a_fold_of_another_shape_is_refused_when_it_is_loaded(llama: Any, tmp_pa
     with Deployment.open(folder, threads=1) as opened:
         for kind in ("table", "rank"):
             with pytest.raises(IntegrityError, match=rf"tasks/{kind}/.*expected one tensor .*it holds .*\(96, 4\)"):
+                opened.embed([[5]], tasks=kind)
+    rank = llama.adapters["alpha"].config.rank
+    for kind, name, width in (("table", "embeddings", D), ("rank", "hidden", rank)):
+        tensors = {name: np.zeros((V, width), np.float32), "more": np.zeros((2, 3), np.float32)}
+        save_file(tensors, folder / f"tasks/{kind}/{name}.safetensors")
+    reseal(folder)
+    with Deployment.open(folder, threads=1) as opened:
+        for kind in ("table", "rank"):
+            with pytest.raises(IntegrityError, match=rf"tasks/{kind}/.*expected one tensor .*more of float32"):
                 opened.embed([[5]], tasks=kind)

@@ -14,7 +14,7 @@ import torch
 from seeing_support import Seeing, build_seeing, picture
 from tiny_models import IMAGE_TOKEN, IMAGE_TOKENS
 
-from adalink.runtime import Deployment
+from adalink.runtime import Deployment, vision
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.placeholders import ImageEmbeds, prefix_names
 from adalink.runtime.tensors import as_stored
@@ -117,6 +117,34 @@ def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(seein
         assert encoded(deployment, A) == 1
 
 
+def test_kept_embeddings_keep_no_neighbours(seeing: Seeing) -> None:
+    with Deployment.open(seeing.folder) as deployment:
+        deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
+        kept = list(deployment._vision._kept.values())
+        assert len(kept) == 3
+        assert sum(own.nbytes for own in kept) == deployment._vision._size_bytes
+        assert all(own.base is None or own.base.nbytes == own.nbytes for own in kept)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_a_tower_is_given_no_more_than_it_takes(count: int) -> None:
+    """Whatever is left for the last call, the result is that of all at once."""
+    rng, calls = np.random.default_rng(count), list[int]()
+    weights = rng.normal(size=(3 * 4 * 4, 10)).astype(np.float32)
+
+    class Tower:
+        most_images = 3
+
+        def run(self, pixel_values: np.ndarray) -> np.ndarray:
+            calls.append(len(pixel_values))
+            return (pixel_values.reshape(len(pixel_values), -1) @ weights).reshape(-1, 2, 5)
+
+    pictures = rng.normal(size=(count, 3, 4, 4)).astype(np.float32)
+    found = vision._run(Tower(), pictures)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, Tower().run(pictures), rtol=1e-5)
+    assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
+
+
 def test_threads_that_ask_at_once_share_one_run(seeing: Seeing) -> None:
     with Deployment.open(seeing.folder) as deployment:
         with ThreadPoolExecutor(4) as pool:
@@ -188,6 +216,7 @@ def test_bfloat16_bits_are_those_of_pytorch() -> None:
         (["a", "@"], [None, None], "prompt 1 has 1 placeholders .* and 0 images"),
         (["@"], [[A, B]], "prompt 0 has 1 placeholders .* and 2 images"),
         (["@"], [], "images is a list of 0 and there are 1 rows: expected a list with one entry for each row"),
+        (["@"], [[A], [B]], "images is a list of 2 and there are 1 rows"),
         (["@"], "cat.png", "images is a str and there are 1 rows"),
         (["@"], A, "images is a Image and there are 1 rows"),
         (["@"], ["cat.png"], r"images\[0\] is a str, expected a list of images or None"),

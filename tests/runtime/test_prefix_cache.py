@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from runtime_support import random_adapter, write_adapter
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
-from adalink.runtime.prefix_cache import PrefixCache, PrefixKey
+from adalink.runtime.prefix_cache import PrefixCache, PrefixKey, name_of
 
 SHARED = "wheat prices rose again"
 PROMPTS = [f"{SHARED} today", f"{SHARED} in may", SHARED[:9], f"{SHARED} today"]
@@ -91,6 +93,73 @@ def test_least_recently_used_go_first_and_the_budget_holds() -> None:
     assert cache.size_bytes == 3 * states.nbytes
     for other in (PrefixKey("other", "adapter", "all"), PrefixKey("base", "b", "all"), PrefixKey("base", "", "")):
         assert cache.find(other, prompts[0]) is None
+
+
+def test_a_prompt_kept_again_takes_no_ones_place() -> None:
+    states = np.zeros((4, 2, 3, 5), np.float32)
+    cache, key = PrefixCache(2 * states.nbytes), PrefixKey("base", "adapter", "all")
+    first, second = np.array([1, 2, 3]), np.array([4, 5, 6])
+    for prompt in (first, second, second):
+        cache.add(key, prompt, states)
+    assert cache.size_bytes == 2 * states.nbytes
+    assert cache.find(key, first) is not None
+    assert cache.find(key, second) is not None
+
+
+def test_states_as_large_as_the_budget_are_kept_alone() -> None:
+    states = np.zeros((4, 2, 3, 5), np.float32)
+    cache, key = PrefixCache(states.nbytes), PrefixKey("base", "adapter", "all")
+    for prompt in (np.array([1, 2, 3]), np.array([4, 5, 6])):
+        cache.add(key, prompt, states)
+        assert cache.find(key, prompt) is not None
+        assert cache.size_bytes == states.nbytes
+
+
+def test_threads_find_and_keep_at_once() -> None:
+    states = np.zeros((2, 1, 3, 4), np.float32)
+    cache, key, failures = PrefixCache(20 * states.nbytes), PrefixKey("base", "adapter", "all"), list[str]()
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(200):
+                prompt = rng.integers(0, 4, 3)
+                cache.add(key, prompt, states)
+                found = cache.find(key, prompt)
+                if found is not None and found.shape[2] > 2:
+                    failures.append(f"{found.shape}")
+        except Exception as error:
+            failures.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+    assert cache.size_bytes == sum(kept.nbytes for kept in cache._entries.values()) == 20 * states.nbytes
+
+
+def test_what_was_kept_does_not_change_when_rows_of_its_batch_go(llama: Any, cached: Deployment) -> None:
+    """The first row ends at once, and the last one's cache takes its place."""
+    prompts = [PROMPTS[0], "oil", "a bank raised its dividend"]
+    expected = plain(llama, prompts, "alpha")
+    first = expected[0].text[0]
+    assert all(first not in row.text for row in expected[1:])
+    cached.generate(prompts, tasks="alpha", max_new_tokens=12, stop=first)
+    assert cached.generate(prompts, tasks="alpha", max_new_tokens=12) == expected
+
+
+def test_names_of_what_is_no_token_do_not_meet() -> None:
+    names = [name_of(f"picture {number}") for number in range(5000)]
+    assert len(set(names)) == len(names)
+    assert -(1 << 63) <= min(names) < -(1 << 62)
+    assert max(names) < 0
 
 
 def test_bases_that_cannot_go_on_say_so(t5: Any, llama: Any) -> None:

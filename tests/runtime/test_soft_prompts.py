@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,14 +14,14 @@ from seeing_support import Seeing, picture
 from soft_support import EVERY, TASKS, Soft, build_soft, padded
 
 from adalink.export.base import export_base
-from adalink.runtime.adapter import make_adapter
+from adalink.runtime.adapter import SOFT_PROMPT_NAME, make_adapter
 from adalink.runtime.bank import OwnTable, Selection, mix
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ContractError, RequestError
 from adalink.runtime.fold import RankFold
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Profile, Span
-from adalink.runtime.soft_prompt import SoftPrompt
+from adalink.runtime.soft_prompt import SoftPrompt, check_input_side
 
 NEW = 8
 PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
@@ -282,6 +283,22 @@ def test_an_adapter_that_does_not_fit_is_refused(llama: Soft, tmp_path: Path) ->
             deployment.add_task(write_adapter(tmp_path / "long", long))
         with pytest.raises(ContractError, match=r"table of 95 token ids, .* has 96"):
             deployment.add_task(write_adapter(tmp_path / "other", make_adapter(llama.adapters["ids"].config, other)))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 65504.0), ("bfloat16", 3.3895e38), ("float32", 3.4028e38)])
+def test_numbers_beyond_the_dtype_of_the_base_are_refused(llama: Soft, dtype: str, largest: float) -> None:
+    base = msgspec.structs.replace(read_manifest(llama.folder).base, embedding_dtype=dtype)
+    plain = {"activation": "identity", "bias": False, "scope": "all"}
+    weights = dict(random_adapter(base.fingerprint, base.hidden_size, 1, rank=0, soft_tokens=3, **plain).weights)
+    for number in (largest, -largest):
+        vectors = weights[SOFT_PROMPT_NAME].copy()
+        vectors[2, 5] = number
+        config = random_adapter(base.fingerprint, base.hidden_size, 1, rank=0, soft_tokens=3, **plain).config
+        check_input_side(make_adapter(config, {SOFT_PROMPT_NAME: vectors}), base, "it")
+        if dtype != "float32":
+            vectors[2, 5] = number * 1.003
+            with pytest.raises(ContractError, match=f"it: the soft prompt holds numbers beyond {dtype}"):
+                check_input_side(make_adapter(config, {SOFT_PROMPT_NAME: vectors}), base, "it")
 
 
 def test_tasks_come_and_go(llama: Soft) -> None:

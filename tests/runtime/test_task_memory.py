@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,10 @@ import pytest
 from runtime_support import random_adapter, write_adapter
 
 from adalink.export.adapter import export_adapters
-from adalink.runtime import Deployment
+from adalink.runtime import Deployment, file_memory
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError
 from adalink.runtime.file_memory import map_file, read_file
+from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
 NAMES = [f"task-{index}" for index in range(6)]
 IDS = [[5, 9, 40]]
@@ -42,6 +45,21 @@ SIZE = 2 * 4 * 48 * 4
 
 def loaded(opened: Deployment) -> set[str]:
     return set(opened._tasks._loaded)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files are read, not mapped")
+@pytest.mark.parametrize("answer", [None, file_memory._FAILED])
+def test_a_file_that_the_system_does_not_map_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int | None
+) -> None:
+    """As where a process has more maps than it may; an address that is none must not be looked at."""
+    data = np.random.default_rng(0).integers(0, 256, 10_001, np.uint8).tobytes()
+    (tmp_path / "file").write_bytes(data)
+    refusing = SimpleNamespace(mmap=lambda *arguments: answer, munmap=lambda *arguments: 0)
+    monkeypatch.setattr(file_memory, "_library", lambda: refusing)
+    with (tmp_path / "file").open("rb") as stream:
+        assert file_memory._map(stream.fileno(), len(data)) is None
+    assert map_file(tmp_path / "file").tobytes() == data
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -77,6 +95,34 @@ def test_a_file_is_the_same_mapped_and_read(tmp_path: Path) -> None:
         for memory in (map_file(tmp_path / "file"), read_file(tmp_path / "file")):
             assert memory.tobytes() == data
             assert size == 0 or memory.ctypes.data % 64 == 0
+
+
+def test_an_added_task_is_found_again_from_another_folder(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(many / "tasks" / "task-5", tmp_path / "added")
+    monkeypatch.chdir(tmp_path)
+    with Deployment.open(many) as opened:
+        opened.add_task("added")
+        opened.unload_task("added")
+        monkeypatch.chdir(many)
+        np.testing.assert_array_equal(opened.embed(IDS, tasks="added"), opened.embed(IDS, tasks="task-5"))
+
+
+def test_all_tasks_of_a_kind_share_one_graph(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened_kinds: list[str] = []
+    open_bank = OnnxRuntimeBackend.open_bank
+
+    def count(self: OnnxRuntimeBackend, kind: str, graph: bytes, base: Any) -> Any:
+        opened_kinds.append(kind)
+        return open_bank(self, kind, graph, base)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open_bank", count)
+    with Deployment.open(many) as opened:
+        for _ in range(2):
+            opened.embed([*IDS, *IDS, *IDS, *IDS], tasks=["task-0", "task-1", "alpha", "prompted"])
+            opened.unload_task("task-0")
+    assert sorted(opened_kinds) == ["gelu", "identity_bias"]
 
 
 def test_the_least_recently_used_task_goes_first(many: Path) -> None:

@@ -87,10 +87,36 @@ def test_another_manifest_is_another_truth(settled: Path) -> None:
 
     read_paths(settled)
     manifest = read_manifest(settled)
-    record = msgspec.structs.replace(manifest.files[TABLE], sha256="sha256:" + "0" * 64)
-    forged = msgspec.structs.replace(manifest, files={**manifest.files, TABLE: record})
-    with pytest.raises(IntegrityError, match="the manifest says sha256:000"):
-        verify_once(settled, forged, [TABLE])
+    for change, message in (
+        ({"sha256": "sha256:" + "0" * 64}, "the manifest says sha256:000"),
+        ({"size_bytes": 7}, "bytes, the manifest says 7"),
+    ):
+        record = msgspec.structs.replace(manifest.files[TABLE], **change)
+        forged = msgspec.structs.replace(manifest, files={**manifest.files, TABLE: record})
+        with pytest.raises(IntegrityError, match=message):
+            verify_once(settled, forged, [TABLE])
+
+
+def test_what_is_checked_later_does_not_push_out_what_was_before(settled: Path) -> None:
+    manifest, read = read_manifest(settled), list[str]()
+    other = next(path for path in next(iter(manifest.variants.values())).files)
+    for paths in ([TABLE], [other], [TABLE, other]):
+        verify_once(settled, manifest, paths, read.append)
+    assert read == [TABLE, other]
+
+
+def test_a_file_that_is_exchanged_while_it_is_read_is_not_remembered(
+    settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stood there before the reading was never read, whatever its stamp."""
+    manifest, read = read_manifest(settled), list[str]()
+    stamp = verified._stamp(settled / TABLE)
+    earlier = (*stamp[:3], stamp[3] - 1, stamp[4])
+    stamps = [earlier, stamp, earlier, earlier]
+    monkeypatch.setattr(verified, "_stamp", lambda path: stamps.pop(0))
+    for _ in range(2):
+        verify_once(settled, manifest, [TABLE], read.append)
+    assert read == [TABLE, TABLE]
 
 
 def test_files_that_just_changed_are_not_remembered(llama: Any, tmp_path: Path) -> None:
