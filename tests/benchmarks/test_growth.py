@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from runtime_support import build
 
-from benchmarks.slopes import LAWS, Model, fit, slope
+from adalink.runtime.manifest_file import read_manifest
+from benchmarks.slopes import LAWS, Model, cost_model, fit, slope
 
 XS = (1, 10, 100, 1000)
 MODEL = Model(weight_bytes=538e6, cache_bytes=46080, parameters=134.5e6, attention=34560, bandwidth=40e9, rate=200e9)
@@ -72,3 +75,26 @@ def test_the_cost_model_goes_from_reading_to_computing():
     assert MODEL.prefill_s(1, 1) == pytest.approx(reading)
     # Quadratic in the end: twice the length takes nearly four times as long.
     assert math.log2(MODEL.prefill_s(1, 2**21) / MODEL.prefill_s(1, 2**20)) == pytest.approx(2, abs=0.01)
+
+
+def test_the_cost_model_by_hand():
+    """A step reads the weights once and each row's cache; a token of a prompt looks at half of it on average."""
+    model = Model(weight_bytes=100.0, cache_bytes=3.0, parameters=7.0, attention=2.0, bandwidth=10.0, rate=1e9)
+    assert model.step_s(4, 50) == pytest.approx((100 + 4 * 50 * 3) / 10)
+    slow = replace(model, rate=0.5)
+    assert slow.step_s(4, 50) == pytest.approx(4 * (7 + 50 * 2) / 0.5)
+    assert slow.prefill_s(3, 20) == pytest.approx(3 * 20 * (7 + 10 * 2) / 0.5)
+
+
+def test_the_cost_model_of_a_base(tmp_path):
+    """Of what the manifest says: float32 weights in files beside the graph, keys and values of each layer."""
+    manifest = read_manifest(build("llama", tmp_path).folder)
+    (variant,) = manifest.variants.values()
+    weights = sum((tmp_path / "deployment" / path).stat().st_size for path in variant.files if path.endswith(".data"))
+    model = cost_model(manifest, tokens=256, prefill_s=0.5, gb_s=36.0)
+    assert weights > 0
+    assert (model.weight_bytes, model.parameters) == (weights, weights / 4)
+    assert model.cache_bytes == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
+    assert model.attention == 2 * 2 * 48  # products with keys and with values, layers, width
+    assert model.bandwidth == 36e9
+    assert model.prefill_s(1, 256) >= 0.5 == pytest.approx(256 * model.parameters / model.rate)

@@ -157,3 +157,38 @@ int cuDeviceGetName(char *name, int size, int device) { strncpy(name, device == 
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 12000000000u; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 6; return 0; }
 """
+
+
+WRONG = """
+import numpy as np
+__version__ = "1.99"
+def get_available_providers():
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+class InferenceSession:
+    def __init__(self, model, providers):
+        self.providers = providers
+    def get_providers(self):
+        return {found}
+    def run(self, outputs, feeds):
+        return [{factor} * feeds["x"]]
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "factor", "works", "detail"),
+    [
+        ("self.providers", "-1", True, "onnxruntime 1.99 on CUDAExecutionProvider computes"),
+        ("self.providers", "1", False, "onnxruntime 1.99 on CUDAExecutionProvider computed -(2.5) = [2.5]"),
+        (
+            '["CPUExecutionProvider"]',
+            "-1",
+            False,
+            "onnxruntime 1.99 lists CUDAExecutionProvider, but a session falls back to CPUExecutionProvider",
+        ),
+    ],
+)
+def test_a_backend_that_computes_wrongly_or_elsewhere_is_a_finding(monkeypatch, tmp_path, found, factor, works, detail):
+    (tmp_path / "onnxruntime.py").write_text(WRONG.format(found=found, factor=factor))
+    inherited = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), inherited])))
+    assert probe("onnxruntime-cuda")[:2] == (works, detail)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from adalink.tools.studies.statistics import (
+    DRAWS,
     mean_and_deviation,
     sign_flip_test,
     t_interval,
@@ -65,3 +66,19 @@ def test_many_pairs_are_drawn():
     exact = np.mean([abs(np.dot(signs, values)) >= found for signs in itertools.product((-1, 1), repeat=17)])
     assert 0.05 < exact < 0.95
     assert sign_flip_test(values) == pytest.approx(exact, abs=0.01)
+
+
+def test_a_drawn_p_value_is_never_zero():
+    """All 40 of one sign: the pattern that was found is counted, and none that is drawn reaches it."""
+    assert sign_flip_test([0.5] * 40) == 1 / (DRAWS + 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sums_that_tie_in_decimals_tie(seed):
+    """Differences of accuracies are no binary fractions; counted in whole numbers, ties are exact."""
+    draw = random.Random(seed)
+    hundredths = [draw.randint(-9, 12) for _ in range(9)]
+    patterns = itertools.product((-1, 1), repeat=len(hundredths))
+    sums = [abs(sum(sign * value for sign, value in zip(signs, hundredths, strict=True))) for signs in patterns]
+    expected = sum(value >= abs(sum(hundredths)) for value in sums) / len(sums)
+    assert sign_flip_test([0.5 + value / 100 - 0.5 for value in hundredths]) == expected
