@@ -21,6 +21,7 @@ from adalink.training.config import AdaLinkConfig
 from adalink.training.dataset import Example, Row, encode_rows, pad_decoder, pad_encoder_decoder
 from adalink.training.exact_match import exact_match, greedy_tokens
 from adalink.training.settings import TrainSettings
+from adalink.training.storage import load_adapter
 from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters
 
@@ -472,10 +473,9 @@ def test_replies_of_rows_that_nearly_fill_the_positions_are_those_of_single_rows
 
 
 def test_exact_match_counts_right_rows(base, data, tmp_path):
+    """Of the adapter as it is deployed: nothing is dropped any more, however much was in training."""
     settings = TrainSettings(lr=2e-2, max_steps=60, batch_size=8, max_length=24, seed=3, device="cpu")
-    report = run(base, data, tmp_path / "out", AdaLinkConfig(rank=24), settings)
-    from adalink.training.storage import load_adapter
-
+    report = run(base, data, tmp_path / "out", AdaLinkConfig(rank=24, dropout=0.95), settings)
     model, tokenizer = load_base(base), make_tokenizer()
     lines = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
     with load_adapter(tmp_path / "out", model):
@@ -484,4 +484,4 @@ def test_exact_match_counts_right_rows(base, data, tmp_path):
             ids = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
             reply = model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0)
             right += tokenizer.decode(reply[0, ids.shape[1] :]) == f"{line['completion']}<eos>"
-    assert report["exact_match"]["adapter"] == right / len(lines)
+    assert report["exact_match"]["adapter"] == right / len(lines) > 0

@@ -10,6 +10,7 @@ from tiny_tokenizer import make_tokenizer
 from transformers import set_seed
 
 from adalink.runtime.errors import ConfigError, DataError, ModelError
+from adalink.training.study import scoring
 from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, load_data
 from adalink.training.study.methods import tune
@@ -163,9 +164,15 @@ def shaken(family, name, data):
     return task.eval()
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_label_scores_are_those_of_whole_sequences(name, data):
-    # The reference: each row and label alone, unpadded, without a cache, all logits.
+@pytest.mark.parametrize(
+    ("name", "branches"), [*((name, 64) for name in METHODS), ("gelu", 14), ("prompt", 14), ("attention", 1)]
+)
+def test_label_scores_are_those_of_whole_sequences(name, branches, data, monkeypatch):
+    """Whether all labels are gone on with at once, two at a time or each by itself.
+
+    The reference: each row and label alone, unpadded, without a cache, all logits.
+    """
+    monkeypatch.setattr(scoring, "_BRANCHES", branches)
     task, tokenizer = shaken("llama", name, data), make_tokenizer()
     rows = [*data.test[:5], Labelled("a", 0), Labelled("bb.b", 1)]
     found = task.scores(rows)
