@@ -96,7 +96,7 @@ def test_wrong_use(folder, tmp_path):
 
 
 class Machine:
-    """A clock, and a deployment that takes time by rule: of a task more than of the base, of a later step more, of the prompt most."""
+    """A clock, and a deployment that takes time by rule: a task more than the base, later steps more, prompts most."""
 
     prefill_s, step_s, embed_s, load_s = 8e-3, 2e-3, 5e-6, 3e-3
 

@@ -192,3 +192,40 @@ def test_a_backend_that_computes_wrongly_or_elsewhere_is_a_finding(monkeypatch, 
     inherited = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), inherited])))
     assert probe("onnxruntime-cuda")[:2] == (works, detail)
+
+
+PLUGIN = """
+from types import SimpleNamespace
+import numpy as np
+__version__ = "1.99"
+def register_execution_provider_library(name, path):
+    assert (name, path) == ("RTX", "librtx.so")
+def get_ep_devices():
+    return [SimpleNamespace(ep_name=name) for name in {devices}]
+class SessionOptions:
+    def add_provider_for_devices(self, devices, options):
+        assert [device.ep_name for device in devices] == ["RTX"]
+class InferenceSession:
+    def __init__(self, model, options):
+        pass
+    def run(self, outputs, feeds):
+        return [-feeds["x"]]
+"""
+
+
+@pytest.mark.parametrize(
+    ("devices", "works", "detail"),
+    [
+        (["CPU", "RTX", "RTX"], True, "onnxruntime 1.99 on RTX computes"),
+        (["CPU"], False, "onnxruntime 1.99 registers RTX, which finds no GPU that it supports"),
+    ],
+)
+def test_a_plugin_without_a_gpu_is_a_finding(monkeypatch, tmp_path, devices, works, detail):
+    (tmp_path / "onnxruntime.py").write_text(PLUGIN.format(devices=devices))
+    package = "def get_ep_name():\n    return 'RTX'\ndef get_library_path():\n    return 'librtx.so'\n"
+    (tmp_path / "onnxruntime_ep_nv_tensorrt_rtx.py").write_text(package)
+    inherited = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), inherited])))
+    found = probe("onnxruntime-tensorrt-rtx")
+    assert found[:2] == (works, detail)
+    assert bool(found.advice) == (not works)

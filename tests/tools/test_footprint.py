@@ -8,6 +8,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from adalink.tools import footprint
 from adalink.tools.cli import main
 from adalink.tools.footprint import installed_bytes, runtime_packages
 
@@ -55,3 +56,32 @@ def test_size_is_that_of_the_files_on_disk(tmp_path: Path):
     record = "known/a.py,,1\nknown/b.so,,1\nknown/gone.py,,1\nknown/../known/a.py,,1\n"
     (info / "RECORD").write_text(record)
     assert installed_bytes(metadata.PathDistribution(info)) == 1234 + 4321
+
+
+def install(folder: Path, name: str, size: int, *requires: str) -> None:
+    (folder / f"{name}.py").write_bytes(b"#" * size)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    lines = "".join(f"Requires-Dist: {line}\n" for line in requires)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{lines}")
+    (info / "RECORD").write_text(f"{name}.py,,\n")
+
+
+def test_what_runtime_extras_need_is_followed_and_nothing_else(tmp_path: Path, monkeypatch):
+    """Made-up packages: what a marker or an extra leaves out is not counted, and the largest comes first."""
+    install(tmp_path, footprint.KIT, 10, "always", "engine[fast]; extra == 'cpu'", "trainer; extra == 'train'", "gone")
+    install(tmp_path, "always", 500, "modern; python_version >= '3'", "old; python_version < '3'", footprint.KIT)
+    install(tmp_path, "engine", 30, "speed; extra == 'fast'", "slowness; extra == 'slow'")
+    for name, size in (("modern", 40), ("speed", 200), ("old", 1), ("slowness", 1), ("trainer", 1)):
+        install(tmp_path, name, size)
+    found = {path.name.partition("-1.0")[0]: path for path in tmp_path.glob("*.dist-info")}
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name not in found:
+            raise metadata.PackageNotFoundError(name)
+        return metadata.PathDistribution(found[name])
+
+    monkeypatch.setattr(footprint.metadata, "distribution", distribution)
+    monkeypatch.setattr(footprint, "_is_editable", lambda package: False)
+    rows = [(row["package"], row["bytes"]) for row in footprint.measure_footprint()]
+    assert rows == [("always", 500), ("speed", 200), ("modern", 40), ("engine", 30), (footprint.KIT, 10)]

@@ -11,6 +11,7 @@ import pytest
 
 from adalink.tools.studies.statistics import (
     DRAWS,
+    EXACT_PAIRS,
     mean_and_deviation,
     sign_flip_test,
     t_interval,
@@ -57,6 +58,7 @@ def test_sign_flips_by_hand():
     assert sign_flip_test([0.1, 0.1, 0.1, -0.1]) == 10 / 16  # |sum| >= 0.2: 1 + 4 + 4 + 1
     assert sign_flip_test([-0.5] * 10) == 2 / 1024
     assert sign_flip_test([0.0, 0.0]) == 1.0
+    assert sign_flip_test([0.5] * EXACT_PAIRS) == 2 / 2**16  # the last number that is counted, not drawn
 
 
 def test_many_pairs_are_drawn():
