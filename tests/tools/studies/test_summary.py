@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -113,6 +114,16 @@ def test_figures_by_hand(made):
     assert overall["AdaLink 8"]["pairs"] == 3
     assert overall["AdaLink 8"]["mean"] == pytest.approx(-0.22 / 3)
     assert overall["AdaLink 8"]["p_value"] == 2 / 8
+
+
+@pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (1e-2, False), (1e-1, True)])
+def test_a_rate_at_either_end_of_those_tried_is_told(made, best, at_edge):
+    study, cells, finished = made
+    method = msgspec.structs.replace(cells[0].method, lr=(1e-2, 1e-1, 1e-3))
+    choose = tuple(msgspec.structs.replace(cells[0].choose[0], lr=lr) for lr in method.lr)
+    finished |= {run.file_name: content(run, 0.9 if run.lr == best else 0.2, method.name) for run in choose}
+    (group,) = summarize(study, [replace(cells[0], method=method, choose=choose)], finished)["cells"]
+    assert (group["lr"], group["lr_at_edge"]) == (best, at_edge)
 
 
 def test_tables(made):
