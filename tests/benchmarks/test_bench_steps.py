@@ -237,5 +237,11 @@ def test_bandwidth_is_that_of_the_fastest_reduction(monkeypatch):
     assert 2 * 2**20 / slow / 1e9 < found <= 2 * 2**20 / fast / 1e9
 
 
+def test_bandwidth_counts_until_the_last_thread_has_read(monkeypatch):
+    waits = [0.3, 0.001, 0.001]
+    monkeypatch.setattr(bandwidth, "_REDUCTIONS", (("int64", lambda array: time.sleep(waits.pop())),))
+    assert bandwidth.measure_bandwidth(3, array_bytes=2**20, rounds=1) <= 3 * 2**20 / 0.3 / 1e9
+
+
 def test_bandwidth_of_the_real_reductions():
     assert 0.01 < bandwidth.measure_bandwidth(1, array_bytes=2**20, rounds=3) < 10_000

@@ -39,6 +39,26 @@ def test_report_by_hand() -> None:
     assert report["drafts_over_steps"] == {"median": 2.0, "least": 1.0, "most": 3.0}
     assert report["by_kind"]["stories"]["task_over_genai"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     json.dumps(report, allow_nan=False)
+    # The prompt of make bench is continued past any end, and so no answer: it stands apart.
+    texts[1]["kind"] = drafts._OWN
+    apart = drafts.summarize(texts, found)
+    assert apart["drafts_over_steps"] == apart["by_kind"]["lists"]["drafts_over_steps"]
+    assert apart["drafts_over_steps"] == {"median": 3.0, "least": 3.0, "most": 3.0}
+    assert apart["by_kind"][drafts._OWN]["drafts_over_steps"]["median"] == 1.0
+
+
+def test_sides_take_turns_the_other_way_round_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def answer(command: list[Any], timeout_s: float, log: Path) -> dict[str, Any]:
+        asked.append((str(command[0]), command[command.index("--kind") + 1]))
+        return rounds([float(len(asked)), 1.0])[0]
+
+    monkeypatch.setattr(drafts, "run_json", answer)
+    found = drafts.measure(tmp_path, {"kit": Path("kit"), "peers": Path("peers")}, 2, "int4", 3)
+    once = [(environment, kinds["int4"]) for _, kinds, environment in drafts.SIDES.values()]
+    assert asked == [*once, *once[::-1], *once]
+    assert [result["seconds"][0] for result in found["steps"]] == [1.0, 8.0, 9.0]
 
 
 def test_readme_has_the_stored_figures() -> None:

@@ -135,6 +135,21 @@ def test_other_ways_to_generate(options):
     assert ours[0, ids.shape[1] :].tolist() == theirs[0, -6:].tolist()
 
 
+@pytest.mark.parametrize("prompt", [2, 5, 9])
+def test_a_map_of_positions_counts_the_callers_in_a_cache(prompt):
+    """Twelve tokens in two calls: the map's columns are those of the tokens, whatever stands before them."""
+    model, ids = FAMILIES["llama"](), PROMPTS[0]
+    with attach(model, ASKED) as attached:
+        disturb(attached)
+        mask = torch.arange(len(ids))[None] < prompt
+        with torch.no_grad(), attached.positions(prompt_mask=mask):
+            first = model(input_ids=torch.tensor([ids[:4]]), use_cache=True)
+            second = model(input_ids=torch.tensor([ids[4:]]), past_key_values=first.past_key_values)
+        weights = attached.weights()
+    wanted = logits_by_hand(model, ASKED, weights, ids, generated=len(ids) - prompt)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1)[0], wanted, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_peft_gives_the_same(family):
     from peft import PromptTuningConfig, get_peft_model

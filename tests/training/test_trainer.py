@@ -40,3 +40,12 @@ def test_what_is_said_on_the_way(tmp_path: Path, steps: int, between: int) -> No
     assert (arguments.per_device_train_batch_size, arguments.seed) == (5, 13)
     assert arguments.device == torch.device("cpu")
     assert arguments.train_batch_size == 5, "on several GPUs too: hooks know one"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_without_a_gpu_either_precision_is_for_the_cpu(tmp_path: Path, device: str, precision: str) -> None:
+    arguments = trainer_arguments(tmp_path, TrainSettings(device=device, precision=precision))
+    assert arguments.device == torch.device("cpu")
+    assert arguments.bf16 is (precision == "bfloat16")
