@@ -149,9 +149,11 @@ def describe_adapter(folder: Path) -> Description:
 
 def describe_model(spec: str) -> Description:
     """Describe a base model, with the fingerprint that its adapters carry; raises ``ModelError``."""
+    from adalink.tools.quiet import quiet_libraries
     from adalink.training.base_model import base_fingerprint, display_name, input_embedding, load_base
 
-    model = load_base(spec)
+    with quiet_libraries():
+        model = load_base(spec)
     table = next(input_embedding(model).parameters())
     return {
         "kind": "model",

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from adalink.runtime.errors import BackendError, DataError, WriteError
+from adalink.tools.quiet import silence_libraries
 from adalink.tools.report_file import write_json
 from adalink.tools.studies.plan import Cell, Estimates, open_runs
 from adalink.training.study.perform import Run, perform
@@ -146,11 +147,9 @@ def _executor(jobs: int) -> AbstractContextManager[Executor | None]:
 def _share_cores(threads: int) -> None:
     """What a worker process does first."""
     import torch
-    from transformers.utils import logging
 
     torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_libraries()
 
 
 def _line(cell: Cell, run: Run, content: Mapping[str, Any], elapsed: float) -> str:
