@@ -152,11 +152,15 @@ def command(
         if _is_given("activation") or rank == 0:
             fixed["activations"] = (activation,)
         space = SearchSettings(minutes=minutes, **fixed)
+    from adalink.tools.quiet import quiet_libraries
     from adalink.training.train import train
 
+    show_bar = sys.stderr is not None and sys.stderr.isatty()
     # The Trainer logs to stdout, which is for the result.
-    with contextlib.redirect_stdout(sys.stderr):
-        report = train(base, data, eval_data, out, config, settings, space=space, resume=resume, say=say)
+    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+        report = train(
+            base, data, eval_data, out, config, settings, space=space, resume=resume, say=say, show_bar=show_bar
+        )
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return

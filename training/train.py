@@ -63,6 +63,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     say: Callable[[str], None] = lambda line: None,
+    show_bar: bool = True,
 ) -> dict[str, Any]:
     """Train an adapter and write its folder, with a report in ``training.json``.
 
@@ -81,7 +82,8 @@ def train(
             ``settings`` are then not used. The choice is trained on all rows.
         resume: go on from the last trial or checkpoint of an interrupted run with the same settings.
         callbacks: more Trainer callbacks.
-        say: told of a search's progress, a line at a time.
+        say: told how it goes on, a line at a time.
+        show_bar: whether the Trainer draws a progress bar; it prints a line now and then without one.
 
     Returns:
         the report, as written.
@@ -106,6 +108,7 @@ def train(
     if space is not None:
         record["search"] = asdict(space)
     # How prompts are written, and how many positions an image takes up, is the model's to say.
+    say(f"loading {display_name(base)}")
     model, tokenizer = load_base(base), load_tokenizer(base)
     has_images = any(row.images for row in (*rows, *eval_rows))
     pictures = Pictures(base, model, tokenizer) if has_images else None
@@ -144,16 +147,21 @@ def train(
                 shutil.rmtree(checkpoints)  # it cannot be gone on with
                 raise
         start = time.perf_counter()
+        say(f"exact match of the base on {len(eval_rows)} eval rows")
         accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
         set_seed(settings.seed)
         with attach(model, config) as attached:
-            history = _train(TrainableAdapters(attached), examples, collate, settings, checkpoints, last, callbacks)
+            say(f"training on {len(rows)} rows, {settings.max_steps} steps")
+            history = _train(
+                TrainableAdapters(attached), examples, collate, settings, checkpoints, last, callbacks, show_bar
+            )
             attached.adapters.eval()
             try:
                 adapter = to_adapter(attached, display_name(base))
             except AdapterError:
                 shutil.rmtree(checkpoints)  # as above
                 raise
+            say(f"exact match of the adapter on {len(eval_rows)} eval rows")
             accuracy["adapter"] = exact_match(
                 model, tokenizer, eval_examples, settings.batch_size, pictures, soft_tokens=config.soft_tokens
             )
@@ -202,13 +210,16 @@ def _train(
     checkpoints: Path,
     last: Path | None,
     callbacks: Sequence[TrainerCallback],
+    show_bar: bool,
 ) -> list[dict[str, Any]]:
     """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
     if last is not None and step_of(last) == settings.max_steps:
         return restore(module, last)  # the Trainer would go one step further
     trainer = CheckpointTrainer(
         model=module,
-        args=trainer_arguments(checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2),
+        args=trainer_arguments(
+            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not show_bar
+        ),
         train_dataset=examples,
         data_collator=collate,
         callbacks=list(callbacks),

@@ -123,6 +123,7 @@ def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> Tr
         # Left to itself the Trainer takes bf16 for a wish for a GPU, and refuses where there is none.
         use_cpu=schedule.device == "cpu" or (is_bfloat16 and not torch.cuda.is_available()),
         remove_unused_columns=False,
+        dataloader_pin_memory=schedule.device != "cpu" and torch.cuda.is_available(),  # without a GPU PyTorch warns
         report_to="none",
         **more,
     )

@@ -57,6 +57,22 @@ def test_writes_an_adapter_and_prints_its_report(work):
     assert report["base"] == "tiny-llama"
 
 
+def test_a_log_gets_lines_and_no_bars(work):
+    done = call(work, "logged", "--max-steps", "6")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "\r" not in done.stderr
+    assert "Warning" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("{'")]
+    assert said == [
+        "loading tiny-llama",
+        "exact match of the base on 9 eval rows",
+        "training on 9 rows, 6 steps",
+        "exact match of the adapter on 9 eval rows",
+    ]
+    assert done.stderr.count("{'loss': ") == 6
+
+
 def test_wrong_row_is_a_message_and_exit_code_2(work):
     done = call(work, "none", "--max-steps", "6", data="wrong.jsonl")
     assert done.returncode == 2
