@@ -14,7 +14,7 @@ class AdaLinkConfig:
 
     Attributes:
         rank: width ``r`` of the bottleneck, or of each modality's: ``{"text": 16, "image": 64}``; 0 for a soft prompt
-            alone, with activation ``identity`` and no bias.
+            alone, with activation ``identity``, no bias and no dropout.
         activation: one of ``adalink.runtime.adapter.ACTIVATIONS``; ``gelu`` is the exact erf form.
         bias: whether ``down`` and ``up`` carry a bias.
         dropout: chance in ``[0, 1)`` that a bottleneck feature is dropped in training.
@@ -43,3 +43,8 @@ class AdaLinkConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout!r}, expected a chance of at least 0 and less than 1")
+        if self.rank == 0 and self.dropout:
+            raise ConfigError(
+                f"rank is 0 with dropout {self.dropout}: a soft prompt alone has no bottleneck to drop features of; "
+                "leave the dropout out"
+            )

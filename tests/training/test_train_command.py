@@ -73,6 +73,18 @@ def test_a_log_gets_lines_and_no_bars(work):
     assert done.stderr.count("{'loss': ") == 6
 
 
+def test_bias_dropout_and_precision_are_trained_with(work):
+    first = ("--max-steps", "6", "--json")
+    plain, other = (call(work, "first", *first, *more) for more in ([], ["--dropout", "0.5"]))
+    digests = {json.loads(done.stdout)["adapter_digest"] for done in (plain, other)}
+    assert len(digests) == 2
+    done = call(work, "third", *first, "--bias", "--dropout", "0.25", "--precision", "bfloat16")
+    report = json.loads(done.stdout)
+    assert (report["method"]["bias"], report["method"]["dropout"]) == (True, 0.25)
+    assert report["settings"]["precision"] == "bfloat16"
+    assert {"text.down.bias", "text.up.bias"} < set(read_adapter(work / "third").weights)
+
+
 def test_wrong_row_is_a_message_and_exit_code_2(work):
     done = call(work, "none", "--max-steps", "6", data="wrong.jsonl")
     assert done.returncode == 2
@@ -106,9 +118,12 @@ def test_ranks_of_modalities(monkeypatch, arguments, rank):
         (["--rank", "text=8", "--rank", "text=16"], "--rank is text=8 text=16, expected each modality once"),
         (["--rank", "text=8", "--rank", "image=16"], "rank is for text, image and the modalities are text"),
         (["--rank", "0"], "rank is 0, expected a whole number of at least 1"),
+        (["--rank", "0", "--soft-tokens", "4", "--dropout", "0.5"], "rank is 0 with dropout 0.5: a soft prompt alone"),
+        (["--dropout", "1"], "dropout is 1.0, expected a chance of at least 0 and less than 1"),
+        (["--precision", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
     ],
 )
-def test_wrong_ranks_are_a_message_and_exit_code_2(arguments, message):
+def test_wrong_settings_are_a_message_and_exit_code_2(arguments, message):
     done = CliRunner().invoke(main, ["train", *FILES, *arguments])
     assert done.exit_code == 2
     assert message in done.stderr
