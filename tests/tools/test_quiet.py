@@ -36,9 +36,10 @@ def test_workers_of_a_study_show_none(isatty):
     code = (
         "import sys\n"
         "from transformers import modeling_gguf_pytorch_utils as gguf\n"
-        "from adalink.tools.studies.schedule import _share_cores\n"
+        "from adalink.tools.studies import schedule\n"
+        "schedule._end_with_parent = lambda: None\n"
         f"sys.stderr.isatty = lambda: {isatty}\n"
-        "_share_cores(1)\n"
+        "schedule._begin_worker(1)\n"
         "list(gguf.tqdm(range(3), desc='Converting'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,7 @@ def do_runs(
     started = time.monotonic()
     stop = None if minutes is None else started + 60 * minutes
     running: dict[Future[dict[str, Any]], tuple[Cell, Run]] = {}
+    others = set(multiprocessing.active_children())
     with _executor(jobs) as executor:
         try:
             while True:
@@ -109,8 +112,11 @@ def do_runs(
                 "study: a worker process was killed, most likely because memory ran out; use fewer --jobs, and start "
                 "the study again: what was finished is kept"
             ) from error
-        except BaseException:
+        except BaseException as error:
             if executor is not None:
+                if isinstance(error, KeyboardInterrupt):
+                    for process in set(multiprocessing.active_children()) - others:
+                        process.terminate()
                 executor.shutdown(cancel_futures=True)
             for future, (_, run) in running.items():  # what others have finished meanwhile
                 if not future.cancelled() and future.exception() is None:
@@ -128,7 +134,8 @@ def _keep(future: Future[dict[str, Any]], run: Run, folder: Path, finished: Fini
 
 def _submit(executor: Executor | None, cell: Cell, run: Run) -> Future[dict[str, Any]]:
     if executor is not None:
-        return executor.submit(perform, run, cell.base.model, cell.data, cell.method, cell.parts)
+        with _deaf_to_interrupts():
+            return executor.submit(perform, run, cell.base.model, cell.data, cell.method, cell.parts)
     done: Future[dict[str, Any]] = Future()
     done.set_result(perform(run, cell.base.model, cell.data, cell.method, cell.parts))
     return done
@@ -141,15 +148,37 @@ def _executor(jobs: int) -> AbstractContextManager[Executor | None]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A forked child would inherit PyTorch's threads as locks that nobody opens.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_share_cores, initargs=(max(1, cores // jobs),))
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(max(1, cores // jobs),))
 
 
-def _share_cores(threads: int) -> None:
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that begin in the block are deaf to Ctrl-C, which a terminal sends to all: they are ended from here."""
+    if threading.current_thread() is not threading.main_thread():  # Python has none but the main thread set a handler
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _begin_worker(threads: int) -> None:
     """What a worker process does first."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
     silence_libraries()
+
+
+def _end_with_parent() -> None:
+    """End this process when the study does: one that was killed can tell its workers nothing, and they would wait."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _line(cell: Cell, run: Run, content: Mapping[str, Any], elapsed: float) -> str:

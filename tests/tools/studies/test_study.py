@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -241,6 +246,42 @@ def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "perform", die)
     with pytest.raises(BackendError, match=r"a worker process was killed, .*use fewer --jobs"):
         do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_study(places, tmp_path, ending):
+    """Ctrl-C, which reaches every process of a terminal, is a line; and a study that is killed leaves none waiting.
+
+    Of the two workers one has a run under way, and one has none left.
+    """
+    lora = METHODS[METHODS.index('[[methods]]\nname = "LoRA 2"') : METHODS.index('[[methods]]\nname = "none"')]
+    study = write_study(places, tmp_path, lora, compare_to="LoRA 2")
+    code = (
+        "from study_support import stay_with_second_seed\n"
+        "from adalink.tools.cli import main\n"
+        "from adalink.tools.studies import schedule\n"
+        "schedule.perform = stay_with_second_seed\n"
+        f"main(['study', {str(study)!r}, '--out', {str(tmp_path / 'out')!r}, '--jobs', '2'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob("out/runs/final-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if ending == signal.SIGINT:
+            os.killpg(process.pid, ending)
+        else:
+            process.kill()
+        _, said = process.communicate(timeout=60)  # until no process holds stderr
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if ending == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in said
+    assert ("Interrupted." in said) == (ending == signal.SIGINT)
 
 
 def test_a_failed_run_does_not_lose_what_runs_beside_it(done, tmp_path, monkeypatch):
