@@ -110,11 +110,13 @@ def _list_runs(study: Study, cells: Sequence[Cell], finished: Finished, jobs: in
 
 
 def _print_summary(summary: dict[str, Any], study: Study) -> None:
-    from adalink.tools.studies.table import accuracy_rows, comparison_rows, shared_rows
+    from adalink.tools.studies.table import accuracy_rows, comparison_rows, not_compared_line, shared_rows
 
     print_table(study.name, *accuracy_rows(summary))
     if summary["comparisons"]:
         print_table(f"accuracy minus that of {study.compare_to}, seed by seed", *comparison_rows(summary))
+    if line := not_compared_line(summary):
+        click.echo(line)
     if summary["shared"]:
         print_table("one for each data set, and one for all", *shared_rows(summary))
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from adalink.runtime.errors import WriteError
-from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows, shared_rows
+from adalink.tools.studies.table import accuracy_rows, comparison_rows, not_compared_line, overall_rows, shared_rows
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ summary.study.name }}</title>
@@ -23,7 +23,7 @@ th { background: #f2f2f2; text-align: left; } td { font-variant-numeric: tabular
 <p>{{ summary.study.description }}</p>
 <p>{{ summary.runs.finished }} runs are finished, {{ summary.runs.open }} are open. Devices:
 {{ summary.devices | join(", ") or "none" }}; training steps in {{ summary.study.training.precision }}, scores in
-float32. {{ summary.scoring }}</p>
+float32. {{ summary.scoring }}{% if not_compared %} {{ not_compared }}{% endif %}</p>
 {% for title, note, columns, rows in tables if rows %}
 <h2>{{ title }}</h2>
 <p>{{ note }}</p>
@@ -49,6 +49,9 @@ _MARKDOWN = """# {{ summary.study.name }}
 Devices: {{ summary.devices | join(", ") or "none" }}; training steps in {{ summary.study.training.precision }},
 scores in float32.
 {{ summary.scoring }}
+{%- if not_compared %}
+{{ not_compared }}
+{%- endif %}
 {% for title, note, columns, rows in tables if rows %}
 ## {{ title }}
 {% if note %}
@@ -91,7 +94,9 @@ def write_pages(out: Path, summary: Mapping[str, Any], plots: Mapping[str, Path]
         images = [(title, base64.b64encode(plot.read_bytes()).decode("ascii")) for title, plot in plots.items()]
         for name, template, escapes in (("study.html", _TEMPLATE, True), ("study.md", _MARKDOWN, False)):
             page = jinja2.Environment(autoescape=escapes, keep_trailing_newline=True).from_string(template)
-            text = page.render(summary=summary, tables=tables, images=images, plots=plots)
+            text = page.render(
+                summary=summary, tables=tables, images=images, plots=plots, not_compared=not_compared_line(summary)
+            )
             (out / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise WriteError(f"study: cannot write {error.filename}: {error.strerror}; choose a writable --out") from error

@@ -120,6 +120,11 @@ def waiting(cells: Sequence[Cell], finished: Mapping[str, Mapping[str, Any]]) ->
     return [(cell, run) for cell in cells if cell.chosen(finished) is None for run in cell.finals]
 
 
+def count_open(cells: Sequence[Cell], finished: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many runs are left, those among them that wait for others."""
+    return len(waiting(cells, finished)) + sum(1 for _ in open_runs(cells, finished))
+
+
 class Estimates:
     """Seconds a run will take, from finished runs of the same base, device, precision and method, else of any method.
 

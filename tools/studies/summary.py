@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from adalink.tools.studies.plan import Cell, waiting
+from adalink.tools.studies.plan import Cell, count_open
 from adalink.tools.studies.statistics import DRAWS, EXACT_PAIRS, mean_and_deviation, sign_flip_test, t_interval
 from adalink.training.study.settings import Study, ZeroShotMethod
 
@@ -34,18 +34,16 @@ def summarize(study: Study, cells: Sequence[Cell], finished: Mapping[str, Mappin
     """
     groups = [_group(cell, finished) for cell in cells]
     used = {run.file_name for cell in cells for run in (*cell.choose, *cell.measured(finished))} & finished.keys()
-    open_count = len(waiting(cells, finished)) + sum(
-        run.file_name not in finished for cell in cells for run in (*cell.choose, *cell.measured(finished))
-    )
     return {
         "study": _without_places(study),
-        "runs": {"finished": len(used), "open": open_count},
+        "runs": {"finished": len(used), "open": count_open(cells, finished)},
         "devices": sorted({finished[name]["run"]["device"] for name in used}),
         "versions": _versions([finished[name]["versions"] for name in sorted(used)]),
         "scoring": SCORING,
         "paired": PAIRED,
         "cells": groups,
         "comparisons": _comparisons(study, groups),
+        "not_compared": _not_compared(study, groups),
         "overall": _overall(study, groups),
         "shared": _shared(study, groups),
     }
@@ -124,6 +122,18 @@ def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict
             "ratio": group["accuracy"]["mean"] / against["accuracy"]["mean"] if against["accuracy"]["mean"] else None,
         })  # fmt: skip
     return found
+
+
+def _not_compared(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where other methods are trained and ``study.compare_to``, as the study declares it, is not."""
+    others = _by_place(groups)
+    trained = [group for group in groups if group["settings"]["kind"] != _ZERO_SHOT]
+    places = dict.fromkeys((group["base"], group["data"], group["size"]) for group in trained)
+    return [
+        {"base": base, "data": data, "size": size}
+        for base, data, size in places
+        if (base, data, size, study.compare_to) not in others
+    ]
 
 
 def _overall(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -38,6 +38,14 @@ def comparison_rows(summary: Mapping[str, Any]) -> Table:
     return columns, rows
 
 
+def not_compared_line(summary: Mapping[str, Any]) -> str | None:
+    """What there is no comparison of, because the study leaves out the method compared with; ``None`` for nothing."""
+    places = [f"{place['data']} ({place['base']}, rows: {place['size']})" for place in summary["not_compared"]]
+    if not places:
+        return None
+    return f"Nothing is paired on {', '.join(places)}: the study does not run {summary['study']['compare_to']} there."
+
+
 def overall_rows(summary: Mapping[str, Any]) -> Table:
     """Columns and rows: the pairs of all data sets together."""
     columns = ("base", "rows", "method", "pairs", "mean difference", "p (sign flips)")

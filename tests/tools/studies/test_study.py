@@ -180,6 +180,26 @@ def test_a_method_may_be_run_with_some_sizes(places, tmp_path):
     assert everything == {run.file_name for cell in plain for run in (*cell.choose, *cell.finals)}
 
 
+def test_what_is_not_compared_is_said(places, done, tmp_path):
+    """A data set, or a size, on which the study does not run the method that others are paired with."""
+    assert done[2]["not_compared"] == []
+    methods = METHODS.replace("rank = 2\n", 'rank = 2\nsizes = ["all"]\n')
+    other = f'\n[[data]]\nname = "more"\nfolder = "{places[1]}"\nmethods = ["AdaLink 8", "none"]\n'
+    study = write_study(places, tmp_path, methods + other, sizes=[8, "all"], compare_to="LoRA 2")
+    out = tmp_path / "out"
+    text = " ".join(invoke(study, "--out", out, "--minutes", 0).stdout.split())
+    missing = [("letters", 8), ("more", 8), ("more", "all")]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["not_compared"] == [{"base": "tiny", "data": data, "size": size} for data, size in missing]
+    line = (
+        "Nothing is paired on letters (tiny, rows: 8), more (tiny, rows: 8), more (tiny, rows: all): the study does "
+        "not run LoRA 2 there."
+    )
+    assert line in text
+    for name in ("study.md", "study.html"):
+        assert line in " ".join((out / name).read_text().split())
+
+
 def test_one_for_all(places, tmp_path):
     other = write_data(tmp_path / "ends", seed=6, labels={"x": "ant", "y": "yes", "z": "no"})
     more = f"""
