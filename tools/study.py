@@ -44,14 +44,16 @@ def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_r
     from adalink.training.study.settings import read_study
 
     study = read_study(study_file)
+    say("reading bases and data")
     # The libraries below log to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
-        from adalink.tools.studies.plan import make_cells
+        from adalink.tools.studies.plan import count_open, make_cells
         from adalink.tools.studies.schedule import do_runs, read_finished
 
         cells = make_cells(study)
         finished = read_finished(out)
         if not dry_run:
+            say(f"{count_open(cells, finished)} runs to do")
             is_done = do_runs(cells, out, finished, jobs=jobs, minutes=minutes, say=say)
     if dry_run:
         _list_runs(study, cells, finished, jobs, as_json)
@@ -106,7 +108,10 @@ def _list_runs(study: Study, cells: Sequence[Cell], finished: Finished, jobs: in
             for row in rows
         ],
     )
-    say(f"about {_number(total, '{:.0f}')} minutes with {jobs} at once, if a run takes no longer beside others")
+    if total is None:
+        say("how long they take is not known: of a base there is no finished run, and no seconds_per_step in the study")
+    else:
+        say(f"about {total:.0f} minutes with {jobs} at once, if a run takes no longer beside others")
 
 
 def _print_summary(summary: dict[str, Any], study: Study) -> None:

@@ -331,6 +331,9 @@ def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path):
     study = write_study(places, tmp_path)
     listed = json.loads(invoke(study, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
     assert not (tmp_path / "out").exists()
+    declared = tmp_path / "declared.toml"
+    declared.write_text(study.read_text().replace("[[bases]]", "[[bases]]\nseconds_per_step = 60.0"))
+    assert re.search(r"about \d+ minutes with 1 at once", invoke(declared, "--out", tmp_path, "--dry-run").stderr)
     assert [(row["purpose"], row["lr"], row["seed"]) for row in listed["runs"]] == [
         ("choose", 1e-2, 99), ("choose", 1e-3, 99), ("final", 1e-2, 1), ("final", 1e-2, 2), ("final", None, 0),
         ("final", None, 1), ("final", None, 2),
@@ -338,6 +341,7 @@ def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path):
     assert listed["minutes"] is None
     text = invoke(study, "--out", tmp_path / "out", "--dry-run")
     assert "to be chosen" in text.stdout
+    assert "how long they take is not known" in text.stderr
     assert "tiny, letters, AdaLink 8, all rows" in text.stdout
 
 
