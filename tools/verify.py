@@ -167,5 +167,7 @@ def _parse_pairs(pairs: tuple[str, ...], option: str, form: str) -> dict[str, Pa
         name, equals, path = pair.partition("=")
         if not (name and equals and path):
             raise click.BadParameter(f"{pair!r} is not {form}", param_hint=option)
+        if name in found:
+            raise click.BadParameter(f"{name!r} is named twice, expected each once", param_hint=option)
         found[name] = Path(path)
     return found

@@ -231,6 +231,8 @@ def test_limits_where_there_is_nothing_to_limit(clean):
     model, folder = clean
     with pytest.raises(RequestError, match=r"'onnxruntime-cpu' is not quantised.*--variant"):
         measure(model, folder, None, max_perplexity_increase=5.0)
+    with pytest.raises(RequestError, match=r"'onnxruntime-cpu' is not quantised.*leave --text out"):
+        measure(model, folder, None, text=TEXT)
     with pytest.raises(DataError, match=r"the text has \d tokens, expected at least 2"):
         measure(model, folder, text="a")
 
@@ -254,7 +256,22 @@ def test_the_command_shows_what_quantising_costs(clean, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["verify", str(folder), "--against", str(model), "--variant", "int4", "--quick", "--threads", "1"]
     arguments += ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "report.json")]
-    result = CliRunner().invoke(main, arguments)
+    arguments += ["--rows", f"alpha={write_rows(tmp_path / 'rows.jsonl', [('a', 'b')])}"]
+    result = CliRunner().invoke(main, [*arguments, "--max-perplexity-increase", "1e6"])
     assert result.exit_code == 0, result.output
     assert "What quantising costs" in result.output
-    assert json.loads((tmp_path / "report.json").read_text())["cost"]["perplexity"]["deployed"] > 1
+    assert "exact match of alpha" in result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["cost"]["perplexity"]["deployed"] > 1
+    assert report["cost"]["exact match of alpha"].keys() == {"float32", "weights", "deployed"}
+    (check,) = (check for check in report["checks"] if check["name"] == "quantization/perplexity")
+    assert check["limit"] == 1e6
+
+
+@pytest.mark.parametrize("option", ["--rows", "--adapter"])
+def test_a_task_that_is_named_twice_is_refused(clean, option):
+    model, folder = clean
+    twice = [option, "alpha=a", option, "alpha=b"]
+    result = CliRunner().invoke(main, ["verify", str(folder), "--against", str(model), *twice])
+    assert result.exit_code == 2
+    assert "'alpha' is named twice, expected each once" in result.stderr

@@ -87,11 +87,12 @@ def verify(
     ):
         form = choose_variant(deployment.manifest, backend, variant)
         is_quantized = deployment.variant.quantization is not None
-        if max_perplexity_increase is not None and not is_quantized:
-            raise RequestError(
-                f"variant {form!r} is not quantised, so no perplexity is lost: leave --max-perplexity-increase out, or "
-                "choose a quantised variant with --variant"
-            )
+        for option, value in (("--max-perplexity-increase", max_perplexity_increase), ("--text", text)):
+            if value is not None and not is_quantized:
+                raise RequestError(
+                    f"variant {form!r} is not quantised, so no perplexity is lost: leave {option} out, or choose a "
+                    "quantised variant with --variant"
+                )
         folders = _adapter_folders(deployment, adapters)
         tested = _read_task_rows(deployment, form, task_rows or {})
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
