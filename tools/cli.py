@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import os
+import sys
 
 import click
 
@@ -33,6 +37,9 @@ _EXTRAS = {
     "torch": "export",
     "transformers": "export",
 }
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PIPE_CLOSED = 141  # what a shell gives a program that SIGPIPE ended
 
 
 class UserError(click.ClickException):
@@ -76,12 +83,28 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # of no interest to whoever has stopped reading
+                _drop_output()
+                ctx.exit(_PIPE_CLOSED)
+            if error.errno in _DISK_FULL:
+                _drop_output()
+                raise UserError(f"cannot write: {error.strerror}; free space, and run the command again") from error
+            raise
         except Exception as error:
             from adalink.runtime.errors import AdaLinkError  # here, because it brings numpy along
 
             if isinstance(error, AdaLinkError):
                 raise UserError(str(error)) from error
             raise
+
+
+def _drop_output() -> None:
+    """Send what is left of the output nowhere: Python would try once more to write it, at the end."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            output = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +16,14 @@ from rich.text import Text
 _PIPE_WIDTH = 160
 
 
+class _Console(Console):
+    """A console that leaves a closed pipe to the command's boundary; rich itself would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, which has caught the error."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, err: bool = False) -> None:
     """Print a table for people; texts are shown as they are, without markup."""
     table = Table(title=title, title_justify="left", show_header=any(columns))
@@ -21,9 +31,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))
-    console = Console(stderr=err)
+    console = _Console(stderr=err)
     if not console.is_terminal:
-        console = Console(stderr=err, width=_PIPE_WIDTH)
+        console = _Console(stderr=err, width=_PIPE_WIDTH)
     console.print(table)
 
 

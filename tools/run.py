@@ -109,7 +109,7 @@ def command(
             return
         if not settings["chat"]:
             _check_tokens(opened, rows)
-        streaming = jsonl is None and not as_json and sys.stdout.isatty()
+        streaming = jsonl is None and not as_json and sys.stdout is not None and sys.stdout.isatty()
         for entry in _generate(opened, rows, _write if streaming else None, settings):
             if streaming:
                 click.echo()
@@ -163,7 +163,7 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
 def _prompt(text: str | None, path: Path | None) -> str:
     if text is not None:
         return check_text(text, "TEXT")
-    if path is None and sys.stdin.isatty():
+    if path is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt: give TEXT, --file, --jsonl, or text on standard input")
     try:
         read = sys.stdin.read() if path is None else path.read_text(encoding="utf-8")

@@ -1,14 +1,19 @@
 """The command line's skeleton: lazy verbs, and the boundary between errors and exit codes."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_deployments import write_adapter
 
+from adalink.runtime.adapter import AdapterConfig, make_adapter
 from adalink.runtime.errors import AdapterError
 from adalink.tools.cli import VERBS, main
 
@@ -84,6 +89,49 @@ def test_interrupt_exits_130(monkeypatch):
     result = invoke_verb(monkeypatch, fail)
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
+
+
+DESCRIBED = ["inspect", "adapter"]
+FULL = Path("/dev/full")
+
+
+@pytest.fixture
+def described(tmp_path):
+    """A folder with something to describe."""
+    config = AdapterConfig(
+        base_model_name_or_path="tiny", base_fingerprint=f"sha256:{'0' * 64}", hidden_size=8, rank=2,
+        activation="identity", bias=False, modalities=("text",), scope="all",
+    )  # fmt: skip
+    weights = {"text.down.weight": np.ones((2, 8), np.float32), "text.up.weight": np.ones((8, 2), np.float32)}
+    write_adapter(tmp_path / "adapter", make_adapter(config, weights))
+    return tmp_path
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_on_a_full_disk_is_a_message_and_exit_code_2(described, options):
+    command = [sys.executable, "-m", "adalink.tools", *DESCRIBED, *options]
+    with FULL.open("w") as full:
+        done = subprocess.run(command, cwd=described, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: cannot write: No space left on device; free space, and run the command again\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_that_nobody_reads_exits_141(described, options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "adalink.tools", *DESCRIBED, *options]
+    done = subprocess.run(command, cwd=described, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
+    def fail():
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    assert isinstance(invoke_verb(monkeypatch, fail).exception, PermissionError)
 
 
 def test_missing_package_names_the_extra(monkeypatch):

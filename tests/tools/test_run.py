@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 
@@ -149,6 +150,18 @@ def test_wrong_use_exits_2(folder, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
         assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirected", "message"), [("<&-", "no prompt: give TEXT"), ("'Hello 12' --max-new-tokens 6 >&-", "")]
+)
+def test_a_closed_standard_stream_is_no_bug(folder, redirected, message):
+    """As under some schedulers of jobs."""
+    command = f"{shlex.quote(sys.executable)} -m adalink.tools run {shlex.quote(str(folder))} {redirected}"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == (2 if message else 0), done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_encoder_gives_mean_states(tmp_path):
