@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
@@ -51,8 +52,10 @@ class Row(NamedTuple):
 @click.option("--task", metavar="NAME", help="The task; the plain base without it. Rows of --jsonl may name their own.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, help="Sample from the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this total probability.")
+@click.option("--top-k", type=int, help="Sample from the k likeliest tokens; with --temperature.")
+@click.option(
+    "--top-p", type=float, help="Sample from the likeliest tokens of this total probability; with --temperature."
+)
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
@@ -100,9 +103,15 @@ def command(
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     if images and jsonl is not None:
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
+    if settings["temperature"] == 0 and (unused := _given({"top_k", "top_p"})):
+        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     rows = read_rows(jsonl, task) if jsonl is not None else [Row(_prompt(text, text_file), task, images)]
     with Deployment.open(deployment, backend, variant=variant, threads=threads, full_check=full_check) as opened:
         if opened.manifest.base.kind == "encoder":
+            if unused := _given(settings):
+                raise click.UsageError(
+                    f"{unused[0]} is for generating, and {opened.manifest.base.name} is an encoder: leave it out"
+                )
             _check_tokens(opened, rows)
             for entry in _embed(opened, rows):
                 click.echo(json.dumps(entry))
@@ -158,6 +167,16 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
     if not rows:
         raise DataError(f'{path}: holds no rows; expected {{"prompt": text}} on each line')
     return rows
+
+
+def _given(settings: Container[str]) -> list[str]:
+    """The options among ``settings`` that were passed, rather than left at their defaults."""
+    context = click.get_current_context()
+    return [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in settings and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _prompt(text: str | None, path: Path | None) -> str:

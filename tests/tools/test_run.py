@@ -164,6 +164,15 @@ def test_a_closed_standard_stream_is_no_bug(folder, redirected, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--top-k", "--top-p"])
+def test_sampling_without_a_temperature_is_refused(folder, option):
+    for temperature in ([], ["--temperature", 0]):
+        result = run(folder, "x", option, 1, *temperature, "--max-new-tokens", 2)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{option} needs a --temperature above 0" in result.stderr
+    assert run(folder, "x", option, 1, "--temperature", 1, "--max-new-tokens", 2).exit_code == 0
+
+
 def test_encoder_gives_mean_states(tmp_path):
     _, folder = make_deployment(tmp_path / "bert", "bert", {"alpha": {"seed": 1}})
     answer = json.loads(run(folder, "Hello", "--task", "alpha").stdout)
@@ -171,6 +180,10 @@ def test_encoder_gives_mean_states(tmp_path):
         ids = deployment.tokenizer.encode("Hello")
         states = deployment.run(input_ids=[ids], tasks="alpha")["last_hidden_state"][0]
     np.testing.assert_allclose(answer["mean"], states.mean(axis=0), rtol=1e-6)
+    for option in (["--chat"], ["--stop", "x"], ["--max-new-tokens", 3], ["--temperature", 1], ["--draft-tokens", 0]):
+        result = run(folder, "Hello", *option)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{option[0]} is for generating, and tiny is an encoder: leave it out" in result.stderr
 
 
 @pytest.mark.parametrize("chat", [[], ["--chat"]])
