@@ -87,7 +87,8 @@ def command(
     """Generate text from TEXT, a file, standard input, or a file of rows, with the deployment in DIR.
 
     On a terminal the text appears as it is generated. A file's or standard input's last line end is not part of the
-    prompt. An encoder prints the mean of its last hidden states as JSON instead.
+    prompt, and a byte order mark at its start is not either. An encoder prints the mean of its last hidden states as
+    JSON instead.
 
     \b
     Example:
@@ -141,7 +142,7 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -185,7 +186,7 @@ def _prompt(text: str | None, path: Path | None) -> str:
     if path is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt: give TEXT, --file, --jsonl, or text on standard input")
     try:
-        read = sys.stdin.read() if path is None else path.read_text(encoding="utf-8")
+        read = sys.stdin.read().removeprefix("\ufeff") if path is None else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path or 'standard input'}: cannot be read as UTF-8 text: {error}") from error
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")

@@ -66,7 +66,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
     except OSError as error:

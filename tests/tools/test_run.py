@@ -64,6 +64,15 @@ def test_sampling_and_stops_reach_the_deployment(folder):
     assert run(folder, "Hello 12", "--max-new-tokens", 12, "--stop", stop, *options).stdout == cut + "\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(folder, expected, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Hello 12", encoding="utf-8-sig")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hello 12"}', encoding="utf-8-sig")
+    options = ["--max-new-tokens", 6]
+    assert run(folder, "--file", tmp_path / "prompt.txt", *options).stdout == expected[None] + "\n"
+    assert run(folder, *options, input=(tmp_path / "prompt.txt").read_bytes()).stdout == expected[None] + "\n"
+    assert json.loads(run(folder, "--jsonl", tmp_path / "rows.jsonl", *options).stdout)["text"] == expected[None]
+
+
 def test_jsonl_rows_keep_order_and_task(folder, expected, tmp_path):
     rows = [{"prompt": "Hello 12", "task": task} for task in ("beta", None, "alpha")] * 4 + [{"prompt": "Hello 12"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

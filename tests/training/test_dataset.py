@@ -35,6 +35,11 @@ def test_reads_rows(tmp_path):
     assert read_rows(path) == [Row("2+2=", "4"), Row("é\u2028x", "日本")]
 
 
+def test_a_byte_order_mark_is_left_out(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8-sig")
+    assert read_rows(tmp_path / "rows.jsonl") == [Row("2+2=", "4")]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

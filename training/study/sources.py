@@ -10,6 +10,7 @@ The kit ships none of these texts.
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import html
 import importlib.util
@@ -135,7 +136,7 @@ def folder_rows(folder: Path) -> Iterator[Sourced]:
     for split in ("train", "validation", "test"):
         path = folder / f"{split}.jsonl"
         try:
-            lines = path.read_bytes().splitlines()
+            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
         for number, line in enumerate(lines, start=1):

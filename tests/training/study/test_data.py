@@ -34,6 +34,14 @@ def test_own_data_are_read_as_they_are(tmp_path):
     assert data.prompt(data.test[0]) == wanted[0]["text"] + " is"
 
 
+def test_a_byte_order_mark_is_left_out(tmp_path):
+    folder = write_data(tmp_path / "letters")
+    plain = load_data("letters", 32, str(folder))
+    for path in folder.iterdir():
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert load_data("letters", 32, str(folder)) == plain
+
+
 def test_a_template_may_have_other_braces(tmp_path):
     data = load_data("letters", 32, str(write_data(tmp_path)), '{"text": "{text}", {json}: {} {0}')
     assert data.prompt(row("a {b} {text}")) == '{"text": "a {b} {text}", {json}: {} {0}'
