@@ -30,18 +30,22 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
             f"this deployment has no base variant {name!r}, only {', '.join(sorted(variants))}: choose one of them, or "
             f"add it with 'adalink export base MODEL --out DIR' and --target or --quantize {name}"
         )
-    serving = [key for key, variant in variants.items() if backend in variant.backends and name in (None, key)]
+    if name is not None:
+        if backend not in (served := variants[name].backends):
+            raise BackendError(
+                f"variant {name!r} is for {' or '.join(served)}, not for {backend}: choose that backend, or another "
+                "variant"
+            )
+        return name
+    serving = [key for key, variant in variants.items() if backend in variant.backends]
     if not serving:
-        served = sorted(
-            {entry for key, variant in variants.items() if name in (None, key) for entry in variant.backends}
-        )
-        whose = "this deployment" if name is None else f"variant {name!r}"
+        served_here = sorted({entry for variant in variants.values() for entry in variant.backends})
         target = backend if backend in ("onnxruntime-cpu", "onnxruntime-cuda") else "portable"
         what, command = "base graph", f"base MODEL --out DIR --target {target}"
         if backend in COMPILED_BACKENDS:
             what, command = "engine", f"engine DIR --backend {backend}"
         raise BackendError(
-            f"{whose} has no {what} for {backend}, only for {', '.join(served) or 'none'}: add one with "
+            f"this deployment has no {what} for {backend}, only for {', '.join(served_here) or 'none'}: add one with "
             f"'adalink export {command}'"
         )
 

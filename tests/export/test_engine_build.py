@@ -303,6 +303,8 @@ def test_without_a_portable_variant_the_error_says_how_to_add_one(tmp_path: Path
         export_engine(tmp_path, RTX, target=SM86)
     with pytest.raises(BackendError, match=r"no engine for tensorrt-rtx.*'adalink export engine DIR --backend tens"):
         choose_variant(read_manifest(tmp_path), RTX)
+    with pytest.raises(BackendError, match=r"'onnxruntime-cpu' is for onnxruntime-cpu, not for tensorrt-rtx: choose"):
+        choose_variant(read_manifest(tmp_path), RTX, "onnxruntime-cpu")
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
