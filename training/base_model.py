@@ -69,8 +69,9 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
             **safetensors,
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
+        what = "" if Path(source.origin).exists() else "there is no such file or folder here, and as a hub id "
         raise ModelError(
-            f"base model {display_name(spec)}: transformers cannot load it: {type(error).__name__}: {error}. "
+            f"base model {display_name(spec)}: {what}transformers cannot load it: {type(error).__name__}: {error}. "
             "Expected a supported architecture with safetensors or GGUF weights"
         ) from error
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)

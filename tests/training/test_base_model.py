@@ -167,6 +167,15 @@ def test_paths_that_are_no_model(tmp_path):
         load_base(tmp_path / "weights.bin")
 
 
+def test_a_mistyped_folder_is_no_matter_of_the_network_alone(monkeypatch):
+    def unreachable(*arguments, **options):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(ModelError, match="models/tiny: there is no such file or folder here, and as a hub id transf"):
+        load_base("models/tiny")
+
+
 def test_display_name_tells_no_path(folder, tmp_path):
     (tmp_path / "Some-Model.Q4.gguf").write_bytes(b"")
     assert display_name(folder) == "tiny"
