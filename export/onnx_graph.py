@@ -42,12 +42,14 @@ class TracedGraph:
         inputs: example tensors by name.
         outputs: names of the outputs.
         axes: dynamic axes by input or output name.
+        is_grouped: whether its attention is ``GroupQueryAttention``, which is not of the ONNX standard.
     """
 
     module: torch.nn.Module
     inputs: dict[str, torch.Tensor]
     outputs: list[str]
     axes: dict[str, Axes]
+    is_grouped: bool = False
 
 
 def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped: bool) -> dict[str, TracedGraph]:
@@ -101,7 +103,7 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
                 output_names=graph.outputs,
                 dynamic_axes=graph.axes,
                 opset_version=OPSET,
-                custom_opsets={DOMAIN: 1},
+                custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
                 dynamo=False,
             )
         model = onnx.load(draft)
@@ -174,7 +176,7 @@ def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, c
     if not module.rotates:
         inputs["position_ids"] = _positions(architecture)
         axes |= {"position_ids": {0: "batch", 1: "sequence"}}
-    return TracedGraph(module, inputs | past, ["logits", *present], axes)
+    return TracedGraph(module, inputs | past, ["logits", *present], axes, is_grouped=True)
 
 
 def _cross_decoder_graph(module: torch.nn.Module, model: PreTrainedModel, cache: Cache) -> TracedGraph:
@@ -241,10 +243,6 @@ def _check_operators(model: onnx.ModelProto, name: str) -> None:
         raise GraphError(
             f"{name} uses {foreign[0]}, expected standard ONNX operators only: this model needs another export"
         )
-    if not any(node.domain for node in model.graph.node):
-        kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
-        del model.opset_import[:]
-        model.opset_import.extend(kept)
 
 
 def _name_attention_shapes(model: onnx.ModelProto) -> None:

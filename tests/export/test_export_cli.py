@@ -33,6 +33,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime-cpu"])
+def test_export_says_what_it_does_and_nothing_else(
+    checkpoint: Path, tmp_path: Path, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = adalink("export", "base", checkpoint, "--out", tmp_path / "deployment", "--target", target)
+    assert made.exit_code == 0, made.output
+    assert "tracing model.onnx (float32)" in made.stderr.splitlines()
+    assert capfd.readouterr() == ("", "")  # PyTorch's exporter writes past Python
+
+
 def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "deployment"
     made = adalink("export", "base", checkpoint, "--out", out, "--target", "portable", "--json")
