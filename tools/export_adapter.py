@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adalink.runtime.adapter import show_rank
+from adalink.runtime.errors import DeploymentError
 from adalink.tools.console import say
 
 if TYPE_CHECKING:
@@ -109,9 +110,16 @@ def adapter(
 def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:
     if name is not None and len(adapters) > 1:
         raise click.BadParameter(f"{name!r} is one name for {len(adapters)} adapters", param_hint="--name")
+    from adalink.runtime.manifest_checks import check_task_name
+
     folders: dict[str, Path] = {}
     for folder in adapters:
-        task = name or folder.resolve().name
+        task = folder.resolve().name if name is None else name
+        if name is None:
+            try:
+                check_task_name(task)
+            except DeploymentError as error:
+                raise click.BadParameter(f"{folder}: {error}; name it with --name", param_hint="ADAPTER") from error
         if task in folders:
             raise click.BadParameter(
                 f"{folders[task]} and {folder} would both be task {task!r}: rename one, or export it apart with --name",

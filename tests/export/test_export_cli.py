@@ -62,6 +62,11 @@ def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> No
     task = adalink("export", "adapter", source, "--out", out, "--json")
     (described,) = json.loads(task.stdout)["tasks"]
     assert (described["task"], described["scope"]) == ("topics", "prompt")
+    write_adapter(tmp_path / "topics v2.1", random_adapter(base.fingerprint, base.hidden_size, 2, **settings))
+    unnamed = adalink("export", "adapter", tmp_path / "topics v2.1", "--out", out)
+    assert unnamed.exit_code == 2
+    assert "task name 'topics v2.1': expected 1 to 64 letters" in unnamed.stderr
+    assert "name it with --name" in unnamed.stderr
     again = adalink("export", "adapter", source, "--out", out)
     assert again.exit_code == 2
     assert "--replace" in again.stderr
