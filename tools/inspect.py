@@ -176,6 +176,8 @@ def describe_onnx(path: Path) -> Description:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, OSError) as error:
         raise GraphError(f"{path} is not a complete ONNX file: {error}; export it again") from error
+    if not model.ir_version:  # as of an empty file, which is a message without fields
+        raise GraphError(f"{path} is not a complete ONNX file: it says no version of the format; export it again")
     graph = model.graph
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     return {

@@ -96,10 +96,11 @@ def test_onnx(tmp_path, inputs, metadata, role):
     assert found["metadata"] == metadata
 
 
-def test_damaged_onnx_exits_2(tmp_path):
+@pytest.mark.parametrize("left", [slice(0, -7), slice(0)])
+def test_damaged_onnx_exits_2(tmp_path, left):
     write_graph(tmp_path / "g.onnx", ["x"], {})
     data = (tmp_path / "g.onnx").read_bytes()
-    (tmp_path / "g.onnx").write_bytes(data[: len(data) - 7])
+    (tmp_path / "g.onnx").write_bytes(data[left])
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "g.onnx")])
     assert result.exit_code == 2
     assert "not a complete ONNX file" in result.stderr
