@@ -109,3 +109,12 @@ def test_dropout_acts_in_training_only():
 def test_config_refuses(wrong, message):
     with pytest.raises(ConfigError, match=message):
         AdaLinkConfig(**wrong)
+
+
+def test_down_starts_kaiming_uniform():
+    """Uniform within ``1 / sqrt(d)``, as PyTorch's own linear layers: a wider start would be another method."""
+    torch.manual_seed(2)
+    weight = AdaLink(400, 50, bias=True).down.weight.detach()
+    assert 0.99 / 20 < weight.abs().max() <= 1 / 20
+    assert float(weight.std()) == pytest.approx(1 / 20 / math.sqrt(3), rel=0.02)
+    assert abs(float(weight.mean())) < 1e-3

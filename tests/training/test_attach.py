@@ -174,3 +174,32 @@ def test_half_precision_base_gets_its_own_dtype_back():
         disturb(attached)
         assert run(model, token_ids(seed=1)).dtype == torch.bfloat16
         assert all(parameter.dtype == torch.float32 for parameter in attached.parameters())
+
+
+def test_weights_are_a_copy():
+    with attach(FAMILIES["llama"](), CONFIG) as attached:
+        disturb(attached)
+        before = attached.weights()
+        kept = {name: weight.copy() for name, weight in before.items()}
+        disturb(attached, seed=6)
+    for name, weight in before.items():
+        assert (weight == kept[name]).all()
+
+
+def test_a_call_that_fails_leaves_nothing_of_itself():
+    """Before a cache everything given is generated: that is over with the call, also where it fails."""
+    model, ids = FAMILIES["llama"](), token_ids(seed=1)
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    with attach(model, AdaLinkConfig(rank=4, scope="prompt")) as attached, torch.no_grad():
+        disturb(attached)
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        wanted = input_embedding(model)(ids)
+        handle = model.base_model.layers[0].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        handle.remove()
+        assert torch.equal(input_embedding(model)(ids), wanted)
+    assert not torch.equal(input_embedding(model)(ids), wanted)

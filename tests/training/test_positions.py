@@ -209,3 +209,18 @@ def test_wrong_maps_are_refused(arguments, message):
 
         with pytest.raises(RequestError, match=message):
             call()
+
+
+def test_a_map_holds_within_its_block_and_the_one_around_it_after():
+    model, prompt = DECODERS["llama"](), token_ids(seed=4)
+    outer = torch.arange(prompt.shape[1]).expand(len(prompt), -1) < 3
+    with attach(model, AdaLinkConfig(rank=4, scope="prompt")) as attached, torch.no_grad():
+        disturb(attached)
+        whole = model(prompt).logits
+        with attached.positions(prompt_mask=outer):
+            part = model(prompt).logits
+            with attached.positions(prompt_mask=torch.zeros_like(outer)):
+                assert not torch.equal(model(prompt).logits, part)
+            assert torch.equal(model(prompt).logits, part)
+        assert torch.equal(model(prompt).logits, whole)
+        assert not torch.equal(part, whole)

@@ -8,6 +8,7 @@ import resource
 
 import pytest
 import torch
+from attach_support import disturb
 from tiny_models import FAMILIES, MAX_POSITIONS
 from tiny_tokenizer import make_tokenizer
 from transformers import Trainer, TrainerCallback
@@ -18,8 +19,8 @@ from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelEr
 from adalink.training.attach import attach
 from adalink.training.base_model import input_embedding, load_base
 from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Example, Row, encode_rows, pad_decoder, pad_encoder_decoder
-from adalink.training.exact_match import exact_match, greedy_tokens
+from adalink.training.dataset import Row, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.exact_match import exact_match
 from adalink.training.settings import TrainSettings
 from adalink.training.storage import load_adapter
 from adalink.training.train import train
@@ -322,13 +323,6 @@ def test_settings_refuse(wrong, message):
 ROWS = [Row("abcab", "x"), Row("bb", "yzz"), Row("c", "y")]
 
 
-def disturb(attached):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
 @pytest.mark.parametrize("scope", ["all", "prompt"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_loss_is_that_of_the_completion_by_hand(family, scope):
@@ -371,77 +365,6 @@ def test_loss_of_an_encoder_decoder_by_hand():
     assert float(loss) == pytest.approx(total / count, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_batched_replies_are_those_of_single_rows(family):
-    model = FAMILIES[family]()
-    prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]]
-    batched = greedy_tokens(model, prompts, end=2, max_new_tokens=6, batch_size=3)
-    assert batched == [greedy_tokens(model, [prompt], 2, 6, 1)[0] for prompt in prompts]
-    assert all(0 < len(reply) <= 6 for reply in batched)
-
-
-@pytest.mark.parametrize("family", ["llama", "t5"])
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"repetition_penalty": 1.5},
-        {"num_beams": 4},
-        {"no_repeat_ngram_size": 1},
-        {"min_new_tokens": 6},
-        {"suppress_tokens": list(range(3, 50))},
-        {"use_cache": False},
-    ],
-)
-def test_replies_are_greedy_whatever_the_checkpoint_says(family, setting):
-    model = FAMILIES[family]()
-    prompts = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]]
-    with attach(model, AdaLinkConfig(rank=4, scope="prompt")) as attached:
-        disturb(attached)
-        attached.adapters.eval()
-        plain = greedy_tokens(model, prompts, 2, 8, 2)
-        for prompt, reply in zip(prompts, plain, strict=True):  # the highest logit each time, with no generate
-            assert reply == by_hand(model, prompt, len(reply))
-        own = model.generation_config
-        own.update(**setting)
-        before = own.to_dict()
-        assert greedy_tokens(model, prompts, 2, 8, 2) == plain
-    assert model.generation_config is own
-    assert own.to_dict() == before
-
-
-def by_hand(model, prompt, count):
-    """The tokens with the highest logit, one after the other; only the prompt is adapted."""
-    ids, made = torch.tensor([prompt]), []
-    with torch.no_grad():
-        if model.config.is_encoder_decoder:
-            encoded = model.get_encoder()(input_ids=ids)
-            for _ in range(count):
-                logits = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([[0, *made]])).logits
-                made.append(int(logits[0, -1].argmax()))
-            return made
-        output = model(input_ids=ids, use_cache=True)
-        while True:
-            made.append(int(output.logits[0, -1].argmax()))
-            if len(made) == count:
-                return made
-            output = model(input_ids=torch.tensor([made[-1:]]), past_key_values=output.past_key_values, use_cache=True)
-
-
-def test_exact_match_wants_the_text_and_then_the_end():
-    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
-    end = tokenizer.eos_token_id
-    prompts = [[token, 96 - token] for token in range(4, 92)]
-    replies = greedy_tokens(model, prompts, end, 12, 16)
-    ended = [Example(p, r) for p, r in zip(prompts, replies, strict=True) if r[-1] == end and len(r) > 1]
-    endless = [Example(p, [*r, end]) for p, r in zip(prompts, replies, strict=True) if end not in r]
-    assert len(ended) > 1
-    assert len(endless) > 1
-    assert exact_match(model, tokenizer, ended, 8) == 1.0
-    assert exact_match(model, tokenizer, [Example(e.prompt, [*e.target[:-1], 40, end]) for e in ended], 8) == 0.0
-    cut = [Example(e.prompt, [*e.target[:-2], end]) for e in endless]
-    assert exact_match(model, tokenizer, cut, 8) == 0.0  # the right beginning, but the model goes on
-
-
 def test_rows_fill_the_positions_of_a_base_and_go_no_further(data, tmp_path):
     FAMILIES["gpt2"]().save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
@@ -458,18 +381,6 @@ def test_rows_fill_the_positions_of_a_base_and_go_no_further(data, tmp_path):
         with pytest.raises(DataError, match=r"long\.jsonl: row 2 takes 65 positions, 4 of them the soft prompt's, and"):
             train(tmp_path / "tiny", *files, tmp_path / "other", method, settings)
     assert not (tmp_path / "other.checkpoints").exists()
-
-
-def test_replies_of_rows_that_nearly_fill_the_positions_are_those_of_single_rows():
-    model, tokenizer = FAMILIES["gpt2"](), make_tokenizer()
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(63)  # one that this model often says
-    end, draw = tokenizer.eos_token_id, random.Random(3)
-    prompts = [[draw.randrange(4, 96) for _ in range(length)] for length in (3, 40, 55, 58) for _ in range(20)]
-    replies = [greedy_tokens(model, [prompt], end, MAX_POSITIONS - len(prompt), 1)[0] for prompt in prompts]
-    ended = [Example(p, r) for p, r in zip(prompts, replies, strict=True) if r[-1] == end and len(r) > 1]
-    assert {len(example.prompt) for example in ended} == {3, 40, 55, 58}
-    assert max(len(example.target) for example in ended) > 40
-    assert exact_match(model, tokenizer, ended, 8) == 1.0
 
 
 def test_exact_match_counts_right_rows(base, data, tmp_path):

@@ -151,3 +151,26 @@ def test_no_film_is_in_two_splits():
     groups = [{min(films[r.text]) for r in split if len(films[r.text]) == 1} for split in (data.train, data.test)]
     assert min(map(len, groups)) > 50
     assert not groups[0] & groups[1]
+
+
+def test_shares_of_a_source_without_splits(monkeypatch):
+    """A quarter is test, and a tenth of the rest validation; the first rows of each are a fair sample of it."""
+    rows = [sources.Sourced(f"text {number}", "early" if number < 2000 else "late") for number in range(4000)]
+    monkeypatch.setitem(SOURCES, "made", data_module.Source("kind", "{text}", lambda: rows))
+    data = load_data("made", 16)
+    assert len(data.test) == pytest.approx(1000, abs=90)
+    assert len(data.validation) == pytest.approx(300, abs=55)
+    assert len(data.train) == 4000 - len(data.test) - len(data.validation)
+    for split in (data.train, data.validation, data.test):
+        assert sum(row.label for row in split[:100]) == pytest.approx(50, abs=20)
+
+
+def test_a_source_with_a_test_split_gives_a_tenth_of_the_rest(monkeypatch):
+    rows = [
+        sources.Sourced(f"text {number}", "ab"[number % 2], "test" if number < 300 else "train")
+        for number in range(2300)
+    ]
+    monkeypatch.setitem(SOURCES, "made", data_module.Source("kind", "{text}", lambda: rows))
+    data = load_data("made", 15)
+    assert {row.text for row in data.test} == {row.text for row in rows[:300]}
+    assert len(data.validation) == pytest.approx(200, abs=50)

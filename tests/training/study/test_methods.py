@@ -122,6 +122,15 @@ def test_trained_parameters(family, name, data):
     assert make(family, method, data).tuned.trained_parameters == count
 
 
+@pytest.mark.parametrize("name", ["attention", "all-linear", "embeddings"])
+def test_lora_adds_twice_its_product(name):
+    """Its scale is alpha / rank, and alpha is twice the rank, whatever that is."""
+    tuned = tune(FAMILIES["llama"](), METHODS[name][0])
+    scales = [scale for module in tuned.modules() if hasattr(module, "lora_A") for scale in module.scaling.values()]
+    assert scales
+    assert set(scales) == {2.0}
+
+
 def test_full_fine_tuning_trains_all_that_is_used(data):
     base = FAMILIES["bert"]()
     unused = sum(parameter.numel() for parameter in base.pooler.parameters())

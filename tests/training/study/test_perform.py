@@ -247,3 +247,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert (resolve_device("auto"), resolve_device("cuda"), resolve_device("cpu")) == ("cuda", "cuda", "cpu")
+
+
+def test_nothing_is_dropped_while_it_is_measured(base, entry, monkeypatch):
+    """What is trained drops features, and what is measured is the model as it will be used."""
+    modes = []
+    monkeypatch.setattr(
+        module, "measure", lambda task, rows, data: modes.append([part.training for part in task.modules()]) or {}
+    )
+    perform(make_run(base, entry, max_steps=2), base, entry, METHOD)
+    assert len(modes) == 1
+    assert not any(modes[0])
