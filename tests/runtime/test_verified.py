@@ -112,11 +112,20 @@ def test_a_file_that_is_exchanged_while_it_is_read_is_not_remembered(
     manifest, read = read_manifest(settled), list[str]()
     stamp = verified._stamp(settled / TABLE)
     earlier = (*stamp[:3], stamp[3] - 1, stamp[4])
-    stamps = [earlier, stamp, earlier, earlier]
-    monkeypatch.setattr(verified, "_stamp", lambda path: stamps.pop(0))
+    found = earlier
+    monkeypatch.setattr(verified, "_stamp", lambda path: found)
+
+    def note(path: str) -> None:
+        nonlocal found
+        read.append(path)
+        found = stamp
+
     for _ in range(2):
-        verify_once(settled, manifest, [TABLE], read.append)
+        found = earlier
+        verify_once(settled, manifest, [TABLE], note)
     assert read == [TABLE, TABLE]
+    verify_once(settled, manifest, [TABLE], note)
+    assert read == [TABLE] * 3, "nor was it remembered for what it became"
 
 
 def test_files_that_just_changed_are_not_remembered(llama: Any, tmp_path: Path) -> None:
