@@ -168,9 +168,11 @@ def _begin_worker(threads: int) -> None:
     """What a worker process does first."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(threads)
     silence_libraries()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, and left behind where Ctrl-C ends a worker
 
 
 def _end_with_parent() -> None:
