@@ -17,7 +17,6 @@ import copy
 import itertools
 import json
 import random
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,6 @@ def main() -> None:
     test = read_rows(options.data / options.task / "test.jsonl")
     names = sorted({row.completion.strip() for row in test})
     model, tokenizer = load_base(options.base), load_tokenizer(options.base)
-    begin = time.perf_counter()
 
     def draw(count: int) -> list[Row]:
         return test if not 0 < count < len(test) else random.Random(SEED).sample(test, count)
@@ -199,7 +197,6 @@ def main() -> None:
             result = zero_shot(model, tokenizer, sample, wording, chat, names)
             figures["zero_shot"]["prompts"].append(result)
             print(json.dumps(result), flush=True)
-    figures["wall_seconds"] = round(time.perf_counter() - begin, 1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

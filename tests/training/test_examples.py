@@ -39,6 +39,18 @@ def test_adapter_is_the_one_that_its_report_describes(name):
     assert "/" not in adapter.config.base_model_name_or_path
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_are_of_the_adapter_and_stand_in_the_table(name):
+    figures = json.loads((EXAMPLES / "results" / f"{name}.json").read_text())
+    assert figures["adapter"]["digest"] == read_adapter(EXAMPLES / "adapters" / name).digest
+    prompts = figures["zero_shot"]["prompts"]
+    assert len(prompts) == 8
+    best = [max(prompt[rule] for prompt in prompts) for rule in ("starts", "likelihood", "calibrated")]
+    cells = [f"**{100 * figures['adapter']['exact_match']:.1f} %**"]
+    cells += [f"{100 * share:.1f} %" for share in (*best, figures["majority_label"])]
+    assert " | ".join(cells) in (EXAMPLES / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     if importlib.util.find_spec("orangecontrib") is None:
@@ -59,6 +71,8 @@ def test_data_are_those_that_the_adapter_was_trained_on(name, made):
     report = json.loads((EXAMPLES / "adapters" / name / "training.json").read_text())
     for split in ("train", "eval"):
         assert digest_file(made / name / f"{split}.jsonl") == report["data"][split]["sha256"]
+    figures = json.loads((EXAMPLES / "results" / f"{name}.json").read_text())
+    assert digest_file(made / name / "test.jsonl") == figures["test_digest"]
 
 
 @pytest.mark.parametrize("name", NAMES)
