@@ -23,6 +23,7 @@ from adalink.tools.studies.plan import Cell, Estimates, open_runs
 from adalink.training.study.perform import Run, perform
 
 Finished = dict[str, dict[str, Any]]
+_LISTEN_S = 1.0
 
 
 def runs_folder(out: Path) -> Path:
@@ -103,7 +104,8 @@ def do_runs(
                         running[_submit(executor, cell, run)] = (cell, run)
                 if not running:
                     return not any(True for _ in open_runs(cells, finished))
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                # Ctrl-C that comes just before a wait without end, or to another thread, would not be heard.
+                for future in wait(running, timeout=_LISTEN_S, return_when=FIRST_COMPLETED).done:
                     cell, run = running.pop(future)
                     content = _keep(future, run, folder, finished)
                     say(_line(cell, run, content, time.monotonic() - started))

@@ -268,7 +268,7 @@ def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
         do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ending", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_workers_end_with_the_study(places, tmp_path, ending):
     """Ctrl-C, which reaches every process of a terminal, is a line; and a study that is killed leaves none waiting.
 
