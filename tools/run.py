@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-from click.core import ParameterSource
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
+from adalink.tools.console import is_given
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -172,12 +172,8 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
 
 def _given(settings: Container[str]) -> list[str]:
     """The options among ``settings`` that were passed, rather than left at their defaults."""
-    context = click.get_current_context()
-    return [
-        option.opts[0]
-        for option in context.command.params
-        if option.name in settings and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT
-    ]
+    options = click.get_current_context().command.params
+    return [option.opts[0] for option in options if option.name in settings and is_given(option.name)]
 
 
 def _prompt(text: str | None, path: Path | None) -> str:

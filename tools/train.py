@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.errors import ConfigError
-from adalink.tools.console import say
+from adalink.tools.console import is_given, say
 from adalink.training.config import AdaLinkConfig
 from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, TrainSettings
 
@@ -145,11 +144,11 @@ def command(
         if isinstance(rank, dict):
             raise ConfigError(f"--rank is {' '.join(ranks)}, and --search takes one rank for all: give one, or none")
         fixed: dict[str, Any] = {}
-        if _is_given("lr"):
+        if is_given("lr"):
             fixed["rates"] = (lr,)
-        if _is_given("ranks"):
+        if is_given("ranks"):
             fixed["ranks"] = (rank,)
-        if _is_given("activation") or rank == 0:
+        if is_given("activation") or rank == 0:
             fixed["activations"] = (activation,)
         space = SearchSettings(minutes=minutes, **fixed)
     from adalink.tools.quiet import quiet_libraries
@@ -169,11 +168,6 @@ def command(
         f"adapter {out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )
-
-
-def _is_given(parameter: str) -> bool:
-    """Whether an option was passed, rather than left at its default."""
-    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
 
 
 def _read_rank(given: tuple[str, ...]) -> Rank:

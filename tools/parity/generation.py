@@ -60,7 +60,7 @@ class Generator:
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
         self._logits: list[list[Array]] = []
         self._alive: list[int] = []  # number of each row that is left, among those that the batch began with
-        self._passes, self._guesses = 0, False
+        self._passes = 0
         self._makes_drafts: bool | None = None  # not known before the first attempt
         self.drops = 0
         observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
@@ -107,10 +107,10 @@ class Generator:
         """
         if self._deployment.profile is not None or self._makes_drafts is False:
             return None  # a compiled engine makes none, and its shapes are limited
-        self._passes, self._guesses = 0, False
+        self._passes = 0
         (row,) = self._generate([prompt], task, steps, None, (), None)
-        self._makes_drafts = self._guesses
-        return (row, self._passes - 1) if self._guesses else None
+        self._makes_drafts = bool(self._makes_drafts)
+        return (row, self._passes - 1) if self._makes_drafts else None
 
     def _begin(self) -> None:
         self._passes += 1
@@ -123,7 +123,7 @@ class Generator:
             self._logits[row].append(logits[place].copy())
 
     def _forget(self, count: int) -> None:
-        self._guesses = True
+        self._makes_drafts = True
         own = self._logits[self._alive[0]]
         del own[len(own) - count :]
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -104,8 +104,7 @@ def do_runs(
                         running[_submit(executor, cell, run)] = (cell, run)
                 if not running:
                     return not any(True for _ in open_runs(cells, finished))
-                # Ctrl-C that comes just before a wait without end, or to another thread, would not be heard.
-                for future in wait(running, timeout=_LISTEN_S, return_when=FIRST_COMPLETED).done:
+                for future in _first_done(running):
                     cell, run = running.pop(future)
                     content = _keep(future, run, folder, finished)
                     say(_line(cell, run, content, time.monotonic() - started))
@@ -124,6 +123,13 @@ def do_runs(
                 if not future.cancelled() and future.exception() is None:
                     _keep(future, run, folder, finished)
             raise
+
+
+def _first_done(running: Iterable[Future[dict[str, Any]]]) -> set[Future[dict[str, Any]]]:
+    """Those that have ended, once one has; Ctrl-C just before a wait without end would not be heard."""
+    while not (done := wait(running, timeout=_LISTEN_S, return_when=FIRST_COMPLETED).done):
+        pass
+    return done
 
 
 def _keep(future: Future[dict[str, Any]], run: Run, folder: Path, finished: Finished) -> dict[str, Any]:
