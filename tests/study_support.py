@@ -103,7 +103,14 @@ def stay_with_second_seed(run: Run, *arguments: object) -> dict[str, Any]:
     list(modeling_gguf_pytorch_utils.tqdm(range(1)))  # as where a base is loaded
     if run.seed == 2:
         time.sleep(600)
-    return {"run": to_builtins(run), "result": {"accuracy": 0.5, "train_seconds": 0.0, "score_seconds": 0.0}}
+    result = {"accuracy": 0.5, "loss": 1.0, "rows": 8, "train_seconds": 0.0, "score_seconds": 0.0}
+    return {"run": to_builtins(run), "result": result}
+
+
+def stay_or_fail(run: Run, *arguments: object) -> dict[str, Any]:
+    """In place of ``perform``: runs with seed 2 have no end, others fail at once."""
+    stay_with_second_seed(run)
+    raise DataError("planted")
 
 
 def fail_first_rate(run: Run, *arguments: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ def do_runs(
     started = time.monotonic()
     stop = None if minutes is None else started + 60 * minutes
     running: dict[Future[dict[str, Any]], tuple[Cell, Run]] = {}
-    others = set(multiprocessing.active_children())
     with _executor(jobs) as executor:
         try:
             while True:
@@ -113,15 +112,14 @@ def do_runs(
                 "study: a worker process was killed, most likely because memory ran out; use fewer --jobs, and start "
                 "the study again: what was finished is kept"
             ) from error
-        except BaseException as error:
-            if executor is not None:
-                if isinstance(error, KeyboardInterrupt):
-                    for process in set(multiprocessing.active_children()) - others:
-                        process.terminate()
-                executor.shutdown(cancel_futures=True)
-            for future, (_, run) in running.items():  # what others have finished meanwhile
-                if not future.cancelled() and future.exception() is None:
-                    _keep(future, run, folder, finished)
+        except Exception:
+            if running:
+                say("the study cannot go on; the runs that are under way are finished first (Ctrl-C ends them)")
+            while running:
+                for future in _first_done(running):
+                    _, run = running.pop(future)
+                    if future.exception() is None:
+                        _keep(future, run, folder, finished)
             raise
 
 
@@ -149,27 +147,41 @@ def _submit(executor: Executor | None, cell: Cell, run: Run) -> Future[dict[str,
     return done
 
 
-def _executor(jobs: int) -> AbstractContextManager[Executor | None]:
-    """Processes for more than one job; one job runs in this process."""
+@contextmanager
+def _executor(jobs: int) -> Iterator[Executor | None]:
+    """Processes for more than one job, ended where the block is left by an exception; one job runs in this process."""
     if jobs == 1:
-        return nullcontext()
+        yield None
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # A forked child would inherit PyTorch's threads as locks that nobody opens.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker, initargs=(max(1, cores // jobs),))
+    others = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(max(1, cores // jobs),))
+    try:
+        yield executor
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown()
 
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that begin in the block are deaf to Ctrl-C, which a terminal sends to all: they are ended from here."""
-    if threading.current_thread() is not threading.main_thread():  # Python has none but the main thread set a handler
+    """Processes that begin in the block are deaf to Ctrl-C, which a terminal sends to all: they are ended from here.
+
+    Here it stays pending until the block ends, where to ignore it would lose it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(threads: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -268,38 +269,44 @@ def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
         do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
 
 
-@pytest.mark.parametrize("ending", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
-def test_workers_end_with_the_study(places, tmp_path, ending):
+@pytest.mark.parametrize(("replaced", "sign", "ending", "code"), [
+    ("stay_with_second_seed", r"\[ .* min\]", signal.SIGINT, 130),
+    ("stay_with_second_seed", r"\[ .* min\]", signal.SIGKILL, -signal.SIGKILL),
+    ("stay_or_fail", "the runs that are under way are finished first", signal.SIGINT, 130),
+], ids=["Ctrl-C", "killed", "Ctrl-C after a failure"])  # fmt: skip
+def test_workers_end_with_the_study(places, tmp_path, replaced, sign, ending, code):
     """Ctrl-C, which reaches every process of a terminal, is a line; and a study that is killed leaves none waiting.
 
     Of the two workers one has a run under way, and one has none left.
     """
     lora = METHODS[METHODS.index('[[methods]]\nname = "LoRA 2"') : METHODS.index('[[methods]]\nname = "none"')]
     study = write_study(places, tmp_path, lora, compare_to="LoRA 2")
-    code = (
-        "from study_support import stay_with_second_seed\n"
+    program = (
+        f"from study_support import {replaced}\n"
         "from adalink.tools.cli import main\n"
         "from adalink.tools.studies import schedule\n"
-        "schedule.perform = stay_with_second_seed\n"
+        f"schedule.perform = {replaced}\n"
         f"main(['study', {str(study)!r}, '--out', {str(tmp_path / 'out')!r}, '--jobs', '2'])\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
+    said = b""
     try:
-        deadline = time.monotonic() + 240
-        while not list(tmp_path.glob("out/runs/final-*.json")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        while not re.search(sign, said.decode()) and select.select([process.stderr], [], [], 240)[0]:
+            said += os.read(process.stderr.fileno(), 4096) or pytest.fail(said.decode())
+        time.sleep(0.5)
         if ending == signal.SIGINT:
             os.killpg(process.pid, ending)
         else:
             process.kill()
-        _, said = process.communicate(timeout=60)  # until no process holds stderr
+        said += process.communicate(timeout=60)[1]  # until no process holds stderr
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == (130 if ending == signal.SIGINT else -signal.SIGKILL)
+    said = said.decode()
+    assert process.returncode == code, said
     assert "Traceback" not in said
     if ending == signal.SIGINT:
         assert said.splitlines()[-1] == "Interrupted."  # and no word of semaphores that were left
