@@ -46,6 +46,8 @@ def describe_processor(
     if tiling is None and patching is None and name not in _PROCESSORS:
         raise ModelError(f"image processor {name} is not supported; expected one of {', '.join(_PROCESSORS)}")
     values = processor.to_dict()
+    if not isinstance(values.get("resample"), int):
+        raise ModelError(f"image processor {name} names no filter: set its resample, to 2 (bilinear) or 3 (bicubic)")
     normalizes = bool(values.get("do_normalize"))
     before: dict[str, Any] = {"pad_color": None, "shortest_edge": None, "resize": None, "crop": None}
     own = Preprocessor(

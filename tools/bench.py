@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from adalink.tools.report_file import ReportFile, write_json
+
 
 @click.command(short_help="Measure what a task costs beside the plain base.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
@@ -13,7 +15,7 @@ import click
 @click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
 @click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a JSON report.")
+@click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
 def command(
     deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, json_file: Path | None
 ) -> None:
@@ -35,7 +37,6 @@ def command(
     from adalink.tools.console import print_table, say
     from adalink.tools.environment import describe_environment
     from adalink.tools.measure import Bench
-    from adalink.tools.report_file import write_json
     from adalink.tools.startup import measure_startup
 
     say("opening the deployment")

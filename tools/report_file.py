@@ -7,8 +7,25 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import click
 
 from adalink.runtime.errors import WriteError
+
+
+class ReportFile(click.Path):
+    """An option's file that is written when the work is done, in a folder that must take files before it begins."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; fails where its folder is missing or not writable."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+            self.fail(f"cannot write in {path.parent}: choose a writable folder", param, ctx)
+        return path
 
 
 def write_json(path: Path, report: Mapping[str, object], *, option: str = "--json") -> None:

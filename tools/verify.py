@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adalink.runtime.errors import DataError
+from adalink.tools.report_file import ReportFile, write_json
 
 if TYPE_CHECKING:
     from adalink.tools.parity.report import Report
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     metavar="NAME=FILE",
     help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write a JSON report.")
+@click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
 def command(
     deployment: Path,
     against: str,
@@ -83,7 +84,6 @@ def command(
     from adalink.tools.environment import describe_environment
     from adalink.tools.parity.suite import verify
     from adalink.tools.quiet import quiet_libraries
-    from adalink.tools.report_file import write_json
 
     started = time.monotonic()
     with quiet_libraries():

@@ -166,6 +166,7 @@ def test_a_checkpoint_brings_its_own_processor(tmp_path: Path) -> None:
         (siglip_processor(20), r"gives pictures of \(20, 20\)"),
         (clip_processor(size={"shortest_edge": 24, "longest_edge": 40}), "expected a shortest_edge"),
         (clip_processor(do_pad=True), "pads"),
+        (clip_processor(resample=None), "names no filter: set its resample, to 2"),
         (
             make_tokenizer(),
             "image processor TokenizersBackend is not supported; expected one of CLIP",

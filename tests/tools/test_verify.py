@@ -1,6 +1,8 @@
 """`adalink verify` as a command, and every family of models through it."""
 
+import errno
 import json
+import tempfile
 
 import pytest
 import torch
@@ -53,9 +55,20 @@ def test_failed_check_exits_1(mistral, tmp_path):
     assert json.loads(path.read_text())["passed"] is False
 
 
-def test_report_that_cannot_be_written_exits_2(mistral, tmp_path):
+def test_report_without_a_folder_is_refused_before_the_work(mistral, tmp_path):
     model, folder = mistral
     result = run(folder, "--against", model, "--quick", "--json", tmp_path / "no such folder" / "parity.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no such folder: choose a writable folder" in result.stderr
+
+
+def test_report_that_cannot_be_written_exits_2(mistral, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    model, folder = mistral
+    result = run(folder, "--against", model, "--quick", "--json", tmp_path / "parity.json")
     assert result.exit_code == 2
     assert "All 45 checks passed" in result.stdout  # the work is not lost
     assert "choose a writable place with --json" in result.stderr
