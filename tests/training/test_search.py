@@ -81,7 +81,9 @@ def test_the_worst_is_not_called_the_best(model, clock, tmp_path, monkeypatch):
     assert look(model, tmp_path, clock)[1].lr != 2e-2
 
 
-def test_later_rounds_are_longer_and_have_the_better_half(model, clock, tmp_path):
+def test_later_rounds_are_longer_and_have_the_better_half(model, clock, tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(search_module, "plan_rungs", lambda *given: planned.append(given) or plan_rungs(*given))
     space = SearchSettings(minutes=2, rates=RATES.rates, ranks=(16,), activations=("identity",))
     _, settings, report = look(model, tmp_path, clock, space)
     rungs = report["rungs"]
@@ -95,6 +97,7 @@ def test_later_rounds_are_longer_and_have_the_better_half(model, clock, tmp_path
     looks = math.ceil(report["validation_rows"] / SETTINGS.batch_size)
     assert report["step_seconds"] == 1.0
     assert report["validation_seconds"] == looks
+    assert planned == [(4, 120, 4 + looks, 1.0, looks, SETTINGS.max_steps)]  # what measuring took is spent
     assert report["seconds"] == 4 + looks + sum(trial["steps"] + looks for trial in report["trials"])
     assert report["seconds"] <= 2 * 60
 
