@@ -282,6 +282,8 @@ def test_workers_end_with_the_study(places, tmp_path, replaced, sign, ending, co
     lora = METHODS[METHODS.index('[[methods]]\nname = "LoRA 2"') : METHODS.index('[[methods]]\nname = "none"')]
     study = write_study(places, tmp_path, lora, compare_to="LoRA 2")
     program = (
+        "import signal\n"  # which a shell that starts the tests in its background lets its programs ignore
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"from study_support import {replaced}\n"
         "from adalink.tools.cli import main\n"
         "from adalink.tools.studies import schedule\n"
