@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -74,8 +73,3 @@ def progress_bar() -> Iterator[Callable[[str, float | None], None]]:
 
 def _style(cell: object) -> str:
     return {"pass": "green", "works": "green", "FAIL": "bold red", "no": "yellow"}.get(str(cell), "")
-
-
-def is_given(parameter: str) -> bool:
-    """Whether an option of the running command was passed, rather than left at its default."""
-    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT

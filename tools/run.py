@@ -13,7 +13,7 @@ import click
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
-from adalink.tools.console import is_given
+from adalink.tools.options import is_given
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment

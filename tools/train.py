@@ -12,7 +12,8 @@ import click
 
 from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.errors import ConfigError
-from adalink.tools.console import is_given, say
+from adalink.tools.console import say
+from adalink.tools.options import is_given
 from adalink.training.config import AdaLinkConfig
 from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, TrainSettings
 
