@@ -14,7 +14,7 @@ from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.errors import ConfigError
 from adalink.tools.console import say
 from adalink.tools.options import is_given
-from adalink.training.config import AdaLinkConfig
+from adalink.training.config import INITS, AdaLinkConfig
 from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, TrainSettings
 
 
@@ -54,6 +54,13 @@ from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, Train
     show_default=True,
     help="Trained vectors before each row's first token; alone with --rank 0.",
 )
+@click.option(
+    "--init",
+    default=AdaLinkConfig.init,
+    show_default=True,
+    type=click.Choice(INITS),
+    help="How the bottleneck starts: uniform, or centered on the base's embeddings, for a rate of about 3e-4.",
+)
 @click.option("--lr", default=TrainSettings.lr, show_default=True, help="Highest learning rate.")
 @click.option("--max-steps", default=TrainSettings.max_steps, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
@@ -89,6 +96,7 @@ def command(
     dropout: float,
     scope: str,
     soft_tokens: int,
+    init: str,
     lr: float,
     max_steps: int,
     batch_size: int,
@@ -129,6 +137,7 @@ def command(
         scope=scope,
         soft_tokens=soft_tokens,
         modalities=modalities or AdaLinkConfig.modalities,
+        init=init,
     )
     settings = TrainSettings(
         lr=lr,

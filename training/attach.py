@@ -20,6 +20,7 @@ from adalink.runtime.adapter import SOFT_PROMPT_NAME, rank_of, show_rank
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
 from adalink.training.adalink import AdaLink
 from adalink.training.base_model import embedding_matrix, input_embedding
+from adalink.training.initial import center_features
 from adalink.training.soft_prompt import SoftPromptHooks, draw_soft_prompt
 from adalink.training.vision import check_modalities, image_side
 
@@ -80,13 +81,14 @@ class Attached:
                 f"wide: choose a rank of at most {hidden_size}"
             )
         self.hidden_size = hidden_size
-        self.adapters = nn.ModuleDict(
-            {
-                name: AdaLink(hidden_size, rank, config.activation, config.bias, config.dropout)
-                for name, rank in ranks.items()
-                if rank
-            }
-        ).to(matrix.device)
+        adapters = {
+            name: AdaLink(hidden_size, rank, config.activation, config.bias, config.dropout)
+            for name, rank in ranks.items()
+            if rank
+        }
+        if config.init == "centered" and "text" in adapters:
+            center_features(adapters["text"].down, embedding, len(matrix))
+        self.adapters = nn.ModuleDict(adapters).to(matrix.device)
         self._soft_prompt: SoftPromptHooks | None = None
         if config.soft_tokens:
             vectors = draw_soft_prompt(embedding, len(matrix), config.soft_tokens)

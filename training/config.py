@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from adalink.runtime.adapter import Rank, check_method
 from adalink.runtime.errors import ConfigError
 
+INITS = ("kaiming", "centered")
+
 
 @dataclass(frozen=True)
 class AdaLinkConfig:
@@ -21,6 +23,8 @@ class AdaLinkConfig:
         modalities: names of the adapted modalities; each gets its own weights.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
         soft_tokens: trained vectors before a row's first token.
+        init: how ``down`` starts: ``"kaiming"``, uniform within ``1 / sqrt(d)``, or for the modality ``text``
+            ``"centered"`` on the base's embeddings (``adalink.training.initial``); ``up`` starts at zero in both.
 
     Raises:
         ConfigError: a setting is outside what the method allows.
@@ -33,6 +37,7 @@ class AdaLinkConfig:
     modalities: tuple[str, ...] = ("text",)
     scope: str = "all"
     soft_tokens: int = 0
+    init: str = "kaiming"
 
     def __post_init__(self) -> None:
         check_method(self.rank, self.activation, self.modalities, self.scope, self.soft_tokens)
@@ -41,6 +46,8 @@ class AdaLinkConfig:
                 f"rank is 0 with activation {self.activation!r} and bias {self.bias}: a soft prompt alone has "
                 "activation 'identity' and no bias"
             )
+        if self.init not in INITS:
+            raise ConfigError(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout!r}, expected a chance of at least 0 and less than 1")
         if self.rank == 0 and self.dropout:

@@ -73,11 +73,11 @@ def test_a_log_gets_lines_and_no_bars(work):
     assert done.stderr.count("{'loss': ") == 6
 
 
-def test_bias_dropout_and_precision_are_trained_with(work):
+def test_bias_dropout_init_and_precision_are_trained_with(work):
     first = ("--max-steps", "6", "--json")
-    plain, other = (call(work, "first", *first, *more) for more in ([], ["--dropout", "0.5"]))
-    digests = {json.loads(done.stdout)["adapter_digest"] for done in (plain, other)}
-    assert len(digests) == 2
+    runs = (call(work, "first", *first, *more) for more in ([], ["--dropout", "0.5"], ["--init", "centered"]))
+    digests = {json.loads(done.stdout)["adapter_digest"] for done in runs}
+    assert len(digests) == 3
     done = call(work, "third", *first, "--bias", "--dropout", "0.25", "--precision", "bfloat16")
     report = json.loads(done.stdout)
     assert (report["method"]["bias"], report["method"]["dropout"]) == (True, 0.25)

@@ -207,8 +207,9 @@ def _run(
 ) -> Run:  # fmt: skip
     scored = choose_scored(data, purpose, count)
     settings = msgspec.to_builtins(method)
-    if settings.get("tokens") == 0:
-        del settings["tokens"]  # says nothing, and runs done before AdaLink knew it keep their names
+    for name, unsaid in (("tokens", 0), ("init", "kaiming")):  # runs done before AdaLink knew them keep their names
+        if settings.get(name) == unsaid:
+            del settings[name]
     return Run(
         purpose=purpose,
         base=base.name,

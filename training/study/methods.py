@@ -82,7 +82,9 @@ def tune(base: PreTrainedModel, method: Method) -> Tuned:
         base.requires_grad_(isinstance(method, FullMethod))
         return Tuned(base)
     if isinstance(method, AdaLinkMethod):
-        config = AdaLinkConfig(rank=method.rank, activation=method.activation, soft_tokens=method.tokens)
+        config = AdaLinkConfig(
+            rank=method.rank, activation=method.activation, soft_tokens=method.tokens, init=method.init
+        )
         attached: Attached = attach(base, config)
         return Tuned(base, attached.adapters)
     return _by_peft(base, method)

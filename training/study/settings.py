@@ -47,6 +47,7 @@ class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
     rank: Count
     activation: str = AdaLinkConfig.activation
     tokens: Annotated[int, Meta(ge=0)] = 0
+    init: Literal["kaiming", "centered"] = "kaiming"
 
 
 class PromptTuningMethod(_Method, frozen=True, tag="prompt-tuning", kw_only=True):

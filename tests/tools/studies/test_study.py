@@ -64,7 +64,7 @@ def contents(out):
 
 
 def test_runs_keep_their_names(monkeypatch):
-    """A name that changes has finished runs done again; a soft prompt that is not there must not change it."""
+    """A name that changes has finished runs done again; what AdaLink did not know then must not change it."""
     monkeypatch.setattr(plan, "open_base", lambda model: SimpleNamespace(digest="sha256:0"))
     monkeypatch.setattr(plan, "choose_scored", lambda *arguments: [1])
     monkeypatch.setattr(plan, "digest_rows", lambda *arguments: "sha256:1")
@@ -81,6 +81,8 @@ def test_runs_keep_their_names(monkeypatch):
     assert name(rank=16, activation="identity") == "final-be4e91e3225f9b0001d20b0a.json"
     gelu = name(rank=64, activation="gelu")
     assert gelu == name(rank=64, activation="gelu", tokens=0) == "final-21aae14bf9ea2165c7110aed.json"
+    assert gelu == name(rank=64, activation="gelu", init="kaiming")
+    assert gelu != name(rank=64, activation="gelu", init="centered")
     assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4), gelu)
     study.training.precision = "bfloat16"
     assert name(rank=64, activation="gelu") != gelu
