@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
 
-# Unit roundoff u of each dtype, and the size below which a result may be flushed to zero or lose digits.
+# Unit roundoff u of each dtype, its largest number, and the size below which a result may be flushed to zero or lose
+# digits.
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+LARGEST = {"float32": 2.0**128 - 2.0**104, "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
 UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.bounds import Float64, adapter_bound
+from adalink.export.bounds import LARGEST, Float64, adapter_bound
 from adalink.export.graph_run import OpenGraph
 from adalink.runtime.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
 from adalink.runtime.bank import bank_weights
 from adalink.runtime.engine import Array
-from adalink.runtime.errors import GraphError
+from adalink.runtime.errors import AdapterError, GraphError
 from adalink.runtime.fold import ids_table
 from adalink.runtime.tensors import as_float32, as_stored
 
@@ -98,8 +98,18 @@ class Outside:
 def find_outside_bound(
     received: Float64, adapter: Adapter, modality: str, x: Float64, dtype: str, ids: Array | None = None
 ) -> Outside | None:
-    """Compare with the method in float64, element by element; takes what ``adapt_with_bound`` does."""
+    """Compare with the method in float64, element by element; takes what ``adapt_with_bound`` does.
+
+    Raises:
+        AdapterError: the method's own result is more than ``dtype`` holds, so that no graph can give it.
+    """
     expected, bound = adapt_with_bound(adapter, modality, x, dtype, ids)
+    if not (np.abs(expected) <= LARGEST[dtype]).all():
+        raise AdapterError(
+            f"adapter, modality {modality!r}: it makes embeddings of up to {np.abs(expected).max():.3g}, more than "
+            f"{dtype} holds ({LARGEST[dtype]:.3g}), as which the base's are stored: train it again with a lower rate, "
+            "or take a base of another dtype"
+        )
     ratio = np.abs(received - expected) / bound
     if (ratio <= 1.0).all():
         return None

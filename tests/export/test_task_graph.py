@@ -17,7 +17,7 @@ from adalink.export.residual import OUTPUT_NAME
 from adalink.export.task_check import check_task_graph
 from adalink.export.task_graph import build_task_graph
 from adalink.runtime.adapter import ACTIVATIONS, Adapter, make_adapter
-from adalink.runtime.errors import GraphError
+from adalink.runtime.errors import AdapterError, GraphError
 
 WIDTH, RANK, ROWS = 48, 5, 40
 FINGERPRINT = "sha256:" + "5a" * 32
@@ -148,6 +148,18 @@ def test_check_passes_the_right_graph_and_finds_a_changed_weight(
     wrong = build_task_graph(make_adapter(adapter.config, weights), "t", dtype).SerializeToString()
     with pytest.raises(GraphError, match=r"modality 'text': element 0 of row \d+ is .* expected .* within"):
         check_task_graph(OpenGraph(wrong, dtype), adapter, dtype, x)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float16", 1e5), ("bfloat16", 1e38), ("float32", 1e38)])
+def test_an_adapter_whose_values_the_dtype_cannot_hold_is_named_and_not_the_graph(dtype: str, scale: float) -> None:
+    adapter = make()
+    weights = {**adapter.weights}
+    for name, factor in (("down", 1e3), ("up", scale)):
+        weights[f"text.{name}.weight"] = weights[f"text.{name}.weight"] * np.float32(factor)
+    extreme, x = make_adapter(adapter.config, weights), inputs(dtype)[0].astype(np.float32)
+    graph = OpenGraph(build_task_graph(extreme, "t", dtype).SerializeToString(), dtype)
+    with pytest.raises(AdapterError, match=rf"up to \d.*e\+\d+, more than {dtype} holds \(\d.* lower rate"):
+        check_task_graph(graph, extreme, dtype, x)
 
 
 def test_check_finds_a_graph_that_adapts_positions_of_no_modality() -> None:
