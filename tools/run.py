@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 _BATCH_ROWS = 8
+_FIELDS = ("prompt", "task", "images")
 
 
 class Row(NamedTuple):
@@ -134,7 +136,8 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
 
     Args:
         path: rows ``{"prompt": str, "task": str | null, "images": [path, ...]}``; ``task`` and ``images`` may be left
-            out. Paths of images start at the file's folder.
+            out. Paths of images start at the file's folder. Other fields, such as a training row's, are not read,
+            but one that is nearly a row's own is refused: the plain base would answer a misspelt task.
         task: for rows that name none.
 
     Raises:
@@ -158,6 +161,9 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
             check_text(row["prompt"], "prompt")
         except RequestError as error:
             raise DataError(f"{path}:{number}: {error}") from error
+        for name in row.keys() - set(_FIELDS):
+            if meant := get_close_matches(name.lower(), _FIELDS, 1, cutoff=0.85):
+                raise DataError(f"{path}:{number}: field {name!r} is none of a row's: did you mean {meant[0]!r}?")
         own = row.get("task", task)
         if own is not None and not isinstance(own, str):
             raise DataError(f"{path}:{number}: task is {own!r}, expected a name or null")

@@ -14,6 +14,7 @@ from tiny_deployments import make_deployment
 
 from adalink.runtime.deployment import Deployment
 from adalink.tools.cli import main
+from adalink.tools.run import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,9 @@ def test_streams_on_a_terminal(folder, expected):
         ("{", ":2: not JSON"),
         ('{"text": "x"}', ":2: expected"),
         ('{"prompt": "x", "task": 3}', ":2: task is 3"),
+        ('{"prompt": "x", "Task": "alpha"}', ":2: field 'Task' is none of a row's: did you mean 'task'?"),
+        ('{"prompt": "x", "tasks": "alpha"}', ":2: field 'tasks' is none of a row's: did you mean 'task'?"),
+        ('{"prompt": "x", "image": "a.png"}', ":2: field 'image' is none of a row's: did you mean 'images'?"),
         ('{"prompt": ' + "[" * 100_000, ":2: not JSON"),
         ('{"prompt": "x", "task": ' + "1" * 5000 + "}", ":2: not JSON"),
         (r'{"prompt": "a\ud800"}', r":2: prompt holds '\ud800' at character 1"),
@@ -145,6 +149,14 @@ def test_bad_row_is_named(folder, tmp_path, line, message):
     result = run(folder, "--jsonl", tmp_path / "rows.jsonl")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_other_fields_are_not_read(tmp_path):
+    """Rows of training data, and rows with notes of their own, can be run as they are."""
+    row = {"prompt": "x", "completion": "y", "label": "y", "prompt_id": 3, "text": "z", "mask": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (read,) = read_rows(tmp_path / "rows.jsonl", "alpha")
+    assert (read.prompt, read.task, read.images) == ("x", "alpha", ())
 
 
 def test_wrong_use_exits_2(folder, tmp_path):
