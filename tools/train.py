@@ -15,7 +15,7 @@ from adalink.runtime.errors import ConfigError
 from adalink.tools.console import say
 from adalink.tools.options import is_given
 from adalink.training.config import INITS, AdaLinkConfig
-from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, TrainSettings
+from adalink.training.settings import DEVICES, PRECISIONS, RATES, SearchSettings, TrainSettings
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -59,9 +59,14 @@ from adalink.training.settings import DEVICES, PRECISIONS, SearchSettings, Train
     default=AdaLinkConfig.init,
     show_default=True,
     type=click.Choice(INITS),
-    help="How the bottleneck starts: uniform, or centered on the base's embeddings, for a rate of about 3e-4.",
+    help="How the bottleneck starts: uniform, or centered on the base's embeddings.",
 )
-@click.option("--lr", default=TrainSettings.lr, show_default=True, help="Highest learning rate.")
+@click.option(
+    "--lr",
+    type=float,
+    show_default=", ".join(f"{rates[0]:g} if {init}" for init, rates in RATES.items()),
+    help="Highest learning rate.",
+)
 @click.option("--max-steps", default=TrainSettings.max_steps, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True, help="Most tokens a row may have.")
@@ -97,7 +102,7 @@ def command(
     scope: str,
     soft_tokens: int,
     init: str,
-    lr: float,
+    lr: float | None,
     max_steps: int,
     batch_size: int,
     max_length: int,
@@ -140,7 +145,7 @@ def command(
         init=init,
     )
     settings = TrainSettings(
-        lr=lr,
+        lr=RATES[init][0] if lr is None else lr,
         max_steps=max_steps,
         batch_size=batch_size,
         max_length=max_length,
@@ -153,9 +158,7 @@ def command(
     if minutes is not None:
         if isinstance(rank, dict):
             raise ConfigError(f"--rank is {' '.join(ranks)}, and --search takes one rank for all: give one, or none")
-        fixed: dict[str, Any] = {}
-        if is_given("lr"):
-            fixed["rates"] = (lr,)
+        fixed: dict[str, Any] = {"rates": RATES[init] if lr is None else (lr,)}
         if is_given("ranks"):
             fixed["ranks"] = (rank,)
         if is_given("activation") or rank == 0:

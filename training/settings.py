@@ -8,6 +8,8 @@ from adalink.runtime.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
+# Learning rates to try for each init of an adapter, the best one at rank 64 first; measured: docs/method.md
+RATES = {"kaiming": (3e-3, 1e-2, 1e-3, 3e-2), "centered": (3e-4, 1e-3, 1e-4, 3e-3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class TrainSettings:
         ConfigError: a setting is out of range.
     """
 
-    lr: float = 3e-3
+    lr: float = RATES["kaiming"][0]
     max_steps: int = 200
     batch_size: int = 8
     max_length: int = 256
@@ -70,7 +72,7 @@ class SearchSettings:
     """
 
     minutes: float
-    rates: tuple[float, ...] = (3e-3, 1e-2, 1e-3, 3e-2)
+    rates: tuple[float, ...] = RATES["kaiming"]
     ranks: tuple[int, ...] = (64, 16, 256, 4)
     activations: tuple[str, ...] = ("identity", "gelu")
 

@@ -11,8 +11,9 @@ from adalink.runtime.errors import ConfigError
 from adalink.training import initial
 from adalink.training.attach import attach
 from adalink.training.base_model import input_embedding
-from adalink.training.config import AdaLinkConfig
+from adalink.training.config import INITS, AdaLinkConfig
 from adalink.training.initial import center_features
+from adalink.training.settings import RATES
 from adalink.training.storage import load_adapter, save_adapter, to_adapter
 
 CENTERED = AdaLinkConfig(rank=5, activation="gelu", bias=True, init="centered")
@@ -116,6 +117,10 @@ def test_it_is_no_part_of_the_adapter(tmp_path):
     attached.detach()
     for name, weight in load_adapter(tmp_path / "adapter", model).weights().items():
         np.testing.assert_array_equal(weight, wanted[name])
+
+
+def test_each_init_has_rates_of_its_own():
+    assert tuple(RATES) == INITS
 
 
 def test_config_refuses_another_init():

@@ -140,6 +140,13 @@ def test_the_command_searches_what_was_not_given(work, monkeypatch, tmp_path):
     assert seen.space == SearchSettings(minutes=2, rates=(3e-3,))
     call("--rank", "16")
     assert seen.space is None
+    assert (seen.config.init, seen.settings.lr) == ("kaiming", 3e-3)
+    call("--init", "centered")
+    assert (seen.config.init, seen.settings.lr) == ("centered", 3e-4)
+    call("--search", "2", "--init", "centered")
+    assert seen.space == SearchSettings(minutes=2, rates=(3e-4, 1e-3, 1e-4, 3e-3))
+    call("--init", "centered", "--lr", "0.02")
+    assert seen.settings.lr == 2e-2
     assert call("--search", "0").exit_code == 2
     refused = call("--search", "2", "--lr", "0.003", "--rank", "2", "--activation", "gelu")
     assert refused.exit_code == 2

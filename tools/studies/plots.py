@@ -165,9 +165,11 @@ def _family(cell: Cell) -> str:
 
 
 def _variant(cell: Cell) -> str:
-    """The activation of an AdaLink, and its soft prompt if it has one: what a line of several ranks has in common."""
-    tokens = cell["settings"].get("tokens")
-    return f"{cell['settings']['activation']}, {tokens} soft tokens" if tokens else str(cell["settings"]["activation"])
+    """What a line of several ranks has in common: the activation, a start that is not uniform, the soft prompt."""
+    settings = cell["settings"]
+    init, tokens = settings.get("init", "kaiming"), settings.get("tokens")
+    said = [settings["activation"], "" if init == "kaiming" else init, f"{tokens} soft tokens" if tokens else ""]
+    return ", ".join(filter(None, said))
 
 
 def _size(size: Any) -> float:

@@ -210,6 +210,21 @@ def test_plots_show_the_cells(made, tmp_path, shown):
     assert not pyplot.get_fignums()
 
 
+def test_variants_of_adalink_are_lines_of_their_own(made, tmp_path, shown):
+    summary = summarize(*made)
+    other = next(cell for cell in summary["cells"] if cell["method"] == "AdaLink 16" and cell["data"] == "letters")
+    for change in ({"init": "centered"}, {"tokens": 3}, {"init": "centered", "tokens": 3}):
+        summary["cells"].append({**other, "settings": {**other["settings"], **change}})
+    draw(summary, tmp_path)
+    lines = {series: x for (panel, series), (x, _) in shown["rank"].items() if panel == "tiny, letters"}
+    assert lines == {
+        "gelu": [8.0, 16.0],
+        "gelu, centered": [16.0],
+        "gelu, 3 soft tokens": [16.0],
+        "gelu, centered, 3 soft tokens": [16.0],
+    }
+
+
 def test_differences_are_drawn_with_their_intervals(made, tmp_path, shown, intervals):
     draw(summarize(*made), tmp_path)
     title = "Accuracy minus that of LoRA 2"
