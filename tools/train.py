@@ -14,7 +14,7 @@ from adalink.runtime.adapter import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.errors import ConfigError
 from adalink.tools.console import say
 from adalink.tools.options import is_given
-from adalink.training.config import INITS, AdaLinkConfig
+from adalink.training.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import DEVICES, PRECISIONS, RATES, SearchSettings, TrainSettings
 
 
@@ -59,7 +59,7 @@ from adalink.training.settings import DEVICES, PRECISIONS, RATES, SearchSettings
     default=AdaLinkConfig.init,
     show_default=True,
     type=click.Choice(INITS),
-    help="How the bottleneck starts: uniform, or centered on the base's embeddings.",
+    help="How the bottleneck starts: uniform, centered on the base's embeddings, or along the first rows' gradient.",
 )
 @click.option(
     "--lr",
@@ -101,7 +101,7 @@ def command(
     dropout: float,
     scope: str,
     soft_tokens: int,
-    init: str,
+    init: Init,
     lr: float | None,
     max_steps: int,
     batch_size: int,

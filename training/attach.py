@@ -57,6 +57,9 @@ class Attached:
     Attributes:
         model: the base model.
         config: settings of the adapters.
+        embedding: the module whose output is adapted; with the adapters' ``up`` at zero it gives what it gave.
+        hidden_size: the embeddings' width ``d``.
+        vocab_size: tokens that it knows, ``V``.
         adapters: one ``AdaLink`` per modality, none for rank 0; beside them the parameter ``soft_prompt`` of shape
             ``(n, d)``, if there is one. On the device of the embedding.
     """
@@ -73,28 +76,27 @@ class Attached:
         check_modalities(model, config.modalities)
         self._images = image_side(model)
         matrix = embedding_matrix(model)
-        hidden_size = matrix.shape[1]
+        self.embedding = embedding
+        self.vocab_size, self.hidden_size = matrix.shape
         ranks = {name: rank_of(config.rank, name) for name in config.modalities}
-        if max(ranks.values()) > hidden_size:
+        if max(ranks.values()) > self.hidden_size:
             raise ConfigError(
-                f"rank is {show_rank(config.rank)} and the embeddings of {type(model).__name__} are {hidden_size} "
-                f"wide: choose a rank of at most {hidden_size}"
+                f"rank is {show_rank(config.rank)} and the embeddings of {type(model).__name__} are {self.hidden_size} "
+                f"wide: choose a rank of at most {self.hidden_size}"
             )
-        self.hidden_size = hidden_size
         adapters = {
-            name: AdaLink(hidden_size, rank, config.activation, config.bias, config.dropout)
+            name: AdaLink(self.hidden_size, rank, config.activation, config.bias, config.dropout)
             for name, rank in ranks.items()
             if rank
         }
         if config.init == "centered" and "text" in adapters:
-            center_features(adapters["text"].down, embedding, len(matrix))
+            center_features(adapters["text"].down, embedding, self.vocab_size)
         self.adapters = nn.ModuleDict(adapters).to(matrix.device)
         self._soft_prompt: SoftPromptHooks | None = None
         if config.soft_tokens:
-            vectors = draw_soft_prompt(embedding, len(matrix), config.soft_tokens)
+            vectors = draw_soft_prompt(embedding, self.vocab_size, config.soft_tokens)
             self._soft_prompt = SoftPromptHooks(model, vectors)
             self.adapters.register_parameter(SOFT_PROMPT_NAME, vectors)
-        self._embedding = embedding
         self._prompt_mask: torch.Tensor | None = None
         self._modality: torch.Tensor | None = None
         self._labels: torch.Tensor | None = None
@@ -124,7 +126,7 @@ class Attached:
             handle.remove()
         for parameter, requires_grad in self._frozen:
             parameter.requires_grad_(requires_grad)
-        _IN_USE.discard(self._embedding)
+        _IN_USE.discard(self.embedding)
         self._is_attached = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -163,7 +165,7 @@ class Attached:
             self._prompt_mask, self._modality = before
 
     def _hook(self) -> list[RemovableHandle]:
-        handles = [self._embedding.register_forward_hook(self._adapt)]
+        handles = [self.embedding.register_forward_hook(self._adapt)]
         if self._images is not None and "image" in self.adapters:
             handles.append(self._images.projector.register_forward_hook(self._adapt_images))
         if self.model.config.is_encoder_decoder:

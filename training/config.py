@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from adalink.runtime.adapter import Rank, check_method
 from adalink.runtime.errors import ConfigError
 
-INITS = ("kaiming", "centered")
+Init = Literal["kaiming", "centered", "gradient"]
+INITS: tuple[Init, ...] = get_args(Init)
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class AdaLinkConfig:
         modalities: names of the adapted modalities; each gets its own weights.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
         soft_tokens: trained vectors before a row's first token.
-        init: how ``down`` starts: ``"kaiming"``, uniform within ``1 / sqrt(d)``, or for the modality ``text``
-            ``"centered"`` on the base's embeddings (``adalink.training.initial``); ``up`` starts at zero in both.
+        init: how ``down`` starts: ``"kaiming"``, uniform within ``1 / sqrt(d)``; for the modality ``text``
+            ``"centered"`` on the base's embeddings; or ``"gradient"``, from the rows that are learned from, once
+            ``train`` has attached it (``adalink.training.initial``). ``up`` starts at zero.
 
     Raises:
         ConfigError: a setting is outside what the method allows.
@@ -37,7 +40,7 @@ class AdaLinkConfig:
     modalities: tuple[str, ...] = ("text",)
     scope: str = "all"
     soft_tokens: int = 0
-    init: str = "kaiming"
+    init: Init = "kaiming"
 
     def __post_init__(self) -> None:
         check_method(self.rank, self.activation, self.modalities, self.scope, self.soft_tokens)

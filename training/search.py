@@ -21,6 +21,7 @@ from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, WriteError
 from adalink.training.attach import attach
 from adalink.training.base_model import embedding_matrix
+from adalink.training.initial import follow_gradients, measure_gradients
 from adalink.training.search_plan import (
     FEWEST_CANDIDATES,
     Candidate,
@@ -37,6 +38,7 @@ from adalink.training.trainer import TrainableAdapters, trainer_arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from transformers import PreTrainedModel
 
     from adalink.training.config import AdaLinkConfig
@@ -168,6 +170,7 @@ class _Trials:
         self._model, self._learned, self._collate = model, learned, collate
         self._held = sorted(held, key=lambda example: len(example.prompt))  # of a length beside each other
         self._config, self._settings = config, settings
+        self._gradients: dict[str, torch.Tensor] | None = None
 
     def settings_of(self, candidate: Candidate) -> tuple[AdaLinkConfig, TrainSettings]:
         """The settings with the candidate's in them."""
@@ -177,7 +180,15 @@ class _Trials:
     def attach(self, candidate: Candidate) -> TrainableAdapters:
         """A fresh adapter of the candidate before the base; the caller takes it off."""
         set_seed(self._settings.seed)
-        return TrainableAdapters(attach(self._model, self.settings_of(candidate)[0]))
+        module = TrainableAdapters(attach(self._model, self.settings_of(candidate)[0]))
+        if self._config.init == "gradient":
+            if self._gradients is None:  # at the base, so whatever the candidate
+                size, seed = self._settings.batch_size, self._settings.seed
+                self._gradients = measure_gradients(
+                    module, module.attached, self._learned, self._collate, batch_size=size, seed=seed
+                )
+            follow_gradients(module.attached, self._gradients)
+        return module
 
     def train(
         self, module: TrainableAdapters, candidate: Candidate, steps: int, callbacks: Sequence[TrainerCallback] = ()
@@ -209,8 +220,8 @@ class _Trials:
 
 def _measure(trials: _Trials, candidate: Candidate, clock: Callable[[], float]) -> tuple[float, float, float]:
     """The held-out rows' loss before training, the seconds that a look at them takes, and those of a step."""
-    started = clock()
     module = trials.attach(candidate)
+    started = clock()
     with module.attached:
         loss = trials.validate(module)
         validated = clock()

@@ -9,7 +9,11 @@ from adalink.runtime.errors import ConfigError
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 # Learning rates to try for each init of an adapter, the best one at rank 64 first; measured: docs/method.md
-RATES = {"kaiming": (3e-3, 1e-2, 1e-3, 3e-2), "centered": (3e-4, 1e-3, 1e-4, 3e-3)}
+RATES = {
+    "kaiming": (3e-3, 1e-2, 1e-3, 3e-2),
+    "centered": (3e-4, 1e-3, 1e-4, 3e-3),
+    "gradient": (3e-3, 1e-2, 1e-3, 3e-2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

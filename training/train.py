@@ -31,6 +31,7 @@ from adalink.training.checkpoints import (
 )
 from adalink.training.dataset import check_positions, encode_rows, read_rows
 from adalink.training.exact_match import exact_match
+from adalink.training.initial import follow_gradients, measure_gradients
 from adalink.training.pictures import Pictures, digest_images
 from adalink.training.prefix import prompt_form
 from adalink.training.search import candidate_config, search
@@ -151,10 +152,13 @@ def train(
         accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
         set_seed(settings.seed)
         with attach(model, config) as attached:
+            module = TrainableAdapters(attached)
+            if config.init == "gradient" and last is None:
+                size, seed = settings.batch_size, settings.seed
+                gradients = measure_gradients(module, attached, examples, collate, batch_size=size, seed=seed)
+                follow_gradients(attached, gradients)
             say(f"training on {len(rows)} rows, {settings.max_steps} steps")
-            history = _train(
-                TrainableAdapters(attached), examples, collate, settings, checkpoints, last, callbacks, show_bar
-            )
+            history = _train(module, examples, collate, settings, checkpoints, last, callbacks, show_bar)
             attached.adapters.eval()
             try:
                 adapter = to_adapter(attached, display_name(base))

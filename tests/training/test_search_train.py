@@ -145,6 +145,8 @@ def test_the_command_searches_what_was_not_given(work, monkeypatch, tmp_path):
     assert (seen.config.init, seen.settings.lr) == ("centered", 3e-4)
     call("--search", "2", "--init", "centered")
     assert seen.space == SearchSettings(minutes=2, rates=(3e-4, 1e-3, 1e-4, 3e-3))
+    call("--search", "2", "--init", "gradient")
+    assert (seen.config.init, seen.space.rates) == ("gradient", (3e-3, 1e-2, 1e-3, 3e-2))
     call("--init", "centered", "--lr", "0.02")
     assert seen.settings.lr == 2e-2
     assert call("--search", "0").exit_code == 2

@@ -32,13 +32,21 @@ class Tuned(nn.Module):
     Attributes:
         base: the base model; LoRA has put its layers into it, AdaLink hangs on its input by hooks.
         added: what the method brought that is no part of the base: an adapter, or the encoder of a soft prompt.
+        attached: AdaLink's, where that is the method.
         soft_tokens: embeddings that ``embed`` puts before the text; AdaLink's own soft prompt is unseen here.
     """
 
-    def __init__(self, base: PreTrainedModel, added: nn.Module | None = None, soft_prompt: Any = None) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        added: nn.Module | None = None,
+        soft_prompt: Any = None,
+        attached: Attached | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.added = added
+        self.attached = attached
         # A bound method of PEFT's model, whose encoder is registered as `added`: batch size -> (batch, tokens, d).
         self._soft_prompt = soft_prompt
         self.soft_tokens = 0 if soft_prompt is None else int(soft_prompt(1).shape[1])
@@ -85,8 +93,8 @@ def tune(base: PreTrainedModel, method: Method) -> Tuned:
         config = AdaLinkConfig(
             rank=method.rank, activation=method.activation, soft_tokens=method.tokens, init=method.init
         )
-        attached: Attached = attach(base, config)
-        return Tuned(base, attached.adapters)
+        attached = attach(base, config)
+        return Tuned(base, attached.adapters, attached=attached)
     return _by_peft(base, method)
 
 

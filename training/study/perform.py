@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.base_model import load_base, load_tokenizer
+from adalink.training.initial import follow_gradients, measure_gradients
 from adalink.training.prefix import has_bidirectional_prompt
 from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, digest_rows, load_data
@@ -178,6 +179,10 @@ def perform(run: Run, base: str, entry: Data, method: Method, parts: Sequence[Da
     task = make_task(tune(model, method), loaded.tokenizer, data, vectors)
     task.to(torch.device(run.device))
     started = time.perf_counter()
+    attached = task.tuned.attached
+    if attached is not None and attached.config.init == "gradient":
+        gradients = measure_gradients(task, attached, rows, task.collate, batch_size=run.batch_size, seed=run.seed)
+        follow_gradients(attached, gradients)
     curve = [] if isinstance(method, ZeroShotMethod) else _train(task, rows, run)
     trained = time.perf_counter()
     task.eval()

@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from adalink.runtime.adapter import ACTIVATIONS
 from adalink.runtime.errors import ConfigError
-from adalink.training.config import AdaLinkConfig
+from adalink.training.config import AdaLinkConfig, Init
 from adalink.training.study.data import DEFAULT_TEMPLATE, SOURCES
 
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -47,7 +47,7 @@ class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
     rank: Count
     activation: str = AdaLinkConfig.activation
     tokens: Annotated[int, Meta(ge=0)] = 0
-    init: Literal["kaiming", "centered"] = "kaiming"
+    init: Init = "kaiming"
 
 
 class PromptTuningMethod(_Method, frozen=True, tag="prompt-tuning", kw_only=True):

@@ -23,6 +23,7 @@ from adalink.tools.cli import main
 from adalink.tools.studies import plan, schedule
 from adalink.tools.studies.plan import Estimates, make_cells, open_runs, waiting
 from adalink.tools.studies.schedule import do_runs, read_finished
+from adalink.training.config import INITS
 from adalink.training.study.settings import AdaLinkMethod, read_study
 
 
@@ -81,8 +82,9 @@ def test_runs_keep_their_names(monkeypatch):
     assert name(rank=16, activation="identity") == "final-be4e91e3225f9b0001d20b0a.json"
     gelu = name(rank=64, activation="gelu")
     assert gelu == name(rank=64, activation="gelu", tokens=0) == "final-21aae14bf9ea2165c7110aed.json"
+    inits = {name(rank=64, activation="gelu", init=init) for init in INITS}
+    assert len(inits) == len(INITS)
     assert gelu == name(rank=64, activation="gelu", init="kaiming")
-    assert gelu != name(rank=64, activation="gelu", init="centered")
     assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4), gelu)
     study.training.precision = "bfloat16"
     assert name(rank=64, activation="gelu") != gelu

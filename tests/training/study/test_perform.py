@@ -135,6 +135,25 @@ def test_steps_in_bfloat16_and_scores_in_float32(entry, tmp_path, monkeypatch, f
     assert result["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_adalink_starts_along_the_gradient_where_that_is_asked_for(entry, tmp_path, monkeypatch, family):
+    base = str(write_base(tmp_path / "base", family))
+    products = {}
+
+    def watched(task, rows, data):
+        down = task.tuned.attached.adapters["text"].down.weight.detach().double()
+        products[init] = 3 * down @ down.T
+        return measure(task, rows, data)
+
+    monkeypatch.setattr(module, "measure", watched)
+    for init in ("kaiming", "gradient"):
+        method = AdaLinkMethod(name="a", lr=(1e-9,), rank=8, init=init)
+        run = make_run(base, entry, lr=1e-9, max_steps=2, base_digest=open_base(base).digest)
+        perform(run, base, entry, method)
+    assert (products["gradient"] - torch.eye(8)).abs().max() < 1e-5
+    assert (products["kaiming"] - torch.eye(8)).abs().max() > 0.05
+
+
 class _Poisoned(tuple):
     """Rows that nobody may look at."""
 
