@@ -58,3 +58,12 @@ class AdaLinkConfig:
                 f"rank is 0 with dropout {self.dropout}: a soft prompt alone has no bottleneck to drop features of; "
                 "leave the dropout out"
             )
+        if self.init != "kaiming" and self.rank == 0:
+            raise ConfigError(
+                f"rank is 0 with init {self.init!r}: a soft prompt alone has no bottleneck to start; leave the init out"
+            )
+        if self.init == "centered" and "text" not in self.modalities:
+            raise ConfigError(
+                f"init is 'centered' and the modalities are {', '.join(self.modalities)}: only tokens have a "
+                "vocabulary to center on; choose another init"
+            )

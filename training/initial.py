@@ -92,8 +92,6 @@ def measure_gradients(
     width, device = attached.hidden_size, attached.model.device
     maps = {name: torch.zeros(width, width, device=device, requires_grad=True) for name in attached.adapters}
     totals = {name: torch.zeros_like(wide, dtype=torch.float64) for name, wide in maps.items()}
-    if not maps:
-        return totals  # a soft prompt alone
     drawn = random.Random(seed).sample(rows, min(_GRADIENT_ROWS, len(rows)))
     handles = [adapter.register_forward_hook(_with_map(maps[name])) for name, adapter in attached.adapters.items()]
     try:

@@ -91,7 +91,6 @@ def test_batches_add_up_and_a_soft_prompt_stands_before_them():
     np.testing.assert_allclose(alone.numpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     before = measured(model, AdaLinkConfig(rank=RANK, soft_tokens=3), rows, batch_size=4)["text"]
     assert (before - alone).abs().max() > 1e-3 * alone.abs().max()
-    assert measured(model, AdaLinkConfig(rank=0, soft_tokens=3), rows) == {}
 
 
 def test_down_spans_the_strongest_directions():

@@ -123,6 +123,21 @@ def test_each_init_has_rates_of_its_own():
     assert tuple(RATES) == INITS
 
 
-def test_config_refuses_another_init():
-    with pytest.raises(ConfigError, match=r"init is 'pca', expected one of kaiming, centered"):
-        AdaLinkConfig(init="pca")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": "pca"}, r"init is 'pca', expected one of kaiming, centered, gradient"),
+        ({"init": "centered", "rank": 0, "soft_tokens": 3}, r"rank is 0 with init 'centered'.*leave the init out"),
+        ({"init": "gradient", "rank": 0, "soft_tokens": 3}, r"rank is 0 with init 'gradient'.*leave the init out"),
+        ({"init": "centered", "modalities": ("image",)}, r"init is 'centered' and the modalities are image: only tok"),
+    ],
+)
+def test_config_refuses(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaLinkConfig(**settings)
+
+
+def test_config_takes_what_can_start_so():
+    for init in INITS:
+        assert AdaLinkConfig(init=init, modalities=("text", "image"), soft_tokens=3).init == init
+    assert AdaLinkConfig(init="gradient", modalities=("image",)).init == "gradient"
