@@ -121,6 +121,10 @@ def _draw_accuracy(
             if _panel(cell) == panel:
                 axes.axhline(100 * cell["accuracy"]["mean"], color="grey", linestyle=":", label=cell["method"])
         axes.set_xscale("log")
+        if path.stem in ("rank", "size"):  # a few numbers that someone chose
+            chosen = sorted({value(cell) for cell in cells})
+            axes.set_xticks(chosen, [f"{number:g}" for number in chosen])
+            axes.set_xticks([], minor=True)
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy on test, %")
         axes.set_title(", ".join(panel))

@@ -225,6 +225,23 @@ def test_variants_of_adalink_are_lines_of_their_own(made, tmp_path, shown):
     }
 
 
+def test_ranks_are_marked_where_they_are(made, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    marks, real = {}, Figure.savefig
+
+    def watched(figure, path, **options):
+        figure.canvas.draw()
+        texts = [[label.get_text() for label in axes.get_xticklabels(which="both")] for axes in figure.axes]
+        marks[Path(path).stem] = [list(filter(None, panel)) for panel in texts]
+        return real(figure, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    draw(summarize(*made), tmp_path)
+    assert marks["rank"] == [["8", "16"], ["8", "16"]]
+    assert marks["parameters"] != marks["rank"]
+
+
 def test_differences_are_drawn_with_their_intervals(made, tmp_path, shown, intervals):
     draw(summarize(*made), tmp_path)
     title = "Accuracy minus that of LoRA 2"
