@@ -44,6 +44,13 @@ def write_data(folder: Path, seed: int = 5, labels: dict[str, str] = LABELS) -> 
     return folder
 
 
+def write_letter_task(folder: Path, letters: str, counts: range) -> tuple[Path, Path, Path]:
+    """A tiny base, and twice the file of rows whose completion is the letter that the prompt repeats."""
+    rows = [json.dumps({"prompt": letter * count, "completion": letter}) for letter in letters for count in counts]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return write_base(folder / "tiny-llama"), folder / "rows.jsonl", folder / "rows.jsonl"
+
+
 def study_text(base: Path, data: Path, methods: str, **changes: object) -> str:
     """A study file over one tiny base and the learnable data; ``changes`` replace its top fields, as TOML."""
     top = {"seeds": [1, 2], "sizes": ["all"], "compare_to": "AdaLink 8", "device": "cpu", "name": "tiny", **changes}

@@ -8,7 +8,8 @@ from adalink.runtime.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
-# Learning rates to try for each init of an adapter, the best one at rank 64 first; measured: docs/method.md
+# Learning rates to try for each init of an adapter, the best one at rank 64 first; measured: docs/method.md. Those of
+# "gradient" are the uniform start's, whose length it has: at rank 64 it was not measured.
 RATES = {
     "kaiming": (3e-3, 1e-2, 1e-3, 3e-2),
     "centered": (3e-4, 1e-3, 1e-4, 3e-3),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import numpy as np
 import pytest
 import torch
-from study_support import write_base
+from study_support import write_letter_task
 from tiny_models import HIDDEN_SIZE, VOCAB_SIZE, llama, llava, t5
+from tiny_tokenizer import make_tokenizer
 from transformers import TrainerCallback
 
 from adalink.runtime.adapter import read_adapter
@@ -25,12 +25,6 @@ from adalink.training.trainer import TrainableAdapters, collator
 
 RANK = 5
 CONFIG = AdaLinkConfig(rank=RANK, activation="gelu", bias=True, init="gradient")
-
-
-class Tokens:
-    """What ``collator`` asks of a tokenizer."""
-
-    eos_token_id = 2
 
 
 def examples(count, seed=3):
@@ -50,14 +44,17 @@ def with_mean(model):
 
 def measured(model, config, rows, batch_size=64, seed=1):
     with attach(model, config) as attached:
-        module = TrainableAdapters(attached)
-        collate = collator(model, Tokens(), None)
-        return measure_gradients(module, attached, rows, collate, batch_size=batch_size, seed=seed)
+        return measured_before(attached, rows, batch_size, seed)
+
+
+def measured_before(attached, rows, batch_size=64, seed=1):
+    module, collate = TrainableAdapters(attached), collator(attached.model, make_tokenizer(), None)
+    return measure_gradients(module, attached, rows, collate, batch_size=batch_size, seed=seed)
 
 
 def by_hand(model, rows, scope="all"):
     """The gradient of one batch's mean loss by ``M``, float64, from what the embeddings themselves get."""
-    batch = collator(model, Tokens(), None)(rows)
+    batch = collator(model, make_tokenizer(), None)(rows)
     labels = batch.pop("labels")
     source = model.get_encoder() if model.config.is_encoder_decoder else model
     x = input_embedding(source)(batch.pop("input_ids")).detach().requires_grad_(True)
@@ -107,11 +104,6 @@ def test_down_spans_the_strongest_directions():
         assert not adapter.down.bias.any()
 
 
-def measured_before(attached, rows):
-    module = TrainableAdapters(attached)
-    return measure_gradients(module, attached, rows, collator(attached.model, Tokens(), None), batch_size=64, seed=1)
-
-
 def test_rows_are_as_long_as_those_of_the_uniform_start():
     torch.manual_seed(8)
     with attach(llama(), AdaLinkConfig(rank=HIDDEN_SIZE)) as attached:
@@ -154,7 +146,7 @@ def test_rows_are_drawn_by_the_seed(monkeypatch, count, expected):
     def draw(seed):
         seen.clear()
         with attach(llama(), CONFIG) as attached:
-            make = collator(attached.model, Tokens(), None)
+            make = collator(attached.model, make_tokenizer(), None)
 
             def collate(chosen):
                 seen.extend(numbers[id(row)] for row in chosen)
@@ -195,11 +187,7 @@ def test_a_gradient_that_is_not_finite(value):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny base, and rows whose completion is the letter that the prompt repeats."""
-    folder = tmp_path_factory.mktemp("work")
-    rows = [json.dumps({"prompt": letter * count, "completion": letter}) for letter in "abcd" for count in range(2, 22)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    return write_base(folder / "tiny-llama"), folder / "rows.jsonl", folder / "rows.jsonl"
+    return write_letter_task(tmp_path_factory.mktemp("work"), "abcd", range(2, 22))
 
 
 SHORT = TrainSettings(lr=1e-6, max_steps=4, batch_size=8, max_length=24, seed=3, device="cpu", save_steps=2)

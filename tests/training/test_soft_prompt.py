@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from study_support import write_base
+from study_support import write_letter_task
 from tiny_models import DECODERS, FAMILIES, HIDDEN_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, VOCAB_SIZE, llava, token_ids
 from tiny_tokenizer import make_tokenizer
 from transformers import TrainerCallback
@@ -32,11 +32,7 @@ PROMPTS = [list(range(5, 17)), [9], [10, 11, 40], [12, 13, 14, 15, 16, 17, 18]]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A tiny base, and rows whose completion is the letter that the prompt repeats."""
-    folder = tmp_path_factory.mktemp("work")
-    rows = [json.dumps({"prompt": letter * count, "completion": letter}) for letter in "ab" for count in range(2, 9)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    return write_base(folder / "tiny-llama"), folder / "rows.jsonl", folder / "rows.jsonl"
+    return write_letter_task(tmp_path_factory.mktemp("work"), "ab", range(2, 9))
 
 
 def disturb(attached):

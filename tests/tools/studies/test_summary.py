@@ -150,41 +150,50 @@ def test_tables(made):
 
 
 @pytest.fixture
-def shown(monkeypatch):
-    """What is drawn: plot -> (panel, series) -> x and y."""
+def on_save(monkeypatch):
+    """Has what it is given look at each plot's name and figure before the file is written."""
     from matplotlib.figure import Figure
 
-    shown = {}
-    real = Figure.savefig
+    def watch(look):
+        real = Figure.savefig
 
-    def watched(figure, path, **options):
-        shown[Path(path).stem] = {
+        def watched(figure, path, **options):
+            look(Path(path).stem, figure)
+            return real(figure, path, **options)
+
+        monkeypatch.setattr(Figure, "savefig", watched)
+
+    return watch
+
+
+@pytest.fixture
+def shown(on_save):
+    """What is drawn: plot -> (panel, series) -> x and y."""
+    shown = {}
+
+    def look(plot, figure):
+        shown[plot] = {
             (axes.get_title(), line.get_label()): (list(line[0].get_xdata()), list(line[0].get_ydata()))
             for axes in figure.axes
             for line in axes.containers
         }
-        return real(figure, path, **options)
 
-    monkeypatch.setattr(Figure, "savefig", watched)
+    on_save(look)
     return shown
 
 
 @pytest.fixture
-def intervals(monkeypatch):
+def intervals(on_save):
     """Ends of the horizontal error bars of ``differences.png`` by panel, in the order of its points."""
-    from matplotlib.figure import Figure
-
     found = {}
-    real = Figure.savefig
 
-    def watched(figure, path, **options):
-        if Path(path).stem == "differences":
+    def look(plot, figure):
+        if plot == "differences":
             for axes in figure.axes:
                 (bars,) = axes.containers[0].lines[2]
                 found[axes.get_title()] = [(line[0][0], line[1][0]) for line in bars.get_segments()]
-        return real(figure, path, **options)
 
-    monkeypatch.setattr(Figure, "savefig", watched)
+    on_save(look)
     return found
 
 
@@ -225,18 +234,15 @@ def test_variants_of_adalink_are_lines_of_their_own(made, tmp_path, shown):
     }
 
 
-def test_ranks_are_marked_where_they_are(made, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
+def test_ranks_are_marked_where_they_are(made, tmp_path, on_save):
+    marks = {}
 
-    marks, real = {}, Figure.savefig
-
-    def watched(figure, path, **options):
+    def look(plot, figure):
         figure.canvas.draw()
         texts = [[label.get_text() for label in axes.get_xticklabels(which="both")] for axes in figure.axes]
-        marks[Path(path).stem] = [list(filter(None, panel)) for panel in texts]
-        return real(figure, path, **options)
+        marks[plot] = [list(filter(None, panel)) for panel in texts]
 
-    monkeypatch.setattr(Figure, "savefig", watched)
+    on_save(look)
     draw(summarize(*made), tmp_path)
     assert marks["rank"] == [["8", "16"], ["8", "16"]]
     assert marks["parameters"] != marks["rank"]
