@@ -109,22 +109,30 @@ def measure_gradients(
     return {name: total.cpu() for name, total in totals.items()}
 
 
-@torch.no_grad()
-def follow_gradients(attached: Attached, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Turn each adapter's ``down`` to the directions of the embeddings that the task asks for first.
+def find_directions(
+    module: nn.Module,
+    attached: Attached,
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
+    *,
+    batch_size: int,
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """The directions of the embeddings that the task asks for first.
 
     The ``r`` strongest right singular vectors of the gradient by a map ``M`` are what a bottleneck of width ``r`` has
-    to see of an embedding for the steepest first step of that rank (LoRA-GA, arXiv 2407.05000, starts LoRA so). They
-    become the rows of ``down``, each as long as a row of the uniform start is on average, ``sqrt(1 / 3)``, so that the
-    same learning rates suit both. ``up`` stays zero, and biases as they are.
+    to see of an embedding for the steepest first step of that rank (LoRA-GA, arXiv 2407.05000, starts LoRA so). The
+    arguments are those of ``measure_gradients``.
 
-    Args:
-        attached: freshly made adapters; one with a gradient of zero keeps its ``down``.
-        gradients: of ``measure_gradients``.
+    Returns:
+        All of them, float64 with shape ``(d, d)``, a row each, the strongest first, for each adapter by modality; one
+        with a gradient of zero has none.
 
     Raises:
         ModelError: a gradient is not finite.
     """
+    gradients = measure_gradients(module, attached, rows, collate, batch_size=batch_size, seed=seed)
+    found = {}
     for name, gradient in gradients.items():
         if not gradient.isfinite().all():
             raise ModelError(
@@ -132,9 +140,25 @@ def follow_gradients(attached: Attached, gradients: Mapping[str, torch.Tensor]) 
                 "with --init kaiming, and see that the base's weights are what they should be"
             )
         if gradient.any():
-            down = cast("nn.Linear", attached.adapters[name].down)
-            vectors = torch.linalg.eigh(gradient.T @ gradient).eigenvectors.flip(1)  # of the largest eigenvalue first
-            down.weight.copy_(vectors[:, : down.out_features].T / 3**0.5)
+            vectors = torch.linalg.eigh(gradient.T @ gradient).eigenvectors  # of the largest eigenvalue last
+            found[name] = vectors.flip(1).T
+    return found
+
+
+@torch.no_grad()
+def follow_directions(attached: Attached, directions: Mapping[str, torch.Tensor]) -> None:
+    """Make the first ``r`` directions the rows of each adapter's ``down``.
+
+    Each gets the length that a row of the uniform start has on average, ``sqrt(1 / 3)``. ``up`` stays zero, and biases
+    as they are.
+
+    Args:
+        attached: freshly made adapters; one without directions keeps its ``down``.
+        directions: of ``find_directions``.
+    """
+    for name, rows in directions.items():
+        down = cast("nn.Linear", attached.adapters[name].down)
+        down.weight.copy_(rows[: down.out_features] / 3**0.5)
 
 
 def _with_map(wide: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:

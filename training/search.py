@@ -21,7 +21,7 @@ from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, WriteError
 from adalink.training.attach import attach
 from adalink.training.base_model import embedding_matrix
-from adalink.training.initial import follow_gradients, measure_gradients
+from adalink.training.initial import find_directions, follow_directions
 from adalink.training.search_plan import (
     FEWEST_CANDIDATES,
     Candidate,
@@ -170,7 +170,7 @@ class _Trials:
         self._model, self._learned, self._collate = model, learned, collate
         self._held = sorted(held, key=lambda example: len(example.prompt))  # of a length beside each other
         self._config, self._settings = config, settings
-        self._gradients: dict[str, torch.Tensor] | None = None
+        self._directions: dict[str, torch.Tensor] | None = None
 
     def settings_of(self, candidate: Candidate) -> tuple[AdaLinkConfig, TrainSettings]:
         """The settings with the candidate's in them."""
@@ -182,12 +182,12 @@ class _Trials:
         set_seed(self._settings.seed)
         module = TrainableAdapters(attach(self._model, self.settings_of(candidate)[0]))
         if self._config.init == "gradient":
-            if self._gradients is None:  # at the base, so whatever the candidate
+            if self._directions is None:  # at the base, so whatever the candidate
                 size, seed = self._settings.batch_size, self._settings.seed
-                self._gradients = measure_gradients(
+                self._directions = find_directions(
                     module, module.attached, self._learned, self._collate, batch_size=size, seed=seed
                 )
-            follow_gradients(module.attached, self._gradients)
+            follow_directions(module.attached, self._directions)
         return module
 
     def train(

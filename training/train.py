@@ -31,7 +31,7 @@ from adalink.training.checkpoints import (
 )
 from adalink.training.dataset import check_positions, encode_rows, read_rows
 from adalink.training.exact_match import exact_match
-from adalink.training.initial import follow_gradients, measure_gradients
+from adalink.training.initial import find_directions, follow_directions
 from adalink.training.pictures import Pictures, digest_images
 from adalink.training.prefix import prompt_form
 from adalink.training.search import candidate_config, search
@@ -155,8 +155,8 @@ def train(
             module = TrainableAdapters(attached)
             if config.init == "gradient" and last is None:
                 size, seed = settings.batch_size, settings.seed
-                gradients = measure_gradients(module, attached, examples, collate, batch_size=size, seed=seed)
-                follow_gradients(attached, gradients)
+                directions = find_directions(module, attached, examples, collate, batch_size=size, seed=seed)
+                follow_directions(attached, directions)
             say(f"training on {len(rows)} rows, {settings.max_steps} steps")
             history = _train(module, examples, collate, settings, checkpoints, last, callbacks, show_bar)
             attached.adapters.eval()

@@ -18,7 +18,7 @@ from adalink.training.attach import attach
 from adalink.training.base_model import input_embedding
 from adalink.training.config import AdaLinkConfig
 from adalink.training.dataset import IGNORED_LABEL, Example
-from adalink.training.initial import follow_gradients, measure_gradients
+from adalink.training.initial import find_directions, follow_directions, measure_gradients
 from adalink.training.settings import SearchSettings, TrainSettings
 from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters, collator
@@ -50,6 +50,11 @@ def measured(model, config, rows, batch_size=64, seed=1):
 def measured_before(attached, rows, batch_size=64, seed=1):
     module, collate = TrainableAdapters(attached), collator(attached.model, make_tokenizer(), None)
     return measure_gradients(module, attached, rows, collate, batch_size=batch_size, seed=seed)
+
+
+def follow(attached, rows):
+    module, collate = TrainableAdapters(attached), collator(attached.model, make_tokenizer(), None)
+    follow_directions(attached, find_directions(module, attached, rows, collate, batch_size=64, seed=1))
 
 
 def by_hand(model, rows, scope="all"):
@@ -95,7 +100,7 @@ def test_down_spans_the_strongest_directions():
     values, right = np.linalg.svd(by_hand(model, rows))[1:]
     assert values[RANK - 1] > 1.05 * values[RANK]  # so that the span is well defined
     with attach(model, CONFIG) as attached:
-        follow_gradients(attached, measured_before(attached, rows))
+        follow(attached, rows)
         adapter = attached.adapters["text"]
         down = adapter.down.weight.detach().numpy().astype(np.float64)
         np.testing.assert_allclose(down @ down.T, np.eye(RANK) / 3, atol=1e-6)
@@ -118,12 +123,12 @@ def test_nothing_else_changes():
         torch.manual_seed(6)
         drawn = torch.rand(3)
         torch.manual_seed(6)
-        gradients = measured_before(attached, examples(9))
+        measured_before(attached, examples(9))
         assert torch.equal(torch.rand(3), drawn)
         assert all(torch.equal(value, before[name]) for name, value in attached.adapters.state_dict().items())
         assert all(parameter.grad is None for parameter in (*attached.parameters(), *model.parameters()))
         assert not attached.adapters["text"]._forward_hooks
-        follow_gradients(attached, gradients)
+        follow(attached, examples(9))
         changed = {
             name for name, value in attached.adapters.state_dict().items() if not torch.equal(value, before[name])
         }
@@ -171,18 +176,21 @@ def test_an_adapter_without_a_gradient_keeps_its_start():
         gradients = measured_before(attached, examples(6))  # without an image
         assert gradients["text"].any()
         assert not gradients["image"].any()
-        follow_gradients(attached, gradients)
+        follow(attached, examples(6))
         assert torch.equal(attached.adapters["image"].down.weight, before["image"])
         assert not torch.equal(attached.adapters["text"].down.weight, before["text"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite(value):
-    with attach(llama(), CONFIG) as attached:
-        wide = torch.zeros(HIDDEN_SIZE, HIDDEN_SIZE, dtype=torch.float64)
-        wide[2, 3] = value
-        with pytest.raises(ModelError, match=r"gradient at the embeddings \(text\) is not finite.*--init kaiming"):
-            follow_gradients(attached, {"text": wide})
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[4, 2] = value
+    with (
+        attach(model, CONFIG) as attached,
+        pytest.raises(ModelError, match=r"gradient at the embeddings \(text\) is not finite.*--init kaiming"),
+    ):
+        follow(attached, examples(6))
 
 
 @pytest.fixture(scope="module")
@@ -213,19 +221,18 @@ def test_a_resumed_training_measures_nothing_anew(files, tmp_path, monkeypatch):
     whole = train(*files, tmp_path / "whole", config, SHORT, show_bar=False)
     with pytest.raises(KeyboardInterrupt):
         train(*files, tmp_path / "cut", config, SHORT, show_bar=False, callbacks=[Interrupt()])
-    monkeypatch.setattr("adalink.training.train.measure_gradients", None)
+    monkeypatch.setattr("adalink.training.train.find_directions", None)
     again = train(*files, tmp_path / "cut", config, SHORT, show_bar=False, resume=True)
     assert again["adapter_digest"] == whole["adapter_digest"]
 
 
 def test_a_search_measures_once(files, tmp_path, monkeypatch):
-    calls = []
+    calls, followed = [], []
     monkeypatch.setattr(
-        "adalink.training.search.measure_gradients", lambda *a, **k: calls.append(a[2]) or measure_gradients(*a, **k)
+        "adalink.training.search.find_directions", lambda *a, **k: calls.append(a[2]) or find_directions(*a, **k)
     )
-    followed = []
     monkeypatch.setattr(
-        "adalink.training.search.follow_gradients", lambda *a: followed.append(a) or follow_gradients(*a)
+        "adalink.training.search.follow_directions", lambda *a: followed.append(a) or follow_directions(*a)
     )
     space = SearchSettings(minutes=30, rates=(2e-2, 1e-6), ranks=(8, 4), activations=("identity",))
     config = AdaLinkConfig(rank=4, init="gradient")

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 from adalink.runtime.digest import digest_bytes
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.training.base_model import load_base, load_tokenizer
-from adalink.training.initial import follow_gradients, measure_gradients
+from adalink.training.initial import find_directions, follow_directions
 from adalink.training.prefix import has_bidirectional_prompt
 from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, digest_rows, load_data
@@ -181,8 +181,8 @@ def perform(run: Run, base: str, entry: Data, method: Method, parts: Sequence[Da
     started = time.perf_counter()
     attached = task.tuned.attached
     if attached is not None and attached.config.init == "gradient":
-        gradients = measure_gradients(task, attached, rows, task.collate, batch_size=run.batch_size, seed=run.seed)
-        follow_gradients(attached, gradients)
+        size, seed = run.batch_size, run.seed
+        follow_directions(attached, find_directions(task, attached, rows, task.collate, batch_size=size, seed=seed))
     curve = [] if isinstance(method, ZeroShotMethod) else _train(task, rows, run)
     trained = time.perf_counter()
     task.eval()
