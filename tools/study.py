@@ -62,7 +62,7 @@ def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_r
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
-        _print_summary(summary, study)
+        _print_summary(summary)
     if not is_done:
         say(f"time is up: {summary['runs']['open']} runs are left; the same command goes on with them")
 
@@ -114,12 +114,12 @@ def _list_runs(study: Study, cells: Sequence[Cell], finished: Finished, jobs: in
         say(f"about {total:.0f} minutes with {jobs} at once, if a run takes no longer beside others")
 
 
-def _print_summary(summary: dict[str, Any], study: Study) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
     from adalink.tools.studies.table import accuracy_rows, comparison_rows, not_compared_line, shared_rows
 
-    print_table(study.name, *accuracy_rows(summary))
+    print_table(summary["study"]["name"], *accuracy_rows(summary))
     if summary["comparisons"]:
-        print_table(f"accuracy minus that of {study.compare_to}, seed by seed", *comparison_rows(summary))
+        print_table("differences in accuracy, seed by seed", *comparison_rows(summary))
     if line := not_compared_line(summary):
         click.echo(line)
     if summary["shared"]:

@@ -82,7 +82,7 @@ def write_pages(out: Path, summary: Mapping[str, Any], plots: Mapping[str, Path]
     """
     tables = [
         ("Accuracy", "In percent of the test rows: mean and standard deviation over seeds.", *accuracy_rows(summary)),
-        (f"Paired with {summary['study']['compare_to']}", summary["paired"], *comparison_rows(summary)),
+        ("Paired, seed by seed", summary["paired"], *comparison_rows(summary)),
         ("All data sets together", "", *overall_rows(summary)),
         (
             "One for all",

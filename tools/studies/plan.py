@@ -218,7 +218,7 @@ def _run(
         words=max(part.words for part in study.parts(entry) or (entry,)),
         scored_digest=digest_rows(data, scored),
         scored_rows=len(scored),
-        method={key: value for key, value in settings.items() if key not in ("lr", "name", "sizes")},
+        method={key: value for key, value in settings.items() if key not in ("lr", "name", "sizes", "compare_to")},
         batch_size=study.training.batch_size,
         device=device,
         precision=study.training.precision if training["max_steps"] else "float32",  # nothing is trained

@@ -22,7 +22,8 @@ Cell = Mapping[str, Any]
 def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Draw every plot that a summary has figures for: a panel for each base and data set.
 
-    ``differences.png``, ``parameters.png`` and ``time.png`` are of the largest training size; ``rank.png`` is of
+    ``differences.png`` is of those from the method that the study compares all others with. It, ``parameters.png`` and
+    ``time.png`` are of the largest training size; ``rank.png`` is of
     AdaLink where several ranks were run, ``size.png`` of every trained method where several sizes were. Combined data
     sets are not drawn: what one method for all costs is in the tables, data set by data set.
 
@@ -50,7 +51,9 @@ def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     pairs = [
         pair
         for pair in summary["comparisons"]
-        if pair["size"] == most and any(_panel(pair) == _panel(cell) for cell in largest)
+        if pair["size"] == most
+        and pair["against"] == summary["study"]["compare_to"]
+        and any(_panel(pair) == _panel(cell) for cell in largest)
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)

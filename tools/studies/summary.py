@@ -9,7 +9,7 @@ import msgspec
 
 from adalink.tools.studies.plan import Cell, count_open
 from adalink.tools.studies.statistics import DRAWS, EXACT_PAIRS, mean_and_deviation, sign_flip_test, t_interval
-from adalink.training.study.settings import Study, ZeroShotMethod
+from adalink.training.study.settings import Study
 
 SCORING = (
     "No text is generated. A decoder answers with the label whose text has the highest log-likelihood after the prompt "
@@ -68,7 +68,7 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         "base": cell.base.name,
         "data": cell.data.name,
         "method": cell.method.name,
-        "settings": {key: value for key, value in method.items() if key not in ("name", "lr", "sizes")},
+        "settings": {key: value for key, value in method.items() if key not in ("name", "lr", "sizes", "compare_to")},
         "size": "all" if cell.size is None else cell.size,
         "lr": lr or None,
         # The best of several at an end of the list: a better one may lie beyond it.
@@ -103,12 +103,12 @@ def _accuracy(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every trained method paired with ``study.compare_to``, cell by cell."""
+    """Every trained method paired with those that it is compared with, cell by cell."""
     others = _by_place(groups)
     found = []
-    for group in groups:
-        against = others.get((group["base"], group["data"], group["size"], study.compare_to))
-        if against is None or against is group or group["settings"]["kind"] == _ZERO_SHOT:
+    for group, name in _wanted(study, groups):
+        against = others.get((*_place(group), name))
+        if against is None:
             continue
         seeds = [seed for seed in group["seeds"] if seed in against["seeds"]]
         if not seeds:
@@ -117,7 +117,7 @@ def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict
         interval = t_interval(differences)
         found.append({
             "base": group["base"], "data": group["data"], "size": group["size"], "method": group["method"],
-            "against": study.compare_to, "seeds": seeds, "differences": differences,
+            "against": name, "seeds": seeds, "differences": differences,
             "mean": mean_and_deviation(differences)[0], "interval": None if interval is None else list(interval),
             "ratio": group["accuracy"]["mean"] / against["accuracy"]["mean"] if against["accuracy"]["mean"] else None,
         })  # fmt: skip
@@ -125,29 +125,34 @@ def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict
 
 
 def _not_compared(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Where other methods are trained and ``study.compare_to``, as the study declares it, is not."""
+    """Where a method is trained and one that it is compared with, as the study declares it, is not."""
     others = _by_place(groups)
-    trained = [group for group in groups if group["settings"]["kind"] != _ZERO_SHOT]
-    places = dict.fromkeys((group["base"], group["data"], group["size"]) for group in trained)
+    places = dict.fromkeys((*_place(group), name) for group, name in _wanted(study, groups))
     return [
-        {"base": base, "data": data, "size": size}
-        for base, data, size in places
-        if (base, data, size, study.compare_to) not in others
+        {"base": base, "data": data, "size": size, "against": name}
+        for base, data, size, name in places
+        if (base, data, size, name) not in others
     ]
 
 
+def _wanted(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
+    """Each cell, and the name of each method that its own is compared with."""
+    references = {method.name: study.references(method) for method in study.methods}
+    return [(group, name) for group in groups for name in references[group["method"]]]
+
+
 def _overall(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The pairs of all data sets together, for each base, size and method."""
-    pooled: dict[tuple[str, Any, str], list[dict[str, Any]]] = {}
+    """The pairs of all data sets together, for each base, size, method and one that it is compared with."""
+    pooled: dict[tuple[str, Any, str, str], list[dict[str, Any]]] = {}
     single = {entry.name for entry in study.data if entry.combine is None}
     for comparison in _comparisons(study, [group for group in groups if group["data"] in single]):
-        key = (comparison["base"], comparison["size"], comparison["method"])
+        key = (comparison["base"], comparison["size"], comparison["method"], comparison["against"])
         pooled.setdefault(key, []).append(comparison)
     found = []
-    for (base, size, method), comparisons in pooled.items():
+    for (base, size, method, against), comparisons in pooled.items():
         differences = [value for comparison in comparisons for value in comparison["differences"]]
         found.append({
-            "base": base, "size": size, "method": method, "against": study.compare_to,
+            "base": base, "size": size, "method": method, "against": against,
             "data": [comparison["data"] for comparison in comparisons], "pairs": len(differences),
             "mean": mean_and_deviation(differences)[0], "p_value": sign_flip_test(differences),
         })  # fmt: skip
@@ -177,14 +182,15 @@ def _shared(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str,
     return found
 
 
+def _place(group: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    return group["base"], group["data"], group["size"]
+
+
 def _by_place(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    return {(group["base"], group["data"], group["size"], group["method"]): group for group in groups}
+    return {(*_place(group), group["method"]): group for group in groups}
 
 
 def _versions(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Every version of a package that runs were done with: more than one is worth knowing."""
     names = sorted({name for versions in found for name in versions})
     return {name: sorted({versions[name] for versions in found if name in versions}) for name in names}
-
-
-_ZERO_SHOT = ZeroShotMethod.__struct_config__.tag

@@ -27,31 +27,35 @@ def accuracy_rows(summary: Mapping[str, Any]) -> Table:
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> Table:
-    """Columns and rows: each method minus the one compared with, in points of a percent."""
-    columns = ("base", "data", "rows", "method", "difference", "95 % interval", "share of its accuracy")
+    """Columns and rows: each method minus one that it is compared with, in points of a percent."""
+    columns = ("base", "data", "rows", "method", "minus", "difference", "95 % interval", "share of its accuracy")
     rows: Rows = []
     for pair in summary["comparisons"]:
         low_high = pair["interval"]
         interval = "-" if low_high is None else f"{100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f}"
         ratio = "-" if pair["ratio"] is None else f"{pair['ratio']:.3f}"
-        rows.append((*_place(pair), f"{100 * pair['mean']:+.1f}", interval, ratio))
+        rows.append((*_place(pair), pair["against"], f"{100 * pair['mean']:+.1f}", interval, ratio))
     return columns, rows
 
 
 def not_compared_line(summary: Mapping[str, Any]) -> str | None:
     """What there is no comparison of, because the study leaves out the method compared with; ``None`` for nothing."""
-    places = [f"{place['data']} ({place['base']}, rows: {place['size']})" for place in summary["not_compared"]]
-    if not places:
-        return None
-    return f"Nothing is paired on {', '.join(places)}: the study does not run {summary['study']['compare_to']} there."
+    places: dict[str, list[str]] = {}
+    for place in summary["not_compared"]:
+        places.setdefault(place["against"], []).append(f"{place['data']} ({place['base']}, rows: {place['size']})")
+    lines = [
+        f"Nothing is paired with {name} on {', '.join(found)}: the study does not run it there."
+        for name, found in places.items()
+    ]
+    return " ".join(lines) or None
 
 
 def overall_rows(summary: Mapping[str, Any]) -> Table:
     """Columns and rows: the pairs of all data sets together."""
-    columns = ("base", "rows", "method", "pairs", "mean difference", "p (sign flips)")
+    columns = ("base", "rows", "method", "minus", "pairs", "mean difference", "p (sign flips)")
     rows: Rows = [
-        (pair["base"], str(pair["size"]), pair["method"], str(pair["pairs"]), f"{100 * pair['mean']:+.1f}",
-         f"{pair['p_value']:.3f}")
+        (pair["base"], str(pair["size"]), pair["method"], pair["against"], str(pair["pairs"]),
+         f"{100 * pair['mean']:+.1f}", f"{pair['p_value']:.3f}")
         for pair in summary["overall"]
     ]  # fmt: skip
     return columns, rows

@@ -34,11 +34,13 @@ class _Method(_Entry, frozen=True, tag_field="kind", kw_only=True):
         name: what it is called in tables.
         lr: learning rates to choose from.
         sizes: those of the study's sizes that it is run with; ``None`` for all.
+        compare_to: a method that it is paired with besides the study's; ``None`` for no other.
     """
 
     name: Name
     lr: Rates
     sizes: Sizes | None = None
+    compare_to: Name | None = None
 
 
 class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
@@ -138,7 +140,7 @@ class Search(_Entry, frozen=True, kw_only=True):
 
 
 class Study(_Entry, frozen=True, kw_only=True):
-    """A study file; ``compare_to`` is the name of the method that others are paired with."""
+    """A study file; ``compare_to`` is the name of the method that all others are paired with."""
 
     name: Name
     description: str = ""
@@ -151,6 +153,13 @@ class Study(_Entry, frozen=True, kw_only=True):
     bases: Annotated[tuple[Base, ...], Meta(min_length=1)]
     data: Annotated[tuple[Data, ...], Meta(min_length=1)]
     methods: Annotated[tuple[Method, ...], Meta(min_length=1)]
+
+    def references(self, method: Method) -> tuple[str, ...]:
+        """Names of the methods that a method is paired with: the study's, and one of its own; none for zero-shot."""
+        if isinstance(method, ZeroShotMethod):
+            return ()
+        wanted = dict.fromkeys((self.compare_to, method.compare_to))
+        return tuple(name for name in wanted if name is not None and name != method.name)
 
     def parts(self, entry: Data) -> tuple[Data, ...]:
         """The entries that a data set combines; none for one of its own."""
@@ -183,14 +192,14 @@ def _check(study: Study, path: Path) -> None:
     for field in ("bases", "data", "methods"):
         _refuse_twice(path, f"$.{field}[...].name", [entry.name for entry in getattr(study, field)])
     names = [method.name for method in study.methods]
-    if study.compare_to not in names:
-        raise ConfigError(f"study {path}: $.compare_to is {study.compare_to!r}, expected a method: {', '.join(names)}")
-    trained = [method.name for method in study.methods if not isinstance(method, ZeroShotMethod)]
-    if trained and study.compare_to not in trained:
-        raise ConfigError(
-            f"study {path}: $.compare_to is {study.compare_to!r}, which learns nothing: others are paired with it seed "
-            f"by seed, and it has none; expected one that is trained: {', '.join(trained)}"
-        )
+    trained = [method for method in study.methods if not isinstance(method, ZeroShotMethod)]
+    _check_reference(f"study {path}: $.compare_to", study.compare_to, names, trained)
+    for index, method in enumerate(study.methods):
+        if isinstance(method, TrainedMethod) and method.compare_to is not None:
+            field = f"study {path}: $.methods[{index}].compare_to"
+            if method.compare_to == method.name:
+                raise ConfigError(f"{field} is {method.name!r}, the method itself: expected another, or none")
+            _check_reference(field, method.compare_to, names, trained)
     if study.search.seed in study.seeds:
         raise ConfigError(
             f"study {path}: $.search.seed is {study.search.seed}, which is in $.seeds: a learning rate must not be "
@@ -225,6 +234,17 @@ def _check(study: Study, path: Path) -> None:
                 f"study {path}: $.methods[{index}].activation is {method.activation!r}, expected one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
+
+
+def _check_reference(field: str, name: str, names: Sequence[str], trained: Sequence[TrainedMethod]) -> None:
+    """A method to pair others with is one of the study's, and has seeds, unless the study trains nothing."""
+    if name not in names:
+        raise ConfigError(f"{field} is {name!r}, expected a method: {', '.join(names)}")
+    if trained and name not in (learning := [method.name for method in trained]):
+        raise ConfigError(
+            f"{field} is {name!r}, which learns nothing: others are paired with it seed by seed, and it has none; "
+            f"expected one that is trained: {', '.join(learning)}"
+        )
 
 
 def _check_combined(data: Data, field: str, single: Sequence[str]) -> None:

@@ -195,10 +195,12 @@ def test_what_is_not_compared_is_said(places, done, tmp_path):
     text = " ".join(invoke(study, "--out", out, "--minutes", 0).stdout.split())
     missing = [("letters", 8), ("more", 8), ("more", "all")]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["not_compared"] == [{"base": "tiny", "data": data, "size": size} for data, size in missing]
+    assert summary["not_compared"] == [
+        {"base": "tiny", "data": data, "size": size, "against": "LoRA 2"} for data, size in missing
+    ]
     line = (
-        "Nothing is paired on letters (tiny, rows: 8), more (tiny, rows: 8), more (tiny, rows: all): the study does "
-        "not run LoRA 2 there."
+        "Nothing is paired with LoRA 2 on letters (tiny, rows: 8), more (tiny, rows: 8), more (tiny, rows: all): the "
+        "study does not run it there."
     )
     assert line in text
     for name in ("study.md", "study.html"):
@@ -418,5 +420,5 @@ def test_the_summary_is_on_disk_and_on_the_terminal(done, copy):
     assert json.loads((out / "summary.json").read_text()) == done[2]
     text = invoke(study, "--out", out).stdout
     assert "AdaLink 8" in text
-    assert "accuracy minus that of AdaLink 8, seed by seed" in text
+    assert "differences in accuracy, seed by seed" in text
     assert not re.search(r"[\"'(]/(tmp|home|root)/", (out / "summary.json").read_text())

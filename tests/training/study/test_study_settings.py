@@ -56,6 +56,21 @@ def test_a_study_is_read(tmp_path):
             'compare_to = "none"',
             r"\$\.compare_to is 'none', which learns nothing: .* trained: AdaLink 8, LoRA 2",
         ),
+        (
+            "lr = [1e-2]",
+            'lr = [1e-2]\ncompare_to = "LoRA 2"',
+            r"\$\.methods\[1\]\.compare_to is 'LoRA 2', the method itself: expected another, or none",
+        ),
+        (
+            "lr = [1e-2]",
+            'lr = [1e-2]\ncompare_to = "AdaLink 9"',
+            r"\$\.methods\[1\]\.compare_to is 'AdaLink 9', expected a method: AdaLink 8, LoRA 2, none",
+        ),
+        (
+            "lr = [1e-2]",
+            'lr = [1e-2]\ncompare_to = "none"',
+            r"\$\.methods\[1\]\.compare_to is 'none', which learns nothing: .* trained: AdaLink 8, LoRA 2",
+        ),
         ("[search]", "[search", r"study\.toml: .*correct the file"),
     ],
 )
