@@ -15,7 +15,7 @@ from adalink.runtime.errors import ConfigError
 from adalink.tools.console import say
 from adalink.tools.options import is_given
 from adalink.training.config import INITS, AdaLinkConfig, Init
-from adalink.training.settings import DEVICES, PRECISIONS, RATES, SearchSettings, TrainSettings
+from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT, SearchSettings, TrainSettings
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -56,10 +56,9 @@ from adalink.training.settings import DEVICES, PRECISIONS, RATES, SearchSettings
 )
 @click.option(
     "--init",
-    default=AdaLinkConfig.init,
-    show_default=True,
+    show_default=f"{AdaLinkConfig.init}; {SEARCHED_INIT} where --search chooses the rate",
     type=click.Choice(INITS),
-    help="How the bottleneck starts: uniform, centered on the base's embeddings, or along the first rows' gradient.",
+    help="How the bottleneck starts: uniform, centered on the base's embeddings, or along the gradient of some rows.",
 )
 @click.option(
     "--lr",
@@ -101,7 +100,7 @@ def command(
     dropout: float,
     scope: str,
     soft_tokens: int,
-    init: Init,
+    init: Init | None,
     lr: float | None,
     max_steps: int,
     batch_size: int,
@@ -134,6 +133,9 @@ def command(
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
     """  # noqa: D301
     rank = _read_rank(ranks)
+    if init is None:
+        searched = minutes is not None and lr is None and rank != 0  # without a bottleneck there is nothing to start
+        init = SEARCHED_INIT if searched else AdaLinkConfig.init
     config = AdaLinkConfig(
         rank=rank,
         activation=activation,

@@ -135,18 +135,26 @@ def test_the_command_searches_what_was_not_given(work, monkeypatch, tmp_path):
         return CliRunner().invoke(main, arguments, catch_exceptions=False)
 
     assert call("--search", "7", "--rank", "16", "--activation", "tanh").exit_code == 0
-    assert seen.space == SearchSettings(minutes=7, ranks=(16,), activations=("tanh",))
+    rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    assert seen.space == SearchSettings(minutes=7, rates=rates, ranks=(16,), activations=("tanh",))
+    assert seen.config.init == "gradient"
     call("--search", "2", "--lr", "0.003")  # the default, but given
     assert seen.space == SearchSettings(minutes=2, rates=(3e-3,))
+    assert seen.config.init == "kaiming"
     call("--rank", "16")
     assert seen.space is None
     assert (seen.config.init, seen.settings.lr) == ("kaiming", 3e-3)
+    call("--rank", "0", "--soft-tokens", "4", "--search", "2")
+    assert (seen.config.init, seen.space.rates) == ("kaiming", (3e-3, 1e-2, 1e-3, 3e-2))
+    call("--init", "gradient")
+    assert (seen.config.init, seen.settings.lr) == ("gradient", 1e-3)
+    call("--init", "kaiming", "--search", "2")
+    assert (seen.config.init, seen.settings.lr) == ("kaiming", 3e-3)
+    assert seen.space == SearchSettings(minutes=2)
     call("--init", "centered")
     assert (seen.config.init, seen.settings.lr) == ("centered", 3e-4)
     call("--search", "2", "--init", "centered")
     assert seen.space == SearchSettings(minutes=2, rates=(3e-4, 1e-3, 1e-4, 3e-3))
-    call("--search", "2", "--init", "gradient")
-    assert (seen.config.init, seen.space.rates) == ("gradient", (3e-3, 1e-2, 1e-3, 3e-2))
     call("--init", "centered", "--lr", "0.02")
     assert seen.settings.lr == 2e-2
     assert call("--search", "0").exit_code == 2
@@ -168,6 +176,6 @@ def test_the_command_prints_progress_apart_from_the_report(work, tmp_path):
     assert done.exit_code == 0
     report = json.loads(done.stdout)
     assert {trial["candidate"]["rank"] for trial in report["search"]["trials"]} == {8}
-    assert {trial["candidate"]["lr"] for trial in report["search"]["trials"]} == set(SearchSettings(minutes=1).rates)
+    assert {trial["candidate"]["lr"] for trial in report["search"]["trials"]} == {1e-3, 3e-3, 1e-2, 3e-2}
     assert done.stderr.count("loss") >= 4
     assert "is trained on all 80 rows" in done.stderr

@@ -39,6 +39,7 @@ kind = "adalink"
 rank = 16
 activation = "gelu"
 lr = [1e-2]
+compare_to = "AdaLink 8"
 """
 PARAMETERS = {"AdaLink 8": 768, "AdaLink 16": 1536, "LoRA 2": 400, "none": 0}
 
@@ -54,7 +55,7 @@ def made():
         for method in study.methods:
             accuracy = ACCURACY[data.name, method.name]
             rate = 0.0 if method.name == "none" else 1e-2
-            settings = {k: v for k, v in msgspec.to_builtins(method).items() if k not in ("name", "lr")}
+            settings = {k: v for k, v in msgspec.to_builtins(method).items() if k not in ("name", "lr", "compare_to")}
             finals = [
                 Run(purpose="final", base="tiny", base_digest="b", data=data.name, words=32, train_digest="t",
                     scored_digest="s", scored_rows=24, method=settings, size=None, lr=0.0, max_steps=12, batch_size=4,
@@ -100,8 +101,13 @@ def test_figures_by_hand(made):
     assert cells["digits", "LoRA 2"]["accuracy"] == {"mean": 0.6, "deviation": None}
     assert not cells["letters", "LoRA 2"]["lr_at_edge"]
     assert summary["runs"] == {"finished": 17, "open": 1}
-    pairs = {(pair["data"], pair["method"]): pair for pair in summary["comparisons"]}
+    both = {(pair["data"], pair["method"], pair["against"]): pair for pair in summary["comparisons"]}
+    pairs = {(data, method): pair for (data, method, against), pair in both.items() if against == "LoRA 2"}
     assert set(pairs) == {(data, f"AdaLink {rank}") for data in ("letters", "digits") for rank in (8, 16)}
+    assert both.keys() - {(*place, "LoRA 2") for place in pairs} == {
+        (data, "AdaLink 16", "AdaLink 8") for data in ("letters", "digits")
+    }
+    assert both["letters", "AdaLink 16", "AdaLink 8"]["differences"] == pytest.approx([0.05, 0.01])
     pair = pairs["letters", "AdaLink 8"]
     assert pair["differences"] == pytest.approx([-0.10, -0.02])
     # mean -0.06, deviation 0.08 / sqrt(2), n = 2: -0.06 ± 12.706 * 0.04
@@ -110,10 +116,14 @@ def test_figures_by_hand(made):
     lone = pairs["digits", "AdaLink 8"]  # LoRA has no seed 2 there: only seed 1 is paired
     assert lone["seeds"] == ["1"]
     assert lone["interval"] is None
-    overall = {pair["method"]: pair for pair in summary["overall"]}
-    assert overall["AdaLink 8"]["pairs"] == 3
-    assert overall["AdaLink 8"]["mean"] == pytest.approx(-0.22 / 3)
-    assert overall["AdaLink 8"]["p_value"] == 2 / 8
+    overall = {(pair["method"], pair["against"]): pair for pair in summary["overall"]}
+    assert overall["AdaLink 8", "LoRA 2"]["pairs"] == 3
+    assert overall["AdaLink 8", "LoRA 2"]["mean"] == pytest.approx(-0.22 / 3)
+    assert overall["AdaLink 8", "LoRA 2"]["p_value"] == 2 / 8
+    own = overall["AdaLink 16", "AdaLink 8"]  # 5, 1, 5 and 3 points
+    assert (own["pairs"], own["mean"], own["p_value"]) == (4, pytest.approx(0.035), 2 / 16)
+    assert len(overall) == 3
+    assert summary["not_compared"] == []
 
 
 @pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (1e-2, False), (1e-1, True)])
@@ -140,10 +150,12 @@ def test_tables(made):
     assert accuracy_rows({"cells": [full]})[1][0][4] == "10,000 (100 %)"
     assert rows["digitsLoRA 2"][6:8] == ("60.0", "1 of 2")
     assert rows["digitsnone"][5:7] == ("-", "12.5")
-    pairs = {row[1] + row[3]: row for row in comparison_rows(summary)[1]}
-    assert pairs["lettersAdaLink 8"][4:] == ("-6.0", "-56.8 to +44.8", "0.934")
-    assert pairs["digitsAdaLink 8"][4:6] == ("-10.0", "-")
-    assert ("tiny", "all", "AdaLink 8", "3", "-7.3", "0.250") in overall_rows(summary)[1]
+    pairs = {row[1] + row[3] + row[4]: row for row in comparison_rows(summary)[1]}
+    assert pairs["lettersAdaLink 8LoRA 2"][5:] == ("-6.0", "-56.8 to +44.8", "0.934")
+    assert pairs["digitsAdaLink 8LoRA 2"][5:7] == ("-10.0", "-")
+    assert pairs["lettersAdaLink 16AdaLink 8"][5:] == ("+3.0", "-22.4 to +28.4", "1.035")
+    assert ("tiny", "all", "AdaLink 8", "LoRA 2", "3", "-7.3", "0.250") in overall_rows(summary)[1]
+    assert ("tiny", "all", "AdaLink 16", "AdaLink 8", "4", "+3.5", "0.125") in overall_rows(summary)[1]
     columns, unmeasured = accuracy_rows(summarize(made[0], made[1], {}))
     assert all(len(row) == len(columns) for row in unmeasured)
     assert {row[6] for row in unmeasured} == {"not measured"}
@@ -265,7 +277,7 @@ def test_a_combined_data_set_is_not_drawn(made, tmp_path, shown):
     summary = summarize(*made)
     combined = [dict(cell, data="both", parts={"letters": cell["accuracy"]}) for cell in summary["cells"]]
     pairs = summary["comparisons"] + [dict(pair, data="both") for pair in summary["comparisons"]]
-    draw({"cells": summary["cells"] + combined, "comparisons": pairs}, tmp_path)
+    draw({**summary, "cells": summary["cells"] + combined, "comparisons": pairs}, tmp_path)
     for plot in ("parameters", "differences"):
         assert {panel for panel, _ in shown[plot]} == {"tiny, letters", "tiny, digits"}
 
@@ -311,7 +323,7 @@ def test_the_markdown_has_the_same_tables(made, tmp_path):
     assert str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("name", ["reduced", "encoder", "few-rows", "starts", "decoder"])
+@pytest.mark.parametrize("name", ["reduced", "encoder", "few-rows", "starts", "decoder", "one-rate"])
 def test_committed_results_are_of_the_committed_study(name):
     studies = Path(__file__).parents[3] / "studies"
     summary = json.loads((studies / "results" / name / "summary.json").read_text())
