@@ -85,6 +85,7 @@ def test_runs_keep_their_names(monkeypatch):
     inits = {name(rank=64, activation="gelu", init=init) for init in INITS}
     assert len(inits) == len(INITS)
     assert gelu == name(rank=64, activation="gelu", init="kaiming")
+    assert gelu == name(rank=64, activation="gelu", compare_to="y")
     assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4), gelu)
     study.training.precision = "bfloat16"
     assert name(rank=64, activation="gelu") != gelu

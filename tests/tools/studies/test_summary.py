@@ -18,7 +18,7 @@ from adalink.tools.studies.plan import Cell
 from adalink.tools.studies.plots import draw
 from adalink.tools.studies.statistics import DRAWS, EXACT_PAIRS
 from adalink.tools.studies.summary import summarize
-from adalink.tools.studies.table import accuracy_rows, comparison_rows, overall_rows
+from adalink.tools.studies.table import accuracy_rows, comparison_rows, not_compared_line, overall_rows
 from adalink.training.study.perform import Run
 from adalink.training.study.settings import Study, read_study
 
@@ -124,6 +124,16 @@ def test_figures_by_hand(made):
     assert (own["pairs"], own["mean"], own["p_value"]) == (4, pytest.approx(0.035), 2 / 16)
     assert len(overall) == 3
     assert summary["not_compared"] == []
+
+
+def test_a_method_of_its_own_to_compare_with_may_be_missing_too(made):
+    study, cells, finished = made
+    some = [cell for cell in cells if (cell.data.name, cell.method.name) != ("digits", "AdaLink 8")]
+    summary = summarize(study, some, finished)
+    assert summary["not_compared"] == [{"base": "tiny", "data": "digits", "size": "all", "against": "AdaLink 8"}]
+    assert not_compared_line(summary) == (
+        "Nothing is paired with AdaLink 8 on digits (tiny, rows: all): the study does not run it there."
+    )
 
 
 @pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (1e-2, False), (1e-1, True)])
