@@ -14,7 +14,7 @@ from adalink.training.study.settings import Study
 SCORING = (
     "No text is generated. A decoder answers with the label whose text has the highest log-likelihood after the prompt "
     "(the sum over its tokens, no end token), an encoder with the label whose text the untouched encoder embeds "
-    "nearest by the cosine. Learning rates were chosen on validation rows with a seed of their own."
+    "nearest by the cosine. Of several learning rates one was chosen on validation rows, with a seed of its own."
 )
 PAIRED = (
     "Differences are accuracy minus that of the method compared with, for the same seed (same training rows, same "

@@ -363,5 +363,7 @@ def test_what_the_p_value_is_is_said(made, tmp_path):
     root = Path(__file__).parents[3]
     assert f"exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random" in (root / "docs" / "study.md").read_text()
     for folder in (root / "studies" / "results").iterdir():
-        assert json.loads((folder / "summary.json").read_text())["paired"] == summary["paired"]
-        assert summary["paired"] in (folder / "study.md").read_text()
+        committed = json.loads((folder / "summary.json").read_text())
+        for field in ("paired", "scoring"):
+            assert committed[field] == summary[field]
+            assert summary[field] in (folder / "study.md").read_text()
