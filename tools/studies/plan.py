@@ -13,7 +13,7 @@ import msgspec
 from adalink.training.study.data import DataSet, digest_rows
 from adalink.training.study.perform import Run, choose_scored, open_base, open_data, resolve_device
 from adalink.training.study.scoring import check_positions
-from adalink.training.study.settings import Base, Data, Method, Study, TrainedMethod, ZeroShotMethod
+from adalink.training.study.settings import Base, Data, Method, Study, TrainedMethod, ZeroShotMethod, describe_method
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _run(
     device: str, **training: Any,
 ) -> Run:  # fmt: skip
     scored = choose_scored(data, purpose, count)
-    settings = msgspec.to_builtins(method)
+    settings = describe_method(method)
     for name, unsaid in (("tokens", 0), ("init", "kaiming")):  # runs done before AdaLink knew them keep their names
         if settings.get(name) == unsaid:
             del settings[name]
@@ -218,7 +218,7 @@ def _run(
         words=max(part.words for part in study.parts(entry) or (entry,)),
         scored_digest=digest_rows(data, scored),
         scored_rows=len(scored),
-        method={key: value for key, value in settings.items() if key not in ("lr", "name", "sizes", "compare_to")},
+        method=settings,
         batch_size=study.training.batch_size,
         device=device,
         precision=study.training.precision if training["max_steps"] else "float32",  # nothing is trained

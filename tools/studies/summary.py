@@ -9,7 +9,7 @@ import msgspec
 
 from adalink.tools.studies.plan import Cell, count_open
 from adalink.tools.studies.statistics import DRAWS, EXACT_PAIRS, mean_and_deviation, sign_flip_test, t_interval
-from adalink.training.study.settings import Study
+from adalink.training.study.settings import Study, describe_method
 
 SCORING = (
     "No text is generated. A decoder answers with the label whose text has the highest log-likelihood after the prompt "
@@ -63,16 +63,16 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     runs = [run for run in cell.measured(finished) if run.file_name in finished]
     results = {run.seed: finished[run.file_name]["result"] for run in runs}
     lr = cell.chosen(finished)
-    method = msgspec.to_builtins(cell.method)
+    tried = [run.lr for run in cell.choose]
     group: dict[str, Any] = {
         "base": cell.base.name,
         "data": cell.data.name,
         "method": cell.method.name,
-        "settings": {key: value for key, value in method.items() if key not in ("name", "lr", "sizes", "compare_to")},
+        "settings": describe_method(cell.method),
         "size": "all" if cell.size is None else cell.size,
         "lr": lr or None,
         # The best of several at an end of the list: a better one may lie beyond it.
-        "lr_at_edge": bool(cell.choose) and lr in (min(method["lr"]), max(method["lr"])),
+        "lr_at_edge": bool(tried) and lr in (min(tried), max(tried)),
         "seeds": {str(seed): result["accuracy"] for seed, result in results.items()},
         "seeds_wanted": len(cell.finals),
         "runs": [run.file_name for run in runs],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -84,6 +84,12 @@ class ZeroShotMethod(_Entry, frozen=True, tag_field="kind", tag="zero-shot", kw_
 
 TrainedMethod: TypeAlias = AdaLinkMethod | PromptTuningMethod | PTuningMethod | LoraMethod | FullMethod
 Method: TypeAlias = TrainedMethod | ZeroShotMethod
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """What a method does: its settings, without its name and without what a study does with it."""
+    settings: dict[str, Any] = msgspec.to_builtins(method)
+    return {key: value for key, value in settings.items() if key not in ("name", "lr", "sizes", "compare_to")}
 
 
 class Base(_Entry, frozen=True, kw_only=True):
@@ -194,12 +200,6 @@ def _check(study: Study, path: Path) -> None:
     names = [method.name for method in study.methods]
     trained = [method for method in study.methods if not isinstance(method, ZeroShotMethod)]
     _check_reference(f"study {path}: $.compare_to", study.compare_to, names, trained)
-    for index, method in enumerate(study.methods):
-        if isinstance(method, TrainedMethod) and method.compare_to is not None:
-            field = f"study {path}: $.methods[{index}].compare_to"
-            if method.compare_to == method.name:
-                raise ConfigError(f"{field} is {method.name!r}, the method itself: expected another, or none")
-            _check_reference(field, method.compare_to, names, trained)
     if study.search.seed in study.seeds:
         raise ConfigError(
             f"study {path}: $.search.seed is {study.search.seed}, which is in $.seeds: a learning rate must not be "
@@ -229,6 +229,11 @@ def _check(study: Study, path: Path) -> None:
                     f"study {path}: $.methods[{index}].sizes has {size}, expected some of $.sizes: "
                     f"{', '.join(map(str, study.sizes))}"
                 )
+            if method.compare_to is not None:
+                field = f"study {path}: $.methods[{index}].compare_to"
+                if method.compare_to == method.name:
+                    raise ConfigError(f"{field} is {method.name!r}, the method itself: expected another, or none")
+                _check_reference(field, method.compare_to, names, trained)
         if isinstance(method, AdaLinkMethod) and method.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"study {path}: $.methods[{index}].activation is {method.activation!r}, expected one of "
