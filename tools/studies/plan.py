@@ -207,7 +207,8 @@ def _run(
 ) -> Run:  # fmt: skip
     scored = choose_scored(data, purpose, count)
     settings = describe_method(method)
-    for name, unsaid in (("tokens", 0), ("init", "kaiming")):  # runs done before AdaLink knew them keep their names
+    unsaids = {"tokens": 0, "init": "kaiming", "lr_ratio": 1.0}  # runs done before AdaLink knew them keep their names
+    for name, unsaid in unsaids.items():
         if settings.get(name) == unsaid:
             del settings[name]
     return Run(

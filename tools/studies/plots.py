@@ -172,10 +172,15 @@ def _family(cell: Cell) -> str:
 
 
 def _variant(cell: Cell) -> str:
-    """What a line of several ranks has in common: the activation, a start that is not uniform, the soft prompt."""
+    """What a line of several ranks has in common: activation, soft prompt, and a start or ratio of its own."""
     settings = cell["settings"]
-    init, tokens = settings.get("init", "kaiming"), settings.get("tokens")
-    said = [settings["activation"], "" if init == "kaiming" else init, f"{tokens} soft tokens" if tokens else ""]
+    init, ratio, tokens = settings.get("init", "kaiming"), settings.get("lr_ratio", 1.0), settings.get("tokens")
+    said = [
+        settings["activation"],
+        "" if init == "kaiming" else init,
+        "" if ratio == 1.0 else f"rate ratio {ratio:g}",
+        f"{tokens} soft tokens" if tokens else "",
+    ]
     return ", ".join(filter(None, said))
 
 

@@ -30,7 +30,7 @@ from adalink.training.study.data import DataSet, Labelled, digest_rows, load_dat
 from adalink.training.study.methods import tune
 from adalink.training.study.scoring import Task, embed_labels, make_task
 from adalink.training.study.settings import Data, Method, ZeroShotMethod
-from adalink.training.trainer import trainer_arguments
+from adalink.training.trainer import make_optimizer, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     train_digest: str
     scored_digest: str
     scored_rows: int
-    method: dict[str, str | int]
+    method: dict[str, str | int | float]
     size: int | None
     lr: float
     max_steps: int
@@ -257,7 +257,13 @@ def _train(task: Task, rows: list[Labelled], run: Run) -> list[dict[str, Any]]:
         arguments = trainer_arguments(
             folder, run, save_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True
         )  # fmt: skip
-        trainer = Trainer(model=task, args=arguments, train_dataset=rows, data_collator=task.collate)
+        trainer = Trainer(
+            model=task,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=task.collate,
+            optimizers=make_optimizer(task, arguments, float(run.method.get("lr_ratio", 1.0))),
+        )
         trainer.remove_callback(PrinterCallback)  # stdout is for results
         trainer.train()
     return [

@@ -44,12 +44,16 @@ class _Method(_Entry, frozen=True, tag_field="kind", kw_only=True):
 
 
 class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
-    """AdaLink, and with ``tokens`` a soft prompt before the text: ``(2 r + tokens) d`` parameters."""
+    """AdaLink, and with ``tokens`` a soft prompt before the text: ``(2 r + tokens) d`` parameters.
+
+    ``lr_ratio`` is the learning rate over that of ``down``.
+    """
 
     rank: Count
     activation: str = AdaLinkConfig.activation
     tokens: Annotated[int, Meta(ge=0)] = 0
     init: Init = "kaiming"
+    lr_ratio: Annotated[float, Meta(gt=0, lt=1e6)] = 1.0
 
 
 class PromptTuningMethod(_Method, frozen=True, tag="prompt-tuning", kw_only=True):

@@ -86,6 +86,7 @@ def test_runs_keep_their_names(monkeypatch):
     assert len(inits) == len(INITS)
     assert gelu == name(rank=64, activation="gelu", init="kaiming")
     assert gelu == name(rank=64, activation="gelu", compare_to="y")
+    assert gelu == name(rank=64, activation="gelu", lr_ratio=1.0) != name(rank=64, activation="gelu", lr_ratio=10.0)
     assert name(rank=64, tokens=3) not in (name(rank=64), name(rank=64, tokens=4), gelu)
     study.training.precision = "bfloat16"
     assert name(rank=64, activation="gelu") != gelu

@@ -25,6 +25,7 @@ from adalink.training.study.settings import (
     LoraMethod,
     PromptTuningMethod,
     ZeroShotMethod,
+    describe_method,
 )
 
 METHOD = AdaLinkMethod(name="AdaLink 8", lr=(1e-2,), rank=8)
@@ -152,6 +153,24 @@ def test_adalink_starts_along_the_gradient_where_that_is_asked_for(entry, tmp_pa
         perform(run, base, entry, method)
     assert (products["gradient"] - torch.eye(8)).abs().max() < 1e-5
     assert (products["kaiming"] - torch.eye(8)).abs().max() > 0.05
+
+
+def test_down_learns_at_the_rate_of_the_method(entry, base, monkeypatch):
+    found = {}
+
+    def watched(task, rows, data):
+        link = task.tuned.attached.adapters["text"]
+        found[ratio] = link.down.weight.detach().clone(), link.up.weight.detach().clone()
+        return measure(task, rows, data)
+
+    monkeypatch.setattr(module, "measure", watched)
+    for ratio in (1.0, 1e5):
+        method = AdaLinkMethod(name="a", lr=(1e-2,), rank=8, lr_ratio=ratio)
+        perform(make_run(base, entry, max_steps=4, method=describe_method(method)), base, entry, method)
+    down, up = zip(*found.values(), strict=True)
+    assert 1e-3 < (down[0] - down[1]).abs().max() < 0.05  # at 1e5 it is where it started
+    assert up[0].abs().max() > 1e-3
+    assert up[1].abs().max() > 1e-3
 
 
 class _Poisoned(tuple):
