@@ -1,4 +1,4 @@
-"""What the Trainer is given: one schedule for trainings, searches and studies."""
+"""What the Trainer is given: the loss of a completion, and one schedule for trainings, searches and studies."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from attach_support import disturb
+from tiny_models import FAMILIES
+from tiny_tokenizer import make_tokenizer
 from torch import nn
 from transformers import Trainer
 
 from adalink.training.adalink import AdaLink
+from adalink.training.attach import attach
+from adalink.training.base_model import input_embedding
+from adalink.training.config import AdaLinkConfig
+from adalink.training.dataset import Row, encode_rows, pad_decoder, pad_encoder_decoder
 from adalink.training.settings import TrainSettings
-from adalink.training.trainer import make_optimizer, trainer_arguments
+from adalink.training.trainer import TrainableAdapters, make_optimizer, trainer_arguments
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(200, 10), (50, 2), (7, 0)])
@@ -110,3 +117,48 @@ def test_both_rates_rise_and_fall_alike(tmp_path: Path) -> None:
         trainer.lr_scheduler.step()
     assert rates[2] == pytest.approx([1e-2, 1e-3])
     assert all(fast == pytest.approx(10 * slow) for fast, slow in rates)
+
+
+ROWS = [Row("abcab", "x"), Row("bb", "yzz"), Row("c", "y")]
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_loss_is_that_of_the_completion_by_hand(family: str, scope: str) -> None:
+    model, tokenizer = FAMILIES[family](), make_tokenizer()
+    examples = encode_rows(ROWS, tokenizer, 24, "rows")
+    with attach(model, AdaLinkConfig(rank=4, scope=scope)) as attached, torch.no_grad():
+        disturb(attached)
+        loss = TrainableAdapters(attached)(**pad_decoder(examples, pad=2))["loss"]
+        adapter = attached.adapters["text"]
+    total, count, everything = 0.0, 0, 0.0
+    with torch.no_grad():
+        for example in examples:  # one row at a time, without padding, over embeddings
+            plain = input_embedding(model)(torch.tensor([example.prompt + example.target]))
+            embeds = adapter(plain)
+            if scope == "prompt":
+                embeds[:, len(example.prompt) :] = plain[:, len(example.prompt) :]
+            likely = model(inputs_embeds=embeds).logits[0].log_softmax(dim=-1)
+            for place, token in enumerate(example.target):
+                total -= float(likely[len(example.prompt) - 1 + place, token])
+                count += 1
+            ids = example.prompt + example.target
+            everything -= sum(float(likely[place, ids[place + 1]]) for place in range(len(example.prompt) - 1))
+    assert float(loss) == pytest.approx(total / count, abs=1e-4)
+    assert abs(everything) > 1  # what a loss on the prompt would have added
+
+
+def test_loss_of_an_encoder_decoder_by_hand() -> None:
+    model, tokenizer = FAMILIES["t5"](), make_tokenizer()
+    examples = encode_rows(ROWS, tokenizer, 24, "rows")
+    with attach(model, AdaLinkConfig(rank=4)) as attached, torch.no_grad():
+        disturb(attached)
+        loss = TrainableAdapters(attached)(**pad_encoder_decoder(examples, pad=0))["loss"]
+        total, count = 0.0, 0
+        for example in examples:
+            embeds = attached.adapters["text"](model.shared(torch.tensor([example.prompt])))
+            inputs = torch.tensor([[0, *example.target[:-1]]])
+            likely = model(inputs_embeds=embeds, decoder_input_ids=inputs).logits[0].log_softmax(dim=-1)
+            total -= sum(float(likely[place, token]) for place, token in enumerate(example.target))
+            count += len(example.target)
+    assert float(loss) == pytest.approx(total / count, abs=1e-4)

@@ -1,0 +1,66 @@
+"""A study's made-up runs, whose figures are worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from study_support import METHODS, made_result, study_text
+
+from adalink.tools.studies.plan import Cell
+from adalink.training.study.perform import Run
+from adalink.training.study.settings import Study
+
+ACCURACY = {
+    ("letters", "AdaLink 8"): {1: 0.80, 2: 0.90},
+    ("letters", "AdaLink 16"): {1: 0.85, 2: 0.91},
+    ("letters", "LoRA 2"): {1: 0.90, 2: 0.92},
+    ("letters", "none"): {0: 0.25},
+    ("digits", "AdaLink 8"): {1: 0.50, 2: 0.50},
+    ("digits", "AdaLink 16"): {1: 0.55, 2: 0.53},
+    ("digits", "LoRA 2"): {1: 0.60},
+    ("digits", "none"): {0: 0.125},
+}
+
+
+MORE = """
+[[methods]]
+name = "AdaLink 16"
+kind = "adalink"
+rank = 16
+activation = "gelu"
+lr = [1e-2]
+compare_to = "AdaLink 8"
+"""
+
+
+@pytest.fixture
+def made():
+    """A study of two data sets, its cells and its finished runs; LoRA's seed 2 on digits is not done."""
+    text = study_text(Path("base"), Path("data"), METHODS + MORE, compare_to="LoRA 2", description="<b>made up</b>")
+    second = '[[data]]\nname = "digits"\nfolder = "more"\n'
+    study = msgspec.toml.decode(text + second, type=Study)
+    cells, finished = [], {}
+    for data in study.data:
+        for method in study.methods:
+            accuracy = ACCURACY[data.name, method.name]
+            rate = 0.0 if method.name == "none" else 1e-2
+            settings = {k: v for k, v in msgspec.to_builtins(method).items() if k not in ("name", "lr", "compare_to")}
+            finals = [
+                Run(purpose="final", base="tiny", base_digest="b", data=data.name, words=32, train_digest="t",
+                    scored_digest="s", scored_rows=24, method=settings, size=None, lr=0.0, max_steps=12, batch_size=4,
+                    seed=seed, device="cpu")
+                for seed in ([0] if method.name == "none" else [1, 2])
+            ]  # fmt: skip
+            choose = ()
+            if method.name == "AdaLink 8":
+                choose = tuple(msgspec.structs.replace(finals[0], purpose="choose", lr=lr) for lr in (1e-2, 1e-3))
+                for run in choose:
+                    finished[run.file_name] = made_result(run, run.lr, method.name)
+            cells.append(Cell(study.bases[0], data, (), method, None, choose, tuple(finals)))
+            for run in finals:
+                if run.seed in accuracy:
+                    run = msgspec.structs.replace(run, lr=rate)
+                    finished[run.file_name] = made_result(run, accuracy[run.seed], method.name)
+    return study, cells, finished
