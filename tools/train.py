@@ -15,15 +15,7 @@ from adalink.runtime.errors import ConfigError
 from adalink.tools.console import say
 from adalink.tools.options import is_given
 from adalink.training.config import INITS, AdaLinkConfig, Init
-from adalink.training.settings import (
-    DEVICES,
-    LR_RATIOS,
-    PRECISIONS,
-    RATES,
-    SEARCHED_INIT,
-    SearchSettings,
-    TrainSettings,
-)
+from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT, SearchSettings, TrainSettings
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -74,12 +66,6 @@ from adalink.training.settings import (
     show_default=", ".join(f"{rates[0]:g} if {init}" for init, rates in RATES.items()),
     help="Highest learning rate.",
 )
-@click.option(
-    "--lr-ratio",
-    type=float,
-    show_default=", ".join(f"{ratio:g} if {init}" for init, ratio in LR_RATIOS.items()),
-    help="How many times slower the first half of the bottleneck learns, which says what is seen of an embedding.",
-)
 @click.option("--max-steps", default=TrainSettings.max_steps, show_default=True, help="Optimizer steps.")
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True, help="Most tokens a row may have.")
@@ -116,7 +102,6 @@ def command(
     soft_tokens: int,
     init: Init | None,
     lr: float | None,
-    lr_ratio: float | None,
     max_steps: int,
     batch_size: int,
     max_length: int,
@@ -163,7 +148,6 @@ def command(
     )
     settings = TrainSettings(
         lr=RATES[init][0] if lr is None else lr,
-        lr_ratio=LR_RATIOS[init] if lr_ratio is None else lr_ratio,
         max_steps=max_steps,
         batch_size=batch_size,
         max_length=max_length,

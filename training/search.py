@@ -33,7 +33,7 @@ from adalink.training.search_plan import (
     split_rows,
 )
 from adalink.training.storage import replace_file
-from adalink.training.trainer import TrainableAdapters, make_optimizer, trainer_arguments
+from adalink.training.trainer import TrainableAdapters, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -196,16 +196,12 @@ class _Trials:
         """Train it; whether that went to the end."""
         schedule = replace(self._settings, lr=candidate.lr, max_steps=steps)
         with tempfile.TemporaryDirectory(prefix="adalink-search-") as folder:
-            arguments = trainer_arguments(
-                folder, schedule, save_strategy="no", logging_strategy="no", disable_tqdm=True
-            )  # fmt: skip
             trainer = Trainer(
                 model=module,
-                args=arguments,
+                args=trainer_arguments(folder, schedule, save_strategy="no", logging_strategy="no", disable_tqdm=True),
                 train_dataset=self._learned,
                 data_collator=self._collate,
                 callbacks=list(callbacks),
-                optimizers=make_optimizer(module, arguments, schedule.lr_ratio),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()

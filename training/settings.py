@@ -12,14 +12,13 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
-# For each init of an adapter the learning rates to try, the best one at rank 64 first, and how many times slower `down`
-# learns; and the init that is best where the rate is searched for. Measured: docs/method.md.
+# Learning rates to try for each init of an adapter, the best one at rank 64 first, and the init that is best where the
+# rate is searched for; measured: docs/method.md.
 RATES: dict[Init, tuple[float, ...]] = {
     "kaiming": (3e-3, 1e-2, 1e-3, 3e-2),
     "centered": (3e-4, 1e-3, 1e-4, 3e-3),
-    "gradient": (1e-2, 3e-3, 3e-2, 1e-3),
+    "gradient": (1e-3, 3e-3, 1e-2, 3e-2),
 }
-LR_RATIOS: dict[Init, float] = {"kaiming": 1.0, "centered": 1.0, "gradient": 10.0}
 SEARCHED_INIT: Init = "gradient"
 
 
@@ -29,7 +28,6 @@ class TrainSettings:
 
     Attributes:
         lr: highest learning rate, reached after a short warm-up and lowered linearly to 0.
-        lr_ratio: that rate over the one of ``down`` (`adalink.training.trainer.make_optimizer`).
         max_steps: optimizer steps.
         batch_size: rows a step.
         max_length: most tokens of a row, end token included.
@@ -44,7 +42,6 @@ class TrainSettings:
     """
 
     lr: float = RATES["kaiming"][0]
-    lr_ratio: float = LR_RATIOS["kaiming"]
     max_steps: int = 200
     batch_size: int = 8
     max_length: int = 256
@@ -56,8 +53,6 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not 0.0 < self.lr < 1.0:
             raise ConfigError(f"lr is {self.lr!r}, expected more than 0 and less than 1")
-        if not 0.0 < self.lr_ratio < float("inf"):
-            raise ConfigError(f"lr_ratio is {self.lr_ratio!r}, expected more than 0")
         for name in ("max_steps", "batch_size", "max_length", "save_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected at least 1")

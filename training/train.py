@@ -36,7 +36,7 @@ from adalink.training.pictures import Pictures, digest_images
 from adalink.training.prefix import prompt_form
 from adalink.training.search import candidate_config, search
 from adalink.training.storage import check_target, save_adapter, to_adapter
-from adalink.training.trainer import TrainableAdapters, collator, make_optimizer, trainer_arguments
+from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
 from adalink.training.vision import image_side
 
 if TYPE_CHECKING:
@@ -219,16 +219,14 @@ def _train(
     """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
     if last is not None and step_of(last) == settings.max_steps:
         return restore(module, last)  # the Trainer would go one step further
-    arguments = trainer_arguments(
-        checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not show_bar
-    )
     trainer = CheckpointTrainer(
         model=module,
-        args=arguments,
+        args=trainer_arguments(
+            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not show_bar
+        ),
         train_dataset=examples,
         data_collator=collate,
         callbacks=list(callbacks),
-        optimizers=make_optimizer(module, arguments, settings.lr_ratio),
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history: list[dict[str, Any]] = trainer.state.log_history

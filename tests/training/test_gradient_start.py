@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,9 +198,7 @@ def files(tmp_path_factory):
     return write_letter_task(tmp_path_factory.mktemp("work"), "abcd", range(2, 22))
 
 
-SHORT = TrainSettings(
-    lr=1e-6, lr_ratio=3.0, max_steps=4, batch_size=8, max_length=24, seed=3, device="cpu", save_steps=2
-)
+SHORT = TrainSettings(lr=1e-6, max_steps=4, batch_size=8, max_length=24, seed=3, device="cpu", save_steps=2)
 
 
 def test_training_starts_there(files, tmp_path):
@@ -212,20 +209,6 @@ def test_training_starts_there(files, tmp_path):
         downs[init] = read_adapter(tmp_path / init).weights["text.down.weight"].astype(np.float64)
     np.testing.assert_allclose(downs["gradient"] @ downs["gradient"].T, np.eye(4) / 3, atol=1e-3)
     assert np.abs(downs["kaiming"] @ downs["kaiming"].T - np.eye(4) / 3).max() > 0.01
-
-
-def test_directions_stay_where_down_learns_slowly(files, tmp_path):
-    settings = replace(SHORT, lr=1e-2)
-    products = {}
-    for ratio in (1.0, 1e6):
-        config = AdaLinkConfig(rank=4, init="gradient")
-        train(*files, tmp_path / str(ratio), config, replace(settings, lr_ratio=ratio), show_bar=False)
-        weights = read_adapter(tmp_path / str(ratio)).weights
-        down = weights["text.down.weight"].astype(np.float64)
-        products[ratio] = np.abs(down @ down.T - np.eye(4) / 3).max()
-        assert np.abs(weights["text.up.weight"]).max() > 5e-3
-    assert products[1e6] < 1e-5
-    assert products[1.0] > 1e-3
 
 
 def test_a_resumed_training_measures_nothing_anew(files, tmp_path, monkeypatch):

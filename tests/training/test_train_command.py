@@ -120,7 +120,6 @@ def test_ranks_of_modalities(monkeypatch, arguments, rank):
         (["--rank", "0"], "rank is 0, expected a whole number of at least 1"),
         (["--rank", "0", "--soft-tokens", "4", "--dropout", "0.5"], "rank is 0 with dropout 0.5: a soft prompt alone"),
         (["--dropout", "1"], "dropout is 1.0, expected a chance of at least 0 and less than 1"),
-        (["--lr-ratio", "0"], "lr_ratio is 0.0, expected more than 0"),
         (["--precision", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
     ],
 )

@@ -28,9 +28,10 @@ from adalink.training.prefix import has_bidirectional_prompt
 from adalink.training.study.combined import combine
 from adalink.training.study.data import DataSet, Labelled, digest_rows, load_data
 from adalink.training.study.methods import tune
+from adalink.training.study.optimizer import make_optimizer
 from adalink.training.study.scoring import Task, embed_labels, make_task
 from adalink.training.study.settings import Data, Method, ZeroShotMethod
-from adalink.training.trainer import make_optimizer, trainer_arguments
+from adalink.training.trainer import trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

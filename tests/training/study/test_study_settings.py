@@ -34,6 +34,7 @@ def test_a_study_is_read(tmp_path):
     ("old", "new", "message"),
     [
         ("rank = 8", "rank = 0", r"at `\$\.methods\[0\]\.rank`"),
+        ("rank = 8", "rank = 8\nlr_ratio = 0", r"at `\$\.methods\[0\]\.lr_ratio`"),
         ("rank = 8", "", r"missing required field `rank` - at `\$\.methods\[0\]`"),
         ("rank = 8", "rank = 8\nalpha = 3", r"unknown field `alpha` - at `\$\.methods\[0\]`"),
         ('kind = "lora"', 'kind = "dora"', r"Invalid value 'dora' - at `\$\.methods\[1\]\.kind`"),
