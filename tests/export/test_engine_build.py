@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
+from engine_support import PROFILE, RTX, SM86
 from export_support import MODELS
 from runtime_support import build, reseal
 
@@ -29,23 +30,11 @@ from adalink.runtime.errors import (
 from adalink.runtime.integrity import verify_files
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
-from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.nvidia.record import read_record
-from adalink.runtime.nvidia.tensorrt_api import Api, load_api
+from adalink.runtime.nvidia.tensorrt_api import Api
 from adalink.runtime.variants import choose_variant
 
-pytest.importorskip(
-    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
-)
-
-RTX, SM86 = "tensorrt-rtx", ("sm86",)
-PROFILE = Profile(batch=Span(1, 2, 4), seq=Span(1, 8, 16), past=Span(0, 12, 39))
 FRONT_PLANS = {f"front-{front.replace('.', '-')}.plan" for front in FRONTS}
-
-
-@pytest.fixture(scope="module")
-def api() -> Api:
-    return load_api(RTX)
 
 
 @pytest.fixture(scope="module")

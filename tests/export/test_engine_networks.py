@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from engine_support import PROFILE, RTX, SM86
 from export_support import MODELS
 from tiny_models import HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE
 
@@ -19,21 +20,9 @@ from adalink.export.engine_progress import Phases
 from adalink.export.front_graph import FRONTS, build_front_graph
 from adalink.runtime.errors import BackendError, GraphError
 from adalink.runtime.manifest import Manifest
-from adalink.runtime.nvidia.profile import Profile, Span, default_profile
+from adalink.runtime.nvidia.profile import Span, default_profile
 from adalink.runtime.nvidia.record import read_record
-from adalink.runtime.nvidia.tensorrt_api import Api, load_api
-
-pytest.importorskip(
-    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
-)
-
-RTX, SM86 = "tensorrt-rtx", ("sm86",)
-PROFILE = Profile(batch=Span(1, 2, 4), seq=Span(1, 8, 16), past=Span(0, 12, 39))
-
-
-@pytest.fixture(scope="module")
-def api() -> Api:
-    return load_api(RTX)
+from adalink.runtime.nvidia.tensorrt_api import Api
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "gpt2"])

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from engine_support import RTX
 
 from adalink.export.base import export_base
 from adalink.export.engine import export_engine
@@ -21,12 +22,8 @@ from adalink.runtime.nvidia.record import EngineRecord, read_record
 from adalink.runtime.nvidia.tensorrt_api import load_api
 from adalink.training.base_model import load_base, load_tokenizer
 
-pytest.importorskip(
-    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
-)
 pytestmark = pytest.mark.slow
 
-RTX = "tensorrt-rtx"
 CAPACITY = 96
 TEXT = (
     "The company said oil prices rose again in the third quarter, while exports of grain fell by a tenth. It was the "

@@ -12,6 +12,7 @@ import msgspec
 import onnx
 import pytest
 from click.testing import CliRunner
+from engine_support import RTX, SM86
 from export_support import MODELS
 from runtime_support import reseal
 from seeing_support import build_seeing, build_seeing_tiles
@@ -28,23 +29,13 @@ from adalink.runtime.integrity import verify_files
 from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.profile import Span, default_profile, parse_profile
 from adalink.runtime.nvidia.record import read_record
-from adalink.runtime.nvidia.tensorrt_api import Api, load_api
+from adalink.runtime.nvidia.tensorrt_api import Api
 from adalink.tools.cli import main
 
-pytest.importorskip(
-    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
-)
-
-RTX, SM86 = "tensorrt-rtx", ("sm86",)
 VISION = "base/vision/model.onnx"
 PLAN = f"engines/{RTX}/vision.plan"
 # Edge of what the tower takes, positions that it gives, and the likeliest number of a call, by kind of model.
 TOWERS = {"image": (IMAGE_SIZE, IMAGE_TOKENS, 1), "tile": (TILE_EDGE, TILE_TOKENS, 1024)}
-
-
-@pytest.fixture(scope="module")
-def api() -> Api:
-    return load_api(RTX)
 
 
 @pytest.fixture(scope="module")

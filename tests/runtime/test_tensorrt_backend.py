@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from engine_support import RTX
 from runtime_support import Tiny, build, reseal
 
 from adalink.export.base import export_base
@@ -26,11 +27,6 @@ from adalink.runtime.nvidia.profile import Profile, Span
 from adalink.runtime.nvidia.record import read_record
 from adalink.runtime.nvidia.tensorrt_api import load_api
 
-pytest.importorskip(
-    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
-)
-
-RTX = "tensorrt-rtx"
 PROFILE = Profile(batch=Span(1, 1, 2), seq=Span(1, 4, 8), past=Span(0, 8, 31))
 without_gpu = pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU: the engine would simply open")
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from engine_support import RTX
 from export_support import MODELS
 
 from adalink.export.base import export_base
@@ -15,10 +16,7 @@ from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.nvidia.gpus import find_gpus
 from adalink.tools.cli import main
 
-pytest.importorskip(
-    "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
-)
-ENGINE = ("--backend", "tensorrt-rtx", "--target", "sm86,sm89", "--profile", "batch=1:1:2,seq=1:8:32,past=0:16:31")
+ENGINE = ("--backend", RTX, "--target", "sm86,sm89", "--profile", "batch=1:1:2,seq=1:8:32,past=0:16:31")
 
 
 def adalink(*arguments):

@@ -9,9 +9,7 @@ from transformers import Trainer, TrainingArguments
 from adalink.training.adalink import AdaLink
 
 
-def make_optimizer(
-    module: nn.Module, arguments: TrainingArguments, lr_ratio: float
-) -> tuple[torch.optim.Optimizer, None]:
+def make_optimizer(module: nn.Module, arguments: TrainingArguments, lr_ratio: float) -> torch.optim.Optimizer:
     """The Trainer's own optimizer, with a lower rate for every ``down``.
 
     ``up`` starts at zero, and ``down`` at directions that may mean something. A step of AdamW moves each number by
@@ -22,13 +20,13 @@ def make_optimizer(
         module: what is trained; what of it belongs to no ``AdaLink``'s ``down`` learns at the whole rate.
         arguments: of ``trainer_arguments``.
         lr_ratio: the rate of the others over that of ``down``.
-
-    Returns:
-        what a ``Trainer`` takes as ``optimizers``; it makes the schedule itself, of all rates alike.
     """
     downs = [weight for part in module.modules() if isinstance(part, AdaLink) for weight in part.down.parameters()]
     slow = {id(weight) for weight in downs}
     others = [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in slow]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     groups = [{"params": others}, {"params": downs, "lr": arguments.learning_rate / lr_ratio}]
-    return kind([group for group in groups if group["params"]], weight_decay=arguments.weight_decay, **options), None
+    made: torch.optim.Optimizer = kind(
+        [group for group in groups if group["params"]], weight_decay=arguments.weight_decay, **options
+    )
+    return made

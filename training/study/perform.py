@@ -263,7 +263,7 @@ def _train(task: Task, rows: list[Labelled], run: Run) -> list[dict[str, Any]]:
             args=arguments,
             train_dataset=rows,
             data_collator=task.collate,
-            optimizers=make_optimizer(task, arguments, float(run.method.get("lr_ratio", 1.0))),
+            optimizers=(make_optimizer(task, arguments, float(run.method.get("lr_ratio", 1.0))), None),
         )
         trainer.remove_callback(PrinterCallback)  # stdout is for results
         trainer.train()

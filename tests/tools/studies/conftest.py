@@ -10,7 +10,7 @@ from study_support import METHODS, made_result, study_text
 
 from adalink.tools.studies.plan import Cell
 from adalink.training.study.perform import Run
-from adalink.training.study.settings import Study
+from adalink.training.study.settings import Study, describe_method
 
 ACCURACY = {
     ("letters", "AdaLink 8"): {1: 0.80, 2: 0.90},
@@ -22,8 +22,6 @@ ACCURACY = {
     ("digits", "LoRA 2"): {1: 0.60},
     ("digits", "none"): {0: 0.125},
 }
-
-
 MORE = """
 [[methods]]
 name = "AdaLink 16"
@@ -46,11 +44,10 @@ def made():
         for method in study.methods:
             accuracy = ACCURACY[data.name, method.name]
             rate = 0.0 if method.name == "none" else 1e-2
-            settings = {k: v for k, v in msgspec.to_builtins(method).items() if k not in ("name", "lr", "compare_to")}
             finals = [
                 Run(purpose="final", base="tiny", base_digest="b", data=data.name, words=32, train_digest="t",
-                    scored_digest="s", scored_rows=24, method=settings, size=None, lr=0.0, max_steps=12, batch_size=4,
-                    seed=seed, device="cpu")
+                    scored_digest="s", scored_rows=24, method=describe_method(method), size=None, lr=0.0, max_steps=12,
+                    batch_size=4, seed=seed, device="cpu")
                 for seed in ([0] if method.name == "none" else [1, 2])
             ]  # fmt: skip
             choose = ()

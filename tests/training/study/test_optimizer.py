@@ -42,7 +42,7 @@ def _after_steps(optimizer: torch.optim.Optimizer, module: nn.Module, count: int
 def test_a_first_step_moves_down_by_its_own_rate(tmp_path: Path, ratio: float) -> None:
     arguments = trainer_arguments(tmp_path, TrainSettings(lr=1e-2, device="cpu"))
     module = _Parts()
-    moved = _after_steps(make_optimizer(module, arguments, ratio)[0], module, 1)
+    moved = _after_steps(make_optimizer(module, arguments, ratio), module, 1)
     assert len(moved) == 7
     for name, change in moved.items():  # AdamW's first step is the rate, whatever the gradient
         rate = 1e-2 / ratio if ".down." in name else 1e-2
@@ -57,14 +57,14 @@ def test_at_a_ratio_of_one_the_optimizer_is_the_trainers_own(tmp_path: Path) -> 
     theirs = copy.deepcopy(ours)
     plain = Trainer(model=theirs, args=arguments).create_optimizer()
     wanted = _after_steps(plain, theirs, 5)
-    moved = _after_steps(make_optimizer(ours, arguments, 1.0)[0], ours, 5)
+    moved = _after_steps(make_optimizer(ours, arguments, 1.0), ours, 5)
     assert all(torch.equal(moved[name], wanted[name]) for name in wanted)
 
 
 def test_both_rates_rise_and_fall_alike(tmp_path: Path) -> None:
     arguments = trainer_arguments(tmp_path, TrainSettings(lr=1e-2, max_steps=40, device="cpu"))
     module = _Parts()
-    trainer = Trainer(model=module, args=arguments, optimizers=make_optimizer(module, arguments, 10.0))
+    trainer = Trainer(model=module, args=arguments, optimizers=(make_optimizer(module, arguments, 10.0), None))
     trainer.create_optimizer_and_scheduler(num_training_steps=40)
     rates = []
     for _ in range(40):
