@@ -55,7 +55,7 @@ def overall_rows(summary: Mapping[str, Any]) -> Table:
     columns = ("base", "rows", "method", "minus", "pairs", "mean difference", "p (sign flips)")
     rows: Rows = [
         (pair["base"], str(pair["size"]), pair["method"], pair["against"], str(pair["pairs"]),
-         f"{100 * pair['mean']:+.1f}", f"{pair['p_value']:.3f}")
+         f"{100 * pair['mean']:+.1f}", _p_value(pair["p_value"]))
         for pair in summary["overall"]
     ]  # fmt: skip
     return columns, rows
@@ -70,6 +70,10 @@ def shared_rows(summary: Mapping[str, Any]) -> Table:
         for pair in summary["shared"]
     ]  # fmt: skip
     return columns, rows
+
+
+def _p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"  # never 0: the untouched signs are a pattern too
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:

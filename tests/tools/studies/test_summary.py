@@ -97,6 +97,8 @@ def test_tables(made):
     assert pairs["lettersAdaLink 16AdaLink 8"][5:] == ("+3.0", "-22.4 to +28.4", "1.035")
     assert ("tiny", "all", "AdaLink 8", "LoRA 2", "3", "-7.3", "0.250") in overall_rows(summary)[1]
     assert ("tiny", "all", "AdaLink 16", "AdaLink 8", "4", "+3.5", "0.125") in overall_rows(summary)[1]
+    sure = dict(summary["overall"][0], p_value=2 / 4096)
+    assert overall_rows({"overall": [sure]})[1][0][-1] == "0.0005"
     columns, unmeasured = accuracy_rows(summarize(made[0], made[1], {}))
     assert all(len(row) == len(columns) for row in unmeasured)
     assert {row[6] for row in unmeasured} == {"not measured"}
