@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from runtime_support import Tiny, build
 from seeing_support import Seeing, build_seeing
 
+from adalink.runtime import Deployment
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return build("llama", tmp_path_factory.mktemp("llama"), ("text", "image"))
+
+
+@pytest.fixture(scope="module")
+def deployment(llama: Tiny) -> Iterator[Deployment]:
+    with Deployment.open(llama.folder) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

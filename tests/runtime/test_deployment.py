@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,6 @@ from adalink.runtime.request import check_embeds
 
 # Float32 through two layers of width 48: sums of at most 80 terms, six in a row, of logits around 10.
 LIMIT = 80 * 6 * 2**-24 * 10
-
-
-@pytest.fixture(scope="module")
-def deployment(llama: Any) -> Iterator[Deployment]:
-    with Deployment.open(llama.folder) as opened:
-        yield opened
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,6 @@ from adalink.runtime.prompt_lookup import PromptLookup
 
 PROMPTS = ["A bank raised", "wheat wheat wheat", "Q", "crude oil, 1987"]
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def deployment(llama: Any) -> Iterator[Deployment]:
-    with Deployment.open(llama.folder) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,11 @@ from adalink.export.base import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.adapter import make_adapter
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation import Row
 from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
 from adalink.runtime.open_base import OpenBase
 from adalink.runtime.padding import pad_left, positions_of
-from adalink.runtime.tokenizer import TextStream, Tokenizer
 
 PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]
-
-
-@pytest.fixture(scope="module")
-def deployment(llama: Any) -> Iterator[Deployment]:
-    with Deployment.open(llama.folder) as opened:
-        yield opened
 
 
 def encode(text: str) -> list[int]:
@@ -164,54 +155,6 @@ def test_sampling_repeats_with_its_seed(deployment: Deployment) -> None:
     assert len({result.token_ids for result in sample(1)}) == 3
 
 
-def test_chat_template_is_rendered_as_transformers_does(deployment: Deployment) -> None:
-    tokenizer = make_tokenizer()
-    for message in ("hello", "  two words ", "{{ 7 * 7 }}"):
-        expected = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
-        )
-        assert deployment.tokenizer.render_chat(message) == expected
-    with pytest.raises(RequestError, match="not this word"):
-        deployment.tokenizer.render_chat("forbidden")
-    plain = deployment.generate(["hello"], max_new_tokens=8)[0]
-    chat = deployment.generate(["hello"], max_new_tokens=8, chat=True)[0]
-    assert chat.prompt_tokens > plain.prompt_tokens
-    assert chat.token_ids != plain.token_ids
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for m in messages %}{{ m['content'] }}{% if loop.first %}{% break %}{% endif %}{% endfor %}",
-        "{% for m in messages %}{% if m['role'] == 'system' %}{% continue %}{% endif %}{{ m['content'] }}{% endfor %}",
-        "{{ strftime_now('%Y') }} {{ messages[0]['content'] }}",
-        "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }}",
-        "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ messages[0]['content'] }}{% endgeneration %}{{ a }}",
-        "{% if tools is not none %}{{ raise_exception('tools') }}{% endif %}{{ messages[0]['content'] }}",
-        "{% if documents is none %}{{ dict(messages[0])['content'] }}{% endif %}",
-        "{% set n = namespace(t='') %}{% for m in messages %}{% set n.t = m['content'] %}{% endfor %}{{ n.t }}",
-        "  {% if add_generation_prompt %}\n{{ bos_token }}{{ messages[0]['content'] }}{% endif %}\n",
-    ],
-)
-def test_templates_have_what_transformers_gives_them(deployment: Deployment, template: str) -> None:
-    reference = make_tokenizer()
-    own = Tokenizer(reference.backend_tokenizer.to_str().encode(), template, deployment.manifest.base)
-    for message in ("A <b> & 'c'", "é\n日本"):
-        chat = [{"role": "user", "content": message}]
-        expected = reference.apply_chat_template(
-            chat, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-        assert own.render_chat(message) == expected
-        assert message[0] in expected
-
-
-@pytest.mark.parametrize("template", ["{% if %}", "{{ messages + 1 }}", "{{ 1 / 0 }}", "{{ messages.x.y }}"])
-def test_a_template_that_cannot_be_rendered(deployment: Deployment, template: str) -> None:
-    data = make_tokenizer().backend_tokenizer.to_str().encode()
-    with pytest.raises(RequestError, match=r"chat_template.jinja (is no Jinja template|cannot render this message)"):
-        Tokenizer(data, template, deployment.manifest.base).render_chat("a")
-
-
 @pytest.mark.parametrize(
     ("settings", "wording"),
     [
@@ -274,68 +217,6 @@ def test_positions_count_the_tokens_of_a_row() -> None:
     np.testing.assert_array_equal(positions_of(mask), [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 1]])
 
 
-class Bytes:
-    """A byte-level tokenizer: a token is one byte, so characters arrive in pieces."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        return bytes(token_ids).decode("utf-8", "replace")
-
-
-@pytest.mark.parametrize("text", ["naïve café", "日本語 text", "👩‍🚀 ok", "plain"])
-def test_characters_made_of_several_tokens_come_whole(text: str) -> None:
-    stream = TextStream(Bytes())  # type: ignore[arg-type]
-    pieces = [stream.push(token) for token in text.encode()]
-    assert "".join(pieces) + stream.finish() == text == stream.text
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
-
-
-class Fallback:
-    """A tokenizer's own decoder of bytes, which takes all that follow each other as one text."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        from tokenizers import decoders
-
-        own = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-        return str(own.decode([f"<0x{token:02X}>" if token > 127 else chr(token) for token in token_ids]))
-
-
-@pytest.mark.parametrize(
-    ("data", "pieces", "rest"),
-    [
-        ("a😀".encode() + "😁".encode()[:2], ["a", "😀"], "��"),
-        ("a😀".encode() + "😁".encode()[:2] + b"b", ["a", "😀", "��b"], ""),
-        ("é日😀".encode(), ["é", "日", "😀"], ""),
-        (b"\xf0\x9f", [], "��"),
-    ],
-)
-def test_a_character_cut_off_spoils_none_before_it(data: bytes, pieces: list[str], rest: str) -> None:
-    stream = TextStream(Fallback())  # type: ignore[arg-type]
-    assert [piece for token in data if (piece := stream.push(token))] == pieces
-    assert stream.finish() == rest
-    assert stream.text == "".join(pieces) + rest
-
-
-def test_a_stop_text_across_pieces_is_held_back() -> None:
-    sent: list[str] = []
-    row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
-    for token in b"aENxEE":
-        row.push(token)
-    assert "".join(sent) == "aENxE"
-    for token in b"ND":
-        row.push(token)
-    assert row.finish_reason == "stop"
-    result = row.finish()
-    assert result.text == "aENxE" == "".join(sent)
-
-
-def test_a_row_that_ends_gives_up_what_it_held_back() -> None:
-    sent: list[str] = []
-    row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
-    for token in [*b"aEN", 0]:
-        row.push(token)
-    assert row.finish().text == "aEN" == "".join(sent)
-
-
 def test_prompts_may_be_token_ids(llama: Any) -> None:
     with Deployment.open(llama.folder) as deployment:
         texts = ["oil prices", "wheat"]
@@ -351,36 +232,6 @@ def test_prompts_may_be_token_ids(llama: Any) -> None:
                 deployment.generate([prompt], max_new_tokens=2)
         with pytest.raises(RequestError, match="chat is for texts"):
             deployment.generate([tokens[0]], chat=True)
-
-
-class Pieces:
-    """A tokenizer of pieces; bytes that are no whole character are replacement characters."""
-
-    pieces = (b"", b"xabcd", b"e", b"ab", b"c\xf0\x9f")
-
-    def decode(self, token_ids: list[int]) -> str:
-        return b"".join(self.pieces[token] for token in token_ids).decode("utf-8", "replace")
-
-
-@pytest.mark.parametrize(
-    ("tokens", "stops", "text"),
-    [
-        ([1, 2], ("cd", "b"), "xa"),  # of two in one piece the one that begins first
-        ([1, 2], ("d", "abcd"), "x"),  # and where both end at once
-        ([3, 4, 0], ("bc",), "a"),  # what only the end token settles
-        ([3, 4], ("bc",), "a"),  # or the budget
-    ],
-)
-def test_stop_texts_of_which_a_piece_holds_several_or_the_end_the_only_one(
-    tokens: list[int], stops: tuple[str, ...], text: str
-) -> None:
-    sent: list[str] = []
-    row = Row(0, (1,), Pieces(), stops, frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
-    for token in tokens:
-        if row.finish_reason is None:
-            row.push(token)
-    result = row.finish()
-    assert (result.text, "".join(sent), result.finish_reason) == (text, text, "stop")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
