@@ -1,4 +1,4 @@
-"""Tiny bases and learnable, seeded data for the tests of studies."""
+"""Tiny bases, learnable, seeded data and ``adalink study`` on them, for the tests of studies."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner, Result
 from msgspec import to_builtins
 from tiny_models import FAMILIES
 from tiny_tokenizer import make_tokenizer
 from transformers import modeling_gguf_pytorch_utils
 
 from adalink.runtime.errors import DataError
+from adalink.tools.cli import main
 from adalink.training.study.perform import Run, perform
 
 LABELS = {"a": "ant", "b": "bee", "c": "cow"}
@@ -98,6 +100,25 @@ lr = [1e-2]
 name = "none"
 kind = "zero-shot"
 """
+
+
+def write_study(places: tuple[Path, Path], folder: Path, methods: str = METHODS, **changes: object) -> Path:
+    """A study file over the base and the data at ``places``; ``changes`` as ``study_text`` takes them."""
+    path = folder / "study.toml"
+    path.write_text(study_text(*places, methods, **changes))
+    return path
+
+
+def invoke(*arguments: object, code: int = 0) -> Result:
+    """``adalink study``, which ends with ``code``."""
+    result = CliRunner().invoke(main, ["study", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """The finished runs of a study's folder, by their file's name."""
+    return {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
 
 
 def die(*arguments: object) -> None:

@@ -1,12 +1,14 @@
-"""A study's made-up runs, whose figures are worked out by hand."""
+"""A small study that was done, and the made-up runs of one whose figures are worked out by hand."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
-from study_support import METHODS, made_result, study_text
+from study_support import METHODS, invoke, made_result, study_text, write_base, write_data, write_study
 
 from adalink.tools.studies.plan import Cell
 from adalink.training.study.perform import Run
@@ -61,3 +63,24 @@ def made():
                     run = msgspec.structs.replace(run, lr=rate)
                     finished[run.file_name] = made_result(run, accuracy[run.seed], method.name)
     return study, cells, finished
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return write_base(folder / "tiny-llama"), write_data(folder / "letters")
+
+
+@pytest.fixture(scope="session")
+def done(places, tmp_path_factory):
+    """A finished study of seven runs: AdaLink's two to choose a rate, and two, two and one to measure."""
+    folder = tmp_path_factory.mktemp("done")
+    study = write_study(places, folder)
+    result = invoke(study, "--out", folder / "out", "--json")
+    return study, folder / "out", json.loads(result.stdout), result.stderr
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    shutil.copytree(done[1], tmp_path / "out")
+    return done[0], tmp_path / "out"

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
-from study_support import METHODS, die, fail_first_rate, study_text, write_base, write_data
+from study_support import METHODS, contents, invoke, study_text, write_base, write_data, write_study
 
-from adalink.runtime.errors import BackendError, DataError
-from adalink.tools.cli import main
 from adalink.tools.studies import plan, schedule
-from adalink.tools.studies.plan import Estimates, make_cells, open_runs, waiting
-from adalink.tools.studies.schedule import do_runs, read_finished
+from adalink.tools.studies.plan import make_cells, open_runs, waiting
+from adalink.tools.studies.schedule import read_finished
 from adalink.training.config import INITS
 from adalink.training.study.settings import AdaLinkMethod, read_study
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    return write_base(folder / "tiny-llama"), write_data(folder / "letters")
-
-
-def write_study(places, folder, methods=METHODS, **changes):
-    path = folder / "study.toml"
-    path.write_text(study_text(*places, methods, **changes))
-    return path
-
-
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(main, ["study", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result
-
-
-@pytest.fixture(scope="module")
-def done(places, tmp_path_factory):
-    """A finished study of seven runs: AdaLink's two to choose a rate, and two, two and one to measure."""
-    folder = tmp_path_factory.mktemp("done")
-    study = write_study(places, folder)
-    result = invoke(study, "--out", folder / "out", "--json")
-    return study, folder / "out", json.loads(result.stdout), result.stderr
-
-
-@pytest.fixture
-def copy(done, tmp_path):
-    shutil.copytree(done[1], tmp_path / "out")
-    return done[0], tmp_path / "out"
-
-
-def contents(out):
-    return {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
 
 
 def test_runs_keep_their_names(monkeypatch):
@@ -244,107 +197,6 @@ methods = ["AdaLink 8", "LoRA 2"]
     assert shared["letters", "LoRA 2"]["alone"]["mean"] == alone["letters", "lora"]["accuracy"]
 
 
-def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch):
-    study, count, real = write_study(places, tmp_path), [0], schedule.perform
-
-    def interrupted(*arguments):
-        count[0] += 1
-        if count[0] == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(schedule, "perform", interrupted)
-    invoke(study, "--out", tmp_path / "out", code=130)
-    assert len(contents(tmp_path / "out")) == 2
-    assert not list((tmp_path / "out" / "runs").glob(".*"))
-
-
-def test_processes_give_what_one_process_gives(done, tmp_path):
-    study = read_study(done[0])
-    cells, lines, finished = make_cells(study), [], {}
-    assert do_runs(cells, tmp_path, finished, jobs=2, say=lines.append)
-    assert len(lines) == 7
-    ours, theirs = contents(tmp_path), contents(done[1])
-    assert ours.keys() == theirs.keys() == finished.keys()
-    for name in ours:
-        assert ours[name]["result"]["accuracy"] == pytest.approx(theirs[name]["result"]["accuracy"], abs=0.05)
-        assert ours[name]["result"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
-
-
-def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(schedule, "perform", die)
-    with pytest.raises(BackendError, match=r"a worker process was killed, .*use fewer --jobs"):
-        do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
-
-
-@pytest.mark.parametrize(("replaced", "sign", "ending", "code"), [
-    ("stay_with_second_seed", r"\[ .* min\]", signal.SIGINT, 130),
-    ("stay_with_second_seed", r"\[ .* min\]", signal.SIGKILL, -signal.SIGKILL),
-    ("stay_or_fail", "the runs that are under way are finished first", signal.SIGINT, 130),
-], ids=["Ctrl-C", "killed", "Ctrl-C after a failure"])  # fmt: skip
-def test_workers_end_with_the_study(places, tmp_path, replaced, sign, ending, code):
-    """Ctrl-C, which reaches every process of a terminal, is a line; and a study that is killed leaves none waiting.
-
-    Of the two workers one has a run under way, and one has none left.
-    """
-    lora = METHODS[METHODS.index('[[methods]]\nname = "LoRA 2"') : METHODS.index('[[methods]]\nname = "none"')]
-    study = write_study(places, tmp_path, lora, compare_to="LoRA 2")
-    program = (
-        "import signal\n"  # which a shell that starts the tests in its background lets its programs ignore
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"from study_support import {replaced}\n"
-        "from adalink.tools.cli import main\n"
-        "from adalink.tools.studies import schedule\n"
-        f"schedule.perform = {replaced}\n"
-        f"main(['study', {str(study)!r}, '--out', {str(tmp_path / 'out')!r}, '--jobs', '2'])\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    said = b""
-    try:
-        while not re.search(sign, said.decode()) and select.select([process.stderr], [], [], 240)[0]:
-            said += os.read(process.stderr.fileno(), 4096) or pytest.fail(said.decode())
-        time.sleep(0.5)
-        if ending == signal.SIGINT:
-            os.killpg(process.pid, ending)
-        else:
-            process.kill()
-        said += process.communicate(timeout=60)[1]  # until no process holds stderr
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    said = said.decode()
-    assert process.returncode == code, said
-    assert "Traceback" not in said
-    if ending == signal.SIGINT:
-        assert said.splitlines()[-1] == "Interrupted."  # and no word of semaphores that were left
-
-
-def test_a_failed_run_does_not_lose_what_runs_beside_it(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(schedule, "perform", fail_first_rate)
-    finished = {}
-    with pytest.raises(DataError, match="planted"):
-        do_runs(make_cells(read_study(done[0])), tmp_path, finished, jobs=2)
-    (content,) = contents(tmp_path).values()  # AdaLink's other rate was on its way and ended later
-    assert content["run"]["lr"] == 1e-3
-    assert finished.keys() == contents(tmp_path).keys()
-
-
-def test_no_run_begins_that_would_end_too_late(places, done, copy, tmp_path):
-    study, out = write_study(places, tmp_path, seeds=[1, 3]), copy[1]
-    result = invoke(study, "--out", out, "--minutes", 0, "--json")
-    assert "time is up: 2 runs are left" in result.stderr
-    assert json.loads(result.stdout)["runs"]["open"] == 2
-    for path in (out / "runs").iterdir():  # what was measured says that a run takes an hour
-        content = json.loads(path.read_text())
-        content["result"] |= {"train_seconds": 3600.0}
-        path.write_text(json.dumps(content))
-    assert "2 runs are left" in invoke(study, "--out", out, "--minutes", 30).stderr
-    assert len(contents(out)) == 7
-
-
 def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path):
     study = write_study(places, tmp_path)
     listed = json.loads(invoke(study, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
@@ -375,28 +227,6 @@ def test_a_row_that_a_base_has_no_positions_for_is_refused_before_the_first_run(
     assert "data set letters: 'aaa" in message
     assert "takes up to 65 positions, 5 of them a soft prompt's, and BertModel has 64" in message
     assert not (tmp_path / "out").exists()
-
-
-def test_estimates(done):
-    cells = make_cells(read_study(done[0]))
-    (run, *_), lora, zero = cells[0].choose, cells[1].finals[0], cells[2].finals[0]
-    base = cells[0].base
-    assert Estimates([], [base]).seconds(run) is None
-    declared = type(base)(name=base.name, model=base.model, seconds_per_step=6.0)
-    assert Estimates([], [declared]).seconds(run) == pytest.approx(6 * 6.0 + 15 * 6.0 / 12)
-    assert Estimates([], [declared]).seconds(zero) == pytest.approx(24 * 6.0 / 12)
-    measured = [
-        {"run": {"base": "tiny", "device": "cpu", "method": {"kind": "adalink"}, "max_steps": 10},
-         "result": {"train_seconds": seconds, "score_seconds": 5.0, "rows": 10}}
-        for seconds in (20.0, 30.0, 100.0)
-    ]  # fmt: skip
-    assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 3.0 + 15 * 0.5)
-    measured.append(json.loads(json.dumps(measured[0]).replace("adalink", "lora").replace("20.0", "70.0")))
-    assert Estimates(measured, [declared]).seconds(lora) == pytest.approx(12 * 7.0 + 24 * 0.5)
-    measured[2]["run"]["precision"] = "bfloat16"
-    assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 2.5 + 15 * 0.5)
-    measured[0]["run"]["device"] = measured[1]["run"]["device"] = measured[2]["run"]["device"] = "cuda"
-    assert Estimates(measured, [declared]).seconds(run) == pytest.approx(6 * 7.0 + 15 * 0.5)
 
 
 @pytest.mark.parametrize(
