@@ -49,9 +49,13 @@ def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_r
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         from adalink.tools.studies.plan import count_open, make_cells
         from adalink.tools.studies.schedule import do_runs, read_finished
+        from adalink.training.device import precision_warning, resolve_device
 
         cells = make_cells(study)
         finished = read_finished(out)
+        warning = precision_warning(resolve_device(study.device), study.training.precision)
+        if warning and count_open(cells, finished):
+            say(warning)
         if not dry_run:
             say(f"{count_open(cells, finished)} runs to do")
             is_done = do_runs(cells, out, finished, jobs=jobs, minutes=minutes, say=say)

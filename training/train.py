@@ -30,6 +30,7 @@ from adalink.training.checkpoints import (
     step_of,
 )
 from adalink.training.dataset import check_positions, encode_rows, read_rows
+from adalink.training.device import precision_warning, resolve_device
 from adalink.training.exact_match import exact_match
 from adalink.training.initial import find_directions, follow_directions
 from adalink.training.pictures import Pictures, digest_images
@@ -94,8 +95,8 @@ def train(
     """
     out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use --device cpu")
+    if warning := precision_warning(resolve_device(settings.device), settings.precision):
+        say(warning)
     rows, eval_rows = read_rows(data), read_rows(eval_data)
     record: dict[str, Any] = {
         "base": display_name(base),

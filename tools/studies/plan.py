@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from adalink.training.device import resolve_device
 from adalink.training.study.data import DataSet, digest_rows
-from adalink.training.study.perform import Run, choose_scored, open_base, open_data, resolve_device
+from adalink.training.study.perform import Run, choose_scored, open_base, open_data
 from adalink.training.study.scoring import check_positions
 from adalink.training.study.settings import Base, Data, Method, Study, TrainedMethod, ZeroShotMethod, describe_method
 

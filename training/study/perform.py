@@ -21,7 +21,7 @@ import torch
 from transformers import PrinterCallback, Trainer, set_seed
 
 from adalink.runtime.digest import digest_bytes
-from adalink.runtime.errors import ConfigError, DataError, ModelError
+from adalink.runtime.errors import DataError, ModelError
 from adalink.training.base_model import load_base, load_tokenizer
 from adalink.training.initial import find_directions, follow_directions
 from adalink.training.prefix import has_bidirectional_prompt
@@ -298,14 +298,6 @@ def _find_in_package(name: str) -> Path:
             f"{name.replace('_', '-')}, or name a model folder"
         )
     return found[0]
-
-
-def resolve_device(device: str) -> str:
-    """``"cpu"`` or ``"cuda"`` for a study's device; raises ``ConfigError`` where there is no GPU to take."""
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise ConfigError("device is 'cuda', but PyTorch finds no CUDA GPU on this machine: use device = \"cpu\"")
-    return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 
 def _versions() -> dict[str, str]:

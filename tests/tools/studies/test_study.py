@@ -8,6 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from study_support import METHODS, contents, invoke, study_text, write_base, write_data, write_study
 
 from adalink.tools.studies import plan, schedule
@@ -254,3 +255,12 @@ def test_the_summary_is_on_disk_and_on_the_terminal(done, copy):
     assert "AdaLink 8" in text
     assert "differences in accuracy, seed by seed" in text
     assert not re.search(r"[\"'(]/(tmp|home|root)/", (out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_bfloat16_that_a_cpu_has_not_is_warned_of(places, tmp_path, monkeypatch, is_supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    study = write_study(places, tmp_path)
+    study.write_text(study.read_text().replace("batch_size = 4\n", 'batch_size = 4\nprecision = "bfloat16"\n'))
+    said = invoke(study, "--out", tmp_path / "out", "--dry-run").stderr
+    assert ("has no instructions for bfloat16" in said) != is_supported

