@@ -53,11 +53,11 @@ def command(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_r
 
         cells = make_cells(study)
         finished = read_finished(out)
-        warning = precision_warning(resolve_device(study.device), study.training.precision)
-        if warning and count_open(cells, finished):
+        left = count_open(cells, finished)
+        if left and (warning := precision_warning(resolve_device(study.device), study.training.precision)):
             say(warning)
         if not dry_run:
-            say(f"{count_open(cells, finished)} runs to do")
+            say(f"{left} runs to do")
             is_done = do_runs(cells, out, finished, jobs=jobs, minutes=minutes, say=say)
     if dry_run:
         _list_runs(study, cells, finished, jobs, as_json)

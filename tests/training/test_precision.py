@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from seeing_support import write_rows
+from study_support import write_letter_task
 from tiny_models import FAMILIES, idefics3, llava, paligemma, qwen2_5_vl
 from tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
 from torch import nn
@@ -85,3 +86,16 @@ def test_only_products_of_a_step_are(family: str, products: dict[str, set[torch.
         if "up" in name:  # from zero, so that all of it was learned
             a, b = values.ravel().astype(np.float64), weights[name].ravel().astype(np.float64)
             assert a @ b / math.sqrt((a @ a) * (b @ b)) > 0.9
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_a_cpu_that_only_emulates_it_is_warned_of_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_supported: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    files, lines = write_letter_task(tmp_path, "ab", range(2, 5)), list[str]()
+    for precision in ("bfloat16", "float32"):
+        settings = TrainSettings(max_steps=1, device="cpu", precision=precision)
+        train(*files, tmp_path / precision, AdaLinkConfig(rank=4), settings, say=lines.append)
+    warned = [index for index, line in enumerate(lines) if "has no instructions for bfloat16" in line]
+    assert warned == ([] if is_supported else [0])

@@ -231,17 +231,6 @@ def test_refusals_leave_nothing_behind(base, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
-@pytest.mark.parametrize("is_supported", [True, False])
-def test_bfloat16_that_a_cpu_has_not_is_warned_of_first(base, data, tmp_path, monkeypatch, is_supported):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
-    lines = []
-    for precision in ("bfloat16", "float32"):
-        settings = replace(SETTINGS, precision=precision, max_steps=1)
-        run(base, data, tmp_path / precision, settings=settings, say=lines.append)
-    warned = [index for index, line in enumerate(lines) if "has no instructions for bfloat16" in line]
-    assert warned == ([] if is_supported else [0])
-
-
 def test_a_gpu_that_is_not_there_is_refused_at_once(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="finds no CUDA GPU"):

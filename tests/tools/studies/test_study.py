@@ -264,3 +264,5 @@ def test_bfloat16_that_a_cpu_has_not_is_warned_of(places, tmp_path, monkeypatch,
     study.write_text(study.read_text().replace("batch_size = 4\n", 'batch_size = 4\nprecision = "bfloat16"\n'))
     said = invoke(study, "--out", tmp_path / "out", "--dry-run").stderr
     assert ("has no instructions for bfloat16" in said) != is_supported
+    invoke(study, "--out", tmp_path / "out")
+    assert "bfloat16" not in invoke(study, "--out", tmp_path / "out").stderr, "nothing is left to do"
