@@ -122,7 +122,7 @@ def _draw_accuracy(
             )  # fmt: skip
         for cell in zero_shot:
             if _panel(cell) == panel:
-                axes.axhline(100 * cell["accuracy"]["mean"], color="grey", linestyle=":", label=cell["method"])
+                _draw_zero_shot(axes, cell)
         axes.set_xscale("log")
         if path.stem in ("rank", "size"):  # a few numbers that someone chose
             chosen = sorted({value(cell) for cell in cells})
@@ -135,6 +135,17 @@ def _draw_accuracy(
         *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
     figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _save(figure, path)
+
+
+def _draw_zero_shot(axes: Axes, cell: Cell) -> None:
+    """A line; or a note below, where a line would leave what else is shown less than half of the panel."""
+    low, high = axes.get_ylim()
+    accuracy = 100 * cell["accuracy"]["mean"]
+    if accuracy > low - (high - low):
+        axes.axhline(accuracy, color="grey", linestyle=":", label=cell["method"])
+    else:
+        note = f"{cell['method']}: {accuracy:.1f} ↓"
+        axes.annotate(note, (0.02, 0.03), xycoords="axes fraction", color="grey")
 
 
 def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -124,6 +124,26 @@ def test_differences_are_drawn_with_their_intervals(made, tmp_path, shown, inter
         assert low == high == pytest.approx(mean)  # one pair has no interval
 
 
+@pytest.mark.parametrize(("accuracy", "lines", "notes"), [(0.8, [80.0], []), (0.113, [], ["none: 11.3 ↓"])])
+def test_a_base_far_below_its_methods_is_a_note(made, tmp_path, on_save, accuracy, lines, notes):
+    summary = summarize(*made)
+    (base,) = (cell for cell in summary["cells"] if cell["method"] == "none" and cell["data"] == "letters")
+    base["accuracy"]["mean"] = accuracy
+    found = {}
+
+    def look(plot, figure):
+        (axes,) = (axes for axes in figure.axes if axes.get_title() == "tiny, letters")
+        drawn = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "none"]
+        found[plot] = (drawn, [text.get_text() for text in axes.texts], axes.get_ylim()[0])
+
+    on_save(look)
+    draw(summary, tmp_path)
+    shown, said, lowest = found["parameters"]
+    assert shown == pytest.approx(lines)
+    assert said == notes
+    assert lowest > 60.0  # the methods have 85 to 91
+
+
 def test_a_combined_data_set_is_not_drawn(made, tmp_path, shown):
     summary = summarize(*made)
     combined = [dict(cell, data="both", parts={"letters": cell["accuracy"]}) for cell in summary["cells"]]
