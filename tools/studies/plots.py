@@ -145,7 +145,7 @@ def _draw_zero_shot(axes: Axes, cell: Cell) -> None:
         axes.axhline(accuracy, color="grey", linestyle=":", label=cell["method"])
     else:
         note = f"{cell['method']}: {accuracy:.1f} ↓"
-        axes.annotate(note, (0.02, 0.03), xycoords="axes fraction", color="grey")
+        axes.annotate(note, (0.98, 0.03), xycoords="axes fraction", ha="right", color="grey")
 
 
 def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -132,7 +132,7 @@ def test_the_markdown_has_the_same_tables(made, tmp_path):
     assert str(tmp_path) not in text
 
 
-@pytest.mark.parametrize("name", ["reduced", "encoder", "few-rows", "starts", "decoder", "one-rate"])
+@pytest.mark.parametrize("name", ["reduced", "encoder", "few-rows", "decoder", "one-rate"])
 def test_committed_results_are_of_the_committed_study(name):
     studies = Path(__file__).parents[3] / "studies"
     summary = json.loads((studies / "results" / name / "summary.json").read_text())
