@@ -40,7 +40,7 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
-lint: $(VENV)/installed ## ruff and mypy
+lint: $(VENV)/installed ## ruff and mypy (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
 	@mkdir -p build/links/adalink
 	@for package in training export runtime tools; do ln -sfn ../../../$$package build/links/adalink/$$package; done
 	$(RUN)/ruff check .
