@@ -29,7 +29,7 @@ $(VENV)/tensorrt-rtx: $(VENV)/installed
 models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
 
 demo: $(VENV)/models $(if $(TRT),$(VENV)/tensorrt-rtx) ## one engine, two tasks and the plain base on SmolLM2: export, run, verify, receipt (TRT=1: TensorRT-RTX too)
-	$(RUN)/adalink demo --out $(DEMO)
+	$(RUN)/python -m examples.demo --out $(DEMO)
 
 test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N)
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
@@ -41,8 +41,6 @@ test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA G
 	$(RUN)/python -m pytest -m "gpu"
 
 lint: $(VENV)/installed ## ruff and mypy (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
-	@mkdir -p build/links/adalink
-	@for package in training export runtime tools; do ln -sfn ../../../$$package build/links/adalink/$$package; done
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
@@ -62,7 +60,7 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 		$(if $(QUICK),--quick --out build/bench/quick-report,--readme README.md)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
-	$(RUN)/adalink study studies/reduced.toml --out build/study --jobs 2 --minutes 88
+	$(RUN)/python -m studies run studies/reduced.toml --out build/study --jobs 2 --minutes 88
 
 vision: $(VENV)/models ## a small base that sees, of two pretrained parts, and what its six adapters reach (TRAIN=1: train them and the projector anew, 40 minutes)
 	$(RUN)/python examples/vision/digits.py --out build/vision/data

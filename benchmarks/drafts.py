@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime import Deployment
-from adalink.runtime.prompt_lookup import DRAFT_TOKENS
-from adalink.tools.environment import available_cores, describe_environment
-from adalink.tools.report_file import write_json
+from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
+from adalink.tools.common.environment import available_cores, describe_environment
+from adalink.tools.common.report_file import write_json
 from benchmarks.prepare import write_adapter
 from benchmarks.process import run_json
 from benchmarks.scale import TASK_RANK

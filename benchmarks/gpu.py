@@ -13,10 +13,10 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from adalink.export.base import export_base
-from adalink.runtime.nvidia.gpus import find_gpus
-from adalink.tools.environment import describe_environment
-from adalink.tools.report_file import write_json
+from adalink.export.base.export import export_base
+from adalink.runtime.device.gpus import find_gpus
+from adalink.tools.common.environment import describe_environment
+from adalink.tools.common.report_file import write_json
 from benchmarks.prepare import add_tasks
 from benchmarks.process import MeasurementError, run_json
 

@@ -17,15 +17,15 @@ import numpy as np
 from msgspec import structs
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.device import cuda
+from adalink.runtime.device.bank import DeviceBank
+from adalink.runtime.device.protocols import Device
 from adalink.runtime.engine import open_backend
-from adalink.runtime.manifest import Manifest
-from adalink.runtime.manifest_file import read_manifest
-from adalink.runtime.nvidia import cuda
-from adalink.runtime.nvidia.bank import DeviceBank
-from adalink.runtime.nvidia.device import Device
-from adalink.runtime.tasks import TaskTable
-from adalink.runtime.variants import COMPILED_BACKENDS, choose_variant
-from adalink.tools.observed import ObservedBackend
+from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.variants import COMPILED_BACKENDS, choose_variant
+from adalink.runtime.tasks.registry import TaskTable
+from adalink.tools.bench.observed_backend import ObservedBackend
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
 BATCHES, PROMPTS = (1, 8, 32), (128, 1024)
@@ -170,8 +170,8 @@ def host_swap(deployment: Deployment, backend: str, device: Device) -> Json:
 
 def build(deployment: Path, backend: str) -> Json:
     """Build the engine for this GPU; how long and how large."""
-    from adalink.export.engine import export_engine
-    from adalink.runtime.nvidia.record import read_record
+    from adalink.export.engine.export import export_engine
+    from adalink.runtime.trt.record import read_record
 
     begun = time.perf_counter()
     manifest: Manifest = export_engine(deployment, backend, profile=PROFILE, replace=True)
@@ -195,8 +195,8 @@ def parity(deployment: Deployment, against: str) -> Json:
     import torch
 
     from adalink.tools.parity.prompts import choose_prompts
-    from adalink.training.base_model import load_base
-    from adalink.training.storage import load_adapter
+    from adalink.training.adapter_io import load_adapter
+    from adalink.training.models.loading import load_base
 
     place = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(against).to(place)

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from adalink.export.adapter import export_adapters
-from adalink.runtime.adapter import AdapterConfig, encode_adapter, make_adapter
-from adalink.runtime.manifest import MANIFEST_FILE, Base
-from adalink.runtime.manifest_file import encode_manifest, read_manifest
-from adalink.runtime.tokenizer import Tokenizer
+from adalink.export.adapter.export import export_adapters
+from adalink.runtime.storage.adapter import AdapterConfig, encode_adapter, make_adapter
+from adalink.runtime.storage.manifest import MANIFEST_FILE, Base
+from adalink.runtime.storage.manifest_io import encode_manifest, read_manifest
+from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 # Size of the seeded weights: outputs change visibly and stay finite.

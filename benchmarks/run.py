@@ -19,11 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.digest import digest_file
-from adalink.runtime.manifest_file import read_manifest
-from adalink.tools.demo import find_model
-from adalink.tools.environment import available_cores, describe_environment
-from adalink.tools.report_file import write_json
+from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.tools.common.environment import available_cores, describe_environment
+from adalink.tools.common.report_file import write_json
 from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.cases import CASES, Case
 from benchmarks.figures import check_fields, summary
@@ -35,6 +34,7 @@ from benchmarks.scale import FULL, PROMPT_TOKENS, QUICK, RANK_TASKS, RATE_LENGTH
 from benchmarks.slopes import cost_model, fit
 from benchmarks.store import Result, Store
 from benchmarks.table import render
+from examples.demo.run import find_model
 
 _SOURCES = ("runtime", "export", "tools", "benchmarks")
 _RECIPES = ("benchmarks/peers/make_models.py", "benchmarks/peers/requirements.txt", "constraints.txt")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adalink.runtime.manifest import Manifest
+from adalink.runtime.storage.manifest import Manifest
 
 
 @dataclass(frozen=True)

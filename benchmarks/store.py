@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adalink.tools.report_file import write_json
+from adalink.tools.common.report_file import write_json
 
 Result = dict[str, Any]
 

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from adalink.runtime.adapter import read_adapter
-from adalink.runtime.digest import digest_file
-from adalink.training.base_model import load_base, load_tokenizer
-from adalink.training.dataset import Row, encode_rows, end_token, read_rows
-from adalink.training.exact_match import exact_match
-from adalink.training.storage import load_adapter
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.runtime.storage.digest import digest_file
+from adalink.training.adapter_io import load_adapter
+from adalink.training.data.rows import Row, encode_rows, end_token, read_rows
+from adalink.training.evaluation import exact_match
+from adalink.training.models.loading import load_base, load_tokenizer
 
 BATCH_ROWS = 16
 REPLY_TOKENS = 3

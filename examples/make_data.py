@@ -13,8 +13,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from adalink.training.study.data import R8_LABELS
-from adalink.training.study.sources import TWEET_LABELS, by_topic, election_tweets
+from studies.experiment.data import R8_LABELS
+from studies.experiment.sources import TWEET_LABELS, by_topic, election_tweets
 
 R8_WORDS = 32
 EVAL_ROWS = 200

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import BusyError, DeploymentError, UnknownTaskError, WriteError
-from adalink.runtime.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
-from adalink.runtime.manifest_file import decode_manifest, encode_manifest, read_manifest
+from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
+from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest
 
 LOCK_FILE = ".lock"
 STAGING_FOLDER = ".staging"

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
+from adalink.runtime.base_model import Given, OpenBase
 from adalink.runtime.engine import Array, Backend, open_backend
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation import Generation, Row, Stream, check_stops, decode
-from adalink.runtime.integrity import read_verified, verify_files
-from adalink.runtime.manifest import Manifest
-from adalink.runtime.manifest_file import read_manifest
-from adalink.runtime.open_base import Given, OpenBase
-from adalink.runtime.padding import pad_left
-from adalink.runtime.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
-from adalink.runtime.prompt_lookup import DRAFT_TOKENS
+from adalink.runtime.generation.loop import Generation, Row, Stream, check_stops, decode
+from adalink.runtime.generation.padding import pad_left
+from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
+from adalink.runtime.generation.sampling import Sampling
 from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import (
     Prompts,
@@ -32,17 +29,20 @@ from adalink.runtime.request import (
     check_prompts,
     check_whole,
 )
-from adalink.runtime.sampling import Sampling
-from adalink.runtime.soft_prompt import Layout
-from adalink.runtime.tasks import TaskTable
-from adalink.runtime.tiles import Grid
-from adalink.runtime.tokenizer import Tokenizer
-from adalink.runtime.variants import choose_variant
-from adalink.runtime.verified import verify_once
-from adalink.runtime.vision import OpenVision
+from adalink.runtime.storage.integrity import read_verified, verify_files
+from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.variants import choose_variant
+from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.soft_prompt import Layout
+from adalink.runtime.text.tokenizer import Tokenizer
+from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
+from adalink.runtime.vision.tiles import Grid
+from adalink.runtime.vision.tower import OpenVision
 
 if TYPE_CHECKING:
-    from adalink.runtime.nvidia.profile import Profile
+    from adalink.runtime.device.profile import Profile
 
 IMAGE_CACHE_BYTES = 256 << 20
 
@@ -103,11 +103,11 @@ class Deployment:
             path: the deployment folder.
             backend: which engine; see ``adalink doctor``.
             variant: which form of the base, such as ``"int4"``; by default one that is not quantised, if there is one
-                (`adalink.runtime.variants`).
+                (`adalink.runtime.storage.variants`).
             threads: threads of the engine; all physical cores by default.
             full_check: read every byte of every file, those of all tasks included. Without it, files that this user
                 has checked before and that have not changed since are not read again
-                (`adalink.runtime.verified`).
+                (`adalink.runtime.storage.verification_cache`).
             task_memory_bytes: weights of tasks that are held at a time; beyond it the task that was not used for the
                 longest time is let go until it is asked for again. No limit by default: the weights of the deployment's
                 tasks are mapped files, whose pages the system takes back when memory is short.
@@ -285,20 +285,20 @@ class Deployment:
             prompts: the texts, or the token ids of each.
             images: for each prompt a list of its images, or ``None``; the prompt has the model's placeholder, such as
                 ``<image>``, once for each where it belongs; PaliGemma's may do without, then images go in front. An
-                image is a path, the bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.pictures`).
+                image is a path, the bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
             tasks: one task for all prompts, or one for each; ``None`` is the plain base.
             max_new_tokens: tokens a prompt at most; with the prompt and its soft prompt no more than the model allows.
             temperature: 0 takes the likeliest token each time.
-            top_k: see ``adalink.runtime.sampling.Sampling``.
+            top_k: see ``adalink.runtime.generation.sampling.Sampling``.
             top_p: likewise.
             seed: makes sampling repeatable.
             stop: texts that end a row; they are not part of its text.
             stream: called with the row and each new piece of its text.
             chat: put each prompt into the model's chat template as a user's message.
             draft_tokens: a single prompt, or the last of a batch, goes on by up to so many guesses from its own text
-                (`adalink.runtime.prompt_lookup`) that one pass checks: the text is the same, sooner. Only decoders
-                exported with ``--target onnxruntime-cpu`` can. By default 8 in float32, and 0, token by token, where
-                a pass over several tokens rounds otherwise than a step does: quantised, or in 16 bits.
+                (`adalink.runtime.generation.prompt_lookup`) that one pass checks: the text is the same, sooner. Only
+                decoders exported with ``--target onnxruntime-cpu`` can. By default 8 in float32, and 0, token by
+                token, where a pass over several tokens rounds otherwise than a step does: quantised, or in 16 bits.
 
         Raises:
             RequestError: a prompt is empty or too long, a setting is wrong, the base is an encoder, an image is none,

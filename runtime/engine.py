@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy.typing as npt
 
 from adalink.runtime.errors import BackendUnavailableError, RequestError
-from adalink.runtime.manifest import Base
+from adalink.runtime.storage.manifest import Base
 
 if TYPE_CHECKING:
-    from adalink.runtime.bank import Selection
-    from adalink.runtime.nvidia.profile import Profile
-    from adalink.runtime.onnxruntime_patches import OnnxPatchGraph
+    from adalink.runtime.device.profile import Profile
+    from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+    from adalink.runtime.tasks.adapter_mapping import Selection
 
 Array = npt.NDArray[Any]
 # Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
@@ -247,15 +247,15 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
     if name not in BACKENDS:
         raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
     if name == "onnxruntime-cpu":
-        from adalink.runtime.onnxruntime_backend import OnnxRuntimeBackend
+        from adalink.runtime.ort.backend import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(name, threads)
     if threads is not None:
         raise RequestError(f"threads is {threads}, but {name} computes on a GPU: leave it out")
     if name.startswith("onnxruntime-"):
-        from adalink.runtime.nvidia.onnxruntime_backend import OnnxRuntimeGpuBackend
+        from adalink.runtime.ort.gpu_backend import OnnxRuntimeGpuBackend
 
         return OnnxRuntimeGpuBackend(name)
-    from adalink.runtime.nvidia.tensorrt_backend import TensorRtBackend
+    from adalink.runtime.trt.backend import TensorRtBackend
 
     return TensorRtBackend(name)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adalink.runtime.builds import builder_calls
-from adalink.runtime.digest import digest_file
-from adalink.runtime.integrity import locate, reading
-from adalink.runtime.manifest import Manifest
+from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.storage.integrity import locate, reading
+from adalink.runtime.storage.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
-from adalink.runtime.manifest import Base
-from adalink.runtime.tensors import STORED
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.safetensors import STORED
 
 Tasks = str | Sequence[str | None] | None
 # The texts, or the token ids of each.

@@ -8,7 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+from helpers.paths import REPOSITORY
+
 PACKAGES = ("training", "export", "runtime", "tools")
 
 
@@ -17,6 +18,7 @@ def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "src", source / "src", symlinks=True)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / file, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]

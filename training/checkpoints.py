@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, WriteError
-from adalink.training.search import SEARCH_FILE
-from adalink.training.storage import replace_file
+from adalink.training.adapter_io import replace_file
+from adalink.training.search.search import SEARCH_FILE
 
 if TYPE_CHECKING:
     from torch import nn

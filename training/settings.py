@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adalink.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from adalink.training.config import Init
+    from adalink.training.method.config import Init
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
@@ -75,7 +75,7 @@ class SearchSettings:
         minutes: time of the search alone.
         rates: learning rates.
         ranks: widths of the bottleneck; those wider than the embedding are left out.
-        activations: of ``adalink.runtime.adapter.ACTIVATIONS``.
+        activations: of ``adalink.runtime.storage.adapter.ACTIVATIONS``.
 
     Raises:
         ConfigError: there is no time, or nothing to choose from.

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
-from adalink.training.attach import attach
-from adalink.training.base_model import base_fingerprint, display_name, load_base, load_tokenizer
+from adalink.runtime.storage.digest import digest_file
+from adalink.training.adapter_io import check_target, save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
     begin_checkpoints,
@@ -29,24 +28,25 @@ from adalink.training.checkpoints import (
     restore,
     step_of,
 )
-from adalink.training.dataset import check_positions, encode_rows, read_rows
+from adalink.training.data.images import Pictures, digest_images
+from adalink.training.data.rows import check_positions, encode_rows, read_rows
 from adalink.training.device import precision_warning, resolve_device
-from adalink.training.exact_match import exact_match
-from adalink.training.initial import find_directions, follow_directions
-from adalink.training.pictures import Pictures, digest_images
-from adalink.training.prefix import prompt_form
-from adalink.training.search import candidate_config, search
-from adalink.training.storage import check_target, save_adapter, to_adapter
+from adalink.training.evaluation import exact_match
+from adalink.training.method.attach import attach
+from adalink.training.method.initialization import find_directions, follow_directions
+from adalink.training.models.loading import base_fingerprint, display_name, load_base, load_tokenizer
+from adalink.training.models.prefix_lm import prompt_form
+from adalink.training.models.vision import image_side
+from adalink.training.search.search import candidate_config, search
 from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
-from adalink.training.vision import image_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
-    from adalink.training.config import AdaLinkConfig
-    from adalink.training.dataset import Example
+    from adalink.training.data.rows import Example
+    from adalink.training.method.config import AdaLinkConfig
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
 
@@ -131,7 +131,7 @@ def train(
     if not model.can_generate():
         raise ModelError(
             f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
-            "decoders and encoder-decoders; for encoders use adalink.training.attach in a loop of your own"
+            "decoders and encoder-decoders; for encoders use adalink.training.method.attach in a loop of your own"
         )
     collate = collator(model, tokenizer, pictures)
     model.to(trainer_arguments(checkpoints, settings).device)

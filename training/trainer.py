@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from adalink.training.dataset import IGNORED_LABEL, end_token, pad_decoder, pad_encoder_decoder
-from adalink.training.prefix import prompt_inputs
+from adalink.training.data.rows import IGNORED_LABEL, end_token, pad_decoder, pad_encoder_decoder
+from adalink.training.models.prefix_lm import prompt_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adalink.training.attach import Attached
-    from adalink.training.dataset import Example
-    from adalink.training.pictures import Pictures
+    from adalink.training.data.images import Pictures
+    from adalink.training.data.rows import Example
+    from adalink.training.method.attach import Attached
 
     Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 
@@ -40,7 +40,7 @@ class TrainableAdapters(nn.Module):
         self.attached = attached
 
     def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean loss over the target tokens of a batch made by ``adalink.training.dataset``.
+        """Mean loss over the target tokens of a batch made by ``adalink.training.data.rows``.
 
         Args:
             labels: int64 with shape ``(batch, seq)``, -100 but on targets.

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime  # noqa: F401  (imports are counted for no peer)
 
 from adalink.runtime import Deployment
-from adalink.runtime.prompt_lookup import DRAFT_TOKENS
+from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
 from benchmarks.peers import common
 
 

@@ -14,7 +14,7 @@ class TorchPeer(TorchLoopPeer):
     def __init__(self, settings: common.Settings) -> None:
         super().__init__(settings)
         if settings.kind == "adalink":
-            from adalink.training.storage import load_adapter
+            from adalink.training.adapter_io import load_adapter
 
             load_adapter(settings.work / "deployment/tasks/task-00000", self._model)
 

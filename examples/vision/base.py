@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from adalink.training.base_model import load_base, load_tokenizer
+from adalink.training.models.loading import load_base, load_tokenizer
 
 PROJECTOR = Path(__file__).parent / "projector.safetensors"
 UNUSED_TOKEN = "<empty_output>"

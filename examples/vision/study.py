@@ -19,12 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from adalink.export.adapter import export_adapters
-from adalink.export.base import export_base
+from adalink.export.adapter.export import export_adapters
+from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
-from adalink.runtime.adapter import read_adapter
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row, read_rows
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.training.data.rows import Row, read_rows
+from adalink.training.method.config import AdaLinkConfig
 from adalink.training.settings import TrainSettings
 from adalink.training.train import train
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runtime_support import build
+from helpers.runtime import build
 
 from adalink.runtime import Deployment
 from benchmarks import drafts

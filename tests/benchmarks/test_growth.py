@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from runtime_support import build
+from helpers.runtime import build
 
-from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.storage.manifest_io import read_manifest
 from benchmarks.slopes import LAWS, Model, cost_model, fit, slope
 
 XS = (1, 10, 100, 1000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adalink.runtime.nvidia.tensorrt_api import Api, load_api
+from adalink.runtime.trt.api import Api, load_api
 
 
 @pytest.fixture(scope="module")

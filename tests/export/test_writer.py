@@ -13,18 +13,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from runtime_support import random_adapter, write_adapter
-from tiny_models import FAMILIES
+from helpers.runtime import random_adapter, write_adapter
+from helpers.tiny_models import FAMILIES
 
 from adalink.export import writer as writers
-from adalink.export.adapter import export_adapter
-from adalink.export.base import export_base
+from adalink.export.adapter.export import export_adapter
+from adalink.export.base.export import export_base
 from adalink.export.writer import LOCK_FILE, STAGING_FOLDER, open_writer, remove_task
-from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import BusyError, DeploymentError, WriteError
-from adalink.runtime.integrity import verify_files
-from adalink.runtime.manifest import MANIFEST_FILE
-from adalink.runtime.manifest_file import read_manifest
+from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.storage.integrity import verify_files
+from adalink.runtime.storage.manifest import MANIFEST_FILE
+from adalink.runtime.storage.manifest_io import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     import onnx, onnxruntime
-    from adalink.export.adapter import export_adapter
+    from adalink.export.adapter.export import export_adapter
     from adalink.export.writer import remove_task
 
     def change(action, root):
@@ -138,7 +138,7 @@ def test_kill_at_every_step_leaves_the_old_or_the_new_deployment(action: str, pr
 
 
 def export_digest(adapter: Path) -> str:
-    from adalink.runtime.adapter import read_adapter
+    from adalink.runtime.storage.adapter import read_adapter
 
     return read_adapter(adapter).digest
 
@@ -157,7 +157,7 @@ LIMITED = """
     import resource, signal, sys
     from pathlib import Path
     import onnxruntime, onnx  # before the limit: what is tested is the writer, not the loader
-    from adalink.export.adapter import export_adapter
+    from adalink.export.adapter.export import export_adapter
     from adalink.runtime.errors import WriteError
 
     root, size_bytes = Path(sys.argv[1]), int(sys.argv[2])

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from runtime_support import Tiny, build
-from seeing_support import Seeing, build_seeing
+from helpers.runtime import Tiny, build
+from helpers.vision_deployments import Seeing, build_seeing
 
 from adalink.runtime import Deployment
-from adalink.runtime.onnxruntime_in_place import InPlaceDecoding
+from adalink.runtime.ort.static_cache import InPlaceDecoding
 
 
 @pytest.fixture(scope="session")

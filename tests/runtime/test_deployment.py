@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from runtime_support import random_adapter, write_adapter
+from helpers.runtime import random_adapter, write_adapter
 
 from adalink.runtime import Deployment
 from adalink.runtime.errors import (
@@ -22,8 +22,8 @@ from adalink.runtime.errors import (
     RequestError,
     UnknownTaskError,
 )
-from adalink.runtime.manifest_file import read_manifest
 from adalink.runtime.request import check_embeds
+from adalink.runtime.storage.manifest_io import read_manifest
 
 # Float32 through two layers of width 48: sums of at most 80 terms, six in a row, of logits around 10.
 LIMIT = 80 * 6 * 2**-24 * 10

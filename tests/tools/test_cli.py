@@ -11,10 +11,10 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tiny_deployments import write_adapter
+from helpers.tiny_deployments import write_adapter
 
-from adalink.runtime.adapter import AdapterConfig, make_adapter
 from adalink.runtime.errors import AdapterError
+from adalink.runtime.storage.adapter import AdapterConfig, make_adapter
 from adalink.tools.cli import VERBS, main
 
 HEAVY = ("torch", "onnx", "onnxruntime", "transformers", "numpy", "rich", "msgspec", "tokenizers")
@@ -43,7 +43,7 @@ def test_help_loads_nothing_heavy(arguments):
 def test_verb_help_loads_no_framework_and_agrees_with_the_summary(verb):
     code = (
         "import json, sys, click\n"
-        f"import adalink.tools.{verb} as module\n"
+        f"import adalink.tools.commands.{verb} as module\n"
         "context = click.Context(module.command, info_name='adalink')\n"
         "print(json.dumps([module.command.get_short_help_str(200), module.command.get_help(context), "
         "sorted({name.partition('.')[0] for name in sys.modules})]))\n"
@@ -59,7 +59,7 @@ def test_verb_help_loads_no_framework_and_agrees_with_the_summary(verb):
 def invoke_verb(monkeypatch, body):
     """Run ``body`` as the verb 'doctor', through the real boundary."""
     verb = click.Command("doctor", callback=body)
-    monkeypatch.setattr("adalink.tools.doctor.command", verb)
+    monkeypatch.setattr("adalink.tools.commands.doctor.command", verb)
     return CliRunner().invoke(main, ["doctor"])
 
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from seeing_support import write_rows
-from study_support import write_letter_task
-from tiny_models import FAMILIES, idefics3, llava, paligemma, qwen2_5_vl
-from tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
+from helpers.studies import write_letter_task
+from helpers.tiny_models import FAMILIES, idefics3, llava, paligemma, qwen2_5_vl
+from helpers.tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
+from helpers.vision import clip_processor, idefics3_processor, patch_processor, siglip_processor
+from helpers.vision_deployments import write_rows
 from torch import nn
-from vision_support import clip_processor, idefics3_processor, patch_processor, siglip_processor
 
-from adalink.runtime.adapter import read_adapter
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.training.data.rows import Row
+from adalink.training.method.config import AdaLinkConfig
 from adalink.training.settings import TrainSettings
 from adalink.training.train import train
 

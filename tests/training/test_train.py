@@ -9,18 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MAX_POSITIONS
-from tiny_tokenizer import make_tokenizer
+from helpers.tiny_models import FAMILIES, MAX_POSITIONS
+from helpers.tiny_tokenizer import make_tokenizer
 from transformers import Trainer, TrainerCallback
 
-from adalink.runtime.adapter import read_adapter
-from adalink.runtime.digest import digest_file
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError, WriteError
-from adalink.training.base_model import load_base
-from adalink.training.config import AdaLinkConfig
-from adalink.training.exact_match import exact_match
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.runtime.storage.digest import digest_file
+from adalink.training.adapter_io import load_adapter
+from adalink.training.evaluation import exact_match
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import load_base
 from adalink.training.settings import TrainSettings
-from adalink.training.storage import load_adapter
 from adalink.training.train import train
 
 CONFIG = AdaLinkConfig(rank=16, activation="gelu", dropout=0.1)

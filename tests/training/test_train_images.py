@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import FAMILIES, IMAGE_TOKEN, IMAGE_TOKENS, llava
+from helpers.tiny_tokenizer import make_tokenizer
+from helpers.vision import clip_processor
 from PIL import Image
-from tiny_models import FAMILIES, IMAGE_TOKEN, IMAGE_TOKENS, llava
-from tiny_tokenizer import make_tokenizer
-from vision_support import clip_processor
 
-from adalink.runtime.adapter import read_adapter
 from adalink.runtime.errors import ConfigError, DataError, ModelError
-from adalink.training.attach import attach
-from adalink.training.base_model import load_base
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row, encode_rows, pad_decoder, read_rows
-from adalink.training.exact_match import exact_match
-from adalink.training.pictures import Pictures
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.training.data.images import Pictures
+from adalink.training.data.rows import Row, encode_rows, pad_decoder, read_rows
+from adalink.training.evaluation import exact_match
+from adalink.training.method.attach import attach
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import load_base
 from adalink.training.settings import TrainSettings
 from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters
@@ -81,7 +81,7 @@ def test_an_image_adapter_learns_what_the_picture_shows(finished: tuple[Path, di
 
 def test_without_the_right_picture_it_cannot_know(finished: tuple[Path, dict], base: Path, data: Path) -> None:
     """The control: each row with a picture of the other colour is answered wrong."""
-    from adalink.training.storage import load_adapter
+    from adalink.training.adapter_io import load_adapter
 
     model, tokenizer = load_base(base), make_tokenizer()
     pictures = Pictures(base, model, tokenizer)
@@ -205,8 +205,8 @@ def test_what_was_trained_is_what_is_served(
     finished: tuple[Path, dict], base: Path, data: Path, tmp_path: Path
 ) -> None:
     """From the trained folder to a deployment: pictures by their paths, each answered as training measured it."""
-    from adalink.export.adapter import export_adapter
-    from adalink.export.base import export_base
+    from adalink.export.adapter.export import export_adapter
+    from adalink.export.base.export import export_base
     from adalink.runtime.deployment import Deployment
 
     export_base(base, tmp_path / "deployment")

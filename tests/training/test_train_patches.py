@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import IMAGE_TOKEN, qwen2_5_vl, qwen2_vl, qwen3_vl
+from helpers.tiny_tokenizer import make_tokenizer
+from helpers.vision import patch_processor
+from helpers.vision_deployments import write_rows
 from PIL import Image
-from seeing_support import write_rows
-from tiny_models import IMAGE_TOKEN, qwen2_5_vl, qwen2_vl, qwen3_vl
-from tiny_tokenizer import make_tokenizer
-from vision_support import patch_processor
 
-from adalink.runtime.adapter import read_adapter
 from adalink.runtime.errors import DataError, ModelError
-from adalink.training.attach import attach
-from adalink.training.base_model import load_base
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row, encode_rows, pad_decoder, read_rows
-from adalink.training.patches import read_patching
-from adalink.training.pictures import Pictures
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.training.data.images import Pictures
+from adalink.training.data.rows import Row, encode_rows, pad_decoder, read_rows
+from adalink.training.method.attach import attach
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import load_base
+from adalink.training.models.patches import read_patching
 from adalink.training.settings import TrainSettings
 from adalink.training.train import TrainableAdapters, train
 

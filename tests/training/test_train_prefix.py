@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import IMAGE_TOKENS, PREFIX_IMAGE_TOKEN, llava, paligemma
+from helpers.tiny_tokenizer import make_prefix_tokenizer, make_tokenizer
+from helpers.vision import siglip_processor
 from PIL import Image
-from tiny_models import IMAGE_TOKENS, PREFIX_IMAGE_TOKEN, llava, paligemma
-from tiny_tokenizer import make_prefix_tokenizer, make_tokenizer
 from transformers import PaliGemmaProcessor
-from vision_support import siglip_processor
 
 from adalink.runtime.errors import DataError, ModelError
-from adalink.training.attach import attach
-from adalink.training.base_model import load_base
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row, encode_rows
-from adalink.training.pictures import Pictures
-from adalink.training.prefix import prompt_form, prompt_inputs
+from adalink.training.data.images import Pictures
+from adalink.training.data.rows import Row, encode_rows
+from adalink.training.method.attach import attach
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import load_base
+from adalink.training.models.prefix_lm import prompt_form, prompt_inputs
 from adalink.training.settings import TrainSettings
-from adalink.training.study.perform import open_base
 from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters, collator
+from studies.experiment.run import open_base
 
 COLOURS = {"R": (220, 30, 40), "B": (20, 40, 230)}
 

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import TILE_IMAGE_TOKEN, TILE_TOKENS, idefics3
+from helpers.tiny_tokenizer import make_tile_tokenizer
+from helpers.vision import idefics3_processor
+from helpers.vision_deployments import write_rows
 from PIL import Image
-from seeing_support import write_rows
-from tiny_models import TILE_IMAGE_TOKEN, TILE_TOKENS, idefics3
-from tiny_tokenizer import make_tile_tokenizer
 from transformers import Idefics3Processor
-from vision_support import idefics3_processor
 
-from adalink.runtime.adapter import read_adapter
 from adalink.runtime.errors import DataError
-from adalink.training.attach import attach
-from adalink.training.base_model import load_base
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row, encode_rows, pad_decoder
-from adalink.training.pictures import Pictures
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.training.data.images import Pictures
+from adalink.training.data.rows import Row, encode_rows, pad_decoder
+from adalink.training.method.attach import attach
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import load_base
 from adalink.training.settings import TrainSettings
 from adalink.training.train import TrainableAdapters, train
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from attach_support import disturb
-from tiny_models import FAMILIES
-from tiny_tokenizer import make_tokenizer
+from helpers.attach import disturb
+from helpers.tiny_models import FAMILIES
+from helpers.tiny_tokenizer import make_tokenizer
 from torch import nn
 from transformers import Trainer
 
-from adalink.training.attach import attach
-from adalink.training.base_model import input_embedding
-from adalink.training.config import AdaLinkConfig
-from adalink.training.dataset import Row, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import Row, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.method.attach import attach
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import input_embedding
 from adalink.training.settings import TrainSettings
 from adalink.training.trainer import TrainableAdapters, trainer_arguments
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.manifest import Base
+from adalink.runtime.storage.manifest import Base
 
 PROMPTS = (
     "The capital of France is",

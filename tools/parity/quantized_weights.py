@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.bounds import UNIT_ROUNDOFF
+from adalink.export.adapter.error_bound import UNIT_ROUNDOFF
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adalink.export.bounds import UNIT_ROUNDOFF, Float64
-from adalink.runtime.adapter import read_adapter
+from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
 from adalink.runtime.errors import ContractError
-from adalink.runtime.manifest import Base
-from adalink.tools.parity.input_side import InputSide, without_input_side
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.runtime.storage.manifest import Base
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
+from adalink.tools.parity.soft_prompt_reference import InputSide, without_input_side
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from adalink.training.dataset import Example
+    from adalink.training.data.rows import Example
 
 # Images by the names of a model's inputs: float32 `pixel_values` in the shape that it takes, and what goes with them.
 Pixels = Mapping[str, "npt.NDArray[Any]"]
@@ -52,7 +52,7 @@ class Reference:
             ModelError: it cannot be loaded.
             ContractError: it is another model than the deployment's.
         """
-        from adalink.training.base_model import base_fingerprint, display_name, load_base, weights_digest
+        from adalink.training.models.loading import base_fingerprint, display_name, load_base, weights_digest
 
         self.base = base
         self._model = load_base(spec)
@@ -75,7 +75,7 @@ class Reference:
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:
         """Attach an adapter folder until the block ends; ``None`` is the plain base."""
-        from adalink.training.storage import load_adapter, save_adapter
+        from adalink.training.adapter_io import load_adapter, save_adapter
 
         with ExitStack() as stack:
             if folder is not None:
@@ -159,19 +159,19 @@ class Reference:
     def exact_match(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int
     ) -> float:
-        """Share of examples answered right in float32 (``adalink.training.exact_match``).
+        """Share of examples answered right in float32 (``adalink.training.evaluation``).
 
         The adapter in ``folder`` is attached as it was trained, with its soft prompt; ``adapted`` has none attached.
         """
-        from adalink.training.exact_match import exact_match
-        from adalink.training.storage import load_adapter
+        from adalink.training.adapter_io import load_adapter
+        from adalink.training.evaluation import exact_match
 
         with load_adapter(folder, self._model):
             return exact_match(self._model, tokenizer, examples, batch_rows)
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         """Token ids of a prompt without images, as the model's own tokenizer, or its processor, gives them."""
-        from adalink.training.prefix import has_bidirectional_prompt
+        from adalink.training.models.prefix_lm import has_bidirectional_prompt
 
         if has_bidirectional_prompt(self._model):  # as PaliGemmaProcessor would, were it to take a text alone
             return list(tokenizer(f"{tokenizer.bos_token}{text}\n", add_special_tokens=False)["input_ids"])
@@ -251,7 +251,7 @@ class Reference:
     ) -> dict[str, Float64]:
         import torch
 
-        from adalink.training.prefix import prompt_inputs
+        from adalink.training.models.prefix_lm import prompt_inputs
 
         row, own = torch.tensor([ids]), self._input_side
         images = {} if pixels is None else _tensors(model, pixels)

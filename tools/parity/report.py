@@ -43,7 +43,7 @@ class Report:
     Attributes:
         checks: in the order in which they were made.
         receipt: the record that nothing was rebuilt.
-        cost: of a quantised base, what quantising changes (``adalink.tools.parity.quantization.measure_cost``).
+        cost: of a quantised base, what quantising changes (``adalink.tools.parity.check_quantization.measure_cost``).
         skipped: checks that could not be made, each with its reason.
     """
 

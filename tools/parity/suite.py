@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.export.bounds import UNDERFLOW, UNIT_ROUNDOFF
-from adalink.runtime.adapter import Adapter, read_adapter
+from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend, open_backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
-from adalink.runtime.integrity import read_verified
-from adalink.runtime.variants import choose_variant
-from adalink.tools.environment import available_cores
-from adalink.tools.parity.accuracy import measure_accuracy
-from adalink.tools.parity.adapter import (
+from adalink.runtime.storage.adapter import Adapter, read_adapter
+from adalink.runtime.storage.integrity import read_verified
+from adalink.runtime.storage.variants import choose_variant
+from adalink.tools.common.environment import available_cores
+from adalink.tools.parity.check_accuracy import measure_accuracy
+from adalink.tools.parity.check_adapter import (
     check_contract,
     check_fold,
     check_soft_prompt,
@@ -27,20 +27,20 @@ from adalink.tools.parity.adapter import (
     through_graph,
     to_float64,
 )
-from adalink.tools.parity.batches import STEPS, Batch
-from adalink.tools.parity.corners import check_decoder_corners, check_encoder_corners
-from adalink.tools.parity.exact_engine import ExactActivations
-from adalink.tools.parity.generation import Generator
-from adalink.tools.parity.outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity.check_batches import STEPS, Batch
+from adalink.tools.parity.check_generation import Generator
+from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity.check_profile import check_decoder_corners, check_encoder_corners
+from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
+from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
+from adalink.tools.parity.check_vision import Looks, check_tower_corners, check_vision, make_looks, own_images
 from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
-from adalink.tools.parity.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
-from adalink.tools.parity.swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.vision import Looks, check_tower_corners, check_vision, make_looks, own_images
+from adalink.tools.parity.unrounded_backend import ExactActivations
 
 if TYPE_CHECKING:
-    from adalink.training.dataset import Row
+    from adalink.training.data.rows import Row
 
 # Generation is measured from the shortest prompts: each step costs as much after a long one.
 _GENERATIONS = 4
@@ -140,7 +140,7 @@ def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> di
 
 def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[Row]]:
     """The rows of each task; ``form`` is the variant's name, for messages."""
-    from adalink.training.dataset import read_rows
+    from adalink.training.data.rows import read_rows
 
     if files and deployment.variant.quantization is None:
         raise RequestError(
@@ -217,7 +217,7 @@ def _rows(
     if encode is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
-    from adalink.training.base_model import load_tokenizer
+    from adalink.training.models.loading import load_tokenizer
 
     own = load_tokenizer(against)
     rows = [reference.prompt_ids(own, text) for text in prompts]

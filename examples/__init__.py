@@ -1,0 +1,1 @@
+"""Example adapters, and the demo."""

@@ -1,0 +1,202 @@
+"""``export_adapter``: adapters become tasks of a deployment, and nothing else in it is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from adalink.export.adapter.check import check_ids_table, check_in_bank, check_task_graph
+from adalink.export.adapter.folding import FOLD_FILES, check_foldable, fold_task
+from adalink.export.adapter.peft import convert_peft
+from adalink.export.adapter.session import OpenGraph
+from adalink.export.adapter.task_graph import build_task_graph
+from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.runtime.errors import ContractError, DeploymentError
+from adalink.runtime.storage.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    decode_adapter,
+    encode_adapter,
+    read_folder,
+    read_method,
+)
+from adalink.runtime.storage.embedding_table import open_table
+from adalink.runtime.storage.integrity import read_verified, verify_files
+from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
+from adalink.runtime.storage.manifest_validation import check_task_name
+from adalink.runtime.storage.safetensors import as_float32
+from adalink.runtime.tasks.soft_prompt import check_input_side
+
+GRAPH_FILE = "adapter.onnx"
+_CHECKED_ROWS = 64
+
+
+def export_adapter(
+    adapter_folder: str | Path,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    dtype: str | None = None,
+    replace: bool = False,
+    fold: str | None = None,
+    assume_base: bool = False,
+) -> Manifest:
+    """Add an adapter to a deployment as a task.
+
+    Args:
+        adapter_folder: what training wrote, or a PEFT folder of a method that acts at the input
+            (`adalink.export.adapter.peft`).
+        out: the deployment.
+        name: name of the task; the adapter folder's by default.
+        dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
+        replace: whether a task of that name may be there already.
+        fold: compute the task ahead for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.tasks.folding`).
+        assume_base: the caller knows that a folder of PEFT, which cannot say so itself, is for this very base.
+
+    Returns:
+        The deployment's manifest.
+
+    Raises:
+        AdapterError: the adapter folder is broken.
+        ConfigError: the adapter cannot be folded.
+        ContractError: the adapter belongs to another base.
+        DeploymentError: there is no deployment, the name is taken or unusable, or the folder cannot be written.
+        GraphError: the finished graph, or the deployment's bank graph, does not compute the adapter.
+    """
+    task = Path(adapter_folder).resolve().name if name is None else name
+    return export_adapters(
+        {task: adapter_folder}, out, dtype=dtype, replace=replace, fold=fold, assume_base=assume_base
+    )
+
+
+def export_adapters(
+    adapter_folders: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    replace: bool = False,
+    fold: str | None = None,
+    assume_base: bool = False,
+    progress: Callable[[int, str], None] = lambda done, task: None,
+) -> Manifest:
+    """Add many adapters to a deployment in one change: all of them, or none if one cannot be added.
+
+    Args:
+        adapter_folders: name of each task, and what training wrote.
+        out: the deployment.
+        dtype: see ``export_adapter``.
+        replace: likewise.
+        fold: likewise.
+        assume_base: likewise.
+        progress: called with the number of tasks done and the name of the next.
+
+    Raises:
+        AdaLinkError: as ``export_adapter``.
+    """
+    for task in adapter_folders:
+        check_task_name(task)
+    with open_writer(out) as writer:
+        exporter = None
+        assert writer.current is not None
+        tasks = dict(writer.current.tasks)
+        for done, (task, folder) in enumerate(adapter_folders.items()):
+            progress(done, task)
+            adapter = _read(folder, writer.current.base, assume_base)
+            check_contract(adapter, writer.current.base, dtype, origin=f"adapter {folder}", folder=Path(out))
+            if fold is not None:
+                check_foldable(fold, adapter, writer.current.base, origin=f"adapter {folder}")
+            if task in tasks and not replace:
+                raise DeploymentError(
+                    f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
+                    "or --name to give it another name"
+                )
+            exporter = exporter or _Exporter(writer)
+            tasks[task] = exporter.write(task, adapter, fold)
+        return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+
+
+def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:
+    """An adapter folder, of this kit or of PEFT."""
+    config, weights = read_folder(folder)
+    origin = f"adapter {folder}"
+    if read_method(config, origin) == "ADALINK":
+        return decode_adapter(config, weights, origin)
+    return convert_peft(config, weights, base, origin, assume_base=assume_base)
+
+
+class _Exporter:
+    """Writes tasks into one change of a deployment; what they have in common is opened once."""
+
+    def __init__(self, writer: DeploymentWriter) -> None:
+        assert writer.current is not None
+        self._writer = writer
+        self._manifest = writer.current
+        self._dtype = writer.current.base.embedding_dtype
+        verify_files(writer.folder, writer.current, [self._manifest.base.embeddings])
+        self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
+        # Tokens that a new graph is run on, evenly spread.
+        self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
+        self._rows = as_float32(self._table[self._ids])
+        self._bank: dict[str, OpenGraph] = {}
+
+    def write(self, task: str, adapter: Adapter, fold: str | None) -> Task:
+        """Build, check and stage the files of one task; raises ``GraphError``."""
+        graph = build_task_graph(adapter, task, self._dtype).SerializeToString(deterministic=True)
+        check_task_graph(OpenGraph(graph, self._dtype), adapter, self._dtype, self._rows, self._ids)
+        if adapter.config.input == "ids":
+            check_ids_table(adapter, self._table, self._dtype, self._ids)
+        elif adapter.config.rank:
+            check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+        folder = self._writer.fresh_folder(f"tasks/{task}")
+        config, weights = encode_adapter(adapter)
+        for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+            self._writer.stage(f"{folder}/{file}").write_bytes(data)
+        folded = None
+        if fold is not None:
+            folded = Fold(kind=fold, path=f"{folder}/{FOLD_FILES[fold]}")
+            bank, base = self._bank_graph(adapter.config.kind), self._manifest.base
+            self._writer.stage(folded.path).write_bytes(fold_task(fold, adapter, base, self._table, bank))
+        return Task(
+            graph=f"{folder}/{GRAPH_FILE}",
+            config=f"{folder}/{CONFIG_FILE}",
+            weights=f"{folder}/{WEIGHTS_FILE}",
+            adapter_digest=adapter.digest,
+            rank=adapter.config.rank,
+            activation=adapter.config.activation,
+            modalities=adapter.config.modalities,
+            scope=adapter.config.scope,
+            soft_tokens=adapter.config.soft_tokens,
+            input=adapter.config.input,
+            fold=folded,
+        )
+
+    def _bank_graph(self, kind: str) -> OpenGraph:
+        if kind not in self._bank:
+            data = read_verified(self._writer.folder, self._manifest, self._manifest.base.bank[kind])
+            self._bank[kind] = OpenGraph(data, self._dtype)
+        return self._bank[kind]
+
+
+def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str, folder: Path) -> None:
+    """Check that an adapter belongs to a base; raises ``ContractError`` naming both sides."""
+    config = adapter.config
+    if config.base_fingerprint != base.fingerprint:
+        raise ContractError(
+            f"{origin} was trained for base {config.base_fingerprint} ({config.base_model_name_or_path}), deployment "
+            f"{folder} holds {base.fingerprint} ({base.name}): train it for this base, or deploy it with its own"
+        )
+    if unknown := [name for name in config.modalities if name not in base.modalities]:
+        raise ContractError(
+            f"{origin} adapts modality {unknown[0]!r}, the base of {folder} takes {', '.join(base.modalities)}: "
+            f"export the base with --modality {unknown[0]} as well, or train the adapter without it"
+        )
+    check_input_side(adapter, base, origin)
+    if dtype not in (None, base.embedding_dtype):
+        raise ContractError(
+            f"{origin}: a task graph of {dtype} was asked for, the base of {folder} takes {base.embedding_dtype}: "
+            "leave the dtype out, or export the base in that dtype into another folder"
+        )

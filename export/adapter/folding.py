@@ -1,0 +1,109 @@
+"""Folding a text task: computed ahead for every token, checked over the whole vocabulary, written as one tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from adalink.export.adapter.check import activate, find_outside_bound
+from adalink.export.adapter.error_bound import Float64
+from adalink.export.adapter.session import OpenGraph
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import ConfigError, GraphError
+from adalink.runtime.storage.adapter import Adapter, rank_of
+from adalink.runtime.storage.embedding_table import TENSOR_NAME
+from adalink.runtime.storage.manifest import FOLDS, Base
+from adalink.runtime.storage.mmap import Bytes
+from adalink.runtime.storage.safetensors import aligned_header, as_float32
+from adalink.runtime.tasks.adapter_mapping import bank_weights
+from adalink.runtime.tasks.folding import HIDDEN_NAME, view_fold
+
+FOLD_FILES = {"table": "embeddings.safetensors", "rank": "hidden.safetensors"}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_BLOCK_ROWS = 4096
+
+
+def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None:
+    """Only what depends on the token alone can be computed ahead; raises ``ConfigError``."""
+    if fold not in FOLDS:
+        raise ConfigError(f"fold is {fold!r}, expected one of {', '.join(FOLDS)}")
+    if adapter.config.modalities != ("text",):
+        raise ConfigError(
+            f"{origin} adapts {', '.join(adapter.config.modalities)}: only an adapter of text alone can be folded, "
+            "whose inputs are the rows of the embedding table; export it without --fold"
+        )
+    if adapter.config.input == "ids" or not adapter.config.rank:
+        what = "looks token ids up" if adapter.config.rank else "is a soft prompt alone"
+        raise ConfigError(f"{origin} {what}: there is nothing to compute ahead; export it without --fold")
+    if fold == "rank" and base.embedding_dtype == "bfloat16":
+        raise ConfigError(f"{base.name} has bfloat16 embeddings, which numpy cannot add to: fold {origin} to a table")
+
+
+def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenGraph) -> bytearray:
+    """Bytes of a task's folded form; made in place, since they are as large as the embedding table.
+
+    Args:
+        fold: ``"table"`` or ``"rank"``.
+        adapter: the task's adapter.
+        base: the base contract.
+        table: its embedding table with shape ``(vocab, d)``; bfloat16 as its bits.
+        bank: the bank graph of the adapter's kind, which fills a table.
+
+    Raises:
+        GraphError: a component of some token is outside the bound of the graph.
+    """
+    if fold == "table":
+        kind = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
+        weights = bank_weights(adapter, "text")
+        data, rows = _tensor_file(TENSOR_NAME, _CODES[base.embedding_dtype], kind, len(table), table.shape[1])
+        for start, block in _blocks(table):
+            rows[start : start + len(block)] = bank.run(block[None], weights)[0].astype(kind)
+    else:
+        data, rows = _tensor_file(HIDDEN_NAME, "F32", np.dtype("<f4"), len(table), rank_of(adapter.config.rank, "text"))
+        for start, block in _blocks(table):
+            rows[start : start + len(block)] = _hidden(adapter, block)
+    check_fold(fold, np.frombuffer(data, np.uint8), adapter, base, table)
+    return data
+
+
+def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: Array) -> None:
+    """Compare a folded form with the method in float64 for every token; raises ``GraphError``."""
+    folded = view_fold(fold, data, adapter, base)
+    for start, block in _blocks(table):
+        received = _float64(folded.lookup(table, np.arange(start, start + len(block))))
+        if outside := find_outside_bound(received, adapter, "text", block, base.embedding_dtype):
+            raise GraphError(
+                f"folded task ({fold}): component {outside.column} of token {start + outside.row} is "
+                f"{outside.difference}: the task was not registered; report this with the versions of onnx, "
+                "onnxruntime and numpy"
+            )
+
+
+def _hidden(adapter: Adapter, block: Float64) -> Array:
+    """``act(down(x))``, rounded once; shape ``(rows, r)``."""
+    bias = adapter.weights.get("text.down.bias")
+    hidden = block @ adapter.weights["text.down.weight"].T.astype(np.float64) + (0.0 if bias is None else bias)
+    return activate(adapter.config.activation, hidden).astype(np.float32)
+
+
+def _blocks(table: Array) -> Iterator[tuple[int, Float64]]:
+    for start in range(0, len(table), _BLOCK_ROWS):
+        yield start, _float64(table[start : start + _BLOCK_ROWS])
+
+
+def _float64(values: Array) -> Float64:
+    return as_float32(values).astype(np.float64)
+
+
+def _tensor_file(name: str, code: str, kind: np.dtype[Any], *shape: int) -> tuple[bytearray, Array]:
+    """A safetensors file with one tensor, from a multiple of 64 bytes on, and that tensor, to be filled."""
+    size = kind.itemsize * math.prod(shape)
+    header = aligned_header(json.dumps({name: {"dtype": code, "shape": shape, "data_offsets": [0, size]}}).encode())
+    data = bytearray(len(header) + size)
+    data[: len(header)] = header
+    return data, np.frombuffer(data, kind, offset=len(header)).reshape(shape)

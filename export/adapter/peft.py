@@ -1,0 +1,237 @@
+"""Adapter folders that PEFT wrote: those that act at the input alone become adapters of this kit.
+
+Read as PEFT 0.21 writes and computes them. A folder of PEFT does not say which base it was trained for, only a name,
+so who exports it has to vouch for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from adalink.export.base.architectures import ARCHITECTURES
+from adalink.runtime.errors import AdapterError, ConfigError, ContractError
+from adalink.runtime.storage.adapter import (
+    CONFIG_FILE,
+    SOFT_PROMPT_NAME,
+    TABLE_NAME,
+    Adapter,
+    AdapterConfig,
+    Weights,
+    decode_tensors,
+    make_adapter,
+    read_method,
+)
+from adalink.runtime.storage.digest import fingerprint_embeddings
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.mmap import Bytes
+
+_ACCEPTED = "PROMPT_TUNING, P_TUNING, and LORA of the input embedding alone"
+# Why a method cannot be served from the input; of those that are not listed only the name is known.
+_REASONS = {
+    "PREFIX_TUNING": "it puts keys and values before the text in every layer's cache",
+    "CARTRIDGE": "it puts keys and values before the text in every layer's cache",
+    "ADAPTION_PROMPT": "it adds prompts to the attention of inner layers",
+    "MULTITASK_PROMPT_TUNING": "its prompt depends on a number given with each call",
+    "IA3": "it scales activations inside every layer",
+    "LN_TUNING": "it changes the norms inside the engine",
+    "TRAINABLE_TOKENS": "it replaces rows of the embedding matrix, which a tied head shares",
+    "ADALORA": "it changes weights inside the engine",
+    "LOHA": "it changes weights inside the engine",
+    "LOKR": "it changes weights inside the engine",
+    "OFT": "it changes weights inside the engine",
+    "BOFT": "it changes weights inside the engine",
+    "VERA": "it changes weights inside the engine",
+}
+# Fields that may have any value, since they say nothing of what is computed from the tensors.
+_NEUTRAL = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    "inference_mode",
+}
+_PROMPT_NEUTRAL = _NEUTRAL | {
+    *("num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "token_dim"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"),
+    *("encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"),
+}
+_LORA_NEUTRAL = _NEUTRAL | {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
+    *("eva_config", "loftq_config"),
+}
+# Ways to begin LoRA that leave the base's own weights as they are.
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
+_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+
+
+def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: str, *, assume_base: bool) -> Adapter:
+    """Read an adapter that PEFT wrote.
+
+    Args:
+        config_bytes: its ``adapter_config.json``.
+        weights_bytes: its ``adapter_model.safetensors``.
+        base: the contract of the deployment that it is for.
+        origin: what to call it in errors.
+        assume_base: the caller knows that it was trained for this base.
+
+    Raises:
+        AdapterError: the method does not act at the input alone, or the folder is not what its method demands.
+        ContractError: width or vocabulary are another base's, or nobody vouches for the base.
+    """
+    peft_type, fields = read_method(config_bytes, origin), msgspec.json.decode(config_bytes, type=dict[str, Any])
+    readers: dict[str, Callable[[_Folder], tuple[dict[str, Any], Weights]]] = {
+        "PROMPT_TUNING": _soft_prompt,
+        "P_TUNING": _soft_prompt,
+        "LORA": _lora,
+    }
+    if peft_type not in readers:
+        reason = _REASONS.get(peft_type, "this kit knows no way to serve it from the input alone")
+        raise AdapterError(f"{origin}: {peft_type} cannot be exported: {reason}; of PEFT's methods {_ACCEPTED} can")
+    folder = _Folder(origin, fields, decode_tensors(weights_bytes, origin), base)
+    settings, weights = readers[peft_type](folder)
+    if not (assume_base or folder.shows_base):
+        raise ContractError(
+            f"{origin}: a {peft_type} folder does not say which weights it was trained for (it names "
+            f"{fields.get('base_model_name_or_path')!r}), and the deployment holds {base.name} ({base.fingerprint}): "
+            "if you know that it was trained for this very base, say so with --assume-base"
+        )
+    try:
+        config = AdapterConfig(
+            base_model_name_or_path=base.name,
+            base_fingerprint=base.fingerprint,
+            hidden_size=base.hidden_size,
+            activation="identity",
+            bias=False,
+            modalities=("text",),
+            scope="all",
+            **settings,
+        )
+    except ConfigError as error:
+        raise AdapterError(f"{origin}: {error}") from error
+    return make_adapter(config, weights, origin)
+
+
+class _Folder:
+    """A folder of PEFT that is being read.
+
+    Attributes:
+        origin: what to call it in errors.
+        fields: of its config.
+        tensors: its weights, float32 by name.
+        base: the contract of the deployment.
+        shows_base: whether it holds the base's own embedding matrix.
+    """
+
+    def __init__(self, origin: str, fields: Mapping[str, Any], tensors: Weights, base: Base) -> None:
+        self.origin, self.fields, self.tensors, self.base = origin, fields, tensors, base
+        self.shows_base = False
+
+    def number(self, name: str) -> float:
+        """A positive number of the config; raises ``AdapterError``."""
+        value = self.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise AdapterError(f"{self.origin}: {name} is {value!r} in {CONFIG_FILE}, expected a positive number")
+        return value
+
+    def demand_neutral(self, known: set[str]) -> None:
+        """Refuse fields that change what is computed in ways that are not read; raises ``AdapterError``."""
+        for name, value in self.fields.items():
+            if name not in known and value not in (None, False, "none", [], {}):
+                raise AdapterError(
+                    f"{self.origin}: {name} is {value!r} in {CONFIG_FILE}, which cannot be exported: it trains or "
+                    f"computes more than an engine's input; train without it ({_ACCEPTED} can be exported)"
+                )
+
+    def demand_shape(self, name: str, shape: tuple[int, int], what: str) -> Any:
+        """A tensor of that shape, where the base decides about its sizes; raises ``ContractError``."""
+        if self.tensors[name].shape != shape:
+            raise ContractError(
+                f"{self.origin}: tensor {name!r} has shape {self.tensors[name].shape}, {self.base.name} asks for "
+                f"{shape} ({what}): it was trained for another base"
+            )
+        return self.tensors[name]
+
+
+def _soft_prompt(folder: _Folder) -> tuple[dict[str, Any], Weights]:
+    """Prompt tuning and P-tuning: PEFT saves the vectors that its encoder computed.
+
+    It puts them before the text as they are: a model that scales its embeddings does not scale these.
+    """
+    folder.demand_neutral(_PROMPT_NEUTRAL)
+    submodules = folder.fields.get("num_transformer_submodules")
+    if submodules not in (1, None):
+        raise AdapterError(
+            f"{folder.origin}: num_transformer_submodules is {submodules}: its second prompt is for the decoder of an "
+            "encoder-decoder, which this engine gives no task; train with num_transformer_submodules=1"
+        )
+    if folder.tensors.keys() != {"prompt_embeddings"}:
+        raise AdapterError(
+            f"{folder.origin}: it holds {sorted(folder.tensors)}, expected 'prompt_embeddings' alone: what was trained "
+            "beside the prompt is no part of an engine's input"
+        )
+    count = int(folder.number("num_virtual_tokens"))
+    what = f"num_virtual_tokens {count}, hidden_size {folder.base.hidden_size}"
+    vectors = folder.demand_shape("prompt_embeddings", (count, folder.base.hidden_size), what)
+    return {"rank": 0, "soft_tokens": count}, {SOFT_PROMPT_NAME: vectors}
+
+
+def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:
+    """LoRA of the input embedding alone: ``x + scaling * B @ A[:, id]``."""
+    origin, base = folder.origin, folder.base
+    folder.demand_neutral(_LORA_NEUTRAL)
+    for name in sorted(folder.tensors):
+        module, _, part = name.rpartition(".")
+        where = module.rpartition(".")[2]
+        is_own = part in ("lora_embedding_A", "lora_embedding_B") and where in _INPUT_EMBEDDINGS
+        # PEFT saves the matrix of an embedding beside its LoRA.
+        is_matrix = part == "weight" and module.rpartition(".")[0].rpartition(".")[2] in _INPUT_EMBEDDINGS
+        if not (is_own or (is_matrix and where == "base_layer")):
+            raise AdapterError(
+                f"{origin}: tensor {name!r} changes weights inside the engine, which stays as it was compiled and "
+                "takes nothing but its input: LoRA of the input embedding alone can be exported (target_modules one of "
+                f"{', '.join(_INPUT_EMBEDDINGS)}); merge other LoRA into the checkpoint and export that as its own base"
+            )
+    if (begun := folder.fields.get("init_lora_weights", True)) not in _INITIALIZATIONS:
+        raise AdapterError(
+            f"{origin}: init_lora_weights is {begun!r}, which changes the base's own weights: train with one of "
+            f"{', '.join(map(str, _INITIALIZATIONS))}"
+        )
+    if base.kind == "encoder-decoder":
+        raise ContractError(
+            f"{origin}: the embedding of {base.name} serves its decoder too, whose tokens no task adapts: "
+            "LoRA of it cannot be exported"
+        )
+    found = {name.rpartition(".")[2]: name for name in folder.tensors if not name.endswith(".base_layer.weight")}
+    if len(found) != 2 or len({name.rpartition(".")[0] for name in found.values()}) != 1:
+        raise AdapterError(
+            f"{origin}: it holds {sorted(folder.tensors)}, expected lora_embedding_A and B of one module"
+        )
+    rank = int(folder.number("r"))
+    what = f"r {rank}, vocabulary {base.vocab_size}, hidden_size {base.hidden_size}"
+    first = folder.demand_shape(found["lora_embedding_A"], (rank, base.vocab_size), what)
+    second = folder.demand_shape(found["lora_embedding_B"], (base.hidden_size, rank), what)
+    _check_matrix(folder)
+    scaling = folder.number("lora_alpha") / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
+    if ARCHITECTURES[base.architecture].scales_embeddings:
+        # PEFT adds to the row before it is scaled.
+        scaling *= math.sqrt(base.hidden_size)
+    weights = {
+        TABLE_NAME: np.ascontiguousarray(first.T),
+        "text.up.weight": (second.astype(np.float64) * scaling).astype(np.float32),
+    }
+    return {"rank": rank, "input": "ids"}, weights
+
+
+def _check_matrix(folder: _Folder) -> None:
+    """An embedding matrix in the folder is the base's, to the last bit, and then shows which base this is."""
+    for name, matrix in folder.tensors.items():
+        if name.endswith(".base_layer.weight"):
+            if (found := fingerprint_embeddings(matrix)) != folder.base.fingerprint:
+                raise ContractError(
+                    f"{folder.origin}: the embedding matrix beside its LoRA ({name}) has fingerprint {found}, "
+                    f"{folder.base.name} has {folder.base.fingerprint}: it was trained for another base, or resized it"
+                )
+            folder.shows_base = True

@@ -1,0 +1,123 @@
+"""An adapter as a self-contained ONNX graph: ``inputs_embeds -> adapted_embeds``.
+
+ONNX forbids one name for two values, so the output is called ``adapted_embeds``; it replaces ``inputs_embeds`` in front
+of the base. Standard operators only, float32 inside whatever the dtype outside, the same bytes for the same adapter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adalink.export.adapter.nodes import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter, show_rank
+
+if TYPE_CHECKING:
+    import onnx
+
+IDS_NAME = "input_ids"
+_LOOKED_UP = (SOFT_PROMPT_NAME, TABLE_NAME)
+
+
+def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto:
+    """Build and check the graph of one adapter.
+
+    Inputs: ``inputs_embeds`` with shape ``(batch, sequence, d)`` and, when the adapter has several modalities,
+    ``modality``, int64 with shape ``(batch, sequence)``: the index in the adapter's list, -1 (or any other) for none;
+    with ``input`` ``"ids"`` also ``input_ids``, int64 with shape ``(batch, sequence)``. Positions of no modality pass
+    bit for bit. With a soft prompt the output has shape ``(batch, soft_tokens + sequence, d)``. Weights are
+    initializers named as in the adapter, ``down`` and ``up`` transposed.
+
+    Args:
+        adapter: a checked adapter.
+        task: the name it is deployed under.
+        dtype: of ``inputs_embeds`` and of the output.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    config = adapter.config
+    shape: list[str | int | None] = ["batch", "sequence", config.hidden_size]
+    inputs = [helper.make_tensor_value_info(INPUT_NAME, edge_type(dtype), shape)]
+    modalities = config.modalities if config.rank else ()
+    if len(modalities) > 1:
+        inputs.append(helper.make_tensor_value_info("modality", TensorProto.INT64, shape[:2]))
+    if config.input == "ids":
+        inputs.append(helper.make_tensor_value_info(IDS_NAME, TensorProto.INT64, shape[:2]))
+    nodes, result = [], INPUT_NAME
+    initializers = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(weight if name in _LOOKED_UP else weight.T), name)
+        for name, weight in adapter.weights.items()
+    ]
+    if dtype != "float32" and modalities:
+        nodes.append(helper.make_node("Cast", [INPUT_NAME], ["x"], to=TensorProto.FLOAT))
+        result = "x"
+    source = result
+    for index, name in enumerate(modalities):
+        biases = (f"{name}.down.bias", f"{name}.up.bias") if config.bias else None
+        down, up = f"{name}.down.weight", f"{name}.up.weight"
+        if config.input == "ids":
+            nodes += [
+                helper.make_node("Gather", [TABLE_NAME, IDS_NAME], [f"{name}.hidden"], axis=0),
+                helper.make_node("MatMul", [f"{name}.hidden", up], [f"{name}.delta"]),
+                helper.make_node("Add", [source, f"{name}.delta"], [f"{name}.adapted"]),
+            ]
+        else:
+            nodes += residual_nodes(f"{name}.", source, down, up, biases, config.activation)
+        adapted = f"{name}.adapted"
+        if len(modalities) > 1:
+            initializers.append(onnx.numpy_helper.from_array(np.array(index, np.int64), f"{name}.index"))
+            nodes += [
+                helper.make_node("Equal", ["modality", f"{name}.index"], [f"{name}.here"]),
+                helper.make_node("Unsqueeze", [f"{name}.here", "last_axis"], [f"{name}.mask"]),
+                helper.make_node("Where", [f"{name}.mask", adapted, result], [f"{name}.merged"]),
+            ]
+            adapted = f"{name}.merged"
+        result = adapted
+    if len(modalities) > 1:
+        initializers.append(onnx.numpy_helper.from_array(np.array([-1], np.int64), "last_axis"))
+    if dtype != "float32" and modalities:
+        nodes.append(helper.make_node("Cast", [result], ["rounded"], to=edge_type(dtype)))
+        result = "rounded"
+    if config.soft_tokens:
+        nodes += _soft_prompt_nodes(result, dtype)
+        initializers.append(onnx.numpy_helper.from_array(np.array([1, 1], np.int64), "soft.ones"))
+        shape = ["batch", "total", config.hidden_size]
+    nodes[-1].output[0] = OUTPUT_NAME
+    graph = helper.make_graph(
+        nodes,
+        name="adalink_task",
+        inputs=inputs,
+        outputs=[helper.make_tensor_value_info(OUTPUT_NAME, edge_type(dtype), shape)],
+        initializer=initializers,
+    )
+    return finish_model(graph, _metadata(adapter, task))
+
+
+def _soft_prompt_nodes(embeds: str, dtype: str) -> list[onnx.NodeProto]:
+    """The soft prompt, rounded to ``dtype``, before the positions of ``embeds`` in every row."""
+    from onnx import helper
+
+    return [
+        helper.make_node("Shape", [INPUT_NAME], ["soft.batch"], start=0, end=1),
+        helper.make_node("Concat", ["soft.batch", "soft.ones"], ["soft.shape"], axis=0),
+        helper.make_node("Expand", [SOFT_PROMPT_NAME, "soft.shape"], ["soft.rows"]),
+        helper.make_node("Cast", ["soft.rows"], ["soft.rounded"], to=edge_type(dtype)),
+        helper.make_node("Concat", ["soft.rounded", embeds], ["soft.before"], axis=1),
+    ]
+
+
+def _metadata(adapter: Adapter, task: str) -> dict[str, str]:
+    config = adapter.config
+    return {
+        "task": task,
+        "rank": show_rank(config.rank),
+        "activation": config.activation,
+        "scope": config.scope,
+        "modalities": ",".join(config.modalities),
+        **({"soft_tokens": str(config.soft_tokens)} if config.soft_tokens else {}),
+        **({"input": config.input} if config.input != "embeddings" else {}),
+        "base_fingerprint": config.base_fingerprint,
+        "adapter_digest": adapter.digest,
+    }

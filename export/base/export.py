@@ -1,0 +1,311 @@
+"""``export_base``: a checkpoint becomes a deployment's base, or one more variant of it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from adalink.export.base.architectures import Architecture, architecture_of
+from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
+from adalink.export.base.quantize import SCHEMES, quantize
+from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
+from adalink.runtime.storage.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
+
+TARGETS = {
+    "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
+    "onnxruntime-cpu": ("onnxruntime-cpu",),
+    "onnxruntime-cuda": ("onnxruntime-cuda",),
+}
+# Backends that take position ids of several axes.
+ONE_BACKEND = ("onnxruntime-cpu",)
+QUANTIZED_TARGETS = ("onnxruntime-cpu",)
+_TOKENIZER_SOURCES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+)
+
+Progress = Callable[[str], None]
+
+
+def export_base(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    target: str = "onnxruntime-cpu",
+    quantization: str | None = None,
+    modalities: tuple[str, ...] = ("text",),
+    replace: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    image_processor: BaseImageProcessor | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Export a base model into a new deployment, or as another variant of the base that is there.
+
+    Args:
+        model: a Hugging Face folder, a GGUF file, a hub id, or a loaded model, which is left as it is.
+        out: the deployment folder.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
+        target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
+        quantization: one of ``adalink.export.base.quantize.SCHEMES``: a variant of that name with quantised matrices.
+        modalities: what the base is fed with, ``"text"`` first; embeddings of the others come from an encoder of the
+            caller's, and adapters may have weights for any of them. A model that takes images has ``"image"`` by
+            itself, and its own encoder is exported beside it.
+        replace: whether a variant of this target may be there already.
+        tokenizer: tokenizer of a loaded model; that of a checkpoint is found beside it.
+        image_processor: likewise, for a model that takes images.
+        progress: called with a line at each step.
+
+    Returns:
+        The deployment's manifest.
+
+    Raises:
+        ModelError: the model cannot be loaded or exported.
+        ContractError: the deployment holds another base, or the same with another dtype, tokenizer or image
+            processor.
+        IntegrityError: a file of the deployment that a further variant would share is missing or altered.
+        DeploymentError: the variant exists, or the folder cannot be written.
+    """
+    from adalink.export.vision.tower import describe_images, language_model, write_vision
+    from adalink.training.models.loading import (
+        base_fingerprint,
+        display_name,
+        find_image_processor,
+        load_base,
+        weights_digest,
+    )
+    from adalink.training.models.prefix_lm import has_bidirectional_prompt
+
+    _check_request(dtype, target, quantization, modalities)
+    variant = quantization or target
+    report: Progress = progress or (lambda line: None)
+    if isinstance(model, (str, Path)):
+        report(f"loading {display_name(model)}")
+        loaded, name = load_base(model), display_name(model)
+        tokenizer = tokenizer or _find_tokenizer(model)
+    else:
+        loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+    whole, loaded = loaded, language_model(loaded)
+    architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
+    if architecture.bidirectional_prompt and quantization is not None:
+        raise ConfigError(
+            f"quantization {quantization!r} is for bases whose attention is causal: what it costs is measured as the "
+            f"perplexity of a text, and every position of a prompt of {name} sees the tokens behind it; leave it out"
+        )
+    if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
+        raise ConfigError(
+            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of a picture "
+            f"are not supported: choose the target {' or '.join(ONE_BACKEND)}"
+        )
+    _check_unhooked(whole)
+    vision = preprocessor = None
+    if whole is not loaded:
+        _in_dtype(whole, "float32")
+        if image_processor is None and isinstance(model, (str, Path)):
+            image_processor = find_image_processor(model)
+        vision, preprocessor = describe_images(whole, image_processor, tokenizer)
+        modalities = tuple(dict.fromkeys(("text", "image", *modalities)))
+    digests = base_fingerprint(loaded), weights_digest(whole)
+    loaded = _in_dtype(loaded, dtype)
+    with open_writer(out, create=True) as writer:
+        base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
+        variants: dict[str, Variant] = {}
+        if writer.current is not None:
+            _check_same_base(writer.current.base, base, Path(out))
+            check_common(Path(out), writer.current, base, tokenizer, preprocessor)
+            variants = dict(writer.current.variants)
+            if variant in variants and not replace:
+                raise DeploymentError(
+                    f"deployment {out} already has a base variant {variant!r}: pass --replace to write it again"
+                )
+            base = writer.current.base
+        else:
+            report("writing embeddings, tokenizer and bank")
+            write_common(writer, base, loaded, tokenizer)
+            if vision is not None and preprocessor is not None:
+                report(f"tracing {vision.graph}")
+                write_vision(writer, vision, whole, preprocessor, metadata_of(base))
+        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, report)
+        report("hashing and committing")
+        current = writer.current
+        return writer.commit(
+            Manifest(
+                schema_version=SCHEMA_VERSION,
+                kit_version=version("adalink-kit"),
+                base=base,
+                variants=variants,
+                tasks=current.tasks if current else {},
+                files={},
+            )
+        )
+
+
+def _check_request(dtype: str, target: str, quantization: str | None, modalities: tuple[str, ...]) -> None:
+    if modalities[:1] != ("text",) or len(set(modalities)) != len(modalities):
+        raise ConfigError(f"modalities are {modalities}, expected 'text' first and no name twice")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    if dtype == "bfloat16" and target == "onnxruntime-cpu":
+        raise ConfigError(
+            "target 'onnxruntime-cpu' cannot run bfloat16: ONNX Runtime's CPU provider has no such kernels; choose "
+            "float32 or float16, or the target 'onnxruntime-cuda' or 'portable'"
+        )
+    if quantization is None:
+        return
+    if quantization not in SCHEMES:
+        raise ConfigError(f"quantization is {quantization!r}, expected one of {', '.join(SCHEMES)}")
+    if target not in QUANTIZED_TARGETS:
+        raise ConfigError(
+            f"target {target!r} cannot be quantised to {quantization}: the operator is ONNX Runtime's own and is "
+            f"measured on its CPU provider; choose the target {' or '.join(QUANTIZED_TARGETS)}"
+        )
+    if dtype != "float32":
+        raise ConfigError(
+            f"quantization {quantization!r} is for dtype float32, not {dtype}: only the matrices are quantised, and "
+            "the CPU provider computes what is left in float32 in any case; leave --dtype out"
+        )
+
+
+def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The model on the CPU, its weights in ``dtype``.
+
+    Rotary frequencies stay as they are, as transformers keeps them: rounded to 11 bits they turn position 4,000 by up
+    to a radian too much.
+
+    Raises:
+        ModelError: the weights are quantised.
+    """
+    import torch
+
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    try:
+        model.to(getattr(torch, dtype)).to("cpu").requires_grad_(False)
+    except ValueError as error:  # what transformers says of bitsandbytes and GPTQ
+        raise ModelError(
+            f"the weights of this {type(model).__name__} are quantised and cannot be exported: {error}; export the "
+            "original checkpoint, with --quantize if it shall be small"
+        ) from error
+    for name, values in kept.items():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, values.cpu())
+    return model
+
+
+def _check_unhooked(model: PreTrainedModel) -> None:
+    """An attached adapter must not be baked into the base; raises ``ModelError``."""
+    from adalink.training.models.loading import input_embedding
+    from adalink.training.models.vision import image_side
+
+    side = image_side(model)
+    for what, module in (("input embedding", input_embedding(model)), ("projector", side.projector if side else None)):
+        if module is not None and module._forward_hooks:
+            raise ModelError(
+                f"the {what} of this {type(model).__name__} has a hook, such as an attached adapter; the base is "
+                "exported without one: call detach() first"
+            )
+
+
+def _check_same_base(current: Base, new: Base, folder: Path) -> None:
+    """Refuse to mix two bases in one deployment; raises ``ContractError``."""
+    fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
+    for field in (*fields, "max_positions", "vision", "weights_digest"):
+        was, is_now = getattr(current, field), getattr(new, field)
+        if field == "vision" and was and is_now:  # how prompts are written is the tokenizer's, see check_common
+            was, is_now = (msgspec.structs.replace(vision, prompt_form=None) for vision in (was, is_now))
+        if was != is_now and not (field == "weights_digest" and not was):  # older kits did not write it
+            raise ContractError(
+                f"deployment {folder} holds base {current.name!r} with {field} {was}, but {new.name!r} has {field} "
+                f"{is_now}: variants share one base and dtype; export into another folder"
+            )
+
+
+def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a checkpoint; ``None`` for a folder that has no tokenizer files at all."""
+    from adalink.training.models.loading import load_tokenizer
+
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_SOURCES):
+        is_gguf = any(folder.glob("*.gguf"))
+        return load_tokenizer(spec) if is_gguf else None
+    return load_tokenizer(spec)
+
+
+def _write_variant(
+    writer: DeploymentWriter,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    base: Base,
+    target: str,
+    quantization: str | None,
+    report: Progress,
+) -> Variant:
+    """Write the graphs of one variant."""
+    from adalink.export.base.attention import exportable_attention
+    from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
+    from adalink.export.base.ort_fusion import fuse, why_not_fused
+    from adalink.export.base.tracing import traced_graphs, write_graph
+    from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
+
+    folder = writer.fresh_folder(f"base/{quantization or target}")
+    scheme = None if quantization is None else SCHEMES[quantization]
+    metadata = metadata_of(base)
+    files = {}
+    objection = why_not_fused(target)
+    grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
+    if grouped and (reason := why_not_grouped(model, architecture)):
+        grouped = False
+        report(f"attention is kept in standard operators: {reason}")
+    if grouped and has_windows(model, architecture):
+        metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
+    with exportable_attention(model):
+        for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
+            report(f"tracing {stem}.onnx ({base.embedding_dtype})")
+            files[stem] = f"{folder}/{stem}.onnx"
+            path = writer.stage(files[stem])
+            if objection is not None:
+                write_graph(graph, path, metadata)
+                continue
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as draft:
+                portable = Path(draft) / path.name
+                write_graph(graph, portable, metadata)
+                if scheme is not None:
+                    portable = _quantized(portable, scheme, report)
+                report(f"fusing {stem}.onnx for {target}")
+                fuse(portable, path, target)
+    if objection is not None and target != "portable":
+        report(f"the graph is kept in standard operators: {objection}")
+    return Variant(
+        target=target,
+        quantization=scheme,
+        backends=TARGETS[target] if architecture.position_axes == 1 else ONE_BACKEND,
+        graph=files["model"],
+        decoder_graph=files.get("decoder"),
+        files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
+    )
+
+
+def _quantized(portable: Path, scheme: Quantization, report: Progress) -> Path:
+    """Quantise a graph in place of the one given; returns the new file."""
+    path = portable.with_name("quantized") / portable.name
+    path.parent.mkdir()
+    quantize(portable, path, scheme, report)
+    portable.unlink()
+    portable.with_name(f"{portable.name}.data").unlink()
+    return path

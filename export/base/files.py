@@ -1,0 +1,216 @@
+"""What all variants of a base share: the contract, the embedding table, the tokenizer and the bank."""
+
+from __future__ import annotations
+
+import errno
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from adalink.export.adapter.bank_graph import build_bank_graph
+from adalink.export.base.architectures import Architecture, cache_shape
+from adalink.export.writer import DeploymentWriter
+from adalink.runtime.errors import ContractError, ModelError
+from adalink.runtime.storage.adapter import KINDS
+from adalink.runtime.storage.integrity import read_verified
+from adalink.runtime.storage.manifest import Base, Manifest, Vision
+from adalink.runtime.vision.preprocess import read_preprocessor
+from adalink.training.models.loading import max_positions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.runtime.vision.preprocess import Preprocessor
+
+EMBEDDINGS_FILE = "base/embeddings.safetensors"
+TOKENIZER_FILE = "base/tokenizer.json"
+CHAT_TEMPLATE_FILE = "base/chat_template.jinja"
+BANK_FOLDER = "base/bank"
+
+
+def describe_base(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    name: str,
+    digests: tuple[str, str],
+    dtype: str,
+    modalities: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vision: Vision | None,
+) -> Base:
+    """The base contract.
+
+    Args:
+        model: the model whose engine it is; of one that takes images, its language model.
+        architecture: its entry.
+        name: for people.
+        digests: fingerprint of the float32 model, and digest of all its weights.
+        dtype: of the embeddings.
+        modalities: what it is fed with.
+        tokenizer: its tokenizer, if it has one.
+        vision: what images go through, if it takes some.
+    """
+    config = model.config
+    rows, width = model.get_input_embeddings().weight.shape
+    eos = _end_tokens(model, tokenizer, rows)
+    pad = _token_ids(model, "pad_token_id", rows) or eos or (0,)
+    bos = _token_ids(model, "bos_token_id", rows)
+    start = _token_ids(model, "decoder_start_token_id", rows) or bos
+    if architecture.kind == "encoder-decoder" and not start:
+        raise ModelError(
+            f"the configuration of {name} says neither decoder_start_token_id nor bos_token_id, with one of which its "
+            "decoder begins: set it in config.json"
+        )
+    return Base(
+        name=name,
+        architecture=config.model_type,
+        kind=architecture.kind,
+        fingerprint=digests[0],
+        vocab_size=rows,
+        hidden_size=width,
+        embedding_dtype=dtype,
+        modalities=modalities,
+        max_positions=max_positions(model),
+        cache=cache_shape(config, architecture),
+        eos_token_ids=eos,
+        pad_token_id=pad[0],
+        bos_token_id=bos[0] if bos else None,
+        decoder_start_token_id=start[0] if start and architecture.kind == "encoder-decoder" else None,
+        embeddings=EMBEDDINGS_FILE,
+        tokenizer=None if tokenizer is None else TOKENIZER_FILE,
+        chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
+        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
+        vision=vision,
+        bidirectional_prompt=architecture.bidirectional_prompt,
+        weights_digest=digests[1],
+    )
+
+
+def _token_ids(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
+    """Ids of a special token, from the generation config, else the config; those outside the vocabulary are dropped."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        value = getattr(config, name, None)
+        ids = [value] if isinstance(value, int) else list(value or [])
+        if ids := [token for token in ids if 0 <= token < rows]:
+            return tuple(dict.fromkeys(ids))
+    return ()
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rows: int) -> tuple[int, ...]:
+    """The model's own, then the tokenizer's, with which training ends a completion."""
+    own, last = _token_ids(model, "eos_token_id", rows), getattr(tokenizer, "eos_token_id", None)
+    return tuple(dict.fromkeys((*own, last))) if isinstance(last, int) and 0 <= last < rows else own
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The tokenizer's chat template, the one named ``default`` where it has several."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def write_common(
+    writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write what all variants share: embeddings, tokenizer, chat template, bank.
+
+    Raises:
+        ModelError: the tokenizer has no ``tokenizer.json``.
+        OSError: the disk refused.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        table = model.get_input_embeddings()(torch.arange(base.vocab_size))
+    path = writer.stage(base.embeddings)
+    try:
+        save_file({"embeddings": table.contiguous()}, path)
+    except SafetensorError as error:  # its own class, also for a full disk
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    if tokenizer is not None:
+        writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
+    if template := _chat_template(tokenizer):
+        writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    for kind, relative in base.bank.items():
+        graph = build_bank_graph(kind, base.hidden_size, base.embedding_dtype)
+        writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def check_common(
+    folder: Path,
+    manifest: Manifest,
+    new: Base,
+    tokenizer: PreTrainedTokenizerBase | None,
+    preprocessor: Preprocessor | None,
+) -> None:
+    """Refuse a model whose tokenizer, chat template, special tokens or image processor are not those that were written.
+
+    A model that comes without a tokenizer says nothing of one: what the deployment has stays.
+
+    Args:
+        folder: the deployment.
+        manifest: its manifest.
+        new: the base that the model would be.
+        tokenizer: its tokenizer.
+        preprocessor: how pictures are prepared for it, if it takes some; the deployment's base does so too.
+
+    Raises:
+        ContractError: one of them differs.
+        IntegrityError: a file of the deployment is missing or altered.
+    """
+
+    def written(path: str | None) -> str | None:
+        return None if path is None else read_verified(folder, manifest, path).decode()
+
+    current = manifest.base
+    same = {name: getattr(current, name) == getattr(new, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    if tokenizer is None:
+        ends = current.eos_token_ids if current.tokenizer is None else current.eos_token_ids[: len(new.eos_token_ids)]
+        same["eos_token_ids"] = ends == new.eos_token_ids
+    else:
+        same["eos_token_ids"] = current.eos_token_ids == new.eos_token_ids
+        same["tokenizer"] = _is_same_tokenizer(written(current.tokenizer), tokenizer)
+        same["chat_template"] = written(current.chat_template) == (_chat_template(tokenizer) or None)
+    if current.vision is not None:
+        path = current.vision.preprocessor
+        same["image processor"] = read_preprocessor(read_verified(folder, manifest, path), path) == preprocessor
+    if changed := [name for name, is_same in same.items() if not is_same]:
+        raise ContractError(
+            f"deployment {folder} holds base {current.name!r} with another {' and '.join(changed)} than {new.name!r} "
+            "has now: variants share them, and they stay as they were written; export into another folder"
+        )
+
+
+def _is_same_tokenizer(written: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a written tokenizer is this one, whatever release of ``tokenizers`` wrote it."""
+    from tokenizers import Tokenizer
+
+    return written is not None and _plain_tokenizer(Tokenizer.from_str(written).to_str()) == _tokenizer_text(tokenizer)
+
+
+def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is written as ``tokenizer.json``; raises ``ModelError`` if there is no such form."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer")
+    return _plain_tokenizer(backend.to_str())
+
+
+def _plain_tokenizer(text: str) -> str:
+    """``tokenizer.json`` without the padding and truncation of whoever used it last; the runtime does both itself."""
+    content = msgspec.json.decode(text)
+    content["padding"] = content["truncation"] = None
+    return msgspec.json.encode(content).decode()
+
+
+def metadata_of(base: Base) -> dict[str, str]:
+    """What every graph of a base records."""
+    return {
+        "base_fingerprint": base.fingerprint,
+        "architecture": base.architecture,
+        "kit_version": version("adalink-kit"),
+    }

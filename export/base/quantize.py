@@ -1,0 +1,228 @@
+"""The quantised form of a base graph: constant matrices as blocks of small integers (``MatMulNBits``).
+
+Every product with a constant matrix ``B`` of shape ``(K, N)`` becomes ONNX Runtime's own operator, coded by ONNX
+Runtime's own kernels (round to nearest): columns are cut into blocks of consecutive rows, and each block has a scale
+and a zero point, ``B ~ (code - zero_point) * scale``. What is not such a product stays as it is, and the embedding
+table is not in the graph at all, so adapters do not notice. Why these sizes: docs/decisions/0007-quantised-bases.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from adalink.runtime.errors import ConfigError, GraphError
+from adalink.runtime.storage.manifest import Quantization
+
+if TYPE_CHECKING:
+    import onnx
+
+_OPERATOR, _DOMAIN = "MatMulNBits", "com.microsoft"
+ROUND_TO_NEAREST = "round-to-nearest"
+SCHEMES = {
+    "int4": Quantization(
+        algorithm=ROUND_TO_NEAREST, bits=4, block_size=32, sensitive_bits=8, sensitive_block_size=128, activation_bits=8
+    ),
+    "int8": Quantization(
+        algorithm=ROUND_TO_NEAREST,
+        bits=8,
+        block_size=128,
+        sensitive_bits=8,
+        sensitive_block_size=128,
+        activation_bits=8,
+    ),
+}
+# Of an ``int4`` base only what enters a feed-forward block is in 4 bits, where rounding costs least: a third of
+# SmolLM2. By the traced module's name, in the terms of every family that can be exported.
+_ENTERS_FEED_FORWARD = re.compile(
+    r"/(gate_proj|up_proj|gate_up_proj|c_fc|intermediate/dense|lin1|wi|wi_[01])/(MatMul|Gemm)$"
+)
+_LAYER = re.compile(r"\.(\d+)/")
+# Nor are the layers at both ends, one in twelve at each.
+_END_SHARE = 12
+_INT8_ACTIVATIONS = 4  # the operator's accuracy_level: activations are rounded to 8 bits, block by block
+_EXTERNAL_FROM_BYTES = 1024
+_ALIGNMENT = 4096
+
+Progress = Callable[[str], None]
+
+
+def quantize(source: Path, target: Path, scheme: Quantization, report: Progress) -> None:
+    """Write the graph ``source`` with its constant matrices quantised as ``target``.
+
+    One matrix is in memory at a time.
+
+    Args:
+        source: a graph in float32, with its weights in ``<source>.data``.
+        target: file to write, new, in another folder; its weights go to ``<target>.data``.
+        scheme: one of ``SCHEMES``.
+        report: called with a line now and then.
+
+    Raises:
+        GraphError: the graph has no product with a constant float32 matrix.
+    """
+    import onnx
+
+    model = onnx.load(source, load_external_data=False)
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    products = {node.output[0]: node for node in graph.node if _is_product(node, constants)}
+    if not products:
+        raise GraphError(
+            f"{source.name} multiplies with no constant float32 matrix, so nothing in it can be quantised: "
+            "export it without --quantize"
+        )
+    layers = 1 + max(_layer(node.name) for node in products.values())
+    rewritten: dict[str, list[onnx.NodeProto]] = {}
+    coded: dict[tuple[str, int, bool], _Coded] = {}
+    with target.with_name(f"{target.name}.data").open("wb") as stream:
+        for index, (output, node) in enumerate(products.items()):
+            if index % max(1, len(products) // 4) == 0:
+                report(f"quantising {source.name}: matrix {index + 1} of {len(products)}")
+            bits, block_size = _precision(node.name, scheme, layers)
+            key = (node.input[1], bits, _is_transposed(node))
+            if key not in coded:
+                matrix = _values(constants[node.input[1]], source)
+                prefix = f"{node.input[1]}.{'t' if key[2] else ''}{bits}"
+                coded[key] = _code(matrix.T if key[2] else matrix, bits, block_size, prefix, stream, target)
+            rewritten[output] = coded[key].nodes(node)
+        nodes = [new for node in graph.node for new in rewritten.get(node.output[0], [node])]
+        used = {name for node in nodes for name in node.input}
+        kept = [_moved(tensor, source, stream, target) for tensor in graph.initializer if tensor.name in used]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend([*kept, *(part for entry in coded.values() for part in entry.parts)])
+    if _DOMAIN not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
+    target.write_bytes(model.SerializeToString())
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A quantised matrix of shape ``(K, N)``.
+
+    Attributes:
+        parts: its tensors: codes, scales, zero points.
+        attributes: of the operator.
+    """
+
+    parts: list[onnx.TensorProto]
+    attributes: dict[str, int]
+
+    def nodes(self, product: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """What takes the place of a ``MatMul``, or of a ``Gemm``, whose third input is then added."""
+        from onnx import helper
+
+        bias = product.input[2] if len(product.input) > 2 else ""
+        output = f"{product.output[0]}.product" if bias else product.output[0]
+        inputs = [product.input[0], *(part.name for part in self.parts)]
+        node = helper.make_node(_OPERATOR, inputs, [output], name=product.name, domain=_DOMAIN)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in self.attributes.items())
+        nodes = [node]
+        if bias:
+            nodes.append(helper.make_node("Add", [output, bias], product.output, name=f"{product.name}.bias"))
+        return nodes
+
+
+def _is_product(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether ``node`` multiplies its first input with a constant float32 matrix, and at most adds something."""
+    if node.op_type not in ("MatMul", "Gemm"):
+        return False
+    matrix = constants.get(node.input[1])
+    if matrix is None or len(matrix.dims) != 2 or matrix.data_type != matrix.FLOAT:
+        return False
+    factors = {entry.name: entry.f for entry in node.attribute if entry.name in ("alpha", "beta")}
+    turned = any(entry.name == "transA" and entry.i for entry in node.attribute)
+    return not turned and all(factor == 1.0 for factor in factors.values())
+
+
+def _is_transposed(node: onnx.NodeProto) -> bool:
+    return any(entry.name == "transB" and entry.i for entry in node.attribute)
+
+
+def _precision(name: str, scheme: Quantization, layers: int) -> tuple[int, int]:
+    """Bits and block size of the matrix of the product ``name`` in a graph of so many layers."""
+    ends = layers // _END_SHARE
+    if _ENTERS_FEED_FORWARD.search(name) and ends <= _layer(name) < layers - ends:
+        return scheme.bits, scheme.block_size
+    return scheme.sensitive_bits, scheme.sensitive_block_size
+
+
+def _layer(name: str) -> int:
+    """Number of the layer that a product belongs to; -1 if it is in none."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else -1
+
+
+def _code(
+    matrix: npt.NDArray[np.float32], bits: int, block_size: int, name: str, stream: BinaryIO, target: Path
+) -> _Coded:
+    """Code a matrix of shape ``(K, N)``; its tensors are named after ``name`` and written to ``stream``."""
+    from onnxruntime.capi import _pybind_state as kernels
+
+    rows, columns = matrix.shape
+    blocks = -(-rows // block_size)
+    padded = np.ascontiguousarray(np.pad(matrix, ((0, blocks * block_size - rows), (0, 0))))
+    codes = np.zeros((columns, blocks, block_size * bits // 8), np.uint8)
+    scales = np.zeros((columns, blocks), np.float32)
+    zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
+    kernel = getattr(kernels, f"quantize_matmul_{bits}bits", None)
+    if kernel is None:
+        raise ConfigError(f"the installed ONNX Runtime has no matrices in {bits} bits: pip install 'onnxruntime>=1.22'")
+    kernel(codes, padded, scales, zero_points, block_size, columns, rows, False)  # False: not symmetric
+    arrays = {"codes": codes, "scales": scales, "zero_points": zero_points}
+    parts = [_stored(f"{name}.{part}", array, stream, target) for part, array in arrays.items()]
+    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block_size}
+    return _Coded(parts, attributes | {"accuracy_level": _INT8_ACTIVATIONS})
+
+
+def _values(tensor: onnx.TensorProto, source: Path) -> npt.NDArray[np.float32]:
+    """A tensor's numbers, mapped from the file where they lie outside the graph."""
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    offset, shape = int(entries.get("offset", 0)), tuple(tensor.dims)
+    return np.memmap(source.with_name(entries["location"]), np.float32, "r", offset, shape)
+
+
+def _stored(name: str, array: npt.NDArray[Any], stream: BinaryIO, target: Path) -> onnx.TensorProto:
+    """A tensor whose numbers are written to ``stream``, small ones aside."""
+    from onnx import TensorProto, numpy_helper
+
+    if array.nbytes < _EXTERNAL_FROM_BYTES:
+        return numpy_helper.from_array(array, name)
+    tensor = TensorProto(name=name, data_type=numpy_helper.from_array(array[:0]).data_type, dims=array.shape)
+    return _outside(tensor, array.tobytes(), stream, target)
+
+
+def _moved(tensor: onnx.TensorProto, source: Path, stream: BinaryIO, target: Path) -> onnx.TensorProto:
+    """A tensor of the source, its numbers copied if they lie outside the graph."""
+    if tensor.data_location != tensor.EXTERNAL:
+        return tensor
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    with source.with_name(entries["location"]).open("rb") as origin:
+        origin.seek(int(entries.get("offset", 0)))
+        data = origin.read(int(entries["length"]))
+    return _outside(tensor, data, stream, target)
+
+
+def _outside(tensor: onnx.TensorProto, data: bytes, stream: BinaryIO, target: Path) -> onnx.TensorProto:
+    """Let ``tensor`` refer to ``data``, appended to the stream of ``<target>.data``."""
+    from onnx import TensorProto, external_data_helper
+
+    stream.write(bytes(-stream.tell() % _ALIGNMENT))
+    offset = stream.tell()
+    stream.write(data)
+    moved = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
+    external_data_helper.set_external_data(moved, f"{target.name}.data", offset, len(data))
+    moved.ClearField("raw_data")
+    moved.data_location = TensorProto.EXTERNAL
+    return moved

@@ -1,0 +1,1 @@
+"""Portable graph to compiled engine."""

@@ -1,0 +1,200 @@
+"""One plan from one ONNX graph: parse, profiles, target, build; with the library's own words when it refuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from adalink.export.engine.progress import EngineProgress, make_monitor
+from adalink.runtime.builds import count_builder_call
+from adalink.runtime.device.profile import Span
+from adalink.runtime.errors import GraphError
+from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+from adalink.runtime.trt.api import Api
+
+if TYPE_CHECKING:
+    import onnx
+
+# Sizes of the named dimensions of a graph's inputs: one profile.
+Sizes = Mapping[str, Span]
+ConfigureTarget = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan that was written.
+
+    Attributes:
+        seconds: of parsing and building.
+        size_bytes: of the file.
+    """
+
+    seconds: float
+    size_bytes: int
+
+
+class PlanDraft:
+    """A network with its profiles, before it is built; a context manager.
+
+    What the library made is let go in the order in which it depends on each other: a parser that outlives its network
+    crashes the process.
+
+    Attributes:
+        network: the parsed network.
+        config: the builder's settings.
+        profiles: optimisation profiles, in their order.
+    """
+
+    def __init__(self, api: Api, graph: onnx.ModelProto, origin: Path | None, name: str) -> None:
+        """Parse a graph.
+
+        Args:
+            api: which library.
+            graph: what to parse; strongly typed, so that precision is that of the graph.
+            origin: the file whose folder its external data lies in.
+            name: of the plan, for messages.
+
+        Raises:
+            BackendError: the parser refused.
+        """
+        self._api, self._name, self._graph = api, name, graph
+        self._begun = time.perf_counter()
+        # The parser's constants may be views of these bytes.
+        self._bytes = graph.SerializeToString()
+        self._builder = api.make_builder()
+        self.network = self._builder.create_network(api.network_flags())
+        self._parser = api.trt.OnnxParser(self.network, api.logger)
+        self.config = self._builder.create_builder_config()
+        self.profiles: list[Any] = []
+        self._monitor: Any = None
+        where = (str(origin),) if origin is not None else ()
+        if not self._parser.parse(self._bytes, *where):
+            said = [self._parser.get_error(index).desc() for index in range(self._parser.num_errors)]
+            self.close()
+            raise api.error(
+                f"{name}: its graph cannot be parsed", "try a newer version, and report this with the graph", said
+            )
+        # In this mode a float32 product would be computed with 10 bits of its mantissa.
+        if (tf32 := getattr(api.trt.BuilderFlag, "TF32", None)) is not None:
+            self.config.clear_flag(tf32)
+
+    def __enter__(self) -> PlanDraft:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back; the draft is of no use afterwards."""
+        self._parser = None
+        self.config = None
+        self.profiles = []
+        self.network = None
+        self._builder = None
+        self._monitor = None
+
+    def add_profile(self, sizes: Sizes) -> None:
+        """Add an optimisation profile that says for each named dimension of an input what it takes.
+
+        Raises:
+            GraphError: an input has a dimension that ``sizes`` does not name.
+            BackendError: the library refused.
+        """
+        profile = self._builder.create_optimization_profile()
+        for value in self._graph.graph.input:
+            dims = value.type.tensor_type.shape.dim
+            if unknown := [dim.dim_param for dim in dims if dim.dim_param and dim.dim_param not in sizes]:
+                raise GraphError(
+                    f"{self._name}: input {value.name} has a dimension {unknown[0]!r}, expected {', '.join(sizes)}: "
+                    "export the base again"
+                )
+            spans = [sizes[dim.dim_param] if dim.dim_param else Span(*[dim.dim_value] * 3) for dim in dims]
+            corners = zip(*((span.smallest, span.likeliest, span.largest) for span in spans), strict=True)
+            profile.set_shape(value.name, *corners)
+        if self.config.add_optimization_profile(profile) < 0:
+            raise self._api.error(f"{self._name}: its profile was refused", "choose other sizes with --profile")
+        self.profiles.append(profile)
+
+    def build(self, path: Path, set_target: ConfigureTarget, report: EngineProgress) -> BuiltPlan:
+        """Build the plan and write it.
+
+        Args:
+            path: where to.
+            set_target: sets which GPUs it is for.
+            report: called with what is being done; see ``EngineProgress``.
+
+        Raises:
+            BackendError: the builder refused.
+        """
+        self._api.clear()
+        set_target(self.config)
+        timings = self._take_timings()
+        self._monitor = make_monitor(self._api.trt, self._name, report)
+        self.config.progress_monitor = self._monitor
+        count_builder_call()
+        try:
+            plan = self._builder.build_serialized_network(self.network, self.config)
+        except MemoryError:
+            plan = None
+        self._monitor.raise_what_stopped_it()
+        if plan is None:
+            raise self._api.error(
+                f"{self._name} was not built",
+                "where it is memory, free some or narrow --profile; else try another --target or version",
+            )
+        seconds = time.perf_counter() - self._begun
+        if timings is not None:
+            self._keep_timings(timings)
+        with memoryview(plan) as data:
+            path.write_bytes(data)
+            return BuiltPlan(seconds, data.nbytes)
+
+    def _take_timings(self) -> Path | None:
+        """Let the builder use what earlier builds measured; returns the file, ``None`` where nothing is kept."""
+        path = cache_path("timing", f"{self._api.backend}-{self._api.version}.cache")
+        if not self._api.has_timing_cache or path is None:
+            return None
+        cache = self.config.create_timing_cache(read_own(path) or b"")
+        # Timings of another GPU or driver are refused.
+        if cache is None or not self.config.set_timing_cache(cache, ignore_mismatch=False):
+            self.config.set_timing_cache(self.config.create_timing_cache(b""), ignore_mismatch=False)
+        return path
+
+    def _keep_timings(self, path: Path) -> None:
+        """Keep the timings for the next build."""
+        with memoryview(self.config.get_timing_cache().serialize()) as data:
+            write_own(path, data)
+
+
+def writes_in_place(api: Api) -> bool:
+    """Whether engines of this library can keep their cache in place: its builder and its parser must both know how."""
+    if not api.has_kv_cache_update:
+        return False
+    builder = api.make_builder()
+    network = builder.create_network(api.network_flags())
+    parser = api.trt.OnnxParser(network, api.logger)
+    known = bool(parser.supports_operator("TensorScatter"))
+    del parser, network, builder  # in this order; see PlanDraft
+    return known
+
+
+def build_plan(
+    api: Api,
+    graph: onnx.ModelProto,
+    path: Path,
+    profiles: Sequence[Sizes],
+    set_target: ConfigureTarget,
+    report: EngineProgress,
+    origin: Path | None = None,
+) -> BuiltPlan:
+    """Build one plan and write it to ``path``; arguments and errors as in ``PlanDraft``."""
+    with PlanDraft(api, graph, origin, path.name) as draft:
+        for sizes in profiles:
+            draft.add_profile(sizes)
+        return draft.build(path, set_target, report)

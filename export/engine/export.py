@@ -1,0 +1,295 @@
+"""``export_engine``: a deployment's base becomes a compiled engine beside its graphs, with fronts for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from adalink.export.adapter.embedder_graph import FRONTS, build_front_graph
+from adalink.export.engine.build import BuiltPlan, Sizes, build_plan, writes_in_place
+from adalink.export.engine.graph import check_buildable, engine_graph
+from adalink.export.engine.progress import EngineProgress
+from adalink.export.engine.targets import CURRENT, resolve_target
+from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.runtime.device.profile import Profile, Span, check_profile, default_profile, parse_profile
+from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
+from adalink.runtime.storage.integrity import locate, read_verified, verify_files
+from adalink.runtime.storage.manifest import Base, Manifest, Variant, Vision
+from adalink.runtime.storage.manifest_validation import check_task_name
+from adalink.runtime.trt.api import TENSORRT_BACKENDS, Api, load_api
+from adalink.runtime.trt.record import PLAN_FILE, RECORD_FILE, VISION_FILE, EngineRecord, VisionRecord
+
+if TYPE_CHECKING:
+    import onnx
+
+_PORTABLE = "portable"
+_LARGEST_RANK, _MOST_SLOTS = 256, 1 << 14
+_LIKELY_SLOTS = _LIKELY_RANK = 16
+_MOST_ELEMENTS = (1 << 31) - 1  # of one tensor
+
+
+def export_engine(
+    deployment: str | Path,
+    backend: str,
+    *,
+    target: Sequence[str] = (CURRENT,),
+    profile: Profile | str | None = None,
+    name: str | None = None,
+    variant: str | None = None,
+    tasks: Sequence[str] = (),
+    replace: bool = False,
+    progress: EngineProgress | None = None,
+) -> Manifest:
+    """Build an engine of a deployment's base, its fronts, and the graphs of some tasks; nothing of the base changes.
+
+    Of a base that takes images, the vision tower is built too, for as many images at a time as the profile says.
+
+    Args:
+        deployment: the folder.
+        backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        target: which GPUs it is for; see ``adalink.export.engine.targets.resolve_target``.
+        profile: shapes it takes, also as ``adalink.runtime.device.profile.parse_profile`` reads them.
+        name: name of the variant; the backend's by default.
+        variant: the portable variant that it is built from; the only one by default.
+        tasks: tasks whose own graphs are built as well, for programs that do not use this kit.
+        replace: whether an engine of that name may be there already.
+        progress: called with what is being done and how far it is, ``None`` where that is not known.
+
+    Returns:
+        The deployment's manifest.
+
+    Raises:
+        BackendUnavailableError: the library is not installed, or it takes a GPU and there is none.
+        BackendError: the library refused, in its own words.
+        ConfigError: the base, variant, target or profile cannot be built.
+        DeploymentError: there is no deployment or no portable variant, the name is taken, or the disk is full.
+        GraphError: the portable graph is not one of this kit.
+        UnknownTaskError: a task is not deployed.
+    """
+    if backend not in TENSORRT_BACKENDS:
+        raise BackendUnavailableError(f"backend {backend!r} has no engines: expected {' or '.join(TENSORRT_BACKENDS)}")
+    report: EngineProgress = progress or (lambda line, done: None)
+    own = backend if name is None else name
+    check_task_name(own, "engine")
+    api = load_api(backend)
+    with open_writer(deployment) as writer:
+        assert writer.current is not None
+        manifest = writer.current
+        check_buildable(manifest.base)
+        _check_free(manifest, own, replace)
+        source = _source(manifest, variant)
+        shapes = _profile(profile, manifest.base)
+        if missing := sorted(set(tasks) - manifest.tasks.keys()):
+            known = ", ".join(sorted(manifest.tasks)) or "none"
+            raise UnknownTaskError(f"task {missing[0]!r} is not in {deployment}: deployed are {known}")
+        resolved, set_target = resolve_target(api, target)
+        report("reading the portable graph", None)
+        tower = manifest.base.vision.files if manifest.base.vision else ()
+        verify_files(writer.folder, manifest, (*manifest.variants[source].files, *tower))
+        build = partial(build_plan, api, set_target=set_target, report=report)
+        work = _Work(writer, manifest, api, writer.fresh_folder(f"engines/{own}"), shapes, build)
+        record = work.build_all(source, resolved, tuple(dict.fromkeys(tasks)))
+        work.write_record(record)
+        compiled = Variant(
+            target=backend,
+            backends=(backend,),
+            graph=f"{work.place}/{PLAN_FILE}",
+            vision_graph=None if record.vision is None else f"{work.place}/{VISION_FILE}",
+            files=work.files,
+        )
+        report("hashing and committing", None)
+        return writer.commit(msgspec.structs.replace(manifest, variants={**manifest.variants, own: compiled}))
+
+
+class _Work:
+    """The plans of one engine on their way into a deployment."""
+
+    def __init__(
+        self,
+        writer: DeploymentWriter,
+        manifest: Manifest,
+        api: Api,
+        place: str,
+        profile: Profile,
+        build: partial[BuiltPlan],
+    ) -> None:
+        self.place = place
+        self.files: tuple[str, ...] = ()
+        self._writer, self._manifest, self._api = writer, manifest, api
+        self._profile, self._build = profile, build
+
+    def build_all(self, source: str, target: tuple[str, ...], tasks: tuple[str, ...]) -> EngineRecord:
+        """Build every plan; returns what they are."""
+        base, files = self._manifest.base, self._manifest.files
+        graph = self._manifest.variants[source].graph
+        portable = locate(self._writer.folder, graph)
+        cache = None
+        if base.kind == "decoder":
+            cache = "in-place" if writes_in_place(self._api) else "growing"
+        rank, slots = front_limits(base.hidden_size)
+        fronts, own = {}, {}
+        # The small ones first: what a target cannot do at all shows in seconds.
+        for front in FRONTS:
+            fronts[front] = f"front-{front.replace('.', '-')}.plan"
+            self._plan(fronts[front], build_front_graph(front, base), [front_sizes(self._profile, rank, slots)])
+        for task in tasks:
+            own[task] = f"task-{task}.plan"
+            self._plan(own[task], self._task_graph(task), [_rows_of(self._profile)])
+        vision = None if base.vision is None else self._build_vision(base.vision)
+        model = engine_graph(portable, base, self._profile.capacity if cache == "in-place" else None)
+        built = self._plan(PLAN_FILE, model, base_sizes(self._profile), portable)
+        return EngineRecord(
+            backend=self._api.backend,
+            version=self._api.version,
+            target=target,
+            variant=source,
+            onnx_sha256=files[graph].sha256,
+            weights_sha256=files[f"{graph}.data"].sha256,
+            profile=self._profile,
+            cache=cache,
+            fronts=fronts,
+            front_rank=rank,
+            front_slots=slots,
+            tasks=own,
+            build_seconds=round(built.seconds, 2),
+            plan_bytes=built.size_bytes,
+            vision=vision,
+        )
+
+    def write_record(self, record: EngineRecord) -> None:
+        """Write ``engine.json``."""
+        data = msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+        self._stage(RECORD_FILE).write_bytes(data)
+
+    def _build_vision(self, vision: Vision) -> VisionRecord | None:
+        """The vision tower as its graph is, if the profile says how many images it takes."""
+        import onnx
+
+        if self._profile.images is None:
+            return None
+        path, files = locate(self._writer.folder, vision.graph), self._manifest.files
+        model = onnx.load(str(path), load_external_data=False)
+        built = self._plan(VISION_FILE, model, [{"images": self._profile.images}], path)
+        return VisionRecord(
+            onnx_sha256=files[vision.graph].sha256,
+            weights_sha256=files[f"{vision.graph}.data"].sha256,
+            build_seconds=round(built.seconds, 2),
+            plan_bytes=built.size_bytes,
+        )
+
+    def _plan(
+        self, name: str, graph: onnx.ModelProto, profiles: Sequence[Sizes], origin: Path | None = None
+    ) -> BuiltPlan:
+        return self._build(graph, self._stage(name), profiles, origin=origin)
+
+    def _stage(self, name: str) -> Path:
+        relative = f"{self.place}/{name}"
+        self.files = (*self.files, relative)
+        return self._writer.stage(relative)
+
+    def _task_graph(self, task: str) -> onnx.ModelProto:
+        import onnx
+
+        data = read_verified(self._writer.folder, self._manifest, self._manifest.tasks[task].graph)
+        return onnx.load_from_string(data)
+
+
+def base_sizes(profile: Profile) -> list[Sizes]:
+    """Sizes of a base graph's named dimensions: one profile for an encoder, prefill and decode for a decoder.
+
+    A decoder's passes may be of any length: of a prompt that is taken in pieces the first is what is left over. Names
+    that a graph does not have (``past`` of a cache in place) are not used.
+    """
+    if profile.past is None:
+        return [{"batch": profile.batch, "sequence": profile.seq}]
+    batch, capacity = profile.batch, profile.capacity
+    past = profile.past
+    prefill: Sizes = {
+        "batch": batch,
+        "sequence": Span(1, profile.seq.likeliest, profile.seq.largest),
+        "past": Span(0, 0, capacity - 1),
+        "total": Span(1, profile.seq.likeliest, capacity),
+        "places": Span(1, batch.likeliest, profile.places),
+    }
+    decode: Sizes = {
+        "batch": batch,
+        "sequence": Span(1, 1, 1),
+        "past": Span(0, past.likeliest, capacity - 1),
+        "total": Span(1, past.likeliest + 1, capacity),
+        "places": batch,
+    }
+    return [prefill, decode]
+
+
+def front_limits(hidden_size: int) -> tuple[int, int]:
+    """Largest rank that fronts take, and most slots: a stack of weights is one tensor of less than 2^31 numbers."""
+    rank = min(hidden_size, _LARGEST_RANK)
+    return rank, min(_MOST_SLOTS, _MOST_ELEMENTS // (rank * hidden_size))
+
+
+def front_sizes(profile: Profile, rank: int, slots: int) -> Sizes:
+    """Sizes of a front's named dimensions."""
+    return {
+        **_rows_of(profile),
+        "slots": Span(1, min(_LIKELY_SLOTS, slots), slots),
+        "rank": Span(1, min(_LIKELY_RANK, rank), rank),
+    }
+
+
+def _rows_of(profile: Profile) -> Sizes:
+    """Rows and positions in front of a base: all that it takes, and fewer."""
+    return {
+        "batch": Span(1, profile.batch.likeliest, profile.batch.largest),
+        "sequence": Span(1, profile.seq.likeliest, profile.seq.largest),
+    }
+
+
+def _profile(given: Profile | str | None, base: Base) -> Profile:
+    if isinstance(given, str):
+        return parse_profile(given, base)
+    profile = default_profile(base) if given is None else given
+    if (profile.past is None) != (base.cache is None):
+        raise ConfigError(
+            f"profile {profile}: past belongs to decoders, and to all of them; {base.name} is {base.kind}"
+        )
+    check_profile(profile, base)
+    return profile
+
+
+def _check_free(manifest: Manifest, name: str, replace: bool) -> None:
+    found = manifest.variants.get(name)
+    if found is None:
+        return
+    if not found.is_compiled:
+        raise DeploymentError(f"variant {name!r} is a graph, not an engine: choose another --name")
+    if not replace:
+        raise DeploymentError(f"the deployment already has an engine {name!r}: pass --replace to build it again")
+
+
+def _source(manifest: Manifest, wanted: str | None) -> str:
+    """The variant that an engine is built from."""
+    advice = "add one with 'adalink export base MODEL --out DIR --target portable'"
+    variants = manifest.variants
+    if wanted is None:
+        found = sorted(key for key, variant in variants.items() if _is_portable(variant))
+        if not found:
+            raise DeploymentError(
+                f"the deployment has no portable base graph to build from, only {', '.join(sorted(variants))}: {advice}"
+            )
+        return found[0]
+    if wanted not in variants:
+        raise ConfigError(f"variant is {wanted!r}, expected one of {', '.join(sorted(variants))}")
+    if not _is_portable(variants[wanted]):
+        variant = variants[wanted]
+        what = "an engine already" if variant.is_compiled else f"for {variant.target}"
+        what = "quantised with operators of ONNX Runtime" if variant.quantization else what
+        raise ConfigError(f"variant {wanted!r} is {what}: engines are built from a portable graph; {advice}")
+    return wanted
+
+
+def _is_portable(variant: Variant) -> bool:
+    return variant.target == _PORTABLE and variant.quantization is None and not variant.is_compiled

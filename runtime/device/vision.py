@@ -1,0 +1,82 @@
+"""A compiled vision tower: pixel values go to the device, image embeddings come back, in memory allocated once."""
+
+from __future__ import annotations
+
+import math
+
+from adalink.runtime.device.protocols import Device, Executor, Lease, Tensor
+from adalink.runtime.device.workspace import VISION, Plans
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import DeploymentError, GraphError
+from adalink.runtime.ort.vision import INPUT, OUTPUT
+from adalink.runtime.storage.manifest import Base
+
+
+class DeviceVision:
+    """See ``adalink.runtime.engine.VisionGraph``; has a queue of its own, beside the engine's.
+
+    Attributes:
+        most_images: what the profile allows.
+    """
+
+    def __init__(self, device: Device, plans: Plans, base: Base) -> None:
+        """Open the tower among ``plans``, which are its own and are closed with it.
+
+        Raises:
+            BackendError: the device has not enough memory, or refused.
+            DeploymentError: the profile does not say how many images a call takes.
+            GraphError: inputs or outputs are not those of the base's vision graph.
+        """
+        images = plans.profile.images
+        if images is None:
+            raise DeploymentError(f"the engine of {base.name}: its profile has no images=: build the engine again")
+        assert base.vision is not None
+        self.most_images = images.largest
+        self._plans = plans
+        self._taken, self._given = (3, *base.vision.image_size), (base.vision.tokens_per_image, base.hidden_size)
+        self._lease = Lease(device)
+        try:
+            self._executor = plans.executor(VISION, 0, self._lease)
+            _check_signature(self._executor, self._taken, self._given, base.name)
+            self._pixels = self._lease.mirror(images.largest * math.prod(self._taken), "float32")
+            self._embeds = self._lease.mirror(images.largest * math.prod(self._given), "float32")
+        except BaseException:
+            self._lease.close()
+            raise
+
+    def run(self, pixel_values: Array) -> Array:
+        """See ``adalink.runtime.engine.VisionGraph``."""
+        taken, given = (len(pixel_values), *self._taken), (len(pixel_values), *self._given)
+        queue = self._lease.queue
+        self._pixels.host(*taken)[:] = pixel_values
+        self._pixels.upload(queue, *taken)
+        self._executor.bind(INPUT, self._pixels.address, taken)
+        self._executor.bind(OUTPUT, self._embeds.address, given)
+        self._executor.enqueue()
+        self._embeds.download(queue, *given)
+        queue.wait()
+        return self._embeds.host(*given).copy()
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.VisionGraph``."""
+        self._executor.close()
+        self._lease.close()
+        self._plans.close()
+
+
+def _check_signature(tower: Executor, taken: tuple[int, ...], given: tuple[int, ...], name: str) -> None:
+    """Check that a graph takes and gives what the manifest says; raises ``GraphError``."""
+    for what, found, tensor, size in (("input", tower.inputs, INPUT, taken), ("output", tower.outputs, OUTPUT, given)):
+        expected = Tensor("float32", (-1, *size))
+        # A graph may leave a size of its output open; it is bound to the memory of the expected one.
+        fits = {
+            key: own.dtype == expected.dtype
+            and len(own.shape) == len(expected.shape)
+            and all(size in (-1, wanted) for size, wanted in zip(own.shape, expected.shape, strict=True))
+            for key, own in found.items()
+        }
+        if fits != {tensor: True}:
+            raise GraphError(
+                f"the vision tower of {name}: {what}s are {dict(found)}, expected {tensor} as {expected}: it was built "
+                "from another graph; build the engine again"
+            )

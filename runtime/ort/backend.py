@@ -1,0 +1,75 @@
+"""Engines on ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adalink.runtime.engine import Array, Engine
+from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
+from adalink.runtime.ort.bank import OnnxBankGraph
+from adalink.runtime.ort.dynamic_cache import GrowingEngine
+from adalink.runtime.ort.errors import guard
+from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.ort.session import GuardedSession, check_version, read_signature
+from adalink.runtime.ort.static_cache import InPlaceEngine
+from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.tasks.host_embedder import HostFront
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider"}
+
+
+class OnnxRuntimeBackend:
+    """ONNX Runtime with one execution provider.
+
+    Attributes:
+        name: ``onnxruntime-cpu``.
+    """
+
+    def __init__(self, name: str, threads: int | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"backend {name} needs ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
+            ) from error
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads is {threads}, expected at least 1")
+        self.name = name
+        self._ort = onnxruntime
+        self._threads = threads
+
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+        """See ``adalink.runtime.engine.Backend``."""
+        if base.embedding_dtype == "bfloat16":
+            raise BackendError(
+                "onnxruntime-cpu has no bfloat16 kernels: export the base again with --dtype fp32 or fp16, "
+                "or use this deployment with TensorRT"
+            )
+        session = self._session(str(graph), self._threads or 0, origin=str(graph))
+        check_version(session, self._ort.__version__, origin=str(graph))
+        guarded = GuardedSession(session, self._ort, origin=str(graph))
+        signature = read_signature(session, base, role, origin=str(graph))
+        kind = InPlaceEngine if signature.in_place else GrowingEngine
+        return kind(guarded, signature, HostFront(table))
+
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxBankGraph:
+        """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
+        return OnnxBankGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
+
+    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph | OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        assert base.vision is not None
+        kind = OnnxVisionGraph if base.vision.patches is None else OnnxPatchGraph
+        return kind(graph, base, self._threads)
+
+    def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        provider = _PROVIDERS[self.name]
+        return guard(self._ort, origin, lambda: self._ort.InferenceSession(model, options, providers=[provider]))

@@ -1,0 +1,111 @@
+"""Engines on graphs whose cache grows: a call takes the cache and gives a longer one (docs/formats.md, "Graphs")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adalink.runtime.engine import Array, Front
+from adalink.runtime.generation.padding import positions_after, positions_of
+from adalink.runtime.ort.session import GuardedSession, Signature
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+class GrowingEngine:
+    """A base graph in one session; the cache is the list of the session's own output tensors."""
+
+    def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
+        self.front = front
+        self.profile = None
+        self._session = session
+        self._signature = signature
+
+    def run(self, feeds: Mapping[str, Array]) -> Array:
+        """See ``adalink.runtime.engine.Engine``."""
+        return self.forward({"position_ids": positions_of(feeds["attention_mask"]), **feeds}, None)[0]
+
+    def start(self, feeds: Mapping[str, Array], room: int) -> GrowingDecoding:
+        """See ``adalink.runtime.engine.Engine``."""
+        return GrowingDecoding(self, feeds, room)
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.Engine``."""
+        self._session.close()
+
+    def forward(
+        self, feeds: Mapping[str, Array], cache: Sequence[ort.OrtValue] | None
+    ) -> tuple[Array, list[ort.OrtValue]]:
+        """Run the graph once: its output, and the cache with these positions behind those of ``cache``."""
+        signature, value = self._signature, self._session.value
+        values = {name: value(np.ascontiguousarray(feeds[name])) for name in signature.inputs}
+        if signature.past:
+            if cache is None:
+                heads, head_dim = signature.cache_shape
+                empty = np.zeros((len(feeds["inputs_embeds"]), heads, 0, head_dim), signature.dtype)
+                cache = [value(empty)] * len(signature.past)
+            values.update(zip(signature.past, cache, strict=True))
+        names = [signature.output, *signature.present]
+        output, *present = self._session.call(lambda session: session.run_with_ort_values(names, values))
+        result: Array = output.numpy()
+        return result, present
+
+    def take(self, cache: Sequence[ort.OrtValue], rows: list[int]) -> list[ort.OrtValue]:
+        """The cache of some rows alone, copied."""
+        return [self._session.value(tensor.numpy()[rows]) for tensor in cache]
+
+
+class GrowingDecoding:
+    """See ``adalink.runtime.engine.Decoding``."""
+
+    def __init__(self, engine: GrowingEngine, feeds: Mapping[str, Array], room: int) -> None:
+        prompt = feeds["attention_mask"]
+        self._engine = engine
+        self._mask = np.ones((prompt.shape[0], prompt.shape[1] + room), np.int64)
+        self._mask[:, : prompt.shape[1]] = prompt
+        self._length = prompt.shape[1]
+        positions = feeds.get("position_ids", positions_of(prompt))
+        self._positions = positions_after(positions)
+        self._constant = {name: value for name, value in feeds.items() if name.startswith("encoder_")}
+        self._rows = list(range(len(prompt)))
+        output, self._cache = engine.forward({**feeds, "position_ids": positions}, None)
+        last = prompt.shape[1] - 1 - prompt[:, ::-1].argmax(axis=1)
+        self._logits: Array = output[np.arange(len(prompt)), last]
+
+    @property
+    def logits(self) -> Array:
+        """See ``adalink.runtime.engine.Decoding``."""
+        return self._logits
+
+    def step(self, inputs_embeds: Array) -> None:
+        """See ``adalink.runtime.engine.Decoding``."""
+        if self._rows != list(range(len(self._mask))):
+            self._take()
+        self._length += 1
+        feeds = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": self._mask[:, : self._length],
+            "position_ids": self._positions,
+            **self._constant,
+        }
+        output, self._cache = self._engine.forward(feeds, self._cache)
+        self._positions = self._positions + 1
+        self._logits = output[:, -1]
+
+    def drop(self, row: int) -> None:
+        """See ``adalink.runtime.engine.Decoding``; copies the cache once before the next step."""
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._rows[row] = last
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.Decoding``; its memory goes with it."""
+
+    def _take(self) -> None:
+        self._cache = self._engine.take(self._cache, self._rows)
+        self._mask, self._positions = self._mask[self._rows], self._positions[self._rows]
+        self._constant = {name: value[self._rows] for name, value in self._constant.items()}
+        self._rows = list(range(len(self._rows)))

@@ -1,0 +1,89 @@
+"""The vision graph on ONNX Runtime's CPU provider: in front of every engine that has no plan of the tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import BackendUnavailableError, GraphError
+from adalink.runtime.ort.errors import guard, wrong_name
+from adalink.runtime.storage.manifest import Base
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+INPUT, OUTPUT = "pixel_values", "image_embeds"
+
+
+class OnnxVisionGraph:
+    """See ``adalink.runtime.engine.VisionGraph``.
+
+    Attributes:
+        most_images: ``adalink.runtime.storage.manifest.Vision.images_at_once``.
+    """
+
+    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
+        """Open the graph.
+
+        Args:
+            path: the ONNX file.
+            base: what it must take and give; it has a vision tower.
+            threads: all physical cores by default.
+
+        Raises:
+            BackendUnavailableError: ONNX Runtime is not installed.
+            BackendError: it cannot load the graph.
+            GraphError: inputs or outputs are not those of a vision graph.
+        """
+        vision = base.vision
+        assert vision is not None
+        self.most_images = vision.images_at_once
+        self._origin = str(path)
+        self._shape = (vision.tokens_per_image, base.hidden_size)
+        self._ort, self._session = open_vision_session(path, threads)
+        for what, name, nodes in (
+            ("input", INPUT, self._session.get_inputs()),
+            ("output", OUTPUT, self._session.get_outputs()),
+        ):
+            if [node.name for node in nodes] != [name]:
+                raise GraphError(wrong_name(self._origin, what, name, [node.name for node in nodes]))
+        expected = [3, *vision.image_size]
+        if (received := self._session.get_inputs()[0].shape[1:]) != expected:
+            raise GraphError(f"{path}: {INPUT} is {received} an image, the manifest says {expected}: export it again")
+
+    def run(self, pixel_values: Array) -> Array:
+        """See ``adalink.runtime.engine.VisionGraph``."""
+        given: Array = guard(self._ort, self._origin, lambda: self._session.run([OUTPUT], {INPUT: pixel_values}))[0]
+        if given.shape[1:] != self._shape:
+            raise GraphError(
+                f"{self._origin}: {OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: export the "
+                "base again"
+            )
+        return given
+
+    def close(self) -> None:
+        """See ``adalink.runtime.engine.VisionGraph``; its memory goes with it."""
+
+
+def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, ort.InferenceSession]:
+    """ONNX Runtime and a session of a vision graph; raises ``BackendUnavailableError`` or ``BackendError``."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "the vision tower runs on ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    # Threads that wait by spinning would take the cores from the language model, which runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    origin = str(path)
+    session = guard(
+        onnxruntime,
+        origin,
+        lambda: onnxruntime.InferenceSession(origin, options, providers=["CPUExecutionProvider"]),
+    )
+    return onnxruntime, session

@@ -1,0 +1,1 @@
+"""Files on disk: adapters, manifests, tensors, digests."""

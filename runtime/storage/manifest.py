@@ -1,0 +1,274 @@
+"""``manifest.json``: what a deployment holds, and every file with its digest and size (docs/formats.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from adalink.runtime.storage.adapter import Rank
+from adalink.runtime.text.prompt_format import PromptForm
+from adalink.runtime.vision.patches import PatchTower
+from adalink.runtime.vision.tiles import Grid, TileTokens, tiles_of
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 3
+DTYPES = ("float32", "float16", "bfloat16")
+FOLDS = ("table", "rank")
+BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
+# A vision tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
+_PIXELS_AT_ONCE = 512 * 512
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the manifest: immutable, and an unknown field is an error."""
+
+
+class FileRecord(_Strict, frozen=True, kw_only=True, gc=False):
+    """Digest and size of one file."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Cache(_Strict, frozen=True, kw_only=True):
+    """Shape of the KV cache: per layer, key and value of shape ``(batch, kv_heads, past, head_dim)``."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Names of each tensor as an input and as an output of a base graph, in their order."""
+        for layer in range(self.layers):
+            for part in ("key", "value"):
+                yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+
+
+class Vision(_Strict, frozen=True, kw_only=True):
+    """The image side of a base: its own vision tower and projector, in front of the same engine.
+
+    Attributes:
+        architecture: Hugging Face ``model_type`` of the whole model.
+        graph: path of the graph from ``pixel_values`` to ``image_embeds``, float32 whatever the base's dtype.
+        files: the graph and its external data.
+        preprocessor: path of the steps from a picture to ``pixel_values`` (`adalink.runtime.vision.preprocess`).
+        image_size: height and width of ``pixel_values``: of an image, or of a tile of one; of the piece of an image
+            that becomes one position, where images keep their shape.
+        image_token_id: token that stands for an image in a prompt.
+        tokens_per_image: positions that an image takes up; where images are cut into tiles or pieces, one of those.
+        tiles: tokens around the tiles of an image; ``None`` for a base whose images are one tile without such tokens.
+        prompt_form: how texts of prompts are written, with images and without; ``None`` for as they are.
+        patches: how the tower looks at images that keep their shape; the language model's positions follow their grid
+            (`adalink.runtime.vision.mrope`). ``None`` for a base whose images or tiles have one size.
+    """
+
+    architecture: str
+    graph: str
+    files: tuple[str, ...]
+    preprocessor: str
+    image_size: tuple[int, int]
+    image_token_id: int
+    tokens_per_image: int
+    tiles: TileTokens | None = None
+    prompt_form: PromptForm | None = None
+    patches: PatchTower | None = None
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Paths of everything that belongs to it."""
+        return (*self.files, self.preprocessor)
+
+    @property
+    def images_at_once(self) -> int:
+        """Images, or tiles of them, that the vision tower is given in one call, unless its plan says otherwise."""
+        height, width = self.image_size
+        return max(1, _PIXELS_AT_ONCE // (height * width))
+
+    def positions(self, grid: Grid) -> int:
+        """Positions with a placeholder that an image takes up."""
+        parts = tiles_of(grid) if self.patches is None else grid[0] * grid[1]
+        return parts * self.tokens_per_image
+
+    def written(self, grid: Grid) -> list[int]:
+        """What an image becomes in a prompt, in place of the one placeholder that people write."""
+        if self.tiles is None:
+            return [self.image_token_id] * self.positions(grid)
+        return self.tiles.around([self.image_token_id] * self.tokens_per_image, grid)
+
+
+class Base(_Strict, frozen=True, kw_only=True):
+    """The base contract: what a task must match, and what the runtime needs to know of the model.
+
+    Attributes:
+        name: name of the model, for people.
+        architecture: Hugging Face ``model_type``; of a model that takes images, that of its language model.
+        kind: one of ``BASE_KINDS``.
+        fingerprint: digest of the input embedding matrix.
+        weights_digest: digest of all weights (`adalink.training.models.loading.weights_digest`), of a model that takes
+            images with those of its tower; empty where an older kit wrote the deployment.
+        vocab_size: rows of the embedding table.
+        hidden_size: width of the embeddings.
+        embedding_dtype: dtype of the table and of ``inputs_embeds``; one of ``DTYPES``.
+        modalities: modalities that the base takes.
+        max_positions: longest sequence the model was made for; ``None`` when it has no limit of its own.
+        cache: shape of the KV cache; ``None`` for an encoder.
+        eos_token_ids: tokens that end a generation.
+        pad_token_id: token that fills shorter rows.
+        bos_token_id: token that begins a text, for chat templates that write it.
+        decoder_start_token_id: first decoder token of an encoder-decoder.
+        embeddings: path of the table (safetensors, one tensor ``embeddings`` with shape ``(vocab, d)``): what the
+            embedding module returns for each id.
+        tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
+        chat_template: path of the Jinja chat template, if the model has one.
+        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.KINDS``.
+        vision: what images go through; ``None`` for a base of text alone.
+        bidirectional_prompt: whether every position of a prompt sees all of it, and only what is generated is causal.
+    """
+
+    name: str
+    architecture: str
+    kind: str
+    fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    embedding_dtype: str
+    modalities: tuple[str, ...]
+    max_positions: int | None
+    cache: Cache | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    embeddings: str
+    tokenizer: str | None
+    chat_template: str | None = None
+    bank: dict[str, str]
+    vision: Vision | None = None
+    bidirectional_prompt: bool = False
+    weights_digest: str = ""
+
+
+class Quantization(_Strict, frozen=True, kw_only=True):
+    """How a variant's constant matrices are stored: blocks of integers with a scale and a zero point each.
+
+    Attributes:
+        algorithm: how they were chosen.
+        bits: bits of a weight.
+        block_size: weights of a block, consecutive along the input.
+        sensitive_bits: bits of a weight of the matrices whose rounding costs most (docs/decisions/0007).
+        sensitive_block_size: weights of a block of those.
+        activation_bits: bits that the inputs of these matrices are rounded to while the engine runs.
+    """
+
+    algorithm: str
+    bits: int
+    block_size: int
+    sensitive_bits: int
+    sensitive_block_size: int
+    activation_bits: int
+
+
+class Variant(_Strict, frozen=True, kw_only=True):
+    """One form of the base: an ONNX graph, or a compiled engine.
+
+    Attributes:
+        target: what it was exported for (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``); of a compiled
+            engine, its backend.
+        quantization: how its matrices are quantised; ``None`` when they are stored as they are.
+        backends: runtime backends it serves.
+        graph: path of the graph, or of the engine's plan; for an encoder-decoder, of its encoder.
+        decoder_graph: path of the decoder of an encoder-decoder.
+        vision_graph: path of a compiled engine's plan of the vision tower; without it the base's own graph runs.
+        files: every file of the variant, the graphs and their external data, or the plans and their record.
+    """
+
+    target: str
+    quantization: Quantization | None = None
+    backends: tuple[str, ...]
+    graph: str
+    decoder_graph: str | None = None
+    vision_graph: str | None = None
+    files: tuple[str, ...]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``graph`` is the plan of an engine rather than an ONNX file."""
+        return not self.graph.endswith(".onnx")
+
+
+class Fold(_Strict, frozen=True, kw_only=True):
+    """A text task computed ahead for every token of the vocabulary (docs/formats.md).
+
+    Attributes:
+        kind: ``"table"``: the adapted embeddings; ``"rank"``: ``act(down(x))`` of each token.
+        path: safetensors file with the one tensor.
+    """
+
+    kind: str
+    path: str
+
+
+class Task(_Strict, frozen=True, kw_only=True):
+    """One deployed adapter.
+
+    Attributes:
+        graph: path of the task graph.
+        config: path of its ``adapter_config.json``.
+        weights: path of its ``adapter_model.safetensors``.
+        adapter_digest: digest of the adapter (`adalink.runtime.storage.adapter.Adapter.digest`).
+        rank: rank of the bottleneck, or of each modality's; 0 for a soft prompt alone.
+        activation: its activation.
+        modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
+        scope: ``"all"`` or ``"prompt"``.
+        soft_tokens: vectors of its soft prompt.
+        input: what its bottleneck starts from; one of ``adalink.runtime.storage.adapter.INPUTS``.
+        fold: the task computed ahead, if it was exported so.
+    """
+
+    graph: str
+    config: str
+    weights: str
+    adapter_digest: str
+    rank: Rank
+    activation: str
+    modalities: tuple[str, ...]
+    scope: str
+    soft_tokens: int = 0
+    input: str = "embeddings"
+    fold: Fold | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the task's files."""
+        own = (self.graph, self.config, self.weights)
+        return own if self.fold is None else (*own, self.fold.path)
+
+
+class Manifest(_Strict, frozen=True, kw_only=True):
+    """The whole manifest; paths are relative to the deployment, with forward slashes.
+
+    ``digest`` is of the manifest itself, encoded with that field empty: no byte of it can change unnoticed. Only
+    ``encode_manifest`` fills it in.
+    """
+
+    schema_version: int
+    kit_version: str
+    base: Base
+    variants: dict[str, Variant]
+    tasks: dict[str, Task]
+    files: dict[str, FileRecord]
+    digest: str = ""
+
+    def paths_in_use(self) -> set[str]:
+        """Paths that the base, a variant or a task refers to."""
+        single = (self.base.embeddings, self.base.tokenizer, self.base.chat_template)
+        vision = self.base.vision.all_files if self.base.vision else ()
+        base = {path for path in (*single, *self.base.bank.values(), *vision) if path}
+        variants = {path for variant in self.variants.values() for path in variant.files}
+        tasks = {path for task in self.tasks.values() for path in task.files}
+        return base | variants | tasks
+
+    def size_bytes(self, paths: Iterable[str]) -> int:
+        """Size of some of the files together."""
+        return sum(self.files[path].size_bytes for path in paths)

@@ -1,0 +1,93 @@
+"""``manifest.json`` as bytes: encoded with its own digest, decoded and checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from adalink.runtime.errors import NOT_JSON, DeploymentError, ManifestError
+from adalink.runtime.storage.digest import digest_bytes
+from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from adalink.runtime.storage.manifest_validation import check_manifest
+
+_MAX_MANIFEST_BYTES = 64 << 20
+# The digest's line as the indented encoding has it; only fields of the top level are indented by two.
+_NO_DIGEST = b'\n  "digest": ""'
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Check ``manifest``, give it its digest and encode it; raises ``ManifestError``."""
+    check_manifest(manifest)
+    data = _canonical(msgspec.structs.replace(manifest, digest=""))
+    return data.replace(_NO_DIGEST, _NO_DIGEST[:-1] + digest_bytes(data).encode() + b'"', 1)
+
+
+def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
+    """Decode and check a manifest; raises ``ManifestError`` with the path of the wrong field."""
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{origin} has {len(data)} bytes, expected at most {_MAX_MANIFEST_BYTES}: not a manifest")
+    try:
+        version = msgspec.json.decode(data, type=_VersionOnly).schema_version
+    except NOT_JSON as error:
+        raise _manifest_error(origin, error) from error
+    if version != SCHEMA_VERSION:
+        age = "newer" if version > SCHEMA_VERSION else "older"
+        raise ManifestError(
+            f"{origin}: $.schema_version is {version}, this kit reads {SCHEMA_VERSION}: the deployment was written by "
+            f"a kit that is {age}; " + ("upgrade adalink-kit" if age == "newer" else "export it again"),
+            field="$.schema_version",
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except NOT_JSON as error:
+        raise _manifest_error(origin, error) from error
+    check_manifest(manifest, origin)
+    if digest_bytes(data.replace(manifest.digest.encode(), b"", 1)) != manifest.digest:
+        raise ManifestError(
+            f"{origin}: $.digest is {manifest.digest!r}, not the digest of what the manifest says: it was altered "
+            "after it was written; export the deployment again or restore it from a good copy",
+            field="$.digest",
+        )
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a deployment's manifest.
+
+    Raises:
+        DeploymentError: there is no such folder, or it holds no manifest.
+        ManifestError: the manifest is wrong.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError as error:
+        what = "holds no manifest.json" if folder.is_dir() else "does not exist"
+        raise DeploymentError(
+            f"deployment {folder} {what}: make one with 'adalink export base MODEL --out {folder}', and run that again "
+            "if an export was interrupted"
+        ) from error
+    except OSError as error:
+        raise DeploymentError(f"deployment {folder}: cannot read {MANIFEST_FILE}: {error.strerror}") from error
+    return decode_manifest(data, origin=str(path))
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+
+
+class _VersionOnly(msgspec.Struct):
+    schema_version: int
+
+
+def _manifest_error(origin: str, error: Exception) -> ManifestError:
+    """Turn msgspec's error into ours, with the path of the wrong field."""
+    found = re.search(r"`(\$[^`]*)`$", str(error))
+    field = found.group(1) if found else "$"
+    missing = re.search(r"missing required field `([^`]+)`", str(error))
+    if missing:
+        field = f"{field}.{missing.group(1)}"
+    return ManifestError(f"{origin}: {field}: {error}; export the deployment again", field=field)

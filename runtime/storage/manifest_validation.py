@@ -1,0 +1,142 @@
+"""What a manifest must say beyond the types of its fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from adalink.runtime.errors import DeploymentError, ManifestError
+from adalink.runtime.storage.adapter import ACTIVATIONS, INPUTS, KINDS, MOST_SOFT_TOKENS, SCOPES
+from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# Folders and a name with slashes between; none is empty, "." or "..".
+_PATH = re.compile(r"(?:(?!\.{1,2}/)[^/\\\0]+/)*(?!\.{1,2}$)[^/\\\0]+")
+
+
+def check_task_name(name: str, what: str = "task") -> None:
+    """Check that the name of a task, or of an engine, can be a folder name; raises ``DeploymentError``."""
+    if not _TASK_NAME.fullmatch(name):
+        raise DeploymentError(
+            f"{what} name {name!r}: expected 1 to 64 letters, digits, '-' or '_', starting with a letter or digit"
+        )
+
+
+def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
+    """Check what types alone cannot say; raises ``ManifestError`` with the path of the wrong field."""
+
+    def demand(holds: bool, field: str, received: object, expected: str) -> None:
+        if not holds:
+            raise ManifestError(f"{origin}: {field} is {received!r}, expected {expected}", field=field)
+
+    base = manifest.base
+    for name, limit in (("vocab_size", 1 << 26), ("hidden_size", 1 << 20)):
+        value = getattr(base, name)
+        demand(1 <= value <= limit, f"$.base.{name}", value, f"1 to {limit}")
+    demand(base.kind in BASE_KINDS, "$.base.kind", base.kind, f"one of {', '.join(BASE_KINDS)}")
+    demand(base.embedding_dtype in DTYPES, "$.base.embedding_dtype", base.embedding_dtype, f"one of {DTYPES}")
+    demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
+    known = not base.weights_digest or bool(_DIGEST.fullmatch(base.weights_digest))
+    demand(known, "$.base.weights_digest", base.weights_digest, "'sha256:' and 64 digits, or nothing")
+    demand(base.bank.keys() == set(KINDS), "$.base.bank", sorted(base.bank), f"a graph for each of {', '.join(KINDS)}")
+    demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
+    demand(
+        base.max_positions is None or 1 <= base.max_positions <= 1 << 31,
+        "$.base.max_positions",
+        base.max_positions,
+        "null or a positive number",
+    )
+    demand(
+        (base.cache is None) == (base.kind == "encoder"),
+        "$.base.cache",
+        base.cache,
+        "null for an encoder and a shape for every other kind",
+    )
+    if base.cache is not None:
+        for name in ("layers", "kv_heads", "head_dim"):
+            value = getattr(base.cache, name)
+            demand(1 <= value <= 1 << 16, f"$.base.cache.{name}", value, f"1 to {1 << 16}")
+    for token in (*base.eos_token_ids, base.pad_token_id):
+        demand(0 <= token < base.vocab_size, "$.base.eos_token_ids or pad_token_id", token, "an id in the vocabulary")
+    if base.vision is not None:
+        _check_vision(base.vision, base, demand)
+    demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")
+    for name, variant in manifest.variants.items():
+        for path in (variant.graph, variant.decoder_graph, variant.vision_graph):
+            field = f"$.variants[{name!r}].files"
+            demand(path is None or path in variant.files, field, variant.files, f"a list with {path}")
+        field, tower = f"$.variants[{name!r}].vision_graph", variant.vision_graph
+        demand(tower is None or base.vision is not None, field, tower, "null for a base that takes no images")
+    for name, task in manifest.tasks.items():
+        _check_task(name, task, base, demand)
+    for path, record in manifest.files.items():
+        # Thousands of tasks have three files each: only a wrong one is worth a description.
+        if not (_PATH.fullmatch(path) and 0 <= record.size_bytes <= 1 << 42 and _DIGEST.fullmatch(record.sha256)):
+            field = f"$.files[{path!r}]"
+            demand(bool(_PATH.fullmatch(path)), field, path, "a relative path inside the deployment, without '..'")
+            demand(0 <= record.size_bytes <= 1 << 42, f"{field}.size_bytes", record.size_bytes, f"0 to {1 << 42}")
+            demand(False, f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
+    for path in sorted(manifest.paths_in_use() - manifest.files.keys()):
+        demand(False, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+
+
+def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    demand(base.kind == "decoder", "$.base.vision", vision, f"null for a base of kind {base.kind}")
+    demand(
+        "image" in base.modalities, "$.base.modalities", base.modalities, "'image' among them, as $.base.vision says"
+    )
+    demand(vision.graph in vision.files, "$.base.vision.files", vision.files, f"a list with {vision.graph}")
+    token, tokens = vision.image_token_id, vision.tokens_per_image
+    is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
+    demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
+    demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
+    if vision.tiles is not None:
+        own = vision.tiles
+        cells = [cell for row in own.before_tile for cell in row]
+        is_square = all(len(row) == len(own.before_tile) for row in own.before_tile)
+        demand(is_square, "$.base.vision.tiles.before_tile", own.before_tile, "as many columns as rows")
+        for token in (token for part in (*cells, own.before_whole, own.before_only, own.end) for token in part):
+            is_own = 0 <= token < base.vocab_size and token != vision.image_token_id
+            demand(is_own, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
+    if vision.prompt_form is not None:
+        image = vision.prompt_form.image
+        demand(bool(image), "$.base.vision.prompt_form.image", image, "the text of the placeholder")
+    if vision.patches is not None:
+        merge, window = vision.patches.merge, vision.patches.window
+        is_sound = 1 <= merge <= 1 << 8 and (window is None or 1 <= window <= 1 << 12)
+        demand(is_sound, "$.base.vision.patches", vision.patches, "a merge of 1 to 256, a window of 1 to 4096 or null")
+        is_piece = tokens == 1 and vision.tiles is None and all(size % merge == 0 for size in vision.image_size)
+        demand(is_piece, "$.base.vision", vision, "image_size of whole patches, one token an image and no tiles")
+    for size in vision.image_size:
+        demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
+
+
+def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    fits = set(task.rank) == set(task.modalities) if isinstance(task.rank, dict) else True
+    ranks = task.rank.values() if isinstance(task.rank, dict) else (task.rank,)
+    least = 0 if task.soft_tokens and not isinstance(task.rank, dict) else 1
+    has_rank = fits and all(least <= rank <= base.hidden_size for rank in ranks)
+    is_sound = (
+        _TASK_NAME.fullmatch(name)
+        and has_rank
+        and 0 <= task.soft_tokens <= MOST_SOFT_TOKENS
+        and task.input in INPUTS
+        and task.activation in ACTIVATIONS
+        and task.scope in SCOPES
+        and (task.fold is None or task.fold.kind in FOLDS)
+        and _DIGEST.fullmatch(task.adapter_digest)
+    )
+    if not is_sound:
+        field = f"$.tasks[{name!r}]"
+        demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
+        soft_tokens = task.soft_tokens
+        demand(0 <= soft_tokens <= MOST_SOFT_TOKENS, f"{field}.soft_tokens", soft_tokens, f"0 to {MOST_SOFT_TOKENS}")
+        expected = f"{least} to {base.hidden_size}, or such a number for each modality"
+        demand(has_rank, f"{field}.rank", task.rank, expected)
+        demand(task.input in INPUTS, f"{field}.input", task.input, f"one of {INPUTS}")
+        demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
+        demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
+        fold = None if task.fold is None else task.fold.kind
+        demand(fold is None or fold in FOLDS, f"{field}.fold.kind", fold, f"one of {FOLDS}")
+        demand(False, f"{field}.adapter_digest", task.adapter_digest, "a digest")

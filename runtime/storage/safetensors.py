@@ -1,0 +1,99 @@
+"""Safetensors files in memory: read without a copy, as views, and written so that these are aligned."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adalink.runtime.storage.mmap import Bytes
+
+_ALIGNMENT_BYTES = 64
+# How numpy holds each embedding dtype; it has no bfloat16, whose bits are uint16.
+STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def view_tensors(data: Bytes) -> dict[str, npt.NDArray[np.float32]]:
+    """Tensors of a safetensors file by name, as float32; those stored as float32 are views of ``data``.
+
+    Raises ``ValueError`` as ``raw_tensors`` does.
+    """
+    return {name: as_float32(tensor) for name, tensor in raw_tensors(data).items()}
+
+
+def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
+    """Tensors of a safetensors file by name, as views of ``data``; bfloat16 is given as its bits, uint16.
+
+    Raises:
+        ValueError: the file is truncated, or not a safetensors file of floating-point tensors.
+    """
+    if len(data) < 8:
+        raise ValueError(f"it has {len(data)} bytes, expected a header length of 8")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if start > len(data):
+        raise ValueError(f"its header claims {start - 8} bytes, the file has {len(data)}")
+    try:
+        header = json.loads(data[8:start].tobytes())
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors, ends = {}, [0]
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
+        begin, end = _offsets(name, entry)
+        if begin != ends[-1]:
+            raise ValueError(f"tensor {name!r} begins at {begin}, the one before it ends at {ends[-1]}")
+        ends.append(end)
+        tensors[name] = _view(name, entry, data[start + begin : start + end])
+    if start + ends[-1] != len(data):
+        raise ValueError(f"its tensors end at {start + ends[-1]}, the file has {len(data)} bytes")
+    return tensors
+
+
+def aligned_header(header: bytes) -> bytes:
+    """The beginning of a safetensors file: its header's length and its JSON, padded so that tensors are aligned."""
+    padded = header + b" " * (-(8 + len(header)) % _ALIGNMENT_BYTES)
+    return len(padded).to_bytes(8, "little") + padded
+
+
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    try:
+        begin, end = entry["data_offsets"]
+        if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end):
+            raise TypeError
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the entry of tensor {name!r} has no data_offsets of two whole numbers") from error
+    return begin, end
+
+
+def _view(name: str, entry: Any, data: Bytes) -> npt.NDArray[Any]:
+    code, shape = entry.get("dtype"), entry.get("shape")
+    if code not in _DTYPES:
+        raise ValueError(f"tensor {name!r} is {code}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"tensor {name!r} has shape {shape}, expected a list of sizes")
+    try:
+        return data.view(_DTYPES[code]).reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r} has {len(data)} bytes, which are not {code} of shape {shape}") from error
+
+
+def as_float32(tensor: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Numbers as float32; uint16 are the bits of bfloat16."""
+    if tensor.dtype == np.uint16:
+        return (tensor.astype(np.uint32) << 16).view(np.float32)
+    return tensor.astype(np.float32, copy=False)
+
+
+def as_stored(numbers: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """The inverse: numbers in an embedding dtype, rounded to nearest; bits of bfloat16 pass as they are."""
+    if dtype != "bfloat16":
+        return numbers.astype(STORED[dtype], copy=False)
+    if numbers.dtype == np.uint16:
+        return numbers
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -1,0 +1,58 @@
+"""Which form of the base an engine runs."""
+
+from __future__ import annotations
+
+from adalink.runtime.errors import BackendError
+from adalink.runtime.storage.manifest import Manifest
+
+# Backends that run a plan which was built ahead, not a graph.
+COMPILED_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
+
+def choose_variant(manifest: Manifest, backend: str, name: str | None = None) -> str:
+    """Name of the variant that a backend runs.
+
+    Without a name it is one whose weights are stored as they are, made for this backend rather than merely usable by
+    it; so a quantised one is never the answer by accident where both lie side by side. Where all are quantised, it is
+    the one with the most bits.
+
+    Args:
+        manifest: what the deployment holds.
+        backend: which engine.
+        name: the variant asked for.
+
+    Raises:
+        BackendError: there is no such variant, or none for this backend.
+    """
+    variants = manifest.variants
+    if name is not None and name not in variants:
+        raise BackendError(
+            f"this deployment has no base variant {name!r}, only {', '.join(sorted(variants))}: choose one of them, or "
+            f"add it with 'adalink export base MODEL --out DIR' and --target or --quantize {name}"
+        )
+    if name is not None:
+        if backend not in (served := variants[name].backends):
+            raise BackendError(
+                f"variant {name!r} is for {' or '.join(served)}, not for {backend}: choose that backend, or another "
+                "variant"
+            )
+        return name
+    serving = [key for key, variant in variants.items() if backend in variant.backends]
+    if not serving:
+        served_here = sorted({entry for variant in variants.values() for entry in variant.backends})
+        target = backend if backend in ("onnxruntime-cpu", "onnxruntime-cuda") else "portable"
+        what, command = "base graph", f"base MODEL --out DIR --target {target}"
+        if backend in COMPILED_BACKENDS:
+            what, command = "engine", f"engine DIR --backend {backend}"
+        raise BackendError(
+            f"this deployment has no {what} for {backend}, only for {', '.join(served_here) or 'none'}: add one with "
+            f"'adalink export {command}'"
+        )
+
+    def preference(key: str) -> tuple[int, bool, str]:
+        """Smaller is better."""
+        quantization = variants[key].quantization
+        bits = 32 if quantization is None else quantization.bits
+        return -bits, variants[key].target != backend, key
+
+    return min(serving, key=preference)

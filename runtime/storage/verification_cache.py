@@ -1,0 +1,86 @@
+"""What this user has already checked: files whose digest need not be computed again until they change.
+
+A file counts as unchanged while device, inode, size and both time stamps are those it had when it was read. The change
+time cannot be set back by the owner of a file, and a file that changed less than two seconds before it was read is
+never remembered, since a second change could leave the same stamp. What remains unseen is a disk that alters bytes by
+itself and a program that writes through an older memory map: a full check reads every byte.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from adalink.runtime.errors import NOT_JSON
+from adalink.runtime.storage.digest import digest_bytes
+from adalink.runtime.storage.integrity import check_size, locate, reading, verify_files
+from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+
+_SETTLED_NS = 2_000_000_000
+
+# Device, inode, size, modification and change time in nanoseconds.
+Stamp = tuple[int, int, int, int, int]
+
+
+class _Seen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file as it was when its digest was computed."""
+
+    sha256: str
+    stamp: Stamp
+
+
+def verify_once(
+    folder: Path, manifest: Manifest, paths: Iterable[str], progress: Callable[[str], None] | None = None
+) -> None:
+    """Compare files with their recorded size and SHA-256, reading only those that are not known to be unchanged.
+
+    Args:
+        folder: the deployment.
+        manifest: its manifest.
+        paths: which files.
+        progress: called with each path that is read.
+
+    Raises:
+        IntegrityError: a file is missing, unreadable, truncated, altered, or a link out of the deployment.
+    """
+    memory = _memory_file(folder)
+    known = _recall(memory) if memory else {}
+    learnt: dict[str, _Seen] = {}
+    for relative in paths:
+        path = locate(folder, relative)
+        stamp, expected = _stamp(path), manifest.files[relative].sha256
+        check_size(manifest, relative, stamp[2])
+        if known.get(relative) == _Seen(expected, stamp):
+            continue
+        started = time.time_ns()
+        verify_files(folder, manifest, [relative], progress)
+        if _stamp(path) == stamp and max(stamp[3:]) < started - _SETTLED_NS:
+            learnt[relative] = _Seen(expected, stamp)
+    if learnt and memory:
+        write_own(memory, msgspec.json.encode({**known, **learnt}))
+
+
+def _stamp(path: Path) -> Stamp:
+    with reading(path):
+        found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _memory_file(folder: Path) -> Path | None:
+    """One for each deployment, the user's own: who can alter a deployment need not be able to vouch for it."""
+    name = digest_bytes(os.fsencode(folder.resolve())).removeprefix("sha256:")[:32]
+    return cache_path("verified", f"{name}.json")
+
+
+def _recall(memory: Path) -> dict[str, _Seen]:
+    """What was checked before; nothing if the file is not there, damaged, or might be another user's work."""
+    data = read_own(memory)
+    try:
+        return {} if data is None else msgspec.json.decode(data, type=dict[str, _Seen])
+    except NOT_JSON:
+        return {}

@@ -1,0 +1,1 @@
+"""Tasks: which are loaded, and which rows of a batch use which."""

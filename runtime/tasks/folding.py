@@ -1,0 +1,84 @@
+"""A text task computed ahead for every token: on text an adapter is a function of the token alone.
+
+``table`` holds the adapted embeddings: a token costs a lookup. ``rank`` holds ``act(down(x))`` of every token: a token
+costs a lookup and one product of width ``r``. Both are exact within the bound of the graph (docs/parity.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.storage.adapter import TABLE_NAME, Adapter, rank_of
+from adalink.runtime.storage.embedding_table import view_table
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.mmap import Bytes
+from adalink.runtime.storage.safetensors import raw_tensors
+
+HIDDEN_NAME = "hidden"
+
+
+class Folded(Protocol):
+    """A task that needs token ids and no graph."""
+
+    def lookup(self, table: Array, ids: Array) -> Array:
+        """Adapted embeddings with shape ``(batch, seq, d)``.
+
+        Args:
+            table: the base's embedding table with shape ``(vocab, d)``.
+            ids: token ids with shape ``(batch, seq)``.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class TableFold:
+    """All adapted embeddings, with shape ``(vocab, d)``, in the base's dtype."""
+
+    adapted: Array
+
+    def lookup(self, table: Array, ids: Array) -> Array:
+        """See ``Folded``."""
+        return self.adapted.take(ids, axis=0)
+
+
+@dataclass(frozen=True, eq=False)
+class RankFold:
+    """What the activation gives for every token, float32 with shape ``(vocab, r)``; ``up`` is ``(d, r)``."""
+
+    hidden: Array
+    up: Array
+    up_bias: Array | None
+
+    def lookup(self, table: Array, ids: Array) -> Array:
+        """See ``Folded``."""
+        delta: Array = np.matmul(self.hidden.take(ids, axis=0), self.up.T)
+        if self.up_bias is not None:
+            delta += self.up_bias
+        plain = table.take(ids, axis=0)
+        if plain.dtype == delta.dtype:
+            delta += plain
+            return delta
+        result: Array = (delta + plain).astype(plain.dtype)
+        return result
+
+
+def ids_table(adapter: Adapter) -> RankFold:
+    """What an adapter with ``input`` ``"ids"`` has for every token: the arithmetic of a fold, trained as such."""
+    return RankFold(adapter.weights[TABLE_NAME], adapter.weights["text.up.weight"], None)
+
+
+def view_fold(kind: str, data: Bytes, adapter: Adapter, base: Base) -> Folded:
+    """The folded form in a file's bytes; raises ``ValueError`` if it does not belong to the adapter and the base."""
+    if kind == "table":
+        return TableFold(view_table(data, base))
+    tensors, shape = raw_tensors(data), (base.vocab_size, rank_of(adapter.config.rank, "text"))
+    hidden = tensors.get(HIDDEN_NAME)
+    if len(tensors) != 1 or hidden is None or hidden.shape != shape or hidden.dtype != np.float32:
+        found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
+        raise ValueError(
+            f"expected one tensor {HIDDEN_NAME!r} of float32 with shape {shape}; it holds {', '.join(found)}"
+        )
+    return RankFold(hidden, adapter.weights["text.up.weight"], adapter.weights.get("text.up.bias"))

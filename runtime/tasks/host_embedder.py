@@ -1,0 +1,29 @@
+"""The front of engines that take arrays: tasks are applied in main memory."""
+
+from __future__ import annotations
+
+from adalink.runtime.engine import Array
+from adalink.runtime.tasks.adapter_mapping import Selection
+
+
+class HostFront:
+    """See ``adalink.runtime.engine.Front``; what it gives is an array."""
+
+    def __init__(self, table: Array) -> None:
+        self._table = table
+
+    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Array:
+        """See ``adalink.runtime.engine.Front``."""
+        return tasks.lookup(self._table, ids, modality)
+
+    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Array:
+        """See ``adalink.runtime.engine.Front``."""
+        return tasks.apply(embeds, modality)
+
+    def decoding(self, tasks: Selection) -> Selection:
+        """See ``adalink.runtime.engine.Front``."""
+        return tasks.decoding()
+
+    def read(self, fed: Array) -> Array:
+        """See ``adalink.runtime.engine.Front``."""
+        return fed

@@ -1,0 +1,223 @@
+"""The tasks of an open deployment: loaded on first use, and chosen by name for the rows of a batch."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from adalink.runtime.engine import Backend, BankGraph
+from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.request import Tasks
+from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
+from adalink.runtime.storage.integrity import map_verified, read_verified
+from adalink.runtime.storage.manifest import Manifest, Task
+from adalink.runtime.storage.manifest_validation import check_task_name
+from adalink.runtime.tasks.adapter_mapping import PLAIN, OwnTable, Selection, mix, task_parts
+from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
+from adalink.runtime.tasks.soft_prompt import check_input_side, soft_prompts_of
+
+
+class LoadedTask:
+    """A task ready to run; two are the same only if they are one object.
+
+    Attributes:
+        alone: the selection of a batch whose rows all have this task.
+        size_bytes: of its weights, and of its folded form.
+        last_used: when it was last asked for, in the table's count of such requests.
+    """
+
+    __slots__ = ("alone", "last_used", "size_bytes")
+
+    def __init__(self, alone: Selection, size_bytes: int) -> None:
+        self.alone = alone
+        self.size_bytes = size_bytes
+        self.last_used = 0
+
+
+@dataclass(frozen=True)
+class AddedTask:
+    """A task that is not of the deployment folder: where it lies, and what it was when it was added."""
+
+    folder: Path
+    digest: str
+
+
+class TaskTable:
+    """Names to tasks. Safe for use from several threads.
+
+    A task's weights are in memory from its first use on, once: those of the deployment as a map of their file. Beyond
+    ``memory_bytes`` of weights the task that was not used for the longest time is let go, and loaded again when it is
+    asked for. A call that has it keeps it to its end.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, memory_bytes: int | None = None) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._backend = backend
+        self._tasks: dict[str, Task | AddedTask] = dict(manifest.tasks)
+        self._loaded: dict[str, LoadedTask] = {}
+        self._loaded_bytes = 0
+        self._memory_bytes = memory_bytes
+        self._clock = itertools.count(1)
+        # Loaded tasks with their last use when they were sorted, the latest first.
+        self._by_age: list[tuple[int, str]] = []
+        self._graphs: dict[str, BankGraph] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks, sorted."""
+        return tuple(sorted(self._tasks))
+
+    def get(self, name: str) -> LoadedTask:
+        """The task, loaded now if it was not; raises ``UnknownTaskError`` or what loading raises."""
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            with self._lock:
+                self._check_known(name)
+                loaded = self._loaded.get(name) or self._keep(name, self._load(self._tasks[name]))
+        loaded.last_used = next(self._clock)
+        return loaded
+
+    def add(self, folder: Path, name: str | None) -> str:
+        """Register an adapter folder in this process; raises ``ContractError`` if it belongs to another base."""
+        name = folder.name if name is None else name
+        check_task_name(name)
+        adapter = read_adapter(folder)
+        base, config = self._manifest.base, adapter.config
+        if config.base_fingerprint != base.fingerprint:
+            raise ContractError(
+                f"{folder} was trained for base {config.base_fingerprint}, this deployment holds {base.fingerprint} "
+                f"({base.name}): use an adapter of this base"
+            )
+        if unknown := [modality for modality in config.modalities if modality not in base.modalities]:
+            raise ContractError(
+                f"{folder} adapts modality {unknown[0]!r}, {base.name} was exported for {', '.join(base.modalities)}: "
+                "use an adapter without it, or export the base with it"
+            )
+        check_input_side(adapter, base, str(folder))
+        loaded = self._prepare(adapter)
+        with self._lock:
+            if name in self._tasks:
+                raise RequestError(f"task {name!r} is deployed already: remove it first or choose another name")
+            self._tasks[name] = AddedTask(folder.resolve(), adapter.digest)
+            self._keep(name, loaded)
+        return name
+
+    def remove(self, name: str) -> None:
+        """Forget a task; raises ``UnknownTaskError``."""
+        with self._lock:
+            self._check_known(name)
+            del self._tasks[name]
+            self._let_go(name)
+
+    def unload(self, name: str) -> None:
+        """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
+        with self._lock:
+            self._check_known(name)
+            self._let_go(name)
+
+    def resolve(self, tasks: Tasks, batch: int) -> Selection:
+        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the plain base.
+
+        Raises ``RequestError`` for what are no names, or another number of them than rows, and what ``get`` raises.
+        """
+        if tasks is None or isinstance(tasks, str):
+            return PLAIN if tasks is None else self.get(tasks).alone
+        rows = list(tasks) if isinstance(tasks, Iterable) else [tasks]
+        if not all(name is None or isinstance(name, str) for name in rows):
+            raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
+        if len(rows) != batch:
+            raise RequestError(f"tasks has {len(rows)} entries for {batch} rows: give one name, or one for each row")
+        if rows.count(rows[0]) == batch:
+            return self.resolve(rows[0], batch)
+        members: dict[str, list[int]] = {}
+        for row, name in enumerate(rows):
+            if name is not None:
+                members.setdefault(name, []).append(row)
+        return mix((self.get(name).alone, np.array(own)) for name, own in members.items())
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._tasks:
+            raise UnknownTaskError(
+                f"task {name!r} is not deployed here; deployed are: {', '.join(self.names) or 'none'}"
+            )
+
+    def _read(self, task: Task | AddedTask) -> Adapter:
+        """Read a task and check that it is the one that was registered."""
+        if isinstance(task, AddedTask):
+            adapter, origin, digest = read_adapter(task.folder), str(task.folder), task.digest
+        else:
+            config = read_verified(self._folder, self._manifest, task.config)
+            weights = map_verified(self._folder, self._manifest, task.weights)
+            adapter, origin, digest = decode_adapter(config, weights, task.config), task.config, task.adapter_digest
+        base = self._manifest.base
+        if adapter.digest != digest or adapter.config.base_fingerprint != base.fingerprint:
+            raise ContractError(
+                f"{origin}: adapter {adapter.digest} for {adapter.config.base_fingerprint}, expected was {digest} for "
+                f"{base.fingerprint}: export or add the adapter again"
+            )
+        return adapter
+
+    def _load(self, task: Task | AddedTask) -> LoadedTask:
+        adapter = self._read(task)
+        if isinstance(task, AddedTask) or task.fold is None:
+            return self._prepare(adapter)
+        data = map_verified(self._folder, self._manifest, task.fold.path)
+        try:
+            fold = view_fold(task.fold.kind, data, adapter, self._manifest.base)
+        except ValueError as error:
+            raise IntegrityError(f"{task.fold.path}: {error}. Export the adapter again") from error
+        return self._prepare(adapter, fold, data.nbytes)
+
+    def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
+        config, base = adapter.config, self._manifest.base
+        parts = task_parts(adapter, base.modalities, self._graph(config.kind))
+        tables = [OwnTable(None, config.scope, adapter.digest, ids_table(adapter))] if config.input == "ids" else []
+        prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
+        return LoadedTask(Selection(parts, fold, tables=tables, prompts=prompts), adapter.size_bytes + fold_bytes)
+
+    def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
+        """Hold a task, and let go of others beyond the budget; the lock is held."""
+        while (
+            self._memory_bytes is not None
+            and self._loaded
+            and self._loaded_bytes + loaded.size_bytes > self._memory_bytes
+        ):
+            self._let_go(self._least_recently_used())
+        loaded.last_used = next(self._clock)
+        self._loaded[name] = loaded
+        self._loaded_bytes += loaded.size_bytes
+        return loaded
+
+    def _least_recently_used(self) -> str:
+        """Who among the loaded was last asked for the longest time ago; the lock is held.
+
+        Sorted once in a while, not at each use: whoever was not used since the last sorting is older than all others.
+        """
+        while True:
+            while self._by_age:
+                last_used, name = self._by_age.pop()
+                if name in self._loaded and self._loaded[name].last_used == last_used:
+                    return name
+            self._by_age = sorted(((loaded.last_used, name) for name, loaded in self._loaded.items()), reverse=True)
+
+    def _let_go(self, name: str) -> None:
+        """Forget a task's weights; the lock is held."""
+        loaded = self._loaded.pop(name, None)
+        if loaded is not None:
+            self._loaded_bytes -= loaded.size_bytes
+
+    def _graph(self, kind: str) -> BankGraph:
+        """The bank graph of a kind, opened at its first use."""
+        with self._lock:
+            if kind not in self._graphs:
+                base = self._manifest.base
+                data = read_verified(self._folder, self._manifest, base.bank[kind])
+                self._graphs[kind] = self._backend.open_bank(kind, data, base)
+            return self._graphs[kind]

@@ -1,0 +1,133 @@
+"""Text to token ids and back, and chat templates, from the deployment's own files."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.request import check_text
+from adalink.runtime.storage.manifest import Base
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    from adalink.runtime.text.chat_template import ChatTemplate
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The base's tokenizer; safe for use from several threads."""
+
+    def __init__(self, tokenizer_json: bytes, chat_template: str | None, base: Base) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        try:
+            self._tokenizer: FastTokenizer = FastTokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the package raises nothing narrower
+            raise IntegrityError(f"{base.tokenizer} is not a tokenizer.json: {error}; export the base again") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._chat_template = chat_template
+        self._base = base
+
+    def encode(self, text: str, images: int = 0) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the model's own tokenizer, or processor, adds.
+
+        Args:
+            text: what people write.
+            images: how many images it has; only a base with a form of prompts puts placeholders for them.
+
+        Raises:
+            RequestError: the text holds half a character.
+        """
+        check_text(text)
+        vision = self._base.vision
+        form = None if vision is None else vision.prompt_form
+        if form is None:
+            return list(self._tokenizer.encode(text).ids)
+        return list(self._tokenizer.encode(form.written(text, images), add_special_tokens=False).ids)
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Token ids of one user message in the model's chat template, ready for the reply.
+
+        Raises:
+            RequestError: the model has no template, the template refuses, or the message holds half a character.
+        """
+        return list(self._tokenizer.encode(self.render_chat(message), add_special_tokens=False).ids)
+
+    def render_chat(self, message: str) -> str:
+        """One user message in the model's chat template.
+
+        Templates of models that take images are often written for a list of texts and images, and leave a plain text
+        out; they are given the message as such a list, an image wherever it has the placeholder.
+        """
+        check_text(message)
+        is_text = self._base.vision is None or self._chat.takes_text
+        return self._chat.render(message if is_text else self._parts(message))
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        path = self._base.chat_template
+        if self._chat_template is None or path is None:
+            raise RequestError(f"{self._base.name} has no chat template: write the whole prompt yourself")
+        from adalink.runtime.text.chat_template import ChatTemplate
+
+        eos = self._base.eos_token_ids[:1]
+        return ChatTemplate(
+            self._chat_template,
+            path,
+            bos_token=self._special(self._base.bos_token_id),
+            eos_token=self._special(eos[0] if eos else None),
+        )
+
+    def _parts(self, message: str) -> list[dict[str, str]]:
+        """A message as texts and images, in their order."""
+        placeholder = self._special(self._base.vision.image_token_id if self._base.vision else None)
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(message.split(placeholder)):
+            parts += [{"type": "image"}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        return parts
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self._tokenizer.decode(token_ids))
+
+    def _special(self, token_id: int | None) -> str:
+        return "" if token_id is None else self._tokenizer.id_to_token(token_id) or ""
+
+
+class TextStream:
+    """Text of a growing list of token ids, in work that does not grow with its length.
+
+    Only the ids since the last settled piece are decoded again, with the piece before them for context (a token may
+    begin a word, or be part of a character).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self.text = ""
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is now certain."""
+        self._pending.append(token_id)
+        return self._settle(final=False)
+
+    def finish(self) -> str:
+        """The rest, with incomplete characters as replacement characters."""
+        return self._settle(final=True)
+
+    def _settle(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._context)
+        after = self._tokenizer.decode(self._context + self._pending)
+        if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not final):
+            return ""
+        # Some decoders take bytes that follow each other as one text: an incomplete character spoils those before it.
+        piece = after[len(before) :] if after.startswith(before) else self._tokenizer.decode(self._pending)
+        self._context, self._pending = self._pending, []
+        self.text += piece
+        return piece

@@ -1,0 +1,161 @@
+"""Engines of TensorRT and TensorRT-RTX: plans are read, checked, and run where they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adalink.runtime.device.bank import DeviceKind
+from adalink.runtime.device.cuda import CudaDevice
+from adalink.runtime.device.engine import DeviceEngine
+from adalink.runtime.device.profile import Profile
+from adalink.runtime.device.protocols import Lease
+from adalink.runtime.device.vision import DeviceVision
+from adalink.runtime.device.workspace import ENGINE, VISION
+from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.errors import BackendError, ContractError, DeploymentError, IntegrityError
+from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.mmap import map_file
+from adalink.runtime.trt.api import Api, load_api
+from adalink.runtime.trt.executor import TensorRtExecutor
+from adalink.runtime.trt.jit_cache import JitCache
+from adalink.runtime.trt.record import PLAN_FILE, VISION_FILE, EngineRecord, read_record
+
+
+class TensorRtBackend:
+    """See ``adalink.runtime.engine.Backend``.
+
+    Attributes:
+        name: ``tensorrt`` or ``tensorrt-rtx``.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Raises ``BackendUnavailableError`` where the package is missing."""
+        self.name = name
+        self._api = load_api(name)
+
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+        """See ``adalink.runtime.engine.Backend``; ``graph`` is a plan, with its record beside it.
+
+        The caller has compared the plan with its digest: a plan is code.
+
+        Raises:
+            BackendError: the plan is of another version or for another GPU.
+            BackendUnavailableError: there is no driver or no GPU.
+        """
+        record = self._read(graph)
+        if role != "base" or base.kind == "encoder-decoder":
+            raise ContractError(f"{graph}: {base.name} is an encoder-decoder, for which no engine is built")
+        check_validity(self._api, graph)
+        device = CudaDevice(self.name)
+        return DeviceEngine(device, TensorRtPlans(self._api, device, graph.parent, record), base, table)
+
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
+        """See ``adalink.runtime.engine.Backend``: an engine's own fronts do the arithmetic."""
+        return DeviceKind(kind)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+        """See ``adalink.runtime.engine.Backend``; the graph itself, where there is no plan, runs on the CPU."""
+        if graph.suffix == ".onnx":
+            return OnnxVisionGraph(graph, base)
+        record = self._read(graph)
+        check_validity(self._api, graph)
+        device = CudaDevice(self.name)
+        return DeviceVision(device, TensorRtPlans(self._api, device, graph.parent, record), base)
+
+    def _read(self, plan: Path) -> EngineRecord:
+        record = read_record(plan.parent)
+        check_record(record, self._api, plan.parent)
+        return record
+
+
+class TensorRtPlans:
+    """See ``adalink.runtime.device.workspace.Plans``: each plan is deserialised at its first use, once.
+
+    Attributes:
+        profile: what the engine takes.
+        largest_rank: largest rank that the fronts take.
+        largest_slots: most sets of weights that the fronts take.
+    """
+
+    def __init__(self, api: Api, device: CudaDevice, folder: Path, record: EngineRecord) -> None:
+        self.profile: Profile = record.profile
+        self.largest_rank = record.front_rank
+        self.largest_slots = record.front_slots
+        self._api = api
+        self._device = device
+        self._runtime = api.make_runtime()
+        self._folder = folder
+        self._files = {ENGINE: PLAN_FILE, VISION: VISION_FILE, **record.fronts}
+        self._engines: dict[str, Any] = {}
+        self._caches: dict[str, JitCache] = {}
+
+    def executor(self, name: str, profile: int, lease: Lease) -> TensorRtExecutor:
+        """See ``Plans``."""
+        with self._device.not_recording:
+            engine = self._engine(name)
+            context = self._api.make_context(engine, self._caches[name].config)
+            size = self._api.scratch_bytes(engine)
+            if size:
+                self._api.set_scratch(context, lease.scratch(name, size), size)
+            origin = str(self._folder / self._files[name])
+            return TensorRtExecutor(self._api, engine, context, profile, lease.queue, origin)
+
+    def close(self) -> None:
+        """See ``Plans``; what was compiled for this GPU is kept for the next time."""
+        for cache in self._caches.values():
+            cache.save()
+        self._caches.clear()
+        self._engines.clear()
+
+    def _engine(self, name: str) -> Any:
+        if name not in self._engines:
+            if name not in self._files:
+                raise BackendError(f"{self._folder} has no front {name!r}: build the engine again with this kit")
+            path = self._folder / self._files[name]
+            self._api.clear()
+            engine = self._runtime.deserialize_cuda_engine(memoryview(read_plan(path)))
+            if engine is None:
+                raise self._api.error(
+                    f"{path}: cannot be loaded", "build it again for this GPU with 'adalink export engine'"
+                )
+            self._engines[name] = engine
+            self._caches[name] = JitCache(self._api, engine, path)
+        return self._engines[name]
+
+
+def read_plan(path: Path) -> Any:
+    """A plan's bytes, mapped; raises ``IntegrityError``."""
+    try:
+        return map_file(path).data
+    except OSError as error:
+        raise IntegrityError(f"{path}: {error.strerror}; build the engine again") from error
+
+
+def check_record(record: EngineRecord, api: Api, folder: Path) -> None:
+    """Check that a record's engine can be for this library; raises ``DeploymentError`` or ``BackendError``."""
+    if record.backend != api.backend:
+        raise DeploymentError(
+            f"{folder}: this engine was built for {record.backend}, not for {api.backend}: open it with --backend "
+            f"{record.backend}"
+        )
+    if record.version != api.version:
+        raise BackendError(
+            f"{folder}: this engine was built by {api.backend} {record.version}, installed is {api.version}: install "
+            f"that version, or build it again with 'adalink export engine DIR --backend {api.backend} --replace'"
+        )
+
+
+def check_validity(api: Api, plan: Path) -> None:
+    """Ask the library whether it would load a plan on this machine; raises ``BackendError`` with its reasons."""
+    verdict = api.validity(read_plan(plan))
+    # Without a driver the library cannot tell; the error that says so comes from CUDA itself.
+    reasons = (
+        [] if verdict is None or verdict[0] != "invalid" else [line for line in verdict[1] if line != "cuda error"]
+    )
+    if reasons:
+        raise BackendError(
+            f"{plan}: {api.backend} {api.version} refuses it on this machine: {', '.join(reasons)}; build it again "
+            "here, or for this GPU with 'adalink export engine DIR --target'"
+        )

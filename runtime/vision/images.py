@@ -1,0 +1,130 @@
+"""A picture as the caller has it, to RGB pixels: what the image processors of transformers make of each kind.
+
+- A file, by its path or its bytes: turned as its EXIF orientation says, an alpha channel dropped.
+- A Pillow image: taken as it lies, transparency put on white.
+- A uint8 array: grey, RGB, or RGBA, which is put on white; channels last, or first where that reads as an image too.
+
+Grey, palette, CMYK and 16-bit pictures become RGB as Pillow converts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import BackendUnavailableError, RequestError
+from adalink.runtime.vision.preprocess import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# A path, the bytes of a file, a Pillow image or a uint8 array.
+Picture = Any
+
+T = TypeVar("T")
+_CHANNELS = (1, 3, 4)
+
+
+def read_picture(source: Picture, name: str) -> Array:
+    """RGB pixels of a picture.
+
+    Args:
+        source: a path, the bytes of a file, a Pillow image or a uint8 array; no address in a network.
+        name: what to call it in errors, such as ``images[0][1]``.
+
+    Returns:
+        uint8 with shape ``(height, width, 3)``.
+
+    Raises:
+        RequestError: it is no picture, is not there, is truncated, or is so large that it may be meant to exhaust
+            the memory.
+        BackendUnavailableError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "images need Pillow, which is not installed: pip install 'adalink-kit[vision]'"
+        ) from error
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
+    if isinstance(source, Image.Image):
+        _check_size(source.width, source.height, name)
+        return _decoded(name, lambda: _on_white(source))
+    if isinstance(source, (str, Path)):
+        name = f"{name} ({source})"
+        try:
+            data = Path(source).read_bytes()
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{name} cannot be read: {error}; expected the path of an image file") from error
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+    else:
+        raise RequestError(
+            f"{name} is a {type(source).__name__}, expected a path, the bytes of a file, a Pillow image or a uint8 "
+            "array"
+        )
+    return _from_file(data, name)
+
+
+def _from_file(data: bytes, name: str) -> Array:
+    from PIL import Image, ImageOps
+
+    image = _decoded(name, lambda: Image.open(BytesIO(data)))
+    with image:
+        # The header alone has been read: nothing of the announced size is in memory yet.
+        _check_size(image.width, image.height, name)
+        return _decoded(name, lambda: _on_white(ImageOps.exif_transpose(image).convert("RGB")))
+
+
+def _on_white(image: Image.Image) -> Array:
+    """RGB pixels of an image, whatever is transparent on white."""
+    from PIL import Image
+
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def _decoded(name: str, decode: Callable[[], T]) -> T:
+    """Call Pillow; whatever its decoders raise says that the picture is damaged."""
+    try:
+        return decode()
+    # They raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others, by format and by damage.
+    except Exception as error:
+        raise RequestError(
+            f"{name} is not an image that Pillow can read, or it is truncated: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _from_array(array: Array, name: str) -> Array:
+    """Pixels of an array, by the rules of transformers for which axis the channels are on."""
+    if array.dtype != np.uint8:
+        raise RequestError(f"{name} is an array of {array.dtype}, expected uint8 with values from 0 to 255")
+    shaped = array[..., None] if array.ndim == 2 else array
+    if shaped.ndim == 3 and array.ndim == 3 and shaped.shape[0] in _CHANNELS:
+        shaped = np.moveaxis(shaped, 0, -1)
+    if shaped.ndim != 3 or shaped.shape[-1] not in _CHANNELS or 0 in shaped.shape:
+        raise RequestError(
+            f"{name} is an array of shape {array.shape}, expected (height, width) or (height, width, channels) with 1, "
+            "3 or 4 channels"
+        )
+    _check_size(shaped.shape[1], shaped.shape[0], name)
+    if shaped.shape[-1] == 4:
+        alpha = shaped[..., 3:] / 255
+        return np.round(alpha * shaped[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    return np.ascontiguousarray(np.repeat(shaped, 3, axis=-1) if shaped.shape[-1] == 1 else shaped)
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise RequestError(
+            f"{name} has {width} x {height} pixels, expected at most {MAX_PIXELS} in all: a file that unpacks to so "
+            "many may be meant to exhaust the memory; make it smaller first"
+        )

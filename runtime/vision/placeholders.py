@@ -1,0 +1,162 @@
+"""Where a prompt's images stand: placeholder tokens, one an image as people write them, one a position as engines see.
+
+Where images are cut into tiles, tokens that say which tile is which stand between the positions.
+
+A position of an image holds a row of its embeddings instead of the placeholder's own, and goes through a task's weights
+for the modality ``image``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import RequestError
+from adalink.runtime.generation.prefix_cache import name_of
+from adalink.runtime.storage.manifest import Base, Vision
+from adalink.runtime.storage.safetensors import as_stored
+from adalink.runtime.vision.images import Picture
+from adalink.runtime.vision.tiles import Grid
+
+# For each row its images, or None.
+Images = Sequence[Sequence[Picture] | None] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image as the base's own encoder takes it.
+
+    Attributes:
+        digest: of its pixel values and its grid.
+        pixel_values: float32 with shape ``(tiles, 3, height, width)``, or ``(patches, numbers)``.
+        grid: rows and columns that it was cut into.
+    """
+
+    digest: str
+    pixel_values: Array
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEmbeds:
+    """An image as the base's own encoder sees it.
+
+    Attributes:
+        digest: of its pixel values and its grid.
+        embeds: float32 with shape ``(positions, d)``, before any task; not to be written to.
+        grid: rows and columns that it was cut into.
+    """
+
+    digest: str
+    embeds: Array
+    grid: Grid = (0, 0)
+
+
+def check_images(images: Images, rows: int, base: Base) -> list[list[Picture]]:
+    """The images of each row, none where there are none; raises ``RequestError``."""
+    if images is None:
+        return [[] for _ in range(rows)]
+    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence) or len(images) != rows:
+        raise RequestError(
+            f"images is {_short(images)} and there are {rows} rows: expected a list with one entry for each row, its "
+            "list of images or None"
+        )
+    given = []
+    for row, own in enumerate(images):
+        if own is not None and not isinstance(own, (list, tuple)):
+            raise RequestError(f"images[{row}] is {_short(own)}, expected a list of images or None")
+        given.append(list(own or ()))
+    if base.vision is None and any(given):
+        raise RequestError(
+            f"{base.name} was exported without a vision tower and takes no images: leave images out, or pass "
+            "embeddings of your own to run() with inputs_embeds and modality"
+        )
+    return given
+
+
+def expand(tokens: list[int], images: Sequence[Prepared], row: int, base: Base) -> list[int]:
+    """A prompt with as many placeholders as its images take up, and with the tokens around their tiles.
+
+    Args:
+        tokens: with one placeholder an image, or as the result is.
+        images: those that belong to it.
+        row: which prompt it is, for errors.
+        base: the contract.
+
+    Raises:
+        RequestError: placeholders and images are not of one number.
+    """
+    vision = base.vision
+    if vision is None:
+        return tokens
+    found = tokens.count(vision.image_token_id)
+    if found == len(images):
+        left = iter(images)
+        return [
+            token
+            for own in tokens
+            for token in (vision.written(next(left).grid) if own == vision.image_token_id else (own,))
+        ]
+    positions = sum(vision.positions(image.grid) for image in images)
+    if found != positions:
+        raise RequestError(
+            f"prompt {row} has {found} placeholders (token {vision.image_token_id}) and {len(images)} images: write "
+            f"one placeholder for each image where it belongs, or all {positions} positions that they take up"
+        )
+    return tokens
+
+
+def check_expanded(ids: Array, images: Sequence[Sequence[Prepared]], vision: Vision) -> None:
+    """Check that every row of ``(batch, seq)`` has the positions that its images take up; raises ``RequestError``."""
+    for row, own in enumerate(images):
+        found = int((ids[row] == vision.image_token_id).sum())
+        expected = sum(vision.positions(image.grid) for image in own)
+        if found != expected:
+            raise RequestError(
+                f"input_ids: row {row} has {found} placeholders (token {vision.image_token_id}) and {len(own)} images: "
+                f"expected {expected} placeholders, {vision.tokens_per_image} for each image, tile or piece of one"
+            )
+
+
+def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
+    """Embeddings of a batch with those of its images in place, not adapted.
+
+    Args:
+        embeds: those of its tokens, shape ``(batch, seq, d)``; written to.
+        ids: token ids with shape ``(batch, seq)``; each row has the placeholders that its images take up.
+        images: those of each row, in their order.
+        base: the contract.
+
+    Returns:
+        Embeddings with shape ``(batch, seq, d)`` in the base's dtype, and the modality of each position, int64 with
+        shape ``(batch, seq)``.
+    """
+    assert base.vision is not None
+    is_image = ids == base.vision.image_token_id
+    rows = [image.embeds for own in images for image in own]
+    if rows:
+        embeds[is_image] = as_stored(np.concatenate(rows), base.embedding_dtype)
+    return embeds, np.where(is_image, base.modalities.index("image"), 0)
+
+
+def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None) -> Array:
+    """A prompt for the prefix cache: int64, an image's positions named by the image and what it went through.
+
+    Args:
+        tokens: the prompt, expanded.
+        images: its images.
+        adapter: digest of the adapter of its images; empty for none.
+        vision: the image side of the base.
+    """
+    names = np.array(tokens, np.int64)
+    if vision is not None and images:
+        numbers = np.array([name_of(f"{image.digest} {adapter}") for image in images], np.int64)
+        names[names == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
+    return names
+
+
+def _short(value: object) -> str:
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (list, tuple)) else "")

@@ -1,0 +1,161 @@
+"""From a picture's pixels to what a vision encoder takes: the steps of the model's own image processor, in numpy.
+
+Resizing is Pillow's, as in the processors of transformers that this follows step by step (its PIL backend).
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import msgspec
+import numpy as np
+
+from adalink.runtime.engine import Array
+from adalink.runtime.errors import NOT_JSON, IntegrityError, RequestError
+from adalink.runtime.vision.patches import Patching
+from adalink.runtime.vision.tiles import Grid, Tiling
+
+# Beyond this a picture is a decompression bomb, or becomes one when its shorter edge is enlarged: Pillow's own limit.
+MAX_PIXELS = 89_478_485
+
+
+class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``preprocessor.json``: what is done to an RGB picture, in this order.
+
+    Attributes:
+        pad_color: fill the shorter sides to a square of this RGB colour, the picture in the middle; ``None``: do not.
+        shortest_edge: resize so that the shorter edge has this many pixels; or else
+        resize: resize to this height and width, whatever the picture's; ``None`` for both: do not.
+        resample: Pillow's number of the filter.
+        crop: height and width of the middle that is kept, filled up with zeros; ``None``: do not.
+        rescale_factor: factor of the values 0 to 255; ``None``: do not.
+        mean: subtracted from each channel; ``None``: do not.
+        std: what each channel is then divided by.
+        tiling: resize and cut into tiles instead of all that goes before ``rescale_factor``; ``None``: do not.
+        patching: resize instead of all that goes before ``rescale_factor``, and cut into patches in the end; ``None``:
+            do not.
+    """
+
+    pad_color: tuple[int, int, int] | None
+    shortest_edge: int | None
+    resize: tuple[int, int] | None
+    resample: int
+    crop: tuple[int, int] | None
+    rescale_factor: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    tiling: Tiling | None = None
+    patching: Patching | None = None
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of tiles or pieces that a picture of this size becomes; ``(0, 0)`` where it is one tile."""
+        if self.patching is not None:
+            return self.patching.grid(height, width)
+        return (0, 0) if self.tiling is None else self.tiling.grid(height, width)
+
+    def apply(self, picture: Array) -> Array:
+        """Pixel values of one picture.
+
+        Args:
+            picture: RGB, uint8 with shape ``(height, width, 3)``.
+
+        Returns:
+            float32 with shape ``(tiles, 3, height, width)``: one tile, unless pictures are cut into tiles. Of pictures
+            that are cut into patches, ``(patches, numbers)``.
+
+        Raises:
+            RequestError: the picture is so narrow that resizing it, or filling it up to a square, would need more
+                memory than a bomb, or that the model's processor refuses it.
+        """
+        tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
+        tables = self._tables()
+        values = np.empty((len(tiles), *tiles[0].shape), np.float32)
+        for tile, own in zip(tiles, values, strict=True):
+            for table, levels, result in zip(tables, tile, own, strict=True):
+                np.take(table, levels, out=result, mode="clip")
+        return values if self.patching is None else self.patching.cut(values[0])
+
+    def _tables(self) -> Array:
+        """What each of the values 0 to 255 becomes in each channel: float32 with shape ``(3, 256)``."""
+        levels: Array = np.arange(256)
+        if self.rescale_factor is not None:
+            levels = levels.astype(np.float64) * self.rescale_factor
+        tables = np.tile(levels.astype(np.float32), (3, 1))
+        if self.mean is not None:
+            mean, std = (np.array(numbers, np.float32)[:, None] for numbers in (self.mean, self.std))
+            tables = (tables - mean) / std
+        return tables
+
+    def _one(self, picture: Array) -> Array:
+        """A picture as the one tile that it is: uint8 with shape ``(3, height, width)``."""
+        picture = picture if self.pad_color is None else _padded_to_square(picture, self.pad_color)
+        if size := self._target(picture.shape[0], picture.shape[1]):
+            picture = _resized(picture, size, self.resample)
+        values = picture.transpose(2, 0, 1)
+        return values if self.crop is None else _cropped(values, *self.crop)
+
+    def _tiles(self, picture: Array, tiling: Tiling) -> list[Array]:
+        """The tiles of a picture, the one with the whole of it last: uint8, each of shape ``(3, edge, edge)``."""
+        height, width, _ = picture.shape
+        for size in tiling.sizes(height, width):
+            picture = _resized(picture, size, self.resample)
+        whole = _resized(picture, (tiling.edge, tiling.edge), self.resample)
+        return [tile.transpose(2, 0, 1) for tile in (*tiling.cut(picture, tiling.grid(height, width)), whole)]
+
+    def _target(self, height: int, width: int) -> tuple[int, int] | None:
+        if self.patching is not None:
+            return self.patching.size(height, width)
+        if self.shortest_edge is None:
+            return self.resize
+        longest = int(self.shortest_edge * max(height, width) / min(height, width))
+        if longest * self.shortest_edge > MAX_PIXELS:
+            raise RequestError(
+                f"the image is {width} x {height} pixels: with its shorter edge resized to {self.shortest_edge} it "
+                f"would have more than {MAX_PIXELS} pixels; crop it first"
+            )
+        return (longest, self.shortest_edge) if width <= height else (self.shortest_edge, longest)
+
+
+def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
+    """Decode ``preprocessor.json``; raises ``IntegrityError``."""
+    try:
+        return msgspec.json.decode(data, type=Preprocessor)
+    except NOT_JSON as error:
+        raise IntegrityError(f"{origin} is not a preprocessor: {error}; export the base again") from error
+
+
+def _padded_to_square(picture: Array, color: tuple[int, int, int]) -> Array:
+    height, width, _ = picture.shape
+    side = max(height, width)
+    if side * side > MAX_PIXELS:
+        raise RequestError(
+            f"the image is {width} x {height} pixels: filled up to a square it would have more than {MAX_PIXELS} "
+            "pixels; crop it, or make it smaller first"
+        )
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = color
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square
+
+
+def _resized(picture: Array, size: tuple[int, int], resample: int) -> Array:
+    from PIL import Image
+
+    height, width = size
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling(resample)))
+
+
+def _cropped(values: Array, height: int, width: int) -> Array:
+    """The middle of ``(3, h, w)``, with zeros where that is smaller."""
+    own_height, own_width = values.shape[1:]
+    if own_height < height or own_width < width:
+        large = np.zeros((3, max(height, own_height), max(width, own_width)), values.dtype)
+        top, left = ceil((large.shape[1] - own_height) / 2), ceil((large.shape[2] - own_width) / 2)
+        large[:, top : top + own_height, left : left + own_width] = values
+        # Where the middle begins is rounded for the picture, not for the larger frame.
+        top, left = (own_height - height) // 2 + top, (own_width - width) // 2 + left
+        values = large
+    else:
+        top, left = (own_height - height) // 2, (own_width - width) // 2
+    return values[:, top : top + height, left : left + width]

@@ -1,0 +1,171 @@
+"""The vision tower of an open deployment: opened with the first image, run once for each picture.
+
+What it gives for a picture is the same for every task, since adapters act behind it: embeddings are kept by what the
+picture looks like to the tower, and one answers for all tasks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from adalink.runtime.engine import Array, Backend, VisionGraph
+from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.storage.digest import digest_bytes
+from adalink.runtime.storage.integrity import locate, read_verified
+from adalink.runtime.storage.manifest import Manifest, Variant, Vision
+from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.vision.images import Picture, read_picture
+from adalink.runtime.vision.placeholders import ImageEmbeds, Prepared
+from adalink.runtime.vision.preprocess import Preprocessor, read_preprocessor
+from adalink.runtime.vision.tiles import Grid
+
+
+class OpenVision:
+    """The image side of a deployment; safe for calls from several threads, which it serves one after another."""
+
+    def __init__(self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, cache_bytes: int) -> None:
+        """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
+        self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
+        self._cache_bytes = cache_bytes
+        self._size_bytes = 0
+        self._kept: OrderedDict[str, Array] = OrderedDict()
+        self._opened: tuple[Preprocessor, VisionGraph | OnnxPatchGraph] | None = None
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self.encoded = 0
+
+    def prepare(self, images: Sequence[Sequence[Picture]]) -> list[list[Prepared]]:
+        """The images of each row as the tower takes them.
+
+        Args:
+            images: those of each row; only for a base with a vision tower.
+
+        Raises:
+            RequestError: one is no picture.
+            IntegrityError: a file of the vision tower is not the one in the manifest.
+            BackendError: what runs the tower is not there, or refused.
+        """
+        with self._lock:
+            preprocessor, _ = self._open()
+        prepared: list[list[Prepared]] = []
+        for row, own in enumerate(images):
+            prepared.append([])
+            for place, source in enumerate(own):
+                picture = read_picture(source, f"images[{row}][{place}]")
+                values = preprocessor.apply(picture)
+                grid = preprocessor.grid(picture.shape[0], picture.shape[1])
+                # Patches of one colour are the same in any grid.
+                prepared[-1].append(Prepared(f"{digest_bytes(values.data)} {grid}", values, grid))
+        return prepared
+
+    def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
+        """Embeddings of the images of each row; raises what ``prepare`` does."""
+        with self._lock:
+            _, graph = self._open()
+            given = {image.digest: image for own in images for image in own}
+            found = {digest: self._kept[digest] for digest in given if digest in self._kept}
+            missing = [image for digest, image in given.items() if digest not in found]
+            if missing:
+                for image, own in zip(missing, _encode(graph, missing), strict=True):
+                    found[image.digest] = own
+                self.encoded += len(missing)
+            for digest in found:
+                self._keep(digest, found[digest])
+            return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
+
+    def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
+        """See ``Deployment.encode``."""
+        base = self._manifest.base
+        if base.vision is None:
+            raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
+        shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
+        if base.vision.patches is not None:
+            patches = None if grid is None else base.vision.positions(grid) * base.vision.patches.merge**2
+            if len(shape) != 2 or shape[0] != patches:
+                raise RequestError(f"pixel_values has the shape {shape} and grid is {grid}: expected all its patches")
+        elif len(shape) != 4 or not shape[0] or shape[1:] != expected:
+            raise RequestError(f"pixel_values has the shape {shape}, expected one or more images of {expected}")
+        with self._lock:
+            graph = self._open()[1]
+            if isinstance(graph, OnnxPatchGraph):
+                assert grid is not None
+                return graph.run(pixel_values, grid)
+            return _run(graph, pixel_values)
+
+    def close(self) -> None:
+        """Give its memory back."""
+        with self._lock:
+            self._is_closed = True
+            if self._opened is not None:
+                self._opened[1].close()
+            self._opened = None
+            self._kept.clear()
+            self._size_bytes = 0
+
+    def _open(self) -> tuple[Preprocessor, VisionGraph | OnnxPatchGraph]:
+        if self._is_closed:
+            raise RequestError("the deployment is closed: open it again")
+        if self._opened is None:
+            vision, plan = self._manifest.base.vision, self._variant.vision_graph
+            assert vision is not None
+            if plan is None:  # a plan was read whole with the engine's
+                verify_once(self._path, self._manifest, vision.files)
+            steps = read_preprocessor(
+                read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
+            )
+            _check_tiles(steps, vision)
+            graph = self._backend.open_vision(locate(self._path, plan or vision.graph), self._manifest.base)
+            self._opened = steps, graph
+        return self._opened
+
+    def _keep(self, digest: str, embeds: Array) -> None:
+        """Keep embeddings within the budget; the least recently used go first."""
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return
+        if embeds.nbytes > self._cache_bytes:
+            return
+        self._kept[digest] = embeds
+        self._size_bytes += embeds.nbytes
+        while self._size_bytes > self._cache_bytes:
+            self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+def _encode(graph: VisionGraph | OnnxPatchGraph, images: Sequence[Prepared]) -> list[Array]:
+    """Embeddings of each image, ``(positions, d)``."""
+    if isinstance(graph, OnnxPatchGraph):
+        return [graph.run(image.pixel_values, image.grid) for image in images]
+    given = _run(graph, np.concatenate([image.pixel_values for image in images]))
+    ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
+    # Copies, so that one that is kept does not keep its neighbours.
+    return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(given, ends)]
+
+
+def _run(graph: VisionGraph, tiles: Array) -> Array:
+    """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as the tower takes."""
+    starts = range(0, len(tiles), graph.most_images)
+    return np.concatenate([graph.run(tiles[start : start + graph.most_images]) for start in starts])
+
+
+def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
+    """Check that pictures are cut as the manifest says, which has tokens for that; raises ``IntegrityError``."""
+    pieces = None if vision.patches is None else (vision.image_size, vision.patches.merge)
+    cut = steps.patching
+    if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
+        raise IntegrityError(
+            f"{vision.preprocessor} cuts pictures into patches by {cut}, the manifest expects {pieces} (the size of "
+            "pieces, patches on an edge): export the base again"
+        )
+    expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
+    given = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
+    if given != expected:
+        raise IntegrityError(
+            f"{vision.preprocessor} cuts pictures into tiles of {given}, the manifest has tokens for {expected} (their "
+            "size, most in a row): export the base again"
+        )

@@ -1,0 +1,1 @@
+"""One run of a study: labelled data, methods beside AdaLink, training and scoring."""

@@ -1,0 +1,113 @@
+"""The demo on a tiny model: the whole path, what a second run reuses, and what makes it start again."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from helpers.tiny_deployments import make_model_folder, seeded_adapter, write_adapter
+
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.device.gpus import find_gpus
+from adalink.runtime.trt.record import read_record
+from examples.demo.run import command
+
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx_bindings") is not None
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    model = make_model_folder(tmp_path / "tiny", "mistral")
+    examples = tmp_path / "examples"
+    for seed, name in enumerate(("alpha", "beta"), 1):
+        write_adapter(examples / "adapters" / name, seeded_adapter(model, seed))
+    rows = [{"prompt": "Hello 12", "task": "alpha"}, {"prompt": "What is it", "task": "beta"}]
+    (examples / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path, model, examples
+
+
+def run(workplace, *arguments):
+    root, model, examples = workplace
+    options = ["--out", root / "out", "--model", model, "--examples", examples, *arguments]
+    return CliRunner().invoke(command, [*map(str, options)])
+
+
+def test_whole_path_then_reuse_then_change(workplace):
+    root, _, examples = workplace
+    first = run(workplace)
+    assert first.exit_code == 0, first.output
+    assert "reused" not in first.stderr
+    for text in ("One engine, the same texts", "All 45 checks passed", "engine_builds_during_swaps", "decode_ratio"):
+        assert text in first.stdout
+    with Deployment.open(root / "out/deployment") as deployment:
+        assert deployment.tasks == ("alpha", "beta")
+        texts = deployment.generate(["Hello 12"], tasks="alpha", max_new_tokens=8, stop="\n")[0].text.strip()
+    assert f"{texts} (alpha)" in first.stdout
+
+    base = {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")}
+    second = run(workplace)
+    assert second.exit_code == 0, second.output
+    assert second.stderr.count("reused") == 4 + HAS_RTX  # base, two tasks, parity, engine
+    assert "All 45 checks passed" in second.stdout
+
+    # Another adapter under the same name: that task and parity are made anew, the base is not.
+    shutil.rmtree(examples / "adapters/beta")
+    write_adapter(examples / "adapters/beta", seeded_adapter(workplace[1], 9))
+    third = run(workplace)
+    assert third.exit_code == 0, third.output
+    assert third.stderr.count("reused") == 2 + HAS_RTX
+    assert {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")} == base
+
+
+def test_fresh_starts_anew(workplace):
+    assert run(workplace).exit_code == 0
+    again = run(workplace, "--fresh")
+    assert again.exit_code == 0, again.output
+    assert "reused" not in again.stderr
+
+
+def test_a_folder_of_somebody_else_is_left_alone(workplace):
+    root, *_ = workplace
+    precious = root / "out/deployment/precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    result = run(workplace)
+    assert result.exit_code == 2
+    assert "no demo made it" in result.stderr
+    assert precious.read_text() == "mine"
+
+
+def test_wrong_places_are_named(workplace, tmp_path):
+    *_, examples = workplace
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["--out", tmp_path / "file" / "demo"], "file/demo: Not a directory; choose a writable place with --out"),
+        (["--examples", tmp_path / "nowhere"], "holds no adapter folders"),
+        (["--model", tmp_path / "nowhere"], "no such file or folder"),
+    ):
+        result = run(workplace, *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    (examples / "demo.jsonl").write_text('{"prompt": "x"}\n')
+    result = run(workplace)
+    assert result.exit_code == 2
+    assert "names its task" in result.stderr
+
+
+@pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed")
+@pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU")
+def test_without_a_gpu_an_engine_is_built_for_another_machine(workplace):
+    result = run(workplace)
+    assert result.exit_code == 0, result.output
+    assert "engine: building it with TensorRT-RTX for sm86" in result.stderr
+    assert "engine: built, not run: " in result.stderr
+    folder = workplace[0] / "out/deployment"
+    assert read_record(folder / "engines/tensorrt-rtx").target == ("sm86",)
+
+
+def test_without_the_package_it_says_how_to_get_it(workplace, monkeypatch):
+    monkeypatch.setattr("examples.demo.engine._MODULES", ("no_such_module",))
+    result = run(workplace)
+    assert result.exit_code == 0, result.output
+    assert "make demo TRT=1" in result.stderr

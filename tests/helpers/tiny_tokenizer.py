@@ -1,0 +1,64 @@
+"""A character tokenizer that fits the tiny models' vocabulary, of the real `tokenizers` and transformers classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from helpers.tiny_models import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+CHARACTERS = tuple(chr(code) for code in range(ord(" "), ord(" ") + VOCAB_SIZE - len(SPECIALS)))
+CHAT_TEMPLATE = (
+    "{% if messages[0]['content'] == 'forbidden' %}{{ raise_exception('not this word') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(SPECIALS + CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+TILE_SPECIALS = (
+    *("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
+)
+
+
+def make_prefix_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a placeholder that is no character; by itself it begins each text with its token, as Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tile_tokenizer(("<image>",))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return tokenizer
+
+
+def make_tile_tokenizer(specials: tuple[str, ...] = TILE_SPECIALS) -> PreTrainedTokenizerFast:
+    """The same with the tokens of a model that takes tiles; two line ends are one token, as in many vocabularies.
+
+    Args:
+        specials: leave some out and they become several tokens, as in checkpoints that never had them.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.models import WordLevel
+
+    tokenizer = make_tokenizer()
+    vocabulary = tokenizer.get_vocab() | {"\n": VOCAB_SIZE, "\n\n": VOCAB_SIZE + 1}
+    tokenizer.backend_tokenizer.model = WordLevel(vocabulary, unk_token="<unk>")
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials], special_tokens=True)
+    return tokenizer

@@ -1,0 +1,28 @@
+"""Files of the user's own: whole or not there, and nothing is left of what could not be written."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from adalink.runtime.storage.user_cache import read_own, write_own
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write_bytes = tmp_path / "kind" / "file", Path.write_bytes
+    write_own(path, b"before")
+    assert read_own(path) == b"before"
+
+    def half(self: Path, data: bytes) -> int:
+        write_bytes(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        write_own(path, b"after, and longer")
+    assert read_own(path) == b"before"
+    assert [other.name for other in path.parent.iterdir()] == ["file"]
+    write_own(path, b"after")
+    assert read_own(path) == b"after"

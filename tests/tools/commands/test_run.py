@@ -1,0 +1,221 @@
+"""`adalink run` against the deployment called directly."""
+
+import json
+import os
+import pty
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers.tiny_deployments import make_deployment
+
+from adalink.runtime.deployment import Deployment
+from adalink.tools.cli import main
+from adalink.tools.commands.run import read_rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tasks = {"alpha": {"seed": 1}, "beta": {"seed": 2}}
+    return make_deployment(tmp_path_factory.mktemp("run"), "mistral", tasks)[1]
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    with Deployment.open(folder) as deployment:
+        return {
+            task: deployment.generate(["Hello 12"], tasks=task, max_new_tokens=6)[0].text
+            for task in (None, "alpha", "beta")
+        }
+
+
+def run(*arguments, **settings):
+    return CliRunner().invoke(main, ["run", *map(str, arguments)], **settings)
+
+
+@pytest.mark.parametrize("task", [None, "alpha", "beta"])
+def test_text_file_and_stdin_give_the_same(folder, expected, tmp_path, task):
+    options = ["--max-new-tokens", 6, *(["--task", task] if task else [])]
+    (tmp_path / "prompt.txt").write_text("Hello 12\n")
+    results = [
+        run(folder, "Hello 12", *options),
+        run(folder, "--file", tmp_path / "prompt.txt", *options),
+        run(folder, *options, input="Hello 12\n"),
+    ]
+    assert [result.stdout for result in results] == [expected[task] + "\n"] * 3
+    assert len(set(expected.values())) == 3  # the tasks differ, so the option is heeded
+
+
+def test_sampling_and_stops_reach_the_deployment(folder):
+    how = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
+    with Deployment.open(folder) as deployment:
+        free, other = (
+            deployment.generate(["Hello 12"], max_new_tokens=12, **{**how, "seed": seed})[0].text for seed in (3, 4)
+        )
+        stop = free[3:5]
+        cut = deployment.generate(["Hello 12"], max_new_tokens=12, stop=[stop], **how)[0].text
+    assert free != other
+    assert cut != free
+    drafted = run(folder, "Hello 12", "--max-new-tokens", 12, "--draft-tokens", 4, "--full-check", *options)
+    assert drafted.stdout == free + "\n"
+    assert run(folder, "Hello 12", "--max-new-tokens", 12, "--stop", stop, *options).stdout == cut + "\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(folder, expected, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Hello 12", encoding="utf-8-sig")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hello 12"}', encoding="utf-8-sig")
+    options = ["--max-new-tokens", 6]
+    assert run(folder, "--file", tmp_path / "prompt.txt", *options).stdout == expected[None] + "\n"
+    assert run(folder, *options, input=(tmp_path / "prompt.txt").read_bytes()).stdout == expected[None] + "\n"
+    assert json.loads(run(folder, "--jsonl", tmp_path / "rows.jsonl", *options).stdout)["text"] == expected[None]
+
+
+def test_jsonl_rows_keep_order_and_task(folder, expected, tmp_path):
+    rows = [{"prompt": "Hello 12", "task": task} for task in ("beta", None, "alpha")] * 4 + [{"prompt": "Hello 12"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--task", "beta", "--max-new-tokens", 6)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["text"] for answer in answers] == [expected[row.get("task", "beta")] for row in rows]
+
+
+def test_jsonl_lines_end_at_line_feeds_alone(folder, tmp_path):
+    """Other separators of Unicode may stand in a JSON text as they are."""
+    prompts = ["a\u2028b", "a\u2029b", "a\x85b", "c"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line)["prompt"] for line in result.stdout.split("\n")[:-1]] == prompts
+
+
+def test_an_empty_prompt_is_named_before_anything_is_generated(folder, tmp_path):
+    rows = [{"prompt": "a"}] * 9 + [{"prompt": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
+    assert result.exit_code == 2
+    assert "rows.jsonl:10 has no tokens" in result.stderr
+    assert not result.stdout
+    single = run(folder, "", "--max-new-tokens", 2)
+    assert (single.exit_code, single.stdout) == (2, "")
+    assert "the prompt has no tokens" in single.stderr
+
+
+def test_an_error_in_a_later_batch_says_where_it_begins(folder, tmp_path):
+    rows = [{"prompt": "a"}] * 9 + [{"prompt": "a" * 9999}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
+    assert result.exit_code == 2
+    assert "rows.jsonl:9 and on: the sequence would have 10001 positions" in result.stderr
+
+
+def test_json_holds_tokens_and_reason(folder, expected):
+    answer = json.loads(run(folder, "Hello 12", "--json", "--max-new-tokens", 6).stdout)
+    assert answer["text"] == expected[None]
+    assert answer["finish_reason"] in ("stop", "length")
+    assert answer["prompt_tokens"] == 8
+
+
+def test_streams_on_a_terminal(folder, expected):
+    """A real terminal: the same text, and an end of line."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "adalink.tools", "run", str(folder), "Hello 12", "--max-new-tokens", "6"]
+    done = subprocess.run(command, stdout=follower, check=True, stdin=subprocess.DEVNULL)
+    os.close(follower)
+    assert done.returncode == 0
+    assert os.read(leader, 1 << 16).decode().replace("\r\n", "\n") == expected[None] + "\n"
+    os.close(leader)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ":2: not JSON"),
+        ('{"text": "x"}', ":2: expected"),
+        ('{"prompt": "x", "task": 3}', ":2: task is 3"),
+        ('{"prompt": "x", "Task": "alpha"}', ":2: field 'Task' is none of a row's: did you mean 'task'?"),
+        ('{"prompt": "x", "tasks": "alpha"}', ":2: field 'tasks' is none of a row's: did you mean 'task'?"),
+        ('{"prompt": "x", "image": "a.png"}', ":2: field 'image' is none of a row's: did you mean 'images'?"),
+        ('{"prompt": ' + "[" * 100_000, ":2: not JSON"),
+        ('{"prompt": "x", "task": ' + "1" * 5000 + "}", ":2: not JSON"),
+        (r'{"prompt": "a\ud800"}', r":2: prompt holds '\ud800' at character 1"),
+    ],
+)
+def test_bad_row_is_named(folder, tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' + line)
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_other_fields_are_not_read(tmp_path):
+    """Rows of training data, and rows with notes of their own, can be run as they are."""
+    row = {"prompt": "x", "completion": "y", "label": "y", "prompt_id": 3, "text": "z", "mask": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (read,) = read_rows(tmp_path / "rows.jsonl", "alpha")
+    assert (read.prompt, read.task, read.images) == ("x", "alpha", ())
+
+
+def test_wrong_use_exits_2(folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for arguments, message in (
+        ([folder, "x", "--task", "gamma", "--max-new-tokens", 4], "'gamma' is not deployed"),
+        ([folder, "x", "--file", tmp_path / "empty.jsonl"], "give one of"),
+        ([folder, "--jsonl", tmp_path / "empty.jsonl"], "holds no rows"),
+        ([tmp_path, "x"], "holds no manifest.json"),
+        ([folder, "x", "--temperature", -1], "temperature"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirected", "message"), [("<&-", "no prompt: give TEXT"), ("'Hello 12' --max-new-tokens 6 >&-", "")]
+)
+def test_a_closed_standard_stream_is_no_bug(folder, redirected, message):
+    """As under some schedulers of jobs."""
+    command = f"{shlex.quote(sys.executable)} -m adalink.tools run {shlex.quote(str(folder))} {redirected}"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == (2 if message else 0), done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--top-k", "--top-p"])
+def test_sampling_without_a_temperature_is_refused(folder, option):
+    for temperature in ([], ["--temperature", 0]):
+        result = run(folder, "x", option, 1, *temperature, "--max-new-tokens", 2)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{option} needs a --temperature above 0" in result.stderr
+    assert run(folder, "x", option, 1, "--temperature", 1, "--max-new-tokens", 2).exit_code == 0
+
+
+def test_encoder_gives_mean_states(tmp_path):
+    _, folder = make_deployment(tmp_path / "bert", "bert", {"alpha": {"seed": 1}})
+    answer = json.loads(run(folder, "Hello", "--task", "alpha").stdout)
+    with Deployment.open(folder) as deployment:
+        ids = deployment.tokenizer.encode("Hello")
+        states = deployment.run(input_ids=[ids], tasks="alpha")["last_hidden_state"][0]
+    np.testing.assert_allclose(answer["mean"], states.mean(axis=0), rtol=1e-6)
+    for option in (["--chat"], ["--stop", "x"], ["--max-new-tokens", 3], ["--temperature", 1], ["--draft-tokens", 0]):
+        result = run(folder, "Hello", *option)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{option[0]} is for generating, and tiny is an encoder: leave it out" in result.stderr
+
+
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_bytes_that_are_not_utf8_exit_2(folder, locale, chat):
+    """In some locales Python hands undecodable bytes on as halves of characters."""
+    command = [sys.executable, "-m", "adalink.tools", "run", folder, *chat, "--max-new-tokens", "2"]
+    settings = {"capture_output": True, "env": {**os.environ, "LC_ALL": locale}}
+    argument = subprocess.run([*command, b"caf\xe9"], check=False, stdin=subprocess.DEVNULL, **settings)
+    piped = subprocess.run(command, check=False, input=b"caf\xe9", **settings)
+    for done, message in ((argument, rb"TEXT holds '\udce9' at character 3"), (piped, b"standard input")):
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert b"Traceback" not in done.stderr

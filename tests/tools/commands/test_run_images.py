@@ -1,0 +1,109 @@
+"""`adalink export`, `inspect` and `run` on a model that takes images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from helpers.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, llava
+from helpers.tiny_tokenizer import make_tokenizer
+from helpers.vision import clip_processor
+from helpers.vision_deployments import Seeing, build_seeing, picture
+
+from adalink.runtime import Deployment
+from adalink.tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> Seeing:
+    return build_seeing(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, seed in (("a.png", 1), ("b.png", 2)):
+        picture(seed).save(folder / name)
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def test_images_go_to_their_placeholders(seeing, files):
+    options = ["--max-new-tokens", 6, "--task", "both"]
+    with Deployment.open(seeing.folder) as deployment:
+        expected = {
+            order: deployment.generate(
+                ["@ or @"], images=[[picture(seed) for seed in order]], tasks="both", max_new_tokens=6
+            )[0]
+            for order in ((1, 2), (2, 1))
+        }
+    assert expected[1, 2].token_ids != expected[2, 1].token_ids
+    for order in expected:
+        images = [part for seed in order for part in ("--image", files / f"{' ab'[seed]}.png")]
+        result = invoke("run", seeing.folder, "@ or @", *images, *options)
+        assert result.stdout == expected[order].text + "\n"
+        answer = json.loads(invoke("run", seeing.folder, "@ or @", *images, *options, "--json").stdout)
+        assert answer["images"] == [str(part) for part in images[1::2]]
+
+
+def test_rows_name_images_beside_the_file(seeing, files):
+    rows = [{"prompt": "@!", "images": ["b.png"], "task": "looks"}, {"prompt": "none"}]
+    (files / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = invoke("run", seeing.folder, "--jsonl", files / "rows.jsonl", "--max-new-tokens", 6)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    with Deployment.open(seeing.folder) as deployment:
+        expected = deployment.generate(
+            ["@!", "none"], images=[[picture(2)], None], tasks=["looks", None], max_new_tokens=6
+        )
+    assert [answer["text"] for answer in answers] == [row.text for row in expected]
+    assert "images" not in answers[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["@"], "prompt 0 has 1 placeholders (token 36) and 0 images"),
+        (["no", "--image", "a.png"], "prompt 0 has 0 placeholders (token 36) and 1 images"),
+        (["@", "--image", "missing.png"], "missing.png) cannot be read"),
+        (["@", "--image", "rows.txt"], "rows.txt) is not an image that Pillow can read"),
+        (["--jsonl", "rows.txt", "--image", "a.png"], "--image is for one prompt"),
+        (["--jsonl", "rows.txt"], "rows.txt:1: images is b.png, expected a list of paths"),
+    ],
+)
+def test_user_errors_end_with_their_message_and_exit_code_2(seeing, files, monkeypatch, arguments, message):
+    (files / "rows.txt").write_text('{"prompt": "@", "images": "b.png"}\n')
+    monkeypatch.chdir(files)
+    result = invoke("run", seeing.folder, *arguments, "--max-new-tokens", 2)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_export_and_inspect_show_the_image_side(tmp_path):
+    model = tmp_path / "model"
+    llava().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    clip_processor().save_pretrained(model)
+    out = tmp_path / "deployment"
+    exported = invoke("export", "base", model, "--out", out)
+    assert exported.exit_code == 0, exported.stderr
+    assert "base/vision/model.onnx" in exported.stdout
+    assert f"gives {IMAGE_TOKENS} positions an image" in exported.stdout
+    found = json.loads(invoke("inspect", out, "--json").stdout)
+    vision = found["vision"]
+    assert vision["image_size"] == [IMAGE_SIZE, IMAGE_SIZE]
+    assert (vision["image_token_id"], vision["tokens_per_image"]) == (IMAGE_TOKEN, IMAGE_TOKENS)
+    assert vision["preprocessor"]["crop"] == [IMAGE_SIZE, IMAGE_SIZE]
+    assert vision["size_bytes"] == sum((out / "base" / "vision" / name).stat().st_size for name in _GRAPH)
+    graph = json.loads(invoke("inspect", out / "base" / "vision" / "model.onnx", "--json").stdout)
+    assert graph["role"] == "vision graph"
+    assert graph["outputs"] == {"image_embeds": "float (images, tokens, 48)"}
+    described = json.loads(invoke("inspect", model, "--json").stdout)
+    assert (described["class"], described["architecture"]) == ("LlavaForConditionalGeneration", "llava")
+    assert described["fingerprint"] == found["base"]["fingerprint"]
+
+
+_GRAPH = ("model.onnx", "model.onnx.data")

@@ -1,0 +1,149 @@
+"""``adalink train`` as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+from helpers.tiny_models import FAMILIES
+from helpers.tiny_tokenizer import make_tokenizer
+
+from adalink.runtime.storage.adapter import read_adapter
+from adalink.tools.cli import main
+
+FILES = ["--base", "b", "--data", "d", "--eval", "e", "--out", "o"]
+BOTH = ["--modality", "text", "--modality", "image"]
+REPORT: dict[str, object] = {}
+
+SETTINGS = [
+    *("--rank", "8", "--scope", "prompt", "--lr", "0.02", "--batch-size", "4", "--max-length", "16"),
+    *("--seed", "3", "--device", "cpu", "--save-steps", "5"),
+]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    FAMILIES["llama"]().save_pretrained(folder / "tiny-llama")
+    make_tokenizer().save_pretrained(folder / "tiny-llama")
+    rows = [json.dumps({"prompt": letter * count, "completion": letter}) for letter in "abc" for count in (2, 3, 4)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "wrong.jsonl").write_text(rows[0] + "\n" + '{"prompt": "x"}')
+    return folder
+
+
+def command(work, out, *extra, data="rows.jsonl"):
+    files = ["--base", "tiny-llama", "--data", data, "--eval", "rows.jsonl", "--out", out]
+    return [sys.executable, "-m", "adalink.tools", "train", *files, *SETTINGS, *extra]
+
+
+def call(work, out, *extra, **options):
+    return subprocess.run(command(work, out, *extra, **options), cwd=work, capture_output=True, text=True, check=False)
+
+
+def test_writes_an_adapter_and_prints_its_report(work):
+    done = call(work, "adapter", "--max-steps", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    adapter = read_adapter(work / "adapter")
+    assert report["adapter_digest"] == adapter.digest
+    assert (adapter.config.scope, adapter.config.rank) == ("prompt", 8)
+    assert report["base"] == "tiny-llama"
+
+
+def test_a_log_gets_lines_and_no_bars(work):
+    done = call(work, "logged", "--max-steps", "6")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "\r" not in done.stderr
+    assert "Warning" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("{'")]
+    assert said == [
+        "loading tiny-llama",
+        "exact match of the base on 9 eval rows",
+        "training on 9 rows, 6 steps",
+        "exact match of the adapter on 9 eval rows",
+    ]
+    assert done.stderr.count("{'loss': ") == 6
+
+
+def test_bias_dropout_init_and_precision_are_trained_with(work):
+    first = ("--max-steps", "6", "--json")
+    runs = (call(work, "first", *first, *more) for more in ([], ["--dropout", "0.5"], ["--init", "centered"]))
+    digests = {json.loads(done.stdout)["adapter_digest"] for done in runs}
+    assert len(digests) == 3
+    done = call(work, "third", *first, "--bias", "--dropout", "0.25", "--precision", "bfloat16")
+    report = json.loads(done.stdout)
+    assert (report["method"]["bias"], report["method"]["dropout"]) == (True, 0.25)
+    assert report["settings"]["precision"] == "bfloat16"
+    assert {"text.down.bias", "text.up.bias"} < set(read_adapter(work / "third").weights)
+
+
+def test_wrong_row_is_a_message_and_exit_code_2(work):
+    done = call(work, "none", "--max-steps", "6", data="wrong.jsonl")
+    assert done.returncode == 2
+    assert "wrong.jsonl:2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (work / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank"),
+    [
+        ([], 64),
+        (["--rank", "8"], 8),
+        ([*BOTH, "--rank", "text=8", "--rank", "image=9"], {"text": 8, "image": 9}),
+        (["--rank", "text=8"], {"text": 8}),
+    ],
+)
+def test_ranks_of_modalities(monkeypatch, arguments, rank):
+    chosen = []
+    monkeypatch.setattr("adalink.training.train.train", lambda *given, **options: chosen.append(given[4]) or REPORT)
+    done = CliRunner().invoke(main, ["train", *FILES, *arguments, "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert chosen[0].rank == rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "many"], "--rank is many, expected one number, or MODALITY=NUMBER for each modality"),
+        (["--rank", "8", "--rank", "16"], "--rank is 8 16, expected one number, or MODALITY=NUMBER"),
+        (["--rank", "text=8", "--rank", "text=16"], "--rank is text=8 text=16, expected each modality once"),
+        (["--rank", "text=8", "--rank", "image=16"], "rank is for text, image and the modalities are text"),
+        (["--rank", "0"], "rank is 0, expected a whole number of at least 1"),
+        (["--rank", "0", "--soft-tokens", "4", "--dropout", "0.5"], "rank is 0 with dropout 0.5: a soft prompt alone"),
+        (["--dropout", "1"], "dropout is 1.0, expected a chance of at least 0 and less than 1"),
+        (["--precision", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
+    ],
+)
+def test_wrong_settings_are_a_message_and_exit_code_2(arguments, message):
+    done = CliRunner().invoke(main, ["train", *FILES, *arguments])
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_run_is_resumed_to_the_same_adapter(work):
+    steps = ("--max-steps", "400")
+    whole = call(work, "whole", *steps)
+    assert whole.returncode == 0, whole.stderr
+    child = subprocess.Popen(command(work, "killed", *steps), cwd=work, stderr=subprocess.DEVNULL)
+    checkpoints = work / "killed.checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (work / "killed").exists()
+    assert call(work, "killed", *steps).returncode == 2  # not started over by accident
+    resumed = call(work, "killed", *steps, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_adapter(work / "killed").digest == read_adapter(work / "whole").digest
+    assert not checkpoints.exists()

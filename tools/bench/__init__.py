@@ -1,0 +1,1 @@
+"""What `adalink bench` measures."""

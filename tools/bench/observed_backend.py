@@ -1,0 +1,118 @@
+"""A backend whose decodings are watched from outside: when a pass begins, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from adalink.runtime.engine import Array, Backend, BankGraph, CheckingDecoding, Decoding, Engine, Fed, VisionGraph
+from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.storage.manifest import Base
+
+Begin = Callable[[], object]
+End = Callable[[Array], object]
+Retracted = Callable[[int], object]
+Dropped = Callable[[int], object]
+
+
+class ObservedBackend:
+    """Another backend that tells of each pass of a decoding: of its prompts, then of each step or check of guesses.
+
+    Attributes:
+        name: of the backend inside.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        begin: Begin = lambda: None,
+        end: End = lambda logits: None,
+        retracted: Retracted = lambda count: None,
+        dropped: Dropped = lambda row: None,
+    ) -> None:
+        """Watch a backend.
+
+        Args:
+            inner: the backend.
+            begin: called before a pass.
+            end: called after it with logits of shape ``(rows, vocab)``, or for each of several tokens of the only row
+                with ``(1, vocab)``; the next pass writes over them.
+            retracted: called with the number of tokens that were taken back.
+            dropped: called with a row that was dropped; the last row takes its number.
+        """
+        self.name = inner.name
+        self._inner = inner
+        self._hooks = begin, end, retracted, dropped
+
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+        """See ``adalink.runtime.engine.Backend``."""
+        return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
+
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_bank(kind, graph, base)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_vision(graph, base)
+
+
+class _ObservedEngine:
+    def __init__(self, inner: Engine, begin: Begin, end: End, retracted: Retracted, dropped: Dropped) -> None:
+        self._inner = inner
+        self._begin = begin
+        self._end = end
+        self._retracted = retracted
+        self._dropped = dropped
+        self.front = inner.front
+        self.profile = inner.profile
+        self.run = inner.run
+        self.close = inner.close
+
+    def start(self, feeds: Mapping[str, Fed], room: int) -> Decoding:
+        self._begin()
+        decoding = self._inner.start(feeds, room)
+        self._end(decoding.logits)
+        if isinstance(decoding, CheckingDecoding):
+            return _ObservedCheckingDecoding(decoding, self._begin, self._end, self._dropped, self._retracted)
+        return _ObservedDecoding(decoding, self._begin, self._end, self._dropped)
+
+
+class _ObservedDecoding:
+    def __init__(self, inner: Decoding, begin: Begin, end: End, dropped: Dropped) -> None:
+        self._inner = inner
+        self._begin = begin
+        self._end = end
+        self._dropped = dropped
+        self.close = inner.close
+
+    @property
+    def logits(self) -> Array:
+        return self._inner.logits
+
+    def step(self, inputs_embeds: Fed) -> None:
+        self._begin()
+        self._inner.step(inputs_embeds)
+        self._end(self._inner.logits)
+
+    def drop(self, row: int) -> None:
+        self._inner.drop(row)
+        self._dropped(row)
+
+
+class _ObservedCheckingDecoding(_ObservedDecoding):
+    def __init__(self, inner: CheckingDecoding, begin: Begin, end: End, dropped: Dropped, retracted: Retracted) -> None:
+        super().__init__(inner, begin, end, dropped)
+        self._checking = inner
+        self._retracted = retracted
+
+    def extend(self, inputs_embeds: Fed) -> Array:
+        self._begin()
+        logits = self._checking.extend(inputs_embeds)
+        for row in range(len(logits)):
+            self._end(logits[row : row + 1])
+        return logits
+
+    def retract(self, count: int) -> None:
+        self._checking.retract(count)
+        self._retracted(count)

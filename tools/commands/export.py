@@ -1,0 +1,133 @@
+"""``adalink export`` and ``adalink export base``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adalink.tools.commands.export_adapter import DTYPES, adapter
+from adalink.tools.commands.export_engine import engine
+from adalink.tools.common.console import say
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Vision
+
+_QUANTIZATIONS = ("int4", "int8")
+_TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
+
+
+@click.group(name="export", short_help="Export a base model, adapters and engines into a deployment.")
+def command() -> None:
+    """Export a base model, adapters and engines into a deployment.
+
+    The base is exported once. Each adapter is then a graph of some 100 kB beside it; adding or replacing one
+    touches no byte of the base, nor of an engine that was built from it.
+
+    \b
+    Example:
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment
+      adalink export adapter ./adapters/topics --out ./deployment
+      adalink export engine ./deployment --backend tensorrt-rtx --target sm86
+    """  # noqa: D301
+
+
+command.add_command(adapter)
+command.add_command(engine)
+
+
+@command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the weights.")
+@click.option(
+    "--target",
+    type=click.Choice(_TARGETS),
+    default="onnxruntime-cpu",
+    show_default=True,
+    help="What the graph is for; portable has standard ONNX operators only. Each target is one variant of the base.",
+)
+@click.option(
+    "--quantize",
+    "quantization",
+    type=click.Choice(_QUANTIZATIONS),
+    help="Store the matrices in 4 or 8 bits: a variant of that name, beside others or alone.",
+)
+@click.option(
+    "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
+)
+@click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def base(
+    model: str,
+    out: Path,
+    dtype: str,
+    target: str,
+    quantization: str | None,
+    modalities: tuple[str, ...],
+    replace: bool,
+    as_json: bool,
+) -> None:
+    """Export MODEL as the base of a deployment.
+
+    MODEL is a Hugging Face folder, a GGUF file (or a folder with one) or a hub id. The graph takes inputs_embeds, so
+    nothing of any task is inside it. Run it again with another --target or with --quantize to add a variant;
+    adapters stay as they are. 'adalink verify --variant int4' measures what quantising costs.
+
+    \b
+    Example:
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
+    """  # noqa: D301
+    from adalink.export.base.export import export_base
+    from adalink.tools.common.quiet import quiet_libraries
+
+    with quiet_libraries():
+        manifest = export_base(
+            model,
+            out,
+            dtype=DTYPES[dtype],
+            target=target,
+            quantization=quantization,
+            modalities=("text", *modalities),
+            replace=replace,
+            progress=say,
+        )
+    variant = manifest.variants[quantization or target]
+    vision = manifest.base.vision
+    result: dict[str, object] = {
+        "deployment": str(out),
+        "base": manifest.base.name,
+        "fingerprint": manifest.base.fingerprint,
+        "variant": quantization or target,
+        "target": target,
+        "dtype": manifest.base.embedding_dtype,
+        "graph": variant.graph,
+        "size_bytes": manifest.size_bytes(variant.files),
+    }
+    if vision is not None:
+        result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
+    click.echo(
+        f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
+    )
+    if vision is not None:
+        click.echo(
+            f"  {vision.graph}, {manifest.size_bytes(vision.files) / 1e6:.1f} MB, gives {vision.tokens_per_image} "
+            f"positions {_unit(vision)}"
+        )
+    click.echo(f"  fingerprint {manifest.base.fingerprint}")
+
+
+def _unit(vision: Vision) -> str:
+    """What gives as many positions as the manifest says."""
+    if vision.patches is not None:
+        height, width = vision.image_size
+        return f"for {height} x {width} pixels of an image"
+    return "an image" if vision.tiles is None else "a tile of an image"

@@ -1,0 +1,146 @@
+"""``adalink export adapter``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adalink.runtime.errors import DeploymentError
+from adalink.runtime.storage.adapter import show_rank
+from adalink.tools.common.console import say
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Manifest
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_SECONDS_BETWEEN_LINES = 2.0
+# More tasks than this are counted instead of listed.
+_MOST_LISTED = 20
+
+
+@click.command(name="adapter", short_help="Export adapters as tasks of a deployment.")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@click.option("--name", help="Name of the task, for one adapter; the adapter folder's by default.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the task's input; the base's by default.")
+@click.option(
+    "--fold",
+    type=click.Choice(["table", "rank"]),
+    help="Also compute the task ahead for every token: all adapted embeddings, or the bottleneck's values.",
+)
+@click.option("--assume-base", is_flag=True, help="You know that a PEFT folder was trained for this very base.")
+@click.option("--replace", is_flag=True, help="Take the place of tasks of the same name.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def adapter(
+    adapters: tuple[Path, ...],
+    out: Path,
+    name: str | None,
+    dtype: str | None,
+    fold: str | None,
+    assume_base: bool,
+    replace: bool,
+    as_json: bool,
+) -> None:
+    """Export each ADAPTER, a folder that training or PEFT wrote, as a task of a deployment.
+
+    The adapters must belong to the deployment's base. All are added in one change, or none. No byte under base/ or
+    engines/ is touched. --fold is for adapters of text alone: "table" is what any engine with an external embedding
+    table can use, "rank" is smaller; the command prints what each token gains and what it takes.
+
+    Of PEFT's methods, those that act at the input alone can be exported: prompt tuning, P-tuning, and LoRA of the input
+    embedding. Such a folder does not say which weights it was trained for: --assume-base says that you know.
+
+    \b
+    Example:
+      adalink export adapter ./adapters/topics --out ./deployment
+      adalink export adapter ./adapters/* --out ./deployment
+      adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
+      adalink export adapter ./adapters/topics --out ./deployment --fold rank
+      adalink export adapter ./peft/prompt-tuned --out ./deployment --assume-base
+    """  # noqa: D301
+    from adalink.export.adapter.export import export_adapters
+    from adalink.tools.bench.fold_tradeoff import fold_trade
+
+    folders = _by_name(adapters, name)
+    shown = time.monotonic()
+
+    def progress(done: int, task: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > _SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            say(f"{done} of {len(folders)} adapters checked; next: {task}")
+
+    manifest = export_adapters(
+        folders,
+        out,
+        dtype=DTYPES[dtype] if dtype else None,
+        replace=replace,
+        fold=fold,
+        assume_base=assume_base,
+        progress=progress,
+    )
+    # On a backend that is not here nothing can be timed; the files are the same.
+    can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"
+    trade = fold_trade(out, manifest, next(iter(folders))) if can_run else None
+    if as_json:
+        tasks = [_described(manifest, task) for task in folders]
+        click.echo(
+            json.dumps({"deployment": str(out), "tasks": tasks, **({"fold_trade": trade} if trade else {})}, indent=2)
+        )
+        return
+    for task in list(folders)[:_MOST_LISTED]:
+        entry = manifest.tasks[task]
+        soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
+        own = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
+        click.echo(f"task {task} is in {out}: {own}{soft}, scope {entry.scope}")
+        click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
+    if len(folders) > _MOST_LISTED:
+        click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
+    if trade is not None:
+        click.echo(
+            f"folded ({fold}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
+            f"weights; one token takes {trade['fold_us']:.1f} µs, through the graph {trade['graph_us']:.1f} µs"
+        )
+
+
+def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:
+    if name is not None and len(adapters) > 1:
+        raise click.BadParameter(f"{name!r} is one name for {len(adapters)} adapters", param_hint="--name")
+    from adalink.runtime.storage.manifest_validation import check_task_name
+
+    folders: dict[str, Path] = {}
+    for folder in adapters:
+        task = folder.resolve().name if name is None else name
+        if name is None:
+            try:
+                check_task_name(task)
+            except DeploymentError as error:
+                raise click.BadParameter(f"{folder}: {error}; name it with --name", param_hint="ADAPTER") from error
+        if task in folders:
+            raise click.BadParameter(
+                f"{folders[task]} and {folder} would both be task {task!r}: rename one, or export it apart with --name",
+                param_hint="ADAPTER",
+            )
+        folders[task] = folder
+    return folders
+
+
+def _described(manifest: Manifest, task: str) -> dict[str, object]:
+    entry = manifest.tasks[task]
+    return {
+        "task": task,
+        "graph": entry.graph,
+        "adapter_digest": entry.adapter_digest,
+        "rank": entry.rank,
+        "activation": entry.activation,
+        "scope": entry.scope,
+        "soft_tokens": entry.soft_tokens,
+        "input": entry.input,
+        "modalities": list(entry.modalities),
+        "fold": None if entry.fold is None else entry.fold.kind,
+        "size_bytes": manifest.size_bytes(entry.files),
+    }

@@ -1,0 +1,114 @@
+"""``adalink export engine``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from adalink.tools.common.console import progress_bar
+
+_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
+
+@click.command(name="engine", short_help="Build a TensorRT engine of a deployment's base.")
+@click.argument("deployment", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--backend", required=True, type=click.Choice(_BACKENDS), help="The library that will run it.")
+@click.option(
+    "--target",
+    default="current",
+    show_default=True,
+    metavar="GPUS",
+    help="GPUs it is for: current (the one in this machine), portable, or for tensorrt-rtx names with commas between, "
+    "such as sm86,sm89; those need no GPU here.",
+)
+@click.option(
+    "--profile",
+    metavar="SIZES",
+    help="Shapes it takes, SMALLEST:LIKELIEST:LARGEST each, as in batch=1:4:8,seq=1:128:512,past=0:512:4095, and "
+    "images=1:1:4 at a time for a base that takes some; what is left out has a default.",
+)
+@click.option("--name", help="Name of the variant; the backend's without it.")
+@click.option("--variant", help="The portable variant it is built from; without it, the one there is.")
+@click.option(
+    "--task", "tasks", multiple=True, help="A task whose own graph is built too, for other programs; may be repeated."
+)
+@click.option("--replace", is_flag=True, help="Build an engine again that is there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def engine(
+    deployment: Path,
+    backend: str,
+    target: str,
+    profile: str | None,
+    name: str | None,
+    variant: str | None,
+    tasks: tuple[str, ...],
+    replace: bool,
+    as_json: bool,
+) -> None:
+    """Build a TensorRT engine of the base in DEPLOYMENT.
+
+    It is built from the portable base graph, unmodified by any task, together with small engines that adapt its input
+    for every task there is or will be: adding a task later builds nothing. Of a base that takes images the vision
+    tower is built beside it. TensorRT builds on the GPU that will run the engine; TensorRT-RTX builds for other GPUs
+    too, on a machine that has none.
+
+    \b
+    Example:
+      adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable --dtype fp16
+      adalink export engine ./deployment --backend tensorrt
+      adalink export engine ./deployment --backend tensorrt-rtx --target sm86,sm89
+      adalink export engine ./deployment --backend tensorrt-rtx --profile batch=1:1:4,past=0:256:1023 --replace
+    """  # noqa: D301
+    from msgspec import to_builtins
+
+    from adalink.export.engine.export import export_engine
+    from adalink.runtime.trt.record import read_record
+
+    with progress_bar() as report:
+        manifest = export_engine(
+            deployment,
+            backend,
+            target=[part.strip() for part in target.split(",")],
+            profile=profile,
+            name=name,
+            variant=variant,
+            tasks=tasks,
+            replace=replace,
+            progress=report,
+        )
+    own = name or backend
+    built = manifest.variants[own]
+    record = read_record((deployment / built.graph).parent)
+    result = {
+        "deployment": str(deployment),
+        "variant": own,
+        "backend": backend,
+        "version": record.version,
+        "target": list(record.target),
+        "profile": str(record.profile),
+        "cache": record.cache,
+        "plan": built.graph,
+        "plan_sha256": manifest.files[built.graph].sha256,
+        "plan_bytes": record.plan_bytes,
+        "size_bytes": manifest.size_bytes(built.files),
+        "build_seconds": record.build_seconds,
+        "vision": to_builtins(record.vision),
+        "tasks": sorted(record.tasks),
+    }
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(f"{manifest.base.name} is an engine {own!r} in {deployment}")
+    click.echo(
+        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
+        f"{record.version} for {', '.join(record.target)}"
+    )
+    if record.vision is not None:
+        click.echo(
+            f"  {built.vision_graph}, the vision tower, {record.vision.plan_bytes / 1e6:.1f} MB, built in "
+            f"{record.vision.build_seconds:.1f} s"
+        )
+    click.echo(f"  profile {record.profile}")
+    click.echo(f"  {len(record.fronts)} fronts, for every task of rank {record.front_rank} or less")

@@ -1,0 +1,248 @@
+"""``adalink inspect``: explain a deployment, an adapter folder, a base model, an ONNX file or a compiled engine."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from msgspec import to_builtins
+from msgspec.structs import asdict
+
+from adalink.runtime.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from adalink.runtime.storage.manifest import Manifest, Vision
+
+Description = dict[str, object]
+
+
+def describe(target: str) -> Description:
+    """Find out what ``target`` is and describe it.
+
+    Args:
+        target: a deployment or adapter folder, an ONNX file, a plan, or a base model (folder, GGUF file or hub id).
+
+    Returns:
+        ``{"kind": "deployment" | "adapter" | "onnx" | "plan" | "model", ...}``, ready for JSON.
+
+    Raises:
+        AdaLinkError: it is damaged, or none of these.
+    """
+    path = Path(target).expanduser()
+    if (path / "manifest.json").is_file():
+        return describe_deployment(path)
+    if (path / "adapter_config.json").is_file():
+        return describe_adapter(path)
+    if path.suffix == ".onnx":
+        return describe_onnx(path)
+    if path.suffix == ".plan":
+        from adalink.tools.commands.inspect_engine import describe_plan
+
+        return describe_plan(path)
+    return describe_model(target)
+
+
+def describe_deployment(folder: Path) -> Description:
+    """Describe a deployment, after comparing every file with its digest; raises ``DeploymentError``."""
+    from adalink.runtime.storage.integrity import verify_files
+    from adalink.runtime.storage.manifest_io import read_manifest
+    from adalink.tools.commands.inspect_engine import describe_engine
+
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    base = manifest.base
+
+    return {
+        "kind": "deployment",
+        "schema_version": manifest.schema_version,
+        "kit_version": manifest.kit_version,
+        "base": {
+            "name": base.name,
+            "architecture": base.architecture,
+            "kind": base.kind,
+            "fingerprint": base.fingerprint,
+            "vocab_size": base.vocab_size,
+            "hidden_size": base.hidden_size,
+            "embedding_dtype": base.embedding_dtype,
+            "max_positions": base.max_positions,
+            "modalities": list(base.modalities),
+            "tokenizer": base.tokenizer,
+            "chat_template": base.chat_template,
+        },
+        **({} if base.vision is None else {"vision": _describe_vision(folder, manifest, base.vision)}),
+        "variants": {
+            name: {
+                "target": variant.target,
+                "backends": list(variant.backends),
+                "quantization": None if variant.quantization is None else asdict(variant.quantization),
+                "size_bytes": manifest.size_bytes(variant.files),
+                **({"engine": describe_engine(folder, manifest, variant)} if variant.is_compiled else {}),
+            }
+            for name, variant in manifest.variants.items()
+        },
+        "tasks": {
+            name: {
+                "rank": task.rank,
+                "activation": task.activation,
+                "scope": task.scope,
+                "soft_tokens": task.soft_tokens,
+                "input": task.input,
+                "modalities": list(task.modalities),
+                "adapter_digest": task.adapter_digest,
+                "fold": None if task.fold is None else task.fold.kind,
+                "size_bytes": manifest.size_bytes(task.files),
+            }
+            for name, task in manifest.tasks.items()
+        },
+        "files": len(manifest.files),
+        "size_bytes": manifest.size_bytes(manifest.files),
+        "integrity": "every file has the digest that the manifest records",
+    }
+
+
+def _describe_vision(folder: Path, manifest: Manifest, vision: Vision) -> Description:
+    """What images go through before the engine."""
+    from adalink.runtime.vision.preprocess import read_preprocessor
+
+    steps = read_preprocessor((folder / vision.preprocessor).read_bytes(), vision.preprocessor)
+    return {
+        "architecture": vision.architecture,
+        "image_size": list(vision.image_size),
+        "image_token_id": vision.image_token_id,
+        "tokens_per_image": vision.tokens_per_image,
+        "takes_tiles": vision.tiles is not None,
+        "takes_patches": vision.patches is not None,
+        "preprocessor": to_builtins(steps),
+        "size_bytes": manifest.size_bytes(vision.files),
+    }
+
+
+def describe_adapter(folder: Path) -> Description:
+    """Describe an adapter folder; raises ``AdapterError``."""
+    from adalink.runtime.storage.adapter import read_adapter
+
+    adapter = read_adapter(folder)
+    config = adapter.config
+    return {
+        "kind": "adapter",
+        "base": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "hidden_size": config.hidden_size,
+        "rank": config.rank,
+        "activation": config.activation,
+        "bias": config.bias,
+        "modalities": list(config.modalities),
+        "scope": config.scope,
+        "soft_tokens": config.soft_tokens,
+        "input": config.input,
+        "parameters": sum(weight.size for weight in adapter.weights.values()),
+        "size_bytes": adapter.size_bytes,
+        "adapter_digest": adapter.digest,
+        "tensors": {name: list(weight.shape) for name, weight in adapter.weights.items()},
+    }
+
+
+def describe_model(spec: str) -> Description:
+    """Describe a base model, with the fingerprint that its adapters carry; raises ``ModelError``."""
+    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.training.models.loading import base_fingerprint, display_name, input_embedding, load_base
+
+    with quiet_libraries():
+        model = load_base(spec)
+    table = next(input_embedding(model).parameters())
+    return {
+        "kind": "model",
+        "name": display_name(spec),
+        "class": type(model).__name__,
+        "architecture": model.config.model_type,
+        "fingerprint": base_fingerprint(model),
+        "vocab_size": table.shape[0],
+        "hidden_size": table.shape[1],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def describe_onnx(path: Path) -> Description:
+    """Describe an ONNX file without its external data; raises ``GraphError``."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise GraphError(f"{path} is not a complete ONNX file: {error}; export it again") from error
+    if not model.ir_version:  # as of an empty file, which is a message without fields
+        raise GraphError(f"{path} is not a complete ONNX file: it says no version of the format; export it again")
+    graph = model.graph
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return {
+        "kind": "onnx",
+        "role": _role({value.name for value in graph.input}, metadata),
+        "inputs": {value.name: _type(value) for value in graph.input},
+        "outputs": {value.name: _type(value) for value in graph.output},
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
+        "nodes": len(graph.node),
+        "weights": len(graph.initializer),
+        "external_data": any(tensor.external_data for tensor in graph.initializer),
+        "metadata": metadata,
+    }
+
+
+def _role(inputs: set[str], metadata: dict[str, str]) -> str:
+    if "adapter_digest" in metadata:
+        return "task graph"
+    if "pixel_values" in inputs:
+        return "vision graph"
+    is_base = "inputs_embeds" in inputs and inputs & {"attention_mask", "sequence_lengths"}
+    return "base graph" if is_base else "neither a task graph nor a base graph"
+
+
+def _type(value: onnx.ValueInfoProto) -> str:
+    import onnx
+
+    tensor = value.type.tensor_type
+    shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim)
+    return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} ({shape})"
+
+
+@click.command(short_help="Explain a deployment, adapter, model, ONNX file or engine.")
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Print the description as JSON.")
+def command(target: str, as_json: bool) -> None:
+    """Explain TARGET: a deployment, an adapter folder, a base model, an ONNX file or a compiled engine.
+
+    A deployment's files are compared with their digests; a model is loaded to compute its fingerprint. Of an engine's
+    plan the record beside it and its header are read; it is loaded only where a GPU is and the manifest vouches for it.
+
+    \b
+    Example:
+      adalink inspect ./deployment
+      adalink inspect ./adapters/topics --json
+      adalink inspect ./deployment/tasks/topics/adapter.onnx
+      adalink inspect ./deployment/engines/tensorrt-rtx/engine.plan
+    """  # noqa: D301
+    description = describe(target)
+    if as_json:
+        click.echo(json.dumps(description, indent=2))
+        return
+    from adalink.tools.common.console import print_table
+
+    print_table(f"{target}: {description['kind']}", ("", ""), list(_rows(description)))
+
+
+def _rows(description: Description, prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested entries to ``("base.name", "...")`` rows."""
+    rows = []
+    for key, value in description.items():
+        if isinstance(value, dict):
+            rows.extend(_rows(value, f"{prefix}{key}."))
+        elif key != "kind" or prefix:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            rows.append((f"{prefix}{key}", shown))
+    return rows

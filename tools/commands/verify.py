@@ -1,0 +1,173 @@
+"""``adalink verify``: prove that a deployment computes what PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adalink.runtime.errors import DataError
+from adalink.tools.common.report_file import ReportFile, write_json
+
+if TYPE_CHECKING:
+    from adalink.tools.parity.report import Report
+
+
+@click.command(short_help="Prove that a deployment computes what PyTorch computes.")
+@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="MODEL", help="The base model: a folder, a GGUF file or a hub id.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="Compare task NAME with this adapter folder instead of the copy in the deployment. May be repeated.",
+)
+@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine is verified.")
+@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@click.option("--quick", is_flag=True, help="Fewer prompts; every kind of check is still made.")
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Text whose first 4,096 tokens the cost of quantising is measured on; the built-in prompts without it.",
+)
+@click.option(
+    "--max-perplexity-increase",
+    type=click.FloatRange(min=0),
+    metavar="PERCENT",
+    help="Fail if quantising raises perplexity by more; it is only reported without this.",
+)
+@click.option(
+    "--rows",
+    "task_rows",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
+)
+@click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
+def command(
+    deployment: Path,
+    against: str,
+    adapters: tuple[str, ...],
+    backend: str,
+    variant: str | None,
+    threads: int | None,
+    quick: bool,
+    text_file: Path | None,
+    max_perplexity_increase: float | None,
+    task_rows: tuple[str, ...],
+    json_file: Path | None,
+) -> None:
+    """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
+
+    Every task graph over the whole vocabulary against float64, the engine's outputs and greedy generation against
+    PyTorch float32, swaps in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are derived
+    (docs/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights, dequantised; what
+    quantising itself costs is a table of its own.
+
+    Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
+
+    \b
+    Example:
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --quick --json parity.json
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --text book.txt
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --rows topics=test.jsonl
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --adapter topics=./adapters/topics
+    """  # noqa: D301
+    from adalink.tools.common.console import say
+    from adalink.tools.common.environment import describe_environment
+    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.parity.suite import verify
+
+    started = time.monotonic()
+    with quiet_libraries():
+        report = verify(
+            deployment,
+            against,
+            _parse_pairs(adapters, "--adapter", "NAME=FOLDER"),
+            backend=backend,
+            variant=variant,
+            threads=threads,
+            quick=quick,
+            text=None if text_file is None else _read_text(text_file),
+            max_perplexity_increase=max_perplexity_increase,
+            task_rows=_parse_pairs(task_rows, "--rows", "NAME=FILE"),
+            progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
+        )
+    environment = {
+        **describe_environment(),
+        "backend": backend,
+        "variant": variant,
+        "threads": threads,
+        "against": Path(against).name,
+    }
+    print_report(report)
+    if json_file is not None:
+        write_json(json_file, report.as_json(environment))
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+def print_report(report: Report) -> None:
+    """The checks as a table, then the receipt."""
+    from adalink.tools.common.console import print_table
+
+    rows = [
+        (
+            "pass" if check.passed else "FAIL",
+            check.name,
+            f"{check.measured:.3g}",
+            f"{'> ' if check.name.startswith('control/') else '≤ '}{check.limit:.3g}",
+            check.detail,
+        )
+        for check in report.checks
+    ]
+    print_table("Parity with PyTorch", ("", "check", "measured", "limit", "detail"), rows)
+    if report.cost:
+        sides = ("float32", "weights", "deployed")
+        lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
+        print_table("What quantising costs", ("", "float32", "quantised weights", "as deployed"), lines)
+    for line in report.skipped:
+        click.echo(f"Not checked: {line}")
+    print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
+    failed = [check.name for check in report.checks if not check.passed]
+    if failed:
+        click.echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
+    else:
+        click.echo(f"All {len(report.checks)} checks passed.")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"{path} holds no text, expected some to measure perplexity on")
+    return text
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " -> ".join(map(str, value))
+    return (
+        "\n".join(f"{key}: {entry}" for key, entry in value.items()) if isinstance(value, dict) else json.dumps(value)
+    )
+
+
+def _parse_pairs(pairs: tuple[str, ...], option: str, form: str) -> dict[str, Path]:
+    found = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise click.BadParameter(f"{pair!r} is not {form}", param_hint=option)
+        if name in found:
+            raise click.BadParameter(f"{name!r} is named twice, expected each once", param_hint=option)
+        found[name] = Path(path)
+    return found

@@ -1,0 +1,1 @@
+"""Console, options and reports shared by the commands."""

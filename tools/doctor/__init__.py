@@ -1,0 +1,1 @@
+"""What `adalink doctor` tries."""

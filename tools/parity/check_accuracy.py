@@ -1,0 +1,75 @@
+"""What quantising costs a task: exact match on rows of its own, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adalink.runtime.deployment import Deployment
+from adalink.tools.common.environment import available_cores
+from adalink.tools.parity.reference import Reference, torch_threads
+
+if TYPE_CHECKING:
+    from adalink.training.data.rows import Row
+
+_BATCH_ROWS = 16
+
+
+def measure_accuracy(
+    deployment: Deployment,
+    reference: Reference,
+    against: str,
+    task: str,
+    folder: Path,
+    rows: list[Row],
+    progress: Callable[[str], None],
+) -> dict[str, float]:
+    """Share of rows whose greedy reply is the wanted completion and then ends, as ``adalink train`` counts it.
+
+    Args:
+        deployment: as it is deployed.
+        reference: PyTorch with the dequantised weights.
+        against: the base model, for its tokenizer.
+        task: name of the task in the deployment.
+        folder: its adapter folder, for the reference.
+        rows: what ``read_rows`` returned.
+        progress: called with a line now and then.
+
+    Returns:
+        The share of ``float32`` (PyTorch with the checkpoint's weights), ``weights`` (dequantised, in PyTorch) and
+        ``deployed``.
+
+    Raises:
+        DataError: a row is longer than the model allows, behind the task's soft prompt.
+    """
+    from adalink.training.data.rows import encode_rows
+    from adalink.training.models.loading import load_tokenizer
+
+    tokenizer, manifest = load_tokenizer(against), deployment.manifest
+    longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].soft_tokens
+    examples = encode_rows(rows, tokenizer, longest, f"rows of {task}")
+    with torch_threads(available_cores()):
+        progress(f"task {task}: {len(rows)} rows, the checkpoint's weights")
+        with reference.original_weights():
+            exact = reference.exact_match(folder, tokenizer, examples, _BATCH_ROWS)
+        progress(f"task {task}: {len(rows)} rows, the quantised weights")
+        dequantized = reference.exact_match(folder, tokenizer, examples, _BATCH_ROWS)
+    progress(f"task {task}: {len(rows)} rows, as deployed")
+    return {"float32": exact, "weights": dequantized, "deployed": deployed_accuracy(deployment, task, rows)}
+
+
+def deployed_accuracy(deployment: Deployment, task: str, rows: list[Row]) -> float:
+    """Share of ``rows`` that ``deployment`` answers with the wanted completion and then an end token."""
+    encode = deployment.tokenizer.encode
+    longest = max(len(encode(row.completion)) for row in rows) + 1
+    by_length = sorted(rows, key=lambda row: len(encode(row.prompt)))
+    right = 0
+    for start in range(0, len(by_length), _BATCH_ROWS):
+        batch = by_length[start : start + _BATCH_ROWS]
+        replies = deployment.generate([row.prompt for row in batch], tasks=task, max_new_tokens=longest)
+        right += sum(
+            reply.finish_reason == "stop" and reply.text.strip() == row.completion.strip()
+            for reply, row in zip(replies, batch, strict=True)
+        )
+    return right / len(rows)

@@ -1,0 +1,197 @@
+"""Level 1: a task, by the bank and by its own graph, against the adapter in float64.
+
+Over the whole vocabulary and over every single weight.
+
+On text an adapter is a function of the token alone, so the vocabulary is its whole domain. A sum over ``d`` terms hides
+a small change of one weight, though, within its own rounding error; so a second sweep feeds multiples of the unit
+vectors, where the inner sum has one term and each weight stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from adalink.export.adapter.error_bound import Float64
+from adalink.export.adapter.session import OpenGraph
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.engine import Array
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter, AdapterConfig
+from adalink.runtime.storage.manifest import Task
+from adalink.runtime.storage.safetensors import as_float32, as_stored
+from adalink.tools.parity.float64_adapter import exact_adapter
+from adalink.tools.parity.report import Check, at_most
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Embeddings with shape (1, tokens, d) in the base's dtype, their modality, and the tokens, (1, tokens), where they are
+# some -> adapted embeddings.
+Adapt = Callable[[Array, str, Array | None], Array]
+
+_BLOCK_ROWS = 4096
+# Multiples of the unit vectors: both signs, so that an activation with a dead side shows its weights.
+_PROBE_SCALES = (1.0, -1.0)
+
+
+def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
+    """What the manifest says of a task against the adapter it is compared with."""
+    config = adapter.config
+    fields = {
+        "adapter_digest": (task.adapter_digest, adapter.digest),
+        "rank": (task.rank, config.rank),
+        "activation": (task.activation, config.activation),
+        "modalities": (task.modalities, config.modalities),
+        "scope": (task.scope, config.scope),
+        "soft_tokens": (task.soft_tokens, config.soft_tokens),
+        "input": (task.input, config.input),
+    }
+    wrong = [f"{key} is {was!r}, the adapter's {own!r}" for key, (was, own) in fields.items() if was != own]
+    return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")
+
+
+def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment, adapter: Adapter) -> Check:
+    """Every row of the embedding table through one way that a task is computed.
+
+    Args:
+        name: the task.
+        path: which way, for the check's name.
+        adapt: that way.
+        deployment: gives the table.
+        adapter: what is computed.
+    """
+    base = deployment.manifest.base
+    modality, dtype = base.modalities[0], base.embedding_dtype
+
+    def blocks() -> Iterator[tuple[int, Float64, Float64]]:
+        for start in range(0, base.vocab_size, _BLOCK_ROWS):
+            ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
+            plain = deployment.embed(ids)
+            yield start, to_float64(plain[0], dtype), to_float64(adapt(plain, modality, ids)[0], dtype)
+
+    ratio, row, column = _worst(blocks(), adapter, modality, dtype)
+    token = _token_text(deployment, row)
+    detail = f"measured / bound over {base.vocab_size} tokens; worst: token {row}{token}, component {column}"
+    return at_most(f"adapter/{name}/{path}-vocabulary", ratio, 1.0, detail)
+
+
+def check_fold(name: str, fold: str, deployment: Deployment, adapter: Adapter) -> Check:
+    """Every token through the task's folded form, which the deployment uses for token ids."""
+    base = deployment.manifest.base
+
+    def blocks() -> Iterator[tuple[int, Float64, Float64]]:
+        for start in range(0, base.vocab_size, _BLOCK_ROWS):
+            ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
+            plain, adapted = deployment.embed(ids)[0], deployment.embed(ids, tasks=name)[0]
+            yield start, to_float64(plain, base.embedding_dtype), to_float64(adapted, base.embedding_dtype)
+
+    ratio, row, column = _worst(blocks(), adapter, base.modalities[0], base.embedding_dtype)
+    detail = f"measured / bound of the folded form ({fold}) over {base.vocab_size} tokens; worst: token {row}, "
+    return at_most(f"adapter/{name}/fold-vocabulary", ratio, 1.0, f"{detail}component {column}")
+
+
+def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: str) -> Check:
+    """Multiples of every unit vector through one way that a task is computed, for each modality of the adapter."""
+    width = adapter.config.hidden_size
+    worst, detail = 0.0, ""
+    for modality in adapter.config.modalities:
+        for scale in _PROBE_SCALES:
+            x = np.eye(width) * scale
+            adapted = to_float64(adapt(from_float64(x, dtype)[None], modality, None)[0], dtype)
+            ratio, row, column = _worst(iter([(0, x, adapted)]), adapter, modality, dtype)
+            if not ratio <= worst:
+                worst = ratio
+                detail = f"; worst: {modality}, {scale:+g} times unit vector {row}, component {column}"
+    return at_most(f"adapter/{name}/{path}-weights", worst, 1.0, f"measured / bound over the unit vectors{detail}")
+
+
+def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: Adapter) -> Check:
+    """What a task graph puts before the text, in every row: the adapter's vectors, rounded to the base's dtype."""
+    base, soft_tokens = deployment.manifest.base, adapter.config.soft_tokens
+    ids = np.arange(2)[:, None]
+    plain = to_float64(deployment.embed(ids), base.embedding_dtype)
+    others = _other_inputs(adapter.config, plain, 0, ids)
+    received = OpenGraph(graph, base.embedding_dtype).run(plain, others, soft_tokens)
+    stored = to_float64(as_stored(adapter.weights[SOFT_PROMPT_NAME], base.embedding_dtype), base.embedding_dtype)
+    differing = int((received[:, :soft_tokens] != stored).sum())
+    detail = f"numbers of {soft_tokens} vectors that the graph puts before the text and that are not the adapter's"
+    return at_most(f"adapter/{name}/graph-soft-prompt", differing, 0, detail)
+
+
+def through_bank(deployment: Deployment, name: str) -> Adapt:
+    """The way a deployment itself takes: from token ids where there are some, which a device has graphs of its own for.
+
+    A folded task answers token ids by its folded form, which has a check of its own.
+    """
+    known = deployment.manifest.base.modalities
+    task = deployment.manifest.tasks[name]
+
+    def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
+        if ids is not None and (task.input == "ids" or task.fold is None):
+            return deployment.embed(ids, tasks=name)
+        indices = None if modality == known[0] else np.full(embeds.shape[:2], known.index(modality), np.int64)
+        return deployment.embed(inputs_embeds=embeds, tasks=name, modality=indices)
+
+    return adapt
+
+
+def through_graph(graph: bytes, config: AdapterConfig, dtype: str) -> Adapt:
+    """A task graph on its own, as another host runs it; positions of a modality it does not have pass by it."""
+    opened = OpenGraph(graph, dtype)
+
+    def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
+        if modality not in config.modalities:
+            return embeds
+        others = _other_inputs(config, embeds, config.modalities.index(modality), ids)
+        adapted = opened.run(to_float64(embeds, dtype), others, config.soft_tokens)
+        return from_float64(adapted[:, config.soft_tokens :], dtype)
+
+    return adapt
+
+
+def _other_inputs(config: AdapterConfig, embeds: Array, modality: int, ids: Array | None) -> dict[str, Array]:
+    """What a task graph takes beside embeddings, whose modality is an index in the adapter's list."""
+    if config.input == "ids":
+        return {} if ids is None else {"input_ids": ids}
+    return {"modality": np.full(embeds.shape[:2], modality)} if len(config.modalities) > 1 and config.rank else {}
+
+
+def to_float64(values: Array, dtype: str) -> Float64:
+    """Values of the deployment as float64; bfloat16 comes as its bits."""
+    if dtype == "bfloat16":
+        values = as_float32(values)
+    return values.astype(np.float64)
+
+
+def from_float64(values: npt.NDArray[np.float64], dtype: str) -> Array:
+    """The reverse, for values that are exact in ``dtype``."""
+    if dtype == "bfloat16":
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(dtype)
+
+
+def _worst(
+    blocks: Iterator[tuple[int, Float64, Float64]], adapter: Adapter, modality: str, dtype: str
+) -> tuple[float, int, int]:
+    """Largest ``|measured - exact| / bound`` with its row and component; infinite where the bound is 0 and missed."""
+    worst = (0.0, 0, 0)
+    for start, plain, adapted in blocks:
+        exact = exact_adapter(adapter, modality, plain, dtype, np.arange(start, start + len(plain)))
+        deviation = np.abs(adapted - exact.output)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(deviation == 0, 0.0, deviation / exact.bound)
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)
+        row, column = np.unravel_index(int(ratio.argmax()), ratio.shape)
+        if ratio[row, column] > worst[0]:
+            worst = (float(ratio[row, column]), start + int(row), int(column))
+    return worst
+
+
+def _token_text(deployment: Deployment, token: int) -> str:
+    if deployment.manifest.base.tokenizer is None:
+        return ""
+    decode: Callable[[list[int]], str] = deployment.tokenizer.decode
+    return f" {decode([token])!r}"

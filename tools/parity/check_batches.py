@@ -1,0 +1,94 @@
+"""Level 3, generation: prompts that are continued under each task, and once with another task in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adalink.tools.parity.check_generation import GeneratedRow, Generator, Verdict, check_generation, judge
+from adalink.tools.parity.check_vision import Looks
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.report import Check
+
+STEPS = 32
+
+
+class Batch:
+    """Prompts that are continued together, with images or without.
+
+    A row of the mixed batch is judged with its task's adapter attached to PyTorch, so with the task's own rows.
+
+    Attributes:
+        has_images: whether there are images in it.
+        ends_apart: whether rows of the mixed batch were also seen to leave it one after another.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[str | list[int]],
+        tasks: Sequence[str | None],
+        looks: Looks | None = None,
+    ) -> None:
+        """Generate the mixed batch.
+
+        Args:
+            generator: the deployment.
+            prompts: texts or token ids.
+            tasks: those of the mixed batch's rows, which begin with each prompt in turn.
+            looks: the images of the prompts, if they have some.
+        """
+        self.has_images = looks is not None
+        self.ends_apart = False
+        self._generator, self._prompts, self._looks = generator, prompts, looks
+        chosen = [index % len(prompts) for index in range(len(tasks))]
+        looks = None if looks is None else looks.pick(chosen)
+        rows = generator.generate([prompts[index] for index in chosen], tasks, STEPS, looks)
+        self._mixed = {"mixed": list(zip(tasks, rows, strict=True))}
+        if stops := _stops(rows):
+            before = generator.drops
+            rows = generator.generate([prompts[index] for index in chosen], tasks, STEPS, looks, stops)
+            self._mixed["mixed/ends"] = list(zip(tasks, rows, strict=True))
+            self.ends_apart = generator.drops > before
+        self._verdicts: dict[str, list[Verdict]] = {label: [] for label in self._mixed}
+
+    def check(self, label: str, task: str | None, reference: Reference, typical: float) -> list[Check]:
+        """Every prompt under one task.
+
+        Args:
+            label: of the checks, such as ``task/topics``.
+            task: the task.
+            reference: PyTorch with its adapter attached.
+            typical: float32's typical noise under this task.
+        """
+        rows = self._generator.generate(self._prompts, task, STEPS, self._looks)
+        for batch, mixed in self._mixed.items():
+            own = [row for name, row in mixed if name == task]
+            self._verdicts[batch] += [judge(reference, self._generator, row, typical) for row in own]
+        verdicts = [judge(reference, self._generator, row, typical) for row in rows]
+        return check_generation(self._named(label), verdicts) + self._check_drafts(label, task, reference, typical)
+
+    def _check_drafts(self, label: str, task: str | None, reference: Reference, typical: float) -> list[Check]:
+        """One prompt by drafts: half of the longest, twice, so that there is something to guess from the first step."""
+        if self.has_images:
+            return []
+        tokens = max((self._generator.encode(prompt) for prompt in self._prompts), key=len)
+        found = self._generator.by_drafts((tokens[: len(tokens) // 2] or tokens) * 2, task, STEPS)
+        if found is None:
+            return []
+        row, passes = found
+        verdict = judge(reference, self._generator, row, typical)
+        return check_generation(f"{label}/drafts", [verdict], f"{passes} passes for ")
+
+    def check_mixed(self) -> list[Check]:
+        """The mixed batch, and the one whose rows end apart, once every task has been checked."""
+        return [
+            check for label, found in self._verdicts.items() for check in check_generation(self._named(label), found)
+        ]
+
+    def _named(self, label: str) -> str:
+        return f"{label}/images" if self.has_images else label
+
+
+def _stops(rows: Sequence[GeneratedRow]) -> list[str]:
+    """Texts that end every second row, each a little later than the one before; the others go on."""
+    return sorted({row.text[: 4 + 3 * index] for index, row in enumerate(rows[::2]) if row.text.strip()})

@@ -1,0 +1,116 @@
+"""Level 6, for engines that take shapes within a profile: every task at the profile's corners.
+
+Batches and prompts of the smallest and largest sizes, and decode steps from the first to the last place of the cache;
+a tactic that is wrong for one shape, or a cache read too far or not far enough, shows at a corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.deployment import Deployment
+from adalink.runtime.device.profile import Profile
+from adalink.tools.parity.check_adapter import to_float64
+from adalink.tools.parity.check_generation import Generator, Verdict, check_generation, expected_outputs, judge
+from adalink.tools.parity.check_outputs import Comparison, worst_of
+from adalink.tools.parity.reference import Outputs, Reference
+from adalink.tools.parity.report import Check, at_most
+
+STEPS = 4
+
+
+def check_decoder_corners(
+    deployment: Deployment,
+    generator: Generator,
+    reference: Reference,
+    folders: Mapping[str, Path],
+    compared: Mapping[str | None, Comparison],
+    profile: Profile,
+) -> list[Check]:
+    """Greedy steps of every task at each corner of a decoder's profile, against PyTorch.
+
+    Args:
+        deployment: what is verified.
+        generator: the same, with its steps recorded.
+        reference: PyTorch.
+        folders: adapter folder of each task.
+        compared: float32's typical noise under each task.
+        profile: what the engine takes.
+    """
+    base = deployment.manifest.base
+    longest = min(profile.capacity, base.max_positions or profile.capacity) - STEPS
+    corners = []
+    for batch in sorted({profile.batch.smallest, profile.batch.largest}):
+        lengths = {1, min(profile.seq.largest, longest), longest}
+        if base.bidirectional_prompt:  # goes in at once, which an engine that gives all logits has less room for
+            lengths = {1, min(profile.seq.largest, profile.places // batch, longest)}
+        corners += [(batch, length) for length in sorted(lengths)]
+    verdicts: dict[tuple[int, int], list[Verdict]] = {corner: [] for corner in corners}
+    for task in (None, *deployment.tasks):
+        known: dict[tuple[int, ...], Outputs] = {}
+        with reference.adapted(None if task is None else folders[task]):
+            for batch, length in corners:
+                rows = _rows(deployment, batch, length, task)
+                for row in generator.generate(rows, task, STEPS):
+                    sequence = (*row.prompt, *row.tokens)
+                    if sequence not in known:
+                        known[sequence] = expected_outputs(reference, row)
+                    typical = compared[task].typical["logits"]
+                    verdicts[batch, length].append(judge(reference, generator, row, typical, known[sequence]))
+    return [
+        check
+        for (batch, length), found in verdicts.items()
+        for check in check_generation(f"profile/batch={batch},prompt={length}", found)
+    ]
+
+
+def check_encoder_corners(
+    deployment: Deployment,
+    reference: Reference,
+    folders: Mapping[str, Path],
+    compared: Mapping[str | None, Comparison],
+    profile: Profile,
+) -> list[Check]:
+    """Hidden states under every task at each corner of an encoder's profile, against PyTorch; as for decoders."""
+    base = deployment.manifest.base
+    name = "last_hidden_state"
+    longest = min(profile.seq.largest, base.max_positions or profile.seq.largest)
+    batches = sorted({profile.batch.smallest, profile.batch.largest})
+    corners = list(product(batches, sorted({profile.seq.smallest, longest})))
+    found: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {corner: ([], []) for corner in corners}
+    for task in (None, *deployment.tasks):
+        known: dict[tuple[int, ...], Outputs] = {}
+        with reference.adapted(None if task is None else folders[task]):
+            for batch, length in corners:
+                rows = _rows(deployment, batch, length, task)
+                states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
+                for row, ids in enumerate(rows):
+                    if tuple(ids) not in known:
+                        known[tuple(ids)] = reference.outputs(ids, None)
+                    expected = known[tuple(ids)]
+                    deviations, limits = found[batch, length]
+                    deviations.append(np.abs(states[row] - expected.values[name]).max(axis=1))
+                    limits.append(reference.limit(expected.noise[name], compared[task].typical[name]))
+    checks = []
+    for (batch, length), (deviations, limits) in found.items():
+        deviation, limit, row, position = worst_of(deviations, limits)
+        detail = f"|Δ| nearest its limit, of {len(deviations)} rows: row {row}, position {position}"
+        checks.append(at_most(f"profile/batch={batch},seq={length}/{name}", deviation, limit, detail))
+    return checks
+
+
+def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> list[list[int]]:
+    """Seeded prompts of one length with the task's soft prompt; two in turn, so that PyTorch runs no more than two."""
+    base = deployment.manifest.base
+    if task is not None:
+        length = max(1, length - deployment.manifest.tasks[task].soft_tokens)
+    placeholders = () if base.vision is None else (base.vision.image_token_id,)
+    usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id, *placeholders))
+    rng = np.random.default_rng([20231012, length])
+    pair = rng.choice(usable, size=(2, length)).tolist()
+    return [pair[row % 2] for row in range(batch)]

@@ -1,0 +1,95 @@
+"""Soft prompts and tables of token ids in PyTorch, put where a model takes ``inputs_embeds``.
+
+`adalink.training` attaches soft prompts too, by hooks; this is written apart from it, since levels 2 to 6 compare with
+it what such training ships. Tables of ids nothing else here attaches. A bottleneck beside them is attached to the model
+as always: what its embedding gives is caught on its way, and goes back in behind the soft prompt.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter, make_adapter
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InputSide:
+    """The soft prompt, or the table of token ids, of one adapter.
+
+    Attributes:
+        soft_tokens: positions of the soft prompt.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        import torch
+
+        config = adapter.config
+        self.soft_tokens = config.soft_tokens
+        self._scope = config.scope
+        self._weights = {
+            name: torch.from_numpy(value).double()
+            for name, value in adapter.weights.items()
+            if name in (SOFT_PROMPT_NAME, TABLE_NAME) or config.input == "ids"
+        }
+
+    def embeds(
+        self, model: Any, row: torch.Tensor, prompt_length: int | None, left: int | None, **inputs: Any
+    ) -> torch.Tensor:
+        """What the model takes for a row, with shape ``(1, soft_tokens + seq, d)``.
+
+        Args:
+            model: with the adapter's bottleneck attached, if it has one.
+            row: token ids, shape ``(1, seq)``.
+            prompt_length: how many of them are the prompt; all by default.
+            left: a token that stands for an image and is left as it is.
+            inputs: the row's images, as the model takes them.
+        """
+        import torch
+
+        x = _embedded(model, row, inputs)
+        if TABLE_NAME in self._weights:
+            delta = self._weights[TABLE_NAME][row] @ self._weights["text.up.weight"].T
+            is_adapted = torch.ones_like(row, dtype=torch.bool) if left is None else row != left
+            if self._scope == "prompt" and prompt_length is not None:
+                is_adapted = is_adapted & (torch.arange(row.shape[1]) < prompt_length)
+            x = torch.where(is_adapted[..., None], x + delta.to(x.dtype), x)
+        soft = self._weights.get(SOFT_PROMPT_NAME)
+        return x if soft is None else torch.cat([soft[None].to(x.dtype), x], dim=1)
+
+
+def without_input_side(adapter: Adapter) -> Adapter | None:
+    """The bottleneck of an adapter alone; ``None`` if it has none that starts from embeddings."""
+    config = adapter.config
+    if config.input == "ids" or not config.rank:
+        return None
+    weights = {name: value for name, value in adapter.weights.items() if name != SOFT_PROMPT_NAME}
+    return make_adapter(msgspec.structs.replace(config, soft_tokens=0), weights)
+
+
+class _EnoughError(Exception):
+    """Ends a run of a model whose embedding has given what is wanted."""
+
+
+def _embedded(model: Any, row: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the input embedding gives within a run of the model, with shape ``(1, seq, d)``."""
+    from adalink.training.models.loading import input_embedding
+
+    caller = model.get_encoder() if model.config.is_encoder_decoder else model
+    found: list[torch.Tensor] = []
+
+    def catch(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        found.append(output)
+        raise _EnoughError
+
+    handle = input_embedding(caller).register_forward_hook(catch)
+    try:
+        caller(input_ids=row, **inputs)
+    except _EnoughError:
+        return found[0]
+    finally:
+        handle.remove()
+    raise AssertionError("a model embeds its tokens")

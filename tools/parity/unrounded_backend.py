@@ -1,0 +1,61 @@
+"""A quantised engine with its activations left in float32: what is then left of its error is the engine's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from adalink.runtime.engine import Array, Backend, BankGraph, Engine, VisionGraph
+from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.storage.manifest import Base
+
+
+class ExactActivations:
+    """Another backend, whose engines do not round the inputs of quantised products.
+
+    Attributes:
+        name: of the backend inside.
+    """
+
+    def __init__(self, inner: Backend) -> None:
+        self.name = inner.name
+        self._inner = inner
+
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+        """Open the graph without ``accuracy_level``; its weights are the same file."""
+        import onnx
+
+        model = onnx.load(graph, load_external_data=False)
+        for node in model.graph.node:
+            for attribute in [entry for entry in node.attribute if entry.name == "accuracy_level"]:
+                node.attribute.remove(attribute)
+        weights = {
+            entry.value
+            for tensor in model.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        with tempfile.TemporaryDirectory(prefix="adalink-exact-") as folder:
+            for name in weights:
+                _share(graph.with_name(name), Path(folder) / name)
+            path = Path(folder) / graph.name
+            path.write_bytes(model.SerializeToString())
+            return self._inner.open_engine(path, base, role, table)
+
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_bank(kind, graph, base)
+
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_vision(graph, base)
+
+
+def _share(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,178 @@
+"""Save and load adapter folders; a folder is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from adalink.runtime.errors import AdapterError, ContractError, WriteError
+from adalink.runtime.storage.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    encode_adapter,
+    make_adapter,
+    read_adapter,
+)
+from adalink.training.method.attach import Attached, attach
+from adalink.training.method.config import AdaLinkConfig
+from adalink.training.models.loading import base_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def to_adapter(attached: Attached, base_name: str) -> Adapter:
+    """The attached weights as a checked adapter of this base.
+
+    Args:
+        attached: a model with adapters.
+        base_name: name of the base for people (``adalink.training.models.loading.display_name``).
+
+    Raises:
+        AdapterError: a weight is NaN or infinite.
+    """
+    config = AdapterConfig(
+        base_model_name_or_path=base_name,
+        base_fingerprint=base_fingerprint(attached.model),
+        hidden_size=attached.hidden_size,
+        rank=attached.config.rank,
+        activation=attached.config.activation,
+        bias=attached.config.bias,
+        modalities=attached.config.modalities,
+        scope=attached.config.scope,
+        soft_tokens=attached.config.soft_tokens,
+    )
+    return make_adapter(config, attached.weights(), origin=f"adapter for {base_name}")
+
+
+def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes] | None = None) -> None:
+    """Write an adapter folder, or replace one, atomically.
+
+    Args:
+        folder: the adapter folder.
+        adapter: what to write; ``to_adapter`` makes one from an attached model.
+        extra: more files to write beside the two of the format, by name.
+
+    Raises:
+        AdapterError: the folder holds something other than an adapter.
+        WriteError: the disk refused; what was there is as it was.
+    """
+    folder = Path(folder).resolve()  # "x/.." has no name of its own, and nothing beside it
+    check_target(folder)
+    config_bytes, weights_bytes = encode_adapter(adapter)
+    files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes, **(extra or {})}
+    staging: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        staging.chmod(0o755)
+        for name, data in files.items():
+            _write_through(staging / name, data)
+        _rename_over(staging, folder)
+    except OSError as error:
+        raise WriteError(
+            f"adapter {folder}: cannot write {error.filename or folder}: {error.strerror or error}; what was there is "
+            "as it was. Free space or choose a writable folder"
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
+    """Read an adapter folder and attach it to the base it was trained for.
+
+    Raises:
+        AdapterError: the folder is missing, truncated or numerically broken, or holds a table of token ids.
+        ContractError: it belongs to another base.
+        ModelError: an adapter is attached already.
+    """
+    adapter = read_adapter(folder)
+    config = adapter.config
+    fingerprint = base_fingerprint(model)
+    if config.base_fingerprint != fingerprint:
+        raise ContractError(
+            f"adapter {folder} belongs to another base: it was trained for {config.base_model_name_or_path} "
+            f"({config.base_fingerprint}), this {type(model).__name__} has {fingerprint}; load that base in float32"
+        )
+    if config.input == "ids":
+        raise AdapterError(
+            f"adapter {folder} has a table of token ids, expected one that acts on embeddings: what trained it loads it"
+        )
+    attached = attach(
+        model,
+        AdaLinkConfig(
+            rank=config.rank,
+            activation=config.activation,
+            bias=config.bias,
+            modalities=config.modalities,
+            scope=config.scope,
+            soft_tokens=config.soft_tokens,
+        ),
+    )
+    attached.adapters.load_state_dict({name: torch.from_numpy(weight) for name, weight in adapter.weights.items()})
+    attached.adapters.eval()
+    return attached
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to replace a folder that is not an adapter, or the current one; raises ``AdapterError``."""
+    if folder.is_dir() and folder.samefile("."):
+        raise AdapterError(
+            f"{folder} is the current folder, and an adapter folder is replaced as a whole: name another, or go to its "
+            "parent and name it there"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{folder} is not empty and holds no {CONFIG_FILE}: it is no adapter; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"{folder} is a file: choose a folder for the adapter")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, or replace it, whole or not at all; raises ``OSError``."""
+    draft = path.with_suffix(".draft")
+    _write_through(draft, data)
+    draft.replace(path)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Write a file down to the disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _rename_over(staging: Path, folder: Path) -> None:
+    """Make ``staging`` the folder; an old one ends up in ``staging``. One system call where the kernel has it."""
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(folder), _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code), str(folder))
+    aside = staging.with_name(f"{staging.name}.old")
+    folder.rename(aside)
+    try:
+        staging.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,225 @@
+"""Text-to-text rows from JSONL, and the batches made of them.
+
+A row is rendered as its prompt, its completion and the end token, as plain text: a deployment that is given the same
+prompt tokenizes it to the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from adalink.runtime.errors import DataError, ModelError
+from adalink.training.models.loading import max_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.runtime.text.prompt_format import PromptForm
+
+IGNORED_LABEL = -100
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of a JSONL file; ``images`` are paths from the file's own folder."""
+
+    prompt: str
+    completion: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row; ``target`` ends with the end token.
+
+    A placeholder stands for each position that one of its images takes up.
+    """
+
+    prompt: list[int]
+    target: list[int]
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """How a base that takes images wants them in a prompt.
+
+    Attributes:
+        token_id: the placeholder.
+        written: what an image becomes in a prompt, in place of the one placeholder that people write.
+    """
+
+    token_id: int
+    written: Callable[[Path], list[int]]
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Read rows ``{"prompt": str, "completion": str}``, with ``"images": [path, ...]`` too; empty lines are skipped.
+
+    Raises:
+        DataError: the file is missing, has no row, or a line is not such a row; the message names it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = msgspec.json.decode(line.encode(), type=Row)
+        except msgspec.DecodeError as error:
+            raise DataError(f'{path}:{number}: {error}; expected {{"prompt": "...", "completion": "..."}}') from error
+        if not row.prompt or not row.completion:
+            raise DataError(f"{path}:{number}: an empty prompt or completion: both need text; remove the row")
+        rows.append(row)
+    if not rows:
+        raise DataError(f'{path} holds no row; expected lines {{"prompt": "...", "completion": "..."}}')
+    return rows
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    origin: str | Path,
+    images: ImageTokens | None = None,
+    form: PromptForm | None = None,
+) -> list[Example]:
+    """Token ids of rows.
+
+    Prompt and completion are tokenized apart, because the deployment tokenizes a prompt before its completion exists.
+
+    Args:
+        rows: what ``read_rows`` returned.
+        tokenizer: tokenizer of the base.
+        max_length: most tokens a row may have, end token included.
+        origin: file the rows come from, for messages; paths of images are from its folder.
+        images: how the base takes images; ``None`` if it takes none.
+        form: how its prompts are written; ``None`` for as they are.
+
+    Raises:
+        DataError: a row is longer; it is never cut, since the deployment would not cut it. Or it has not one
+            placeholder for each image, or an image is not there.
+        ModelError: the tokenizer has no end token.
+    """
+    end = end_token(tokenizer)
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        if form is None:
+            prompt = list(tokenizer(row.prompt)["input_ids"])
+        else:
+            written = form.written(row.prompt, len(row.images))
+            prompt = list(tokenizer(written, add_special_tokens=False)["input_ids"])
+        pictures = _pictures(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
+        if images is not None:
+            left = iter(pictures)
+            prompt = [
+                token for own in prompt for token in (images.written(next(left)) if own == images.token_id else (own,))
+            ]
+        target = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], end]
+        if len(prompt) + len(target) > max_length:
+            raise DataError(
+                f"{origin}: row {number} has {len(prompt) + len(target)} tokens, expected at most {max_length}: "
+                "shorten its prompt or raise --max-length"
+            )
+        examples.append(Example(prompt, target, pictures))
+    return examples
+
+
+def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_tokens: int, origin: str | Path) -> None:
+    """Refuse a row that is longer than the longest sequence the base was made for.
+
+    Args:
+        examples: encoded rows.
+        model: the base.
+        soft_tokens: vectors of a soft prompt before each row.
+        origin: file the rows come from, for messages.
+
+    Raises:
+        DataError: a row has more tokens than the base has positions; of an encoder-decoder, its prompt or its target.
+    """
+    limit = max_positions(model)
+    for number, example in enumerate(examples, start=1):
+        prompt, target = soft_tokens + len(example.prompt), len(example.target)
+        length = max(prompt, target) if model.config.is_encoder_decoder else prompt + target
+        if limit is not None and length > limit:
+            with_soft = f", {soft_tokens} of them the soft prompt's" if soft_tokens else ""
+            raise DataError(
+                f"{origin}: row {number} takes {length} positions{with_soft}, and {type(model).__name__} has {limit}: "
+                "shorten its prompt or remove the row"
+            )
+
+
+def _pictures(
+    row: Row, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
+) -> tuple[Path, ...]:
+    """Paths of a row's images; ``prompt`` has one placeholder for each."""
+    if images is None:
+        if row.images:
+            raise DataError(f"{where} has images, which this base or command does not take: remove them")
+        return ()
+    found = sum(token == images.token_id for token in prompt)
+    if found != len(row.images):
+        raise DataError(
+            f"{where} has {found} image placeholders (token {images.token_id}) in its prompt and {len(row.images)} "
+            "images: write one placeholder for each image where it belongs"
+        )
+    paths = tuple(folder / name for name in row.images)
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(f"{where}: image {missing[0]} is not there; expected a path from that file's folder")
+    return paths
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends a completion; raises ``ModelError`` if the tokenizer has none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ModelError("the tokenizer has no end-of-sequence token: a completion could never end")
+    return tokenizer.eos_token_id
+
+
+def pad_decoder(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """A batch for a decoder, padded on the left so that all rows end in the last column.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``position_ids`` (int64) and ``labels`` (int64, -100 but on targets), each
+        with shape ``(batch, seq)``.
+    """
+    length = max(len(example.prompt) + len(example.target) for example in examples)
+    ids, mask, labels = [], [], []
+    for example in examples:
+        blank = length - len(example.prompt) - len(example.target)
+        ids.append([pad] * blank + example.prompt + example.target)
+        mask.append([0] * blank + [1] * (length - blank))
+        labels.append([IGNORED_LABEL] * (blank + len(example.prompt)) + example.target)
+    attention_mask = torch.tensor(mask)
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        "labels": torch.tensor(labels),
+    }
+
+
+def pad_encoder_decoder(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """A batch for an encoder-decoder, padded on the right: prompts for the encoder, targets as labels.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` with shape ``(batch, prompt)``, ``labels`` with shape ``(batch, target)``.
+    """
+    source = max(len(example.prompt) for example in examples)
+    target = max(len(example.target) for example in examples)
+    return {
+        "input_ids": torch.tensor([e.prompt + [pad] * (source - len(e.prompt)) for e in examples]),
+        "attention_mask": torch.tensor([[1] * len(e.prompt) + [0] * (source - len(e.prompt)) for e in examples]),
+        "labels": torch.tensor([e.target + [IGNORED_LABEL] * (target - len(e.target)) for e in examples]),
+    }

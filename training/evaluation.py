@@ -1,0 +1,126 @@
+"""Exact-match accuracy: greedy generation until the end token, compared with the wanted completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+
+from adalink.training.data.rows import end_token
+from adalink.training.models.loading import max_positions
+from adalink.training.models.prefix_lm import prompt_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from adalink.training.data.images import Pictures
+    from adalink.training.data.rows import Example
+
+# A batch and the numbers of its prompts -> the batch with what the base takes beside their tokens.
+Join = Callable[["dict[str, torch.Tensor]", Sequence[int]], "dict[str, torch.Tensor]"]
+
+
+def greedy_tokens(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    end: int,
+    max_new_tokens: int,
+    batch_size: int,
+    join: Join = lambda batch, chosen: batch,
+) -> list[list[int]]:
+    """Continue each prompt greedily; a reply ends with the end token, or is cut at ``max_new_tokens``.
+
+    Prompts are sorted by length, padded on the left and run in batches. ``join`` adds what the base takes beside the
+    tokens of the prompts of these numbers, such as ``pixel_values``. What the checkpoint says of how to generate, such
+    as a penalty or beams, is left aside, as a deployment leaves it.
+    """
+    replies: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        length = max(len(prompts[index]) for index in chosen)
+        blanks = [length - len(prompts[index]) for index in chosen]
+        ids = [[end] * blank + prompts[index] for blank, index in zip(blanks, chosen, strict=True)]
+        mask = [[0] * blank + [1] * (length - blank) for blank in blanks]
+        attention_mask = torch.tensor(mask, device=model.device)
+        batch = {
+            "input_ids": torch.tensor(ids, device=model.device),
+            "attention_mask": attention_mask,
+            **prompt_inputs(model, torch.ones_like(attention_mask, dtype=torch.bool)),
+        }
+        with _plain_generation(model, end):
+            output = model.generate(**join(batch, chosen), max_new_tokens=max_new_tokens)
+        # A decoder's output begins with the prompt, an encoder-decoder's with its start token.
+        skipped = 1 if model.config.is_encoder_decoder else length
+        for index, row in zip(chosen, output[:, skipped:].tolist(), strict=True):
+            replies[index] = row[: row.index(end) + 1] if end in row else row
+    return replies
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel, end: int) -> Iterator[None]:
+    """Let ``model`` generate greedily with a cache until the block ends; of its own settings, only how to begin."""
+    own = model.generation_config
+    starts = (getattr(config, "decoder_start_token_id", None) for config in (own, model.config))
+    # In place of the model's own, not for the call: generate would fill in what a given one leaves open.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=next((token for token in starts if token is not None), None),
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    pictures: Pictures | None = None,
+    *,
+    soft_tokens: int = 0,
+) -> float:
+    """Share of examples whose greedy reply is the wanted text, spaces at its ends aside, and then ends.
+
+    Args:
+        model: a base, with or without an adapter attached.
+        tokenizer: tokenizer of the base.
+        examples: encoded rows.
+        batch_size: rows generated at once.
+        pictures: how the base takes the examples' images, for one that does.
+        soft_tokens: vectors of the attached adapter's soft prompt.
+    """
+    end = end_token(tokenizer)
+
+    def answer(numbers: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        def with_images(batch: dict[str, torch.Tensor], chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+            return batch if pictures is None else pictures.join(batch, [examples[numbers[index]] for index in chosen])
+
+        prompts = [examples[number].prompt for number in numbers]
+        return greedy_tokens(model, prompts, end, max_new_tokens, batch_size, with_images)
+
+    longest = max(len(example.target) for example in examples)
+    room = None if model.config.is_encoder_decoder else max_positions(model)
+    # Rows that would run out of positions if they went on for as long as the longest target: each as far as it can.
+    left = [longest if room is None else room - soft_tokens - len(example.prompt) for example in examples]
+    roomy = [number for number, steps in enumerate(left) if steps >= longest]
+    replies = dict(zip(roomy, answer(roomy, longest), strict=True))
+    for number, steps in enumerate(left):
+        if steps < longest:
+            (replies[number],) = answer([number], max(1, steps))
+    return sum(
+        reply[-1] == end and _text(tokenizer, reply) == _text(tokenizer, example.target)
+        for reply, example in ((replies[number], example) for number, example in enumerate(examples))
+    ) / len(examples)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids[:-1])).strip()

@@ -1,0 +1,1 @@
+"""The AdaLink module and how it is attached."""

@@ -1,0 +1,1 @@
+"""Loading base models and what is particular to each."""

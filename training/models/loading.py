@@ -1,0 +1,242 @@
+"""The base model: load a checkpoint without ever unpickling it, and name it by its embeddings.
+
+A base is given as a Hugging Face folder, a GGUF file (or a folder whose only model file is one) or a hub id.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adalink.runtime.errors import ModelError
+from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
+
+DTYPES = ("float32", "float16", "bfloat16")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a base is: ``origin`` is what transformers is given, ``gguf_file`` the file in it for that format."""
+
+    origin: str
+    gguf_file: str | None = None
+
+    def options(self) -> dict[str, str | bool]:
+        # Code that a checkpoint brings along is never run; without this, transformers may ask on a terminal.
+        options: dict[str, str | bool] = {"trust_remote_code": False}
+        return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
+
+
+def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
+    """Load a base model in eval mode, on the CPU.
+
+    The class follows the checkpoint: a causal language model, one that takes images beside text, an encoder-decoder
+    with its head, or, for encoders such as BERT, the bare model.
+
+    Args:
+        spec: a Hugging Face folder, a ``.gguf`` file, a folder with one ``.gguf`` file, or a hub id.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; fingerprints are those of the float32 model.
+
+    Raises:
+        ModelError: nothing is there, the weights are pickled or incomplete, or the architecture is unknown.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    source = _find(spec)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    try:
+        config = AutoConfig.from_pretrained(source.origin, **source.options())
+        safetensors = {} if source.gguf_file else {"use_safetensors": True}
+        model, info = _auto_class(config).from_pretrained(
+            source.origin,
+            config=config,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            **source.options(),
+            **safetensors,
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
+        what = "" if Path(source.origin).exists() else "there is no such file or folder here, and as a hub id "
+        raise ModelError(
+            f"base model {display_name(spec)}: {what}transformers cannot load it: {type(error).__name__}: {error}. "
+            "Expected a supported architecture with safetensors or GGUF weights"
+        ) from error
+    missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
+    if missing:
+        raise ModelError(
+            f"base model {display_name(spec)}: {len(missing)} weights are missing, the first {missing[0]!r}, and would "
+            f"be random; expected a complete {type(model).__name__} checkpoint"
+        )
+    return model.eval()
+
+
+def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a base; raises ``ModelError``."""
+    from transformers import AutoTokenizer
+
+    source = _find(spec)
+    try:
+        return AutoTokenizer.from_pretrained(source.origin, **source.options())
+    except Exception as error:  # as in load_base
+        raise ModelError(
+            f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
+            "Expected tokenizer.json beside the weights, or a GGUF file that carries one"
+        ) from error
+
+
+def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
+    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
+    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(str(spec), backend="pil", trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """Fingerprint of a base: the digest of its input embedding matrix as stored, in float32.
+
+    Raises:
+        ModelError: the model has no single input embedding matrix.
+    """
+    import torch
+
+    return fingerprint_embeddings(embedding_matrix(model).detach().to("cpu", torch.float32).numpy())
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Digest of all weights of a model, in float32: which of the models with the same embeddings it is.
+
+    SHA-256 of a line for each parameter, its shape and the digest of its values, sorted: releases of transformers name
+    parameters differently. A pooler, which a checkpoint may lack, is left out.
+    """
+    import torch
+
+    lines = []
+    for name, parameter in model.named_parameters():
+        if _POOLER in name:
+            continue
+        values = parameter.detach().to("cpu", torch.float32).numpy().reshape(-1)
+        lines.append(f"{tuple(parameter.shape)} {digest_bytes(values.data)}")
+    return digest_bytes("\n".join(sorted(lines)).encode())
+
+
+def embedding_matrix(model: torch.nn.Module) -> torch.Tensor:
+    """The input embedding matrix as stored, with shape ``(vocab, d)``; raises ``ModelError`` if there is none."""
+    import torch
+
+    weight = getattr(input_embedding(model), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise ModelError(
+            f"{type(model).__name__} has no input embedding matrix with shape (vocab, d): its embeddings cannot be "
+            "fingerprinted or adapted"
+        )
+    return weight
+
+
+def input_embedding(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that turns token ids into embeddings; raises ``ModelError`` if the model has none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        module = getter() if callable(getter) else None
+    except NotImplementedError:
+        module = None
+    if module is None:
+        raise ModelError(
+            f"{type(model).__name__} has no input embedding module: expected a transformers model that embeds token ids"
+        )
+    return module  # type: ignore[no-any-return]
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence the model was made for; ``None`` where positions are relative."""
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding: int | None = getattr(module, "padding_idx", None)
+        if positions is not None and padding is not None and name.endswith("position_embeddings"):
+            return positions - padding - 1  # of the table: RoBERTa starts behind its padding id
+    return positions
+
+
+def display_name(spec: str | Path) -> str:
+    """Name of a base for people: folder name or file stem of a local one, else the hub id; never a machine's path.
+
+    A folder that holds one GGUF file and no other model is that file.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        ggufs = list(path.glob("*.gguf"))
+        is_gguf = len(ggufs) == 1 and not (path / "config.json").exists()
+        return ggufs[0].stem if is_gguf else path.resolve().name
+    if path.is_file() or path.suffix == ".gguf":
+        return path.stem
+    return str(spec) if _HUB_ID.fullmatch(str(spec)) else path.name
+
+
+def _find(spec: str | Path) -> _Source:
+    """Resolve ``spec``; refuses what cannot be loaded without unpickling."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"base model {path.name} is a {path.suffix or 'plain'} file; expected a .gguf file, a model folder or "
+                "a hub id"
+            )
+        return _Source(str(path.parent), path.name)
+    if path.is_dir():
+        return _find_in_folder(path)
+    if not _HUB_ID.fullmatch(str(spec)):
+        raise ModelError(f"base model {spec}: no such file or folder, and not a hub id such as 'org/name'")
+    return _Source(str(spec))
+
+
+def _find_in_folder(folder: Path) -> _Source:
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+        return _Source(str(folder))
+    if len(ggufs) == 1:
+        return _Source(str(folder), ggufs[0])
+    if len(ggufs) > 1:
+        raise ModelError(
+            f"base model folder {folder.name} holds {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}"
+        )
+    if pickled := [name for name in files if name.endswith(_PICKLED_SUFFIXES)]:
+        raise ModelError(
+            f"base model folder {folder.name} has only pickled weights ({pickled[0]}), which can run code and are "
+            "never loaded; convert them with save_pretrained(folder) to safetensors"
+        )
+    raise ModelError(
+        f"base model folder {folder.name} is not a model: expected config.json and *.safetensors, or one .gguf file; "
+        f"found {', '.join(files[:5]) or 'nothing'}"
+    )
+
+
+def _auto_class(config: Any) -> Any:
+    """The transformers auto class for a checkpoint; GGUF configs carry no ``architectures``."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if names := config.architectures:
+        if names[0].endswith("ForConditionalGeneration"):
+            return AutoModelForImageTextToText
+        return AutoModelForCausalLM if names[0].endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return AutoModelForCausalLM if is_decoder else AutoModel

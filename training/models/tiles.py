@@ -1,0 +1,100 @@
+"""What an image processor and a tokenizer say of tiles: how pictures are cut, and which tokens stand around the tiles.
+
+The texts are those of transformers' ``Idefics3Processor`` and ``SmolVLMProcessor``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adalink.runtime.errors import ModelError
+from adalink.runtime.vision.tiles import Grid, TileTokens, Tiling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.image_processing_utils import BaseImageProcessor
+
+PROCESSORS = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")
+
+
+def processor_name(processor: BaseImageProcessor) -> str:
+    """Name of an image processor's class, whatever its backend."""
+    return type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
+
+
+def read_tiling(processor: BaseImageProcessor) -> Tiling:
+    """How an image processor cuts pictures.
+
+    Raises:
+        ModelError: it is another kind of processor, or cuts pictures in a way that is not supported.
+    """
+    name = processor_name(processor)
+    if name not in PROCESSORS:
+        raise ModelError(f"image processor {name} is not supported; expected one of {', '.join(PROCESSORS)}")
+    values = processor.to_dict()
+    size, edge = dict(values["size"]), dict(values["max_image_size"]).get("longest_edge")
+    longest = size.get("longest_edge") if values.get("do_resize") else None
+    is_cut = bool(values.get("do_image_splitting"))
+    if edge is None or (longest is None and (is_cut or values.get("do_resize"))):
+        raise ModelError(
+            f"image processor {name} resizes to {size if values.get('do_resize') else 'no size'} and cuts tiles of "
+            f"{values['max_image_size']}: expected do_resize with a longest_edge in size, and one in max_image_size"
+        )
+    return Tiling(longest_edge=longest, edge=edge, is_cut=is_cut)
+
+
+def read_tile_tokens(
+    tokenizer: PreTrainedTokenizerBase | None, tiling: Tiling, image_token_id: int, tokens_per_tile: int
+) -> TileTokens:
+    """Tokens around the tiles of any picture.
+
+    Args:
+        tokenizer: the model's own.
+        tiling: how pictures are cut.
+        image_token_id: the placeholder.
+        tokens_per_tile: positions that a tile takes up.
+
+    Raises:
+        ModelError: there is no tokenizer, or it does not keep placeholders and what is around them apart.
+    """
+    if tokenizer is None:
+        raise ModelError(
+            "this model cuts images into tiles, and its tokenizer, which knows the tokens around them, was not found: "
+            "put it beside the checkpoint, or pass tokenizer="
+        )
+    image = tokenizer.convert_ids_to_tokens(image_token_id)
+    fence = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
+    whole = getattr(tokenizer, "global_image_token", "<global-img>")
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def before(row: int, column: int) -> str:
+        return ("\n" if row and not column else "") + f"{fence}<row_{row + 1}_col_{column + 1}>"
+
+    def text_of(grid: Grid) -> str:
+        """All of a picture, to be tokenized at once."""
+        rows, columns = grid
+        run = image * tokens_per_tile
+        tiles = "".join(before(row, column) + run for row in range(rows) for column in range(columns))
+        return tiles + ("\n\n" if rows else "") + f"{fence}{whole}{run}{fence}"
+
+    tokens = TileTokens(
+        before_tile=tuple(
+            tuple(encode(before(row, column)) for column in range(tiling.most)) for row in range(tiling.most)
+        ),
+        before_whole=encode(f"\n\n{fence}{whole}"),
+        before_only=encode(f"{fence}{whole}"),
+        end=encode(fence),
+    )
+    grids = ((0, 0), (tiling.most, tiling.most))
+    placeholders = [image_token_id] * tokens_per_tile
+    is_apart = {image, fence} <= tokenizer.get_added_vocab().keys() and all(
+        tuple(tokens.around(placeholders, grid)) == encode(text_of(grid)) for grid in grids
+    )
+    if not is_apart:
+        raise ModelError(
+            f"the tokenizer does not keep {image!r} and {fence!r} apart from the text around them: both must be "
+            "special tokens that take up no spaces; use the tokenizer that this model was trained with"
+        )
+    return tokens

@@ -1,0 +1,101 @@
+"""Models that take images beside text: where their image embeddings appear, and which token stands for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adalink.runtime.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Model types whose projector gives nothing but image embeddings, which then replace those of one placeholder token: for
+# each, the names of its projector and of its language model.
+_SIDES = {
+    "llava": ("multi_modal_projector", "language_model"),
+    "fast_vlm": ("multi_modal_projector", "language_model"),
+    "paligemma": ("multi_modal_projector", "language_model"),
+    "idefics3": ("connector", "text_model"),
+    "smolvlm": ("connector", "text_model"),
+    "qwen2_vl": ("visual.merger", "language_model"),
+    "qwen2_5_vl": ("visual.merger", "language_model"),
+    "qwen3_vl": ("visual.merger", "language_model"),
+}
+# Those that cut a picture into tiles (adalink.training.models.tiles).
+_TAKE_TILES = ("idefics3", "smolvlm")
+# Those that take a picture as patches in the grid of its own shape, which positions follow
+# (adalink.runtime.vision.patches).
+_TAKE_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Those whose prompt attends in both directions (adalink.training.models.prefix_lm).
+_BIDIRECTIONAL_PROMPT = ("paligemma",)
+SUPPORTED = (
+    "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, PaliGemmaForConditionalGeneration, "
+    "Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration, Qwen2VLForConditionalGeneration, "
+    "Qwen2_5_VLForConditionalGeneration and Qwen3VLForConditionalGeneration"
+)
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """The image side of a model.
+
+    Attributes:
+        projector: the module whose output, of shape ``(images, tokens, d)``, is merged with the text embeddings; of a
+            model that takes tiles, ``(tiles, tokens, d)``, and of one that takes patches ``(tokens, d)``, all images'.
+        language_model: what the merged embeddings go to, without its head.
+        image_token_id: the placeholder that is replaced, once for each row of an image's embeddings.
+        takes_tiles: whether ``pixel_values`` are tiles of pictures, with shape ``(rows, tiles, 3, height, width)``.
+        takes_patches: whether they are patches of pictures that keep their shape, all in a row with shape
+            ``(patches, numbers)``, beside ``image_grid_thw``.
+        bidirectional_prompt: whether every position of a prompt sees all of the prompt, images and text, and only what
+            follows attends causally. The model is told by ``token_type_ids`` (``adalink.training.models.prefix_lm``).
+    """
+
+    projector: nn.Module
+    language_model: PreTrainedModel
+    image_token_id: int
+    takes_tiles: bool
+    takes_patches: bool
+    bidirectional_prompt: bool
+
+
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether a model is fed with images, in whatever way."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def image_side(model: PreTrainedModel) -> ImageSide | None:
+    """The image side of a model of a supported class; ``None`` for any other."""
+    kind = model.config.model_type
+    if kind not in _SIDES:
+        return None
+    projector, language_model = _SIDES[kind]
+    inner = model.base_model
+    return ImageSide(
+        projector=inner.get_submodule(projector),
+        language_model=inner.get_submodule(language_model),
+        image_token_id=model.config.image_token_id,
+        takes_tiles=kind in _TAKE_TILES,
+        takes_patches=kind in _TAKE_PATCHES,
+        bidirectional_prompt=kind in _BIDIRECTIONAL_PROMPT,
+    )
+
+
+def check_modalities(model: PreTrainedModel, modalities: tuple[str, ...]) -> None:
+    """Check that a model that takes images can be adapted so; raises ``ModelError``."""
+    name = type(model).__name__
+    if not takes_images(model):
+        return
+    if image_side(model) is None:
+        if modalities != ("text",):
+            raise ModelError(
+                f"{name} takes images in a way that is not supported ({SUPPORTED} are): its text alone can be "
+                f"adapted, so use modalities ('text',) and not {modalities}"
+            )
+    elif unknown := [modality for modality in modalities if modality not in ("text", "image")]:
+        raise ModelError(
+            f"{name} is fed with text and images, and the adapter has the modality {unknown[0]!r}: use the names "
+            "'text' and 'image'"
+        )

@@ -1,1 +1,0 @@
-"""Studies of methods: labelled data, methods beside AdaLink, and one run of one of them."""
