@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import cuda
 from adalink.runtime.device.bank import DeviceBank
 from adalink.runtime.device.protocols import Device
-from adalink.runtime.engine import open_backend
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import COMPILED_BACKENDS, choose_variant
 from adalink.runtime.tasks.registry import TaskTable
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
 BATCHES, PROMPTS = (1, 8, 32), (128, 1024)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, Front, ResumableEngine
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Backend, Decoding, Engine, Fed, Front, ResumableEngine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
+from adalink.runtime.arrays import Array
+from adalink.runtime.backends import open_backend
 from adalink.runtime.base_model import Given, OpenBase
-from adalink.runtime.engine import Array, Backend, open_backend
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.loop import Generation, Row, Stream, check_stops, decode
 from adalink.runtime.generation.padding import pad_left
@@ -34,15 +36,15 @@ from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskTable
 from adalink.runtime.tasks.soft_prompt import Layout
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
-from adalink.runtime.vision.tiles import Grid
 from adalink.runtime.vision.tower import OpenVision
 
 if TYPE_CHECKING:
-    from adalink.runtime.device.profile import Profile
+    from adalink.runtime.profile import Profile
 
 IMAGE_CACHE_BYTES = 256 << 20
 

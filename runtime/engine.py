@@ -1,4 +1,4 @@
-"""What an engine is to the rest of the runtime, and which backends there are.
+"""What an engine is to the rest of the runtime.
 
 A backend opens things; an engine runs a base; a bank graph runs tasks. All are small protocols, so that a new backend
 touches no caller.
@@ -10,28 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy.typing as npt
-
-from adalink.runtime.errors import BackendUnavailableError, RequestError
+from adalink.runtime.arrays import Array
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_schema import Grid
 
 if TYPE_CHECKING:
-    from adalink.runtime.device.profile import Profile
-    from adalink.runtime.ort.patch_vision import OnnxPatchGraph
     from adalink.runtime.tasks.adapter_mapping import Selection
 
-Array = npt.NDArray[Any]
 # Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
 Fed = Any
-
-BACKENDS = (
-    "onnxruntime-cpu",
-    "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-tensorrt-rtx",
-    "tensorrt",
-    "tensorrt-rtx",
-)
 
 
 class Decoding(Protocol):
@@ -207,6 +195,28 @@ class VisionGraph(Protocol):
         """Give its memory back; nothing else is called after it."""
 
 
+class PatchVisionGraph(Protocol):
+    """A vision tower for images that keep their shape; for one thread at a time."""
+
+    def run(self, pixel_values: Array, grid: Grid) -> Array:
+        """Encode one image.
+
+        Args:
+            pixel_values: its patches, float32 with shape ``(patches, numbers)``.
+            grid: its rows and columns of pieces.
+
+        Returns:
+            float32 with shape ``(positions, d)``.
+
+        Raises:
+            BackendError: the engine refused.
+            GraphError: the result has another shape.
+        """
+
+    def close(self) -> None:
+        """Give its memory back; nothing else is called after it."""
+
+
 class Backend(Protocol):
     """Opens engines, bank graphs and vision towers."""
 
@@ -229,33 +239,11 @@ class Backend(Protocol):
     def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
         """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
-        """Open the vision tower of a base that has one, an ONNX graph or a plan; raises as ``open_engine`` does."""
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+        """Open the vision tower of a base whose images or tiles have one size, an ONNX graph or a plan.
 
+        Raises as ``open_engine`` does.
+        """
 
-def open_backend(name: str, threads: int | None = None) -> Backend:
-    """Backend by name.
-
-    Args:
-        name: one of ``BACKENDS``.
-        threads: threads of the engine; all physical cores by default.
-
-    Raises:
-        BackendUnavailableError: there is no such backend, or its package or device is not on this machine.
-        RequestError: ``threads`` is given for a backend that has none.
-    """
-    if name not in BACKENDS:
-        raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
-    if name == "onnxruntime-cpu":
-        from adalink.runtime.ort.backend import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend(name, threads)
-    if threads is not None:
-        raise RequestError(f"threads is {threads}, but {name} computes on a GPU: leave it out")
-    if name.startswith("onnxruntime-"):
-        from adalink.runtime.ort.gpu_backend import OnnxRuntimeGpuBackend
-
-        return OnnxRuntimeGpuBackend(name)
-    from adalink.runtime.trt.backend import TensorRtBackend
-
-    return TensorRtBackend(name)
+    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+        """Open the vision tower of a base whose images keep their shape; raises as ``open_engine`` does."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.adapter.bank_graph import build_bank_graph
-from adalink.export.base.architectures import Architecture, cache_shape
+from adalink.export.architectures import Architecture, cache_shape
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ContractError, ModelError
 from adalink.runtime.storage.adapter import KINDS

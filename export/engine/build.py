@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from adalink.export.engine.progress import EngineProgress, make_monitor
 from adalink.runtime.builds import count_builder_call
-from adalink.runtime.device.profile import Span
 from adalink.runtime.errors import GraphError
+from adalink.runtime.profile import Span
 from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
 from adalink.runtime.trt.api import Api
 

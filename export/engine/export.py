@@ -15,8 +15,8 @@ from adalink.export.engine.graph import check_buildable, engine_graph
 from adalink.export.engine.progress import EngineProgress
 from adalink.export.engine.targets import CURRENT, resolve_target
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.device.profile import Profile, Span, check_profile, default_profile, parse_profile
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
+from adalink.runtime.profile import Profile, Span, check_profile, default_profile, parse_profile
 from adalink.runtime.storage.integrity import locate, read_verified, verify_files
 from adalink.runtime.storage.manifest import Base, Manifest, Variant, Vision
 from adalink.runtime.storage.manifest_validation import check_task_name
@@ -52,7 +52,7 @@ def export_engine(
         deployment: the folder.
         backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
         target: which GPUs it is for; see ``adalink.export.engine.targets.resolve_target``.
-        profile: shapes it takes, also as ``adalink.runtime.device.profile.parse_profile`` reads them.
+        profile: shapes it takes, also as ``adalink.runtime.profile.parse_profile`` reads them.
         name: name of the variant; the backend's by default.
         variant: the portable variant that it is built from; the only one by default.
         tasks: tasks whose own graphs are built as well, for programs that do not use this kit.

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.protocols import Device, Queue
 from adalink.runtime.device.slots import SlotTable
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError
 from adalink.runtime.storage.adapter import ACTIVATIONS
 from adalink.runtime.tasks.adapter_mapping import Part, Selection

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.bank import Choice, DeviceBank
 from adalink.runtime.device.forward import EngineSpace, Pass, last_places
 from adalink.runtime.device.inputs import Inputs
-from adalink.runtime.device.profile import Profile, pieces, rounded_total
 from adalink.runtime.device.protocols import as_numbers
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_of
+from adalink.runtime.profile import Profile, pieces, rounded_total
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import Selection
 

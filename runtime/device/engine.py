@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.bank import DeviceBank
 from adalink.runtime.device.decoding import DeviceDecoding, piece_length, prompt_pieces
 from adalink.runtime.device.forward import EngineSpace, Pass
 from adalink.runtime.device.inputs import Inputs
 from adalink.runtime.device.pool import Pool
-from adalink.runtime.device.profile import Profile, pieces
 from adalink.runtime.device.protocols import NUMPY, Device, Lease, as_numbers
 from adalink.runtime.device.workspace import PREFILL, Common, Executors, FrontSpace, Plans
-from adalink.runtime.engine import Array, Fed, Front
+from adalink.runtime.engine import Fed, Front
 from adalink.runtime.generation.padding import positions_of
+from adalink.runtime.profile import Profile, pieces
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import PLAIN, Selection
 from adalink.runtime.tasks.host_embedder import HostFront

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.bank import Choice, Stack
 from adalink.runtime.device.inputs import Inputs
 from adalink.runtime.device.kv_cache import DeviceCache, GrowingCache, InPlaceCache
 from adalink.runtime.device.protocols import Executor, Lease
 from adalink.runtime.device.workspace import DECODE, ENGINE, PREFILL, Common, Executors, FrontSpace
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.manifest import Base
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.safetensors import STORED, as_float32
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.protocols import Device, Executor, Lease, Tensor
 from adalink.runtime.device.workspace import VISION, Plans
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import DeploymentError, GraphError
-from adalink.runtime.ort.vision import INPUT, OUTPUT
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 
 class DeviceVision:
@@ -50,8 +50,8 @@ class DeviceVision:
         queue = self._lease.queue
         self._pixels.host(*taken)[:] = pixel_values
         self._pixels.upload(queue, *taken)
-        self._executor.bind(INPUT, self._pixels.address, taken)
-        self._executor.bind(OUTPUT, self._embeds.address, given)
+        self._executor.bind(VISION_INPUT, self._pixels.address, taken)
+        self._executor.bind(VISION_OUTPUT, self._embeds.address, given)
         self._executor.enqueue()
         self._embeds.download(queue, *given)
         queue.wait()
@@ -66,7 +66,10 @@ class DeviceVision:
 
 def _check_signature(tower: Executor, taken: tuple[int, ...], given: tuple[int, ...], name: str) -> None:
     """Check that a graph takes and gives what the manifest says; raises ``GraphError``."""
-    for what, found, tensor, size in (("input", tower.inputs, INPUT, taken), ("output", tower.outputs, OUTPUT, given)):
+    for what, found, tensor, size in (
+        ("input", tower.inputs, VISION_INPUT, taken),
+        ("output", tower.outputs, VISION_OUTPUT, given),
+    ):
         expected = Tensor("float32", (-1, *size))
         # A graph may leave a size of its output open; it is bound to the memory of the expected one.
         fits = {

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.bank import Choice, DeviceBank, Layer
 from adalink.runtime.device.inputs import Inputs
-from adalink.runtime.device.profile import Profile
 from adalink.runtime.device.protocols import Device, Executor, Lease, Mirror
-from adalink.runtime.engine import Array
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.safetensors import as_stored
 

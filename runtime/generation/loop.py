@@ -8,7 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from adalink.runtime.engine import Array, CheckingDecoding, Decoding, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import CheckingDecoding, Decoding, Front
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.prompt_lookup import PromptLookup
 from adalink.runtime.generation.sampling import Sampling

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Array, Engine
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
 from adalink.runtime.ort.bank import OnnxBankGraph
 from adalink.runtime.ort.dynamic_cache import GrowingEngine
@@ -61,11 +62,13 @@ class OnnxRuntimeBackend:
         """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
         return OnnxBankGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph | OnnxPatchGraph:
+    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        assert base.vision is not None
-        kind = OnnxVisionGraph if base.vision.patches is None else OnnxPatchGraph
-        return kind(graph, base, self._threads)
+        return OnnxVisionGraph(graph, base, self._threads)
+
+    def open_patch_vision(self, graph: Path, base: Base) -> OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return OnnxPatchGraph(graph, base, self._threads)
 
     def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

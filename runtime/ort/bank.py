@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.ort.errors import ORT_TYPES, onnxruntime_errors, refusal, wrong_name
 from adalink.runtime.storage.manifest import Base

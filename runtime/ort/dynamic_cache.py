@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.runtime.engine import Array, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Front
 from adalink.runtime.generation.padding import positions_after, positions_of
 from adalink.runtime.ort.session import GuardedSession, Signature
 

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.cuda import CudaDevice, load_cuda
 from adalink.runtime.device.engine import DeviceEngine, HostFedFront
-from adalink.runtime.device.profile import Profile, default_profile
 from adalink.runtime.device.protocols import Lease
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendUnavailableError, ContractError
 from adalink.runtime.ort.bank import OnnxBankGraph
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
+from adalink.runtime.ort.patch_vision import OnnxPatchGraph
 from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.user_cache import cache_path
@@ -92,6 +93,10 @@ class OnnxRuntimeGpuBackend:
     def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU."""
         return OnnxVisionGraph(graph, base)
+
+    def open_patch_vision(self, graph: Path, base: Base) -> OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``: on the CPU."""
+        return OnnxPatchGraph(graph, base)
 
     def _session(self, graph: Path, base: Base, profile: Profile) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

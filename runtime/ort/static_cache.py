@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from adalink.runtime.engine import Array, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Front
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.ort.session import GuardedSession, Signature
 

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.storage.adapter import Rank
-from adalink.runtime.text.prompt_format import PromptForm
-from adalink.runtime.vision.patches import PatchTower
-from adalink.runtime.vision.tiles import Grid, TileTokens, tiles_of
+from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 3

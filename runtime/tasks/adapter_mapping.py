@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adalink.runtime.engine import Array, BankGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import BankGraph
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.tasks.folding import Folded
 from adalink.runtime.tasks.soft_prompt import SoftPrompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.tasks.adapter_mapping import Selection
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ContractError
-from adalink.runtime.generation.prefix_cache import name_of
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
+from adalink.runtime.storage.digest import name_of
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.safetensors import as_float32, as_stored
 

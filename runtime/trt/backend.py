@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.bank import DeviceKind
 from adalink.runtime.device.cuda import CudaDevice
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile
 from adalink.runtime.device.protocols import Lease
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.device.workspace import ENGINE, VISION
-from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.engine import PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import BackendError, ContractError, DeploymentError, IntegrityError
-from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
 from adalink.runtime.trt.api import Api, load_api
@@ -30,10 +31,19 @@ class TensorRtBackend:
         name: ``tensorrt`` or ``tensorrt-rtx``.
     """
 
-    def __init__(self, name: str) -> None:
-        """Raises ``BackendUnavailableError`` where the package is missing."""
+    def __init__(self, name: str, cpu_vision: Callable[[Path, Base], VisionGraph]) -> None:
+        """Load the library.
+
+        Args:
+            name: ``tensorrt`` or ``tensorrt-rtx``.
+            cpu_vision: opens the ONNX graph of a vision tower that has no plan, on the CPU.
+
+        Raises:
+            BackendUnavailableError: the package is missing.
+        """
         self.name = name
         self._api = load_api(name)
+        self._cpu_vision = cpu_vision
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
         """See ``adalink.runtime.engine.Backend``; ``graph`` is a plan, with its record beside it.
@@ -58,11 +68,17 @@ class TensorRtBackend:
     def open_vision(self, graph: Path, base: Base) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``; the graph itself, where there is no plan, runs on the CPU."""
         if graph.suffix == ".onnx":
-            return OnnxVisionGraph(graph, base)
+            return self._cpu_vision(graph, base)
         record = self._read(graph)
         check_validity(self._api, graph)
         device = CudaDevice(self.name)
         return DeviceVision(device, TensorRtPlans(self._api, device, graph.parent, record), base)
+
+    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+        """See ``adalink.runtime.engine.Backend``: no engine is built for a base whose images keep their shape."""
+        raise BackendError(
+            f"{graph}: images of {base.name} keep their shape, which {self.name} does not run: use onnxruntime-cpu"
+        )
 
     def _read(self, plan: Path) -> EngineRecord:
         record = read_record(plan.parent)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.device.profile import Profile
 from adalink.runtime.errors import NOT_JSON, DeploymentError
+from adalink.runtime.profile import Profile
 
 RECORD_FILE = "engine.json"
 PLAN_FILE = "engine.plan"

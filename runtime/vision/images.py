@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, RequestError
 from adalink.runtime.vision.preprocess import MAX_PIXELS
 

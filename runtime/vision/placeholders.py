@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.prefix_cache import name_of
+from adalink.runtime.storage.digest import name_of
 from adalink.runtime.storage.manifest import Base, Vision
 from adalink.runtime.storage.safetensors import as_stored
+from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import Picture
-from adalink.runtime.vision.tiles import Grid
 
 # For each row its images, or None.
 Images = Sequence[Sequence[Picture] | None] | None

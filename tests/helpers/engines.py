@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, Span
 
 pytest.importorskip(
     "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"

@@ -18,16 +18,17 @@ from packaging.version import Version
 
 from adalink.export.adapter.embedder_graph import FRONTS, build_front_graph
 from adalink.export.engine.graph import engine_graph
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.bank import DeviceKind
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile
 from adalink.runtime.device.protocols import Lease
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.device.workspace import VISION
-from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import BackendError
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
 from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 
 HAS_TENSOR_SCATTER = Version(ort.__version__) >= Version("1.24")

@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from adalink.runtime.arrays import Array
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, open_backend
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter, AdapterConfig
 from adalink.runtime.storage.manifest import Task
 from adalink.runtime.storage.safetensors import as_float32, as_stored

@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 
 from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, Backend
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.runtime.engine import Backend
+from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import worst_of
 from adalink.tools.parity.reference import Outputs, Pixels, Reference

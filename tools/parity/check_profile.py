@@ -14,7 +14,7 @@ import numpy as np
 
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile
+from adalink.runtime.profile import Profile
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_generation import Generator, Verdict, check_generation, expected_outputs, judge
 from adalink.tools.parity.check_outputs import Comparison, worst_of

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Vision

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Backend, open_backend
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_verified

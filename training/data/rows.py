@@ -20,7 +20,7 @@ from adalink.training.models.loading import max_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adalink.runtime.text.prompt_format import PromptForm
+    from adalink.runtime.storage.vision_schema import PromptForm
 
 IGNORED_LABEL = -100
 

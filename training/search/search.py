@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from adalink.runtime.errors import ConfigError, WriteError
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.training.adapter_io import replace_file
+from adalink.training.checkpoints import SEARCH_FILE
 from adalink.training.method.attach import attach
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import embedding_matrix
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
 
-SEARCH_FILE = "search.json"
 _MEASURED_STEPS = 4
 
 

@@ -18,8 +18,8 @@ from adalink.export.engine.build import PlanDraft
 from adalink.export.engine.export import base_sizes, export_engine, front_limits, front_sizes
 from adalink.export.engine.graph import engine_graph
 from adalink.export.engine.progress import Phases
-from adalink.runtime.device.profile import Span, default_profile
 from adalink.runtime.errors import BackendError, GraphError
+from adalink.runtime.profile import Span, default_profile
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.trt.api import Api
 from adalink.runtime.trt.record import read_record

@@ -23,8 +23,8 @@ from adalink.export.base.export import export_base
 from adalink.export.engine.build import PlanDraft
 from adalink.export.engine.export import export_engine
 from adalink.runtime.builds import builder_calls
-from adalink.runtime.device.profile import Span, default_profile, parse_profile
 from adalink.runtime.errors import BackendError, ConfigError, IntegrityError
+from adalink.runtime.profile import Span, default_profile, parse_profile
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest

@@ -13,12 +13,12 @@ from helpers.host_device import HostBackend, HostPlans
 from helpers.runtime import TASKS, Tiny, build
 
 from adalink.export.base.export import export_base
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile, Span
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, GraphError, RequestError
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 

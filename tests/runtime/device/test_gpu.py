@@ -12,11 +12,11 @@ from helpers.runtime import TASKS, Tiny, build
 from helpers.vision_deployments import build_seeing, picture
 
 from adalink.export.base.export import export_base
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.gpus import find_gpus
-from adalink.runtime.device.profile import Profile, Span
-from adalink.runtime.engine import open_backend
 from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.variants import COMPILED_BACKENDS
 
 pytestmark = [

@@ -14,7 +14,7 @@ from helpers.vision_deployments import Seeing, build_seeing, build_seeing_tiles,
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest_io import read_manifest
 
 PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55), images=Span(1, 1, 2))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from adalink.runtime.device.bank import DeviceBank, DeviceKind
 from adalink.runtime.device.decoding import piece_length
 from adalink.runtime.device.kv_cache import GrowingCache, InPlaceCache
-from adalink.runtime.device.profile import Profile, Span, default_profile, parse_profile, pieces, rounded_total
 from adalink.runtime.device.protocols import Lease, as_numbers
 from adalink.runtime.device.slots import SlotTable
 from adalink.runtime.errors import BackendError, ConfigError, RequestError
+from adalink.runtime.profile import Profile, Span, default_profile, parse_profile, pieces, rounded_total
 from adalink.runtime.request import check_embeds
 from adalink.runtime.storage.manifest import Base, Cache
 from adalink.runtime.storage.safetensors import as_stored

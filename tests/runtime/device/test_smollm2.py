@@ -14,7 +14,7 @@ from helpers.runtime import random_adapter, write_adapter
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.training.adapter_io import load_adapter
 from adalink.training.models.loading import load_base, load_tokenizer

@@ -14,7 +14,8 @@ from helpers.runtime import random_adapter, write_adapter
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey, name_of
+from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
+from adalink.runtime.storage.digest import name_of
 
 SHARED = "wheat prices rose again"
 PROMPTS = [f"{SHARED} today", f"{SHARED} in may", SHARED[:9], f"{SHARED} today"]

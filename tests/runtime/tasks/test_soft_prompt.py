@@ -15,8 +15,8 @@ from helpers.vision_deployments import Seeing, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import ContractError, RequestError
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import OwnTable, Selection, mix

@@ -14,8 +14,8 @@ from helpers.tiny_models import IMAGE_TOKENS, PREFIX_IMAGE_TOKEN
 from helpers.vision_deployments import SeeingPrefix, build_seeing_prefix, picture
 
 from adalink.runtime import Deployment
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import RequestError
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest_io import read_manifest
 
 NEW = 8

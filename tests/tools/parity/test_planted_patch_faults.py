@@ -19,8 +19,9 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.ort import static_cache as onnxruntime_in_place
 from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.vision.mrope import grid_positions
-from adalink.runtime.vision.patches import Patching, PatchTower
+from adalink.runtime.vision.patches import Patching
 from adalink.tools.parity.check_outputs import compare_outputs
 from adalink.tools.parity.check_vision import check_vision, make_looks, own_images
 from adalink.tools.parity.reference import Reference

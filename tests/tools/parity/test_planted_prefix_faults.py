@@ -17,7 +17,7 @@ from helpers.vision_deployments import build_seeing_prefix
 from adalink.export.base import modules as graph_modules
 from adalink.export.base.export import export_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity import suite
 

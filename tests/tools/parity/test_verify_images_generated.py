@@ -13,8 +13,8 @@ from helpers.vision_deployments import build_seeing, build_seeing_tiles
 from adalink.runtime import base_model as open_base
 from adalink.runtime import deployment as deployment_module
 from adalink.runtime.base_model import OpenBase
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.device.vision import DeviceVision
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import PLAIN
 from adalink.runtime.vision.placeholders import merge

@@ -19,10 +19,10 @@ from onnx import numpy_helper
 from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_of
 from adalink.runtime.ort import dynamic_cache as onnxruntime_growing
+from adalink.runtime.profile import Profile, Span
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import registry as tasks
 from adalink.runtime.tasks.soft_prompt import Layout

@@ -14,7 +14,7 @@ from adalink.runtime import deployment as deployment_module
 from adalink.runtime.device import decoding
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device import kv_cache as cache
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, Span
 from adalink.tools.parity import suite
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu", "scope": "prompt"}}

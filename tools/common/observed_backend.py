@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, CheckingDecoding, Decoding, Engine, Fed, VisionGraph
-from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import (
+    Backend,
+    BankGraph,
+    CheckingDecoding,
+    Decoding,
+    Engine,
+    Fed,
+    PatchVisionGraph,
+    VisionGraph,
+)
 from adalink.runtime.storage.manifest import Base
 
 Begin = Callable[[], object]
@@ -52,9 +61,13 @@ class ObservedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
+
+    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_patch_vision(graph, base)
 
 
 class _ObservedEngine:
