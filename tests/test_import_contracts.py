@@ -27,7 +27,7 @@ PLANTED = (
     ("export/writer.py", "from adalink.training.settings import TrainSettings", "export uses of training only"),
     ("training/models/loading.py", "from adalink.training.settings import TrainSettings", "training.models stands al"),
     ("export/vision/tower.py", "from adalink.export.base.files import describe_base", "inside export: {base, engine}"),
-    ("training/checkpoints.py", "from adalink.training.search.search import search", "inside training: train ->"),
+    ("training/checkpoints.py", "from adalink.training.search.search import search", "inside training: run ->"),
     ("tools/parity/suite.py", "from adalink.tools.bench.measure import measure", "inside tools: cli -> commands"),
 )
 FORMS = {

@@ -25,8 +25,8 @@ from adalink.runtime import Deployment
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import Row, read_rows
 from adalink.training.method.config import AdaLinkConfig
+from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import train
 
 HERE = Path(__file__).parent
 TASKS = ("even", "above-five")

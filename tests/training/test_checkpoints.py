@@ -15,7 +15,7 @@ from adalink.training.checkpoints import SEARCH_FILE, begin_checkpoints, removed
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.settings import SearchSettings, TrainSettings
 
-train_module = importlib.import_module("adalink.training.train")
+train_module = importlib.import_module("adalink.training.run")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch import nn
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import Row
 from adalink.training.method.config import AdaLinkConfig
+from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import train
 
 BASES = {
     "llama": (FAMILIES["llama"], make_tokenizer, None, "{}{}c"),

@@ -22,8 +22,8 @@ from adalink.training.evaluation import exact_match
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
+from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters
 
 SETTINGS = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=20)

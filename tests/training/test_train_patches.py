@@ -22,8 +22,8 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.models.patches import read_patching
+from adalink.training.run import TrainableAdapters, train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import TrainableAdapters, train
 
 ROWS = [
     Row(prompt="@ is", completion="RB", images=("0.png",)),

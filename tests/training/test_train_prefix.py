@@ -21,8 +21,8 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.models.prefix_lm import prompt_form, prompt_inputs
+from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters, collator
 from studies.experiment.run import open_base
 

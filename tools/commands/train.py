@@ -167,7 +167,7 @@ def command(
             fixed["activations"] = (activation,)
         space = SearchSettings(minutes=minutes, **fixed)
     from adalink.tools.common.quiet import quiet_libraries
-    from adalink.training.train import train
+    from adalink.training.run import train
 
     show_bar = sys.stderr is not None and sys.stderr.isatty()
     # The Trainer logs to stdout, which is for the result.

@@ -18,8 +18,8 @@ from adalink.training.data.rows import Row, encode_rows, pad_decoder
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, input_embedding
+from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters
 
 N = 5
