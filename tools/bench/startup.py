@@ -22,7 +22,7 @@ print(time.perf_counter() - start)
 
 
 def import_seconds(repeats: int) -> float:
-    """Median time of ``from adalink.runtime import Deployment`` beyond numpy and onnxruntime, in fresh processes, in seconds."""
+    """Median time of importing ``Deployment`` beyond numpy and onnxruntime, in fresh processes, in seconds."""
     command = [sys.executable, "-c", _IMPORT_CODE]
     times = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
     return statistics.median(times)
