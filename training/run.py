@@ -100,7 +100,7 @@ def train(
     rows, eval_rows = read_rows(data), read_rows(eval_data)
     record: dict[str, Any] = {
         "base": display_name(base),
-        "method": asdict(config),
+        "method": config.as_record(),
         "settings": asdict(settings),
         "data": {
             "train": {"file": Path(data).name, "sha256": digest_file(Path(data)), "rows": len(rows)},
@@ -173,7 +173,7 @@ def train(
     report = {
         "kit_version": version("adalink-kit"),
         **record,
-        "method": asdict(config),
+        "method": config.as_record(),
         "settings": asdict(settings),
         "adapter_digest": adapter.digest,
         "loss_curve": [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from adalink.runtime.storage.adapter import Rank
+from adalink.runtime.storage.adapter_spec import AdapterSpec
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -146,6 +146,11 @@ class Base(_Strict, frozen=True, kw_only=True):
     bidirectional_prompt: bool = False
     weights_digest: str = ""
 
+    @property
+    def takes_soft_prompts(self) -> bool:
+        """Whether positions can stand before the text: not where they follow the grid of a picture."""
+        return self.vision is None or self.vision.patches is None
+
 
 class Quantization(_Strict, frozen=True, kw_only=True):
     """How a variant's constant matrices are stored: blocks of integers with a scale and a zero point each.
@@ -207,20 +212,14 @@ class Fold(_Strict, frozen=True, kw_only=True):
     path: str
 
 
-class Task(_Strict, frozen=True, kw_only=True):
-    """One deployed adapter.
+class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One deployed adapter: its settings, and its files.
 
     Attributes:
         graph: path of the task graph.
         config: path of its ``adapter_config.json``.
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.storage.adapter.Adapter.digest`).
-        rank: rank of the bottleneck, or of each modality's; 0 for a soft prompt alone.
-        activation: its activation.
-        modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
-        scope: ``"all"`` or ``"prompt"``.
-        soft_tokens: vectors of its soft prompt.
-        input: what its bottleneck starts from; one of ``adalink.runtime.storage.adapter.INPUTS``.
         fold: the task computed ahead, if it was exported so.
     """
 
@@ -228,12 +227,6 @@ class Task(_Strict, frozen=True, kw_only=True):
     config: str
     weights: str
     adapter_digest: str
-    rank: Rank
-    activation: str
-    modalities: tuple[str, ...]
-    scope: str
-    soft_tokens: int = 0
-    input: str = "embeddings"
     fold: Fold | None = None
 
     @property

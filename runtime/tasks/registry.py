@@ -14,12 +14,13 @@ from adalink.runtime.engine import Backend, BankGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
+from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_verified
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.tasks.adapter_mapping import PLAIN, OwnTable, Selection, mix, task_parts
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
-from adalink.runtime.tasks.soft_prompt import check_input_side, soft_prompts_of
+from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 
 
 class LoadedTask:
@@ -89,18 +90,7 @@ class TaskTable:
         name = folder.name if name is None else name
         check_task_name(name)
         adapter = read_adapter(folder)
-        base, config = self._manifest.base, adapter.config
-        if config.base_fingerprint != base.fingerprint:
-            raise ContractError(
-                f"{folder} was trained for base {config.base_fingerprint}, this deployment holds {base.fingerprint} "
-                f"({base.name}): use an adapter of this base"
-            )
-        if unknown := [modality for modality in config.modalities if modality not in base.modalities]:
-            raise ContractError(
-                f"{folder} adapts modality {unknown[0]!r}, {base.name} was exported for {', '.join(base.modalities)}: "
-                "use an adapter without it, or export the base with it"
-            )
-        check_input_side(adapter, base, str(folder))
+        check_adapter(adapter, self._manifest.base, f"adapter {folder}", holder="this deployment")
         loaded = self._prepare(adapter)
         with self._lock:
             if name in self._tasks:

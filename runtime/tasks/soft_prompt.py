@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.errors import ContractError
-from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter
 from adalink.runtime.storage.digest import name_of
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.safetensors import as_float32, as_stored
+from adalink.runtime.storage.safetensors import as_stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,41 +131,3 @@ def soft_prompts_of(adapter: Adapter, base: Base) -> list[SoftPrompt]:
     """The soft prompt of an adapter in the base's dtype: one, or none."""
     vectors = adapter.weights.get(SOFT_PROMPT_NAME)
     return [] if vectors is None else [SoftPrompt(adapter.digest, as_stored(vectors, base.embedding_dtype))]
-
-
-def check_input_side(adapter: Adapter, base: Base, origin: str) -> None:
-    """Check that an adapter's width, soft prompt and table of token ids fit a base; raises ``ContractError``."""
-    if adapter.config.hidden_size != base.hidden_size:
-        raise ContractError(
-            f"{origin} has hidden_size {adapter.config.hidden_size}, {base.name} has {base.hidden_size}: "
-            "its adapter_config.json does not describe this base; train it again"
-        )
-    soft_tokens, table = adapter.config.soft_tokens, adapter.weights.get(TABLE_NAME)
-    if soft_tokens and base.vision is not None and base.vision.patches is not None:
-        raise ContractError(
-            f"{origin} has a soft prompt, and positions of {base.name} follow the grid of a picture, before which none "
-            "can stand: use an adapter without a soft prompt"
-        )
-    if base.max_positions is not None and soft_tokens >= base.max_positions:
-        raise ContractError(
-            f"{origin} has a soft prompt of {soft_tokens} positions, {base.name} was made for at most "
-            f"{base.max_positions}: that leaves none for text; train a shorter one"
-        )
-    with np.errstate(over="ignore"):
-        prompts = soft_prompts_of(adapter, base)
-    for prompt in prompts:
-        if not np.isfinite(as_float32(prompt.vectors)).all():
-            raise ContractError(
-                f"{origin}: the soft prompt holds numbers beyond {base.embedding_dtype}, which {base.name} takes: "
-                "train it again with a lower rate, or use a base of another dtype"
-            )
-    if table is not None and len(table) != base.vocab_size:
-        raise ContractError(
-            f"{origin} has a table of {len(table)} token ids, {base.name} has {base.vocab_size}: it was trained for "
-            "another vocabulary; train it for this base"
-        )
-    if table is not None and base.embedding_dtype == "bfloat16":
-        raise ContractError(
-            f"{origin} adds to embeddings by token id, in numpy, which cannot add to the bfloat16 embeddings of "
-            f"{base.name}: export the base with --dtype fp32 or fp16"
-        )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import structs
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from adalink.runtime.errors import ConfigError, WriteError
@@ -152,7 +153,7 @@ def search(
 def candidate_config(config: AdaLinkConfig, space: SearchSettings, model: PreTrainedModel) -> AdaLinkConfig:
     """The settings of the first candidate; whatever fits it fits all."""
     first = list_candidates(space, embedding_matrix(model).shape[1])[0]
-    return replace(config, rank=first.rank, activation=first.activation)
+    return structs.replace(config, rank=first.rank, activation=first.activation)
 
 
 class _Trials:
@@ -174,7 +175,7 @@ class _Trials:
 
     def settings_of(self, candidate: Candidate) -> tuple[AdaLinkConfig, TrainSettings]:
         """The settings with the candidate's in them."""
-        config = replace(self._config, rank=candidate.rank, activation=candidate.activation)
+        config = structs.replace(self._config, rank=candidate.rank, activation=candidate.activation)
         return config, replace(self._settings, lr=candidate.lr)
 
     def attach(self, candidate: Candidate) -> TrainableAdapters:

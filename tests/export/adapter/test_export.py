@@ -120,7 +120,7 @@ def test_adapter_of_another_width_is_refused(deployment: Path, tmp_path: Path) -
 def test_modality_that_the_base_does_not_take_is_refused(deployment: Path, tmp_path: Path) -> None:
     known = export_adapter(make(tmp_path / "both", deployment, modalities=("image", "text")), deployment)
     assert known.tasks["both"].modalities == ("image", "text")
-    with pytest.raises(ContractError, match=r"modality 'audio', .* takes text, image: .*--modality audio"):
+    with pytest.raises(ContractError, match=r"modality 'audio', .* was exported for text, image: .*--modality audio"):
         export_adapter(make(tmp_path / "heard", deployment, modalities=("text", "audio")), deployment)
 
 
