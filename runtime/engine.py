@@ -16,24 +16,24 @@ from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_schema import Grid
 
 if TYPE_CHECKING:
-    from adalink.runtime.tasks.adapter_mapping import Selection
+    from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 # Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
-Fed = Any
+EngineInput = Any
 
 
-class Decoding(Protocol):
+class DecodeState(Protocol):
     """A batch on its way: rows with their caches, after a prompt and the tokens since. For one thread at a time."""
 
     @property
     def logits(self) -> Array:
         """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
 
-    def step(self, inputs_embeds: Fed) -> None:
+    def step(self, inputs_embeds: EngineInput) -> None:
         """Take one more token of each row.
 
         Args:
-            inputs_embeds: what the front gave for one token of each row, of shape ``(rows, 1, d)``.
+            inputs_embeds: what the embedder gave for one token of each row, of shape ``(rows, 1, d)``.
 
         Raises:
             BackendError: the engine refused.
@@ -50,18 +50,18 @@ class Engine(Protocol):
     """A base graph ready to run, safe for calls from several threads."""
 
     @property
-    def front(self) -> Front:
+    def embedder(self) -> InputEmbedder:
         """What gives it its embeddings."""
 
     @property
     def profile(self) -> Profile | None:
         """Shapes that it takes; ``None`` if it takes any."""
 
-    def run(self, feeds: Mapping[str, Fed]) -> Array:
+    def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """Run whole sequences.
 
         Args:
-            feeds: ``inputs_embeds`` as the front gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
+            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
                 ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
                 ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
                 ``(batch, seq, axes)``.
@@ -74,12 +74,12 @@ class Engine(Protocol):
             BackendError: the engine refused.
         """
 
-    def start(self, feeds: Mapping[str, Fed], room: int) -> Decoding:
+    def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
         """Run prompts, to go on after them; only for graphs with a KV cache.
 
         Args:
             feeds: as for ``run``.
-            room: how many steps may follow.
+            max_new_tokens: how many steps may follow.
 
         Raises:
             BackendError: the engine refused.
@@ -89,7 +89,7 @@ class Engine(Protocol):
         """Give its memory back."""
 
 
-class ResumableDecoding(Decoding, Protocol):
+class ResumableDecodeState(DecodeState, Protocol):
     """A decoding whose cache can be kept for later prompts."""
 
     def states(self, row: int, length: int) -> Array:
@@ -97,14 +97,14 @@ class ResumableDecoding(Decoding, Protocol):
 
 
 @runtime_checkable
-class CheckingDecoding(Decoding, Protocol):
+class SpeculativeDecodeState(DecodeState, Protocol):
     """A decoding that takes several tokens of its only row at once, so that guesses can be checked."""
 
-    def extend(self, inputs_embeds: Fed) -> Array:
+    def extend(self, inputs_embeds: EngineInput) -> Array:
         """Take more tokens of the row, of which there is one; ``logits`` is not touched.
 
         Args:
-            inputs_embeds: what the front gave for them, of shape ``(1, n, d)``.
+            inputs_embeds: what the embedder gave for them, of shape ``(1, n, d)``.
 
         Returns:
             What follows each of them, shape ``(n, vocab)``; the next call writes over it.
@@ -113,7 +113,7 @@ class CheckingDecoding(Decoding, Protocol):
             BackendError: the engine refused.
         """
 
-    def retract(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
         """Forget that many of the row's last tokens."""
 
 
@@ -121,12 +121,14 @@ class CheckingDecoding(Decoding, Protocol):
 class ResumableEngine(Protocol):
     """An engine whose prompts can go on from states that were kept."""
 
-    def resume(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None]) -> ResumableDecoding:
+    def resume(
+        self, feeds: Mapping[str, EngineInput], max_new_tokens: int, known: Sequence[Array | None]
+    ) -> ResumableDecodeState:
         """Do what ``Engine.start`` does.
 
         Args:
             feeds: as for ``Engine.start``.
-            room: likewise.
+            max_new_tokens: likewise.
             known: for each row what its first tokens left in a cache before, shape
                 ``(2 * layers, kv_heads, n, head_dim)``, fewer than the row has, or ``None``.
 
@@ -135,23 +137,23 @@ class ResumableEngine(Protocol):
         """
 
 
-class Front(Protocol):
+class InputEmbedder(Protocol):
     """What stands before an engine: the embedding table and the tasks; safe for calls from several threads."""
 
-    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Fed:
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
 
-    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Fed:
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
 
-    def decoding(self, tasks: Selection) -> Selection:
+    def decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """What generated tokens go through, prepared so that a step costs little."""
 
-    def read(self, fed: Fed) -> Array:
+    def read(self, fed: EngineInput) -> Array:
         """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
 
 
-class BankGraph(Protocol):
+class SharedAdapterGraph(Protocol):
     """The arithmetic of all tasks of one kind, with their weights as inputs; safe for calls from several threads."""
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
@@ -223,7 +225,7 @@ class Backend(Protocol):
     name: str
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
-        """Open a base graph with its front.
+        """Open a base graph with its embedder.
 
         Args:
             graph: an ONNX graph, or the plan of a compiled engine.
@@ -236,7 +238,7 @@ class Backend(Protocol):
             GraphError: its inputs or outputs are not those of a base graph.
         """
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
 
     def open_vision(self, graph: Path, base: Base) -> VisionGraph:

@@ -25,7 +25,7 @@ from adalink.runtime.storage.adapter import (
 )
 from adalink.runtime.storage.adapter_spec import MethodSpec, settings_of
 from adalink.runtime.storage.contract import check_adapter
-from adalink.training.method.attach import Attached, attach
+from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, embedding_matrix, max_positions
 
@@ -36,7 +36,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def to_adapter(attached: Attached, base_name: str) -> Adapter:
+def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
     """The attached weights as a checked adapter of this base.
 
     Args:
@@ -89,7 +89,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
+def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
     """Read an adapter folder and attach it to the base it was trained for.
 
     Raises:

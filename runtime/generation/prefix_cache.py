@@ -22,7 +22,7 @@ class PrefixKey:
 
     Attributes:
         base: fingerprint of the base; its variant is one for the life of a cache.
-        adapter: digest of the adapter; empty for the plain base.
+        adapter: digest of the adapter; empty for the base model.
         scope: scope of the adapter.
     """
 

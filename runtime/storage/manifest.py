@@ -119,7 +119,7 @@ class Base(_Strict, frozen=True, kw_only=True):
             embedding module returns for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
-        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.KINDS``.
+        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: what images go through; ``None`` for a base of text alone.
         bidirectional_prompt: whether every position of a prompt sees all of it, and only what is generated is causal.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter
-from adalink.runtime.storage.digest import name_of
+from adalink.runtime.storage.digest import cache_key
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.safetensors import as_stored
 
@@ -32,10 +32,10 @@ class SoftPrompt:
 
     def names(self) -> Array:
         """Its positions for the prefix cache, int64 with shape ``(n,)``: a number that no token has."""
-        return np.full(len(self.vectors), name_of(f"{self.digest} {SOFT_PROMPT_NAME}"))
+        return np.full(len(self.vectors), cache_key(f"{self.digest} {SOFT_PROMPT_NAME}"))
 
 
-class Layout:
+class SoftPromptLayout:
     """Where the positions of a batch stand behind the soft prompts of its rows.
 
     In front of a decoder, and of the encoder of an encoder-decoder, whose positions are relative, a soft prompt stands
@@ -79,11 +79,11 @@ class Layout:
             self.mask[row, where] = 1
 
     @property
-    def is_plain(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether no row has a soft prompt, so that nothing is moved."""
         return not self._prompts
 
-    def widen(self, embeds: Array, modality: Array | None) -> tuple[Array, Array]:
+    def prepend(self, embeds: Array, modality: Array | None) -> tuple[Array, Array]:
         """Put soft prompts in place.
 
         Args:
@@ -103,13 +103,13 @@ class Layout:
             indices[row, where] = -1
         return wide, indices
 
-    def cut(self, output: Array) -> Array:
+    def strip(self, output: Array) -> Array:
         """An engine's output, ``(batch, total, width)``, at the positions that were given: ``(batch, seq, width)``."""
-        return output if self.is_plain else np.take_along_axis(output, self._columns[..., None], axis=1)
+        return output if self.is_empty else np.take_along_axis(output, self._columns[..., None], axis=1)
 
     def names(self, row: int) -> Array:
         """What a row begins with, for the prefix cache; empty without a soft prompt."""
-        prompt = None if self.is_plain else self._prompts[row]
+        prompt = None if self.is_empty else self._prompts[row]
         return np.zeros(0, np.int64) if prompt is None else prompt.names()
 
     @property

@@ -22,8 +22,8 @@ from adalink.runtime.storage.integrity import locate, read_verified
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
 from adalink.runtime.storage.vision_schema import Grid
-from adalink.runtime.vision.images import Picture, read_picture
-from adalink.runtime.vision.placeholders import ImageEmbeds, Prepared
+from adalink.runtime.vision.images import ImageInput, read_picture
+from adalink.runtime.vision.placeholders import ImageEmbeds, PreprocessedImage
 from adalink.runtime.vision.preprocess import Preprocessor, read_preprocessor
 
 
@@ -41,7 +41,7 @@ class OpenVision:
         self._lock = threading.Lock()
         self.encoded = 0
 
-    def prepare(self, images: Sequence[Sequence[Picture]]) -> list[list[Prepared]]:
+    def prepare(self, images: Sequence[Sequence[ImageInput]]) -> list[list[PreprocessedImage]]:
         """The images of each row as the tower takes them.
 
         Args:
@@ -54,7 +54,7 @@ class OpenVision:
         """
         with self._lock:
             preprocessor, _ = self._open()
-        prepared: list[list[Prepared]] = []
+        prepared: list[list[PreprocessedImage]] = []
         for row, own in enumerate(images):
             prepared.append([])
             for place, source in enumerate(own):
@@ -62,10 +62,10 @@ class OpenVision:
                 values = preprocessor.apply(picture)
                 grid = preprocessor.grid(picture.shape[0], picture.shape[1])
                 # Patches of one colour are the same in any grid.
-                prepared[-1].append(Prepared(f"{digest_bytes(values.data)} {grid}", values, grid))
+                prepared[-1].append(PreprocessedImage(f"{digest_bytes(values.data)} {grid}", values, grid))
         return prepared
 
-    def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
+    def embed(self, images: Sequence[Sequence[PreprocessedImage]]) -> list[list[ImageEmbeds]]:
         """Embeddings of the images of each row; raises what ``prepare`` does."""
         with self._lock:
             _, tower = self._open()
@@ -145,7 +145,7 @@ class _Tower(Protocol):
     def run(self, pixel_values: Array, grid: Grid) -> Array:
         """See ``Deployment.encode``; ``grid`` matters where images keep their shape."""
 
-    def encode(self, images: Sequence[Prepared]) -> list[Array]:
+    def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         """Embeddings of each image, ``(positions, d)``."""
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class _TileTower:
         starts = range(0, len(pixel_values), most)
         return np.concatenate([self._graph.run(pixel_values[start : start + most]) for start in starts])
 
-    def encode(self, images: Sequence[Prepared]) -> list[Array]:
+    def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         embeds = self.run(np.concatenate([image.pixel_values for image in images]), (0, 0))
         ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
         # Copies, so that one that is kept does not keep its neighbours.
@@ -183,7 +183,7 @@ class _PatchTower:
     def run(self, pixel_values: Array, grid: Grid) -> Array:
         return self._graph.run(pixel_values, grid)
 
-    def encode(self, images: Sequence[Prepared]) -> list[Array]:
+    def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         return [self._graph.run(image.pixel_values, image.grid) for image in images]
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import Backend, BankGraph, Engine, PatchVisionGraph, VisionGraph
+from adalink.runtime.engine import Backend, Engine, PatchVisionGraph, SharedAdapterGraph, VisionGraph
 from adalink.runtime.storage.manifest import Base
 
 
@@ -44,7 +44,7 @@ class ExactActivations:
             path.write_bytes(model.SerializeToString())
             return self._inner.open_engine(path, base, role, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Pictures:
+class TrainingImages:
     """What turns the images of examples into a base's ``pixel_values``, and what goes with them.
 
     Attributes:

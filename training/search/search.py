@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from adalink.training.data.rows import Example, Row
+    from adalink.training.data.rows import Example, TrainingRow
     from adalink.training.method.config import AdaLinkConfig
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
@@ -83,7 +83,7 @@ class SearchRecord(msgspec.Struct):
 
 def search(
     model: PreTrainedModel,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     examples: Sequence[Example],
     collate: Collate,
     config: AdaLinkConfig,

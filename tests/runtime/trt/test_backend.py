@@ -22,12 +22,12 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
-from adalink.runtime.profile import Profile, Span
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.trt.api import load_api
 from adalink.runtime.trt.record import read_record
 
-PROFILE = Profile(batch=Span(1, 1, 2), seq=Span(1, 4, 8), past=Span(0, 8, 31))
+PROFILE = Profile(batch=ShapeRange(1, 1, 2), seq=ShapeRange(1, 4, 8), past=ShapeRange(0, 8, 31))
 without_gpu = pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU: the engine would simply open")
 
 

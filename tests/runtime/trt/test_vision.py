@@ -31,13 +31,15 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
-from adalink.runtime.profile import Profile, Span
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.trt.record import read_record
 
 RTX = "tensorrt-rtx"
-PROFILE = Profile(batch=Span(1, 1, 2), seq=Span(1, 8, 16), past=Span(0, 16, 55), images=Span(1, 2, 3))
+PROFILE = Profile(
+    batch=ShapeRange(1, 1, 2), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 55), images=ShapeRange(1, 2, 3)
+)
 GRAPH = "base/vision/model.onnx"
 
 

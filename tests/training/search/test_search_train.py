@@ -12,7 +12,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import ConfigError, DataError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.rows import Row, encode_rows
+from adalink.training.data.rows import TrainingRow, encode_rows
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
 from adalink.training.search import search as search_module
@@ -71,7 +71,7 @@ def test_eval_rows_play_no_part(searched, work, tmp_path, monkeypatch):
     assert other["data"]["eval"] != searched["data"]["eval"]
     # A search that held out eval rows instead would be seen here.
     spied = encode_rows(
-        [Row(**json.loads(x)) for x in (work / "eval.jsonl").read_text().split("\n")], make_tokenizer(), 24, ""
+        [TrainingRow(**json.loads(x)) for x in (work / "eval.jsonl").read_text().split("\n")], make_tokenizer(), 24, ""
     )
     make = search_module._Trials
 

@@ -19,7 +19,7 @@ _BIASES = {"down_bias", "up_bias"}
 _OUTPUTS = ["adapted_embeds"]
 
 
-class OnnxBankGraph:
+class OnnxSharedAdapterGraph:
     """One session for all tasks of a kind; a task is swapped by feeding it other weights."""
 
     def __init__(self, session: ort.InferenceSession, runtime: ModuleType, base: Base) -> None:
