@@ -21,6 +21,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import cuda
 from adalink.runtime.device.adapter_weights import AdapterWeightPools
 from adalink.runtime.device.protocols import Device
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import COMPILED_BACKENDS, choose_variant
@@ -54,7 +55,7 @@ def main() -> None:
         manifest = structs.replace(manifest, base=structs.replace(manifest.base, eos_token_ids=()))
         backend = ObservedBackend(open_backend(options.backend), lambda: starts.append(time.perf_counter()))
         form = choose_variant(manifest, backend.name)
-        with Deployment(options.deployment, manifest, backend, form) as deployment:
+        with Deployment(options.deployment, manifest, backend, OpenOptions(form)) as deployment:
             result["open_seconds"] = time.perf_counter() - started
             result["parity"] = parity(deployment, options.against)
             bench = Case(deployment, starts, options.quick)

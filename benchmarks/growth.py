@@ -51,12 +51,12 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
         deployment.remove_task("first")
         before = resident_bytes()
         for name in names:
-            deployment.embed([[0]], tasks=name)
+            deployment.input_embeddings([[0]], tasks=name)
         loaded = resident_bytes() - before
         if series not in ("tasks", "rank"):
             # The base's table and all tasks are there before the request; systems map more of a file than is read.
             for first in range(0, deployment.manifest.base.vocab_size - _TABLE_ROWS, _TABLE_ROWS):
-                deployment.embed([list(range(first, first + _TABLE_ROWS))])
+                deployment.input_embeddings([list(range(first, first + _TABLE_ROWS))])
             before = resident_bytes()
         reset_peak()
         _generate(deployment, [text] * rows, tasks, 1)

@@ -18,12 +18,12 @@ from adalink.runtime.storage.vision_schema import Grid
 if TYPE_CHECKING:
     from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
-# Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
+# Embeddings on their way to an engine: an array on the host, or what a device's embedder makes of ids and tasks.
 EngineInput = Any
 
 
 class DecodeState(Protocol):
-    """A batch on its way: rows with their caches, after a prompt and the tokens since. For one thread at a time."""
+    """A batch between two decode steps: its rows, their KV cache and logits. For one thread at a time."""
 
     @property
     def logits(self) -> Array:
@@ -57,12 +57,16 @@ class Engine(Protocol):
     def profile(self) -> Profile | None:
         """Shapes that it takes; ``None`` if it takes any."""
 
+    @property
+    def padding_side(self) -> str:
+        """Where it wants prompts to be padded, ``"left"`` or ``"right"``; padding elsewhere is moved there."""
+
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """Run whole sequences.
 
         Args:
-            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
-                ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
+            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of
+                shape ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
                 ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
                 ``(batch, seq, axes)``.
 
@@ -90,7 +94,7 @@ class Engine(Protocol):
 
 
 class ResumableDecodeState(DecodeState, Protocol):
-    """A decoding whose cache can be kept for later prompts."""
+    """A decode state whose KV cache can be kept for later prompts."""
 
     def states(self, row: int, length: int) -> Array:
         """A copy of what a row's first tokens left in the cache, as ``ResumableEngine.resume`` takes it."""
@@ -98,10 +102,10 @@ class ResumableDecodeState(DecodeState, Protocol):
 
 @runtime_checkable
 class SpeculativeDecodeState(DecodeState, Protocol):
-    """A decoding that takes several tokens of its only row at once, so that guesses can be checked."""
+    """A decode state that takes several tokens of its only row at once, so that draft tokens can be verified."""
 
-    def extend(self, inputs_embeds: EngineInput) -> Array:
-        """Take more tokens of the row, of which there is one; ``logits`` is not touched.
+    def verify(self, inputs_embeds: EngineInput) -> Array:
+        """Run the next token and the draft tokens behind it in one pass; ``logits`` is not touched.
 
         Args:
             inputs_embeds: what the embedder gave for them, of shape ``(1, n, d)``.
@@ -114,7 +118,7 @@ class SpeculativeDecodeState(DecodeState, Protocol):
         """
 
     def rollback(self, count: int) -> None:
-        """Forget that many of the row's last tokens."""
+        """Forget that many of the row's last tokens: the draft tokens that were rejected."""
 
 
 @runtime_checkable
@@ -138,7 +142,7 @@ class ResumableEngine(Protocol):
 
 
 class InputEmbedder(Protocol):
-    """What stands before an engine: the embedding table and the tasks; safe for calls from several threads."""
+    """What stands before an engine: the embedding table and the adapters; safe for calls from several threads."""
 
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
@@ -146,7 +150,7 @@ class InputEmbedder(Protocol):
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
 
-    def decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """What generated tokens go through, prepared so that a step costs little."""
 
     def read(self, fed: EngineInput) -> Array:
@@ -154,14 +158,14 @@ class InputEmbedder(Protocol):
 
 
 class SharedAdapterGraph(Protocol):
-    """The arithmetic of all tasks of one kind, with their weights as inputs; safe for calls from several threads."""
+    """The arithmetic of all adapters of one activation, with their weights as inputs; safe for several threads."""
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
         """Adapt embeddings.
 
         Args:
             inputs_embeds: shape ``(batch, seq, d)``, in the base's dtype.
-            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, for a kind with a bias also ``down_bias``
+            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, with a bias also ``down_bias``
                 ``(n, 1, r)`` and ``up_bias`` ``(n, 1, d)``; ``n`` is ``batch``, or 1 for all rows.
 
         Returns:
@@ -238,8 +242,14 @@ class Backend(Protocol):
             GraphError: its inputs or outputs are not those of a base graph.
         """
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+        """Open the shared graph of all adapters with one activation and bias; raises as ``open_engine`` does.
+
+        Args:
+            activation_key: one of ``adalink.runtime.storage.adapter_spec.ACTIVATION_KEYS``.
+            graph: the ONNX graph as bytes.
+            base: the contract.
+        """
 
     def open_vision(self, graph: Path, base: Base) -> VisionGraph:
         """Open the vision tower of a base whose images or tiles have one size, an ONNX graph or a plan.

@@ -152,7 +152,7 @@ class _Exporter:
         if adapter.config.input == "ids":
             check_ids_table(adapter, self._table, self._dtype, self._ids)
         elif adapter.config.rank:
-            check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+            check_in_bank(self._bank_graph(adapter.config.activation_key), adapter, self._dtype, self._rows)
         folder = self._writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
@@ -160,7 +160,7 @@ class _Exporter:
         folded = None
         if fold is not None:
             folded = Fold(kind=fold, path=f"{folder}/{FOLD_FILES[fold]}")
-            bank, base = self._bank_graph(adapter.config.kind), self._manifest.base
+            bank, base = self._bank_graph(adapter.config.activation_key), self._manifest.base
             self._writer.stage(folded.path).write_bytes(fold_task(fold, adapter, base, self._table, bank))
         return Task(
             graph=f"{folder}/{GRAPH_FILE}",

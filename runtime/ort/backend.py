@@ -55,10 +55,12 @@ class OnnxRuntimeBackend:
         check_version(session, self._ort.__version__, origin=str(graph))
         guarded = GuardedSession(session, self._ort, origin=str(graph))
         signature = read_signature(session, base, role, origin=str(graph))
-        kind = StaticCacheEngine if signature.in_place else DynamicCacheEngine
-        return kind(guarded, signature, HostEmbedder(table))
+        embedder = HostEmbedder(table)
+        if signature.in_place:
+            return StaticCacheEngine(guarded, signature, embedder)
+        return DynamicCacheEngine(guarded, signature, embedder, "right" if base.kind == "encoder" else "left")
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
         return OnnxSharedAdapterGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 

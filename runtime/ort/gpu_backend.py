@@ -79,7 +79,7 @@ class OnnxRuntimeGpuBackend:
         plans = OnnxRuntimePlans(session, self._ort, str(graph), profile)
         return DeviceEngine(device, plans, base, embedder=PreEmbedded(table))
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU, in one thread."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -160,7 +160,7 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     """
     if name == CUDA:
         return {"device_id": "0", "use_tf32": "0"}  # a float32 base means float32
-    low, likely, high = (profile_shapes(base, profile, which) for which in ("smallest", "likeliest", "largest"))
+    low, likely, high = (profile_shapes(base, profile, which) for which in ("min", "opt", "max"))
     folder = _engine_folder(graph)
     if name == TENSORRT:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
@@ -202,7 +202,7 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     Args:
         base: the contract.
         profile: what requests may ask for.
-        which: ``"smallest"``, ``"likeliest"`` or ``"largest"``.
+        which: ``"min"``, ``"opt"`` or ``"max"``.
     """
     batch, seq = getattr(profile.batch, which), getattr(profile.seq, which)
     past = 0 if profile.past is None else getattr(profile.past, which)

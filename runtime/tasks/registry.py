@@ -167,14 +167,14 @@ class TaskTable:
 
     def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
         config, base = adapter.config, self._manifest.base
-        parts = task_groups(adapter, base.modalities, self._graph(config.kind))
-        tables = (
+        groups = task_groups(adapter, base.modalities, self._graph(config.activation_key))
+        deltas = (
             [TokenEmbeddingDelta(None, config.scope, adapter.digest, ids_table(adapter))]
             if config.input == "ids"
             else []
         )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
-        return LoadedTask(AdapterMapping(parts, fold, tables=tables, prompts=prompts), adapter.size_bytes + fold_bytes)
+        return LoadedTask(AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes)
 
     def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
         """Hold a task, and let go of others beyond the budget; the lock is held."""
@@ -207,11 +207,11 @@ class TaskTable:
         if loaded is not None:
             self._loaded_bytes -= loaded.size_bytes
 
-    def _graph(self, kind: str) -> SharedAdapterGraph:
-        """The bank graph of a kind, opened at its first use."""
+    def _graph(self, activation_key: str) -> SharedAdapterGraph:
+        """The shared graph of adapters with one activation and bias, opened at its first use."""
         with self._lock:
-            if kind not in self._graphs:
+            if activation_key not in self._graphs:
                 base = self._manifest.base
-                data = read_verified(self._folder, self._manifest, base.bank[kind])
-                self._graphs[kind] = self._backend.open_bank(kind, data, base)
-            return self._graphs[kind]
+                data = read_verified(self._folder, self._manifest, base.bank[activation_key])
+                self._graphs[activation_key] = self._backend.open_bank(activation_key, data, base)
+            return self._graphs[activation_key]

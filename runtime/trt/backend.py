@@ -61,9 +61,9 @@ class TensorRtBackend:
         device = CudaDevice(self.name)
         return DeviceEngine(device, TensorRtPlans(self._api, device, graph.parent, record), base, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``: an engine's own embedders do the arithmetic."""
-        return DeviceSharedAdapterGraph(kind)
+        return DeviceSharedAdapterGraph(activation_key)
 
     def open_vision(self, graph: Path, base: Base) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``; the graph itself, where there is no plan, runs on the CPU."""

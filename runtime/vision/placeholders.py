@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
@@ -143,9 +144,9 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
 
 
 def prompt_cache_keys(
-    tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None
+    tokens: npt.ArrayLike, images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None
 ) -> Array:
-    """A prompt for the prefix cache: int64, an image's positions named by the image and what it went through.
+    """Key of each position of a prompt in the prefix cache, int64: its token, or its image and that image's adapter.
 
     Args:
         tokens: the prompt, expanded.
@@ -153,11 +154,11 @@ def prompt_cache_keys(
         adapter: digest of the adapter of its images; empty for none.
         vision: the image side of the base.
     """
-    names = np.array(tokens, np.int64)
+    keys = np.array(tokens, np.int64)
     if vision is not None and images:
         numbers = np.array([cache_key(f"{image.digest} {adapter}") for image in images], np.int64)
-        names[names == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
-    return names
+        keys[keys == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
+    return keys
 
 
 def _short(value: object) -> str:

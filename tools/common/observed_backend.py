@@ -57,9 +57,9 @@ class ObservedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(kind, graph, base)
+        return self._inner.open_bank(activation_key, graph, base)
 
     def open_vision(self, graph: Path, base: Base) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
@@ -79,6 +79,7 @@ class _ObservedEngine:
         self._dropped = dropped
         self.embedder = inner.embedder
         self.profile = inner.profile
+        self.padding_side = inner.padding_side
         self.run = inner.run
         self.close = inner.close
 
@@ -118,16 +119,16 @@ class _ObservedSpeculativeDecodeState(_ObservedDecodeState):
         self, inner: SpeculativeDecodeState, begin: Begin, end: End, dropped: Dropped, retracted: Retracted
     ) -> None:
         super().__init__(inner, begin, end, dropped)
-        self._checking = inner
+        self._inner_state = inner
         self._retracted = retracted
 
-    def extend(self, inputs_embeds: EngineInput) -> Array:
+    def verify(self, inputs_embeds: EngineInput) -> Array:
         self._begin()
-        logits = self._checking.extend(inputs_embeds)
+        logits = self._inner_state.verify(inputs_embeds)
         for row in range(len(logits)):
             self._end(logits[row : row + 1])
         return logits
 
     def rollback(self, count: int) -> None:
-        self._checking.rollback(count)
+        self._inner_state.rollback(count)
         self._retracted(count)

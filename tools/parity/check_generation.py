@@ -18,6 +18,7 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
+from adalink.runtime.options import OpenOptions
 from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import worst_of
@@ -66,7 +67,7 @@ class Generator:
         self.drops = 0
         observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
-        self._deployment = Deployment(deployment.path, manifest, observed, variant)
+        self._deployment = Deployment(deployment.path, manifest, observed, OpenOptions(variant))
         self._base = base
 
     def generate(

@@ -181,7 +181,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
         few = images.pixels(pictures[:_PATCHED])
         counts = few["image_grid_thw"].prod(axis=1)
         own = np.split(few["pixel_values"], np.cumsum(counts)[:-1])
-        received = [deployment.encode(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
+        received = [deployment.encode_images(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
     expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(np.concatenate(noise), TYPICAL_PERCENTILE))
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
@@ -195,7 +195,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
 
 def _through_tower(deployment: Deployment, pixels: Array) -> list[Array]:
     """Embeddings ``(positions, d)`` of each image, or of each row of tiles."""
-    embeds = deployment.encode(pixels.reshape(-1, *pixels.shape[-3:]))
+    embeds = deployment.encode_images(pixels.reshape(-1, *pixels.shape[-3:]))
     return list(embeds.reshape(len(pixels), -1, embeds.shape[-1]))
 
 
@@ -213,7 +213,7 @@ def check_tower_profile_limits(deployment: Deployment, reference: Reference, ima
     checks = []
     for count in sorted({span.min, span.max}):
         order = np.arange(count) % len(flat)
-        deviations = np.abs(deployment.encode(flat[order]) - right[order]).max(axis=2)
+        deviations = np.abs(deployment.encode_images(flat[order]) - right[order]).max(axis=2)
         deviation, limit, image, position = worst_of(list(deviations), list(limits[order]))
         nearest = f"|Δ| nearest its limit, of {count} images or tiles in one call: number {image}, position {position}"
         checks.append(at_most(f"profile/images={count}/image-embeds", deviation, limit, nearest))

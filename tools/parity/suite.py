@@ -13,6 +13,7 @@ from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.variants import choose_variant
@@ -120,7 +121,7 @@ def verify(
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
-            with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
+            with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
                 _check_outputs(
                     report, unrounded, reference, folders, prompts, rows, prompts_with_images, (exact, form), progress
                 )
@@ -202,7 +203,7 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
     """The deployment's embedding table is what the model's embedding module returns, rounded to its dtype at most."""
     base = deployment.manifest.base
     expected = reference.embedding_table()
-    received = to_float64(deployment.embed(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
+    received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
     allowed = np.zeros(())
     if base.embedding_dtype != "float32":  # one rounding, and one more of the scale that some models multiply by
         allowed = 2 * UNIT_ROUNDOFF[base.embedding_dtype] * np.abs(expected) + UNDERFLOW[base.embedding_dtype]

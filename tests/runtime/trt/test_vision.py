@@ -31,6 +31,7 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -113,7 +114,7 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
     host = HostBackend(PROFILE, in_place=HAS_TENSOR_SCATTER)
     images = [[picture(seed) for seed in range(4)], [picture(3)]]
     prompts = ["@@@@ which?", "@ what?"]
-    with Deployment(seeing.folder, read_manifest(seeing.folder), host, "portable") as deployment:
+    with Deployment(seeing.folder, read_manifest(seeing.folder), host, OpenOptions("portable")) as deployment:
         before = host.device.allocated_bytes
         for _ in range(2):
             rows = deployment.generate(prompts, images=images, tasks=["both", "looks"], max_new_tokens=4)
@@ -123,10 +124,10 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
             assert list(row.token_ids) == expected
         assert host.device.allocated_bytes > before
         expected, limit = tower(seeing.model, pixels(5))
-        assert np.abs(deployment.encode(pixels(5)) - expected).max() <= limit
+        assert np.abs(deployment.encode_images(pixels(5)) - expected).max() <= limit
     assert host.device.allocated_bytes == 0
     with pytest.raises(RequestError, match="the deployment is closed"):
-        deployment.encode(pixels(1))
+        deployment.encode_images(pixels(1))
 
 
 def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp_path: Path) -> None:
@@ -148,9 +149,9 @@ def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp
 @pytest.mark.parametrize("shape", [(3, IMAGE_SIZE, IMAGE_SIZE), (0, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 3, 8, 8), ()])
 def test_pixel_values_of_another_shape_are_refused(seeing: Seeing, llama: Tiny, shape: tuple[int, ...]) -> None:
     with Deployment.open(seeing.folder) as deployment, pytest.raises(RequestError, match="pixel_values has the shape"):
-        deployment.encode(np.zeros(shape, np.float32))
+        deployment.encode_images(np.zeros(shape, np.float32))
     with Deployment.open(llama.folder) as deployment, pytest.raises(RequestError, match="without a vision tower"):
-        deployment.encode(np.zeros(shape, np.float32))
+        deployment.encode_images(np.zeros(shape, np.float32))
 
 
 class GraphsOfPlans(HostBackend):

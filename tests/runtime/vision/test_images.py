@@ -76,7 +76,9 @@ def test_logits_are_pytorchs(seeing: Seeing, opened: Deployment) -> None:
 def test_a_modality_without_an_adapter_passes_bit_for_bit(seeing: Seeing, opened: Deployment) -> None:
     ids = seeing.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     is_image = ids[0] == IMAGE_TOKEN
-    embeds = {task: opened.embed(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")}
+    embeds = {
+        task: opened.input_embeddings(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")
+    }
     np.testing.assert_array_equal(embeds["words"][is_image], embeds[None][is_image])
     np.testing.assert_array_equal(embeds["looks"][~is_image], embeds[None][~is_image])
     assert (embeds["looks"][is_image] != embeds[None][is_image]).any(axis=-1).all()
@@ -197,8 +199,8 @@ def test_a_float16_base_takes_images(tmp_path: Path, opened: Deployment) -> None
     ids = half.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     with Deployment.open(half.folder) as deployment:
         for task in (None, "both"):
-            received = deployment.embed(ids, images=[[A]], tasks=task)
-            wide = opened.embed(ids, images=[[A]], tasks=task)
+            received = deployment.input_embeddings(ids, images=[[A]], tasks=task)
+            wide = opened.input_embeddings(ids, images=[[A]], tasks=task)
             assert received.dtype == np.float16
             np.testing.assert_allclose(received.astype(np.float32), wide, rtol=2e-3, atol=2e-3)
         assert deployment.generate(["@?"], images=[[A]], tasks="both", max_new_tokens=2)[0].token_ids

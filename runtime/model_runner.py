@@ -1,15 +1,14 @@
-"""The base of an open deployment: its engines, opened once and counted, and what prompts left in their cache."""
+"""The base model of an open deployment: its engines, opened once and counted, and the prefix cache in front of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, ResumableEngine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
@@ -21,36 +20,10 @@ from adalink.runtime.storage.manifest import Manifest, Variant
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.vision.mrope import grid_positions
-from adalink.runtime.vision.placeholders import ImageEmbeds, merge, prompt_cache_keys
+from adalink.runtime.vision.placeholders import merge, prompt_cache_keys
 
 
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A checked batch before its tasks.
-
-    Attributes:
-        ids: token ids, int64 with shape ``(batch, seq)``, placeholders for all that images take up; or else
-        embeds: embeddings with shape ``(batch, seq, d)``.
-        modality: of each position, ``(batch, seq)``; ``None`` for text, or for what follows from the images.
-        tasks: the task of each row.
-        images: those of each row; ``None`` if there are none in the batch.
-    """
-
-    ids: Array | None
-    embeds: Array | None
-    modality: Array | None
-    tasks: AdapterMapping
-    images: Sequence[Sequence[ImageEmbeds]] | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(batch, seq)``."""
-        source = self.embeds if self.ids is None else self.ids
-        assert source is not None
-        return source.shape[0], source.shape[1]
-
-
-class OpenBase:
+class ModelRunner:
     """One form of a base, ready to run; safe for calls from several threads.
 
     Attributes:
@@ -82,11 +55,13 @@ class OpenBase:
                 "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"
             )
 
-    def run(self, given: Given, layout: SoftPromptLayout, decoder_input_ids: npt.ArrayLike | None) -> dict[str, Array]:
+    def run(
+        self, inputs: BatchInputs, layout: SoftPromptLayout, decoder_input_ids: npt.ArrayLike | None
+    ) -> dict[str, Array]:
         """Run whole sequences, laid out with their soft prompts; see ``Deployment.run``."""
         if decoder_input_ids is not None and self._decoder is None:
             raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
-        output = self.engine.run(self._feeds(given, layout))
+        output = self.engine.run(self._feeds(inputs, layout))
         if self._base.kind == "decoder":
             return {"logits": layout.strip(output)}
         result = {"last_hidden_state": layout.strip(output)}
@@ -94,38 +69,37 @@ class OpenBase:
             result["logits"] = self._run_decoder(self._decoder, decoder_input_ids, output, layout.mask)
         return result
 
-    def adapt(self, given: Given) -> EngineInput:
-        """What the engine is fed for the positions given, each row through its task, without soft prompts."""
+    def input_embeddings(self, inputs: BatchInputs) -> EngineInput:
+        """Adapted embeddings as the engine takes them: each row through its task, without soft prompts."""
         embedder = self.engine.embedder
-        if given.ids is not None and given.images is None:
-            return embedder.lookup(given.ids, given.tasks, given.modality)
-        embeds, modality = self._unadapted(given)
-        return embedder.apply(embeds, given.tasks, modality)
+        if inputs.ids is not None and inputs.images is None:
+            return embedder.lookup(inputs.ids, inputs.tasks, inputs.modality)
+        embeds, modality = self._base_embeddings(inputs)
+        return embedder.apply(embeds, inputs.tasks, modality)
 
     def start(
-        self, prompts: Sequence[Sequence[int]], given: Given, layout: SoftPromptLayout, max_new_tokens: int
+        self, inputs: BatchInputs, layout: SoftPromptLayout, max_new_tokens: int
     ) -> tuple[DecodeState, InputEmbedder, AdapterMapping]:
-        """Run prompts, to go on after them.
+        """Prefill: run the prompts, so that tokens can be generated after them.
 
         Args:
-            prompts: token ids of each.
-            given: the same, padded.
+            inputs: token ids of the prompts, padded on the engine's side.
             layout: where they stand behind their soft prompts.
-            max_new_tokens: how many steps may follow.
+            max_new_tokens: how many decode steps may follow.
 
         Returns:
-            The batch on its way, and the embedder and the tasks that generated tokens go through.
+            The state of the batch, and the embedder and the adapters that generated tokens go through.
         """
-        embedder, feeds = self.engine.embedder, self._feeds(given, layout)
+        embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
         if self._decoder is not None:
-            first = np.full((len(prompts), 1), self._base.decoder_start_token_id, np.int64)
+            first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
             fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
             return self._decoder.start(fed, max_new_tokens), self._decoder.embedder, NO_ADAPTER
-        adapting = embedder.decoding(given.tasks)
+        tasks = embedder.for_decoding(inputs.tasks)
         if self._prefixes is None:
-            return self.engine.start(feeds, max_new_tokens), embedder, adapting
-        names = self._names(prompts, given, layout)
-        return self._resume(*self._prefixes, feeds, names, given.tasks, max_new_tokens), embedder, adapting
+            return self.engine.start(feeds, max_new_tokens), embedder, tasks
+        prompts = self._cache_keys(inputs, layout)
+        return self._resume(*self._prefixes, feeds, prompts, inputs.tasks, max_new_tokens), embedder, tasks
 
     def receipt(self) -> Receipt:
         """See ``Deployment.receipt``."""
@@ -145,67 +119,64 @@ class OpenBase:
         self._builds += 1
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
-    def _feeds(self, given: Given, layout: SoftPromptLayout) -> dict[str, EngineInput]:
+    def _feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
         """What the engine is fed for whole rows."""
         if layout.is_empty:
-            return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask, **self._positions(given, layout)}
-        embeds, modality = self._unadapted(given)
+            embeds = self.input_embeddings(inputs)
+            return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout)}
+        embeds, modality = self._base_embeddings(inputs)
         wide, indices = layout.prepend(embeds, modality)
-        return {"inputs_embeds": self.engine.embedder.apply(wide, given.tasks, indices), "attention_mask": layout.mask}
+        return {"inputs_embeds": self.engine.embedder.apply(wide, inputs.tasks, indices), "attention_mask": layout.mask}
 
-    def _positions(self, given: Given, layout: SoftPromptLayout) -> dict[str, Array]:
+    def _positions(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, Array]:
         """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
         vision = self._base.vision
         if vision is None or vision.patches is None:
             return {}
-        grids = [[image.grid for image in own] for own in given.images or ()]
-        return {"position_ids": grid_positions(given.ids, layout.mask, grids, vision.image_token_id)}
+        grids = [[image.grid for image in own] for own in inputs.images or ()]
+        return {"position_ids": grid_positions(inputs.ids, layout.mask, grids, vision.image_token_id)}
 
-    def _unadapted(self, given: Given) -> tuple[Array, Array | None]:
+    def _base_embeddings(self, inputs: BatchInputs) -> tuple[Array, Array | None]:
         """Embeddings before any bottleneck, with images in place, and the modality of each position."""
-        if given.ids is None:
-            assert given.embeds is not None
-            return given.embeds, given.modality
-        embeds, modality = given.tasks.embed(self._table, given.ids, given.modality), given.modality
-        if given.images is not None:
-            embeds, modality = merge(embeds, given.ids, given.images, self._base)
+        if inputs.ids is None:
+            assert inputs.embeds is not None
+            return inputs.embeds, inputs.modality
+        embeds, modality = inputs.tasks.embed(self._table, inputs.ids, inputs.modality), inputs.modality
+        if inputs.images is not None:
+            embeds, modality = merge(embeds, inputs.ids, inputs.images, self._base)
         return embeds, modality
 
-    def _names(self, prompts: Sequence[Sequence[int]], given: Given, layout: SoftPromptLayout) -> list[Array]:
-        """The prompts by what was computed for them: soft prompts, tokens, images with what they went through."""
-        images = given.images
-        through = [("", "")] * len(prompts)
+    def _cache_keys(self, inputs: BatchInputs, layout: SoftPromptLayout) -> list[Array]:
+        """The key of each position of each prompt in the prefix cache: soft prompts, tokens, adapted images."""
+        assert inputs.ids is not None
+        batch, images = len(inputs.ids), inputs.images
+        adapters = [("", "")] * batch
         if images is not None:
-            through = given.tasks.adapters(len(prompts), self._base.modalities.index("image"))
-        return [
-            np.concatenate(
-                [
-                    layout.names(row),
-                    prompt_cache_keys(
-                        tokens, () if images is None else images[row], through[row][0], self._base.vision
-                    ),
-                ]
-            )
-            for row, tokens in enumerate(prompts)
-        ]
+            adapters = inputs.tasks.adapters(batch, self._base.modalities.index("image"))
+        keys = []
+        for row, (ids, mask) in enumerate(zip(inputs.ids, layout.text_mask, strict=True)):
+            row_images = () if images is None else images[row]
+            text = prompt_cache_keys(ids[mask != 0], row_images, adapters[row][0], self._base.vision)
+            keys.append(np.concatenate([layout.cache_keys(row), text]))
+        return keys
 
     def _resume(
         self,
         prefixes: PrefixCache,
         engine: ResumableEngine,
         feeds: dict[str, EngineInput],
-        rows: list[Array],
+        prompts: list[Array],
         tasks: AdapterMapping,
         max_new_tokens: int,
     ) -> DecodeState:
-        """Run prompts, those whose beginning was run before from there on."""
-        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(rows))]
-        known = [prefixes.find(key, tokens) for key, tokens in zip(keys, rows, strict=True)]
-        decoding = engine.resume(feeds, max_new_tokens, known)
-        for row, (key, tokens, states) in enumerate(zip(keys, rows, known, strict=True)):
-            if states is None or states.shape[2] < len(tokens) - 1:
-                prefixes.add(key, tokens, decoding.states(row, len(tokens)))
-        return decoding
+        """Prefill behind the longest cached prefix of each prompt, and cache what was computed."""
+        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(prompts))]
+        known = [prefixes.find(key, prompt) for key, prompt in zip(keys, prompts, strict=True)]
+        state = engine.resume(feeds, max_new_tokens, known)
+        for row, (key, prompt, cached) in enumerate(zip(keys, prompts, known, strict=True)):
+            if cached is None or cached.shape[2] < len(prompt) - 1:
+                prefixes.add(key, prompt, state.states(row, len(prompt)))
+        return state
 
     def _run_decoder(self, decoder: Engine, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         ids = check_input_ids(decoder_input_ids, self._base, "decoder_input_ids")
