@@ -61,8 +61,8 @@ def test_engines_of_providers_are_kept_in_the_users_own_folder(
         folder = Path(options[name][place])
         assert folder.is_relative_to(tmp_path)
         assert folder.stat().st_mode & 0o077 == 0
-        for key, which in (("min", "min"), ("opt", "opt"), ("max", "max")):
-            assert options[name][f"{prefix}_profile_{key}_shapes"] == profile_shapes(manifest.base, profile, which)
+        for which in ("min", "opt", "max"):
+            assert options[name][f"{prefix}_profile_{which}_shapes"] == profile_shapes(manifest.base, profile, which)
     assert options[TENSORRT]["trt_engine_cache_enable"] == "1"
     again = provider_options(TENSORRT, graph, manifest.base, profile)
     assert again["trt_engine_cache_path"] == options[TENSORRT]["trt_engine_cache_path"]
