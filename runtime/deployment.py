@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from adalink.runtime.generation.loop import Generation, Row, Stream, check_stops
 from adalink.runtime.generation.padding import pad_left
 from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
 from adalink.runtime.generation.sampling import Sampling
+from adalink.runtime.logs import get_logger
 from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import (
     Prompts,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from adalink.runtime.device.profile import Profile
 
 IMAGE_CACHE_BYTES = 256 << 20
+
+_LOG = get_logger(__name__)
 
 
 class Deployment:
@@ -121,7 +125,7 @@ class Deployment:
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
             BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
         """
-        folder = Path(path)
+        begun, folder = time.perf_counter(), Path(path)
         manifest = read_manifest(folder)
         if task_memory_bytes is not None and task_memory_bytes < 1:
             raise RequestError(f"task_memory_bytes is {task_memory_bytes}, expected at least 1")
@@ -137,7 +141,7 @@ class Deployment:
             verify_once(folder, manifest, (manifest.base.embeddings, *(() if own.is_compiled else own.files)))
             if own.is_compiled:  # a plan is code: it is read whole, whatever this user has seen before
                 verify_files(folder, manifest, own.files)
-        return cls(
+        deployment = cls(
             folder,
             manifest,
             opened,
@@ -146,6 +150,9 @@ class Deployment:
             prefix_cache_bytes=prefix_cache_bytes,
             image_cache_bytes=image_cache_bytes,
         )
+        spent_ms = (time.perf_counter() - begun) * 1000
+        _LOG.info("opened %s: variant %s, backend %s, %.0f ms", folder, chosen, opened.name, spent_ms)
+        return deployment
 
     def __enter__(self) -> Deployment:
         return self

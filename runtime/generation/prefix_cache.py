@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from adalink.runtime.engine import Array
+from adalink.runtime.logs import get_logger
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class PrefixCache:
             if best is None:
                 return None
             self._entries.move_to_end(best)
+            _LOG.debug("prefix cache hit: %d of %d positions", length, len(tokens))
             return self._entries[best][:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:

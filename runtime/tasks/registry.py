@@ -12,6 +12,7 @@ import numpy as np
 
 from adalink.runtime.engine import Backend, BankGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.integrity import map_verified, read_verified
@@ -20,6 +21,8 @@ from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.tasks.adapter_mapping import PLAIN, OwnTable, Selection, mix, task_parts
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.soft_prompt import check_input_side, soft_prompts_of
+
+_LOG = get_logger(__name__)
 
 
 class LoadedTask:
@@ -193,6 +196,7 @@ class TaskTable:
         loaded.last_used = next(self._clock)
         self._loaded[name] = loaded
         self._loaded_bytes += loaded.size_bytes
+        _LOG.info("loaded task %s: %d bytes", name, loaded.size_bytes)
         return loaded
 
     def _least_recently_used(self) -> str:
@@ -212,6 +216,7 @@ class TaskTable:
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
             self._loaded_bytes -= loaded.size_bytes
+            _LOG.info("unloaded task %s: %d bytes", name, loaded.size_bytes)
 
     def _graph(self, kind: str) -> BankGraph:
         """The bank graph of a kind, opened at its first use."""

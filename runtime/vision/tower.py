@@ -7,6 +7,7 @@ picture looks like to the tower, and one answers for all tasks.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from adalink.runtime.engine import Array, Backend, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified
@@ -24,6 +26,8 @@ from adalink.runtime.vision.images import Picture, read_picture
 from adalink.runtime.vision.placeholders import ImageEmbeds, Prepared
 from adalink.runtime.vision.preprocess import Preprocessor, read_preprocessor
 from adalink.runtime.vision.tiles import Grid
+
+_LOG = get_logger(__name__)
 
 
 class OpenVision:
@@ -72,9 +76,12 @@ class OpenVision:
             found = {digest: self._kept[digest] for digest in given if digest in self._kept}
             missing = [image for digest, image in given.items() if digest not in found]
             if missing:
+                begun = time.perf_counter()
                 for image, own in zip(missing, _encode(graph, missing), strict=True):
                     found[image.digest] = own
                 self.encoded += len(missing)
+                spent_ms = (time.perf_counter() - begun) * 1000
+                _LOG.info("encoded %d of %d images, %.0f ms", len(missing), len(given), spent_ms)
             for digest in found:
                 self._keep(digest, found[digest])
             return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
