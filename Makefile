@@ -46,10 +46,12 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
-lint: $(VENV)/installed ## ruff and mypy (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
+lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/lint-imports --no-cache
 	$(RUN)/mypy
+	$(RUN)/basedpyright
 
 format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .

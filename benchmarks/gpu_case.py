@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import cuda
-from adalink.runtime.device.bank import DeviceBank
+from adalink.runtime.device.adapter_weights import AdapterWeightPools
 from adalink.runtime.device.protocols import Device
-from adalink.runtime.engine import open_backend
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import COMPILED_BACKENDS, choose_variant
 from adalink.runtime.tasks.registry import TaskTable
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
 BATCHES, PROMPTS = (1, 8, 32), (128, 1024)
@@ -83,7 +83,7 @@ class Case:
         self._rounds = _QUICK if quick else _ROUNDS
         self._swaps = 50 if quick else _SWAPS
         profile = deployment.profile
-        most = BATCHES[-1] if profile is None else profile.batch.largest
+        most = BATCHES[-1] if profile is None else profile.batch.max
         self._batches = [batch for batch in BATCHES if batch <= most][: 2 if quick else None]
         self._prompts = PROMPTS[: 1 if quick else None]
         self._tasks = deployment.tasks[:2]
@@ -154,14 +154,14 @@ class Case:
 def host_swap(deployment: Deployment, backend: str, device: Device) -> Json:
     """What the host does to give a batch another loaded task, and nothing else: 10,000 times, microseconds.
 
-    It is given no queue to wait for: from the task's name to the number that the front reads.
+    It is given no queue to wait for: from the task's name to the number that the embedder reads.
     """
     tasks = TaskTable(deployment.path, deployment.manifest, open_backend(backend))
-    bank = DeviceBank(device, deployment.manifest.base.hidden_size, 256, 64)
+    bank = AdapterWeightPools(device, deployment.manifest.base.hidden_size, 256, 64)
     names, times = deployment.tasks[:2], []
     for index in range(-100, _SWAPS):
         begun = time.perf_counter()
-        bank.choose(tasks.resolve(names[index % 2], 1), 1).release()
+        bank.reserve(tasks.resolve(names[index % 2], 1), 1).release()
         if index >= 0:
             times.append(time.perf_counter() - begun)
     bank.close()

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.engine import Array, Backend, Decoding, Engine, Fed, Front, ResumableEngine
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, ResumableEngine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt
@@ -17,10 +18,10 @@ from adalink.runtime.request import check_input_ids, check_length
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import Manifest, Variant
-from adalink.runtime.tasks.adapter_mapping import PLAIN, Selection
-from adalink.runtime.tasks.soft_prompt import Layout
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
+from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.vision.mrope import grid_positions
-from adalink.runtime.vision.placeholders import ImageEmbeds, merge, prefix_names
+from adalink.runtime.vision.placeholders import ImageEmbeds, merge, prompt_cache_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Given:
     ids: Array | None
     embeds: Array | None
     modality: Array | None
-    tasks: Selection
+    tasks: AdapterMapping
     images: Sequence[Sequence[ImageEmbeds]] | None = None
 
     @property
@@ -81,50 +82,50 @@ class OpenBase:
                 "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"
             )
 
-    def run(self, given: Given, layout: Layout, decoder_input_ids: npt.ArrayLike | None) -> dict[str, Array]:
+    def run(self, given: Given, layout: SoftPromptLayout, decoder_input_ids: npt.ArrayLike | None) -> dict[str, Array]:
         """Run whole sequences, laid out with their soft prompts; see ``Deployment.run``."""
         if decoder_input_ids is not None and self._decoder is None:
             raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
         output = self.engine.run(self._feeds(given, layout))
         if self._base.kind == "decoder":
-            return {"logits": layout.cut(output)}
-        result = {"last_hidden_state": layout.cut(output)}
+            return {"logits": layout.strip(output)}
+        result = {"last_hidden_state": layout.strip(output)}
         if decoder_input_ids is not None and self._decoder is not None:
             result["logits"] = self._run_decoder(self._decoder, decoder_input_ids, output, layout.mask)
         return result
 
-    def adapt(self, given: Given) -> Fed:
+    def adapt(self, given: Given) -> EngineInput:
         """What the engine is fed for the positions given, each row through its task, without soft prompts."""
-        front = self.engine.front
+        embedder = self.engine.embedder
         if given.ids is not None and given.images is None:
-            return front.lookup(given.ids, given.tasks, given.modality)
+            return embedder.lookup(given.ids, given.tasks, given.modality)
         embeds, modality = self._unadapted(given)
-        return front.apply(embeds, given.tasks, modality)
+        return embedder.apply(embeds, given.tasks, modality)
 
     def start(
-        self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout, room: int
-    ) -> tuple[Decoding, Front, Selection]:
+        self, prompts: Sequence[Sequence[int]], given: Given, layout: SoftPromptLayout, max_new_tokens: int
+    ) -> tuple[DecodeState, InputEmbedder, AdapterMapping]:
         """Run prompts, to go on after them.
 
         Args:
             prompts: token ids of each.
             given: the same, padded.
             layout: where they stand behind their soft prompts.
-            room: how many steps may follow.
+            max_new_tokens: how many steps may follow.
 
         Returns:
-            The batch on its way, and the front and the tasks that generated tokens go through.
+            The batch on its way, and the embedder and the tasks that generated tokens go through.
         """
-        front, feeds = self.engine.front, self._feeds(given, layout)
+        embedder, feeds = self.engine.embedder, self._feeds(given, layout)
         if self._decoder is not None:
             first = np.full((len(prompts), 1), self._base.decoder_start_token_id, np.int64)
             fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
-            return self._decoder.start(fed, room), self._decoder.front, PLAIN
-        adapting = front.decoding(given.tasks)
+            return self._decoder.start(fed, max_new_tokens), self._decoder.embedder, NO_ADAPTER
+        adapting = embedder.decoding(given.tasks)
         if self._prefixes is None:
-            return self.engine.start(feeds, room), front, adapting
+            return self.engine.start(feeds, max_new_tokens), embedder, adapting
         names = self._names(prompts, given, layout)
-        return self._resume(*self._prefixes, feeds, names, given.tasks, room), front, adapting
+        return self._resume(*self._prefixes, feeds, names, given.tasks, max_new_tokens), embedder, adapting
 
     def receipt(self) -> Receipt:
         """See ``Deployment.receipt``."""
@@ -144,15 +145,15 @@ class OpenBase:
         self._builds += 1
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
-    def _feeds(self, given: Given, layout: Layout) -> dict[str, Fed]:
+    def _feeds(self, given: Given, layout: SoftPromptLayout) -> dict[str, EngineInput]:
         """What the engine is fed for whole rows."""
-        if layout.is_plain:
+        if layout.is_empty:
             return {"inputs_embeds": self.adapt(given), "attention_mask": layout.mask, **self._positions(given, layout)}
         embeds, modality = self._unadapted(given)
-        wide, indices = layout.widen(embeds, modality)
-        return {"inputs_embeds": self.engine.front.apply(wide, given.tasks, indices), "attention_mask": layout.mask}
+        wide, indices = layout.prepend(embeds, modality)
+        return {"inputs_embeds": self.engine.embedder.apply(wide, given.tasks, indices), "attention_mask": layout.mask}
 
-    def _positions(self, given: Given, layout: Layout) -> dict[str, Array]:
+    def _positions(self, given: Given, layout: SoftPromptLayout) -> dict[str, Array]:
         """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
         vision = self._base.vision
         if vision is None or vision.patches is None:
@@ -170,7 +171,7 @@ class OpenBase:
             embeds, modality = merge(embeds, given.ids, given.images, self._base)
         return embeds, modality
 
-    def _names(self, prompts: Sequence[Sequence[int]], given: Given, layout: Layout) -> list[Array]:
+    def _names(self, prompts: Sequence[Sequence[int]], given: Given, layout: SoftPromptLayout) -> list[Array]:
         """The prompts by what was computed for them: soft prompts, tokens, images with what they went through."""
         images = given.images
         through = [("", "")] * len(prompts)
@@ -180,7 +181,9 @@ class OpenBase:
             np.concatenate(
                 [
                     layout.names(row),
-                    prefix_names(tokens, () if images is None else images[row], through[row][0], self._base.vision),
+                    prompt_cache_keys(
+                        tokens, () if images is None else images[row], through[row][0], self._base.vision
+                    ),
                 ]
             )
             for row, tokens in enumerate(prompts)
@@ -190,15 +193,15 @@ class OpenBase:
         self,
         prefixes: PrefixCache,
         engine: ResumableEngine,
-        feeds: dict[str, Fed],
+        feeds: dict[str, EngineInput],
         rows: list[Array],
-        tasks: Selection,
-        room: int,
-    ) -> Decoding:
+        tasks: AdapterMapping,
+        max_new_tokens: int,
+    ) -> DecodeState:
         """Run prompts, those whose beginning was run before from there on."""
         keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(rows))]
         known = [prefixes.find(key, tokens) for key, tokens in zip(keys, rows, strict=True)]
-        decoding = engine.resume(feeds, room, known)
+        decoding = engine.resume(feeds, max_new_tokens, known)
         for row, (key, tokens, states) in enumerate(zip(keys, rows, known, strict=True)):
             if states is None or states.shape[2] < len(tokens) - 1:
                 prefixes.add(key, tokens, decoding.states(row, len(tokens)))
@@ -212,9 +215,9 @@ class OpenBase:
         return decoder.run(_decoder_feeds(decoder, ids, states, mask))
 
 
-def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, Fed]:
+def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, EngineInput]:
     return {
-        "inputs_embeds": decoder.front.lookup(ids, PLAIN),
+        "inputs_embeds": decoder.embedder.lookup(ids, NO_ADAPTER),
         "attention_mask": np.ones(ids.shape, np.int64),
         "encoder_hidden_states": states,
         "encoder_attention_mask": mask,

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
+from adalink.runtime.arrays import Array
+from adalink.runtime.backends import open_backend
 from adalink.runtime.base_model import Given, OpenBase
-from adalink.runtime.engine import Array, Backend, open_backend
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.loop import Generation, Row, Stream, check_stops, decode
+from adalink.runtime.generation.loop import Generation, SequenceState, Stream, check_stops, decode
 from adalink.runtime.generation.padding import pad_left
 from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
 from adalink.runtime.generation.sampling import Sampling
@@ -36,15 +38,15 @@ from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskTable
-from adalink.runtime.tasks.soft_prompt import Layout
+from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
-from adalink.runtime.vision.tiles import Grid
 from adalink.runtime.vision.tower import OpenVision
 
 if TYPE_CHECKING:
-    from adalink.runtime.device.profile import Profile
+    from adalink.runtime.profile import Profile
 
 IMAGE_CACHE_BYTES = 256 << 20
 
@@ -217,7 +219,7 @@ class Deployment:
             attention_mask: 1 for tokens and 0 for padding, ``(batch, seq)``; all tokens by default. Decoders may be
                 padded on either side; encoders, which number their positions from the left, on the right.
             modality: index in the base's modalities for each position, -1 for none; all text by default.
-            tasks: one task for all rows, or one for each row; ``None`` is the plain base.
+            tasks: one task for all rows, or one for each row; ``None`` is the base model.
             images: for each row its images or ``None``, as in ``generate``; ``input_ids`` has a placeholder for every
                 position that they take up. Without it placeholders are tokens like any other.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
@@ -251,7 +253,7 @@ class Deployment:
         Takes and raises what ``run`` does.
         """
         given = self._given(input_ids, inputs_embeds, modality, tasks, images)
-        return self._opened.engine.front.read(self._opened.adapt(given))
+        return self._opened.engine.embedder.read(self._opened.adapt(given))
 
     def encode(self, pixel_values: Array, grid: Grid | None = None) -> Array:
         """What the vision tower gives for prepared images, before any task; nothing of it is kept.
@@ -293,7 +295,7 @@ class Deployment:
             images: for each prompt a list of its images, or ``None``; the prompt has the model's placeholder, such as
                 ``<image>``, once for each where it belongs; PaliGemma's may do without, then images go in front. An
                 image is a path, the bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
-            tasks: one task for all prompts, or one for each; ``None`` is the plain base.
+            tasks: one task for all prompts, or one for each; ``None`` is the base model.
             max_new_tokens: tokens a prompt at most; with the prompt and its soft prompt no more than the model allows.
             temperature: 0 takes the likeliest token each time.
             top_k: see ``adalink.runtime.generation.sampling.Sampling``.
@@ -342,12 +344,12 @@ class Deployment:
             max(positions, max_new_tokens) if base.kind == "encoder-decoder" else positions + max_new_tokens, base
         )
         eos = frozenset(base.eos_token_ids)
-        rows = [Row(index, tokens, tokenizer, stops, eos, stream) for index, tokens in enumerate(encoded)]
+        rows = [SequenceState(index, tokens, tokenizer, stops, eos, stream) for index, tokens in enumerate(encoded)]
         if any(pictures):
             given = replace(given, images=self._vision.embed(prepared))
-        decoding, front, adapting = self._opened.start(encoded, given, layout, max_new_tokens)
+        decoding, embedder, adapting = self._opened.start(encoded, given, layout, max_new_tokens)
         try:
-            decode(decoding, front, adapting, rows, sampling, max_new_tokens, draft_tokens)
+            decode(decoding, embedder, adapting, rows, sampling, max_new_tokens, draft_tokens)
         finally:
             decoding.close()
         return [row.finish() for row in rows]
@@ -401,9 +403,9 @@ class Deployment:
             raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
         return prompt
 
-    def _lay_out(self, given: Given, mask: Array) -> Layout:
+    def _lay_out(self, given: Given, mask: Array) -> SoftPromptLayout:
         """Where the positions of a request stand behind the soft prompts of their rows."""
-        return Layout(mask, given.tasks.soft_prompts(len(mask)), self._base)
+        return SoftPromptLayout(mask, given.tasks.soft_prompts(len(mask)), self._base)
 
     def _given(
         self,

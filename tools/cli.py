@@ -16,7 +16,7 @@ VERBS = {
     "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
     "verify": "Prove that a deployment computes what PyTorch computes.",
-    "bench": "Measure what a task costs beside the plain base.",
+    "bench": "Measure what a task costs beside the base model.",
     "inspect": "Explain a deployment, adapter, model, ONNX file or engine.",
     "doctor": "Say which backends work on this machine.",
 }

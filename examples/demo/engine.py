@@ -56,7 +56,7 @@ def build_engine(path: Path, source: Path, progress: Progress) -> bool:
         return False
     record = read_record((path / manifest.variants[_BACKEND].graph).parent)
     progress(
-        f"engine: {record.plan_bytes / 1e6:.1f} MB in {record.build_seconds:.1f} s, and {len(record.fronts)} fronts "
+        f"engine: {record.plan_bytes / 1e6:.1f} MB in {record.build_seconds:.1f} s, and {len(record.embedders)} embedders "
         "that adapt its input for every task"
     )
     if not found.devices:

@@ -41,7 +41,7 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     """Export, run, verify and measure a real model with two tasks.
 
     SmolLM2-135M-Instruct is exported once, unmodified. The example adapters become task graphs beside it. The same
-    texts then run under the plain base, under each task and in one mixed batch; all of it is verified against
+    texts then run under the base model, under each task and in one mixed batch; all of it is verified against
     PyTorch, and the receipt shows that nothing was rebuilt. Where TensorRT-RTX is installed, the base also becomes an
     engine, for this machine's GPU or, without one, for another. A second run reuses what has not changed, and says so.
 
@@ -160,7 +160,7 @@ def show_outputs(path: Path, rows: list[Row], progress: Progress, backend: str =
     with Deployment.open(path, backend=backend) as deployment:
         columns: dict[str, list[str]] = {}
         for task in (None, *deployment.tasks):
-            progress(f"generating under {task or 'the plain base'}")
+            progress(f"generating under {task or 'the base model'}")
             columns[task or "base"] = _texts(deployment, prompts, task)
         progress("generating in one mixed batch, each text under the task that it was written for")
         mixed = _texts(deployment, prompts, [task for _, task in rows])

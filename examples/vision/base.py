@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from digits import IMAGE_TOKEN, NAMING_PROMPTS, name_of, read_digits, split_places
+from digits import IMAGE_TOKEN, NAMING_PROMPTS, cache_key, read_digits, split_places
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower import IMAGE_EDGE, lite0_config, load_lite0
@@ -103,7 +103,7 @@ def train_projector(model: FastVlmForConditionalGeneration, tokenizer: PreTraine
     for step in bar:
         rows = torch.randint(len(places), (ROWS,), generator=order)
         asked = tokenizer(NAMING_PROMPTS[step % len(NAMING_PROMPTS)].removeprefix(IMAGE_TOKEN))["input_ids"]
-        answers = [tokenizer(name_of(int(digits[places[row]])))["input_ids"] for row in rows]
+        answers = [tokenizer(cache_key(int(digits[places[row]])))["input_ids"] for row in rows]
         text = torch.tensor([[*asked, *answer, end] for answer in answers])  # every name is one token
         embeds = torch.cat([projector(seen[rows]), table(text)], dim=1)
         states = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state

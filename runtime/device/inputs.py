@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from adalink.runtime.engine import Array
-from adalink.runtime.tasks.adapter_mapping import Selection
+from adalink.runtime.arrays import Array
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Inputs:
     ids: Array | None
     embeds: Array | None
     modality: Array | None
-    tasks: Selection
+    tasks: AdapterMapping
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,13 +37,13 @@ class Inputs:
         if (start, stop) == (0, self.shape[0]):
             return self
         own = slice(start, stop)
-        return Inputs(*self._taken(own), tasks=self.tasks.take(range(start, stop)))
+        return Inputs(*self._select(own), tasks=self.tasks.take(range(start, stop)))
 
     def columns(self, start: int, stop: int) -> Inputs:
         """Some positions of every row."""
-        return Inputs(*self._taken((slice(None), slice(start, stop))), tasks=self.tasks)
+        return Inputs(*self._select((slice(None), slice(start, stop))), tasks=self.tasks)
 
-    def _taken(self, index: Any) -> tuple[Array | None, Array | None, Array | None]:
+    def _select(self, index: Any) -> tuple[Array | None, Array | None, Array | None]:
         def taken(array: Array | None) -> Array | None:
             return None if array is None else array[index]
 

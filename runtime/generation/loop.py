@@ -8,11 +8,12 @@ from functools import partial
 
 import numpy as np
 
-from adalink.runtime.engine import Array, CheckingDecoding, Decoding, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import DecodeState, InputEmbedder, SpeculativeDecodeState
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.prompt_lookup import PromptLookup
 from adalink.runtime.generation.sampling import Sampling
-from adalink.runtime.tasks.adapter_mapping import Selection
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 from adalink.runtime.text.tokenizer import TextStream, Tokenizer
 
 Stream = Callable[[int, str], None]
@@ -35,7 +36,7 @@ class Generation:
     prompt_tokens: int
 
 
-class Row:
+class SequenceState:
     """A row being generated: collects tokens, settles text, notices its end."""
 
     def __init__(
@@ -100,10 +101,10 @@ class Row:
 
 
 def decode(
-    decoding: Decoding,
-    front: Front,
-    tasks: Selection,
-    rows: list[Row],
+    decoding: DecodeState,
+    embedder: InputEmbedder,
+    tasks: AdapterMapping,
+    rows: list[SequenceState],
     sampling: Sampling,
     max_new_tokens: int,
     draft_tokens: int = 0,
@@ -115,7 +116,7 @@ def decode(
 
     Args:
         decoding: the prompts, run.
-        front: what generated tokens go through.
+        embedder: what generated tokens go through.
         tasks: the task of each row.
         rows: collects each row's tokens.
         sampling: how tokens are chosen.
@@ -125,11 +126,11 @@ def decode(
     alive = list(range(len(rows)))
     generators = sampling.generators(len(rows))
     # Asked once: it takes some 10 µs, which no step should.
-    checking = decoding if draft_tokens and isinstance(decoding, CheckingDecoding) else None
+    checking = decoding if draft_tokens and isinstance(decoding, SpeculativeDecodeState) else None
     for step in range(max_new_tokens):
         if checking is not None and len(alive) == 1:
             own, choose = rows[alive[0]], partial(sampling.choose, generator=generators[alive[0]])
-            _decode_by_drafts(checking, front, tasks, own, choose, max_new_tokens - step, draft_tokens)
+            _decode_by_drafts(checking, embedder, tasks, own, choose, max_new_tokens - step, draft_tokens)
             return
         logits = decoding.logits
         chosen = np.empty((len(alive), 1), np.int64)
@@ -141,19 +142,19 @@ def decode(
             return
         if len(kept) < len(alive):
             alive, chosen, tasks = [alive[place] for place in kept], chosen[kept], tasks.take(kept)
-        decoding.step(front.lookup(chosen, tasks))
+        decoding.step(embedder.lookup(chosen, tasks))
 
 
 def _decode_by_drafts(
-    decoding: CheckingDecoding,
-    front: Front,
-    tasks: Selection,
-    row: Row,
+    decoding: SpeculativeDecodeState,
+    embedder: InputEmbedder,
+    tasks: AdapterMapping,
+    row: SequenceState,
     choose: Callable[[Array], int],
-    room: int,
+    max_new_tokens: int,
     draft_tokens: int,
 ) -> None:
-    """Go on with the only row until it has ended, or has ``room`` more tokens: guesses are checked in one pass.
+    """Go on with the only row until it has ended, or has ``max_new_tokens`` more tokens: guesses are checked in one pass.
 
     What is chosen, and with which random numbers, is what steps of one token would choose.
     """
@@ -163,19 +164,19 @@ def _decode_by_drafts(
         for right, scores in enumerate(logits):
             token = choose(scores)
             row.push(token)
-            room -= 1
-            if row.finish_reason is not None or not room:
+            max_new_tokens -= 1
+            if row.finish_reason is not None or not max_new_tokens:
                 return
             lookup.push(token)
             if right == len(guesses) or token != guesses[right]:
                 break
-        decoding.retract(len(guesses) - right)
+        decoding.rollback(len(guesses) - right)
         lookup.learn(len(guesses), right)
-        guesses = lookup.guess(room - 1)
-        logits = decoding.extend(front.lookup(np.array([[token, *guesses]]), tasks))
+        guesses = lookup.guess(max_new_tokens - 1)
+        logits = decoding.extend(embedder.lookup(np.array([[token, *guesses]]), tasks))
 
 
-def _drop_ended(decoding: Decoding, ended: list[bool]) -> list[int]:
+def _drop_ended(decoding: DecodeState, ended: list[bool]) -> list[int]:
     """Drop the rows that have ended; the former places of the others, in their new order."""
     kept = list(range(len(ended)))
     # From the end, so that a row that takes another's place has been looked at.

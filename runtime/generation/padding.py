@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 
 
 def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """The bank: which rows of a batch go through which weights (docs/decisions/0006-bank.md).
 
 All tasks of one kind share one graph that takes their weights as inputs. A batch under one task feeds it views of that
-task's own weights, of any rank; a mixed batch feeds it the weights of its rows, stacked. Rows of the plain base go
+task's own weights, of any rank; a mixed batch feeds it the weights of its rows, stacked. Rows of the base model go
 through no graph: they pass bit for bit.
 """
 
@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adalink.runtime.engine import Array, BankGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import SharedAdapterGraph
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.tasks.folding import Folded
 from adalink.runtime.tasks.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class AdapterGroup:
     """Rows of a batch whose positions of one modality go through one bank graph in one call.
 
     Attributes:
@@ -35,17 +36,17 @@ class Part:
     modality: int
     scope: str
     digest: str
-    graph: BankGraph
+    graph: SharedAdapterGraph
     weights: Mapping[str, Array]
 
 
 @dataclass(frozen=True, eq=False)
-class OwnTable:
+class TokenEmbeddingDelta:
     """Rows of a batch whose task adds to a token what it has for its id.
 
     Attributes:
         rows: which rows of the batch, int64; ``None`` for all of them.
-        scope: as in ``Part``.
+        scope: as in ``AdapterGroup``.
         digest: of the adapter.
         table: gives the embeddings with what is added.
     """
@@ -56,17 +57,17 @@ class OwnTable:
     table: Folded
 
 
-class Selection:
+class AdapterMapping:
     """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
 
     __slots__ = ("_fold", "_parts", "_prompts", "_tables", "_text", "_whole", "_whole_weights")
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[AdapterGroup],
         fold: Folded | None = None,
         *,
-        tables: Sequence[OwnTable] = (),
+        tables: Sequence[TokenEmbeddingDelta] = (),
         prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
     ) -> None:
         """Say what rows go through.
@@ -115,7 +116,7 @@ class Selection:
         """Adapt each row by its task.
 
         Args:
-            embeds: shape ``(batch, seq, d)``; not changed. Rows of the plain base are returned bit for bit.
+            embeds: shape ``(batch, seq, d)``; not changed. Rows of the base model are returned bit for bit.
             modality: index in the base's modalities for each position, ``(batch, seq)``; ``None`` means text.
         """
         if modality is None and self._whole is not None:
@@ -150,33 +151,33 @@ class Selection:
     def adapters(self, batch: int, modality: int = 0) -> list[tuple[str, str]]:
         """Digest and scope of the adapter that one modality of each row goes through; empty for none."""
         found = [("", "")] * batch
-        parts: list[Part | OwnTable] = [part for part in self._parts if part.modality == modality]
+        parts: list[AdapterGroup | TokenEmbeddingDelta] = [part for part in self._parts if part.modality == modality]
         for part in (*parts, *(self._tables if modality == 0 else ())):
             for row in range(batch) if part.rows is None else part.rows.tolist():
                 found[row] = (part.digest, part.scope)
         return found
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[AdapterGroup, ...]:
         """What rows go through, in no particular order."""
         return self._parts
 
-    def generated(self) -> Selection:
+    def generated(self) -> AdapterMapping:
         """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``."""
-        return Selection([part for part in self._text if part.scope == "all"], tables=self._generated_tables())
+        return AdapterMapping([part for part in self._text if part.scope == "all"], tables=self._generated_tables())
 
-    def decoding(self) -> Selection:
+    def decoding(self) -> AdapterMapping:
         """As ``generated``, with weights stacked: a step is one call of each graph however many tasks there are."""
         parts, tables = [part for part in self._text if part.scope == "all"], self._generated_tables()
         if len(parts) == len(self._parts) <= 1 and len(tables) == len(self._tables):
             return self
-        together: dict[BankGraph, list[Part]] = {}
+        together: dict[SharedAdapterGraph, list[AdapterGroup]] = {}
         for part in parts:
             together.setdefault(part.graph, []).append(part)
         stacked = [group[0] if len(group) == 1 else _stack(group) for group in together.values()]
-        return Selection(stacked, tables=tables)
+        return AdapterMapping(stacked, tables=tables)
 
-    def take(self, kept: Sequence[int]) -> Selection:
+    def take(self, kept: Sequence[int]) -> AdapterMapping:
         """The selection of a batch made of some rows of this one, in the order given, past its soft prompts."""
         parts = [part for old in self._parts if (part := _take(old, np.asarray(kept))) is not None]
         tables = []
@@ -184,32 +185,32 @@ class Selection:
             rows = None if own.rows is None else np.flatnonzero(np.isin(kept, own.rows))
             if rows is None or len(rows):
                 tables.append(replace(own, rows=rows))
-        return Selection(parts, self._fold, tables=tables)
+        return AdapterMapping(parts, self._fold, tables=tables)
 
-    def _generated_tables(self) -> list[OwnTable]:
+    def _generated_tables(self) -> list[TokenEmbeddingDelta]:
         return [own for own in self._tables if own.scope == "all"]
 
 
-PLAIN = Selection(())
+NO_ADAPTER = AdapterMapping(())
 
 
-def mix(members: Iterable[tuple[Selection, Array]]) -> Selection:
+def mix(members: Iterable[tuple[AdapterMapping, Array]]) -> AdapterMapping:
     """The selection of a batch of several tasks.
 
     Args:
         members: for each task the selection of a batch that has no other, and the rows that have it, int64.
     """
-    parts: list[Part] = []
-    tables: list[OwnTable] = []
+    parts: list[AdapterGroup] = []
+    tables: list[TokenEmbeddingDelta] = []
     prompts: list[tuple[Array | None, SoftPrompt]] = []
     for alone, rows in members:
         parts += [replace(part, rows=rows) for part in alone._parts]
         tables += [replace(own, rows=rows) for own in alone._tables]
         prompts += [(rows, prompt) for _, prompt in alone._prompts]
-    return Selection(parts, tables=tables, prompts=prompts)
+    return AdapterMapping(parts, tables=tables, prompts=prompts)
 
 
-def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) -> list[Part]:
+def task_groups(adapter: Adapter, modalities: Sequence[str], graph: SharedAdapterGraph) -> list[AdapterGroup]:
     """The parts of a batch whose rows all have this task; their weights are views of the adapter's.
 
     Args:
@@ -221,7 +222,7 @@ def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) ->
     if not config.rank or config.input == "ids":
         return []
     return [
-        Part(None, index, config.scope, adapter.digest, graph, bank_weights(adapter, modality))
+        AdapterGroup(None, index, config.scope, adapter.digest, graph, bank_weights(adapter, modality))
         for index, modality in enumerate(modalities)
         if modality in config.modalities
     ]
@@ -235,7 +236,7 @@ def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
     return weights
 
 
-def _take(part: Part, kept: Array) -> Part | None:
+def _take(part: AdapterGroup, kept: Array) -> AdapterGroup | None:
     """A part of the batch that is left when only some rows are kept; ``None`` if none of them is its own."""
     if part.rows is None:
         return part
@@ -249,7 +250,7 @@ def _take(part: Part, kept: Array) -> Part | None:
     return replace(part, rows=rows, weights=weights)
 
 
-def _stack(parts: Sequence[Part]) -> Part:
+def _stack(parts: Sequence[AdapterGroup]) -> AdapterGroup:
     """Parts of one graph as one, with one set of weights for each row.
 
     Smaller ranks are filled up with zeros. That is exact: every activation maps 0 to 0, and a sum is not changed by

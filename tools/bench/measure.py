@@ -1,4 +1,4 @@
-"""What a task costs, measured side by side with the plain base in one process (docs/parity.md, "benchmark")."""
+"""What a task costs, measured side by side with the base model in one process (docs/parity.md, "benchmark")."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from adalink.runtime.arrays import Array
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, open_backend
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
@@ -76,7 +77,7 @@ class Bench:
         self.tokens = min(PREFILL_TOKENS, longest)
         self._share = 1
         profile = self._deployment.profile
-        self._rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.largest)
+        self._rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.max)
         self._generates = self._base.kind != "encoder" and self._base.tokenizer is not None
 
     def close(self) -> None:

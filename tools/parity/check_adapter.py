@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter, AdapterConfig
+from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.manifest import Task
 from adalink.runtime.storage.safetensors import as_float32, as_stored
 from adalink.tools.parity.float64_adapter import exact_adapter
@@ -42,12 +43,7 @@ def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
     config = adapter.config
     fields = {
         "adapter_digest": (task.adapter_digest, adapter.digest),
-        "rank": (task.rank, config.rank),
-        "activation": (task.activation, config.activation),
-        "modalities": (task.modalities, config.modalities),
-        "scope": (task.scope, config.scope),
-        "soft_tokens": (task.soft_tokens, config.soft_tokens),
-        "input": (task.input, config.input),
+        **{key: (value, getattr(config, key)) for key, value in settings_of(task).items()},
     }
     wrong = [f"{key} is {was!r}, the adapter's {own!r}" for key, (was, own) in fields.items() if was != own]
     return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")

@@ -1,6 +1,6 @@
 """Engines whose memory stays on a device, against PyTorch: the kit's own code, with main memory as the device.
 
-The engine's graph and the fronts are those that TensorRT engines are built from; ONNX Runtime computes them here.
+The engine's graph and the embedders are those that TensorRT engines are built from; ONNX Runtime computes them here.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from helpers.host_device import HostBackend, HostPlans
 from helpers.runtime import TASKS, Tiny, build
 
 from adalink.export.base.export import export_base
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile, Span
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, GraphError, RequestError
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
+PROFILE = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 4, 5), past=ShapeRange(0, 8, 55))
 PROMPTS = [[5, 9, 33, 41, 7, 60, 12], [8, 70, 3], [90, 4, 77, 21, 15]]
 EVERY = [None, *TASKS]
 
@@ -142,7 +142,7 @@ def test_base_a_b_a_base_is_bit_for_bit_the_same(llama: Tiny, host: HostBackend)
 def test_encoder_agrees_with_pytorch(bert: Tiny) -> None:
     import torch
 
-    profile = Profile(batch=Span(1, 2, 2), seq=Span(1, 4, 12), past=None)
+    profile = Profile(batch=ShapeRange(1, 2, 2), seq=ShapeRange(1, 4, 12), past=None)
     ids, mask = padded(PROMPTS, left=False)
     tasks = ["alpha", None, "beta"]
     with opened(bert, HostBackend(profile)) as deployment:
@@ -237,7 +237,7 @@ def test_requests_outside_the_profile_are_refused(llama: Tiny, bert: Tiny) -> No
             deployment.generate(["a"] * 4, max_new_tokens=3)
         with pytest.raises(RequestError, match=r"attention_mask: 6\d positions.*takes 1 to 56.*--profile past=0:8:6"):
             deployment.generate(["oil"], max_new_tokens=59)
-    narrow = Profile(batch=Span(1, 1, 1), seq=Span(3, 4, 5), past=None)
+    narrow = Profile(batch=ShapeRange(1, 1, 1), seq=ShapeRange(3, 4, 5), past=None)
     with opened(bert, HostBackend(narrow)) as deployment:
         with pytest.raises(RequestError, match=r"6 positions.*--profile seq=3:4:6"):
             deployment.run(input_ids=[[5] * 6])
@@ -271,18 +271,18 @@ def test_a_request_that_finds_no_room_for_a_workspace_leaves_nothing_behind(llam
     with opened(llama, backend) as deployment:
         engine = deployment._opened.engine
         assert isinstance(engine, DeviceEngine)
-        first = engine._spaces.take()
+        first = engine._workspaces.take()
         held, queues = backend.device.allocated_bytes, backend.device.open_queues
-        second = passes.EngineSpace(engine._common)
+        second = passes.EngineWorkspace(engine._context)
         size = backend.device.allocated_bytes - held
         second.close()
-        for room in range(0, size, size // 7):
-            backend.device.limit_bytes = held + room
+        for max_new_tokens in range(0, size, size // 7):
+            backend.device.limit_bytes = held + max_new_tokens
             with pytest.raises(BackendError, match="out of memory"):
-                engine._spaces.take()
+                engine._workspaces.take()
             assert (backend.device.allocated_bytes, backend.device.open_queues) == (held, queues)
         backend.device.limit_bytes = None
-        engine._spaces.give(first)
+        engine._workspaces.give(first)
         prompt = deployment.tokenizer.encode("oil")
         found = deployment.generate(["oil"], tasks="alpha", max_new_tokens=4)[0]
         assert list(found.token_ids) == llama.greedy(prompt, "alpha", 4)
@@ -300,8 +300,8 @@ def test_as_many_steps_stay_recorded_as_may(llama: Tiny, monkeypatch: pytest.Mon
         for rows in (1, 2, 3):
             for task in (None, "alpha"):
                 deployment.generate(["oil"] * rows, tasks=task, max_new_tokens=2)
-                with engine._spaces.lend() as space:
-                    kept.append(len(space._steps))
+                with engine._workspaces.lend() as workspace:
+                    kept.append(len(workspace._steps))
     assert kept == [1, 2, 3, 4, 4, 4]
 
 

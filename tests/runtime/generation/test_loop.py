@@ -18,7 +18,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.base_model import OpenBase
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import pad_left, positions_of
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.adapter import make_adapter
 
 PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]
@@ -67,13 +67,13 @@ def test_a_mixed_batch_equals_each_prompt_alone(deployment: Deployment) -> None:
 def test_rows_that_end_leave_the_batch(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stop at different steps, in every order; each is as if it were alone, and steps get smaller."""
     sizes: list[int] = []
-    step = InPlaceDecoding.step
+    step = StaticCacheDecodeState.step
 
-    def note(self: InPlaceDecoding, inputs_embeds: Any) -> None:
+    def note(self: StaticCacheDecodeState, inputs_embeds: Any) -> None:
         sizes.append(len(inputs_embeds))
         step(self, inputs_embeds)
 
-    monkeypatch.setattr(InPlaceDecoding, "step", note)
+    monkeypatch.setattr(StaticCacheDecodeState, "step", note)
     prompts, tasks = [*PROMPTS, *PROMPTS[::-1]], ["alpha", None, "prompted", "beta", "beta", "alpha", None, "double"]
     tasks = [task if task in deployment.tasks else None for task in tasks]
     whole = deployment.generate(prompts, tasks=tasks, max_new_tokens=24)
@@ -238,13 +238,13 @@ def test_prompts_may_be_token_ids(llama: Any) -> None:
 def test_the_last_token_is_not_run(deployment: Deployment, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Nobody asks what would follow it: of ``n`` tokens the prompt gives one, and each pass another."""
     passes: list[int] = []
-    step = InPlaceDecoding.step
+    step = StaticCacheDecodeState.step
 
-    def count(self: InPlaceDecoding, embeds: np.ndarray) -> None:
+    def count(self: StaticCacheDecodeState, embeds: np.ndarray) -> None:
         passes.append(len(embeds))
         step(self, embeds)
 
-    monkeypatch.setattr(InPlaceDecoding, "step", count)
+    monkeypatch.setattr(StaticCacheDecodeState, "step", count)
     made = deployment.generate(["oil", "wheat prices"], max_new_tokens=steps)
     assert [len(row.token_ids) for row in made] == [steps, steps]
     assert passes == [2] * (steps - 1)

@@ -18,7 +18,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError
 from adalink.runtime.generation.loop import Generation
 from adalink.runtime.generation.prompt_lookup import PromptLookup
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 
 PROMPTS = ["A bank raised", "wheat wheat wheat", "Q", "crude oil, 1987"]
 STEPS = 24
@@ -28,19 +28,19 @@ STEPS = 24
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Tokens of each pass that checked guesses, and how many were then taken back."""
     seen: list[tuple[int, int]] = []
-    extend, retract = InPlaceDecoding.extend, InPlaceDecoding.retract
+    extend, rollback = StaticCacheDecodeState.extend, StaticCacheDecodeState.rollback
 
-    def note_extend(self: InPlaceDecoding, embeds: Any) -> Any:
+    def note_extend(self: StaticCacheDecodeState, embeds: Any) -> Any:
         seen.append((embeds.shape[1], 0))
         return extend(self, embeds)
 
-    def note_retract(self: InPlaceDecoding, count: int) -> None:
+    def note_retract(self: StaticCacheDecodeState, count: int) -> None:
         if seen:
             seen[-1] = (seen[-1][0], count)
-        retract(self, count)
+        rollback(self, count)
 
-    monkeypatch.setattr(InPlaceDecoding, "extend", note_extend)
-    monkeypatch.setattr(InPlaceDecoding, "retract", note_retract)
+    monkeypatch.setattr(StaticCacheDecodeState, "extend", note_extend)
+    monkeypatch.setattr(StaticCacheDecodeState, "rollback", note_retract)
     return seen
 
 
@@ -48,11 +48,11 @@ def prophesy(monkeypatch: pytest.MonkeyPatch, known: list[int], seed: int = 1) -
     """Guesses that are right up to a random place: the text that follows is known."""
     draw = random.Random(seed)
 
-    def guess(self: PromptLookup, room: int) -> list[int]:
+    def guess(self: PromptLookup, max_new_tokens: int) -> list[int]:
         done = len(self._tokens)
         right = known[done : done + draw.randrange(5)]
         wrong = [(token + 1) % 90 + 4 for token in known[done + len(right) :][: draw.randrange(4)]]
-        return (right + wrong)[:room]
+        return (right + wrong)[:max_new_tokens]
 
     monkeypatch.setattr(PromptLookup, "guess", guess)
 
@@ -143,7 +143,10 @@ def test_right_and_wrong_guesses_of_every_family(
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "wrong guesses stay": ("retract", lambda self, count: None),
     "positions of wrong guesses stay": ("retract", lambda self, count: self._lengths.__isub__(count)),
-    "logits of other tokens": ("extend", lambda *given, extend=InPlaceDecoding.extend: extend(*given)[::-1].copy()),
+    "logits of other tokens": (
+        "extend",
+        lambda *given, extend=StaticCacheDecodeState.extend: extend(*given)[::-1].copy(),
+    ),
 }
 
 
@@ -157,7 +160,7 @@ def test_faults_would_show(fault: str, tmp_path: Path, monkeypatch: pytest.Monke
                 expected = opened.generate([prompt], tasks=task, max_new_tokens=STEPS, draft_tokens=0)
                 prophesy(patch, encode(prompt) + list(expected[0].token_ids))
                 assert opened.generate([prompt], tasks=task, max_new_tokens=STEPS) == expected
-                patch.setattr(InPlaceDecoding, *FAULTS[fault])
+                patch.setattr(StaticCacheDecodeState, *FAULTS[fault])
                 try:
                     changed += opened.generate([prompt], tasks=task, max_new_tokens=STEPS) != expected
                 except BackendError:  # no room left in the cache
@@ -208,7 +211,9 @@ def test_ends_within_a_pass(deployment: Deployment, monkeypatch: pytest.MonkeyPa
 
     whole, _ = generate(0, max_new_tokens=64 - len(PROMPTS[0]))
     known = encode(PROMPTS[0]) + list(whole.token_ids) + [9] * 9
-    monkeypatch.setattr(PromptLookup, "guess", lambda self, room: known[len(self._tokens) :][: min(room, 6)])
+    monkeypatch.setattr(
+        PromptLookup, "guess", lambda self, max_new_tokens: known[len(self._tokens) :][: min(max_new_tokens, 6)]
+    )
     for budget in (1, 2, 5, 7, 64 - len(PROMPTS[0])):
         assert generate(None, max_new_tokens=budget) == generate(0, max_new_tokens=budget)
     for start in range(2, 8):

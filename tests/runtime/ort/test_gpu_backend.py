@@ -9,8 +9,8 @@ import pytest
 from helpers.runtime import build
 
 from adalink.export.base.export import export_base
-from adalink.runtime.device.profile import default_profile
 from adalink.runtime.ort.gpu_backend import CUDA, RTX, TENSORRT, profile_shapes, provider_options
+from adalink.runtime.profile import default_profile
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 

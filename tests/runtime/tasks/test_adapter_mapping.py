@@ -13,7 +13,7 @@ from adalink.export.adapter.check import adapt_with_bound
 from adalink.runtime.ort.backend import OnnxRuntimeBackend
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks.adapter_mapping import PLAIN, Selection, task_parts
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, task_groups
 
 D = 48
 MODALITIES = ("text", "image")
@@ -31,7 +31,7 @@ def make(seed: int, rank: int, activation: str = "gelu", **settings: Any) -> Ada
     return random_adapter("sha256:" + "5a" * 32, D, seed, rank=rank, activation=activation, **wanted)
 
 
-def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> Selection:
+def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> AdapterMapping:
     """The selection of a mixed batch, without a deployment."""
     members: dict[int, list[int]] = {}
     for row, adapter in enumerate(rows):
@@ -41,9 +41,9 @@ def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> Selection:
     for own in members.values():
         adapter = rows[own[0]]
         assert adapter is not None
-        for part in task_parts(adapter, MODALITIES, graphs[adapter.config.kind]):
+        for part in task_groups(adapter, MODALITIES, graphs[adapter.config.kind]):
             parts.append(replace(part, rows=np.array(own)))
-    return Selection(parts)
+    return AdapterMapping(parts)
 
 
 def batch(rows: int, length: int = 1, seed: int = 0) -> np.ndarray:
@@ -116,7 +116,7 @@ def test_scope_prompt_leaves_generated_tokens_alone(graphs: dict[str, Any]) -> N
         assert_adapted(selection.decoding().apply(x)[row], None if adapter is prompt else adapter, x[row])
     only = choose(graphs, [prompt]).decoding()
     assert only.apply(x) is x
-    assert PLAIN.decoding() is PLAIN
+    assert NO_ADAPTER.decoding() is NO_ADAPTER
 
 
 def test_modalities_by_position(graphs: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def test_modalities_by_position(graphs: dict[str, Any]) -> None:
 
 def test_weights_are_views_and_not_copies(graphs: dict[str, Any]) -> None:
     adapter = make(1, 4, bias=True)
-    (part,) = task_parts(adapter, MODALITIES, graphs["gelu_bias"])
+    (part,) = task_groups(adapter, MODALITIES, graphs["gelu_bias"])
     for name, weight in part.weights.items():
         stem, _, kind = name.partition("_")
         assert np.shares_memory(weight, adapter.weights[f"text.{stem}.{kind or 'weight'}"])

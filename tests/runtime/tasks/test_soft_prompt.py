@@ -15,16 +15,17 @@ from helpers.vision_deployments import Seeing, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import ContractError, RequestError
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, make_adapter
+from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks.adapter_mapping import OwnTable, Selection, mix
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping, TokenEmbeddingDelta, mix
 from adalink.runtime.tasks.folding import RankFold
-from adalink.runtime.tasks.soft_prompt import SoftPrompt, check_input_side
+from adalink.runtime.tasks.soft_prompt import SoftPrompt
 
 NEW = 8
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
+PROFILE = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 4, 5), past=ShapeRange(0, 8, 55))
 
 
 def rows(*lengths: int) -> list[list[int]]:
@@ -229,7 +230,10 @@ def test_rows_that_go_and_change_places_keep_their_tables() -> None:
     rng = np.random.default_rng(4)
     table = rng.normal(size=(20, 6))
     folds = [RankFold(rng.normal(size=(20, 2)), rng.normal(size=(6, 2)), None) for _ in range(2)]
-    alone = [Selection([], tables=[OwnTable(None, "all", str(index), fold)]) for index, fold in enumerate(folds)]
+    alone = [
+        AdapterMapping([], tables=[TokenEmbeddingDelta(None, "all", str(index), fold)])
+        for index, fold in enumerate(folds)
+    ]
     mixed = mix([(alone[0], np.array([0, 3])), (alone[1], np.array([2]))])
     ids = rng.integers(0, 20, (4, 5))
     whole = mixed.lookup(table, ids)
@@ -294,11 +298,11 @@ def test_numbers_beyond_the_dtype_of_the_base_are_refused(llama: Soft, dtype: st
         vectors = weights[SOFT_PROMPT_NAME].copy()
         vectors[2, 5] = number
         config = random_adapter(base.fingerprint, base.hidden_size, 1, rank=0, soft_tokens=3, **plain).config
-        check_input_side(make_adapter(config, {SOFT_PROMPT_NAME: vectors}), base, "it")
+        check_adapter(make_adapter(config, {SOFT_PROMPT_NAME: vectors}), base, "it")
         if dtype != "float32":
             vectors[2, 5] = number * 1.003
             with pytest.raises(ContractError, match=f"it: the soft prompt holds numbers beyond {dtype}"):
-                check_input_side(make_adapter(config, {SOFT_PROMPT_NAME: vectors}), base, "it")
+                check_adapter(make_adapter(config, {SOFT_PROMPT_NAME: vectors}), base, "it")
 
 
 def test_tasks_come_and_go(llama: Soft) -> None:

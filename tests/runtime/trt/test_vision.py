@@ -16,13 +16,13 @@ from helpers.tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, llava
 from helpers.vision_deployments import Seeing, build_seeing, picture
 
 from adalink.export.engine.export import export_engine
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.device.gpus import find_gpus
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.device.workspace import VISION
-from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import (
     BackendError,
     BackendUnavailableError,
@@ -31,12 +31,15 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.trt.record import read_record
 
 RTX = "tensorrt-rtx"
-PROFILE = Profile(batch=Span(1, 1, 2), seq=Span(1, 8, 16), past=Span(0, 16, 55), images=Span(1, 2, 3))
+PROFILE = Profile(
+    batch=ShapeRange(1, 1, 2), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 55), images=ShapeRange(1, 2, 3)
+)
 GRAPH = "base/vision/model.onnx"
 
 
@@ -207,9 +210,10 @@ def test_a_tower_altered_since_it_was_built_is_not_opened(copy: Path) -> None:
 
 @pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU: the tower would simply open")
 def test_everything_up_to_the_driver_is_checked(copy: Path) -> None:
+    from adalink.runtime.ort.vision import OnnxVisionGraph
     from adalink.runtime.trt.backend import TensorRtBackend
 
-    backend, base = TensorRtBackend(RTX), read_manifest(copy).base
+    backend, base = TensorRtBackend(RTX, OnnxVisionGraph), read_manifest(copy).base
     plan, record = copy / f"engines/{RTX}/vision.plan", copy / f"engines/{RTX}/engine.json"
     with pytest.raises(BackendUnavailableError, match=r"backend tensorrt-rtx needs an NVIDIA GPU.*driver"):
         backend.open_vision(plan, base)

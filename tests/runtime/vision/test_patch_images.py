@@ -16,7 +16,7 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.engine.graph import check_buildable
 from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError, ConfigError, ContractError, IntegrityError, RequestError
-from adalink.runtime.vision.patches import PatchTower
+from adalink.runtime.storage.vision_schema import PatchTower
 
 NEW = 8
 # Of pieces in three rows and five columns, in eight and two, in one and nine, and of two by two.
