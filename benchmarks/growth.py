@@ -91,7 +91,7 @@ def _swaps(deployment: Deployment, names: list[str], rows: int, length: int) -> 
     limit = time.perf_counter() + 5
     times = []
     for tasks in draws:
-        times.append(_time(partial(deployment.embed, ids, tasks=tasks)))
+        times.append(_time(partial(deployment.input_embeddings, ids, tasks=tasks)))
         if time.perf_counter() > limit:
             break
     return statistics.median(times)

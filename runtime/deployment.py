@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, check_stops
 from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
 from adalink.runtime.input_processor import InputProcessor
+from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
 from adalink.runtime.receipt import Receipt
@@ -35,6 +37,8 @@ from adalink.runtime.vision.tower import OpenVision
 
 if TYPE_CHECKING:
     from adalink.runtime.profile import Profile
+
+_LOG = get_logger(__name__)
 
 
 class Deployment:
@@ -95,18 +99,22 @@ class Deployment:
             DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
             BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
         """
-        folder = Path(path)
+        begun, folder = time.perf_counter(), Path(path)
         manifest = read_manifest(folder)
         options = OpenOptions(variant, threads, full_check, task_memory_bytes, prefix_cache_bytes, image_cache_bytes)
         opened = open_backend(backend, threads)
-        chosen = manifest.variants[choose_variant(manifest, opened.name, variant)]
+        name = choose_variant(manifest, opened.name, variant)
+        chosen = manifest.variants[name]
         if full_check:
             verify_files(folder, manifest)
         else:
             verify_once(folder, manifest, (manifest.base.embeddings, *(() if chosen.is_compiled else chosen.files)))
             if chosen.is_compiled:  # a plan is code: it is read whole, whatever this user has seen before
                 verify_files(folder, manifest, chosen.files)
-        return cls(folder, manifest, opened, options)
+        deployment = cls(folder, manifest, opened, options)
+        spent_ms = (time.perf_counter() - begun) * 1000
+        _LOG.info("opened %s: variant %s, backend %s, %.0f ms", folder, name, opened.name, spent_ms)
+        return deployment
 
     def __enter__(self) -> Deployment:
         return self

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adalink.export.engine.progress import EngineProgress, make_monitor
 from adalink.runtime.builds import count_builder_call
 from adalink.runtime.errors import GraphError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.profile import ShapeRange
 from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
 from adalink.runtime.trt.api import Api
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # Sizes of the named dimensions of a graph's inputs: one profile.
 Sizes = Mapping[str, ShapeRange]
 ConfigureTarget = Callable[[Any], None]
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class PlanDraft:
             self._keep_timings(timings)
         with memoryview(plan) as data:
             path.write_bytes(data)
+            _LOG.info("built %s with %s: %d bytes, %.1f s", self._name, self._api.backend, data.nbytes, seconds)
             return BuiltPlan(seconds, data.nbytes)
 
     def _take_timings(self) -> Path | None:

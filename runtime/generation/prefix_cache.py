@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.logs import get_logger
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class PrefixCache:
             if best is None:
                 return None
             self._entries.move_to_end(best)
+            _LOG.debug("prefix cache hit: %d of %d positions", length, len(tokens))
             return self._entries[best][:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:

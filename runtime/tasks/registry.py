@@ -12,6 +12,7 @@ import numpy as np
 
 from adalink.runtime.engine import Backend, SharedAdapterGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
@@ -21,6 +22,8 @@ from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, mix, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
+
+_LOG = get_logger(__name__)
 
 
 class LoadedTask:
@@ -187,6 +190,7 @@ class TaskTable:
         loaded.last_used = next(self._clock)
         self._loaded[name] = loaded
         self._loaded_bytes += loaded.size_bytes
+        _LOG.info("loaded task %s: %d bytes", name, loaded.size_bytes)
         return loaded
 
     def _least_recently_used(self) -> str:
@@ -206,6 +210,7 @@ class TaskTable:
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
             self._loaded_bytes -= loaded.size_bytes
+            _LOG.info("unloaded task %s: %d bytes", name, loaded.size_bytes)
 
     def _graph(self, activation_key: str) -> SharedAdapterGraph:
         """The shared graph of adapters with one activation and bias, opened at its first use."""

@@ -7,6 +7,7 @@ picture looks like to the tower, and one answers for all tasks.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Backend, PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
@@ -25,6 +27,8 @@ from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import ImageInput, read_picture
 from adalink.runtime.vision.placeholders import ImageEmbeds, PreprocessedImage
 from adalink.runtime.vision.preprocess import Preprocessor, read_preprocessor
+
+_LOG = get_logger(__name__)
 
 
 class OpenVision:
@@ -73,9 +77,12 @@ class OpenVision:
             found = {digest: self._kept[digest] for digest in given if digest in self._kept}
             missing = [image for digest, image in given.items() if digest not in found]
             if missing:
+                begun = time.perf_counter()
                 for image, own in zip(missing, tower.encode(missing), strict=True):
                     found[image.digest] = own
                 self.encoded += len(missing)
+                spent_ms = (time.perf_counter() - begun) * 1000
+                _LOG.info("encoded %d of %d images, %.0f ms", len(missing), len(given), spent_ms)
             for digest in found:
                 self._keep(digest, found[digest])
             return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]

@@ -195,9 +195,10 @@ def test_bad_settings(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], wording: str
 ) -> None:
     monkeypatch.setattr(ModelRunner, "start", lambda *_: pytest.fail("the engine was asked"))
+    settings = dict(settings)
+    sampling = settings.pop("sampling", {})
     with pytest.raises(RequestError, match=wording):
-        sampling = SamplingParams(**settings["sampling"]) if "sampling" in settings else None
-        deployment.generate(**{**settings, "sampling": sampling})
+        deployment.generate(**settings, sampling=SamplingParams(**sampling))
 
 
 def test_settings_may_be_numbers_of_numpy(deployment: Deployment) -> None:
