@@ -51,7 +51,7 @@ lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python
 	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports --no-cache
 	$(RUN)/mypy
-	$(RUN)/basedpyright
+	$(RUN)/basedpyright --warnings --pythonpath $(RUN)/python
 
 format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .

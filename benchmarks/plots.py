@@ -82,7 +82,9 @@ def _memory(report: Mapping[str, Any], folder: Path) -> Path:
     for place, (name, case) in enumerate(_measured(report, "adapter_resident_bytes").items()):
         each = case["adapter_resident_bytes"] / 2**20
         values = [case["resident_mb"] + (count - 1) * each for count in TASK_COUNTS]
-        style = {"color": KIT_COLOUR, "linewidth": 2.5} if name.startswith("kit") else {"color": LINES[1 + place % 6]}
+        style: dict[str, Any] = {"color": LINES[1 + place % 6]}
+        if name.startswith("kit"):
+            style = {"color": KIT_COLOUR, "linewidth": 2.5}
         axes.plot(TASK_COUNTS, values, marker=MARKERS[place % len(MARKERS)], label=case["label"], **style)
     axes.set_xscale("log")
     axes.set_yscale("log")

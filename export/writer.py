@@ -47,6 +47,13 @@ class DeploymentWriter:
         # Without case, which some disks do not tell apart.
         self._used_folders = {parent.casefold() for path in paths for parent in _folders_of(path)}
 
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest before the change, of a deployment that is there; raises ``DeploymentError`` for a new one."""
+        if self.current is None:
+            raise DeploymentError(f"{self.folder} is no deployment yet: export a base into it first")
+        return self.current
+
     def fresh_folder(self, wanted: str) -> str:
         """A folder, ``wanted`` or ``wanted.2`` and so on, that nobody has a file in; it is given out once."""
         candidate, number = wanted, 1
@@ -228,13 +235,12 @@ def remove_task(path: str | Path, name: str) -> Manifest:
         UnknownTaskError: no task of that name is deployed.
     """
     with open_writer(path) as writer:
-        assert writer.current is not None
-        if name not in writer.current.tasks:
+        if name not in writer.manifest.tasks:
             raise UnknownTaskError(
-                f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.current.tasks)) or 'none'}"
+                f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.manifest.tasks)) or 'none'}"
             )
-        tasks = {key: task for key, task in writer.current.tasks.items() if key != name}
-        return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+        tasks = {key: task for key, task in writer.manifest.tasks.items() if key != name}
+        return writer.commit(msgspec.structs.replace(writer.manifest, tasks=tasks))
 
 
 def remove_variant(path: str | Path, name: str) -> Manifest:
@@ -244,11 +250,10 @@ def remove_variant(path: str | Path, name: str) -> Manifest:
         DeploymentError: there is no such variant, or no other one.
     """
     with open_writer(path) as writer:
-        assert writer.current is not None
-        known = ", ".join(sorted(writer.current.variants))
-        if name not in writer.current.variants:
+        known = ", ".join(sorted(writer.manifest.variants))
+        if name not in writer.manifest.variants:
             raise DeploymentError(f"variant {name!r} is not in {path}: it has {known}")
-        variants = {key: variant for key, variant in writer.current.variants.items() if key != name}
+        variants = {key: variant for key, variant in writer.manifest.variants.items() if key != name}
         if not variants:
             raise DeploymentError(f"variant {name!r} is the only one of {path}: export another before you remove it")
-        return writer.commit(msgspec.structs.replace(writer.current, variants=variants))
+        return writer.commit(msgspec.structs.replace(writer.manifest, variants=variants))

@@ -122,7 +122,7 @@ class TaskTable:
         """
         if tasks is None or isinstance(tasks, str):
             return NO_ADAPTER if tasks is None else self.get(tasks).alone
-        rows = list(tasks) if isinstance(tasks, Iterable) else [tasks]
+        rows: list[str | None] = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         if not all(name is None or isinstance(name, str) for name in rows):
             raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
         if len(rows) != batch:

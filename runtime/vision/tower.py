@@ -23,6 +23,7 @@ from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import ImageInput, read_picture
 from adalink.runtime.vision.placeholders import ImageEmbeds, PreprocessedImage
@@ -89,9 +90,7 @@ class OpenVision:
 
     def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
         """See ``Deployment.encode``."""
-        base = self._manifest.base
-        if base.vision is None:
-            raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
+        base = vision_base(self._manifest.base)
         shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
         if base.vision.patches is not None:
             patches = None if grid is None else base.vision.positions(grid) * base.vision.patches.merge**2
@@ -116,20 +115,20 @@ class OpenVision:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
         if self._opened is None:
-            vision, plan = self._manifest.base.vision, self._variant.vision_graph
-            assert vision is not None
+            base, plan = vision_base(self._manifest.base), self._variant.vision_graph
+            vision = base.vision
             if plan is None:  # a plan was read whole with the engine's
                 verify_once(self._path, self._manifest, vision.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
             _check_tiles(steps, vision)
-            graph, base = locate(self._path, plan or vision.graph), self._manifest.base
+            graph = locate(self._path, plan or vision.graph)
             tower: _Tower
             if vision.patches is None:
                 tower = _TileTower(self._backend.open_vision(graph, base))
             else:
-                tower = _PatchTower(self._backend.open_patch_vision(graph, base))
+                tower = _PatchTower(self._backend.open_patch_vision(graph, base, vision.patches))
             self._opened = steps, tower
         return self._opened
 
@@ -151,12 +150,15 @@ class _Tower(Protocol):
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
         """See ``Deployment.encode``; ``grid`` matters where images keep their shape."""
+        ...
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         """Embeddings of each image, ``(positions, d)``."""
+        ...
 
     def close(self) -> None:
         """Give its memory back."""
+        ...
 
 
 class _TileTower:

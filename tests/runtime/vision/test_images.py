@@ -143,7 +143,7 @@ def test_a_tower_is_given_no_more_than_it_takes(count: int) -> None:
             return (pixel_values.reshape(len(pixel_values), -1) @ weights).reshape(-1, 2, 5)
 
     pictures = rng.integers(-99, 100, size=(count, 3, 4, 4)).astype(np.float32)
-    found = vision._run(Tower(), pictures)  # type: ignore[arg-type]
+    found = vision._TileTower(Tower()).run(pictures, (0, 0))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found, Tower().run(pictures))
     assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
 
