@@ -62,7 +62,7 @@ def section(report: Mapping[str, Any]) -> str:
             "mixed_batch_ratio": "a batch of many tasks x {:.2f} of one task",
         }
         told = ", ".join(form.format(metrics[name]) for name, form in shown.items() if name in metrics)
-        lines += [f"In turns with the plain base in one process ([how](docs/parity.md#benchmark)): {told}.", ""]
+        lines += [f"In turns with the base model in one process ([how](docs/parity.md#benchmark)): {told}.", ""]
     plots = (("tokens-per-second.png", "Tokens a second of each engine"), ("memory.png", "Memory for many tasks"))
     lines += [f"![{title}](benchmarks/results/{file})" for file, title in plots]
     return "\n".join(lines)

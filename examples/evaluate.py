@@ -25,7 +25,7 @@ import torch
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.training.adapter_io import load_adapter
-from adalink.training.data.rows import Row, encode_rows, end_token, read_rows
+from adalink.training.data.rows import TrainingRow, encode_rows, end_token, read_rows
 from adalink.training.evaluation import exact_match
 from adalink.training.models.loading import load_base, load_tokenizer
 from examples.make_data import draw, text_of
@@ -55,7 +55,7 @@ WORDINGS: dict[str, list[str]] = {
 ALIASES = {"Clinton": ["Hillary Clinton"], "Trump": ["Donald Trump"]}
 
 
-def render(tokenizer: Any, wording: str, row: Row, chat: bool) -> list[int]:
+def render(tokenizer: Any, wording: str, row: TrainingRow, chat: bool) -> list[int]:
     """Token ids of one zero-shot question."""
     question = wording.format(prompt=row.prompt, text=text_of(row.prompt))
     if not chat:
@@ -115,7 +115,7 @@ def answer(
 
 
 def zero_shot(
-    model: Any, tokenizer: Any, rows: list[Row], wording: str, chat: bool, names: list[str]
+    model: Any, tokenizer: Any, rows: list[TrainingRow], wording: str, chat: bool, names: list[str]
 ) -> dict[str, Any]:
     """Accuracy of the unadapted base with one wording, by every rule."""
     answers = [(name, word) for name in names for word in [name, *ALIASES.get(name, [])]]

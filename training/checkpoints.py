@@ -16,11 +16,11 @@ from transformers import Trainer
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, WriteError
 from adalink.training.adapter_io import replace_file
-from adalink.training.search.search import SEARCH_FILE
 
 if TYPE_CHECKING:
     from torch import nn
 
+SEARCH_FILE = "search.json"
 _SETTINGS_FILE = "settings.json"
 _WEIGHTS_FILE = "model.safetensors"
 _STATE_FILE = "trainer_state.json"

@@ -65,7 +65,7 @@ class Peer(ABC):
     """A loaded engine, made from ``Settings``. Adapters are numbered from 0; number 0 is active to begin with.
 
     Attributes:
-        adapters: how many adapters there are on the disk; 0 for a plain base.
+        adapters: how many adapters there are on the disk; 0 for a base model.
         packages: whose versions are reported.
     """
 

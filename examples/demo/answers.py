@@ -18,7 +18,7 @@ from examples.make_data import SEED, text_of
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
-    from adalink.runtime.generation.loop import Generation
+    from adalink.runtime.generation.sequence import Generation
 
 _NEW_TOKENS = 8
 # The table is 100 columns wide at most.

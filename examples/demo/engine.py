@@ -54,8 +54,8 @@ def build_engine(path: Path, source: Path, progress: Progress) -> bool:
         return False
     record = read_record((path / manifest.variants[_BACKEND].graph).parent)
     progress(
-        f"engine: {record.plan_bytes / 1e6:.1f} MB in {record.build_seconds:.1f} s, and {len(record.fronts)} fronts "
-        "that adapt its input for every task"
+        f"engine: {record.plan_bytes / 1e6:.1f} MB in {record.build_seconds:.1f} s, and {len(record.embedders)} "
+        "embedders that adapt its input for every task"
     )
     if not gpus.devices:
         progress(f"engine: built, not run: {gpus.reason}")

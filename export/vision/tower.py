@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adalink.export.base.tracing import TracedGraph
+from adalink.export.tracing.graph import TracedGraph
 from adalink.export.vision.image_processor import describe_processor
 from adalink.export.vision.patches import (
     check_embeddings_suffice,
@@ -77,7 +77,7 @@ class VisionGraph(torch.nn.Module):
     """``pixel_values -> image_embeds``: vision tower, feature selection and projector, as the model calls them."""
 
     def __init__(self, model: Any) -> None:
-        """``model``: LLaVA-like, computing attention with ``adalink.export.base.attention``."""
+        """``model``: LLaVA-like, computing attention with ``adalink.export.tracing.attention``."""
         super().__init__()
         self.model = model
 
@@ -210,8 +210,8 @@ def write_vision(
     metadata: dict[str, str],
 ) -> None:
     """Write the vision graph and its preprocessor."""
-    from adalink.export.base.attention import exportable_attention
-    from adalink.export.base.tracing import write_graph
+    from adalink.export.tracing.attention import exportable_attention
+    from adalink.export.tracing.graph import write_graph
 
     writer.stage(vision.preprocessor).write_bytes(msgspec.json.format(msgspec.json.encode(preprocessor), indent=2))
     graph = traced_patch_graph(model) if vision.patches is not None else _traced_graph(model, vision)

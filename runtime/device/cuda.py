@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendError, BackendUnavailableError
 
 _ADVICE = "run 'adalink doctor'"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.safetensors import STORED, as_float32
 
 
@@ -101,7 +101,7 @@ SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 NUMPY = STORED | {"int64": "<i8", "bool": "?"}
 
 
-class Lease:
+class DeviceArena:
     """What one workspace has of a device: a queue, and memory that is given back all at once. For one thread at a time.
 
     Attributes:
@@ -120,10 +120,10 @@ class Lease:
         self._addresses.append(address)
         return address
 
-    def mirror(self, size: int, dtype: str) -> Mirror:
+    def pinned_buffer(self, size: int, dtype: str) -> PinnedBuffer:
         """Pinned memory for so many numbers, with a place on the device; raises ``BackendError``."""
         flat = self._device.pinned((size,), np.dtype(NUMPY[dtype]))
-        return Mirror(flat, self.allocate(max(flat.nbytes, 1)))
+        return PinnedBuffer(flat, self.allocate(max(flat.nbytes, 1)))
 
     def scratch(self, name: str, size_bytes: int) -> int:
         """Memory that all executors of a graph share, since a queue does one thing at a time."""
@@ -139,7 +139,7 @@ class Lease:
         self.queue.close()
 
 
-class Mirror:
+class PinnedBuffer:
     """Pinned host memory with a place on the device: what is written into ``host`` is there after ``upload``."""
 
     def __init__(self, flat: Array, address: int) -> None:

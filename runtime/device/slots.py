@@ -17,14 +17,14 @@ class SlotTable(Generic[K]):
 
     def __init__(self, size: int) -> None:
         self._free = list(range(size - 1, 0, -1))
-        self._places: OrderedDict[K, int] = OrderedDict()
+        self._slots: OrderedDict[K, int] = OrderedDict()
         self._users: dict[K, int] = {}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._slots)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._places
+        return key in self._slots
 
     def take(self, key: K) -> tuple[int, bool] | None:
         """Use a place for ``key`` until ``release``.
@@ -33,15 +33,15 @@ class SlotTable(Generic[K]):
             The place, and whether it was another's or nobody's so that it must be filled; ``None`` if all are in use.
             Without a free place it is that of the one who was not used for the longest time.
         """
-        place = self._places.get(key)
-        is_new = place is None
-        if place is None:
+        slot = self._slots.get(key)
+        is_new = slot is None
+        if slot is None:
             if not self._free and not self._evict():
                 return None
-            place = self._places[key] = self._free.pop()
-        self._places.move_to_end(key)
+            slot = self._slots[key] = self._free.pop()
+        self._slots.move_to_end(key)
         self._users[key] = self._users.get(key, 0) + 1
-        return place, is_new
+        return slot, is_new
 
     def release(self, key: K) -> None:
         """End one use of a place; what lies there stays until another needs the place."""
@@ -53,12 +53,12 @@ class SlotTable(Generic[K]):
 
     def forget(self, key: K) -> None:
         """Undo a ``take`` whose place could not be filled."""
-        self._free.append(self._places.pop(key))
+        self._free.append(self._slots.pop(key))
         self.release(key)
 
     def _evict(self) -> bool:
-        oldest = next((key for key in self._places if key not in self._users), None)
+        oldest = next((key for key in self._slots if key not in self._users), None)
         if oldest is None:
             return False
-        self._free.append(self._places.pop(oldest))
+        self._free.append(self._slots.pop(oldest))
         return True

@@ -7,14 +7,16 @@ not its name: a name may stand for another adapter tomorrow.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
+from adalink.runtime.logs import get_logger
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class PrefixKey:
 
     Attributes:
         base: fingerprint of the base; its variant is one for the life of a cache.
-        adapter: digest of the adapter; empty for the plain base.
+        adapter: digest of the adapter; empty for the base model.
         scope: scope of the adapter.
     """
 
@@ -67,6 +69,7 @@ class PrefixCache:
             if best is None:
                 return None
             self._entries.move_to_end(best)
+            _LOG.debug("prefix cache hit: %d of %d positions", length, len(tokens))
             return self._entries[best][:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:
@@ -90,11 +93,6 @@ class PrefixCache:
     def _forget(self, name: tuple[PrefixKey, bytes]) -> None:
         states = self._entries.pop(name, None)
         self._size_bytes -= 0 if states is None else states.nbytes
-
-
-def name_of(text: str) -> int:
-    """A number for what stands in a prompt and is no token: below 0, so that no token has it, and within int64."""
-    return -1 - (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
 
 def _common(first: Array, second: Array) -> int:

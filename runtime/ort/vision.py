@@ -6,15 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, GraphError
 from adalink.runtime.ort.errors import guard, wrong_name
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-INPUT, OUTPUT = "pixel_values", "image_embeds"
 
 
 class OnnxVisionGraph:
@@ -44,22 +43,26 @@ class OnnxVisionGraph:
         self._shape = (vision.tokens_per_image, base.hidden_size)
         self._ort, self._session = open_vision_session(path, threads)
         for what, name, nodes in (
-            ("input", INPUT, self._session.get_inputs()),
-            ("output", OUTPUT, self._session.get_outputs()),
+            ("input", VISION_INPUT, self._session.get_inputs()),
+            ("output", VISION_OUTPUT, self._session.get_outputs()),
         ):
             if [node.name for node in nodes] != [name]:
                 raise GraphError(wrong_name(self._origin, what, name, [node.name for node in nodes]))
         expected = [3, *vision.image_size]
         if (received := self._session.get_inputs()[0].shape[1:]) != expected:
-            raise GraphError(f"{path}: {INPUT} is {received} an image, the manifest says {expected}: export it again")
+            raise GraphError(
+                f"{path}: {VISION_INPUT} is {received} an image, the manifest says {expected}: export it again"
+            )
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
-        given: Array = guard(self._ort, self._origin, lambda: self._session.run([OUTPUT], {INPUT: pixel_values}))[0]
+        given: Array = guard(
+            self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], {VISION_INPUT: pixel_values})
+        )[0]
         if given.shape[1:] != self._shape:
             raise GraphError(
-                f"{self._origin}: {OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: export the "
-                "base again"
+                f"{self._origin}: {VISION_OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: "
+                "export the base again"
             )
         return given
 

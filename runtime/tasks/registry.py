@@ -10,16 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from adalink.runtime.engine import Backend, BankGraph
+from adalink.runtime.engine import Backend, SharedAdapterGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
+from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_verified
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
-from adalink.runtime.tasks.adapter_mapping import PLAIN, OwnTable, Selection, mix, task_parts
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, mix, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
-from adalink.runtime.tasks.soft_prompt import check_input_side, soft_prompts_of
+from adalink.runtime.tasks.soft_prompt import soft_prompts_of
+
+_LOG = get_logger(__name__)
 
 
 class LoadedTask:
@@ -33,7 +37,7 @@ class LoadedTask:
 
     __slots__ = ("alone", "last_used", "size_bytes")
 
-    def __init__(self, alone: Selection, size_bytes: int) -> None:
+    def __init__(self, alone: AdapterMapping, size_bytes: int) -> None:
         self.alone = alone
         self.size_bytes = size_bytes
         self.last_used = 0
@@ -66,7 +70,7 @@ class TaskTable:
         self._clock = itertools.count(1)
         # Loaded tasks with their last use when they were sorted, the latest first.
         self._by_age: list[tuple[int, str]] = []
-        self._graphs: dict[str, BankGraph] = {}
+        self._graphs: dict[str, SharedAdapterGraph] = {}
         self._lock = threading.RLock()
 
     @property
@@ -89,18 +93,7 @@ class TaskTable:
         name = folder.name if name is None else name
         check_task_name(name)
         adapter = read_adapter(folder)
-        base, config = self._manifest.base, adapter.config
-        if config.base_fingerprint != base.fingerprint:
-            raise ContractError(
-                f"{folder} was trained for base {config.base_fingerprint}, this deployment holds {base.fingerprint} "
-                f"({base.name}): use an adapter of this base"
-            )
-        if unknown := [modality for modality in config.modalities if modality not in base.modalities]:
-            raise ContractError(
-                f"{folder} adapts modality {unknown[0]!r}, {base.name} was exported for {', '.join(base.modalities)}: "
-                "use an adapter without it, or export the base with it"
-            )
-        check_input_side(adapter, base, str(folder))
+        check_adapter(adapter, self._manifest.base, f"adapter {folder}", holder="this deployment")
         loaded = self._prepare(adapter)
         with self._lock:
             if name in self._tasks:
@@ -122,13 +115,13 @@ class TaskTable:
             self._check_known(name)
             self._let_go(name)
 
-    def resolve(self, tasks: Tasks, batch: int) -> Selection:
-        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the plain base.
+    def resolve(self, tasks: Tasks, batch: int) -> AdapterMapping:
+        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the base model.
 
         Raises ``RequestError`` for what are no names, or another number of them than rows, and what ``get`` raises.
         """
         if tasks is None or isinstance(tasks, str):
-            return PLAIN if tasks is None else self.get(tasks).alone
+            return NO_ADAPTER if tasks is None else self.get(tasks).alone
         rows = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         if not all(name is None or isinstance(name, str) for name in rows):
             raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
@@ -177,10 +170,14 @@ class TaskTable:
 
     def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
         config, base = adapter.config, self._manifest.base
-        parts = task_parts(adapter, base.modalities, self._graph(config.kind))
-        tables = [OwnTable(None, config.scope, adapter.digest, ids_table(adapter))] if config.input == "ids" else []
+        groups = task_groups(adapter, base.modalities, self._graph(config.activation_key))
+        deltas = (
+            [TokenEmbeddingDelta(None, config.scope, adapter.digest, ids_table(adapter))]
+            if config.input == "ids"
+            else []
+        )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
-        return LoadedTask(Selection(parts, fold, tables=tables, prompts=prompts), adapter.size_bytes + fold_bytes)
+        return LoadedTask(AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes)
 
     def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
         """Hold a task, and let go of others beyond the budget; the lock is held."""
@@ -193,6 +190,7 @@ class TaskTable:
         loaded.last_used = next(self._clock)
         self._loaded[name] = loaded
         self._loaded_bytes += loaded.size_bytes
+        _LOG.info("loaded task %s: %d bytes", name, loaded.size_bytes)
         return loaded
 
     def _least_recently_used(self) -> str:
@@ -212,12 +210,13 @@ class TaskTable:
         loaded = self._loaded.pop(name, None)
         if loaded is not None:
             self._loaded_bytes -= loaded.size_bytes
+            _LOG.info("unloaded task %s: %d bytes", name, loaded.size_bytes)
 
-    def _graph(self, kind: str) -> BankGraph:
-        """The bank graph of a kind, opened at its first use."""
+    def _graph(self, activation_key: str) -> SharedAdapterGraph:
+        """The shared graph of adapters with one activation and bias, opened at its first use."""
         with self._lock:
-            if kind not in self._graphs:
+            if activation_key not in self._graphs:
                 base = self._manifest.base
-                data = read_verified(self._folder, self._manifest, base.bank[kind])
-                self._graphs[kind] = self._backend.open_bank(kind, data, base)
-            return self._graphs[kind]
+                data = read_verified(self._folder, self._manifest, base.bank[activation_key])
+                self._graphs[activation_key] = self._backend.open_bank(activation_key, data, base)
+            return self._graphs[activation_key]

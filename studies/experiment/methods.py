@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adalink.runtime.errors import ConfigError, ModelError
-from adalink.training.method.attach import Attached, attach
+from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import input_embedding
 from studies.experiment.settings import (
@@ -41,7 +41,7 @@ class Tuned(nn.Module):
         base: PreTrainedModel,
         added: nn.Module | None = None,
         soft_prompt: Any = None,
-        attached: Attached | None = None,
+        attached: AdaLinkModel | None = None,
     ) -> None:
         super().__init__()
         self.base = base

@@ -50,7 +50,7 @@ class AdaLinkMethod(_Method, frozen=True, tag="adalink", kw_only=True):
     """
 
     rank: Count
-    activation: str = AdaLinkConfig.activation
+    activation: str = AdaLinkConfig().activation
     tokens: Annotated[int, Meta(ge=0)] = 0
     init: Init = "kaiming"
     lr_ratio: Annotated[float, Meta(gt=0, lt=1e6)] = 1.0

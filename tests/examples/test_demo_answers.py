@@ -8,7 +8,7 @@ import pytest
 from helpers.paths import REPOSITORY
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.generation.loop import Generation
+from adalink.runtime.generation.sequence import Generation
 from adalink.tools.parity.report import at_most
 from examples import make_data
 from examples.demo import answers

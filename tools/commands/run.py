@@ -23,7 +23,7 @@ _BATCH_ROWS = 8
 _FIELDS = ("prompt", "task", "images")
 
 
-class Row(NamedTuple):
+class PromptRow(NamedTuple):
     """A prompt, the task that answers it, the images in it, and its file and line if it has one."""
 
     prompt: str
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     type=click.Path(path_type=Path, dir_okay=False),
     help='Rows {"prompt", "task", "images"}, as batches; paths of images start at the file\'s folder.',
 )
-@click.option("--task", metavar="NAME", help="The task; the plain base without it. Rows of --jsonl may name their own.")
+@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, help="Sample from the k likeliest tokens; with --temperature.")
@@ -108,7 +108,7 @@ def command(
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
     if settings["temperature"] == 0 and (unused := _given({"top_k", "top_p"})):
         raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
-    rows = read_rows(jsonl, task) if jsonl is not None else [Row(_prompt(text, text_file), task, images)]
+    rows = read_rows(jsonl, task) if jsonl is not None else [PromptRow(_prompt(text, text_file), task, images)]
     with Deployment.open(deployment, backend, variant=variant, threads=threads, full_check=full_check) as opened:
         if opened.manifest.base.kind == "encoder":
             if unused := _given(settings):
@@ -131,19 +131,19 @@ def command(
                 click.echo(entry["text"])
 
 
-def read_rows(path: Path, task: str | None) -> list[Row]:
+def read_rows(path: Path, task: str | None) -> list[PromptRow]:
     """Prompts, tasks and images of a JSON-lines file.
 
     Args:
         path: rows ``{"prompt": str, "task": str | null, "images": [path, ...]}``; ``task`` and ``images`` may be left
             out. Paths of images start at the file's folder. Other fields, such as a training row's, are not read,
-            but one that is nearly a row's own is refused: the plain base would answer a misspelt task.
+            but one that is nearly a row's own is refused: the base model would answer a misspelt task.
         task: for rows that name none.
 
     Raises:
         DataError: a line is not such a row; the message names it.
     """
-    rows: list[Row] = []
+    rows: list[PromptRow] = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -170,7 +170,7 @@ def read_rows(path: Path, task: str | None) -> list[Row]:
         images = row.get("images", [])
         if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise DataError(f"{path}:{number}: images is {str(images)[:80]}, expected a list of paths")
-        rows.append(Row(row["prompt"], own, tuple(path.parent / image for image in images), f"{path}:{number}"))
+        rows.append(PromptRow(row["prompt"], own, tuple(path.parent / image for image in images), f"{path}:{number}"))
     if not rows:
         raise DataError(f'{path}: holds no rows; expected {{"prompt": text}} on each line')
     return rows
@@ -194,7 +194,7 @@ def _prompt(text: str | None, path: Path | None) -> str:
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 
 
-def _check_tokens(deployment: Deployment, rows: list[Row]) -> None:
+def _check_tokens(deployment: Deployment, rows: list[PromptRow]) -> None:
     for row in rows:
         if not deployment.tokenizer.encode(row.prompt, len(row.images)):
             raise RequestError(f"{row.origin or 'the prompt'} has no tokens: give it some text")
@@ -202,7 +202,7 @@ def _check_tokens(deployment: Deployment, rows: list[Row]) -> None:
 
 def _generate(
     deployment: Deployment,
-    rows: list[Row],
+    rows: list[PromptRow],
     stream: Callable[[int, str], None] | None,
     settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
@@ -219,7 +219,7 @@ def _generate(
             yield {"prompt": row.prompt, "task": row.task, **seen, **asdict(result)}
 
 
-def _embed(deployment: Deployment, rows: list[Row]) -> Iterator[dict[str, Any]]:
+def _embed(deployment: Deployment, rows: list[PromptRow]) -> Iterator[dict[str, Any]]:
     for prompt, task, images, _ in rows:
         ids = deployment.tokenizer.encode(prompt)
         states = deployment.run(input_ids=[ids], images=[images], tasks=task)["last_hidden_state"][0]

@@ -11,11 +11,13 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import ConfigError
-from adalink.runtime.storage.adapter import ACTIVATIONS, SCOPES, Rank
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
 from adalink.tools.common.console import say
 from adalink.tools.common.options import is_given
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT, SearchSettings, TrainSettings
+
+_METHOD = AdaLinkConfig()
 
 
 @click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
@@ -27,12 +29,12 @@ from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT,
     "--rank",
     "ranks",
     multiple=True,
-    default=[str(AdaLinkConfig.rank)],
+    default=[str(_METHOD.rank)],
     show_default=True,
     metavar="R | MODALITY=R",
     help="Width of the bottleneck; one for each modality if repeated; 0 for none.",
 )
-@click.option("--activation", default=AdaLinkConfig.activation, show_default=True, type=click.Choice(ACTIVATIONS))
+@click.option("--activation", default=_METHOD.activation, show_default=True, type=click.Choice(ACTIVATIONS))
 @click.option(
     "--modality",
     "modalities",
@@ -40,23 +42,23 @@ from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT,
     help="What is adapted: text, or image for a base that takes images; may be repeated. Text alone without it.",
 )
 @click.option("--bias", is_flag=True, help="Train biases too.")
-@click.option("--dropout", default=AdaLinkConfig.dropout, show_default=True, help="Dropout in the bottleneck.")
+@click.option("--dropout", default=_METHOD.dropout, show_default=True, help="Dropout in the bottleneck.")
 @click.option(
     "--scope",
-    default=AdaLinkConfig.scope,
+    default=_METHOD.scope,
     show_default=True,
     type=click.Choice(SCOPES),
     help="Adapt every position, or the prompt alone.",
 )
 @click.option(
     "--soft-tokens",
-    default=AdaLinkConfig.soft_tokens,
+    default=_METHOD.soft_tokens,
     show_default=True,
     help="Trained vectors before each row's first token; alone with --rank 0.",
 )
 @click.option(
     "--init",
-    show_default=f"{AdaLinkConfig.init}; {SEARCHED_INIT} where --search chooses the rate",
+    show_default=f"{_METHOD.init}; {SEARCHED_INIT} where --search chooses the rate",
     type=click.Choice(INITS),
     help="How the bottleneck starts: uniform, centered on the base's embeddings, or along the gradient of some rows.",
 )
@@ -135,7 +137,7 @@ def command(
     rank = _read_rank(ranks)
     if init is None:
         searched = minutes is not None and lr is None and rank != 0  # without a bottleneck there is nothing to start
-        init = SEARCHED_INIT if searched else AdaLinkConfig.init
+        init = SEARCHED_INIT if searched else _METHOD.init
     config = AdaLinkConfig(
         rank=rank,
         activation=activation,
@@ -143,7 +145,7 @@ def command(
         dropout=dropout,
         scope=scope,
         soft_tokens=soft_tokens,
-        modalities=modalities or AdaLinkConfig.modalities,
+        modalities=modalities or _METHOD.modalities,
         init=init,
     )
     settings = TrainSettings(
@@ -167,7 +169,7 @@ def command(
             fixed["activations"] = (activation,)
         space = SearchSettings(minutes=minutes, **fixed)
     from adalink.tools.common.quiet import quiet_libraries
-    from adalink.training.train import train
+    from adalink.training.run import train
 
     show_bar = sys.stderr is not None and sys.stderr.isatty()
     # The Trainer logs to stdout, which is for the result.

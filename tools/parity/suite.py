@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Backend, open_backend
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.variants import choose_variant
@@ -33,14 +35,20 @@ from adalink.tools.parity.check_outputs import Comparison, check_control, compar
 from adalink.tools.parity.check_profile import check_decoder_corners, check_encoder_corners
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.check_vision import Looks, check_tower_corners, check_vision, make_looks, own_images
+from adalink.tools.parity.check_vision import (
+    ImagePrompts,
+    check_tower_profile_limits,
+    check_vision,
+    make_image_prompts,
+    reference_processor,
+)
 from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.unrounded_backend import ExactActivations
 
 if TYPE_CHECKING:
-    from adalink.training.data.rows import Row
+    from adalink.training.data.rows import TrainingRow
 
 # Generation is measured from the shortest prompts: each step costs as much after a long one.
 _GENERATIONS = 4
@@ -103,16 +111,20 @@ def verify(
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         prompts, rows = _rows(report, deployment, reference, against, quick)
-        seeing = _looks(report, deployment, reference, against, rows, progress)
+        prompts_with_images = _image_prompts(report, deployment, reference, against, rows, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
-            _check_outputs(report, deployment, reference, folders, prompts, rows, seeing, (opened, form), progress)
+            _check_outputs(
+                report, deployment, reference, folders, prompts, rows, prompts_with_images, (opened, form), progress
+            )
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
-            with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
-                _check_outputs(report, unrounded, reference, folders, prompts, rows, seeing, (exact, form), progress)
+            with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
+                _check_outputs(
+                    report, unrounded, reference, folders, prompts, rows, prompts_with_images, (exact, form), progress
+                )
             progress("the engine as deployed, with rounded activations")
             texts = _generation_texts(prompts, deployment)
             report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
@@ -138,7 +150,7 @@ def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> di
     return {name: adapters.get(name, own[name]) for name in deployment.tasks}
 
 
-def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[Row]]:
+def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[TrainingRow]]:
     """The rows of each task; ``form`` is the variant's name, for messages."""
     from adalink.training.data.rows import read_rows
 
@@ -191,7 +203,7 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
     """The deployment's embedding table is what the model's embedding module returns, rounded to its dtype at most."""
     base = deployment.manifest.base
     expected = reference.embedding_table()
-    received = to_float64(deployment.embed(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
+    received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
     allowed = np.zeros(())
     if base.embedding_dtype != "float32":  # one rounding, and one more of the scale that some models multiply by
         allowed = 2 * UNIT_ROUNDOFF[base.embedding_dtype] * np.abs(expected) + UNDERFLOW[base.embedding_dtype]
@@ -227,14 +239,14 @@ def _rows(
     return prompts, rows
 
 
-def _looks(
+def _image_prompts(
     report: Report,
     deployment: Deployment,
     reference: Reference,
     against: str,
     rows: list[list[int]],
     progress: Progress,
-) -> tuple[Looks | None, Looks | None]:
+) -> tuple[ImagePrompts | None, ImagePrompts | None]:
     """Level 7 as far as no task is in it, and prompts with images for the rest: to run, and to generate from.
 
     ``None`` for a base of text alone, and where images leave no room.
@@ -243,16 +255,16 @@ def _looks(
     if base.vision is None:
         return None, None
     progress("pixel values and the vision tower")
-    own = own_images(against, base.vision)
-    report.checks += check_vision(deployment, reference, own) + check_tower_corners(deployment, reference, own)
-    looks = make_looks(deployment, rows, longest_prompt(deployment, 0), own)
-    asked = make_looks(deployment, rows, longest_prompt(deployment, STEPS), own)
-    if looks is None:
+    own = reference_processor(against, base.vision)
+    report.checks += check_vision(deployment, reference, own) + check_tower_profile_limits(deployment, reference, own)
+    image_prompts = make_image_prompts(deployment, rows, longest_prompt(deployment, 0), own)
+    asked = make_image_prompts(deployment, rows, longest_prompt(deployment, STEPS), own)
+    if image_prompts is None:
         report.skipped.append("prompts with images: one alone takes up more positions than the model has")
     elif asked is None:
         report.skipped.append(f"generation with images: one and {STEPS} tokens after it are more than the model takes")
     text = [token for token in rows[0] if token != base.vision.image_token_id]
-    return looks, None if asked is None else asked.with_text(text or [base.pad_token_id])
+    return image_prompts, None if asked is None else asked.with_text(text or [base.pad_token_id])
 
 
 def _generation_texts(prompts: list[str] | None, deployment: Deployment) -> list[str] | None:
@@ -268,12 +280,12 @@ def _check_outputs(
     folders: Mapping[str, Path],
     prompts: list[str] | None,
     rows: list[list[int]],
-    seeing: tuple[Looks | None, Looks | None],
+    prompts_with_images: tuple[ImagePrompts | None, ImagePrompts | None],
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``seeing`` is what ``_looks`` gave."""
-    looks, asked = seeing
+    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``prompts_with_images`` is what ``_image_prompts`` gave."""
+    image_prompts, asked = prompts_with_images
     texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}
     seen: dict[str | None, Comparison] = {}
@@ -289,9 +301,11 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
-            if looks is not None:
-                progress(f"{label}: outputs on {len(looks.rows)} prompts with images")
-                seen[task] = compare_outputs(f"{label}/images", deployment, reference, task, looks.rows, looks)
+            if image_prompts is not None:
+                progress(f"{label}: outputs on {len(image_prompts.rows)} prompts with images")
+                seen[task] = compare_outputs(
+                    f"{label}/images", deployment, reference, task, image_prompts.rows, image_prompts
+                )
                 report.checks += seen[task].checks
             for batch in batches:
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")

@@ -20,12 +20,12 @@ from adalink.training.models.loading import max_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adalink.runtime.text.prompt_format import PromptForm
+    from adalink.runtime.storage.vision_schema import PromptForm
 
 IGNORED_LABEL = -100
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TrainingRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of a JSONL file; ``images`` are paths from the file's own folder."""
 
     prompt: str
@@ -58,7 +58,7 @@ class ImageTokens:
     written: Callable[[Path], list[int]]
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[TrainingRow]:
     """Read rows ``{"prompt": str, "completion": str}``, with ``"images": [path, ...]`` too; empty lines are skipped.
 
     Raises:
@@ -76,7 +76,7 @@ def read_rows(path: str | Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = msgspec.json.decode(line.encode(), type=Row)
+            row = msgspec.json.decode(line.encode(), type=TrainingRow)
         except msgspec.DecodeError as error:
             raise DataError(f'{path}:{number}: {error}; expected {{"prompt": "...", "completion": "..."}}') from error
         if not row.prompt or not row.completion:
@@ -88,7 +88,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     origin: str | Path,
@@ -161,7 +161,7 @@ def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_to
 
 
 def _pictures(
-    row: Row, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
+    row: TrainingRow, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
 ) -> tuple[Path, ...]:
     """Paths of a row's images; ``prompt`` has one placeholder for each."""
     if images is None:

@@ -24,7 +24,7 @@ from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.manifest_validation import check_manifest
-from adalink.runtime.vision.patches import PatchTower
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.training.models.loading import base_fingerprint
 
 MODELS = {"qwen2": qwen2_vl, "qwen2.5": qwen2_5_vl}

@@ -70,9 +70,9 @@ def check_batch(
     world: World, opened: Deployment, names: list[str | None], own: list[int | None], ids: Any
 ) -> list[str]:
     """Run one batch as a prompt and as generated tokens; what is wrong with it."""
-    plain, wrong = opened.embed(ids), []
+    plain, wrong = opened.input_embeddings(ids), []
     selection = opened._tasks.resolve(names, len(names))
-    whole, stacked = selection.apply(plain), selection.decoding().apply(plain)
+    whole, stacked = selection.apply(plain), selection.for_decoding().apply(plain)
     for row, index in enumerate(own):
         if not world.is_adapted(whole[row], plain[row], index):
             wrong.append(f"row {row}, adapter {index}")
@@ -132,7 +132,7 @@ def work(world: World, opened: Deployment, seed: int, failures: list[str]) -> No
 
 def check_gone(opened: Deployment, name: str) -> list[str]:
     try:
-        opened.embed([[1]], tasks=name)
+        opened.input_embeddings([[1]], tasks=name)
     except UnknownTaskError:
         return []
     return [f"{name} still runs"]
@@ -143,10 +143,10 @@ def check_shared(world: World, opened: Deployment, ids: np.ndarray) -> list[str]
     names = [None, "shared", "shared"]
     ids = np.resize(ids, (3, 3))
     try:
-        adapted = opened.embed(ids, tasks=names)
+        adapted = opened.input_embeddings(ids, tasks=names)
     except UnknownTaskError:
         return []
-    plain = opened.embed(ids)
+    plain = opened.input_embeddings(ids)
     fits = [all(world.is_adapted(adapted[row], plain[row], index) for row in (1, 2)) for index in (0, 1)]
     return [] if sum(fits) == 1 else [f"shared is {fits}"]
 

@@ -19,7 +19,7 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.vision import tower as vision
 from adalink.runtime.vision.placeholders import merge
-from adalink.tools.parity.check_vision import OwnImages, make_looks
+from adalink.tools.parity.check_vision import ReferenceProcessor, make_image_prompts
 from adalink.tools.parity.suite import verify
 
 
@@ -108,9 +108,9 @@ def test_a_model_without_an_image_processor_is_refused(deployment, tmp_path):
 
 def test_images_fit_the_context_or_are_left_out(deployment):
     with Deployment.open(deployment[1]) as opened:
-        own = OwnImages(clip_processor(), opened.manifest.base.vision)
-        assert make_looks(opened, [[5, 6, 7]], 10, own) is None
-        one = make_looks(opened, [[5, IMAGE_TOKEN, 6, 7]], 11, own)
+        own = ReferenceProcessor(clip_processor(), opened.manifest.base.vision)
+        assert make_image_prompts(opened, [[5, 6, 7]], 10, own) is None
+        one = make_image_prompts(opened, [[5, IMAGE_TOKEN, 6, 7]], 11, own)
         assert one.rows == [[5, *[IMAGE_TOKEN] * IMAGE_TOKENS, 6]]
-        two = make_looks(opened, [[5, 6, 7]], 64, own)
+        two = make_image_prompts(opened, [[5, 6, 7]], 64, own)
         assert [row.count(IMAGE_TOKEN) for row in two.rows] == [IMAGE_TOKENS, 2 * IMAGE_TOKENS]

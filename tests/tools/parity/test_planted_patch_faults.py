@@ -19,10 +19,11 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.ort import static_cache as onnxruntime_in_place
 from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.vision.mrope import grid_positions
-from adalink.runtime.vision.patches import Patching, PatchTower
+from adalink.runtime.vision.patches import Patching
 from adalink.tools.parity.check_outputs import compare_outputs
-from adalink.tools.parity.check_vision import check_vision, make_looks, own_images
+from adalink.tools.parity.check_vision import check_vision, make_image_prompts, reference_processor
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.suite import verify
 
@@ -45,13 +46,13 @@ def deployment(clean, tmp_path):
 
 
 def failures(model, folder):
-    """Of the checks of images, for the plain base."""
+    """Of the checks of images, for the base model."""
     vision = read_manifest(folder).base.vision
     with Deployment.open(folder, threads=1) as opened:
-        reference, own = Reference(model, opened.manifest.base), own_images(str(model), vision)
+        reference, own = Reference(model, opened.manifest.base), reference_processor(str(model), vision)
         checks = check_vision(opened, reference, own)
-        looks = make_looks(opened, WORDS, 256, own)
-        checks += compare_outputs("base/images", opened, reference, None, looks.rows, looks).checks
+        image_prompts = make_image_prompts(opened, WORDS, 256, own)
+        checks += compare_outputs("base/images", opened, reference, None, image_prompts.rows, image_prompts).checks
     return {check.name for check in checks if not check.passed}
 
 
@@ -109,7 +110,9 @@ def test_another_number_of_places_for_a_picture_is_found(deployment, monkeypatch
     monkeypatch.setattr(Vision, "written", lambda self, grid: [*written(self, grid), self.image_token_id])
     vision = read_manifest(deployment[1]).base.vision
     with Deployment.open(deployment[1], threads=1) as opened:
-        checks = check_vision(opened, Reference(deployment[0], opened.manifest.base), own_images(deployment[0], vision))
+        checks = check_vision(
+            opened, Reference(deployment[0], opened.manifest.base), reference_processor(deployment[0], vision)
+        )
     assert {check.name for check in checks if not check.passed} == {"vision/patch-tokens"}
 
 

@@ -17,7 +17,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import encode_manifest, read_manifest
 from adalink.runtime.vision.tiles import Tiling
-from adalink.tools.parity.check_vision import check_vision, own_images
+from adalink.tools.parity.check_vision import check_vision, reference_processor
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.suite import verify
 
@@ -41,7 +41,7 @@ def failures(model, folder):
     """Of the checks before the engine."""
     vision = read_manifest(folder).base.vision
     with Deployment.open(folder) as opened:
-        checks = check_vision(opened, Reference(model, opened.manifest.base), own_images(str(model), vision))
+        checks = check_vision(opened, Reference(model, opened.manifest.base), reference_processor(str(model), vision))
     return {check.name for check in checks if not check.passed}
 
 

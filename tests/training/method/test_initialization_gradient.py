@@ -19,8 +19,8 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions, measure_gradients
 from adalink.training.models.loading import input_embedding
+from adalink.training.run import train
 from adalink.training.settings import SearchSettings, TrainSettings
-from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters, collator
 
 RANK = 5
@@ -221,7 +221,7 @@ def test_a_resumed_training_measures_nothing_anew(files, tmp_path, monkeypatch):
     whole = train(*files, tmp_path / "whole", config, SHORT, show_bar=False)
     with pytest.raises(KeyboardInterrupt):
         train(*files, tmp_path / "cut", config, SHORT, show_bar=False, callbacks=[Interrupt()])
-    monkeypatch.setattr("adalink.training.train.find_directions", None)
+    monkeypatch.setattr("adalink.training.run.find_directions", None)
     again = train(*files, tmp_path / "cut", config, SHORT, show_bar=False, resume=True)
     assert again["adapter_digest"] == whole["adapter_digest"]
 

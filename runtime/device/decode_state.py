@@ -6,106 +6,115 @@ from collections.abc import Callable
 
 import numpy as np
 
-from adalink.runtime.device.bank import Choice, DeviceBank
-from adalink.runtime.device.forward import EngineSpace, Pass, last_places
-from adalink.runtime.device.inputs import Inputs
-from adalink.runtime.device.profile import Profile, pieces, rounded_total
+from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.device.adapter_weights import AdapterWeightPools, SlotReservation
+from adalink.runtime.device.forward import EngineWorkspace, ForwardBatch, last_columns
 from adalink.runtime.device.protocols import as_numbers
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_of
+from adalink.runtime.profile import Profile, pieces, rounded_total
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.tasks.adapter_mapping import Selection
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
-class DeviceDecoding:
-    """See ``adalink.runtime.engine.Decoding``; it holds a workspace until it is closed."""
+class DeviceDecodeState:
+    """See ``adalink.runtime.engine.DecodeState``; it holds a workspace until it is closed."""
 
     def __init__(
-        self, space: EngineSpace, bank: DeviceBank, base: Base, profile: Profile, end: Callable[[], None]
+        self,
+        workspace: EngineWorkspace,
+        bank: AdapterWeightPools,
+        base: Base,
+        profile: Profile,
+        end: Callable[[], None],
     ) -> None:
         """``end`` is called once, when it is closed."""
-        self._space = space
+        self._workspace = workspace
         self._bank = bank
         self._base = base
         self._dtype = base.embedding_dtype
         self._profile = profile
         self._end = end
-        self._tasks: Selection | None = None
-        self._choice = Choice(bank, [])
+        self._tasks: AdapterMapping | None = None
+        self._reservation = SlotReservation(bank, [])
         self._is_closed = False
 
-    def read(self, inputs: Inputs, mask: Array) -> None:
+    def read(self, inputs: BatchInputs, mask: Array) -> None:
         """Run the prompts, in pieces; ``mask`` is 1 for tokens, shape ``(batch, seq)``."""
         batch, longest = mask.shape
-        assert self._space.cache is not None
-        self._space.cache.length = 0
+        assert self._workspace.cache is not None
+        self._workspace.cache.length = 0
         self._alive = batch
         self._mask = np.zeros((batch, self._profile.capacity), np.int64)
         self._mask[:, :longest] = mask
         self._positions = mask.sum(axis=1, keepdims=True)
         self._logits = np.zeros((batch, self._base.vocab_size), self._numbers)
-        positions, last = positions_of(mask), last_places(mask)
-        choice = self._choose(inputs.tasks, batch)
+        positions, last = positions_of(mask), last_columns(mask)
+        reservation = self._reserve(inputs.tasks, batch)
         most = piece_length(self._profile, batch)
-        if self._base.bidirectional_prompt and self._space.gathers_logits:
-            most = self._profile.seq.largest  # logits are asked for where rows end, and take up no room elsewhere
+        if self._base.bidirectional_prompt and self._workspace.gathers_logits:
+            most = self._profile.seq.max  # logits are asked for where rows end, and take up no room elsewhere
         for start, stop in prompt_pieces(longest, most, self._base):
             rows = np.flatnonzero((start <= last) & (last < stop))
             # Where no row ends, the logits of one place are asked for and not looked at.
-            places = rows * (stop - start) + last[rows] - start if len(rows) else np.zeros(1, np.int64)
+            logits_indices = rows * (stop - start) + last[rows] - start if len(rows) else np.zeros(1, np.int64)
             piece = inputs.columns(start, stop)
-            output = self._space.prompt(Pass(piece, choice, mask[:, :stop], positions[:, start:stop], places))
+            output = self._workspace.prompt(
+                ForwardBatch(piece, reservation, mask[:, :stop], positions[:, start:stop], logits_indices)
+            )
             if len(rows):
                 self._logits[rows] = as_numbers(output, self._dtype)
 
     @property
     def logits(self) -> Array:
-        """See ``adalink.runtime.engine.Decoding``."""
+        """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits[: self._alive]
 
-    def step(self, inputs_embeds: Inputs) -> None:
-        """See ``adalink.runtime.engine.Decoding``."""
-        alive, cache = self._alive, self._space.cache
+    def step(self, inputs_embeds: BatchInputs) -> None:
+        """See ``adalink.runtime.engine.DecodeState``."""
+        alive, cache = self._alive, self._workspace.cache
         assert cache is not None
         total = cache.length + 1
         self._mask[:alive, total - 1] = 1
-        if self._space.records:
+        if self._workspace.records:
             total = rounded_total(total, self._profile.capacity)
-        choice = self._choose(inputs_embeds.tasks, alive)
-        wanted = Pass(inputs_embeds, choice, self._mask[:alive, :total], self._positions[:alive], np.arange(alive))
-        output = self._space.decode(wanted)
+        reservation = self._reserve(inputs_embeds.tasks, alive)
+        forward_batch = ForwardBatch(
+            inputs_embeds, reservation, self._mask[:alive, :total], self._positions[:alive], np.arange(alive)
+        )
+        output = self._workspace.decode(forward_batch)
         self._logits = as_numbers(output, self._dtype) if self._dtype == "bfloat16" else output
         self._positions += 1
 
     def drop(self, row: int) -> None:
-        """See ``adalink.runtime.engine.Decoding``; copies the last row's part of the cache on the device."""
+        """See ``adalink.runtime.engine.DecodeState``; copies the last row's part of the cache on the device."""
         self._alive -= 1
         last = self._alive
         if row != last:
-            assert self._space.cache is not None
-            self._space.cache.move(self._space.queue, last, row)
+            assert self._workspace.cache is not None
+            self._workspace.cache.move(self._workspace.queue, last, row)
             self._mask[row], self._positions[row] = self._mask[last], self._positions[last]
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Decoding``; the workspace is another batch's from then on."""
+        """See ``adalink.runtime.engine.DecodeState``; the workspace is another batch's from then on."""
         if not self._is_closed:
             self._is_closed = True
-            self._choice.release()
+            self._reservation.release()
             self._end()
 
     @property
     def _numbers(self) -> type[np.floating]:
         return np.float16 if self._dtype == "float16" else np.float32
 
-    def _choose(self, tasks: Selection, batch: int) -> Choice:
+    def _reserve(self, tasks: AdapterMapping, batch: int) -> SlotReservation:
         """Places of the rows' tasks; chosen anew only when the batch or its tasks have changed."""
         if tasks is not self._tasks:
-            before = self._choice
-            self._choice = self._bank.choose(tasks, batch)
+            before = self._reservation
+            self._reservation = self._bank.reserve(tasks, batch)
             before.release()
             self._tasks = tasks
-        return self._choice
+        return self._reservation
 
 
 def prompt_pieces(length: int, most: int, base: Base) -> list[tuple[int, int]]:
@@ -122,4 +131,4 @@ def prompt_pieces(length: int, most: int, base: Base) -> list[tuple[int, int]]:
 
 def piece_length(profile: Profile, batch: int) -> int:
     """Positions of a prompt that one pass takes: as many as the engine does and as there is room for logits."""
-    return max(1, min(profile.seq.largest, profile.places // batch))
+    return max(1, min(profile.seq.max, profile.logits_capacity // batch))

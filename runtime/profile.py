@@ -15,15 +15,15 @@ _LARGEST = 1 << 20
 _SMALLEST_STEP = 64
 
 
-class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Smallest, likeliest and largest size of one dimension."""
+class ShapeRange(msgspec.Struct, frozen=True, array_like=True):
+    """Smallest, likeliest and largest size of one dimension, as in a TensorRT optimization profile."""
 
-    smallest: int
-    likeliest: int
-    largest: int
+    min: int
+    opt: int
+    max: int
 
     def __str__(self) -> str:
-        return f"{self.smallest}:{self.likeliest}:{self.largest}"
+        return f"{self.min}:{self.opt}:{self.max}"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,10 +36,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         images: images, or tiles of them, that the vision tower takes at a time; ``None`` where it is not compiled.
     """
 
-    batch: Span
-    seq: Span
-    past: Span | None
-    images: Span | None = None
+    batch: ShapeRange
+    seq: ShapeRange
+    past: ShapeRange | None
+    images: ShapeRange | None = None
 
     def __str__(self) -> str:
         spans = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
@@ -48,18 +48,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def capacity(self) -> int:
         """Most positions that a row can have, in the cache and in a pass together."""
-        return self.seq.largest if self.past is None else self.past.largest + 1
+        return self.seq.max if self.past is None else self.past.max + 1
 
     @property
-    def places(self) -> int:
+    def logits_capacity(self) -> int:
         """Most positions whose logits one pass gives: the last of each row, or all of one row."""
-        return max(self.batch.largest, self.seq.largest)
+        return max(self.batch.max, self.seq.max)
 
     def check_batch(self, batch: int) -> None:
         """Check a number of rows; raises ``RequestError``."""
-        if not self.batch.smallest <= batch <= self.batch.largest:
+        if not self.batch.min <= batch <= self.batch.max:
             raise RequestError(
-                f"inputs_embeds: {batch} rows, this engine takes {self.batch.smallest} to {self.batch.largest}: send "
+                f"inputs_embeds: {batch} rows, this engine takes {self.batch.min} to {self.batch.max}: send "
                 f"fewer, or build it again with --profile batch={_widened(self.batch, batch)}"
             )
 
@@ -73,15 +73,15 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 f"attention_mask: {length} positions, this engine takes 1 to {self.capacity}: shorten the prompt or "
                 f"ask for fewer new tokens, or build it again with --profile {option}={wanted}"
             )
-        if self.past is None and length < self.seq.smallest:
+        if self.past is None and length < self.seq.min:
             raise RequestError(
-                f"inputs_embeds: {length} positions, this engine takes {self.seq.smallest} to {self.seq.largest}: pad "
+                f"inputs_embeds: {length} positions, this engine takes {self.seq.min} to {self.seq.max}: pad "
                 f"the rows, or build it again with --profile seq={_widened(self.seq, length)}"
             )
 
 
-def _widened(span: Span, size: int) -> Span:
-    return Span(min(span.smallest, size), min(max(span.likeliest, span.smallest), size), max(span.largest, size))
+def _widened(span: ShapeRange, size: int) -> ShapeRange:
+    return ShapeRange(min(span.min, size), min(max(span.opt, span.min), size), max(span.max, size))
 
 
 def default_profile(base: Base) -> Profile:
@@ -91,14 +91,14 @@ def default_profile(base: Base) -> Profile:
     """
     limit = base.max_positions or _LARGEST
     if base.cache is None:
-        return Profile(batch=Span(1, 8, 32), seq=Span(1, min(128, limit), min(512, limit)), past=None)
-    seq = Span(1, min(128, limit), min(512, limit))
-    past = Span(0, min(512, limit - 1), min(4095, limit - 1))
+        return Profile(batch=ShapeRange(1, 8, 32), seq=ShapeRange(1, min(128, limit), min(512, limit)), past=None)
+    seq = ShapeRange(1, min(128, limit), min(512, limit))
+    past = ShapeRange(0, min(512, limit - 1), min(4095, limit - 1))
     images = None
     if base.vision is not None:
         most = base.vision.images_at_once
-        images = Span(1, 1 if base.vision.tiles is None else most, most)
-    return Profile(batch=Span(1, 1, 8), seq=seq, past=past, images=images)
+        images = ShapeRange(1, 1 if base.vision.tiles is None else most, most)
+    return Profile(batch=ShapeRange(1, 1, 8), seq=seq, past=past, images=images)
 
 
 def parse_profile(text: str, base: Base) -> Profile:
@@ -110,7 +110,7 @@ def parse_profile(text: str, base: Base) -> Profile:
         ConfigError: it is not written so, or holds sizes that the base cannot have.
     """
     profile = default_profile(base)
-    found: dict[str, Span] = {}
+    found: dict[str, ShapeRange] = {}
     for part in text.split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None or match[1] in found:
@@ -118,7 +118,7 @@ def parse_profile(text: str, base: Base) -> Profile:
                 f"profile {text!r}: {part!r} is not one of batch=, seq=, past= or images=, each once, with "
                 "SMALLEST:LIKELIEST:LARGEST, as in batch=1:4:8,seq=1:128:512,past=0:512:4095"
             )
-        found[match[1]] = Span(*(int(number) for number in match.groups()[1:]))
+        found[match[1]] = ShapeRange(*(int(number) for number in match.groups()[1:]))
     if "past" in found and base.cache is None:
         raise ConfigError(f"profile {text!r}: {base.name} is an encoder and has no cache: leave past= out")
     profile = msgspec.structs.replace(profile, **found)
@@ -136,24 +136,24 @@ def check_profile(profile: Profile, base: Base) -> None:
         "images": (profile.images, 1, 4096),
     }
     for name, (span, least, most) in bounds.items():
-        if span is not None and not least <= span.smallest <= span.likeliest <= span.largest <= most:
+        if span is not None and not least <= span.min <= span.opt <= span.max <= most:
             raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
     if profile.images is not None and base.vision is None:
         raise ConfigError(f"profile: images={profile.images}, but {base.name} takes no images: leave images= out")
-    if profile.images is not None and profile.images.smallest > 1:
+    if profile.images is not None and profile.images.min > 1:
         raise ConfigError(f"profile: images={profile.images}, but an image may come alone: begin it at 1")
     if profile.past is None:
         return
     for name, span, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
-        if span.smallest > most:
+        if span.min > most:
             raise ConfigError(
-                f"profile: {name}={span} begins at {span.smallest}, but a decoder drops rows that have ended and takes "
+                f"profile: {name}={span} begins at {span.min}, but a decoder drops rows that have ended and takes "
                 f"prompts in pieces: begin it at {most}"
             )
-    if profile.past.largest + 1 < profile.seq.largest:
+    if profile.past.max + 1 < profile.seq.max:
         raise ConfigError(
             f"profile: seq={profile.seq} takes more positions at a time than past={profile.past} leaves in the cache: "
-            f"let past end at {profile.seq.largest - 1} or more"
+            f"let past end at {profile.seq.max - 1} or more"
         )
 
 

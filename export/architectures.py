@@ -80,7 +80,7 @@ def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = Fals
     if name not in ARCHITECTURES:
         raise ModelError(
             f"model type {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}. "
-            "A new one needs an entry in adalink.export.base.architectures and its parity test"
+            "A new one needs an entry in adalink.export.architectures and its parity test"
         )
     found = ARCHITECTURES[name]
     if reason := _unexpressible(config, found, bidirectional_prompt):

@@ -28,7 +28,7 @@ from adalink.training.checkpoints import (
     restore,
     step_of,
 )
-from adalink.training.data.images import Pictures, digest_images
+from adalink.training.data.images import TrainingImages, digest_images
 from adalink.training.data.rows import check_positions, encode_rows, read_rows
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.evaluation import exact_match
@@ -100,7 +100,7 @@ def train(
     rows, eval_rows = read_rows(data), read_rows(eval_data)
     record: dict[str, Any] = {
         "base": display_name(base),
-        "method": asdict(config),
+        "method": config.as_record(),
         "settings": asdict(settings),
         "data": {
             "train": {"file": Path(data).name, "sha256": digest_file(Path(data)), "rows": len(rows)},
@@ -113,7 +113,7 @@ def train(
     say(f"loading {display_name(base)}")
     model, tokenizer = load_base(base), load_tokenizer(base)
     has_images = any(row.images for row in (*rows, *eval_rows))
-    pictures = Pictures(base, model, tokenizer) if has_images else None
+    pictures = TrainingImages(base, model, tokenizer) if has_images else None
     how = (None if pictures is None else pictures.tokens, prompt_form(model, tokenizer))
     examples = encode_rows(rows, tokenizer, settings.max_length, data, *how)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *how)
@@ -173,7 +173,7 @@ def train(
     report = {
         "kit_version": version("adalink-kit"),
         **record,
-        "method": asdict(config),
+        "method": config.as_record(),
         "settings": asdict(settings),
         "adapter_digest": adapter.digest,
         "loss_curve": [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],

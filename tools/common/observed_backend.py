@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, CheckingDecoding, Decoding, Engine, Fed, VisionGraph
-from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import (
+    Backend,
+    DecodeState,
+    Engine,
+    EngineInput,
+    PatchVisionGraph,
+    SharedAdapterGraph,
+    SpeculativeDecodeState,
+    VisionGraph,
+)
 from adalink.runtime.storage.manifest import Base
 
 Begin = Callable[[], object]
@@ -48,13 +57,17 @@ class ObservedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(kind, graph, base)
+        return self._inner.open_bank(activation_key, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
+
+    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_patch_vision(graph, base)
 
 
 class _ObservedEngine:
@@ -64,22 +77,23 @@ class _ObservedEngine:
         self._end = end
         self._retracted = retracted
         self._dropped = dropped
-        self.front = inner.front
+        self.embedder = inner.embedder
         self.profile = inner.profile
+        self.padding_side = inner.padding_side
         self.run = inner.run
         self.close = inner.close
 
-    def start(self, feeds: Mapping[str, Fed], room: int) -> Decoding:
+    def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
         self._begin()
-        decoding = self._inner.start(feeds, room)
+        decoding = self._inner.start(feeds, max_new_tokens)
         self._end(decoding.logits)
-        if isinstance(decoding, CheckingDecoding):
-            return _ObservedCheckingDecoding(decoding, self._begin, self._end, self._dropped, self._retracted)
-        return _ObservedDecoding(decoding, self._begin, self._end, self._dropped)
+        if isinstance(decoding, SpeculativeDecodeState):
+            return _ObservedSpeculativeDecodeState(decoding, self._begin, self._end, self._dropped, self._retracted)
+        return _ObservedDecodeState(decoding, self._begin, self._end, self._dropped)
 
 
-class _ObservedDecoding:
-    def __init__(self, inner: Decoding, begin: Begin, end: End, dropped: Dropped) -> None:
+class _ObservedDecodeState:
+    def __init__(self, inner: DecodeState, begin: Begin, end: End, dropped: Dropped) -> None:
         self._inner = inner
         self._begin = begin
         self._end = end
@@ -90,7 +104,7 @@ class _ObservedDecoding:
     def logits(self) -> Array:
         return self._inner.logits
 
-    def step(self, inputs_embeds: Fed) -> None:
+    def step(self, inputs_embeds: EngineInput) -> None:
         self._begin()
         self._inner.step(inputs_embeds)
         self._end(self._inner.logits)
@@ -100,19 +114,21 @@ class _ObservedDecoding:
         self._dropped(row)
 
 
-class _ObservedCheckingDecoding(_ObservedDecoding):
-    def __init__(self, inner: CheckingDecoding, begin: Begin, end: End, dropped: Dropped, retracted: Retracted) -> None:
+class _ObservedSpeculativeDecodeState(_ObservedDecodeState):
+    def __init__(
+        self, inner: SpeculativeDecodeState, begin: Begin, end: End, dropped: Dropped, retracted: Retracted
+    ) -> None:
         super().__init__(inner, begin, end, dropped)
-        self._checking = inner
+        self._inner_state = inner
         self._retracted = retracted
 
-    def extend(self, inputs_embeds: Fed) -> Array:
+    def verify(self, inputs_embeds: EngineInput) -> Array:
         self._begin()
-        logits = self._checking.extend(inputs_embeds)
+        logits = self._inner_state.verify(inputs_embeds)
         for row in range(len(logits)):
             self._end(logits[row : row + 1])
         return logits
 
-    def retract(self, count: int) -> None:
-        self._checking.retract(count)
+    def rollback(self, count: int) -> None:
+        self._inner_state.rollback(count)
         self._retracted(count)

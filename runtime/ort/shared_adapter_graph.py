@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.ort.errors import ORT_TYPES, onnxruntime_errors, refusal, wrong_name
 from adalink.runtime.storage.manifest import Base
@@ -19,7 +19,7 @@ _BIASES = {"down_bias", "up_bias"}
 _OUTPUTS = ["adapted_embeds"]
 
 
-class OnnxBankGraph:
+class OnnxSharedAdapterGraph:
     """One session for all tasks of a kind; a task is swapped by feeding it other weights."""
 
     def __init__(self, session: ort.InferenceSession, runtime: ModuleType, base: Base) -> None:

@@ -10,17 +10,17 @@ from typing import Generic, Protocol, TypeVar
 from adalink.runtime.errors import RequestError
 
 
-class Space(Protocol):
+class Workspace(Protocol):
     """What a pool lends."""
 
     def close(self) -> None:
         """Give everything back."""
 
 
-S = TypeVar("S", bound=Space)
+S = TypeVar("S", bound=Workspace)
 
 
-class Pool(Generic[S]):
+class WorkspacePool(Generic[S]):
     """Workspaces that nobody uses now; there are as many as calls have ever run at a time. Safe for several threads."""
 
     def __init__(self, make: Callable[[], S]) -> None:
@@ -44,24 +44,24 @@ class Pool(Generic[S]):
             self._end_one()
             raise
 
-    def give(self, space: S) -> None:
+    def give(self, workspace: S) -> None:
         """Give one back."""
         with self._lock:
             is_open = self._at_end is None
             if is_open:
-                self._free.append(space)
+                self._free.append(workspace)
         if not is_open:
-            space.close()
+            workspace.close()
         self._end_one()
 
     @contextmanager
     def lend(self) -> Iterator[S]:
         """One for the caller alone, while the block runs."""
-        space = self.take()
+        workspace = self.take()
         try:
-            yield space
+            yield workspace
         finally:
-            self.give(space)
+            self.give(workspace)
 
     def close(self, at_end: Callable[[], None] = lambda: None) -> None:
         """Close all that are free now, and each other one when it is given back; then call ``at_end``, once."""
@@ -71,8 +71,8 @@ class Pool(Generic[S]):
             self._at_end = at_end
             free, self._free = self._free, []
             is_last = self._lent == 0
-        for space in free:
-            space.close()
+        for workspace in free:
+            workspace.close()
         if is_last:
             at_end()
 
