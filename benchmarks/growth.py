@@ -46,8 +46,8 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
         text = str(make_prompt(deployment.tokenizer, length)["text"])
         tasks = names[:rows]
         # What only the first request takes is not counted as growth; the task of that request is not one of ``names``.
-        own = path / deployment.manifest.tasks[names[0]].config
-        _generate(deployment, ["a"], [deployment.add_task(own.parent, "first")], 2)
+        first_config = path / deployment.manifest.tasks[names[0]].config
+        _generate(deployment, ["a"], [deployment.add_task(first_config.parent, "first")], 2)
         deployment.remove_task("first")
         before = resident_bytes()
         for name in names:
@@ -77,8 +77,8 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
 
 
 def _generate(deployment: Deployment, prompts: list[str], tasks: list[str], tokens: int) -> None:
-    own = tasks * (len(prompts) // len(tasks))
-    deployment.generate(prompts, tasks=own, max_new_tokens=tokens, draft_tokens=0)
+    row_tasks = tasks * (len(prompts) // len(tasks))
+    deployment.generate(prompts, tasks=row_tasks, max_new_tokens=tokens, draft_tokens=0)
 
 
 def _swaps(deployment: Deployment, names: list[str], rows: int, length: int) -> float:
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     gc.disable()
-    found = measure(arguments.deployment, arguments.series, arguments.x, arguments.threads, arguments.repeats)
-    print(json.dumps(found), flush=True)
+    point = measure(arguments.deployment, arguments.series, arguments.x, arguments.threads, arguments.repeats)
+    print(json.dumps(point), flush=True)
 
 
 if __name__ == "__main__":
