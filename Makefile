@@ -68,7 +68,7 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 		$(if $(QUICK),--quick --out build/bench/quick-report,--readme README.md)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
-	$(RUN)/python -m studies run studies/reduced.toml --out build/study --jobs 2 --minutes 88
+	$(RUN)/python -m studies run studies/files/reduced.toml --out build/study --jobs 2 --minutes 88
 
 vision: $(VENV)/models ## a small base that sees, of two pretrained parts, and what its six adapters reach (TRAIN=1: train them and the projector anew, 40 minutes)
 	$(RUN)/python examples/vision/digits.py --out build/vision/data
