@@ -8,7 +8,9 @@ PAGE = REPOSITORY / "docs/reference/cli.md"
 
 
 def test_cli_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == render(), "run: python -m adalink.tools.common.help_page docs/reference/cli.md"
+    assert PAGE.read_text(encoding="utf-8") == render(), (
+        "run: python -m adalink.tools.common.help_page docs/reference/cli.md"
+    )
 
 
 def test_cli_page_holds_every_verb():
