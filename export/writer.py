@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.errors import BusyError, DeploymentError, UnknownTaskError, WriteError
+from adalink.runtime.storage.atomic import sync, write_through
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
 from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest
@@ -90,8 +91,7 @@ class DeploymentWriter:
         data = encode_manifest(manifest)
         manifest = decode_manifest(data)
         pending = self._staging / MANIFEST_FILE
-        pending.write_bytes(data)
-        _sync(pending)
+        write_through(pending, data)
         # Some libraries write files that only their owner may read; what ships has the mode of any new file.
         mode = stat.S_IMODE(pending.stat().st_mode)
         for path in staged.values():
@@ -105,7 +105,7 @@ class DeploymentWriter:
         folders = {self.folder / parent for relative in staged for parent in _folders_of(relative)}
         _sync_all(sorted({self.folder, *folders}))
         pending.replace(self.folder / MANIFEST_FILE)
-        _sync(self.folder)
+        sync(self.folder)
         return manifest
 
 
@@ -208,23 +208,14 @@ def _remove_unused(folder: Path, manifest: Manifest | None) -> None:
                 path.rmdir()
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_all(paths: Collection[Path]) -> None:
     """Flush many files or folders; a disk flushes many at once in little more time than one."""
     if len(paths) <= _FEW:
         for path in paths:
-            _sync(path)
+            sync(path)
         return
     with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
-        for _ in pool.map(_sync, paths):  # raises what one of them raised
+        for _ in pool.map(sync, paths):  # raises what one of them raised
             pass
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified
+from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
 from adalink.runtime.storage.vision_base import vision_base
@@ -39,8 +40,7 @@ class OpenVision:
         """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
         self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
-        self._size_bytes = 0
-        self._kept: OrderedDict[str, Array] = OrderedDict()
+        self._kept: LruTable[str, Array] = LruTable(attrgetter("nbytes"), cache_bytes)
         self._opened: tuple[Preprocessor, _Tower] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
@@ -75,7 +75,8 @@ class OpenVision:
         with self._lock:
             _, tower = self._open()
             given = {image.digest: image for own in images for image in own}
-            found = {digest: self._kept[digest] for digest in given if digest in self._kept}
+            kept = self._kept.entries
+            found = {digest: kept[digest] for digest in given if digest in kept}
             missing = [image for digest, image in given.items() if digest not in found]
             if missing:
                 begun = time.perf_counter()
@@ -109,7 +110,6 @@ class OpenVision:
                 self._opened[1].close()
             self._opened = None
             self._kept.clear()
-            self._size_bytes = 0
 
     def _open(self) -> tuple[Preprocessor, _Tower]:
         if self._is_closed:
@@ -133,16 +133,9 @@ class OpenVision:
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
-        """Keep embeddings within the budget; the least recently used go first."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return
-        if embeds.nbytes > self._cache_bytes:
-            return
-        self._kept[digest] = embeds
-        self._size_bytes += embeds.nbytes
-        while self._size_bytes > self._cache_bytes:
-            self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
+        """Keep embeddings as the most recently used, unless they alone exceed the budget."""
+        if embeds.nbytes <= self._cache_bytes:
+            self._kept.put(digest, embeds)
 
 
 class _Tower(Protocol):
