@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from adalink.runtime.arrays import Array
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.vision_schema import Grid
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import Grid, PatchTower
 
 if TYPE_CHECKING:
     from adalink.runtime.tasks.adapter_mapping import AdapterMapping
@@ -28,6 +29,7 @@ class DecodeState(Protocol):
     @property
     def logits(self) -> Array:
         """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
+        ...
 
     def step(self, inputs_embeds: EngineInput) -> None:
         """Take one more token of each row.
@@ -38,12 +40,15 @@ class DecodeState(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def drop(self, row: int) -> None:
         """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
+        ...
 
     def close(self) -> None:
         """Let others have what it holds; nothing else is called after it."""
+        ...
 
 
 class Engine(Protocol):
@@ -52,14 +57,17 @@ class Engine(Protocol):
     @property
     def embedder(self) -> InputEmbedder:
         """What gives it its embeddings."""
+        ...
 
     @property
     def profile(self) -> Profile | None:
         """Shapes that it takes; ``None`` if it takes any."""
+        ...
 
     @property
     def padding_side(self) -> str:
         """Where it wants prompts to be padded, ``"left"`` or ``"right"``; padding elsewhere is moved there."""
+        ...
 
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """Run whole sequences.
@@ -77,6 +85,7 @@ class Engine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
         """Run prompts, to go on after them; only for graphs with a KV cache.
@@ -88,9 +97,11 @@ class Engine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back."""
+        ...
 
 
 class ResumableDecodeState(DecodeState, Protocol):
@@ -98,6 +109,7 @@ class ResumableDecodeState(DecodeState, Protocol):
 
     def states(self, row: int, length: int) -> Array:
         """A copy of what a row's first tokens left in the cache, as ``ResumableEngine.resume`` takes it."""
+        ...
 
 
 @runtime_checkable
@@ -116,9 +128,11 @@ class SpeculativeDecodeState(DecodeState, Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def rollback(self, count: int) -> None:
         """Forget that many of the row's last tokens: the draft tokens that were rejected."""
+        ...
 
 
 @runtime_checkable
@@ -139,6 +153,7 @@ class ResumableEngine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
 
 class InputEmbedder(Protocol):
@@ -146,15 +161,19 @@ class InputEmbedder(Protocol):
 
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
+        ...
 
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
+        ...
 
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """What generated tokens go through, prepared so that a step costs little."""
+        ...
 
     def read(self, fed: EngineInput) -> Array:
         """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
+        ...
 
 
 class SharedAdapterGraph(Protocol):
@@ -174,6 +193,7 @@ class SharedAdapterGraph(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
 
 class VisionGraph(Protocol):
@@ -182,6 +202,7 @@ class VisionGraph(Protocol):
     @property
     def most_images(self) -> int:
         """Images, or tiles of them, that a call takes at most."""
+        ...
 
     def run(self, pixel_values: Array) -> Array:
         """Encode images.
@@ -196,9 +217,11 @@ class VisionGraph(Protocol):
             BackendError: the engine refused.
             GraphError: the result has another shape.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back; nothing else is called after it."""
+        ...
 
 
 class PatchVisionGraph(Protocol):
@@ -218,9 +241,11 @@ class PatchVisionGraph(Protocol):
             BackendError: the engine refused.
             GraphError: the result has another shape.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back; nothing else is called after it."""
+        ...
 
 
 class Backend(Protocol):
@@ -241,6 +266,7 @@ class Backend(Protocol):
             BackendError: the engine cannot load it.
             GraphError: its inputs or outputs are not those of a base graph.
         """
+        ...
 
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """Open the shared graph of all adapters with one activation and bias; raises as ``open_engine`` does.
@@ -250,12 +276,25 @@ class Backend(Protocol):
             graph: the ONNX graph as bytes.
             base: the contract.
         """
+        ...
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """Open the vision tower of a base whose images or tiles have one size, an ONNX graph or a plan.
 
         Raises as ``open_engine`` does.
         """
+        ...
 
-    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
-        """Open the vision tower of a base whose images keep their shape; raises as ``open_engine`` does."""
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
+        """Open the vision tower of a base whose images keep their shape.
+
+        Args:
+            graph: an ONNX graph.
+            base: the base.
+            patches: how its tower looks at images, which is ``base.vision.patches``.
+
+        Raises:
+            BackendError: the engine cannot load it, or runs no such tower.
+            GraphError: its inputs or outputs are not those of such a graph.
+        """
+        ...

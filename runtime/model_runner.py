@@ -17,6 +17,7 @@ from adalink.runtime.request import check_input_ids, check_length
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import Manifest, Variant
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.vision.mrope import grid_positions
@@ -143,7 +144,7 @@ class ModelRunner:
             return inputs.embeds, inputs.modality
         embeds, modality = inputs.tasks.embed(self._table, inputs.ids, inputs.modality), inputs.modality
         if inputs.images is not None:
-            embeds, modality = merge(embeds, inputs.ids, inputs.images, self._base)
+            embeds, modality = merge(embeds, inputs.ids, inputs.images, vision_base(self._base))
         return embeds, modality
 
     def _cache_keys(self, inputs: BatchInputs, layout: SoftPromptLayout) -> list[Array]:

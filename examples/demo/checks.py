@@ -42,14 +42,16 @@ def show_parity(path: Path, source: Path, state: DemoState, progress: Progress) 
     """Verify, or show the stored report of the very same files; returns whether all checks passed."""
     from adalink.tools.common.environment import describe_environment
     from adalink.tools.parity.report import Check, Report
-    from adalink.tools.parity.suite import verify
+    from adalink.tools.parity.suite import VerifyOptions, verify
 
     stored = state.verification()
     if stored is not None:
         progress("parity: verified before; model, deployment files and kit version have the same digests, reused")
         report = Report([Check(**check) for check in stored["checks"]], stored["receipt"], stored["skipped"])
     else:
-        report = verify(path, str(source), {}, quick=True, progress=lambda line: progress(f"parity: {line}"))
+        report = verify(
+            path, str(source), {}, VerifyOptions(quick=True), progress=lambda line: progress(f"parity: {line}")
+        )
         if report.passed:
             state.set_verification(json.loads(json.dumps(report.as_json(describe_environment()))))
     print_parity(report.checks)

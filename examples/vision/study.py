@@ -26,7 +26,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, read_rows
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
-from adalink.training.settings import TrainSettings
+from adalink.training.settings import LoopOptions, TrainSettings
 
 HERE = Path(__file__).parent
 TASKS = ("even", "above-five")
@@ -50,7 +50,7 @@ def train_all(base: Path, data: Path, adapters: Path) -> None:
             config = AdaLinkConfig(rank=rank, modalities=modalities)
             resume = (adapters / f"{out.name}.checkpoints").exists()
             rows, held_out = data / task / "train.jsonl", data / task / "eval.jsonl"
-            train(base, rows, held_out, out, config, SETTINGS, resume=resume, say=print)
+            train(base, rows, held_out, out, config, SETTINGS, loop=LoopOptions(resume=resume, say=print))
 
 
 def share_right(deployment: Deployment, rows: list[TrainingRow], data: Path, task: str | None) -> float:

@@ -24,14 +24,17 @@ class Plans(Protocol):
     @property
     def profile(self) -> Profile:
         """What the engine takes."""
+        ...
 
     @property
     def largest_rank(self) -> int:
         """Largest rank that the embedders take."""
+        ...
 
     @property
     def largest_slots(self) -> int:
         """Most sets of weights that the embedders take."""
+        ...
 
     def executor(self, name: str, profile: int, arena: DeviceArena) -> Executor:
         """A new executor of ``"engine"``, ``"vision"`` or an embedder such as ``"gelu.ids"``, for the queue of a lease.
@@ -39,9 +42,11 @@ class Plans(Protocol):
         Raises:
             BackendError: there is no such graph, or the device has not enough memory.
         """
+        ...
 
     def close(self) -> None:
         """Give it all back."""
+        ...
 
 
 class Executors:

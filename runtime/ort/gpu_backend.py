@@ -27,6 +27,8 @@ from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.user_cache import cache_path
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -90,13 +92,13 @@ class OnnxRuntimeGpuBackend:
         )
         return OnnxSharedAdapterGraph(session, self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU."""
         return OnnxVisionGraph(graph, base)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> OnnxPatchGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> OnnxPatchGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU."""
-        return OnnxPatchGraph(graph, base)
+        return OnnxPatchGraph(graph, base, patches)
 
     def _session(self, graph: Path, base: Base, profile: Profile) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

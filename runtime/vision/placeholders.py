@@ -19,6 +19,7 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.digest import cache_key
 from adalink.runtime.storage.manifest import Base, Vision
 from adalink.runtime.storage.safetensors import as_stored
+from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import ImageInput
 
@@ -122,7 +123,7 @@ def check_expanded(ids: Array, images: Sequence[Sequence[PreprocessedImage]], vi
             )
 
 
-def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
+def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: VisionBase) -> tuple[Array, Array]:
     """Embeddings of a batch with those of its images in place, not adapted.
 
     Args:
@@ -135,12 +136,11 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
         Embeddings with shape ``(batch, seq, d)`` in the base's dtype, and the modality of each position, int64 with
         shape ``(batch, seq)``.
     """
-    assert base.vision is not None
     is_image = ids == base.vision.image_token_id
     rows = [image.embeds for own in images for image in own]
     if rows:
-        embeds[is_image] = as_stored(np.concatenate(rows), base.embedding_dtype)
-    return embeds, np.where(is_image, base.modalities.index("image"), 0)
+        embeds[is_image] = as_stored(np.concatenate(rows), base.contract.embedding_dtype)
+    return embeds, np.where(is_image, base.contract.modalities.index("image"), 0)
 
 
 def prompt_cache_keys(

@@ -17,6 +17,8 @@ from adalink.runtime.engine import (
     VisionGraph,
 )
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
@@ -61,13 +63,13 @@ class ObservedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(activation_key, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_patch_vision(graph, base)
+        return self._inner.open_patch_vision(graph, base, patches)
 
 
 class _ObservedEngine:

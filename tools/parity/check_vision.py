@@ -14,6 +14,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Vision
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.vision.images import read_picture
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.tools.parity.check_outputs import TYPICAL_PERCENTILE, worst_of
@@ -115,8 +116,7 @@ def make_image_prompts(
         longest: positions that a row may have.
         images: the model's own way with pictures.
     """
-    vision = deployment.manifest.base.vision
-    assert vision is not None
+    vision = vision_base(deployment.manifest.base).vision
     found = ImagePrompts([], [], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
@@ -143,8 +143,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
     Where pictures are cut into tiles, also the tokens around them.
     """
     base = deployment.manifest.base
-    vision = base.vision
-    assert vision is not None
+    vision = vision_base(base).vision
     steps = read_preprocessor(
         read_verified(deployment.path, deployment.manifest, vision.preprocessor), vision.preprocessor
     )

@@ -45,7 +45,7 @@ SIZE = 2 * 4 * 48 * 4
 
 
 def loaded(opened: Deployment) -> set[str]:
-    return set(opened._tasks._loaded)
+    return set(opened._tasks._loaded.entries)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files are read, not mapped")
@@ -155,7 +155,7 @@ def test_any_order_of_use_keeps_the_latest(many: Path, room: int) -> None:
             while len(expected) > room:
                 expected.popitem(last=False)
             assert loaded(opened) == set(expected)
-            assert opened._tasks._loaded_bytes == len(expected) * SIZE
+            assert opened._tasks._loaded.size == len(expected) * SIZE
 
 
 def test_a_batch_larger_than_the_budget_is_served_whole(many: Path) -> None:

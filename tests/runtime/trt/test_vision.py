@@ -35,6 +35,7 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.vision_base import VisionBase, vision_base
 from adalink.runtime.trt.record import read_record
 
 RTX = "tensorrt-rtx"
@@ -81,7 +82,7 @@ def tower(model: Any, values: Array) -> tuple[Array, float]:
 
 def opened_tower(seeing: Seeing, device: HostDevice, profile: Profile = PROFILE) -> DeviceVision:
     plans = HostPlans({VISION: str(seeing.folder / GRAPH)}, profile)
-    return DeviceVision(device, plans, read_manifest(seeing.folder).base)
+    return DeviceVision(device, plans, vision_base(read_manifest(seeing.folder).base))
 
 
 def test_embeddings_are_pytorchs_whatever_the_memory_holds(seeing: Seeing) -> None:
@@ -143,7 +144,7 @@ def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp
         ({"hidden_size": 64}, r"outputs are .*\(-1, 9, 64\)"),
     ):
         with pytest.raises(GraphError, match=f"the vision tower of .*: {words}"):
-            DeviceVision(HostDevice(), plans, msgspec.structs.replace(base, **change))
+            DeviceVision(HostDevice(), plans, vision_base(msgspec.structs.replace(base, **change)))
 
 
 @pytest.mark.parametrize("shape", [(3, IMAGE_SIZE, IMAGE_SIZE), (0, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 3, 8, 8), ()])
@@ -174,7 +175,7 @@ class GraphsOfPlans(HostBackend):
         own = self.folder / read_manifest(self.folder).variants[variant].graph
         return super().open_engine(own, base, role, table)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         self.asked.append(graph.relative_to(self.folder).as_posix())
         return super().open_vision(self.folder / GRAPH, base)
 
@@ -214,7 +215,7 @@ def test_everything_up_to_the_driver_is_checked(copy: Path) -> None:
     from adalink.runtime.ort.vision import OnnxVisionGraph
     from adalink.runtime.trt.backend import TensorRtBackend
 
-    backend, base = TensorRtBackend(RTX, OnnxVisionGraph), read_manifest(copy).base
+    backend, base = TensorRtBackend(RTX, OnnxVisionGraph), vision_base(read_manifest(copy).base)
     plan, record = copy / f"engines/{RTX}/vision.plan", copy / f"engines/{RTX}/engine.json"
     with pytest.raises(BackendUnavailableError, match=r"backend tensorrt-rtx needs an NVIDIA GPU.*driver"):
         backend.open_vision(plan, base)

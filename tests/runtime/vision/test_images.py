@@ -123,9 +123,9 @@ def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(seein
 def test_kept_embeddings_keep_no_neighbours(seeing: Seeing) -> None:
     with Deployment.open(seeing.folder) as deployment:
         deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
-        kept = list(deployment._vision._kept.values())
+        kept = list(deployment._vision._kept.entries.values())
         assert len(kept) == 3
-        assert sum(own.nbytes for own in kept) == deployment._vision._size_bytes
+        assert sum(own.nbytes for own in kept) == deployment._vision._kept.size
         assert all(own.base is None or own.base.nbytes == own.nbytes for own in kept)
 
 
@@ -143,7 +143,7 @@ def test_a_tower_is_given_no_more_than_it_takes(count: int) -> None:
             return (pixel_values.reshape(len(pixel_values), -1) @ weights).reshape(-1, 2, 5)
 
     pictures = rng.integers(-99, 100, size=(count, 3, 4, 4)).astype(np.float32)
-    found = vision._run(Tower(), pictures)  # type: ignore[arg-type]
+    found = vision._TileTower(Tower()).run(pictures, (0, 0))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found, Tower().run(pictures))
     assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
 

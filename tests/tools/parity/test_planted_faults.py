@@ -23,7 +23,7 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import adapter_mapping as bank
 from adalink.runtime.tasks.registry import TaskTable
 from adalink.tools.parity import swap_worker
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.tools.parity.swap_worker import run_fresh
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu"}}
@@ -42,7 +42,7 @@ def deployment(clean, tmp_path):
 
 
 def outcome(model, folder):
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     return {check.name: check.passed for check in report.checks}
 
 
@@ -402,6 +402,6 @@ def test_another_adapter_than_the_one_deployed(deployment, tmp_path):
 
     model, folder = deployment
     other = write_adapter(tmp_path / "other", seeded_adapter(model, seed=77))
-    report = verify(folder, str(model), {"alpha": other}, threads=1, quick=True)
+    report = verify(folder, str(model), {"alpha": other}, VerifyOptions(threads=1, quick=True))
     found = {check.name for check in report.checks if not check.passed}
     assert {"adapter/alpha/contract", "adapter/alpha/bank-vocabulary", "task/alpha/logits"} <= found

@@ -21,7 +21,7 @@ from adalink.runtime.vision.placeholders import merge
 from adalink.tools.parity import suite
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_vision import make_image_prompts, reference_processor
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 CLASSES = {"llava": llava, "idefics3": idefics3, "smolvlm": smolvlm}
 TASKS = ("words", "looks", "both", "asked")
@@ -42,7 +42,7 @@ def clean(tmp_path_factory):
 
 
 def outcome(model, folder):
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     assert not report.skipped
     return {check.name: check for check in report.checks}
 
