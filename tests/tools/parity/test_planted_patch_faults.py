@@ -74,7 +74,9 @@ def test_a_clean_deployment_passes_on_images_too(deployment):
     ids=["columns for rows", "rows for moments", "all in a line"],
 )
 def test_wrong_positions_are_found(deployment, monkeypatch, fault):
-    monkeypatch.setattr(model_runner, "grid_positions", lambda *given: np.ascontiguousarray(fault(grid_positions(*given))))
+    monkeypatch.setattr(
+        model_runner, "grid_positions", lambda *given: np.ascontiguousarray(fault(grid_positions(*given)))
+    )
     assert (
         {"base/images/logits"} <= failures(*deployment) <= {f"base/images/{name}" for name in ("logits", "kl", "top1")}
     )
