@@ -14,12 +14,9 @@ import numpy as np
 import onnx
 import torch
 from helpers.runtime import random_adapter, reseal, write_adapter
-from helpers.tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS, llava, paligemma
-from helpers.tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
-from helpers.vision import clip_processor, idefics3_processor, patch_processor, siglip_processor, tile_processor
+from helpers.vision_families import FAMILIES, VisionFamily
 from onnx import numpy_helper
 from PIL import Image
-from transformers import Idefics3Processor, PaliGemmaProcessor
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
@@ -57,13 +54,14 @@ def write_rows(folder: Path, rows: Sequence[TrainingRow], sizes: Sequence[tuple[
 
 
 @dataclass
-class Seeing:
+class VisionDeployment:
     """A deployment on disk, the PyTorch model it came from, and its adapters."""
 
     folder: Path
     model: Any
     adapters: dict[str, Adapter]
     sources: Path
+    family: VisionFamily
 
     @contextmanager
     def adapted(self, model: Any, task: str | None) -> Iterator[Any]:
@@ -73,93 +71,40 @@ class Seeing:
         with load_adapter(self.sources / task, model):
             yield model
 
-    def inputs(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """One row as the model takes it: placeholders repeated, pixels from its own processor."""
-        ids = [t for token in tokens for t in [token] * (IMAGE_TOKENS if token == IMAGE_TOKEN else 1)]
-        own = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
-        if images:
-            own["pixel_values"] = clip_processor()(images=list(images), return_tensors="pt")["pixel_values"]
-        return own
+    def inputs(self, prompt: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """One row as the model takes it, from its own processor; ``prompt`` as ``VisionFamily.inputs``."""
+        return self.family.inputs(prompt, images)
 
-    def greedy(self, tokens: Sequence[int], images: Sequence[Image.Image], task: str | None, steps: int) -> list[int]:
+    def greedy(self, prompt: Any, images: Sequence[Image.Image], task: str | None, steps: int) -> list[int]:
         """What ``model.generate`` gives for one row alone, without the token that ends it."""
-        inputs = self.inputs(tokens, images)
+        inputs = self.inputs(prompt, images)
         with self.adapted(self.model, task) as model, torch.no_grad():
             made = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         return [token for token in made.tolist() if token != 2]
 
-    def logits(
-        self, tokens: Sequence[int], images: Sequence[Image.Image], task: str | None
-    ) -> tuple[np.ndarray, float]:
+    def logits(self, prompt: Any, images: Sequence[Image.Image], task: str | None) -> tuple[np.ndarray, float]:
         """PyTorch's logits of one row, and a limit for another float32 evaluation (as ``helpers.export.yardstick``)."""
-        inputs, found = self.inputs(tokens, images), []
+        inputs, found = self.inputs(prompt, images), []
         for model in (self.model, copy.deepcopy(self.model).double()):
             with self.adapted(model, task), torch.no_grad():
                 found.append(model(**inputs).logits[0])
         return found[0].numpy(), 8 * float((found[0] - found[1]).abs().max())
 
 
-@dataclass
-class SeeingTiles(Seeing):
-    """Likewise of a model that takes tiles; a row is its text, which transformers' own processor makes tokens of."""
+def build_vision_deployment(root: Path, name: str = "llava", model: Any = None, **settings: Any) -> VisionDeployment:
+    """Export a tiny model, and an adapter of each of ``TASKS``, below ``root``.
 
-    def inputs(self, tokens: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        processor = Idefics3Processor(idefics3_processor(), make_tile_tokenizer(), image_seq_len=TILE_TOKENS)
-        return dict(processor(text=[tokens], images=[list(images)] if images else None, return_tensors="pt"))
-
-
-@dataclass
-class SeeingPrefix(Seeing):
-    """Likewise of PaliGemma; a row is what people write, which transformers' own processor makes a prompt of."""
-
-    def inputs(self, tokens: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        if images:
-            own = siglip_processor()
-            own.image_seq_length = IMAGE_TOKENS
-            processor = PaliGemmaProcessor(own, make_prefix_tokenizer())
-            found = dict(processor(text=[tokens], images=[list(images)], return_tensors="pt"))
-            del found["labels"]
-            return found
-        # The processor takes no text alone; the model does, as any prompt.
-        ids = make_prefix_tokenizer()(f"<bos>{tokens}\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-
-
-@dataclass
-class SeeingPatches(Seeing):
-    """Likewise of a model whose pictures keep their shape."""
-
-    def inputs(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        own = dict(patch_processor()(images=list(images), return_tensors="pt")) if images else {}
-        left = iter([int(grid.prod()) // 4 for grid in own.get("image_grid_thw", ())])
-        ids = [t for token in tokens for t in [token] * (next(left, 1) if token == IMAGE_TOKEN else 1)]
-        row = torch.tensor([ids])
-        types = {"mm_token_type_ids": (row == IMAGE_TOKEN).int()} if images else {}
-        return {"input_ids": row, "attention_mask": torch.ones_like(row), **own, **types}
-
-
-def build_seeing(root: Path, **settings: Any) -> Seeing:
-    model, folder = llava(), root / "deployment"
-    export_base(model, folder, tokenizer=make_tokenizer(), image_processor=clip_processor(), **settings)
-    return Seeing(folder, model, _adapters(root, folder), root / "adapters")
-
-
-def build_seeing_tiles(root: Path, model: Any, **settings: Any) -> SeeingTiles:
-    folder = root / "deployment"
-    export_base(model, folder, tokenizer=make_tile_tokenizer(), image_processor=tile_processor(), **settings)
-    return SeeingTiles(folder, model, _adapters(root, folder), root / "adapters")
-
-
-def build_seeing_prefix(root: Path, model: Any = None, **settings: Any) -> SeeingPrefix:
-    model, folder = model or paligemma(), root / "deployment"
-    export_base(model, folder, tokenizer=make_prefix_tokenizer(), image_processor=siglip_processor(), **settings)
-    return SeeingPrefix(folder, model, _adapters(root, folder), root / "adapters")
-
-
-def build_seeing_patches(root: Path, model: Any, **settings: Any) -> SeeingPatches:
-    folder = root / "deployment"
-    export_base(model, folder, tokenizer=make_tokenizer(), image_processor=patch_processor(), **settings)
-    return SeeingPatches(folder, model, _adapters(root, folder), root / "adapters")
+    Args:
+        root: an empty folder.
+        name: a key of ``helpers.vision_families.FAMILIES``.
+        model: another model than the one of the family.
+        settings: of ``export_base``.
+    """
+    family, folder = FAMILIES[name], root / "deployment"
+    model = model or family.make_model()
+    parts = {"tokenizer": family.make_tokenizer(), "image_processor": family.make_processor()}
+    export_base(model, folder, **parts, **settings)
+    return VisionDeployment(folder, model, _adapters(root, folder), root / "adapters", family)
 
 
 def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.runtime import Tiny, build
-from helpers.vision_deployments import Seeing, build_seeing
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment
 
 from adalink.runtime import Deployment
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
@@ -35,8 +35,8 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
-    return build_seeing(tmp_path_factory.mktemp("seeing"))
+def vision_deployment(tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
+    return build_vision_deployment(tmp_path_factory.mktemp("vision_deployment"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import IMAGE_TOKEN, IMAGE_TOKENS
-from helpers.vision_deployments import Seeing, build_seeing, picture
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.runtime import Deployment
 from adalink.runtime.errors import IntegrityError, RequestError
@@ -28,14 +28,14 @@ ROWS = [(prompt, images, task) for prompt, images in PROMPTS for task in (None, 
 
 
 @pytest.fixture(scope="module")
-def opened(seeing: Seeing) -> Any:
-    with Deployment.open(seeing.folder) as deployment:
+def opened(vision_deployment: VisionDeployment) -> Any:
+    with Deployment.open(vision_deployment.folder) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module")
-def expected(seeing: Seeing, opened: Deployment) -> list[list[int]]:
-    return [seeing.greedy(opened.tokenizer.encode(p), images, task, NEW) for p, images, task in ROWS]
+def expected(vision_deployment: VisionDeployment, opened: Deployment) -> list[list[int]]:
+    return [vision_deployment.greedy(opened.tokenizer.encode(p), images, task, NEW) for p, images, task in ROWS]
 
 
 def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
@@ -57,11 +57,11 @@ def test_each_row_alone_and_by_its_token_ids(opened: Deployment, expected: list[
             assert list(row.token_ids) == made
 
 
-def test_logits_are_pytorchs(seeing: Seeing, opened: Deployment) -> None:
+def test_logits_are_pytorchs(vision_deployment: VisionDeployment, opened: Deployment) -> None:
     for prompt, images, task in ROWS:
         tokens = opened.tokenizer.encode(prompt)
-        plain, limit = seeing.logits(tokens, images, task)
-        ids = seeing.inputs(tokens, images)["input_ids"].numpy()
+        plain, limit = vision_deployment.logits(tokens, images, task)
+        ids = vision_deployment.inputs(tokens, images)["input_ids"].numpy()
         received = opened.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
         assert np.abs(received - plain).max() <= limit, (prompt, task)
         assert limit < 1e-2
@@ -73,8 +73,10 @@ def test_logits_are_pytorchs(seeing: Seeing, opened: Deployment) -> None:
                     assert np.abs(far - plain).max() > 10 * limit
 
 
-def test_a_modality_without_an_adapter_passes_bit_for_bit(seeing: Seeing, opened: Deployment) -> None:
-    ids = seeing.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
+def test_a_modality_without_an_adapter_passes_bit_for_bit(
+    vision_deployment: VisionDeployment, opened: Deployment
+) -> None:
+    ids = vision_deployment.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     is_image = ids[0] == IMAGE_TOKEN
     embeds = {
         task: opened.input_embeddings(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")
@@ -84,13 +86,13 @@ def test_a_modality_without_an_adapter_passes_bit_for_bit(seeing: Seeing, opened
     assert (embeds["looks"][is_image] != embeds[None][is_image]).any(axis=-1).all()
     assert (embeds["both"] != embeds[None]).any(axis=-1).all()
     with torch.no_grad():
-        pixels = seeing.inputs([IMAGE_TOKEN], [A])["pixel_values"]
-        reference = seeing.model.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
+        pixels = vision_deployment.inputs([IMAGE_TOKEN], [A])["pixel_values"]
+        reference = vision_deployment.model.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
     np.testing.assert_allclose(embeds[None][is_image], reference, atol=1e-4)
 
 
-def test_the_encoder_runs_once_however_many_tasks_look_at_a_picture(seeing: Seeing) -> None:
-    with Deployment.open(seeing.folder) as deployment:
+def test_the_encoder_runs_once_however_many_tasks_look_at_a_picture(vision_deployment: VisionDeployment) -> None:
+    with Deployment.open(vision_deployment.folder) as deployment:
         tasks = [None, "words", "looks", "both"]
         deployment.generate(["@"] * 4, images=[[A]] * 4, tasks=tasks, max_new_tokens=1)
         assert deployment.images_encoded == 1
@@ -101,27 +103,27 @@ def test_the_encoder_runs_once_however_many_tasks_look_at_a_picture(seeing: Seei
         assert deployment.images_encoded == 2
 
 
-def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(seeing: Seeing) -> None:
-    one = IMAGE_TOKENS * seeing.model.config.text_config.hidden_size * 4
+def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(vision_deployment: VisionDeployment) -> None:
+    one = IMAGE_TOKENS * vision_deployment.model.config.text_config.hidden_size * 4
 
     def encoded(deployment: Deployment, *images: Any) -> int:
         before = deployment.images_encoded
         deployment.generate(["@" * len(images)], images=[images], max_new_tokens=1)
         return deployment.images_encoded - before
 
-    with Deployment.open(seeing.folder, image_cache_bytes=2 * one + 1) as deployment:
+    with Deployment.open(vision_deployment.folder, image_cache_bytes=2 * one + 1) as deployment:
         assert encoded(deployment, A, B) == 2
         assert encoded(deployment, A) == 0
         assert encoded(deployment, C) == 1, "B goes, which was used before A"
         assert encoded(deployment, A) == 0
         assert encoded(deployment, B) == 1
-    with Deployment.open(seeing.folder, image_cache_bytes=0) as deployment:
+    with Deployment.open(vision_deployment.folder, image_cache_bytes=0) as deployment:
         assert encoded(deployment, A, A) == 1
         assert encoded(deployment, A) == 1
 
 
-def test_kept_embeddings_keep_no_neighbours(seeing: Seeing) -> None:
-    with Deployment.open(seeing.folder) as deployment:
+def test_kept_embeddings_keep_no_neighbours(vision_deployment: VisionDeployment) -> None:
+    with Deployment.open(vision_deployment.folder) as deployment:
         deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
         kept = list(deployment._vision._kept.entries.values())
         assert len(kept) == 3
@@ -148,16 +150,18 @@ def test_a_tower_is_given_no_more_than_it_takes(count: int) -> None:
     assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
 
 
-def test_threads_that_ask_at_once_share_one_run(seeing: Seeing) -> None:
-    with Deployment.open(seeing.folder) as deployment:
+def test_threads_that_ask_at_once_share_one_run(vision_deployment: VisionDeployment) -> None:
+    with Deployment.open(vision_deployment.folder) as deployment:
         with ThreadPoolExecutor(4) as pool:
             ask = [pool.submit(deployment.generate, ["@"], images=[[A]], max_new_tokens=2) for _ in range(8)]
         assert len({answer.result()[0].token_ids for answer in ask}) == 1
         assert deployment.images_encoded == 1
 
 
-def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(seeing: Seeing, expected: list[list[int]]) -> None:
-    with Deployment.open(seeing.folder, prefix_cache_bytes=1 << 20) as deployment:
+def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(
+    vision_deployment: VisionDeployment, expected: list[list[int]]
+) -> None:
+    with Deployment.open(vision_deployment.folder, prefix_cache_bytes=1 << 20) as deployment:
         for _ in range(2):
             for (prompt, images, task), made in zip(ROWS, expected, strict=True):
                 (row,) = deployment.generate([prompt], images=[images], tasks=task, max_new_tokens=NEW)
@@ -165,7 +169,7 @@ def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(seeing: Seeing
         for image in (A, B, C):  # one prompt, other pictures
             (row,) = deployment.generate(["@what?"], images=[[image]], tasks="looks", max_new_tokens=NEW)
             tokens = deployment.tokenizer.encode("@what?")
-            assert list(row.token_ids) == seeing.greedy(tokens, [image], "looks", NEW)
+            assert list(row.token_ids) == vision_deployment.greedy(tokens, [image], "looks", NEW)
 
 
 def test_names_of_prefixes(opened: Deployment) -> None:
@@ -195,7 +199,7 @@ def test_an_image_adapter_alone_leaves_rows_without_images_to_the_plain_base(
 
 
 def test_a_float16_base_takes_images(tmp_path: Path, opened: Deployment) -> None:
-    half = build_seeing(tmp_path, dtype="float16")
+    half = build_vision_deployment(tmp_path, dtype="float16")
     ids = half.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     with Deployment.open(half.folder) as deployment:
         for task in (None, "both"):
@@ -246,9 +250,11 @@ def test_run_wants_every_placeholder(opened: Deployment) -> None:
         opened.run(input_ids=[[IMAGE_TOKEN] * 9], images=[[A]], modality=[[0] * 9])
 
 
-def test_without_images_placeholders_are_tokens_like_any_other(seeing: Seeing, opened: Deployment) -> None:
+def test_without_images_placeholders_are_tokens_like_any_other(
+    vision_deployment: VisionDeployment, opened: Deployment
+) -> None:
     ids = np.array([[5, IMAGE_TOKEN, 7]])
-    with seeing.adapted(seeing.model, "both") as model, torch.no_grad():
+    with vision_deployment.adapted(vision_deployment.model, "both") as model, torch.no_grad():
         reference = model(input_ids=torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(opened.run(input_ids=ids, tasks="both")["logits"], reference, atol=1e-3)
 
@@ -260,13 +266,13 @@ def test_a_base_of_text_alone_takes_no_images(llama: Any) -> None:
             deployment.generate(["a"], images=[[A]])
 
 
-def test_a_negative_budget_is_refused(seeing: Seeing) -> None:
+def test_a_negative_budget_is_refused(vision_deployment: VisionDeployment) -> None:
     with pytest.raises(RequestError, match="image_cache_bytes is -1, expected at least 0"):
-        Deployment.open(seeing.folder, image_cache_bytes=-1)
+        Deployment.open(vision_deployment.folder, image_cache_bytes=-1)
 
 
-def test_a_closed_deployment_encodes_nothing(seeing: Seeing) -> None:
-    deployment = Deployment.open(seeing.folder)
+def test_a_closed_deployment_encodes_nothing(vision_deployment: VisionDeployment) -> None:
+    deployment = Deployment.open(vision_deployment.folder)
     deployment.close()
     with pytest.raises(RequestError, match="the deployment is closed: open it again"):
         deployment.generate(["@"], images=[[A]], max_new_tokens=2)
@@ -274,7 +280,7 @@ def test_a_closed_deployment_encodes_nothing(seeing: Seeing) -> None:
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "preprocessor.json"])
 def test_an_altered_vision_file_is_not_used(file: str, tmp_path: Path) -> None:
-    own = build_seeing(tmp_path)
+    own = build_vision_deployment(tmp_path)
     path = own.folder / "base" / "vision" / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -293,11 +299,11 @@ def test_the_receipt_covers_the_vision_tower(opened: Deployment) -> None:
     assert set(opened.manifest.base.vision.all_files) <= receipt.digests.keys()
 
 
-def test_looking_at_images_loads_no_framework_and_text_alone_no_pillow(seeing: Seeing) -> None:
+def test_looking_at_images_loads_no_framework_and_text_alone_no_pillow(vision_deployment: VisionDeployment) -> None:
     code = (
         "import sys, io\n"
         "from adalink.runtime import Deployment\n"
-        f"with Deployment.open({str(seeing.folder)!r}) as d:\n"
+        f"with Deployment.open({str(vision_deployment.folder)!r}) as d:\n"
         "    d.generate(['abc'], tasks='both', max_new_tokens=3)\n"
         "    assert 'PIL' not in sys.modules\n"
         "    from PIL import Image\n"

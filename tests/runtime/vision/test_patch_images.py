@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.runtime import random_adapter, reseal, write_adapter
-from helpers.tiny_models import IMAGE_TOKEN, qwen2_5_vl, qwen2_vl
-from helpers.vision_deployments import SeeingPatches, build_seeing_patches, picture
+from helpers.tiny_models import IMAGE_TOKEN
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.engine.graph import check_buildable
@@ -26,25 +26,25 @@ ROWS = [(prompt, images, task) for prompt, images in PROMPTS for task in (None, 
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen2.5", "qwen2.5 portable"])
-def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SeeingPatches:
-    model = qwen2_vl() if request.param == "qwen2" else qwen2_5_vl()
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
+    name = "qwen2_vl" if request.param == "qwen2" else "qwen2_5_vl"
     target = "portable" if request.param.endswith("portable") else "onnxruntime-cpu"
-    return build_seeing_patches(tmp_path_factory.mktemp("kept"), model, target=target)
+    return build_vision_deployment(tmp_path_factory.mktemp("kept"), name, target=target)
 
 
 @pytest.fixture(scope="module")
-def opened(kept: SeeingPatches) -> Any:
+def opened(kept: VisionDeployment) -> Any:
     with Deployment.open(kept.folder) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module")
-def expected(kept: SeeingPatches, opened: Deployment) -> list[list[int]]:
+def expected(kept: VisionDeployment, opened: Deployment) -> list[list[int]]:
     return [kept.greedy(opened.tokenizer.encode(prompt), images, task, NEW) for prompt, images, task in ROWS]
 
 
 def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
-    kept: SeeingPatches, opened: Deployment, expected: list[list[int]]
+    kept: VisionDeployment, opened: Deployment, expected: list[list[int]]
 ) -> None:
     prompts, images, tasks = zip(*ROWS, strict=True)
     found = opened.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
@@ -57,7 +57,7 @@ def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
         assert list(row.token_ids) == made
 
 
-def test_logits_are_pytorchs(kept: SeeingPatches, opened: Deployment) -> None:
+def test_logits_are_pytorchs(kept: VisionDeployment, opened: Deployment) -> None:
     for prompt, images, task in ROWS:
         tokens = opened.tokenizer.encode(prompt)
         plain, limit = kept.logits(tokens, images, task)
@@ -70,7 +70,7 @@ def test_logits_are_pytorchs(kept: SeeingPatches, opened: Deployment) -> None:
             assert np.abs(far - plain).max() > 10 * limit
 
 
-def test_padding_on_either_side_changes_nothing(kept: SeeingPatches, opened: Deployment) -> None:
+def test_padding_on_either_side_changes_nothing(kept: VisionDeployment, opened: Deployment) -> None:
     ids = kept.inputs(opened.tokenizer.encode("a@b"), [A])["input_ids"].numpy()
     alone = opened.run(input_ids=ids, images=[[A]])["logits"][0]
     for before, after in ((3, 0), (0, 3)):
@@ -79,7 +79,7 @@ def test_padding_on_either_side_changes_nothing(kept: SeeingPatches, opened: Dep
         np.testing.assert_allclose(received[before : before + len(alone)], alone, atol=1e-4)
 
 
-def test_what_follows_a_picture_counts_from_its_longer_edge(kept: SeeingPatches, opened: Deployment) -> None:
+def test_what_follows_a_picture_counts_from_its_longer_edge(kept: VisionDeployment, opened: Deployment) -> None:
     """Against whole runs of PyTorch: where a prompt ends in a picture its ``generate`` counts on axis by axis."""
     (row,) = opened.generate(["ab@"], images=[[C]], max_new_tokens=NEW)
     inputs = kept.inputs(opened.tokenizer.encode("ab@"), [C])
@@ -93,7 +93,7 @@ def test_what_follows_a_picture_counts_from_its_longer_edge(kept: SeeingPatches,
     assert row.token_ids
 
 
-def test_the_encoder_runs_once_for_a_picture_and_knows_grids_apart(kept: SeeingPatches) -> None:
+def test_the_encoder_runs_once_for_a_picture_and_knows_grids_apart(kept: VisionDeployment) -> None:
     grey = np.full((16, 40, 3), 90, np.uint8)  # on its side it has the very same patches
     with Deployment.open(kept.folder) as deployment:
         for task in (None, "words", "looks"):
@@ -108,7 +108,7 @@ def test_the_encoder_runs_once_for_a_picture_and_knows_grids_apart(kept: SeeingP
 
 
 def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(
-    kept: SeeingPatches, opened: Deployment, expected: list[list[int]]
+    kept: VisionDeployment, opened: Deployment, expected: list[list[int]]
 ) -> None:
     if opened.variant.target == "portable":
         with pytest.raises(RequestError, match="cannot go on from a kept prefix"):
@@ -129,13 +129,13 @@ def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(
             assert row == plain
 
 
-def test_embeddings_of_the_callers_own_stand_in_a_line(kept: SeeingPatches, opened: Deployment) -> None:
+def test_embeddings_of_the_callers_own_stand_in_a_line(kept: VisionDeployment, opened: Deployment) -> None:
     embeds = opened.input_embeddings([[5, 6, 7, 8]])
     ids = opened.run(input_ids=[[5, 6, 7, 8]])["logits"]
     np.testing.assert_allclose(opened.run(inputs_embeds=embeds)["logits"], ids, atol=1e-5)
 
 
-def test_a_soft_prompt_is_refused(kept: SeeingPatches, tmp_path: Path, opened: Deployment) -> None:
+def test_a_soft_prompt_is_refused(kept: VisionDeployment, tmp_path: Path, opened: Deployment) -> None:
     base = opened.manifest.base
     adapter = random_adapter(
         base.fingerprint, base.hidden_size, 3, rank=4, activation="gelu", bias=False, scope="all", soft_tokens=2
@@ -146,7 +146,7 @@ def test_a_soft_prompt_is_refused(kept: SeeingPatches, tmp_path: Path, opened: D
             add()
 
 
-def test_encode_wants_the_patches_of_one_grid(kept: SeeingPatches, opened: Deployment) -> None:
+def test_encode_wants_the_patches_of_one_grid(kept: VisionDeployment, opened: Deployment) -> None:
     pixels = kept.inputs([IMAGE_TOKEN], [A])["pixel_values"].numpy()
     received = opened.encode_images(pixels, (3, 5))
     np.testing.assert_allclose(received, opened.input_embeddings([[IMAGE_TOKEN] * 15], images=[[A]])[0], atol=1e-5)
@@ -158,7 +158,7 @@ def test_encode_wants_the_patches_of_one_grid(kept: SeeingPatches, opened: Deplo
 def test_a_float16_base_takes_images(tmp_path: Path) -> None:
     """Compared with its own float32: positions are far from exact in 11 bits, so angles must be computed in 24."""
     half, whole = (
-        build_seeing_patches(tmp_path / dtype, qwen2_5_vl(), dtype=dtype) for dtype in ("float16", "float32")
+        build_vision_deployment(tmp_path / dtype, "qwen2_5_vl", dtype=dtype) for dtype in ("float16", "float32")
     )
     ids = whole.inputs([5, IMAGE_TOKEN, *range(40, 90)], [A])["input_ids"].numpy()
     with Deployment.open(half.folder) as narrow, Deployment.open(whole.folder) as wide:
@@ -170,14 +170,14 @@ def test_a_float16_base_takes_images(tmp_path: Path) -> None:
     assert far < np.abs(turned - given[1]).max() / 10
 
 
-def test_other_backends_are_refused(kept: SeeingPatches, opened: Deployment) -> None:
+def test_other_backends_are_refused(kept: VisionDeployment, opened: Deployment) -> None:
     assert opened.variant.backends == ("onnxruntime-cpu",)
     with pytest.raises(ConfigError, match="follow the grid of a picture, which engines do not take"):
         check_buildable(opened.manifest.base)
 
 
 def test_another_preprocessor_is_refused(tmp_path: Path) -> None:
-    own = build_seeing_patches(tmp_path, qwen2_5_vl())
+    own = build_vision_deployment(tmp_path, "qwen2_5_vl")
     path = own.folder / "base" / "vision" / "preprocessor.json"
     path.write_text(path.read_text().replace('"edge": 4', '"edge": 5'))
     reseal(own.folder)

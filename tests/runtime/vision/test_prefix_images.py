@@ -11,7 +11,7 @@ import torch
 from helpers.host_device import HostBackend
 from helpers.runtime import random_adapter, write_adapter
 from helpers.tiny_models import IMAGE_TOKENS, PREFIX_IMAGE_TOKEN
-from helpers.vision_deployments import SeeingPrefix, build_seeing_prefix, picture
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.runtime import Deployment
 from adalink.runtime.errors import RequestError
@@ -34,21 +34,21 @@ ROWS = [(prompt, images, task) for prompt, images in PROMPTS for task in TASKS]
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> SeeingPrefix:
-    own = build_seeing_prefix(tmp_path_factory.mktemp("prefix"))
-    build_seeing_prefix(own.folder.parent / "again", target="portable")
+def vision_deployment(tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
+    own = build_vision_deployment(tmp_path_factory.mktemp("prefix"), "paligemma")
+    build_vision_deployment(own.folder.parent / "again", "paligemma", target="portable")
     return own
 
 
 @pytest.fixture(scope="module")
-def opened(seeing: SeeingPrefix) -> Any:
-    with Deployment.open(seeing.folder) as deployment:
+def opened(vision_deployment: VisionDeployment) -> Any:
+    with Deployment.open(vision_deployment.folder) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module")
-def expected(seeing: SeeingPrefix) -> list[list[int]]:
-    return [seeing.greedy(prompt, images, task, NEW) for prompt, images, task in ROWS]
+def expected(vision_deployment: VisionDeployment) -> list[list[int]]:
+    return [vision_deployment.greedy(prompt, images, task, NEW) for prompt, images, task in ROWS]
 
 
 def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
@@ -63,49 +63,54 @@ def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
 
 
 def test_each_row_alone_and_by_its_token_ids(
-    seeing: SeeingPrefix, opened: Deployment, expected: list[list[int]]
+    vision_deployment: VisionDeployment, opened: Deployment, expected: list[list[int]]
 ) -> None:
     for (prompt, images, task), made in zip(ROWS, expected, strict=True):
-        ids = seeing.inputs(prompt, images)["input_ids"][0].tolist()
+        ids = vision_deployment.inputs(prompt, images)["input_ids"][0].tolist()
         for written in (prompt, ids):
             (row,) = opened.generate([written], images=[images or None], tasks=task, max_new_tokens=NEW)
             assert list(row.token_ids) == made
 
 
-def test_logits_are_pytorchs(seeing: SeeingPrefix, opened: Deployment) -> None:
+def test_logits_are_pytorchs(vision_deployment: VisionDeployment, opened: Deployment) -> None:
     for prompt, images, task in ROWS:
-        plain, limit = seeing.logits(prompt, images, task)
-        inputs = seeing.inputs(prompt, images)
+        plain, limit = vision_deployment.logits(prompt, images, task)
+        inputs = vision_deployment.inputs(prompt, images)
         received = opened.run(input_ids=inputs["input_ids"].numpy(), images=[images], tasks=task)["logits"][0]
         assert np.abs(received - plain).max() <= limit, (prompt, task)
         assert limit < 1e-2
-        with seeing.adapted(seeing.model, task) as model, torch.no_grad():  # the limit finds a prompt that is causal
+        with (
+            vision_deployment.adapted(vision_deployment.model, task) as model,
+            torch.no_grad(),
+        ):  # the limit finds a prompt that is causal
             causal = model(**inputs | {"token_type_ids": torch.ones_like(inputs["input_ids"])}).logits[0].numpy()
         assert np.abs(causal - plain).max() > 10 * limit
 
 
-def test_a_soft_prompt_is_part_of_what_all_of_a_prompt_sees(seeing: SeeingPrefix, tmp_path: Path) -> None:
-    base = read_manifest(seeing.folder).base
+def test_a_soft_prompt_is_part_of_what_all_of_a_prompt_sees(
+    vision_deployment: VisionDeployment, tmp_path: Path
+) -> None:
+    base = read_manifest(vision_deployment.folder).base
     adapter = random_adapter(
         base.fingerprint, base.hidden_size, 3, rank=0, activation="identity", bias=False, scope="all", soft_tokens=3
     )
-    inputs = seeing.inputs("no picture", [])
+    inputs = vision_deployment.inputs("no picture", [])
     ids = inputs["input_ids"]
     with torch.no_grad():
         soft = torch.from_numpy(adapter.weights["soft_prompt"])[None]
-        embeds = torch.cat([soft, seeing.model.get_input_embeddings()(ids)], dim=1)
+        embeds = torch.cat([soft, vision_deployment.model.get_input_embeddings()(ids)], dim=1)
         types = torch.zeros(embeds.shape[:2], dtype=torch.int64)
-        plain = seeing.model(inputs_embeds=embeds, token_type_ids=types).logits[0, 3:].numpy()
-        alone = seeing.model(**inputs).logits[0].numpy()
-    with Deployment.open(seeing.folder) as deployment:
+        plain = vision_deployment.model(inputs_embeds=embeds, token_type_ids=types).logits[0, 3:].numpy()
+        alone = vision_deployment.model(**inputs).logits[0].numpy()
+    with Deployment.open(vision_deployment.folder) as deployment:
         deployment.add_task(write_adapter(tmp_path / "soft", adapter))
         received = deployment.run(input_ids=ids.numpy(), tasks="soft")["logits"][0]
     np.testing.assert_allclose(received, plain, atol=1e-4)
     assert np.abs(plain - alone).max() > 0.1
 
 
-def test_padding_on_either_side_says_nothing(seeing: SeeingPrefix, opened: Deployment) -> None:
-    rows = [seeing.inputs(prompt, images)["input_ids"][0].numpy() for prompt, images in PROMPTS[:4]]
+def test_padding_on_either_side_says_nothing(vision_deployment: VisionDeployment, opened: Deployment) -> None:
+    rows = [vision_deployment.inputs(prompt, images)["input_ids"][0].numpy() for prompt, images in PROMPTS[:4]]
     longest, pictures = max(map(len, rows)) + 2, [images for _, images in PROMPTS[:4]]
     for left in (True, False):
         ids, mask = np.zeros((4, longest), np.int64), np.zeros((4, longest), np.int64)
@@ -128,8 +133,10 @@ def test_a_first_position_sees_the_last(opened: Deployment) -> None:
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "growing"])
-def test_on_a_device_a_prompt_goes_in_at_once(seeing: SeeingPrefix, expected: list[list[int]], in_place: bool) -> None:
-    folder = seeing.folder.parent / "again" / "deployment"
+def test_on_a_device_a_prompt_goes_in_at_once(
+    vision_deployment: VisionDeployment, expected: list[list[int]], in_place: bool
+) -> None:
+    folder = vision_deployment.folder.parent / "again" / "deployment"
     prompts, images, tasks = zip(*ROWS[:15], strict=True)
     profile = Profile(batch=ShapeRange(1, 8, 15), seq=ShapeRange(1, 16, 40), past=ShapeRange(0, 16, 55))
     with Deployment(
@@ -137,7 +144,9 @@ def test_on_a_device_a_prompt_goes_in_at_once(seeing: SeeingPrefix, expected: li
     ) as deployment:
         found = deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
         assert [list(row.token_ids) for row in found] == expected[:15]
-        ids = [seeing.inputs(prompt, images)["input_ids"][0].numpy() for prompt, images, _ in (ROWS[0], ROWS[5])]
+        ids = [
+            vision_deployment.inputs(prompt, images)["input_ids"][0].numpy() for prompt, images, _ in (ROWS[0], ROWS[5])
+        ]
         ids = np.stack([own[-14:] for own in ids] * 2)  # more positions than one pass has room for logits
         found = deployment.run(input_ids=ids)["logits"]
         for row, logits in zip(ids, found, strict=True):
@@ -153,14 +162,14 @@ def test_on_a_device_a_prompt_goes_in_at_once(seeing: SeeingPrefix, expected: li
             deployment.run(input_ids=[[5] * 13])
 
 
-def test_prefixes_are_not_kept(seeing: SeeingPrefix) -> None:
+def test_prefixes_are_not_kept(vision_deployment: VisionDeployment) -> None:
     with pytest.raises(RequestError, match="attends in both directions: what its beginning leaves depends on its end"):
-        Deployment.open(seeing.folder, prefix_cache_bytes=1 << 20)
+        Deployment.open(vision_deployment.folder, prefix_cache_bytes=1 << 20)
 
 
-def test_a_float16_base(tmp_path: Path, seeing: SeeingPrefix, opened: Deployment) -> None:
-    half = build_seeing_prefix(tmp_path, dtype="float16")
-    ids = seeing.inputs("which?", [A])["input_ids"].numpy()
+def test_a_float16_base(tmp_path: Path, vision_deployment: VisionDeployment, opened: Deployment) -> None:
+    half = build_vision_deployment(tmp_path, "paligemma", dtype="float16")
+    ids = vision_deployment.inputs("which?", [A])["input_ids"].numpy()
     with Deployment.open(half.folder) as deployment:
         received = deployment.run(input_ids=ids, images=[[A]], tasks="both")["logits"]
         wide = opened.run(input_ids=ids, images=[[A]], tasks="both")["logits"]

@@ -12,7 +12,7 @@ from helpers.runtime import reseal
 from helpers.tiny_models import TILE_EDGE, TILE_IMAGE_TOKEN, TILE_TOKENS, idefics3, smolvlm
 from helpers.tiny_tokenizer import make_tile_tokenizer
 from helpers.vision import tile_processor
-from helpers.vision_deployments import SeeingTiles, build_seeing_tiles, picture
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
@@ -32,24 +32,24 @@ PROMPTS: list[tuple[str, list[Any]]] = [
 ROWS = [(prompt, images, task) for prompt, images in PROMPTS for task in (None, "words", "looks", "both", "asked")]
 
 
-@pytest.fixture(scope="module", params=[idefics3, smolvlm], ids=["idefics3", "smolvlm"])
-def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SeeingTiles:
-    return build_seeing_tiles(tmp_path_factory.mktemp("tiled"), request.param())
+@pytest.fixture(scope="module", params=["idefics3", "smolvlm"])
+def tiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
+    return build_vision_deployment(tmp_path_factory.mktemp("tiled"), request.param)
 
 
 @pytest.fixture(scope="module")
-def opened(tiled: SeeingTiles) -> Any:
+def opened(tiled: VisionDeployment) -> Any:
     with Deployment.open(tiled.folder) as deployment:
         yield deployment
 
 
 @pytest.fixture(scope="module")
-def expected(tiled: SeeingTiles) -> list[list[int]]:
+def expected(tiled: VisionDeployment) -> list[list[int]]:
     return [tiled.greedy(prompt, images, task, NEW) for prompt, images, task in ROWS]
 
 
 def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
-    tiled: SeeingTiles, opened: Deployment, expected: list[list[int]]
+    tiled: VisionDeployment, opened: Deployment, expected: list[list[int]]
 ) -> None:
     prompts, images, tasks = zip(*ROWS, strict=True)
     found = opened.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
@@ -60,7 +60,7 @@ def test_rows_of_all_kinds_in_one_batch_are_what_pytorch_generates(
 
 
 def test_prompts_by_their_token_ids_expanded_or_not(
-    tiled: SeeingTiles, opened: Deployment, expected: list[list[int]]
+    tiled: VisionDeployment, opened: Deployment, expected: list[list[int]]
 ) -> None:
     for (prompt, images, task), made in zip(ROWS, expected, strict=True):
         for tokens in (opened.tokenizer.encode(prompt), tiled.inputs(prompt, images)["input_ids"][0].tolist()):
@@ -68,7 +68,7 @@ def test_prompts_by_their_token_ids_expanded_or_not(
             assert list(row.token_ids) == made
 
 
-def test_logits_are_pytorchs(tiled: SeeingTiles, opened: Deployment) -> None:
+def test_logits_are_pytorchs(tiled: VisionDeployment, opened: Deployment) -> None:
     for prompt, images, task in ROWS:
         plain, limit = tiled.logits(prompt, images, task)
         ids = tiled.inputs(prompt, images)["input_ids"].numpy()
@@ -81,7 +81,7 @@ def test_logits_are_pytorchs(tiled: SeeingTiles, opened: Deployment) -> None:
             assert np.abs(far - plain).max() > 10 * limit
 
 
-def test_the_limit_finds_tiles_in_another_order(tiled: SeeingTiles, opened: Deployment) -> None:
+def test_the_limit_finds_tiles_in_another_order(tiled: VisionDeployment, opened: Deployment) -> None:
     inputs = tiled.inputs("<image>", [A])
     received = opened.run(input_ids=inputs["input_ids"].numpy(), images=[[A]])["logits"][0]
     for order in ([9, *range(9)], [0, 3, 6, 1, 4, 7, 2, 5, 8, 9]):
@@ -90,7 +90,7 @@ def test_the_limit_finds_tiles_in_another_order(tiled: SeeingTiles, opened: Depl
         assert np.abs(received - wrong).max() > 10 * tiled.logits("<image>", [A], None)[1]
 
 
-def test_the_encoder_runs_once_for_a_picture_and_the_cache_keeps_to_its_budget(tiled: SeeingTiles) -> None:
+def test_the_encoder_runs_once_for_a_picture_and_the_cache_keeps_to_its_budget(tiled: VisionDeployment) -> None:
     with Deployment.open(tiled.folder) as deployment:
         for task in (None, "words", "looks"):
             deployment.generate(["<image><image>"], images=[[A, np.asarray(A)]], tasks=task, max_new_tokens=1)
@@ -105,7 +105,7 @@ def test_the_encoder_runs_once_for_a_picture_and_the_cache_keeps_to_its_budget(t
 
 
 def test_the_tower_takes_few_tiles_at_a_time(
-    tiled: SeeingTiles, opened: Deployment, monkeypatch: pytest.MonkeyPatch
+    tiled: VisionDeployment, opened: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tiled.inputs("<image><image>", [B, A])["input_ids"].numpy()
     expected = opened.input_embeddings(ids, images=[[B, A]])
@@ -119,7 +119,7 @@ def test_the_tower_takes_few_tiles_at_a_time(
 
 
 def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(
-    tiled: SeeingTiles, expected: list[list[int]]
+    tiled: VisionDeployment, expected: list[list[int]]
 ) -> None:
     with Deployment.open(tiled.folder, prefix_cache_bytes=1 << 20) as deployment:
         for _ in range(2):

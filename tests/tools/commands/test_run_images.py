@@ -9,15 +9,15 @@ from click.testing import CliRunner
 from helpers.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, llava
 from helpers.tiny_tokenizer import make_tokenizer
 from helpers.vision import clip_processor
-from helpers.vision_deployments import Seeing, build_seeing, picture
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.runtime import Deployment
 from adalink.tools.cli import main
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory) -> Seeing:
-    return build_seeing(tmp_path_factory.mktemp("seeing"))
+def vision_deployment(tmp_path_factory) -> VisionDeployment:
+    return build_vision_deployment(tmp_path_factory.mktemp("vision_deployment"))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def invoke(*arguments):
     return CliRunner().invoke(main, [*map(str, arguments)])
 
 
-def test_images_go_to_their_placeholders(seeing, files):
+def test_images_go_to_their_placeholders(vision_deployment, files):
     options = ["--max-new-tokens", 6, "--task", "both"]
-    with Deployment.open(seeing.folder) as deployment:
+    with Deployment.open(vision_deployment.folder) as deployment:
         expected = {
             order: deployment.generate(
                 ["@ or @"], images=[[picture(seed) for seed in order]], tasks="both", max_new_tokens=6
@@ -44,18 +44,18 @@ def test_images_go_to_their_placeholders(seeing, files):
     assert expected[1, 2].token_ids != expected[2, 1].token_ids
     for order in expected:
         images = [part for seed in order for part in ("--image", files / f"{' ab'[seed]}.png")]
-        result = invoke("run", seeing.folder, "@ or @", *images, *options)
+        result = invoke("run", vision_deployment.folder, "@ or @", *images, *options)
         assert result.stdout == expected[order].text + "\n"
-        answer = json.loads(invoke("run", seeing.folder, "@ or @", *images, *options, "--json").stdout)
+        answer = json.loads(invoke("run", vision_deployment.folder, "@ or @", *images, *options, "--json").stdout)
         assert answer["images"] == [str(part) for part in images[1::2]]
 
 
-def test_rows_name_images_beside_the_file(seeing, files):
+def test_rows_name_images_beside_the_file(vision_deployment, files):
     rows = [{"prompt": "@!", "images": ["b.png"], "task": "looks"}, {"prompt": "none"}]
     (files / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = invoke("run", seeing.folder, "--jsonl", files / "rows.jsonl", "--max-new-tokens", 6)
+    result = invoke("run", vision_deployment.folder, "--jsonl", files / "rows.jsonl", "--max-new-tokens", 6)
     answers = [json.loads(line) for line in result.stdout.splitlines()]
-    with Deployment.open(seeing.folder) as deployment:
+    with Deployment.open(vision_deployment.folder) as deployment:
         expected = deployment.generate(
             ["@!", "none"], images=[[picture(2)], None], tasks=["looks", None], max_new_tokens=6
         )
@@ -74,10 +74,10 @@ def test_rows_name_images_beside_the_file(seeing, files):
         (["--jsonl", "rows.txt"], "rows.txt:1: images is b.png, expected a list of paths"),
     ],
 )
-def test_user_errors_end_with_their_message_and_exit_code_2(seeing, files, monkeypatch, arguments, message):
+def test_user_errors_end_with_their_message_and_exit_code_2(vision_deployment, files, monkeypatch, arguments, message):
     (files / "rows.txt").write_text('{"prompt": "@", "images": "b.png"}\n')
     monkeypatch.chdir(files)
-    result = invoke("run", seeing.folder, *arguments, "--max-new-tokens", 2)
+    result = invoke("run", vision_deployment.folder, *arguments, "--max-new-tokens", 2)
     assert result.exit_code == 2
     assert message in result.stderr
 
