@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import onnx
 import torch
 from helpers.runtime import random_adapter, reseal, write_adapter
-from helpers.vision_families import FAMILIES, VisionFamily
+from helpers.vision_families import FAMILIES, TILES, VisionFamily
 from onnx import numpy_helper
 from PIL import Image
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
+from adalink.runtime import Deployment
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.training.adapter_io import load_adapter
@@ -107,6 +109,24 @@ def build_vision_deployment(root: Path, name: str = "llava", model: Any = None, 
     return VisionDeployment(folder, model, _adapters(root, folder), root / "adapters", family)
 
 
+class VisionDeployments:
+    """Deployments by the name of their family, each exported when it is first asked for.
+
+    "NAME portable" is one of the target that runs everywhere.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, VisionDeployment] = {}
+
+    def __getitem__(self, name: str) -> VisionDeployment:
+        if name not in self._made:
+            family, *target = name.split()
+            settings = {"target": target[0]} if target else {}
+            self._made[name] = build_vision_deployment(self._root / name, family, **settings)
+        return self._made[name]
+
+
 def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:
     base = read_manifest(folder).base
     adapters = {}
@@ -126,3 +146,71 @@ def spoil_tower(folder: Path) -> None:
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     path.write_bytes(graph.SerializeToString())
     reseal(folder)
+
+
+NEW_TOKENS = 8
+EACH_TASK = (None, "words", "looks", "both", "asked")
+PATCH_DEPLOYMENTS = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_vl portable")
+VISION_DEPLOYMENTS = ("llava", *TILES, "paligemma", *PATCH_DEPLOYMENTS)
+
+A, B, C = (picture(seed, height, width) for seed, height, width in ((1, 30, 41), (2, 50, 24), (3, 24, 24)))
+# Of three and of four tiles; the others of nine and one more, and of six.
+LINE, UPRIGHT = picture(3, 7, 100), picture(4, 48, 30)
+# Of pieces in three rows and five columns, in eight and two, in one and nine, and of two by two.
+GRIDS = [picture(seed, *size) for seed, size in enumerate(((25, 41), (60, 17), (3, 60), (9, 9)), start=1)]
+# Prompts and their images: on one, on two and on none.
+Prompts = list[tuple[str, list[Any]]]
+TILE_PROMPTS: Prompts = [
+    ("<image>what?", [A]),
+    ("a <image> b\n\n<image>", [B, LINE]),
+    ("no picture", []),
+    ("<image>", [UPRIGHT]),
+]
+PATCH_PROMPTS: Prompts = [
+    ("@what?", GRIDS[:1]),
+    ("a @ b @c", GRIDS[1:3]),
+    ("no picture", []),
+    ("@.", GRIDS[3:]),
+]
+PROMPTS: dict[str, Prompts] = {
+    "llava": [("@what?", [A]), ("a @b@ c", [B, A]), ("no picture", []), ("@", [C])],
+    # What people write: images go in front, or where placeholders stand; one is no text.
+    "paligemma": [
+        ("caption en", [A]),
+        ("which?", [B, A]),
+        ("a<image>b <image>c", [A, C]),
+        ("no picture", []),
+        ("", [C]),
+    ],
+    **dict.fromkeys(TILES, TILE_PROMPTS),
+    **dict.fromkeys(PATCH_DEPLOYMENTS, PATCH_PROMPTS),
+}
+
+
+class VisionCase:
+    """An open deployment, prompts under every kind of task, and what PyTorch generates for them."""
+
+    def __init__(self, name: str, made: VisionDeployment) -> None:
+        self.prompts, self.made = PROMPTS[name], made
+        self.rows = [(prompt, images, task) for prompt, images in self.prompts for task in EACH_TASK]
+        self.opened = Deployment.open(made.folder)
+
+    @cached_property
+    def expected(self) -> list[list[int]]:
+        return [self.made.greedy(prompt, images, task, NEW_TOKENS) for prompt, images, task in self.rows]
+
+    def ids(self, prompt: Any, images: Any) -> Any:
+        """Token ids of a row, every placeholder written out."""
+        return self.made.inputs(prompt, images)["input_ids"].numpy()
+
+
+class VisionCases(dict[str, VisionCase]):
+    """By the name of their deployment, each made when it is first asked for."""
+
+    def __init__(self, deployments: VisionDeployments) -> None:
+        super().__init__()
+        self._deployments = deployments
+
+    def __missing__(self, name: str) -> VisionCase:
+        self[name] = VisionCase(name, self._deployments[name])
+        return self[name]

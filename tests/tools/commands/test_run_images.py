@@ -1,4 +1,4 @@
-"""`adalink export`, `inspect` and `run` on a model that takes images."""
+"""`adalink export`, `inspect` and `run` on models that take images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from helpers.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, llava
-from helpers.tiny_tokenizer import make_tokenizer
-from helpers.vision import clip_processor
+from helpers.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS
 from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
+from helpers.vision_families import FAMILIES
 
 from adalink.runtime import Deployment
 from adalink.tools.cli import main
@@ -30,6 +29,12 @@ def files(tmp_path_factory):
 
 def invoke(*arguments):
     return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def output(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
 
 
 def test_images_go_to_their_placeholders(vision_deployment, files):
@@ -84,14 +89,11 @@ def test_user_errors_end_with_their_message_and_exit_code_2(vision_deployment, f
 
 def test_export_and_inspect_show_the_image_side(tmp_path):
     model = tmp_path / "model"
-    llava().save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    clip_processor().save_pretrained(model)
+    FAMILIES["llava"].save(model)
     out = tmp_path / "deployment"
-    exported = invoke("export", "base", model, "--out", out)
-    assert exported.exit_code == 0, exported.stderr
-    assert "base/vision/model.onnx" in exported.stdout
-    assert f"gives {IMAGE_TOKENS} positions an image" in exported.stdout
+    exported = output("export", "base", model, "--out", out)
+    assert "base/vision/model.onnx" in exported
+    assert f"gives {IMAGE_TOKENS} positions an image" in exported
     found = json.loads(invoke("inspect", out, "--json").stdout)
     vision = found["vision"]
     assert vision["image_size"] == [IMAGE_SIZE, IMAGE_SIZE]
@@ -107,3 +109,17 @@ def test_export_and_inspect_show_the_image_side(tmp_path):
 
 
 _GRAPH = ("model.onnx", "model.onnx.data")
+
+
+def test_checkpoint_of_tiles_is_exported_inspected_and_run(tmp_path):
+    model, out, image = tmp_path / "model", tmp_path / "deployment", tmp_path / "a.png"
+    FAMILIES["smolvlm"].save(model)
+    picture(1).save(image)
+    assert f"gives {TILE_TOKENS} positions a tile of an image" in output("export", "base", model, "--out", out)
+    vision = json.loads(output("inspect", out, "--json"))["vision"]
+    assert vision["takes_tiles"]
+    assert vision["preprocessor"]["tiling"] == {"longest_edge": 48, "edge": 16, "is_cut": True}
+    assert "longest_edge" in output("inspect", out)
+    with Deployment.open(out) as deployment:
+        (expected,) = deployment.generate(["<image>?"], images=[[picture(1)]], max_new_tokens=6)
+    assert output("run", out, "<image>?", "--image", image, "--max-new-tokens", 6) == expected.text + "\n"
