@@ -93,7 +93,7 @@ def run_blocks(blocks: list[Block], folder: Path) -> str:
 def _environment() -> dict[str, str]:
     source = str(Path(__file__).parents[2] / "src")
     path = os.pathsep.join((source, os.environ["PYTHONPATH"])) if os.environ.get("PYTHONPATH") else source
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def command_lines(block: Block) -> Iterator[tuple[int, list[str]]]:
