@@ -135,7 +135,9 @@ def check_command(words: list[str]) -> None:
         click.UsageError: it would be refused.
     """
     command: click.Command = main
-    context = click.Context(main, info_name="adalink")
+    context = click.Context(
+        main, info_name="adalink", **main.context_settings
+    )  # the help option is made once, of these
     while isinstance(command, click.Group):
         name = words[0] if words else ""
         if not words or name.startswith("-"):
@@ -144,8 +146,10 @@ def check_command(words: list[str]) -> None:
         if found is None:
             raise click.UsageError(f"no such command: {context.command_path} {name}")
         command, words = found, words[1:]
-        context = click.Context(command, info_name=name, parent=context)
+        context = click.Context(command, info_name=name, parent=context, **command.context_settings)
     values, rest, _ = command.make_parser(context).parse_args(args=[word for word in words if word != "..."])
+    if values.get("help"):
+        return
     if rest:
         raise click.UsageError(f"{context.command_path} takes no {' '.join(rest)!r}")
     for parameter in command.get_params(context):
