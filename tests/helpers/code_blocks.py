@@ -148,7 +148,7 @@ def check_command(words: list[str]) -> None:
         command, words = found, words[1:]
         context = click.Context(command, info_name=name, parent=context, **command.context_settings)
     values, rest, _ = command.make_parser(context).parse_args(args=[word for word in words if word != "..."])
-    if values.get("help"):
+    if set(words) & set(context.help_option_names):
         return
     if rest:
         raise click.UsageError(f"{context.command_path} takes no {' '.join(rest)!r}")
