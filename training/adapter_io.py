@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adalink.runtime.errors import AdapterError, ContractError, WriteError
+from adalink.runtime.errors import AdapterError, WriteError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -23,9 +23,12 @@ from adalink.runtime.storage.adapter import (
     make_adapter,
     read_adapter,
 )
-from adalink.training.method.attach import Attached, attach
+from adalink.runtime.storage.adapter_spec import MethodSpec, settings_of
+from adalink.runtime.storage.atomic import write_through
+from adalink.runtime.storage.contract import check_adapter
+from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
-from adalink.training.models.loading import base_fingerprint
+from adalink.training.models.loading import base_fingerprint, embedding_matrix, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +37,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def to_adapter(attached: Attached, base_name: str) -> Adapter:
+def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
     """The attached weights as a checked adapter of this base.
 
     Args:
@@ -48,12 +51,7 @@ def to_adapter(attached: Attached, base_name: str) -> Adapter:
         base_model_name_or_path=base_name,
         base_fingerprint=base_fingerprint(attached.model),
         hidden_size=attached.hidden_size,
-        rank=attached.config.rank,
-        activation=attached.config.activation,
-        bias=attached.config.bias,
-        modalities=attached.config.modalities,
-        scope=attached.config.scope,
-        soft_tokens=attached.config.soft_tokens,
+        **settings_of(attached.config, MethodSpec),
     )
     return make_adapter(config, attached.weights(), origin=f"adapter for {base_name}")
 
@@ -80,7 +78,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         staging.chmod(0o755)
         for name, data in files.items():
-            _write_through(staging / name, data)
+            write_through(staging / name, data)
         _rename_over(staging, folder)
     except OSError as error:
         raise WriteError(
@@ -92,7 +90,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
+def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
     """Read an adapter folder and attach it to the base it was trained for.
 
     Raises:
@@ -102,30 +100,29 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
     """
     adapter = read_adapter(folder)
     config = adapter.config
-    fingerprint = base_fingerprint(model)
-    if config.base_fingerprint != fingerprint:
-        raise ContractError(
-            f"adapter {folder} belongs to another base: it was trained for {config.base_model_name_or_path} "
-            f"({config.base_fingerprint}), this {type(model).__name__} has {fingerprint}; load that base in float32"
-        )
+    check_adapter(adapter, _ModelBase(model), f"adapter {folder}", repair="load that base in float32")
     if config.input == "ids":
         raise AdapterError(
             f"adapter {folder} has a table of token ids, expected one that acts on embeddings: what trained it loads it"
         )
-    attached = attach(
-        model,
-        AdaLinkConfig(
-            rank=config.rank,
-            activation=config.activation,
-            bias=config.bias,
-            modalities=config.modalities,
-            scope=config.scope,
-            soft_tokens=config.soft_tokens,
-        ),
-    )
+    attached = attach(model, AdaLinkConfig(**settings_of(config, MethodSpec)))
     attached.adapters.load_state_dict({name: torch.from_numpy(weight) for name, weight in adapter.weights.items()})
     attached.adapters.eval()
     return attached
+
+
+class _ModelBase:
+    """A model as ``check_adapter`` looks at it; what its class can take, ``attach`` says."""
+
+    embedding_dtype = "float32"
+    modalities = None
+    takes_soft_prompts = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.name = f"this {type(model).__name__}"
+        self.fingerprint = base_fingerprint(model)
+        self.vocab_size, self.hidden_size = embedding_matrix(model).shape
+        self.max_positions = max_positions(model)
 
 
 def check_target(folder: Path) -> None:
@@ -139,21 +136,6 @@ def check_target(folder: Path) -> None:
         raise AdapterError(f"{folder} is not empty and holds no {CONFIG_FILE}: it is no adapter; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file: choose a folder for the adapter")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, or replace it, whole or not at all; raises ``OSError``."""
-    draft = path.with_suffix(".draft")
-    _write_through(draft, data)
-    draft.replace(path)
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    """Write a file down to the disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _rename_over(staging: Path, folder: Path) -> None:

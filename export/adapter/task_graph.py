@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.adapter.nodes import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
-from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter, show_rank
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
+from adalink.runtime.storage.adapter_spec import settings_at_default, settings_of, show_setting
 
 if TYPE_CHECKING:
     import onnx
@@ -110,14 +111,10 @@ def _soft_prompt_nodes(embeds: str, dtype: str) -> list[onnx.NodeProto]:
 
 def _metadata(adapter: Adapter, task: str) -> dict[str, str]:
     config = adapter.config
+    silent = settings_at_default(config)
     return {
         "task": task,
-        "rank": show_rank(config.rank),
-        "activation": config.activation,
-        "scope": config.scope,
-        "modalities": ",".join(config.modalities),
-        **({"soft_tokens": str(config.soft_tokens)} if config.soft_tokens else {}),
-        **({"input": config.input} if config.input != "embeddings" else {}),
+        **{name: show_setting(value) for name, value in settings_of(config).items() if name not in silent},
         "base_fingerprint": config.base_fingerprint,
         "adapter_digest": adapter.digest,
     }

@@ -15,86 +15,50 @@ import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
 from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS as ACTIVATION_KEYS
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS as ACTIVATIONS
+from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, settings_at_default
+from adalink.runtime.storage.adapter_spec import rank_of as rank_of
+from adalink.runtime.storage.adapter_spec import show_rank as show_rank
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
-KINDS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
-SCOPES = ("all", "prompt")
-INPUTS = ("embeddings", "ids")
-# A soft prompt takes up positions of the model: far more of them than anybody trains would be a mistake.
-MOST_SOFT_TOKENS = 4096
 SOFT_PROMPT_NAME = "soft_prompt"
 TABLE_NAME = "text.table.weight"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 Weights = dict[str, npt.NDArray[np.float32]]
-# Width of the bottleneck: of every modality, or of each by its name.
-Rank = int | dict[str, int]
 
 
-class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``adapter_config.json`` holds.
+class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
+    """What ``adapter_config.json`` holds: the settings of the method, and the base that they were trained for.
 
     Attributes:
         base_model_name_or_path: name of the base, for people; the fingerprint is what is checked.
         base_fingerprint: digest of the base's input embedding matrix.
         hidden_size: width ``d`` of the embeddings.
-        rank: width ``r`` of the bottleneck, or of each modality's; 0 for a soft prompt alone.
-        activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form.
-        bias: whether ``down`` and ``up`` carry a bias.
-        modalities: names of the adapted modalities; one AdaLink each.
-        scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated tokens unadapted.
-        soft_tokens: vectors of the soft prompt, which stand before the first token and go through no bottleneck.
-        input: what the bottleneck starts from: ``"embeddings"``, ``x + up(act(down(x)))``; or the token's ``"ids"``,
-            ``x + up(table[id])``.
+        peft_type: always ``"ADALINK"``, for readers that know other methods.
+
+    Raises:
+        ConfigError: a setting is outside what the method allows, or the base is not described as the format demands.
     """
 
     base_model_name_or_path: str
     base_fingerprint: str
     hidden_size: int
-    rank: Rank
-    activation: str
-    bias: bool
-    modalities: tuple[str, ...]
-    scope: str
-    soft_tokens: int = 0
-    input: str = "embeddings"
     peft_type: str = "ADALINK"
 
     def __post_init__(self) -> None:
-        check_method(self.rank, self.activation, self.modalities, self.scope, self.soft_tokens)
+        super().__post_init__()
         if self.peft_type != "ADALINK":
             raise ConfigError(f"peft_type is {self.peft_type!r}, expected 'ADALINK': this is another kind of adapter")
         if not 1 <= self.hidden_size <= 1 << 20:
             raise ConfigError(f"hidden_size is {self.hidden_size}, expected 1 to {1 << 20}")
-        if max(rank_of(self.rank, modality) for modality in self.modalities) > self.hidden_size:
-            raise ConfigError(
-                f"rank is {show_rank(self.rank)} and hidden_size {self.hidden_size}: a bottleneck wider than the "
-                f"embedding saves nothing; choose a rank of at most {self.hidden_size}"
-            )
-        if self.input not in INPUTS:
-            raise ConfigError(f"input is {self.input!r}, expected one of {', '.join(INPUTS)}")
-        is_plain = self.activation == "identity" and not self.bias
-        if self.rank == 0 and not (is_plain and self.input == "embeddings"):
-            raise ConfigError(
-                f"rank is 0 with activation {self.activation!r}, bias {self.bias} and input {self.input!r}: a soft "
-                "prompt without a bottleneck has activation 'identity', no bias and input 'embeddings'"
-            )
-        if self.input == "ids" and not (is_plain and self.modalities == ("text",)):
-            raise ConfigError(
-                f"input is 'ids' with activation {self.activation!r}, bias {self.bias} and modalities "
-                f"{self.modalities!r}: a table of token ids has activation 'identity', no bias and modalities ('text',)"
-            )
+        if fault := find_fault(self, self.hidden_size):
+            raise ConfigError(fault.message)
         check_fingerprint(self.base_fingerprint)
-
-    @property
-    def kind(self) -> str:
-        """Which of ``KINDS`` computes this adapter."""
-        return f"{self.activation}_bias" if self.bias else self.activation
 
 
 class _MethodOnly(msgspec.Struct):
@@ -113,43 +77,6 @@ class Adapter:
     def size_bytes(self) -> int:
         """Bytes of the weights."""
         return sum(weight.nbytes for weight in self.weights.values())
-
-
-def rank_of(rank: Rank, modality: str) -> int:
-    """The rank of one modality."""
-    return rank[modality] if isinstance(rank, dict) else rank
-
-
-def show_rank(rank: Rank) -> str:
-    """A rank for people and as ``adalink train`` takes it: ``16``, or ``text=16,image=64``."""
-    return ",".join(f"{name}={own}" for name, own in rank.items()) if isinstance(rank, dict) else str(rank)
-
-
-def check_method(rank: Rank, activation: str, modalities: tuple[str, ...], scope: str, soft_tokens: int = 0) -> None:
-    """Check the settings of the method; raises ``ConfigError``."""
-    if isinstance(soft_tokens, bool) or not isinstance(soft_tokens, int) or not 0 <= soft_tokens <= MOST_SOFT_TOKENS:
-        raise ConfigError(f"soft_tokens is {soft_tokens!r}, expected a whole number from 0 to {MOST_SOFT_TOKENS}")
-    ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
-    least = 0 if soft_tokens and not isinstance(rank, dict) else 1
-    if any(isinstance(own, bool) or not isinstance(own, int) or own < least for own in ranks):
-        hint = "" if soft_tokens else "; 0 is for adapters with a soft prompt"
-        raise ConfigError(
-            f"rank is {rank!r}, expected a whole number of at least {least}, or one for each modality{hint}"
-        )
-    if isinstance(rank, dict) and rank.keys() != set(modalities):
-        raise ConfigError(
-            f"rank is for {', '.join(rank) or 'nothing'} and the modalities are {', '.join(modalities)}: expected one "
-            "rank, or one for each modality"
-        )
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if scope not in SCOPES:
-        raise ConfigError(f"scope is {scope!r}, expected one of {', '.join(SCOPES)}")
-    if not modalities or len(set(modalities)) != len(modalities):
-        raise ConfigError(f"modalities are {modalities!r}, expected at least one name and none twice")
-    for name in modalities:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f"modality {name!r} is not a name: use letters, digits and underscores")
 
 
 def check_fingerprint(value: str) -> None:
@@ -272,9 +199,8 @@ def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
 def _encode_config(config: AdapterConfig) -> bytes:
     """The config as JSON; what came to the format later is left out where it says nothing, so that digests stay."""
     fields = msgspec.to_builtins(config)
-    for name, default in (("soft_tokens", 0), ("input", "embeddings")):
-        if fields[name] == default:
-            del fields[name]
+    for name in settings_at_default(config):
+        del fields[name]
     return msgspec.json.encode(fields, order="sorted")
 
 

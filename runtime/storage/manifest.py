@@ -6,10 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from adalink.runtime.storage.adapter import Rank
-from adalink.runtime.text.prompt_format import PromptForm
-from adalink.runtime.vision.patches import PatchTower
-from adalink.runtime.vision.tiles import Grid, TileTokens, tiles_of
+from adalink.runtime.storage.adapter_spec import AdapterSpec
+from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 3
@@ -121,7 +119,7 @@ class Base(_Strict, frozen=True, kw_only=True):
             embedding module returns for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
-        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.KINDS``.
+        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: what images go through; ``None`` for a base of text alone.
         bidirectional_prompt: whether every position of a prompt sees all of it, and only what is generated is causal.
     """
@@ -147,6 +145,11 @@ class Base(_Strict, frozen=True, kw_only=True):
     vision: Vision | None = None
     bidirectional_prompt: bool = False
     weights_digest: str = ""
+
+    @property
+    def takes_soft_prompts(self) -> bool:
+        """Whether positions can stand before the text: not where they follow the grid of a picture."""
+        return self.vision is None or self.vision.patches is None
 
 
 class Quantization(_Strict, frozen=True, kw_only=True):
@@ -209,20 +212,14 @@ class Fold(_Strict, frozen=True, kw_only=True):
     path: str
 
 
-class Task(_Strict, frozen=True, kw_only=True):
-    """One deployed adapter.
+class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One deployed adapter: its settings, and its files.
 
     Attributes:
         graph: path of the task graph.
         config: path of its ``adapter_config.json``.
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.storage.adapter.Adapter.digest`).
-        rank: rank of the bottleneck, or of each modality's; 0 for a soft prompt alone.
-        activation: its activation.
-        modalities: modalities it adapts, in the order of the graph's ``modality`` indices.
-        scope: ``"all"`` or ``"prompt"``.
-        soft_tokens: vectors of its soft prompt.
-        input: what its bottleneck starts from; one of ``adalink.runtime.storage.adapter.INPUTS``.
         fold: the task computed ahead, if it was exported so.
     """
 
@@ -230,12 +227,6 @@ class Task(_Strict, frozen=True, kw_only=True):
     config: str
     weights: str
     adapter_digest: str
-    rank: Rank
-    activation: str
-    modalities: tuple[str, ...]
-    scope: str
-    soft_tokens: int = 0
-    input: str = "embeddings"
     fold: Fold | None = None
 
     @property

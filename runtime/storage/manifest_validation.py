@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from adalink.runtime.errors import DeploymentError, ManifestError
-from adalink.runtime.storage.adapter import ACTIVATIONS, INPUTS, KINDS, MOST_SOFT_TOKENS, SCOPES
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, Fault, find_fault
 from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -39,7 +39,12 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
     demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
     known = not base.weights_digest or bool(_DIGEST.fullmatch(base.weights_digest))
     demand(known, "$.base.weights_digest", base.weights_digest, "'sha256:' and 64 digits, or nothing")
-    demand(base.bank.keys() == set(KINDS), "$.base.bank", sorted(base.bank), f"a graph for each of {', '.join(KINDS)}")
+    demand(
+        base.bank.keys() == set(ACTIVATION_KEYS),
+        "$.base.bank",
+        sorted(base.bank),
+        f"a graph for each of {', '.join(ACTIVATION_KEYS)}",
+    )
     demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
     demand(
         base.max_positions is None or 1 <= base.max_positions <= 1 << 31,
@@ -69,7 +74,9 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
         field, tower = f"$.variants[{name!r}].vision_graph", variant.vision_graph
         demand(tower is None or base.vision is not None, field, tower, "null for a base that takes no images")
     for name, task in manifest.tasks.items():
-        _check_task(name, task, base, demand)
+        if fault := _check_task(name, task, base, demand):
+            field = f"$.tasks[{name!r}].{fault.field}"
+            raise ManifestError(f"{origin}: {field}: {fault.message}", field=field)
     for path, record in manifest.files.items():
         # Thousands of tasks have three files each: only a wrong one is worth a description.
         if not (_PATH.fullmatch(path) and 0 <= record.size_bytes <= 1 << 42 and _DIGEST.fullmatch(record.sha256)):
@@ -112,31 +119,12 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
         demand(1 <= size <= 1 << 14, "$.base.vision.image_size", vision.image_size, f"1 to {1 << 14} each")
 
 
-def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
-    fits = set(task.rank) == set(task.modalities) if isinstance(task.rank, dict) else True
-    ranks = task.rank.values() if isinstance(task.rank, dict) else (task.rank,)
-    least = 0 if task.soft_tokens and not isinstance(task.rank, dict) else 1
-    has_rank = fits and all(least <= rank <= base.hidden_size for rank in ranks)
-    is_sound = (
-        _TASK_NAME.fullmatch(name)
-        and has_rank
-        and 0 <= task.soft_tokens <= MOST_SOFT_TOKENS
-        and task.input in INPUTS
-        and task.activation in ACTIVATIONS
-        and task.scope in SCOPES
-        and (task.fold is None or task.fold.kind in FOLDS)
-        and _DIGEST.fullmatch(task.adapter_digest)
-    )
-    if not is_sound:
+def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> Fault | None:
+    """Demand what a task must be, and find the first fault among its settings."""
+    fold = None if task.fold is None else task.fold.kind
+    if not (_TASK_NAME.fullmatch(name) and (fold is None or fold in FOLDS) and _DIGEST.fullmatch(task.adapter_digest)):
         field = f"$.tasks[{name!r}]"
         demand(bool(_TASK_NAME.fullmatch(name)), field, name, "letters, digits, '-' and '_'")
-        soft_tokens = task.soft_tokens
-        demand(0 <= soft_tokens <= MOST_SOFT_TOKENS, f"{field}.soft_tokens", soft_tokens, f"0 to {MOST_SOFT_TOKENS}")
-        expected = f"{least} to {base.hidden_size}, or such a number for each modality"
-        demand(has_rank, f"{field}.rank", task.rank, expected)
-        demand(task.input in INPUTS, f"{field}.input", task.input, f"one of {INPUTS}")
-        demand(task.activation in ACTIVATIONS, f"{field}.activation", task.activation, f"one of {ACTIVATIONS}")
-        demand(task.scope in SCOPES, f"{field}.scope", task.scope, f"one of {SCOPES}")
-        fold = None if task.fold is None else task.fold.kind
         demand(fold is None or fold in FOLDS, f"{field}.fold.kind", fold, f"one of {FOLDS}")
         demand(False, f"{field}.adapter_digest", task.adapter_digest, "a digest")
+    return find_fault(task, base.hidden_size)

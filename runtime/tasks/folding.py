@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter, rank_of
 from adalink.runtime.storage.embedding_table import view_table
 from adalink.runtime.storage.manifest import Base
@@ -31,6 +31,7 @@ class Folded(Protocol):
             table: the base's embedding table with shape ``(vocab, d)``.
             ids: token ids with shape ``(batch, seq)``.
         """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,7 +136,7 @@ def test_the_markdown_has_the_same_tables(made, tmp_path):
 def test_committed_results_are_of_the_committed_study(name):
     studies = REPOSITORY / "studies"
     summary = json.loads((studies / "results" / name / "summary.json").read_text())
-    declared = read_study(studies / f"{name}.toml")
+    declared = read_study(studies / "files" / f"{name}.toml")
     for shown, base in zip(summary["study"]["bases"], declared.bases, strict=True):
         shown["model"] = base.model  # a place, which a summary leaves out
     assert msgspec.convert(summary["study"], Study) == declared

@@ -243,4 +243,9 @@ def test_digest_heeds_what_computes_and_not_the_name(model):
     renamed = msgspec.structs.replace(adapter.config, base_model_name_or_path="elsewhere")
     assert make_adapter(renamed, dict(adapter.weights)).digest == adapter.digest
     assert make(model, seed=6).digest != adapter.digest
-    assert make(model, AdaLinkConfig(4, "gelu", True, 0.0, ("text", "vision"), "prompt")).digest != adapter.digest
+    assert (
+        make(
+            model, AdaLinkConfig(rank=4, activation="gelu", bias=True, modalities=("text", "vision"), scope="prompt")
+        ).digest
+        != adapter.digest
+    )

@@ -130,17 +130,11 @@ def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:
 
 
 def _described(manifest: Manifest, task: str) -> dict[str, object]:
+    from adalink.tools.commands.inspect import describe_task
+
     entry = manifest.tasks[task]
     return {
         "task": task,
         "graph": entry.graph,
-        "adapter_digest": entry.adapter_digest,
-        "rank": entry.rank,
-        "activation": entry.activation,
-        "scope": entry.scope,
-        "soft_tokens": entry.soft_tokens,
-        "input": entry.input,
-        "modalities": list(entry.modalities),
-        "fold": None if entry.fold is None else entry.fold.kind,
-        "size_bytes": manifest.size_bytes(entry.files),
+        **describe_task(manifest, entry),
     }

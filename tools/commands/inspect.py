@@ -16,7 +16,7 @@ from adalink.runtime.errors import GraphError
 if TYPE_CHECKING:
     import onnx
 
-    from adalink.runtime.storage.manifest import Manifest, Vision
+    from adalink.runtime.storage.manifest import Manifest, Task, Vision
 
 Description = dict[str, object]
 
@@ -85,20 +85,7 @@ def describe_deployment(folder: Path) -> Description:
             }
             for name, variant in manifest.variants.items()
         },
-        "tasks": {
-            name: {
-                "rank": task.rank,
-                "activation": task.activation,
-                "scope": task.scope,
-                "soft_tokens": task.soft_tokens,
-                "input": task.input,
-                "modalities": list(task.modalities),
-                "adapter_digest": task.adapter_digest,
-                "fold": None if task.fold is None else task.fold.kind,
-                "size_bytes": manifest.size_bytes(task.files),
-            }
-            for name, task in manifest.tasks.items()
-        },
+        "tasks": {name: describe_task(manifest, task) for name, task in manifest.tasks.items()},
         "files": len(manifest.files),
         "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
@@ -122,9 +109,22 @@ def _describe_vision(folder: Path, manifest: Manifest, vision: Vision) -> Descri
     }
 
 
+def describe_task(manifest: Manifest, task: Task) -> Description:
+    """Describe one task of a deployment, by what the manifest says of it."""
+    from adalink.runtime.storage.adapter_spec import describe_settings
+
+    return {
+        **describe_settings(task),
+        "adapter_digest": task.adapter_digest,
+        "fold": None if task.fold is None else task.fold.kind,
+        "size_bytes": manifest.size_bytes(task.files),
+    }
+
+
 def describe_adapter(folder: Path) -> Description:
     """Describe an adapter folder; raises ``AdapterError``."""
     from adalink.runtime.storage.adapter import read_adapter
+    from adalink.runtime.storage.adapter_spec import MethodSpec, describe_settings
 
     adapter = read_adapter(folder)
     config = adapter.config
@@ -133,13 +133,7 @@ def describe_adapter(folder: Path) -> Description:
         "base": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "hidden_size": config.hidden_size,
-        "rank": config.rank,
-        "activation": config.activation,
-        "bias": config.bias,
-        "modalities": list(config.modalities),
-        "scope": config.scope,
-        "soft_tokens": config.soft_tokens,
-        "input": config.input,
+        **describe_settings(config, MethodSpec),
         "parameters": sum(weight.size for weight in adapter.weights.values()),
         "size_bytes": adapter.size_bytes,
         "adapter_digest": adapter.digest,

@@ -74,7 +74,7 @@ class Reference:
 
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:
-        """Attach an adapter folder until the block ends; ``None`` is the plain base."""
+        """Attach an adapter folder until the block ends; ``None`` is the base model."""
         from adalink.training.adapter_io import load_adapter, save_adapter
 
         with ExitStack() as stack:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import structs
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from adalink.runtime.errors import ConfigError, WriteError
+from adalink.runtime.errors import ConfigError
+from adalink.runtime.storage.atomic import replace_file
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.training.adapter_io import replace_file
+from adalink.training.checkpoints import SEARCH_FILE
 from adalink.training.method.attach import attach
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import embedding_matrix
@@ -41,12 +43,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from adalink.training.data.rows import Example, Row
+    from adalink.training.data.rows import Example, TrainingRow
     from adalink.training.method.config import AdaLinkConfig
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
 
-SEARCH_FILE = "search.json"
 _MEASURED_STEPS = 4
 
 
@@ -82,7 +83,7 @@ class SearchRecord(msgspec.Struct):
 
 def search(
     model: PreTrainedModel,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     examples: Sequence[Example],
     collate: Collate,
     config: AdaLinkConfig,
@@ -152,7 +153,7 @@ def search(
 def candidate_config(config: AdaLinkConfig, space: SearchSettings, model: PreTrainedModel) -> AdaLinkConfig:
     """The settings of the first candidate; whatever fits it fits all."""
     first = list_candidates(space, embedding_matrix(model).shape[1])[0]
-    return replace(config, rank=first.rank, activation=first.activation)
+    return structs.replace(config, rank=first.rank, activation=first.activation)
 
 
 class _Trials:
@@ -174,7 +175,7 @@ class _Trials:
 
     def settings_of(self, candidate: Candidate) -> tuple[AdaLinkConfig, TrainSettings]:
         """The settings with the candidate's in them."""
-        config = replace(self._config, rank=candidate.rank, activation=candidate.activation)
+        config = structs.replace(self._config, rank=candidate.rank, activation=candidate.activation)
         return config, replace(self._settings, lr=candidate.lr)
 
     def attach(self, candidate: Candidate) -> TrainableAdapters:
@@ -303,9 +304,5 @@ def _check_enough(record: SearchRecord, tried: int, planned: int) -> None:
 
 
 def _write(path: Path, record: SearchRecord) -> None:
-    try:
-        replace_file(path, msgspec.json.format(msgspec.json.encode(record), indent=2))
-    except OSError as error:
-        raise WriteError(
-            f"search: cannot write {path}: {error.strerror}; free space and go on with --resume"
-        ) from error
+    data = msgspec.json.format(msgspec.json.encode(record), indent=2)
+    replace_file(path, data, repair="free space and go on with --resume", durable=True)

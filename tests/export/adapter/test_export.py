@@ -24,7 +24,7 @@ from adalink.runtime.errors import (
     IntegrityError,
     UnknownTaskError,
 )
-from adalink.runtime.storage.adapter import KINDS, WEIGHTS_FILE, read_adapter
+from adalink.runtime.storage.adapter import ACTIVATION_KEYS, WEIGHTS_FILE, read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -61,7 +61,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 def test_adding_replacing_and_removing_touch_no_byte_of_the_base(deployment: Path, tmp_path: Path) -> None:
     before = state(deployment)
-    assert len(before) == 3 + len(KINDS)
+    assert len(before) == 3 + len(ACTIVATION_KEYS)
     first = make(tmp_path / "topics", deployment, seed=1)
     manifest = export_adapter(first, deployment)
     assert manifest.tasks.keys() == {"topics"}
@@ -120,7 +120,7 @@ def test_adapter_of_another_width_is_refused(deployment: Path, tmp_path: Path) -
 def test_modality_that_the_base_does_not_take_is_refused(deployment: Path, tmp_path: Path) -> None:
     known = export_adapter(make(tmp_path / "both", deployment, modalities=("image", "text")), deployment)
     assert known.tasks["both"].modalities == ("image", "text")
-    with pytest.raises(ContractError, match=r"modality 'audio', .* takes text, image: .*--modality audio"):
+    with pytest.raises(ContractError, match=r"modality 'audio', .* was exported for text, image: .*--modality audio"):
         export_adapter(make(tmp_path / "heard", deployment, modalities=("text", "audio")), deployment)
 
 

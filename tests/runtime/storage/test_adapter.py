@@ -14,7 +14,6 @@ from helpers.paths import REPOSITORY
 from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
-    MOST_SOFT_TOKENS,
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
@@ -23,6 +22,7 @@ from adalink.runtime.storage.adapter import (
     read_adapter,
     weight_shapes,
 )
+from adalink.runtime.storage.adapter_spec import MOST_SOFT_TOKENS
 from adalink.runtime.storage.digest import fingerprint_embeddings
 
 EXAMPLES = REPOSITORY / "examples" / "adapters"

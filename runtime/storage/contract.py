@@ -1,0 +1,135 @@
+"""Whether an adapter can act on a base: one check for a deployment, an export and a model in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from adalink.runtime.errors import ContractError
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
+from adalink.runtime.storage.safetensors import as_float32, as_stored
+
+
+class AdapterBase(Protocol):
+    """What an adapter is checked against: ``$.base`` of a manifest, or a model that is open for training."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of its input embedding matrix."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width ``d`` of its embeddings."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows."""
+        ...
+
+    @property
+    def embedding_dtype(self) -> str:
+        """What it takes embeddings in."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence it was made for; ``None`` without a limit."""
+        ...
+
+    @property
+    def modalities(self) -> tuple[str, ...] | None:
+        """Modalities that it was exported for; ``None`` if any name will do."""
+        ...
+
+    @property
+    def takes_soft_prompts(self) -> bool:
+        """Whether positions can stand before the text."""
+        ...
+
+
+def check_adapter(
+    adapter: Adapter,
+    base: AdapterBase,
+    origin: str,
+    *,
+    holder: str | None = None,
+    repair: str = "train it for this base, or use it with its own",
+) -> None:
+    """Check that an adapter was made for a base and that the base can take it.
+
+    Args:
+        adapter: a checked adapter.
+        base: what it is to act on.
+        origin: what to call the adapter in errors.
+        holder: what holds the base, for errors, such as ``"deployment ./out"``.
+        repair: what helps if it belongs to another base.
+
+    Raises:
+        ContractError: they do not belong together; the message names both sides.
+    """
+    config = adapter.config
+    what = base.name if holder is None else f"{base.name} of {holder}"
+    if config.base_fingerprint != base.fingerprint:
+        raise ContractError(
+            f"{origin} belongs to another base: it was trained for {config.base_model_name_or_path} "
+            f"({config.base_fingerprint}), {what} has {base.fingerprint}: {repair}"
+        )
+    if base.modalities is not None and (unknown := [name for name in config.modalities if name not in base.modalities]):
+        raise ContractError(
+            f"{origin} adapts modality {unknown[0]!r}, {what} was exported for {', '.join(base.modalities)}: export "
+            f"the base with --modality {unknown[0]} as well, or use an adapter without it"
+        )
+    if config.hidden_size != base.hidden_size:
+        raise ContractError(
+            f"{origin} has hidden_size {config.hidden_size}, {what} has {base.hidden_size}: "
+            "its adapter_config.json does not describe this base; train it again"
+        )
+    _check_soft_prompt(adapter, base, origin, what)
+    _check_table(adapter, base, origin, what)
+
+
+def _check_soft_prompt(adapter: Adapter, base: AdapterBase, origin: str, what: str) -> None:
+    vectors = adapter.weights.get(SOFT_PROMPT_NAME)
+    if vectors is None:
+        return
+    if not base.takes_soft_prompts:
+        raise ContractError(
+            f"{origin} has a soft prompt, and positions of {what} follow the grid of a picture, before which none "
+            "can stand: use an adapter without a soft prompt"
+        )
+    if base.max_positions is not None and len(vectors) >= base.max_positions:
+        raise ContractError(
+            f"{origin} has a soft prompt of {len(vectors)} positions, {what} was made for at most "
+            f"{base.max_positions}: that leaves none for text; train a shorter one"
+        )
+    with np.errstate(over="ignore"):
+        stored = as_stored(vectors, base.embedding_dtype)
+    if not np.isfinite(as_float32(stored)).all():
+        raise ContractError(
+            f"{origin}: the soft prompt holds numbers beyond {base.embedding_dtype}, which {what} takes: "
+            "train it again with a lower rate, or use a base of another dtype"
+        )
+
+
+def _check_table(adapter: Adapter, base: AdapterBase, origin: str, what: str) -> None:
+    table = adapter.weights.get(TABLE_NAME)
+    if table is None:
+        return
+    if len(table) != base.vocab_size:
+        raise ContractError(
+            f"{origin} has a table of {len(table)} token ids, {what} has {base.vocab_size}: it was trained for "
+            "another vocabulary; train it for this base"
+        )
+    if base.embedding_dtype == "bfloat16":
+        raise ContractError(
+            f"{origin} adds to embeddings by token id, in numpy, which cannot add to the bfloat16 embeddings of "
+            f"{what}: export the base with --dtype fp32 or fp16"
+        )
