@@ -1,4 +1,4 @@
-"""All levels of parity, in order (docs/parity.md)."""
+"""All levels of parity, in order (docs/concepts/parity.md)."""
 
 from __future__ import annotations
 
