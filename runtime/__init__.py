@@ -24,14 +24,14 @@ from adalink.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
-    from adalink.runtime.generation.loop import Generation
+    from adalink.runtime.generation.sequence import Generation
     from adalink.runtime.receipt import Receipt
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "Deployment": "adalink.runtime.deployment",
-            "Generation": "adalink.runtime.generation.loop",
+            "Generation": "adalink.runtime.generation.sequence",
             "Receipt": "adalink.runtime.receipt",
         },
     )

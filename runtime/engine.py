@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from adalink.runtime.arrays import Array
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.vision_schema import Grid
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import Grid, PatchTower
 
 if TYPE_CHECKING:
     from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
-# Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
+# Embeddings on their way to an engine: an array on the host, or what a device's embedder makes of ids and tasks.
 EngineInput = Any
 
 
 class DecodeState(Protocol):
-    """A batch on its way: rows with their caches, after a prompt and the tokens since. For one thread at a time."""
+    """A batch between two decode steps: its rows, their KV cache and logits. For one thread at a time."""
 
     @property
     def logits(self) -> Array:
         """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
+        ...
 
     def step(self, inputs_embeds: EngineInput) -> None:
         """Take one more token of each row.
@@ -38,12 +40,15 @@ class DecodeState(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def drop(self, row: int) -> None:
         """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
+        ...
 
     def close(self) -> None:
         """Let others have what it holds; nothing else is called after it."""
+        ...
 
 
 class Engine(Protocol):
@@ -52,17 +57,24 @@ class Engine(Protocol):
     @property
     def embedder(self) -> InputEmbedder:
         """What gives it its embeddings."""
+        ...
 
     @property
     def profile(self) -> Profile | None:
         """Shapes that it takes; ``None`` if it takes any."""
+        ...
+
+    @property
+    def padding_side(self) -> str:
+        """Where it wants prompts to be padded, ``"left"`` or ``"right"``; padding elsewhere is moved there."""
+        ...
 
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """Run whole sequences.
 
         Args:
-            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
-                ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
+            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of
+                shape ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
                 ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
                 ``(batch, seq, axes)``.
 
@@ -73,6 +85,7 @@ class Engine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
         """Run prompts, to go on after them; only for graphs with a KV cache.
@@ -84,24 +97,27 @@ class Engine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back."""
+        ...
 
 
 class ResumableDecodeState(DecodeState, Protocol):
-    """A decoding whose cache can be kept for later prompts."""
+    """A decode state whose KV cache can be kept for later prompts."""
 
     def states(self, row: int, length: int) -> Array:
         """A copy of what a row's first tokens left in the cache, as ``ResumableEngine.resume`` takes it."""
+        ...
 
 
 @runtime_checkable
 class SpeculativeDecodeState(DecodeState, Protocol):
-    """A decoding that takes several tokens of its only row at once, so that guesses can be checked."""
+    """A decode state that takes several tokens of its only row at once, so that draft tokens can be verified."""
 
-    def extend(self, inputs_embeds: EngineInput) -> Array:
-        """Take more tokens of the row, of which there is one; ``logits`` is not touched.
+    def verify(self, inputs_embeds: EngineInput) -> Array:
+        """Run the next token and the draft tokens behind it in one pass; ``logits`` is not touched.
 
         Args:
             inputs_embeds: what the embedder gave for them, of shape ``(1, n, d)``.
@@ -112,9 +128,11 @@ class SpeculativeDecodeState(DecodeState, Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def rollback(self, count: int) -> None:
-        """Forget that many of the row's last tokens."""
+        """Forget that many of the row's last tokens: the draft tokens that were rejected."""
+        ...
 
 
 @runtime_checkable
@@ -135,33 +153,38 @@ class ResumableEngine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
 
 class InputEmbedder(Protocol):
-    """What stands before an engine: the embedding table and the tasks; safe for calls from several threads."""
+    """What stands before an engine: the embedding table and the adapters; safe for calls from several threads."""
 
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
+        ...
 
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
+        ...
 
-    def decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """What generated tokens go through, prepared so that a step costs little."""
+        ...
 
     def read(self, fed: EngineInput) -> Array:
         """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
+        ...
 
 
 class SharedAdapterGraph(Protocol):
-    """The arithmetic of all tasks of one kind, with their weights as inputs; safe for calls from several threads."""
+    """The arithmetic of all adapters of one activation, with their weights as inputs; safe for several threads."""
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
         """Adapt embeddings.
 
         Args:
             inputs_embeds: shape ``(batch, seq, d)``, in the base's dtype.
-            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, for a kind with a bias also ``down_bias``
+            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, with a bias also ``down_bias``
                 ``(n, 1, r)`` and ``up_bias`` ``(n, 1, d)``; ``n`` is ``batch``, or 1 for all rows.
 
         Returns:
@@ -170,6 +193,7 @@ class SharedAdapterGraph(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
 
 class VisionGraph(Protocol):
@@ -178,6 +202,7 @@ class VisionGraph(Protocol):
     @property
     def most_images(self) -> int:
         """Images, or tiles of them, that a call takes at most."""
+        ...
 
     def run(self, pixel_values: Array) -> Array:
         """Encode images.
@@ -192,9 +217,11 @@ class VisionGraph(Protocol):
             BackendError: the engine refused.
             GraphError: the result has another shape.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back; nothing else is called after it."""
+        ...
 
 
 class PatchVisionGraph(Protocol):
@@ -214,9 +241,11 @@ class PatchVisionGraph(Protocol):
             BackendError: the engine refused.
             GraphError: the result has another shape.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back; nothing else is called after it."""
+        ...
 
 
 class Backend(Protocol):
@@ -237,15 +266,35 @@ class Backend(Protocol):
             BackendError: the engine cannot load it.
             GraphError: its inputs or outputs are not those of a base graph.
         """
+        ...
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+        """Open the shared graph of all adapters with one activation and bias; raises as ``open_engine`` does.
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+        Args:
+            activation_key: one of ``adalink.runtime.storage.adapter_spec.ACTIVATION_KEYS``.
+            graph: the ONNX graph as bytes.
+            base: the contract.
+        """
+        ...
+
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """Open the vision tower of a base whose images or tiles have one size, an ONNX graph or a plan.
 
         Raises as ``open_engine`` does.
         """
+        ...
 
-    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
-        """Open the vision tower of a base whose images keep their shape; raises as ``open_engine`` does."""
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
+        """Open the vision tower of a base whose images keep their shape.
+
+        Args:
+            graph: an ONNX graph.
+            base: the base.
+            patches: how its tower looks at images, which is ``base.vision.patches``.
+
+        Raises:
+            BackendError: the engine cannot load it, or runs no such tower.
+            GraphError: its inputs or outputs are not those of such a graph.
+        """
+        ...

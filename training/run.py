@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
 from adalink.runtime.storage.digest import digest_file
@@ -38,10 +38,11 @@ from adalink.training.models.loading import base_fingerprint, display_name, load
 from adalink.training.models.prefix_lm import prompt_form
 from adalink.training.models.vision import image_side
 from adalink.training.search.search import candidate_config, search
+from adalink.training.settings import LoopOptions
 from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
@@ -62,10 +63,7 @@ def train(
     settings: TrainSettings,
     *,
     space: SearchSettings | None = None,
-    resume: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-    say: Callable[[str], None] = lambda line: None,
-    show_bar: bool = True,
+    loop: LoopOptions | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and write its folder, with a report in ``training.json``.
 
@@ -82,10 +80,7 @@ def train(
         settings: how to train.
         space: rates, ranks and activations to choose from first, on rows held out of ``data``; those of ``config`` and
             ``settings`` are then not used. The choice is trained on all rows.
-        resume: go on from the last trial or checkpoint of an interrupted run with the same settings.
-        callbacks: more Trainer callbacks.
-        say: told how it goes on, a line at a time.
-        show_bar: whether the Trainer draws a progress bar; it prints a line now and then without one.
+        loop: how the run goes: resumed or not, with which callbacks, and whom it tells.
 
     Returns:
         the report, as written.
@@ -93,6 +88,8 @@ def train(
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
+    loop = loop or LoopOptions()
+    say = loop.say
     out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)
     if warning := precision_warning(resolve_device(settings.device), settings.precision):
@@ -124,7 +121,7 @@ def train(
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
     last = None
-    if resume:
+    if loop.resume:
         last = last_checkpoint(checkpoints, record)
     else:
         check_fresh(checkpoints)
@@ -137,7 +134,7 @@ def train(
     model.to(trainer_arguments(checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)
     _try_out(model, first, collate(examples[: settings.batch_size]), display_name(base))
-    if not resume:
+    if not loop.resume:
         begin_checkpoints(checkpoints, record)
     with removed_if_useless(checkpoints):
         if space is not None:
@@ -159,7 +156,7 @@ def train(
                 directions = find_directions(module, attached, examples, collate, batch_size=size, seed=seed)
                 follow_directions(attached, directions)
             say(f"training on {len(rows)} rows, {settings.max_steps} steps")
-            history = _train(module, examples, collate, settings, checkpoints, last, callbacks, show_bar)
+            history = _train(module, examples, collate, settings, checkpoints, last, loop)
             attached.adapters.eval()
             try:
                 adapter = to_adapter(attached, display_name(base))
@@ -214,8 +211,7 @@ def _train(
     settings: TrainSettings,
     checkpoints: Path,
     last: Path | None,
-    callbacks: Sequence[TrainerCallback],
-    show_bar: bool,
+    loop: LoopOptions,
 ) -> list[dict[str, Any]]:
     """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
     if last is not None and step_of(last) == settings.max_steps:
@@ -223,11 +219,11 @@ def _train(
     trainer = CheckpointTrainer(
         model=module,
         args=trainer_arguments(
-            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not show_bar
+            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not loop.show_bar
         ),
         train_dataset=examples,
         data_collator=collate,
-        callbacks=list(callbacks),
+        callbacks=list(loop.callbacks),
     )
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     history: list[dict[str, Any]] = trainer.state.log_history

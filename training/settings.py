@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from adalink.training.method.config import Init
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -94,3 +97,20 @@ class SearchSettings:
                 "a search was asked for and nothing is left to choose: leave out at least one of --lr, --rank and "
                 "--activation, or --search"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """How a training run goes; none of it changes the adapter, and none of it is in the report.
+
+    Attributes:
+        resume: go on from the last trial or checkpoint of an interrupted run with the same settings.
+        callbacks: more Trainer callbacks.
+        say: told how it goes on, a line at a time.
+        show_bar: whether the Trainer draws a progress bar; it prints a line now and then without one.
+    """
+
+    resume: bool = False
+    callbacks: Sequence[TrainerCallback] = ()
+    say: Callable[[str], None] = lambda line: None
+    show_bar: bool = True

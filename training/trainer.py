@@ -78,26 +78,32 @@ class Schedule(Protocol):
     @property
     def lr(self) -> float:
         """Highest learning rate."""
+        ...
 
     @property
     def max_steps(self) -> int:
         """Optimizer steps."""
+        ...
 
     @property
     def batch_size(self) -> int:
         """Rows a step."""
+        ...
 
     @property
     def seed(self) -> int:
         """Seed of the order of rows."""
+        ...
 
     @property
     def device(self) -> str:
         """``"cpu"`` to leave GPUs alone."""
+        ...
 
     @property
     def precision(self) -> str:
         """``"float32"``, or ``"bfloat16"`` for steps under autocast."""
+        ...
 
 
 def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> TrainingArguments:

@@ -166,7 +166,7 @@ def measure(open_peer: type[Peer], settings: Settings) -> dict[str, object]:
     begin = time.perf_counter()
     peer = open_peer(settings)
     engine_load_s = time.perf_counter() - begin
-    result: dict[str, object] = dict.fromkeys(FIELDS)
+    result: dict[str, object] = {**dict.fromkeys(FIELDS)}
     result["engine_load_s"] = engine_load_s
     result["weight_bytes"] = peer.weight_bytes()
     result["versions"] = {name: metadata.version(name) for name in peer.packages}

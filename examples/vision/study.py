@@ -26,7 +26,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, read_rows
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
-from adalink.training.settings import TrainSettings
+from adalink.training.settings import LoopOptions, TrainSettings
 
 HERE = Path(__file__).parent
 TASKS = ("even", "above-five")
@@ -50,7 +50,7 @@ def train_all(base: Path, data: Path, adapters: Path) -> None:
             config = AdaLinkConfig(rank=rank, modalities=modalities)
             resume = (adapters / f"{out.name}.checkpoints").exists()
             rows, held_out = data / task / "train.jsonl", data / task / "eval.jsonl"
-            train(base, rows, held_out, out, config, SETTINGS, resume=resume, say=print)
+            train(base, rows, held_out, out, config, SETTINGS, loop=LoopOptions(resume=resume, say=print))
 
 
 def share_right(deployment: Deployment, rows: list[TrainingRow], data: Path, task: str | None) -> float:
@@ -70,14 +70,14 @@ def share_likelier(deployment: Deployment, rows: list[TrainingRow], data: Path) 
     answers = sorted({row.completion for row in rows})
     first_tokens = [deployment.tokenizer.encode(answer)[0] for answer in answers]
     prompt = deployment.tokenizer.encode(rows[0].prompt)  # that of every row
-    ids = [t for own in prompt for t in [own] * (vision.tokens_per_image if own == vision.image_token_id else 1)]
+    ids = [t for token in prompt for t in [token] * (vision.tokens_per_image if token == vision.image_token_id else 1)]
     right = 0
     for start in tqdm(range(0, len(rows), BATCH_ROWS), desc="base model, likelier answer", unit="batch"):
         batch = rows[start : start + BATCH_ROWS]
         images = [[data / name for name in row.images] for row in batch]
         logits = deployment.run(input_ids=[ids] * len(batch), images=images)["logits"][:, -1]
-        found = logits[:, first_tokens].argmax(axis=1)
-        right += sum(answers[place] == row.completion for place, row in zip(found, batch, strict=True))
+        likeliest = logits[:, first_tokens].argmax(axis=1)
+        right += sum(answers[place] == row.completion for place, row in zip(likeliest, batch, strict=True))
     return right / len(rows)
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     deployment = work / "deployment"
     shutil.rmtree(deployment, ignore_errors=True)  # it may be of another projector
     export_base(work / "base", deployment, progress=print)
-    folders = {name: adapters / name for name in (f"{task}-{own}" for task in TASKS for own in VARIANTS)}
+    folders = {name: adapters / name for name in (f"{task}-{variant}" for task in TASKS for variant in VARIANTS)}
     export_adapters(folders, deployment, replace=True)
     results = measure(deployment, work / "data", folders)
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

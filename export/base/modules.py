@@ -122,7 +122,8 @@ def make_cache(past: Sequence[torch.Tensor]) -> DynamicCache:
 
 def cache_tensors(cache: DynamicCache) -> list[torch.Tensor]:
     """Key and value of each layer in turn."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: Any = cache.layers
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def causal_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -68,10 +68,10 @@ class PlanDraft:
         self._begun = time.perf_counter()
         # The parser's constants may be views of these bytes.
         self._bytes = graph.SerializeToString()
-        self._builder = api.make_builder()
-        self.network = self._builder.create_network(api.network_flags())
-        self._parser = api.trt.OnnxParser(self.network, api.logger)
-        self.config = self._builder.create_builder_config()
+        self._builder: Any = api.make_builder()
+        self.network: Any = self._builder.create_network(api.network_flags())
+        self._parser: Any = api.trt.OnnxParser(self.network, api.logger)
+        self.config: Any = self._builder.create_builder_config()
         self.profiles: list[Any] = []
         self._monitor: Any = None
         where = (str(origin),) if origin is not None else ()

@@ -77,8 +77,7 @@ def export_engine(
     check_task_name(own, "engine")
     api = load_api(backend)
     with open_writer(deployment) as writer:
-        assert writer.current is not None
-        manifest = writer.current
+        manifest = writer.manifest
         check_buildable(manifest.base)
         _check_free(manifest, own, replace)
         source = _source(manifest, variant)

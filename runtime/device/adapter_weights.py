@@ -26,10 +26,10 @@ Key = tuple[str, int]
 
 
 class DeviceSharedAdapterGraph:
-    """The bank graph of a kind on a device: only its name, since the arithmetic is in the embedders."""
+    """The shared adapter graph on a device: only its name, since the arithmetic is in the embedders."""
 
-    def __init__(self, kind: str) -> None:
-        self.activation = kind.removesuffix("_bias")
+    def __init__(self, activation_key: str) -> None:
+        self.activation = activation_key.removesuffix("_bias")
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
         """Not for devices, where an embedder reads the weights from a stack."""
@@ -141,7 +141,7 @@ class AdapterWeightPools:
             BackendError: a task's rank is larger than the embedders take, or the device's memory is full.
         """
         groups: dict[str, list[AdapterGroup]] = {}
-        for part in tasks.parts:
+        for part in tasks.groups:
             assert isinstance(part.graph, DeviceSharedAdapterGraph)
             groups.setdefault(part.graph.activation, []).append(part)
         adapter_passes: dict[tuple[str, int], AdapterPass] = {}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.device.adapter_weights import AdapterWeightPools, SlotReservation
 from adalink.runtime.device.forward import EngineWorkspace, ForwardBatch, last_columns
-from adalink.runtime.device.inputs import Inputs
 from adalink.runtime.device.protocols import as_numbers
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_of
@@ -40,7 +40,7 @@ class DeviceDecodeState:
         self._reservation = SlotReservation(bank, [])
         self._is_closed = False
 
-    def read(self, inputs: Inputs, mask: Array) -> None:
+    def read(self, inputs: BatchInputs, mask: Array) -> None:
         """Run the prompts, in pieces; ``mask`` is 1 for tokens, shape ``(batch, seq)``."""
         batch, longest = mask.shape
         assert self._workspace.cache is not None
@@ -71,7 +71,7 @@ class DeviceDecodeState:
         """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits[: self._alive]
 
-    def step(self, inputs_embeds: Inputs) -> None:
+    def step(self, inputs_embeds: BatchInputs) -> None:
         """See ``adalink.runtime.engine.DecodeState``."""
         alive, cache = self._alive, self._workspace.cache
         assert cache is not None

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.device.adapter_weights import AdapterWeightPools
 from adalink.runtime.device.decode_state import DeviceDecodeState, piece_length, prompt_pieces
 from adalink.runtime.device.forward import EngineWorkspace, ForwardBatch
-from adalink.runtime.device.inputs import Inputs
 from adalink.runtime.device.protocols import NUMPY, Device, DeviceArena, as_numbers
 from adalink.runtime.device.workspace import PREFILL, EmbedderWorkspace, EngineContext, Executors, Plans
 from adalink.runtime.device.workspace_pool import WorkspacePool
@@ -30,21 +30,21 @@ class DeviceEmbedder:
         self._table = table
         self._workspaces: WorkspacePool[_ReadWorkspace] = WorkspacePool(lambda: _ReadWorkspace(context))
 
-    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> Inputs:
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
         """See ``adalink.runtime.engine.InputEmbedder``; what tasks have for token ids is added in main memory."""
         if tasks.needs_ids:
-            return Inputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
-        return Inputs(ids, None, modality, tasks)
+            return BatchInputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
+        return BatchInputs(ids, None, modality, tasks)
 
-    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> Inputs:
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return Inputs(None, embeds, modality, tasks)
+        return BatchInputs(None, embeds, modality, tasks)
 
-    def decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """See ``adalink.runtime.engine.InputEmbedder``; nothing is stacked, since a row picks its task by index."""
         return tasks.generated()
 
-    def read(self, fed: Inputs) -> Array:
+    def read(self, fed: BatchInputs) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is given as its bits, uint16."""
         profile, base = self._context.plans.profile, self._context.base
         batch, seq = fed.shape
@@ -67,19 +67,19 @@ class PreEmbedded:
     def __init__(self, table: Array) -> None:
         self._host = HostEmbedder(table)
 
-    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> Inputs:
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return Inputs(None, self._host.lookup(ids, tasks, modality), None, NO_ADAPTER)
+        return BatchInputs(None, self._host.lookup(ids, tasks, modality), None, NO_ADAPTER)
 
-    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> Inputs:
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return Inputs(None, self._host.apply(embeds, tasks, modality), None, NO_ADAPTER)
+        return BatchInputs(None, self._host.apply(embeds, tasks, modality), None, NO_ADAPTER)
 
-    def decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return self._host.decoding(tasks)
+        return self._host.for_decoding(tasks)
 
-    def read(self, fed: Inputs) -> Array:
+    def read(self, fed: BatchInputs) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``."""
         assert fed.embeds is not None
         return fed.embeds
@@ -96,7 +96,7 @@ class _ReadWorkspace:
             self.close()
             raise
 
-    def read(self, inputs: Inputs) -> Array:
+    def read(self, inputs: BatchInputs) -> Array:
         batch, seq = inputs.shape
         reservation = self._context.bank.reserve(inputs.tasks, batch)
         try:
@@ -125,6 +125,7 @@ class DeviceEngine:
         """Copy the embedding table to the device, unless an embedder is given that applies tasks before."""
         self._device = device
         self.profile: Profile | None = plans.profile
+        self.padding_side = "right" if base.kind == "encoder" else "left"
         self._plans = plans
         self._base = base
         bank = AdapterWeightPools(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
@@ -192,7 +193,7 @@ class DeviceEngine:
         self._device.free(self._context.table)
         self._plans.close()
 
-    def _passes(self, workspace: EngineWorkspace, inputs: Inputs, mask: Array) -> Iterator[tuple[slice, Array]]:
+    def _passes(self, workspace: EngineWorkspace, inputs: BatchInputs, mask: Array) -> Iterator[tuple[slice, Array]]:
         """Whole rows, in as many passes as they take: which columns, and what the engine gives for them."""
         batch, seq = mask.shape
         positions = positions_of(mask)

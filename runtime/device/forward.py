@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.device.adapter_weights import AdapterWeightPool, SlotReservation
-from adalink.runtime.device.inputs import Inputs
 from adalink.runtime.device.kv_cache import DeviceCache, DynamicDeviceCache, StaticDeviceCache
 from adalink.runtime.device.protocols import DeviceArena, Executor
 from adalink.runtime.device.workspace import DECODE, ENGINE, PREFILL, EmbedderWorkspace, EngineContext, Executors
@@ -31,7 +31,7 @@ class ForwardBatch:
         logits_indices: whose logits are wanted, as indices in ``batch * seq``.
     """
 
-    inputs: Inputs
+    inputs: BatchInputs
     reservation: SlotReservation
     mask: Array
     positions: Array

@@ -15,12 +15,15 @@ class DeviceCache(Protocol):
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
         """Bind the cache's inputs and outputs for a pass that adds positions to each of the first rows."""
+        ...
 
     def advance(self, added: int) -> None:
         """Say that such a pass was enqueued."""
+        ...
 
     def move(self, queue: Queue, source: int, target: int) -> None:
         """Let a row take another's place."""
+        ...
 
 
 class StaticDeviceCache:

@@ -8,7 +8,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.device.protocols import Device, DeviceArena, Executor, Tensor
 from adalink.runtime.device.workspace import VISION, Plans
 from adalink.runtime.errors import DeploymentError, GraphError
-from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 
@@ -19,7 +19,7 @@ class DeviceVision:
         most_images: what the profile allows.
     """
 
-    def __init__(self, device: Device, plans: Plans, base: Base) -> None:
+    def __init__(self, device: Device, plans: Plans, base: VisionBase) -> None:
         """Open the tower among ``plans``, which are its own and are closed with it.
 
         Raises:
@@ -29,15 +29,19 @@ class DeviceVision:
         """
         images = plans.profile.images
         if images is None:
-            raise DeploymentError(f"the engine of {base.name}: its profile has no images=: build the engine again")
-        assert base.vision is not None
+            raise DeploymentError(
+                f"the engine of {base.contract.name}: its profile has no images=: build the engine again"
+            )
         self.most_images = images.max
         self._plans = plans
-        self._select, self._given = (3, *base.vision.image_size), (base.vision.tokens_per_image, base.hidden_size)
+        self._select, self._given = (
+            (3, *base.vision.image_size),
+            (base.vision.tokens_per_image, base.contract.hidden_size),
+        )
         self._arena = DeviceArena(device)
         try:
             self._executor = plans.executor(VISION, 0, self._arena)
-            _check_signature(self._executor, self._select, self._given, base.name)
+            _check_signature(self._executor, self._select, self._given, base.contract.name)
             self._pixels = self._arena.pinned_buffer(images.max * math.prod(self._select), "float32")
             self._embeds = self._arena.pinned_buffer(images.max * math.prod(self._given), "float32")
         except BaseException:

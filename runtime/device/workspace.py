@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.device.adapter_weights import AdapterPass, AdapterWeightPools, SlotReservation
-from adalink.runtime.device.inputs import Inputs
 from adalink.runtime.device.protocols import Device, DeviceArena, Executor, PinnedBuffer
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
@@ -24,14 +24,17 @@ class Plans(Protocol):
     @property
     def profile(self) -> Profile:
         """What the engine takes."""
+        ...
 
     @property
     def largest_rank(self) -> int:
         """Largest rank that the embedders take."""
+        ...
 
     @property
     def largest_slots(self) -> int:
         """Most sets of weights that the embedders take."""
+        ...
 
     def executor(self, name: str, profile: int, arena: DeviceArena) -> Executor:
         """A new executor of ``"engine"``, ``"vision"`` or an embedder such as ``"gelu.ids"``, for the queue of a lease.
@@ -39,9 +42,11 @@ class Plans(Protocol):
         Raises:
             BackendError: there is no such graph, or the device has not enough memory.
         """
+        ...
 
     def close(self) -> None:
         """Give it all back."""
+        ...
 
 
 class Executors:
@@ -102,7 +107,7 @@ class EmbedderWorkspace:
         # For each layer in turn: which row has which task, and which positions are of its modality.
         self._indices: list[tuple[PinnedBuffer, PinnedBuffer]] = []
 
-    def write(self, inputs: Inputs, reservation: SlotReservation) -> None:
+    def write(self, inputs: BatchInputs, reservation: SlotReservation) -> None:
         """Put what a pass needs into pinned memory."""
         batch, seq = inputs.shape
         if inputs.ids is not None:
@@ -115,7 +120,7 @@ class EmbedderWorkspace:
             index.host(batch)[:] = adapter_pass.task_index
             chosen.host(batch, seq)[:] = True if inputs.modality is None else inputs.modality == adapter_pass.modality
 
-    def adapter_passes(self, inputs: Inputs, reservation: SlotReservation) -> Sequence[AdapterPass]:
+    def adapter_passes(self, inputs: BatchInputs, reservation: SlotReservation) -> Sequence[AdapterPass]:
         """What a pass goes through in turn; for token ids, the first one looks them up."""
         adapter_passes = [
             adapter_pass
@@ -126,7 +131,7 @@ class EmbedderWorkspace:
             return [self._context.bank.plain(inputs.shape[0]), *adapter_passes]
         return adapter_passes
 
-    def enqueue(self, executors: Executors, inputs: Inputs, reservation: SlotReservation) -> int:
+    def enqueue(self, executors: Executors, inputs: BatchInputs, reservation: SlotReservation) -> int:
         """Enqueue the copies and the embedders of what was written; the address of the engine's embeddings."""
         batch, seq = inputs.shape
         shape, queue = (batch, seq, self._context.base.hidden_size), self._arena.queue
@@ -162,7 +167,7 @@ class EmbedderWorkspace:
         return pinned_buffer.host(*shape)
 
     def _passes_with_buffers(
-        self, inputs: Inputs, reservation: SlotReservation
+        self, inputs: BatchInputs, reservation: SlotReservation
     ) -> Iterable[tuple[AdapterPass, tuple[PinnedBuffer, PinnedBuffer]]]:
         """What a pass goes through, each with its buffers; as many as any pass has needed are kept."""
         profile, adapter_passes = self._context.plans.profile, self.adapter_passes(inputs, reservation)

@@ -15,6 +15,7 @@ class Workspace(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+        ...
 
 
 S = TypeVar("S", bound=Workspace)

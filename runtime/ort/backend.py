@@ -16,6 +16,8 @@ from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 from adalink.runtime.ort.static_cache import StaticCacheEngine
 from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.tasks.host_embedder import HostEmbedder
 
 if TYPE_CHECKING:
@@ -55,20 +57,22 @@ class OnnxRuntimeBackend:
         check_version(session, self._ort.__version__, origin=str(graph))
         guarded = GuardedSession(session, self._ort, origin=str(graph))
         signature = read_signature(session, base, role, origin=str(graph))
-        kind = StaticCacheEngine if signature.in_place else DynamicCacheEngine
-        return kind(guarded, signature, HostEmbedder(table))
+        embedder = HostEmbedder(table)
+        if signature.in_place:
+            return StaticCacheEngine(guarded, signature, embedder)
+        return DynamicCacheEngine(guarded, signature, embedder, "right" if base.kind == "encoder" else "left")
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
         return OnnxSharedAdapterGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return OnnxVisionGraph(graph, base, self._threads)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> OnnxPatchGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> OnnxPatchGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return OnnxPatchGraph(graph, base, self._threads)
+        return OnnxPatchGraph(graph, base, patches, self._threads)
 
     def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 class DynamicCacheEngine:
     """A base graph in one session; the cache is the list of the session's own output tensors."""
 
-    def __init__(self, session: GuardedSession, signature: Signature, embedder: InputEmbedder) -> None:
+    def __init__(
+        self, session: GuardedSession, signature: Signature, embedder: InputEmbedder, padding_side: str = "left"
+    ) -> None:
+        """``padding_side`` is ``"right"`` for an encoder, which numbers its positions from the left."""
         self.embedder = embedder
         self.profile = None
+        self.padding_side = padding_side
         self._session = session
         self._signature = signature
 

@@ -27,6 +27,8 @@ from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.user_cache import cache_path
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -79,7 +81,7 @@ class OnnxRuntimeGpuBackend:
         plans = OnnxRuntimePlans(session, self._ort, str(graph), profile)
         return DeviceEngine(device, plans, base, embedder=PreEmbedded(table))
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU, in one thread."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -90,13 +92,13 @@ class OnnxRuntimeGpuBackend:
         )
         return OnnxSharedAdapterGraph(session, self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU."""
         return OnnxVisionGraph(graph, base)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> OnnxPatchGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> OnnxPatchGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU."""
-        return OnnxPatchGraph(graph, base)
+        return OnnxPatchGraph(graph, base, patches)
 
     def _session(self, graph: Path, base: Base, profile: Profile) -> ort.InferenceSession:
         options = self._ort.SessionOptions()
@@ -160,7 +162,7 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     """
     if name == CUDA:
         return {"device_id": "0", "use_tf32": "0"}  # a float32 base means float32
-    low, likely, high = (profile_shapes(base, profile, which) for which in ("smallest", "likeliest", "largest"))
+    low, likely, high = (profile_shapes(base, profile, which) for which in ("min", "opt", "max"))
     folder = _engine_folder(graph)
     if name == TENSORRT:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
@@ -202,7 +204,7 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     Args:
         base: the contract.
         profile: what requests may ask for.
-        which: ``"smallest"``, ``"likeliest"`` or ``"largest"``.
+        which: ``"min"``, ``"opt"`` or ``"max"``.
     """
     batch, seq = getattr(profile.batch, which), getattr(profile.seq, which)
     past = 0 if profile.past is None else getattr(profile.past, which)

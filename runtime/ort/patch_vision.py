@@ -8,19 +8,17 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.ort.errors import guard, wrong_name
 from adalink.runtime.ort.vision import open_vision_session
-from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT, Grid
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT, Grid, PatchTower
 
 
 class OnnxPatchGraph:
     """See ``adalink.runtime.engine.PatchVisionGraph``."""
 
-    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
-        """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, of a base that takes patches."""
-        vision = base.vision
-        assert vision is not None
-        assert vision.patches is not None
-        self._origin, self._vision, self._tower, self._width = str(path), vision, vision.patches, base.hidden_size
+    def __init__(self, path: Path, base: VisionBase, patches: PatchTower, threads: int | None = None) -> None:
+        """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, and the base's ``patches``."""
+        self._origin, self._vision, self._tower = str(path), base.vision, patches
+        self._width = base.contract.hidden_size
         self._ort, self._session = open_vision_session(path, threads)
         received = sorted(node.name for node in self._session.get_inputs())
         for name in (VISION_INPUT, *self._tower.inputs((1, 1))):

@@ -24,6 +24,7 @@ class StaticCacheEngine:
     def __init__(self, session: GuardedSession, signature: Signature, embedder: InputEmbedder) -> None:
         self.embedder = embedder
         self.profile = None
+        self.padding_side = "right"
         self._session = session
         self._signature = signature
 
@@ -151,7 +152,7 @@ class StaticCacheDecodeState:
         self._lengths[:alive] += 1
         self._run(self._step)
 
-    def extend(self, inputs_embeds: Array) -> Array:
+    def verify(self, inputs_embeds: Array) -> Array:
         """See ``adalink.runtime.engine.CheckingDecoding``."""
         count = inputs_embeds.shape[1]
         bound = self._extensions.get(count)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, GraphError
 from adalink.runtime.ort.errors import guard, wrong_name
-from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ class OnnxVisionGraph:
         most_images: ``adalink.runtime.storage.manifest.Vision.images_at_once``.
     """
 
-    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
+    def __init__(self, path: Path, base: VisionBase, threads: int | None = None) -> None:
         """Open the graph.
 
         Args:
             path: the ONNX file.
-            base: what it must take and give; it has a vision tower.
+            base: what it must take and give.
             threads: all physical cores by default.
 
         Raises:
@@ -37,10 +37,9 @@ class OnnxVisionGraph:
             GraphError: inputs or outputs are not those of a vision graph.
         """
         vision = base.vision
-        assert vision is not None
         self.most_images = vision.images_at_once
         self._origin = str(path)
-        self._shape = (vision.tokens_per_image, base.hidden_size)
+        self._shape = (vision.tokens_per_image, base.contract.hidden_size)
         self._ort, self._session = open_vision_session(path, threads)
         for what, name, nodes in (
             ("input", VISION_INPUT, self._session.get_inputs()),

@@ -78,7 +78,7 @@ class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
             )
 
     @property
-    def kind(self) -> str:
+    def activation_key(self) -> str:
         """Which of ``ACTIVATION_KEYS`` computes this adapter."""
         return f"{self.activation}_bias" if self.bias else self.activation
 

@@ -31,6 +31,7 @@ class Folded(Protocol):
             table: the base's embedding table with shape ``(vocab, d)``.
             ids: token ids with shape ``(batch, seq)``.
         """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The front of engines that take arrays: tasks are applied in main memory."""
+"""The input embedder of engines that take arrays: adapters are applied in main memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class HostEmbedder:
         """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.apply(embeds, modality)
 
-    def decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return tasks.decoding()
+        return tasks.for_decoding()
 
     def read(self, fed: Array) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``."""

@@ -18,6 +18,8 @@ from adalink.runtime.errors import BackendError, ContractError, DeploymentError,
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.trt.api import Api, load_api
 from adalink.runtime.trt.executor import TensorRtExecutor
 from adalink.runtime.trt.jit_cache import JitCache
@@ -31,7 +33,7 @@ class TensorRtBackend:
         name: ``tensorrt`` or ``tensorrt-rtx``.
     """
 
-    def __init__(self, name: str, cpu_vision: Callable[[Path, Base], VisionGraph]) -> None:
+    def __init__(self, name: str, cpu_vision: Callable[[Path, VisionBase], VisionGraph]) -> None:
         """Load the library.
 
         Args:
@@ -61,11 +63,11 @@ class TensorRtBackend:
         device = CudaDevice(self.name)
         return DeviceEngine(device, TensorRtPlans(self._api, device, graph.parent, record), base, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``: an engine's own embedders do the arithmetic."""
-        return DeviceSharedAdapterGraph(kind)
+        return DeviceSharedAdapterGraph(activation_key)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``; the graph itself, where there is no plan, runs on the CPU."""
         if graph.suffix == ".onnx":
             return self._cpu_vision(graph, base)
@@ -74,10 +76,11 @@ class TensorRtBackend:
         device = CudaDevice(self.name)
         return DeviceVision(device, TensorRtPlans(self._api, device, graph.parent, record), base)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
         """See ``adalink.runtime.engine.Backend``: no engine is built for a base whose images keep their shape."""
         raise BackendError(
-            f"{graph}: images of {base.name} keep their shape, which {self.name} does not run: use onnxruntime-cpu"
+            f"{graph}: images of {base.contract.name} keep their shape, which {self.name} does not run: "
+            "use onnxruntime-cpu"
         )
 
     def _read(self, plan: Path) -> EngineRecord:

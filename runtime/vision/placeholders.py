@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.digest import cache_key
 from adalink.runtime.storage.manifest import Base, Vision
 from adalink.runtime.storage.safetensors import as_stored
+from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import ImageInput
 
@@ -121,7 +123,7 @@ def check_expanded(ids: Array, images: Sequence[Sequence[PreprocessedImage]], vi
             )
 
 
-def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
+def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: VisionBase) -> tuple[Array, Array]:
     """Embeddings of a batch with those of its images in place, not adapted.
 
     Args:
@@ -134,18 +136,17 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
         Embeddings with shape ``(batch, seq, d)`` in the base's dtype, and the modality of each position, int64 with
         shape ``(batch, seq)``.
     """
-    assert base.vision is not None
     is_image = ids == base.vision.image_token_id
     rows = [image.embeds for own in images for image in own]
     if rows:
-        embeds[is_image] = as_stored(np.concatenate(rows), base.embedding_dtype)
-    return embeds, np.where(is_image, base.modalities.index("image"), 0)
+        embeds[is_image] = as_stored(np.concatenate(rows), base.contract.embedding_dtype)
+    return embeds, np.where(is_image, base.contract.modalities.index("image"), 0)
 
 
 def prompt_cache_keys(
-    tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None
+    tokens: npt.ArrayLike, images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None
 ) -> Array:
-    """A prompt for the prefix cache: int64, an image's positions named by the image and what it went through.
+    """Key of each position of a prompt in the prefix cache, int64: its token, or its image and that image's adapter.
 
     Args:
         tokens: the prompt, expanded.
@@ -153,11 +154,11 @@ def prompt_cache_keys(
         adapter: digest of the adapter of its images; empty for none.
         vision: the image side of the base.
     """
-    names = np.array(tokens, np.int64)
+    keys = np.array(tokens, np.int64)
     if vision is not None and images:
         numbers = np.array([cache_key(f"{image.digest} {adapter}") for image in images], np.int64)
-        names[names == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
-    return names
+        keys[keys == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
+    return keys
 
 
 def _short(value: object) -> str:

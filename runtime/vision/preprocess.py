@@ -70,7 +70,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
         tables = self._tables()
-        values = np.empty((len(tiles), *tiles[0].shape), np.float32)
+        values: Array = np.empty((len(tiles), *tiles[0].shape), np.float32)
         for tile, own in zip(tiles, values, strict=True):
             for table, levels, result in zip(tables, tile, own, strict=True):
                 np.take(table, levels, out=result, mode="clip")

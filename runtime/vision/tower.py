@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +21,10 @@ from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified
+from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import ImageInput, read_picture
 from adalink.runtime.vision.placeholders import ImageEmbeds, PreprocessedImage
@@ -38,8 +40,7 @@ class OpenVision:
         """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
         self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
-        self._size_bytes = 0
-        self._kept: OrderedDict[str, Array] = OrderedDict()
+        self._kept: LruTable[str, Array] = LruTable(attrgetter("nbytes"), cache_bytes)
         self._opened: tuple[Preprocessor, _Tower] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
@@ -74,7 +75,8 @@ class OpenVision:
         with self._lock:
             _, tower = self._open()
             given = {image.digest: image for own in images for image in own}
-            found = {digest: self._kept[digest] for digest in given if digest in self._kept}
+            kept = self._kept.entries
+            found = {digest: kept[digest] for digest in given if digest in kept}
             missing = [image for digest, image in given.items() if digest not in found]
             if missing:
                 begun = time.perf_counter()
@@ -89,9 +91,7 @@ class OpenVision:
 
     def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
         """See ``Deployment.encode``."""
-        base = self._manifest.base
-        if base.vision is None:
-            raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
+        base = vision_base(self._manifest.base)
         shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
         if base.vision.patches is not None:
             patches = None if grid is None else base.vision.positions(grid) * base.vision.patches.merge**2
@@ -110,40 +110,32 @@ class OpenVision:
                 self._opened[1].close()
             self._opened = None
             self._kept.clear()
-            self._size_bytes = 0
 
     def _open(self) -> tuple[Preprocessor, _Tower]:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
         if self._opened is None:
-            vision, plan = self._manifest.base.vision, self._variant.vision_graph
-            assert vision is not None
+            base, plan = vision_base(self._manifest.base), self._variant.vision_graph
+            vision = base.vision
             if plan is None:  # a plan was read whole with the engine's
                 verify_once(self._path, self._manifest, vision.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
             _check_tiles(steps, vision)
-            graph, base = locate(self._path, plan or vision.graph), self._manifest.base
+            graph = locate(self._path, plan or vision.graph)
             tower: _Tower
             if vision.patches is None:
                 tower = _TileTower(self._backend.open_vision(graph, base))
             else:
-                tower = _PatchTower(self._backend.open_patch_vision(graph, base))
+                tower = _PatchTower(self._backend.open_patch_vision(graph, base, vision.patches))
             self._opened = steps, tower
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
-        """Keep embeddings within the budget; the least recently used go first."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return
-        if embeds.nbytes > self._cache_bytes:
-            return
-        self._kept[digest] = embeds
-        self._size_bytes += embeds.nbytes
-        while self._size_bytes > self._cache_bytes:
-            self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
+        """Keep embeddings as the most recently used, unless they alone exceed the budget."""
+        if embeds.nbytes <= self._cache_bytes:
+            self._kept.put(digest, embeds)
 
 
 class _Tower(Protocol):
@@ -151,12 +143,15 @@ class _Tower(Protocol):
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
         """See ``Deployment.encode``; ``grid`` matters where images keep their shape."""
+        ...
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         """Embeddings of each image, ``(positions, d)``."""
+        ...
 
     def close(self) -> None:
         """Give its memory back."""
+        ...
 
 
 class _TileTower:

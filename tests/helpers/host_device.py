@@ -30,6 +30,7 @@ from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
 from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
 
 HAS_TENSOR_SCATTER = Version(ort.__version__) >= Version("1.24")
 
@@ -202,7 +203,7 @@ class HostBackend:
     def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
         return DeviceSharedAdapterGraph(kind)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """The tower on the device if the profile has images; else as where an engine has no plan of it."""
         if self.profile.images is None:
             return OnnxVisionGraph(graph, base)

@@ -21,7 +21,7 @@ from adalink.training.evaluation import exact_match
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.run import train
-from adalink.training.settings import TrainSettings
+from adalink.training.settings import LoopOptions, TrainSettings
 
 CONFIG = AdaLinkConfig(rank=16, activation="gelu", dropout=0.1)
 SETTINGS = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 
 def run(base, data, out, config=CONFIG, settings=SETTINGS, **options):
-    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, settings, **options)
+    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, settings, loop=LoopOptions(**options))
 
 
 @pytest.fixture(scope="module")

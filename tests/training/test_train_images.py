@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.run import train
-from adalink.training.settings import TrainSettings
+from adalink.training.settings import LoopOptions, TrainSettings
 from adalink.training.trainer import TrainableAdapters
 
 SETTINGS = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=20)
@@ -59,8 +60,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(base: Path, data: Path, out: Path, config: AdaLinkConfig = CONFIG, **options: object) -> dict:
-    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, SETTINGS, **options)
+def run(base: Path, data: Path, out: Path, config: AdaLinkConfig = CONFIG, **options: Any) -> dict:
+    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, SETTINGS, loop=LoopOptions(**options))
 
 
 @pytest.fixture(scope="module")

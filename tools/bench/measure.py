@@ -16,6 +16,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import DeploymentError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.prompts import PROMPTS, fit
@@ -67,7 +68,7 @@ class Bench:
         # The time from one pass to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
         self._starts: list[float] = []
         observed = ObservedBackend(open_backend(backend, threads), lambda: self._starts.append(time.perf_counter()))
-        self._deployment = Deployment(path, endless, observed, variant)
+        self._deployment = Deployment(path, endless, observed, OpenOptions(variant))
         self._base = manifest.base
         self.model = manifest.base.name
         self._folder = (path / manifest.tasks[self.task].graph).parent
@@ -183,7 +184,7 @@ class Bench:
         for index in range(-100, _SWAPS):
             name = (self.task, other)[index % 2]
             start = time.perf_counter()
-            self._deployment.embed(ids, tasks=name)
+            self._deployment.input_embeddings(ids, tasks=name)
             if index >= 0:
                 times.append(time.perf_counter() - start)
         self._deployment.remove_task(other)
@@ -210,7 +211,7 @@ class Bench:
         def add(count: int, prefix: str) -> list[str]:
             names = [self._deployment.add_task(self._folder, f"{prefix}-{index}") for index in range(count)]
             for name in names:
-                self._deployment.embed(ids, tasks=name)
+                self._deployment.input_embeddings(ids, tasks=name)
             return names
 
         names = add(_COPIES // 4, "warm-up")  # what only the first tasks allocate

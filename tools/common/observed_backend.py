@@ -17,6 +17,8 @@ from adalink.runtime.engine import (
     VisionGraph,
 )
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
@@ -57,17 +59,17 @@ class ObservedBackend:
         """See ``adalink.runtime.engine.Backend``."""
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(kind, graph, base)
+        return self._inner.open_bank(activation_key, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_patch_vision(graph, base)
+        return self._inner.open_patch_vision(graph, base, patches)
 
 
 class _ObservedEngine:
@@ -79,6 +81,7 @@ class _ObservedEngine:
         self._dropped = dropped
         self.embedder = inner.embedder
         self.profile = inner.profile
+        self.padding_side = inner.padding_side
         self.run = inner.run
         self.close = inner.close
 
@@ -118,16 +121,16 @@ class _ObservedSpeculativeDecodeState(_ObservedDecodeState):
         self, inner: SpeculativeDecodeState, begin: Begin, end: End, dropped: Dropped, retracted: Retracted
     ) -> None:
         super().__init__(inner, begin, end, dropped)
-        self._checking = inner
+        self._inner_state = inner
         self._retracted = retracted
 
-    def extend(self, inputs_embeds: EngineInput) -> Array:
+    def verify(self, inputs_embeds: EngineInput) -> Array:
         self._begin()
-        logits = self._checking.extend(inputs_embeds)
+        logits = self._inner_state.verify(inputs_embeds)
         for row in range(len(logits)):
             self._end(logits[row : row + 1])
         return logits
 
     def rollback(self, count: int) -> None:
-        self._checking.rollback(count)
+        self._inner_state.rollback(count)
         self._retracted(count)

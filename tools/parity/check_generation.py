@@ -18,6 +18,8 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import worst_of
@@ -66,7 +68,7 @@ class Generator:
         self.drops = 0
         observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
-        self._deployment = Deployment(deployment.path, manifest, observed, variant)
+        self._deployment = Deployment(deployment.path, manifest, observed, OpenOptions(variant))
         self._base = base
 
     def generate(
@@ -153,8 +155,7 @@ class Generator:
         if image_prompts is None:
             ids = [self.encode(prompt) for prompt in prompts]
             return [GeneratedRow(*row) for row in zip(ids, made, logits, texts, strict=True)]
-        assert self._base.vision is not None
-        placeholder, rows = self._base.vision.image_token_id, []
+        placeholder, rows = vision_base(self._base).vision.image_token_id, []
         for prompt, pixels, tokens, own, text in zip(
             image_prompts.rows, image_prompts.pixels, made, logits, texts, strict=True
         ):

@@ -14,6 +14,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Vision
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.vision.images import read_picture
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.tools.parity.check_outputs import TYPICAL_PERCENTILE, worst_of
@@ -115,8 +116,7 @@ def make_image_prompts(
         longest: positions that a row may have.
         images: the model's own way with pictures.
     """
-    vision = deployment.manifest.base.vision
-    assert vision is not None
+    vision = vision_base(deployment.manifest.base).vision
     found = ImagePrompts([], [], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
@@ -143,8 +143,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
     Where pictures are cut into tiles, also the tokens around them.
     """
     base = deployment.manifest.base
-    vision = base.vision
-    assert vision is not None
+    vision = vision_base(base).vision
     steps = read_preprocessor(
         read_verified(deployment.path, deployment.manifest, vision.preprocessor), vision.preprocessor
     )
@@ -181,7 +180,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
         few = images.pixels(pictures[:_PATCHED])
         counts = few["image_grid_thw"].prod(axis=1)
         own = np.split(few["pixel_values"], np.cumsum(counts)[:-1])
-        received = [deployment.encode(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
+        received = [deployment.encode_images(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
     expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(np.concatenate(noise), TYPICAL_PERCENTILE))
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
@@ -195,7 +194,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
 
 def _through_tower(deployment: Deployment, pixels: Array) -> list[Array]:
     """Embeddings ``(positions, d)`` of each image, or of each row of tiles."""
-    embeds = deployment.encode(pixels.reshape(-1, *pixels.shape[-3:]))
+    embeds = deployment.encode_images(pixels.reshape(-1, *pixels.shape[-3:]))
     return list(embeds.reshape(len(pixels), -1, embeds.shape[-1]))
 
 
@@ -213,7 +212,7 @@ def check_tower_profile_limits(deployment: Deployment, reference: Reference, ima
     checks = []
     for count in sorted({span.min, span.max}):
         order = np.arange(count) % len(flat)
-        deviations = np.abs(deployment.encode(flat[order]) - right[order]).max(axis=2)
+        deviations = np.abs(deployment.encode_images(flat[order]) - right[order]).max(axis=2)
         deviation, limit, image, position = worst_of(list(deviations), list(limits[order]))
         nearest = f"|Δ| nearest its limit, of {count} images or tiles in one call: number {image}, position {position}"
         checks.append(at_most(f"profile/images={count}/image-embeds", deviation, limit, nearest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.variants import choose_variant
@@ -55,18 +57,35 @@ _GENERATIONS = 4
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Which engine is verified, and how thoroughly.
+
+    Attributes:
+        backend: which engine.
+        variant: which form of the base; see ``Deployment.open``.
+        threads: threads of the engine.
+        quick: fewer prompts.
+        text: what the cost of quantising is measured on; the prompts by default.
+        max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
+        task_rows: of a quantised base, by task a JSONL file of prompts and completions, to measure exact match on.
+    """
+
+    backend: str = "onnxruntime-cpu"
+    variant: str | None = None
+    threads: int | None = None
+    quick: bool = False
+    text: str | None = None
+    max_perplexity_increase: float | None = None
+    task_rows: Mapping[str, Path] = field(default_factory=dict)
+
+
 def verify(
     path: Path,
     against: str,
     adapters: Mapping[str, Path],
+    options: VerifyOptions | None = None,
     *,
-    backend: str = "onnxruntime-cpu",
-    variant: str | None = None,
-    threads: int | None = None,
-    quick: bool = False,
-    text: str | None = None,
-    max_perplexity_increase: float | None = None,
-    task_rows: Mapping[str, Path] | None = None,
     progress: Progress = lambda line: None,
 ) -> Report:
     """Compare a deployment with PyTorch.
@@ -75,18 +94,14 @@ def verify(
         path: the deployment.
         against: its base model: folder, GGUF file or hub id.
         adapters: adapter folder that a task is compared with; by default the copy beside its graph.
-        backend: which engine.
-        variant: which form of the base; see ``Deployment.open``.
-        threads: threads of the engine.
-        quick: fewer prompts.
-        text: what the cost of quantising is measured on; the prompts by default.
-        max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
-        task_rows: of a quantised base, by task a JSONL file of prompts and completions, to measure exact match on.
+        options: which engine is verified, and how thoroughly.
         progress: called with a line at each step.
 
     Raises:
         AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
     """
+    options = options or VerifyOptions()
+    backend, variant, threads, quick = options.backend, options.variant, options.threads, options.quick
     progress("opening the deployment")
     with (
         torch_threads(available_cores() // 2),
@@ -94,14 +109,10 @@ def verify(
     ):
         form = choose_variant(deployment.manifest, backend, variant)
         is_quantized = deployment.variant.quantization is not None
-        for option, value in (("--max-perplexity-increase", max_perplexity_increase), ("--text", text)):
-            if value is not None and not is_quantized:
-                raise RequestError(
-                    f"variant {form!r} is not quantised, so no perplexity is lost: leave {option} out, or choose a "
-                    "quantised variant with --variant"
-                )
+        if not is_quantized:
+            _refuse_costs(form, options)
         folders = _adapter_folders(deployment, adapters)
-        tested = _read_task_rows(deployment, form, task_rows or {})
+        tested = _read_task_rows(deployment, form, options.task_rows)
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
         reference = Reference(against, deployment.manifest.base)
@@ -120,7 +131,7 @@ def verify(
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
-            with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
+            with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
                 _check_outputs(
                     report, unrounded, reference, folders, prompts, rows, prompts_with_images, (exact, form), progress
                 )
@@ -129,10 +140,10 @@ def verify(
             report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
             progress("what quantising costs")
             report.cost = measure_cost(
-                deployment, reference, rows if text is None else text_rows(text, deployment, quick)
+                deployment, reference, rows if options.text is None else text_rows(options.text, deployment, quick)
             )
-            if max_perplexity_increase is not None:
-                report.checks.append(check_cost(report.cost, max_perplexity_increase))
+            if options.max_perplexity_increase is not None:
+                report.checks.append(check_cost(report.cost, options.max_perplexity_increase))
             for name, examples in tested.items():
                 report.cost[f"exact match of {name}"] = measure_accuracy(
                     deployment, reference, against, name, folders[name], examples, progress
@@ -141,6 +152,19 @@ def verify(
         checks, report.receipt = check_swaps(deployment, backend, form, threads, rows[0])
         report.checks += checks
     return report
+
+
+def _refuse_costs(form: str, options: VerifyOptions) -> None:
+    """Refuse options that only a quantised variant has a use for; raises ``RequestError``."""
+    for option, value in (
+        ("--max-perplexity-increase", options.max_perplexity_increase),
+        ("--text", options.text),
+    ):
+        if value is not None:
+            raise RequestError(
+                f"variant {form!r} is not quantised, so no perplexity is lost: leave {option} out, or choose a "
+                "quantised variant with --variant"
+            )
 
 
 def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> dict[str, Path]:
@@ -202,7 +226,7 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
     """The deployment's embedding table is what the model's embedding module returns, rounded to its dtype at most."""
     base = deployment.manifest.base
     expected = reference.embedding_table()
-    received = to_float64(deployment.embed(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
+    received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
     allowed = np.zeros(())
     if base.embedding_dtype != "float32":  # one rounding, and one more of the scale that some models multiply by
         allowed = 2 * UNIT_ROUNDOFF[base.embedding_dtype] * np.abs(expected) + UNDERFLOW[base.embedding_dtype]

@@ -10,6 +10,8 @@ from pathlib import Path
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Backend, Engine, PatchVisionGraph, SharedAdapterGraph, VisionGraph
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 
 class ExactActivations:
@@ -48,13 +50,13 @@ class ExactActivations:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(kind, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 
-    def open_patch_vision(self, graph: Path, base: Base) -> PatchVisionGraph:
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_patch_vision(graph, base)
+        return self._inner.open_patch_vision(graph, base, patches)
 
 
 def _share(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from adalink.runtime.errors import DataError, ModelError
+from adalink.runtime.storage.jsonl import read_jsonl
 from adalink.training.models.loading import max_positions
 
 if TYPE_CHECKING:
@@ -64,26 +65,12 @@ def read_rows(path: str | Path) -> list[TrainingRow]:
     Raises:
         DataError: the file is missing, has no row, or a line is not such a row; the message names it.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = msgspec.json.decode(line.encode(), type=TrainingRow)
-        except msgspec.DecodeError as error:
-            raise DataError(f'{path}:{number}: {error}; expected {{"prompt": "...", "completion": "..."}}') from error
+    decode = msgspec.json.Decoder(TrainingRow).decode
+    for number, row in read_jsonl(Path(path), '{"prompt": "...", "completion": "..."}', decode):
         if not row.prompt or not row.completion:
             raise DataError(f"{path}:{number}: an empty prompt or completion: both need text; remove the row")
         rows.append(row)
-    if not rows:
-        raise DataError(f'{path} holds no row; expected lines {{"prompt": "...", "completion": "..."}}')
     return rows
 
 

@@ -18,6 +18,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.errors import BackendError, GraphError, RequestError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -29,7 +30,7 @@ EVERY = [None, *TASKS]
 
 
 def opened(tiny: Tiny, backend: HostBackend) -> Deployment:
-    return Deployment(tiny.folder, read_manifest(tiny.folder), backend, "portable")
+    return Deployment(tiny.folder, read_manifest(tiny.folder), backend, OpenOptions("portable"))
 
 
 def portable(family: str, root: Path, modalities: tuple[str, ...] = ("text",)) -> Tiny:
@@ -157,9 +158,9 @@ def test_float16_logits_and_embeddings(tmp_path: Path, host: HostBackend) -> Non
     tiny = build("llama", tmp_path / "wide")
     export_base(tiny.model, tmp_path / "half", dtype="float16", target="portable")
     manifest = read_manifest(tmp_path / "half")
-    with Deployment(tmp_path / "half", manifest, host, "portable") as deployment:
+    with Deployment(tmp_path / "half", manifest, host, OpenOptions("portable")) as deployment:
         deployment.add_task(tiny.sources / "alpha", "alpha")
-        assert deployment.embed([PROMPTS[0]], tasks="alpha").dtype == np.float16
+        assert deployment.input_embeddings([PROMPTS[0]], tasks="alpha").dtype == np.float16
         for task in (None, "alpha"):
             logits = deployment.run(input_ids=[PROMPTS[0]], tasks=task)["logits"][0]
             assert logits.dtype == np.float16
@@ -173,9 +174,9 @@ def test_embeddings_of_two_modalities(llama: Tiny, host: HostBackend) -> None:
     embeds = rng.normal(size=(2, 9, 48)).astype(np.float32)
     modality = np.array([[0, 1, 1, -1, 0, 0, 1, 0, -1], [1, 1, 0, 0, 0, -1, 1, 1, 0]])
     with opened(llama, host) as deployment:
-        adapted = deployment.embed(inputs_embeds=embeds, modality=modality, tasks=["double", None])
-        plain = deployment.embed(inputs_embeds=embeds, modality=modality)
-        by_ids = deployment.embed([PROMPTS[0]], modality=np.array([[0, 1, -1, 0, 1, 0, 0]]), tasks="double")
+        adapted = deployment.input_embeddings(inputs_embeds=embeds, modality=modality, tasks=["double", None])
+        plain = deployment.input_embeddings(inputs_embeds=embeds, modality=modality)
+        by_ids = deployment.input_embeddings([PROMPTS[0]], modality=np.array([[0, 1, -1, 0, 1, 0, 0]]), tasks="double")
     assert plain.tobytes() == embeds.tobytes()
     assert adapted[1].tobytes() == embeds[1].tobytes()
     for name, index in (("text", 0), ("image", 1)):
@@ -196,14 +197,14 @@ def test_whole_vocabulary_through_the_front(llama: Tiny, host: HostBackend) -> N
     with opened(llama, host) as deployment:
         for task in EVERY:
             expected = llama.embeds(ids[0].tolist(), task).numpy()
-            np.testing.assert_allclose(deployment.embed(ids, tasks=task), expected, rtol=2e-6, atol=2e-6)
-        assert deployment.embed(ids).tobytes() == llama.embeds(ids[0].tolist(), None).numpy().tobytes()
+            np.testing.assert_allclose(deployment.input_embeddings(ids, tasks=task), expected, rtol=2e-6, atol=2e-6)
+        assert deployment.input_embeddings(ids).tobytes() == llama.embeds(ids[0].tolist(), None).numpy().tobytes()
 
 
 def test_memory_is_given_back(llama: Tiny, host: HostBackend) -> None:
     with opened(llama, host) as deployment:
         deployment.generate(["oil", "wheat"], tasks=["alpha", "beta"], max_new_tokens=5)
-        deployment.embed([PROMPTS[0]], tasks="prompted")
+        deployment.input_embeddings([PROMPTS[0]], tasks="prompted")
         assert host.device.allocated_bytes > 0
     del deployment
     assert host.device.allocated_bytes == 0
@@ -225,7 +226,10 @@ def test_closing_waits_for_calls_that_run(llama: Tiny, host: HostBackend) -> Non
         result = deployment.generate(["oil"], tasks="alpha", max_new_tokens=8, stream=close_once)[0]
         assert list(result.token_ids) == llama.greedy(prompt, "alpha", 8)
         assert len(pieces) > 1
-        for call in (lambda: deployment.generate(["oil"], max_new_tokens=2), lambda: deployment.embed([[5]])):
+        for call in (
+            lambda: deployment.generate(["oil"], max_new_tokens=2),
+            lambda: deployment.input_embeddings([[5]]),
+        ):
             with pytest.raises(RequestError, match="closed: open it again"):
                 call()
     assert host.device.allocated_bytes == 0
@@ -269,7 +273,7 @@ def test_a_request_that_finds_no_room_for_a_workspace_leaves_nothing_behind(llam
     """A second request at a time needs a workspace of its own, which fits at no place where memory may run out."""
     backend = HostBackend(PROFILE)
     with opened(llama, backend) as deployment:
-        engine = deployment._opened.engine
+        engine = deployment._runner.engine
         assert isinstance(engine, DeviceEngine)
         first = engine._workspaces.take()
         held, queues = backend.device.allocated_bytes, backend.device.open_queues
@@ -294,7 +298,7 @@ def test_as_many_steps_stay_recorded_as_may(llama: Tiny, monkeypatch: pytest.Mon
     monkeypatch.setattr(passes, "_MOST_STEPS", 4)
     backend = HostBackend(PROFILE)
     with opened(llama, backend) as deployment:
-        engine = deployment._opened.engine
+        engine = deployment._runner.engine
         assert isinstance(engine, DeviceEngine)
         kept = []
         for rows in (1, 2, 3):

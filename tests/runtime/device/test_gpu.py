@@ -97,7 +97,7 @@ def test_base_a_b_a_base_is_bit_for_bit_the_same(opened: tuple[Tiny, Deployment]
 def test_whole_vocabulary_passes_bit_for_bit_without_a_task(opened: tuple[Tiny, Deployment]) -> None:
     tiny, deployment = opened
     ids = np.arange(96)[None]
-    assert deployment.embed(ids).tobytes() == tiny.embeds(ids[0].tolist(), None).numpy().tobytes()
+    assert deployment.input_embeddings(ids).tobytes() == tiny.embeds(ids[0].tolist(), None).numpy().tobytes()
 
 
 def test_a_task_added_now_runs_without_building(opened: tuple[Tiny, Deployment], tmp_path: Path) -> None:

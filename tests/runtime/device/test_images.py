@@ -14,6 +14,7 @@ from helpers.vision_deployments import Seeing, build_seeing, build_seeing_tiles,
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 
@@ -33,7 +34,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
 
 
 def opened(folder: Path, host: HostBackend) -> Deployment:
-    return Deployment(folder, read_manifest(folder), host, "portable")
+    return Deployment(folder, read_manifest(folder), host, OpenOptions("portable"))
 
 
 @pytest.fixture(params=[True, False], ids=["in-place", "growing"])

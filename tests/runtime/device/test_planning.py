@@ -191,7 +191,7 @@ def test_every_row_finds_its_own_weights(batches: list[list[int]]) -> None:
             held.pop(0)[0].release()
         for own, own_seeds in held:
             for row, seed in enumerate(own_seeds):
-                for layer in own.layers:
+                for layer in own.adapter_passes:
                     assert (layer.task_index[row] == 0) == (seed == 0)
                     if seed:
                         rank = 1 + 7 * (seed % 5)
@@ -217,7 +217,7 @@ def test_a_full_device_makes_room_instead_of_growing() -> None:
     device.limit_bytes = device.allocated_bytes
     for seed in range(15, 40):
         reservation = bank.reserve(AdapterMapping([part(seed)]), 1)
-        assert (stored(bank, reservation.layers[0], 0)["down"][:3] == weights(seed, 3)["down"][0]).all()
+        assert (stored(bank, reservation.adapter_passes[0], 0)["down"][:3] == weights(seed, 3)["down"][0]).all()
         reservation.release()
 
 

@@ -138,7 +138,7 @@ def test_a_task_of_another_base_is_not_run_with_this_one(copy: Path) -> None:
     base = read_manifest(copy).base
     reseal(copy, base=msgspec.structs.replace(base, fingerprint="sha256:" + "ab" * 32))
     with Deployment.open(copy) as opened, pytest.raises(ContractError, match=rf"for {base.fingerprint}, expected was"):
-        opened.embed([[5]], tasks="alpha")
+        opened.input_embeddings([[5]], tasks="alpha")
 
 
 def test_a_changed_engine_shows_in_the_receipt(copy: Path) -> None:

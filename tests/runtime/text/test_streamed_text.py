@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adalink.runtime.generation.loop import SequenceState
+from adalink.runtime.generation.sequence import SequenceState
 from adalink.runtime.text.tokenizer import TextStream
 
 

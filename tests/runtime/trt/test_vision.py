@@ -31,9 +31,11 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.vision_base import VisionBase, vision_base
 from adalink.runtime.trt.record import read_record
 
 RTX = "tensorrt-rtx"
@@ -80,7 +82,7 @@ def tower(model: Any, values: Array) -> tuple[Array, float]:
 
 def opened_tower(seeing: Seeing, device: HostDevice, profile: Profile = PROFILE) -> DeviceVision:
     plans = HostPlans({VISION: str(seeing.folder / GRAPH)}, profile)
-    return DeviceVision(device, plans, read_manifest(seeing.folder).base)
+    return DeviceVision(device, plans, vision_base(read_manifest(seeing.folder).base))
 
 
 def test_embeddings_are_pytorchs_whatever_the_memory_holds(seeing: Seeing) -> None:
@@ -113,7 +115,7 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
     host = HostBackend(PROFILE, in_place=HAS_TENSOR_SCATTER)
     images = [[picture(seed) for seed in range(4)], [picture(3)]]
     prompts = ["@@@@ which?", "@ what?"]
-    with Deployment(seeing.folder, read_manifest(seeing.folder), host, "portable") as deployment:
+    with Deployment(seeing.folder, read_manifest(seeing.folder), host, OpenOptions("portable")) as deployment:
         before = host.device.allocated_bytes
         for _ in range(2):
             rows = deployment.generate(prompts, images=images, tasks=["both", "looks"], max_new_tokens=4)
@@ -123,10 +125,10 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
             assert list(row.token_ids) == expected
         assert host.device.allocated_bytes > before
         expected, limit = tower(seeing.model, pixels(5))
-        assert np.abs(deployment.encode(pixels(5)) - expected).max() <= limit
+        assert np.abs(deployment.encode_images(pixels(5)) - expected).max() <= limit
     assert host.device.allocated_bytes == 0
     with pytest.raises(RequestError, match="the deployment is closed"):
-        deployment.encode(pixels(1))
+        deployment.encode_images(pixels(1))
 
 
 def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp_path: Path) -> None:
@@ -142,15 +144,15 @@ def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp
         ({"hidden_size": 64}, r"outputs are .*\(-1, 9, 64\)"),
     ):
         with pytest.raises(GraphError, match=f"the vision tower of .*: {words}"):
-            DeviceVision(HostDevice(), plans, msgspec.structs.replace(base, **change))
+            DeviceVision(HostDevice(), plans, vision_base(msgspec.structs.replace(base, **change)))
 
 
 @pytest.mark.parametrize("shape", [(3, IMAGE_SIZE, IMAGE_SIZE), (0, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 3, 8, 8), ()])
 def test_pixel_values_of_another_shape_are_refused(seeing: Seeing, llama: Tiny, shape: tuple[int, ...]) -> None:
     with Deployment.open(seeing.folder) as deployment, pytest.raises(RequestError, match="pixel_values has the shape"):
-        deployment.encode(np.zeros(shape, np.float32))
+        deployment.encode_images(np.zeros(shape, np.float32))
     with Deployment.open(llama.folder) as deployment, pytest.raises(RequestError, match="without a vision tower"):
-        deployment.encode(np.zeros(shape, np.float32))
+        deployment.encode_images(np.zeros(shape, np.float32))
 
 
 class GraphsOfPlans(HostBackend):
@@ -173,7 +175,7 @@ class GraphsOfPlans(HostBackend):
         own = self.folder / read_manifest(self.folder).variants[variant].graph
         return super().open_engine(own, base, role, table)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         self.asked.append(graph.relative_to(self.folder).as_posix())
         return super().open_vision(self.folder / GRAPH, base)
 
@@ -213,7 +215,7 @@ def test_everything_up_to_the_driver_is_checked(copy: Path) -> None:
     from adalink.runtime.ort.vision import OnnxVisionGraph
     from adalink.runtime.trt.backend import TensorRtBackend
 
-    backend, base = TensorRtBackend(RTX, OnnxVisionGraph), read_manifest(copy).base
+    backend, base = TensorRtBackend(RTX, OnnxVisionGraph), vision_base(read_manifest(copy).base)
     plan, record = copy / f"engines/{RTX}/vision.plan", copy / f"engines/{RTX}/engine.json"
     with pytest.raises(BackendUnavailableError, match=r"backend tensorrt-rtx needs an NVIDIA GPU.*driver"):
         backend.open_vision(plan, base)

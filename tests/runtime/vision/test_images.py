@@ -76,7 +76,9 @@ def test_logits_are_pytorchs(seeing: Seeing, opened: Deployment) -> None:
 def test_a_modality_without_an_adapter_passes_bit_for_bit(seeing: Seeing, opened: Deployment) -> None:
     ids = seeing.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     is_image = ids[0] == IMAGE_TOKEN
-    embeds = {task: opened.embed(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")}
+    embeds = {
+        task: opened.input_embeddings(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")
+    }
     np.testing.assert_array_equal(embeds["words"][is_image], embeds[None][is_image])
     np.testing.assert_array_equal(embeds["looks"][~is_image], embeds[None][~is_image])
     assert (embeds["looks"][is_image] != embeds[None][is_image]).any(axis=-1).all()
@@ -121,9 +123,9 @@ def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(seein
 def test_kept_embeddings_keep_no_neighbours(seeing: Seeing) -> None:
     with Deployment.open(seeing.folder) as deployment:
         deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
-        kept = list(deployment._vision._kept.values())
+        kept = list(deployment._vision._kept.entries.values())
         assert len(kept) == 3
-        assert sum(own.nbytes for own in kept) == deployment._vision._size_bytes
+        assert sum(own.nbytes for own in kept) == deployment._vision._kept.size
         assert all(own.base is None or own.base.nbytes == own.nbytes for own in kept)
 
 
@@ -141,7 +143,7 @@ def test_a_tower_is_given_no_more_than_it_takes(count: int) -> None:
             return (pixel_values.reshape(len(pixel_values), -1) @ weights).reshape(-1, 2, 5)
 
     pictures = rng.integers(-99, 100, size=(count, 3, 4, 4)).astype(np.float32)
-    found = vision._run(Tower(), pictures)  # type: ignore[arg-type]
+    found = vision._TileTower(Tower()).run(pictures, (0, 0))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found, Tower().run(pictures))
     assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
 
@@ -197,8 +199,8 @@ def test_a_float16_base_takes_images(tmp_path: Path, opened: Deployment) -> None
     ids = half.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     with Deployment.open(half.folder) as deployment:
         for task in (None, "both"):
-            received = deployment.embed(ids, images=[[A]], tasks=task)
-            wide = opened.embed(ids, images=[[A]], tasks=task)
+            received = deployment.input_embeddings(ids, images=[[A]], tasks=task)
+            wide = opened.input_embeddings(ids, images=[[A]], tasks=task)
             assert received.dtype == np.float16
             np.testing.assert_allclose(received.astype(np.float32), wide, rtol=2e-3, atol=2e-3)
         assert deployment.generate(["@?"], images=[[A]], tasks="both", max_new_tokens=2)[0].token_ids

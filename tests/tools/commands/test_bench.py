@@ -180,7 +180,7 @@ def test_memory_of_a_task_is_that_of_one(folder, monkeypatch):
     bench = measure.Bench(folder, None, "onnxruntime-cpu", 1)
     try:
         tasks = bench._deployment._tasks
-        monkeypatch.setattr(measure, "_resident_bytes", lambda: 10**9 + 700 * len(tasks._loaded))
+        monkeypatch.setattr(measure, "_resident_bytes", lambda: 10**9 + 700 * len(tasks._loaded.entries))
         assert bench._memory_growth() == 700
         assert tasks.names == ("alpha", "beta")
         monkeypatch.setattr(measure, "_resident_bytes", lambda: None)

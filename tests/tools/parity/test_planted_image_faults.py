@@ -20,7 +20,7 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.vision import tower as vision
 from adalink.runtime.vision.placeholders import merge
 from adalink.tools.parity.check_vision import ReferenceProcessor, make_image_prompts
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def deployment(clean, tmp_path):
 
 
 def outcome(model, folder):
-    return verify(folder, str(model), {}, threads=1, quick=True)
+    return verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
 
 
 def failures(model, folder):

@@ -25,7 +25,7 @@ from adalink.runtime.vision.patches import Patching
 from adalink.tools.parity.check_outputs import compare_outputs
 from adalink.tools.parity.check_vision import check_vision, make_image_prompts, reference_processor
 from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 WORDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
 
@@ -57,7 +57,7 @@ def failures(model, folder):
 
 
 def test_a_clean_deployment_passes_on_images_too(deployment):
-    report = verify(deployment[1], str(deployment[0]), {}, threads=1, quick=True)
+    report = verify(deployment[1], str(deployment[0]), {}, VerifyOptions(threads=1, quick=True))
     assert report.passed
     names = {check.name for check in report.checks}
     own = {"vision/pixel-values", "vision/patch-tokens", "vision/image-embeds"}
@@ -135,5 +135,5 @@ def test_generation_that_counts_on_wrongly_is_found(deployment, monkeypatch):
     """Text alone shows it: the first token after a prompt would stand where its last one stands."""
     after = onnxruntime_in_place.positions_after
     monkeypatch.setattr(onnxruntime_in_place, "positions_after", lambda positions: after(positions) - 1)
-    report = verify(deployment[1], str(deployment[0]), {}, threads=1, quick=True)
+    report = verify(deployment[1], str(deployment[0]), {}, VerifyOptions(threads=1, quick=True))
     assert "base/decode-logits" in {check.name for check in report.checks if not check.passed}

@@ -37,7 +37,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failures(model: Path, folder: Path) -> set[str]:
-    report = suite.verify(folder, str(model), {}, threads=1, quick=True)
+    report = suite.verify(folder, str(model), {}, suite.VerifyOptions(threads=1, quick=True))
     assert {"base/tokenizer", "base/images/logits", "task/both/generation", "mixed/images/decode-logits"} <= {
         check.name for check in report.checks
     }
@@ -76,7 +76,7 @@ def test_an_engine_of_limited_shapes_passes_at_its_corners(
     profile = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 24), past=ShapeRange(0, 16, 63))
     for module in (suite, deployment_module):
         monkeypatch.setattr(module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place))
-    report = suite.verify(folder, str(model), {}, variant="portable", quick=True)
+    report = suite.verify(folder, str(model), {}, suite.VerifyOptions(variant="portable", quick=True))
     assert {check.name for check in report.checks if not check.passed} == set()
     profile_limits = {check.name.split("/")[1] for check in report.checks if check.name.startswith("profile/")}
     assert profile_limits == {"batch=1,prompt=1", "batch=1,prompt=24", "batch=3,prompt=1", "batch=3,prompt=8"}

@@ -19,7 +19,7 @@ from adalink.runtime.storage.manifest_io import encode_manifest, read_manifest
 from adalink.runtime.vision.tiles import Tiling
 from adalink.tools.parity.check_vision import check_vision, reference_processor
 from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,15 @@ def failures(model, folder):
 
 
 def all_failures(model, folder):
-    return {check.name for check in verify(folder, str(model), {}, threads=1, quick=True).checks if not check.passed}
+    return {
+        check.name
+        for check in verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True)).checks
+        if not check.passed
+    }
 
 
 def test_a_clean_deployment_passes(deployment):
-    report = verify(deployment[1], str(deployment[0]), {}, threads=1, quick=True)
+    report = verify(deployment[1], str(deployment[0]), {}, VerifyOptions(threads=1, quick=True))
     assert report.passed
     names = {check.name for check in report.checks}
     own = {"vision/pixel-values", "vision/tile-tokens", "vision/image-embeds"}

@@ -12,8 +12,8 @@ from helpers.vision_deployments import build_seeing, build_seeing_tiles
 
 from adalink.runtime import base_model as open_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.base_model import OpenBase
 from adalink.runtime.device.vision import DeviceVision
+from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
@@ -21,7 +21,7 @@ from adalink.runtime.vision.placeholders import merge
 from adalink.tools.parity import suite
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_vision import make_image_prompts, reference_processor
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 CLASSES = {"llava": llava, "idefics3": idefics3, "smolvlm": smolvlm}
 TASKS = ("words", "looks", "both", "asked")
@@ -42,7 +42,7 @@ def clean(tmp_path_factory):
 
 
 def outcome(model, folder):
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     assert not report.skipped
     return {check.name: check for check in report.checks}
 
@@ -114,13 +114,13 @@ def test_images_given_to_each_others_rows(clean, monkeypatch):
 
 
 def test_tokens_that_are_not_adapted_behind_images(clean, monkeypatch):
-    start = OpenBase.start
+    start = ModelRunner.start
 
-    def plain(self, prompts, given, layout, max_new_tokens):
-        decoding, embedder, adapting = start(self, prompts, given, layout, max_new_tokens)
-        return decoding, embedder, adapting if given.images is None else NO_ADAPTER
+    def plain(self, inputs, layout, max_new_tokens):
+        state, embedder, tasks = start(self, inputs, layout, max_new_tokens)
+        return state, embedder, tasks if inputs.images is None else NO_ADAPTER
 
-    monkeypatch.setattr(OpenBase, "start", plain)
+    monkeypatch.setattr(ModelRunner, "start", plain)
     found = failures(*clean)
     assert {f"{label}/images/decode-logits" for label in ("task/words", "task/both", "mixed")} <= found
     own = ("task/words/images/", "task/both/images/", "mixed/images/", "mixed/ends/images/")

@@ -27,7 +27,7 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import registry as tasks
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.tools.parity import suite
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 OWN = ["soft", "both", "ids"]
 
@@ -58,7 +58,7 @@ def deployment(clean, tmp_path):
 
 
 def outcome(model, folder, **options):
-    report = verify(folder, str(model), {}, threads=1, quick=True, **options)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True, **options))
     assert not report.skipped
     return {check.name: check.passed for check in report.checks}
 

@@ -43,7 +43,7 @@ def outcome(originals, tmp_path, monkeypatch):
             monkeypatch.setattr(
                 module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place)
             )
-        report = suite.verify(folder, str(model), {}, variant="portable", quick=True)
+        report = suite.verify(folder, str(model), {}, suite.VerifyOptions(variant="portable", quick=True))
         return {check.name: check.passed for check in report.checks}
 
     return verified

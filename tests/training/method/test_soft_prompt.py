@@ -19,7 +19,7 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, input_embedding
 from adalink.training.run import train
-from adalink.training.settings import TrainSettings
+from adalink.training.settings import LoopOptions, TrainSettings
 from adalink.training.trainer import TrainableAdapters
 
 N = 5
@@ -339,6 +339,6 @@ def test_interrupted_and_resumed_is_as_uninterrupted(files, tmp_path):
     settings = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)
     whole = train(*files, tmp_path / "whole", config, settings)
     with pytest.raises(KeyboardInterrupt):
-        train(*files, tmp_path / "parts", config, settings, callbacks=[Interrupt()])
-    parts = train(*files, tmp_path / "parts", config, settings, resume=True)
+        train(*files, tmp_path / "parts", config, settings, loop=LoopOptions(callbacks=[Interrupt()]))
+    parts = train(*files, tmp_path / "parts", config, settings, loop=LoopOptions(resume=True))
     assert parts["adapter_digest"] == whole["adapter_digest"]

@@ -16,7 +16,7 @@ from adalink.training.data.rows import TrainingRow, encode_rows
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
 from adalink.training.search import search as search_module
-from adalink.training.settings import SearchSettings, TrainSettings
+from adalink.training.settings import LoopOptions, SearchSettings, TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ CONFIG = AdaLinkConfig(rank=4)
 
 def run(work, out, space=ENOUGH, data="train", evaluated="eval", config=CONFIG, settings=SHORT, **options):
     files = (work / f"{data}.jsonl", work / f"{evaluated}.jsonl")
-    return train(work / "tiny-llama", *files, out, config, settings, space=space, **options)
+    return train(work / "tiny-llama", *files, out, config, settings, space=space, loop=LoopOptions(**options))
 
 
 def without_times(report):
