@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.cases import CASES
 from benchmarks.plot_growth import growth_figure
 from benchmarks.plot_units import duration_text, duration_ticks, size_text, size_ticks, spread, tick_text
 from benchmarks.ratios import adapter_cost
@@ -26,6 +27,7 @@ MARKERS = "s^Dv<>"
 TASK_COUNTS = (1, 10, 100, 1000, 10000)
 PRECISIONS = {"fp32": "float32", "int4": "4 bit"}
 Cases = dict[str, Any]
+_LABELS = {case.name: case.label for case in CASES}
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -208,15 +210,15 @@ def _bars(axes: Axes, cases: Cases, values: Sequence[float], form: str, inside: 
 
 
 def _name_rows(axes: Axes, cases: Cases) -> None:
-    axes.set_yticks(range(len(cases)), [_short_label(case) for case in cases.values()], fontsize=8)
+    axes.set_yticks(range(len(cases)), [_short_label(name, case) for name, case in cases.items()], fontsize=8)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
 
 
-def _short_label(case: Mapping[str, Any]) -> str:
-    """A case's label without its precision, which the panel's title says."""
-    return str(case["label"]).replace(" int4", "")
+def _short_label(name: str, case: Mapping[str, Any]) -> str:
+    """A case's label as it is called today, without its precision, which the panel's title says."""
+    return str(_LABELS.get(name, case["label"])).replace(" int4", "")
 
 
 def _label_ends(axes: Axes, cases: Cases) -> None:
@@ -226,11 +228,11 @@ def _label_ends(axes: Axes, cases: Cases) -> None:
     ends = [task_memory(case, TASK_COUNTS[-1]) for case in cases.values()]
     heights = [transform.transform((TASK_COUNTS[-1], end))[1] for end in ends]
     per_point = figure.dpi / 72
-    for line, case, end, height, moved in zip(
-        axes.get_lines(), cases.values(), ends, heights, spread(heights, 11.5 * per_point), strict=True
+    for line, (name, case), end, height, moved in zip(
+        axes.get_lines(), cases.items(), ends, heights, spread(heights, 11.5 * per_point), strict=True
     ):
         axes.annotate(
-            f"{_short_label(case)}: {size_text(end)}", (TASK_COUNTS[-1], end),
+            f"{_short_label(name, case)}: {size_text(end)}", (TASK_COUNTS[-1], end),
             xytext=(22, (moved - height) / per_point), textcoords="offset points", annotation_clip=False,
             va="center", fontsize=8, fontweight="bold" if line.get_color() == KIT_COLOUR else "normal",
             arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4,

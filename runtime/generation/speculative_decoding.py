@@ -26,7 +26,8 @@ _LONGEST_MATCH = 3
 class PromptLookup:
     """Draft tokens for one row; a token costs the same however long the text is.
 
-    The length of a draft adapts: a draft that is accepted whole doubles it, otherwise it is one more than were accepted.
+    The length of a draft adapts. A draft that is accepted whole doubles it; otherwise it is one more than were
+    accepted.
 
     Args:
         tokens: prompt and what was generated so far.

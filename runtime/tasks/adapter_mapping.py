@@ -1,8 +1,8 @@
 """Adapter mapping: which rows of a batch go through which adapter (docs/decisions/0006-bank.md).
 
-All adapters with one activation and bias share one graph that takes their weights as inputs. A batch under one task feeds it views of that
-task's own weights, of any rank; a mixed batch feeds it the weights of its rows, stacked. Rows of the base model go
-through no graph: they pass bit for bit.
+All adapters with one activation and bias share one graph that takes their weights as inputs. A batch under one task
+feeds it views of that task's own weights, of any rank. A mixed batch feeds it the weights of its rows, stacked. Rows of
+the base model go through no graph: they pass bit for bit.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def task_groups(adapter: Adapter, modalities: Sequence[str], graph: SharedAdapte
 
 
 def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
-    """An adapter's weights for one modality as a shared adapter graph takes them, for all rows: views, nothing is copied."""
+    """An adapter's weights for one modality as a shared adapter graph takes them, for all rows; nothing is copied."""
     weights = {name: adapter.weights[f"{modality}.{name}.weight"][None] for name in ("down", "up")}
     if adapter.config.bias:
         weights |= {f"{name}_bias": adapter.weights[f"{modality}.{name}.bias"][None, None] for name in ("down", "up")}

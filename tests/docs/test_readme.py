@@ -15,7 +15,7 @@ from helpers.tiny_deployments import make_model_folder, seeded_adapter, write_ad
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.base.architectures import ARCHITECTURES
+from adalink.export.architectures import ARCHITECTURES
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.storage.adapter import read_adapter

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
 from adalink.tools.common.options import is_given, make_options
 from adalink.tools.common.rows import PromptRow as PromptRow
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 _BATCH_ROWS = 8
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 # Four bytes a token: all rows are encoded before the first is answered.
 TokenIds: TypeAlias = "array[int]"
@@ -162,6 +164,7 @@ def _print_states(deployment: Deployment, rows: list[PromptRow], options: RunOpt
 def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
     settings = dict(options.settings)
     ids = _encode(deployment, rows, chat=settings.pop("chat"))
+    settings["sampling"] = SamplingParams(**{name: settings.pop(name) for name in _SAMPLING})
     is_empty = options.jsonl is None and not options.as_json
     streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
     for entry in _generate(deployment, rows, ids, _write if streaming else None, settings):

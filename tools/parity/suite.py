@@ -307,7 +307,7 @@ def _check_outputs(
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``prompts_with_images`` is what ``_image_prompts`` gave."""
+    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``prompts_with_images`` is as from ``_image_prompts``."""
     image_prompts, asked = prompts_with_images
     texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}

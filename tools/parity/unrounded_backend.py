@@ -46,9 +46,9 @@ class ExactActivations:
             path.write_bytes(model.SerializeToString())
             return self._inner.open_engine(path, base, role, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(kind, graph, base)
+        return self._inner.open_bank(activation_key, graph, base)
 
     def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""

@@ -1,4 +1,4 @@
-"""An embedder computes every task of its activation, each row by its own; what it must leave alone stays bit for bit."""
+"""An embedder computes every task of its activation, each row by its own; what it must leave alone stays as it is."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def test_failure_at_any_step_leaves_the_old_file(
         raise error
 
     class Failing:
-        def __init__(self, *arguments: Any) -> None:
-            self.file = open(arguments[0], "wb")  # noqa: PTH123, SIM115  # Path.open is what is replaced
+        def __init__(self, path: Path) -> None:
+            self.file = open(path, "wb")  # noqa: PTH123, SIM115  # Path.open is what is replaced
 
         def __enter__(self) -> Failing:
             return self
@@ -73,7 +73,7 @@ def test_failure_at_any_step_leaves_the_old_file(
 
     with monkeypatch.context() as patch:
         if step == "write":
-            patch.setattr(Path, "open", Failing)
+            patch.setattr(Path, "open", lambda path, mode: Failing(path))
         else:
             patch.setattr(os if step == "fsync" else Path, step, fail)
         expected = WriteError if isinstance(error, OSError) else KeyboardInterrupt

@@ -13,8 +13,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from helpers.vision import clip_processor
 from helpers.vision_deployments import build_seeing, spoil_tower
 
-from adalink.runtime import Deployment
-from adalink.runtime import base_model as open_base
+from adalink.runtime import Deployment, model_runner
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.vision import tower as vision
@@ -81,7 +80,7 @@ def test_images_that_are_adapted_as_text_are_found(deployment, monkeypatch):
         embeds, modality = merge(*arguments)
         return embeds, np.zeros_like(modality)
 
-    monkeypatch.setattr(open_base, "merge", as_text)
+    monkeypatch.setattr(model_runner, "merge", as_text)
     found = failures(*deployment)
     assert {f"task/{name}/images/logits" for name in ("both", "looks", "words", "asked")} <= found
     assert "base/images/logits" not in found
@@ -89,7 +88,7 @@ def test_images_that_are_adapted_as_text_are_found(deployment, monkeypatch):
 
 def test_images_in_the_wrong_order_are_found(deployment, monkeypatch):
     monkeypatch.setattr(
-        open_base, "merge", lambda table, ids, images, base: merge(table, ids, [own[::-1] for own in images], base)
+        model_runner, "merge", lambda table, ids, images, base: merge(table, ids, [own[::-1] for own in images], base)
     )
     assert "base/images/logits" in failures(*deployment)
 

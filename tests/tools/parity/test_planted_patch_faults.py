@@ -13,8 +13,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from helpers.vision import patch_processor
 from helpers.vision_deployments import build_seeing_patches, spoil_tower
 
-from adalink.runtime import Deployment
-from adalink.runtime import base_model as open_base
+from adalink.runtime import Deployment, model_runner
 from adalink.runtime.errors import ContractError
 from adalink.runtime.ort import static_cache as onnxruntime_in_place
 from adalink.runtime.storage.manifest import Vision
@@ -75,7 +74,9 @@ def test_a_clean_deployment_passes_on_images_too(deployment):
     ids=["columns for rows", "rows for moments", "all in a line"],
 )
 def test_wrong_positions_are_found(deployment, monkeypatch, fault):
-    monkeypatch.setattr(open_base, "grid_positions", lambda *given: np.ascontiguousarray(fault(grid_positions(*given))))
+    monkeypatch.setattr(
+        model_runner, "grid_positions", lambda *given: np.ascontiguousarray(fault(grid_positions(*given)))
+    )
     assert (
         {"base/images/logits"} <= failures(*deployment) <= {f"base/images/{name}" for name in ("logits", "kl", "top1")}
     )

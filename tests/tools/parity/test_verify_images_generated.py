@@ -10,8 +10,8 @@ from helpers.tiny_tokenizer import make_tile_tokenizer, make_tokenizer
 from helpers.vision import clip_processor, tile_processor
 from helpers.vision_deployments import build_seeing, build_seeing_tiles
 
-from adalink.runtime import base_model as open_base
 from adalink.runtime import deployment as deployment_module
+from adalink.runtime import model_runner
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.profile import Profile, ShapeRange
@@ -107,7 +107,7 @@ def test_a_placeholder_that_is_generated_ends_the_comparison(clean):
 
 
 def test_images_given_to_each_others_rows(clean, monkeypatch):
-    monkeypatch.setattr(open_base, "merge", lambda embeds, ids, images, base: merge(embeds, ids, images[::-1], base))
+    monkeypatch.setattr(model_runner, "merge", lambda embeds, ids, images, base: merge(embeds, ids, images[::-1], base))
     found = failures(*clean)
     assert {f"{label}/images/decode-logits" for label in ("base", "task/both", "mixed")} <= found
     assert not {name for name in found if not name.endswith(("images/decode-logits", "images/generation"))}
