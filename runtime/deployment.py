@@ -30,7 +30,7 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_once
 from adalink.runtime.storage.vision_schema import Grid
-from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import Images
 from adalink.runtime.vision.tower import OpenVision
@@ -60,7 +60,7 @@ class Deployment:
         self.path = path
         self.manifest = manifest
         self.variant = manifest.variants[choose_variant(manifest, backend.name, options.variant)]
-        self._tasks = TaskTable(path, manifest, backend, options.task_memory_bytes)
+        self._tasks = TaskRegistry(path, manifest, backend, options.task_memory_bytes)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options.prefix_cache_bytes)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
         self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine.padding_side)

@@ -24,7 +24,7 @@ from adalink.runtime.request import (
 )
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
-from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
@@ -49,7 +49,9 @@ class PromptBatch:
 class InputProcessor:
     """Makes batches of one deployment; safe for calls from several threads."""
 
-    def __init__(self, path: Path, manifest: Manifest, tasks: TaskTable, vision: OpenVision, padding_side: str) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, padding_side: str
+    ) -> None:
         """``padding_side`` is where the engine wants prompts to be padded."""
         self._path, self._manifest, self._base = path, manifest, manifest.base
         self._tasks, self._vision, self._padding_side = tasks, vision, padding_side

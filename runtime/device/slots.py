@@ -34,14 +34,13 @@ class SlotTable(Generic[K]):
             The place, and whether it was another's or nobody's so that it must be filled; ``None`` if all are in use.
             Without a free place it is that of the one who was not used for the longest time.
         """
-        slot = self._slots.entries.get(key)
+        slot = self._slots.get(key)
         is_new = slot is None
         if slot is None:
             slot = self._free.pop() if self._free else self._slots.evict(in_use=self._users)
             if slot is None:
                 return None
             self._slots.put(key, slot)
-        self._slots.touch(key)
         self._users[key] = self._users.get(key, 0) + 1
         return slot, is_new
 

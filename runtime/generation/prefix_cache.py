@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class PrefixCache:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
-        self._kept: LruTable[tuple[PrefixKey, bytes], Array] = LruTable(attrgetter("nbytes"), budget_bytes)
+        self._kept: LruTable[tuple[PrefixKey, bytes], Array] = LruTable(budget_bytes)
         self._lock = threading.Lock()
 
     @property
@@ -66,11 +65,11 @@ class PrefixCache:
                     common = _common(np.frombuffer(name[1], np.int64), tokens[:-1])
                     if common > length:
                         best, length = name, common
-            if best is None:
+            states = None if best is None else self._kept.get(best)
+            if states is None:
                 return None
-            self._kept.touch(best)
             _LOG.debug("prefix cache hit: %d of %d positions", length, len(tokens))
-            return self._kept.entries[best][:, :, :length]
+            return states[:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:
         """Keep the states of a prompt, unless they alone exceed the budget.
@@ -84,7 +83,7 @@ class PrefixCache:
             return
         name = (key, tokens.tobytes())
         with self._lock:
-            self._kept.put(name, states)
+            self._kept.put(name, states, states.nbytes)
 
 
 def _common(first: Array, second: Array) -> int:

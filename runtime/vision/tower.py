@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -40,7 +39,7 @@ class OpenVision:
         """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
         self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
-        self._kept: LruTable[str, Array] = LruTable(attrgetter("nbytes"), cache_bytes)
+        self._kept: LruTable[str, Array] = LruTable(cache_bytes)
         self._opened: tuple[Preprocessor, _Tower] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
@@ -76,7 +75,7 @@ class OpenVision:
             _, tower = self._open()
             given = {image.digest: image for own in images for image in own}
             kept = self._kept.entries
-            found = {digest: kept[digest] for digest in given if digest in kept}
+            found = {digest: kept[digest].value for digest in given if digest in kept}
             missing = [image for digest, image in given.items() if digest not in found]
             if missing:
                 begun = time.perf_counter()
@@ -135,7 +134,7 @@ class OpenVision:
     def _keep(self, digest: str, embeds: Array) -> None:
         """Keep embeddings as the most recently used, unless they alone exceed the budget."""
         if embeds.nbytes <= self._cache_bytes:
-            self._kept.put(digest, embeds)
+            self._kept.put(digest, embeds, embeds.nbytes)
 
 
 class _Tower(Protocol):

@@ -123,7 +123,7 @@ def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(seein
 def test_kept_embeddings_keep_no_neighbours(seeing: Seeing) -> None:
     with Deployment.open(seeing.folder) as deployment:
         deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
-        kept = list(deployment._vision._kept.entries.values())
+        kept = [held.value for held in deployment._vision._kept.entries.values()]
         assert len(kept) == 3
         assert sum(own.nbytes for own in kept) == deployment._vision._kept.size
         assert all(own.base is None or own.base.nbytes == own.nbytes for own in kept)
