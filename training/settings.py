@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 # Learning rates to try for each init of an adapter, the best one at rank 64 first, and the init that is best where the
-# rate is searched for; measured: docs/method.md.
+# rate is searched for; measured: docs/concepts/when-it-is-enough.md.
 RATES: dict[Init, tuple[float, ...]] = {
     "kaiming": (3e-3, 1e-2, 1e-3, 3e-2),
     "centered": (3e-4, 1e-3, 1e-4, 3e-3),

@@ -1,7 +1,7 @@
 """The embedder graphs: what stands before a base on a GPU, for any task, with table, weights and choice as inputs.
 
 They are the bank graphs of a device: compiled once with the base, they know nothing of any task. A swap binds other
-memory or writes another index (docs/formats.md).
+memory or writes another index (docs/concepts/file-formats.md).
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ class EngineWorkspace:
         """Run positions of a prompt behind those in the cache.
 
         Returns:
-            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``, or of an encoder the hidden
-            states at every position, shape ``(batch * seq, d)``.
+            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``, or of an encoder the
+            hidden states at every position, shape ``(batch * seq, d)``.
         """
         self._write(forward_batch)
         self._enqueue(self._prefill, forward_batch)

@@ -1,4 +1,4 @@
-"""Engines on graphs whose cache grows: a call takes the cache and gives a longer one (docs/formats.md, "Graphs")."""
+"""Dynamic cache: a call takes the KV cache and gives a longer one (docs/concepts/file-formats.md, "Graphs")."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Signature:
 
     @property
     def in_place(self) -> bool:
-        """Whether the cache is written in place (docs/formats.md, "Graphs")."""
+        """Whether the cache is written in place (docs/concepts/file-formats.md, "Graphs")."""
         return "sequence_lengths" in self.inputs
 
 

@@ -1,4 +1,4 @@
-"""The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/formats.md).
+"""The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/concepts/file-formats.md).
 
 Training writes it, export reads it, and a deployment ships a copy beside each task graph. Weights are held as float32.
 """

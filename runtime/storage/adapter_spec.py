@@ -14,7 +14,7 @@ import msgspec
 from adalink.runtime.errors import ConfigError
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
+# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/concepts/file-formats.md).
 ACTIVATION_KEYS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
 INPUTS = ("embeddings", "ids")

@@ -35,7 +35,7 @@ def fingerprint_embeddings(weight: npt.NDArray[np.floating]) -> str:
     """Fingerprint of a base model: which model an adapter belongs to.
 
     SHA-256 of the ASCII text ``"{V},{d};"`` followed by the raw input embedding matrix as row-major little-endian
-    float32 (docs/formats.md).
+    float32 (docs/concepts/file-formats.md).
 
     Args:
         weight: input embedding matrix with shape ``(vocab, d)``, as stored in the checkpoint (before any scaling that

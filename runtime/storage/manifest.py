@@ -1,4 +1,4 @@
-"""``manifest.json``: what a deployment holds, and every file with its digest and size (docs/formats.md)."""
+"""``manifest.json``: what a deployment holds, each file with digest and size (docs/concepts/file-formats.md)."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
 
 
 class Fold(_Strict, frozen=True, kw_only=True):
-    """A text task computed ahead for every token of the vocabulary (docs/formats.md).
+    """A text task computed ahead for every token of the vocabulary (docs/concepts/file-formats.md).
 
     Attributes:
         kind: ``"table"``: the adapted embeddings; ``"rank"``: ``act(down(x))`` of each token.

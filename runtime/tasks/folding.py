@@ -1,7 +1,7 @@
 """A text task computed ahead for every token: on text an adapter is a function of the token alone.
 
 ``table`` holds the adapted embeddings: a token costs a lookup. ``rank`` holds ``act(down(x))`` of every token: a token
-costs a lookup and one product of width ``r``. Both are exact within the bound of the graph (docs/parity.md).
+costs a lookup and one product of width ``r``. Both are exact within the bound of the graph (docs/concepts/parity.md).
 """
 
 from __future__ import annotations

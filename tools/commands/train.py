@@ -76,7 +76,7 @@ class TrainOptions:
         init = self.init
         if init is None:  # without a bottleneck there is nothing to start
             searched = self.minutes is not None and self.lr is None and rank != 0
-            init = SEARCHED_INIT if searched else AdaLinkConfig.init
+            init = SEARCHED_INIT if searched else _METHOD.init
         return AdaLinkConfig(
             rank=rank,
             activation=self.activation,
@@ -84,7 +84,7 @@ class TrainOptions:
             dropout=self.dropout,
             scope=self.scope,
             soft_tokens=self.soft_tokens,
-            modalities=self.modalities or AdaLinkConfig.modalities,
+            modalities=self.modalities or _METHOD.modalities,
             init=init,
         )
 
