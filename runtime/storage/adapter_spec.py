@@ -101,7 +101,7 @@ def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | Non
     if not _is_whole(soft_tokens) or not 0 <= soft_tokens <= MOST_SOFT_TOKENS:
         expected = f"a whole number from 0 to {MOST_SOFT_TOKENS}"
         return Fault("soft_tokens", f"soft_tokens is {soft_tokens!r}, expected {expected}")
-    if message := _fault_in_rank(rank, modalities, soft_tokens):
+    if message := _fault_in_rank(rank, modalities, soft_tokens, hidden_size):
         return Fault("rank", message)
     for field, known in (("activation", ACTIVATIONS), ("scope", SCOPES), ("input", INPUTS)):
         if (value := getattr(spec, field)) not in known:
@@ -162,12 +162,13 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], soft_tokens: int) -> str | None:
+def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], soft_tokens: int, hidden_size: int | None) -> str | None:
     ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
     least = 0 if soft_tokens and not isinstance(rank, dict) else 1
     if any(not _is_whole(own) or own < least for own in ranks):
         hint = "" if soft_tokens else "; 0 is for adapters with a soft prompt"
-        return f"rank is {rank!r}, expected a whole number of at least {least}, or one for each modality{hint}"
+        expected = f"a whole number of at least {least}" if hidden_size is None else f"{least} to {hidden_size}"
+        return f"rank is {rank!r}, expected {expected}, or one for each modality{hint}"
     if isinstance(rank, dict) and rank.keys() != set(modalities):
         return (
             f"rank is for {', '.join(rank) or 'nothing'} and the modalities are {', '.join(modalities)}: expected one "
