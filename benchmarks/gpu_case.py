@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import cuda
-from adalink.runtime.device.bank import DeviceBank
+from adalink.runtime.device.adapter_weights import AdapterWeightPools
 from adalink.runtime.device.protocols import Device
-from adalink.runtime.engine import open_backend
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import COMPILED_BACKENDS, choose_variant
 from adalink.runtime.tasks.registry import TaskTable
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
 BATCHES, PROMPTS = (1, 8, 32), (128, 1024)
@@ -54,7 +55,7 @@ def main() -> None:
         manifest = structs.replace(manifest, base=structs.replace(manifest.base, eos_token_ids=()))
         backend = ObservedBackend(open_backend(options.backend), lambda: starts.append(time.perf_counter()))
         form = choose_variant(manifest, backend.name)
-        with Deployment(options.deployment, manifest, backend, form) as deployment:
+        with Deployment(options.deployment, manifest, backend, OpenOptions(form)) as deployment:
             result["open_seconds"] = time.perf_counter() - started
             result["parity"] = parity(deployment, options.against)
             bench = Case(deployment, starts, options.quick)
@@ -83,7 +84,7 @@ class Case:
         self._rounds = _QUICK if quick else _ROUNDS
         self._swaps = 50 if quick else _SWAPS
         profile = deployment.profile
-        most = BATCHES[-1] if profile is None else profile.batch.largest
+        most = BATCHES[-1] if profile is None else profile.batch.max
         self._batches = [batch for batch in BATCHES if batch <= most][: 2 if quick else None]
         self._prompts = PROMPTS[: 1 if quick else None]
         self._tasks = deployment.tasks[:2]
@@ -97,12 +98,12 @@ class Case:
 
     def decode(self) -> Json:
         """Milliseconds a step after a prompt of 128 tokens, by batch."""
-        found: Json = {}
+        steps: Json = {}
         for batch in self._batches:
             row = self._ratio(lambda task, batch=batch: self._step(batch, task))  # type: ignore[misc]
             row["tokens_per_second_with_task"] = 1e3 * batch / row["task_ms"]
-            found[str(batch)] = row
-        return found
+            steps[str(batch)] = row
+        return steps
 
     def swaps(self) -> Json:
         """Each task in turn, two requests of three tokens: the first follows the other task, the second its own."""
@@ -154,14 +155,14 @@ class Case:
 def host_swap(deployment: Deployment, backend: str, device: Device) -> Json:
     """What the host does to give a batch another loaded task, and nothing else: 10,000 times, microseconds.
 
-    It is given no queue to wait for: from the task's name to the number that the front reads.
+    It is given no queue to wait for: from the task's name to the number that the embedder reads.
     """
     tasks = TaskTable(deployment.path, deployment.manifest, open_backend(backend))
-    bank = DeviceBank(device, deployment.manifest.base.hidden_size, 256, 64)
+    bank = AdapterWeightPools(device, deployment.manifest.base.hidden_size, 256, 64)
     names, times = deployment.tasks[:2], []
     for index in range(-100, _SWAPS):
         begun = time.perf_counter()
-        bank.choose(tasks.resolve(names[index % 2], 1), 1).release()
+        bank.reserve(tasks.resolve(names[index % 2], 1), 1).release()
         if index >= 0:
             times.append(time.perf_counter() - begun)
     bank.close()
@@ -201,7 +202,7 @@ def parity(deployment: Deployment, against: str) -> Json:
     place = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(against).to(place)
     rows = [deployment.tokenizer.encode(text) for text in choose_prompts(quick=True)]
-    found: Json = {"reference": f"PyTorch {torch.__version__}, float32, {place}"}
+    deviations: Json = {"reference": f"PyTorch {torch.__version__}, float32, {place}"}
     for task in (None, *deployment.tasks[:2]):
         worst, agreeing, total = 0.0, 0, 0
         for ids in rows:
@@ -216,8 +217,8 @@ def parity(deployment: Deployment, against: str) -> Json:
             worst = max(worst, float(np.abs(logits - expected).max()))
             agreeing += int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())
             total += len(ids)
-        found[task or "base"] = {"largest_deviation": worst, "top1_agreeing": agreeing, "positions": total}
-    return found
+        deviations[task or "base"] = {"largest_deviation": worst, "top1_agreeing": agreeing, "positions": total}
+    return deviations
 
 
 @contextmanager

@@ -46,17 +46,17 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
         text = str(make_prompt(deployment.tokenizer, length)["text"])
         tasks = names[:rows]
         # What only the first request takes is not counted as growth; the task of that request is not one of ``names``.
-        own = path / deployment.manifest.tasks[names[0]].config
-        _generate(deployment, ["a"], [deployment.add_task(own.parent, "first")], 2)
+        first_config = path / deployment.manifest.tasks[names[0]].config
+        _generate(deployment, ["a"], [deployment.add_task(first_config.parent, "first")], 2)
         deployment.remove_task("first")
         before = resident_bytes()
         for name in names:
-            deployment.embed([[0]], tasks=name)
+            deployment.input_embeddings([[0]], tasks=name)
         loaded = resident_bytes() - before
         if series not in ("tasks", "rank"):
             # The base's table and all tasks are there before the request; systems map more of a file than is read.
             for first in range(0, deployment.manifest.base.vocab_size - _TABLE_ROWS, _TABLE_ROWS):
-                deployment.embed([list(range(first, first + _TABLE_ROWS))])
+                deployment.input_embeddings([list(range(first, first + _TABLE_ROWS))])
             before = resident_bytes()
         reset_peak()
         _generate(deployment, [text] * rows, tasks, 1)
@@ -77,8 +77,8 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
 
 
 def _generate(deployment: Deployment, prompts: list[str], tasks: list[str], tokens: int) -> None:
-    own = tasks * (len(prompts) // len(tasks))
-    deployment.generate(prompts, tasks=own, max_new_tokens=tokens, draft_tokens=0)
+    row_tasks = tasks * (len(prompts) // len(tasks))
+    deployment.generate(prompts, tasks=row_tasks, max_new_tokens=tokens, draft_tokens=0)
 
 
 def _swaps(deployment: Deployment, names: list[str], rows: int, length: int) -> float:
@@ -91,7 +91,7 @@ def _swaps(deployment: Deployment, names: list[str], rows: int, length: int) -> 
     limit = time.perf_counter() + 5
     times = []
     for tasks in draws:
-        times.append(_time(partial(deployment.embed, ids, tasks=tasks)))
+        times.append(_time(partial(deployment.input_embeddings, ids, tasks=tasks)))
         if time.perf_counter() > limit:
             break
     return statistics.median(times)
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     gc.disable()
-    found = measure(arguments.deployment, arguments.series, arguments.x, arguments.threads, arguments.repeats)
-    print(json.dumps(found), flush=True)
+    point = measure(arguments.deployment, arguments.series, arguments.x, arguments.threads, arguments.repeats)
+    print(json.dumps(point), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ def agreement(cases: Cases) -> list[list[str]]:
     """For each group of cases that compute the same: its cases, and how many of their first tokens are the same."""
     rows = []
     for title, names in GROUPS.items():
-        found = {name: cases[name]["first_tokens"] for name in names if cases.get(name, {}).get("first_tokens")}
-        columns = [len(set(column)) == 1 for column in zip(*found.values(), strict=True)]
+        first_tokens = {name: cases[name]["first_tokens"] for name in names if cases.get(name, {}).get("first_tokens")}
+        columns = [len(set(column)) == 1 for column in zip(*first_tokens.values(), strict=True)]
         common = columns.index(False) if False in columns else len(columns)
-        rows.append([title, ", ".join(found), f"{common} of {len(columns)}"])
+        rows.append([title, ", ".join(first_tokens), f"{common} of {len(columns)}"])
     return rows
 
 

@@ -66,8 +66,8 @@ class Bench:
         """Everything, as ``results/cpu.json`` holds it."""
         self.prepare()
         kit, peers = self.kit(), self.peers()
-        found = [value for case in peers.values() for value in case.get("rounds", {}).get("memory_gb_s", [])]
-        gb_s = statistics.median(found or [measure_bandwidth(self._threads)])
+        speeds = [value for case in peers.values() for value in case.get("rounds", {}).get("memory_gb_s", [])]
+        gb_s = statistics.median(speeds or [measure_bandwidth(self._threads)])
         return {
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "command": "make bench" + (" QUICK=1" if self._scale is QUICK else ""),
@@ -137,30 +137,30 @@ class Bench:
                 except MeasurementError as error:
                     errors[case.name] = str(error)
                     self.say(f"{case.label}: FAILED, {error}")
-        found = {case.name: summary(case, rounds[case.name]) for case in CASES}
+        summaries = {case.name: summary(case, rounds[case.name]) for case in CASES}
         for name, reason in errors.items():
-            found[name]["error"] = reason
-        return found
+            summaries[name]["error"] = reason
+        return summaries
 
     def growth(self, gb_s: float) -> Result:
         """How cost grows: the points of each series up to the first that fails, and the slopes."""
-        found: Result = {}
+        curves: Result = {}
         for series, xs in self._scale.growth.items():
-            found[series] = {"points": {}, "fits": {}}
+            curves[series] = {"points": {}, "fits": {}}
             for x in xs:
                 try:
                     point = self._store.get(f"growth.{series}.{x}", partial(self._point, series, x))
                 except MeasurementError as error:
-                    found[series]["error"] = f"at {x}: {error}"
+                    curves[series]["error"] = f"at {x}: {error}"
                     self.say(f"growth with {series} {x}: FAILED, {error}")
                     break
-                found[series]["points"][x] = point
-        rate_point = found["sequence"]["points"].get(RATE_LENGTH)
+                curves[series]["points"][x] = point
+        rate_point = curves["sequence"]["points"].get(RATE_LENGTH)
         if rate_point is not None:
             model = cost_model(read_manifest(self._deployment), RATE_LENGTH, rate_point["prefill_ms"] / 1e3, gb_s)
-            for series in found:
-                found[series]["fits"] = fit(series, found[series]["points"], model)
-        return found
+            for series in curves:
+                curves[series]["fits"] = fit(series, curves[series]["points"], model)
+        return curves
 
     def _measure(self, case: Case, turn: int) -> Result:
         scale = self._scale
@@ -178,17 +178,17 @@ class Bench:
 
     def _point(self, series: str, x: int) -> Result:
         """One point, with tasks of its own where these are what grows."""
-        path, own = self._deployment, self._work / "growth"
+        path, folder = self._deployment, self._work / "growth"
         try:
             if series in ("tasks", "rank"):
                 ranks = [TASK_RANK] * x if series == "tasks" else [x] * RANK_TASKS
                 self.say(f"growth: making {len(ranks)} tasks of rank {ranks[0]}")
-                path = make_deployment(self._base, own, ranks)
+                path = make_deployment(self._base, folder, ranks)
             command: list[str | Path] = [self._pythons["kit"], "-m", "benchmarks.growth", "--deployment", path]
             command += ["--series", series, "--x", str(x), "--threads", str(self._threads)]
             point = run_json(command, _CASE_TIMEOUT_S, self._logs / f"growth.{series}.{x}.log")
         finally:
-            shutil.rmtree(own, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         self.say(f"growth with {series} {x}: first token {point['prefill_ms']:.1f} ms, swap {point['swap_us']:.1f} µs")
         return point
 

@@ -108,8 +108,8 @@ def _comparisons(cases: Mapping[str, Any]) -> list[list[str]]:
     ):
         for peer in peers:
             for field, title in (("decode_tok_s", "tokens/s"), ("first_token_ms", "time to the first token")):
-                found = ratio(cases, kit, peer, field)
-                value = "not measured" if found is None else f"{found:.2f}"
+                median = ratio(cases, kit, peer, field)
+                value = "not measured" if median is None else f"{median:.2f}"
                 rows.append(
                     [f"{precision}, {title}: kit with a task / {cases.get(peer, {}).get('label', peer)}", value]
                 )
@@ -119,8 +119,8 @@ def _comparisons(cases: Mapping[str, Any]) -> list[list[str]]:
 def _slopes(growth: Mapping[str, Any]) -> list[list[str]]:
     return [
         [series, f"`{name}`", _slope(fit["fitted"]), _slope(fit["expected"]), f"{fit['from']:g}", fit["because"]]
-        for series, found in growth.items()
-        for name, fit in found["fits"].items()
+        for series, curves in growth.items()
+        for name, fit in curves["fits"].items()
     ]
 
 

@@ -1,7 +1,7 @@
 """Measure the example adapters against the unadapted base and its best zero-shot prompt, on test rows.
 
-    python examples/make_data.py --out build/examples
-    python examples/evaluate.py reuters-r8 --base MODEL --data build/examples --out build/examples/reuters-r8.json
+    python -m examples.make_data --out build/examples
+    python -m examples.evaluate reuters-r8 --base MODEL --data build/examples --out build/examples/reuters-r8.json
 
 The adapter is scored by exact match: greedy generation until the end token must give the label and nothing else. The
 base gets every prompt wording below, plain and in its chat template, and easier rules: ``starts`` accepts a reply that
@@ -16,7 +16,6 @@ import argparse
 import copy
 import itertools
 import json
-import random
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,14 @@ import torch
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.training.adapter_io import load_adapter
-from adalink.training.data.rows import Row, encode_rows, end_token, read_rows
+from adalink.training.data.rows import TrainingRow, encode_rows, end_token, read_rows
 from adalink.training.evaluation import exact_match
 from adalink.training.models.loading import load_base, load_tokenizer
+from examples.make_data import draw, text_of
 
 BATCH_ROWS = 16
 REPLY_TOKENS = 3
 MAX_LENGTH = 128
-SEED = 0
 
 TOPICS = "acquisition, oil, earnings, grain, interest, currency, shipping, trade"
 # {prompt} is the adapter's own prompt, {text} the text in it.
@@ -56,12 +55,7 @@ WORDINGS: dict[str, list[str]] = {
 ALIASES = {"Clinton": ["Hillary Clinton"], "Trump": ["Donald Trump"]}
 
 
-def text_of(prompt: str) -> str:
-    """The text within an adapter's prompt: without the word before it and the line after it."""
-    return prompt.partition(": ")[2].rpartition("\n")[0]
-
-
-def render(tokenizer: Any, wording: str, row: Row, chat: bool) -> list[int]:
+def render(tokenizer: Any, wording: str, row: TrainingRow, chat: bool) -> list[int]:
     """Token ids of one zero-shot question."""
     question = wording.format(prompt=row.prompt, text=text_of(row.prompt))
     if not chat:
@@ -121,14 +115,14 @@ def answer(
 
 
 def zero_shot(
-    model: Any, tokenizer: Any, rows: list[Row], wording: str, chat: bool, names: list[str]
+    model: Any, tokenizer: Any, rows: list[TrainingRow], wording: str, chat: bool, names: list[str]
 ) -> dict[str, Any]:
     """Accuracy of the unadapted base with one wording, by every rule."""
     answers = [(name, word) for name in names for word in [name, *ALIASES.get(name, [])]]
     labels = [tokenizer(word if chat else f" {word}", add_special_tokens=False)["input_ids"] for _, word in answers]
     prompts = [render(tokenizer, wording, row, chat) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    wanted = [rows[index].completion.strip() for index in order]
+    expected = [rows[index].completion.strip() for index in order]
     shared = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))]
     scores, replies = [], []
     for start in range(0, len(order), BATCH_ROWS):
@@ -142,14 +136,14 @@ def zero_shot(
     calibrated = [answers[index][0] for index in (table - table.mean(dim=0)).argmax(dim=1).tolist()]
     starts = [
         reply.strip(" \n\"'*").lower().startswith(tuple(word.lower() for name, word in answers if name == label))
-        for reply, label in zip(replies, wanted, strict=True)
+        for reply, label in zip(replies, expected, strict=True)
     ]
     return {
         "wording": wording,
         "chat": chat,
         "starts": sum(starts) / len(rows),
-        "likelihood": sum(map(str.__eq__, likely, wanted)) / len(rows),
-        "calibrated": sum(map(str.__eq__, calibrated, wanted)) / len(rows),
+        "likelihood": sum(map(str.__eq__, likely, expected)) / len(rows),
+        "calibrated": sum(map(str.__eq__, calibrated, expected)) / len(rows),
         "reply": replies[0],
     }
 
@@ -167,12 +161,7 @@ def main() -> None:
     test = read_rows(options.data / options.task / "test.jsonl")
     names = sorted({row.completion.strip() for row in test})
     model, tokenizer = load_base(options.base), load_tokenizer(options.base)
-
-    def draw(count: int) -> list[Row]:
-        return test if not 0 < count < len(test) else random.Random(SEED).sample(test, count)
-
-    rows = draw(options.rows)
-    sample = draw(options.zero_shot_rows)
+    rows, sample = draw(test, options.rows), draw(test, options.zero_shot_rows)
     folder = options.adapter or Path(__file__).parent / "adapters" / options.task
     with load_adapter(folder, model):
         accuracy = exact_match(model, tokenizer, encode_rows(rows, tokenizer, MAX_LENGTH, "test.jsonl"), BATCH_ROWS)

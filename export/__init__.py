@@ -1,1 +1,21 @@
 """Export: a checkpoint becomes a base graph and engines, an adapter becomes a task graph."""
+
+from typing import TYPE_CHECKING
+
+from adalink.runtime.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from adalink.export.adapter.export import export_adapter
+    from adalink.export.base.export import export_base
+    from adalink.export.engine.export import export_engine
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "export_adapter": "adalink.export.adapter.export",
+            "export_base": "adalink.export.base.export",
+            "export_engine": "adalink.export.engine.export",
+        },
+    )
+
+__all__ = ["export_adapter", "export_base", "export_engine"]

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.errors import BusyError, DeploymentError, UnknownTaskError, WriteError
+from adalink.runtime.storage.atomic import sync, write_through
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
 from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest
@@ -46,6 +47,13 @@ class DeploymentWriter:
         paths = current.paths_in_use() if current else set()
         # Without case, which some disks do not tell apart.
         self._used_folders = {parent.casefold() for path in paths for parent in _folders_of(path)}
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest before the change, of a deployment that is there; raises ``DeploymentError`` for a new one."""
+        if self.current is None:
+            raise DeploymentError(f"{self.folder} is no deployment yet: export a base into it first")
+        return self.current
 
     def fresh_folder(self, wanted: str) -> str:
         """A folder, ``wanted`` or ``wanted.2`` and so on, that nobody has a file in; it is given out once."""
@@ -83,8 +91,7 @@ class DeploymentWriter:
         data = encode_manifest(manifest)
         manifest = decode_manifest(data)
         pending = self._staging / MANIFEST_FILE
-        pending.write_bytes(data)
-        _sync(pending)
+        write_through(pending, data)
         # Some libraries write files that only their owner may read; what ships has the mode of any new file.
         mode = stat.S_IMODE(pending.stat().st_mode)
         for path in staged.values():
@@ -98,7 +105,7 @@ class DeploymentWriter:
         folders = {self.folder / parent for relative in staged for parent in _folders_of(relative)}
         _sync_all(sorted({self.folder, *folders}))
         pending.replace(self.folder / MANIFEST_FILE)
-        _sync(self.folder)
+        sync(self.folder)
         return manifest
 
 
@@ -201,23 +208,14 @@ def _remove_unused(folder: Path, manifest: Manifest | None) -> None:
                 path.rmdir()
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_all(paths: Collection[Path]) -> None:
     """Flush many files or folders; a disk flushes many at once in little more time than one."""
     if len(paths) <= _FEW:
         for path in paths:
-            _sync(path)
+            sync(path)
         return
     with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
-        for _ in pool.map(_sync, paths):  # raises what one of them raised
+        for _ in pool.map(sync, paths):  # raises what one of them raised
             pass
 
 
@@ -228,13 +226,12 @@ def remove_task(path: str | Path, name: str) -> Manifest:
         UnknownTaskError: no task of that name is deployed.
     """
     with open_writer(path) as writer:
-        assert writer.current is not None
-        if name not in writer.current.tasks:
+        if name not in writer.manifest.tasks:
             raise UnknownTaskError(
-                f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.current.tasks)) or 'none'}"
+                f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.manifest.tasks)) or 'none'}"
             )
-        tasks = {key: task for key, task in writer.current.tasks.items() if key != name}
-        return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+        tasks = {key: task for key, task in writer.manifest.tasks.items() if key != name}
+        return writer.commit(msgspec.structs.replace(writer.manifest, tasks=tasks))
 
 
 def remove_variant(path: str | Path, name: str) -> Manifest:
@@ -244,11 +241,10 @@ def remove_variant(path: str | Path, name: str) -> Manifest:
         DeploymentError: there is no such variant, or no other one.
     """
     with open_writer(path) as writer:
-        assert writer.current is not None
-        known = ", ".join(sorted(writer.current.variants))
-        if name not in writer.current.variants:
+        known = ", ".join(sorted(writer.manifest.variants))
+        if name not in writer.manifest.variants:
             raise DeploymentError(f"variant {name!r} is not in {path}: it has {known}")
-        variants = {key: variant for key, variant in writer.current.variants.items() if key != name}
+        variants = {key: variant for key, variant in writer.manifest.variants.items() if key != name}
         if not variants:
             raise DeploymentError(f"variant {name!r} is the only one of {path}: export another before you remove it")
-        return writer.commit(msgspec.structs.replace(writer.current, variants=variants))
+        return writer.commit(msgspec.structs.replace(writer.manifest, variants=variants))

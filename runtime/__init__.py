@@ -1,6 +1,59 @@
 """The edge side of AdaLink Kit: numpy and one engine, never torch, transformers or onnx."""
 
-from adalink.runtime.deployment import Deployment
-from adalink.runtime.generation.loop import Generation
+from typing import TYPE_CHECKING
 
-__all__ = ["Deployment", "Generation"]
+from adalink.runtime.errors import (
+    AdaLinkError,
+    AdapterError,
+    BackendError,
+    BackendUnavailableError,
+    BusyError,
+    ConfigError,
+    ContractError,
+    DataError,
+    DeploymentError,
+    GraphError,
+    IntegrityError,
+    ManifestError,
+    ModelError,
+    RequestError,
+    UnknownTaskError,
+    WriteError,
+)
+from adalink.runtime.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from adalink.runtime.deployment import Deployment
+    from adalink.runtime.generation.sequence import Generation
+    from adalink.runtime.receipt import Receipt
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "Deployment": "adalink.runtime.deployment",
+            "Generation": "adalink.runtime.generation.sequence",
+            "Receipt": "adalink.runtime.receipt",
+        },
+    )
+
+__all__ = [
+    "AdaLinkError",
+    "AdapterError",
+    "BackendError",
+    "BackendUnavailableError",
+    "BusyError",
+    "ConfigError",
+    "ContractError",
+    "DataError",
+    "Deployment",
+    "DeploymentError",
+    "Generation",
+    "GraphError",
+    "IntegrityError",
+    "ManifestError",
+    "ModelError",
+    "Receipt",
+    "RequestError",
+    "UnknownTaskError",
+    "WriteError",
+]

@@ -1,4 +1,4 @@
-"""What an engine is to the rest of the runtime, and which backends there are.
+"""What an engine is to the rest of the runtime.
 
 A backend opens things; an engine runs a base; a bank graph runs tasks. All are small protocols, so that a new backend
 touches no caller.
@@ -10,71 +10,71 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy.typing as npt
-
-from adalink.runtime.errors import BackendUnavailableError, RequestError
+from adalink.runtime.arrays import Array
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import Grid, PatchTower
 
 if TYPE_CHECKING:
-    from adalink.runtime.device.profile import Profile
-    from adalink.runtime.ort.patch_vision import OnnxPatchGraph
-    from adalink.runtime.tasks.adapter_mapping import Selection
+    from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
-Array = npt.NDArray[Any]
-# Embeddings on their way to an engine: an array on the host, or what a device's front makes of ids and tasks.
-Fed = Any
-
-BACKENDS = (
-    "onnxruntime-cpu",
-    "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-tensorrt-rtx",
-    "tensorrt",
-    "tensorrt-rtx",
-)
+# Embeddings on their way to an engine: an array on the host, or what a device's embedder makes of ids and tasks.
+EngineInput = Any
 
 
-class Decoding(Protocol):
-    """A batch on its way: rows with their caches, after a prompt and the tokens since. For one thread at a time."""
+class DecodeState(Protocol):
+    """A batch between two decode steps: its rows, their KV cache and logits. For one thread at a time."""
 
     @property
     def logits(self) -> Array:
         """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
+        ...
 
-    def step(self, inputs_embeds: Fed) -> None:
+    def step(self, inputs_embeds: EngineInput) -> None:
         """Take one more token of each row.
 
         Args:
-            inputs_embeds: what the front gave for one token of each row, of shape ``(rows, 1, d)``.
+            inputs_embeds: what the embedder gave for one token of each row, of shape ``(rows, 1, d)``.
 
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def drop(self, row: int) -> None:
         """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
+        ...
 
     def close(self) -> None:
         """Let others have what it holds; nothing else is called after it."""
+        ...
 
 
 class Engine(Protocol):
     """A base graph ready to run, safe for calls from several threads."""
 
     @property
-    def front(self) -> Front:
+    def embedder(self) -> InputEmbedder:
         """What gives it its embeddings."""
+        ...
 
     @property
     def profile(self) -> Profile | None:
         """Shapes that it takes; ``None`` if it takes any."""
+        ...
 
-    def run(self, feeds: Mapping[str, Fed]) -> Array:
+    @property
+    def padding_side(self) -> str:
+        """Where it wants prompts to be padded, ``"left"`` or ``"right"``; padding elsewhere is moved there."""
+        ...
+
+    def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """Run whole sequences.
 
         Args:
-            feeds: ``inputs_embeds`` as the front gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of shape
-                ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
+            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of
+                shape ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
                 ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
                 ``(batch, seq, axes)``.
 
@@ -85,38 +85,42 @@ class Engine(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
-    def start(self, feeds: Mapping[str, Fed], room: int) -> Decoding:
+    def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
         """Run prompts, to go on after them; only for graphs with a KV cache.
 
         Args:
             feeds: as for ``run``.
-            room: how many steps may follow.
+            max_new_tokens: how many steps may follow.
 
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back."""
+        ...
 
 
-class ResumableDecoding(Decoding, Protocol):
-    """A decoding whose cache can be kept for later prompts."""
+class ResumableDecodeState(DecodeState, Protocol):
+    """A decode state whose KV cache can be kept for later prompts."""
 
     def states(self, row: int, length: int) -> Array:
         """A copy of what a row's first tokens left in the cache, as ``ResumableEngine.resume`` takes it."""
+        ...
 
 
 @runtime_checkable
-class CheckingDecoding(Decoding, Protocol):
-    """A decoding that takes several tokens of its only row at once, so that guesses can be checked."""
+class SpeculativeDecodeState(DecodeState, Protocol):
+    """A decode state that takes several tokens of its only row at once, so that draft tokens can be verified."""
 
-    def extend(self, inputs_embeds: Fed) -> Array:
-        """Take more tokens of the row, of which there is one; ``logits`` is not touched.
+    def verify(self, inputs_embeds: EngineInput) -> Array:
+        """Run the next token and the draft tokens behind it in one pass; ``logits`` is not touched.
 
         Args:
-            inputs_embeds: what the front gave for them, of shape ``(1, n, d)``.
+            inputs_embeds: what the embedder gave for them, of shape ``(1, n, d)``.
 
         Returns:
             What follows each of them, shape ``(n, vocab)``; the next call writes over it.
@@ -124,54 +128,63 @@ class CheckingDecoding(Decoding, Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
-    def retract(self, count: int) -> None:
-        """Forget that many of the row's last tokens."""
+    def rollback(self, count: int) -> None:
+        """Forget that many of the row's last tokens: the draft tokens that were rejected."""
+        ...
 
 
 @runtime_checkable
 class ResumableEngine(Protocol):
     """An engine whose prompts can go on from states that were kept."""
 
-    def resume(self, feeds: Mapping[str, Fed], room: int, known: Sequence[Array | None]) -> ResumableDecoding:
+    def resume(
+        self, feeds: Mapping[str, EngineInput], max_new_tokens: int, known: Sequence[Array | None]
+    ) -> ResumableDecodeState:
         """Do what ``Engine.start`` does.
 
         Args:
             feeds: as for ``Engine.start``.
-            room: likewise.
+            max_new_tokens: likewise.
             known: for each row what its first tokens left in a cache before, shape
                 ``(2 * layers, kv_heads, n, head_dim)``, fewer than the row has, or ``None``.
 
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
 
-class Front(Protocol):
-    """What stands before an engine: the embedding table and the tasks; safe for calls from several threads."""
+class InputEmbedder(Protocol):
+    """What stands before an engine: the embedding table and the adapters; safe for calls from several threads."""
 
-    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Fed:
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
+        ...
 
-    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Fed:
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
         """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
+        ...
 
-    def decoding(self, tasks: Selection) -> Selection:
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
         """What generated tokens go through, prepared so that a step costs little."""
+        ...
 
-    def read(self, fed: Fed) -> Array:
+    def read(self, fed: EngineInput) -> Array:
         """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
+        ...
 
 
-class BankGraph(Protocol):
-    """The arithmetic of all tasks of one kind, with their weights as inputs; safe for calls from several threads."""
+class SharedAdapterGraph(Protocol):
+    """The arithmetic of all adapters of one activation, with their weights as inputs; safe for several threads."""
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
         """Adapt embeddings.
 
         Args:
             inputs_embeds: shape ``(batch, seq, d)``, in the base's dtype.
-            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, for a kind with a bias also ``down_bias``
+            weights: float32, ``down`` ``(n, r, d)`` and ``up`` ``(n, d, r)``, with a bias also ``down_bias``
                 ``(n, 1, r)`` and ``up_bias`` ``(n, 1, d)``; ``n`` is ``batch``, or 1 for all rows.
 
         Returns:
@@ -180,6 +193,7 @@ class BankGraph(Protocol):
         Raises:
             BackendError: the engine refused.
         """
+        ...
 
 
 class VisionGraph(Protocol):
@@ -188,6 +202,7 @@ class VisionGraph(Protocol):
     @property
     def most_images(self) -> int:
         """Images, or tiles of them, that a call takes at most."""
+        ...
 
     def run(self, pixel_values: Array) -> Array:
         """Encode images.
@@ -202,9 +217,35 @@ class VisionGraph(Protocol):
             BackendError: the engine refused.
             GraphError: the result has another shape.
         """
+        ...
 
     def close(self) -> None:
         """Give its memory back; nothing else is called after it."""
+        ...
+
+
+class PatchVisionGraph(Protocol):
+    """A vision tower for images that keep their shape; for one thread at a time."""
+
+    def run(self, pixel_values: Array, grid: Grid) -> Array:
+        """Encode one image.
+
+        Args:
+            pixel_values: its patches, float32 with shape ``(patches, numbers)``.
+            grid: its rows and columns of pieces.
+
+        Returns:
+            float32 with shape ``(positions, d)``.
+
+        Raises:
+            BackendError: the engine refused.
+            GraphError: the result has another shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give its memory back; nothing else is called after it."""
+        ...
 
 
 class Backend(Protocol):
@@ -213,7 +254,7 @@ class Backend(Protocol):
     name: str
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
-        """Open a base graph with its front.
+        """Open a base graph with its embedder.
 
         Args:
             graph: an ONNX graph, or the plan of a compiled engine.
@@ -225,37 +266,35 @@ class Backend(Protocol):
             BackendError: the engine cannot load it.
             GraphError: its inputs or outputs are not those of a base graph.
         """
+        ...
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
-        """Open the bank graph of a kind, given as its bytes; raises as ``open_engine`` does."""
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+        """Open the shared graph of all adapters with one activation and bias; raises as ``open_engine`` does.
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
-        """Open the vision tower of a base that has one, an ONNX graph or a plan; raises as ``open_engine`` does."""
+        Args:
+            activation_key: one of ``adalink.runtime.storage.adapter_spec.ACTIVATION_KEYS``.
+            graph: the ONNX graph as bytes.
+            base: the contract.
+        """
+        ...
 
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
+        """Open the vision tower of a base whose images or tiles have one size, an ONNX graph or a plan.
 
-def open_backend(name: str, threads: int | None = None) -> Backend:
-    """Backend by name.
+        Raises as ``open_engine`` does.
+        """
+        ...
 
-    Args:
-        name: one of ``BACKENDS``.
-        threads: threads of the engine; all physical cores by default.
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
+        """Open the vision tower of a base whose images keep their shape.
 
-    Raises:
-        BackendUnavailableError: there is no such backend, or its package or device is not on this machine.
-        RequestError: ``threads`` is given for a backend that has none.
-    """
-    if name not in BACKENDS:
-        raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
-    if name == "onnxruntime-cpu":
-        from adalink.runtime.ort.backend import OnnxRuntimeBackend
+        Args:
+            graph: an ONNX graph.
+            base: the base.
+            patches: how its tower looks at images, which is ``base.vision.patches``.
 
-        return OnnxRuntimeBackend(name, threads)
-    if threads is not None:
-        raise RequestError(f"threads is {threads}, but {name} computes on a GPU: leave it out")
-    if name.startswith("onnxruntime-"):
-        from adalink.runtime.ort.gpu_backend import OnnxRuntimeGpuBackend
-
-        return OnnxRuntimeGpuBackend(name)
-    from adalink.runtime.trt.backend import TensorRtBackend
-
-    return TensorRtBackend(name)
+        Raises:
+            BackendError: the engine cannot load it, or runs no such tower.
+            GraphError: its inputs or outputs are not those of such a graph.
+        """
+        ...

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.safetensors import STORED

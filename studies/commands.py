@@ -1,17 +1,17 @@
-"""``python -m studies``: methods compared on real data, as a file declares."""
+"""``python -m studies``: run a study, summarise its runs, pack them into one file."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adalink.tools.common.console import print_table, say
+from adalink.tools.common.console import say
 from adalink.tools.common.error_boundary import BoundaryGroup
 from adalink.tools.common.quiet import quiet_libraries
 from adalink.tools.common.report_file import write_json
@@ -19,17 +19,30 @@ from adalink.tools.common.report_file import write_json
 if TYPE_CHECKING:
     from studies.experiment.settings import Study
     from studies.plan import Cell
-    from studies.schedule import Finished
+    from studies.run_store import FinishedRuns
+
+_study_argument = click.argument("study_file", metavar="STUDY", type=click.Path(path_type=Path))
+_out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs and the summary."
+)
+_folder_argument = click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 
 
 @click.group(cls=BoundaryGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Compare methods of adaptation on labelled data."""
+    """Compare methods of adaptation on labelled data.
+
+    \b
+    Examples:
+      python -m studies run studies/files/reduced.toml --out build/study --jobs 2
+      python -m studies summary studies/files/reduced.toml --out build/study
+      python -m studies pack build/study
+    """  # noqa: D301
 
 
-@main.command(short_help="Do the runs of a study, and write what they say.")
-@click.argument("study_file", metavar="STUDY", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the runs and the summary.")
+@main.command(short_help="Do the runs of a study; write its summary, pages and plots.")
+@_study_argument
+@_out_option
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 64), help="Runs at once.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Begin no run that would end later than this.")
 @click.option("--dry-run", is_flag=True, help="List the runs and how long they should take; do none.")
@@ -38,63 +51,145 @@ def run(study_file: Path, out: Path, jobs: int, minutes: float | None, dry_run: 
     """Compare methods of adaptation as the file STUDY declares.
 
     STUDY is TOML: bases, data sets, methods with learning rates to choose from, sizes of training data, seeds. For each
-    base, data set, method and size the learning rate is chosen on validation rows, then every seed is trained with it
-    and measured on test rows. A finished run is a file of OUT/runs, named by the digest of its settings and data: it is
-    not done again, so an interrupted study goes on where it was. The end is OUT/summary.json, plots, and
-    OUT/study.html, which needs no other file, and OUT/study.md.
+    base, data set, method and size the learning rate is chosen on validation rows. Then every seed is trained with it
+    and measured on test rows.
+
+    A finished run is a file of OUT/runs, named by the digest of its settings and data. It is not done again, so an
+    interrupted study resumes where it stopped. `pack` folds these files into one table, which counts as well. The end
+    is OUT/summary.json, plots, OUT/study.md, and OUT/study.html, which needs no other file.
 
     \b
-    Example:
-      python -m studies run studies/reduced.toml --out build/study --jobs 2
+    Examples:
+      python -m studies run studies/files/reduced.toml --out build/study --jobs 2
+      python -m studies run studies/files/reduced.toml --out build/study --dry-run
     """  # noqa: D301
     from studies.experiment.settings import read_study
 
     study = read_study(study_file)
     say("reading bases and data")
-    # The libraries below log to stdout, which is for the result.
-    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+    with _quiet_stdout():
         from adalink.training.device import precision_warning, resolve_device
         from studies.plan import count_open, make_cells
-        from studies.schedule import do_runs, read_finished
+        from studies.run_store import read_runs
+        from studies.schedule import do_runs
 
         cells = make_cells(study)
-        finished = read_finished(out)
+        finished = read_runs(out)
         left = count_open(cells, finished)
         if left and (warning := precision_warning(resolve_device(study.device), study.training.precision)):
             say(warning)
         if not dry_run:
             say(f"{left} runs to do")
-            is_done = do_runs(cells, out, finished, jobs=jobs, minutes=minutes, say=say)
+            is_done = do_runs(cells, out, finished, jobs=jobs, minutes=minutes, progress=say)
     if dry_run:
-        _list_runs(study, cells, finished, jobs, as_json)
+        _list_open_runs(study, cells, finished, jobs, as_json)
         return
-    summary = _report(study, cells, finished, out)
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        _print_summary(summary)
+    report = _write_report(study, cells, finished, out)
+    _print_report(report, as_json)
     if not is_done:
-        say(f"time is up: {summary['runs']['open']} runs are left; the same command goes on with them")
+        say(f"time is up: {report['runs']['open']} runs are left; the same command goes on with them")
 
 
-def _report(study: Study, cells: Sequence[Cell], finished: Finished, out: Path) -> dict[str, Any]:
-    """Write summary, plots and page; the summary."""
+@main.command(short_help="Write summary, pages and plots of the finished runs; train nothing.")
+@_study_argument
+@_out_option
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def summary(study_file: Path, out: Path, as_json: bool) -> None:
+    """Write OUT/summary.json, pages and plots again from the finished runs in OUT. Nothing is trained.
+
+    Bases and data sets are loaded: runs of other weights or other rows do not count. The summary says how many runs are
+    open. OUT holds runs as files, as a table, or both.
+
+    \b
+    Examples:
+      python -m studies summary studies/files/decoder.toml --out studies/results/decoder
+      python -m studies summary studies/files/reduced.toml --out build/study --json
+    """  # noqa: D301
+    from adalink.runtime.errors import DataError
+    from studies.experiment.settings import read_study
+    from studies.run_store import read_runs
+
+    study = read_study(study_file)
+    finished = read_runs(out)
+    if not finished:
+        raise DataError(f"{out}: holds no finished run; name the folder that the study was run with as --out")
+    say("reading bases and data")
+    with _quiet_stdout():
+        from studies.plan import make_cells
+
+        cells = make_cells(study)
+    _print_report(_write_report(study, cells, finished, out), as_json)
+
+
+@main.command(short_help="Fold the files of finished runs into one compressed table.")
+@_folder_argument
+def pack(out: Path) -> None:
+    """Fold the files of OUT/runs into OUT/runs.jsonl.gz: JSON lines, compressed, the same bytes for the same runs.
+
+    Nothing is lost: `unpack` writes the files again. A study goes on from the table as from the files.
+
+    \b
+    Example:
+      python -m studies pack build/study
+    """  # noqa: D301
+    from studies.run_store import TABLE, pack
+
+    folded, total = pack(out)
+    say(f"{folded} runs packed; {out / TABLE} holds {total}" if total else f"{out} holds no finished run")
+
+
+@main.command(short_help="Write the runs of the table as files again.")
+@_folder_argument
+def unpack(out: Path) -> None:
+    """Write every run of OUT/runs.jsonl.gz as a file of OUT/runs, and remove the table.
+
+    A run whose file is then removed is done again by `run`.
+
+    \b
+    Example:
+      python -m studies unpack build/study
+    """  # noqa: D301
+    from studies.run_store import runs_folder, unpack
+
+    count = unpack(out)
+    say(f"{count} runs unpacked to {runs_folder(out)}" if count else f"{out} holds no packed run")
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Send what libraries log on stdout to stderr: stdout is for the result."""
+    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+        yield
+
+
+def _write_report(study: Study, cells: Sequence[Cell], finished: FinishedRuns, out: Path) -> dict[str, Any]:
+    """Write summary, plots and pages; the summary."""
     from studies.report.page import write_pages
     from studies.report.plots import draw
     from studies.report.summary import summarize
 
-    summary = summarize(study, cells, finished)
-    write_json(out / "summary.json", summary, option="--out")
-    write_pages(out, summary, draw(summary, out / "plots"))
-    return summary
+    report = summarize(study, cells, finished)
+    write_json(out / "summary.json", report, option="--out")
+    write_pages(out, report, draw(report, out / "plots"))
+    return report
 
 
-def _list_runs(study: Study, cells: Sequence[Cell], finished: Finished, jobs: int, as_json: bool) -> None:
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    from studies.report.terminal import print_summary
+
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        print_summary(report)
+
+
+def _list_open_runs(study: Study, cells: Sequence[Cell], finished: FinishedRuns, jobs: int, as_json: bool) -> None:
     """What there is to do, and how long it should take."""
     from studies.plan import Estimates, open_runs, waiting
+    from studies.report.terminal import print_open_runs
 
     estimates = Estimates(list(finished.values()), study.bases)
-    rows: list[dict[str, Any]] = [
+    runs: list[dict[str, Any]] = [
         {
             "cell": cell.title,
             "purpose": run.purpose,
@@ -105,43 +200,9 @@ def _list_runs(study: Study, cells: Sequence[Cell], finished: Finished, jobs: in
         }
         for cell, run in [*open_runs(cells, finished), *waiting(cells, finished)]
     ]
-    known = [row["seconds"] for row in rows if row["seconds"] is not None]
-    total = sum(known) / jobs / 60 if len(known) == len(rows) else None
+    known = [run["seconds"] for run in runs if run["seconds"] is not None]
+    minutes = sum(known) / jobs / 60 if len(known) == len(runs) else None
     if as_json:
-        click.echo(json.dumps({"runs": rows, "minutes": total}, indent=2))
-        return
-    print_table(
-        f"{study.name}: {len(rows)} runs to do",
-        ("what", "for", "learning rate", "seed", "steps", "seconds"),
-        [
-            (row["cell"], row["purpose"], _rate(row), row["seed"], row["steps"], _number(row["seconds"], "{:.0f}"))
-            for row in rows
-        ],
-    )
-    if total is None:
-        say("how long they take is not known: of a base there is no finished run, and no seconds_per_step in the study")
+        click.echo(json.dumps({"runs": runs, "minutes": minutes}, indent=2))
     else:
-        say(f"about {total:.0f} minutes with {jobs} at once, if a run takes no longer beside others")
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
-    from studies.report.table import accuracy_rows, comparison_rows, not_compared_line, shared_rows
-
-    print_table(summary["study"]["name"], *accuracy_rows(summary))
-    if summary["comparisons"]:
-        print_table("differences in accuracy, seed by seed", *comparison_rows(summary))
-    if line := not_compared_line(summary):
-        click.echo(line)
-    if summary["shared"]:
-        print_table("one for each data set, and one for all", *shared_rows(summary))
-
-
-def _rate(row: dict[str, Any]) -> str:
-    """A learning rate; that of a final run may still have to be chosen."""
-    if row["lr"] is None:
-        return "to be chosen" if row["steps"] else "-"
-    return f"{row['lr']:g}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "?" if value is None else form.format(value)
+        print_open_runs(study.name, runs, minutes, jobs)

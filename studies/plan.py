@@ -1,4 +1,4 @@
-"""Which runs a study has, and what each of them waits for."""
+"""The plan of a study: its cells, the runs of each, and which of them can be done now."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import msgspec
 
 from adalink.training.device import resolve_device
 from studies.experiment.data import DataSet, digest_rows
-from studies.experiment.run import Run, choose_scored, open_base, open_data
+from studies.experiment.run import choose_scored, open_base, open_data
+from studies.experiment.run_settings import Run
 from studies.experiment.scoring import check_positions
 from studies.experiment.settings import Base, Data, Method, Study, TrainedMethod, ZeroShotMethod, describe_method
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one base, data set and training size: first its learning rate is chosen, then every seed runs.
+    """One method on one base, data set and training size. Its learning rate is chosen, then every seed runs.
 
     Attributes:
         base: the base.
@@ -41,7 +42,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """The cell for people."""
+        """The name of the cell in tables and messages."""
         rows = "" if isinstance(self.method, ZeroShotMethod) else f", {self.size or 'all'} rows"
         return f"{self.base.name}, {self.data.name}, {self.method.name}{rows}"
 
@@ -84,10 +85,10 @@ def make_cells(study: Study) -> list[Cell]:
             _check_positions(study, base, entry, data)
             digest_train = _train_digests(data)
             methods = [method for method in study.methods if entry.methods is None or method.name in entry.methods]
-            for place, size in enumerate(study.sizes):
+            for index, size in enumerate(study.sizes):
                 for method in methods:
                     if isinstance(method, ZeroShotMethod):
-                        if place == 0:
+                        if index == 0:
                             cells.append(_zero_shot(study, base, entry, data, method, device))
                     elif size in (method.sizes or study.sizes):
                         rows = None if size == "all" else int(size)
@@ -127,11 +128,11 @@ def count_open(cells: Sequence[Cell], finished: Mapping[str, Mapping[str, Any]])
 
 
 class Estimates:
-    """Seconds a run will take, from finished runs of the same base, device, precision and method, else of any method.
+    """Estimated seconds of a run, from finished runs of the same base, device, precision and method (else any method).
 
     Args:
         finished: contents of finished runs.
-        bases: the study's bases; what they declare counts where nothing has been measured.
+        bases: the study's bases; ``seconds_per_step`` counts where nothing was measured.
     """
 
     def __init__(self, finished: Sequence[Mapping[str, Any]], bases: Sequence[Base]) -> None:
@@ -146,7 +147,7 @@ class Estimates:
                     self._steps.setdefault(key, []).append(result["train_seconds"] / run["max_steps"])
 
     def seconds(self, run: Run) -> float | None:
-        """The estimate, ``None`` where nothing is known of the base."""
+        """The estimate; ``None`` where the base has no finished run and declares no time."""
         a_step = self._known(self._steps, run) if run.max_steps else 0.0
         if a_step is None:
             a_step = self._declared.get(run.base)
@@ -168,7 +169,7 @@ def _keys(base: str, device: str, precision: str, method: Mapping[str, Any]) -> 
 
 
 def _train_digests(data: DataSet) -> Callable[[int | None, int], str]:
-    """The digest of a subset by size and seed, worked out once for all methods."""
+    """The digest of a subset by size and seed, computed once for all methods."""
     return lru_cache(maxsize=None)(lambda size, seed: digest_rows(data, data.subset(size, seed)))
 
 
@@ -208,9 +209,9 @@ def _run(
 ) -> Run:  # fmt: skip
     scored = choose_scored(data, purpose, count)
     settings = describe_method(method)
-    unsaids = {"tokens": 0, "init": "kaiming", "lr_ratio": 1.0}  # runs done before AdaLink knew them keep their names
-    for name, unsaid in unsaids.items():
-        if settings.get(name) == unsaid:
+    defaults = {"tokens": 0, "init": "kaiming", "lr_ratio": 1.0}  # runs done before AdaLink knew them keep their names
+    for name, default in defaults.items():
+        if settings.get(name) == default:
             del settings[name]
     return Run(
         purpose=purpose,

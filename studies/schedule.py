@@ -1,4 +1,4 @@
-"""Doing the runs of a study: each once, in processes of their own, and kept as a file each."""
+"""Scheduler of a study: worker processes do each run once, and each finished run is kept at once."""
 
 from __future__ import annotations
 
@@ -14,78 +14,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from adalink.runtime.errors import BackendError, DataError, WriteError
+from adalink.runtime.errors import BackendError
 from adalink.tools.common.quiet import silence_libraries
-from adalink.tools.common.report_file import write_json
-from studies.experiment.run import Run, perform
+from studies.experiment.run import perform
+from studies.experiment.run_settings import Run
 from studies.plan import Cell, Estimates, open_runs
+from studies.run_store import FinishedRuns, runs_folder, write_run
 
-Finished = dict[str, dict[str, Any]]
 _LISTEN_S = 1.0
-
-
-def runs_folder(out: Path) -> Path:
-    """Where the finished runs lie, made if need be; raises ``WriteError``."""
-    folder = out / "runs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"study: cannot make {folder}: {error.strerror}; choose a writable --out") from error
-    return folder
-
-
-def read_finished(out: Path) -> Finished:
-    """The finished runs in a folder by file name, those of other studies among them.
-
-    Raises:
-        DataError: a file is not what a run leaves, or its name is not that of the settings in it.
-    """
-    finished: Finished = {}
-    for path in sorted((out / "runs").glob("*.json")):
-        try:
-            content = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-            name = msgspec.convert(content["run"], Run).file_name
-            measured = {"accuracy", "loss", "rows", "score_seconds", "train_seconds"} <= set(content["result"])
-        except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: is no finished run: {error}; remove it, and the run is done again") from error
-        if name != path.name or not measured:
-            raise DataError(
-                f"{path}: holds {'the run ' + name if measured else 'a run without its measurements'}, expected the "
-                "run that it is named for; remove it, and the run is done again"
-            )
-        finished[path.name] = content
-    return finished
 
 
 def do_runs(
     cells: Sequence[Cell],
     out: Path,
-    finished: Finished,
+    finished: FinishedRuns,
     *,
     jobs: int = 1,
     minutes: float | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> bool:
-    """Do the runs that are not finished; each is written as soon as it ends, so that an interruption loses little.
+    """Do the runs that are not finished. Each is written as soon as it ends, so an interruption loses little.
 
     Args:
         cells: the study's cells.
         out: the study's folder.
-        finished: what ``read_finished`` gave; gets what is done.
-        jobs: processes; they share the cores evenly, because pools of threads that overlap fight.
-        minutes: no run begins that by its estimate would end later.
-        say: gets a line for each run that ends.
+        finished: what ``read_runs`` gave; gets what is done.
+        jobs: worker processes. They share the cores evenly: overlapping thread pools slow each other down.
+        minutes: time limit. No run begins whose estimate ends after it.
+        progress: called with a line for each run that ends.
 
     Returns:
-        whether all runs are done: false where the time did not suffice.
+        whether all runs are done; false where the time ran out.
 
     Raises:
-        AdaLinkError: a run failed; those that were done stay.
+        AdaLinkError: a run failed; finished runs are kept.
         BackendError: a process was killed.
     """
-    folder = runs_folder(out)
+    runs_folder(out)
     started = time.monotonic()
     stop = None if minutes is None else started + 60 * minutes
     running: dict[Future[dict[str, Any]], tuple[Cell, Run]] = {}
@@ -105,8 +70,8 @@ def do_runs(
                     return not any(True for _ in open_runs(cells, finished))
                 for future in _first_done(running):
                     cell, run = running.pop(future)
-                    content = _keep(future, run, folder, finished)
-                    say(_line(cell, run, content, time.monotonic() - started))
+                    content = _keep(future, run, out, finished)
+                    progress(_line(cell, run, content, time.monotonic() - started))
         except BrokenProcessPool as error:
             raise BackendError(
                 "study: a worker process was killed, most likely because memory ran out; use fewer --jobs, and start "
@@ -114,33 +79,33 @@ def do_runs(
             ) from error
         except Exception:
             if running:
-                say("the study cannot go on; the runs that are under way are finished first (Ctrl-C ends them)")
+                progress("the study cannot go on; the runs that are under way are finished first (Ctrl-C ends them)")
             while running:
                 for future in _first_done(running):
                     _, run = running.pop(future)
                     if future.exception() is None:
-                        _keep(future, run, folder, finished)
+                        _keep(future, run, out, finished)
             raise
 
 
 def _first_done(running: Iterable[Future[dict[str, Any]]]) -> set[Future[dict[str, Any]]]:
-    """Those that have ended, once one has; Ctrl-C just before a wait without end would not be heard."""
+    """The runs that have ended, once one has. The wait has a timeout: Ctrl-C would not interrupt an endless one."""
     while not (done := wait(running, timeout=_LISTEN_S, return_when=FIRST_COMPLETED).done):
         pass
     return done
 
 
-def _keep(future: Future[dict[str, Any]], run: Run, folder: Path, finished: Finished) -> dict[str, Any]:
-    """Write what a run gave; raises what it raised."""
+def _keep(future: Future[dict[str, Any]], run: Run, out: Path, finished: FinishedRuns) -> dict[str, Any]:
+    """Write the result of a run; raises what the run raised."""
     content = future.result()
-    write_json(folder / run.file_name, content, option="--out")
+    write_run(out, run.file_name, content)
     finished[run.file_name] = content
     return content
 
 
 def _submit(executor: Executor | None, cell: Cell, run: Run) -> Future[dict[str, Any]]:
     if executor is not None:
-        with _deaf_to_interrupts():
+        with _blocked_interrupts():
             return executor.submit(perform, run, cell.base.model, cell.data, cell.method, cell.parts)
     done: Future[dict[str, Any]] = Future()
     done.set_result(perform(run, cell.base.model, cell.data, cell.method, cell.parts))
@@ -149,12 +114,12 @@ def _submit(executor: Executor | None, cell: Cell, run: Run) -> Future[dict[str,
 
 @contextmanager
 def _executor(jobs: int) -> Iterator[Executor | None]:
-    """Processes for more than one job, ended where the block is left by an exception; one job runs in this process."""
+    """Worker processes, ended where the block raises; ``None`` for one job, which runs in this process."""
     if jobs == 1:
         yield None
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # A forked child would inherit PyTorch's threads as locks that nobody opens.
+    # A forked child would inherit locks of PyTorch's threads, and nobody would release them.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(max(1, cores // jobs),))
@@ -169,10 +134,10 @@ def _executor(jobs: int) -> Iterator[Executor | None]:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that begin in the block are deaf to Ctrl-C, which a terminal sends to all: they are ended from here.
+def _blocked_interrupts() -> Iterator[None]:
+    """Block Ctrl-C for processes that start in the block: a terminal sends it to all, and this process ends them.
 
-    Here it stays pending until the block ends, where to ignore it would lose it.
+    In this process the signal stays pending until the block ends; ignoring it would lose it.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -185,18 +150,18 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _begin_worker(threads: int) -> None:
-    """What a worker process does first."""
+    """Initialise a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
     from tqdm import tqdm
 
     torch.set_num_threads(threads)
     silence_libraries()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, and left behind where Ctrl-C ends a worker
+    tqdm.set_lock(threading.RLock())  # the default is a system semaphore, which leaks where Ctrl-C ends a worker
 
 
 def _end_with_parent() -> None:
-    """End this process when the study does: one that was killed can tell its workers nothing, and they would wait."""
+    """End this worker when the study's process ends: a killed process cannot tell its workers, and they would wait."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,16 @@ def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
 
 
 def test_no_package_init_holds_logic() -> None:
+    """A docstring, imports, ``__all__``, and names that are imported when they are used."""
     for package in PACKAGES:
-        lines = (REPOSITORY / package / "__init__.py").read_text().splitlines()
-        code = [line for line in lines if line and not line.startswith(('"', "from adalink.", "__all__"))]
-        assert code == [], f"{package}/__init__.py"
+        tree = ast.parse((REPOSITORY / package / "__init__.py").read_text())
+        foreign = [ast.unparse(node) for node in tree.body[1:] if not is_declaration(node)]
+        assert foreign == [], f"{package}/__init__.py"
+
+
+def is_declaration(node: ast.stmt) -> bool:
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING" and all(map(is_declaration, (*node.body, *node.orelse)))
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0]) in ("__all__", "(__getattr__, __dir__)")
+    return isinstance(node, ast.ImportFrom)

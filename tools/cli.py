@@ -7,6 +7,7 @@ import importlib
 import click
 
 from adalink.tools.common.error_boundary import BoundaryGroup, UserError
+from adalink.tools.common.verbose import log_to_stderr
 
 # Verb -> its one-line summary, so that `adalink --help` imports none of them. A test compares them with the verbs' own.
 VERBS = {
@@ -15,7 +16,7 @@ VERBS = {
     "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
     "verify": "Prove that a deployment computes what PyTorch computes.",
-    "bench": "Measure what a task costs beside the plain base.",
+    "bench": "Measure what a task costs beside the base model.",
     "inspect": "Explain a deployment, adapter, model, ONNX file or engine.",
     "doctor": "Say which backends work on this machine.",
 }
@@ -51,7 +52,9 @@ class LazyGroup(BoundaryGroup):
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="adalink-kit", prog_name="adalink")
-def main() -> None:
+@click.option("-v", "--verbose", count=True, help="Log events on stderr; -vv logs what caches saved too.")
+@click.pass_context
+def main(ctx: click.Context, verbose: int) -> None:
     """Input-only adapters (AdaLink) for frozen transformers.
 
     Compile the base once, ship every task as a graph of some 100 kB, and prove that both compute what PyTorch
@@ -64,3 +67,4 @@ def main() -> None:
       adalink run ./deployment "Text: oil prices rose again" --task topics
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct
     """  # noqa: D301
+    ctx.with_resource(log_to_stderr(verbose))

@@ -1,1 +1,26 @@
 """The AdaLink method in PyTorch: attach to a model, train, save, load."""
+
+from typing import TYPE_CHECKING
+
+from adalink.runtime.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from adalink.training.adapter_io import load_adapter, save_adapter
+    from adalink.training.method.attach import attach
+    from adalink.training.method.config import AdaLinkConfig
+    from adalink.training.run import train
+    from adalink.training.settings import TrainSettings
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "AdaLinkConfig": "adalink.training.method.config",
+            "TrainSettings": "adalink.training.settings",
+            "attach": "adalink.training.method.attach",
+            "load_adapter": "adalink.training.adapter_io",
+            "save_adapter": "adalink.training.adapter_io",
+            "train": "adalink.training.run",
+        },
+    )
+
+__all__ = ["AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"]

@@ -24,8 +24,9 @@ from adalink.runtime.storage.adapter import (
     read_adapter,
 )
 from adalink.runtime.storage.adapter_spec import MethodSpec, settings_of
+from adalink.runtime.storage.atomic import write_through
 from adalink.runtime.storage.contract import check_adapter
-from adalink.training.method.attach import Attached, attach
+from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, embedding_matrix, max_positions
 
@@ -36,7 +37,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def to_adapter(attached: Attached, base_name: str) -> Adapter:
+def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
     """The attached weights as a checked adapter of this base.
 
     Args:
@@ -77,7 +78,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         staging.chmod(0o755)
         for name, data in files.items():
-            _write_through(staging / name, data)
+            write_through(staging / name, data)
         _rename_over(staging, folder)
     except OSError as error:
         raise WriteError(
@@ -89,7 +90,7 @@ def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_adapter(folder: str | Path, model: PreTrainedModel) -> Attached:
+def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
     """Read an adapter folder and attach it to the base it was trained for.
 
     Raises:
@@ -135,21 +136,6 @@ def check_target(folder: Path) -> None:
         raise AdapterError(f"{folder} is not empty and holds no {CONFIG_FILE}: it is no adapter; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file: choose a folder for the adapter")
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, or replace it, whole or not at all; raises ``OSError``."""
-    draft = path.with_suffix(".draft")
-    _write_through(draft, data)
-    draft.replace(path)
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    """Write a file down to the disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _rename_over(staging: Path, folder: Path) -> None:

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, WriteError
-from adalink.training.adapter_io import replace_file
-from adalink.training.search.search import SEARCH_FILE
+from adalink.runtime.storage.atomic import replace_file
 
 if TYPE_CHECKING:
     from torch import nn
 
+SEARCH_FILE = "search.json"
 _SETTINGS_FILE = "settings.json"
 _WEIGHTS_FILE = "model.safetensors"
 _STATE_FILE = "trainer_state.json"
@@ -48,18 +48,18 @@ def check_fresh(folder: Path) -> None:
 
 
 def begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
-    """Make the checkpoint folder and note in it what the run is."""
+    """Make the checkpoint folder and note in it what the run is; raises ``WriteError``."""
+    repair = "choose a writable --out"
     try:
         folder.mkdir(parents=True)
-        try:
-            replace_file(folder / _SETTINGS_FILE, (json.dumps(record, indent=2) + "\n").encode())
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
     except OSError as error:
-        raise WriteError(
-            f"checkpoints: cannot write {error.filename or folder}: {error.strerror or error}; choose a writable --out"
-        ) from error
+        raise WriteError(f"cannot make {folder}: {error.strerror or error}; {repair}") from error
+    data = (json.dumps(record, indent=2) + "\n").encode()
+    try:
+        replace_file(folder / _SETTINGS_FILE, data, repair=repair, durable=True)
+    except WriteError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from adalink.training.models.prefix_lm import prompt_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adalink.training.data.images import Pictures
+    from adalink.training.data.images import TrainingImages
     from adalink.training.data.rows import Example
 
 # A batch and the numbers of its prompts -> the batch with what the base takes beside their tokens.
@@ -84,7 +84,7 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int,
-    pictures: Pictures | None = None,
+    pictures: TrainingImages | None = None,
     *,
     soft_tokens: int = 0,
 ) -> float:

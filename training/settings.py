@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from adalink.training.method.config import Init
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
 # Learning rates to try for each init of an adapter, the best one at rank 64 first, and the init that is best where the
-# rate is searched for; measured: docs/method.md.
+# rate is searched for; measured: docs/concepts/when-it-is-enough.md.
 RATES: dict[Init, tuple[float, ...]] = {
     "kaiming": (3e-3, 1e-2, 1e-3, 3e-2),
     "centered": (3e-4, 1e-3, 1e-4, 3e-3),
@@ -94,3 +97,20 @@ class SearchSettings:
                 "a search was asked for and nothing is left to choose: leave out at least one of --lr, --rank and "
                 "--activation, or --search"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """How a training run goes; none of it changes the adapter, and none of it is in the report.
+
+    Attributes:
+        resume: go on from the last trial or checkpoint of an interrupted run with the same settings.
+        callbacks: more Trainer callbacks.
+        say: told how it goes on, a line at a time.
+        show_bar: whether the Trainer draws a progress bar; it prints a line now and then without one.
+    """
+
+    resume: bool = False
+    callbacks: Sequence[TrainerCallback] = ()
+    say: Callable[[str], None] = lambda line: None
+    show_bar: bool = True

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adalink.training.data.images import Pictures
+    from adalink.training.data.images import TrainingImages
     from adalink.training.data.rows import Example
-    from adalink.training.method.attach import Attached
+    from adalink.training.method.attach import AdaLinkModel
 
     Collate = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 
@@ -34,7 +34,7 @@ class TrainableAdapters(nn.Module):
     Only the adapters are registered: the base is reached through ``attached``, which is no module.
     """
 
-    def __init__(self, attached: Attached) -> None:
+    def __init__(self, attached: AdaLinkModel) -> None:
         super().__init__()
         self.adapters = attached.adapters
         self.attached = attached
@@ -78,26 +78,32 @@ class Schedule(Protocol):
     @property
     def lr(self) -> float:
         """Highest learning rate."""
+        ...
 
     @property
     def max_steps(self) -> int:
         """Optimizer steps."""
+        ...
 
     @property
     def batch_size(self) -> int:
         """Rows a step."""
+        ...
 
     @property
     def seed(self) -> int:
         """Seed of the order of rows."""
+        ...
 
     @property
     def device(self) -> str:
         """``"cpu"`` to leave GPUs alone."""
+        ...
 
     @property
     def precision(self) -> str:
         """``"float32"``, or ``"bfloat16"`` for steps under autocast."""
+        ...
 
 
 def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> TrainingArguments:
@@ -131,7 +137,7 @@ def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> Tr
     return arguments
 
 
-def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pictures: Pictures | None) -> Collate:
+def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pictures: TrainingImages | None) -> Collate:
     """What makes a batch of examples for ``TrainableAdapters`` of this base."""
     pad = end_token(tokenizer)
     pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder

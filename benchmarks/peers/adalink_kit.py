@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime  # noqa: F401  (imports are counted for no peer)
 
 from adalink.runtime import Deployment
-from adalink.runtime.generation.prompt_lookup import DRAFT_TOKENS
+from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
 from benchmarks.peers import common
 
 
@@ -66,7 +66,7 @@ class KitPeer(common.Peer):
     def swap(self, index: int) -> None:
         """A swap is nothing but the next call's argument: adapt one token under the other task."""
         self._active = self._tasks[index]
-        self._deployment.embed([[0]], tasks=self._active)
+        self._deployment.input_embeddings([[0]], tasks=self._active)
 
     def load(self, index: int) -> None:
         """See ``common.Peer``."""

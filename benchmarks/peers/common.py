@@ -65,7 +65,7 @@ class Peer(ABC):
     """A loaded engine, made from ``Settings``. Adapters are numbered from 0; number 0 is active to begin with.
 
     Attributes:
-        adapters: how many adapters there are on the disk; 0 for a plain base.
+        adapters: how many adapters there are on the disk; 0 for a base model.
         packages: whose versions are reported.
     """
 
@@ -166,7 +166,7 @@ def measure(open_peer: type[Peer], settings: Settings) -> dict[str, object]:
     begin = time.perf_counter()
     peer = open_peer(settings)
     engine_load_s = time.perf_counter() - begin
-    result: dict[str, object] = dict.fromkeys(FIELDS)
+    result: dict[str, object] = {**dict.fromkeys(FIELDS)}
     result["engine_load_s"] = engine_load_s
     result["weight_bytes"] = peer.weight_bytes()
     result["versions"] = {name: metadata.version(name) for name in peer.packages}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime_genai as og
+import onnxruntime_genai as og  # pyright: ignore[reportMissingImports]  # in the peers' environment alone
 
 from benchmarks.peers import common
 
@@ -26,7 +27,7 @@ class GenaiPeer(common.Peer):
         self._files = sorted(self._folder.glob("*.onnx_adapter"))
         self.adapters = len(self._files)
         self._active: str | None = None
-        self._generator: og.Generator | None = None
+        self._generator: Any = None
         if self._files:
             self._adapters = og.Adapters(self._model)
             self.load(0)

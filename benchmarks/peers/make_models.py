@@ -68,7 +68,7 @@ def make_lora(out: Path, models: Path, targets: list[str], count: int) -> None:
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.copy_(_SCALE * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(out / str(index))
+        model.save_pretrained(str(out / str(index)))
 
 
 def build(out: Path, model: Path, precision: str, adapter: Path | None = None) -> None:

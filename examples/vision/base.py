@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from digits import IMAGE_TOKEN, NAMING_PROMPTS, name_of, read_digits, split_places
+from digits import IMAGE_TOKEN, NAMING_PROMPTS, cache_key, read_digits, split_places
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower import IMAGE_EDGE, lite0_config, load_lite0
@@ -91,9 +91,9 @@ def train_projector(model: FastVlmForConditionalGeneration, tokenizer: PreTraine
     for start in tqdm(range(0, len(places), 100), desc="looking at pictures", unit="00"):
         batch = [Image.fromarray(pictures[place]).convert("RGB") for place in places[start : start + 100]]
         with torch.no_grad():
-            seen = inner.vision_tower(processor(batch, return_tensors="pt")["pixel_values"]).last_hidden_state
-        features.append(seen.flatten(2).transpose(1, 2))
-    seen = torch.cat(features)
+            image_features = inner.vision_tower(processor(batch, return_tensors="pt")["pixel_values"]).last_hidden_state
+        features.append(image_features.flatten(2).transpose(1, 2))
+    image_features = torch.cat(features)
     table, end = inner.get_input_embeddings(), tokenizer.eos_token_id
     order = torch.Generator().manual_seed(0)
     projector = inner.multi_modal_projector.requires_grad_(True)
@@ -103,9 +103,9 @@ def train_projector(model: FastVlmForConditionalGeneration, tokenizer: PreTraine
     for step in bar:
         rows = torch.randint(len(places), (ROWS,), generator=order)
         asked = tokenizer(NAMING_PROMPTS[step % len(NAMING_PROMPTS)].removeprefix(IMAGE_TOKEN))["input_ids"]
-        answers = [tokenizer(name_of(int(digits[places[row]])))["input_ids"] for row in rows]
+        answers = [tokenizer(cache_key(int(digits[places[row]])))["input_ids"] for row in rows]
         text = torch.tensor([[*asked, *answer, end] for answer in answers])  # every name is one token
-        embeds = torch.cat([projector(seen[rows]), table(text)], dim=1)
+        embeds = torch.cat([projector(image_features[rows]), table(text)], dim=1)
         states = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits = model.lm_head(states[:, -3:-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, -2:].flatten())

@@ -28,7 +28,7 @@ NAMING_PROMPTS = (
 SPLITS = {"train": 3800, "eval": 200, "test": 1000}
 
 
-def name_of(digit: int) -> str:
+def cache_key(digit: int) -> str:
     """What the base says."""
     return f" {NAMES[digit]}"
 
@@ -39,7 +39,7 @@ def _yes_no(holds: bool) -> str:
 
 # For each task its prompt and its answer.
 TASKS: dict[str, tuple[str, Callable[[int], str]]] = {
-    "name": (NAMING_PROMPTS[0], name_of),
+    "name": (NAMING_PROMPTS[0], cache_key),
     "even": (f"{IMAGE_TOKEN}\nIs it even?", lambda digit: _yes_no(digit % 2 == 0)),
     "above-five": (f"{IMAGE_TOKEN}\nIs it larger than five?", lambda digit: _yes_no(digit > 5)),
 }

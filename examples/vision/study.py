@@ -4,7 +4,7 @@
     python examples/vision/study.py --work build/vision --train    # adapters of its own
 
 Each task gets an adapter on the text, one on the image, and one on both, all with as many parameters. All go into one
-deployment; every test row is answered by the plain base and by each adapter through ``Deployment.generate``, and a
+deployment; every test row is answered by the base model and by each adapter through ``Deployment.generate``, and a
 reply counts when it is the answer and nothing else. Writes ``WORK/results.json``.
 """
 
@@ -23,10 +23,10 @@ from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.rows import Row, read_rows
+from adalink.training.data.rows import TrainingRow, read_rows
 from adalink.training.method.config import AdaLinkConfig
-from adalink.training.settings import TrainSettings
-from adalink.training.train import train
+from adalink.training.run import train
+from adalink.training.settings import LoopOptions, TrainSettings
 
 HERE = Path(__file__).parent
 TASKS = ("even", "above-five")
@@ -50,13 +50,13 @@ def train_all(base: Path, data: Path, adapters: Path) -> None:
             config = AdaLinkConfig(rank=rank, modalities=modalities)
             resume = (adapters / f"{out.name}.checkpoints").exists()
             rows, held_out = data / task / "train.jsonl", data / task / "eval.jsonl"
-            train(base, rows, held_out, out, config, SETTINGS, resume=resume, say=print)
+            train(base, rows, held_out, out, config, SETTINGS, loop=LoopOptions(resume=resume, say=print))
 
 
-def share_right(deployment: Deployment, rows: list[Row], data: Path, task: str | None) -> float:
+def share_right(deployment: Deployment, rows: list[TrainingRow], data: Path, task: str | None) -> float:
     """Share of rows that are answered by the wanted text and nothing else."""
     right = 0
-    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=task or "plain base", unit="batch"):
+    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=task or "base model", unit="batch"):
         batch = rows[start : start + BATCH_ROWS]
         images = [[data / name for name in row.images] for row in batch]
         replies = deployment.generate([row.prompt for row in batch], images=images, tasks=task, max_new_tokens=4)
@@ -64,31 +64,31 @@ def share_right(deployment: Deployment, rows: list[Row], data: Path, task: str |
     return right / len(rows)
 
 
-def share_likelier(deployment: Deployment, rows: list[Row], data: Path) -> float:
-    """Share of rows for which the plain base finds the right answer likelier than the other ones."""
+def share_likelier(deployment: Deployment, rows: list[TrainingRow], data: Path) -> float:
+    """Share of rows for which the base model finds the right answer likelier than the other ones."""
     vision = deployment.manifest.base.vision
     answers = sorted({row.completion for row in rows})
     first_tokens = [deployment.tokenizer.encode(answer)[0] for answer in answers]
     prompt = deployment.tokenizer.encode(rows[0].prompt)  # that of every row
-    ids = [t for own in prompt for t in [own] * (vision.tokens_per_image if own == vision.image_token_id else 1)]
+    ids = [t for token in prompt for t in [token] * (vision.tokens_per_image if token == vision.image_token_id else 1)]
     right = 0
-    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc="plain base, likelier answer", unit="batch"):
+    for start in tqdm(range(0, len(rows), BATCH_ROWS), desc="base model, likelier answer", unit="batch"):
         batch = rows[start : start + BATCH_ROWS]
         images = [[data / name for name in row.images] for row in batch]
         logits = deployment.run(input_ids=[ids] * len(batch), images=images)["logits"][:, -1]
-        found = logits[:, first_tokens].argmax(axis=1)
-        right += sum(answers[place] == row.completion for place, row in zip(found, batch, strict=True))
+        likeliest = logits[:, first_tokens].argmax(axis=1)
+        right += sum(answers[place] == row.completion for place, row in zip(likeliest, batch, strict=True))
     return right / len(rows)
 
 
-def commonest(rows: list[Row]) -> float:
+def commonest(rows: list[TrainingRow]) -> float:
     """What the same answer to every row would reach."""
     answers = [row.completion for row in rows]
     return max(answers.count(answer) for answer in set(answers)) / len(answers)
 
 
 def measure(deployment_folder: Path, data: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """Accuracy of the plain base and of every adapter on all test rows."""
+    """Accuracy of the base model and of every adapter on all test rows."""
     results: dict[str, Any] = {"tasks": {}}
     with Deployment.open(deployment_folder) as deployment:
         rows = read_rows(data / "name" / "test.jsonl")
@@ -130,7 +130,7 @@ def main() -> None:
     deployment = work / "deployment"
     shutil.rmtree(deployment, ignore_errors=True)  # it may be of another projector
     export_base(work / "base", deployment, progress=print)
-    folders = {name: adapters / name for name in (f"{task}-{own}" for task in TASKS for own in VARIANTS)}
+    folders = {name: adapters / name for name in (f"{task}-{variant}" for task in TASKS for variant in VARIANTS)}
     export_adapters(folders, deployment, replace=True)
     results = measure(deployment, work / "data", folders)
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

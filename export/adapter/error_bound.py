@@ -1,4 +1,4 @@
-"""How far a correct float32 evaluation of ``x + up(act(down(x)))`` may lie from the exact one (docs/parity.md).
+"""How far a correct float32 ``x + up(act(down(x)))`` may lie from the exact one (docs/concepts/parity.md).
 
 Componentwise forward error bounds in the manner of Higham, Accuracy and Stability of Numerical Algorithms (2nd ed.,
 2002), chapter 3: a sum of ``n`` terms, in any order, with or without fused multiply-add, has an error of at most
@@ -34,7 +34,7 @@ class ActivationError:
     roundoffs: float
 
 
-# Slopes: gelu' and its tanh form peak at 1.12890 and 1.12899, silu' at 1.09984. Own errors: docs/parity.md.
+# Slopes: gelu' and its tanh form peak at 1.12890 and 1.12899, silu' at 1.09984. Own errors: docs/concepts/parity.md.
 ACTIVATION_ERRORS = {
     "identity": ActivationError(1.0, 0.0),
     "relu": ActivationError(1.0, 0.0),

@@ -102,15 +102,14 @@ def export_adapters(
         check_task_name(task)
     with open_writer(out) as writer:
         exporter = None
-        assert writer.current is not None
-        tasks = dict(writer.current.tasks)
+        tasks = dict(writer.manifest.tasks)
         for done, (task, folder) in enumerate(adapter_folders.items()):
             progress(done, task)
-            adapter = _read(folder, writer.current.base, assume_base)
-            check_adapter(adapter, writer.current.base, f"adapter {folder}", holder=f"deployment {out}")
-            _check_dtype(writer.current.base, dtype, f"adapter {folder}", out)
+            adapter = _read(folder, writer.manifest.base, assume_base)
+            check_adapter(adapter, writer.manifest.base, f"adapter {folder}", holder=f"deployment {out}")
+            _check_dtype(writer.manifest.base, dtype, f"adapter {folder}", out)
             if fold is not None:
-                check_foldable(fold, adapter, writer.current.base, origin=f"adapter {folder}")
+                check_foldable(fold, adapter, writer.manifest.base, origin=f"adapter {folder}")
             if task in tasks and not replace:
                 raise DeploymentError(
                     f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
@@ -118,7 +117,7 @@ def export_adapters(
                 )
             exporter = exporter or _Exporter(writer)
             tasks[task] = exporter.write(task, adapter, fold)
-        return writer.commit(msgspec.structs.replace(writer.current, tasks=tasks))
+        return writer.commit(msgspec.structs.replace(writer.manifest, tasks=tasks))
 
 
 def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:
@@ -134,11 +133,10 @@ class _Exporter:
     """Writes tasks into one change of a deployment; what they have in common is opened once."""
 
     def __init__(self, writer: DeploymentWriter) -> None:
-        assert writer.current is not None
         self._writer = writer
-        self._manifest = writer.current
-        self._dtype = writer.current.base.embedding_dtype
-        verify_files(writer.folder, writer.current, [self._manifest.base.embeddings])
+        self._manifest = writer.manifest
+        self._dtype = writer.manifest.base.embedding_dtype
+        verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
         # Tokens that a new graph is run on, evenly spread.
         self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
@@ -152,7 +150,7 @@ class _Exporter:
         if adapter.config.input == "ids":
             check_ids_table(adapter, self._table, self._dtype, self._ids)
         elif adapter.config.rank:
-            check_in_bank(self._bank_graph(adapter.config.kind), adapter, self._dtype, self._rows)
+            check_in_bank(self._bank_graph(adapter.config.activation_key), adapter, self._dtype, self._rows)
         folder = self._writer.fresh_folder(f"tasks/{task}")
         config, weights = encode_adapter(adapter)
         for file, data in ((GRAPH_FILE, graph), (CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
@@ -160,7 +158,7 @@ class _Exporter:
         folded = None
         if fold is not None:
             folded = Fold(kind=fold, path=f"{folder}/{FOLD_FILES[fold]}")
-            bank, base = self._bank_graph(adapter.config.kind), self._manifest.base
+            bank, base = self._bank_graph(adapter.config.activation_key), self._manifest.base
             self._writer.stage(folded.path).write_bytes(fold_task(fold, adapter, base, self._table, bank))
         return Task(
             graph=f"{folder}/{GRAPH_FILE}",

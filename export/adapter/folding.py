@@ -13,7 +13,7 @@ import numpy as np
 from adalink.export.adapter.check import activate, find_outside_bound
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import Adapter, rank_of
 from adalink.runtime.storage.embedding_table import TENSOR_NAME

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from adalink.export.base.architectures import ARCHITECTURES
+from adalink.export.architectures import ARCHITECTURES
 from adalink.runtime.errors import AdapterError, ConfigError, ContractError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.export.base.architectures import Architecture, architecture_of
+from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
@@ -257,10 +257,11 @@ def _write_variant(
     report: Progress,
 ) -> Variant:
     """Write the graphs of one variant."""
-    from adalink.export.base.attention import exportable_attention
+    from adalink.export.base.graphs import traced_graphs
     from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
     from adalink.export.base.ort_fusion import fuse, why_not_fused
-    from adalink.export.base.tracing import traced_graphs, write_graph
+    from adalink.export.tracing.attention import exportable_attention
+    from adalink.export.tracing.graph import write_graph
     from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
 
     folder = writer.fresh_folder(f"base/{quantization or target}")

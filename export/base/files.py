@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.adapter.bank_graph import build_bank_graph
-from adalink.export.base.architectures import Architecture, cache_shape
+from adalink.export.architectures import Architecture, cache_shape
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ContractError, ModelError
-from adalink.runtime.storage.adapter import KINDS
+from adalink.runtime.storage.adapter import ACTIVATION_KEYS
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Base, Manifest, Vision
 from adalink.runtime.vision.preprocess import read_preprocessor
@@ -82,7 +82,7 @@ def describe_base(
         embeddings=EMBEDDINGS_FILE,
         tokenizer=None if tokenizer is None else TOKENIZER_FILE,
         chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
-        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in KINDS},
+        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in ACTIVATION_KEYS},
         vision=vision,
         bidirectional_prompt=architecture.bidirectional_prompt,
         weights_digest=digests[1],

@@ -12,18 +12,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import onnxruntime
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache
 
-from adalink.export.base.architectures import BARE_MASK, Architecture, mask_windows
-from adalink.export.base.attention import NAME, plain_attention
+from adalink.export.architectures import BARE_MASK, Architecture, mask_windows
 from adalink.export.base.merged_linear import MergedLinear, find_groups, merged
 from adalink.export.base.modules import axes_first
-from adalink.export.base.tracing import DOMAIN, OPERATOR
+from adalink.export.tracing.attention import NAME, plain_attention
+from adalink.export.tracing.graph import DOMAIN, OPERATOR
 from adalink.runtime.errors import ModelError
 from adalink.runtime.ort.session import is_older
 
@@ -66,7 +65,7 @@ class GroupedDecoderGraph(torch.nn.Module):
     def __init__(
         self, model: Any, masks: dict[str, int | None], max_positions: int | None, position_axes: int = 1
     ) -> None:
-        """``masks``: window sizes by mask name, from ``adalink.export.base.architectures.mask_windows``."""
+        """``masks``: window sizes by mask name, from ``adalink.export.architectures.mask_windows``."""
         super().__init__()
         self.model = model
         self.masks = masks
@@ -248,17 +247,22 @@ def _grouped(model: Any, attend: Any, rotates: bool) -> Iterator[None]:
     """Let ``model`` call ``attend``, which ``rotates`` queries and keys or gets them so, until the block ends."""
     AttentionInterface.register(NAME, attend)
     modules = {sys.modules[type(layer).__module__] for layer in model.modules()}
-    rotating = [module for module in modules if rotates and hasattr(module, "apply_rotary_pos_emb")]
-    patches = [patch.object(module, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k)) for module in rotating]
-    for each in patches:
-        each.start()
+    rotating: list[Any] = [module for module in modules if rotates and hasattr(module, "apply_rotary_pos_emb")]
+    before = [module.apply_rotary_pos_emb for module in rotating]
+    for module in rotating:
+        module.apply_rotary_pos_emb = _unrotated
     try:
         yield
     finally:
-        for each in patches:
-            each.stop()
+        for module, function in zip(rotating, before, strict=True):
+            module.apply_rotary_pos_emb = function
         # What is registered stays so for good, and would keep the whole model in memory.
         AttentionInterface.register(NAME, plain_attention)
+
+
+def _unrotated(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of transformers' rotation: the operator turns queries and keys itself."""
+    return query, key
 
 
 def _rotary_tables(model: Any, positions: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from adalink.export.base.architectures import BARE_MASK
-from adalink.export.base.attention import MASKED
+from adalink.export.architectures import BARE_MASK
+from adalink.export.tracing.attention import MASKED
 
 
 class DecoderGraph(torch.nn.Module):
@@ -24,7 +24,7 @@ class DecoderGraph(torch.nn.Module):
 
         Args:
             model: the decoder.
-            masks: window sizes by the names it asks by (``adalink.export.base.architectures.mask_windows``).
+            masks: window sizes by the names it asks by (``adalink.export.architectures.mask_windows``).
             bidirectional_prompt: whether a call without a past, which is the prompt, attends in both directions.
         """
         super().__init__()
@@ -122,7 +122,8 @@ def make_cache(past: Sequence[torch.Tensor]) -> DynamicCache:
 
 def cache_tensors(cache: DynamicCache) -> list[torch.Tensor]:
     """Key and value of each layer in turn."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: Any = cache.layers
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def causal_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from adalink.export.engine.progress import EngineProgress, make_monitor
 from adalink.runtime.builds import count_builder_call
-from adalink.runtime.device.profile import Span
 from adalink.runtime.errors import GraphError
+from adalink.runtime.logs import get_logger
+from adalink.runtime.profile import ShapeRange
 from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
 from adalink.runtime.trt.api import Api
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     import onnx
 
 # Sizes of the named dimensions of a graph's inputs: one profile.
-Sizes = Mapping[str, Span]
+Sizes = Mapping[str, ShapeRange]
 ConfigureTarget = Callable[[Any], None]
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ class PlanDraft:
         self._begun = time.perf_counter()
         # The parser's constants may be views of these bytes.
         self._bytes = graph.SerializeToString()
-        self._builder = api.make_builder()
-        self.network = self._builder.create_network(api.network_flags())
-        self._parser = api.trt.OnnxParser(self.network, api.logger)
-        self.config = self._builder.create_builder_config()
+        self._builder: Any = api.make_builder()
+        self.network: Any = self._builder.create_network(api.network_flags())
+        self._parser: Any = api.trt.OnnxParser(self.network, api.logger)
+        self.config: Any = self._builder.create_builder_config()
         self.profiles: list[Any] = []
         self._monitor: Any = None
         where = (str(origin),) if origin is not None else ()
@@ -114,8 +117,8 @@ class PlanDraft:
                     f"{self._name}: input {value.name} has a dimension {unknown[0]!r}, expected {', '.join(sizes)}: "
                     "export the base again"
                 )
-            spans = [sizes[dim.dim_param] if dim.dim_param else Span(*[dim.dim_value] * 3) for dim in dims]
-            corners = zip(*((span.smallest, span.likeliest, span.largest) for span in spans), strict=True)
+            spans = [sizes[dim.dim_param] if dim.dim_param else ShapeRange(*[dim.dim_value] * 3) for dim in dims]
+            corners = zip(*((span.min, span.opt, span.max) for span in spans), strict=True)
             profile.set_shape(value.name, *corners)
         if self.config.add_optimization_profile(profile) < 0:
             raise self._api.error(f"{self._name}: its profile was refused", "choose other sizes with --profile")
@@ -153,6 +156,7 @@ class PlanDraft:
             self._keep_timings(timings)
         with memoryview(plan) as data:
             path.write_bytes(data)
+            _LOG.info("built %s with %s: %d bytes, %.1f s", self._name, self._api.backend, data.nbytes, seconds)
             return BuiltPlan(seconds, data.nbytes)
 
     def _take_timings(self) -> Path | None:

@@ -1,4 +1,4 @@
-"""``export_engine``: a deployment's base becomes a compiled engine beside its graphs, with fronts for every task."""
+"""``export_engine``: a deployment's base becomes a compiled engine beside its graphs, with embedders for every task."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.export.adapter.embedder_graph import FRONTS, build_front_graph
+from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
 from adalink.export.engine.build import BuiltPlan, Sizes, build_plan, writes_in_place
 from adalink.export.engine.graph import check_buildable, engine_graph
 from adalink.export.engine.progress import EngineProgress
 from adalink.export.engine.targets import CURRENT, resolve_target
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.device.profile import Profile, Span, check_profile, default_profile, parse_profile
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
+from adalink.runtime.profile import Profile, ShapeRange, check_profile, default_profile, parse_profile
 from adalink.runtime.storage.integrity import locate, read_verified, verify_files
 from adalink.runtime.storage.manifest import Base, Manifest, Variant, Vision
 from adalink.runtime.storage.manifest_validation import check_task_name
@@ -44,7 +44,7 @@ def export_engine(
     replace: bool = False,
     progress: EngineProgress | None = None,
 ) -> Manifest:
-    """Build an engine of a deployment's base, its fronts, and the graphs of some tasks; nothing of the base changes.
+    """Build an engine of a deployment's base, its embedders, and the graphs of some tasks; nothing of the base changes.
 
     Of a base that takes images, the vision tower is built too, for as many images at a time as the profile says.
 
@@ -52,7 +52,7 @@ def export_engine(
         deployment: the folder.
         backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
         target: which GPUs it is for; see ``adalink.export.engine.targets.resolve_target``.
-        profile: shapes it takes, also as ``adalink.runtime.device.profile.parse_profile`` reads them.
+        profile: shapes it takes, also as ``adalink.runtime.profile.parse_profile`` reads them.
         name: name of the variant; the backend's by default.
         variant: the portable variant that it is built from; the only one by default.
         tasks: tasks whose own graphs are built as well, for programs that do not use this kit.
@@ -77,8 +77,7 @@ def export_engine(
     check_task_name(own, "engine")
     api = load_api(backend)
     with open_writer(deployment) as writer:
-        assert writer.current is not None
-        manifest = writer.current
+        manifest = writer.manifest
         check_buildable(manifest.base)
         _check_free(manifest, own, replace)
         source = _source(manifest, variant)
@@ -130,12 +129,14 @@ class _Work:
         cache = None
         if base.kind == "decoder":
             cache = "in-place" if writes_in_place(self._api) else "growing"
-        rank, slots = front_limits(base.hidden_size)
-        fronts, own = {}, {}
+        rank, slots = embedder_limits(base.hidden_size)
+        embedders, own = {}, {}
         # The small ones first: what a target cannot do at all shows in seconds.
-        for front in FRONTS:
-            fronts[front] = f"front-{front.replace('.', '-')}.plan"
-            self._plan(fronts[front], build_front_graph(front, base), [front_sizes(self._profile, rank, slots)])
+        for embedder in EMBEDDERS:
+            embedders[embedder] = f"front-{embedder.replace('.', '-')}.plan"
+            self._plan(
+                embedders[embedder], build_embedder_graph(embedder, base), [embedder_sizes(self._profile, rank, slots)]
+            )
         for task in tasks:
             own[task] = f"task-{task}.plan"
             self._plan(own[task], self._task_graph(task), [_rows_of(self._profile)])
@@ -151,9 +152,9 @@ class _Work:
             weights_sha256=files[f"{graph}.data"].sha256,
             profile=self._profile,
             cache=cache,
-            fronts=fronts,
-            front_rank=rank,
-            front_slots=slots,
+            embedders=embedders,
+            embedder_rank=rank,
+            embedder_slots=slots,
             tasks=own,
             build_seconds=round(built.seconds, 2),
             plan_bytes=built.size_bytes,
@@ -210,41 +211,41 @@ def base_sizes(profile: Profile) -> list[Sizes]:
     past = profile.past
     prefill: Sizes = {
         "batch": batch,
-        "sequence": Span(1, profile.seq.likeliest, profile.seq.largest),
-        "past": Span(0, 0, capacity - 1),
-        "total": Span(1, profile.seq.likeliest, capacity),
-        "places": Span(1, batch.likeliest, profile.places),
+        "sequence": ShapeRange(1, profile.seq.opt, profile.seq.max),
+        "past": ShapeRange(0, 0, capacity - 1),
+        "total": ShapeRange(1, profile.seq.opt, capacity),
+        "places": ShapeRange(1, batch.opt, profile.logits_capacity),
     }
     decode: Sizes = {
         "batch": batch,
-        "sequence": Span(1, 1, 1),
-        "past": Span(0, past.likeliest, capacity - 1),
-        "total": Span(1, past.likeliest + 1, capacity),
+        "sequence": ShapeRange(1, 1, 1),
+        "past": ShapeRange(0, past.opt, capacity - 1),
+        "total": ShapeRange(1, past.opt + 1, capacity),
         "places": batch,
     }
     return [prefill, decode]
 
 
-def front_limits(hidden_size: int) -> tuple[int, int]:
-    """Largest rank that fronts take, and most slots: a stack of weights is one tensor of less than 2^31 numbers."""
+def embedder_limits(hidden_size: int) -> tuple[int, int]:
+    """Largest rank that embedders take, and most slots: a stack of weights is one tensor of less than 2^31 numbers."""
     rank = min(hidden_size, _LARGEST_RANK)
     return rank, min(_MOST_SLOTS, _MOST_ELEMENTS // (rank * hidden_size))
 
 
-def front_sizes(profile: Profile, rank: int, slots: int) -> Sizes:
-    """Sizes of a front's named dimensions."""
+def embedder_sizes(profile: Profile, rank: int, slots: int) -> Sizes:
+    """Sizes of an embedder's named dimensions."""
     return {
         **_rows_of(profile),
-        "slots": Span(1, min(_LIKELY_SLOTS, slots), slots),
-        "rank": Span(1, min(_LIKELY_RANK, rank), rank),
+        "slots": ShapeRange(1, min(_LIKELY_SLOTS, slots), slots),
+        "rank": ShapeRange(1, min(_LIKELY_RANK, rank), rank),
     }
 
 
 def _rows_of(profile: Profile) -> Sizes:
     """Rows and positions in front of a base: all that it takes, and fewer."""
     return {
-        "batch": Span(1, profile.batch.likeliest, profile.batch.largest),
-        "sequence": Span(1, profile.seq.likeliest, profile.seq.largest),
+        "batch": ShapeRange(1, profile.batch.opt, profile.batch.max),
+        "sequence": ShapeRange(1, profile.seq.opt, profile.seq.max),
     }
 
 

@@ -45,7 +45,8 @@ def resolve_target(api: Api, names: Sequence[str]) -> tuple[tuple[str, ...], Cal
                 else "run this on the machine that will run the engine, or build with --backend tensorrt-rtx"
             )
             raise BackendUnavailableError(
-                f"backend {api.backend!r} builds for target {names[0]!r} on a GPU only, and {found.reason}: {repair}"
+                f"backend {api.backend!r} builds for target {', '.join(names)!r} on a GPU only, and {found.reason}: "
+                f"{repair}"
             )
     if not api.is_rtx:
         return names, api.set_portable if names == (PORTABLE,) else lambda config: None

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from adalink.export.base.attention import MASKED, plain_attention
-from adalink.export.base.tracing import TracedGraph
+from adalink.export.tracing.attention import MASKED, plain_attention
+from adalink.export.tracing.graph import TracedGraph
 from adalink.runtime.errors import ModelError
-from adalink.runtime.vision.patches import Patching, PatchTower
+from adalink.runtime.storage.vision_schema import PatchTower
+from adalink.runtime.vision.patches import Patching
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -102,7 +103,7 @@ class PatchGraph(torch.nn.Module):
 
         Args:
             pixel_values: shape ``(patches, numbers)``.
-            patch_positions: as ``adalink.runtime.vision.patches.PatchTower.inputs`` gives them; likewise
+            patch_positions: as ``adalink.runtime.storage.vision_schema.PatchTower.inputs`` gives them; likewise
             window_patches: of a tower with windows.
             patch_places: of a tower with windows.
         """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from adalink.export.base.tracing import TracedGraph
+from adalink.export.tracing.graph import TracedGraph
 from adalink.export.vision.image_processor import describe_processor
 from adalink.export.vision.patches import (
     check_embeddings_suffice,
@@ -24,7 +24,7 @@ from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.manifest import Vision
 from adalink.training.models.prefix_lm import prompt_form
 from adalink.training.models.tiles import read_tile_tokens
-from adalink.training.models.vision import SUPPORTED, image_side, takes_images
+from adalink.training.models.vision import SUPPORTED, ImageSide, image_side, takes_images
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +39,17 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolv
 _BATCH = 2
 
 
+def supported_side(model: PreTrainedModel) -> ImageSide:
+    """The image side of a model that takes images; raises ``ModelError`` where that is in no supported way."""
+    side = image_side(model)
+    if side is None:
+        raise ModelError(
+            f"{type(model).__name__} (model type {model.config.model_type!r}) takes images in a way that is not "
+            f"supported; of the models that do, only {SUPPORTED} can be exported"
+        )
+    return side
+
+
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The language model inside one that takes images, as its own class with a head; any other model as it is.
 
@@ -49,12 +60,7 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     if not takes_images(model):
         return model
     name = type(model).__name__
-    side = image_side(model)
-    if side is None:
-        raise ModelError(
-            f"{name} (model type {model.config.model_type!r}) takes images in a way that is not supported; of the "
-            f"models that do, only {SUPPORTED} can be exported"
-        )
+    side = supported_side(model)
     if model.get_output_embeddings() is None:
         raise ModelError(f"{name} has no language model head; expected one of {SUPPORTED}")
     check_embeddings_suffice(model)
@@ -77,22 +83,22 @@ class VisionGraph(torch.nn.Module):
     """``pixel_values -> image_embeds``: vision tower, feature selection and projector, as the model calls them."""
 
     def __init__(self, model: Any) -> None:
-        """``model``: LLaVA-like, computing attention with ``adalink.export.base.attention``."""
+        """``model``: LLaVA-like, computing attention with ``adalink.export.tracing.attention``."""
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Shapes: ``(images, 3, height, width)`` to ``(images, tokens, d)``."""
         # The model hands the images out one by one, as a list; what the projector gave is the same as one tensor.
-        given: list[torch.Tensor] = []
-        side = image_side(self.model)
-        assert side is not None
+        given: list[Any] = []
+        side = supported_side(self.model)
         handle = side.projector.register_forward_hook(lambda module, args, output: given.append(output))
         try:
             self.model.base_model.get_image_features(pixel_values=pixel_values)
         finally:
             handle.remove()
-        return given[0]
+        embeds: torch.Tensor = given[0]
+        return embeds
 
 
 class TileGraph(torch.nn.Module):
@@ -128,8 +134,7 @@ class TileGraph(torch.nn.Module):
 
 
 def _graph_of(model: PreTrainedModel, edge: int) -> torch.nn.Module:
-    side = image_side(model)
-    assert side is not None
+    side = supported_side(model)
     return TileGraph(model, edge) if side.takes_tiles else VisionGraph(model)
 
 
@@ -146,8 +151,7 @@ def describe_images(
     Raises:
         ModelError: the vision tower, the processor or the tokenizer is missing, or not one that is supported.
     """
-    side = image_side(model)
-    assert side is not None
+    side = supported_side(model)
     vision = _describe_patches(model) if side.takes_patches else _describe_tower(model)
     steps = describe_processor(
         processor, vision.image_size, takes_tiles=side.takes_tiles, takes_patches=side.takes_patches
@@ -210,8 +214,8 @@ def write_vision(
     metadata: dict[str, str],
 ) -> None:
     """Write the vision graph and its preprocessor."""
-    from adalink.export.base.attention import exportable_attention
-    from adalink.export.base.tracing import write_graph
+    from adalink.export.tracing.attention import exportable_attention
+    from adalink.export.tracing.graph import write_graph
 
     writer.stage(vision.preprocessor).write_bytes(msgspec.json.format(msgspec.json.encode(preprocessor), indent=2))
     graph = traced_patch_graph(model) if vision.patches is not None else _traced_graph(model, vision)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendError, BackendUnavailableError
 
 _ADVICE = "run 'adalink doctor'"
@@ -95,7 +95,7 @@ class CudaDevice:
         size = max(int(np.prod(shape)) * kind.itemsize, 1)
         error, address = cuda.cudaHostAlloc(size, cuda.cudaHostAllocDefault)
         self.check(error)
-        memory = (ctypes.c_char * size).from_address(int(address))
+        memory: Any = (ctypes.c_char * size).from_address(int(address))
         ctypes.memset(int(address), 0, size)
         # Every array over this memory keeps ``memory`` alive, so it is given back with the last of them.
         weakref.finalize(memory, cuda.cudaFreeHost, int(address))

@@ -1,4 +1,4 @@
-"""An engine whose memory stays on the device, with the front that gives it its embeddings."""
+"""An engine whose memory stays on the device, with the embedder that gives it its embeddings."""
 
 from __future__ import annotations
 
@@ -6,132 +6,139 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from adalink.runtime.device.bank import DeviceBank
-from adalink.runtime.device.decoding import DeviceDecoding, piece_length, prompt_pieces
-from adalink.runtime.device.forward import EngineSpace, Pass
-from adalink.runtime.device.inputs import Inputs
-from adalink.runtime.device.pool import Pool
-from adalink.runtime.device.profile import Profile, pieces
-from adalink.runtime.device.protocols import NUMPY, Device, Lease, as_numbers
-from adalink.runtime.device.workspace import PREFILL, Common, Executors, FrontSpace, Plans
-from adalink.runtime.engine import Array, Fed, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.device.adapter_weights import AdapterWeightPools
+from adalink.runtime.device.decode_state import DeviceDecodeState, piece_length, prompt_pieces
+from adalink.runtime.device.forward import EngineWorkspace, ForwardBatch
+from adalink.runtime.device.protocols import NUMPY, Device, DeviceArena, as_numbers
+from adalink.runtime.device.workspace import PREFILL, EmbedderWorkspace, EngineContext, Executors, Plans
+from adalink.runtime.device.workspace_pool import WorkspacePool
+from adalink.runtime.engine import EngineInput, InputEmbedder
 from adalink.runtime.generation.padding import positions_of
+from adalink.runtime.profile import Profile, pieces
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.tasks.adapter_mapping import PLAIN, Selection
-from adalink.runtime.tasks.host_embedder import HostFront
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
+from adalink.runtime.tasks.host_embedder import HostEmbedder
 
 
-class DeviceFront:
-    """See ``adalink.runtime.engine.Front``; what it gives is a recipe that the engine carries out."""
+class DeviceEmbedder:
+    """See ``adalink.runtime.engine.InputEmbedder``; what it gives is a recipe that the engine carries out."""
 
-    def __init__(self, common: Common, table: Array) -> None:
-        self._common = common
+    def __init__(self, context: EngineContext, table: Array) -> None:
+        self._context = context
         self._table = table
-        self._spaces: Pool[_ReadSpace] = Pool(lambda: _ReadSpace(common))
+        self._workspaces: WorkspacePool[_ReadWorkspace] = WorkspacePool(lambda: _ReadWorkspace(context))
 
-    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
-        """See ``adalink.runtime.engine.Front``; what tasks have for token ids is added in main memory."""
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
+        """See ``adalink.runtime.engine.InputEmbedder``; what tasks have for token ids is added in main memory."""
         if tasks.needs_ids:
-            return Inputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
-        return Inputs(ids, None, modality, tasks)
+            return BatchInputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
+        return BatchInputs(ids, None, modality, tasks)
 
-    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
-        """See ``adalink.runtime.engine.Front``."""
-        return Inputs(None, embeds, modality, tasks)
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
+        return BatchInputs(None, embeds, modality, tasks)
 
-    def decoding(self, tasks: Selection) -> Selection:
-        """See ``adalink.runtime.engine.Front``; nothing is stacked, since a row picks its task by index."""
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+        """See ``adalink.runtime.engine.InputEmbedder``; nothing is stacked, since a row picks its task by index."""
         return tasks.generated()
 
-    def read(self, fed: Inputs) -> Array:
-        """See ``adalink.runtime.engine.Front``; bfloat16 is given as its bits, uint16."""
-        profile, base = self._common.plans.profile, self._common.base
+    def read(self, fed: BatchInputs) -> Array:
+        """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is given as its bits, uint16."""
+        profile, base = self._context.plans.profile, self._context.base
         batch, seq = fed.shape
         result = np.zeros((batch, seq, base.hidden_size), NUMPY[base.embedding_dtype])
-        with self._spaces.lend() as space:
-            for first in range(0, batch, profile.batch.largest):
-                rows = fed.rows(first, min(first + profile.batch.largest, batch))
-                for start, stop in pieces(seq, profile.seq.largest):
-                    result[first : first + rows.shape[0], start:stop] = space.read(rows.columns(start, stop))
+        with self._workspaces.lend() as workspace:
+            for first in range(0, batch, profile.batch.max):
+                rows = fed.rows(first, min(first + profile.batch.max, batch))
+                for start, stop in pieces(seq, profile.seq.max):
+                    result[first : first + rows.shape[0], start:stop] = workspace.read(rows.columns(start, stop))
         return result
 
     def close(self, at_end: Callable[[], None]) -> None:
         """Give its memory back, then call ``at_end``."""
-        self._spaces.close(at_end)
+        self._workspaces.close(at_end)
 
 
-class HostFedFront:
-    """See ``adalink.runtime.engine.Front``: tasks are applied in main memory, for want of fronts."""
+class PreEmbedded:
+    """See ``adalink.runtime.engine.InputEmbedder``: tasks are applied in main memory, for want of embedders."""
 
     def __init__(self, table: Array) -> None:
-        self._host = HostFront(table)
+        self._host = HostEmbedder(table)
 
-    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
-        """See ``adalink.runtime.engine.Front``."""
-        return Inputs(None, self._host.lookup(ids, tasks, modality), None, PLAIN)
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
+        return BatchInputs(None, self._host.lookup(ids, tasks, modality), None, NO_ADAPTER)
 
-    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Inputs:
-        """See ``adalink.runtime.engine.Front``."""
-        return Inputs(None, self._host.apply(embeds, tasks, modality), None, PLAIN)
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
+        return BatchInputs(None, self._host.apply(embeds, tasks, modality), None, NO_ADAPTER)
 
-    def decoding(self, tasks: Selection) -> Selection:
-        """See ``adalink.runtime.engine.Front``."""
-        return self._host.decoding(tasks)
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
+        return self._host.for_decoding(tasks)
 
-    def read(self, fed: Inputs) -> Array:
-        """See ``adalink.runtime.engine.Front``."""
+    def read(self, fed: BatchInputs) -> Array:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
         assert fed.embeds is not None
         return fed.embeds
 
 
-class _ReadSpace:
-    def __init__(self, common: Common) -> None:
-        self._common = common
-        self._lease = Lease(common.device)
-        self._executors = Executors(common.plans, self._lease, PREFILL)
+class _ReadWorkspace:
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+        self._arena = DeviceArena(context.device)
+        self._executors = Executors(context.plans, self._arena, PREFILL)
         try:
-            self._front = FrontSpace(common, self._lease)
+            self._embedder = EmbedderWorkspace(context, self._arena)
         except BaseException:
             self.close()
             raise
 
-    def read(self, inputs: Inputs) -> Array:
+    def read(self, inputs: BatchInputs) -> Array:
         batch, seq = inputs.shape
-        choice = self._common.bank.choose(inputs.tasks, batch)
+        reservation = self._context.bank.reserve(inputs.tasks, batch)
         try:
-            self._front.write(inputs, choice)
-            address = self._front.enqueue(self._executors, inputs, choice)
-            return self._front.read(address, batch, seq, self._common.base.hidden_size)
+            self._embedder.write(inputs, reservation)
+            address = self._embedder.enqueue(self._executors, inputs, reservation)
+            return self._embedder.read(address, batch, seq, self._context.base.hidden_size)
         finally:
-            choice.release()
+            reservation.release()
 
     def close(self) -> None:
         self._executors.close()
-        self._lease.close()
+        self._arena.close()
 
 
 class DeviceEngine:
     """See ``adalink.runtime.engine.Engine``."""
 
     def __init__(
-        self, device: Device, plans: Plans, base: Base, table: Array | None = None, front: Front | None = None
+        self,
+        device: Device,
+        plans: Plans,
+        base: Base,
+        table: Array | None = None,
+        embedder: InputEmbedder | None = None,
     ) -> None:
-        """Copy the embedding table to the device, unless a front is given that applies tasks before."""
+        """Copy the embedding table to the device, unless an embedder is given that applies tasks before."""
         self._device = device
         self.profile: Profile | None = plans.profile
+        self.padding_side = "right" if base.kind == "encoder" else "left"
         self._plans = plans
         self._base = base
-        bank = DeviceBank(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
-        self._common = Common(device, plans, bank, 0 if table is None else upload_table(device, table), base)
-        if front is None:
+        bank = AdapterWeightPools(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
+        self._context = EngineContext(device, plans, bank, 0 if table is None else upload_table(device, table), base)
+        if embedder is None:
             assert table is not None, "a front of its own looks token ids up"
-            front = DeviceFront(self._common, table)
-        self.front: Front = front
-        self._spaces: Pool[EngineSpace] = Pool(lambda: EngineSpace(self._common))
+            embedder = DeviceEmbedder(self._context, table)
+        self.embedder: InputEmbedder = embedder
+        self._workspaces: WorkspacePool[EngineWorkspace] = WorkspacePool(lambda: EngineWorkspace(self._context))
         # What is wrong with the plan is found when it is opened, not at the first request.
-        self._spaces.give(self._spaces.take())
+        self._workspaces.give(self._workspaces.take())
 
-    def run(self, feeds: Mapping[str, Fed]) -> Array:
+    def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """See ``adalink.runtime.engine.Engine``."""
         inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
         batch, seq = mask.shape
@@ -139,14 +146,14 @@ class DeviceEngine:
         profile.check_length(seq)
         width = self._base.hidden_size if self._base.cache is None else self._base.vocab_size
         result: Array | None = None
-        with self._spaces.lend() as space:
-            at_once = profile.batch.largest
+        with self._workspaces.lend() as workspace:
+            at_once = profile.batch.max
             if self._base.bidirectional_prompt:  # fewer rows, so that each goes in whole
-                at_once = max(1, min(at_once, profile.places // seq))
+                at_once = max(1, min(at_once, profile.logits_capacity // seq))
             for first in range(0, batch, at_once):
                 last = min(first + at_once, batch)
                 profile.check_batch(last - first)
-                for columns, output in self._passes(space, inputs.rows(first, last), mask[first:last]):
+                for columns, output in self._passes(workspace, inputs.rows(first, last), mask[first:last]):
                     numbers = as_numbers(output, self._base.embedding_dtype)
                     if result is None:
                         result = np.zeros((batch, seq, width), numbers.dtype)
@@ -154,14 +161,16 @@ class DeviceEngine:
         assert result is not None
         return result
 
-    def start(self, feeds: Mapping[str, Fed], room: int) -> DeviceDecoding:
+    def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DeviceDecodeState:
         """See ``adalink.runtime.engine.Engine``."""
         inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
         profile = self._plans.profile
         profile.check_batch(len(mask))
-        profile.check_length(mask.shape[1] + room)
-        space = self._spaces.take()
-        decoding = DeviceDecoding(space, self._common.bank, self._base, profile, lambda: self._spaces.give(space))
+        profile.check_length(mask.shape[1] + max_new_tokens)
+        workspace = self._workspaces.take()
+        decoding = DeviceDecodeState(
+            workspace, self._context.bank, self._base, profile, lambda: self._workspaces.give(workspace)
+        )
         try:
             decoding.read(inputs, mask)
         except BaseException:
@@ -171,38 +180,40 @@ class DeviceEngine:
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``; what a call that runs still reads goes when it has ended."""
-        self._spaces.close(self._close_front)
+        self._workspaces.close(self._close_embedder)
 
-    def _close_front(self) -> None:
-        if isinstance(self.front, DeviceFront):
-            self.front.close(self._close_common)
+    def _close_embedder(self) -> None:
+        if isinstance(self.embedder, DeviceEmbedder):
+            self.embedder.close(self._close_context)
         else:
-            self._close_common()
+            self._close_context()
 
-    def _close_common(self) -> None:
-        self._common.bank.close()
-        self._device.free(self._common.table)
+    def _close_context(self) -> None:
+        self._context.bank.close()
+        self._device.free(self._context.table)
         self._plans.close()
 
-    def _passes(self, space: EngineSpace, inputs: Inputs, mask: Array) -> Iterator[tuple[slice, Array]]:
+    def _passes(self, workspace: EngineWorkspace, inputs: BatchInputs, mask: Array) -> Iterator[tuple[slice, Array]]:
         """Whole rows, in as many passes as they take: which columns, and what the engine gives for them."""
         batch, seq = mask.shape
         positions = positions_of(mask)
-        is_decoder = space.cache is not None
-        if space.cache is not None:
-            space.cache.length = 0
-        choice = self._common.bank.choose(inputs.tasks, batch)
+        is_decoder = workspace.cache is not None
+        if workspace.cache is not None:
+            workspace.cache.length = 0
+        reservation = self._context.bank.reserve(inputs.tasks, batch)
         try:
             most = piece_length(self._plans.profile, batch)
             for start, stop in prompt_pieces(seq, most, self._base) if is_decoder else [(0, seq)]:
-                places = np.arange(batch * (stop - start) if is_decoder else 0)
+                logits_indices = np.arange(batch * (stop - start) if is_decoder else 0)
                 piece = inputs.columns(start, stop)
                 yield (
                     slice(start, stop),
-                    space.prompt(Pass(piece, choice, mask[:, :stop], positions[:, start:stop], places)),
+                    workspace.prompt(
+                        ForwardBatch(piece, reservation, mask[:, :stop], positions[:, start:stop], logits_indices)
+                    ),
                 )
         finally:
-            choice.release()
+            reservation.release()
 
 
 def upload_table(device: Device, table: Array) -> int:

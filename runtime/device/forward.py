@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.runtime.device.bank import Choice, Stack
-from adalink.runtime.device.inputs import Inputs
-from adalink.runtime.device.kv_cache import DeviceCache, GrowingCache, InPlaceCache
-from adalink.runtime.device.protocols import Executor, Lease
-from adalink.runtime.device.workspace import DECODE, ENGINE, PREFILL, Common, Executors, FrontSpace
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.device.adapter_weights import AdapterWeightPool, SlotReservation
+from adalink.runtime.device.kv_cache import DeviceCache, DynamicDeviceCache, StaticDeviceCache
+from adalink.runtime.device.protocols import DeviceArena, Executor
+from adalink.runtime.device.workspace import DECODE, ENGINE, PREFILL, EmbedderWorkspace, EngineContext, Executors
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.manifest import Base
 
@@ -20,22 +20,22 @@ _MOST_STEPS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class ForwardBatch:
     """What one pass takes.
 
     Attributes:
         inputs: ids or embeddings of its positions, shape ``(batch, seq)``.
-        choice: places of the rows' tasks.
+        reservation: places of the rows' tasks.
         mask: 1 for each position that may be seen, int64 with shape ``(batch, total)``; those of the cache come first.
         positions: position of each token among its row's, int64 with shape ``(batch, seq)``.
-        places: whose logits are wanted, as indices in ``batch * seq``.
+        logits_indices: whose logits are wanted, as indices in ``batch * seq``.
     """
 
-    inputs: Inputs
-    choice: Choice
+    inputs: BatchInputs
+    reservation: SlotReservation
     mask: Array
     positions: Array
-    places: Array
+    logits_indices: Array
 
 
 @dataclass(eq=False)
@@ -43,11 +43,11 @@ class Step:
     """A decode step of one shape: its own executors, and its record where there is one."""
 
     executors: Executors
-    stacks: tuple[Stack, ...]
+    pools: tuple[AdapterWeightPool, ...]
     replay: Callable[[], None] | None
 
 
-class EngineSpace:
+class EngineWorkspace:
     """Everything that one batch at a time needs. For one thread at a time.
 
     Attributes:
@@ -55,37 +55,37 @@ class EngineSpace:
         cache: keys and values; ``None`` for an encoder.
     """
 
-    def __init__(self, common: Common) -> None:
-        self._common = common
-        self._lease = Lease(common.device)
-        self.queue = self._lease.queue
-        self._prefill = Executors(common.plans, self._lease, PREFILL)
-        self._growing_step = Executors(common.plans, self._lease, DECODE)
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+        self._arena = DeviceArena(context.device)
+        self.queue = self._arena.queue
+        self._prefill = Executors(context.plans, self._arena, PREFILL)
+        self._growing_step = Executors(context.plans, self._arena, DECODE)
         self._steps: dict[tuple[object, ...], Step] = {}
         try:
-            self._open(self._lease)
+            self._open(self._arena)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, lease: Lease) -> None:
-        base, profile = self._common.base, self._common.plans.profile
-        self._front = FrontSpace(self._common, lease)
+    def _open(self, arena: DeviceArena) -> None:
+        base, profile = self._context.base, self._context.plans.profile
+        self._embedder = EmbedderWorkspace(self._context, arena)
         engine = self._prefill[ENGINE]
         check_signature(engine, base)
         self._takes = frozenset(engine.inputs)
-        batch, seq = profile.batch.largest, profile.seq.largest
-        self._mask = lease.mirror(batch * profile.capacity, "int64")
-        self._positions = lease.mirror(batch * seq, "int64")
-        self._places = lease.mirror(profile.places, "int64")
-        self._write_indices = lease.mirror(batch, "int64")
+        batch, seq = profile.batch.max, profile.seq.max
+        self._mask = arena.pinned_buffer(batch * profile.capacity, "int64")
+        self._positions = arena.pinned_buffer(batch * seq, "int64")
+        self._logits_indices = arena.pinned_buffer(profile.logits_capacity, "int64")
+        self._write_indices = arena.pinned_buffer(batch, "int64")
         self.cache: DeviceCache | None = None
         self._output_name, self._width, rows = "last_hidden_state", base.hidden_size, batch * seq
         if base.cache is not None:
-            self._output_name, self._width, rows = "logits", base.vocab_size, profile.places
-            kind = InPlaceCache if self.records else GrowingCache
-            self.cache = kind(lease, base.cache, base.embedding_dtype, batch, profile.capacity)
-        self._output = lease.mirror(rows * self._width, base.embedding_dtype)
+            self._output_name, self._width, rows = "logits", base.vocab_size, profile.logits_capacity
+            kind = StaticDeviceCache if self.records else DynamicDeviceCache
+            self.cache = kind(arena, base.cache, base.embedding_dtype, batch, profile.capacity)
+        self._output = arena.pinned_buffer(rows * self._width, base.embedding_dtype)
 
     @property
     def records(self) -> bool:
@@ -97,27 +97,27 @@ class EngineSpace:
         """Whether the engine gives logits only where they are wanted."""
         return "logits_at" in self._takes
 
-    def prompt(self, wanted: Pass) -> Array:
+    def prompt(self, forward_batch: ForwardBatch) -> Array:
         """Run positions of a prompt behind those in the cache.
 
         Returns:
-            A view of pinned memory: logits at ``places``, shape ``(places, vocab)``, or of an encoder the hidden states
-            at every position, shape ``(batch * seq, d)``.
+            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``, or of an encoder the
+            hidden states at every position, shape ``(batch * seq, d)``.
         """
-        self._write(wanted)
-        self._enqueue(self._prefill, wanted)
+        self._write(forward_batch)
+        self._enqueue(self._prefill, forward_batch)
         self.queue.wait()
-        return self._received(wanted)
+        return self._received(forward_batch)
 
-    def decode(self, wanted: Pass) -> Array:
+    def decode(self, forward_batch: ForwardBatch) -> Array:
         """Run one token of each row, from a record where there is one; gives what ``prompt`` does."""
-        self._write(wanted)
+        self._write(forward_batch)
         if not self.records:
-            self._enqueue(self._growing_step, wanted)
+            self._enqueue(self._growing_step, forward_batch)
         else:
-            self._replay(wanted)
+            self._replay(forward_batch)
         self.queue.wait()
-        return self._received(wanted)
+        return self._received(forward_batch)
 
     def close(self) -> None:
         """Give everything back."""
@@ -126,69 +126,69 @@ class EngineSpace:
         self._steps.clear()
         for executors in (self._prefill, self._growing_step):
             executors.close()
-        self._lease.close()
+        self._arena.close()
 
-    def _replay(self, wanted: Pass) -> None:
+    def _replay(self, forward_batch: ForwardBatch) -> None:
         """Enqueue a step from its record; the first of its shape is run as it is, and recorded.
 
         A record holds addresses and shapes, so each has executors that nobody binds anew.
         """
         assert self.cache is not None
-        layers = self._front.layers(wanted.inputs, wanted.choice)
-        parts = tuple((layer.activation, layer.stack) for layer in layers)
-        key = (wanted.mask.shape, wanted.inputs.ids is None, wanted.inputs.modality is None, parts)
+        adapter_passes = self._embedder.adapter_passes(forward_batch.inputs, forward_batch.reservation)
+        parts = tuple((adapter_pass.activation, adapter_pass.pool) for adapter_pass in adapter_passes)
+        key = (forward_batch.mask.shape, forward_batch.inputs.ids is None, forward_batch.inputs.modality is None, parts)
         step = self._steps.get(key)
         if step is None:
             self._forget_steps()
-            executors = Executors(self._common.plans, self._lease, DECODE)
-            self._enqueue(executors, wanted)
+            executors = Executors(self._context.plans, self._arena, DECODE)
+            self._enqueue(executors, forward_batch)
             # Recording wants an engine that has run with these shapes, and is not touched again.
             self.queue.wait()
             executors.is_bound = True
             length = self.cache.length
-            replay = self.queue.record(lambda: self._enqueue(executors, wanted))
+            replay = self.queue.record(lambda: self._enqueue(executors, forward_batch))
             self.cache.length = length
-            self._steps[key] = Step(executors, tuple(stack for _, stack in parts), replay)
+            self._steps[key] = Step(executors, tuple(pool for _, pool in parts), replay)
         elif step.replay is not None:
             step.replay()
             self.cache.advance(1)
         else:
-            self._enqueue(step.executors, wanted)
+            self._enqueue(step.executors, forward_batch)
 
     def _forget_steps(self) -> None:
         """Let go of the oldest records beyond a number, and of those that read a stack nobody fills any more."""
-        stale = [key for key, step in self._steps.items() if not all(map(self._common.bank.is_current, step.stacks))]
+        stale = [key for key, step in self._steps.items() if not all(map(self._context.bank.is_current, step.pools))]
         for key in [*stale, *list(self._steps)[: max(0, len(self._steps) + 1 - _MOST_STEPS)]]:
             if key in self._steps:
                 self._steps.pop(key).executors.close()
 
-    def _write(self, wanted: Pass) -> None:
+    def _write(self, forward_batch: ForwardBatch) -> None:
         """Put everything into pinned memory; the queue is idle."""
-        self._front.write(wanted.inputs, wanted.choice)
-        self._mask.host(*wanted.mask.shape)[:] = wanted.mask
-        self._positions.host(*wanted.positions.shape)[:] = wanted.positions
-        self._places.host(len(wanted.places))[:] = wanted.places
+        self._embedder.write(forward_batch.inputs, forward_batch.reservation)
+        self._mask.host(*forward_batch.mask.shape)[:] = forward_batch.mask
+        self._positions.host(*forward_batch.positions.shape)[:] = forward_batch.positions
+        self._logits_indices.host(len(forward_batch.logits_indices))[:] = forward_batch.logits_indices
         if self.cache is not None:
-            self._write_indices.host(len(wanted.mask))[:] = self.cache.length
+            self._write_indices.host(len(forward_batch.mask))[:] = self.cache.length
 
-    def _enqueue(self, executors: Executors, wanted: Pass) -> None:
-        """Enqueue copies, fronts and engine; reads nothing of ``wanted`` but shapes and where weights lie."""
-        batch, seq = wanted.inputs.shape
-        engine, shape = executors[ENGINE], self._output_shape(wanted)
-        embeds = self._front.enqueue(executors, wanted.inputs, wanted.choice)
-        mirrors = {
-            "attention_mask": (self._mask, wanted.mask.shape),
+    def _enqueue(self, executors: Executors, forward_batch: ForwardBatch) -> None:
+        """Enqueue copies, embedders and engine; reads nothing of ``forward_batch`` but shapes and where weights lie."""
+        batch, seq = forward_batch.inputs.shape
+        engine, shape = executors[ENGINE], self._output_shape(forward_batch)
+        embeds = self._embedder.enqueue(executors, forward_batch.inputs, forward_batch.reservation)
+        buffers = {
+            "attention_mask": (self._mask, forward_batch.mask.shape),
             "position_ids": (self._positions, (batch, seq)),
-            "logits_at": (self._places, wanted.places.shape),
+            "logits_at": (self._logits_indices, forward_batch.logits_indices.shape),
             "write_indices": (self._write_indices, (batch,)),
         }
-        taken = {name: pair for name, pair in mirrors.items() if name in self._takes}
-        for mirror, size in taken.values():
-            mirror.upload(self.queue, *size)
+        taken = {name: pair for name, pair in buffers.items() if name in self._takes}
+        for pinned_buffer, size in taken.values():
+            pinned_buffer.upload(self.queue, *size)
         if not executors.is_bound:
-            engine.bind("inputs_embeds", embeds, (batch, seq, self._common.base.hidden_size))
-            for name, (mirror, size) in taken.items():
-                engine.bind(name, mirror.address, size)
+            engine.bind("inputs_embeds", embeds, (batch, seq, self._context.base.hidden_size))
+            for name, (pinned_buffer, size) in taken.items():
+                engine.bind(name, pinned_buffer.address, size)
             if self.cache is not None:
                 self.cache.bind(engine, batch, seq)
             engine.bind(self._output_name, self._output.address, shape)
@@ -197,32 +197,32 @@ class EngineSpace:
         if self.cache is not None:
             self.cache.advance(seq)
 
-    def _output_shape(self, wanted: Pass) -> tuple[int, ...]:
-        batch, seq = wanted.inputs.shape
+    def _output_shape(self, forward_batch: ForwardBatch) -> tuple[int, ...]:
+        batch, seq = forward_batch.inputs.shape
         if self.gathers_logits:
-            return len(wanted.places), self._width
+            return len(forward_batch.logits_indices), self._width
         return batch, seq, self._width
 
-    def _received(self, wanted: Pass) -> Array:
-        output = self._output.host(*self._output_shape(wanted))
+    def _received(self, forward_batch: ForwardBatch) -> Array:
+        output = self._output.host(*self._output_shape(forward_batch))
         if self.gathers_logits:
             return output
         flat = output.reshape(-1, self._width)
-        is_everything = self.cache is None or len(wanted.places) == len(flat)
-        return flat if is_everything else flat[wanted.places]
+        is_everything = self.cache is None or len(forward_batch.logits_indices) == len(flat)
+        return flat if is_everything else flat[forward_batch.logits_indices]
 
 
 def check_signature(engine: Executor, base: Base) -> None:
     """Check that a graph takes and gives what a base graph does; raises ``GraphError``."""
-    wanted = {"inputs_embeds", "attention_mask"}
+    forward_batch = {"inputs_embeds", "attention_mask"}
     given = {"last_hidden_state" if base.cache is None else "logits"}
     if base.cache is not None:
         for past, present in base.cache.names():
-            wanted.add(past)
+            forward_batch.add(past)
             given.add(present)
     optional = set() if base.cache is None else {"position_ids", "logits_at", "write_indices"}
-    missing = sorted((wanted - engine.inputs.keys()) | (given - engine.outputs.keys()))
-    unknown = sorted((engine.inputs.keys() - wanted - optional) | (engine.outputs.keys() - given))
+    missing = sorted((forward_batch - engine.inputs.keys()) | (given - engine.outputs.keys()))
+    unknown = sorted((engine.inputs.keys() - forward_batch - optional) | (engine.outputs.keys() - given))
     if missing or unknown:
         what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not of the contract"
         raise GraphError(f"the engine of {base.name}: {what}; it was built from another graph: build the engine again")
@@ -234,7 +234,7 @@ def check_signature(engine: Executor, base: Base) -> None:
         )
 
 
-def last_places(mask: Array) -> Array:
+def last_columns(mask: Array) -> Array:
     """Column of the last token of each row."""
     last: Array = mask.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
     return np.asarray(last)

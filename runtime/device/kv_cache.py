@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from adalink.runtime.device.protocols import SIZES, Executor, Lease, Queue
+from adalink.runtime.device.protocols import SIZES, DeviceArena, Executor, Queue
 from adalink.runtime.storage.manifest import Cache
 
 
@@ -15,22 +15,25 @@ class DeviceCache(Protocol):
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
         """Bind the cache's inputs and outputs for a pass that adds positions to each of the first rows."""
+        ...
 
     def advance(self, added: int) -> None:
         """Say that such a pass was enqueued."""
+        ...
 
     def move(self, queue: Queue, source: int, target: int) -> None:
         """Let a row take another's place."""
+        ...
 
 
-class InPlaceCache:
+class StaticDeviceCache:
     """One buffer of the largest size a tensor, input and output at one address; a pass writes its positions alone."""
 
-    def __init__(self, lease: Lease, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
+    def __init__(self, arena: DeviceArena, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._names = list(cache.names())
         self._shape = (cache.kv_heads, capacity, cache.head_dim)
         self._row_bytes = cache.kv_heads * capacity * cache.head_dim * SIZES[dtype]
-        self._addresses = _allocate(lease, len(self._names), batch * self._row_bytes)
+        self._addresses = _allocate(arena, len(self._names), batch * self._row_bytes)
         self.length = 0
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
@@ -49,15 +52,15 @@ class InPlaceCache:
             queue.copy(address + target * self._row_bytes, address + source * self._row_bytes, self._row_bytes)
 
 
-class GrowingCache:
+class DynamicDeviceCache:
     """Two buffers of the largest size a tensor: a pass reads one and writes it, longer, into the other."""
 
-    def __init__(self, lease: Lease, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
+    def __init__(self, arena: DeviceArena, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._names = list(cache.names())
         self._heads, self._width = cache.kv_heads, cache.head_dim
         self._position_bytes = cache.kv_heads * cache.head_dim * SIZES[dtype]
         size = batch * capacity * self._position_bytes
-        self._current, self._other = (_allocate(lease, len(self._names), size) for _ in range(2))
+        self._current, self._other = (_allocate(arena, len(self._names), size) for _ in range(2))
         self.length = 0
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
@@ -78,8 +81,8 @@ class GrowingCache:
             queue.copy(address + target * row_bytes, address + source * row_bytes, row_bytes)
 
 
-def _allocate(lease: Lease, count: int, size_bytes: int) -> list[int]:
+def _allocate(arena: DeviceArena, count: int, size_bytes: int) -> list[int]:
     """Addresses in one allocation, each aligned to 256 bytes."""
     aligned = -(-size_bytes // 256) * 256
-    first = lease.allocate(count * aligned)
+    first = arena.allocate(count * aligned)
     return [first + index * aligned for index in range(count)]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.safetensors import STORED, as_float32
 
 
@@ -35,18 +35,23 @@ class Queue(Protocol):
     @property
     def handle(self) -> int:
         """What engines know it by."""
+        ...
 
     def upload(self, address: int, array: Array) -> None:
         """Copy pinned memory to the device; raises ``BackendError``."""
+        ...
 
     def download(self, array: Array, address: int) -> None:
         """Copy from the device into pinned memory; raises ``BackendError``."""
+        ...
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
         """Copy on the device; raises ``BackendError``."""
+        ...
 
     def wait(self) -> None:
         """Wait until all is done; raises ``BackendError`` if something of it failed."""
+        ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
         """Record what ``work`` enqueues instead of doing it, with its addresses and shapes.
@@ -55,9 +60,11 @@ class Queue(Protocol):
             What enqueues it all again in one call, reading the host's pinned memory anew; ``None`` if something in
             ``work`` cannot be recorded.
         """
+        ...
 
     def close(self) -> None:
         """Give it back."""
+        ...
 
 
 class Device(Protocol):
@@ -65,15 +72,19 @@ class Device(Protocol):
 
     def allocate(self, size_bytes: int) -> int:
         """Address of new memory, zeros, aligned to 256 bytes; raises ``BackendError`` when there is not enough."""
+        ...
 
     def free(self, address: int) -> None:
         """Give memory back."""
+        ...
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A host array of zeros that a queue can copy from and to without the host."""
+        ...
 
     def open_queue(self) -> Queue:
         """A new queue."""
+        ...
 
 
 class Executor(Protocol):
@@ -82,26 +93,31 @@ class Executor(Protocol):
     @property
     def inputs(self) -> Mapping[str, Tensor]:
         """What it takes."""
+        ...
 
     @property
     def outputs(self) -> Mapping[str, Tensor]:
         """What it gives."""
+        ...
 
     def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         """Say where an input or output lies and what its shape is in the calls that follow; raises ``BackendError``."""
+        ...
 
     def enqueue(self) -> None:
         """Enqueue one call with what is bound now; raises ``BackendError``."""
+        ...
 
     def close(self) -> None:
         """Give it back."""
+        ...
 
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 NUMPY = STORED | {"int64": "<i8", "bool": "?"}
 
 
-class Lease:
+class DeviceArena:
     """What one workspace has of a device: a queue, and memory that is given back all at once. For one thread at a time.
 
     Attributes:
@@ -120,10 +136,10 @@ class Lease:
         self._addresses.append(address)
         return address
 
-    def mirror(self, size: int, dtype: str) -> Mirror:
+    def pinned_buffer(self, size: int, dtype: str) -> PinnedBuffer:
         """Pinned memory for so many numbers, with a place on the device; raises ``BackendError``."""
         flat = self._device.pinned((size,), np.dtype(NUMPY[dtype]))
-        return Mirror(flat, self.allocate(max(flat.nbytes, 1)))
+        return PinnedBuffer(flat, self.allocate(max(flat.nbytes, 1)))
 
     def scratch(self, name: str, size_bytes: int) -> int:
         """Memory that all executors of a graph share, since a queue does one thing at a time."""
@@ -139,7 +155,7 @@ class Lease:
         self.queue.close()
 
 
-class Mirror:
+class PinnedBuffer:
     """Pinned host memory with a place on the device: what is written into ``host`` is there after ``upload``."""
 
     def __init__(self, flat: Array, address: int) -> None:

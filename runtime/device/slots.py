@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
+
+from adalink.runtime.storage.lru import LruTable
 
 K = TypeVar("K", bound=Hashable)
 
@@ -17,14 +18,14 @@ class SlotTable(Generic[K]):
 
     def __init__(self, size: int) -> None:
         self._free = list(range(size - 1, 0, -1))
-        self._places: OrderedDict[K, int] = OrderedDict()
+        self._slots: LruTable[K, int] = LruTable()
         self._users: dict[K, int] = {}
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._slots.entries)
 
     def __contains__(self, key: K) -> bool:
-        return key in self._places
+        return key in self._slots.entries
 
     def take(self, key: K) -> tuple[int, bool] | None:
         """Use a place for ``key`` until ``release``.
@@ -33,15 +34,16 @@ class SlotTable(Generic[K]):
             The place, and whether it was another's or nobody's so that it must be filled; ``None`` if all are in use.
             Without a free place it is that of the one who was not used for the longest time.
         """
-        place = self._places.get(key)
-        is_new = place is None
-        if place is None:
-            if not self._free and not self._evict():
+        slot = self._slots.entries.get(key)
+        is_new = slot is None
+        if slot is None:
+            slot = self._free.pop() if self._free else self._slots.evict(in_use=self._users)
+            if slot is None:
                 return None
-            place = self._places[key] = self._free.pop()
-        self._places.move_to_end(key)
+            self._slots.put(key, slot)
+        self._slots.touch(key)
         self._users[key] = self._users.get(key, 0) + 1
-        return place, is_new
+        return slot, is_new
 
     def release(self, key: K) -> None:
         """End one use of a place; what lies there stays until another needs the place."""
@@ -53,12 +55,7 @@ class SlotTable(Generic[K]):
 
     def forget(self, key: K) -> None:
         """Undo a ``take`` whose place could not be filled."""
-        self._free.append(self._places.pop(key))
+        slot = self._slots.pop(key)
+        if slot is not None:
+            self._free.append(slot)
         self.release(key)
-
-    def _evict(self) -> bool:
-        oldest = next((key for key in self._places if key not in self._users), None)
-        if oldest is None:
-            return False
-        self._free.append(self._places.pop(oldest))
-        return True

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from adalink.runtime.device.protocols import Device, Executor, Lease, Tensor
+from adalink.runtime.arrays import Array
+from adalink.runtime.device.protocols import Device, DeviceArena, Executor, Tensor
 from adalink.runtime.device.workspace import VISION, Plans
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import DeploymentError, GraphError
-from adalink.runtime.ort.vision import INPUT, OUTPUT
-from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 
 class DeviceVision:
@@ -19,7 +19,7 @@ class DeviceVision:
         most_images: what the profile allows.
     """
 
-    def __init__(self, device: Device, plans: Plans, base: Base) -> None:
+    def __init__(self, device: Device, plans: Plans, base: VisionBase) -> None:
         """Open the tower among ``plans``, which are its own and are closed with it.
 
         Raises:
@@ -29,29 +29,33 @@ class DeviceVision:
         """
         images = plans.profile.images
         if images is None:
-            raise DeploymentError(f"the engine of {base.name}: its profile has no images=: build the engine again")
-        assert base.vision is not None
-        self.most_images = images.largest
+            raise DeploymentError(
+                f"the engine of {base.contract.name}: its profile has no images=: build the engine again"
+            )
+        self.most_images = images.max
         self._plans = plans
-        self._taken, self._given = (3, *base.vision.image_size), (base.vision.tokens_per_image, base.hidden_size)
-        self._lease = Lease(device)
+        self._select, self._given = (
+            (3, *base.vision.image_size),
+            (base.vision.tokens_per_image, base.contract.hidden_size),
+        )
+        self._arena = DeviceArena(device)
         try:
-            self._executor = plans.executor(VISION, 0, self._lease)
-            _check_signature(self._executor, self._taken, self._given, base.name)
-            self._pixels = self._lease.mirror(images.largest * math.prod(self._taken), "float32")
-            self._embeds = self._lease.mirror(images.largest * math.prod(self._given), "float32")
+            self._executor = plans.executor(VISION, 0, self._arena)
+            _check_signature(self._executor, self._select, self._given, base.contract.name)
+            self._pixels = self._arena.pinned_buffer(images.max * math.prod(self._select), "float32")
+            self._embeds = self._arena.pinned_buffer(images.max * math.prod(self._given), "float32")
         except BaseException:
-            self._lease.close()
+            self._arena.close()
             raise
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
-        taken, given = (len(pixel_values), *self._taken), (len(pixel_values), *self._given)
-        queue = self._lease.queue
+        taken, given = (len(pixel_values), *self._select), (len(pixel_values), *self._given)
+        queue = self._arena.queue
         self._pixels.host(*taken)[:] = pixel_values
         self._pixels.upload(queue, *taken)
-        self._executor.bind(INPUT, self._pixels.address, taken)
-        self._executor.bind(OUTPUT, self._embeds.address, given)
+        self._executor.bind(VISION_INPUT, self._pixels.address, taken)
+        self._executor.bind(VISION_OUTPUT, self._embeds.address, given)
         self._executor.enqueue()
         self._embeds.download(queue, *given)
         queue.wait()
@@ -60,13 +64,16 @@ class DeviceVision:
     def close(self) -> None:
         """See ``adalink.runtime.engine.VisionGraph``."""
         self._executor.close()
-        self._lease.close()
+        self._arena.close()
         self._plans.close()
 
 
 def _check_signature(tower: Executor, taken: tuple[int, ...], given: tuple[int, ...], name: str) -> None:
     """Check that a graph takes and gives what the manifest says; raises ``GraphError``."""
-    for what, found, tensor, size in (("input", tower.inputs, INPUT, taken), ("output", tower.outputs, OUTPUT, given)):
+    for what, found, tensor, size in (
+        ("input", tower.inputs, VISION_INPUT, taken),
+        ("output", tower.outputs, VISION_OUTPUT, given),
+    ):
         expected = Tensor("float32", (-1, *size))
         # A graph may leave a size of its output open; it is bound to the memory of the expected one.
         fits = {

@@ -1,20 +1,27 @@
-"""Rows of several lengths in one rectangle: padding, positions, and moving tokens to the left."""
+"""Prompts of several lengths in one array: padding, positions, and removing padding before tokens."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 
 
-def pad_left(prompts: list[list[int]], pad_token_id: int) -> tuple[Array, Array]:
-    """Token ids and mask, both int64 of shape ``(batch, longest)``, with the padding before the tokens."""
+def pad(prompts: list[list[int]], pad_token_id: int, side: str) -> tuple[Array, Array]:
+    """Token ids and mask, both int64 of shape ``(batch, longest)``.
+
+    Args:
+        prompts: token ids of each, at least one.
+        pad_token_id: what stands in the padding.
+        side: ``"left"`` for padding before the tokens, ``"right"`` for padding behind them.
+    """
     longest = max(len(ids) for ids in prompts)
     ids = np.full((len(prompts), longest), pad_token_id, np.int64)
     mask = np.zeros((len(prompts), longest), np.int64)
     for row, tokens in enumerate(prompts):
-        ids[row, longest - len(tokens) :] = tokens
-        mask[row, longest - len(tokens) :] = 1
+        columns = slice(longest - len(tokens), longest) if side == "left" else slice(len(tokens))
+        ids[row, columns] = tokens
+        mask[row, columns] = 1
     return ids, mask
 
 
@@ -46,7 +53,8 @@ def move_left(embeds: Array, mask: Array) -> tuple[Array, Array]:
         Embeddings with shape ``(batch, longest, d)``, and the rows' lengths, int32 with shape ``(batch,)``.
     """
     lengths = mask.sum(axis=1, dtype=np.int32)
-    if mask.all():
-        return np.ascontiguousarray(embeds), lengths
-    order = np.argsort(mask == 0, axis=1, kind="stable")[:, : lengths.max()]
+    longest = lengths.max()
+    if mask[:, :longest].sum() == lengths.sum() and (mask[:, :-1] >= mask[:, 1:]).all():
+        return np.ascontiguousarray(embeds[:, :longest]), lengths
+    order = np.argsort(mask == 0, axis=1, kind="stable")[:, :longest]
     return np.take_along_axis(embeds, order[..., None], axis=1), lengths

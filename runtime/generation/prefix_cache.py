@@ -7,14 +7,17 @@ not its name: a name may stand for another adapter tomorrow.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
+from adalink.runtime.logs import get_logger
+from adalink.runtime.storage.lru import LruTable
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class PrefixKey:
 
     Attributes:
         base: fingerprint of the base; its variant is one for the life of a cache.
-        adapter: digest of the adapter; empty for the plain base.
+        adapter: digest of the adapter; empty for the base model.
         scope: scope of the adapter.
     """
 
@@ -37,14 +40,13 @@ class PrefixCache:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
-        self._size_bytes = 0
-        self._entries: OrderedDict[tuple[PrefixKey, bytes], Array] = OrderedDict()
+        self._kept: LruTable[tuple[PrefixKey, bytes], Array] = LruTable(attrgetter("nbytes"), budget_bytes)
         self._lock = threading.Lock()
 
     @property
     def size_bytes(self) -> int:
         """What is held."""
-        return self._size_bytes
+        return self._kept.size
 
     def find(self, key: PrefixKey, tokens: Array) -> Array | None:
         """The states of the longest beginning of ``tokens`` that was computed before.
@@ -59,15 +61,16 @@ class PrefixCache:
         """
         best, length = None, 0
         with self._lock:
-            for name in self._entries:
+            for name in self._kept.entries:
                 if name[0] == key:
                     common = _common(np.frombuffer(name[1], np.int64), tokens[:-1])
                     if common > length:
                         best, length = name, common
             if best is None:
                 return None
-            self._entries.move_to_end(best)
-            return self._entries[best][:, :, :length]
+            self._kept.touch(best)
+            _LOG.debug("prefix cache hit: %d of %d positions", length, len(tokens))
+            return self._kept.entries[best][:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:
         """Keep the states of a prompt, unless they alone exceed the budget.
@@ -81,20 +84,7 @@ class PrefixCache:
             return
         name = (key, tokens.tobytes())
         with self._lock:
-            self._forget(name)
-            while self._size_bytes + states.nbytes > self._budget_bytes:
-                self._forget(next(iter(self._entries)))
-            self._entries[name] = states
-            self._size_bytes += states.nbytes
-
-    def _forget(self, name: tuple[PrefixKey, bytes]) -> None:
-        states = self._entries.pop(name, None)
-        self._size_bytes -= 0 if states is None else states.nbytes
-
-
-def name_of(text: str) -> int:
-    """A number for what stands in a prompt and is no token: below 0, so that no token has it, and within int64."""
-    return -1 - (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+            self._kept.put(name, states)
 
 
 def _common(first: Array, second: Array) -> int:

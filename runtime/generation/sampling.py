@@ -12,7 +12,7 @@ from adalink.runtime.request import check_whole, is_number
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen.
 
     Attributes:

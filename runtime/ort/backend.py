@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Array, Engine
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
-from adalink.runtime.ort.bank import OnnxBankGraph
-from adalink.runtime.ort.dynamic_cache import GrowingEngine
+from adalink.runtime.ort.dynamic_cache import DynamicCacheEngine
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
 from adalink.runtime.ort.session import GuardedSession, check_version, read_signature
-from adalink.runtime.ort.static_cache import InPlaceEngine
+from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
+from adalink.runtime.ort.static_cache import StaticCacheEngine
 from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.tasks.host_embedder import HostFront
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
+from adalink.runtime.tasks.host_embedder import HostEmbedder
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -54,18 +57,22 @@ class OnnxRuntimeBackend:
         check_version(session, self._ort.__version__, origin=str(graph))
         guarded = GuardedSession(session, self._ort, origin=str(graph))
         signature = read_signature(session, base, role, origin=str(graph))
-        kind = InPlaceEngine if signature.in_place else GrowingEngine
-        return kind(guarded, signature, HostFront(table))
+        embedder = HostEmbedder(table)
+        if signature.in_place:
+            return StaticCacheEngine(guarded, signature, embedder)
+        return DynamicCacheEngine(guarded, signature, embedder, "right" if base.kind == "encoder" else "left")
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxBankGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
-        return OnnxBankGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
+        return OnnxSharedAdapterGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph | OnnxPatchGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        assert base.vision is not None
-        kind = OnnxVisionGraph if base.vision.patches is None else OnnxPatchGraph
-        return kind(graph, base, self._threads)
+        return OnnxVisionGraph(graph, base, self._threads)
+
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return OnnxPatchGraph(graph, base, patches, self._threads)
 
     def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:
         options = self._ort.SessionOptions()

@@ -1,4 +1,4 @@
-"""Engines on graphs whose cache grows: a call takes the cache and gives a longer one (docs/formats.md, "Graphs")."""
+"""Dynamic cache: a call takes the KV cache and gives a longer one (docs/concepts/file-formats.md, "Graphs")."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.runtime.engine import Array, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import InputEmbedder
 from adalink.runtime.generation.padding import positions_after, positions_of
 from adalink.runtime.ort.session import GuardedSession, Signature
 
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-class GrowingEngine:
+class DynamicCacheEngine:
     """A base graph in one session; the cache is the list of the session's own output tensors."""
 
-    def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
-        self.front = front
+    def __init__(
+        self, session: GuardedSession, signature: Signature, embedder: InputEmbedder, padding_side: str = "left"
+    ) -> None:
+        """``padding_side`` is ``"right"`` for an encoder, which numbers its positions from the left."""
+        self.embedder = embedder
         self.profile = None
+        self.padding_side = padding_side
         self._session = session
         self._signature = signature
 
@@ -28,9 +33,9 @@ class GrowingEngine:
         """See ``adalink.runtime.engine.Engine``."""
         return self.forward({"position_ids": positions_of(feeds["attention_mask"]), **feeds}, None)[0]
 
-    def start(self, feeds: Mapping[str, Array], room: int) -> GrowingDecoding:
+    def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> DynamicCacheDecodeState:
         """See ``adalink.runtime.engine.Engine``."""
-        return GrowingDecoding(self, feeds, room)
+        return DynamicCacheDecodeState(self, feeds, max_new_tokens)
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
@@ -58,13 +63,13 @@ class GrowingEngine:
         return [self._session.value(tensor.numpy()[rows]) for tensor in cache]
 
 
-class GrowingDecoding:
-    """See ``adalink.runtime.engine.Decoding``."""
+class DynamicCacheDecodeState:
+    """See ``adalink.runtime.engine.DecodeState``."""
 
-    def __init__(self, engine: GrowingEngine, feeds: Mapping[str, Array], room: int) -> None:
+    def __init__(self, engine: DynamicCacheEngine, feeds: Mapping[str, Array], max_new_tokens: int) -> None:
         prompt = feeds["attention_mask"]
         self._engine = engine
-        self._mask = np.ones((prompt.shape[0], prompt.shape[1] + room), np.int64)
+        self._mask = np.ones((prompt.shape[0], prompt.shape[1] + max_new_tokens), np.int64)
         self._mask[:, : prompt.shape[1]] = prompt
         self._length = prompt.shape[1]
         positions = feeds.get("position_ids", positions_of(prompt))
@@ -77,11 +82,11 @@ class GrowingDecoding:
 
     @property
     def logits(self) -> Array:
-        """See ``adalink.runtime.engine.Decoding``."""
+        """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits
 
     def step(self, inputs_embeds: Array) -> None:
-        """See ``adalink.runtime.engine.Decoding``."""
+        """See ``adalink.runtime.engine.DecodeState``."""
         if self._rows != list(range(len(self._mask))):
             self._take()
         self._length += 1
@@ -96,13 +101,13 @@ class GrowingDecoding:
         self._logits = output[:, -1]
 
     def drop(self, row: int) -> None:
-        """See ``adalink.runtime.engine.Decoding``; copies the cache once before the next step."""
+        """See ``adalink.runtime.engine.DecodeState``; copies the cache once before the next step."""
         last = self._rows.pop()
         if row < len(self._rows):
             self._rows[row] = last
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Decoding``; its memory goes with it."""
+        """See ``adalink.runtime.engine.DecodeState``; its memory goes with it."""
 
     def _take(self) -> None:
         self._cache = self._engine.take(self._cache, self._rows)

@@ -38,5 +38,5 @@ def wrong_name(origin: str, what: str, name: str, received: list[str]) -> str:
     """Message for a graph whose ``what`` (an input or output) is not the one called ``name``."""
     return (
         f"{origin}: {what} {name!r} does not match the contract; the graph has {received}. "
-        "Export it with 'adalink export' (docs/formats.md lists the names)"
+        "Export it with 'adalink export' (docs/concepts/file-formats.md lists the names)"
     )

@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from adalink.runtime.arrays import Array
 from adalink.runtime.device.cuda import CudaDevice, load_cuda
-from adalink.runtime.device.engine import DeviceEngine, HostFedFront
-from adalink.runtime.device.profile import Profile, default_profile
-from adalink.runtime.device.protocols import Lease
-from adalink.runtime.engine import Array
+from adalink.runtime.device.engine import DeviceEngine, PreEmbedded
+from adalink.runtime.device.protocols import DeviceArena
 from adalink.runtime.errors import BackendUnavailableError, ContractError
-from adalink.runtime.ort.bank import OnnxBankGraph
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
+from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.user_cache import cache_path
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -76,9 +79,9 @@ class OnnxRuntimeGpuBackend:
         device, profile = CudaDevice(self.name), msgspec.structs.replace(default_profile(base), images=None)
         session = self._session(graph, base, profile)
         plans = OnnxRuntimePlans(session, self._ort, str(graph), profile)
-        return DeviceEngine(device, plans, base, front=HostFedFront(table))
+        return DeviceEngine(device, plans, base, embedder=PreEmbedded(table))
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> OnnxBankGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU, in one thread."""
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -87,11 +90,15 @@ class OnnxRuntimeGpuBackend:
         session = guard(
             self._ort, "bank graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
         )
-        return OnnxBankGraph(session, self._ort, base)
+        return OnnxSharedAdapterGraph(session, self._ort, base)
 
-    def open_vision(self, graph: Path, base: Base) -> OnnxVisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU."""
         return OnnxVisionGraph(graph, base)
+
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> OnnxPatchGraph:
+        """See ``adalink.runtime.engine.Backend``: on the CPU."""
+        return OnnxPatchGraph(graph, base, patches)
 
     def _session(self, graph: Path, base: Base, profile: Profile) -> ort.InferenceSession:
         options = self._ort.SessionOptions()
@@ -125,7 +132,7 @@ class OnnxRuntimePlans:
 
     Attributes:
         profile: what the engine takes.
-        largest_rank: of the fronts, of which there are none.
+        largest_rank: of the embedders, of which there are none.
         largest_slots: likewise.
     """
 
@@ -138,10 +145,10 @@ class OnnxRuntimePlans:
         self._ort = runtime
         self._origin = origin
 
-    def executor(self, name: str, profile: int, lease: Lease) -> OnnxRuntimeExecutor:
+    def executor(self, name: str, profile: int, arena: DeviceArena) -> OnnxRuntimeExecutor:
         """See ``Plans``."""
         assert self._session is not None
-        return OnnxRuntimeExecutor(self._session, self._ort, self._origin, "cuda", before=lease.queue.wait)
+        return OnnxRuntimeExecutor(self._session, self._ort, self._origin, "cuda", before=arena.queue.wait)
 
     def close(self) -> None:
         """See ``Plans``."""
@@ -155,7 +162,7 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     """
     if name == CUDA:
         return {"device_id": "0", "use_tf32": "0"}  # a float32 base means float32
-    low, likely, high = (profile_shapes(base, profile, which) for which in ("smallest", "likeliest", "largest"))
+    low, likely, high = (profile_shapes(base, profile, which) for which in ("min", "opt", "max"))
     folder = _engine_folder(graph)
     if name == TENSORRT:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
@@ -197,7 +204,7 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     Args:
         base: the contract.
         profile: what requests may ask for.
-        which: ``"smallest"``, ``"likeliest"`` or ``"largest"``.
+        which: ``"min"``, ``"opt"`` or ``"max"``.
     """
     batch, seq = getattr(profile.batch, which), getattr(profile.seq, which)
     past = 0 if profile.past is None else getattr(profile.past, which)

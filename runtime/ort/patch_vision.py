@@ -4,55 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.ort.errors import guard, wrong_name
-from adalink.runtime.ort.vision import INPUT, OUTPUT, open_vision_session
-from adalink.runtime.storage.manifest import Base
-from adalink.runtime.vision.tiles import Grid
+from adalink.runtime.ort.vision import open_vision_session
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT, Grid, PatchTower
 
 
 class OnnxPatchGraph:
-    """A graph from the patches of a picture to its embeddings."""
+    """See ``adalink.runtime.engine.PatchVisionGraph``."""
 
-    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
-        """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, of a base that takes patches."""
-        vision = base.vision
-        assert vision is not None
-        assert vision.patches is not None
-        self._origin, self._vision, self._tower, self._width = str(path), vision, vision.patches, base.hidden_size
+    def __init__(self, path: Path, base: VisionBase, patches: PatchTower, threads: int | None = None) -> None:
+        """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, and the base's ``patches``."""
+        self._origin, self._vision, self._tower = str(path), base.vision, patches
+        self._width = base.contract.hidden_size
         self._ort, self._session = open_vision_session(path, threads)
         received = sorted(node.name for node in self._session.get_inputs())
-        for name in (INPUT, *self._tower.inputs((1, 1))):
+        for name in (VISION_INPUT, *self._tower.inputs((1, 1))):
             if name not in received:
                 raise GraphError(wrong_name(self._origin, "input", name, received))
-        if [node.name for node in self._session.get_outputs()] != [OUTPUT]:
+        if [node.name for node in self._session.get_outputs()] != [VISION_OUTPUT]:
             given = [node.name for node in self._session.get_outputs()]
-            raise GraphError(wrong_name(self._origin, "output", OUTPUT, given))
+            raise GraphError(wrong_name(self._origin, "output", VISION_OUTPUT, given))
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        """Encode one picture.
-
-        Args:
-            pixel_values: its patches, float32 with shape ``(patches, numbers)``.
-            grid: its rows and columns of pieces.
-
-        Returns:
-            float32 with shape ``(positions, d)``.
-
-        Raises:
-            BackendError: ONNX Runtime refused.
-            GraphError: the result has another shape.
-        """
-        feeds = {INPUT: pixel_values, **self._tower.inputs(grid)}
-        given: Array = guard(self._ort, self._origin, lambda: self._session.run([OUTPUT], feeds))[0]
+        """See ``adalink.runtime.engine.PatchVisionGraph``."""
+        feeds = {VISION_INPUT: pixel_values, **self._tower.inputs(grid)}
+        given: Array = guard(self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], feeds))[0]
         expected = (self._vision.positions(grid), self._width)
         if given.shape != expected:
             raise GraphError(
-                f"{self._origin}: {OUTPUT} is {given.shape} for a picture of {grid} pieces, expected {expected}: "
+                f"{self._origin}: {VISION_OUTPUT} is {given.shape} for an image of {grid}, expected {expected}: "
                 "export the base again"
             )
         return given
 
     def close(self) -> None:
-        """Give its memory back, which goes with it; nothing else is called after it."""
+        """See ``adalink.runtime.engine.PatchVisionGraph``; its memory goes with it."""

@@ -16,7 +16,7 @@ from adalink.runtime.storage.manifest import Base
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from adalink.runtime.engine import Array
+    from adalink.runtime.arrays import Array
 
 # Of a base graph's metadata: the oldest ONNX Runtime that computes it rightly.
 NEEDS_ONNXRUNTIME = "needs_onnxruntime"
@@ -48,7 +48,7 @@ class Signature:
 
     @property
     def in_place(self) -> bool:
-        """Whether the cache is written in place (docs/formats.md, "Graphs")."""
+        """Whether the cache is written in place (docs/concepts/file-formats.md, "Graphs")."""
         return "sequence_lengths" in self.inputs
 
 

@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from adalink.runtime.engine import Array, Front
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import InputEmbedder
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.ort.session import GuardedSession, Signature
 
 
-class InPlaceEngine:
+class StaticCacheEngine:
     """A base graph in one session. Rows lie at the left of its inputs, so that a cache has no gaps."""
 
-    def __init__(self, session: GuardedSession, signature: Signature, front: Front) -> None:
-        self.front = front
+    def __init__(self, session: GuardedSession, signature: Signature, embedder: InputEmbedder) -> None:
+        self.embedder = embedder
         self.profile = None
+        self.padding_side = "right"
         self._session = session
         self._signature = signature
 
@@ -48,15 +50,17 @@ class InPlaceEngine:
         result[mask != 0] = logits
         return result
 
-    def start(self, feeds: Mapping[str, Array], room: int) -> InPlaceDecoding:
+    def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> StaticCacheDecodeState:
         """See ``adalink.runtime.engine.Engine``."""
-        decoding, embeds, positions, _ = self._allocate(feeds, room)
+        decoding, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
         decoding.read(embeds, positions)
         return decoding
 
-    def resume(self, feeds: Mapping[str, Array], room: int, known: Sequence[Array | None]) -> InPlaceDecoding:
+    def resume(
+        self, feeds: Mapping[str, Array], max_new_tokens: int, known: Sequence[Array | None]
+    ) -> StaticCacheDecodeState:
         """See ``adalink.runtime.engine.ResumableEngine``."""
-        decoding, embeds, positions, lengths = self._allocate(feeds, room)
+        decoding, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
         if any(states is not None for states in known):
             for row, states in enumerate(known):
                 own = slice(row, row + 1), slice(lengths[row])
@@ -65,11 +69,13 @@ class InPlaceEngine:
             decoding.read(embeds, positions)
         return decoding
 
-    def _allocate(self, feeds: Mapping[str, Array], room: int) -> tuple[InPlaceDecoding, Array, Array, Array]:
+    def _allocate(
+        self, feeds: Mapping[str, Array], max_new_tokens: int
+    ) -> tuple[StaticCacheDecodeState, Array, Array, Array]:
         """A decoding with nothing read yet, the rows' embeddings and positions at the left, and their lengths."""
         embeds, positions, lengths = _at_left(feeds)
-        capacity = embeds.shape[1] + room
-        decoding = InPlaceDecoding(self._session, self._signature, lengths, positions_after(positions), capacity)
+        capacity = embeds.shape[1] + max_new_tokens
+        decoding = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
         return decoding, embeds, positions, lengths
 
     def close(self) -> None:
@@ -77,8 +83,8 @@ class InPlaceEngine:
         self._session.close()
 
 
-class InPlaceDecoding:
-    """See ``adalink.runtime.engine.Decoding``. The first rows of its buffers are alive; dropped ones lie behind."""
+class StaticCacheDecodeState:
+    """See ``adalink.runtime.engine.DecodeState``. The first rows of its buffers are alive; dropped ones lie behind."""
 
     def __init__(
         self, session: GuardedSession, signature: Signature, lengths: Array, following: Array, capacity: int
@@ -100,7 +106,7 @@ class InPlaceDecoding:
         # Places behind a row's length are never read, so they need no value.
         self._cache = np.empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
         self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
-        self._places = np.arange(batch)
+        self._logits_indices = np.arange(batch)
         self._positions = following - 1  # a step counts on
         self._alive = batch
         # Calls with their buffers bound: a step for as many rows as there are, an extension by as many tokens.
@@ -110,7 +116,7 @@ class InPlaceDecoding:
     def read(self, inputs_embeds: Array, positions: Array) -> None:
         """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
         batch, longest = inputs_embeds.shape[:2]
-        last = self._places * longest + self._lengths - 1
+        last = self._logits_indices * longest + self._lengths - 1
         self._run(self._bind(slice(batch), inputs_embeds, positions, last, self._logits))
 
     def resume(self, row: int, inputs_embeds: Array, positions: Array, states: Array | None) -> None:
@@ -132,21 +138,21 @@ class InPlaceDecoding:
 
     @property
     def logits(self) -> Array:
-        """See ``adalink.runtime.engine.Decoding``."""
+        """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits[: self._alive]
 
     def step(self, inputs_embeds: Array) -> None:
-        """See ``adalink.runtime.engine.Decoding``."""
+        """See ``adalink.runtime.engine.DecodeState``."""
         alive = self._alive
         if self._step is None or len(self._step.embeds) != alive:
             rows, embeds = slice(alive), np.empty_like(inputs_embeds)
-            self._step = self._bind(rows, embeds, self._positions[rows], self._places[rows], self._logits[rows])
+            self._step = self._bind(rows, embeds, self._positions[rows], self._logits_indices[rows], self._logits[rows])
         self._step.embeds[:] = inputs_embeds
         self._positions[:alive] += 1
         self._lengths[:alive] += 1
         self._run(self._step)
 
-    def extend(self, inputs_embeds: Array) -> Array:
+    def verify(self, inputs_embeds: Array) -> Array:
         """See ``adalink.runtime.engine.CheckingDecoding``."""
         count = inputs_embeds.shape[1]
         bound = self._extensions.get(count)
@@ -163,13 +169,13 @@ class InPlaceDecoding:
         self._run(bound)
         return bound.logits
 
-    def retract(self, count: int) -> None:
+    def rollback(self, count: int) -> None:
         """See ``adalink.runtime.engine.CheckingDecoding``: places behind a row's length are never read."""
         self._positions[0] -= count
         self._lengths[0] -= count
 
     def drop(self, row: int) -> None:
-        """See ``adalink.runtime.engine.Decoding``; copies what the last row has cached."""
+        """See ``adalink.runtime.engine.DecodeState``; copies what the last row has cached."""
         self._alive -= 1
         last = self._alive
         if row != last:
@@ -178,15 +184,17 @@ class InPlaceDecoding:
             self._cache[:, row, :, :length] = self._cache[:, last, :, :length]
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Decoding``; its memory goes with it."""
+        """See ``adalink.runtime.engine.DecodeState``; its memory goes with it."""
 
-    def _bind(self, rows: slice, inputs_embeds: Array, positions: Array, places: Array, logits: Array) -> _Bound:
-        """A call that reads and writes the buffers of some rows; the logits at ``places`` of their tokens."""
+    def _bind(
+        self, rows: slice, inputs_embeds: Array, positions: Array, logits_indices: Array, logits: Array
+    ) -> _Bound:
+        """A call that reads and writes the buffers of some rows; the logits at ``logits_indices`` of their tokens."""
         binding, value = self._session.call(lambda session: session.io_binding()), self._session.value
         buffers = {
             "inputs_embeds": inputs_embeds,
             "sequence_lengths": self._lengths[rows],
-            "logits_at": places,
+            "logits_at": logits_indices,
             "position_ids": positions,
         }
         for name in self._signature.inputs:
@@ -196,7 +204,7 @@ class InPlaceDecoding:
             shared = value(layer[rows])
             binding.bind_ortvalue_input(past, shared)
             binding.bind_ortvalue_output(present, shared)
-        return _Bound(binding, inputs_embeds, positions, places, logits)
+        return _Bound(binding, inputs_embeds, positions, logits_indices, logits)
 
     def _run(self, bound: _Bound) -> None:
         self._session.call(lambda session: session.run_with_iobinding(bound.binding))
@@ -209,7 +217,7 @@ class _Bound:
     binding: Any
     embeds: Array
     positions: Array
-    places: Array
+    logits_indices: Array
     logits: Array
 
 

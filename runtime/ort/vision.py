@@ -6,15 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, GraphError
 from adalink.runtime.ort.errors import guard, wrong_name
-from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-INPUT, OUTPUT = "pixel_values", "image_embeds"
 
 
 class OnnxVisionGraph:
@@ -24,12 +23,12 @@ class OnnxVisionGraph:
         most_images: ``adalink.runtime.storage.manifest.Vision.images_at_once``.
     """
 
-    def __init__(self, path: Path, base: Base, threads: int | None = None) -> None:
+    def __init__(self, path: Path, base: VisionBase, threads: int | None = None) -> None:
         """Open the graph.
 
         Args:
             path: the ONNX file.
-            base: what it must take and give; it has a vision tower.
+            base: what it must take and give.
             threads: all physical cores by default.
 
         Raises:
@@ -38,28 +37,31 @@ class OnnxVisionGraph:
             GraphError: inputs or outputs are not those of a vision graph.
         """
         vision = base.vision
-        assert vision is not None
         self.most_images = vision.images_at_once
         self._origin = str(path)
-        self._shape = (vision.tokens_per_image, base.hidden_size)
+        self._shape = (vision.tokens_per_image, base.contract.hidden_size)
         self._ort, self._session = open_vision_session(path, threads)
         for what, name, nodes in (
-            ("input", INPUT, self._session.get_inputs()),
-            ("output", OUTPUT, self._session.get_outputs()),
+            ("input", VISION_INPUT, self._session.get_inputs()),
+            ("output", VISION_OUTPUT, self._session.get_outputs()),
         ):
             if [node.name for node in nodes] != [name]:
                 raise GraphError(wrong_name(self._origin, what, name, [node.name for node in nodes]))
         expected = [3, *vision.image_size]
         if (received := self._session.get_inputs()[0].shape[1:]) != expected:
-            raise GraphError(f"{path}: {INPUT} is {received} an image, the manifest says {expected}: export it again")
+            raise GraphError(
+                f"{path}: {VISION_INPUT} is {received} an image, the manifest says {expected}: export it again"
+            )
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
-        given: Array = guard(self._ort, self._origin, lambda: self._session.run([OUTPUT], {INPUT: pixel_values}))[0]
+        given: Array = guard(
+            self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], {VISION_INPUT: pixel_values})
+        )[0]
         if given.shape[1:] != self._shape:
             raise GraphError(
-                f"{self._origin}: {OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: export the "
-                "base again"
+                f"{self._origin}: {VISION_OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: "
+                "export the base again"
             )
         return given
 

@@ -1,4 +1,4 @@
-"""The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/formats.md).
+"""The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/concepts/file-formats.md).
 
 Training writes it, export reads it, and a deployment ships a copy beside each task graph. Weights are held as float32.
 """
@@ -15,8 +15,8 @@ import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
 from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS as ACTIVATION_KEYS
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS as ACTIVATIONS
-from adalink.runtime.storage.adapter_spec import KINDS as KINDS
 from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, settings_at_default
 from adalink.runtime.storage.adapter_spec import rank_of as rank_of
 from adalink.runtime.storage.adapter_spec import show_rank as show_rank

@@ -14,8 +14,8 @@ import msgspec
 from adalink.runtime.errors import ConfigError
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/formats.md).
-KINDS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
+# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/concepts/file-formats.md).
+ACTIVATION_KEYS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
 INPUTS = ("embeddings", "ids")
 # A soft prompt takes up positions of the model: far more of them than anybody trains would be a mistake.
@@ -65,21 +65,21 @@ class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if fault := find_fault(self):
             raise ConfigError(fault.message)
-        is_plain = self.activation == "identity" and not self.bias
-        if self.rank == 0 and not (is_plain and self.input == "embeddings"):
+        is_empty = self.activation == "identity" and not self.bias
+        if self.rank == 0 and not (is_empty and self.input == "embeddings"):
             raise ConfigError(
                 f"rank is 0 with activation {self.activation!r}, bias {self.bias} and input {self.input!r}, expected "
                 "'identity', no bias and input 'embeddings': a soft prompt alone has activation 'identity' and no bias"
             )
-        if self.input == "ids" and not (is_plain and self.modalities == ("text",)):
+        if self.input == "ids" and not (is_empty and self.modalities == ("text",)):
             raise ConfigError(
                 f"input is 'ids' with activation {self.activation!r}, bias {self.bias} and modalities "
                 f"{self.modalities!r}: a table of token ids has activation 'identity', no bias and modalities ('text',)"
             )
 
     @property
-    def kind(self) -> str:
-        """Which of ``KINDS`` computes this adapter."""
+    def activation_key(self) -> str:
+        """Which of ``ACTIVATION_KEYS`` computes this adapter."""
         return f"{self.activation}_bias" if self.bias else self.activation
 
 

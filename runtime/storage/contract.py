@@ -17,34 +17,42 @@ class AdapterBase(Protocol):
     @property
     def name(self) -> str:
         """What people call it."""
+        ...
 
     @property
     def fingerprint(self) -> str:
         """Digest of its input embedding matrix."""
+        ...
 
     @property
     def hidden_size(self) -> int:
         """Width ``d`` of its embeddings."""
+        ...
 
     @property
     def vocab_size(self) -> int:
         """Tokens that it knows."""
+        ...
 
     @property
     def embedding_dtype(self) -> str:
         """What it takes embeddings in."""
+        ...
 
     @property
     def max_positions(self) -> int | None:
         """The longest sequence it was made for; ``None`` without a limit."""
+        ...
 
     @property
     def modalities(self) -> tuple[str, ...] | None:
         """Modalities that it was exported for; ``None`` if any name will do."""
+        ...
 
     @property
     def takes_soft_prompts(self) -> bool:
         """Whether positions can stand before the text."""
+        ...
 
 
 def check_adapter(

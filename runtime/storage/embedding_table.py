@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import IntegrityError
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes, map_file

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a deployment holds, and every file with its digest and size (docs/formats.md)."""
+"""``manifest.json``: what a deployment holds, each file with digest and size (docs/concepts/file-formats.md)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.storage.adapter_spec import AdapterSpec
-from adalink.runtime.text.prompt_format import PromptForm
-from adalink.runtime.vision.patches import PatchTower
-from adalink.runtime.vision.tiles import Grid, TileTokens, tiles_of
+from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA_VERSION = 3
@@ -121,7 +119,7 @@ class Base(_Strict, frozen=True, kw_only=True):
             embedding module returns for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
-        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.KINDS``.
+        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: what images go through; ``None`` for a base of text alone.
         bidirectional_prompt: whether every position of a prompt sees all of it, and only what is generated is causal.
     """
@@ -203,7 +201,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
 
 
 class Fold(_Strict, frozen=True, kw_only=True):
-    """A text task computed ahead for every token of the vocabulary (docs/formats.md).
+    """A text task computed ahead for every token of the vocabulary (docs/concepts/file-formats.md).
 
     Attributes:
         kind: ``"table"``: the adapted embeddings; ``"rank"``: ``act(down(x))`` of each token.

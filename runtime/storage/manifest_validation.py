@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from adalink.runtime.errors import DeploymentError, ManifestError
-from adalink.runtime.storage.adapter_spec import KINDS, Fault, find_fault
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, Fault, find_fault
 from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -39,7 +39,12 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
     demand(bool(_DIGEST.fullmatch(base.fingerprint)), "$.base.fingerprint", base.fingerprint, "'sha256:' and 64 digits")
     known = not base.weights_digest or bool(_DIGEST.fullmatch(base.weights_digest))
     demand(known, "$.base.weights_digest", base.weights_digest, "'sha256:' and 64 digits, or nothing")
-    demand(base.bank.keys() == set(KINDS), "$.base.bank", sorted(base.bank), f"a graph for each of {', '.join(KINDS)}")
+    demand(
+        base.bank.keys() == set(ACTIVATION_KEYS),
+        "$.base.bank",
+        sorted(base.bank),
+        f"a graph for each of {', '.join(ACTIVATION_KEYS)}",
+    )
     demand(bool(base.modalities), "$.base.modalities", base.modalities, "at least one name")
     demand(
         base.max_positions is None or 1 <= base.max_positions <= 1 << 31,

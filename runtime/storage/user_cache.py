@@ -7,6 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from adalink.runtime.errors import WriteError
+from adalink.runtime.storage.atomic import replace_file
+
 
 def cache_path(folder: str, name: str) -> Path | None:
     """Where such a file lies; ``None`` for a user who has no home.
@@ -39,12 +42,6 @@ def read_own(path: Path) -> bytes | None:
 
 def write_own(path: Path, data: bytes | memoryview) -> None:
     """Write it whole or not at all; a machine that cannot keep it goes without."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
+    with contextlib.suppress(OSError, WriteError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft.touch(mode=0o600)
-        draft.write_bytes(data)
-        draft.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        replace_file(path, data, private=True)

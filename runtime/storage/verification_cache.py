@@ -16,12 +16,15 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.errors import NOT_JSON
+from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import check_size, locate, reading, verify_files
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
 
 _SETTLED_NS = 2_000_000_000
+
+_LOG = get_logger(__name__)
 
 # Device, inode, size, modification and change time in nanoseconds.
 Stamp = tuple[int, int, int, int, int]
@@ -56,6 +59,7 @@ def verify_once(
         stamp, expected = _stamp(path), manifest.files[relative].sha256
         check_size(manifest, relative, stamp[2])
         if known.get(relative) == _Seen(expected, stamp):
+            _LOG.debug("%s has not changed since its digest was checked: not read again", path)
             continue
         started = time.time_ns()
         verify_files(folder, manifest, [relative], progress)

@@ -1,8 +1,8 @@
-"""The bank: which rows of a batch go through which weights (docs/decisions/0006-bank.md).
+"""Adapter mapping: which rows of a batch go through which adapter (docs/decisions/0006-bank.md).
 
-All tasks of one kind share one graph that takes their weights as inputs. A batch under one task feeds it views of that
-task's own weights, of any rank; a mixed batch feeds it the weights of its rows, stacked. Rows of the plain base go
-through no graph: they pass bit for bit.
+All adapters with one activation and bias share one graph that takes their weights as inputs. A batch under one task
+feeds it views of that task's own weights, of any rank. A mixed batch feeds it the weights of its rows, stacked. Rows of
+the base model go through no graph: they pass bit for bit.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adalink.runtime.engine import Array, BankGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import SharedAdapterGraph
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.tasks.folding import Folded
 from adalink.runtime.tasks.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Rows of a batch whose positions of one modality go through one bank graph in one call.
+class AdapterGroup:
+    """Rows of a batch whose positions of one modality go through one shared adapter graph in one call.
 
     Attributes:
         rows: which rows of the batch, int64; ``None`` for all of them.
         modality: index in the base's modalities; 0 is text.
         scope: ``"all"``, or ``"prompt"`` for rows whose generated tokens are left alone.
-        digest: of the adapter; of the first one where parts were stacked.
+        digest: of the adapter; of the first one where groups were stacked.
         graph: the arithmetic.
         weights: its inputs, one set for all rows or one for each of ``rows``.
     """
@@ -35,17 +36,17 @@ class Part:
     modality: int
     scope: str
     digest: str
-    graph: BankGraph
+    graph: SharedAdapterGraph
     weights: Mapping[str, Array]
 
 
 @dataclass(frozen=True, eq=False)
-class OwnTable:
+class TokenEmbeddingDelta:
     """Rows of a batch whose task adds to a token what it has for its id.
 
     Attributes:
         rows: which rows of the batch, int64; ``None`` for all of them.
-        scope: as in ``Part``.
+        scope: as in ``AdapterGroup``.
         digest: of the adapter.
         table: gives the embeddings with what is added.
     """
@@ -56,32 +57,32 @@ class OwnTable:
     table: Folded
 
 
-class Selection:
+class AdapterMapping:
     """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
 
-    __slots__ = ("_fold", "_parts", "_prompts", "_tables", "_text", "_whole", "_whole_weights")
+    __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights")
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        groups: Sequence[AdapterGroup],
         fold: Folded | None = None,
         *,
-        tables: Sequence[OwnTable] = (),
+        deltas: Sequence[TokenEmbeddingDelta] = (),
         prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
     ) -> None:
         """Say what rows go through.
 
         Args:
-            parts: bottlenecks.
+            groups: bottlenecks.
             fold: all of it for text, computed ahead.
-            tables: what is looked up by token id.
+            deltas: what is looked up by token id.
             prompts: soft prompts, with the rows that begin with them; ``None`` for all.
         """
-        self._parts = tuple(parts)
+        self._groups = tuple(groups)
         self._fold = fold
-        self._tables = tuple(tables)
+        self._deltas = tuple(deltas)
         self._prompts = tuple(prompts)
-        self._text = text = tuple(part for part in parts if part.modality == 0)
+        self._text = text = tuple(group for group in groups if group.modality == 0)
         # One task for a whole batch of text, which is what nearly every call is.
         is_whole = len(text) == 1 and text[0].rows is None
         self._whole = text[0].graph if is_whole else None
@@ -97,15 +98,15 @@ class Selection:
         """
         if self._fold is not None and modality is None:
             return self._fold.lookup(table, ids)
-        embeds = self.embed(table, ids, modality) if self._tables else table.take(ids, axis=0)
+        embeds = self.embed(table, ids, modality) if self._deltas else table.take(ids, axis=0)
         return self.apply(embeds, modality)
 
     def embed(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
         """Embeddings before any bottleneck: those of the base, with what tasks have for token ids; as ``lookup``."""
         embeds = table.take(ids, axis=0)
-        for own in self._tables:
-            rows = slice(None) if own.rows is None else own.rows
-            changed = own.table.lookup(table, ids[rows])
+        for delta in self._deltas:
+            rows = slice(None) if delta.rows is None else delta.rows
+            changed = delta.table.lookup(table, ids[rows])
             if modality is not None:
                 changed = np.where((modality[rows] == 0)[..., None], changed, embeds[rows])
             embeds[rows] = changed
@@ -115,20 +116,20 @@ class Selection:
         """Adapt each row by its task.
 
         Args:
-            embeds: shape ``(batch, seq, d)``; not changed. Rows of the plain base are returned bit for bit.
+            embeds: shape ``(batch, seq, d)``; not changed. Rows of the base model are returned bit for bit.
             modality: index in the base's modalities for each position, ``(batch, seq)``; ``None`` means text.
         """
         if modality is None and self._whole is not None:
             return self._whole.run(embeds, self._whole_weights)
-        parts = self._text if modality is None else self._parts
-        if not parts:
+        groups = self._text if modality is None else self._groups
+        if not groups:
             return embeds
         result = embeds.copy()
-        for part in parts:
-            rows = slice(None) if part.rows is None else part.rows
-            adapted = part.graph.run(embeds[rows], part.weights)
+        for group in groups:
+            rows = slice(None) if group.rows is None else group.rows
+            adapted = group.graph.run(embeds[rows], group.weights)
             if modality is not None:
-                adapted = np.where((modality[rows] == part.modality)[..., None], adapted, result[rows])
+                adapted = np.where((modality[rows] == group.modality)[..., None], adapted, result[rows])
             result[rows] = adapted
         return result
 
@@ -136,136 +137,137 @@ class Selection:
         """What each row begins with; empty if no row has a soft prompt."""
         if not self._prompts:
             return []
-        found: list[SoftPrompt | None] = [None] * batch
+        by_row: list[SoftPrompt | None] = [None] * batch
         for rows, prompt in self._prompts:
             for row in range(batch) if rows is None else rows.tolist():
-                found[row] = prompt
-        return found
+                by_row[row] = prompt
+        return by_row
 
     @property
     def needs_ids(self) -> bool:
         """Whether a task looks token ids up, so that embeddings alone do not do."""
-        return bool(self._tables)
+        return bool(self._deltas)
 
     def adapters(self, batch: int, modality: int = 0) -> list[tuple[str, str]]:
         """Digest and scope of the adapter that one modality of each row goes through; empty for none."""
-        found = [("", "")] * batch
-        parts: list[Part | OwnTable] = [part for part in self._parts if part.modality == modality]
-        for part in (*parts, *(self._tables if modality == 0 else ())):
-            for row in range(batch) if part.rows is None else part.rows.tolist():
-                found[row] = (part.digest, part.scope)
-        return found
+        by_row = [("", "")] * batch
+        members: list[AdapterGroup | TokenEmbeddingDelta] = [*(self._deltas if modality == 0 else ())]
+        members += [group for group in self._groups if group.modality == modality]
+        for member in members:
+            for row in range(batch) if member.rows is None else member.rows.tolist():
+                by_row[row] = (member.digest, member.scope)
+        return by_row
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def groups(self) -> tuple[AdapterGroup, ...]:
         """What rows go through, in no particular order."""
-        return self._parts
+        return self._groups
 
-    def generated(self) -> Selection:
+    def generated(self) -> AdapterMapping:
         """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``."""
-        return Selection([part for part in self._text if part.scope == "all"], tables=self._generated_tables())
+        return AdapterMapping([group for group in self._text if group.scope == "all"], deltas=self._generated_deltas())
 
-    def decoding(self) -> Selection:
+    def for_decoding(self) -> AdapterMapping:
         """As ``generated``, with weights stacked: a step is one call of each graph however many tasks there are."""
-        parts, tables = [part for part in self._text if part.scope == "all"], self._generated_tables()
-        if len(parts) == len(self._parts) <= 1 and len(tables) == len(self._tables):
+        groups, deltas = [group for group in self._text if group.scope == "all"], self._generated_deltas()
+        if len(groups) == len(self._groups) <= 1 and len(deltas) == len(self._deltas):
             return self
-        together: dict[BankGraph, list[Part]] = {}
-        for part in parts:
-            together.setdefault(part.graph, []).append(part)
-        stacked = [group[0] if len(group) == 1 else _stack(group) for group in together.values()]
-        return Selection(stacked, tables=tables)
+        by_graph: dict[SharedAdapterGraph, list[AdapterGroup]] = {}
+        for group in groups:
+            by_graph.setdefault(group.graph, []).append(group)
+        stacked = [members[0] if len(members) == 1 else _stack(members) for members in by_graph.values()]
+        return AdapterMapping(stacked, deltas=deltas)
 
-    def take(self, kept: Sequence[int]) -> Selection:
-        """The selection of a batch made of some rows of this one, in the order given, past its soft prompts."""
-        parts = [part for old in self._parts if (part := _take(old, np.asarray(kept))) is not None]
-        tables = []
-        for own in self._tables:
-            rows = None if own.rows is None else np.flatnonzero(np.isin(kept, own.rows))
+    def take(self, kept: Sequence[int]) -> AdapterMapping:
+        """The mapping of a batch made of some rows of this one, in the order given, past its soft prompts."""
+        groups = [group for old in self._groups if (group := _take(old, np.asarray(kept))) is not None]
+        deltas = []
+        for delta in self._deltas:
+            rows = None if delta.rows is None else np.flatnonzero(np.isin(kept, delta.rows))
             if rows is None or len(rows):
-                tables.append(replace(own, rows=rows))
-        return Selection(parts, self._fold, tables=tables)
+                deltas.append(replace(delta, rows=rows))
+        return AdapterMapping(groups, self._fold, deltas=deltas)
 
-    def _generated_tables(self) -> list[OwnTable]:
-        return [own for own in self._tables if own.scope == "all"]
-
-
-PLAIN = Selection(())
+    def _generated_deltas(self) -> list[TokenEmbeddingDelta]:
+        return [delta for delta in self._deltas if delta.scope == "all"]
 
 
-def mix(members: Iterable[tuple[Selection, Array]]) -> Selection:
-    """The selection of a batch of several tasks.
+NO_ADAPTER = AdapterMapping(())
+
+
+def mix(members: Iterable[tuple[AdapterMapping, Array]]) -> AdapterMapping:
+    """The mapping of a batch of several tasks.
 
     Args:
-        members: for each task the selection of a batch that has no other, and the rows that have it, int64.
+        members: for each task the mapping of a batch that has no other, and the rows that have it, int64.
     """
-    parts: list[Part] = []
-    tables: list[OwnTable] = []
+    groups: list[AdapterGroup] = []
+    deltas: list[TokenEmbeddingDelta] = []
     prompts: list[tuple[Array | None, SoftPrompt]] = []
     for alone, rows in members:
-        parts += [replace(part, rows=rows) for part in alone._parts]
-        tables += [replace(own, rows=rows) for own in alone._tables]
+        groups += [replace(group, rows=rows) for group in alone._groups]
+        deltas += [replace(delta, rows=rows) for delta in alone._deltas]
         prompts += [(rows, prompt) for _, prompt in alone._prompts]
-    return Selection(parts, tables=tables, prompts=prompts)
+    return AdapterMapping(groups, deltas=deltas, prompts=prompts)
 
 
-def task_parts(adapter: Adapter, modalities: Sequence[str], graph: BankGraph) -> list[Part]:
-    """The parts of a batch whose rows all have this task; their weights are views of the adapter's.
+def task_groups(adapter: Adapter, modalities: Sequence[str], graph: SharedAdapterGraph) -> list[AdapterGroup]:
+    """The groups of a batch whose rows all have this task; their weights are views of the adapter's.
 
     Args:
         adapter: the task's adapter.
         modalities: those of the base.
-        graph: the bank graph of the adapter's kind.
+        graph: the shared graph of the adapter's activation and bias.
     """
     config = adapter.config
     if not config.rank or config.input == "ids":
         return []
     return [
-        Part(None, index, config.scope, adapter.digest, graph, bank_weights(adapter, modality))
+        AdapterGroup(None, index, config.scope, adapter.digest, graph, bank_weights(adapter, modality))
         for index, modality in enumerate(modalities)
         if modality in config.modalities
     ]
 
 
 def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
-    """An adapter's weights for one modality as a bank graph takes them, for all rows: views, nothing is copied."""
+    """An adapter's weights for one modality as a shared adapter graph takes them, for all rows; nothing is copied."""
     weights = {name: adapter.weights[f"{modality}.{name}.weight"][None] for name in ("down", "up")}
     if adapter.config.bias:
         weights |= {f"{name}_bias": adapter.weights[f"{modality}.{name}.bias"][None, None] for name in ("down", "up")}
     return weights
 
 
-def _take(part: Part, kept: Array) -> Part | None:
-    """A part of the batch that is left when only some rows are kept; ``None`` if none of them is its own."""
-    if part.rows is None:
-        return part
-    places = {row: place for place, row in enumerate(part.rows.tolist())}
-    own = [(row, places[old]) for row, old in enumerate(kept.tolist()) if old in places]
-    if not own:
+def _take(group: AdapterGroup, kept: Array) -> AdapterGroup | None:
+    """The group that is left when only some rows are kept; ``None`` if none of them is in it."""
+    if group.rows is None:
+        return group
+    members = {row: member for member, row in enumerate(group.rows.tolist())}
+    pairs = [(row, members[old]) for row, old in enumerate(kept.tolist()) if old in members]
+    if not pairs:
         return None
-    rows, sets = (np.array(numbers) for numbers in zip(*own, strict=True))
-    is_shared = all(len(value) == 1 for value in part.weights.values())
-    weights = part.weights if is_shared else {name: value[sets] for name, value in part.weights.items()}
-    return replace(part, rows=rows, weights=weights)
+    rows, sets = (np.array(numbers) for numbers in zip(*pairs, strict=True))
+    is_shared = all(len(value) == 1 for value in group.weights.values())
+    weights = group.weights if is_shared else {name: value[sets] for name, value in group.weights.items()}
+    return replace(group, rows=rows, weights=weights)
 
 
-def _stack(parts: Sequence[Part]) -> Part:
-    """Parts of one graph as one, with one set of weights for each row.
+def _stack(groups: Sequence[AdapterGroup]) -> AdapterGroup:
+    """Groups of one graph as one, with one set of weights for each row.
 
     Smaller ranks are filled up with zeros. That is exact: every activation maps 0 to 0, and a sum is not changed by
     terms that are 0.
     """
-    groups = [part.rows for part in parts if part.rows is not None]
-    assert len(groups) == len(parts), "rows of several tasks are listed"
-    rows = np.concatenate(groups)
+    row_sets = [group.rows for group in groups if group.rows is not None]
+    assert len(row_sets) == len(groups), "rows of several tasks are listed"
+    rows = np.concatenate(row_sets)
     weights = {}
-    for name in parts[0].weights:
-        largest = np.max([part.weights[name].shape[1:] for part in parts], axis=0)
+    for name in groups[0].weights:
+        largest = np.max([group.weights[name].shape[1:] for group in groups], axis=0)
         weights[name] = np.zeros((len(rows), *largest), np.float32)
     start = 0
-    for part, group in zip(parts, groups, strict=True):
-        stop = start + len(group)
-        for name, own in part.weights.items():
-            weights[name][start:stop, : own.shape[1], : own.shape[2]] = own
+    for group, row_set in zip(groups, row_sets, strict=True):
+        stop = start + len(row_set)
+        for name, matrix in group.weights.items():
+            weights[name][start:stop, : matrix.shape[1], : matrix.shape[2]] = matrix
         start = stop
-    return replace(parts[0], rows=rows, weights=weights)
+    return replace(groups[0], rows=rows, weights=weights)

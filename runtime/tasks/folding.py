@@ -1,7 +1,7 @@
 """A text task computed ahead for every token: on text an adapter is a function of the token alone.
 
 ``table`` holds the adapted embeddings: a token costs a lookup. ``rank`` holds ``act(down(x))`` of every token: a token
-costs a lookup and one product of width ``r``. Both are exact within the bound of the graph (docs/parity.md).
+costs a lookup and one product of width ``r``. Both are exact within the bound of the graph (docs/concepts/parity.md).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter, rank_of
 from adalink.runtime.storage.embedding_table import view_table
 from adalink.runtime.storage.manifest import Base
@@ -31,6 +31,7 @@ class Folded(Protocol):
             table: the base's embedding table with shape ``(vocab, d)``.
             ids: token ids with shape ``(batch, seq)``.
         """
+        ...
 
 
 @dataclass(frozen=True, eq=False)

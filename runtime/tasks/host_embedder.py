@@ -1,29 +1,29 @@
-"""The front of engines that take arrays: tasks are applied in main memory."""
+"""The input embedder of engines that take arrays: adapters are applied in main memory."""
 
 from __future__ import annotations
 
-from adalink.runtime.engine import Array
-from adalink.runtime.tasks.adapter_mapping import Selection
+from adalink.runtime.arrays import Array
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
-class HostFront:
-    """See ``adalink.runtime.engine.Front``; what it gives is an array."""
+class HostEmbedder:
+    """See ``adalink.runtime.engine.InputEmbedder``; what it gives is an array."""
 
     def __init__(self, table: Array) -> None:
         self._table = table
 
-    def lookup(self, ids: Array, tasks: Selection, modality: Array | None = None) -> Array:
-        """See ``adalink.runtime.engine.Front``."""
+    def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> Array:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.lookup(self._table, ids, modality)
 
-    def apply(self, embeds: Array, tasks: Selection, modality: Array | None = None) -> Array:
-        """See ``adalink.runtime.engine.Front``."""
+    def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> Array:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.apply(embeds, modality)
 
-    def decoding(self, tasks: Selection) -> Selection:
-        """See ``adalink.runtime.engine.Front``."""
-        return tasks.decoding()
+    def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
+        """See ``adalink.runtime.engine.InputEmbedder``."""
+        return tasks.for_decoding()
 
     def read(self, fed: Array) -> Array:
-        """See ``adalink.runtime.engine.Front``."""
+        """See ``adalink.runtime.engine.InputEmbedder``."""
         return fed

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from adalink.runtime.engine import Backend, BankGraph
+from adalink.runtime.engine import Backend, SharedAdapterGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_verified
+from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
-from adalink.runtime.tasks.adapter_mapping import PLAIN, OwnTable, Selection, mix, task_parts
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, mix, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
+
+_LOG = get_logger(__name__)
 
 
 class LoadedTask:
@@ -29,15 +33,13 @@ class LoadedTask:
     Attributes:
         alone: the selection of a batch whose rows all have this task.
         size_bytes: of its weights, and of its folded form.
-        last_used: when it was last asked for, in the table's count of such requests.
     """
 
-    __slots__ = ("alone", "last_used", "size_bytes")
+    __slots__ = ("alone", "size_bytes")
 
-    def __init__(self, alone: Selection, size_bytes: int) -> None:
+    def __init__(self, alone: AdapterMapping, size_bytes: int) -> None:
         self.alone = alone
         self.size_bytes = size_bytes
-        self.last_used = 0
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,10 @@ class TaskTable:
         self._manifest = manifest
         self._backend = backend
         self._tasks: dict[str, Task | AddedTask] = dict(manifest.tasks)
-        self._loaded: dict[str, LoadedTask] = {}
-        self._loaded_bytes = 0
-        self._memory_bytes = memory_bytes
-        self._clock = itertools.count(1)
-        # Loaded tasks with their last use when they were sorted, the latest first.
-        self._by_age: list[tuple[int, str]] = []
-        self._graphs: dict[str, BankGraph] = {}
+        self._loaded: LruTable[str, LoadedTask] = LruTable(
+            attrgetter("size_bytes"), memory_bytes, on_drop=_log_unloaded
+        )
+        self._graphs: dict[str, SharedAdapterGraph] = {}
         self._lock = threading.RLock()
 
     @property
@@ -77,13 +76,18 @@ class TaskTable:
 
     def get(self, name: str) -> LoadedTask:
         """The task, loaded now if it was not; raises ``UnknownTaskError`` or what loading raises."""
-        loaded = self._loaded.get(name)
-        if loaded is None:
-            with self._lock:
-                self._check_known(name)
-                loaded = self._loaded.get(name) or self._keep(name, self._load(self._tasks[name]))
-        loaded.last_used = next(self._clock)
-        return loaded
+        table = self._loaded
+        try:
+            table.touch(name)
+            return table.entries[name]
+        except KeyError:  # not loaded, or let go just now
+            pass
+        with self._lock:
+            self._check_known(name)
+            if name not in table.entries:
+                self._hold(name, self._load(self._tasks[name]))
+            table.touch(name)
+            return table.entries[name]
 
     def add(self, folder: Path, name: str | None) -> str:
         """Register an adapter folder in this process; raises ``ContractError`` if it belongs to another base."""
@@ -96,7 +100,7 @@ class TaskTable:
             if name in self._tasks:
                 raise RequestError(f"task {name!r} is deployed already: remove it first or choose another name")
             self._tasks[name] = AddedTask(folder.resolve(), adapter.digest)
-            self._keep(name, loaded)
+            self._hold(name, loaded)
         return name
 
     def remove(self, name: str) -> None:
@@ -104,22 +108,22 @@ class TaskTable:
         with self._lock:
             self._check_known(name)
             del self._tasks[name]
-            self._let_go(name)
+            self._loaded.pop(name)
 
     def unload(self, name: str) -> None:
         """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
-            self._let_go(name)
+            self._loaded.pop(name)
 
-    def resolve(self, tasks: Tasks, batch: int) -> Selection:
-        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the plain base.
+    def resolve(self, tasks: Tasks, batch: int) -> AdapterMapping:
+        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the base model.
 
         Raises ``RequestError`` for what are no names, or another number of them than rows, and what ``get`` raises.
         """
         if tasks is None or isinstance(tasks, str):
-            return PLAIN if tasks is None else self.get(tasks).alone
-        rows = list(tasks) if isinstance(tasks, Iterable) else [tasks]
+            return NO_ADAPTER if tasks is None else self.get(tasks).alone
+        rows: list[str | None] = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         if not all(name is None or isinstance(name, str) for name in rows):
             raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
         if len(rows) != batch:
@@ -131,6 +135,11 @@ class TaskTable:
             if name is not None:
                 members.setdefault(name, []).append(row)
         return mix((self.get(name).alone, np.array(own)) for name, own in members.items())
+
+    def _hold(self, name: str, loaded: LoadedTask) -> None:
+        """Keep a task's weights, and let go of others beyond the budget; the lock is held."""
+        self._loaded.put(name, loaded)
+        _LOG.info("loaded task %s: %d bytes", name, loaded.size_bytes)
 
     def _check_known(self, name: str) -> None:
         if name not in self._tasks:
@@ -167,47 +176,24 @@ class TaskTable:
 
     def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
         config, base = adapter.config, self._manifest.base
-        parts = task_parts(adapter, base.modalities, self._graph(config.kind))
-        tables = [OwnTable(None, config.scope, adapter.digest, ids_table(adapter))] if config.input == "ids" else []
+        groups = task_groups(adapter, base.modalities, self._graph(config.activation_key))
+        deltas = (
+            [TokenEmbeddingDelta(None, config.scope, adapter.digest, ids_table(adapter))]
+            if config.input == "ids"
+            else []
+        )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
-        return LoadedTask(Selection(parts, fold, tables=tables, prompts=prompts), adapter.size_bytes + fold_bytes)
+        return LoadedTask(AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes)
 
-    def _keep(self, name: str, loaded: LoadedTask) -> LoadedTask:
-        """Hold a task, and let go of others beyond the budget; the lock is held."""
-        while (
-            self._memory_bytes is not None
-            and self._loaded
-            and self._loaded_bytes + loaded.size_bytes > self._memory_bytes
-        ):
-            self._let_go(self._least_recently_used())
-        loaded.last_used = next(self._clock)
-        self._loaded[name] = loaded
-        self._loaded_bytes += loaded.size_bytes
-        return loaded
-
-    def _least_recently_used(self) -> str:
-        """Who among the loaded was last asked for the longest time ago; the lock is held.
-
-        Sorted once in a while, not at each use: whoever was not used since the last sorting is older than all others.
-        """
-        while True:
-            while self._by_age:
-                last_used, name = self._by_age.pop()
-                if name in self._loaded and self._loaded[name].last_used == last_used:
-                    return name
-            self._by_age = sorted(((loaded.last_used, name) for name, loaded in self._loaded.items()), reverse=True)
-
-    def _let_go(self, name: str) -> None:
-        """Forget a task's weights; the lock is held."""
-        loaded = self._loaded.pop(name, None)
-        if loaded is not None:
-            self._loaded_bytes -= loaded.size_bytes
-
-    def _graph(self, kind: str) -> BankGraph:
-        """The bank graph of a kind, opened at its first use."""
+    def _graph(self, activation_key: str) -> SharedAdapterGraph:
+        """The shared graph of adapters with one activation and bias, opened at its first use."""
         with self._lock:
-            if kind not in self._graphs:
+            if activation_key not in self._graphs:
                 base = self._manifest.base
-                data = read_verified(self._folder, self._manifest, base.bank[kind])
-                self._graphs[kind] = self._backend.open_bank(kind, data, base)
-            return self._graphs[kind]
+                data = read_verified(self._folder, self._manifest, base.bank[activation_key])
+                self._graphs[activation_key] = self._backend.open_bank(activation_key, data, base)
+            return self._graphs[activation_key]
+
+
+def _log_unloaded(name: str, loaded: LoadedTask) -> None:
+    _LOG.info("unloaded task %s: %d bytes", name, loaded.size_bytes)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.runtime.engine import Array
-from adalink.runtime.generation.prefix_cache import name_of
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter
+from adalink.runtime.storage.digest import cache_key
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.safetensors import as_stored
 
@@ -30,60 +30,57 @@ class SoftPrompt:
     digest: str
     vectors: Array
 
-    def names(self) -> Array:
-        """Its positions for the prefix cache, int64 with shape ``(n,)``: a number that no token has."""
-        return np.full(len(self.vectors), name_of(f"{self.digest} {SOFT_PROMPT_NAME}"))
+    def cache_keys(self) -> Array:
+        """Key of each of its positions in the prefix cache, int64 with shape ``(n,)``: a number that no token has."""
+        return np.full(len(self.vectors), cache_key(f"{self.digest} {SOFT_PROMPT_NAME}"))
 
 
-class Layout:
+class SoftPromptLayout:
     """Where the positions of a batch stand behind the soft prompts of its rows.
 
-    In front of a decoder, and of the encoder of an encoder-decoder, whose positions are relative, a soft prompt stands
-    directly before its row's first token, and rows end together. An encoder numbers positions from the left: there the
-    soft prompt is at position 0, and rows begin together. Either way the batch is as wide as its longest row.
+    With padding on the left, a soft prompt stands directly before its row's first token, and rows end together. With
+    padding on the right it stands in the first columns, and rows begin together; so it must in front of an encoder,
+    which numbers its positions from the left. Either way the batch is as wide as its longest row.
 
     Attributes:
         mask: 1 for tokens and soft prompts, int64 with shape ``(batch, total)``.
+        text_mask: 1 for tokens alone, as it was given, shape ``(batch, seq)``.
     """
 
-    def __init__(self, mask: Array, prompts: Sequence[SoftPrompt | None], base: Base) -> None:
+    def __init__(self, mask: Array, prompts: Sequence[SoftPrompt | None], padding_side: str) -> None:
         """Lay a batch out.
 
         Args:
             mask: 1 for tokens and 0 for padding, shape ``(batch, seq)``; every row has a 1.
             prompts: what each row begins with; empty if no row has a soft prompt.
-            base: its kind says on which side rows are aligned.
+            padding_side: the engine's, ``"left"`` or ``"right"``.
         """
-        self.mask = mask
+        self.mask = self.text_mask = mask
         self._prompts = list(prompts)
         if not self._prompts:
             return
         batch, seq = mask.shape
         lengths = np.array([0 if prompt is None else len(prompt.vectors) for prompt in prompts])
         ends = seq - mask[:, ::-1].argmax(axis=1)
-        if base.kind == "encoder":
-            total = max(seq, int((lengths + ends).max()))
-            offsets, self._starts = lengths, np.zeros(batch, np.int64)
-        else:
-            first = mask.argmax(axis=1)
-            total = max(seq, int((lengths + ends - first).max()))
-            offsets = total - ends
-            self._starts = offsets + first - lengths
+        first = mask.argmax(axis=1)
+        total = max(seq, int((lengths + ends - first).max()))
+        offsets = lengths - first if padding_side == "right" else total - ends
+        self._starts = offsets + first - lengths
         columns = offsets[:, None] + np.arange(seq)
-        # What is past the end was padding.
-        self._is_inside = columns < total
-        self._columns = np.minimum(columns, total - 1)
+        # What is outside was padding.
+        self._is_inside = (columns >= 0) & (columns < total)
+        self._columns = np.clip(columns, 0, total - 1)
         self.mask = np.zeros((batch, total), np.int64)
         self.mask[self._places] = mask[self._is_inside]
         for row, where, _ in self._given():
             self.mask[row, where] = 1
 
     @property
-    def is_plain(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether no row has a soft prompt, so that nothing is moved."""
         return not self._prompts
 
-    def widen(self, embeds: Array, modality: Array | None) -> tuple[Array, Array]:
+    def prepend(self, embeds: Array, modality: Array | None) -> tuple[Array, Array]:
         """Put soft prompts in place.
 
         Args:
@@ -103,14 +100,14 @@ class Layout:
             indices[row, where] = -1
         return wide, indices
 
-    def cut(self, output: Array) -> Array:
+    def strip(self, output: Array) -> Array:
         """An engine's output, ``(batch, total, width)``, at the positions that were given: ``(batch, seq, width)``."""
-        return output if self.is_plain else np.take_along_axis(output, self._columns[..., None], axis=1)
+        return output if self.is_empty else np.take_along_axis(output, self._columns[..., None], axis=1)
 
-    def names(self, row: int) -> Array:
-        """What a row begins with, for the prefix cache; empty without a soft prompt."""
-        prompt = None if self.is_plain else self._prompts[row]
-        return np.zeros(0, np.int64) if prompt is None else prompt.names()
+    def cache_keys(self, row: int) -> Array:
+        """Keys of a row's soft prompt in the prefix cache; empty without one."""
+        prompt = None if self.is_empty else self._prompts[row]
+        return np.zeros(0, np.int64) if prompt is None else prompt.cache_keys()
 
     @property
     def _places(self) -> tuple[Array, Array]:

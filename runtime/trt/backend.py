@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adalink.runtime.device.bank import DeviceKind
+from adalink.runtime.arrays import Array
+from adalink.runtime.device.adapter_weights import DeviceSharedAdapterGraph
 from adalink.runtime.device.cuda import CudaDevice
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile
-from adalink.runtime.device.protocols import Lease
+from adalink.runtime.device.protocols import DeviceArena
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.device.workspace import ENGINE, VISION
-from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.engine import PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import BackendError, ContractError, DeploymentError, IntegrityError
-from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.trt.api import Api, load_api
 from adalink.runtime.trt.executor import TensorRtExecutor
 from adalink.runtime.trt.jit_cache import JitCache
@@ -30,10 +33,19 @@ class TensorRtBackend:
         name: ``tensorrt`` or ``tensorrt-rtx``.
     """
 
-    def __init__(self, name: str) -> None:
-        """Raises ``BackendUnavailableError`` where the package is missing."""
+    def __init__(self, name: str, cpu_vision: Callable[[Path, VisionBase], VisionGraph]) -> None:
+        """Load the library.
+
+        Args:
+            name: ``tensorrt`` or ``tensorrt-rtx``.
+            cpu_vision: opens the ONNX graph of a vision tower that has no plan, on the CPU.
+
+        Raises:
+            BackendUnavailableError: the package is missing.
+        """
         self.name = name
         self._api = load_api(name)
+        self._cpu_vision = cpu_vision
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
         """See ``adalink.runtime.engine.Backend``; ``graph`` is a plan, with its record beside it.
@@ -51,18 +63,25 @@ class TensorRtBackend:
         device = CudaDevice(self.name)
         return DeviceEngine(device, TensorRtPlans(self._api, device, graph.parent, record), base, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
-        """See ``adalink.runtime.engine.Backend``: an engine's own fronts do the arithmetic."""
-        return DeviceKind(kind)
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
+        """See ``adalink.runtime.engine.Backend``: an engine's own embedders do the arithmetic."""
+        return DeviceSharedAdapterGraph(activation_key)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``; the graph itself, where there is no plan, runs on the CPU."""
         if graph.suffix == ".onnx":
-            return OnnxVisionGraph(graph, base)
+            return self._cpu_vision(graph, base)
         record = self._read(graph)
         check_validity(self._api, graph)
         device = CudaDevice(self.name)
         return DeviceVision(device, TensorRtPlans(self._api, device, graph.parent, record), base)
+
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
+        """See ``adalink.runtime.engine.Backend``: no engine is built for a base whose images keep their shape."""
+        raise BackendError(
+            f"{graph}: images of {base.contract.name} keep their shape, which {self.name} does not run: "
+            "use onnxruntime-cpu"
+        )
 
     def _read(self, plan: Path) -> EngineRecord:
         record = read_record(plan.parent)
@@ -75,32 +94,32 @@ class TensorRtPlans:
 
     Attributes:
         profile: what the engine takes.
-        largest_rank: largest rank that the fronts take.
-        largest_slots: most sets of weights that the fronts take.
+        largest_rank: largest rank that the embedders take.
+        largest_slots: most sets of weights that the embedders take.
     """
 
     def __init__(self, api: Api, device: CudaDevice, folder: Path, record: EngineRecord) -> None:
         self.profile: Profile = record.profile
-        self.largest_rank = record.front_rank
-        self.largest_slots = record.front_slots
+        self.largest_rank = record.embedder_rank
+        self.largest_slots = record.embedder_slots
         self._api = api
         self._device = device
         self._runtime = api.make_runtime()
         self._folder = folder
-        self._files = {ENGINE: PLAN_FILE, VISION: VISION_FILE, **record.fronts}
+        self._files = {ENGINE: PLAN_FILE, VISION: VISION_FILE, **record.embedders}
         self._engines: dict[str, Any] = {}
         self._caches: dict[str, JitCache] = {}
 
-    def executor(self, name: str, profile: int, lease: Lease) -> TensorRtExecutor:
+    def executor(self, name: str, profile: int, arena: DeviceArena) -> TensorRtExecutor:
         """See ``Plans``."""
         with self._device.not_recording:
             engine = self._engine(name)
             context = self._api.make_context(engine, self._caches[name].config)
             size = self._api.scratch_bytes(engine)
             if size:
-                self._api.set_scratch(context, lease.scratch(name, size), size)
+                self._api.set_scratch(context, arena.scratch(name, size), size)
             origin = str(self._folder / self._files[name])
-            return TensorRtExecutor(self._api, engine, context, profile, lease.queue, origin)
+            return TensorRtExecutor(self._api, engine, context, profile, arena.queue, origin)
 
     def close(self) -> None:
         """See ``Plans``; what was compiled for this GPU is kept for the next time."""
@@ -112,7 +131,7 @@ class TensorRtPlans:
     def _engine(self, name: str) -> Any:
         if name not in self._engines:
             if name not in self._files:
-                raise BackendError(f"{self._folder} has no front {name!r}: build the engine again with this kit")
+                raise BackendError(f"{self._folder} has no embedder {name!r}: build the engine again with this kit")
             path = self._folder / self._files[name]
             self._api.clear()
             engine = self._runtime.deserialize_cuda_engine(memoryview(read_plan(path)))

@@ -15,8 +15,8 @@ class TensorRtExecutor:
 
     def __init__(self, api: Api, engine: Any, context: Any, profile: int, queue: Queue, origin: str) -> None:
         self._api = api
-        self._engine = engine
-        self._context = context
+        self._engine: Any = engine
+        self._context: Any = context
         self._profile = profile
         self._queue = queue
         self._origin = origin

@@ -26,7 +26,7 @@ class JitCache:
             key = digest_bytes(plan.with_name(RECORD_FILE).read_bytes() + plan.name.encode())
             self._path = cache_path("jit", f"{key.removeprefix('sha256:')[:32]}.bin")
         data = None if self._path is None else read_own(self._path)
-        if data is not None:
+        if data is not None and self._cache is not None:
             self._cache.deserialize(data)
 
     def save(self) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.device.profile import Profile
 from adalink.runtime.errors import NOT_JSON, DeploymentError
+from adalink.runtime.profile import Profile
 
 RECORD_FILE = "engine.json"
 PLAN_FILE = "engine.plan"
@@ -31,7 +31,11 @@ class VisionRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     plan_bytes: int
 
 
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+# The names on disk are those of 0.1.0.
+_ON_DISK = {"embedders": "fronts", "embedder_rank": "front_rank", "embedder_slots": "front_slots"}
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_ON_DISK):
     """What a plan is. Plans of one record lie in one folder.
 
     Attributes:
@@ -43,9 +47,9 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         weights_sha256: digest of its weights' file.
         profile: shapes it takes.
         cache: ``"in-place"``, ``"growing"``, or ``None`` for an encoder.
-        fronts: file name of each front's plan, by ``"<activation>.ids"`` and ``"<activation>.embeds"``.
-        front_rank: largest rank that the fronts take.
-        front_slots: most sets of weights that the fronts take at a time.
+        embedders: file name of each embedder's plan, by ``"<activation>.ids"`` and ``"<activation>.embeds"``.
+        embedder_rank: largest rank that the embedders take.
+        embedder_slots: most sets of weights that the embedders take at a time.
         tasks: file name of the plan of a task's own graph, by task.
         build_seconds: of the base's plan.
         plan_bytes: size of the base's plan.
@@ -60,9 +64,9 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weights_sha256: str
     profile: Profile
     cache: str | None
-    fronts: dict[str, str]
-    front_rank: int
-    front_slots: int
+    embedders: dict[str, str]
+    embedder_rank: int
+    embedder_slots: int
     tasks: dict[str, str] = {}
     build_seconds: float
     plan_bytes: int

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, RequestError
 from adalink.runtime.vision.preprocess import MAX_PIXELS
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # A path, the bytes of a file, a Pillow image or a uint8 array.
-Picture = Any
+ImageInput = Any
 
 T = TypeVar("T")
 _CHANNELS = (1, 3, 4)
 
 
-def read_picture(source: Picture, name: str) -> Array:
+def read_picture(source: ImageInput, name: str) -> Array:
     """RGB pixels of a picture.
 
     Args:

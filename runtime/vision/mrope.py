@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
-from adalink.runtime.vision.tiles import Grid
+from adalink.runtime.storage.vision_schema import Grid
 
 AXES = 3
 

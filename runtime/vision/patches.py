@@ -13,14 +13,13 @@ import msgspec
 import numpy as np
 
 from adalink.runtime.errors import RequestError
-from adalink.runtime.vision.tiles import Grid
+from adalink.runtime.storage.vision_schema import Grid
 
 if TYPE_CHECKING:
-    from adalink.runtime.engine import Array
+    from adalink.runtime.arrays import Array
 
 # The processor's own limit of the longer edge over the shorter.
 _LONGEST = 200
-_NONE = -1
 
 
 class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,48 +76,3 @@ class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         count = rows * columns * merge * merge
         frames = np.repeat(cells.reshape(count, 3, 1, edge, edge), self.frames, axis=2)
         return frames.reshape(count, -1)
-
-
-class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a vision tower looks at the patches of a picture.
-
-    Attributes:
-        merge: patches on an edge of a piece.
-        window: pieces on an edge of the windows that some layers attend within; ``None``: all layers attend to all.
-    """
-
-    merge: int
-    window: int | None
-
-    def inputs(self, grid: Grid) -> dict[str, Array]:
-        """What a vision graph takes beside the patches of one picture.
-
-        Args:
-            grid: its rows and columns of pieces.
-
-        Returns:
-            ``patch_positions``: row and column of each patch, int64 with shape ``(patches, 2)``. With windows also
-            ``window_patches``: the patches of each window, int64 with shape ``(windows, places)``, -1 where a window
-            reaches beyond the picture; and ``patch_places``: where each patch stands among all windows' places, int64
-            with shape ``(patches,)``.
-        """
-        rows, columns = grid
-        merge = self.merge
-        cells = np.indices((rows * merge, columns * merge)).reshape(2, rows, merge, columns, merge)
-        positions = np.ascontiguousarray(cells.transpose(1, 3, 2, 4, 0).reshape(-1, 2))
-        if self.window is None:
-            return {"patch_positions": positions}
-        windows = self._windows(grid, self.window)
-        flat = windows.ravel()
-        places = np.empty(len(positions), np.int64)
-        places[flat[flat != _NONE]] = np.flatnonzero(flat != _NONE)
-        return {"patch_positions": positions, "window_patches": windows, "patch_places": places}
-
-    def _windows(self, grid: Grid, window: int) -> Array:
-        rows, columns = grid
-        high, wide = ceil(rows / window), ceil(columns / window)
-        pieces = np.full((high * window, wide * window), _NONE)
-        pieces[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
-        by_window = pieces.reshape(high, window, wide, window).transpose(0, 2, 1, 3).reshape(high * wide, -1, 1)
-        count = self.merge**2
-        return np.where(by_window == _NONE, _NONE, by_window * count + np.arange(count)).reshape(high * wide, -1)

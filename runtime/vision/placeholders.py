@@ -12,21 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.prefix_cache import name_of
+from adalink.runtime.storage.digest import cache_key
 from adalink.runtime.storage.manifest import Base, Vision
 from adalink.runtime.storage.safetensors import as_stored
-from adalink.runtime.vision.images import Picture
-from adalink.runtime.vision.tiles import Grid
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import Grid
+from adalink.runtime.vision.images import ImageInput
 
 # For each row its images, or None.
-Images = Sequence[Sequence[Picture] | None] | None
+Images = Sequence[Sequence[ImageInput] | None] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreprocessedImage:
     """An image as the base's own encoder takes it.
 
     Attributes:
@@ -55,7 +57,7 @@ class ImageEmbeds:
     grid: Grid = (0, 0)
 
 
-def check_images(images: Images, rows: int, base: Base) -> list[list[Picture]]:
+def check_images(images: Images, rows: int, base: Base) -> list[list[ImageInput]]:
     """The images of each row, none where there are none; raises ``RequestError``."""
     if images is None:
         return [[] for _ in range(rows)]
@@ -77,7 +79,7 @@ def check_images(images: Images, rows: int, base: Base) -> list[list[Picture]]:
     return given
 
 
-def expand(tokens: list[int], images: Sequence[Prepared], row: int, base: Base) -> list[int]:
+def expand(tokens: list[int], images: Sequence[PreprocessedImage], row: int, base: Base) -> list[int]:
     """A prompt with as many placeholders as its images take up, and with the tokens around their tiles.
 
     Args:
@@ -109,7 +111,7 @@ def expand(tokens: list[int], images: Sequence[Prepared], row: int, base: Base) 
     return tokens
 
 
-def check_expanded(ids: Array, images: Sequence[Sequence[Prepared]], vision: Vision) -> None:
+def check_expanded(ids: Array, images: Sequence[Sequence[PreprocessedImage]], vision: Vision) -> None:
     """Check that every row of ``(batch, seq)`` has the positions that its images take up; raises ``RequestError``."""
     for row, own in enumerate(images):
         found = int((ids[row] == vision.image_token_id).sum())
@@ -121,7 +123,7 @@ def check_expanded(ids: Array, images: Sequence[Sequence[Prepared]], vision: Vis
             )
 
 
-def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: Base) -> tuple[Array, Array]:
+def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: VisionBase) -> tuple[Array, Array]:
     """Embeddings of a batch with those of its images in place, not adapted.
 
     Args:
@@ -134,16 +136,17 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
         Embeddings with shape ``(batch, seq, d)`` in the base's dtype, and the modality of each position, int64 with
         shape ``(batch, seq)``.
     """
-    assert base.vision is not None
     is_image = ids == base.vision.image_token_id
     rows = [image.embeds for own in images for image in own]
     if rows:
-        embeds[is_image] = as_stored(np.concatenate(rows), base.embedding_dtype)
-    return embeds, np.where(is_image, base.modalities.index("image"), 0)
+        embeds[is_image] = as_stored(np.concatenate(rows), base.contract.embedding_dtype)
+    return embeds, np.where(is_image, base.contract.modalities.index("image"), 0)
 
 
-def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None) -> Array:
-    """A prompt for the prefix cache: int64, an image's positions named by the image and what it went through.
+def prompt_cache_keys(
+    tokens: npt.ArrayLike, images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None
+) -> Array:
+    """Key of each position of a prompt in the prefix cache, int64: its token, or its image and that image's adapter.
 
     Args:
         tokens: the prompt, expanded.
@@ -151,11 +154,11 @@ def prefix_names(tokens: Sequence[int], images: Sequence[ImageEmbeds], adapter: 
         adapter: digest of the adapter of its images; empty for none.
         vision: the image side of the base.
     """
-    names = np.array(tokens, np.int64)
+    keys = np.array(tokens, np.int64)
     if vision is not None and images:
-        numbers = np.array([name_of(f"{image.digest} {adapter}") for image in images], np.int64)
-        names[names == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
-    return names
+        numbers = np.array([cache_key(f"{image.digest} {adapter}") for image in images], np.int64)
+        keys[keys == vision.image_token_id] = np.repeat(numbers, [len(image.embeds) for image in images])
+    return keys
 
 
 def _short(value: object) -> str:

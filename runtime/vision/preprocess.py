@@ -10,10 +10,11 @@ from math import ceil
 import msgspec
 import numpy as np
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import NOT_JSON, IntegrityError, RequestError
+from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.patches import Patching
-from adalink.runtime.vision.tiles import Grid, Tiling
+from adalink.runtime.vision.tiles import Tiling
 
 # Beyond this a picture is a decompression bomb, or becomes one when its shorter edge is enlarged: Pillow's own limit.
 MAX_PIXELS = 89_478_485
@@ -69,7 +70,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
         tables = self._tables()
-        values = np.empty((len(tiles), *tiles[0].shape), np.float32)
+        values: Array = np.empty((len(tiles), *tiles[0].shape), np.float32)
         for tile, own in zip(tiles, values, strict=True):
             for table, levels, result in zip(tables, tile, own, strict=True):
                 np.take(table, levels, out=result, mode="clip")

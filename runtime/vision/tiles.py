@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-if TYPE_CHECKING:
-    from adalink.runtime.engine import Array
+from adalink.runtime.storage.vision_schema import Grid
 
-# Rows and columns; (0, 0) of a picture that is one tile.
-Grid = tuple[int, int]
+if TYPE_CHECKING:
+    from adalink.runtime.arrays import Array
 
 # The processors' own limit for the longer edge.
 MAX_EDGE = 4096
@@ -71,35 +70,6 @@ class Tiling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def _whole(self, length: int) -> int:
         return ceil(length / self.edge) * self.edge
-
-
-class TileTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tokens around the placeholders of a picture's tiles, as the model's own processor writes them.
-
-    Attributes:
-        before_tile: for each row and each column, those in front of that tile, with what ends the row before.
-        before_whole: those in front of the tile that shows the whole picture, behind others.
-        before_only: those in front of a picture's only tile.
-        end: those behind a picture.
-    """
-
-    before_tile: tuple[tuple[tuple[int, ...], ...], ...]
-    before_whole: tuple[int, ...]
-    before_only: tuple[int, ...]
-    end: tuple[int, ...]
-
-    def around(self, placeholders: list[int], grid: Grid) -> list[int]:
-        """What a picture becomes in a prompt; ``placeholders`` are those of one tile."""
-        if grid == (0, 0):
-            return [*self.before_only, *placeholders, *self.end]
-        rows, columns = grid
-        tiles = [token for row in self.before_tile[:rows] for own in row[:columns] for token in (*own, *placeholders)]
-        return [*tiles, *self.before_whole, *placeholders, *self.end]
-
-
-def tiles_of(grid: Grid) -> int:
-    """How many tiles a picture is, the whole one among them."""
-    return grid[0] * grid[1] + 1
 
 
 def _to_longest_edge(height: int, width: int, longest: int) -> tuple[int, int]:

@@ -7,23 +7,30 @@ picture looks like to the tower, and one answers for all tasks.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from adalink.runtime.engine import Array, Backend, VisionGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Backend, PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
-from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified
+from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
-from adalink.runtime.vision.images import Picture, read_picture
-from adalink.runtime.vision.placeholders import ImageEmbeds, Prepared
+from adalink.runtime.storage.vision_base import vision_base
+from adalink.runtime.storage.vision_schema import Grid
+from adalink.runtime.vision.images import ImageInput, read_picture
+from adalink.runtime.vision.placeholders import ImageEmbeds, PreprocessedImage
 from adalink.runtime.vision.preprocess import Preprocessor, read_preprocessor
-from adalink.runtime.vision.tiles import Grid
+
+_LOG = get_logger(__name__)
 
 
 class OpenVision:
@@ -33,14 +40,13 @@ class OpenVision:
         """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
         self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
-        self._size_bytes = 0
-        self._kept: OrderedDict[str, Array] = OrderedDict()
-        self._opened: tuple[Preprocessor, VisionGraph | OnnxPatchGraph] | None = None
+        self._kept: LruTable[str, Array] = LruTable(attrgetter("nbytes"), cache_bytes)
+        self._opened: tuple[Preprocessor, _Tower] | None = None
         self._is_closed = False
         self._lock = threading.Lock()
         self.encoded = 0
 
-    def prepare(self, images: Sequence[Sequence[Picture]]) -> list[list[Prepared]]:
+    def prepare(self, images: Sequence[Sequence[ImageInput]]) -> list[list[PreprocessedImage]]:
         """The images of each row as the tower takes them.
 
         Args:
@@ -53,7 +59,7 @@ class OpenVision:
         """
         with self._lock:
             preprocessor, _ = self._open()
-        prepared: list[list[Prepared]] = []
+        prepared: list[list[PreprocessedImage]] = []
         for row, own in enumerate(images):
             prepared.append([])
             for place, source in enumerate(own):
@@ -61,42 +67,40 @@ class OpenVision:
                 values = preprocessor.apply(picture)
                 grid = preprocessor.grid(picture.shape[0], picture.shape[1])
                 # Patches of one colour are the same in any grid.
-                prepared[-1].append(Prepared(f"{digest_bytes(values.data)} {grid}", values, grid))
+                prepared[-1].append(PreprocessedImage(f"{digest_bytes(values.data)} {grid}", values, grid))
         return prepared
 
-    def embed(self, images: Sequence[Sequence[Prepared]]) -> list[list[ImageEmbeds]]:
+    def embed(self, images: Sequence[Sequence[PreprocessedImage]]) -> list[list[ImageEmbeds]]:
         """Embeddings of the images of each row; raises what ``prepare`` does."""
         with self._lock:
-            _, graph = self._open()
+            _, tower = self._open()
             given = {image.digest: image for own in images for image in own}
-            found = {digest: self._kept[digest] for digest in given if digest in self._kept}
+            kept = self._kept.entries
+            found = {digest: kept[digest] for digest in given if digest in kept}
             missing = [image for digest, image in given.items() if digest not in found]
             if missing:
-                for image, own in zip(missing, _encode(graph, missing), strict=True):
+                begun = time.perf_counter()
+                for image, own in zip(missing, tower.encode(missing), strict=True):
                     found[image.digest] = own
                 self.encoded += len(missing)
+                spent_ms = (time.perf_counter() - begun) * 1000
+                _LOG.info("encoded %d of %d images, %.0f ms", len(missing), len(given), spent_ms)
             for digest in found:
                 self._keep(digest, found[digest])
             return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
 
     def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
         """See ``Deployment.encode``."""
-        base = self._manifest.base
-        if base.vision is None:
-            raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
+        base = vision_base(self._manifest.base)
         shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
         if base.vision.patches is not None:
             patches = None if grid is None else base.vision.positions(grid) * base.vision.patches.merge**2
-            if len(shape) != 2 or shape[0] != patches:
+            if grid is None or len(shape) != 2 or shape[0] != patches:
                 raise RequestError(f"pixel_values has the shape {shape} and grid is {grid}: expected all its patches")
         elif len(shape) != 4 or not shape[0] or shape[1:] != expected:
             raise RequestError(f"pixel_values has the shape {shape}, expected one or more images of {expected}")
         with self._lock:
-            graph = self._open()[1]
-            if isinstance(graph, OnnxPatchGraph):
-                assert grid is not None
-                return graph.run(pixel_values, grid)
-            return _run(graph, pixel_values)
+            return self._open()[1].run(pixel_values, grid or (0, 0))
 
     def close(self) -> None:
         """Give its memory back."""
@@ -106,51 +110,86 @@ class OpenVision:
                 self._opened[1].close()
             self._opened = None
             self._kept.clear()
-            self._size_bytes = 0
 
-    def _open(self) -> tuple[Preprocessor, VisionGraph | OnnxPatchGraph]:
+    def _open(self) -> tuple[Preprocessor, _Tower]:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
         if self._opened is None:
-            vision, plan = self._manifest.base.vision, self._variant.vision_graph
-            assert vision is not None
+            base, plan = vision_base(self._manifest.base), self._variant.vision_graph
+            vision = base.vision
             if plan is None:  # a plan was read whole with the engine's
                 verify_once(self._path, self._manifest, vision.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
             _check_tiles(steps, vision)
-            graph = self._backend.open_vision(locate(self._path, plan or vision.graph), self._manifest.base)
-            self._opened = steps, graph
+            graph = locate(self._path, plan or vision.graph)
+            tower: _Tower
+            if vision.patches is None:
+                tower = _TileTower(self._backend.open_vision(graph, base))
+            else:
+                tower = _PatchTower(self._backend.open_patch_vision(graph, base, vision.patches))
+            self._opened = steps, tower
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
-        """Keep embeddings within the budget; the least recently used go first."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return
-        if embeds.nbytes > self._cache_bytes:
-            return
-        self._kept[digest] = embeds
-        self._size_bytes += embeds.nbytes
-        while self._size_bytes > self._cache_bytes:
-            self._size_bytes -= self._kept.popitem(last=False)[1].nbytes
+        """Keep embeddings as the most recently used, unless they alone exceed the budget."""
+        if embeds.nbytes <= self._cache_bytes:
+            self._kept.put(digest, embeds)
 
 
-def _encode(graph: VisionGraph | OnnxPatchGraph, images: Sequence[Prepared]) -> list[Array]:
-    """Embeddings of each image, ``(positions, d)``."""
-    if isinstance(graph, OnnxPatchGraph):
-        return [graph.run(image.pixel_values, image.grid) for image in images]
-    given = _run(graph, np.concatenate([image.pixel_values for image in images]))
-    ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
-    # Copies, so that one that is kept does not keep its neighbours.
-    return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(given, ends)]
+class _Tower(Protocol):
+    """A vision tower, whatever the sizes of its images."""
+
+    def run(self, pixel_values: Array, grid: Grid) -> Array:
+        """See ``Deployment.encode``; ``grid`` matters where images keep their shape."""
+        ...
+
+    def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
+        """Embeddings of each image, ``(positions, d)``."""
+        ...
+
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
 
 
-def _run(graph: VisionGraph, tiles: Array) -> Array:
-    """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as the tower takes."""
-    starts = range(0, len(tiles), graph.most_images)
-    return np.concatenate([graph.run(tiles[start : start + graph.most_images]) for start in starts])
+class _TileTower:
+    """Images or tiles of one size, many in a call."""
+
+    def __init__(self, graph: VisionGraph) -> None:
+        self._graph = graph
+
+    def run(self, pixel_values: Array, grid: Grid) -> Array:
+        """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as it takes."""
+        most = self._graph.most_images
+        starts = range(0, len(pixel_values), most)
+        return np.concatenate([self._graph.run(pixel_values[start : start + most]) for start in starts])
+
+    def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
+        embeds = self.run(np.concatenate([image.pixel_values for image in images]), (0, 0))
+        ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
+        # Copies, so that one that is kept does not keep its neighbours.
+        return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(embeds, ends)]
+
+    def close(self) -> None:
+        self._graph.close()
+
+
+class _PatchTower:
+    """Images that keep their shape, one in a call."""
+
+    def __init__(self, graph: PatchVisionGraph) -> None:
+        self._graph = graph
+
+    def run(self, pixel_values: Array, grid: Grid) -> Array:
+        return self._graph.run(pixel_values, grid)
+
+    def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
+        return [self._graph.run(image.pixel_values, image.grid) for image in images]
+
+    def close(self) -> None:
+        self._graph.close()
 
 
 def _check_tiles(steps: Preprocessor, vision: Vision) -> None:

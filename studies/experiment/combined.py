@@ -33,7 +33,7 @@ class CombinedDataSet(DataSet):
             for part, start in zip(self.parts, _starts(self.parts), strict=True)
         ]
         longest = max(map(len, drawn))
-        rows = [row for own in drawn for row in itertools.islice(itertools.cycle(own), longest)]
+        rows = [row for part in drawn for row in itertools.islice(itertools.cycle(part), longest)]
         random.Random(f"{self.name};{seed}").shuffle(rows)
         return rows
 

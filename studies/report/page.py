@@ -1,4 +1,4 @@
-"""What a study leaves to read: one HTML file that holds its images and needs no network, and the same as Markdown."""
+"""The page of a study: HTML as one file with its images, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ float32. {{ summary.scoring }}{% if not_compared %} {{ not_compared }}{% endif %
 <img alt="{{ title }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
 <h2>Versions</h2>
-<p>{% for name, found in summary.versions.items() %}{{ name }} {{ found | join(" and ") }}. {% endfor %}</p>
+<p>{% for name, versions in summary.versions.items() %}{{ name }} {{ versions | join(" and ") }}. {% endfor %}</p>
 </body></html>
 """
 
@@ -68,7 +68,7 @@ scores in float32.
 {% endfor %}
 ## Versions
 
-{% for name, found in summary.versions.items() %}{{ name }} {{ found | join(" and ") }}. {% endfor %}
+{% for name, versions in summary.versions.items() %}{{ name }} {{ versions | join(" and ") }}. {% endfor %}
 """
 
 

@@ -1,4 +1,4 @@
-"""The plots of a study as PNG. Colours are Okabe and Ito's, safe for all eyes."""
+"""The plots of a study as PNG. The colours are colour-blind-safe (Okabe and Ito)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ Cell = Mapping[str, Any]
 def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Draw every plot that a summary has figures for: a panel for each base and data set.
 
-    ``differences.png`` is of those from the method that the study compares all others with. It, ``parameters.png`` and
-    ``time.png`` are of the largest training size; ``rank.png`` is of
-    AdaLink where several ranks were run, ``size.png`` of every trained method where several sizes were. Combined data
-    sets are not drawn: what one method for all costs is in the tables, data set by data set.
+    ``differences.png``, ``parameters.png`` and ``time.png`` show the largest training size. The differences are from
+    the method that the study compares all others with. ``rank.png`` shows AdaLink where it has several ranks,
+    ``size.png`` every trained method with several sizes. Combined data sets are in the tables alone.
 
     Returns:
         The files by what they show.
@@ -79,11 +78,11 @@ def _draw_differences(path: Path, title: str, pairs: Sequence[Mapping[str, Any]]
     figure, grid = _grid(len(panels), 1.2 + 0.24 * len(methods))
     reach = 1.5 * max(1.0, *(abs(100 * pair["mean"]) for pair in pairs))
     for axes, panel in zip(grid, panels, strict=True):
-        mine = [pair for pair in pairs if _panel(pair) == panel]
-        means = [100 * pair["mean"] for pair in mine]
-        ends = [[100 * end for end in pair["interval"] or (pair["mean"], pair["mean"])] for pair in mine]
+        shown = [pair for pair in pairs if _panel(pair) == panel]
+        means = [100 * pair["mean"] for pair in shown]
+        ends = [[100 * end for end in pair["interval"] or (pair["mean"], pair["mean"])] for pair in shown]
         axes.errorbar(
-            means, [methods.index(pair["method"]) for pair in mine],
+            means, [methods.index(pair["method"]) for pair in shown],
             xerr=[[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
                   [high - mean for mean, (_, high) in zip(means, ends, strict=True)]],
             label=title, color=_COLOURS[0], marker="o", linestyle="none", capsize=3,
@@ -92,7 +91,7 @@ def _draw_differences(path: Path, title: str, pairs: Sequence[Mapping[str, Any]]
         axes.set_xlim(-reach, reach)
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.set_yticks(range(len(methods)), methods)
-        axes.set_xlabel(f"points more than {mine[0]['against']}")
+        axes.set_xlabel(f"points more than {shown[0]['against']}")
         axes.set_title(", ".join(panel))
     return _save(figure, path)
 
@@ -111,12 +110,12 @@ def _draw_accuracy(
     figure, grid = _grid(len(panels), 3.2)
     for axes, panel in zip(grid, panels, strict=True):
         for index, name in enumerate(names):
-            mine = [cell for cell in cells if _panel(cell) == panel and series(cell) == name]
-            mine.sort(key=value)
+            line = [cell for cell in cells if _panel(cell) == panel and series(cell) == name]
+            line.sort(key=value)
             axes.errorbar(
-                [value(cell) for cell in mine],
-                [100 * cell["accuracy"]["mean"] for cell in mine],
-                yerr=[100 * (cell["accuracy"]["deviation"] or 0.0) for cell in mine],
+                [value(cell) for cell in line],
+                [100 * cell["accuracy"]["mean"] for cell in line],
+                yerr=[100 * (cell["accuracy"]["deviation"] or 0.0) for cell in line],
                 label=name, color=_COLOURS[index % len(_COLOURS)], marker=_MARKERS[index % len(_MARKERS)], capsize=3,
                 fillstyle="full" if index < len(_COLOURS) else "none",
             )  # fmt: skip
@@ -186,13 +185,13 @@ def _variant(cell: Cell) -> str:
     """What a line of several ranks has in common: activation, soft prompt, and a start or ratio of its own."""
     settings = cell["settings"]
     init, ratio, tokens = settings.get("init", "kaiming"), settings.get("lr_ratio", 1.0), settings.get("tokens")
-    said = [
+    names = [
         settings["activation"],
         "" if init == "kaiming" else init,
         "" if ratio == 1.0 else f"rate ratio {ratio:g}",
         f"{tokens} soft tokens" if tokens else "",
     ]
-    return ", ".join(filter(None, said))
+    return ", ".join(filter(None, names))
 
 
 def _size(size: Any) -> float:

@@ -1,4 +1,4 @@
-"""The statistics of a study, each small enough to be checked by hand."""
+"""Statistics of a study: means, Student's interval, sign-flip test."""
 
 from __future__ import annotations
 
@@ -51,17 +51,18 @@ def t_probability(t: float, degrees: int) -> float:
 def sign_flip_test(differences: Sequence[float]) -> float:
     """Two-sided p-value that paired differences are as likely to be of either sign.
 
-    The share of sign patterns whose sum is at least as far from 0 as the one found: all of them up to 16 pairs, else
-    65,536 drawn with a fixed seed, the one found counted among them.
+    The share of sign patterns whose sum is at least as far from 0 as the measured one: all of them up to 16 pairs, else
+    65,536 drawn with a fixed seed, the measured one counted among them.
     """
-    found = abs(math.fsum(differences)) * (1 - 1e-9)
+    measured = abs(math.fsum(differences)) * (1 - 1e-9)
     if len(differences) <= EXACT_PAIRS:
         patterns = itertools.product((-1, 1), repeat=len(differences))
         sums = [abs(math.fsum(sign * value for sign, value in zip(signs, differences, strict=True)))
                 for signs in patterns]  # fmt: skip
-        return sum(value >= found for value in sums) / len(sums)
+        return sum(value >= measured for value in sums) / len(sums)
     draw = random.Random(0)
     extreme = sum(
-        abs(math.fsum(value if draw.random() < 0.5 else -value for value in differences)) >= found for _ in range(DRAWS)
+        abs(math.fsum(value if draw.random() < 0.5 else -value for value in differences)) >= measured
+        for _ in range(DRAWS)
     )
     return (extreme + 1) / (DRAWS + 1)

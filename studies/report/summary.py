@@ -1,4 +1,4 @@
-"""What a study says: figures of every cell over its seeds, and every method paired with one."""
+"""The summary of a study: figures of every cell over its seeds, and methods compared seed by seed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def summarize(study: Study, cells: Sequence[Cell], finished: Mapping[str, Mappin
     groups = [_group(cell, finished) for cell in cells]
     used = {run.file_name for cell in cells for run in (*cell.choose, *cell.measured(finished))} & finished.keys()
     return {
-        "study": _without_places(study),
+        "study": _without_paths(study),
         "runs": {"finished": len(used), "open": count_open(cells, finished)},
         "devices": sorted({finished[name]["run"]["device"] for name in used}),
         "versions": _versions([finished[name]["versions"] for name in sorted(used)]),
@@ -49,12 +49,12 @@ def summarize(study: Study, cells: Sequence[Cell], finished: Mapping[str, Mappin
     }
 
 
-def _without_places(study: Study) -> dict[str, Any]:
+def _without_paths(study: Study) -> dict[str, Any]:
     """The study's settings without where bases and data lie on this machine."""
     settings: dict[str, Any] = msgspec.to_builtins(study)
     for entry in (*settings["bases"], *settings["data"]):
-        for place in ("model", "folder"):
-            entry.pop(place, None)
+        for field in ("model", "folder"):
+            entry.pop(field, None)
     return settings
 
 
@@ -79,14 +79,14 @@ def _group(cell: Cell, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         "accuracy": None,
     }
     if results:
-        some = next(iter(results.values()))
+        first = next(iter(results.values()))
         group |= {
             "accuracy": _accuracy([result["accuracy"] for result in results.values()]),
-            "trained_parameters": some["trained_parameters"],
-            "parameter_share": some["trained_parameters"] / some["base_parameters"],
+            "trained_parameters": first["trained_parameters"],
+            "parameter_share": first["trained_parameters"] / first["base_parameters"],
             "train_seconds": mean_and_deviation([result["train_seconds"] for result in results.values()])[0],
-            "train_rows": some["train_rows"],
-            "test_rows": some["rows"],
+            "train_rows": first["train_rows"],
+            "test_rows": first["rows"],
             "diverged": sum(result["diverged"] for result in results.values()),
         }
     if results and cell.parts:
@@ -104,10 +104,10 @@ def _accuracy(values: Sequence[float]) -> dict[str, float | None]:
 
 def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every trained method paired with those that it is compared with, cell by cell."""
-    others = _by_place(groups)
-    found = []
-    for group, name in _wanted(study, groups):
-        against = others.get((*_place(group), name))
+    others = _by_key(groups)
+    comparisons = []
+    for group, name in _references(study, groups):
+        against = others.get((*_key(group), name))
         if against is None:
             continue
         seeds = [seed for seed in group["seeds"] if seed in against["seeds"]]
@@ -115,27 +115,27 @@ def _comparisons(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict
             continue
         differences = [group["seeds"][seed] - against["seeds"][seed] for seed in seeds]
         interval = t_interval(differences)
-        found.append({
+        comparisons.append({
             "base": group["base"], "data": group["data"], "size": group["size"], "method": group["method"],
             "against": name, "seeds": seeds, "differences": differences,
             "mean": mean_and_deviation(differences)[0], "interval": None if interval is None else list(interval),
             "ratio": group["accuracy"]["mean"] / against["accuracy"]["mean"] if against["accuracy"]["mean"] else None,
         })  # fmt: skip
-    return found
+    return comparisons
 
 
 def _not_compared(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Where a method is trained and one that it is compared with, as the study declares it, is not."""
-    others = _by_place(groups)
-    places = dict.fromkeys((*_place(group), name) for group, name in _wanted(study, groups))
+    others = _by_key(groups)
+    pairs = dict.fromkeys((*_key(group), name) for group, name in _references(study, groups))
     return [
         {"base": base, "data": data, "size": size, "against": name}
-        for base, data, size, name in places
+        for base, data, size, name in pairs
         if (base, data, size, name) not in others
     ]
 
 
-def _wanted(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
+def _references(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
     """Each cell, and the name of each method that its own is compared with."""
     references = {method.name: study.references(method) for method in study.methods}
     return [(group, name) for group in groups for name in references[group["method"]]]
@@ -148,49 +148,49 @@ def _overall(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str
     for comparison in _comparisons(study, [group for group in groups if group["data"] in single]):
         key = (comparison["base"], comparison["size"], comparison["method"], comparison["against"])
         pooled.setdefault(key, []).append(comparison)
-    found = []
+    overall = []
     for (base, size, method, against), comparisons in pooled.items():
         differences = [value for comparison in comparisons for value in comparison["differences"]]
-        found.append({
+        overall.append({
             "base": base, "size": size, "method": method, "against": against,
             "data": [comparison["data"] for comparison in comparisons], "pairs": len(differences),
             "mean": mean_and_deviation(differences)[0], "p_value": sign_flip_test(differences),
         })  # fmt: skip
-    return found
+    return overall
 
 
 def _shared(study: Study, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One of a method for each data set against one for all of them: accuracy on each, and parameters together."""
-    places = _by_place(groups)
-    measured = {place: group for place, group in places.items() if group["accuracy"] is not None}
-    found = []
+    measured = {key: group for key, group in _by_key(groups).items() if group["accuracy"] is not None}
+    shared = []
     for entry in study.data:
-        for base, size, method in dict.fromkeys((place[0], place[2], place[3]) for place in measured):
+        for base, size, method in dict.fromkeys((key[0], key[2], key[3]) for key in measured):
             alone = [measured.get((base, name, size, method)) for name in entry.combine or ()]
             together = measured.get((base, entry.name, size, method))
             if together is None:
                 continue
             measured_alone = [group for group in alone if group is not None]
             parameters = sum(group["trained_parameters"] for group in measured_alone)
-            for name, own in zip(entry.combine or (), alone, strict=True):
-                found.append({
+            for name, single in zip(entry.combine or (), alone, strict=True):
+                shared.append({
                     "base": base, "data": name, "size": size, "method": method, "combined": entry.name,
-                    "alone": own and own["accuracy"], "together": together["parts"][name],
+                    "alone": single and single["accuracy"], "together": together["parts"][name],
                     "parameters_alone": parameters if len(measured_alone) == len(alone) else None,
                     "parameters_together": together["trained_parameters"],
                 })  # fmt: skip
-    return found
+    return shared
 
 
-def _place(group: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def _key(group: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """What two cells share whose methods can be compared."""
     return group["base"], group["data"], group["size"]
 
 
-def _by_place(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    return {(*_place(group), group["method"]): group for group in groups}
+def _by_key(groups: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    return {(*_key(group), group["method"]): group for group in groups}
 
 
-def _versions(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+def _versions(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Every version of a package that runs were done with: more than one is worth knowing."""
-    names = sorted({name for versions in found for name in versions})
-    return {name: sorted({versions[name] for versions in found if name in versions}) for name in names}
+    names = sorted({name for versions in runs for name in versions})
+    return {name: sorted({versions[name] for versions in runs if name in versions}) for name in names}

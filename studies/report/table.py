@@ -1,4 +1,4 @@
-"""The tables of a study, the same on a terminal and on the page."""
+"""The tables of a study, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def accuracy_rows(summary: Mapping[str, Any]) -> Table:
     rows: Rows = []
     for cell in summary["cells"]:
         if cell["accuracy"] is None:
-            rows.append((*_place(cell), "", _rate(cell), "not measured", f"0 of {cell['seeds_wanted']}", ""))
+            rows.append((*_columns(cell), "", _rate(cell), "not measured", f"0 of {cell['seeds_wanted']}", ""))
             continue
         diverged = f", {cell['diverged']} diverged" if cell["diverged"] else ""
         rows.append((
-            *_place(cell), f"{cell['trained_parameters']:,} ({100 * cell['parameter_share']:.3g} %)", _rate(cell),
+            *_columns(cell), f"{cell['trained_parameters']:,} ({100 * cell['parameter_share']:.3g} %)", _rate(cell),
             _percent(cell["accuracy"]), f"{len(cell['seeds'])} of {cell['seeds_wanted']}{diverged}",
             f"{cell['train_seconds']:.0f}",
         ))  # fmt: skip
@@ -34,18 +34,18 @@ def comparison_rows(summary: Mapping[str, Any]) -> Table:
         low_high = pair["interval"]
         interval = "-" if low_high is None else f"{100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f}"
         ratio = "-" if pair["ratio"] is None else f"{pair['ratio']:.3f}"
-        rows.append((*_place(pair), pair["against"], f"{100 * pair['mean']:+.1f}", interval, ratio))
+        rows.append((*_columns(pair), pair["against"], f"{100 * pair['mean']:+.1f}", interval, ratio))
     return columns, rows
 
 
 def not_compared_line(summary: Mapping[str, Any]) -> str | None:
     """What there is no comparison of, because the study leaves out the method compared with; ``None`` for nothing."""
-    places: dict[str, list[str]] = {}
-    for place in summary["not_compared"]:
-        places.setdefault(place["against"], []).append(f"{place['data']} ({place['base']}, rows: {place['size']})")
+    missing: dict[str, list[str]] = {}
+    for cell in summary["not_compared"]:
+        missing.setdefault(cell["against"], []).append(f"{cell['data']} ({cell['base']}, rows: {cell['size']})")
     lines = [
-        f"Nothing is paired with {name} on {', '.join(found)}: the study does not run it there."
-        for name, found in places.items()
+        f"Nothing is paired with {name} on {', '.join(cells)}: the study does not run it there."
+        for name, cells in missing.items()
     ]
     return " ".join(lines) or None
 
@@ -65,7 +65,7 @@ def shared_rows(summary: Mapping[str, Any]) -> Table:
     """Columns and rows: one of a method for each data set, and one for all that are combined."""
     columns = ("base", "data", "rows", "method", "one a data set", "one for all", "parameters", "of the one for all")
     rows: Rows = [
-        (*_place(pair), *("-" if pair[name] is None else _percent(pair[name]) for name in ("alone", "together")),
+        (*_columns(pair), *("-" if pair[name] is None else _percent(pair[name]) for name in ("alone", "together")),
          *("-" if pair[name] is None else f"{pair[name]:,}" for name in ("parameters_alone", "parameters_together")))
         for pair in summary["shared"]
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def _p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"  # never 0: the untouched signs are a pattern too
 
 
-def _place(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def _columns(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
     return entry["base"], entry["data"], str(entry["size"]), entry["method"]
 
 

@@ -135,11 +135,32 @@ def test_readme_gets_what_was_measured(report, tmp_path):
     text = readme.read_text()
     assert text == f"# Top\n\n{BEGIN}\n{section(report)}\n{END}\n\nEnd.\n"
     assert "| tokens/s, fp32, adapter active | 63 | 36 | 25 | not measured | 25 |" in text
-    assert "same rounds: 1.50 times without an adapter and 1.67 times with LoRA in fp32; 1.00 times" in text
-    assert "first token x 1.00, decode step x 1.00, a batch of many tasks x 1.02 of one task" in text
+    assert "| switch to a loaded adapter | 9.0 µs | 9.0 µs |" in text
+    assert "| load an adapter | 1.5 ms | 1.5 ms |" in text
+    assert "| first token, 128-token prompt | 80 ms | 80 ms |" in text
+    told = " ".join(text.split())
+    assert "genai's: 1.50x without an adapter and 1.67x with LoRA in fp32; 1.00x without an adapter" in told
+    assert "first token 1.00x, decode step 1.00x, a batch of 32 tasks 1.02x of one task." in told
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
     readme.write_text("# Top\n")
     with pytest.raises(ValueError, match="has no marks"):
         update(readme, report)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.09, "0.1 µs"),
+        (499.0, "499.0 µs"),
+        (738.0, "0.7 ms"),
+        (29_900.0, "29.9 ms"),
+        (290_860.0, "291 ms"),
+        (2.3e6, "2.3 s"),
+    ],
+)
+def test_readme_times_have_the_unit_that_people_read(report, value, shown):
+    report["peers"]["kit-task"]["swap_us"] = value
+    assert f"| switch to a loaded adapter | {shown} |" in section(report)
 
 
 def test_readme_says_what_the_stored_run_says():

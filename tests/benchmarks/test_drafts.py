@@ -98,5 +98,5 @@ def test_a_still_task_changes_nothing_and_another_does(work: Path, tmp_path: Pat
     with Deployment.open(work / "deployment") as deployment:
         still = deployment.add_task(work / "still")
         ids = [[7, 8, 9]]
-        np.testing.assert_array_equal(deployment.embed(ids, tasks=still), deployment.embed(ids))
-        assert (deployment.embed(ids, tasks="task-00000") != deployment.embed(ids)).any()
+        np.testing.assert_array_equal(deployment.input_embeddings(ids, tasks=still), deployment.input_embeddings(ids))
+        assert (deployment.input_embeddings(ids, tasks="task-00000") != deployment.input_embeddings(ids)).any()

@@ -44,7 +44,7 @@ class Machine:
     def remove_task(self, name: str) -> None:
         self.added.append(f"without {name}")
 
-    def embed(self, ids: list[list[int]], tasks: str | list[str] | None = None) -> None:
+    def input_embeddings(self, ids: list[list[int]], tasks: str | list[str] | None = None) -> None:
         names = {tasks} if isinstance(tasks, str) else set(tasks or ())
         self.resident += TASK_BYTES * len(names - self.loaded)
         self.resident += TABLE_BYTES * len({token for row in ids for token in row} - self.seen)
@@ -93,19 +93,19 @@ def test_figures_by_hand(
     swapped: int,
     memory: float,
 ) -> None:
-    machine, found = measure(monkeypatch, series, x, tasks)
-    assert found["prefill_ms"] == pytest.approx(1e3 * rows * length * PROMPT_S)
-    assert found["decode_ms"] == pytest.approx(1e3 * rows * STEP_S)
-    assert found["swap_us"] == pytest.approx(1e6 * swapped * SWAP_S)
-    assert found["memory_bytes"] == pytest.approx(memory)
+    machine, point = measure(monkeypatch, series, x, tasks)
+    assert point["prefill_ms"] == pytest.approx(1e3 * rows * length * PROMPT_S)
+    assert point["decode_ms"] == pytest.approx(1e3 * rows * STEP_S)
+    assert point["swap_us"] == pytest.approx(1e6 * swapped * SWAP_S)
+    assert point["memory_bytes"] == pytest.approx(memory)
     assert machine.added == ["here/tasks/task-0 first", "without first"]
     assert machine.swaps == tasks + growth._SWAPS
 
 
 def test_swaps_that_are_slow_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "SWAP_S", 2.0)
-    machine, found = measure(monkeypatch, "tasks", 3, 3)
-    assert found["swap_us"] == pytest.approx(2e6)
+    machine, point = measure(monkeypatch, "tasks", 3, 3)
+    assert point["swap_us"] == pytest.approx(2e6)
     assert machine.swaps == 3 + 3  # the third ends behind the limit of five seconds
 
 

@@ -1,7 +1,6 @@
 """The demo on a tiny model: the whole path, what a second run reuses, and what makes it start again."""
 
 import importlib.util
-import json
 import shutil
 
 import pytest
@@ -11,7 +10,9 @@ from helpers.tiny_deployments import make_model_folder, seeded_adapter, write_ad
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.gpus import find_gpus
 from adalink.runtime.trt.record import read_record
+from examples.demo.answers import shorten
 from examples.demo.run import command
+from examples.make_data import write_lines
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx_bindings") is not None
 
@@ -22,9 +23,13 @@ def workplace(tmp_path):
     examples = tmp_path / "examples"
     for seed, name in enumerate(("alpha", "beta"), 1):
         write_adapter(examples / "adapters" / name, seeded_adapter(model, seed))
-    rows = [{"prompt": "Hello 12", "task": "alpha"}, {"prompt": "What is it", "task": "beta"}]
-    (examples / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(examples, [("Hello 12", "alpha", "x"), ("What is it", "beta", "y")])
     return tmp_path, model, examples
+
+
+def write_rows(examples, rows):
+    fields = ("prompt", "task", "expected")
+    write_lines(examples / "demo/rows.jsonl", [dict(zip(fields, row, strict=True)) for row in rows])
 
 
 def run(workplace, *arguments):
@@ -38,12 +43,15 @@ def test_whole_path_then_reuse_then_change(workplace):
     first = run(workplace)
     assert first.exit_code == 0, first.output
     assert "reused" not in first.stderr
-    for text in ("One engine, the same texts", "All 45 checks passed", "engine_builds_during_swaps", "decode_ratio"):
+    for text in ("Answers of one engine", "All 45 checks passed", "engine_builds_during_swaps", "decode_ratio"):
         assert text in first.stdout
     with Deployment.open(root / "out/deployment") as deployment:
         assert deployment.tasks == ("alpha", "beta")
-        texts = deployment.generate(["Hello 12"], tasks="alpha", max_new_tokens=8, stop="\n")[0].text.strip()
-    assert f"{texts} (alpha)" in first.stdout
+        (reply,) = deployment.generate(["Hello 12"], tasks="alpha", max_new_tokens=8)
+    assert shorten(reply.text, 14) in first.stdout
+    assert "0 of 2 answers are right" in first.stdout
+    assert "In one batch of mixed tasks 2 of 2 answers are the same" in first.stdout
+    assert "alpha: not measured: no test rows of this task are known" in first.stdout
 
     base = {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")}
     second = run(workplace)
@@ -89,10 +97,11 @@ def test_wrong_places_are_named(workplace, tmp_path):
         result = run(workplace, *arguments)
         assert result.exit_code == 2
         assert message in result.stderr
-    (examples / "demo.jsonl").write_text('{"prompt": "x"}\n')
-    result = run(workplace)
-    assert result.exit_code == 2
-    assert "names its task" in result.stderr
+    for row in ('{"prompt": "x", "expected": "y"}', '{"prompt": "x", "task": "alpha"}'):
+        (examples / "demo/rows.jsonl").write_text(f"{row}\n")
+        result = run(workplace)
+        assert result.exit_code == 2
+        assert "rows.jsonl:1: a row of the demo names its task and its expected answer" in result.stderr
 
 
 @pytest.mark.skipif(not HAS_RTX, reason="TensorRT-RTX is not installed")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, ShapeRange
 
 pytest.importorskip(
     "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
 )
 
 RTX, SM86 = "tensorrt-rtx", ("sm86",)
-PROFILE = Profile(batch=Span(1, 2, 4), seq=Span(1, 8, 16), past=Span(0, 12, 39))
+PROFILE = Profile(batch=ShapeRange(1, 2, 4), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 12, 39))

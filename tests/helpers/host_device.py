@@ -16,19 +16,21 @@ import onnxruntime as ort
 import pytest
 from packaging.version import Version
 
-from adalink.export.adapter.embedder_graph import FRONTS, build_front_graph
+from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
 from adalink.export.engine.graph import engine_graph
-from adalink.runtime.device.bank import DeviceKind
+from adalink.runtime.arrays import Array
+from adalink.runtime.device.adapter_weights import DeviceSharedAdapterGraph
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile
-from adalink.runtime.device.protocols import Lease
+from adalink.runtime.device.protocols import DeviceArena
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.device.workspace import VISION
-from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import BackendError
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
 from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
 
 HAS_TENSOR_SCATTER = Version(ort.__version__) >= Version("1.24")
 
@@ -165,8 +167,8 @@ class HostPlans:
         self.largest_slots = slots
         self.opened: list[HostExecutor] = []
 
-    def executor(self, name: str, profile: int, lease: Lease) -> HostExecutor:
-        self.opened.append(HostExecutor(self._sessions[name], lease.queue))
+    def executor(self, name: str, profile: int, arena: DeviceArena) -> HostExecutor:
+        self.opened.append(HostExecutor(self._sessions[name], arena.queue))
         return self.opened[-1]
 
     def close(self) -> None:
@@ -192,14 +194,16 @@ class HostBackend:
         # Beside the portable graph, whose file of weights it refers to.
         path = graph.with_name(f"engine-{self.in_place}-{self.profile.capacity}.onnx")
         path.write_bytes(model.SerializeToString())
-        graphs: dict[str, bytes | str] = {front: build_front_graph(front, base).SerializeToString() for front in FRONTS}
+        graphs: dict[str, bytes | str] = {
+            embedder: build_embedder_graph(embedder, base).SerializeToString() for embedder in EMBEDDERS
+        }
         self.plans = HostPlans({"engine": str(path), **graphs}, self.profile, slots=self.slots)
         return DeviceEngine(self.device, self.plans, base, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceKind:
-        return DeviceKind(kind)
+    def open_bank(self, kind: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
+        return DeviceSharedAdapterGraph(kind)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """The tower on the device if the profile has images; else as where an engine has no plan of it."""
         if self.profile.images is None:
             return OnnxVisionGraph(graph, base)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 
-from adalink.training.data.rows import Row
+from adalink.training.data.rows import TrainingRow
 
 
-def make_rows(count: int, seed: int = 7) -> list[Row]:
+def make_rows(count: int, seed: int = 7) -> list[TrainingRow]:
     """Different rows whose completion is the letter that the prompt has most of."""
     draw, rows = random.Random(seed), {}
     while len(rows) < count:
         letter = draw.choice("ab")
         prompt = "".join(draw.choice([letter, letter, letter, "."]) for _ in range(11)) + letter
-        rows[prompt] = Row(prompt, letter.upper())
+        rows[prompt] = TrainingRow(prompt, letter.upper())
     return list(rows.values())
 
 

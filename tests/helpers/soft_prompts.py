@@ -18,15 +18,15 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 
-PLAIN = {"activation": "identity", "bias": False, "scope": "all"}
+NO_ADAPTER = {"activation": "identity", "bias": False, "scope": "all"}
 TASKS: dict[str, dict[str, Any]] = {
     "words": {"rank": 4, "activation": "gelu", "bias": True, "scope": "all"},
-    "soft": {"rank": 0, **PLAIN, "soft_tokens": 5},
-    "soft-too": {"rank": 0, **PLAIN, "soft_tokens": 5},
+    "soft": {"rank": 0, **NO_ADAPTER, "soft_tokens": 5},
+    "soft-too": {"rank": 0, **NO_ADAPTER, "soft_tokens": 5},
     "both": {"rank": 3, "activation": "silu", "bias": True, "scope": "all", "soft_tokens": 2},
     "asked": {"rank": 4, "activation": "gelu", "bias": True, "scope": "prompt", "soft_tokens": 3},
-    "ids": {"rank": 4, **PLAIN, "input": "ids"},
-    "ids-asked": {"rank": 2, **PLAIN, "scope": "prompt", "input": "ids", "soft_tokens": 1},
+    "ids": {"rank": 4, **NO_ADAPTER, "input": "ids"},
+    "ids-asked": {"rank": 2, **NO_ADAPTER, "scope": "prompt", "input": "ids", "soft_tokens": 1},
 }
 EVERY = [None, *TASKS]
 

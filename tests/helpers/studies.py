@@ -17,7 +17,8 @@ from transformers import modeling_gguf_pytorch_utils
 
 from adalink.runtime.errors import DataError
 from studies.commands import main
-from studies.experiment.run import Run, perform
+from studies.experiment.run import perform
+from studies.experiment.run_settings import Run
 
 LABELS = {"a": "ant", "b": "bee", "c": "cow"}
 SPLITS = {"train": 60, "validation": 15, "test": 24}
@@ -110,8 +111,13 @@ def write_study(places: tuple[Path, Path], folder: Path, methods: str = METHODS,
 
 
 def invoke(*arguments: object, code: int = 0) -> Result:
-    """``python -m studies``, which ends with ``code``."""
-    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
+    """``python -m studies run``, which ends with ``code``."""
+    return invoke_command("run", *arguments, code=code)
+
+
+def invoke_command(command: str, *arguments: object, code: int = 0) -> Result:
+    """A command of ``python -m studies``, which ends with ``code``."""
+    result = CliRunner().invoke(main, [command, *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result
 
@@ -166,3 +172,14 @@ def made_result(run: Run, accuracy: float, method: str) -> dict[str, Any]:
         "rows": 24,
     }
     return {"run": to_builtins(run), "result": result, "versions": {"torch": "2.13"}}
+
+
+def finished_runs(count: int) -> dict[str, dict[str, Any]]:
+    """Made-up finished runs of seeds 1 to ``count``, by file name."""
+    runs = [
+        Run(purpose="final", base="tiny", base_digest="b", data="letters", words=32, train_digest="t",
+            scored_digest="s", scored_rows=24, method={"kind": "adalink", "rank": 8}, size=None, lr=1e-2, max_steps=12,
+            batch_size=4, seed=seed, device="cpu")
+        for seed in range(1, count + 1)
+    ]  # fmt: skip
+    return dict(sorted((run.file_name, made_result(run, 0.1 + run.seed / 7, "AdaLink 8")) for run in runs))

@@ -26,7 +26,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.training.adapter_io import load_adapter
-from adalink.training.data.rows import Row
+from adalink.training.data.rows import TrainingRow
 
 TASKS: dict[str, dict[str, Any]] = {
     "words": {"rank": 4, "activation": "gelu", "bias": True, "scope": "all", "modalities": ("text",)},
@@ -47,7 +47,7 @@ def picture(seed: int, height: int = 30, width: int = 41) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8))
 
 
-def write_rows(folder: Path, rows: Sequence[Row], sizes: Sequence[tuple[int, int]]) -> None:
+def write_rows(folder: Path, rows: Sequence[TrainingRow], sizes: Sequence[tuple[int, int]]) -> None:
     """Write ``rows.jsonl`` and pictures ``0.png``, ``1.png``, ... of these heights and widths."""
     rng = np.random.default_rng(0)
     for index, size in enumerate(sizes):

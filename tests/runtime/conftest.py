@@ -10,7 +10,7 @@ from helpers.runtime import Tiny, build
 from helpers.vision_deployments import Seeing, build_seeing
 
 from adalink.runtime import Deployment
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +43,11 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
 def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many positions were known of each row that was run by itself."""
     counts: list[int] = []
-    resume = InPlaceDecoding.resume
+    resume = StaticCacheDecodeState.resume
 
-    def note(self: InPlaceDecoding, row: int, embeds: Any, positions: Any, states: Any) -> None:
+    def note(self: StaticCacheDecodeState, row: int, embeds: Any, positions: Any, states: Any) -> None:
         counts.append(0 if states is None else states.shape[2])
         resume(self, row, embeds, positions, states)
 
-    monkeypatch.setattr(InPlaceDecoding, "resume", note)
+    monkeypatch.setattr(StaticCacheDecodeState, "resume", note)
     return counts

@@ -17,7 +17,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_importing_loads_no_engine_and_no_framework() -> None:
-    loaded = loaded_by("import adalink.runtime")
+    loaded = loaded_by("from adalink.runtime import Deployment")
     assert "adalink.runtime.deployment" in loaded
     assert not loaded & {*HEAVY, "onnxruntime", "tokenizers", "jinja2", "rich", "click"}
 

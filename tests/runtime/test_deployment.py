@@ -73,12 +73,12 @@ def test_swapping_leaves_no_trace(deployment: Deployment) -> None:
 
 def test_given_embeddings_are_adapted_the_same_way(deployment: Deployment) -> None:
     ids = [random_ids(8), random_ids(8, 1)]
-    plain = deployment.embed(ids)
+    plain = deployment.input_embeddings(ids)
     np.testing.assert_array_equal(
         deployment.run(inputs_embeds=plain, tasks=["beta", None])["logits"],
         deployment.run(input_ids=ids, tasks=["beta", None])["logits"],
     )
-    adapted = deployment.embed(ids, tasks=["beta", None])
+    adapted = deployment.input_embeddings(ids, tasks=["beta", None])
     np.testing.assert_array_equal(adapted[1], plain[1])
     assert not np.array_equal(adapted[0], plain[0])
 
@@ -86,16 +86,18 @@ def test_given_embeddings_are_adapted_the_same_way(deployment: Deployment) -> No
 def test_modalities_are_adapted_apart(llama: Any, deployment: Deployment) -> None:
     ids = [random_ids(6)]
     modality = np.array([[0, 1, -1, 1, 0, -1]])
-    plain = torch.tensor(deployment.embed(ids))
+    plain = torch.tensor(deployment.input_embeddings(ids))
     text, image = llama.adapted(plain, "double", "text"), llama.adapted(plain, "double", "image")
     expected = torch.stack([{0: text, 1: image, -1: plain}[int(m)][0, i] for i, m in enumerate(modality[0])])
-    adapted = deployment.embed(ids, tasks="double", modality=modality)[0]
+    adapted = deployment.input_embeddings(ids, tasks="double", modality=modality)[0]
     np.testing.assert_allclose(adapted, expected.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(adapted[[2, 5]], plain.numpy()[0, [2, 5]])
-    np.testing.assert_allclose(deployment.embed(ids, tasks="double")[0], text.numpy()[0], rtol=1e-5, atol=1e-6)
-    only_text = deployment.embed(ids, tasks="alpha", modality=modality)[0]
+    np.testing.assert_allclose(
+        deployment.input_embeddings(ids, tasks="double")[0], text.numpy()[0], rtol=1e-5, atol=1e-6
+    )
+    only_text = deployment.input_embeddings(ids, tasks="alpha", modality=modality)[0]
     np.testing.assert_array_equal(only_text[modality[0] != 0], plain.numpy()[0, modality[0] != 0])
-    np.testing.assert_array_equal(only_text[[0, 4]], deployment.embed(ids, tasks="alpha")[0, [0, 4]])
+    np.testing.assert_array_equal(only_text[[0, 4]], deployment.input_embeddings(ids, tasks="alpha")[0, [0, 4]])
 
 
 def test_encoder(bert: Any) -> None:
@@ -225,7 +227,7 @@ def test_a_generation_ends_with_the_task_it_began_with(llama: Any, tmp_path: Pat
     "call",
     [
         lambda opened: opened.run(input_ids=[[5]]),
-        lambda opened: opened.embed([[5]]),
+        lambda opened: opened.input_embeddings([[5]]),
         lambda opened: opened.generate(["a"], max_new_tokens=2),
         lambda opened: opened.load_task("alpha"),
         lambda opened: opened.add_task(opened.path / "tasks" / "alpha", "gamma"),
@@ -292,12 +294,12 @@ def test_bits_of_bfloat16_are_numbers(llama: Any, bits: int, fits: bool) -> None
 
 
 def test_embeddings_may_lie_in_any_order_of_memory(deployment: Deployment) -> None:
-    embeds = deployment.embed([random_ids(8), random_ids(8, 1)])
+    embeds = deployment.input_embeddings([random_ids(8), random_ids(8, 1)])
     expected = deployment.run(inputs_embeds=embeds)["logits"]
     turned = np.ascontiguousarray(embeds.transpose(2, 0, 1)).transpose(1, 2, 0)
     assert not turned.flags.c_contiguous
     np.testing.assert_array_equal(deployment.run(inputs_embeds=turned)["logits"], expected)
-    started = deployment._opened.engine.start({"inputs_embeds": turned, "attention_mask": np.ones((2, 8), np.int64)}, 1)
+    started = deployment._runner.engine.start({"inputs_embeds": turned, "attention_mask": np.ones((2, 8), np.int64)}, 1)
     np.testing.assert_allclose(started.logits, expected[:, -1], atol=LIMIT)
 
 

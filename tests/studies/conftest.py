@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from helpers.studies import METHODS, invoke, made_result, study_text, write_base, write_data, write_study
 
-from studies.experiment.run import Run
+from studies.experiment.run_settings import Run
 from studies.experiment.settings import Study, describe_method
 from studies.plan import Cell
 

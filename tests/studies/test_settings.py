@@ -12,7 +12,7 @@ from adalink.runtime.errors import ConfigError
 from studies.experiment.settings import AdaLinkMethod, LoraMethod, ZeroShotMethod, read_study
 
 TEXT = study_text(Path("base"), Path("data"), METHODS)
-STUDIES = REPOSITORY / "studies"
+STUDIES = REPOSITORY / "studies" / "files"
 
 
 def read(tmp_path, text):

@@ -1,4 +1,4 @@
-"""``adalink study`` on a tiny base: chosen on validation, done once, resumed, and read with suspicion."""
+"""``python -m studies run`` on a tiny base: chosen on validation, done once, resumed, and read with suspicion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adalink.training.method.config import INITS
 from studies import plan, schedule
 from studies.experiment.settings import AdaLinkMethod, read_study
 from studies.plan import make_cells, open_runs, waiting
-from studies.schedule import read_finished
+from studies.run_store import read_runs
 
 
 def test_runs_keep_their_names(monkeypatch):
@@ -115,7 +115,7 @@ def test_only_what_is_missing_is_done(done, copy):
 def test_other_settings_and_other_data_are_other_runs(places, done, copy, tmp_path):
     names = {run.file_name for _, run in open_runs(make_cells(read_study(done[0])), {})}
     changed = write_study(places, tmp_path, seeds=[1, 3])
-    finished = read_finished(copy[1])
+    finished = read_runs(copy[1])
     left = [(cell.method.name, run.seed) for cell, run in open_runs(make_cells(read_study(changed)), finished)]
     assert left == [("AdaLink 8", 3), ("LoRA 2", 3)]
     data = tmp_path / "letters"

@@ -136,7 +136,7 @@ def test_the_markdown_has_the_same_tables(made, tmp_path):
 def test_committed_results_are_of_the_committed_study(name):
     studies = REPOSITORY / "studies"
     summary = json.loads((studies / "results" / name / "summary.json").read_text())
-    declared = read_study(studies / f"{name}.toml")
+    declared = read_study(studies / "files" / f"{name}.toml")
     for shown, base in zip(summary["study"]["bases"], declared.bases, strict=True):
         shown["model"] = base.model  # a place, which a summary leaves out
     assert msgspec.convert(summary["study"], Study) == declared
@@ -162,7 +162,8 @@ def test_what_the_p_value_is_is_said(made, tmp_path):
     )
     assert said in summary["paired"]
     root = REPOSITORY
-    assert f"exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random" in (root / "docs" / "study.md").read_text()
+    page = (root / "docs" / "project" / "studies.md").read_text()
+    assert f"exact up to {EXACT_PAIRS} pairs, above by {DRAWS:,} random" in page
     for folder in (root / "studies" / "results").iterdir():
         committed = json.loads((folder / "summary.json").read_text())
         for field in ("paired", "scoring"):

@@ -11,12 +11,11 @@ import pytest
 from helpers.studies import write_base
 
 from adalink.runtime.errors import ConfigError, DataError, ModelError, WriteError
-from adalink.training.checkpoints import begin_checkpoints, removed_if_useless
+from adalink.training.checkpoints import SEARCH_FILE, begin_checkpoints, removed_if_useless
 from adalink.training.method.config import AdaLinkConfig
-from adalink.training.search.search import SEARCH_FILE
 from adalink.training.settings import SearchSettings, TrainSettings
 
-train_module = importlib.import_module("adalink.training.train")
+train_module = importlib.import_module("adalink.training.run")
 
 
 @pytest.mark.parametrize(

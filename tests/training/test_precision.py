@@ -16,10 +16,10 @@ from helpers.vision_deployments import write_rows
 from torch import nn
 
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.rows import Row
+from adalink.training.data.rows import TrainingRow
 from adalink.training.method.config import AdaLinkConfig
-from adalink.training.settings import TrainSettings
-from adalink.training.train import train
+from adalink.training.run import train
+from adalink.training.settings import LoopOptions, TrainSettings
 
 BASES = {
     "llama": (FAMILIES["llama"], make_tokenizer, None, "{}{}c"),
@@ -57,7 +57,7 @@ def test_only_products_of_a_step_are(family: str, products: dict[str, set[torch.
         part().save_pretrained(tmp_path / "base")
     has_images = make_processor is not None
     rows = [
-        Row(prompt.format(letter, letter), letter.upper(), images=(f"{index}.png",) if has_images else ())
+        TrainingRow(prompt.format(letter, letter), letter.upper(), images=(f"{index}.png",) if has_images else ())
         for index, letter in enumerate("abba")
     ]
     write_rows(tmp_path, rows, ((11, 40), (30, 33), (17, 9), (20, 20)) if has_images else ())
@@ -96,6 +96,6 @@ def test_a_cpu_that_only_emulates_it_is_warned_of_first(
     files, lines = write_letter_task(tmp_path, "ab", range(2, 5)), list[str]()
     for precision in ("bfloat16", "float32"):
         settings = TrainSettings(max_steps=1, device="cpu", precision=precision)
-        train(*files, tmp_path / precision, AdaLinkConfig(rank=4), settings, say=lines.append)
+        train(*files, tmp_path / precision, AdaLinkConfig(rank=4), settings, loop=LoopOptions(say=lines.append))
     warned = [index for index, line in enumerate(lines) if "has no instructions for bfloat16" in line]
     assert warned == ([] if is_supported else [0])

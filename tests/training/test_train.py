@@ -20,8 +20,8 @@ from adalink.training.adapter_io import load_adapter
 from adalink.training.evaluation import exact_match
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
-from adalink.training.settings import TrainSettings
-from adalink.training.train import train
+from adalink.training.run import train
+from adalink.training.settings import LoopOptions, TrainSettings
 
 CONFIG = AdaLinkConfig(rank=16, activation="gelu", dropout=0.1)
 SETTINGS = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 
 def run(base, data, out, config=CONFIG, settings=SETTINGS, **options):
-    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, settings, **options)
+    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, settings, loop=LoopOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_run_interrupted_after_its_last_step_makes_no_other(finished, base, da
             raise KeyboardInterrupt
         return exact_match(*arguments, **options)
 
-    monkeypatch.setattr("adalink.training.train.exact_match", interrupted)
+    monkeypatch.setattr("adalink.training.run.exact_match", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(base, data, tmp_path / "out")
     count = _Count()
@@ -253,7 +253,7 @@ def test_a_method_that_does_not_fit_is_refused_at_once(data, tmp_path, monkeypat
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr("adalink.training.train.exact_match", lambda *_: pytest.fail("the base was measured first"))
+    monkeypatch.setattr("adalink.training.run.exact_match", lambda *_: pytest.fail("the base was measured first"))
     with pytest.raises(error, match=message):
         run(tmp_path / "tiny", data, tmp_path / "out", AdaLinkConfig(**{"rank": 16, **method}))
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

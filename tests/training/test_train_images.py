@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,14 @@ from PIL import Image
 
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.images import Pictures
-from adalink.training.data.rows import Row, encode_rows, pad_decoder, read_rows
+from adalink.training.data.images import TrainingImages
+from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, read_rows
 from adalink.training.evaluation import exact_match
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
-from adalink.training.settings import TrainSettings
-from adalink.training.train import train
+from adalink.training.run import train
+from adalink.training.settings import LoopOptions, TrainSettings
 from adalink.training.trainer import TrainableAdapters
 
 SETTINGS = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=20)
@@ -59,8 +60,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(base: Path, data: Path, out: Path, config: AdaLinkConfig = CONFIG, **options: object) -> dict:
-    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, SETTINGS, **options)
+def run(base: Path, data: Path, out: Path, config: AdaLinkConfig = CONFIG, **options: Any) -> dict:
+    return train(base, data / "train.jsonl", data / "eval.jsonl", out, config, SETTINGS, loop=LoopOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_without_the_right_picture_it_cannot_know(finished: tuple[Path, dict], b
     from adalink.training.adapter_io import load_adapter
 
     model, tokenizer = load_base(base), make_tokenizer()
-    pictures = Pictures(base, model, tokenizer)
+    pictures = TrainingImages(base, model, tokenizer)
     examples = encode_rows(read_rows(data / "eval.jsonl"), tokenizer, 32, data / "eval.jsonl", pictures.tokens)
     red = next(e.images for e in examples if tokenizer.decode(e.target[:1]) == "R")
     blue = next(e.images for e in examples if tokenizer.decode(e.target[:1]) == "B")
@@ -97,12 +98,12 @@ def test_without_the_right_picture_it_cannot_know(finished: tuple[Path, dict], b
 def test_loss_by_hand_over_rows_with_and_without_images(base: Path, data: Path) -> None:
     """Row by row, unpadded: tower, projector, adapters and merge written out here."""
     model, tokenizer = load_base(base), make_tokenizer()
-    pictures = Pictures(base, model, tokenizer)
+    pictures = TrainingImages(base, model, tokenizer)
     names = [f"pictures/train-{index}.png" for index in range(3)]
     rows = [
-        Row(prompt="@ is", completion="RB", images=(names[0],)),
-        Row(prompt="no picture", completion="X"),
-        Row(prompt="a @ and @", completion="B", images=(names[1], names[2])),
+        TrainingRow(prompt="@ is", completion="RB", images=(names[0],)),
+        TrainingRow(prompt="no picture", completion="X"),
+        TrainingRow(prompt="a @ and @", completion="B", images=(names[1], names[2])),
     ]
     examples = encode_rows(rows, tokenizer, 64, data / "rows.jsonl", pictures.tokens)
     assert examples[2].prompt.count(IMAGE_TOKEN) == 2 * IMAGE_TOKENS

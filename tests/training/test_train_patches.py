@@ -16,19 +16,19 @@ from PIL import Image
 
 from adalink.runtime.errors import DataError, ModelError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.images import Pictures
-from adalink.training.data.rows import Row, encode_rows, pad_decoder, read_rows
+from adalink.training.data.images import TrainingImages
+from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, read_rows
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.models.patches import read_patching
+from adalink.training.run import TrainableAdapters, train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import TrainableAdapters, train
 
 ROWS = [
-    Row(prompt="@ is", completion="RB", images=("0.png",)),
-    Row(prompt="no picture", completion="X"),
-    Row(prompt="a @ and @", completion="B", images=("1.png", "2.png")),
+    TrainingRow(prompt="@ is", completion="RB", images=("0.png",)),
+    TrainingRow(prompt="no picture", completion="X"),
+    TrainingRow(prompt="a @ and @", completion="B", images=("1.png", "2.png")),
 ]
 
 
@@ -50,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loss_of_a_batch_is_that_of_its_rows_alone(base: Path, data: Path) -> None:
     """Row by row with transformers' own counting of positions, and what its processor makes of each picture alone."""
     model, tokenizer, processor = load_base(base), make_tokenizer(), patch_processor()
-    pictures = Pictures(base, model, tokenizer)
+    pictures = TrainingImages(base, model, tokenizer)
     examples = encode_rows(ROWS, tokenizer, 128, data / "rows.jsonl", pictures.tokens)
     with attach(model, AdaLinkConfig(rank=4, modalities=("image", "text"))) as attached, torch.no_grad():
         generator = torch.Generator().manual_seed(5)
@@ -74,7 +74,7 @@ def test_the_loss_of_a_batch_is_that_of_its_rows_alone(base: Path, data: Path) -
 
 def test_a_batch_of_text_alone_keeps_its_positions(base: Path, data: Path) -> None:
     model, tokenizer = load_base(base), make_tokenizer()
-    pictures = Pictures(base, model, tokenizer)
+    pictures = TrainingImages(base, model, tokenizer)
     batch = pad_decoder(encode_rows(ROWS[1:2], tokenizer, 128, data / "rows.jsonl", pictures.tokens), pad=2)
     assert pictures.join(batch, []) is batch
 
@@ -90,12 +90,15 @@ def test_an_adapter_is_trained_and_written(base: Path, data: Path, tmp_path: Pat
 
 def test_a_row_that_cannot_be_used_is_named(base: Path, data: Path) -> None:
     model, tokenizer = load_base(base), make_tokenizer()
-    tokens = Pictures(base, model, tokenizer).tokens
+    tokens = TrainingImages(base, model, tokenizer).tokens
     Image.fromarray(np.zeros((3, 700, 3), np.uint8)).save(data / "line.png")
     for row, message in (
         (ROWS[2], r"row 1 has \d+ tokens, expected at most 16"),
-        (Row(prompt="@", completion="B", images=("line.png",)), r"line.png: the image is 700 x 3 pixels, expected the"),
-        (Row(prompt="@@", completion="B", images=("0.png",)), "row 1 has 2 image placeholders .* and 1 images"),
+        (
+            TrainingRow(prompt="@", completion="B", images=("line.png",)),
+            r"line.png: the image is 700 x 3 pixels, expected the",
+        ),
+        (TrainingRow(prompt="@@", completion="B", images=("0.png",)), "row 1 has 2 image placeholders .* and 1 images"),
     ):
         with pytest.raises(DataError, match=message):
             encode_rows([row], tokenizer, 16, data / "rows.jsonl", tokens)

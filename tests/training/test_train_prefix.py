@@ -15,14 +15,14 @@ from PIL import Image
 from transformers import PaliGemmaProcessor
 
 from adalink.runtime.errors import DataError, ModelError
-from adalink.training.data.images import Pictures
-from adalink.training.data.rows import Row, encode_rows
+from adalink.training.data.images import TrainingImages
+from adalink.training.data.rows import TrainingRow, encode_rows
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.models.prefix_lm import prompt_form, prompt_inputs
+from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import train
 from adalink.training.trainer import TrainableAdapters, collator
 from studies.experiment.run import open_base
 
@@ -52,20 +52,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows_of(data: Path, rows: list[Row], base: Path) -> tuple:
+def rows_of(data: Path, rows: list[TrainingRow], base: Path) -> tuple:
     model, tokenizer = load_base(base), make_prefix_tokenizer()
-    pictures = Pictures(base, model, tokenizer)
+    pictures = TrainingImages(base, model, tokenizer)
     how = (pictures.tokens, prompt_form(model, tokenizer))
     return model, pictures, encode_rows(rows, tokenizer, 64, data / "rows.jsonl", *how)
 
 
 def test_prompts_are_those_of_the_models_own_processor(base: Path, data: Path) -> None:
-    own_images = siglip_processor()
-    own_images.image_seq_length = IMAGE_TOKENS
-    processor = PaliGemmaProcessor(own_images, make_prefix_tokenizer())
+    reference_processor = siglip_processor()
+    reference_processor.image_seq_length = IMAGE_TOKENS
+    processor = PaliGemmaProcessor(reference_processor, make_prefix_tokenizer())
     names = [f"train-{index}.png" for index in range(3)]
     for prompt, count in (("caption en", 1), ("two?", 2), ("<image>a", 1), ("a<image>b <image>c\n", 2), ("\n", 1)):
-        _, pictures, (example,) = rows_of(data, [Row(prompt, "X", tuple(names[:count]))], base)
+        _, pictures, (example,) = rows_of(data, [TrainingRow(prompt, "X", tuple(names[:count]))], base)
         images = [Image.open(data / name) for name in names[:count]]
         expected = processor(images=[images], text=[prompt], return_tensors="pt")
         assert example.prompt == expected["input_ids"][0].tolist()
@@ -73,13 +73,17 @@ def test_prompts_are_those_of_the_models_own_processor(base: Path, data: Path) -
         joined = pictures.join({"input_ids": expected["input_ids"]}, [example])
         assert torch.equal(joined["pixel_values"], expected["pixel_values"])
     # The processor takes no prompt without an image: the same form, with none in front.
-    _, _, (example,) = rows_of(data, [Row("no picture", "X")], base)
+    _, _, (example,) = rows_of(data, [TrainingRow("no picture", "X")], base)
     assert example.prompt == make_prefix_tokenizer()("<bos>no picture\n", add_special_tokens=False)["input_ids"]
 
 
 def test_loss_by_hand_over_rows_with_and_without_images(base: Path, data: Path) -> None:
     """Row by row, unpadded, with everything the prompt may see written out here."""
-    rows = [Row("is", "RB", ("train-0.png",)), Row("no picture", "X"), Row("a", "B", ("train-1.png", "train-2.png"))]
+    rows = [
+        TrainingRow("is", "RB", ("train-0.png",)),
+        TrainingRow("no picture", "X"),
+        TrainingRow("a", "B", ("train-1.png", "train-2.png")),
+    ]
     model, pictures, examples = rows_of(data, rows, base)
     with attach(model, AdaLinkConfig(rank=4, modalities=("image", "text"))) as attached, torch.no_grad():
         generator = torch.Generator().manual_seed(5)
@@ -126,7 +130,7 @@ def test_an_image_adapter_learns_what_the_picture_shows(base: Path, data: Path, 
 
 def test_more_placeholders_than_images_are_named(base: Path, data: Path) -> None:
     with pytest.raises(DataError, match=r"row 1 has 2 image placeholders \(token 98\) in its prompt and 1 images"):
-        rows_of(data, [Row("<image><image>", "X", ("train-0.png",))], base)
+        rows_of(data, [TrainingRow("<image><image>", "X", ("train-0.png",))], base)
 
 
 def test_a_study_on_such_prompts_is_refused(base: Path) -> None:

@@ -15,18 +15,18 @@ from transformers import Idefics3Processor
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.images import Pictures
-from adalink.training.data.rows import Row, encode_rows, pad_decoder
+from adalink.training.data.images import TrainingImages
+from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
+from adalink.training.run import TrainableAdapters, train
 from adalink.training.settings import TrainSettings
-from adalink.training.train import TrainableAdapters, train
 
 ROWS = [
-    Row(prompt="<image> is", completion="RB", images=("0.png",)),
-    Row(prompt="no picture", completion="X"),
-    Row(prompt="a <image> and <image>", completion="B", images=("1.png", "2.png")),
+    TrainingRow(prompt="<image> is", completion="RB", images=("0.png",)),
+    TrainingRow(prompt="no picture", completion="X"),
+    TrainingRow(prompt="a <image> and <image>", completion="B", images=("1.png", "2.png")),
 ]
 
 
@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_loss_by_hand_over_rows_with_and_without_images(base: Path, data: Path) -> None:
     """Row by row: tokens and pixels of transformers' own processor, connector, adapters and merge written out here."""
     model, tokenizer = load_base(base), make_tile_tokenizer()
-    pictures = Pictures(base, model, tokenizer)
+    pictures = TrainingImages(base, model, tokenizer)
     examples = encode_rows(ROWS, tokenizer, 128, data / "rows.jsonl", pictures.tokens)
     assert [example.prompt.count(TILE_IMAGE_TOKEN) for example in examples] == [4 * TILE_TOKENS, 0, 17 * TILE_TOKENS]
     with attach(model, AdaLinkConfig(rank=4, modalities=("image", "text"))) as attached, torch.no_grad():
@@ -90,12 +90,12 @@ def test_an_adapter_is_trained_and_written(base: Path, data: Path, tmp_path: Pat
 
 def test_a_row_that_cannot_be_used_is_named(base: Path, data: Path) -> None:
     model, tokenizer = load_base(base), make_tile_tokenizer()
-    tokens = Pictures(base, model, tokenizer).tokens
+    tokens = TrainingImages(base, model, tokenizer).tokens
     (data / "broken.png").write_bytes((data / "0.png").read_bytes()[:200])
     for row, message in (
         (ROWS[2], "row 1 has 119 tokens, expected at most 100"),
-        (Row(prompt="<image>", completion="B", images=("broken.png",)), "broken.png.* is not an image"),
-        (Row(prompt="<image>", completion="B"), "row 1 has 1 image placeholders .* and 0 images"),
+        (TrainingRow(prompt="<image>", completion="B", images=("broken.png",)), "broken.png.* is not an image"),
+        (TrainingRow(prompt="<image>", completion="B"), "row 1 has 1 image placeholders .* and 0 images"),
     ):
         with pytest.raises(DataError, match=message):
             encode_rows([row], tokenizer, 100, data / "rows.jsonl", tokens)

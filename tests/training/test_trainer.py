@@ -12,7 +12,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from torch import nn
 from transformers import Trainer
 
-from adalink.training.data.rows import Row, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, pad_encoder_decoder
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import input_embedding
@@ -58,7 +58,7 @@ def test_without_a_gpu_either_precision_is_for_the_cpu(tmp_path: Path, device: s
     assert arguments.bf16 is (precision == "bfloat16")
 
 
-ROWS = [Row("abcab", "x"), Row("bb", "yzz"), Row("c", "y")]
+ROWS = [TrainingRow("abcab", "x"), TrainingRow("bb", "yzz"), TrainingRow("c", "y")]
 
 
 @pytest.mark.parametrize("scope", ["all", "prompt"])

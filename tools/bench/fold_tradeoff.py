@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adalink.runtime.engine import open_backend
+from adalink.runtime.backends import open_backend
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.tasks.registry import TaskTable

@@ -1,4 +1,4 @@
-"""What a task costs, measured side by side with the plain base in one process (docs/parity.md, "benchmark")."""
+"""What a task costs, side by side with the base model in one process (docs/concepts/parity.md, "benchmark")."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from adalink.runtime.arrays import Array
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, open_backend
 from adalink.runtime.errors import DeploymentError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
@@ -66,7 +68,7 @@ class Bench:
         # The time from one pass to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
         self._starts: list[float] = []
         observed = ObservedBackend(open_backend(backend, threads), lambda: self._starts.append(time.perf_counter()))
-        self._deployment = Deployment(path, endless, observed, variant)
+        self._deployment = Deployment(path, endless, observed, OpenOptions(variant))
         self._base = manifest.base
         self.model = manifest.base.name
         self._folder = (path / manifest.tasks[self.task].graph).parent
@@ -76,7 +78,7 @@ class Bench:
         self.tokens = min(PREFILL_TOKENS, longest)
         self._share = 1
         profile = self._deployment.profile
-        self._rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.largest)
+        self._rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.max)
         self._generates = self._base.kind != "encoder" and self._base.tokenizer is not None
 
     def close(self) -> None:
@@ -182,7 +184,7 @@ class Bench:
         for index in range(-100, _SWAPS):
             name = (self.task, other)[index % 2]
             start = time.perf_counter()
-            self._deployment.embed(ids, tasks=name)
+            self._deployment.input_embeddings(ids, tasks=name)
             if index >= 0:
                 times.append(time.perf_counter() - start)
         self._deployment.remove_task(other)
@@ -209,7 +211,7 @@ class Bench:
         def add(count: int, prefix: str) -> list[str]:
             names = [self._deployment.add_task(self._folder, f"{prefix}-{index}") for index in range(count)]
             for name in names:
-                self._deployment.embed(ids, tasks=name)
+                self._deployment.input_embeddings(ids, tasks=name)
             return names
 
         names = add(_COPIES // 4, "warm-up")  # what only the first tasks allocate

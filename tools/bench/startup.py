@@ -16,13 +16,13 @@ _IMPORT_CODE = """
 import time
 import numpy, onnxruntime
 start = time.perf_counter()
-import adalink.runtime
+from adalink.runtime import Deployment
 print(time.perf_counter() - start)
 """
 
 
 def import_seconds(repeats: int) -> float:
-    """Median time of ``import adalink.runtime`` beyond numpy and onnxruntime, in fresh processes, in seconds."""
+    """Median time of importing ``Deployment`` beyond numpy and onnxruntime, in fresh processes, in seconds."""
     command = [sys.executable, "-c", _IMPORT_CODE]
     times = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
     return statistics.median(times)

@@ -1,4 +1,4 @@
-"""``adalink bench``: what a task costs beside the plain base."""
+"""``adalink bench``: what a task costs beside the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from adalink.tools.common.report_file import ReportFile, write_json
 
 
-@click.command(short_help="Measure what a task costs beside the plain base.")
+@click.command(short_help="Measure what a task costs beside the base model.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--task", metavar="NAME", help="The task to measure; the first by name without it.")
 @click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
@@ -19,7 +19,7 @@ from adalink.tools.common.report_file import ReportFile, write_json
 def command(
     deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, json_file: Path | None
 ) -> None:
-    """Measure what a task costs beside the plain base, with the deployment in DIR.
+    """Measure what a task costs beside the base model, with the deployment in DIR.
 
     With and without the task take turns in one process, after a warm-up, with Python's garbage collector off; each
     ratio is one of medians. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.

@@ -111,4 +111,4 @@ def engine(
             f"{record.vision.build_seconds:.1f} s"
         )
     click.echo(f"  profile {record.profile}")
-    click.echo(f"  {len(record.fronts)} fronts, for every task of rank {record.front_rank} or less")
+    click.echo(f"  {len(record.embedders)} embedders, for every task of rank {record.embedder_rank} or less")

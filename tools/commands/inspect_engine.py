@@ -54,7 +54,7 @@ def _describe_record(record: EngineRecord) -> Description:
     described: dict[str, Any] = asdict(record)
     described["target"] = list(record.target)
     described["profile"] = str(record.profile)
-    described["fronts"] = sorted(record.fronts)
+    described["fronts"] = sorted(record.embedders)
     described["tasks"] = sorted(record.tasks)
     described["vision"] = to_builtins(record.vision)
     return described
@@ -80,9 +80,9 @@ def _role(name: str, record: EngineRecord | None) -> str:
         return "unknown"
     if name == VISION_FILE:
         return "vision tower"
-    for front, file in record.fronts.items():
+    for embedder, file in record.embedders.items():
         if name == file:
-            return f"front {front}"
+            return f"front {embedder}"
     return next((f"task {task}" for task, file in record.tasks.items() if name == file), "unknown")
 
 

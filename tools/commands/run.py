@@ -4,32 +4,62 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Container, Iterator
-from dataclasses import asdict
-from difflib import get_close_matches
+from array import array
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
 from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
-from adalink.tools.common.options import is_given
+from adalink.tools.common.options import is_given, make_options
+from adalink.tools.common.rows import PromptRow as PromptRow
+from adalink.tools.common.rows import read_rows as read_rows
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 _BATCH_ROWS = 8
-_FIELDS = ("prompt", "task", "images")
+_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+
+# Four bytes a token: all rows are encoded before the first is answered.
+TokenIds: TypeAlias = "array[int]"
 
 
-class Row(NamedTuple):
-    """A prompt, the task that answers it, the images in it, and its file and line if it has one."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What ``adalink run`` was asked for.
 
-    prompt: str
+    Attributes:
+        deployment: the folder.
+        text: the prompt; or else
+        text_file: the file that holds it; or else
+        jsonl: rows with prompts. The prompt is on standard input if none of the three is given.
+        images: images of the one prompt.
+        task: which task answers; ``None`` for the base model. Rows may name their own.
+        backend: which engine.
+        variant: which form of the base; see ``Deployment.open``.
+        threads: threads of the engine.
+        full_check: read every file again.
+        as_json: print a JSON line for each result.
+        settings: the other arguments of ``Deployment.generate``.
+    """
+
+    deployment: Path
+    text: str | None
+    text_file: Path | None
+    jsonl: Path | None
+    images: tuple[Path, ...]
     task: str | None
-    images: tuple[Path, ...] = ()
-    origin: str | None = None
+    backend: str
+    variant: str | None
+    threads: int | None
+    full_check: bool
+    as_json: bool
+    settings: Mapping[str, Any]
 
 
 @click.command(short_help="Generate text, or hidden states, with a deployment.")
@@ -51,7 +81,7 @@ class Row(NamedTuple):
     type=click.Path(path_type=Path, dir_okay=False),
     help='Rows {"prompt", "task", "images"}, as batches; paths of images start at the file\'s folder.',
 )
-@click.option("--task", metavar="NAME", help="The task; the plain base without it. Rows of --jsonl may name their own.")
+@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-k", type=int, help="Sample from the k likeliest tokens; with --temperature.")
@@ -72,20 +102,7 @@ class Row(NamedTuple):
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--full-check", is_flag=True, help="Read every file again, also those known to be unchanged.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each result.")
-def command(
-    deployment: Path,
-    text: str | None,
-    text_file: Path | None,
-    images: tuple[Path, ...],
-    jsonl: Path | None,
-    task: str | None,
-    backend: str,
-    variant: str | None,
-    threads: int | None,
-    full_check: bool,
-    as_json: bool,
-    **settings: Any,
-) -> None:
+def command(**values: Any) -> None:
     """Generate text from TEXT, a file, standard input, or a file of rows, with the deployment in DIR.
 
     On a terminal the text appears as it is generated. A file's or standard input's last line end is not part of the
@@ -100,80 +117,61 @@ def command(
       adalink run ./deployment --jsonl rows.jsonl --task topics > answers.jsonl
       adalink run ./deployment "<image> What is this?" --image cat.jpg
     """  # noqa: D301
-    from adalink.runtime.deployment import Deployment
-
-    if sum(source is not None for source in (text, text_file, jsonl)) > 1:
-        raise click.UsageError("give one of TEXT, --file and --jsonl")
-    if images and jsonl is not None:
-        raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
-    if settings["temperature"] == 0 and (unused := _given({"top_k", "top_p"})):
-        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
-    rows = read_rows(jsonl, task) if jsonl is not None else [Row(_prompt(text, text_file), task, images)]
-    with Deployment.open(deployment, backend, variant=variant, threads=threads, full_check=full_check) as opened:
-        if opened.manifest.base.kind == "encoder":
-            if unused := _given(settings):
-                raise click.UsageError(
-                    f"{unused[0]} is for generating, and {opened.manifest.base.name} is an encoder: leave it out"
-                )
-            _check_tokens(opened, rows)
-            for entry in _embed(opened, rows):
-                click.echo(json.dumps(entry))
-            return
-        if not settings["chat"]:
-            _check_tokens(opened, rows)
-        streaming = jsonl is None and not as_json and sys.stdout is not None and sys.stdout.isatty()
-        for entry in _generate(opened, rows, _write if streaming else None, settings):
-            if streaming:
-                click.echo()
-            elif as_json or jsonl is not None:
-                click.echo(json.dumps(entry, ensure_ascii=False))
-            else:
-                click.echo(entry["text"])
+    run(make_options(RunOptions, values, rest="settings"))
 
 
-def read_rows(path: Path, task: str | None) -> list[Row]:
-    """Prompts, tasks and images of a JSON-lines file.
-
-    Args:
-        path: rows ``{"prompt": str, "task": str | null, "images": [path, ...]}``; ``task`` and ``images`` may be left
-            out. Paths of images start at the file's folder. Other fields, such as a training row's, are not read,
-            but one that is nearly a row's own is refused: the plain base would answer a misspelt task.
-        task: for rows that name none.
+def run(options: RunOptions) -> None:
+    """Answer the prompts on stdout.
 
     Raises:
-        DataError: a line is not such a row; the message names it.
+        click.UsageError: options that exclude each other.
+        AdaLinkError: a prompt, or the deployment, cannot be used.
     """
-    rows: list[Row] = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}; expected a row with a prompt") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise DataError(f'{path}:{number}: expected {{"prompt": text, "task": name or null}}, received {line[:80]}')
-        try:
-            check_text(row["prompt"], "prompt")
-        except RequestError as error:
-            raise DataError(f"{path}:{number}: {error}") from error
-        for name in row.keys() - set(_FIELDS):
-            if meant := get_close_matches(name.lower(), _FIELDS, 1, cutoff=0.85):
-                raise DataError(f"{path}:{number}: field {name!r} is none of a row's: did you mean {meant[0]!r}?")
-        own = row.get("task", task)
-        if own is not None and not isinstance(own, str):
-            raise DataError(f"{path}:{number}: task is {own!r}, expected a name or null")
-        images = row.get("images", [])
-        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-            raise DataError(f"{path}:{number}: images is {str(images)[:80]}, expected a list of paths")
-        rows.append(Row(row["prompt"], own, tuple(path.parent / image for image in images), f"{path}:{number}"))
-    if not rows:
-        raise DataError(f'{path}: holds no rows; expected {{"prompt": text}} on each line')
-    return rows
+    from adalink.runtime.deployment import Deployment
+
+    if sum(source is not None for source in (options.text, options.text_file, options.jsonl)) > 1:
+        raise click.UsageError("give one of TEXT, --file and --jsonl")
+    if options.images and options.jsonl is not None:
+        raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
+    if options.settings["temperature"] == 0 and (unused := _given({"top_k", "top_p"})):
+        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
+    if options.jsonl is not None:
+        rows = read_rows(options.jsonl, options.task)
+    else:
+        rows = [PromptRow(_prompt(options.text, options.text_file), options.task, options.images)]
+    with Deployment.open(
+        options.deployment,
+        options.backend,
+        variant=options.variant,
+        threads=options.threads,
+        full_check=options.full_check,
+    ) as opened:
+        if opened.manifest.base.kind == "encoder":
+            _print_states(opened, rows, options)
+        else:
+            _print_texts(opened, rows, options)
+
+
+def _print_states(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
+    if unused := _given(options.settings):
+        raise click.UsageError(
+            f"{unused[0]} is for generating, and {deployment.manifest.base.name} is an encoder: leave it out"
+        )
+    for entry in _embed(deployment, rows, _encode(deployment, rows)):
+        click.echo(json.dumps(entry))
+
+
+def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
+    settings = dict(options.settings)
+    ids = _encode(deployment, rows, chat=settings.pop("chat"))
+    settings["sampling"] = SamplingParams(**{name: settings.pop(name) for name in _SAMPLING})
+    is_empty = options.jsonl is None and not options.as_json
+    streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
+    for entry in _generate(deployment, rows, ids, _write if streaming else None, settings):
+        if streaming:
+            click.echo()
+        else:
+            click.echo(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
 
 
 def _given(settings: Container[str]) -> list[str]:
@@ -194,22 +192,33 @@ def _prompt(text: str | None, path: Path | None) -> str:
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 
 
-def _check_tokens(deployment: Deployment, rows: list[Row]) -> None:
+def _encode(deployment: Deployment, rows: list[PromptRow], *, chat: bool = False) -> list[TokenIds]:
+    """Token ids of each row, before any is answered; raises ``RequestError`` for one that has none."""
+    tokenizer = deployment.tokenizer
+    encoded = []
     for row in rows:
-        if not deployment.tokenizer.encode(row.prompt, len(row.images)):
+        try:
+            ids = tokenizer.encode_chat(row.prompt) if chat else tokenizer.encode(row.prompt, len(row.images))
+        except RequestError as error:
+            raise RequestError(f"{row.origin}: {error}" if row.origin else str(error)) from error
+        if not ids:
             raise RequestError(f"{row.origin or 'the prompt'} has no tokens: give it some text")
+        encoded.append(array("i", ids))
+    return encoded
 
 
 def _generate(
     deployment: Deployment,
-    rows: list[Row],
+    rows: list[PromptRow],
+    ids: list[TokenIds],
     stream: Callable[[int, str], None] | None,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """One result for each row, in order; rows of different tasks share a batch."""
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
-        prompts, tasks, images, origins = zip(*batch, strict=True)
+        _, tasks, images, origins = zip(*batch, strict=True)
+        prompts = ids[start : start + _BATCH_ROWS]
         try:
             found = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
         except RequestError as error:
@@ -219,11 +228,10 @@ def _generate(
             yield {"prompt": row.prompt, "task": row.task, **seen, **asdict(result)}
 
 
-def _embed(deployment: Deployment, rows: list[Row]) -> Iterator[dict[str, Any]]:
-    for prompt, task, images, _ in rows:
-        ids = deployment.tokenizer.encode(prompt)
-        states = deployment.run(input_ids=[ids], images=[images], tasks=task)["last_hidden_state"][0]
-        yield {"prompt": prompt, "task": task, "tokens": len(ids), "mean": states.mean(axis=0).tolist()}
+def _embed(deployment: Deployment, rows: list[PromptRow], ids: list[TokenIds]) -> Iterator[dict[str, Any]]:
+    for (prompt, task, images, _), own in zip(rows, ids, strict=True):
+        states = deployment.run(input_ids=[own.tolist()], images=[images], tasks=task)["last_hidden_state"][0]
+        yield {"prompt": prompt, "task": task, "tokens": len(own), "mean": states.mean(axis=0).tolist()}
 
 
 def _write(row: int, piece: str) -> None:

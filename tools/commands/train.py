@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,108 @@ import click
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
 from adalink.tools.common.console import say
-from adalink.tools.common.options import is_given
+from adalink.tools.common.options import is_given, make_options
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
-from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT, SearchSettings, TrainSettings
+from adalink.training.settings import (
+    DEVICES,
+    PRECISIONS,
+    RATES,
+    SEARCHED_INIT,
+    LoopOptions,
+    SearchSettings,
+    TrainSettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What ``adalink train`` was asked for, by the names of its parameters.
+
+    Attributes:
+        base: model folder, GGUF file or hub id.
+        data: rows to learn from.
+        eval_data: rows to measure on.
+        out: the adapter folder.
+        ranks: as given: one number, or ``MODALITY=NUMBER`` for each.
+        modalities: what is adapted; text alone if none is named.
+        init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
+        minutes: time of a search; ``None`` for none.
+        resume: go on with an interrupted run.
+        as_json: print the whole report.
+
+    The others are fields of ``AdaLinkConfig`` and ``TrainSettings``, where they are described and checked.
+    """
+
+    base: str
+    data: Path
+    eval_data: Path
+    out: Path
+    ranks: tuple[str, ...]
+    activation: str
+    modalities: tuple[str, ...]
+    bias: bool
+    dropout: float
+    scope: str
+    soft_tokens: int
+    init: Init | None
+    lr: float | None
+    max_steps: int
+    batch_size: int
+    max_length: int
+    save_steps: int
+    seed: int
+    device: str
+    precision: str
+    minutes: float | None
+    resume: bool
+    as_json: bool
+
+    def method(self) -> AdaLinkConfig:
+        """The settings of the method; raises ``ConfigError``."""
+        rank = _read_rank(self.ranks)
+        init = self.init
+        if init is None:  # without a bottleneck there is nothing to start
+            searched = self.minutes is not None and self.lr is None and rank != 0
+            init = SEARCHED_INIT if searched else _METHOD.init
+        return AdaLinkConfig(
+            rank=rank,
+            activation=self.activation,
+            bias=self.bias,
+            dropout=self.dropout,
+            scope=self.scope,
+            soft_tokens=self.soft_tokens,
+            modalities=self.modalities or _METHOD.modalities,
+            init=init,
+        )
+
+    def training(self, config: AdaLinkConfig) -> TrainSettings:
+        """How to train; the rate that is left open is the best known for the init. Raises ``ConfigError``."""
+        return TrainSettings(
+            lr=RATES[config.init][0] if self.lr is None else self.lr,
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            seed=self.seed,
+            device=self.device,
+            precision=self.precision,
+            save_steps=self.save_steps,
+        )
+
+    def search(self, config: AdaLinkConfig) -> SearchSettings | None:
+        """What a search may choose from: all that the command line leaves open. Raises ``ConfigError``."""
+        if self.minutes is None:
+            return None
+        if isinstance(config.rank, dict):
+            raise ConfigError(
+                f"--rank is {' '.join(self.ranks)}, and --search takes one rank for all: give one, or none"
+            )
+        fixed: dict[str, Any] = {"rates": RATES[config.init] if self.lr is None else (self.lr,)}
+        if is_given("ranks"):
+            fixed["ranks"] = (config.rank,)
+        if is_given("activation") or config.rank == 0:
+            fixed["activations"] = (self.activation,)
+        return SearchSettings(minutes=self.minutes, **fixed)
+
 
 _METHOD = AdaLinkConfig()
 
@@ -90,31 +190,7 @@ _METHOD = AdaLinkConfig()
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(
-    base: str,
-    data: Path,
-    eval_data: Path,
-    out: Path,
-    ranks: tuple[str, ...],
-    activation: str,
-    modalities: tuple[str, ...],
-    bias: bool,
-    dropout: float,
-    scope: str,
-    soft_tokens: int,
-    init: Init | None,
-    lr: float | None,
-    max_steps: int,
-    batch_size: int,
-    max_length: int,
-    save_steps: int,
-    seed: int,
-    device: str,
-    precision: str,
-    minutes: float | None,
-    resume: bool,
-    as_json: bool,
-) -> None:
+def command(**values: Any) -> None:
     """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion.
 
     Each line of the JSONL files is {"prompt": "...", "completion": "..."}; the loss is on the completion only. For a
@@ -134,55 +210,32 @@ def command(
       adalink train ... --search 30                                  # choose rate, rank and activation
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
     """  # noqa: D301
-    rank = _read_rank(ranks)
-    if init is None:
-        searched = minutes is not None and lr is None and rank != 0  # without a bottleneck there is nothing to start
-        init = SEARCHED_INIT if searched else _METHOD.init
-    config = AdaLinkConfig(
-        rank=rank,
-        activation=activation,
-        bias=bias,
-        dropout=dropout,
-        scope=scope,
-        soft_tokens=soft_tokens,
-        modalities=modalities or _METHOD.modalities,
-        init=init,
-    )
-    settings = TrainSettings(
-        lr=RATES[init][0] if lr is None else lr,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-        device=device,
-        precision=precision,
-        save_steps=save_steps,
-    )
-    space = None
-    if minutes is not None:
-        if isinstance(rank, dict):
-            raise ConfigError(f"--rank is {' '.join(ranks)}, and --search takes one rank for all: give one, or none")
-        fixed: dict[str, Any] = {"rates": RATES[init] if lr is None else (lr,)}
-        if is_given("ranks"):
-            fixed["ranks"] = (rank,)
-        if is_given("activation") or rank == 0:
-            fixed["activations"] = (activation,)
-        space = SearchSettings(minutes=minutes, **fixed)
-    from adalink.tools.common.quiet import quiet_libraries
-    from adalink.training.train import train
+    train_adapter(make_options(TrainOptions, values))
 
-    show_bar = sys.stderr is not None and sys.stderr.isatty()
+
+def train_adapter(options: TrainOptions) -> None:
+    """Train, and print the report or a line of it on stdout.
+
+    Raises:
+        AdaLinkError: an option, the rows, the base or the adapter folder cannot be used.
+    """
+    config = options.method()
+    settings, space = options.training(config), options.search(config)
+    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.training.run import train
+
+    loop = LoopOptions(resume=options.resume, say=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
     # The Trainer logs to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         report = train(
-            base, data, eval_data, out, config, settings, space=space, resume=resume, say=say, show_bar=show_bar
+            options.base, options.data, options.eval_data, options.out, config, settings, space=space, loop=loop
         )
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps(report, indent=2))
         return
     accuracy = report["exact_match"]
     click.echo(
-        f"adapter {out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
+        f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )
 

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adalink.runtime.errors import DataError
+from adalink.tools.common.options import make_options
 from adalink.tools.common.report_file import ReportFile, write_json
 
 if TYPE_CHECKING:
     from adalink.tools.parity.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyCommand:
+    """What ``adalink verify`` was asked for, by the names of its parameters; see ``--help``."""
+
+    deployment: Path
+    against: str
+    adapters: tuple[str, ...]
+    backend: str
+    variant: str | None
+    threads: int | None
+    quick: bool
+    text_file: Path | None
+    max_perplexity_increase: float | None
+    task_rows: tuple[str, ...]
+    json_file: Path | None
 
 
 @click.command(short_help="Prove that a deployment computes what PyTorch computes.")
@@ -50,25 +69,13 @@ if TYPE_CHECKING:
     help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
 )
 @click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
-def command(
-    deployment: Path,
-    against: str,
-    adapters: tuple[str, ...],
-    backend: str,
-    variant: str | None,
-    threads: int | None,
-    quick: bool,
-    text_file: Path | None,
-    max_perplexity_increase: float | None,
-    task_rows: tuple[str, ...],
-    json_file: Path | None,
-) -> None:
+def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
 
     Every task graph over the whole vocabulary against float64, the engine's outputs and greedy generation against
-    PyTorch float32, swaps in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are derived
-    (docs/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights, dequantised; what
-    quantising itself costs is a table of its own.
+    PyTorch float32, switching tasks in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are
+    derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights,
+    dequantised; what quantising itself costs is a table of its own.
 
     Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
 
@@ -80,36 +87,45 @@ def command(
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --rows topics=test.jsonl
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --adapter topics=./adapters/topics
     """  # noqa: D301
+    verify_deployment(make_options(VerifyCommand, values))
+
+
+def verify_deployment(asked: VerifyCommand) -> None:
+    """Verify, print the checks and write the report; raises ``click.exceptions.Exit`` with 1 if one failed."""
     from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
     from adalink.tools.common.quiet import quiet_libraries
-    from adalink.tools.parity.suite import verify
+    from adalink.tools.parity.suite import VerifyOptions, verify
 
     started = time.monotonic()
     with quiet_libraries():
+        adapters = _parse_pairs(asked.adapters, "--adapter", "NAME=FOLDER")
+        options = VerifyOptions(
+            backend=asked.backend,
+            variant=asked.variant,
+            threads=asked.threads,
+            quick=asked.quick,
+            text=None if asked.text_file is None else _read_text(asked.text_file),
+            max_perplexity_increase=asked.max_perplexity_increase,
+            task_rows=_parse_pairs(asked.task_rows, "--rows", "NAME=FILE"),
+        )
         report = verify(
-            deployment,
-            against,
-            _parse_pairs(adapters, "--adapter", "NAME=FOLDER"),
-            backend=backend,
-            variant=variant,
-            threads=threads,
-            quick=quick,
-            text=None if text_file is None else _read_text(text_file),
-            max_perplexity_increase=max_perplexity_increase,
-            task_rows=_parse_pairs(task_rows, "--rows", "NAME=FILE"),
+            asked.deployment,
+            asked.against,
+            adapters,
+            options,
             progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
         )
     environment = {
         **describe_environment(),
-        "backend": backend,
-        "variant": variant,
-        "threads": threads,
-        "against": Path(against).name,
+        "backend": asked.backend,
+        "variant": asked.variant,
+        "threads": asked.threads,
+        "against": Path(asked.against).name,
     }
     print_report(report)
-    if json_file is not None:
-        write_json(json_file, report.as_json(environment))
+    if asked.json_file is not None:
+        write_json(asked.json_file, report.as_json(environment))
     if not report.passed:
         raise click.exceptions.Exit(1)
 

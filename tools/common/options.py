@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import click
 from click.core import ParameterSource
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def make_options(kind: type[T], values: Mapping[str, Any], rest: str | None = None) -> T:
+    """The values of a command's options as one dataclass.
+
+    Args:
+        kind: the dataclass; its fields are named as the command's parameters.
+        values: what click gives the command.
+        rest: the field for the values that have no field of their own.
+    """
+    names = {field.name for field in fields(kind)}
+    own = {name: value for name, value in values.items() if name in names}
+    if rest is not None:
+        own[rest] = {name: value for name, value in values.items() if name not in names}
+    return kind(**own)
 
 
 def is_given(parameter: str) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from adalink.runtime.errors import WriteError
+from adalink.runtime.storage.atomic import replace_file
 
 
 class ReportFile(click.Path):
@@ -34,14 +33,4 @@ def write_json(path: Path, report: Mapping[str, object], *, option: str = "--jso
     ``option`` is the one that says where, for the message.
     """
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    try:
-        handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            Path(staging).replace(path)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror}; choose a writable place with {option}") from error
+    replace_file(path, text.encode(), repair=f"choose a writable place with {option}", private=True)

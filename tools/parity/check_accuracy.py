@@ -11,7 +11,7 @@ from adalink.tools.common.environment import available_cores
 from adalink.tools.parity.reference import Reference, torch_threads
 
 if TYPE_CHECKING:
-    from adalink.training.data.rows import Row
+    from adalink.training.data.rows import TrainingRow
 
 _BATCH_ROWS = 16
 
@@ -22,7 +22,7 @@ def measure_accuracy(
     against: str,
     task: str,
     folder: Path,
-    rows: list[Row],
+    rows: list[TrainingRow],
     progress: Callable[[str], None],
 ) -> dict[str, float]:
     """Share of rows whose greedy reply is the wanted completion and then ends, as ``adalink train`` counts it.
@@ -59,7 +59,7 @@ def measure_accuracy(
     return {"float32": exact, "weights": dequantized, "deployed": deployed_accuracy(deployment, task, rows)}
 
 
-def deployed_accuracy(deployment: Deployment, task: str, rows: list[Row]) -> float:
+def deployed_accuracy(deployment: Deployment, task: str, rows: list[TrainingRow]) -> float:
     """Share of ``rows`` that ``deployment`` answers with the wanted completion and then an end token."""
     encode = deployment.tokenizer.encode
     longest = max(len(encode(row.completion)) for row in rows) + 1

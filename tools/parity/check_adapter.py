@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter, AdapterConfig
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.manifest import Task
@@ -65,7 +65,7 @@ def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment,
     def blocks() -> Iterator[tuple[int, Float64, Float64]]:
         for start in range(0, base.vocab_size, _BLOCK_ROWS):
             ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
-            plain = deployment.embed(ids)
+            plain = deployment.input_embeddings(ids)
             yield start, to_float64(plain[0], dtype), to_float64(adapt(plain, modality, ids)[0], dtype)
 
     ratio, row, column = _worst(blocks(), adapter, modality, dtype)
@@ -81,7 +81,7 @@ def check_fold(name: str, fold: str, deployment: Deployment, adapter: Adapter) -
     def blocks() -> Iterator[tuple[int, Float64, Float64]]:
         for start in range(0, base.vocab_size, _BLOCK_ROWS):
             ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
-            plain, adapted = deployment.embed(ids)[0], deployment.embed(ids, tasks=name)[0]
+            plain, adapted = deployment.input_embeddings(ids)[0], deployment.input_embeddings(ids, tasks=name)[0]
             yield start, to_float64(plain, base.embedding_dtype), to_float64(adapted, base.embedding_dtype)
 
     ratio, row, column = _worst(blocks(), adapter, base.modalities[0], base.embedding_dtype)
@@ -108,7 +108,7 @@ def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: 
     """What a task graph puts before the text, in every row: the adapter's vectors, rounded to the base's dtype."""
     base, soft_tokens = deployment.manifest.base, adapter.config.soft_tokens
     ids = np.arange(2)[:, None]
-    plain = to_float64(deployment.embed(ids), base.embedding_dtype)
+    plain = to_float64(deployment.input_embeddings(ids), base.embedding_dtype)
     others = _other_inputs(adapter.config, plain, 0, ids)
     received = OpenGraph(graph, base.embedding_dtype).run(plain, others, soft_tokens)
     stored = to_float64(as_stored(adapter.weights[SOFT_PROMPT_NAME], base.embedding_dtype), base.embedding_dtype)
@@ -127,9 +127,9 @@ def through_bank(deployment: Deployment, name: str) -> Adapt:
 
     def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
         if ids is not None and (task.input == "ids" or task.fold is None):
-            return deployment.embed(ids, tasks=name)
+            return deployment.input_embeddings(ids, tasks=name)
         indices = None if modality == known[0] else np.full(embeds.shape[:2], known.index(modality), np.int64)
-        return deployment.embed(inputs_embeds=embeds, tasks=name, modality=indices)
+        return deployment.input_embeddings(inputs_embeds=embeds, tasks=name, modality=indices)
 
     return adapt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adalink.tools.parity.check_generation import GeneratedRow, Generator, Verdict, check_generation, judge
-from adalink.tools.parity.check_vision import Looks
+from adalink.tools.parity.check_vision import ImagePrompts
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check
 
@@ -27,7 +27,7 @@ class Batch:
         generator: Generator,
         prompts: Sequence[str | list[int]],
         tasks: Sequence[str | None],
-        looks: Looks | None = None,
+        image_prompts: ImagePrompts | None = None,
     ) -> None:
         """Generate the mixed batch.
 
@@ -35,18 +35,18 @@ class Batch:
             generator: the deployment.
             prompts: texts or token ids.
             tasks: those of the mixed batch's rows, which begin with each prompt in turn.
-            looks: the images of the prompts, if they have some.
+            image_prompts: the images of the prompts, if they have some.
         """
-        self.has_images = looks is not None
+        self.has_images = image_prompts is not None
         self.ends_apart = False
-        self._generator, self._prompts, self._looks = generator, prompts, looks
+        self._generator, self._prompts, self._image_prompts = generator, prompts, image_prompts
         chosen = [index % len(prompts) for index in range(len(tasks))]
-        looks = None if looks is None else looks.pick(chosen)
-        rows = generator.generate([prompts[index] for index in chosen], tasks, STEPS, looks)
+        image_prompts = None if image_prompts is None else image_prompts.pick(chosen)
+        rows = generator.generate([prompts[index] for index in chosen], tasks, STEPS, image_prompts)
         self._mixed = {"mixed": list(zip(tasks, rows, strict=True))}
         if stops := _stops(rows):
             before = generator.drops
-            rows = generator.generate([prompts[index] for index in chosen], tasks, STEPS, looks, stops)
+            rows = generator.generate([prompts[index] for index in chosen], tasks, STEPS, image_prompts, stops)
             self._mixed["mixed/ends"] = list(zip(tasks, rows, strict=True))
             self.ends_apart = generator.drops > before
         self._verdicts: dict[str, list[Verdict]] = {label: [] for label in self._mixed}
@@ -60,7 +60,7 @@ class Batch:
             reference: PyTorch with its adapter attached.
             typical: float32's typical noise under this task.
         """
-        rows = self._generator.generate(self._prompts, task, STEPS, self._looks)
+        rows = self._generator.generate(self._prompts, task, STEPS, self._image_prompts)
         for batch, mixed in self._mixed.items():
             own = [row for name, row in mixed if name == task]
             self._verdicts[batch] += [judge(reference, self._generator, row, typical) for row in own]

@@ -15,16 +15,19 @@ import msgspec
 import numpy as np
 
 from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array, Backend
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.runtime.engine import Backend
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.storage.vision_base import vision_base
+from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import worst_of
 from adalink.tools.parity.reference import Outputs, Pixels, Reference
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
-    from adalink.tools.parity.check_vision import Looks
+    from adalink.tools.parity.check_vision import ImagePrompts
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Generator:
         self.drops = 0
         observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
-        self._deployment = Deployment(deployment.path, manifest, observed, variant)
+        self._deployment = Deployment(deployment.path, manifest, observed, OpenOptions(variant))
         self._base = base
 
     def generate(
@@ -73,7 +76,7 @@ class Generator:
         prompts: Sequence[str | list[int]],
         tasks: str | Sequence[str | None] | None,
         steps: int,
-        looks: Looks | None = None,
+        image_prompts: ImagePrompts | None = None,
         stop: Sequence[str] = (),
     ) -> list[GeneratedRow]:
         """Continue all prompts greedily, in one batch or in as many as the engine's profile asks for.
@@ -82,19 +85,19 @@ class Generator:
             prompts: texts or token ids, with one placeholder for each image.
             tasks: one for all, or one for each.
             steps: tokens to generate.
-            looks: the images of the prompts, if they have some.
+            image_prompts: the images of the prompts, if they have some.
             stop: texts that end a row.
         """
         profile = self._deployment.profile
-        most = len(prompts) if profile is None else profile.batch.largest
+        most = len(prompts) if profile is None else profile.batch.max
         if profile is not None and self._deployment.manifest.base.bidirectional_prompt:
             # Those that go in at once, whatever the engine.
-            rows_given = [self.encode(prompt) for prompt in prompts] if looks is None else looks.rows
-            most = max(1, min(most, profile.places // max(map(len, rows_given))))
+            rows_given = [self.encode(prompt) for prompt in prompts] if image_prompts is None else image_prompts.rows
+            most = max(1, min(most, profile.logits_capacity // max(map(len, rows_given))))
         rows: list[GeneratedRow] = []
         for start in range(0, len(prompts), most):
             own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
-            seen = None if looks is None else looks.pick(range(start, min(start + most, len(prompts))))
+            seen = None if image_prompts is None else image_prompts.pick(range(start, min(start + most, len(prompts))))
             rows += self._generate(prompts[start : start + most], own, steps, seen, stop)
         return rows
 
@@ -137,24 +140,25 @@ class Generator:
         prompts: Sequence[str | list[int]],
         tasks: str | Sequence[str | None] | None,
         steps: int,
-        looks: Looks | None,
+        image_prompts: ImagePrompts | None,
         stop: Sequence[str],
         draft_tokens: int | None = 0,
     ) -> list[GeneratedRow]:
         self._alive = []
-        images = None if looks is None else looks.pictures
+        images = None if image_prompts is None else image_prompts.pictures
         found = self._deployment.generate(
             prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )
         logits = [to_float64(np.stack(own), self._base.embedding_dtype) for own in self._logits]
         texts = [row.text for row in found]
         made = [list(row.token_ids) for row in found]
-        if looks is None:
+        if image_prompts is None:
             ids = [self.encode(prompt) for prompt in prompts]
             return [GeneratedRow(*row) for row in zip(ids, made, logits, texts, strict=True)]
-        assert self._base.vision is not None
-        placeholder, rows = self._base.vision.image_token_id, []
-        for prompt, pixels, tokens, own, text in zip(looks.rows, looks.pixels, made, logits, texts, strict=True):
+        placeholder, rows = vision_base(self._base).vision.image_token_id, []
+        for prompt, pixels, tokens, own, text in zip(
+            image_prompts.rows, image_prompts.pixels, made, logits, texts, strict=True
+        ):
             end = tokens.index(placeholder) + 1 if pixels is not None and placeholder in tokens else len(tokens)
             rows.append(GeneratedRow(prompt, tokens[:end], own[:end], text, pixels))
         return rows

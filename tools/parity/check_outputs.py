@@ -14,7 +14,7 @@ from adalink.tools.parity.reference import Outputs, Reference
 from adalink.tools.parity.report import Check, at_most, more_than
 
 if TYPE_CHECKING:
-    from adalink.tools.parity.check_vision import Looks
+    from adalink.tools.parity.check_vision import ImagePrompts
 
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14
@@ -46,7 +46,7 @@ def compare_outputs(
     reference: Reference,
     task: str | None,
     rows: list[list[int]],
-    looks: Looks | None = None,
+    image_prompts: ImagePrompts | None = None,
 ) -> Comparison:
     """Run every row alone on both sides; the reference has the task's adapter attached.
 
@@ -56,14 +56,16 @@ def compare_outputs(
         reference: what it is verified against.
         task: the deployment's task, or ``None``.
         rows: token ids.
-        looks: the images of these rows, if they have some.
+        image_prompts: the images of these rows, if they have some.
     """
     base = deployment.manifest.base
     expected: list[Outputs] = []
     received: list[dict[str, Float64]] = []
     for index, ids in enumerate(rows):
         decoder_ids = decoder_row(deployment, index)
-        pixels, images = (None, None) if looks is None else (looks.pixels[index], [looks.pictures[index]])
+        pixels, images = (
+            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.pictures[index]])
+        )
         expected.append(reference.outputs(ids, decoder_ids, pixels=pixels))
         found = deployment.run(
             input_ids=[ids], images=images, tasks=task, decoder_input_ids=decoder_ids and [decoder_ids]
@@ -95,7 +97,7 @@ def check_control(name: str, base: Comparison, adapted: Comparison) -> list[Chec
 
     Args:
         name: of the checks, behind ``control/``: the task's, and ``images`` where it is measured on them.
-        base: outputs of the plain base.
+        base: outputs of the base model.
         adapted: the task's on the same rows.
     """
     checks = []

@@ -14,7 +14,7 @@ import numpy as np
 
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile
+from adalink.runtime.profile import Profile
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_generation import Generator, Verdict, check_generation, expected_outputs, judge
 from adalink.tools.parity.check_outputs import Comparison, worst_of
@@ -44,17 +44,17 @@ def check_decoder_corners(
     """
     base = deployment.manifest.base
     longest = min(profile.capacity, base.max_positions or profile.capacity) - STEPS
-    corners = []
-    for batch in sorted({profile.batch.smallest, profile.batch.largest}):
-        lengths = {1, min(profile.seq.largest, longest), longest}
+    profile_limits = []
+    for batch in sorted({profile.batch.min, profile.batch.max}):
+        lengths = {1, min(profile.seq.max, longest), longest}
         if base.bidirectional_prompt:  # goes in at once, which an engine that gives all logits has less room for
-            lengths = {1, min(profile.seq.largest, profile.places // batch, longest)}
-        corners += [(batch, length) for length in sorted(lengths)]
-    verdicts: dict[tuple[int, int], list[Verdict]] = {corner: [] for corner in corners}
+            lengths = {1, min(profile.seq.max, profile.logits_capacity // batch, longest)}
+        profile_limits += [(batch, length) for length in sorted(lengths)]
+    verdicts: dict[tuple[int, int], list[Verdict]] = {limit: [] for limit in profile_limits}
     for task in (None, *deployment.tasks):
         known: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
-            for batch, length in corners:
+            for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
                 for row in generator.generate(rows, task, STEPS):
                     sequence = (*row.prompt, *row.tokens)
@@ -79,14 +79,14 @@ def check_encoder_corners(
     """Hidden states under every task at each corner of an encoder's profile, against PyTorch; as for decoders."""
     base = deployment.manifest.base
     name = "last_hidden_state"
-    longest = min(profile.seq.largest, base.max_positions or profile.seq.largest)
-    batches = sorted({profile.batch.smallest, profile.batch.largest})
-    corners = list(product(batches, sorted({profile.seq.smallest, longest})))
-    found: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {corner: ([], []) for corner in corners}
+    longest = min(profile.seq.max, base.max_positions or profile.seq.max)
+    batches = sorted({profile.batch.min, profile.batch.max})
+    profile_limits = list(product(batches, sorted({profile.seq.min, longest})))
+    found: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {limit: ([], []) for limit in profile_limits}
     for task in (None, *deployment.tasks):
         known: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
-            for batch, length in corners:
+            for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
                 states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
                 for row, ids in enumerate(rows):

@@ -88,7 +88,7 @@ def measure_cost(deployment: Deployment, reference: Reference, rows: list[list[i
     Args:
         deployment: as it is deployed.
         reference: PyTorch with the dequantised weights.
-        rows: token ids; the plain base runs on each.
+        rows: token ids; the base model runs on each.
 
     Returns:
         By figure (``perplexity``, ``top1``, ``kl``, ``max_logit_change``; for an encoder ``cosine``, ``max_change``),

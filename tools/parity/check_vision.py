@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Vision
+from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.vision.images import read_picture
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.tools.parity.check_outputs import TYPICAL_PERCENTILE, worst_of
@@ -35,7 +36,7 @@ _PIXEL_ROUNDINGS = 6
 
 
 @dataclass(frozen=True)
-class Looks:
+class ImagePrompts:
     """Prompts with images, and both sides' ways to see them.
 
     Attributes:
@@ -50,18 +51,18 @@ class Looks:
     pictures: list[list[Array]]
     pixels: list[Pixels | None]
 
-    def pick(self, indices: Iterable[int]) -> Looks:
+    def pick(self, indices: Iterable[int]) -> ImagePrompts:
         """Some of the rows."""
         rows = list(zip(self.prompts, self.rows, self.pictures, self.pixels, strict=True))
         prompts, ids, pictures, pixels = zip(*(rows[index] for index in indices), strict=True)
-        return Looks(list(prompts), list(ids), list(pictures), list(pixels))
+        return ImagePrompts(list(prompts), list(ids), list(pictures), list(pixels))
 
-    def with_text(self, ids: list[int]) -> Looks:
+    def with_text(self, ids: list[int]) -> ImagePrompts:
         """These rows, and one without images."""
-        return Looks([*self.prompts, ids], [*self.rows, ids], [*self.pictures, []], [*self.pixels, None])
+        return ImagePrompts([*self.prompts, ids], [*self.rows, ids], [*self.pictures, []], [*self.pixels, None])
 
 
-class OwnImages:
+class ReferenceProcessor:
     """Pictures as the model's own code prepares them, and what it writes in a prompt for each."""
 
     def __init__(
@@ -104,7 +105,9 @@ class OwnImages:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, images: OwnImages) -> Looks | None:
+def make_image_prompts(
+    deployment: Deployment, rows: Sequence[list[int]], longest: int, images: ReferenceProcessor
+) -> ImagePrompts | None:
     """Rows of text with one image, and with two where they fit; ``None`` where an image alone is too long.
 
     Args:
@@ -113,9 +116,8 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
         longest: positions that a row may have.
         images: the model's own way with pictures.
     """
-    vision = deployment.manifest.base.vision
-    assert vision is not None
-    found = Looks([], [], [], [])
+    vision = vision_base(deployment.manifest.base).vision
+    found = ImagePrompts([], [], [], [])
     pictures = [_picture(seed, *size) for seed, size in enumerate(_SIZES)]
     for index in range(len(pictures) // 2):
         chosen = pictures[2 * index : 2 * index + 1 + index]
@@ -135,14 +137,13 @@ def make_looks(deployment: Deployment, rows: Sequence[list[int]], longest: int, 
     return found if found.rows else None
 
 
-def check_vision(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
+def check_vision(deployment: Deployment, reference: Reference, images: ReferenceProcessor) -> list[Check]:
     """Preprocessing against the model's own processor, and the vision graph against PyTorch, on the same pixels.
 
     Where pictures are cut into tiles, also the tokens around them.
     """
     base = deployment.manifest.base
-    vision = base.vision
-    assert vision is not None
+    vision = vision_base(base).vision
     steps = read_preprocessor(
         read_verified(deployment.path, deployment.manifest, vision.preprocessor), vision.preprocessor
     )
@@ -179,7 +180,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
         few = images.pixels(pictures[:_PATCHED])
         counts = few["image_grid_thw"].prod(axis=1)
         own = np.split(few["pixel_values"], np.cumsum(counts)[:-1])
-        received = [deployment.encode(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
+        received = [deployment.encode_images(pixels, grid) for pixels, grid in zip(own, grids[:_PATCHED], strict=True)]
     expected, noise = reference.image_embeds(few)
     typical = float(np.percentile(np.concatenate(noise), TYPICAL_PERCENTILE))
     deviations = [np.abs(own - right).max(axis=1) for own, right in zip(received, expected, strict=True)]
@@ -193,11 +194,11 @@ def check_vision(deployment: Deployment, reference: Reference, images: OwnImages
 
 def _through_tower(deployment: Deployment, pixels: Array) -> list[Array]:
     """Embeddings ``(positions, d)`` of each image, or of each row of tiles."""
-    embeds = deployment.encode(pixels.reshape(-1, *pixels.shape[-3:]))
+    embeds = deployment.encode_images(pixels.reshape(-1, *pixels.shape[-3:]))
     return list(embeds.reshape(len(pixels), -1, embeds.shape[-1]))
 
 
-def check_tower_corners(deployment: Deployment, reference: Reference, images: OwnImages) -> list[Check]:
+def check_tower_profile_limits(deployment: Deployment, reference: Reference, images: ReferenceProcessor) -> list[Check]:
     """Level 6 of a compiled vision tower: as few images a call as its profile allows, and as many; none for others."""
     span = None if deployment.profile is None else deployment.profile.images
     if span is None:
@@ -209,16 +210,16 @@ def check_tower_corners(deployment: Deployment, reference: Reference, images: Ow
     rows, typical = (len(flat), -1), float(np.percentile(noise, TYPICAL_PERCENTILE))
     right, limits = expected.reshape(*rows, expected.shape[-1]), limit_of(noise, typical, "float32").reshape(rows)
     checks = []
-    for count in sorted({span.smallest, span.largest}):
+    for count in sorted({span.min, span.max}):
         order = np.arange(count) % len(flat)
-        deviations = np.abs(deployment.encode(flat[order]) - right[order]).max(axis=2)
+        deviations = np.abs(deployment.encode_images(flat[order]) - right[order]).max(axis=2)
         deviation, limit, image, position = worst_of(list(deviations), list(limits[order]))
         nearest = f"|Δ| nearest its limit, of {count} images or tiles in one call: number {image}, position {position}"
         checks.append(at_most(f"profile/images={count}/image-embeds", deviation, limit, nearest))
     return checks
 
 
-def own_images(against: str, vision: Vision) -> OwnImages:
+def reference_processor(against: str, vision: Vision) -> ReferenceProcessor:
     """How the model that is verified against takes pictures; raises ``ContractError`` if it has no processor."""
     from adalink.training.models.loading import find_image_processor, load_tokenizer
 
@@ -228,7 +229,7 @@ def own_images(against: str, vision: Vision) -> OwnImages:
             f"{against} has no image processor and the deployment takes images: verify it against the model it was "
             "made from, with its preprocessor_config.json"
         )
-    return OwnImages(processor, vision, None if vision.tiles is None else load_tokenizer(against))
+    return ReferenceProcessor(processor, vision, None if vision.tiles is None else load_tokenizer(against))
 
 
 def _picture(seed: int, height: int, width: int) -> Array:

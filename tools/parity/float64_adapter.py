@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.export.adapter.error_bound import Float64, adapter_bound
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ def longest_prompt(deployment: Deployment, steps: int) -> int:
     limits = [base.max_positions, None if profile is None else profile.capacity]
     longest = min(filter(None, limits), default=1 << 20) - steps
     if profile is not None and base.bidirectional_prompt:  # goes in at once
-        longest = min(longest, profile.seq.largest)
+        longest = min(longest, profile.seq.max)
     return longest - max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
 
 

@@ -210,4 +210,7 @@ def _blocks(matrix: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float6
 
 def _unpacked(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Codes one to a byte, along the last axis; of two in a byte the lower four bits come first."""
-    return codes if bits == 8 else np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    if bits == 8:
+        return codes
+    halves: npt.NDArray[np.uint8] = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
+    return halves.reshape(*codes.shape[:-1], -1)

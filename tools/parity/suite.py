@@ -1,17 +1,20 @@
-"""All levels of parity, in order (docs/parity.md)."""
+"""All levels of parity, in order (docs/concepts/parity.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Backend, open_backend
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.variants import choose_variant
@@ -33,14 +36,20 @@ from adalink.tools.parity.check_outputs import Comparison, check_control, compar
 from adalink.tools.parity.check_profile import check_decoder_corners, check_encoder_corners
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.check_vision import Looks, check_tower_corners, check_vision, make_looks, own_images
+from adalink.tools.parity.check_vision import (
+    ImagePrompts,
+    check_tower_profile_limits,
+    check_vision,
+    make_image_prompts,
+    reference_processor,
+)
 from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.unrounded_backend import ExactActivations
 
 if TYPE_CHECKING:
-    from adalink.training.data.rows import Row
+    from adalink.training.data.rows import TrainingRow
 
 # Generation is measured from the shortest prompts: each step costs as much after a long one.
 _GENERATIONS = 4
@@ -48,18 +57,35 @@ _GENERATIONS = 4
 Progress = Callable[[str], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Which engine is verified, and how thoroughly.
+
+    Attributes:
+        backend: which engine.
+        variant: which form of the base; see ``Deployment.open``.
+        threads: threads of the engine.
+        quick: fewer prompts.
+        text: what the cost of quantising is measured on; the prompts by default.
+        max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
+        task_rows: of a quantised base, by task a JSONL file of prompts and completions, to measure exact match on.
+    """
+
+    backend: str = "onnxruntime-cpu"
+    variant: str | None = None
+    threads: int | None = None
+    quick: bool = False
+    text: str | None = None
+    max_perplexity_increase: float | None = None
+    task_rows: Mapping[str, Path] = field(default_factory=dict)
+
+
 def verify(
     path: Path,
     against: str,
     adapters: Mapping[str, Path],
+    options: VerifyOptions | None = None,
     *,
-    backend: str = "onnxruntime-cpu",
-    variant: str | None = None,
-    threads: int | None = None,
-    quick: bool = False,
-    text: str | None = None,
-    max_perplexity_increase: float | None = None,
-    task_rows: Mapping[str, Path] | None = None,
     progress: Progress = lambda line: None,
 ) -> Report:
     """Compare a deployment with PyTorch.
@@ -68,18 +94,14 @@ def verify(
         path: the deployment.
         against: its base model: folder, GGUF file or hub id.
         adapters: adapter folder that a task is compared with; by default the copy beside its graph.
-        backend: which engine.
-        variant: which form of the base; see ``Deployment.open``.
-        threads: threads of the engine.
-        quick: fewer prompts.
-        text: what the cost of quantising is measured on; the prompts by default.
-        max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
-        task_rows: of a quantised base, by task a JSONL file of prompts and completions, to measure exact match on.
+        options: which engine is verified, and how thoroughly.
         progress: called with a line at each step.
 
     Raises:
         AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
     """
+    options = options or VerifyOptions()
+    backend, variant, threads, quick = options.backend, options.variant, options.threads, options.quick
     progress("opening the deployment")
     with (
         torch_threads(available_cores() // 2),
@@ -87,14 +109,10 @@ def verify(
     ):
         form = choose_variant(deployment.manifest, backend, variant)
         is_quantized = deployment.variant.quantization is not None
-        for option, value in (("--max-perplexity-increase", max_perplexity_increase), ("--text", text)):
-            if value is not None and not is_quantized:
-                raise RequestError(
-                    f"variant {form!r} is not quantised, so no perplexity is lost: leave {option} out, or choose a "
-                    "quantised variant with --variant"
-                )
+        if not is_quantized:
+            _refuse_costs(form, options)
         folders = _adapter_folders(deployment, adapters)
-        tested = _read_task_rows(deployment, form, task_rows or {})
+        tested = _read_task_rows(deployment, form, options.task_rows)
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
         reference = Reference(against, deployment.manifest.base)
@@ -103,25 +121,29 @@ def verify(
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         prompts, rows = _rows(report, deployment, reference, against, quick)
-        seeing = _looks(report, deployment, reference, against, rows, progress)
+        prompts_with_images = _image_prompts(report, deployment, reference, against, rows, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
-            _check_outputs(report, deployment, reference, folders, prompts, rows, seeing, (opened, form), progress)
+            _check_outputs(
+                report, deployment, reference, folders, prompts, rows, prompts_with_images, (opened, form), progress
+            )
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
-            with Deployment(deployment.path, deployment.manifest, exact, form) as unrounded:
-                _check_outputs(report, unrounded, reference, folders, prompts, rows, seeing, (exact, form), progress)
+            with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
+                _check_outputs(
+                    report, unrounded, reference, folders, prompts, rows, prompts_with_images, (exact, form), progress
+                )
             progress("the engine as deployed, with rounded activations")
             texts = _generation_texts(prompts, deployment)
             report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
             progress("what quantising costs")
             report.cost = measure_cost(
-                deployment, reference, rows if text is None else text_rows(text, deployment, quick)
+                deployment, reference, rows if options.text is None else text_rows(options.text, deployment, quick)
             )
-            if max_perplexity_increase is not None:
-                report.checks.append(check_cost(report.cost, max_perplexity_increase))
+            if options.max_perplexity_increase is not None:
+                report.checks.append(check_cost(report.cost, options.max_perplexity_increase))
             for name, examples in tested.items():
                 report.cost[f"exact match of {name}"] = measure_accuracy(
                     deployment, reference, against, name, folders[name], examples, progress
@@ -132,13 +154,26 @@ def verify(
     return report
 
 
+def _refuse_costs(form: str, options: VerifyOptions) -> None:
+    """Refuse options that only a quantised variant has a use for; raises ``RequestError``."""
+    for option, value in (
+        ("--max-perplexity-increase", options.max_perplexity_increase),
+        ("--text", options.text),
+    ):
+        if value is not None:
+            raise RequestError(
+                f"variant {form!r} is not quantised, so no perplexity is lost: leave {option} out, or choose a "
+                "quantised variant with --variant"
+            )
+
+
 def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> dict[str, Path]:
     _require_tasks(deployment, adapters)
     own = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
     return {name: adapters.get(name, own[name]) for name in deployment.tasks}
 
 
-def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[Row]]:
+def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[TrainingRow]]:
     """The rows of each task; ``form`` is the variant's name, for messages."""
     from adalink.training.data.rows import read_rows
 
@@ -191,7 +226,7 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
     """The deployment's embedding table is what the model's embedding module returns, rounded to its dtype at most."""
     base = deployment.manifest.base
     expected = reference.embedding_table()
-    received = to_float64(deployment.embed(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
+    received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
     allowed = np.zeros(())
     if base.embedding_dtype != "float32":  # one rounding, and one more of the scale that some models multiply by
         allowed = 2 * UNIT_ROUNDOFF[base.embedding_dtype] * np.abs(expected) + UNDERFLOW[base.embedding_dtype]
@@ -227,14 +262,14 @@ def _rows(
     return prompts, rows
 
 
-def _looks(
+def _image_prompts(
     report: Report,
     deployment: Deployment,
     reference: Reference,
     against: str,
     rows: list[list[int]],
     progress: Progress,
-) -> tuple[Looks | None, Looks | None]:
+) -> tuple[ImagePrompts | None, ImagePrompts | None]:
     """Level 7 as far as no task is in it, and prompts with images for the rest: to run, and to generate from.
 
     ``None`` for a base of text alone, and where images leave no room.
@@ -243,16 +278,16 @@ def _looks(
     if base.vision is None:
         return None, None
     progress("pixel values and the vision tower")
-    own = own_images(against, base.vision)
-    report.checks += check_vision(deployment, reference, own) + check_tower_corners(deployment, reference, own)
-    looks = make_looks(deployment, rows, longest_prompt(deployment, 0), own)
-    asked = make_looks(deployment, rows, longest_prompt(deployment, STEPS), own)
-    if looks is None:
+    own = reference_processor(against, base.vision)
+    report.checks += check_vision(deployment, reference, own) + check_tower_profile_limits(deployment, reference, own)
+    image_prompts = make_image_prompts(deployment, rows, longest_prompt(deployment, 0), own)
+    asked = make_image_prompts(deployment, rows, longest_prompt(deployment, STEPS), own)
+    if image_prompts is None:
         report.skipped.append("prompts with images: one alone takes up more positions than the model has")
     elif asked is None:
         report.skipped.append(f"generation with images: one and {STEPS} tokens after it are more than the model takes")
     text = [token for token in rows[0] if token != base.vision.image_token_id]
-    return looks, None if asked is None else asked.with_text(text or [base.pad_token_id])
+    return image_prompts, None if asked is None else asked.with_text(text or [base.pad_token_id])
 
 
 def _generation_texts(prompts: list[str] | None, deployment: Deployment) -> list[str] | None:
@@ -268,12 +303,12 @@ def _check_outputs(
     folders: Mapping[str, Path],
     prompts: list[str] | None,
     rows: list[list[int]],
-    seeing: tuple[Looks | None, Looks | None],
+    prompts_with_images: tuple[ImagePrompts | None, ImagePrompts | None],
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``seeing`` is what ``_looks`` gave."""
-    looks, asked = seeing
+    """Levels 2, 3 and 7, the mixed batches of level 4, level 5; ``prompts_with_images`` as from ``_image_prompts``."""
+    image_prompts, asked = prompts_with_images
     texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}
     seen: dict[str | None, Comparison] = {}
@@ -289,9 +324,11 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
-            if looks is not None:
-                progress(f"{label}: outputs on {len(looks.rows)} prompts with images")
-                seen[task] = compare_outputs(f"{label}/images", deployment, reference, task, looks.rows, looks)
+            if image_prompts is not None:
+                progress(f"{label}: outputs on {len(image_prompts.rows)} prompts with images")
+                seen[task] = compare_outputs(
+                    f"{label}/images", deployment, reference, task, image_prompts.rows, image_prompts
+                )
                 report.checks += seen[task].checks
             for batch in batches:
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")

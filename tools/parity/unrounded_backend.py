@@ -7,9 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from adalink.runtime.engine import Array, Backend, BankGraph, Engine, VisionGraph
-from adalink.runtime.ort.patch_vision import OnnxPatchGraph
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import Backend, Engine, PatchVisionGraph, SharedAdapterGraph, VisionGraph
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
 
 
 class ExactActivations:
@@ -44,13 +46,17 @@ class ExactActivations:
             path.write_bytes(model.SerializeToString())
             return self._inner.open_engine(path, base, role, table)
 
-    def open_bank(self, kind: str, graph: bytes, base: Base) -> BankGraph:
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``."""
-        return self._inner.open_bank(kind, graph, base)
+        return self._inner.open_bank(activation_key, graph, base)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph | OnnxPatchGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
+
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_patch_vision(graph, base, patches)
 
 
 def _share(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from adalink.runtime.engine import Array
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.vision.images import read_picture
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Pictures:
+class TrainingImages:
     """What turns the images of examples into a base's ``pixel_values``, and what goes with them.
 
     Attributes:

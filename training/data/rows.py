@@ -15,17 +15,18 @@ import msgspec
 import torch
 
 from adalink.runtime.errors import DataError, ModelError
+from adalink.runtime.storage.jsonl import read_jsonl
 from adalink.training.models.loading import max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from adalink.runtime.text.prompt_format import PromptForm
+    from adalink.runtime.storage.vision_schema import PromptForm
 
 IGNORED_LABEL = -100
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TrainingRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line of a JSONL file; ``images`` are paths from the file's own folder."""
 
     prompt: str
@@ -58,37 +59,23 @@ class ImageTokens:
     written: Callable[[Path], list[int]]
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> list[TrainingRow]:
     """Read rows ``{"prompt": str, "completion": str}``, with ``"images": [path, ...]`` too; empty lines are skipped.
 
     Raises:
         DataError: the file is missing, has no row, or a line is not such a row; the message names it.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = msgspec.json.decode(line.encode(), type=Row)
-        except msgspec.DecodeError as error:
-            raise DataError(f'{path}:{number}: {error}; expected {{"prompt": "...", "completion": "..."}}') from error
+    decode = msgspec.json.Decoder(TrainingRow).decode
+    for number, row in read_jsonl(Path(path), '{"prompt": "...", "completion": "..."}', decode):
         if not row.prompt or not row.completion:
             raise DataError(f"{path}:{number}: an empty prompt or completion: both need text; remove the row")
         rows.append(row)
-    if not rows:
-        raise DataError(f'{path} holds no row; expected lines {{"prompt": "...", "completion": "..."}}')
     return rows
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     origin: str | Path,
@@ -161,7 +148,7 @@ def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_to
 
 
 def _pictures(
-    row: Row, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
+    row: TrainingRow, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
 ) -> tuple[Path, ...]:
     """Paths of a row's images; ``prompt`` has one placeholder for each."""
     if images is None:

@@ -35,7 +35,7 @@ _IN_USE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _IGNORED_LABEL = -100
 
 
-class Attached:
+class AdaLinkModel:
     """A frozen model with adapters at its input; made by ``attach``, undone by ``detach`` or by leaving the ``with``.
 
     Which positions are adapted:
@@ -110,7 +110,7 @@ class Attached:
         self._handles = self._hook()
         _IN_USE.add(embedding)
 
-    def __enter__(self) -> Attached:
+    def __enter__(self) -> AdaLinkModel:
         return self
 
     def __exit__(
@@ -270,8 +270,8 @@ class Attached:
         return nn.functional.pad(window, (0, length - window.shape[1]), value=past_the_end)
 
 
-def attach(model: PreTrainedModel, config: AdaLinkConfig) -> Attached:
-    """Freeze ``model`` and put fresh adapters, which are the identity, at its input; see ``Attached``.
+def attach(model: PreTrainedModel, config: AdaLinkConfig) -> AdaLinkModel:
+    """Freeze ``model`` and put fresh adapters, which are the identity, at its input; see ``AdaLinkModel``.
 
     Raises:
         ModelError: the model has no input embedding, an adapter is attached already, or the model takes images in a
@@ -279,7 +279,7 @@ def attach(model: PreTrainedModel, config: AdaLinkConfig) -> Attached:
             a soft prompt.
         ConfigError: the rank exceeds the embedding's width.
     """
-    return Attached(model, config)
+    return AdaLinkModel(model, config)
 
 
 def _check_modality(modality: torch.Tensor, count: int) -> None:

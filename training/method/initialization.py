@@ -12,7 +12,7 @@ from torch import nn
 from adalink.runtime.errors import ModelError
 
 if TYPE_CHECKING:
-    from adalink.training.method.attach import Attached
+    from adalink.training.method.attach import AdaLinkModel
 
     Row = TypeVar("Row")
 
@@ -65,7 +65,7 @@ def _embeddings(embedding: nn.Module, vocab_size: int) -> Iterator[torch.Tensor]
 
 def measure_gradients(
     module: nn.Module,
-    attached: Attached,
+    attached: AdaLinkModel,
     rows: Sequence[Row],
     collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
     *,
@@ -111,7 +111,7 @@ def measure_gradients(
 
 def find_directions(
     module: nn.Module,
-    attached: Attached,
+    attached: AdaLinkModel,
     rows: Sequence[Row],
     collate: Callable[[Sequence[Row]], dict[str, torch.Tensor]],
     *,
@@ -146,7 +146,7 @@ def find_directions(
 
 
 @torch.no_grad()
-def follow_directions(attached: Attached, directions: Mapping[str, torch.Tensor]) -> None:
+def follow_directions(attached: AdaLinkModel, directions: Mapping[str, torch.Tensor]) -> None:
     """Make the first ``r`` directions the rows of each adapter's ``down``.
 
     Each gets the length that a row of the uniform start has on average, ``sqrt(1 / 3)``. ``up`` stays zero, and biases

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ModelError
-from adalink.runtime.text.prompt_format import PromptForm
+from adalink.runtime.storage.vision_schema import PromptForm
 from adalink.training.models.vision import image_side
 
 if TYPE_CHECKING:

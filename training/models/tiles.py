@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ModelError
-from adalink.runtime.vision.tiles import Grid, TileTokens, Tiling
+from adalink.runtime.storage.vision_schema import Grid, TileTokens
+from adalink.runtime.vision.tiles import Tiling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

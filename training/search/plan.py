@@ -14,7 +14,7 @@ from adalink.runtime.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adalink.training.data.rows import Row
+    from adalink.training.data.rows import TrainingRow
     from adalink.training.settings import SearchSettings
 
 FEWEST_CANDIDATES = 3
@@ -45,7 +45,7 @@ class Trial(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def split_rows(rows: Sequence[Row], seed: int) -> tuple[list[int], list[int]]:
+def split_rows(rows: Sequence[TrainingRow], seed: int) -> tuple[list[int], list[int]]:
     """Which rows are learned from and which are held out: a tenth of the different ones, 16 to 200.
 
     Rows that stand several times are on one side.

@@ -18,9 +18,10 @@ import msgspec
 from msgspec import structs
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from adalink.runtime.errors import ConfigError, WriteError
+from adalink.runtime.errors import ConfigError
+from adalink.runtime.storage.atomic import replace_file
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.training.adapter_io import replace_file
+from adalink.training.checkpoints import SEARCH_FILE
 from adalink.training.method.attach import attach
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import embedding_matrix
@@ -42,12 +43,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from adalink.training.data.rows import Example, Row
+    from adalink.training.data.rows import Example, TrainingRow
     from adalink.training.method.config import AdaLinkConfig
     from adalink.training.settings import SearchSettings, TrainSettings
     from adalink.training.trainer import Collate
 
-SEARCH_FILE = "search.json"
 _MEASURED_STEPS = 4
 
 
@@ -83,7 +83,7 @@ class SearchRecord(msgspec.Struct):
 
 def search(
     model: PreTrainedModel,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     examples: Sequence[Example],
     collate: Collate,
     config: AdaLinkConfig,
@@ -304,9 +304,5 @@ def _check_enough(record: SearchRecord, tried: int, planned: int) -> None:
 
 
 def _write(path: Path, record: SearchRecord) -> None:
-    try:
-        replace_file(path, msgspec.json.format(msgspec.json.encode(record), indent=2))
-    except OSError as error:
-        raise WriteError(
-            f"search: cannot write {path}: {error.strerror}; free space and go on with --resume"
-        ) from error
+    data = msgspec.json.format(msgspec.json.encode(record), indent=2)
+    replace_file(path, data, repair="free space and go on with --resume", durable=True)

@@ -13,7 +13,7 @@ from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.adapter.check import adapt_with_bound, check_in_bank
 from adalink.export.adapter.session import OpenGraph
 from adalink.runtime.errors import GraphError
-from adalink.runtime.storage.adapter import KINDS, Adapter
+from adalink.runtime.storage.adapter import ACTIVATION_KEYS, Adapter
 from adalink.runtime.tasks.adapter_mapping import bank_weights
 
 WIDTH = 48
@@ -36,7 +36,7 @@ def inputs(dtype: str, batch: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATION_KEYS)
 def test_each_row_by_its_own_weights(kind: str, dtype: str) -> None:
     graph = OpenGraph(build_bank_graph(kind, WIDTH, dtype).SerializeToString(), dtype)
     x = inputs(dtype, 3)
@@ -65,7 +65,7 @@ def test_check_passes_the_right_graph_and_finds_another_activation(kind: str) ->
         check_in_bank(graph, adapter, "float32", x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ACTIVATION_KEYS)
 def test_graph_is_standard_small_and_the_same_each_time(kind: str) -> None:
     model = build_bank_graph(kind, WIDTH, "float16")
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 20)}

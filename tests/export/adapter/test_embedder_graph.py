@@ -1,4 +1,4 @@
-"""A front computes every task of its activation, each row by its own; what it must leave alone stays bit for bit."""
+"""An embedder computes every task of its activation, each row by its own; what it must leave alone stays as it is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from helpers.runtime import random_adapter
 from helpers.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, token_ids
 
 from adalink.export.adapter.check import adapt_with_bound
-from adalink.export.adapter.embedder_graph import FRONTS, build_front_graph
-from adalink.runtime.storage.adapter import ACTIVATIONS, KINDS, Adapter
+from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
+from adalink.runtime.storage.adapter import ACTIVATION_KEYS, ACTIVATIONS, Adapter
 from adalink.runtime.storage.manifest import Base
 
 WIDTH, RANK = HIDDEN_SIZE, 7
@@ -37,7 +37,7 @@ BASE = Base(
     pad_token_id=0,
     embeddings="base/embeddings.safetensors",
     tokenizer=None,
-    bank=dict.fromkeys(KINDS, "base/bank/any.onnx"),
+    bank=dict.fromkeys(ACTIVATION_KEYS, "base/bank/any.onnx"),
 )
 TORCH = {
     "identity": lambda x: x,
@@ -49,9 +49,9 @@ TORCH = {
 }
 
 
-def open_front(front: str, dtype: str) -> ort.InferenceSession:
+def open_front(embedder: str, dtype: str) -> ort.InferenceSession:
     base = msgspec.structs.replace(BASE, embedding_dtype=dtype)
-    return ort.InferenceSession(build_front_graph(front, base).SerializeToString())
+    return ort.InferenceSession(build_embedder_graph(embedder, base).SerializeToString())
 
 
 def make(activation: str, rank: int, seed: int, bias: bool) -> Adapter:
@@ -65,7 +65,7 @@ def tasks_of(activation: str) -> list[Adapter]:
 
 
 def slots(adapters: list[Adapter]) -> dict[str, Array]:
-    """Weights as a front takes them: slot 0 holds what must never be used, smaller ranks are filled with zeros."""
+    """Weights as an embedder takes them: slot 0 holds what must never be used, smaller ranks are filled with zeros."""
     count = len(adapters) + 1
     weights = {
         "down": np.zeros((count, RANK, WIDTH), np.float32),
@@ -98,9 +98,9 @@ def bits(values: Array) -> Array:
     return values.view(f"u{values.dtype.itemsize}")
 
 
-def run(front: str, dtype: str, task_index: list[int], is_adapted: Array | None = None) -> tuple[Array, Array]:
+def run(embedder: str, dtype: str, task_index: list[int], is_adapted: Array | None = None) -> tuple[Array, Array]:
     """What went in and what came out, shape ``(4, 7, WIDTH)``, with one row for each of ``task_index``."""
-    activation, _, source = front.partition(".")
+    activation, _, source = embedder.partition(".")
     ids = token_ids(2, len(task_index), 7).numpy()
     rows = table(dtype)[ids]
     feeds: dict[str, Array] = slots(tasks_of(activation)) | {"task_index": np.array(task_index, np.int64)}
@@ -109,16 +109,16 @@ def run(front: str, dtype: str, task_index: list[int], is_adapted: Array | None 
     else:
         adapted = np.ones(ids.shape, bool) if is_adapted is None else is_adapted
         feeds |= {"inputs_embeds": rows, "is_adapted": adapted}
-    (result,) = open_front(front, dtype).run(["adapted_embeds"], feeds)
+    (result,) = open_front(embedder, dtype).run(["adapted_embeds"], feeds)
     assert (result.shape, result.dtype) == (rows.shape, rows.dtype)
     return rows, result
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("front", FRONTS)
-def test_each_row_by_its_own_task(front: str, dtype: str) -> None:
-    activation = front.partition(".")[0]
-    rows, result = run(front, dtype, [2, 0, 3, 1])
+@pytest.mark.parametrize("embedder", EMBEDDERS)
+def test_each_row_by_its_own_task(embedder: str, dtype: str) -> None:
+    activation = embedder.partition(".")[0]
+    rows, result = run(embedder, dtype, [2, 0, 3, 1])
     np.testing.assert_array_equal(bits(result[1]), bits(rows[1]))
     for row, slot in ((0, 2), (2, 3), (3, 1)):
         x, adapters = rows[row].astype(np.float64), tasks_of(activation)
@@ -157,18 +157,18 @@ def test_positions_that_are_not_adapted_pass_bit_for_bit(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("front", FRONTS)
-def test_graph_is_standard_small_and_the_same_each_time(front: str, dtype: str) -> None:
+@pytest.mark.parametrize("embedder", EMBEDDERS)
+def test_graph_is_standard_small_and_the_same_each_time(embedder: str, dtype: str) -> None:
     base = msgspec.structs.replace(BASE, embedding_dtype=dtype)
-    model = build_front_graph(front, base)
+    model = build_embedder_graph(embedder, base)
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 20)}
     assert len(model.SerializeToString()) < 4000
-    assert model.SerializeToString(deterministic=True) == build_front_graph(front, base).SerializeToString(
+    assert model.SerializeToString(deterministic=True) == build_embedder_graph(embedder, base).SerializeToString(
         deterministic=True
     )
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     edge = {"float32": 1, "float16": 10, "bfloat16": 16}[dtype]
-    own = ["table"] if front.endswith(".ids") else ["inputs_embeds"]
+    own = ["table"] if embedder.endswith(".ids") else ["inputs_embeds"]
     assert {kinds[name] for name in ("adapted_embeds", *own)} == {edge}
     assert {kinds[name] for name in ("down", "up", "down_bias", "up_bias")} == {onnx.TensorProto.FLOAT}
     assert kinds["task_index"] == onnx.TensorProto.INT64

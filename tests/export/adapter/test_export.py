@@ -24,7 +24,7 @@ from adalink.runtime.errors import (
     IntegrityError,
     UnknownTaskError,
 )
-from adalink.runtime.storage.adapter import KINDS, WEIGHTS_FILE, read_adapter
+from adalink.runtime.storage.adapter import ACTIVATION_KEYS, WEIGHTS_FILE, read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -61,7 +61,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 def test_adding_replacing_and_removing_touch_no_byte_of_the_base(deployment: Path, tmp_path: Path) -> None:
     before = state(deployment)
-    assert len(before) == 3 + len(KINDS)
+    assert len(before) == 3 + len(ACTIVATION_KEYS)
     first = make(tmp_path / "topics", deployment, seed=1)
     manifest = export_adapter(first, deployment)
     assert manifest.tasks.keys() == {"topics"}

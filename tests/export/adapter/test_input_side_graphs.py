@@ -153,7 +153,7 @@ def test_a_bottleneck_is_folded_beside_its_soft_prompt(folder: Path, tmp_path: P
     with Deployment.open(folder) as deployment:
         expected = deployment.run(input_ids=rows, tasks="plain")["logits"]
         np.testing.assert_allclose(deployment.run(input_ids=rows, tasks="folded")["logits"], expected, atol=1e-5)
-        plain, folded = (deployment.embed(rows, tasks=task) for task in ("plain", "folded"))
+        plain, folded = (deployment.input_embeddings(rows, tasks=task) for task in ("plain", "folded"))
         np.testing.assert_allclose(folded, plain, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from adalink.export.base.export import export_base
-from adalink.export.base.static_shapes import make_reshapes_static
+from adalink.export.tracing.static_shapes import make_reshapes_static
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Cache

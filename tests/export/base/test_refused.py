@@ -73,7 +73,7 @@ def test_settings_that_a_graph_cannot_honour_are_refused(
 
 
 def test_attention_refuses_a_cap_instead_of_ignoring_it() -> None:
-    from adalink.export.base.attention import plain_attention
+    from adalink.export.tracing.attention import plain_attention
 
     heads = torch.ones(1, 2, 3, 4)
     with pytest.raises(ModelError, match=r"caps its attention scores at 30\.0"):

@@ -14,7 +14,7 @@ from helpers.engines import PROFILE, RTX, SM86
 from helpers.export import MODELS
 from helpers.runtime import build, reseal
 
-from adalink.export.adapter.embedder_graph import FRONTS
+from adalink.export.adapter.embedder_graph import EMBEDDERS
 from adalink.export.base.export import export_base
 from adalink.export.engine.export import export_engine
 from adalink.runtime.builds import builder_calls
@@ -34,7 +34,7 @@ from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.trt.api import Api
 from adalink.runtime.trt.record import read_record
 
-FRONT_PLANS = {f"front-{front.replace('.', '-')}.plan" for front in FRONTS}
+FRONT_PLANS = {f"front-{embedder.replace('.', '-')}.plan" for embedder in EMBEDDERS}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_engine_is_added_and_nothing_else_changes(api: Api, deployment: Path)
         tasks=["double", "alpha", "alpha"],
         progress=lambda *at: seen.append(at),
     )
-    assert builder_calls() - calls == 1 + len(FRONTS) + 2
+    assert builder_calls() - calls == 1 + len(EMBEDDERS) + 2
     after = contents(deployment)
     changed = {path for path in before if after.get(path) != before[path]}
     assert changed <= {"manifest.json", ".lock"}
@@ -87,8 +87,8 @@ def test_an_engine_is_added_and_nothing_else_changes(api: Api, deployment: Path)
     assert record.weights_sha256 == digest_file(deployment / f"{portable}.data")
     assert (record.backend, record.version, record.target) == (RTX, api.version, SM86)
     assert (record.variant, record.profile, record.cache) == ("portable", PROFILE, "in-place")
-    assert set(record.fronts) == set(FRONTS)
-    assert set(record.fronts.values()) == FRONT_PLANS
+    assert set(record.embedders) == set(EMBEDDERS)
+    assert set(record.embedders.values()) == FRONT_PLANS
     assert record.tasks == {"double": "task-double.plan", "alpha": "task-alpha.plan"}
     assert record.plan_bytes == manifest.files[own.graph].size_bytes
     assert 0 < record.build_seconds < 600
@@ -243,7 +243,7 @@ except WriteError as error:
 """
 
 
-# A disk on which not even a front fits, and one that is too small for the base's plan.
+# A disk on which not even an embedder fits, and one that is too small for the base's plan.
 @pytest.mark.parametrize("size_bytes", [10_000, 1_500_000])
 def test_a_disk_that_refuses_to_grow_leaves_the_deployment_as_it_was(size_bytes: int, deployment: Path) -> None:
     before = contents(deployment)

@@ -12,14 +12,14 @@ from helpers.engines import PROFILE, RTX, SM86
 from helpers.export import MODELS
 from helpers.tiny_models import HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE
 
-from adalink.export.adapter.embedder_graph import FRONTS, build_front_graph
+from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
 from adalink.export.base.export import export_base
 from adalink.export.engine.build import PlanDraft
-from adalink.export.engine.export import base_sizes, export_engine, front_limits, front_sizes
+from adalink.export.engine.export import base_sizes, embedder_limits, embedder_sizes, export_engine
 from adalink.export.engine.graph import engine_graph
 from adalink.export.engine.progress import Phases
-from adalink.runtime.device.profile import Span, default_profile
 from adalink.runtime.errors import BackendError, GraphError
+from adalink.runtime.profile import ShapeRange, default_profile
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.trt.api import Api
 from adalink.runtime.trt.record import read_record
@@ -104,12 +104,12 @@ def test_precision_comes_from_the_graph(api: Api, dtype: str, tmp_path: Path) ->
     assert (tmp_path / own.graph).stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("front", FRONTS)
-def test_front_networks_take_table_weights_and_choice(api: Api, front: str, decoder: tuple[Manifest, Path]) -> None:
+@pytest.mark.parametrize("embedder", EMBEDDERS)
+def test_front_networks_take_table_weights_and_choice(api: Api, embedder: str, decoder: tuple[Manifest, Path]) -> None:
     base = decoder[0].base
-    rank, slots = front_limits(base.hidden_size)
-    with PlanDraft(api, build_front_graph(front, base), None, front) as draft:
-        draft.add_profile(front_sizes(PROFILE, rank, slots))
+    rank, slots = embedder_limits(base.hidden_size)
+    with PlanDraft(api, build_embedder_graph(embedder, base), None, embedder) as draft:
+        draft.add_profile(embedder_sizes(PROFILE, rank, slots))
         found = names_and_types(draft.network)
         (profile,) = draft.profiles
         assert [tuple(shape) for shape in profile.get_shape("down")] == [(1, 1, 48), (16, 16, 48), (16384, 48, 48)]
@@ -117,14 +117,14 @@ def test_front_networks_take_table_weights_and_choice(api: Api, front: str, deco
     assert found["up"] == ("FLOAT", (-1, HIDDEN_SIZE, -1))
     assert found["task_index"] == ("INT64", (-1,))
     own = {"table": ("FLOAT", (VOCAB_SIZE, 48)), "input_ids": ("INT64", (-1, -1))}
-    if front.endswith(".embeds"):
+    if embedder.endswith(".embeds"):
         own = {"inputs_embeds": ("FLOAT", (-1, -1, 48)), "is_adapted": ("BOOL", (-1, -1))}
     assert own.items() <= found.items()
 
 
 @pytest.mark.parametrize("width", [1, 48, 576, 4096, 16384, 1 << 20])
 def test_a_stack_of_weights_stays_below_what_a_tensor_may_hold(width: int) -> None:
-    rank, slots = front_limits(width)
+    rank, slots = embedder_limits(width)
     assert 1 <= rank <= width
     assert 1 <= slots <= 1 << 14
     assert rank * slots * width < 1 << 31
@@ -170,8 +170,8 @@ def test_default_profile_covers_the_whole_model(api: Api, decoder: tuple[Manifes
     assert prefill["total"].largest == decode["total"].largest == MAX_POSITIONS
     assert prefill["total"].smallest == decode["total"].smallest == 1
     assert prefill["sequence"].smallest == 1
-    wide = msgspec.structs.replace(PROFILE, batch=Span(3, 4, 64))
-    assert base_sizes(wide)[0]["places"] == Span(1, 4, 64)
+    wide = msgspec.structs.replace(PROFILE, batch=ShapeRange(3, 4, 64))
+    assert base_sizes(wide)[0]["places"] == ShapeRange(1, 4, 64)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -181,11 +181,11 @@ def test_timings_are_kept_for_the_next_build(
     """TensorRT-RTX has the calls of TensorRT's timing cache, which it leaves empty: enough to see that they fit."""
     monkeypatch.setattr(Api, "has_timing_cache", property(lambda self: True))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    front, sizes = build_front_graph(FRONTS[0], decoder[0].base), front_sizes(PROFILE, 48, 64)
+    embedder, sizes = build_embedder_graph(EMBEDDERS[0], decoder[0].base), embedder_sizes(PROFILE, 48, 64)
     kept = tmp_path / f"cache/adalink/timing/{RTX}-{api.version}.cache"
 
     def build() -> int:
-        with PlanDraft(api, front, None, "front.plan") as draft:
+        with PlanDraft(api, embedder, None, "front.plan") as draft:
             draft.add_profile(sizes)
             return draft.build(tmp_path / "x", lambda config: api.set_targets(config, SM86), lambda *_: None).size_bytes
 

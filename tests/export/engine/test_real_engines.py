@@ -141,6 +141,6 @@ def test_a_vision_tower_of_real_size_becomes_a_plan(tmp_path: Path) -> None:
         f"weights {weights / 1e6:.1f} MB"
     )
     assert record.profile.images is not None
-    assert record.profile.images.largest == 5
+    assert record.profile.images.max == 5
     assert weights > 3e8
     assert weights * 0.99 < record.vision.plan_bytes < weights * 1.1 + 5e6

@@ -18,13 +18,13 @@ from helpers.runtime import reseal
 from helpers.tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, TILE_EDGE, TILE_TOKENS, idefics3
 from helpers.vision_deployments import build_seeing, build_seeing_tiles
 
-from adalink.export.adapter.embedder_graph import FRONTS
+from adalink.export.adapter.embedder_graph import EMBEDDERS
 from adalink.export.base.export import export_base
 from adalink.export.engine.build import PlanDraft
 from adalink.export.engine.export import export_engine
 from adalink.runtime.builds import builder_calls
-from adalink.runtime.device.profile import Span, default_profile, parse_profile
 from adalink.runtime.errors import BackendError, ConfigError, IntegrityError
+from adalink.runtime.profile import ShapeRange, default_profile, parse_profile
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -66,12 +66,12 @@ def test_the_network_is_the_towers_in_float32(api: Api, originals: dict[str, Pat
     folder, (edge, tokens, likeliest) = originals[kind], TOWERS[kind]
     base, path = read_manifest(folder).base, folder / VISION
     images = default_profile(base).images
-    assert images == Span(1, likeliest, 512 * 512 // edge**2)
+    assert images == ShapeRange(1, likeliest, 512 * 512 // edge**2)
     with PlanDraft(api, onnx.load(str(path), load_external_data=False), path, "vision.plan") as draft:
         draft.add_profile({"images": images})
         (profile,) = draft.profiles
         taken = [tuple(shape) for shape in profile.get_shape("pixel_values")]
-        assert taken == [(count, 3, edge, edge) for count in (1, likeliest, images.largest)]
+        assert taken == [(count, 3, edge, edge) for count in (1, likeliest, images.max)]
         network = draft.network
         given, source = network.get_output(0), network.get_input(0)
         assert (network.num_inputs, network.num_outputs) == (1, 1)
@@ -97,7 +97,7 @@ def test_a_plan_of_the_tower_is_added_and_nothing_else_changes(
     folder = deployment(kind)
     before, calls = contents(folder), builder_calls()
     manifest = export_engine(folder, RTX, target=SM86, profile="batch=1:1:2,seq=1:8:16,past=0:16:40,images=1:2:3")
-    assert builder_calls() - calls == len(FRONTS) + 2
+    assert builder_calls() - calls == len(EMBEDDERS) + 2
     after = contents(folder)
     assert {path for path in before if after.get(path) != before[path]} == {"manifest.json"}
     assert {path for path in after.keys() - before.keys() if "front-" not in path} == {
@@ -110,7 +110,7 @@ def test_a_plan_of_the_tower_is_added_and_nothing_else_changes(
     assert PLAN in own.files
     assert manifest.variants["portable"].vision_graph is None
     record = read_record(folder / "engines" / RTX)
-    assert record.profile.images == Span(1, 2, 3)
+    assert record.profile.images == ShapeRange(1, 2, 3)
     assert record.vision is not None
     assert record.vision.onnx_sha256 == before[VISION]
     assert record.vision.weights_sha256 == before[f"{VISION}.data"]

@@ -24,7 +24,8 @@ from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.manifest_validation import check_manifest
-from adalink.runtime.vision.patches import PatchTower
+from adalink.runtime.storage.vision_base import vision_base
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.training.models.loading import base_fingerprint
 
 MODELS = {"qwen2": qwen2_vl, "qwen2.5": qwen2_5_vl}
@@ -50,7 +51,7 @@ def test_vision_graph_agrees_with_pytorch(name: str, tmp_path: Path, monkeypatch
     model = TOWERS[name]()
     manifest = export(model, tmp_path)
     exact, vision = copy.deepcopy(model).double(), manifest.base.vision
-    graph = OnnxPatchGraph(tmp_path / vision.graph, manifest.base, 1)
+    graph = OnnxPatchGraph(tmp_path / vision.graph, vision_base(manifest.base), vision.patches, 1)
     inputs, found = PatchTower.inputs, set()
     for grid in GRIDS:
         count = 4 * grid[0] * grid[1]

@@ -1,6 +1,6 @@
 """Engines whose memory stays on a device, against PyTorch: the kit's own code, with main memory as the device.
 
-The engine's graph and the fronts are those that TensorRT engines are built from; ONNX Runtime computes them here.
+The engine's graph and the embedders are those that TensorRT engines are built from; ONNX Runtime computes them here.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from helpers.host_device import HostBackend, HostPlans
 from helpers.runtime import TASKS, Tiny, build
 
 from adalink.export.base.export import export_base
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device.engine import DeviceEngine
-from adalink.runtime.device.profile import Profile, Span
-from adalink.runtime.engine import Array
 from adalink.runtime.errors import BackendError, GraphError, RequestError
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
+PROFILE = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 4, 5), past=ShapeRange(0, 8, 55))
 PROMPTS = [[5, 9, 33, 41, 7, 60, 12], [8, 70, 3], [90, 4, 77, 21, 15]]
 EVERY = [None, *TASKS]
 
 
 def opened(tiny: Tiny, backend: HostBackend) -> Deployment:
-    return Deployment(tiny.folder, read_manifest(tiny.folder), backend, "portable")
+    return Deployment(tiny.folder, read_manifest(tiny.folder), backend, OpenOptions("portable"))
 
 
 def portable(family: str, root: Path, modalities: tuple[str, ...] = ("text",)) -> Tiny:
@@ -142,7 +143,7 @@ def test_base_a_b_a_base_is_bit_for_bit_the_same(llama: Tiny, host: HostBackend)
 def test_encoder_agrees_with_pytorch(bert: Tiny) -> None:
     import torch
 
-    profile = Profile(batch=Span(1, 2, 2), seq=Span(1, 4, 12), past=None)
+    profile = Profile(batch=ShapeRange(1, 2, 2), seq=ShapeRange(1, 4, 12), past=None)
     ids, mask = padded(PROMPTS, left=False)
     tasks = ["alpha", None, "beta"]
     with opened(bert, HostBackend(profile)) as deployment:
@@ -157,9 +158,9 @@ def test_float16_logits_and_embeddings(tmp_path: Path, host: HostBackend) -> Non
     tiny = build("llama", tmp_path / "wide")
     export_base(tiny.model, tmp_path / "half", dtype="float16", target="portable")
     manifest = read_manifest(tmp_path / "half")
-    with Deployment(tmp_path / "half", manifest, host, "portable") as deployment:
+    with Deployment(tmp_path / "half", manifest, host, OpenOptions("portable")) as deployment:
         deployment.add_task(tiny.sources / "alpha", "alpha")
-        assert deployment.embed([PROMPTS[0]], tasks="alpha").dtype == np.float16
+        assert deployment.input_embeddings([PROMPTS[0]], tasks="alpha").dtype == np.float16
         for task in (None, "alpha"):
             logits = deployment.run(input_ids=[PROMPTS[0]], tasks=task)["logits"][0]
             assert logits.dtype == np.float16
@@ -173,9 +174,9 @@ def test_embeddings_of_two_modalities(llama: Tiny, host: HostBackend) -> None:
     embeds = rng.normal(size=(2, 9, 48)).astype(np.float32)
     modality = np.array([[0, 1, 1, -1, 0, 0, 1, 0, -1], [1, 1, 0, 0, 0, -1, 1, 1, 0]])
     with opened(llama, host) as deployment:
-        adapted = deployment.embed(inputs_embeds=embeds, modality=modality, tasks=["double", None])
-        plain = deployment.embed(inputs_embeds=embeds, modality=modality)
-        by_ids = deployment.embed([PROMPTS[0]], modality=np.array([[0, 1, -1, 0, 1, 0, 0]]), tasks="double")
+        adapted = deployment.input_embeddings(inputs_embeds=embeds, modality=modality, tasks=["double", None])
+        plain = deployment.input_embeddings(inputs_embeds=embeds, modality=modality)
+        by_ids = deployment.input_embeddings([PROMPTS[0]], modality=np.array([[0, 1, -1, 0, 1, 0, 0]]), tasks="double")
     assert plain.tobytes() == embeds.tobytes()
     assert adapted[1].tobytes() == embeds[1].tobytes()
     for name, index in (("text", 0), ("image", 1)):
@@ -196,14 +197,14 @@ def test_whole_vocabulary_through_the_front(llama: Tiny, host: HostBackend) -> N
     with opened(llama, host) as deployment:
         for task in EVERY:
             expected = llama.embeds(ids[0].tolist(), task).numpy()
-            np.testing.assert_allclose(deployment.embed(ids, tasks=task), expected, rtol=2e-6, atol=2e-6)
-        assert deployment.embed(ids).tobytes() == llama.embeds(ids[0].tolist(), None).numpy().tobytes()
+            np.testing.assert_allclose(deployment.input_embeddings(ids, tasks=task), expected, rtol=2e-6, atol=2e-6)
+        assert deployment.input_embeddings(ids).tobytes() == llama.embeds(ids[0].tolist(), None).numpy().tobytes()
 
 
 def test_memory_is_given_back(llama: Tiny, host: HostBackend) -> None:
     with opened(llama, host) as deployment:
         deployment.generate(["oil", "wheat"], tasks=["alpha", "beta"], max_new_tokens=5)
-        deployment.embed([PROMPTS[0]], tasks="prompted")
+        deployment.input_embeddings([PROMPTS[0]], tasks="prompted")
         assert host.device.allocated_bytes > 0
     del deployment
     assert host.device.allocated_bytes == 0
@@ -225,7 +226,10 @@ def test_closing_waits_for_calls_that_run(llama: Tiny, host: HostBackend) -> Non
         result = deployment.generate(["oil"], tasks="alpha", max_new_tokens=8, stream=close_once)[0]
         assert list(result.token_ids) == llama.greedy(prompt, "alpha", 8)
         assert len(pieces) > 1
-        for call in (lambda: deployment.generate(["oil"], max_new_tokens=2), lambda: deployment.embed([[5]])):
+        for call in (
+            lambda: deployment.generate(["oil"], max_new_tokens=2),
+            lambda: deployment.input_embeddings([[5]]),
+        ):
             with pytest.raises(RequestError, match="closed: open it again"):
                 call()
     assert host.device.allocated_bytes == 0
@@ -237,7 +241,7 @@ def test_requests_outside_the_profile_are_refused(llama: Tiny, bert: Tiny) -> No
             deployment.generate(["a"] * 4, max_new_tokens=3)
         with pytest.raises(RequestError, match=r"attention_mask: 6\d positions.*takes 1 to 56.*--profile past=0:8:6"):
             deployment.generate(["oil"], max_new_tokens=59)
-    narrow = Profile(batch=Span(1, 1, 1), seq=Span(3, 4, 5), past=None)
+    narrow = Profile(batch=ShapeRange(1, 1, 1), seq=ShapeRange(3, 4, 5), past=None)
     with opened(bert, HostBackend(narrow)) as deployment:
         with pytest.raises(RequestError, match=r"6 positions.*--profile seq=3:4:6"):
             deployment.run(input_ids=[[5] * 6])
@@ -269,20 +273,20 @@ def test_a_request_that_finds_no_room_for_a_workspace_leaves_nothing_behind(llam
     """A second request at a time needs a workspace of its own, which fits at no place where memory may run out."""
     backend = HostBackend(PROFILE)
     with opened(llama, backend) as deployment:
-        engine = deployment._opened.engine
+        engine = deployment._runner.engine
         assert isinstance(engine, DeviceEngine)
-        first = engine._spaces.take()
+        first = engine._workspaces.take()
         held, queues = backend.device.allocated_bytes, backend.device.open_queues
-        second = passes.EngineSpace(engine._common)
+        second = passes.EngineWorkspace(engine._context)
         size = backend.device.allocated_bytes - held
         second.close()
-        for room in range(0, size, size // 7):
-            backend.device.limit_bytes = held + room
+        for max_new_tokens in range(0, size, size // 7):
+            backend.device.limit_bytes = held + max_new_tokens
             with pytest.raises(BackendError, match="out of memory"):
-                engine._spaces.take()
+                engine._workspaces.take()
             assert (backend.device.allocated_bytes, backend.device.open_queues) == (held, queues)
         backend.device.limit_bytes = None
-        engine._spaces.give(first)
+        engine._workspaces.give(first)
         prompt = deployment.tokenizer.encode("oil")
         found = deployment.generate(["oil"], tasks="alpha", max_new_tokens=4)[0]
         assert list(found.token_ids) == llama.greedy(prompt, "alpha", 4)
@@ -294,14 +298,14 @@ def test_as_many_steps_stay_recorded_as_may(llama: Tiny, monkeypatch: pytest.Mon
     monkeypatch.setattr(passes, "_MOST_STEPS", 4)
     backend = HostBackend(PROFILE)
     with opened(llama, backend) as deployment:
-        engine = deployment._opened.engine
+        engine = deployment._runner.engine
         assert isinstance(engine, DeviceEngine)
         kept = []
         for rows in (1, 2, 3):
             for task in (None, "alpha"):
                 deployment.generate(["oil"] * rows, tasks=task, max_new_tokens=2)
-                with engine._spaces.lend() as space:
-                    kept.append(len(space._steps))
+                with engine._workspaces.lend() as workspace:
+                    kept.append(len(workspace._steps))
     assert kept == [1, 2, 3, 4, 4, 4]
 
 

@@ -12,11 +12,11 @@ from helpers.runtime import TASKS, Tiny, build
 from helpers.vision_deployments import build_seeing, picture
 
 from adalink.export.base.export import export_base
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.gpus import find_gpus
-from adalink.runtime.device.profile import Profile, Span
-from adalink.runtime.engine import open_backend
 from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.variants import COMPILED_BACKENDS
 
 pytestmark = [
@@ -26,7 +26,7 @@ pytestmark = [
 
 # Wider than on the CPU: where a library goes on in TF32 all the same, products have ten bits of mantissa.
 CLOSE = {"rtol": 2e-2, "atol": 2e-2}
-PROFILE = Profile(batch=Span(1, 2, 4), seq=Span(1, 4, 8), past=Span(0, 16, 62))
+PROFILE = Profile(batch=ShapeRange(1, 2, 4), seq=ShapeRange(1, 4, 8), past=ShapeRange(0, 16, 62))
 PROMPTS = [[5, 9, 33, 41, 7, 60, 12, 44, 81, 19], [8, 70, 3], [90, 4, 77, 21, 15]]
 BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
 
@@ -97,7 +97,7 @@ def test_base_a_b_a_base_is_bit_for_bit_the_same(opened: tuple[Tiny, Deployment]
 def test_whole_vocabulary_passes_bit_for_bit_without_a_task(opened: tuple[Tiny, Deployment]) -> None:
     tiny, deployment = opened
     ids = np.arange(96)[None]
-    assert deployment.embed(ids).tobytes() == tiny.embeds(ids[0].tolist(), None).numpy().tobytes()
+    assert deployment.input_embeddings(ids).tobytes() == tiny.embeds(ids[0].tolist(), None).numpy().tobytes()
 
 
 def test_a_task_added_now_runs_without_building(opened: tuple[Tiny, Deployment], tmp_path: Path) -> None:
@@ -152,4 +152,4 @@ def test_shapes_outside_the_profile_are_named(opened: tuple[Tiny, Deployment]) -
     _, deployment = opened
     assert deployment.profile is not None
     with pytest.raises(RequestError, match=r"inputs_embeds: \d+ rows, this engine takes"):
-        deployment.generate([[5]] * (deployment.profile.batch.largest + 1), max_new_tokens=2)
+        deployment.generate([[5]] * (deployment.profile.batch.max + 1), max_new_tokens=2)

@@ -14,10 +14,13 @@ from helpers.vision_deployments import Seeing, build_seeing, build_seeing_tiles,
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55), images=Span(1, 1, 2))
+PROFILE = Profile(
+    batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 4, 5), past=ShapeRange(0, 8, 55), images=ShapeRange(1, 1, 2)
+)
 NEW = 6
 ROWS = [("@what?", [picture(1)]), ("a @b@ c", [picture(2, 50, 24), picture(1)]), ("no picture", [])]
 TASKS = [None, "words", "looks", "both", "asked"]
@@ -31,7 +34,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
 
 
 def opened(folder: Path, host: HostBackend) -> Deployment:
-    return Deployment(folder, read_manifest(folder), host, "portable")
+    return Deployment(folder, read_manifest(folder), host, OpenOptions("portable"))
 
 
 @pytest.fixture(params=[True, False], ids=["in-place", "growing"])
@@ -65,7 +68,9 @@ def test_logits_are_pytorchs(seeing: Seeing, host: HostBackend, task: str | None
 
 def test_tiles_in_front_of_a_device(tmp_path: Path) -> None:
     tiled = build_seeing_tiles(tmp_path, idefics3(), target="portable")
-    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 16, 40), past=Span(0, 64, 150), images=Span(1, 4, 4))
+    profile = Profile(
+        batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 16, 40), past=ShapeRange(0, 64, 150), images=ShapeRange(1, 4, 4)
+    )
     rows = [("<image>what?", [picture(1)]), ("a <image> b <image>", [picture(2, 50, 24), picture(3, 7, 100)])]
     prompts, images = zip(*rows, strict=True)
     with opened(tiled.folder, HostBackend(profile, in_place=True)) as deployment:

@@ -9,17 +9,17 @@ from helpers.host_device import HostDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adalink.runtime.device.bank import DeviceBank, DeviceKind
-from adalink.runtime.device.decoding import piece_length
-from adalink.runtime.device.kv_cache import GrowingCache, InPlaceCache
-from adalink.runtime.device.profile import Profile, Span, default_profile, parse_profile, pieces, rounded_total
-from adalink.runtime.device.protocols import Lease, as_numbers
+from adalink.runtime.device.adapter_weights import AdapterWeightPools, DeviceSharedAdapterGraph
+from adalink.runtime.device.decode_state import piece_length
+from adalink.runtime.device.kv_cache import DynamicDeviceCache, StaticDeviceCache
+from adalink.runtime.device.protocols import DeviceArena, as_numbers
 from adalink.runtime.device.slots import SlotTable
 from adalink.runtime.errors import BackendError, ConfigError, RequestError
+from adalink.runtime.profile import Profile, ShapeRange, default_profile, parse_profile, pieces, rounded_total
 from adalink.runtime.request import check_embeds
 from adalink.runtime.storage.manifest import Base, Cache
 from adalink.runtime.storage.safetensors import as_stored
-from adalink.runtime.tasks.adapter_mapping import Part, Selection
+from adalink.runtime.tasks.adapter_mapping import AdapterGroup, AdapterMapping
 
 
 def base(**changes: object) -> Base:
@@ -68,11 +68,11 @@ def test_few_records_serve_all_lengths() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 600))
 def test_a_pass_fits_its_buffers(batch: int, most: int, seq: int) -> None:
-    profile = Profile(batch=Span(1, 1, most), seq=Span(1, 1, seq), past=Span(0, 1, 2000))
+    profile = Profile(batch=ShapeRange(1, 1, most), seq=ShapeRange(1, 1, seq), past=ShapeRange(0, 1, 2000))
     batch = min(batch, most)
     length = piece_length(profile, batch)
     assert 1 <= length <= seq
-    assert batch * length <= profile.places
+    assert batch * length <= profile.logits_capacity
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_wrong_profiles_say_what_is_wrong(text: str, words: str) -> None:
 
 def test_profiles_are_read_as_they_are_written() -> None:
     profile = parse_profile("batch=1:4:8,seq=1:128:512,past=0:512:1023", base())
-    assert (profile.capacity, profile.places) == (1024, 512)
+    assert (profile.capacity, profile.logits_capacity) == (1024, 512)
     assert parse_profile(str(profile), base()) == profile
     assert parse_profile("batch=1:4:6", base()).seq == default_profile(base()).seq
     encoder = base(kind="encoder", cache=None)
@@ -123,19 +123,19 @@ def test_places_belong_to_one_task_at_a_time(steps: list[tuple[str, int]], size:
                 assert len(users) == size - 1
                 assert key not in users
                 continue
-            place, is_new = taken
-            assert 1 <= place < size
+            slot, is_new = taken
+            assert 1 <= slot < size
             if is_new:
-                victim = contents.get(place)
+                victim = contents.get(slot)
                 assert victim not in users, "a place in use was given away"
                 if victim is not None:
                     assert len(contents) == size - 1, "a place was taken from one while others were free"
                     idle = [old for old in order if old not in users]
                     assert victim == idle[0], "not the one unused for the longest time"
                     order.remove(victim)
-                contents[place] = key
-            assert contents[place] == key
-            users.setdefault(key, []).append(place)
+                contents[slot] = key
+            assert contents[slot] == key
+            users.setdefault(key, []).append(slot)
             order[:] = [old for old in order if old != key] + [key]
         elif key in users:
             table.release(key)
@@ -149,19 +149,26 @@ def weights(seed: int, rank: int) -> dict[str, np.ndarray]:
     return {"down": rng.normal(size=(1, rank, 8)).astype("f4"), "up": rng.normal(size=(1, 8, rank)).astype("f4")}
 
 
-def part(seed: int, rank: int = 3, kind: str = "gelu", rows: list[int] | None = None) -> Part:
-    return Part(None if rows is None else np.array(rows), 0, "all", f"d{seed}", DeviceKind(kind), weights(seed, rank))
+def part(seed: int, rank: int = 3, kind: str = "gelu", rows: list[int] | None = None) -> AdapterGroup:
+    return AdapterGroup(
+        None if rows is None else np.array(rows),
+        0,
+        "all",
+        f"d{seed}",
+        DeviceSharedAdapterGraph(kind),
+        weights(seed, rank),
+    )
 
 
-def stored(bank: DeviceBank, layer: object, row: int) -> dict[str, np.ndarray]:
-    """What a front would read for a row."""
+def stored(bank: AdapterWeightPools, layer: object, row: int) -> dict[str, np.ndarray]:
+    """What an embedder would read for a row."""
     import ctypes
 
     found = {}
-    for name, shape in layer.stack.shapes.items():
+    for name, shape in layer.pool.shapes.items():
         size = 4 * int(np.prod(shape[1:]))
-        place = int(layer.task_index[row])
-        raw = ctypes.string_at(layer.stack.addresses[name] + place * size, size)
+        slot = int(layer.task_index[row])
+        raw = ctypes.string_at(layer.pool.addresses[name] + slot * size, size)
         found[name] = np.frombuffer(raw, np.float32).reshape(shape[1:])
     return found
 
@@ -170,21 +177,21 @@ def stored(bank: DeviceBank, layer: object, row: int) -> dict[str, np.ndarray]:
 @given(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=4), max_size=30))
 def test_every_row_finds_its_own_weights(batches: list[list[int]]) -> None:
     """More tasks than places, ranks that grow, batches that overlap in time."""
-    bank = DeviceBank(HostDevice(), 8, 64, 8)
+    bank = AdapterWeightPools(HostDevice(), 8, 64, 8)
     held = []
     for seeds in batches:
         parts = [part(seed, 1 + 7 * (seed % 5), rows=[row]) for row, seed in enumerate(seeds) if seed]
         if len({seed for own in (seeds, *(own for _, own in held)) for seed in own if seed}) > 7:
-            for choice, _ in held:
-                choice.release()
+            for reservation, _ in held:
+                reservation.release()
             held.clear()
-        choice = bank.choose(Selection(parts), len(seeds))
-        held.append((choice, seeds))
+        reservation = bank.reserve(AdapterMapping(parts), len(seeds))
+        held.append((reservation, seeds))
         if len(held) > 2:
             held.pop(0)[0].release()
         for own, own_seeds in held:
             for row, seed in enumerate(own_seeds):
-                for layer in own.layers:
+                for layer in own.adapter_passes:
                     assert (layer.task_index[row] == 0) == (seed == 0)
                     if seed:
                         rank = 1 + 7 * (seed % 5)
@@ -197,30 +204,30 @@ def test_every_row_finds_its_own_weights(batches: list[list[int]]) -> None:
 
 
 def test_a_rank_beyond_the_fronts_is_refused() -> None:
-    bank = DeviceBank(HostDevice(), 8, 16, 8)
-    with pytest.raises(BackendError, match="rank 17, this engine's fronts take at most 16"):
-        bank.choose(Selection([part(1, 17)]), 1)
+    bank = AdapterWeightPools(HostDevice(), 8, 16, 8)
+    with pytest.raises(BackendError, match="rank 17, this engine's embedders take at most 16"):
+        bank.reserve(AdapterMapping([part(1, 17)]), 1)
 
 
 def test_a_full_device_makes_room_instead_of_growing() -> None:
     device = HostDevice()
-    bank = DeviceBank(device, 8, 64, 1024)
+    bank = AdapterWeightPools(device, 8, 64, 1024)
     for seed in range(15):
-        bank.choose(Selection([part(seed)]), 1).release()
+        bank.reserve(AdapterMapping([part(seed)]), 1).release()
     device.limit_bytes = device.allocated_bytes
     for seed in range(15, 40):
-        choice = bank.choose(Selection([part(seed)]), 1)
-        assert (stored(bank, choice.layers[0], 0)["down"][:3] == weights(seed, 3)["down"][0]).all()
-        choice.release()
+        reservation = bank.reserve(AdapterMapping([part(seed)]), 1)
+        assert (stored(bank, reservation.adapter_passes[0], 0)["down"][:3] == weights(seed, 3)["down"][0]).all()
+        reservation.release()
 
 
 def test_when_all_places_are_in_use_the_error_says_so() -> None:
-    bank = DeviceBank(HostDevice(), 8, 64, 4)
-    held = bank.choose(Selection([part(seed, rows=[seed]) for seed in range(3)]), 3)
+    bank = AdapterWeightPools(HostDevice(), 8, 64, 4)
+    held = bank.reserve(AdapterMapping([part(seed, rows=[seed]) for seed in range(3)]), 3)
     with pytest.raises(BackendError, match="3 places of this activation"):
-        bank.choose(Selection([part(9)]), 1)
+        bank.reserve(AdapterMapping([part(9)]), 1)
     held.release()
-    bank.choose(Selection([part(9)]), 1)
+    bank.reserve(AdapterMapping([part(9)]), 1)
 
 
 def test_bfloat16_is_its_bits_on_the_host() -> None:
@@ -238,15 +245,15 @@ def test_bfloat16_is_its_bits_on_the_host() -> None:
         check_embeds(torch.full((1, 2, 5), torch.inf).bfloat16().view(torch.uint16).numpy(), own)
 
 
-@pytest.mark.parametrize("kind", [InPlaceCache, GrowingCache])
+@pytest.mark.parametrize("kind", [StaticDeviceCache, DynamicDeviceCache])
 def test_moving_a_row_moves_what_it_cached(kind: type) -> None:
     """Rows written and read back through what was bound, against arrays."""
     import ctypes
 
     cache_shape, batch, capacity = Cache(layers=2, kv_heads=2, head_dim=4), 3, 6
     device = HostDevice()
-    lease = Lease(device)
-    cache = kind(lease, cache_shape, "float32", batch, capacity)
+    arena = DeviceArena(device)
+    cache = kind(arena, cache_shape, "float32", batch, capacity)
     rng = np.random.default_rng(0)
     known = rng.normal(size=(4, batch, 2, capacity, 4)).astype("f4")
 
@@ -266,7 +273,7 @@ def test_moving_a_row_moves_what_it_cached(kind: type) -> None:
         assert rows.shape == shape
         ctypes.memmove(address, rows.ctypes.data, rows.nbytes)
     cache.advance(5)
-    cache.move(lease.queue, 2, 0)
+    cache.move(arena.queue, 2, 0)
     cache.bind(bound, 2, 1)
     assert cache.length == 5
     for index, name in enumerate(name.replace("present", "past_key_values") for name in names):
@@ -274,5 +281,5 @@ def test_moving_a_row_moves_what_it_cached(kind: type) -> None:
         raw = np.frombuffer(ctypes.string_at(address, 4 * int(np.prod(shape))), np.float32).reshape(shape)
         assert (raw[0][:, :5] == known[index][2][:, :5]).all()
         assert (raw[1][:, :5] == known[index][1][:, :5]).all()
-    lease.close()
+    arena.close()
     assert device.allocated_bytes == 0

@@ -14,7 +14,8 @@ from helpers.runtime import random_adapter, write_adapter
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.training.adapter_io import load_adapter
 from adalink.training.models.loading import load_base, load_tokenizer
@@ -39,9 +40,11 @@ def test_smollm2_generates_what_pytorch_generates(tmp_path: Path) -> None:
     adapter = random_adapter(manifest.base.fingerprint, manifest.base.hidden_size, 1, **settings)
     source = write_adapter(tmp_path / "adapter", adapter)
     export_adapter(source, tmp_path / "d", name="random")
-    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 64, 255))
+    profile = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 64, 255))
     tasks = [None, "random", None]
-    with Deployment(tmp_path / "d", read_manifest(tmp_path / "d"), HostBackend(profile), "portable") as deployment:
+    with Deployment(
+        tmp_path / "d", read_manifest(tmp_path / "d"), HostBackend(profile), OpenOptions("portable")
+    ) as deployment:
         results = deployment.generate(TEXTS, tasks=tasks, max_new_tokens=24)
     for text, task, result in zip(TEXTS, tasks, results, strict=True):
         prompt = tokenizer(text).input_ids

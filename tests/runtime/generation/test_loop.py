@@ -15,10 +15,11 @@ from helpers.tiny_tokenizer import CHARACTERS, make_tokenizer
 
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
-from adalink.runtime.base_model import OpenBase
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.padding import pad_left, positions_of
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.generation.padding import pad, positions_of
+from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.model_runner import ModelRunner
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.adapter import make_adapter
 
 PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]
@@ -67,13 +68,13 @@ def test_a_mixed_batch_equals_each_prompt_alone(deployment: Deployment) -> None:
 def test_rows_that_end_leave_the_batch(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows stop at different steps, in every order; each is as if it were alone, and steps get smaller."""
     sizes: list[int] = []
-    step = InPlaceDecoding.step
+    step = StaticCacheDecodeState.step
 
-    def note(self: InPlaceDecoding, inputs_embeds: Any) -> None:
+    def note(self: StaticCacheDecodeState, inputs_embeds: Any) -> None:
         sizes.append(len(inputs_embeds))
         step(self, inputs_embeds)
 
-    monkeypatch.setattr(InPlaceDecoding, "step", note)
+    monkeypatch.setattr(StaticCacheDecodeState, "step", note)
     prompts, tasks = [*PROMPTS, *PROMPTS[::-1]], ["alpha", None, "prompted", "beta", "beta", "alpha", None, "double"]
     tasks = [task if task in deployment.tasks else None for task in tasks]
     whole = deployment.generate(prompts, tasks=tasks, max_new_tokens=24)
@@ -97,14 +98,14 @@ def test_learned_positions_of_rows_that_go_and_change_places(tmp_path: Path, tar
     model, rng = FAMILIES["gpt2"](), np.random.default_rng(3)
     export_base(model, tmp_path / "deployment", target=target)
     rows = [rng.integers(4, 96, length).tolist() for length in (5, 1, 9, 3)]
-    ids, mask = pad_left(rows, 0)
+    ids, mask = pad(rows, 0, "left")
     if side == "right":
         ids, mask = (
             np.array([np.roll(row, len(own)) for row, own in zip(given, rows, strict=True)]) for given in (ids, mask)
         )
     with Deployment.open(tmp_path / "deployment", threads=1) as opened:
-        engine = opened._opened.engine
-        decoding = engine.start({"inputs_embeds": opened.embed(ids), "attention_mask": mask}, 8)
+        engine = opened._runner.engine
+        decoding = engine.start({"inputs_embeds": opened.input_embeddings(ids), "attention_mask": mask}, 8)
         for dropped in (None, 0, None, 1, 1, None):
             with torch.no_grad():
                 expected = [model(torch.tensor([row])).logits[0, -1].numpy() for row in rows]
@@ -115,7 +116,7 @@ def test_learned_positions_of_rows_that_go_and_change_places(tmp_path: Path, tar
                 rows.pop()
             tokens = rng.integers(4, 96, (len(rows), 1))
             rows = [[*row, int(token)] for row, token in zip(rows, tokens[:, 0], strict=True)]
-            decoding.step(opened.embed(tokens))
+            decoding.step(opened.input_embeddings(tokens))
 
 
 def test_streamed_pieces_make_the_text(deployment: Deployment) -> None:
@@ -148,7 +149,7 @@ def test_stop_text_ends_the_row_and_is_never_streamed(deployment: Deployment) ->
 
 def test_sampling_repeats_with_its_seed(deployment: Deployment) -> None:
     def sample(seed: int) -> list[Any]:
-        return deployment.generate(["wheat"] * 3, temperature=2.0, top_k=40, seed=seed, max_new_tokens=12)
+        return deployment.generate(["wheat"] * 3, sampling=SamplingParams(2.0, top_k=40, seed=seed), max_new_tokens=12)
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -184,24 +185,28 @@ def test_sampling_repeats_with_its_seed(deployment: Deployment) -> None:
         ({"prompts": ["abc"], "max_new_tokens": 4.0}, "max_new_tokens is 4.0, expected a whole number"),
         ({"prompts": ["abc"], "max_new_tokens": None}, "max_new_tokens is None, expected a whole number"),
         ({"prompts": ["abc"], "draft_tokens": 2.0}, "draft_tokens is 2.0, expected a whole number"),
-        ({"prompts": ["abc"], "temperature": None}, "temperature is None, expected a number"),
-        ({"prompts": ["abc"], "temperature": 1.0, "top_k": 5.0}, "top_k is 5.0, expected a whole number"),
-        ({"prompts": ["abc"], "temperature": 1.0, "top_p": "0.9"}, "top_p is '0.9', expected a number"),
-        ({"prompts": ["abc"], "temperature": 1.0, "seed": 1.0}, "seed is 1.0, expected a whole number"),
+        ({"prompts": ["abc"], "sampling": {"temperature": None}}, "temperature is None, expected a number"),
+        ({"prompts": ["abc"], "sampling": {"temperature": 1.0, "top_k": 5.0}}, "top_k is 5.0, expected a whole number"),
+        ({"prompts": ["abc"], "sampling": {"temperature": 1.0, "top_p": "0.9"}}, "top_p is '0.9', expected a number"),
+        ({"prompts": ["abc"], "sampling": {"temperature": 1.0, "seed": 1.0}}, "seed is 1.0, expected a whole number"),
     ],
 )
 def test_bad_settings(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], wording: str
 ) -> None:
-    monkeypatch.setattr(OpenBase, "start", lambda *_: pytest.fail("the engine was asked"))
+    monkeypatch.setattr(ModelRunner, "start", lambda *_: pytest.fail("the engine was asked"))
+    settings = dict(settings)
+    sampling = settings.pop("sampling", {})
     with pytest.raises(RequestError, match=wording):
-        deployment.generate(**settings)
+        deployment.generate(**settings, sampling=SamplingParams(**sampling))
 
 
 def test_settings_may_be_numbers_of_numpy(deployment: Deployment) -> None:
-    own = {"max_new_tokens": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 7}
-    theirs = {name: np.asarray(value)[()] for name, value in own.items()} | {"stop": None}
-    assert deployment.generate(["wheat"], **theirs) == deployment.generate(["wheat"], **own)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "seed": 7}
+    numpy_settings = {name: np.asarray(value)[()] for name, value in settings.items()}
+    expected = deployment.generate(["wheat"], max_new_tokens=4, sampling=SamplingParams(**settings))
+    found = deployment.generate(["wheat"], max_new_tokens=np.int64(4), sampling=SamplingParams(**numpy_settings))  # type: ignore[arg-type]
+    assert found == expected
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -238,13 +243,13 @@ def test_prompts_may_be_token_ids(llama: Any) -> None:
 def test_the_last_token_is_not_run(deployment: Deployment, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Nobody asks what would follow it: of ``n`` tokens the prompt gives one, and each pass another."""
     passes: list[int] = []
-    step = InPlaceDecoding.step
+    step = StaticCacheDecodeState.step
 
-    def count(self: InPlaceDecoding, embeds: np.ndarray) -> None:
+    def count(self: StaticCacheDecodeState, embeds: np.ndarray) -> None:
         passes.append(len(embeds))
         step(self, embeds)
 
-    monkeypatch.setattr(InPlaceDecoding, "step", count)
+    monkeypatch.setattr(StaticCacheDecodeState, "step", count)
     made = deployment.generate(["oil", "wheat prices"], max_new_tokens=steps)
     assert [len(row.token_ids) for row in made] == [steps, steps]
     assert passes == [2] * (steps - 1)

@@ -14,7 +14,8 @@ from helpers.runtime import random_adapter, write_adapter
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey, name_of
+from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
+from adalink.runtime.storage.digest import cache_key
 
 SHARED = "wheat prices rose again"
 PROMPTS = [f"{SHARED} today", f"{SHARED} in may", SHARED[:9], f"{SHARED} today"]
@@ -142,7 +143,7 @@ def test_threads_find_and_keep_at_once() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert failures == []
-    assert cache.size_bytes == sum(kept.nbytes for kept in cache._entries.values()) == 20 * states.nbytes
+    assert cache.size_bytes == sum(kept.nbytes for kept in cache._kept.entries.values()) == 20 * states.nbytes
 
 
 def test_what_was_kept_does_not_change_when_rows_of_its_batch_go(llama: Any, cached: Deployment) -> None:
@@ -156,7 +157,7 @@ def test_what_was_kept_does_not_change_when_rows_of_its_batch_go(llama: Any, cac
 
 
 def test_names_of_what_is_no_token_do_not_meet() -> None:
-    names = [name_of(f"picture {number}") for number in range(5000)]
+    names = [cache_key(f"picture {number}") for number in range(5000)]
     assert len(set(names)) == len(names)
     assert -(1 << 63) <= min(names) < -(1 << 62)
     assert max(names) < 0

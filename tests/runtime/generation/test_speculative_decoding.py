@@ -16,9 +16,10 @@ from helpers.tiny_tokenizer import CHARACTERS, make_tokenizer
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError
-from adalink.runtime.generation.loop import Generation
-from adalink.runtime.generation.prompt_lookup import PromptLookup
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.generation.sequence import Generation
+from adalink.runtime.generation.speculative_decoding import PromptLookup
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 
 PROMPTS = ["A bank raised", "wheat wheat wheat", "Q", "crude oil, 1987"]
 STEPS = 24
@@ -28,19 +29,19 @@ STEPS = 24
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Tokens of each pass that checked guesses, and how many were then taken back."""
     seen: list[tuple[int, int]] = []
-    extend, retract = InPlaceDecoding.extend, InPlaceDecoding.retract
+    verify, rollback = StaticCacheDecodeState.verify, StaticCacheDecodeState.rollback
 
-    def note_extend(self: InPlaceDecoding, embeds: Any) -> Any:
+    def note_verify(self: StaticCacheDecodeState, embeds: Any) -> Any:
         seen.append((embeds.shape[1], 0))
-        return extend(self, embeds)
+        return verify(self, embeds)
 
-    def note_retract(self: InPlaceDecoding, count: int) -> None:
+    def note_rollback(self: StaticCacheDecodeState, count: int) -> None:
         if seen:
             seen[-1] = (seen[-1][0], count)
-        retract(self, count)
+        rollback(self, count)
 
-    monkeypatch.setattr(InPlaceDecoding, "extend", note_extend)
-    monkeypatch.setattr(InPlaceDecoding, "retract", note_retract)
+    monkeypatch.setattr(StaticCacheDecodeState, "verify", note_verify)
+    monkeypatch.setattr(StaticCacheDecodeState, "rollback", note_rollback)
     return seen
 
 
@@ -48,13 +49,13 @@ def prophesy(monkeypatch: pytest.MonkeyPatch, known: list[int], seed: int = 1) -
     """Guesses that are right up to a random place: the text that follows is known."""
     draw = random.Random(seed)
 
-    def guess(self: PromptLookup, room: int) -> list[int]:
+    def draft(self: PromptLookup, max_new_tokens: int) -> list[int]:
         done = len(self._tokens)
         right = known[done : done + draw.randrange(5)]
         wrong = [(token + 1) % 90 + 4 for token in known[done + len(right) :][: draw.randrange(4)]]
-        return (right + wrong)[:room]
+        return (right + wrong)[:max_new_tokens]
 
-    monkeypatch.setattr(PromptLookup, "guess", guess)
+    monkeypatch.setattr(PromptLookup, "draft", draft)
 
 
 def encode(text: str) -> list[int]:
@@ -67,23 +68,23 @@ TEXT = [ord(letter) for letter in "the cat and the dog and the c"]
 
 def test_guesses_are_what_followed_the_longest_match_the_last_time() -> None:
     lookup = PromptLookup(TEXT, 8)
-    assert bytes(lookup.guess(8)) == b"at"  # "e c" stood once before; two guesses to begin with
-    assert bytes(lookup.guess(1)) == b"a"
-    assert lookup.guess(0) == []
+    assert bytes(lookup.draft(8)) == b"at"  # "e c" stood once before; two guesses to begin with
+    assert bytes(lookup.draft(1)) == b"a"
+    assert lookup.draft(0) == []
     lookup.push(ord("d"))  # "cd" and " cd" are new: what followed "d" the last time
-    assert bytes(lookup.guess(2)) == b" t"
+    assert bytes(lookup.draft(2)) == b" t"
     lookup.push(ord("x"))
-    assert lookup.guess(8) == []
+    assert lookup.draft(8) == []
 
 
 def test_the_number_of_guesses_follows_their_luck() -> None:
     lookup = PromptLookup([1, 2] * 20, 8)
     sizes = []
     for right in (2, 4, 8, 8, 3, 0, 1, 1):
-        sizes.append(len(lookup.guess(8)))
-        lookup.learn(sizes[-1], min(right, sizes[-1]))
+        sizes.append(len(lookup.draft(8)))
+        lookup.update(sizes[-1], min(right, sizes[-1]))
     assert sizes == [2, 4, 8, 8, 8, 4, 1, 2]
-    assert len(PromptLookup([1, 1, 1], 1).guess(8)) == 1
+    assert len(PromptLookup([1, 1, 1], 1).draft(8)) == 1
 
 
 def test_guesses_equal_a_search_through_the_text() -> None:
@@ -99,7 +100,7 @@ def test_guesses_equal_a_search_through_the_text() -> None:
                 after = starts[-1] + length
                 expected = (tokens[after:end] * 2)[:2]
                 break
-        assert lookup.guess(2) == expected
+        assert lookup.draft(2) == expected
         lookup.push(tokens[end])
 
 
@@ -141,9 +142,12 @@ def test_right_and_wrong_guesses_of_every_family(
 
 
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "wrong guesses stay": ("retract", lambda self, count: None),
-    "positions of wrong guesses stay": ("retract", lambda self, count: self._lengths.__isub__(count)),
-    "logits of other tokens": ("extend", lambda *given, extend=InPlaceDecoding.extend: extend(*given)[::-1].copy()),
+    "wrong guesses stay": ("rollback", lambda self, count: None),
+    "positions of wrong guesses stay": ("rollback", lambda self, count: self._lengths.__isub__(count)),
+    "logits of other tokens": (
+        "verify",
+        lambda *given, verify=StaticCacheDecodeState.verify: verify(*given)[::-1].copy(),
+    ),
 }
 
 
@@ -157,7 +161,7 @@ def test_faults_would_show(fault: str, tmp_path: Path, monkeypatch: pytest.Monke
                 expected = opened.generate([prompt], tasks=task, max_new_tokens=STEPS, draft_tokens=0)
                 prophesy(patch, encode(prompt) + list(expected[0].token_ids))
                 assert opened.generate([prompt], tasks=task, max_new_tokens=STEPS) == expected
-                patch.setattr(InPlaceDecoding, *FAULTS[fault])
+                patch.setattr(StaticCacheDecodeState, *FAULTS[fault])
                 try:
                     changed += opened.generate([prompt], tasks=task, max_new_tokens=STEPS) != expected
                 except BackendError:  # no room left in the cache
@@ -168,14 +172,18 @@ def test_faults_would_show(fault: str, tmp_path: Path, monkeypatch: pytest.Monke
 def test_sampling_draws_the_same(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch, passes: list[tuple[int, int]]
 ) -> None:
-    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 30, "max_new_tokens": STEPS, "tasks": "alpha"}
+    settings: dict[str, Any] = {"max_new_tokens": STEPS, "tasks": "alpha"}
+
+    def sampled(seed: int) -> SamplingParams:
+        return SamplingParams(temperature=1.5, top_k=30, seed=seed)
+
     for seed in range(4):
-        expected = deployment.generate(PROMPTS[1:2], **settings, seed=seed, draft_tokens=0)
+        expected = deployment.generate(PROMPTS[1:2], **settings, sampling=sampled(seed), draft_tokens=0)
         prophesy(monkeypatch, encode(PROMPTS[1]) + list(expected[0].token_ids), seed)
         passes.clear()
-        assert deployment.generate(PROMPTS[1:2], **settings, seed=seed) == expected
+        assert deployment.generate(PROMPTS[1:2], **settings, sampling=sampled(seed)) == expected
         assert len(passes) < len(expected[0].token_ids)
-    assert deployment.generate(PROMPTS[1:2], **settings, seed=99) != expected
+    assert deployment.generate(PROMPTS[1:2], **settings, sampling=sampled(99)) != expected
 
 
 def test_the_last_row_of_a_batch_goes_on_by_drafts(deployment: Deployment, passes: list[tuple[int, int]]) -> None:
@@ -208,7 +216,9 @@ def test_ends_within_a_pass(deployment: Deployment, monkeypatch: pytest.MonkeyPa
 
     whole, _ = generate(0, max_new_tokens=64 - len(PROMPTS[0]))
     known = encode(PROMPTS[0]) + list(whole.token_ids) + [9] * 9
-    monkeypatch.setattr(PromptLookup, "guess", lambda self, room: known[len(self._tokens) :][: min(room, 6)])
+    monkeypatch.setattr(
+        PromptLookup, "draft", lambda self, max_new_tokens: known[len(self._tokens) :][: min(max_new_tokens, 6)]
+    )
     for budget in (1, 2, 5, 7, 64 - len(PROMPTS[0])):
         assert generate(None, max_new_tokens=budget) == generate(0, max_new_tokens=budget)
     for start in range(2, 8):

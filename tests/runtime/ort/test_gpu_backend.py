@@ -9,8 +9,8 @@ import pytest
 from helpers.runtime import build
 
 from adalink.export.base.export import export_base
-from adalink.runtime.device.profile import default_profile
 from adalink.runtime.ort.gpu_backend import CUDA, RTX, TENSORRT, profile_shapes, provider_options
+from adalink.runtime.profile import default_profile
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 
@@ -33,7 +33,7 @@ def test_shapes_cover_every_request_and_name_every_input(exported: tuple[Manifes
     base = manifest.base
     profile = default_profile(base)
     session = ort.InferenceSession(str(graph))
-    low, likely, high = (parsed(profile_shapes(base, profile, which)) for which in ("smallest", "likeliest", "largest"))
+    low, likely, high = (parsed(profile_shapes(base, profile, which)) for which in ("min", "opt", "max"))
     assert low.keys() == likely.keys() == high.keys() == {node.name for node in session.get_inputs()}
     for node in session.get_inputs():
         for size, least, usual, most in zip(
@@ -61,8 +61,8 @@ def test_engines_of_providers_are_kept_in_the_users_own_folder(
         folder = Path(options[name][place])
         assert folder.is_relative_to(tmp_path)
         assert folder.stat().st_mode & 0o077 == 0
-        for key, which in (("min", "smallest"), ("opt", "likeliest"), ("max", "largest")):
-            assert options[name][f"{prefix}_profile_{key}_shapes"] == profile_shapes(manifest.base, profile, which)
+        for which in ("min", "opt", "max"):
+            assert options[name][f"{prefix}_profile_{which}_shapes"] == profile_shapes(manifest.base, profile, which)
     assert options[TENSORRT]["trt_engine_cache_enable"] == "1"
     again = provider_options(TENSORRT, graph, manifest.base, profile)
     assert again["trt_engine_cache_path"] == options[TENSORRT]["trt_engine_cache_path"]

@@ -25,7 +25,7 @@ from adalink.runtime.errors import (
 )
 from adalink.runtime.ort.backend import OnnxRuntimeBackend
 from adalink.runtime.ort.errors import guard, onnxruntime_errors
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.receipt import make_receipt
 from adalink.runtime.storage import integrity
 from adalink.runtime.storage import verification_cache as verified
@@ -138,7 +138,7 @@ def test_a_task_of_another_base_is_not_run_with_this_one(copy: Path) -> None:
     base = read_manifest(copy).base
     reseal(copy, base=msgspec.structs.replace(base, fingerprint="sha256:" + "ab" * 32))
     with Deployment.open(copy) as opened, pytest.raises(ContractError, match=rf"for {base.fingerprint}, expected was"):
-        opened.embed([[5]], tasks="alpha")
+        opened.input_embeddings([[5]], tasks="alpha")
 
 
 def test_a_changed_engine_shows_in_the_receipt(copy: Path) -> None:
@@ -227,13 +227,13 @@ def test_every_exception_of_onnx_runtime_is_mapped() -> None:
 
 def test_a_refusal_in_the_middle_of_a_text_is_ours(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its buffers bound ONNX Runtime raises another exception than without."""
-    step = InPlaceDecoding.step
+    step = StaticCacheDecodeState.step
 
-    def go_too_far(self: InPlaceDecoding, inputs_embeds: Any) -> None:
+    def go_too_far(self: StaticCacheDecodeState, inputs_embeds: Any) -> None:
         self._lengths += 1000
         step(self, inputs_embeds)
 
-    monkeypatch.setattr(InPlaceDecoding, "step", go_too_far)
+    monkeypatch.setattr(StaticCacheDecodeState, "step", go_too_far)
     with Deployment.open(llama.folder) as opened, pytest.raises(BackendError, match=r"ONNX Runtime refused: .*execut"):
         opened.generate(["abc", "de"], max_new_tokens=3)
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
-from adalink.runtime.storage.adapter import KINDS
+from adalink.runtime.storage.adapter import ACTIVATION_KEYS
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import SCHEMA_VERSION, Manifest
 from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest
@@ -28,7 +28,7 @@ def fields() -> dict[str, Any]:
         "tasks/r8/adapter.onnx",
         "tasks/r8/adapter_config.json",
         "tasks/r8/adapter_model.safetensors",
-        *(f"base/bank/{kind}.onnx" for kind in KINDS),
+        *(f"base/bank/{kind}.onnx" for kind in ACTIVATION_KEYS),
     ]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -48,7 +48,7 @@ def fields() -> dict[str, Any]:
             "pad_token_id": 0,
             "embeddings": paths[0],
             "tokenizer": paths[1],
-            "bank": {kind: f"base/bank/{kind}.onnx" for kind in KINDS},
+            "bank": {kind: f"base/bank/{kind}.onnx" for kind in ACTIVATION_KEYS},
         },
         "variants": {
             "portable": {

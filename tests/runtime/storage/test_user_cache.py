@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from adalink.runtime.storage import atomic
 from adalink.runtime.storage.user_cache import read_own, write_own
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, write_bytes = tmp_path / "kind" / "file", Path.write_bytes
+    path = tmp_path / "kind" / "file"
     write_own(path, b"before")
     assert read_own(path) == b"before"
 
-    def half(self: Path, data: bytes) -> int:
-        write_bytes(self, data[: len(data) // 2])
+    def half(path: Path, data: bytes, **options: bool) -> None:
+        path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", half)
+        patch.setattr(atomic, "write_through", half)
         write_own(path, b"after, and longer")
     assert read_own(path) == b"before"
     assert [other.name for other in path.parent.iterdir()] == ["file"]

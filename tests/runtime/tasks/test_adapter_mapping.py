@@ -13,7 +13,7 @@ from adalink.export.adapter.check import adapt_with_bound
 from adalink.runtime.ort.backend import OnnxRuntimeBackend
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks.adapter_mapping import PLAIN, Selection, task_parts
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, task_groups
 
 D = 48
 MODALITIES = ("text", "image")
@@ -31,7 +31,7 @@ def make(seed: int, rank: int, activation: str = "gelu", **settings: Any) -> Ada
     return random_adapter("sha256:" + "5a" * 32, D, seed, rank=rank, activation=activation, **wanted)
 
 
-def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> Selection:
+def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> AdapterMapping:
     """The selection of a mixed batch, without a deployment."""
     members: dict[int, list[int]] = {}
     for row, adapter in enumerate(rows):
@@ -41,9 +41,9 @@ def choose(graphs: dict[str, Any], rows: list[Adapter | None]) -> Selection:
     for own in members.values():
         adapter = rows[own[0]]
         assert adapter is not None
-        for part in task_parts(adapter, MODALITIES, graphs[adapter.config.kind]):
+        for part in task_groups(adapter, MODALITIES, graphs[adapter.config.activation_key]):
             parts.append(replace(part, rows=np.array(own)))
-    return Selection(parts)
+    return AdapterMapping(parts)
 
 
 def batch(rows: int, length: int = 1, seed: int = 0) -> np.ndarray:
@@ -72,8 +72,8 @@ def test_ranks_and_kinds_mixed_in_one_batch(graphs: dict[str, Any]) -> None:
     ]
     rows = [adapters[0], None, adapters[2], adapters[1], adapters[0], adapters[3], None, adapters[4], adapters[5]]
     chosen, x = choose(graphs, rows), batch(len(rows))
-    steps = chosen.decoding()
-    assert len(steps._parts) == 4  # one call for each kind
+    steps = chosen.for_decoding()
+    assert len(steps._groups) == 4  # one call for each kind
     for selection in (chosen, steps):
         adapted = selection.apply(x)
         for row, adapter in enumerate(rows):
@@ -87,8 +87,8 @@ def test_padding_changes_no_bit_whatever_its_width(graphs: dict[str, Any]) -> No
     small, large = make(1, 4, "tanh", bias=True), make(2, 48, "tanh", bias=True)
     x = batch(2)
     x[1] = 0.0
-    stacked = choose(graphs, [small, large]).decoding()
-    (part,) = stacked._parts
+    stacked = choose(graphs, [small, large]).for_decoding()
+    (part,) = stacked._groups
     assert part.weights["down"].shape == (2, 48, D)
     assert not part.weights["down"][0, 4:].any()
     assert not part.weights["up"][0, :, 4:].any()
@@ -98,7 +98,7 @@ def test_padding_changes_no_bit_whatever_its_width(graphs: dict[str, Any]) -> No
 def test_rows_that_go_and_change_places_keep_their_stacked_weights(graphs: dict[str, Any]) -> None:
     adapters = [make(1, 3), make(2, 7), make(3, 5), make(4, 2, "silu")]
     rows = [None, adapters[0], adapters[3], adapters[1], adapters[0], adapters[2], None, adapters[1]]
-    steps, rng = choose(graphs, rows).decoding(), np.random.default_rng(5)
+    steps, rng = choose(graphs, rows).for_decoding(), np.random.default_rng(5)
     while len(rows) > 1:
         kept = rng.permutation(len(rows))[:-1]
         rows, steps = [rows[place] for place in kept], steps.take(kept.tolist())
@@ -113,10 +113,10 @@ def test_scope_prompt_leaves_generated_tokens_alone(graphs: dict[str, Any]) -> N
     selection = choose(graphs, rows)
     for row, adapter in enumerate(rows):
         assert_adapted(selection.apply(x)[row], adapter, x[row])
-        assert_adapted(selection.decoding().apply(x)[row], None if adapter is prompt else adapter, x[row])
-    only = choose(graphs, [prompt]).decoding()
+        assert_adapted(selection.for_decoding().apply(x)[row], None if adapter is prompt else adapter, x[row])
+    only = choose(graphs, [prompt]).for_decoding()
     assert only.apply(x) is x
-    assert PLAIN.decoding() is PLAIN
+    assert NO_ADAPTER.for_decoding() is NO_ADAPTER
 
 
 def test_modalities_by_position(graphs: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def test_modalities_by_position(graphs: dict[str, Any]) -> None:
 
 def test_weights_are_views_and_not_copies(graphs: dict[str, Any]) -> None:
     adapter = make(1, 4, bias=True)
-    (part,) = task_parts(adapter, MODALITIES, graphs["gelu_bias"])
+    (part,) = task_groups(adapter, MODALITIES, graphs["gelu_bias"])
     for name, weight in part.weights.items():
         stem, _, kind = name.partition("_")
         assert np.shares_memory(weight, adapter.weights[f"text.{stem}.{kind or 'weight'}"])

@@ -16,8 +16,8 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import UnknownTaskError
 from adalink.runtime.storage.adapter import ACTIVATIONS, Adapter
+from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks import registry as tasks
 from adalink.tools.parity.float64_adapter import exact_adapter
 
 POOL = 24
@@ -70,9 +70,9 @@ def check_batch(
     world: World, opened: Deployment, names: list[str | None], own: list[int | None], ids: Any
 ) -> list[str]:
     """Run one batch as a prompt and as generated tokens; what is wrong with it."""
-    plain, wrong = opened.embed(ids), []
+    plain, wrong = opened.input_embeddings(ids), []
     selection = opened._tasks.resolve(names, len(names))
-    whole, stacked = selection.apply(plain), selection.decoding().apply(plain)
+    whole, stacked = selection.apply(plain), selection.for_decoding().apply(plain)
     for row, index in enumerate(own):
         if not world.is_adapted(whole[row], plain[row], index):
             wrong.append(f"row {row}, adapter {index}")
@@ -132,7 +132,7 @@ def work(world: World, opened: Deployment, seed: int, failures: list[str]) -> No
 
 def check_gone(opened: Deployment, name: str) -> list[str]:
     try:
-        opened.embed([[1]], tasks=name)
+        opened.input_embeddings([[1]], tasks=name)
     except UnknownTaskError:
         return []
     return [f"{name} still runs"]
@@ -143,10 +143,10 @@ def check_shared(world: World, opened: Deployment, ids: np.ndarray) -> list[str]
     names = [None, "shared", "shared"]
     ids = np.resize(ids, (3, 3))
     try:
-        adapted = opened.embed(ids, tasks=names)
+        adapted = opened.input_embeddings(ids, tasks=names)
     except UnknownTaskError:
         return []
-    plain = opened.embed(ids)
+    plain = opened.input_embeddings(ids)
     fits = [all(world.is_adapted(adapted[row], plain[row], index) for row in (1, 2)) for index in (0, 1)]
     return [] if sum(fits) == 1 else [f"shared is {fits}"]
 
@@ -159,7 +159,7 @@ def run_threads(world: World, opened: Deployment) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    assert opened._tasks._loaded_bytes == sum(loaded.size_bytes for loaded in opened._tasks._loaded.values())
+    assert opened._tasks._loaded.size == sum(loaded.size_bytes for loaded in opened._tasks._loaded.entries.values())
     return failures
 
 
@@ -171,12 +171,13 @@ def test_a_table_that_forgets_to_drop_a_replaced_task_is_found(
     world: World, opened: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: a removed task's weights stay, so that its name goes on with them after it was given to another."""
-    keep = tasks.TaskTable._keep
+    put = LruTable.put
 
-    def first_come(self: Any, name: str, loaded: Any) -> Any:
-        return self._loaded.get(name) or keep(self, name, loaded)
+    def first_come(self: Any, name: str, loaded: Any) -> None:
+        if name not in self.entries:
+            put(self, name, loaded)
 
-    monkeypatch.setattr(tasks.TaskTable, "_keep", first_come)
-    monkeypatch.setattr(tasks.TaskTable, "_let_go", lambda self, name: None)
-    opened._tasks._memory_bytes = None
+    monkeypatch.setattr(LruTable, "put", first_come)
+    monkeypatch.setattr(LruTable, "pop", lambda self, name: None)
+    opened._tasks._loaded._budget = None
     assert any("adapter" in failure for failure in run_threads(world, opened))

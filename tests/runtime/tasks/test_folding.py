@@ -70,17 +70,17 @@ def test_every_token_within_the_bound(deployment: Path, tmp_path: Path, fold: st
     export_adapter(source, deployment, fold=fold)
     ids = np.arange(V).reshape(2, -1)
     with Deployment.open(deployment, threads=1) as opened:
-        embeds = opened.embed(ids)
-        adapted = opened.embed(ids, tasks="topics")
+        embeds = opened.input_embeddings(ids)
+        adapted = opened.input_embeddings(ids, tasks="topics")
         assert adapted.dtype == np.dtype(dtype)
         exact = exact_adapter(adapter, "text", embeds.reshape(V, D).astype(np.float64), dtype)
         assert (np.abs(adapted.reshape(V, D).astype(np.float64) - exact.output) <= exact.bound).all()
         # Given embeddings, and batches of several tasks, go through the weights: the bits of the unfolded task.
-        unfolded = opened.embed(ids, tasks="plain")
-        np.testing.assert_array_equal(opened.embed(inputs_embeds=embeds, tasks="topics"), unfolded)
-        np.testing.assert_array_equal(opened.embed(ids, tasks=["topics", None])[0], unfolded[0])
+        unfolded = opened.input_embeddings(ids, tasks="plain")
+        np.testing.assert_array_equal(opened.input_embeddings(inputs_embeds=embeds, tasks="topics"), unfolded)
+        np.testing.assert_array_equal(opened.input_embeddings(ids, tasks=["topics", None])[0], unfolded[0])
         modality = np.ones(ids.shape, np.int64)
-        np.testing.assert_array_equal(opened.embed(ids, tasks="topics", modality=modality), embeds)
+        np.testing.assert_array_equal(opened.input_embeddings(ids, tasks="topics", modality=modality), embeds)
         texts = [opened.generate(["wheat"], tasks=name, max_new_tokens=8)[0] for name in ("topics", "plain")]
         if dtype == "float32":
             assert texts[0] == texts[1]
@@ -92,7 +92,7 @@ def test_a_folded_table_is_the_embedding_table_of_another_host(llama: Any, tmp_p
     export_adapter(llama.sources / "alpha", folder, name="folded", fold="table")
     (tensor,) = load_file(folder / "tasks/folded/embeddings.safetensors").values()
     with Deployment.open(folder, threads=1) as opened:
-        np.testing.assert_array_equal(tensor, opened.embed([range(V)], tasks="alpha")[0])
+        np.testing.assert_array_equal(tensor, opened.input_embeddings([range(V)], tasks="alpha")[0])
         ids = np.array([[5, 40, 7]])
         np.testing.assert_array_equal(
             opened.run(inputs_embeds=tensor[ids])["logits"], opened.run(input_ids=ids, tasks="alpha")["logits"]
@@ -152,7 +152,7 @@ def test_a_fold_of_another_shape_is_refused_when_it_is_loaded(llama: Any, tmp_pa
     with Deployment.open(folder, threads=1) as opened:
         for kind in ("table", "rank"):
             with pytest.raises(IntegrityError, match=rf"tasks/{kind}/.*expected one tensor .*it holds .*\(96, 4\)"):
-                opened.embed([[5]], tasks=kind)
+                opened.input_embeddings([[5]], tasks=kind)
     rank = llama.adapters["alpha"].config.rank
     for kind, name, width in (("table", "embeddings", D), ("rank", "hidden", rank)):
         tensors = {name: np.zeros((V, width), np.float32), "more": np.zeros((2, 3), np.float32)}
@@ -161,4 +161,4 @@ def test_a_fold_of_another_shape_is_refused_when_it_is_loaded(llama: Any, tmp_pa
     with Deployment.open(folder, threads=1) as opened:
         for kind in ("table", "rank"):
             with pytest.raises(IntegrityError, match=rf"tasks/{kind}/.*expected one tensor .*more of float32"):
-                opened.embed([[5]], tasks=kind)
+                opened.input_embeddings([[5]], tasks=kind)

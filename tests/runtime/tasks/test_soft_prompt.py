@@ -15,17 +15,18 @@ from helpers.vision_deployments import Seeing, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import ContractError, RequestError
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, make_adapter
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks.adapter_mapping import OwnTable, Selection, mix
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping, TokenEmbeddingDelta, mix
 from adalink.runtime.tasks.folding import RankFold
 from adalink.runtime.tasks.soft_prompt import SoftPrompt
 
 NEW = 8
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 5), past=Span(0, 8, 55))
+PROFILE = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 4, 5), past=ShapeRange(0, 8, 55))
 
 
 def rows(*lengths: int) -> list[list[int]]:
@@ -125,7 +126,7 @@ def test_generation_with_a_cache_that_grows(llama: Soft) -> None:
 @pytest.mark.parametrize("in_place", [True, False])
 def test_generation_on_a_device(llama: Soft, in_place: bool) -> None:
     host = HostBackend(PROFILE, in_place=in_place)
-    with Deployment(llama.folder, read_manifest(llama.folder), host, "portable") as deployment:
+    with Deployment(llama.folder, read_manifest(llama.folder), host, OpenOptions("portable")) as deployment:
         for tasks in ([None, "soft", "ids"], ["both", "asked", "words"], ["ids-asked", "soft-too", "both"]):
             check_generation(llama, deployment, tasks)
         for task in EVERY:
@@ -153,7 +154,7 @@ def test_names_that_do_not_tell_soft_prompts_apart_give_other_tokens(
     llama: Soft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault that the test above exists to find."""
-    monkeypatch.setattr(SoftPrompt, "names", lambda self: np.full(len(self.vectors), -1))
+    monkeypatch.setattr(SoftPrompt, "cache_keys", lambda self: np.full(len(self.vectors), -1))
     (prompt,) = rows(9)
     with Deployment.open(llama.folder, prefix_cache_bytes=1 << 20) as deployment:
         found = [deployment.generate([prompt], tasks=task, max_new_tokens=NEW)[0] for task in ("soft", "soft-too")]
@@ -167,8 +168,8 @@ def test_images_are_not_looked_up_by_the_id_of_their_placeholder(seeing: Seeing,
     with Deployment.open(seeing.folder) as deployment:
         deployment.add_task(write_adapter(tmp_path / "own", adapter))
         ids = seeing.inputs(deployment.tokenizer.encode("a @b"), [])["input_ids"].numpy()
-        plain = deployment.embed(ids, images=[[picture(2)]])
-        found = deployment.embed(ids, tasks="own", images=[[picture(2)]])
+        plain = deployment.input_embeddings(ids, images=[[picture(2)]])
+        found = deployment.input_embeddings(ids, tasks="own", images=[[picture(2)]])
     delta = adapter.weights["text.table.weight"][ids] @ adapter.weights["text.up.weight"].T
     expected = np.where((ids == base.vision.image_token_id)[..., None], plain, plain + delta)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -192,7 +193,7 @@ def test_images_go_on_working_beside_soft_prompts(seeing: Seeing, tmp_path: Path
         # The same embeddings without a soft prompt of the task's own, with it put before them by hand.
         tokens = deployment.tokenizer.encode("a @b")
         ids = seeing.inputs(tokens, [])["input_ids"].numpy()
-        adapted = deployment.embed(ids, tasks="soft", images=[[picture(2)]])
+        adapted = deployment.input_embeddings(ids, tasks="soft", images=[[picture(2)]])
         whole = np.concatenate([adapter.weights["soft_prompt"][None], adapted], axis=1)
         by_hand = deployment.run(inputs_embeds=whole)["logits"][0, 4:]
         received = deployment.run(input_ids=ids, tasks="soft", images=[[picture(2)]])["logits"][0]
@@ -204,25 +205,25 @@ def test_embed_gives_the_given_positions_alone(llama: Soft) -> None:
     with Deployment.open(llama.folder) as deployment:
         for task in EVERY:
             expected = llama.embeds(ids, task)[:, -6:].numpy()
-            np.testing.assert_allclose(deployment.embed([ids], tasks=task), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(deployment.input_embeddings([ids], tasks=task), expected, rtol=0, atol=1e-5)
 
 
 def test_given_embeddings_stand_behind_the_soft_prompt(llama: Soft) -> None:
     (ids,) = rows(6)
     with Deployment.open(llama.folder) as deployment:
         expected = deployment.run(input_ids=[ids], tasks="both")["logits"]
-        received = deployment.run(inputs_embeds=deployment.embed([ids]), tasks="both")["logits"]
+        received = deployment.run(inputs_embeds=deployment.input_embeddings([ids]), tasks="both")["logits"]
         np.testing.assert_array_equal(received, expected)
         with pytest.raises(RequestError, match="pass input_ids"):
-            deployment.run(inputs_embeds=deployment.embed([ids]), tasks=["ids"])
+            deployment.run(inputs_embeds=deployment.input_embeddings([ids]), tasks=["ids"])
 
 
 def test_positions_of_no_text_are_not_looked_up(llama: Soft) -> None:
     (ids,) = rows(5)
     modality = np.array([[0, -1, 0, 0, -1]])
     with Deployment.open(llama.folder) as deployment:
-        plain, adapted = deployment.embed([ids]), deployment.embed([ids], tasks="ids")
-        received = deployment.embed([ids], tasks="ids", modality=modality)
+        plain, adapted = deployment.input_embeddings([ids]), deployment.input_embeddings([ids], tasks="ids")
+        received = deployment.input_embeddings([ids], tasks="ids", modality=modality)
     np.testing.assert_array_equal(received, np.where((modality == 0)[..., None], adapted, plain))
 
 
@@ -230,7 +231,10 @@ def test_rows_that_go_and_change_places_keep_their_tables() -> None:
     rng = np.random.default_rng(4)
     table = rng.normal(size=(20, 6))
     folds = [RankFold(rng.normal(size=(20, 2)), rng.normal(size=(6, 2)), None) for _ in range(2)]
-    alone = [Selection([], tables=[OwnTable(None, "all", str(index), fold)]) for index, fold in enumerate(folds)]
+    alone = [
+        AdapterMapping([], deltas=[TokenEmbeddingDelta(None, "all", str(index), fold)])
+        for index, fold in enumerate(folds)
+    ]
     mixed = mix([(alone[0], np.array([0, 3])), (alone[1], np.array([2]))])
     ids = rng.integers(0, 20, (4, 5))
     whole = mixed.lookup(table, ids)

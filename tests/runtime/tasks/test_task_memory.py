@@ -45,7 +45,7 @@ SIZE = 2 * 4 * 48 * 4
 
 
 def loaded(opened: Deployment) -> set[str]:
-    return set(opened._tasks._loaded)
+    return set(opened._tasks._loaded.entries)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files are read, not mapped")
@@ -76,14 +76,14 @@ def test_a_deployed_task_is_a_map_without_a_descriptor_until_nobody_uses_it(many
         assert maps() == 1
         assert len(list(Path("/proc/self/fd").iterdir())) == open_files
         selection = opened._tasks.resolve("task-3", 1)
-        (part,) = selection._parts
+        (part,) = selection._groups
         assert not part.weights["down"].flags.writeable
         assert part.weights["down"].ctypes.data % 64 == 0
-        before = opened.embed(IDS, tasks="task-3")
+        before = opened.input_embeddings(IDS, tasks="task-3")
         opened.unload_task("task-3")
         gc.collect()
         assert maps() == 1, "the selection still uses it"
-        np.testing.assert_array_equal(selection.apply(opened.embed(IDS)), before)
+        np.testing.assert_array_equal(selection.apply(opened.input_embeddings(IDS)), before)
         del selection, part
         gc.collect()
         assert maps() == 0
@@ -107,7 +107,9 @@ def test_an_added_task_is_found_again_from_another_folder(
         opened.add_task("added")
         opened.unload_task("added")
         monkeypatch.chdir(many)
-        np.testing.assert_array_equal(opened.embed(IDS, tasks="added"), opened.embed(IDS, tasks="task-5"))
+        np.testing.assert_array_equal(
+            opened.input_embeddings(IDS, tasks="added"), opened.input_embeddings(IDS, tasks="task-5")
+        )
 
 
 def test_all_tasks_of_a_kind_share_one_graph(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +123,7 @@ def test_all_tasks_of_a_kind_share_one_graph(many: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(OnnxRuntimeBackend, "open_bank", count)
     with Deployment.open(many) as opened:
         for _ in range(2):
-            opened.embed([*IDS, *IDS, *IDS, *IDS], tasks=["task-0", "task-1", "alpha", "prompted"])
+            opened.input_embeddings([*IDS, *IDS, *IDS, *IDS], tasks=["task-0", "task-1", "alpha", "prompted"])
             opened.unload_task("task-0")
     assert sorted(opened_kinds) == ["gelu", "identity_bias"]
 
@@ -129,12 +131,12 @@ def test_all_tasks_of_a_kind_share_one_graph(many: Path, monkeypatch: pytest.Mon
 def test_the_least_recently_used_task_goes_first(many: Path) -> None:
     with Deployment.open(many, task_memory_bytes=2 * SIZE) as opened:
         for name in ("task-0", "task-1", "task-0", "task-2"):
-            opened.embed(IDS, tasks=name)
+            opened.input_embeddings(IDS, tasks=name)
         assert loaded(opened) == {"task-0", "task-2"}
-        opened.embed([*IDS, *IDS, *IDS], tasks=["task-2", None, "task-4"])
+        opened.input_embeddings([*IDS, *IDS, *IDS], tasks=["task-2", None, "task-4"])
         assert loaded(opened) == {"task-2", "task-4"}
         opened.unload_task("task-2")
-        opened.embed(IDS, tasks="task-5")
+        opened.input_embeddings(IDS, tasks="task-5")
         assert loaded(opened) == {"task-4", "task-5"}
 
 
@@ -143,23 +145,25 @@ def test_any_order_of_use_keeps_the_latest(many: Path, room: int) -> None:
     rng = np.random.default_rng(room)
     expected: OrderedDict[str, None] = OrderedDict()
     with Deployment.open(many) as plain:
-        outputs = {name: plain.embed(IDS, tasks=name) for name in NAMES}
+        outputs = {name: plain.input_embeddings(IDS, tasks=name) for name in NAMES}
     with Deployment.open(many, task_memory_bytes=room * SIZE + 7) as opened:
         for _ in range(300):
             name = NAMES[rng.integers(len(NAMES))]
-            np.testing.assert_array_equal(opened.embed(IDS, tasks=name), outputs[name])
+            np.testing.assert_array_equal(opened.input_embeddings(IDS, tasks=name), outputs[name])
             expected[name] = None
             expected.move_to_end(name)
             while len(expected) > room:
                 expected.popitem(last=False)
             assert loaded(opened) == set(expected)
-            assert opened._tasks._loaded_bytes == len(expected) * SIZE
+            assert opened._tasks._loaded.size == len(expected) * SIZE
 
 
 def test_a_batch_larger_than_the_budget_is_served_whole(many: Path) -> None:
     with Deployment.open(many) as plain, Deployment.open(many, task_memory_bytes=1) as opened:
         ids = IDS * len(NAMES)
-        np.testing.assert_array_equal(opened.embed(ids, tasks=NAMES), plain.embed(ids, tasks=NAMES))
+        np.testing.assert_array_equal(
+            opened.input_embeddings(ids, tasks=NAMES), plain.input_embeddings(ids, tasks=NAMES)
+        )
         texts = [
             [row.token_ids for row in each.generate(["wheat"] * 6, tasks=NAMES, max_new_tokens=5)]
             for each in (opened, plain)
@@ -174,21 +178,23 @@ def test_what_is_loaded_again_is_checked_again(many: Path, tmp_path: Path) -> No
     folder = Path(shutil.copytree(many, tmp_path / "copy"))
     added = Path(shutil.copytree(many / "tasks" / "task-5", tmp_path / "added"))
     with Deployment.open(folder) as opened:
-        before = opened.embed(IDS, tasks="task-0")
+        before = opened.input_embeddings(IDS, tasks="task-0")
         opened.add_task(added)
         opened.unload_task("added")
-        np.testing.assert_array_equal(opened.embed(IDS, tasks="added"), opened.embed(IDS, tasks="task-5"))
+        np.testing.assert_array_equal(
+            opened.input_embeddings(IDS, tasks="added"), opened.input_embeddings(IDS, tasks="task-5")
+        )
         opened.unload_task("added")
         opened.unload_task("task-0")
         shutil.copyfile(many / "tasks" / "task-1" / "adapter_model.safetensors", added / "adapter_model.safetensors")
         with pytest.raises(ContractError, match=r"added: adapter sha256:.*expected was sha256:.*add the adapter again"):
-            opened.embed(IDS, tasks="added")
+            opened.input_embeddings(IDS, tasks="added")
         path = folder / "tasks" / "task-0" / "adapter_model.safetensors"
         good = path.read_bytes()
         path.unlink()
         path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
         with pytest.raises(IntegrityError, match=r"task-0/adapter_model\.safetensors has digest"):
-            opened.embed(IDS, tasks="task-0")
+            opened.input_embeddings(IDS, tasks="task-0")
         path.unlink()
         path.write_bytes(good)
-        np.testing.assert_array_equal(opened.embed(IDS, tasks="task-0"), before)
+        np.testing.assert_array_equal(opened.input_embeddings(IDS, tasks="task-0"), before)

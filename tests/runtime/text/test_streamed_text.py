@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adalink.runtime.generation.loop import Row
+from adalink.runtime.generation.sequence import SequenceState
 from adalink.runtime.text.tokenizer import TextStream
 
 
@@ -51,7 +51,7 @@ def test_a_character_cut_off_spoils_none_before_it(data: bytes, pieces: list[str
 
 def test_a_stop_text_across_pieces_is_held_back() -> None:
     sent: list[str] = []
-    row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    row = SequenceState(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
     for token in b"aENxEE":
         row.push(token)
     assert "".join(sent) == "aENxE"
@@ -64,7 +64,7 @@ def test_a_stop_text_across_pieces_is_held_back() -> None:
 
 def test_a_row_that_ends_gives_up_what_it_held_back() -> None:
     sent: list[str] = []
-    row = Row(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    row = SequenceState(0, (1,), Bytes(), ("END",), frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
     for token in [*b"aEN", 0]:
         row.push(token)
     assert row.finish().text == "aEN" == "".join(sent)
@@ -92,7 +92,7 @@ def test_stop_texts_of_which_a_piece_holds_several_or_the_end_the_only_one(
     tokens: list[int], stops: tuple[str, ...], text: str
 ) -> None:
     sent: list[str] = []
-    row = Row(0, (1,), Pieces(), stops, frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
+    row = SequenceState(0, (1,), Pieces(), stops, frozenset({0}), lambda _, piece: sent.append(piece))  # type: ignore[arg-type]
     for token in tokens:
         if row.finish_reason is None:
             row.push(token)

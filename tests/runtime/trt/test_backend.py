@@ -14,7 +14,6 @@ from adalink.export.base.export import export_base
 from adalink.export.engine.export import export_engine
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.gpus import find_gpus
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import (
     BackendError,
     BackendUnavailableError,
@@ -23,11 +22,12 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.trt.api import load_api
 from adalink.runtime.trt.record import read_record
 
-PROFILE = Profile(batch=Span(1, 1, 2), seq=Span(1, 4, 8), past=Span(0, 8, 31))
+PROFILE = Profile(batch=ShapeRange(1, 1, 2), seq=ShapeRange(1, 4, 8), past=ShapeRange(0, 8, 31))
 without_gpu = pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU: the engine would simply open")
 
 
@@ -142,7 +142,7 @@ def test_threads_are_not_for_gpus(built: Tiny) -> None:
 
 
 def test_a_second_role_is_refused(built: Tiny) -> None:
-    from adalink.runtime.engine import open_backend
+    from adalink.runtime.backends import open_backend
     from adalink.runtime.trt.backend import TensorRtBackend
 
     backend = open_backend(RTX)

@@ -16,13 +16,13 @@ from helpers.tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, llava
 from helpers.vision_deployments import Seeing, build_seeing, picture
 
 from adalink.export.engine.export import export_engine
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.device.gpus import find_gpus
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.device.vision import DeviceVision
 from adalink.runtime.device.workspace import VISION
-from adalink.runtime.engine import Array, VisionGraph
+from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import (
     BackendError,
     BackendUnavailableError,
@@ -31,12 +31,17 @@ from adalink.runtime.errors import (
     IntegrityError,
     RequestError,
 )
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.vision_base import VisionBase, vision_base
 from adalink.runtime.trt.record import read_record
 
 RTX = "tensorrt-rtx"
-PROFILE = Profile(batch=Span(1, 1, 2), seq=Span(1, 8, 16), past=Span(0, 16, 55), images=Span(1, 2, 3))
+PROFILE = Profile(
+    batch=ShapeRange(1, 1, 2), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 55), images=ShapeRange(1, 2, 3)
+)
 GRAPH = "base/vision/model.onnx"
 
 
@@ -77,7 +82,7 @@ def tower(model: Any, values: Array) -> tuple[Array, float]:
 
 def opened_tower(seeing: Seeing, device: HostDevice, profile: Profile = PROFILE) -> DeviceVision:
     plans = HostPlans({VISION: str(seeing.folder / GRAPH)}, profile)
-    return DeviceVision(device, plans, read_manifest(seeing.folder).base)
+    return DeviceVision(device, plans, vision_base(read_manifest(seeing.folder).base))
 
 
 def test_embeddings_are_pytorchs_whatever_the_memory_holds(seeing: Seeing) -> None:
@@ -110,7 +115,7 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
     host = HostBackend(PROFILE, in_place=HAS_TENSOR_SCATTER)
     images = [[picture(seed) for seed in range(4)], [picture(3)]]
     prompts = ["@@@@ which?", "@ what?"]
-    with Deployment(seeing.folder, read_manifest(seeing.folder), host, "portable") as deployment:
+    with Deployment(seeing.folder, read_manifest(seeing.folder), host, OpenOptions("portable")) as deployment:
         before = host.device.allocated_bytes
         for _ in range(2):
             rows = deployment.generate(prompts, images=images, tasks=["both", "looks"], max_new_tokens=4)
@@ -120,10 +125,10 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
             assert list(row.token_ids) == expected
         assert host.device.allocated_bytes > before
         expected, limit = tower(seeing.model, pixels(5))
-        assert np.abs(deployment.encode(pixels(5)) - expected).max() <= limit
+        assert np.abs(deployment.encode_images(pixels(5)) - expected).max() <= limit
     assert host.device.allocated_bytes == 0
     with pytest.raises(RequestError, match="the deployment is closed"):
-        deployment.encode(pixels(1))
+        deployment.encode_images(pixels(1))
 
 
 def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp_path: Path) -> None:
@@ -139,15 +144,15 @@ def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp
         ({"hidden_size": 64}, r"outputs are .*\(-1, 9, 64\)"),
     ):
         with pytest.raises(GraphError, match=f"the vision tower of .*: {words}"):
-            DeviceVision(HostDevice(), plans, msgspec.structs.replace(base, **change))
+            DeviceVision(HostDevice(), plans, vision_base(msgspec.structs.replace(base, **change)))
 
 
 @pytest.mark.parametrize("shape", [(3, IMAGE_SIZE, IMAGE_SIZE), (0, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 3, 8, 8), ()])
 def test_pixel_values_of_another_shape_are_refused(seeing: Seeing, llama: Tiny, shape: tuple[int, ...]) -> None:
     with Deployment.open(seeing.folder) as deployment, pytest.raises(RequestError, match="pixel_values has the shape"):
-        deployment.encode(np.zeros(shape, np.float32))
+        deployment.encode_images(np.zeros(shape, np.float32))
     with Deployment.open(llama.folder) as deployment, pytest.raises(RequestError, match="without a vision tower"):
-        deployment.encode(np.zeros(shape, np.float32))
+        deployment.encode_images(np.zeros(shape, np.float32))
 
 
 class GraphsOfPlans(HostBackend):
@@ -170,7 +175,7 @@ class GraphsOfPlans(HostBackend):
         own = self.folder / read_manifest(self.folder).variants[variant].graph
         return super().open_engine(own, base, role, table)
 
-    def open_vision(self, graph: Path, base: Base) -> VisionGraph:
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
         self.asked.append(graph.relative_to(self.folder).as_posix())
         return super().open_vision(self.folder / GRAPH, base)
 
@@ -207,9 +212,10 @@ def test_a_tower_altered_since_it_was_built_is_not_opened(copy: Path) -> None:
 
 @pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU: the tower would simply open")
 def test_everything_up_to_the_driver_is_checked(copy: Path) -> None:
+    from adalink.runtime.ort.vision import OnnxVisionGraph
     from adalink.runtime.trt.backend import TensorRtBackend
 
-    backend, base = TensorRtBackend(RTX), read_manifest(copy).base
+    backend, base = TensorRtBackend(RTX, OnnxVisionGraph), vision_base(read_manifest(copy).base)
     plan, record = copy / f"engines/{RTX}/vision.plan", copy / f"engines/{RTX}/engine.json"
     with pytest.raises(BackendUnavailableError, match=r"backend tensorrt-rtx needs an NVIDIA GPU.*driver"):
         backend.open_vision(plan, base)

@@ -18,7 +18,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.storage.safetensors import as_stored
 from adalink.runtime.vision import tower as vision
-from adalink.runtime.vision.placeholders import ImageEmbeds, prefix_names
+from adalink.runtime.vision.placeholders import ImageEmbeds, prompt_cache_keys
 
 NEW = 8
 A, B, C = (picture(seed, height, width) for seed, height, width in ((1, 30, 41), (2, 50, 24), (3, 24, 24)))
@@ -76,7 +76,9 @@ def test_logits_are_pytorchs(seeing: Seeing, opened: Deployment) -> None:
 def test_a_modality_without_an_adapter_passes_bit_for_bit(seeing: Seeing, opened: Deployment) -> None:
     ids = seeing.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     is_image = ids[0] == IMAGE_TOKEN
-    embeds = {task: opened.embed(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")}
+    embeds = {
+        task: opened.input_embeddings(ids, images=[[A]], tasks=task)[0] for task in (None, "words", "looks", "both")
+    }
     np.testing.assert_array_equal(embeds["words"][is_image], embeds[None][is_image])
     np.testing.assert_array_equal(embeds["looks"][~is_image], embeds[None][~is_image])
     assert (embeds["looks"][is_image] != embeds[None][is_image]).any(axis=-1).all()
@@ -121,9 +123,9 @@ def test_the_cache_keeps_to_its_budget_and_forgets_the_least_recently_used(seein
 def test_kept_embeddings_keep_no_neighbours(seeing: Seeing) -> None:
     with Deployment.open(seeing.folder) as deployment:
         deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
-        kept = list(deployment._vision._kept.values())
+        kept = list(deployment._vision._kept.entries.values())
         assert len(kept) == 3
-        assert sum(own.nbytes for own in kept) == deployment._vision._size_bytes
+        assert sum(own.nbytes for own in kept) == deployment._vision._kept.size
         assert all(own.base is None or own.base.nbytes == own.nbytes for own in kept)
 
 
@@ -141,7 +143,7 @@ def test_a_tower_is_given_no_more_than_it_takes(count: int) -> None:
             return (pixel_values.reshape(len(pixel_values), -1) @ weights).reshape(-1, 2, 5)
 
     pictures = rng.integers(-99, 100, size=(count, 3, 4, 4)).astype(np.float32)
-    found = vision._run(Tower(), pictures)  # type: ignore[arg-type]
+    found = vision._TileTower(Tower()).run(pictures, (0, 0))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found, Tower().run(pictures))
     assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
 
@@ -170,14 +172,17 @@ def test_names_of_prefixes(opened: Deployment) -> None:
     tokens = [5, *[IMAGE_TOKEN] * IMAGE_TOKENS, 6]
     vision = opened.manifest.base.vision
     one, other = (ImageEmbeds(digest, np.zeros((IMAGE_TOKENS, 1))) for digest in ("sha256:a", "sha256:b"))
-    names = prefix_names(tokens, [one], "", vision)
+    names = prompt_cache_keys(tokens, [one], "", vision)
     assert names[[0, -1]].tolist() == [5, 6]
     assert (names[1:-1] < 0).all()
     assert len(set(names[1:-1].tolist())) == 1
-    np.testing.assert_array_equal(names, prefix_names(tokens, [one], "", vision))
-    for changed in (prefix_names(tokens, [other], "", vision), prefix_names(tokens, [one], "sha256:c", vision)):
+    np.testing.assert_array_equal(names, prompt_cache_keys(tokens, [one], "", vision))
+    for changed in (
+        prompt_cache_keys(tokens, [other], "", vision),
+        prompt_cache_keys(tokens, [one], "sha256:c", vision),
+    ):
         assert (changed[1:-1] != names[1:-1]).all()
-    assert prefix_names(tokens, [], "", vision).tolist() == tokens
+    assert prompt_cache_keys(tokens, [], "", vision).tolist() == tokens
 
 
 def test_an_image_adapter_alone_leaves_rows_without_images_to_the_plain_base(
@@ -194,8 +199,8 @@ def test_a_float16_base_takes_images(tmp_path: Path, opened: Deployment) -> None
     ids = half.inputs(opened.tokenizer.encode("ab@cd"), [A])["input_ids"].numpy()
     with Deployment.open(half.folder) as deployment:
         for task in (None, "both"):
-            received = deployment.embed(ids, images=[[A]], tasks=task)
-            wide = opened.embed(ids, images=[[A]], tasks=task)
+            received = deployment.input_embeddings(ids, images=[[A]], tasks=task)
+            wide = opened.input_embeddings(ids, images=[[A]], tasks=task)
             assert received.dtype == np.float16
             np.testing.assert_allclose(received.astype(np.float32), wide, rtol=2e-3, atol=2e-3)
         assert deployment.generate(["@?"], images=[[A]], tasks="both", max_new_tokens=2)[0].token_ids

@@ -16,7 +16,7 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.engine.graph import check_buildable
 from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError, ConfigError, ContractError, IntegrityError, RequestError
-from adalink.runtime.vision.patches import PatchTower
+from adalink.runtime.storage.vision_schema import PatchTower
 
 NEW = 8
 # Of pieces in three rows and five columns, in eight and two, in one and nine, and of two by two.
@@ -130,7 +130,7 @@ def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(
 
 
 def test_embeddings_of_the_callers_own_stand_in_a_line(kept: SeeingPatches, opened: Deployment) -> None:
-    embeds = opened.embed([[5, 6, 7, 8]])
+    embeds = opened.input_embeddings([[5, 6, 7, 8]])
     ids = opened.run(input_ids=[[5, 6, 7, 8]])["logits"]
     np.testing.assert_allclose(opened.run(inputs_embeds=embeds)["logits"], ids, atol=1e-5)
 
@@ -148,11 +148,11 @@ def test_a_soft_prompt_is_refused(kept: SeeingPatches, tmp_path: Path, opened: D
 
 def test_encode_wants_the_patches_of_one_grid(kept: SeeingPatches, opened: Deployment) -> None:
     pixels = kept.inputs([IMAGE_TOKEN], [A])["pixel_values"].numpy()
-    received = opened.encode(pixels, (3, 5))
-    np.testing.assert_allclose(received, opened.embed([[IMAGE_TOKEN] * 15], images=[[A]])[0], atol=1e-5)
+    received = opened.encode_images(pixels, (3, 5))
+    np.testing.assert_allclose(received, opened.input_embeddings([[IMAGE_TOKEN] * 15], images=[[A]])[0], atol=1e-5)
     for grid in (None, (5, 5)):
         with pytest.raises(RequestError, match=r"pixel_values has the shape \(60, 96\) and grid is .* all its patches"):
-            opened.encode(pixels, grid)
+            opened.encode_images(pixels, grid)
 
 
 def test_a_float16_base_takes_images(tmp_path: Path) -> None:

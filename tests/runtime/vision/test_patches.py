@@ -15,9 +15,9 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from adalink.export.vision.image_processor import describe_processor
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_after
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.vision.images import read_picture
 from adalink.runtime.vision.mrope import grid_positions
-from adalink.runtime.vision.patches import PatchTower
 
 # Height and width: smaller than the least, larger than the most, odd, and almost lines.
 SIZES = ((30, 41), (7, 9), (1, 150), (481, 320), (24, 24), (511, 23), (8, 8), (12, 12), (20, 28), (300, 2))

@@ -14,8 +14,9 @@ from helpers.tiny_models import IMAGE_TOKENS, PREFIX_IMAGE_TOKEN
 from helpers.vision_deployments import SeeingPrefix, build_seeing_prefix, picture
 
 from adalink.runtime import Deployment
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import RequestError
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 
 NEW = 8
@@ -130,8 +131,10 @@ def test_a_first_position_sees_the_last(opened: Deployment) -> None:
 def test_on_a_device_a_prompt_goes_in_at_once(seeing: SeeingPrefix, expected: list[list[int]], in_place: bool) -> None:
     folder = seeing.folder.parent / "again" / "deployment"
     prompts, images, tasks = zip(*ROWS[:15], strict=True)
-    profile = Profile(batch=Span(1, 8, 15), seq=Span(1, 16, 40), past=Span(0, 16, 55))
-    with Deployment(folder, read_manifest(folder), HostBackend(profile, in_place=in_place), "portable") as deployment:
+    profile = Profile(batch=ShapeRange(1, 8, 15), seq=ShapeRange(1, 16, 40), past=ShapeRange(0, 16, 55))
+    with Deployment(
+        folder, read_manifest(folder), HostBackend(profile, in_place=in_place), OpenOptions("portable")
+    ) as deployment:
         found = deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
         assert [list(row.token_ids) for row in found] == expected[:15]
         ids = [seeing.inputs(prompt, images)["input_ids"][0].numpy() for prompt, images, _ in (ROWS[0], ROWS[5])]
@@ -139,8 +142,10 @@ def test_on_a_device_a_prompt_goes_in_at_once(seeing: SeeingPrefix, expected: li
         found = deployment.run(input_ids=ids)["logits"]
         for row, logits in zip(ids, found, strict=True):
             np.testing.assert_allclose(logits, deployment.run(input_ids=row[None])["logits"][0], atol=1e-5)
-    small = Profile(batch=Span(1, 2, 3), seq=Span(1, 4, 12), past=Span(0, 8, 55))
-    with Deployment(folder, read_manifest(folder), HostBackend(small, in_place=in_place), "portable") as deployment:
+    small = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 4, 12), past=ShapeRange(0, 8, 55))
+    with Deployment(
+        folder, read_manifest(folder), HostBackend(small, in_place=in_place), OpenOptions("portable")
+    ) as deployment:
         assert deployment.generate(["short"], max_new_tokens=2)
         with pytest.raises(RequestError, match=r"21 positions long .* takes 12 of so many rows .* must go in at once"):
             deployment.generate(prompts[:1], images=images[:1], max_new_tokens=2)

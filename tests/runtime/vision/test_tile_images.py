@@ -108,13 +108,13 @@ def test_the_tower_takes_few_tiles_at_a_time(
     tiled: SeeingTiles, opened: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tiled.inputs("<image><image>", [B, A])["input_ids"].numpy()
-    expected = opened.embed(ids, images=[[B, A]])
+    expected = opened.input_embeddings(ids, images=[[B, A]])
     monkeypatch.setattr(manifest, "_PIXELS_AT_ONCE", 3 * TILE_EDGE**2)
     calls: list[int] = []
     run = OnnxVisionGraph.run
     monkeypatch.setattr(OnnxVisionGraph, "run", lambda self, tiles: calls.append(len(tiles)) or run(self, tiles))
     with Deployment.open(tiled.folder) as deployment:
-        np.testing.assert_allclose(deployment.embed(ids, images=[[B, A]]), expected, atol=1e-5)
+        np.testing.assert_allclose(deployment.input_embeddings(ids, images=[[B, A]]), expected, atol=1e-5)
     assert calls == [3, 3, 3, 3, 3, 2]
 
 
@@ -142,7 +142,7 @@ def test_an_all_zero_tile_is_a_tile(tmp_path: Path) -> None:
         (written,) = [row.prompt_tokens for row in deployment.generate(["<image>"], images=[[black]], max_new_tokens=1)]
         assert written == 10 * TILE_TOKENS + 9 * 2 + 2 + 1 + 2 + 1
         ids = [[TILE_IMAGE_TOKEN] * 10 * TILE_TOKENS]
-        received = deployment.embed(ids, images=[[black]])[0].reshape(10, TILE_TOKENS, -1)
+        received = deployment.input_embeddings(ids, images=[[black]])[0].reshape(10, TILE_TOKENS, -1)
     with torch.no_grad():
         states = model.model.vision_model(torch.zeros(1, 3, TILE_EDGE, TILE_EDGE)).last_hidden_state
         expected = model.model.connector(states)[0].numpy()

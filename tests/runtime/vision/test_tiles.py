@@ -16,8 +16,9 @@ from transformers import Idefics3Processor
 
 from adalink.export.vision.image_processor import describe_processor
 from adalink.runtime.errors import ModelError
+from adalink.runtime.storage.vision_schema import tiles_of
 from adalink.runtime.vision.preprocess import Preprocessor
-from adalink.runtime.vision.tiles import Tiling, tiles_of
+from adalink.runtime.vision.tiles import Tiling
 from adalink.training.models.tiles import read_tile_tokens, read_tiling
 
 PROCESSORS = {

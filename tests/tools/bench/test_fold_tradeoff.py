@@ -9,7 +9,7 @@ from helpers.runtime import build
 
 from adalink.export.adapter.export import export_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks.adapter_mapping import Selection
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 from adalink.tools.bench import fold_tradeoff as fold_trade
 
 
@@ -26,8 +26,8 @@ def test_figures_of_known_times(tmp_path, monkeypatch):
         assert embeds.shape == (1, 1, 48)
         clock.now += 3e-5
 
-    monkeypatch.setattr(Selection, "lookup", lookup)
-    monkeypatch.setattr(Selection, "apply", apply)
+    monkeypatch.setattr(AdapterMapping, "lookup", lookup)
+    monkeypatch.setattr(AdapterMapping, "apply", apply)
     monkeypatch.setattr(fold_trade, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     manifest = read_manifest(tiny.folder)
     found = fold_trade.fold_trade(tiny.folder, manifest, "folded")

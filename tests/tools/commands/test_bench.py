@@ -55,15 +55,15 @@ def test_a_slow_task_shows(folder, monkeypatch):
     """Planted: the task's adaptation sleeps, so every ratio with it must grow."""
     import time
 
-    from adalink.runtime.ort.bank import OnnxBankGraph
+    from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 
-    run = OnnxBankGraph.run
+    run = OnnxSharedAdapterGraph.run
 
     def slow(self, inputs_embeds, weights):
         time.sleep(0.01 * len(weights["down"]))
         return run(self, inputs_embeds, weights)
 
-    monkeypatch.setattr(OnnxBankGraph, "run", slow)
+    monkeypatch.setattr(OnnxSharedAdapterGraph, "run", slow)
     monkeypatch.setattr(measure, "_SWAPS", 20)
     bench = measure.Bench(folder, None, "onnxruntime-cpu", 1)
     try:
@@ -107,7 +107,7 @@ class Machine:
             monkeypatch.setattr(bench._deployment, name, getattr(self, name))
 
     def cost(self, tasks):
-        """Of the plain base 1; a task takes a quarter more, several of them a half."""
+        """Of the base model 1; a task takes a quarter more, several of them a half."""
         names = {tasks} if tasks is None or isinstance(tasks, str) else set(tasks)
         return 1.0 if names == {None} else 1.25 if len(names) == 1 else 1.875
 
@@ -180,7 +180,7 @@ def test_memory_of_a_task_is_that_of_one(folder, monkeypatch):
     bench = measure.Bench(folder, None, "onnxruntime-cpu", 1)
     try:
         tasks = bench._deployment._tasks
-        monkeypatch.setattr(measure, "_resident_bytes", lambda: 10**9 + 700 * len(tasks._loaded))
+        monkeypatch.setattr(measure, "_resident_bytes", lambda: 10**9 + 700 * len(tasks._loaded.entries))
         assert bench._memory_growth() == 700
         assert tasks.names == ("alpha", "beta")
         monkeypatch.setattr(measure, "_resident_bytes", lambda: None)

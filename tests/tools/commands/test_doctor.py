@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
+from adalink.runtime.backends import BACKENDS
 from adalink.runtime.device.gpus import find_gpus
-from adalink.runtime.engine import BACKENDS
 from adalink.tools.cli import main
 from adalink.tools.commands.doctor import BACKEND_EXTRAS
 from adalink.tools.doctor import probe as probe_module

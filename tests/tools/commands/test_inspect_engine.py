@@ -102,8 +102,8 @@ def test_plans_are_explained_without_a_gpu(folder):
     assert found["record"]["profile"] == "batch=1:1:2,seq=1:8:32,past=0:16:31"
     assert found["header"].startswith("well-formed for tensorrt-rtx")
     assert found["contents"].startswith("not loaded: that takes a GPU")
-    front = json.loads(adalink("inspect", engine / "front-gelu_tanh-embeds.plan", "--json").stdout)
-    assert front["role"] == "front gelu_tanh.embeds"
+    embedder = json.loads(adalink("inspect", engine / "front-gelu_tanh-embeds.plan", "--json").stdout)
+    assert embedder["role"] == "front gelu_tanh.embeds"
     assert "sm86" in adalink("inspect", engine / "engine.plan").stdout
 
 

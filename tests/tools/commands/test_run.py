@@ -6,6 +6,7 @@ import pty
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.cli import main
 from adalink.tools.commands.run import read_rows
 
@@ -110,6 +112,45 @@ def test_an_error_in_a_later_batch_says_where_it_begins(folder, tmp_path):
     result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
     assert result.exit_code == 2
     assert "rows.jsonl:9 and on: the sequence would have 10001 positions" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--chat"]])
+def test_every_prompt_is_tokenized_once(folder, tmp_path, monkeypatch, options):
+    """The ids that show that no row is empty are those that are answered."""
+    encoded = []
+
+    def counted(name):
+        method = getattr(Tokenizer, name)
+
+        def call(self, text, *arguments):
+            encoded.append(text)
+            return method(self, text, *arguments)
+
+        return call
+
+    for name in ("encode", "encode_chat"):
+        monkeypatch.setattr(Tokenizer, name, counted(name))
+    monkeypatch.setattr(Tokenizer, "render_chat", lambda self, message: f"user: {message}")
+    prompts = [f"{'abc'[row % 3]} {row}" for row in range(11)]
+    rows = [{"prompt": prompt, "task": "alpha"} for prompt in prompts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 3, *options)
+    assert result.exit_code == 0, result.stderr
+    assert encoded == prompts
+    settings = {"tasks": "alpha", "max_new_tokens": 3, "chat": bool(options)}
+    with Deployment.open(folder) as deployment:
+        batches = [deployment.generate(prompts[start : start + 8], **settings) for start in (0, 8)]
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = [row for batch in batches for row in batch]
+    for answer, row in zip(answers, expected, strict=True):
+        assert answer == {"prompt": answer["prompt"], "task": "alpha", **json.loads(json.dumps(asdict(row)))}
+
+
+def test_row_that_the_chat_template_refuses_is_named(folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "forbidden"}')
+    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--chat", "--max-new-tokens", 1)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "rows.jsonl:2: base/chat_template.jinja cannot render this message" in result.stderr
 
 
 def test_json_holds_tokens_and_reason(folder, expected):

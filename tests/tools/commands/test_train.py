@@ -104,7 +104,7 @@ def test_wrong_row_is_a_message_and_exit_code_2(work):
 )
 def test_ranks_of_modalities(monkeypatch, arguments, rank):
     chosen = []
-    monkeypatch.setattr("adalink.training.train.train", lambda *given, **options: chosen.append(given[4]) or REPORT)
+    monkeypatch.setattr("adalink.training.run.train", lambda *given, **options: chosen.append(given[4]) or REPORT)
     done = CliRunner().invoke(main, ["train", *FILES, *arguments, "--json"])
     assert done.exit_code == 0, done.stderr
     assert chosen[0].rank == rank

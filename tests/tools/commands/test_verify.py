@@ -2,7 +2,6 @@
 
 import errno
 import json
-import tempfile
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from helpers.tiny_models import FAMILIES
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
+from adalink.runtime.storage import atomic
 from adalink.tools.cli import main
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models.loading import load_base
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "tanh", "scope": "prompt"}}
@@ -66,7 +66,7 @@ def test_report_that_cannot_be_written_exits_2(mistral, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(atomic, "write_through", refuse)
     model, folder = mistral
     result = run(folder, "--against", model, "--quick", "--json", tmp_path / "parity.json")
     assert result.exit_code == 2
@@ -99,7 +99,7 @@ def test_wrong_use_exits_2(mistral, tmp_path):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family(family, tmp_path):
     model, folder = make_deployment(tmp_path / "root", family, TASKS)
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     assert [check for check in report.checks if not check.passed] == []
     assert report.skipped == []
     kind = "encoder" if family == "bert" else "decoder"
@@ -110,7 +110,7 @@ def test_float16_deployment(tmp_path):
     model = make_model_folder(tmp_path / "tiny", "llama")
     export_base(model, tmp_path / "deployment", dtype="float16")
     export_adapter(write_adapter(tmp_path / "alpha", seeded_adapter(model, 1)), tmp_path / "deployment")
-    report = verify(tmp_path / "deployment", str(model), {}, threads=1, quick=True)
+    report = verify(tmp_path / "deployment", str(model), {}, VerifyOptions(threads=1, quick=True))
     assert [check for check in report.checks if not check.passed] == []
 
 
@@ -120,7 +120,7 @@ def test_deployment_without_tokenizer(tmp_path):
     FAMILIES["llama"]().save_pretrained(model)
     export_base(model, tmp_path / "deployment")
     export_adapter(write_adapter(tmp_path / "alpha", seeded_adapter(model, 1)), tmp_path / "deployment")
-    report = verify(tmp_path / "deployment", str(model), {}, threads=1)
+    report = verify(tmp_path / "deployment", str(model), {}, VerifyOptions(threads=1))
     assert report.passed
     assert any("without a tokenizer" in line for line in report.skipped)
     assert not any("generation" in check.name for check in report.checks)
@@ -128,7 +128,7 @@ def test_deployment_without_tokenizer(tmp_path):
 
 def test_deployment_without_tasks(tmp_path):
     model, folder = make_deployment(tmp_path / "root", "gpt2", {})
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     assert report.passed
     assert report.receipt["tour"] == ["base"]
 
@@ -136,7 +136,7 @@ def test_deployment_without_tasks(tmp_path):
 def test_reference_is_left_without_adapters(mistral):
     """A report must not depend on what was verified before in the same process."""
     model, folder = mistral
-    first = verify(folder, str(model), {}, threads=1, quick=True)
+    first = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     torch.manual_seed(1)
-    again = verify(folder, str(model), {}, threads=1, quick=True)
+    again = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     assert [check.measured for check in first.checks] == [check.measured for check in again.checks]

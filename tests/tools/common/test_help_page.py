@@ -4,11 +4,13 @@ from helpers.paths import REPOSITORY
 
 from adalink.tools.common.help_page import render
 
-PAGE = REPOSITORY / "docs/cli.md"
+PAGE = REPOSITORY / "docs/reference/cli.md"
 
 
 def test_cli_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == render(), "run: python -m adalink.tools.common.help_page docs/cli.md"
+    assert PAGE.read_text(encoding="utf-8") == render(), (
+        "run: python -m adalink.tools.common.help_page docs/reference/cli.md"
+    )
 
 
 def test_cli_page_holds_every_verb():

@@ -13,7 +13,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 PROMPTS = [first + second for first in "abcdefghijkl" for second in "mnopqrstuvwx"]
 LENGTH = 4
@@ -61,7 +61,9 @@ def test_exact_match_is_that_of_single_prompts(ending, tmp_path):
     wanted |= {stopped[0]: f"{before[stopped[0]].text}x"}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "completion": text}) + "\n" for p, text in wanted.items()))
-    report = verify(folder, str(model), {}, variant="int4", threads=1, quick=True, task_rows={"alpha": path})
+    report = verify(
+        folder, str(model), {}, VerifyOptions(variant="int4", threads=1, quick=True, task_rows={"alpha": path})
+    )
     found = report.cost["exact match of alpha"]
     assert found["float32"] == (len(stopped) - 1) / len(wanted)
     right = [

@@ -5,9 +5,9 @@ from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.base.export import export_base
+from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import open_backend
-from adalink.tools.bench.observed_backend import ObservedBackend
+from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_generation import Generator
 
 

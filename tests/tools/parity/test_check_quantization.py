@@ -18,7 +18,7 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
 from adalink.tools.parity.check_quantization import check_cost
 from adalink.tools.parity.quantized_weights import read_matrices
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 TASKS = {"alpha": {"seed": 1}}
 TEXT = "the quick brown fox jumps over the lazy dog and then sleeps for a while near the old gate " * 4
@@ -42,7 +42,7 @@ def deployment(clean, tmp_path):
 
 
 def measure(model, folder, variant="int4", **settings):
-    return verify(folder, str(model), {}, variant=variant, threads=1, quick=True, **settings)
+    return verify(folder, str(model), {}, VerifyOptions(variant=variant, threads=1, quick=True, **settings))
 
 
 def failures(model, folder):

@@ -17,13 +17,13 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
-from adalink.runtime.base_model import OpenBase
-from adalink.runtime.ort.static_cache import InPlaceDecoding
+from adalink.runtime.model_runner import ModelRunner
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import adapter_mapping as bank
 from adalink.runtime.tasks.registry import TaskTable
 from adalink.tools.parity import swap_worker
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.tools.parity.swap_worker import run_fresh
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu"}}
@@ -42,7 +42,7 @@ def deployment(clean, tmp_path):
 
 
 def outcome(model, folder):
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     return {check.name: check.passed for check in report.checks}
 
 
@@ -97,23 +97,23 @@ def test_one_weight_of_a_task_graph_changed_by_one_percent(deployment, name, ind
     assert failures(model, folder) == {"adapter/alpha/graph-vocabulary", "adapter/alpha/graph-weights"}
 
 
-@pytest.mark.parametrize("name", ["extend", "retract"])
+@pytest.mark.parametrize("name", ["verify", "rollback"])
 def test_guesses_are_checked_wrongly(deployment, monkeypatch, name):
     """Logits of the first token for the second; a cache that is altered where guesses were taken back."""
-    true = getattr(InPlaceDecoding, name)
+    true = getattr(StaticCacheDecodeState, name)
 
-    def extend(self, embeds):
+    def verify(self, embeds):
         logits = true(self, embeds)
         logits[1:2] = logits[0]
         return logits
 
-    def retract(self, count):
+    def rollback(self, count):
         true(self, max(0, count - 1))
         if count:
             self._lengths[0] -= 1
             self._cache[:, 0, :, self._lengths[0] - 1] *= 1.05
 
-    monkeypatch.setattr(InPlaceDecoding, name, extend if name == "extend" else retract)
+    monkeypatch.setattr(StaticCacheDecodeState, name, verify if name == "verify" else rollback)
     found = failures(*deployment)
     assert found
     assert all("/drafts/" in check for check in found)
@@ -128,10 +128,10 @@ def test_a_row_that_takes_anothers_place_keeps_what_was_there(deployment, monkey
         self._lengths[row], self._positions[row] = self._lengths[self._alive], self._positions[self._alive]
 
     if fault == "cache":
-        monkeypatch.setattr(InPlaceDecoding, "drop", drop)
+        monkeypatch.setattr(StaticCacheDecodeState, "drop", drop)
     else:
-        take = bank.Selection.take
-        monkeypatch.setattr(bank.Selection, "take", lambda self, kept: take(self, sorted(kept)))
+        take = bank.AdapterMapping.take
+        monkeypatch.setattr(bank.AdapterMapping, "take", lambda self, kept: take(self, sorted(kept)))
     assert failures(*deployment) == {"mixed/ends/decode-logits", "mixed/ends/generation"}
 
 
@@ -235,7 +235,7 @@ def test_padding_of_a_smaller_rank_that_is_not_zero(tmp_path, monkeypatch):
 def test_adapter_applied_only_to_the_prompt(deployment, monkeypatch):
     """The runtime forgets the tasks of generated tokens."""
     model, folder = deployment
-    monkeypatch.setattr(bank.Selection, "decoding", lambda self: bank.PLAIN)
+    monkeypatch.setattr(bank.AdapterMapping, "for_decoding", lambda self: bank.NO_ADAPTER)
     found = failures(model, folder)
     assert {"task/alpha/decode-logits", "mixed/decode-logits"} <= found
     assert "task/alpha/logits" not in found  # whole sequences cannot show it; decoding must
@@ -244,7 +244,7 @@ def test_adapter_applied_only_to_the_prompt(deployment, monkeypatch):
 def test_adapter_applied_to_generated_tokens_too(tmp_path, monkeypatch):
     """The reverse: trained for the prompt alone, run for every position."""
     model, folder = make_deployment(tmp_path / "root", "llama", {"alpha": {"seed": 1, "scope": "prompt"}})
-    monkeypatch.setattr(bank.Selection, "decoding", lambda self: self)
+    monkeypatch.setattr(bank.AdapterMapping, "for_decoding", lambda self: self)
     assert "task/alpha/decode-logits" in failures(model, folder)
 
 
@@ -341,14 +341,14 @@ def test_an_engine_opened_during_a_swap_is_counted(deployment, monkeypatch):
     request = {"path": folder, "backend": "onnxruntime-cpu", "variant": variant, "threads": 1, "ids": [[5, 6, 7]]}
     request |= {"decoder_ids": None, "tasks": [None, "alpha", "beta", None]}
     assert swap_worker._answer(request)["builds"] == 0
-    run = OpenBase.run
+    run = ModelRunner.run
 
     def rebuilding(self, given, *rest):
-        if given.tasks is not bank.PLAIN:
+        if given.tasks is not bank.NO_ADAPTER:
             onnxruntime.InferenceSession(str(variant_graph(folder)))
         return run(self, given, *rest)
 
-    monkeypatch.setattr(OpenBase, "run", rebuilding)
+    monkeypatch.setattr(ModelRunner, "run", rebuilding)
     assert swap_worker._answer(request)["builds"] == 2
 
 
@@ -402,6 +402,6 @@ def test_another_adapter_than_the_one_deployed(deployment, tmp_path):
 
     model, folder = deployment
     other = write_adapter(tmp_path / "other", seeded_adapter(model, seed=77))
-    report = verify(folder, str(model), {"alpha": other}, threads=1, quick=True)
+    report = verify(folder, str(model), {"alpha": other}, VerifyOptions(threads=1, quick=True))
     found = {check.name for check in report.checks if not check.passed}
     assert {"adapter/alpha/contract", "adapter/alpha/bank-vocabulary", "task/alpha/logits"} <= found

@@ -13,14 +13,13 @@ from helpers.tiny_tokenizer import make_tokenizer
 from helpers.vision import clip_processor
 from helpers.vision_deployments import build_seeing, spoil_tower
 
-from adalink.runtime import Deployment
-from adalink.runtime import base_model as open_base
+from adalink.runtime import Deployment, model_runner
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.vision import tower as vision
 from adalink.runtime.vision.placeholders import merge
-from adalink.tools.parity.check_vision import OwnImages, make_looks
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.check_vision import ReferenceProcessor, make_image_prompts
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def deployment(clean, tmp_path):
 
 
 def outcome(model, folder):
-    return verify(folder, str(model), {}, threads=1, quick=True)
+    return verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
 
 
 def failures(model, folder):
@@ -81,7 +80,7 @@ def test_images_that_are_adapted_as_text_are_found(deployment, monkeypatch):
         embeds, modality = merge(*arguments)
         return embeds, np.zeros_like(modality)
 
-    monkeypatch.setattr(open_base, "merge", as_text)
+    monkeypatch.setattr(model_runner, "merge", as_text)
     found = failures(*deployment)
     assert {f"task/{name}/images/logits" for name in ("both", "looks", "words", "asked")} <= found
     assert "base/images/logits" not in found
@@ -89,7 +88,7 @@ def test_images_that_are_adapted_as_text_are_found(deployment, monkeypatch):
 
 def test_images_in_the_wrong_order_are_found(deployment, monkeypatch):
     monkeypatch.setattr(
-        open_base, "merge", lambda table, ids, images, base: merge(table, ids, [own[::-1] for own in images], base)
+        model_runner, "merge", lambda table, ids, images, base: merge(table, ids, [own[::-1] for own in images], base)
     )
     assert "base/images/logits" in failures(*deployment)
 
@@ -108,9 +107,9 @@ def test_a_model_without_an_image_processor_is_refused(deployment, tmp_path):
 
 def test_images_fit_the_context_or_are_left_out(deployment):
     with Deployment.open(deployment[1]) as opened:
-        own = OwnImages(clip_processor(), opened.manifest.base.vision)
-        assert make_looks(opened, [[5, 6, 7]], 10, own) is None
-        one = make_looks(opened, [[5, IMAGE_TOKEN, 6, 7]], 11, own)
+        own = ReferenceProcessor(clip_processor(), opened.manifest.base.vision)
+        assert make_image_prompts(opened, [[5, 6, 7]], 10, own) is None
+        one = make_image_prompts(opened, [[5, IMAGE_TOKEN, 6, 7]], 11, own)
         assert one.rows == [[5, *[IMAGE_TOKEN] * IMAGE_TOKENS, 6]]
-        two = make_looks(opened, [[5, 6, 7]], 64, own)
+        two = make_image_prompts(opened, [[5, 6, 7]], 64, own)
         assert [row.count(IMAGE_TOKEN) for row in two.rows] == [IMAGE_TOKENS, 2 * IMAGE_TOKENS]

@@ -13,18 +13,18 @@ from helpers.tiny_tokenizer import make_tokenizer
 from helpers.vision import patch_processor
 from helpers.vision_deployments import build_seeing_patches, spoil_tower
 
-from adalink.runtime import Deployment
-from adalink.runtime import base_model as open_base
+from adalink.runtime import Deployment, model_runner
 from adalink.runtime.errors import ContractError
 from adalink.runtime.ort import static_cache as onnxruntime_in_place
 from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.vision.mrope import grid_positions
-from adalink.runtime.vision.patches import Patching, PatchTower
+from adalink.runtime.vision.patches import Patching
 from adalink.tools.parity.check_outputs import compare_outputs
-from adalink.tools.parity.check_vision import check_vision, make_looks, own_images
+from adalink.tools.parity.check_vision import check_vision, make_image_prompts, reference_processor
 from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 WORDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
 
@@ -45,18 +45,18 @@ def deployment(clean, tmp_path):
 
 
 def failures(model, folder):
-    """Of the checks of images, for the plain base."""
+    """Of the checks of images, for the base model."""
     vision = read_manifest(folder).base.vision
     with Deployment.open(folder, threads=1) as opened:
-        reference, own = Reference(model, opened.manifest.base), own_images(str(model), vision)
+        reference, own = Reference(model, opened.manifest.base), reference_processor(str(model), vision)
         checks = check_vision(opened, reference, own)
-        looks = make_looks(opened, WORDS, 256, own)
-        checks += compare_outputs("base/images", opened, reference, None, looks.rows, looks).checks
+        image_prompts = make_image_prompts(opened, WORDS, 256, own)
+        checks += compare_outputs("base/images", opened, reference, None, image_prompts.rows, image_prompts).checks
     return {check.name for check in checks if not check.passed}
 
 
 def test_a_clean_deployment_passes_on_images_too(deployment):
-    report = verify(deployment[1], str(deployment[0]), {}, threads=1, quick=True)
+    report = verify(deployment[1], str(deployment[0]), {}, VerifyOptions(threads=1, quick=True))
     assert report.passed
     names = {check.name for check in report.checks}
     own = {"vision/pixel-values", "vision/patch-tokens", "vision/image-embeds"}
@@ -74,7 +74,9 @@ def test_a_clean_deployment_passes_on_images_too(deployment):
     ids=["columns for rows", "rows for moments", "all in a line"],
 )
 def test_wrong_positions_are_found(deployment, monkeypatch, fault):
-    monkeypatch.setattr(open_base, "grid_positions", lambda *given: np.ascontiguousarray(fault(grid_positions(*given))))
+    monkeypatch.setattr(
+        model_runner, "grid_positions", lambda *given: np.ascontiguousarray(fault(grid_positions(*given)))
+    )
     assert (
         {"base/images/logits"} <= failures(*deployment) <= {f"base/images/{name}" for name in ("logits", "kl", "top1")}
     )
@@ -109,7 +111,9 @@ def test_another_number_of_places_for_a_picture_is_found(deployment, monkeypatch
     monkeypatch.setattr(Vision, "written", lambda self, grid: [*written(self, grid), self.image_token_id])
     vision = read_manifest(deployment[1]).base.vision
     with Deployment.open(deployment[1], threads=1) as opened:
-        checks = check_vision(opened, Reference(deployment[0], opened.manifest.base), own_images(deployment[0], vision))
+        checks = check_vision(
+            opened, Reference(deployment[0], opened.manifest.base), reference_processor(deployment[0], vision)
+        )
     assert {check.name for check in checks if not check.passed} == {"vision/patch-tokens"}
 
 
@@ -132,5 +136,5 @@ def test_generation_that_counts_on_wrongly_is_found(deployment, monkeypatch):
     """Text alone shows it: the first token after a prompt would stand where its last one stands."""
     after = onnxruntime_in_place.positions_after
     monkeypatch.setattr(onnxruntime_in_place, "positions_after", lambda positions: after(positions) - 1)
-    report = verify(deployment[1], str(deployment[0]), {}, threads=1, quick=True)
+    report = verify(deployment[1], str(deployment[0]), {}, VerifyOptions(threads=1, quick=True))
     assert "base/decode-logits" in {check.name for check in report.checks if not check.passed}

@@ -17,7 +17,7 @@ from helpers.vision_deployments import build_seeing_prefix
 from adalink.export.base import modules as graph_modules
 from adalink.export.base.export import export_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity import suite
 
@@ -37,7 +37,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failures(model: Path, folder: Path) -> set[str]:
-    report = suite.verify(folder, str(model), {}, threads=1, quick=True)
+    report = suite.verify(folder, str(model), {}, suite.VerifyOptions(threads=1, quick=True))
     assert {"base/tokenizer", "base/images/logits", "task/both/generation", "mixed/images/decode-logits"} <= {
         check.name for check in report.checks
     }
@@ -73,13 +73,13 @@ def test_an_engine_of_limited_shapes_passes_at_its_corners(
 ) -> None:
     folder = shutil.copytree(clean, tmp_path / "deployment")
     export_base(model, folder, target="portable")
-    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 24), past=Span(0, 16, 63))
+    profile = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 24), past=ShapeRange(0, 16, 63))
     for module in (suite, deployment_module):
         monkeypatch.setattr(module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place))
-    report = suite.verify(folder, str(model), {}, variant="portable", quick=True)
+    report = suite.verify(folder, str(model), {}, suite.VerifyOptions(variant="portable", quick=True))
     assert {check.name for check in report.checks if not check.passed} == set()
-    corners = {check.name.split("/")[1] for check in report.checks if check.name.startswith("profile/")}
-    assert corners == {"batch=1,prompt=1", "batch=1,prompt=24", "batch=3,prompt=1", "batch=3,prompt=8"}
+    profile_limits = {check.name.split("/")[1] for check in report.checks if check.name.startswith("profile/")}
+    assert profile_limits == {"batch=1,prompt=1", "batch=1,prompt=24", "batch=3,prompt=1", "batch=3,prompt=8"}
     assert "base/images/logits" in {check.name for check in report.checks}
 
 

@@ -17,9 +17,9 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import encode_manifest, read_manifest
 from adalink.runtime.vision.tiles import Tiling
-from adalink.tools.parity.check_vision import check_vision, own_images
+from adalink.tools.parity.check_vision import check_vision, reference_processor
 from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,20 @@ def failures(model, folder):
     """Of the checks before the engine."""
     vision = read_manifest(folder).base.vision
     with Deployment.open(folder) as opened:
-        checks = check_vision(opened, Reference(model, opened.manifest.base), own_images(str(model), vision))
+        checks = check_vision(opened, Reference(model, opened.manifest.base), reference_processor(str(model), vision))
     return {check.name for check in checks if not check.passed}
 
 
 def all_failures(model, folder):
-    return {check.name for check in verify(folder, str(model), {}, threads=1, quick=True).checks if not check.passed}
+    return {
+        check.name
+        for check in verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True)).checks
+        if not check.passed
+    }
 
 
 def test_a_clean_deployment_passes(deployment):
-    report = verify(deployment[1], str(deployment[0]), {}, threads=1, quick=True)
+    report = verify(deployment[1], str(deployment[0]), {}, VerifyOptions(threads=1, quick=True))
     assert report.passed
     names = {check.name for check in report.checks}
     own = {"vision/pixel-values", "vision/tile-tokens", "vision/image-embeds"}

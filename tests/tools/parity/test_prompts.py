@@ -13,7 +13,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.prompts import PROMPTS, fit, fitting_prompts
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 # Bytes; with a token that begins every text; letters in threes, as where merging makes fewer tokens.
 TOKENIZERS = {
@@ -56,4 +56,4 @@ def test_a_context_without_room_for_generated_tokens_is_refused(tmp_path, positi
         adapter = random_adapter(base.fingerprint, base.hidden_size, 1, **own)
         export_adapter(write_adapter(tmp_path / "soft", adapter), folder)
     with pytest.raises(RequestError, match=rf"takes {positions - soft} positions here .* before 32 generated tokens"):
-        verify(folder, str(model), {}, threads=1, quick=True)
+        verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))

@@ -15,7 +15,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.adapter import make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.check_adapter import check_weights, through_graph
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 pytestmark = pytest.mark.slow
 ADAPTERS = REPOSITORY / "examples/adapters"
@@ -42,7 +42,7 @@ def test_smollm2_with_the_example_adapters(smollm2):
     model, folder = smollm2
     tasks = read_manifest(folder).tasks
     assert {"reuters-r8", "tweet-author"} <= tasks.keys()
-    report = verify(folder, str(model), {name: ADAPTERS / name for name in tasks}, quick=True)
+    report = verify(folder, str(model), {name: ADAPTERS / name for name in tasks}, VerifyOptions(quick=True))
     assert [check for check in report.checks if not check.passed] == []
     assert report.receipt["engine_builds_during_swaps"] == 0
 
@@ -74,6 +74,6 @@ def test_minilm(tmp_path):
     small = {name: (weight * np.float32(0.1)).astype(np.float32) for name, weight in adapter.weights.items()}
     export_base(model, tmp_path / "deployment")
     export_adapter(write_adapter(tmp_path / "gentle", make_adapter(adapter.config, small)), tmp_path / "deployment")
-    report = verify(tmp_path / "deployment", str(model), {}, threads=1)
+    report = verify(tmp_path / "deployment", str(model), {}, VerifyOptions(threads=1))
     assert [check for check in report.checks if not check.passed] == []
     assert any(check.name == "control/gentle/last_hidden_state" for check in report.checks)

@@ -10,18 +10,18 @@ from helpers.tiny_tokenizer import make_tile_tokenizer, make_tokenizer
 from helpers.vision import clip_processor, tile_processor
 from helpers.vision_deployments import build_seeing, build_seeing_tiles
 
-from adalink.runtime import base_model as open_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.base_model import OpenBase
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime import model_runner
 from adalink.runtime.device.vision import DeviceVision
+from adalink.runtime.model_runner import ModelRunner
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.tasks.adapter_mapping import PLAIN
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.vision.placeholders import merge
 from adalink.tools.parity import suite
 from adalink.tools.parity.check_generation import Generator
-from adalink.tools.parity.check_vision import make_looks, own_images
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.check_vision import make_image_prompts, reference_processor
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 CLASSES = {"llava": llava, "idefics3": idefics3, "smolvlm": smolvlm}
 TASKS = ("words", "looks", "both", "asked")
@@ -42,7 +42,7 @@ def clean(tmp_path_factory):
 
 
 def outcome(model, folder):
-    report = verify(folder, str(model), {}, threads=1, quick=True)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True))
     assert not report.skipped
     return {check.name: check for check in report.checks}
 
@@ -68,8 +68,8 @@ def test_prompts_are_as_people_write_them_and_two_have_images(clean, monkeypatch
     monkeypatch.setattr(
         Generator,
         "generate",
-        lambda self, prompts, tasks, steps, looks=None, stop=(): (
-            seen.append((prompts, tasks, looks)) or generate(self, prompts, tasks, steps, looks, stop)
+        lambda self, prompts, tasks, steps, image_prompts=None, stop=(): (
+            seen.append((prompts, tasks, image_prompts)) or generate(self, prompts, tasks, steps, image_prompts, stop)
         ),
     )
     outcome(model, folder)
@@ -77,12 +77,12 @@ def test_prompts_are_as_people_write_them_and_two_have_images(clean, monkeypatch
     mixed = [entry for entry in seen if entry[2] is not None and isinstance(entry[1], list)]
     alone = [entry for entry in seen if entry[2] is not None and not isinstance(entry[1], list)]
     assert [tasks for _, tasks, _ in alone] == [None, "asked", "both", "looks", "words"]
-    (prompts, tasks, looks), again = mixed  # whole, and with rows that end apart
-    assert (prompts, tasks, looks) == again
+    (prompts, tasks, image_prompts), again = mixed  # whole, and with rows that end apart
+    assert (prompts, tasks, image_prompts) == again
     assert len(set(tasks)) == 5
     assert [prompt.count(vision.image_token_id) for prompt in prompts] == [1, 2, 0] * 2 + [1, 2]
-    assert [len(pictures) for pictures in looks.pictures] == [1, 2, 0] * 2 + [1, 2]
-    assert [pixels is None for pixels in looks.pixels] == [False, False, True] * 2 + [False, False]
+    assert [len(pictures) for pictures in image_prompts.pictures] == [1, 2, 0] * 2 + [1, 2]
+    assert [pixels is None for pixels in image_prompts.pixels] == [False, False, True] * 2 + [False, False]
 
 
 def test_a_placeholder_that_is_generated_ends_the_comparison(clean):
@@ -90,14 +90,16 @@ def test_a_placeholder_that_is_generated_ends_the_comparison(clean):
     model, folder = clean
     with deployment_module.Deployment.open(folder) as opened:
         vision = opened.manifest.base.vision
-        looks = make_looks(opened, [[5, 6, 7]], 32, own_images(str(model), vision)).with_text([5, 6])
+        image_prompts = make_image_prompts(opened, [[5, 6, 7]], 32, reference_processor(str(model), vision)).with_text(
+            [5, 6]
+        )
         generator = Generator(opened, suite.open_backend("onnxruntime-cpu"), "portable")
-        free = generator.generate(looks.prompts, "words", 8, looks)
+        free = generator.generate(image_prompts.prompts, "words", 8, image_prompts)
         said = free[0].tokens[3]
         first = free[0].tokens.index(said)
         vision = msgspec.structs.replace(vision, image_token_id=said)
         generator._base = msgspec.structs.replace(generator._base, vision=vision)
-        cut = generator.generate(looks.prompts, "words", 8, looks)
+        cut = generator.generate(image_prompts.prompts, "words", 8, image_prompts)
         generator.close()
     assert cut[0].tokens == free[0].tokens[: first + 1]
     assert len(cut[0].logits) == first + 1
@@ -105,20 +107,20 @@ def test_a_placeholder_that_is_generated_ends_the_comparison(clean):
 
 
 def test_images_given_to_each_others_rows(clean, monkeypatch):
-    monkeypatch.setattr(open_base, "merge", lambda embeds, ids, images, base: merge(embeds, ids, images[::-1], base))
+    monkeypatch.setattr(model_runner, "merge", lambda embeds, ids, images, base: merge(embeds, ids, images[::-1], base))
     found = failures(*clean)
     assert {f"{label}/images/decode-logits" for label in ("base", "task/both", "mixed")} <= found
     assert not {name for name in found if not name.endswith(("images/decode-logits", "images/generation"))}
 
 
 def test_tokens_that_are_not_adapted_behind_images(clean, monkeypatch):
-    start = OpenBase.start
+    start = ModelRunner.start
 
-    def plain(self, prompts, given, layout, room):
-        decoding, front, adapting = start(self, prompts, given, layout, room)
-        return decoding, front, adapting if given.images is None else PLAIN
+    def plain(self, inputs, layout, max_new_tokens):
+        state, embedder, tasks = start(self, inputs, layout, max_new_tokens)
+        return state, embedder, tasks if inputs.images is None else NO_ADAPTER
 
-    monkeypatch.setattr(OpenBase, "start", plain)
+    monkeypatch.setattr(ModelRunner, "start", plain)
     found = failures(*clean)
     assert {f"{label}/images/decode-logits" for label in ("task/words", "task/both", "mixed")} <= found
     own = ("task/words/images/", "task/both/images/", "mixed/images/", "mixed/ends/images/")
@@ -126,7 +128,9 @@ def test_tokens_that_are_not_adapted_behind_images(clean, monkeypatch):
 
 
 # More images a call than are looked at anywhere but at its corner.
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63), images=Span(1, 2, 6))
+PROFILE = Profile(
+    batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 63), images=ShapeRange(1, 2, 6)
+)
 
 
 @pytest.fixture

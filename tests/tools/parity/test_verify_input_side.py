@@ -19,15 +19,15 @@ from onnx import numpy_helper
 from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.device.profile import Profile, Span
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_of
 from adalink.runtime.ort import dynamic_cache as onnxruntime_growing
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import registry as tasks
-from adalink.runtime.tasks.soft_prompt import Layout
+from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.tools.parity import suite
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 
 OWN = ["soft", "both", "ids"]
 
@@ -58,7 +58,7 @@ def deployment(clean, tmp_path):
 
 
 def outcome(model, folder, **options):
-    report = verify(folder, str(model), {}, threads=1, quick=True, **options)
+    report = verify(folder, str(model), {}, VerifyOptions(threads=1, quick=True, **options))
     assert not report.skipped
     return {check.name: check.passed for check in report.checks}
 
@@ -91,7 +91,7 @@ def test_every_kind_of_base_passes(family, tmp_path):
 @pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "growing"])
 def test_an_engine_on_a_device_passes(clean, monkeypatch, in_place):
     """Main memory is the device; corners of the profile are reached with soft prompts as with text alone."""
-    profile = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63))
+    profile = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 63))
     for module in (suite, deployment_module):
         monkeypatch.setattr(module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place))
     results = outcome(*clean, variant="portable")
@@ -155,26 +155,28 @@ def test_a_table_of_ids_of_another_scale(clean, monkeypatch):
 
 
 def test_a_soft_prompt_behind_the_first_token(clean, monkeypatch):
-    widen = Layout.widen
+    prepend = SoftPromptLayout.prepend
 
     def behind(self, embeds, modality):
-        wide, indices = widen(self, embeds, modality)
+        wide, indices = prepend(self, embeds, modality)
         for row, where, _ in self._given():
             moved = np.r_[where.stop, where]
             wide[row, where.start : where.stop + 1] = wide[row, moved]
             indices[row, where.start : where.stop + 1] = indices[row, moved]
         return wide, indices
 
-    monkeypatch.setattr(Layout, "widen", behind)
+    monkeypatch.setattr(SoftPromptLayout, "prepend", behind)
     found = failures(*clean)
     assert {"task/soft/logits", "task/soft/generation", "task/both/logits"} <= found
     assert not concerning(found, "ids")
 
 
 def test_a_bottleneck_that_acts_on_the_soft_prompt(clean, monkeypatch):
-    widen = Layout.widen
+    prepend = SoftPromptLayout.prepend
     monkeypatch.setattr(
-        Layout, "widen", lambda self, *given: (widen(self, *given)[0], np.zeros(self.mask.shape, np.int64))
+        SoftPromptLayout,
+        "prepend",
+        lambda self, *given: (prepend(self, *given)[0], np.zeros(self.mask.shape, np.int64)),
     )
     found = failures(*clean)
     assert {"task/both/logits", "task/both/decode-logits"} <= found
@@ -194,10 +196,10 @@ def test_positions_that_do_not_count_from_the_soft_prompt(clean, monkeypatch):
 
 def test_outputs_of_the_position_before(clean, monkeypatch):
     monkeypatch.setattr(
-        Layout,
+        SoftPromptLayout,
         "cut",
         lambda self, output: (
-            output if self.is_plain else np.take_along_axis(output, np.maximum(self._columns - 1, 0)[..., None], axis=1)
+            output if self.is_empty else np.take_along_axis(output, np.maximum(self._columns - 1, 0)[..., None], axis=1)
         ),
     )
     found = failures(*clean)
@@ -207,13 +209,13 @@ def test_outputs_of_the_position_before(clean, monkeypatch):
 
 def test_a_row_of_a_mixed_batch_laid_out_as_another(clean, monkeypatch):
     """Every row begins with the longest soft prompt of its batch: rows alone are right."""
-    created = Layout.__init__
+    created = SoftPromptLayout.__init__
 
     def longest(self, mask, prompts, base):
         most = max((prompt for prompt in prompts if prompt), key=lambda own: len(own.vectors), default=None)
         created(self, mask, [most] * len(prompts), base)
 
-    monkeypatch.setattr(Layout, "__init__", longest)
+    monkeypatch.setattr(SoftPromptLayout, "__init__", longest)
     found = failures(*clean)
     assert {"mixed/logits", "mixed/generation"} <= found
     assert not {name for name in found if name.startswith("task/")}

@@ -11,15 +11,15 @@ from onnx import helper, numpy_helper
 
 from adalink.export.base.export import export_base
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime.device import decoding
+from adalink.runtime.device import decode_state
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device import kv_cache as cache
-from adalink.runtime.device.profile import Profile, Span
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.tools.parity import suite
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu", "scope": "prompt"}}
-PROFILE = Profile(batch=Span(1, 2, 3), seq=Span(1, 8, 16), past=Span(0, 16, 63))
-ENCODER = Profile(batch=Span(1, 2, 3), seq=Span(2, 8, 64), past=None)
+PROFILE = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 63))
+ENCODER = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(2, 8, 64), past=None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def outcome(originals, tmp_path, monkeypatch):
             monkeypatch.setattr(
                 module, "open_backend", lambda name, threads=None: HostBackend(profile, in_place=in_place)
             )
-        report = suite.verify(folder, str(model), {}, variant="portable", quick=True)
+        report = suite.verify(folder, str(model), {}, suite.VerifyOptions(variant="portable", quick=True))
         return {check.name: check.passed for check in report.checks}
 
     return verified
@@ -53,8 +53,8 @@ def outcome(originals, tmp_path, monkeypatch):
 def test_a_decoder_passes_every_level(outcome, in_place):
     found = outcome("llama", PROFILE, in_place=in_place)
     assert all(found.values()), {name for name, passed in found.items() if not passed}
-    corners = {name.split("/")[1] for name in found if name.startswith("profile/")}
-    assert corners == {f"batch={batch},prompt={prompt}" for batch in (1, 3) for prompt in (1, 16, 60)}
+    profile_limits = {name.split("/")[1] for name in found if name.startswith("profile/")}
+    assert profile_limits == {f"batch={batch},prompt={prompt}" for batch in (1, 3) for prompt in (1, 16, 60)}
     assert {
         "adapter/alpha/bank-vocabulary",
         "mixed/logits",
@@ -74,8 +74,8 @@ def failures(found):
 
 
 def test_a_step_that_looks_at_too_little_of_the_cache_shows_at_the_far_corner(outcome, monkeypatch):
-    right = decoding.rounded_total
-    monkeypatch.setattr(decoding, "rounded_total", lambda total, capacity: total - (total > 60))
+    right = decode_state.rounded_total
+    monkeypatch.setattr(decode_state, "rounded_total", lambda total, capacity: total - (total > 60))
     assert right(61, 64) == 64
     found = failures(outcome("llama", PROFILE))
     assert {name.split("/")[1] for name in found if name.startswith("profile/")} == {
@@ -85,21 +85,21 @@ def test_a_step_that_looks_at_too_little_of_the_cache_shows_at_the_far_corner(ou
 
 
 def test_a_cache_that_mixes_up_rows_shows_only_in_batches(outcome, monkeypatch):
-    right = cache.GrowingCache.bind
+    right = cache.DynamicDeviceCache.bind
 
     def shifted(self, executor, rows, added):
         right(self, executor, rows, added)
         if self.length == 16 and rows > 1:  # the last layer's values are read from the keys' place
             executor.bind(self._names[-1][0], self._current[-2], (rows, self._heads, self.length, self._width))
 
-    monkeypatch.setattr(cache.GrowingCache, "bind", shifted)
+    monkeypatch.setattr(cache.DynamicDeviceCache, "bind", shifted)
     found = failures(outcome("llama", PROFILE, in_place=False))
     assert any(name.startswith("profile/batch=3,prompt=16") for name in found)
     assert not any(name.startswith("profile/batch=1") for name in found)
 
 
 def test_an_encoder_that_is_wrong_for_its_largest_shape_shows_at_that_corner(outcome, monkeypatch):
-    right = passes.EngineSpace.prompt
+    right = passes.EngineWorkspace.prompt
 
     def wrong(self, wanted):
         states = right(self, wanted)
@@ -107,39 +107,39 @@ def test_an_encoder_that_is_wrong_for_its_largest_shape_shows_at_that_corner(out
             states[-1] *= 1.001
         return states
 
-    monkeypatch.setattr(passes.EngineSpace, "prompt", wrong)
+    monkeypatch.setattr(passes.EngineWorkspace, "prompt", wrong)
     found = failures(outcome("bert", ENCODER))
     assert found == {"profile/batch=3,seq=64/last_hidden_state", "mixed/last_hidden_state"}
 
 
 def test_rows_whose_tasks_are_exchanged_are_found(outcome, monkeypatch):
-    from adalink.runtime.device.workspace import FrontSpace
+    from adalink.runtime.device.workspace import EmbedderWorkspace
 
-    right = FrontSpace.write
+    right = EmbedderWorkspace.write
 
-    def exchanged(self, inputs, choice):
-        right(self, inputs, choice)
+    def exchanged(self, inputs, reservation):
+        right(self, inputs, reservation)
         for index, _ in self._indices:
             rows = index.host(inputs.shape[0])
             rows[:] = rows[::-1].copy()
 
-    monkeypatch.setattr(FrontSpace, "write", exchanged)
+    monkeypatch.setattr(EmbedderWorkspace, "write", exchanged)
     found = failures(outcome("llama", PROFILE))
     assert "mixed/logits" in found
     assert "task/alpha/logits" not in found
 
 
-@pytest.mark.parametrize("kind", [cache.InPlaceCache, cache.GrowingCache], ids=["in-place", "growing"])
+@pytest.mark.parametrize("kind", [cache.StaticDeviceCache, cache.DynamicDeviceCache], ids=["in-place", "growing"])
 def test_a_cache_that_does_not_move_with_its_row_is_found(outcome, monkeypatch, kind):
     monkeypatch.setattr(kind, "move", lambda self, queue, source, target: None)
-    found = failures(outcome("llama", PROFILE, in_place=kind is cache.InPlaceCache))
+    found = failures(outcome("llama", PROFILE, in_place=kind is cache.StaticDeviceCache))
     assert found == {"mixed/ends/decode-logits", "mixed/ends/generation"}
 
 
 @pytest.mark.parametrize("source", ["ids", "embeds"])
 def test_each_graph_of_a_front_is_swept(outcome, monkeypatch, source):
     """Tasks are applied by one graph for token ids and another for embeddings; a thousandth is added here."""
-    right = helpers.host_device.build_front_graph
+    right = helpers.host_device.build_embedder_graph
 
     def altered(name, base):
         graph = right(name, base)
@@ -147,14 +147,14 @@ def test_each_graph_of_a_front_is_swept(outcome, monkeypatch, source):
             _spoil_output(graph)
         return graph
 
-    monkeypatch.setattr(helpers.host_device, "build_front_graph", altered)
+    monkeypatch.setattr(helpers.host_device, "build_embedder_graph", altered)
     found = failures(outcome("llama", PROFILE))
     assert {"ids": "adapter/alpha/bank-vocabulary", "embeds": "adapter/alpha/bank-weights"}[source] in found
     assert not {name for name in found if name.startswith("adapter/beta")}
 
 
 def _spoil_output(model):
-    """One thousandth more of every number that a front gives."""
+    """One thousandth more of every number that an embedder gives."""
     graph = model.graph
     (output,) = (entry.name for entry in graph.output)
     for node in graph.node:

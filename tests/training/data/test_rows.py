@@ -12,7 +12,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from adalink.runtime.errors import DataError, ModelError
 from adalink.training.data.rows import (
     Example,
-    Row,
+    TrainingRow,
     check_positions,
     encode_rows,
     pad_decoder,
@@ -32,12 +32,12 @@ def write(tmp_path, *lines):
 def test_reads_rows(tmp_path):
     line = json.dumps({"prompt": "é\u2028x", "completion": "日本"}, ensure_ascii=False)
     path = write(tmp_path, GOOD, "", line)
-    assert read_rows(path) == [Row("2+2=", "4"), Row("é\u2028x", "日本")]
+    assert read_rows(path) == [TrainingRow("2+2=", "4"), TrainingRow("é\u2028x", "日本")]
 
 
 def test_a_byte_order_mark_is_left_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8-sig")
-    assert read_rows(tmp_path / "rows.jsonl") == [Row("2+2=", "4")]
+    assert read_rows(tmp_path / "rows.jsonl") == [TrainingRow("2+2=", "4")]
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_wrong_files(tmp_path):
 
 def test_rows_end_with_the_end_token():
     tokenizer = make_tokenizer()
-    (example,) = encode_rows([Row("ab", "c")], tokenizer, max_length=4, origin="x")
+    (example,) = encode_rows([TrainingRow("ab", "c")], tokenizer, max_length=4, origin="x")
     assert example.prompt == [tokenizer.convert_tokens_to_ids(c) for c in "ab"]
     assert example.target == [tokenizer.convert_tokens_to_ids("c"), tokenizer.eos_token_id]
 
 
 def test_long_row_is_refused_not_cut():
     with pytest.raises(DataError, match=r"x: row 2 has 5 tokens, expected at most 4"):
-        encode_rows([Row("ab", "c"), Row("abc", "d")], make_tokenizer(), max_length=4, origin="x")
+        encode_rows([TrainingRow("ab", "c"), TrainingRow("abc", "d")], make_tokenizer(), max_length=4, origin="x")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_tokenizer_without_an_end():
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        encode_rows([Row("ab", "c")], tokenizer, max_length=4, origin="x")
+        encode_rows([TrainingRow("ab", "c")], tokenizer, max_length=4, origin="x")
 
 
 def test_decoder_batch():

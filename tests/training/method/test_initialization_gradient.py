@@ -19,8 +19,8 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions, measure_gradients
 from adalink.training.models.loading import input_embedding
-from adalink.training.settings import SearchSettings, TrainSettings
-from adalink.training.train import train
+from adalink.training.run import train
+from adalink.training.settings import LoopOptions, SearchSettings, TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator
 
 RANK = 5
@@ -205,7 +205,7 @@ def test_training_starts_there(files, tmp_path):
     """At a rate of next to nothing ``down`` ends where it started: along rows of the training data."""
     downs = {}
     for init in ("kaiming", "gradient"):
-        train(*files, tmp_path / init, AdaLinkConfig(rank=4, init=init), SHORT, show_bar=False)
+        train(*files, tmp_path / init, AdaLinkConfig(rank=4, init=init), SHORT, loop=LoopOptions(show_bar=False))
         downs[init] = read_adapter(tmp_path / init).weights["text.down.weight"].astype(np.float64)
     np.testing.assert_allclose(downs["gradient"] @ downs["gradient"].T, np.eye(4) / 3, atol=1e-3)
     assert np.abs(downs["kaiming"] @ downs["kaiming"].T - np.eye(4) / 3).max() > 0.01
@@ -218,11 +218,11 @@ def test_a_resumed_training_measures_nothing_anew(files, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     config = AdaLinkConfig(rank=4, init="gradient")
-    whole = train(*files, tmp_path / "whole", config, SHORT, show_bar=False)
+    whole = train(*files, tmp_path / "whole", config, SHORT, loop=LoopOptions(show_bar=False))
     with pytest.raises(KeyboardInterrupt):
-        train(*files, tmp_path / "cut", config, SHORT, show_bar=False, callbacks=[Interrupt()])
-    monkeypatch.setattr("adalink.training.train.find_directions", None)
-    again = train(*files, tmp_path / "cut", config, SHORT, show_bar=False, resume=True)
+        train(*files, tmp_path / "cut", config, SHORT, loop=LoopOptions(show_bar=False, callbacks=[Interrupt()]))
+    monkeypatch.setattr("adalink.training.run.find_directions", None)
+    again = train(*files, tmp_path / "cut", config, SHORT, loop=LoopOptions(show_bar=False, resume=True))
     assert again["adapter_digest"] == whole["adapter_digest"]
 
 
@@ -236,7 +236,7 @@ def test_a_search_measures_once(files, tmp_path, monkeypatch):
     )
     space = SearchSettings(minutes=30, rates=(2e-2, 1e-6), ranks=(8, 4), activations=("identity",))
     config = AdaLinkConfig(rank=4, init="gradient")
-    report = train(*files, tmp_path / "out", config, SHORT, space=space, show_bar=False)
+    report = train(*files, tmp_path / "out", config, SHORT, space=space, loop=LoopOptions(show_bar=False))
     assert len(calls) == 1
     assert len(calls[0]) == report["search"]["learned_rows"] < 80  # the rows held out are not looked at
     assert len(followed) == len(report["search"]["trials"]) + 1

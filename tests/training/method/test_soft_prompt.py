@@ -14,12 +14,12 @@ from transformers import TrainerCallback
 from adalink.runtime.errors import AdapterError, ConfigError, ModelError, RequestError
 from adalink.runtime.storage.adapter import AdapterConfig, make_adapter, read_adapter
 from adalink.training.adapter_io import load_adapter, save_adapter, to_adapter
-from adalink.training.data.rows import Row, encode_rows, pad_decoder
+from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, input_embedding
-from adalink.training.settings import TrainSettings
-from adalink.training.train import train
+from adalink.training.run import train
+from adalink.training.settings import LoopOptions, TrainSettings
 from adalink.training.trainer import TrainableAdapters
 
 N = 5
@@ -185,7 +185,9 @@ def test_an_encoder_gives_the_callers_positions():
 @pytest.mark.parametrize("config", [SOFT, ASKED])
 def test_the_loss_and_its_gradient_are_those_by_hand(config):
     model, plain, tokenizer = FAMILIES["llama"](), FAMILIES["llama"](), make_tokenizer()
-    examples = encode_rows([Row("abcab", "x"), Row("bb", "yzz"), Row("c", "y")], tokenizer, 24, "rows")
+    examples = encode_rows(
+        [TrainingRow("abcab", "x"), TrainingRow("bb", "yzz"), TrainingRow("c", "y")], tokenizer, 24, "rows"
+    )
     with attach(model, config) as attached:
         disturb(attached)
         weights = attached.weights()
@@ -337,6 +339,6 @@ def test_interrupted_and_resumed_is_as_uninterrupted(files, tmp_path):
     settings = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)
     whole = train(*files, tmp_path / "whole", config, settings)
     with pytest.raises(KeyboardInterrupt):
-        train(*files, tmp_path / "parts", config, settings, callbacks=[Interrupt()])
-    parts = train(*files, tmp_path / "parts", config, settings, resume=True)
+        train(*files, tmp_path / "parts", config, settings, loop=LoopOptions(callbacks=[Interrupt()]))
+    parts = train(*files, tmp_path / "parts", config, settings, loop=LoopOptions(resume=True))
     assert parts["adapter_digest"] == whole["adapter_digest"]

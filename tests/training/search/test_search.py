@@ -15,7 +15,7 @@ from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import ConfigError, DataError
-from adalink.training.data.rows import Row, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, pad_encoder_decoder
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.search import search as search_module
@@ -199,7 +199,7 @@ def test_rows_held_out_are_a_seeded_tenth_and_stand_on_one_side_only():
     assert not {rows[index] for index in learned} & {rows[index] for index in held}
     assert {rows[index] for index in learned} | {rows[index] for index in held} == set(rows)
     assert len(split_rows(make_rows(32), 0)[1]) == 16
-    prompts = [Row(str(number), "x") for number in range(5000)]
+    prompts = [TrainingRow(str(number), "x") for number in range(5000)]
     assert len(split_rows(prompts, 0)[1]) == 200
     with pytest.raises(DataError, match=r"at least 32 different rows, 16 of them to choose by, and the data has 31"):
         split_rows(make_rows(31) * 4, 0)
@@ -249,7 +249,9 @@ def test_little_time_goes_to_the_first_candidates_all_rates_of_one_rank():
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_row_losses_are_means_over_each_row(family):
     model, tokenizer = FAMILIES[family](), make_tokenizer()
-    examples = encode_rows([Row("abcab", "x"), Row("bb", "yzz"), Row("c", "y")], tokenizer, 24, "rows")
+    examples = encode_rows(
+        [TrainingRow("abcab", "x"), TrainingRow("bb", "yzz"), TrainingRow("c", "y")], tokenizer, 24, "rows"
+    )
     pad = pad_decoder if family == "llama" else pad_encoder_decoder
     with attach(model, AdaLinkConfig(rank=4)) as attached:
         module = TrainableAdapters(attached).eval()

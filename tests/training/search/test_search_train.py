@@ -12,11 +12,11 @@ from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import ConfigError, DataError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.training.data.rows import Row, encode_rows
+from adalink.training.data.rows import TrainingRow, encode_rows
 from adalink.training.method.config import AdaLinkConfig
+from adalink.training.run import train
 from adalink.training.search import search as search_module
-from adalink.training.settings import SearchSettings, TrainSettings
-from adalink.training.train import train
+from adalink.training.settings import LoopOptions, SearchSettings, TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ CONFIG = AdaLinkConfig(rank=4)
 
 def run(work, out, space=ENOUGH, data="train", evaluated="eval", config=CONFIG, settings=SHORT, **options):
     files = (work / f"{data}.jsonl", work / f"{evaluated}.jsonl")
-    return train(work / "tiny-llama", *files, out, config, settings, space=space, **options)
+    return train(work / "tiny-llama", *files, out, config, settings, space=space, loop=LoopOptions(**options))
 
 
 def without_times(report):
@@ -71,7 +71,7 @@ def test_eval_rows_play_no_part(searched, work, tmp_path, monkeypatch):
     assert other["data"]["eval"] != searched["data"]["eval"]
     # A search that held out eval rows instead would be seen here.
     spied = encode_rows(
-        [Row(**json.loads(x)) for x in (work / "eval.jsonl").read_text().split("\n")], make_tokenizer(), 24, ""
+        [TrainingRow(**json.loads(x)) for x in (work / "eval.jsonl").read_text().split("\n")], make_tokenizer(), 24, ""
     )
     make = search_module._Trials
 
@@ -128,7 +128,7 @@ def test_the_command_searches_what_was_not_given(work, monkeypatch, tmp_path):
         seen.space, seen.config, seen.settings = space, arguments[4], arguments[5]
         return {"exact_match": {"adapter": 1, "base": 0}, "data": {"eval": {"rows": 1}}, "loss_curve": [{"loss": 1.0}]}
 
-    monkeypatch.setattr("adalink.training.train.train", record)
+    monkeypatch.setattr("adalink.training.run.train", record)
 
     def call(*options):
         arguments = ["train", "--base", "b", "--data", "d", "--eval", "e", "--out", "o", *options]

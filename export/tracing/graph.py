@@ -1,0 +1,125 @@
+"""Tracing: a PyTorch module becomes an ONNX graph with its weights in a file beside it."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adalink.export.tracing.static_shapes import make_reshapes_static
+from adalink.runtime.errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+OPSET = 20
+# The one operator that is not standard, in graphs for ONNX Runtime alone (adalink.export.base.grouped_attention).
+DOMAIN, OPERATOR = "com.microsoft", "GroupQueryAttention"
+
+Axes = dict[int, str]
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """One graph to trace.
+
+    Attributes:
+        module: flat module; takes the inputs in order and returns the outputs in order.
+        inputs: example tensors by name.
+        outputs: names of the outputs.
+        axes: dynamic axes by input or output name.
+        is_grouped: whether its attention is ``GroupQueryAttention``, which is not of the ONNX standard.
+    """
+
+    module: torch.nn.Module
+    inputs: dict[str, torch.Tensor]
+    outputs: list[str]
+    axes: dict[str, Axes]
+    is_grouped: bool = False
+
+
+def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> None:
+    """Trace ``graph`` into ``path``, with its weights in ``<path>.data``.
+
+    Args:
+        graph: what to trace; its module computes attention with ``adalink.export.tracing.attention``.
+        path: file to write, new.
+        metadata: properties to record in the graph.
+
+    Raises:
+        GraphError: the graph has operators outside the ONNX standard that no runtime is known to have.
+    """
+    import onnx
+    import torch
+
+    # Beside the target, so that a full disk shows here; the exporter's own layout of large weights is not the kit's.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace-") as folder:
+        draft = Path(folder) / path.name
+        with torch.no_grad(), quiet_exporter():
+            torch.onnx.export(
+                graph.module,
+                tuple(graph.inputs.values()),
+                str(draft),
+                input_names=list(graph.inputs),
+                output_names=graph.outputs,
+                dynamic_axes=graph.axes,
+                opset_version=OPSET,
+                custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
+                dynamo=False,
+            )
+        model = onnx.load(draft)
+    _check_operators(model, path.name)
+    _name_attention_shapes(model)
+    make_reshapes_static(model)
+    model.producer_name = "adalink-kit"
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save_model(
+        model,
+        path,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{path.name}.data",
+        size_threshold=1024,
+    )
+    onnx.checker.check_model(str(path))
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says of itself: that it is the older one, and that shapes are traced."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.onnx.*")
+        yield
+
+
+def _check_operators(model: onnx.ModelProto, name: str) -> None:
+    known = {f"{DOMAIN}::{OPERATOR}"}
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain} - known)
+    if foreign:
+        raise GraphError(
+            f"{name} uses {foreign[0]}, expected standard ONNX operators only: this model needs another export"
+        )
+
+
+def _name_attention_shapes(model: onnx.ModelProto) -> None:
+    """Tell shape inference, which knows standard operators only, what shape grouped attention gives."""
+    from onnx import helper
+
+    graph = model.graph
+    del graph.value_info[:]
+    for node in graph.node:
+        if node.op_type == OPERATOR:
+            dtype = next(value for value in graph.input if value.name == "inputs_embeds").type.tensor_type.elem_type
+            heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+            head_dim = next(v for v in graph.input if v.name == node.input[3]).type.tensor_type.shape.dim[3].dim_value
+            shape = ["batch", "sequence", heads * head_dim]
+            graph.value_info.append(helper.make_tensor_value_info(node.output[0], dtype, shape))

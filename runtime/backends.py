@@ -1,0 +1,44 @@
+"""The backends by name: the one place that imports the code of ONNX Runtime, of TensorRT and of devices, when asked."""
+
+from __future__ import annotations
+
+from adalink.runtime.engine import Backend
+from adalink.runtime.errors import BackendUnavailableError, RequestError
+
+BACKENDS = (
+    "onnxruntime-cpu",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-tensorrt-rtx",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+def open_backend(name: str, threads: int | None = None) -> Backend:
+    """Backend by name.
+
+    Args:
+        name: one of ``BACKENDS``.
+        threads: threads of the engine; all physical cores by default.
+
+    Raises:
+        BackendUnavailableError: there is no such backend, or its package or device is not on this machine.
+        RequestError: ``threads`` is given for a backend that has none.
+    """
+    if name not in BACKENDS:
+        raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
+    if name == "onnxruntime-cpu":
+        from adalink.runtime.ort.backend import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(name, threads)
+    if threads is not None:
+        raise RequestError(f"threads is {threads}, but {name} computes on a GPU: leave it out")
+    if name.startswith("onnxruntime-"):
+        from adalink.runtime.ort.gpu_backend import OnnxRuntimeGpuBackend
+
+        return OnnxRuntimeGpuBackend(name)
+    from adalink.runtime.ort.vision import OnnxVisionGraph
+    from adalink.runtime.trt.backend import TensorRtBackend
+
+    return TensorRtBackend(name, OnnxVisionGraph)

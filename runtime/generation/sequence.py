@@ -1,0 +1,109 @@
+"""One sequence being generated: its tokens, its text, its end; and what it becomes, a ``Generation``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from adalink.runtime.errors import RequestError
+from adalink.runtime.text.tokenizer import TextStream, Tokenizer
+
+Stream = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt became.
+
+    Attributes:
+        text: the generated text, without the prompt.
+        token_ids: its tokens, without an end token; those of a stop text, which the text leaves out, are among them.
+        finish_reason: ``"stop"`` for an end token or stop text, ``"length"`` when the budget ran out.
+        prompt_tokens: number of tokens of the prompt.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+
+
+class SequenceState:
+    """A row being generated: collects tokens, settles text, notices its end."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        eos: frozenset[int],
+        stream: Stream | None,
+    ) -> None:
+        self.prompt = prompt
+        self._index = index
+        self._text = TextStream(tokenizer)
+        self._stops = stops
+        self._eos = eos
+        self._stream = stream
+        self._sent = 0
+        self._end: int | None = None
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+
+    def push(self, token_id: int) -> None:
+        """Take the next token of a row that has not finished."""
+        if token_id in self._eos:
+            self._text.finish()
+            self._find_stop()
+            self.finish_reason = "stop"
+        else:
+            self.token_ids.append(token_id)
+            if self._text.push(token_id):
+                self._find_stop()
+        self._send()
+
+    def finish(self) -> Generation:
+        """The result; a row that no end was found for ran out of its budget."""
+        if self.finish_reason is None:
+            self._text.finish()
+            self._find_stop()
+            self.finish_reason = self.finish_reason or "length"
+            self._send()
+        text = self._text.text if self._end is None else self._text.text[: self._end]
+        return Generation(text, tuple(self.token_ids), self.finish_reason, len(self.prompt))
+
+    def _find_stop(self) -> None:
+        """Look for a stop text in what was not sent: what was sent is not the beginning of one."""
+        found = [at for stop in self._stops if (at := self._text.text.find(stop, self._sent)) >= 0]
+        if found:
+            self._end = min(found)
+            self.finish_reason = "stop"
+
+    def _send(self) -> None:
+        """Stream what is certain: not the beginning of what may become a stop text."""
+        text = self._text.text
+        end = len(text) if self._end is None else self._end
+        if self.finish_reason is None:
+            end -= max((_overlap(text, stop) for stop in self._stops), default=0)
+        if end > self._sent:
+            if self._stream is not None:
+                self._stream(self._index, text[self._sent : end])
+            self._sent = end
+
+
+def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Stop texts as a tuple, ``None`` for none; raises ``RequestError`` for an empty one."""
+    if stop is None:
+        return ()
+    stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+    if not all(isinstance(text, str) for text in stops):
+        raise RequestError(f"stop is {stop!r}, expected a text or a list of texts")
+    if "" in stops:
+        raise RequestError("stop holds an empty text, which would end every row at once: leave it out")
+    return stops
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,153 @@
+"""From what a caller passes to a batch: checked, tokenised, padded, with adapters, soft prompts and images."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy.typing as npt
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.errors import RequestError
+from adalink.runtime.generation.padding import pad
+from adalink.runtime.request import (
+    Prompts,
+    Tasks,
+    check_embeds,
+    check_input_ids,
+    check_length,
+    check_mask,
+    check_modality,
+    check_prompts,
+)
+from adalink.runtime.storage.integrity import read_verified
+from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
+from adalink.runtime.text.tokenizer import Tokenizer
+from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
+from adalink.runtime.vision.tower import OpenVision
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """The prompts of a batch, ready for the engine.
+
+    Attributes:
+        tokens: token ids of each prompt, with a placeholder for every position of an image.
+        inputs: the same as one padded array, with adapters and image embeddings.
+        layout: where the tokens stand behind the soft prompts of their rows.
+    """
+
+    tokens: list[list[int]]
+    inputs: BatchInputs
+    layout: SoftPromptLayout
+
+
+class InputProcessor:
+    """Makes batches of one deployment; safe for calls from several threads."""
+
+    def __init__(self, path: Path, manifest: Manifest, tasks: TaskTable, vision: OpenVision, padding_side: str) -> None:
+        """``padding_side`` is where the engine wants prompts to be padded."""
+        self._path, self._manifest, self._base = path, manifest, manifest.base
+        self._tasks, self._vision, self._padding_side = tasks, vision, padding_side
+        self._tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See ``Deployment.tokenizer``."""
+        with self._lock:
+            if self._tokenizer is None:
+                if self._base.tokenizer is None:
+                    raise RequestError(f"{self._base.name} was exported without a tokenizer: pass input_ids to run()")
+                template = self._base.chat_template
+                text = None if template is None else read_verified(self._path, self._manifest, template).decode("utf-8")
+                data = read_verified(self._path, self._manifest, self._base.tokenizer)
+                self._tokenizer = Tokenizer(data, text, self._base)
+            return self._tokenizer
+
+    def process_prompts(
+        self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int
+    ) -> PromptBatch:
+        """Prompts to a batch: tokenise, prepare images, pad, lay out behind soft prompts, embed images.
+
+        Args:
+            prompts: as in ``Deployment.generate``, which raises what this does.
+            images: likewise.
+            tasks: likewise.
+            chat: likewise.
+            max_new_tokens: likewise; counts towards the longest sequence.
+        """
+        base = self._base
+        texts = check_prompts(prompts, base)
+        mapping = self._tasks.resolve(tasks, len(texts))
+        row_images = check_images(images, len(texts), base)
+        tokens = [self._tokenize(text, chat, len(row)) for text, row in zip(texts, row_images, strict=True)]
+        prepared = self._vision.prepare(row_images) if any(row_images) else [[] for _ in texts]
+        tokens = [expand(prompt, prepared[row], row, base) for row, prompt in enumerate(tokens)]
+        for index, prompt in enumerate(tokens):
+            if not prompt:
+                raise RequestError(f"prompt {index} has no tokens: give it some text")
+        padded, mask = pad(tokens, base.pad_token_id, self._padding_side)
+        ids = check_input_ids(padded, base)
+        layout = SoftPromptLayout(mask, mapping.soft_prompts(len(mask)), self._padding_side)
+        positions = layout.mask.shape[1]
+        is_separate = base.kind == "encoder-decoder"  # where the text has positions of its own
+        check_length(max(positions, max_new_tokens) if is_separate else positions + max_new_tokens, base)
+        embeds = self._vision.embed(prepared) if any(row_images) else None
+        return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout)
+
+    def process_arrays(
+        self,
+        input_ids: npt.ArrayLike | None,
+        inputs_embeds: npt.ArrayLike | None,
+        modality: npt.ArrayLike | None,
+        tasks: Tasks,
+        images: Images,
+    ) -> BatchInputs:
+        """Token ids or embeddings to a batch; takes and raises what ``Deployment.run`` does."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
+        if images is not None and (input_ids is None or modality is not None):
+            raise RequestError(
+                "images go with input_ids, whose placeholders say where they are: leave inputs_embeds and modality out"
+            )
+        if inputs_embeds is not None:
+            embeds = check_embeds(inputs_embeds, self._base)
+            indices = check_modality(modality, embeds.shape[:2], self._base)
+            mapping = self._tasks.resolve(tasks, len(embeds))
+            if mapping.needs_ids:
+                raise RequestError("a task of these rows looks token ids up, so embeddings do not do: pass input_ids")
+            return BatchInputs(None, embeds, indices, mapping)
+        assert input_ids is not None
+        ids = check_input_ids(input_ids, self._base)
+        indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
+        mapping = self._tasks.resolve(tasks, len(ids))
+        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images))
+
+    def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
+        """Where the positions of a batch stand behind its soft prompts; raises ``RequestError`` if it is too long."""
+        mask = check_mask(attention_mask, inputs.shape)
+        layout = SoftPromptLayout(mask, inputs.tasks.soft_prompts(len(mask)), self._padding_side)
+        check_length(layout.mask.shape[1], self._base)
+        return layout
+
+    def _tokenize(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
+        """Token ids of a checked prompt with so many images."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt, images)
+        if chat:
+            raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
+        return prompt
+
+    def _embed_images(self, ids: Array, images: Images) -> list[list[ImageEmbeds]] | None:
+        """Embeddings of the images of each row; ``None`` if there are none."""
+        row_images = check_images(images, len(ids), self._base)
+        if self._base.vision is None or images is None:
+            return None
+        prepared = self._vision.prepare(row_images) if any(row_images) else [[] for _ in row_images]
+        check_expanded(ids, prepared, self._base.vision)
+        return self._vision.embed(prepared) if any(row_images) else None

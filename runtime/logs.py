@@ -1,0 +1,23 @@
+"""The kit's log: loggers below ``adalink``, silent until the program around the kit adds a handler.
+
+``INFO`` reports events: a deployment opened, a task loaded or unloaded, images encoded, an engine built. ``DEBUG`` adds
+what caches saved: a digest not computed again, the known prefix of a prompt. The decode loop logs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+ROOT = "adalink"
+
+# Without a handler, Python would print warnings of a library to stderr by itself.
+logging.getLogger(ROOT).addHandler(logging.NullHandler())
+
+
+def get_logger(module: str) -> logging.Logger:
+    """The logger of a module of the kit.
+
+    Args:
+        module: its ``__name__``, which begins with ``adalink.``.
+    """
+    return logging.getLogger(module)

@@ -1,0 +1,196 @@
+"""The base model of an open deployment: its engines, opened once and counted, and the prefix cache in front of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, ResumableEngine
+from adalink.runtime.errors import RequestError
+from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
+from adalink.runtime.receipt import Receipt, make_receipt
+from adalink.runtime.request import check_input_ids, check_length
+from adalink.runtime.storage.embedding_table import open_table
+from adalink.runtime.storage.integrity import locate
+from adalink.runtime.storage.manifest import Manifest, Variant
+from adalink.runtime.storage.vision_base import vision_base
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
+from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
+from adalink.runtime.vision.mrope import grid_positions
+from adalink.runtime.vision.placeholders import merge, prompt_cache_keys
+
+
+class ModelRunner:
+    """One form of a base, ready to run; safe for calls from several threads.
+
+    Attributes:
+        engine: the base; the encoder of an encoder-decoder.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, prefix_cache_bytes: int = 0
+    ) -> None:
+        """Open the engines; the arguments are those of ``Deployment``, which raises what this does."""
+        self._path, self._manifest, self._variant = path, manifest, variant
+        self._base = manifest.base
+        self._builds = 0
+        self._table = open_table(locate(path, self._base.embeddings), self._base)
+        self.engine = self._build(backend, variant.graph, "base")
+        self._decoder = self._build(backend, variant.decoder_graph, "decoder") if variant.decoder_graph else None
+        self._prefixes: tuple[PrefixCache, ResumableEngine] | None = None
+        if prefix_cache_bytes and self._decoder is None and isinstance(self.engine, ResumableEngine):
+            self._prefixes = PrefixCache(prefix_cache_bytes), self.engine
+        elif prefix_cache_bytes:
+            self.close()
+            if self._base.bidirectional_prompt:
+                raise RequestError(
+                    f"prefix_cache_bytes is {prefix_cache_bytes}, but a prompt of {self._base.name} attends in both "
+                    "directions: what its beginning leaves depends on its end; leave prefix_cache_bytes at 0"
+                )
+            raise RequestError(
+                f"prefix_cache_bytes is {prefix_cache_bytes}, but {variant.graph} cannot go on from a kept "
+                "prefix; only decoders exported with --target onnxruntime-cpu can: leave prefix_cache_bytes at 0"
+            )
+
+    def run(
+        self, inputs: BatchInputs, layout: SoftPromptLayout, decoder_input_ids: npt.ArrayLike | None
+    ) -> dict[str, Array]:
+        """Run whole sequences, laid out with their soft prompts; see ``Deployment.run``."""
+        if decoder_input_ids is not None and self._decoder is None:
+            raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
+        output = self.engine.run(self._feeds(inputs, layout))
+        if self._base.kind == "decoder":
+            return {"logits": layout.strip(output)}
+        result = {"last_hidden_state": layout.strip(output)}
+        if decoder_input_ids is not None and self._decoder is not None:
+            result["logits"] = self._run_decoder(self._decoder, decoder_input_ids, output, layout.mask)
+        return result
+
+    def input_embeddings(self, inputs: BatchInputs) -> EngineInput:
+        """Adapted embeddings as the engine takes them: each row through its task, without soft prompts."""
+        embedder = self.engine.embedder
+        if inputs.ids is not None and inputs.images is None:
+            return embedder.lookup(inputs.ids, inputs.tasks, inputs.modality)
+        embeds, modality = self._base_embeddings(inputs)
+        return embedder.apply(embeds, inputs.tasks, modality)
+
+    def start(
+        self, inputs: BatchInputs, layout: SoftPromptLayout, max_new_tokens: int
+    ) -> tuple[DecodeState, InputEmbedder, AdapterMapping]:
+        """Prefill: run the prompts, so that tokens can be generated after them.
+
+        Args:
+            inputs: token ids of the prompts, padded on the engine's side.
+            layout: where they stand behind their soft prompts.
+            max_new_tokens: how many decode steps may follow.
+
+        Returns:
+            The state of the batch, and the embedder and the adapters that generated tokens go through.
+        """
+        embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
+        if self._decoder is not None:
+            first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
+            fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
+            return self._decoder.start(fed, max_new_tokens), self._decoder.embedder, NO_ADAPTER
+        tasks = embedder.for_decoding(inputs.tasks)
+        if self._prefixes is None:
+            return self.engine.start(feeds, max_new_tokens), embedder, tasks
+        prompts = self._cache_keys(inputs, layout)
+        return self._resume(*self._prefixes, feeds, prompts, inputs.tasks, max_new_tokens), embedder, tasks
+
+    def receipt(self) -> Receipt:
+        """See ``Deployment.receipt``."""
+        expected = 1 if self._decoder is None else 2
+        vision = self._base.vision
+        paths = (*self._variant.files, self._base.embeddings, *(vision.all_files if vision else ()))
+        return make_receipt(self._path, self._manifest, paths, self._builds, expected)
+
+    def close(self) -> None:
+        """Give the engines' memory back."""
+        self.engine.close()
+        if self._decoder is not None:
+            self._decoder.close()
+
+    def _build(self, backend: Backend, graph: str, role: str) -> Engine:
+        """Open a base graph, and count it: the only place where an engine is made."""
+        self._builds += 1
+        return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
+
+    def _feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
+        """What the engine is fed for whole rows."""
+        if layout.is_empty:
+            embeds = self.input_embeddings(inputs)
+            return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout)}
+        embeds, modality = self._base_embeddings(inputs)
+        wide, indices = layout.prepend(embeds, modality)
+        return {"inputs_embeds": self.engine.embedder.apply(wide, inputs.tasks, indices), "attention_mask": layout.mask}
+
+    def _positions(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, Array]:
+        """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
+        vision = self._base.vision
+        if vision is None or vision.patches is None:
+            return {}
+        grids = [[image.grid for image in own] for own in inputs.images or ()]
+        return {"position_ids": grid_positions(inputs.ids, layout.mask, grids, vision.image_token_id)}
+
+    def _base_embeddings(self, inputs: BatchInputs) -> tuple[Array, Array | None]:
+        """Embeddings before any bottleneck, with images in place, and the modality of each position."""
+        if inputs.ids is None:
+            assert inputs.embeds is not None
+            return inputs.embeds, inputs.modality
+        embeds, modality = inputs.tasks.embed(self._table, inputs.ids, inputs.modality), inputs.modality
+        if inputs.images is not None:
+            embeds, modality = merge(embeds, inputs.ids, inputs.images, vision_base(self._base))
+        return embeds, modality
+
+    def _cache_keys(self, inputs: BatchInputs, layout: SoftPromptLayout) -> list[Array]:
+        """The key of each position of each prompt in the prefix cache: soft prompts, tokens, adapted images."""
+        assert inputs.ids is not None
+        batch, images = len(inputs.ids), inputs.images
+        adapters = [("", "")] * batch
+        if images is not None:
+            adapters = inputs.tasks.adapters(batch, self._base.modalities.index("image"))
+        keys = []
+        for row, (ids, mask) in enumerate(zip(inputs.ids, layout.text_mask, strict=True)):
+            row_images = () if images is None else images[row]
+            text = prompt_cache_keys(ids[mask != 0], row_images, adapters[row][0], self._base.vision)
+            keys.append(np.concatenate([layout.cache_keys(row), text]))
+        return keys
+
+    def _resume(
+        self,
+        prefixes: PrefixCache,
+        engine: ResumableEngine,
+        feeds: dict[str, EngineInput],
+        prompts: list[Array],
+        tasks: AdapterMapping,
+        max_new_tokens: int,
+    ) -> DecodeState:
+        """Prefill behind the longest cached prefix of each prompt, and cache what was computed."""
+        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(prompts))]
+        known = [prefixes.find(key, prompt) for key, prompt in zip(keys, prompts, strict=True)]
+        state = engine.resume(feeds, max_new_tokens, known)
+        for row, (key, prompt, cached) in enumerate(zip(keys, prompts, known, strict=True)):
+            if cached is None or cached.shape[2] < len(prompt) - 1:
+                prefixes.add(key, prompt, state.states(row, len(prompt)))
+        return state
+
+    def _run_decoder(self, decoder: Engine, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
+        ids = check_input_ids(decoder_input_ids, self._base, "decoder_input_ids")
+        if len(ids) != len(states):
+            raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
+        check_length(ids.shape[1], self._base)
+        return decoder.run(_decoder_feeds(decoder, ids, states, mask))
+
+
+def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, EngineInput]:
+    return {
+        "inputs_embeds": decoder.embedder.lookup(ids, NO_ADAPTER),
+        "attention_mask": np.ones(ids.shape, np.int64),
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask,
+    }

@@ -1,0 +1,48 @@
+"""A bank graph on ONNX Runtime: the tasks of one kind, their weights fed as views of the memory that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.errors import GraphError
+from adalink.runtime.ort.errors import ORT_TYPES, onnxruntime_errors, refusal, wrong_name
+from adalink.runtime.storage.manifest import Base
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_WEIGHTS = {"down", "up"}
+_BIASES = {"down_bias", "up_bias"}
+_OUTPUTS = ["adapted_embeds"]
+
+
+class OnnxSharedAdapterGraph:
+    """One session for all tasks of a kind; a task is swapped by feeding it other weights."""
+
+    def __init__(self, session: ort.InferenceSession, runtime: ModuleType, base: Base) -> None:
+        self._run = session.run
+        self._ort = runtime
+        inputs = {node.name: node for node in session.get_inputs()}
+        wanted = {"inputs_embeds"} | _WEIGHTS | (_BIASES if inputs.keys() & _BIASES else set())
+        if inputs.keys() != wanted:
+            raise GraphError(wrong_name("bank graph", "input", sorted(inputs.keys() ^ wanted)[0], sorted(inputs)))
+        outputs = [node.name for node in session.get_outputs()]
+        if outputs != _OUTPUTS:
+            raise GraphError(wrong_name("bank graph", "output", _OUTPUTS[0], outputs))
+        node, expected = inputs["inputs_embeds"], ORT_TYPES[base.embedding_dtype]
+        if node.type != expected or node.shape[-1] != base.hidden_size:
+            raise GraphError(
+                f"bank graph: inputs_embeds is {node.type} of width {node.shape[-1]}, the base takes {expected} of "
+                f"width {base.hidden_size}: export the base again"
+            )
+
+    def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
+        """See ``adalink.runtime.engine.BankGraph``."""
+        try:
+            result: Array = self._run(_OUTPUTS, {"inputs_embeds": inputs_embeds, **weights})[0]
+        except onnxruntime_errors(self._ort) as error:
+            raise refusal("bank graph", error) from error
+        return result

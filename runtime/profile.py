@@ -1,0 +1,174 @@
+"""The shapes that a compiled engine takes: its profile, how it is written, and what a request may ask of it."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from adalink.runtime.errors import ConfigError, RequestError
+from adalink.runtime.storage.manifest import Base
+
+_RANGE = re.compile(r"(batch|seq|past|images)=(\d+):(\d+):(\d+)")
+_LARGEST = 1 << 20
+# Totals of a decode step are rounded up, so that steps share a captured graph; by an eighth at most, and to this.
+_SMALLEST_STEP = 64
+
+
+class ShapeRange(msgspec.Struct, frozen=True, array_like=True):
+    """Smallest, likeliest and largest size of one dimension, as in a TensorRT optimization profile."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one call of an engine takes.
+
+    Attributes:
+        batch: rows.
+        seq: positions of a row that a prompt's pass takes; a longer prompt is taken in pieces by a decoder.
+        past: positions in the cache before a decode step; ``None`` for an encoder.
+        images: images, or tiles of them, that the vision tower takes at a time; ``None`` where it is not compiled.
+    """
+
+    batch: ShapeRange
+    seq: ShapeRange
+    past: ShapeRange | None
+    images: ShapeRange | None = None
+
+    def __str__(self) -> str:
+        spans = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
+        return ",".join(f"{name}={span}" for name, span in spans.items() if span is not None)
+
+    @property
+    def capacity(self) -> int:
+        """Most positions that a row can have, in the cache and in a pass together."""
+        return self.seq.max if self.past is None else self.past.max + 1
+
+    @property
+    def logits_capacity(self) -> int:
+        """Most positions whose logits one pass gives: the last of each row, or all of one row."""
+        return max(self.batch.max, self.seq.max)
+
+    def check_batch(self, batch: int) -> None:
+        """Check a number of rows; raises ``RequestError``."""
+        if not self.batch.min <= batch <= self.batch.max:
+            raise RequestError(
+                f"inputs_embeds: {batch} rows, this engine takes {self.batch.min} to {self.batch.max}: send "
+                f"fewer, or build it again with --profile batch={_widened(self.batch, batch)}"
+            )
+
+    def check_length(self, length: int) -> None:
+        """Check the positions that a row will have in the end; raises ``RequestError``."""
+        if length > self.capacity:
+            option, wanted = ("seq", _widened(self.seq, length)) if self.past is None else ("past", None)
+            if self.past is not None:
+                wanted = _widened(self.past, length - 1)
+            raise RequestError(
+                f"attention_mask: {length} positions, this engine takes 1 to {self.capacity}: shorten the prompt or "
+                f"ask for fewer new tokens, or build it again with --profile {option}={wanted}"
+            )
+        if self.past is None and length < self.seq.min:
+            raise RequestError(
+                f"inputs_embeds: {length} positions, this engine takes {self.seq.min} to {self.seq.max}: pad "
+                f"the rows, or build it again with --profile seq={_widened(self.seq, length)}"
+            )
+
+
+def _widened(span: ShapeRange, size: int) -> ShapeRange:
+    return ShapeRange(min(span.min, size), min(max(span.opt, span.min), size), max(span.max, size))
+
+
+def default_profile(base: Base) -> Profile:
+    """A profile for a base of which nothing more is known: 8 rows, prompts in pieces of 512, 4,096 positions.
+
+    Of images as many at a time as ONNX Runtime is given; likeliest is one, or as many tiles as there may be.
+    """
+    limit = base.max_positions or _LARGEST
+    if base.cache is None:
+        return Profile(batch=ShapeRange(1, 8, 32), seq=ShapeRange(1, min(128, limit), min(512, limit)), past=None)
+    seq = ShapeRange(1, min(128, limit), min(512, limit))
+    past = ShapeRange(0, min(512, limit - 1), min(4095, limit - 1))
+    images = None
+    if base.vision is not None:
+        most = base.vision.images_at_once
+        images = ShapeRange(1, 1 if base.vision.tiles is None else most, most)
+    return Profile(batch=ShapeRange(1, 1, 8), seq=seq, past=past, images=images)
+
+
+def parse_profile(text: str, base: Base) -> Profile:
+    """A profile as it is written on the command line, ``batch=1:4:8,seq=1:128:512,past=0:512:4095``.
+
+    What is left out is as in ``default_profile``.
+
+    Raises:
+        ConfigError: it is not written so, or holds sizes that the base cannot have.
+    """
+    profile = default_profile(base)
+    found: dict[str, ShapeRange] = {}
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None or match[1] in found:
+            raise ConfigError(
+                f"profile {text!r}: {part!r} is not one of batch=, seq=, past= or images=, each once, with "
+                "SMALLEST:LIKELIEST:LARGEST, as in batch=1:4:8,seq=1:128:512,past=0:512:4095"
+            )
+        found[match[1]] = ShapeRange(*(int(number) for number in match.groups()[1:]))
+    if "past" in found and base.cache is None:
+        raise ConfigError(f"profile {text!r}: {base.name} is an encoder and has no cache: leave past= out")
+    profile = msgspec.structs.replace(profile, **found)
+    check_profile(profile, base)
+    return profile
+
+
+def check_profile(profile: Profile, base: Base) -> None:
+    """Check a profile's sizes; raises ``ConfigError``."""
+    limit = base.max_positions or _LARGEST
+    bounds = {
+        "batch": (profile.batch, 1, 4096),
+        "seq": (profile.seq, 1, limit),
+        "past": (profile.past, 0, limit - 1),
+        "images": (profile.images, 1, 4096),
+    }
+    for name, (span, least, most) in bounds.items():
+        if span is not None and not least <= span.min <= span.opt <= span.max <= most:
+            raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
+    if profile.images is not None and base.vision is None:
+        raise ConfigError(f"profile: images={profile.images}, but {base.name} takes no images: leave images= out")
+    if profile.images is not None and profile.images.min > 1:
+        raise ConfigError(f"profile: images={profile.images}, but an image may come alone: begin it at 1")
+    if profile.past is None:
+        return
+    for name, span, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
+        if span.min > most:
+            raise ConfigError(
+                f"profile: {name}={span} begins at {span.min}, but a decoder drops rows that have ended and takes "
+                f"prompts in pieces: begin it at {most}"
+            )
+    if profile.past.max + 1 < profile.seq.max:
+        raise ConfigError(
+            f"profile: seq={profile.seq} takes more positions at a time than past={profile.past} leaves in the cache: "
+            f"let past end at {profile.seq.max - 1} or more"
+        )
+
+
+def pieces(length: int, largest: int) -> list[tuple[int, int]]:
+    """Begin and end of the passes that a prompt of ``length`` positions is taken in, the first the shortest."""
+    count = -(-length // largest)
+    first = length - (count - 1) * largest
+    return [(0, first)] + [(first + at * largest, first + (at + 1) * largest) for at in range(count - 1)]
+
+
+def rounded_total(total: int, capacity: int) -> int:
+    """How many positions of the cache a decode step looks at so that few captured graphs serve all lengths.
+
+    At least ``total``, at most ``capacity``, and at most an eighth or 63 positions more than needed.
+    """
+    power = 1 << max(total - 1, 1).bit_length()
+    step = max(_SMALLEST_STEP, power // 16)
+    return min(-(-total // step) * step, capacity)

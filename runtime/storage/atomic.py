@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all: beside their place first, then renamed in.
+
+For a folder of several files see ``adalink.export.writer`` and ``adalink.training.adapter_io``, which use the parts.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from adalink.runtime.errors import WriteError
+
+
+def replace_file(
+    path: Path,
+    data: bytes | memoryview,
+    *,
+    repair: str = "free space or choose a writable folder",
+    durable: bool = False,
+    private: bool = False,
+) -> None:
+    """Write a file, or replace it, in one step: readers see the old one or the new one.
+
+    Args:
+        path: the file; its folder exists.
+        data: the file's bytes.
+        repair: what to do where the disk refuses; it ends the message.
+        durable: flush the bytes before the rename, so that a power loss too leaves one of the two.
+        private: let nobody but the owner read or write the file.
+
+    Raises:
+        WriteError: the disk refused: full, read-only or without permission. The old file is as it was.
+    """
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        try:
+            draft.touch(mode=0o600 if private else 0o666, exist_ok=False)
+            write_through(draft, data, durable=durable)
+            draft.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; {repair}") from error
+
+
+def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
+    """Write a file where it is, down to the disk if ``durable``; raises ``OSError``."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        if durable:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk; raises ``OSError``."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,50 @@
+"""JSON-lines files: one JSON value a line, each with its line number for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from adalink.runtime.errors import DataError
+
+T = TypeVar("T")
+
+
+def read_jsonl(path: Path, expected: str, decode: Callable[[str], T]) -> Iterator[tuple[int, T]]:
+    """Rows of a JSON-lines file, in order; empty lines are skipped, and a byte order mark is no part of the first.
+
+    Lines end at line feeds alone: other separators of Unicode may stand inside a JSON text.
+
+    Args:
+        path: the file, in UTF-8.
+        expected: what a line holds, such as ``'{"prompt": "..."}'``, for messages.
+        decode: makes a row of a line, and raises what ``json.loads`` or ``msgspec`` does, such as either of them.
+
+    Yields:
+        The number of a line, from 1, and its row.
+
+    Raises:
+        DataError: the file cannot be read or holds no row, or a line is not such a row; the message names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
+    is_empty = True
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = decode(line)
+            except msgspec.ValidationError as error:
+                raise DataError(f"{path}:{number}: {error}; expected {expected}") from error
+            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON: {error}; expected {expected}") from error
+            is_empty = False
+            yield number, row
+    if is_empty:
+        raise DataError(f"{path} holds no rows; expected lines {expected}")

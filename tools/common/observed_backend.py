@@ -1,0 +1,136 @@
+"""A backend whose decodings are watched from outside: when a pass begins, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.engine import (
+    Backend,
+    DecodeState,
+    Engine,
+    EngineInput,
+    PatchVisionGraph,
+    SharedAdapterGraph,
+    SpeculativeDecodeState,
+    VisionGraph,
+)
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.vision_base import VisionBase
+from adalink.runtime.storage.vision_schema import PatchTower
+
+Begin = Callable[[], object]
+End = Callable[[Array], object]
+Retracted = Callable[[int], object]
+Dropped = Callable[[int], object]
+
+
+class ObservedBackend:
+    """Another backend that tells of each pass of a decoding: of its prompts, then of each step or check of guesses.
+
+    Attributes:
+        name: of the backend inside.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        begin: Begin = lambda: None,
+        end: End = lambda logits: None,
+        retracted: Retracted = lambda count: None,
+        dropped: Dropped = lambda row: None,
+    ) -> None:
+        """Watch a backend.
+
+        Args:
+            inner: the backend.
+            begin: called before a pass.
+            end: called after it with logits of shape ``(rows, vocab)``, or for each of several tokens of the only row
+                with ``(1, vocab)``; the next pass writes over them.
+            retracted: called with the number of tokens that were taken back.
+            dropped: called with a row that was dropped; the last row takes its number.
+        """
+        self.name = inner.name
+        self._inner = inner
+        self._hooks = begin, end, retracted, dropped
+
+    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+        """See ``adalink.runtime.engine.Backend``."""
+        return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
+
+    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_bank(activation_key, graph, base)
+
+    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_vision(graph, base)
+
+    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
+        """See ``adalink.runtime.engine.Backend``."""
+        return self._inner.open_patch_vision(graph, base, patches)
+
+
+class _ObservedEngine:
+    def __init__(self, inner: Engine, begin: Begin, end: End, retracted: Retracted, dropped: Dropped) -> None:
+        self._inner = inner
+        self._begin = begin
+        self._end = end
+        self._retracted = retracted
+        self._dropped = dropped
+        self.embedder = inner.embedder
+        self.profile = inner.profile
+        self.padding_side = inner.padding_side
+        self.run = inner.run
+        self.close = inner.close
+
+    def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
+        self._begin()
+        decoding = self._inner.start(feeds, max_new_tokens)
+        self._end(decoding.logits)
+        if isinstance(decoding, SpeculativeDecodeState):
+            return _ObservedSpeculativeDecodeState(decoding, self._begin, self._end, self._dropped, self._retracted)
+        return _ObservedDecodeState(decoding, self._begin, self._end, self._dropped)
+
+
+class _ObservedDecodeState:
+    def __init__(self, inner: DecodeState, begin: Begin, end: End, dropped: Dropped) -> None:
+        self._inner = inner
+        self._begin = begin
+        self._end = end
+        self._dropped = dropped
+        self.close = inner.close
+
+    @property
+    def logits(self) -> Array:
+        return self._inner.logits
+
+    def step(self, inputs_embeds: EngineInput) -> None:
+        self._begin()
+        self._inner.step(inputs_embeds)
+        self._end(self._inner.logits)
+
+    def drop(self, row: int) -> None:
+        self._inner.drop(row)
+        self._dropped(row)
+
+
+class _ObservedSpeculativeDecodeState(_ObservedDecodeState):
+    def __init__(
+        self, inner: SpeculativeDecodeState, begin: Begin, end: End, dropped: Dropped, retracted: Retracted
+    ) -> None:
+        super().__init__(inner, begin, end, dropped)
+        self._inner_state = inner
+        self._retracted = retracted
+
+    def verify(self, inputs_embeds: EngineInput) -> Array:
+        self._begin()
+        logits = self._inner_state.verify(inputs_embeds)
+        for row in range(len(logits)):
+            self._end(logits[row : row + 1])
+        return logits
+
+    def rollback(self, count: int) -> None:
+        self._inner_state.rollback(count)
+        self._retracted(count)

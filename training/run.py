@@ -1,0 +1,230 @@
+"""Train an adapter on rows of text, or of images and text, with the Hugging Face ``Trainer``.
+
+What the Trainer trains holds the adapters alone; so a checkpoint is adapters and optimizer state, not the base.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import set_seed
+
+from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
+from adalink.runtime.storage.digest import digest_file
+from adalink.training.adapter_io import check_target, save_adapter, to_adapter
+from adalink.training.checkpoints import (
+    CheckpointTrainer,
+    begin_checkpoints,
+    check_fresh,
+    last_checkpoint,
+    removed_if_useless,
+    restore,
+    step_of,
+)
+from adalink.training.data.images import TrainingImages, digest_images
+from adalink.training.data.rows import check_positions, encode_rows, read_rows
+from adalink.training.device import precision_warning, resolve_device
+from adalink.training.evaluation import exact_match
+from adalink.training.method.attach import attach
+from adalink.training.method.initialization import find_directions, follow_directions
+from adalink.training.models.loading import base_fingerprint, display_name, load_base, load_tokenizer
+from adalink.training.models.prefix_lm import prompt_form
+from adalink.training.models.vision import image_side
+from adalink.training.search.search import candidate_config, search
+from adalink.training.settings import LoopOptions
+from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from adalink.training.data.rows import Example
+    from adalink.training.method.config import AdaLinkConfig
+    from adalink.training.settings import SearchSettings, TrainSettings
+    from adalink.training.trainer import Collate
+
+REPORT_FILE = "training.json"
+
+
+def train(
+    base: str | Path,
+    data: str | Path,
+    eval_data: str | Path,
+    out: str | Path,
+    config: AdaLinkConfig,
+    settings: TrainSettings,
+    *,
+    space: SearchSettings | None = None,
+    loop: LoopOptions | None = None,
+) -> dict[str, Any]:
+    """Train an adapter and write its folder, with a report in ``training.json``.
+
+    The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed; with
+    a search that is so once its trials are done, since how many there are is a matter of time. Checkpoints and the
+    trials lie in ``OUT.checkpoints`` and are removed at the end.
+
+    Args:
+        base: the base model, as for ``load_base``.
+        data: JSONL rows to learn from.
+        eval_data: JSONL rows for the exact-match accuracy of base and adapter.
+        out: adapter folder to write or replace.
+        config: settings of the method.
+        settings: how to train.
+        space: rates, ranks and activations to choose from first, on rows held out of ``data``; those of ``config`` and
+            ``settings`` are then not used. The choice is trained on all rows.
+        loop: how the run goes: resumed or not, with which callbacks, and whom it tells.
+
+    Returns:
+        the report, as written.
+
+    Raises:
+        AdaLinkError: data, base, settings or target folder cannot be used.
+    """
+    loop = loop or LoopOptions()
+    say = loop.say
+    out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
+    check_target(out)
+    if warning := precision_warning(resolve_device(settings.device), settings.precision):
+        say(warning)
+    rows, eval_rows = read_rows(data), read_rows(eval_data)
+    record: dict[str, Any] = {
+        "base": display_name(base),
+        "method": config.as_record(),
+        "settings": asdict(settings),
+        "data": {
+            "train": {"file": Path(data).name, "sha256": digest_file(Path(data)), "rows": len(rows)},
+            "eval": {"file": Path(eval_data).name, "sha256": digest_file(Path(eval_data)), "rows": len(eval_rows)},
+        },
+    }
+    if space is not None:
+        record["search"] = asdict(space)
+    # How prompts are written, and how many positions an image takes up, is the model's to say.
+    say(f"loading {display_name(base)}")
+    model, tokenizer = load_base(base), load_tokenizer(base)
+    has_images = any(row.images for row in (*rows, *eval_rows))
+    pictures = TrainingImages(base, model, tokenizer) if has_images else None
+    how = (None if pictures is None else pictures.tokens, prompt_form(model, tokenizer))
+    examples = encode_rows(rows, tokenizer, settings.max_length, data, *how)
+    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *how)
+    for encoded, origin in ((examples, data), (eval_examples, eval_data)):
+        check_positions(encoded, model, config.soft_tokens, origin)
+    record["base_fingerprint"] = base_fingerprint(model)
+    if pictures is not None:
+        record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
+    checkpoints = out.parent / f"{out.name}.checkpoints"
+    last = None
+    if loop.resume:
+        last = last_checkpoint(checkpoints, record)
+    else:
+        check_fresh(checkpoints)
+    if not model.can_generate():
+        raise ModelError(
+            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
+            "decoders and encoder-decoders; for encoders use adalink.training.method.attach in a loop of your own"
+        )
+    collate = collator(model, tokenizer, pictures)
+    model.to(trainer_arguments(checkpoints, settings).device)
+    first = config if space is None else candidate_config(config, space, model)
+    _try_out(model, first, collate(examples[: settings.batch_size]), display_name(base))
+    if not loop.resume:
+        begin_checkpoints(checkpoints, record)
+    with removed_if_useless(checkpoints):
+        if space is not None:
+            try:
+                config, settings, record["search"] = search(
+                    model, rows, examples, collate, config, settings, space, checkpoints, say=say
+                )
+            except (ConfigError, DataError):
+                shutil.rmtree(checkpoints)  # it cannot be gone on with
+                raise
+        start = time.perf_counter()
+        say(f"exact match of the base on {len(eval_rows)} eval rows")
+        accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
+        set_seed(settings.seed)
+        with attach(model, config) as attached:
+            module = TrainableAdapters(attached)
+            if config.init == "gradient" and last is None:
+                size, seed = settings.batch_size, settings.seed
+                directions = find_directions(module, attached, examples, collate, batch_size=size, seed=seed)
+                follow_directions(attached, directions)
+            say(f"training on {len(rows)} rows, {settings.max_steps} steps")
+            history = _train(module, examples, collate, settings, checkpoints, last, loop)
+            attached.adapters.eval()
+            try:
+                adapter = to_adapter(attached, display_name(base))
+            except AdapterError:
+                shutil.rmtree(checkpoints)  # as above
+                raise
+            say(f"exact match of the adapter on {len(eval_rows)} eval rows")
+            accuracy["adapter"] = exact_match(
+                model, tokenizer, eval_examples, settings.batch_size, pictures, soft_tokens=config.soft_tokens
+            )
+    report = {
+        "kit_version": version("adalink-kit"),
+        **record,
+        "method": config.as_record(),
+        "settings": asdict(settings),
+        "adapter_digest": adapter.digest,
+        "loss_curve": [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
+        "exact_match": accuracy,
+        "wall_seconds": round(time.perf_counter() - start, 1),
+    }
+    save_adapter(out, adapter, {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()})
+    shutil.rmtree(checkpoints)
+    return report
+
+
+def _try_out(model: PreTrainedModel, config: AdaLinkConfig, batch: dict[str, torch.Tensor], name: str) -> None:
+    """Whether the method fits the base, and the base a batch of rows, before anything that takes long.
+
+    Raises:
+        AdaLinkError: as ``attach``'s; rows do not say which of several modalities is where; or the base gives no finite
+            loss.
+    """
+    if len(config.modalities) > 1 and image_side(model) is None:
+        raise ConfigError(
+            f"the modalities are {', '.join(config.modalities)}, and the rows of {name}, a {type(model).__name__}, are "
+            "text alone: leave --modality out"
+        )
+    with attach(model, config) as attached:
+        module = TrainableAdapters(attached).eval()
+        losses = module.row_losses(**{key: value.to(model.device) for key, value in batch.items()})
+    if not losses.isfinite().all():
+        raise ModelError(
+            f"base model {name} has a loss of {float(losses.mean())} on the first rows, before any training; expected "
+            "a finite one: its weights hold NaN or overflow"
+        )
+
+
+def _train(
+    module: TrainableAdapters,
+    examples: Sequence[Example],
+    collate: Collate,
+    settings: TrainSettings,
+    checkpoints: Path,
+    last: Path | None,
+    loop: LoopOptions,
+) -> list[dict[str, Any]]:
+    """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
+    if last is not None and step_of(last) == settings.max_steps:
+        return restore(module, last)  # the Trainer would go one step further
+    trainer = CheckpointTrainer(
+        model=module,
+        args=trainer_arguments(
+            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not loop.show_bar
+        ),
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=list(loop.callbacks),
+    )
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    history: list[dict[str, Any]] = trainer.state.log_history
+    return history
