@@ -75,7 +75,7 @@ class Engine(Protocol):
         Args:
             feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of
                 shape ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
-                ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
+                ``encoder_attention_mask``, and for a base whose positions follow images ``position_ids`` of shape
                 ``(batch, seq, axes)``.
 
         Returns:
@@ -171,7 +171,7 @@ class InputEmbedder(Protocol):
         """What generated tokens go through, prepared so that a step costs little."""
         ...
 
-    def read(self, fed: EngineInput) -> Array:
+    def read(self, engine_input: EngineInput) -> Array:
         """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
         ...
 

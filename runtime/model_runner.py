@@ -94,8 +94,8 @@ class ModelRunner:
         embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
         if self._decoder is not None:
             first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
-            fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
-            return self._decoder.start(fed, max_new_tokens), self._decoder.embedder, NO_ADAPTER
+            decoder_feeds = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
+            return self._decoder.start(decoder_feeds, max_new_tokens), self._decoder.embedder, NO_ADAPTER
         tasks = embedder.for_decoding(inputs.tasks)
         if self._prefixes is None:
             return self.engine.start(feeds, max_new_tokens), embedder, tasks
@@ -130,11 +130,11 @@ class ModelRunner:
         return {"inputs_embeds": self.engine.embedder.apply(wide, inputs.tasks, indices), "attention_mask": layout.mask}
 
     def _positions(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, Array]:
-        """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
+        """Position ids of a base whose positions follow the grid of images; other engines count them themselves."""
         vision = self._base.vision
         if vision is None or vision.patches is None:
             return {}
-        grids = [[image.grid for image in own] for own in inputs.images or ()]
+        grids = [[image.grid for image in row_images] for row_images in inputs.images or ()]
         return {"position_ids": grid_positions(inputs.ids, layout.mask, grids, vision.image_token_id)}
 
     def _base_embeddings(self, inputs: BatchInputs) -> tuple[Array, Array | None]:

@@ -42,8 +42,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     images: ShapeRange | None = None
 
     def __str__(self) -> str:
-        spans = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
-        return ",".join(f"{name}={span}" for name, span in spans.items() if span is not None)
+        ranges = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
+        return ",".join(f"{name}={shape_range}" for name, shape_range in ranges.items() if shape_range is not None)
 
     @property
     def capacity(self) -> int:
@@ -66,12 +66,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def check_length(self, length: int) -> None:
         """Check the positions that a row will have in the end; raises ``RequestError``."""
         if length > self.capacity:
-            option, wanted = ("seq", _widened(self.seq, length)) if self.past is None else ("past", None)
+            option, widened = ("seq", _widened(self.seq, length)) if self.past is None else ("past", None)
             if self.past is not None:
-                wanted = _widened(self.past, length - 1)
+                widened = _widened(self.past, length - 1)
             raise RequestError(
                 f"attention_mask: {length} positions, this engine takes 1 to {self.capacity}: shorten the prompt or "
-                f"ask for fewer new tokens, or build it again with --profile {option}={wanted}"
+                f"ask for fewer new tokens, or build it again with --profile {option}={widened}"
             )
         if self.past is None and length < self.seq.min:
             raise RequestError(
@@ -80,8 +80,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
 
 
-def _widened(span: ShapeRange, size: int) -> ShapeRange:
-    return ShapeRange(min(span.min, size), min(max(span.opt, span.min), size), max(span.max, size))
+def _widened(old: ShapeRange, size: int) -> ShapeRange:
+    return ShapeRange(min(old.min, size), min(max(old.opt, old.min), size), max(old.max, size))
 
 
 def default_profile(base: Base) -> Profile:
@@ -110,18 +110,18 @@ def parse_profile(text: str, base: Base) -> Profile:
         ConfigError: it is not written so, or holds sizes that the base cannot have.
     """
     profile = default_profile(base)
-    found: dict[str, ShapeRange] = {}
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        if match is None or match[1] in found:
+    ranges: dict[str, ShapeRange] = {}
+    for entry in text.split(","):
+        match = _RANGE.fullmatch(entry.strip())
+        if match is None or match[1] in ranges:
             raise ConfigError(
-                f"profile {text!r}: {part!r} is not one of batch=, seq=, past= or images=, each once, with "
+                f"profile {text!r}: {entry!r} is not one of batch=, seq=, past= or images=, each once, with "
                 "SMALLEST:LIKELIEST:LARGEST, as in batch=1:4:8,seq=1:128:512,past=0:512:4095"
             )
-        found[match[1]] = ShapeRange(*(int(number) for number in match.groups()[1:]))
-    if "past" in found and base.cache is None:
+        ranges[match[1]] = ShapeRange(*(int(number) for number in match.groups()[1:]))
+    if "past" in ranges and base.cache is None:
         raise ConfigError(f"profile {text!r}: {base.name} is an encoder and has no cache: leave past= out")
-    profile = msgspec.structs.replace(profile, **found)
+    profile = msgspec.structs.replace(profile, **ranges)
     check_profile(profile, base)
     return profile
 
@@ -135,20 +135,20 @@ def check_profile(profile: Profile, base: Base) -> None:
         "past": (profile.past, 0, limit - 1),
         "images": (profile.images, 1, 4096),
     }
-    for name, (span, least, most) in bounds.items():
-        if span is not None and not least <= span.min <= span.opt <= span.max <= most:
-            raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
+    for name, (shape_range, least, most) in bounds.items():
+        if shape_range is not None and not least <= shape_range.min <= shape_range.opt <= shape_range.max <= most:
+            raise ConfigError(f"profile: {name}={shape_range}, expected sizes in rising order from {least} to {most}")
     if profile.images is not None and base.vision is None:
         raise ConfigError(f"profile: images={profile.images}, but {base.name} takes no images: leave images= out")
     if profile.images is not None and profile.images.min > 1:
         raise ConfigError(f"profile: images={profile.images}, but an image may come alone: begin it at 1")
     if profile.past is None:
         return
-    for name, span, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
-        if span.min > most:
+    for name, shape_range, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
+        if shape_range.min > most:
             raise ConfigError(
-                f"profile: {name}={span} begins at {span.min}, but a decoder drops rows that have ended and takes "
-                f"prompts in pieces: begin it at {most}"
+                f"profile: {name}={shape_range} begins at {shape_range.min}, but a decoder drops rows that have ended "
+                f"and takes prompts in pieces: begin it at {most}"
             )
     if profile.past.max + 1 < profile.seq.max:
         raise ConfigError(

@@ -105,11 +105,11 @@ def is_number(value: Any) -> bool:
 
 def check_prompts(prompts: Prompts, base: Base) -> list[str | list[int]]:
     """The prompts of a batch, each a text or token ids; raises ``RequestError``."""
-    given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
-    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) or not given:
-        raise RequestError(f"prompts is {given!r:.80}, expected a list with at least one text or list of token ids")
+    items = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:
+        raise RequestError(f"prompts is {items!r:.80}, expected a list with at least one text or list of token ids")
     checked: list[str | list[int]] = []
-    for row, prompt in enumerate(given):
+    for row, prompt in enumerate(items):
         name = f"prompt {row}"
         if isinstance(prompt, str):
             checked.append(check_text(prompt, name))

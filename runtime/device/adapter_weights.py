@@ -76,9 +76,9 @@ class AdapterWeightPool:
         for name, shape in self.shapes.items():
             staged = self._staging[name]
             staged[:] = 0
-            own = weights.get(name)
-            if own is not None:
-                staged[: own.shape[1], : own.shape[2]] = own[0]
+            matrix = weights.get(name)
+            if matrix is not None:
+                staged[: matrix.shape[1], : matrix.shape[2]] = matrix[0]
             self._queue.upload(self.addresses[name] + slot * 4 * int(np.prod(shape[1:])), staged)
         self._queue.wait()
 
@@ -110,13 +110,13 @@ class AdapterPass:
 class SlotReservation:
     """The places of a batch's tasks, held until ``release``."""
 
-    def __init__(self, bank: AdapterWeightPools, adapter_passes: list[AdapterPass]) -> None:
-        self._bank = bank
+    def __init__(self, pools: AdapterWeightPools, adapter_passes: list[AdapterPass]) -> None:
+        self._pools = pools
         self.adapter_passes = adapter_passes
 
     def release(self) -> None:
         """Let the places be used for other tasks."""
-        self._bank.release(self.adapter_passes)
+        self._pools.release(self.adapter_passes)
         self.adapter_passes = []
 
 
@@ -140,21 +140,21 @@ class AdapterWeightPools:
         Raises:
             BackendError: a task's rank is larger than the embedders take, or the device's memory is full.
         """
-        groups: dict[str, list[AdapterGroup]] = {}
-        for part in tasks.groups:
-            assert isinstance(part.graph, DeviceSharedAdapterGraph)
-            groups.setdefault(part.graph.activation, []).append(part)
+        by_activation: dict[str, list[AdapterGroup]] = {}
+        for group in tasks.groups:
+            assert isinstance(group.graph, DeviceSharedAdapterGraph)
+            by_activation.setdefault(group.graph.activation, []).append(group)
         adapter_passes: dict[tuple[str, int], AdapterPass] = {}
         with self._lock:
             try:
-                for activation, parts in groups.items():
-                    pool = self._pool_with_space(activation, parts)
-                    for part in parts:
-                        adapter_pass = adapter_passes.get((activation, part.modality))
+                for activation, groups in by_activation.items():
+                    pool = self._pool_with_space(activation, groups)
+                    for group in groups:
+                        adapter_pass = adapter_passes.get((activation, group.modality))
                         if adapter_pass is None:
-                            adapter_pass = AdapterPass(activation, pool, np.zeros(batch, np.int64), part.modality)
-                            adapter_passes[activation, part.modality] = adapter_pass
-                        _assign_slot(part, adapter_pass)
+                            adapter_pass = AdapterPass(activation, pool, np.zeros(batch, np.int64), group.modality)
+                            adapter_passes[activation, group.modality] = adapter_pass
+                        _assign_slot(group, adapter_pass)
             except BackendError:
                 self._release(list(adapter_passes.values()))
                 raise
@@ -180,23 +180,23 @@ class AdapterWeightPools:
         self._plain = None
         self._queue.close()
 
-    def _pool_with_space(self, activation: str, parts: list[AdapterGroup]) -> AdapterWeightPool:
+    def _pool_with_space(self, activation: str, groups: list[AdapterGroup]) -> AdapterWeightPool:
         """The stack of an activation, larger than before if it has no free places for a batch or too small a rank."""
-        rank = max(part.weights["down"].shape[1] for part in parts)
+        rank = max(group.weights["down"].shape[1] for group in groups)
         if rank > self._largest_rank:
             raise BackendError(
                 f"a task has rank {rank}, this engine's embedders take at most {self._largest_rank}: train the adapter "
                 "with a smaller rank, or run it with another backend"
             )
-        keys = {_key(part) for part in parts}
+        keys = {_key(group) for group in groups}
         pool = self._pools.get(activation)
         if pool is not None and pool.rank >= rank:
             free = pool.slots - 1 - len(pool.table)
             if sum(key not in pool.table for key in keys) <= free or pool.slots >= self._largest_slots:
                 return pool
-        wanted = max(_FIRST_SLOTS, 2 * (len(keys) + 1), 0 if pool is None else 2 * pool.slots)
+        needed = max(_FIRST_SLOTS, 2 * (len(keys) + 1), 0 if pool is None else 2 * pool.slots)
         rank = max(-(-rank // _RANKS) * _RANKS, 0 if pool is None else pool.rank)
-        slots = min(wanted, self._largest_slots)
+        slots = min(needed, self._largest_slots)
         try:
             larger = AdapterWeightPool(
                 self._device, self._queue, min(rank, self._largest_rank), slots, self._hidden_size
@@ -215,25 +215,25 @@ class AdapterWeightPools:
             adapter_pass.keys = []
 
 
-def _key(part: AdapterGroup) -> Key:
-    return part.digest, part.modality
+def _key(group: AdapterGroup) -> Key:
+    return group.digest, group.modality
 
 
-def _assign_slot(part: AdapterGroup, adapter_pass: AdapterPass) -> None:
+def _assign_slot(group: AdapterGroup, adapter_pass: AdapterPass) -> None:
     """Give a task a place in a layer's stack and its rows the number of it."""
-    key, pool = _key(part), adapter_pass.pool
-    taken = pool.table.take(key)
-    if taken is None:
+    key, pool = _key(group), adapter_pass.pool
+    assignment = pool.table.take(key)
+    if assignment is None:
         raise BackendError(
             f"the {pool.slots - 1} places of this activation on the device are all in use by batches that run: wait "
             "for one of them, or send fewer tasks at a time"
         )
-    slot, is_new = taken
+    slot, is_new = assignment
     if is_new:
         try:
-            pool.fill(slot, part.weights)
+            pool.fill(slot, group.weights)
         except BackendError:
             pool.table.forget(key)
             raise
     adapter_pass.keys.append(key)
-    adapter_pass.task_index[slice(None) if part.rows is None else part.rows] = slot
+    adapter_pass.task_index[slice(None) if group.rows is None else group.rows] = slot

@@ -24,23 +24,23 @@ class DeviceDecodeState:
     def __init__(
         self,
         workspace: EngineWorkspace,
-        bank: AdapterWeightPools,
+        adapter_pools: AdapterWeightPools,
         base: Base,
         profile: Profile,
         end: Callable[[], None],
     ) -> None:
         """``end`` is called once, when it is closed."""
         self._workspace = workspace
-        self._bank = bank
+        self._adapter_pools = adapter_pools
         self._base = base
         self._dtype = base.embedding_dtype
         self._profile = profile
         self._end = end
         self._tasks: AdapterMapping | None = None
-        self._reservation = SlotReservation(bank, [])
+        self._reservation = SlotReservation(adapter_pools, [])
         self._is_closed = False
 
-    def read(self, inputs: BatchInputs, mask: Array) -> None:
+    def prefill(self, inputs: BatchInputs, mask: Array) -> None:
         """Run the prompts, in pieces; ``mask`` is 1 for tokens, shape ``(batch, seq)``."""
         batch, longest = mask.shape
         assert self._workspace.cache is not None
@@ -111,7 +111,7 @@ class DeviceDecodeState:
         """Places of the rows' tasks; chosen anew only when the batch or its tasks have changed."""
         if tasks is not self._tasks:
             before = self._reservation
-            self._reservation = self._bank.reserve(tasks, batch)
+            self._reservation = self._adapter_pools.reserve(tasks, batch)
             before.release()
             self._tasks = tasks
         return self._reservation
@@ -119,14 +119,14 @@ class DeviceDecodeState:
 
 def prompt_pieces(length: int, most: int, base: Base) -> list[tuple[int, int]]:
     """Begin and end of the passes that prompts are taken in, of at most so many positions; raises ``RequestError``."""
-    found = pieces(length, most)
-    if base.bidirectional_prompt and len(found) > 1:
+    passes = pieces(length, most)
+    if base.bidirectional_prompt and len(passes) > 1:
         raise RequestError(
             f"the prompts are {length} positions long and the engine takes {most} of so many rows at a time, but a "
             f"prompt of {base.name} attends in both directions and must go in at once: shorten it, give fewer rows, or "
             "build the engine with a larger seq"
         )
-    return found
+    return passes
 
 
 def piece_length(profile: Profile, batch: int) -> int:

@@ -44,14 +44,14 @@ class DeviceEmbedder:
         """See ``adalink.runtime.engine.InputEmbedder``; nothing is stacked, since a row picks its task by index."""
         return tasks.generated()
 
-    def read(self, fed: BatchInputs) -> Array:
+    def read(self, engine_input: BatchInputs) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is given as its bits, uint16."""
         profile, base = self._context.plans.profile, self._context.base
-        batch, seq = fed.shape
+        batch, seq = engine_input.shape
         result = np.zeros((batch, seq, base.hidden_size), NUMPY[base.embedding_dtype])
         with self._workspaces.lend() as workspace:
             for first in range(0, batch, profile.batch.max):
-                rows = fed.rows(first, min(first + profile.batch.max, batch))
+                rows = engine_input.rows(first, min(first + profile.batch.max, batch))
                 for start, stop in pieces(seq, profile.seq.max):
                     result[first : first + rows.shape[0], start:stop] = workspace.read(rows.columns(start, stop))
         return result
@@ -79,10 +79,10 @@ class PreEmbedded:
         """See ``adalink.runtime.engine.InputEmbedder``."""
         return self._host.for_decoding(tasks)
 
-    def read(self, fed: BatchInputs) -> Array:
+    def read(self, engine_input: BatchInputs) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        assert fed.embeds is not None
-        return fed.embeds
+        assert engine_input.embeds is not None
+        return engine_input.embeds
 
 
 class _ReadWorkspace:
@@ -98,7 +98,7 @@ class _ReadWorkspace:
 
     def read(self, inputs: BatchInputs) -> Array:
         batch, seq = inputs.shape
-        reservation = self._context.bank.reserve(inputs.tasks, batch)
+        reservation = self._context.adapter_pools.reserve(inputs.tasks, batch)
         try:
             self._embedder.write(inputs, reservation)
             address = self._embedder.enqueue(self._executors, inputs, reservation)
@@ -128,10 +128,12 @@ class DeviceEngine:
         self.padding_side = "right" if base.kind == "encoder" else "left"
         self._plans = plans
         self._base = base
-        bank = AdapterWeightPools(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
-        self._context = EngineContext(device, plans, bank, 0 if table is None else upload_table(device, table), base)
+        adapter_pools = AdapterWeightPools(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
+        self._context = EngineContext(
+            device, plans, adapter_pools, 0 if table is None else upload_table(device, table), base
+        )
         if embedder is None:
-            assert table is not None, "a front of its own looks token ids up"
+            assert table is not None, "a DeviceEmbedder looks token ids up in the table"
             embedder = DeviceEmbedder(self._context, table)
         self.embedder: InputEmbedder = embedder
         self._workspaces: WorkspacePool[EngineWorkspace] = WorkspacePool(lambda: EngineWorkspace(self._context))
@@ -168,15 +170,15 @@ class DeviceEngine:
         profile.check_batch(len(mask))
         profile.check_length(mask.shape[1] + max_new_tokens)
         workspace = self._workspaces.take()
-        decoding = DeviceDecodeState(
-            workspace, self._context.bank, self._base, profile, lambda: self._workspaces.give(workspace)
+        state = DeviceDecodeState(
+            workspace, self._context.adapter_pools, self._base, profile, lambda: self._workspaces.give(workspace)
         )
         try:
-            decoding.read(inputs, mask)
+            state.prefill(inputs, mask)
         except BaseException:
-            decoding.close()
+            state.close()
             raise
-        return decoding
+        return state
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``; what a call that runs still reads goes when it has ended."""
@@ -189,7 +191,7 @@ class DeviceEngine:
             self._close_context()
 
     def _close_context(self) -> None:
-        self._context.bank.close()
+        self._context.adapter_pools.close()
         self._device.free(self._context.table)
         self._plans.close()
 
@@ -200,7 +202,7 @@ class DeviceEngine:
         is_decoder = workspace.cache is not None
         if workspace.cache is not None:
             workspace.cache.length = 0
-        reservation = self._context.bank.reserve(inputs.tasks, batch)
+        reservation = self._context.adapter_pools.reserve(inputs.tasks, batch)
         try:
             most = piece_length(self._plans.profile, batch)
             for start, stop in prompt_pieces(seq, most, self._base) if is_decoder else [(0, seq)]:
@@ -223,9 +225,9 @@ def upload_table(device: Device, table: Array) -> int:
     address, queue = device.allocate(table.nbytes), device.open_queue()
     try:
         for first in range(0, len(table), len(window)):
-            part = table[first : first + len(window)]
-            window[: len(part)] = part
-            queue.upload(address + first * table[0].nbytes, window[: len(part)])
+            block = table[first : first + len(window)]
+            window[: len(block)] = block
+            queue.upload(address + first * table[0].nbytes, window[: len(block)])
             queue.wait()
     finally:
         queue.close()

@@ -135,8 +135,13 @@ class EngineWorkspace:
         """
         assert self.cache is not None
         adapter_passes = self._embedder.adapter_passes(forward_batch.inputs, forward_batch.reservation)
-        parts = tuple((adapter_pass.activation, adapter_pass.pool) for adapter_pass in adapter_passes)
-        key = (forward_batch.mask.shape, forward_batch.inputs.ids is None, forward_batch.inputs.modality is None, parts)
+        pass_keys = tuple((adapter_pass.activation, adapter_pass.pool) for adapter_pass in adapter_passes)
+        key = (
+            forward_batch.mask.shape,
+            forward_batch.inputs.ids is None,
+            forward_batch.inputs.modality is None,
+            pass_keys,
+        )
         step = self._steps.get(key)
         if step is None:
             self._forget_steps()
@@ -148,7 +153,7 @@ class EngineWorkspace:
             length = self.cache.length
             replay = self.queue.record(lambda: self._enqueue(executors, forward_batch))
             self.cache.length = length
-            self._steps[key] = Step(executors, tuple(pool for _, pool in parts), replay)
+            self._steps[key] = Step(executors, tuple(pool for _, pool in pass_keys), replay)
         elif step.replay is not None:
             step.replay()
             self.cache.advance(1)
@@ -157,7 +162,9 @@ class EngineWorkspace:
 
     def _forget_steps(self) -> None:
         """Let go of the oldest records beyond a number, and of those that read a stack nobody fills any more."""
-        stale = [key for key, step in self._steps.items() if not all(map(self._context.bank.is_current, step.pools))]
+        stale = [
+            key for key, step in self._steps.items() if not all(map(self._context.adapter_pools.is_current, step.pools))
+        ]
         for key in [*stale, *list(self._steps)[: max(0, len(self._steps) + 1 - _MOST_STEPS)]]:
             if key in self._steps:
                 self._steps.pop(key).executors.close()
@@ -182,12 +189,12 @@ class EngineWorkspace:
             "logits_at": (self._logits_indices, forward_batch.logits_indices.shape),
             "write_indices": (self._write_indices, (batch,)),
         }
-        taken = {name: pair for name, pair in buffers.items() if name in self._takes}
-        for pinned_buffer, size in taken.values():
+        engine_buffers = {name: pair for name, pair in buffers.items() if name in self._takes}
+        for pinned_buffer, size in engine_buffers.values():
             pinned_buffer.upload(self.queue, *size)
         if not executors.is_bound:
             engine.bind("inputs_embeds", embeds, (batch, seq, self._context.base.hidden_size))
-            for name, (pinned_buffer, size) in taken.items():
+            for name, (pinned_buffer, size) in engine_buffers.items():
                 engine.bind(name, pinned_buffer.address, size)
             if self.cache is not None:
                 self.cache.bind(engine, batch, seq)
@@ -214,15 +221,15 @@ class EngineWorkspace:
 
 def check_signature(engine: Executor, base: Base) -> None:
     """Check that a graph takes and gives what a base graph does; raises ``GraphError``."""
-    forward_batch = {"inputs_embeds", "attention_mask"}
-    given = {"last_hidden_state" if base.cache is None else "logits"}
+    inputs = {"inputs_embeds", "attention_mask"}
+    outputs = {"last_hidden_state" if base.cache is None else "logits"}
     if base.cache is not None:
         for past, present in base.cache.names():
-            forward_batch.add(past)
-            given.add(present)
+            inputs.add(past)
+            outputs.add(present)
     optional = set() if base.cache is None else {"position_ids", "logits_at", "write_indices"}
-    missing = sorted((forward_batch - engine.inputs.keys()) | (given - engine.outputs.keys()))
-    unknown = sorted((engine.inputs.keys() - forward_batch - optional) | (engine.outputs.keys() - given))
+    missing = sorted((inputs - engine.inputs.keys()) | (outputs - engine.outputs.keys()))
+    unknown = sorted((engine.inputs.keys() - inputs - optional) | (engine.outputs.keys() - outputs))
     if missing or unknown:
         what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not of the contract"
         raise GraphError(f"the engine of {base.name}: {what}; it was built from another graph: build the engine again")

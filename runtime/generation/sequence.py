@@ -75,9 +75,9 @@ class SequenceState:
 
     def _find_stop(self) -> None:
         """Look for a stop text in what was not sent: what was sent is not the beginning of one."""
-        found = [at for stop in self._stops if (at := self._text.text.find(stop, self._sent)) >= 0]
-        if found:
-            self._end = min(found)
+        starts = [start for stop in self._stops if (start := self._text.text.find(stop, self._sent)) >= 0]
+        if starts:
+            self._end = min(starts)
             self.finish_reason = "stop"
 
     def _send(self) -> None:

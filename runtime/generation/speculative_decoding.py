@@ -34,9 +34,9 @@ class PromptLookup:
         max_drafts: draft tokens of a pass at most.
     """
 
-    def __init__(self, tokens: Sequence[int], max_drafts: int) -> None:
-        self._max_drafts = max_drafts
-        self._length = min(2, max_drafts)
+    def __init__(self, tokens: Sequence[int], max_draft_tokens: int) -> None:
+        self._max_draft_tokens = max_draft_tokens
+        self._length = min(2, max_draft_tokens)
         self._tokens: list[int] = []
         # Where what followed a sequence of tokens stands: its latest occurrence.
         self._following: dict[tuple[int, ...], int] = {}
@@ -63,7 +63,7 @@ class PromptLookup:
     def update(self, drafted: int, accepted: int) -> None:
         """Adapt the length of drafts to how many of the last ``drafted`` tokens were accepted."""
         if drafted:
-            self._length = min(self._max_drafts, 2 * self._length if accepted == drafted else accepted + 1)
+            self._length = min(self._max_draft_tokens, 2 * self._length if accepted == drafted else accepted + 1)
 
 
 def decode_speculatively(
@@ -81,7 +81,7 @@ def decode_speculatively(
     steps of one token would choose.
     """
     lookup = PromptLookup((*row.prompt, *row.token_ids), draft_tokens)
-    logits, drafts = state.logits, list[int]()
+    logits, draft = state.logits, list[int]()
     while True:
         for accepted, scores in enumerate(logits):
             token = choose(scores)
@@ -90,9 +90,9 @@ def decode_speculatively(
             if row.finish_reason is not None or not tokens_left:
                 return
             lookup.push(token)
-            if accepted == len(drafts) or token != drafts[accepted]:
+            if accepted == len(draft) or token != draft[accepted]:
                 break
-        state.rollback(len(drafts) - accepted)
-        lookup.update(len(drafts), accepted)
-        drafts = lookup.draft(tokens_left - 1)
-        logits = state.verify(embedder.lookup(np.array([[token, *drafts]]), tasks))
+        state.rollback(len(draft) - accepted)
+        lookup.update(len(draft), accepted)
+        draft = lookup.draft(tokens_left - 1)
+        logits = state.verify(embedder.lookup(np.array([[token, *draft]]), tasks))

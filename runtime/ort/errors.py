@@ -30,8 +30,8 @@ def refusal(origin: str, error: Exception) -> BackendError:
 def onnxruntime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
     """Every exception type that ONNX Runtime's binding raises: its own, and a bare one from a run with IO binding."""
     state = runtime.capi.onnxruntime_pybind11_state
-    own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, *own)
+    exceptions = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (RuntimeError, *exceptions)
 
 
 def wrong_name(origin: str, what: str, name: str, received: list[str]) -> str:

@@ -166,13 +166,13 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     folder = _engine_folder(graph)
     if name == TENSORRT:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
-        places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
+        paths = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
         return {
             "device_id": "0",
             "trt_profile_min_shapes": low,
             "trt_profile_opt_shapes": likely,
             "trt_profile_max_shapes": high,
-            **({} if folder is None else cached | places),
+            **({} if folder is None else cached | paths),
         }
     return {
         "nv_profile_min_shapes": low,
@@ -188,8 +188,8 @@ def _engine_folder(graph: Path) -> Path | None:
     The provider's own names do not tell two graphs of one structure apart.
     """
     weights = graph.with_name(f"{graph.name}.data")
-    parts = [digest_file(path) for path in (graph, weights) if path.exists()]
-    folder = cache_path("engines", digest_bytes("".join(parts).encode()).removeprefix("sha256:")[:32])
+    digests = [digest_file(path) for path in (graph, weights) if path.exists()]
+    folder = cache_path("engines", digest_bytes("".join(digests).encode()).removeprefix("sha256:")[:32])
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""The vision graph of a model whose pictures keep their shape, on ONNX Runtime's CPU provider: a picture a call."""
+"""The vision graph of a model whose images keep their shape, on ONNX Runtime's CPU provider: an image a call."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class OnnxPatchGraph:
             if name not in received:
                 raise GraphError(wrong_name(self._origin, "input", name, received))
         if [node.name for node in self._session.get_outputs()] != [VISION_OUTPUT]:
-            given = [node.name for node in self._session.get_outputs()]
-            raise GraphError(wrong_name(self._origin, "output", VISION_OUTPUT, given))
+            outputs = [node.name for node in self._session.get_outputs()]
+            raise GraphError(wrong_name(self._origin, "output", VISION_OUTPUT, outputs))
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
         """See ``adalink.runtime.engine.PatchVisionGraph``."""
         feeds = {VISION_INPUT: pixel_values, **self._tower.inputs(grid)}
-        given: Array = guard(self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], feeds))[0]
+        embeds: Array = guard(self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], feeds))[0]
         expected = (self._vision.positions(grid), self._width)
-        if given.shape != expected:
+        if embeds.shape != expected:
             raise GraphError(
-                f"{self._origin}: {VISION_OUTPUT} is {given.shape} for an image of {grid}, expected {expected}: "
+                f"{self._origin}: {VISION_OUTPUT} is {embeds.shape} for an image of {grid}, expected {expected}: "
                 "export the base again"
             )
-        return given
+        return embeds
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.PatchVisionGraph``; its memory goes with it."""

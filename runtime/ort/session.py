@@ -72,9 +72,9 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
     for name in ("inputs_embeds", *lengths):
         if name not in types:
             raise GraphError(wrong_name(origin, "input", name, sorted(types)))
-    wanted = {past for past, _ in cache.names()} if cache else set()
-    if wanted != set(past):
-        raise GraphError(wrong_name(origin, "input", sorted(wanted ^ set(past))[0], sorted(past)))
+    expected_past = {past for past, _ in cache.names()} if cache else set()
+    if expected_past != set(past):
+        raise GraphError(wrong_name(origin, "input", sorted(expected_past ^ set(past))[0], sorted(past)))
     for name in (signature.output, *signature.present):
         if name not in outputs:
             raise GraphError(wrong_name(origin, "output", name, outputs))

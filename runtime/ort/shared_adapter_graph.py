@@ -26,9 +26,11 @@ class OnnxSharedAdapterGraph:
         self._run = session.run
         self._ort = runtime
         inputs = {node.name: node for node in session.get_inputs()}
-        wanted = {"inputs_embeds"} | _WEIGHTS | (_BIASES if inputs.keys() & _BIASES else set())
-        if inputs.keys() != wanted:
-            raise GraphError(wrong_name("bank graph", "input", sorted(inputs.keys() ^ wanted)[0], sorted(inputs)))
+        expected_inputs = {"inputs_embeds"} | _WEIGHTS | (_BIASES if inputs.keys() & _BIASES else set())
+        if inputs.keys() != expected_inputs:
+            raise GraphError(
+                wrong_name("bank graph", "input", sorted(inputs.keys() ^ expected_inputs)[0], sorted(inputs))
+            )
         outputs = [node.name for node in session.get_outputs()]
         if outputs != _OUTPUTS:
             raise GraphError(wrong_name("bank graph", "output", _OUTPUTS[0], outputs))

@@ -42,8 +42,8 @@ class StaticCacheEngine:
             "position_ids": positions,
             **dict.fromkeys(signature.past, np.zeros((batch, heads, 0, head_dim), signature.dtype)),
         }
-        taken = {name: values[name] for name in (*signature.inputs, *signature.past)}
-        logits: Array = self._session.call(lambda session: session.run([signature.output], taken))[0]
+        inputs = {name: values[name] for name in (*signature.inputs, *signature.past)}
+        logits: Array = self._session.call(lambda session: session.run([signature.output], inputs))[0]
         if len(logits) == mask.size:
             return logits.reshape(*mask.shape, -1)
         result = np.zeros((*mask.shape, logits.shape[1]), logits.dtype)
@@ -52,22 +52,22 @@ class StaticCacheEngine:
 
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> StaticCacheDecodeState:
         """See ``adalink.runtime.engine.Engine``."""
-        decoding, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
-        decoding.read(embeds, positions)
-        return decoding
+        state, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
+        state.prefill(embeds, positions)
+        return state
 
     def resume(
         self, feeds: Mapping[str, Array], max_new_tokens: int, known: Sequence[Array | None]
     ) -> StaticCacheDecodeState:
         """See ``adalink.runtime.engine.ResumableEngine``."""
-        decoding, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
+        state, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
         if any(states is not None for states in known):
             for row, states in enumerate(known):
-                own = slice(row, row + 1), slice(lengths[row])
-                decoding.resume(row, embeds[own], positions[own], states)
+                row_tokens = slice(row, row + 1), slice(lengths[row])
+                state.resume(row, embeds[row_tokens], positions[row_tokens], states)
         else:
-            decoding.read(embeds, positions)
-        return decoding
+            state.prefill(embeds, positions)
+        return state
 
     def _allocate(
         self, feeds: Mapping[str, Array], max_new_tokens: int
@@ -75,8 +75,8 @@ class StaticCacheEngine:
         """A decoding with nothing read yet, the rows' embeddings and positions at the left, and their lengths."""
         embeds, positions, lengths = _at_left(feeds)
         capacity = embeds.shape[1] + max_new_tokens
-        decoding = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
-        return decoding, embeds, positions, lengths
+        state = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
+        return state, embeds, positions, lengths
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
@@ -113,7 +113,7 @@ class StaticCacheDecodeState:
         self._step: _Bound | None = None
         self._extensions: dict[int, _Bound] = {}
 
-    def read(self, inputs_embeds: Array, positions: Array) -> None:
+    def prefill(self, inputs_embeds: Array, positions: Array) -> None:
         """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
         batch, longest = inputs_embeds.shape[:2]
         last = self._logits_indices * longest + self._lengths - 1
@@ -128,9 +128,9 @@ class StaticCacheDecodeState:
         if states is not None:
             known = states.shape[2]
             self._cache[:, row, :, :known] = states
-        rest, where = (np.ascontiguousarray(given[:, known:]) for given in (inputs_embeds, positions))
-        own = slice(row, row + 1)
-        self._run(self._bind(own, rest, where, np.array([rest.shape[1] - 1]), self._logits[own]))
+        rest, rest_positions = (np.ascontiguousarray(array[:, known:]) for array in (inputs_embeds, positions))
+        row_slice = slice(row, row + 1)
+        self._run(self._bind(row_slice, rest, rest_positions, np.array([rest.shape[1] - 1]), self._logits[row_slice]))
 
     def states(self, row: int, length: int) -> Array:
         """See ``adalink.runtime.engine.ResumableDecoding``."""

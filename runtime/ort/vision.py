@@ -55,15 +55,15 @@ class OnnxVisionGraph:
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
-        given: Array = guard(
+        embeds: Array = guard(
             self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], {VISION_INPUT: pixel_values})
         )[0]
-        if given.shape[1:] != self._shape:
+        if embeds.shape[1:] != self._shape:
             raise GraphError(
-                f"{self._origin}: {VISION_OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: "
+                f"{self._origin}: {VISION_OUTPUT} is {embeds.shape[1:]} an image, the manifest says {self._shape}: "
                 "export the base again"
             )
-        return given
+        return embeds
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.VisionGraph``; its memory goes with it."""

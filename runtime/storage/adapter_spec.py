@@ -154,7 +154,7 @@ def show_rank(rank: Rank) -> str:
 def show_setting(value: object) -> str:
     """A setting as one text: ``text=16,image=64`` for one by modality, ``text,image`` for several names."""
     if isinstance(value, dict):
-        return ",".join(f"{name}={own}" for name, own in value.items())
+        return ",".join(f"{name}={item}" for name, item in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -165,7 +165,7 @@ def _is_whole(value: object) -> bool:
 def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], soft_tokens: int, hidden_size: int | None) -> str | None:
     ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
     least = 0 if soft_tokens and not isinstance(rank, dict) else 1
-    if any(not _is_whole(own) or own < least for own in ranks):
+    if any(not _is_whole(width) or width < least for width in ranks):
         hint = "" if soft_tokens else "; 0 is for adapters with a soft prompt"
         expected = f"a whole number of at least {least}" if hidden_size is None else f"{least} to {hidden_size}"
         return f"rank is {rank!r}, expected {expected}, or one for each modality{hint}"

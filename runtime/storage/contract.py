@@ -102,7 +102,7 @@ def _check_soft_prompt(adapter: Adapter, base: AdapterBase, origin: str, what: s
         return
     if not base.takes_soft_prompts:
         raise ContractError(
-            f"{origin} has a soft prompt, and positions of {what} follow the grid of a picture, before which none "
+            f"{origin} has a soft prompt, and positions of {what} follow the grid of an image, before which none "
             "can stand: use an adapter without a soft prompt"
         )
     if base.max_positions is not None and len(vectors) >= base.max_positions:

@@ -42,6 +42,6 @@ def view_table(data: Bytes, base: Base) -> Array:
         raise ValueError(f"{expected}; {error}") from error
     table = tensors.get(TENSOR_NAME)
     if len(tensors) != 1 or table is None or table.shape != shape or table.dtype != dtype:
-        found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
-        raise ValueError(f"{expected}; it holds {', '.join(found) or 'none'}")
+        contents = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
+        raise ValueError(f"{expected}; it holds {', '.join(contents) or 'none'}")
     return table

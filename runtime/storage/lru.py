@@ -89,13 +89,13 @@ class LruTable(Generic[K, V]):
                 ages = [(held.last_used, key) for key, held in self._entries.items()]
                 self._by_age = sorted(ages, key=lambda age: age[0], reverse=True)
             # Whoever was not used since the sorting is older than all others.
-            for place in range(len(self._by_age) - 1, -1, -1):
-                last_used, key = self._by_age[place]
+            for index in range(len(self._by_age) - 1, -1, -1):
+                last_used, key = self._by_age[index]
                 held = self._entries.get(key)
                 if held is None or held.last_used != last_used:
-                    del self._by_age[place]
+                    del self._by_age[index]
                 elif key not in in_use:
-                    del self._by_age[place]
+                    del self._by_age[index]
                     return self.pop(key)
         return None
 

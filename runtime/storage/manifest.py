@@ -39,8 +39,8 @@ class Cache(_Strict, frozen=True, kw_only=True):
     def names(self) -> Iterator[tuple[str, str]]:
         """Names of each tensor as an input and as an output of a base graph, in their order."""
         for layer in range(self.layers):
-            for part in ("key", "value"):
-                yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+            for tensor in ("key", "value"):
+                yield f"past_key_values.{layer}.{tensor}", f"present.{layer}.{tensor}"
 
 
 class Vision(_Strict, frozen=True, kw_only=True):
@@ -50,7 +50,7 @@ class Vision(_Strict, frozen=True, kw_only=True):
         architecture: Hugging Face ``model_type`` of the whole model.
         graph: path of the graph from ``pixel_values`` to ``image_embeds``, float32 whatever the base's dtype.
         files: the graph and its external data.
-        preprocessor: path of the steps from a picture to ``pixel_values`` (`adalink.runtime.vision.preprocess`).
+        preprocessor: path of the steps from an image to ``pixel_values`` (`adalink.runtime.vision.preprocess`).
         image_size: height and width of ``pixel_values``: of an image, or of a tile of one; of the piece of an image
             that becomes one position, where images keep their shape.
         image_token_id: token that stands for an image in a prompt.
@@ -85,10 +85,10 @@ class Vision(_Strict, frozen=True, kw_only=True):
 
     def positions(self, grid: Grid) -> int:
         """Positions with a placeholder that an image takes up."""
-        parts = tiles_of(grid) if self.patches is None else grid[0] * grid[1]
-        return parts * self.tokens_per_image
+        count = tiles_of(grid) if self.patches is None else grid[0] * grid[1]
+        return count * self.tokens_per_image
 
-    def written(self, grid: Grid) -> list[int]:
+    def image_tokens(self, grid: Grid) -> list[int]:
         """What an image becomes in a prompt, in place of the one placeholder that people write."""
         if self.tiles is None:
             return [self.image_token_id] * self.positions(grid)
@@ -148,7 +148,7 @@ class Base(_Strict, frozen=True, kw_only=True):
 
     @property
     def takes_soft_prompts(self) -> bool:
-        """Whether positions can stand before the text: not where they follow the grid of a picture."""
+        """Whether positions can stand before the text: not where they follow the grid of an image."""
         return self.vision is None or self.vision.patches is None
 
 
@@ -232,8 +232,8 @@ class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of the task's files."""
-        own = (self.graph, self.config, self.weights)
-        return own if self.fold is None else (*own, self.fold.path)
+        paths = (self.graph, self.config, self.weights)
+        return paths if self.fold is None else (*paths, self.fold.path)
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):

@@ -85,8 +85,8 @@ class _VersionOnly(msgspec.Struct):
 
 def _manifest_error(origin: str, error: Exception) -> ManifestError:
     """Turn msgspec's error into ours, with the path of the wrong field."""
-    found = re.search(r"`(\$[^`]*)`$", str(error))
-    field = found.group(1) if found else "$"
+    field_path = re.search(r"`(\$[^`]*)`$", str(error))
+    field = field_path.group(1) if field_path else "$"
     missing = re.search(r"missing required field `([^`]+)`", str(error))
     if missing:
         field = f"{field}.{missing.group(1)}"

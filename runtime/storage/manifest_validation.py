@@ -95,17 +95,17 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
     )
     demand(vision.graph in vision.files, "$.base.vision.files", vision.files, f"a list with {vision.graph}")
     token, tokens = vision.image_token_id, vision.tokens_per_image
-    is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
-    demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
+    is_valid = 0 <= token < base.vocab_size and token != base.pad_token_id
+    demand(is_valid, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
     demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
     if vision.tiles is not None:
-        own = vision.tiles
-        cells = [cell for row in own.before_tile for cell in row]
-        is_square = all(len(row) == len(own.before_tile) for row in own.before_tile)
-        demand(is_square, "$.base.vision.tiles.before_tile", own.before_tile, "as many columns as rows")
-        for token in (token for part in (*cells, own.before_whole, own.before_only, own.end) for token in part):
-            is_own = 0 <= token < base.vocab_size and token != vision.image_token_id
-            demand(is_own, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
+        tiles = vision.tiles
+        cells = [cell for row in tiles.before_tile for cell in row]
+        is_square = all(len(row) == len(tiles.before_tile) for row in tiles.before_tile)
+        demand(is_square, "$.base.vision.tiles.before_tile", tiles.before_tile, "as many columns as rows")
+        for token in (token for ids in (*cells, tiles.before_whole, tiles.before_only, tiles.end) for token in ids):
+            is_valid = 0 <= token < base.vocab_size and token != vision.image_token_id
+            demand(is_valid, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
     if vision.prompt_form is not None:
         image = vision.prompt_form.image
         demand(bool(image), "$.base.vision.prompt_form.image", image, "the text of the placeholder")

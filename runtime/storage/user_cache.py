@@ -27,20 +27,20 @@ def cache_path(folder: str, name: str) -> Path | None:
     return Path(root, "adalink", folder, name)
 
 
-def read_own(path: Path) -> bytes | None:
+def read_cache_file(path: Path) -> bytes | None:
     """Its bytes; ``None`` if it is not there or might be another user's work."""
     try:
         with path.open("rb") as stream:
             if hasattr(os, "getuid"):
-                found = os.fstat(stream.fileno())
-                if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                status = os.fstat(stream.fileno())
+                if status.st_uid != os.getuid() or status.st_mode & 0o022:
                     return None
             return stream.read()
     except OSError:
         return None
 
 
-def write_own(path: Path, data: bytes | memoryview) -> None:
+def write_cache_file(path: Path, data: bytes | memoryview) -> None:
     """Write it whole or not at all; a machine that cannot keep it goes without."""
     with contextlib.suppress(OSError, WriteError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

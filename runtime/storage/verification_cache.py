@@ -20,7 +20,7 @@ from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import check_size, locate, reading, verify_files
 from adalink.runtime.storage.manifest import Manifest
-from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+from adalink.runtime.storage.user_cache import cache_path, read_cache_file, write_cache_file
 
 _SETTLED_NS = 2_000_000_000
 
@@ -30,7 +30,7 @@ _LOG = get_logger(__name__)
 Stamp = tuple[int, int, int, int, int]
 
 
-class _Seen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _VerifiedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file as it was when its digest was computed."""
 
     sha256: str
@@ -53,26 +53,26 @@ def verify_once(
     """
     memory = _memory_file(folder)
     known = _recall(memory) if memory else {}
-    learnt: dict[str, _Seen] = {}
+    learnt: dict[str, _VerifiedFile] = {}
     for relative in paths:
         path = locate(folder, relative)
         stamp, expected = _stamp(path), manifest.files[relative].sha256
         check_size(manifest, relative, stamp[2])
-        if known.get(relative) == _Seen(expected, stamp):
+        if known.get(relative) == _VerifiedFile(expected, stamp):
             _LOG.debug("%s has not changed since its digest was checked: not read again", path)
             continue
         started = time.time_ns()
         verify_files(folder, manifest, [relative], progress)
         if _stamp(path) == stamp and max(stamp[3:]) < started - _SETTLED_NS:
-            learnt[relative] = _Seen(expected, stamp)
+            learnt[relative] = _VerifiedFile(expected, stamp)
     if learnt and memory:
-        write_own(memory, msgspec.json.encode({**known, **learnt}))
+        write_cache_file(memory, msgspec.json.encode({**known, **learnt}))
 
 
 def _stamp(path: Path) -> Stamp:
     with reading(path):
-        found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _memory_file(folder: Path) -> Path | None:
@@ -81,10 +81,10 @@ def _memory_file(folder: Path) -> Path | None:
     return cache_path("verified", f"{name}.json")
 
 
-def _recall(memory: Path) -> dict[str, _Seen]:
+def _recall(memory: Path) -> dict[str, _VerifiedFile]:
     """What was checked before; nothing if the file is not there, damaged, or might be another user's work."""
-    data = read_own(memory)
+    data = read_cache_file(memory)
     try:
-        return {} if data is None else msgspec.json.decode(data, type=dict[str, _Seen])
+        return {} if data is None else msgspec.json.decode(data, type=dict[str, _VerifiedFile])
     except NOT_JSON:
         return {}

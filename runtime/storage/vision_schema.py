@@ -31,7 +31,7 @@ class PromptForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     before: str
     after: str
 
-    def written(self, prompt: str, images: int) -> str:
+    def format(self, prompt: str, images: int) -> str:
         r"""The whole text, to be tokenized without further special tokens.
 
         Args:
@@ -39,7 +39,7 @@ class PromptForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 its text begins behind the last.
             images: how many images it has.
 
-        >>> PromptForm(image="<image>", before="<bos>", after="\n").written("caption en", 1)
+        >>> PromptForm(image="<image>", before="<bos>", after="\n").format("caption en", 1)
         '<image><bos>caption en\n'
         """
         last = prompt.rfind(self.image)
@@ -50,13 +50,13 @@ class PromptForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class TileTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tokens around the placeholders of a picture's tiles, as the model's own processor writes them.
+    """Tokens around the placeholders of an image's tiles, as the model's own processor writes them.
 
     Attributes:
         before_tile: for each row and each column, those in front of that tile, with what ends the row before.
-        before_whole: those in front of the tile that shows the whole picture, behind others.
-        before_only: those in front of a picture's only tile.
-        end: those behind a picture.
+        before_whole: those in front of the tile that shows the whole image, behind others.
+        before_only: those in front of an image's only tile.
+        end: those behind an image.
     """
 
     before_tile: tuple[tuple[tuple[int, ...], ...], ...]
@@ -65,21 +65,23 @@ class TileTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     end: tuple[int, ...]
 
     def around(self, placeholders: list[int], grid: Grid) -> list[int]:
-        """What a picture becomes in a prompt; ``placeholders`` are those of one tile."""
+        """What an image becomes in a prompt; ``placeholders`` are those of one tile."""
         if grid == (0, 0):
             return [*self.before_only, *placeholders, *self.end]
         rows, columns = grid
-        tiles = [token for row in self.before_tile[:rows] for own in row[:columns] for token in (*own, *placeholders)]
+        tiles = [
+            token for row in self.before_tile[:rows] for before in row[:columns] for token in (*before, *placeholders)
+        ]
         return [*tiles, *self.before_whole, *placeholders, *self.end]
 
 
 def tiles_of(grid: Grid) -> int:
-    """How many tiles a picture is, the whole one among them."""
+    """How many tiles an image is, the whole one among them."""
     return grid[0] * grid[1] + 1
 
 
 class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a vision tower looks at the patches of a picture.
+    """How a vision tower looks at the patches of an image.
 
     Attributes:
         merge: patches on an edge of a piece.
@@ -90,7 +92,7 @@ class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     window: int | None
 
     def inputs(self, grid: Grid) -> dict[str, Array]:
-        """What a vision graph takes beside the patches of one picture.
+        """What a vision graph takes beside the patches of one image.
 
         Args:
             grid: its rows and columns of pieces.
@@ -98,7 +100,7 @@ class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         Returns:
             ``patch_positions``: row and column of each patch, int64 with shape ``(patches, 2)``. With windows also
             ``window_patches``: the patches of each window, int64 with shape ``(windows, places)``, -1 where a window
-            reaches beyond the picture; and ``patch_places``: where each patch stands among all windows' places, int64
+            reaches beyond the image; and ``patch_places``: where each patch stands among all windows' places, int64
             with shape ``(patches,)``.
         """
         rows, columns = grid
@@ -109,9 +111,9 @@ class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return {"patch_positions": positions}
         windows = self._windows(grid, self.window)
         flat = windows.ravel()
-        places = np.empty(len(positions), np.int64)
-        places[flat[flat != _NONE]] = np.flatnonzero(flat != _NONE)
-        return {"patch_positions": positions, "window_patches": windows, "patch_places": places}
+        window_slots = np.empty(len(positions), np.int64)
+        window_slots[flat[flat != _NONE]] = np.flatnonzero(flat != _NONE)
+        return {"patch_positions": positions, "window_patches": windows, "patch_places": window_slots}
 
     def _windows(self, grid: Grid, window: int) -> Array:
         rows, columns = grid

@@ -58,11 +58,11 @@ class RankFold:
         delta: Array = np.matmul(self.hidden.take(ids, axis=0), self.up.T)
         if self.up_bias is not None:
             delta += self.up_bias
-        plain = table.take(ids, axis=0)
-        if plain.dtype == delta.dtype:
-            delta += plain
+        embeds = table.take(ids, axis=0)
+        if embeds.dtype == delta.dtype:
+            delta += embeds
             return delta
-        result: Array = (delta + plain).astype(plain.dtype)
+        result: Array = (delta + embeds).astype(embeds.dtype)
         return result
 
 
@@ -78,8 +78,8 @@ def view_fold(kind: str, data: Bytes, adapter: Adapter, base: Base) -> Folded:
     tensors, shape = raw_tensors(data), (base.vocab_size, rank_of(adapter.config.rank, "text"))
     hidden = tensors.get(HIDDEN_NAME)
     if len(tensors) != 1 or hidden is None or hidden.shape != shape or hidden.dtype != np.float32:
-        found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
+        contents = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
         raise ValueError(
-            f"expected one tensor {HIDDEN_NAME!r} of float32 with shape {shape}; it holds {', '.join(found)}"
+            f"expected one tensor {HIDDEN_NAME!r} of float32 with shape {shape}; it holds {', '.join(contents)}"
         )
     return RankFold(hidden, adapter.weights["text.up.weight"], adapter.weights.get("text.up.bias"))

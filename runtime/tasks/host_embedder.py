@@ -24,6 +24,6 @@ class HostEmbedder:
         """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.for_decoding()
 
-    def read(self, fed: Array) -> Array:
+    def read(self, engine_input: Array) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return fed
+        return engine_input

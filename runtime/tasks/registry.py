@@ -115,7 +115,7 @@ class TaskRegistry:
         for row, name in enumerate(rows):
             if name is not None:
                 members.setdefault(name, []).append(row)
-        return mix((self.get(name).value, np.array(own)) for name, own in members.items())
+        return mix((self.get(name).value, np.array(row_numbers)) for name, row_numbers in members.items())
 
     def _hold(self, name: str, mapping: AdapterMapping, size_bytes: int) -> Held[AdapterMapping]:
         """Keep a task's weights, and let go of others beyond the budget; the lock is held."""

@@ -71,8 +71,8 @@ class SoftPromptLayout:
         self._is_inside = (columns >= 0) & (columns < total)
         self._columns = np.clip(columns, 0, total - 1)
         self.mask = np.zeros((batch, total), np.int64)
-        self.mask[self._places] = mask[self._is_inside]
-        for row, where, _ in self._given():
+        self.mask[self._token_index] = mask[self._is_inside]
+        for row, where, _ in self._prompt_slices():
             self.mask[row, where] = 1
 
     @property
@@ -93,9 +93,9 @@ class SoftPromptLayout:
         """
         wide = np.zeros((*self.mask.shape, embeds.shape[2]), embeds.dtype)
         indices = np.full(self.mask.shape, -1, np.int64)
-        wide[self._places] = embeds[self._is_inside]
-        indices[self._places] = 0 if modality is None else modality[self._is_inside]
-        for row, where, prompt in self._given():
+        wide[self._token_index] = embeds[self._is_inside]
+        indices[self._token_index] = 0 if modality is None else modality[self._is_inside]
+        for row, where, prompt in self._prompt_slices():
             wide[row, where] = prompt.vectors
             indices[row, where] = -1
         return wide, indices
@@ -110,12 +110,12 @@ class SoftPromptLayout:
         return np.zeros(0, np.int64) if prompt is None else prompt.cache_keys()
 
     @property
-    def _places(self) -> tuple[Array, Array]:
+    def _token_index(self) -> tuple[Array, Array]:
         """Where each position goes that is not past the end."""
         rows = np.nonzero(self._is_inside)[0]
         return rows, self._columns[self._is_inside]
 
-    def _given(self) -> list[tuple[int, slice, SoftPrompt]]:
+    def _prompt_slices(self) -> list[tuple[int, slice, SoftPrompt]]:
         """The rows that have a soft prompt, and where it stands."""
         return [
             (row, slice(int(start), int(start) + len(prompt.vectors)), prompt)

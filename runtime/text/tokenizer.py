@@ -47,7 +47,7 @@ class Tokenizer:
         form = None if vision is None else vision.prompt_form
         if form is None:
             return list(self._tokenizer.encode(text).ids)
-        return list(self._tokenizer.encode(form.written(text, images), add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(form.format(text, images), add_special_tokens=False).ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of one user message in the model's chat template, ready for the reply.
@@ -65,7 +65,7 @@ class Tokenizer:
         """
         check_text(message)
         is_text = self._base.vision is None or self._chat.takes_text
-        return self._chat.render(message if is_text else self._parts(message))
+        return self._chat.render(message if is_text else self._content(message))
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -82,14 +82,14 @@ class Tokenizer:
             eos_token=self._special(eos[0] if eos else None),
         )
 
-    def _parts(self, message: str) -> list[dict[str, str]]:
+    def _content(self, message: str) -> list[dict[str, str]]:
         """A message as texts and images, in their order."""
         placeholder = self._special(self._base.vision.image_token_id if self._base.vision else None)
-        parts: list[dict[str, str]] = []
+        content: list[dict[str, str]] = []
         for number, text in enumerate(message.split(placeholder)):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": text}] if text else []
-        return parts
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": text}] if text else []
+        return content
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -23,7 +23,7 @@ _OLDEST, _TOO_NEW = Version("10.0"), Version("12.0")
 _NOT_TARGETS = ("NONE", "CURRENT")
 _KEPT_LINES = 32
 # Where in the library an error was seen, as its log begins a line.
-_PLACE = re.compile(r"^\[[^\]]*::\d+\] ")
+_SOURCE_LOCATION = re.compile(r"^\[[^\]]*::\d+\] ")
 
 
 class Heard:
@@ -34,7 +34,7 @@ class Heard:
 
     def add(self, line: str) -> None:
         """Keep a line, unless the last one says the same."""
-        text = _PLACE.sub("", " ".join(line.split()))
+        text = _SOURCE_LOCATION.sub("", " ".join(line.split()))
         if text and (not self._lines or self._lines[-1] != text):
             self._lines.append(text)
 
@@ -242,14 +242,14 @@ def _unavailable(backend: str, name: str, error: Exception, install: str) -> Bac
     )
 
 
-def _check_version(found: str, install: str) -> None:
+def _check_version(version: str, install: str) -> None:
     try:
-        is_known = _OLDEST <= Version(found) < _TOO_NEW
+        is_known = _OLDEST <= Version(version) < _TOO_NEW
     except InvalidVersion:
         is_known = False
     if not is_known:
         raise BackendUnavailableError(
-            f"backend 'tensorrt': version {found} is installed, expected {_OLDEST} or later and before {_TOO_NEW}: "
+            f"backend 'tensorrt': version {version} is installed, expected {_OLDEST} or later and before {_TOO_NEW}: "
             f"{install}"
         )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+from adalink.runtime.storage.user_cache import cache_path, read_cache_file, write_cache_file
 from adalink.runtime.trt.api import Api
 from adalink.runtime.trt.record import RECORD_FILE
 
@@ -25,11 +25,11 @@ class JitCache:
             # The record tells engines apart as well as the plan does, and is not read in half a second.
             key = digest_bytes(plan.with_name(RECORD_FILE).read_bytes() + plan.name.encode())
             self._path = cache_path("jit", f"{key.removeprefix('sha256:')[:32]}.bin")
-        data = None if self._path is None else read_own(self._path)
+        data = None if self._path is None else read_cache_file(self._path)
         if data is not None and self._cache is not None:
             self._cache.deserialize(data)
 
     def save(self) -> None:
         """Write what was compiled."""
         if self._path is not None:
-            write_own(self._path, memoryview(self._cache.serialize()))
+            write_cache_file(self._path, memoryview(self._cache.serialize()))

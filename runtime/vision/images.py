@@ -1,10 +1,10 @@
-"""A picture as the caller has it, to RGB pixels: what the image processors of transformers make of each kind.
+"""An image as the caller has it, to RGB pixels: what the image processors of transformers make of each kind.
 
 - A file, by its path or its bytes: turned as its EXIF orientation says, an alpha channel dropped.
 - A Pillow image: taken as it lies, transparency put on white.
 - A uint8 array: grey, RGB, or RGBA, which is put on white; channels last, or first where that reads as an image too.
 
-Grey, palette, CMYK and 16-bit pictures become RGB as Pillow converts them.
+Grey, palette, CMYK and 16-bit images become RGB as Pillow converts them.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ T = TypeVar("T")
 _CHANNELS = (1, 3, 4)
 
 
-def read_picture(source: ImageInput, name: str) -> Array:
-    """RGB pixels of a picture.
+def read_image(source: ImageInput, name: str) -> Array:
+    """RGB pixels of an image.
 
     Args:
         source: a path, the bytes of a file, a Pillow image or a uint8 array; no address in a network.
@@ -41,7 +41,7 @@ def read_picture(source: ImageInput, name: str) -> Array:
         uint8 with shape ``(height, width, 3)``.
 
     Raises:
-        RequestError: it is no picture, is not there, is truncated, or is so large that it may be meant to exhaust
+        RequestError: it is no image, is not there, is truncated, or is so large that it may be meant to exhaust
             the memory.
         BackendUnavailableError: Pillow is not installed.
     """
@@ -93,7 +93,7 @@ def _on_white(image: Image.Image) -> Array:
 
 
 def _decoded(name: str, decode: Callable[[], T]) -> T:
-    """Call Pillow; whatever its decoders raise says that the picture is damaged."""
+    """Call Pillow; whatever its decoders raise says that the image is damaged."""
     try:
         return decode()
     # They raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others, by format and by damage.

@@ -1,6 +1,6 @@
-"""Pictures that keep their shape: the grid of patches that one becomes, and how a vision tower looks at such a grid.
+"""Images that keep their shape: the grid of patches that one becomes, and how a vision tower looks at such a grid.
 
-The steps are those of transformers' ``Qwen2VLImageProcessor`` (its PIL backend). A picture is resized to whole pieces;
+The steps are those of transformers' ``Qwen2VLImageProcessor`` (its PIL backend). An image is resized to whole pieces;
 a piece, ``merge x merge`` patches, becomes one position of the language model. Patches stand piece by piece.
 """
 
@@ -23,10 +23,10 @@ _LONGEST = 200
 
 
 class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a picture is cut.
+    """How an image is cut.
 
     Attributes:
-        least_pixels: a smaller picture is enlarged to have at least this many pixels.
+        least_pixels: a smaller image is enlarged to have at least this many pixels.
         most_pixels: a larger one is reduced to at most this many.
         edge: height and width of a patch, in pixels.
         merge: patches on an edge of a piece.
@@ -40,7 +40,7 @@ class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     frames: int
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture is resized to; raises ``RequestError`` for one that is too narrow."""
+        """Height and width that an image is resized to; raises ``RequestError`` for one that is too narrow."""
         if max(height, width) > _LONGEST * min(height, width):
             raise RequestError(
                 f"the image is {width} x {height} pixels, expected the longer edge to be at most {_LONGEST} times the "
@@ -57,12 +57,12 @@ class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return rows * piece, columns * piece
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of pieces that a picture of this size becomes; raises as ``size`` does."""
+        """Rows and columns of pieces that an image of this size becomes; raises as ``size`` does."""
         height, width = self.size(height, width)
         return height // (self.edge * self.merge), width // (self.edge * self.merge)
 
     def cut(self, values: Array) -> Array:
-        """The patches of a picture that has been resized.
+        """The patches of an image that has been resized.
 
         Args:
             values: float32 with shape ``(3, height, width)``.

@@ -66,17 +66,17 @@ def check_images(images: Images, rows: int, base: Base) -> list[list[ImageInput]
             f"images is {_short(images)} and there are {rows} rows: expected a list with one entry for each row, its "
             "list of images or None"
         )
-    given = []
-    for row, own in enumerate(images):
-        if own is not None and not isinstance(own, (list, tuple)):
-            raise RequestError(f"images[{row}] is {_short(own)}, expected a list of images or None")
-        given.append(list(own or ()))
-    if base.vision is None and any(given):
+    by_row = []
+    for row, row_images in enumerate(images):
+        if row_images is not None and not isinstance(row_images, (list, tuple)):
+            raise RequestError(f"images[{row}] is {_short(row_images)}, expected a list of images or None")
+        by_row.append(list(row_images or ()))
+    if base.vision is None and any(by_row):
         raise RequestError(
             f"{base.name} was exported without a vision tower and takes no images: leave images out, or pass "
             "embeddings of your own to run() with inputs_embeds and modality"
         )
-    return given
+    return by_row
 
 
 def expand(tokens: list[int], images: Sequence[PreprocessedImage], row: int, base: Base) -> list[int]:
@@ -94,18 +94,20 @@ def expand(tokens: list[int], images: Sequence[PreprocessedImage], row: int, bas
     vision = base.vision
     if vision is None:
         return tokens
-    found = tokens.count(vision.image_token_id)
-    if found == len(images):
+    count = tokens.count(vision.image_token_id)
+    if count == len(images):
         left = iter(images)
         return [
             token
-            for own in tokens
-            for token in (vision.written(next(left).grid) if own == vision.image_token_id else (own,))
+            for prompt_token in tokens
+            for token in (
+                vision.image_tokens(next(left).grid) if prompt_token == vision.image_token_id else (prompt_token,)
+            )
         ]
     positions = sum(vision.positions(image.grid) for image in images)
-    if found != positions:
+    if count != positions:
         raise RequestError(
-            f"prompt {row} has {found} placeholders (token {vision.image_token_id}) and {len(images)} images: write "
+            f"prompt {row} has {count} placeholders (token {vision.image_token_id}) and {len(images)} images: write "
             f"one placeholder for each image where it belongs, or all {positions} positions that they take up"
         )
     return tokens
@@ -113,13 +115,14 @@ def expand(tokens: list[int], images: Sequence[PreprocessedImage], row: int, bas
 
 def check_expanded(ids: Array, images: Sequence[Sequence[PreprocessedImage]], vision: Vision) -> None:
     """Check that every row of ``(batch, seq)`` has the positions that its images take up; raises ``RequestError``."""
-    for row, own in enumerate(images):
-        found = int((ids[row] == vision.image_token_id).sum())
-        expected = sum(vision.positions(image.grid) for image in own)
-        if found != expected:
+    for row, row_images in enumerate(images):
+        count = int((ids[row] == vision.image_token_id).sum())
+        expected = sum(vision.positions(image.grid) for image in row_images)
+        if count != expected:
             raise RequestError(
-                f"input_ids: row {row} has {found} placeholders (token {vision.image_token_id}) and {len(own)} images: "
-                f"expected {expected} placeholders, {vision.tokens_per_image} for each image, tile or piece of one"
+                f"input_ids: row {row} has {count} placeholders (token {vision.image_token_id}) and {len(row_images)} "
+                f"images: expected {expected} placeholders, {vision.tokens_per_image} for each image, tile or piece of "
+                "one"
             )
 
 
@@ -137,7 +140,7 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
         shape ``(batch, seq)``.
     """
     is_image = ids == base.vision.image_token_id
-    rows = [image.embeds for own in images for image in own]
+    rows = [image.embeds for row_images in images for image in row_images]
     if rows:
         embeds[is_image] = as_stored(np.concatenate(rows), base.contract.embedding_dtype)
     return embeds, np.where(is_image, base.contract.modalities.index("image"), 0)
