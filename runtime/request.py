@@ -1,4 +1,4 @@
-"""Checking what a caller passes, before anything is computed."""
+"""Request validation: arguments are checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_embeds(inputs_embeds: npt.ArrayLike, base: Base) -> Array:
 
 
 def check_mask(attention_mask: npt.ArrayLike | None, shape: tuple[int, int]) -> Array:
-    """Mask as int64 of ``shape``, ones where none is given; every row has a 1; raises ``RequestError``."""
+    """Mask as int64 of ``shape``, all ones for ``None``; every row has a 1; raises ``RequestError``."""
     if attention_mask is None:
         return np.ones(shape, np.int64)
     mask = _as_array(attention_mask, "attention_mask")
@@ -136,7 +136,7 @@ def check_text(text: str, name: str = "the text") -> str:
 
 
 def _extremes(ids: Array) -> tuple[int, int]:
-    """Smallest and largest of ``ids``: for a few, as in every decode step, Python is quicker than two reductions."""
+    """Smallest and largest id. For few ids, as in every decode step, Python is faster than two reductions."""
     if ids.size <= _FEW:
         values = ids.ravel().tolist()
         return min(values), max(values)
