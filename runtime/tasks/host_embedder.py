@@ -1,4 +1,4 @@
-"""The input embedder of engines that take arrays: adapters are applied in main memory."""
+"""Host embedder: adapters are applied in main memory, for engines that take arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
 class HostEmbedder:
-    """See ``adalink.runtime.engine.InputEmbedder``; what it gives is an array."""
+    """See ``adalink.runtime.engine.InputEmbedder``; results are arrays."""
 
     def __init__(self, table: Array) -> None:
         self._table = table
