@@ -1,4 +1,4 @@
-"""An engine whose memory stays on the device, with the embedder that gives it its embeddings."""
+"""Device engine: an engine and input embedder whose memory stays on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adalink.runtime.tasks.host_embedder import HostEmbedder
 
 
 class DeviceEmbedder:
-    """See ``adalink.runtime.engine.InputEmbedder``; what it gives is a recipe that the engine carries out."""
+    """See ``adalink.runtime.engine.InputEmbedder``; results are batch inputs, which the engine embeds itself."""
 
     def __init__(self, context: EngineContext, table: Array) -> None:
         self._context = context
@@ -31,7 +31,7 @@ class DeviceEmbedder:
         self._workspaces: WorkspacePool[_ReadWorkspace] = WorkspacePool(lambda: _ReadWorkspace(context))
 
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
-        """See ``adalink.runtime.engine.InputEmbedder``; what tasks have for token ids is added in main memory."""
+        """See ``adalink.runtime.engine.InputEmbedder``; token embedding deltas are added in main memory."""
         if tasks.needs_ids:
             return BatchInputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
         return BatchInputs(ids, None, modality, tasks)
@@ -41,11 +41,11 @@ class DeviceEmbedder:
         return BatchInputs(None, embeds, modality, tasks)
 
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
-        """See ``adalink.runtime.engine.InputEmbedder``; nothing is stacked, since a row picks its task by index."""
+        """See ``adalink.runtime.engine.InputEmbedder``; no stacking, since a row selects its task by slot."""
         return tasks.generated()
 
     def read(self, engine_input: BatchInputs) -> Array:
-        """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is given as its bits, uint16."""
+        """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is returned as its bits, uint16."""
         profile, base = self._context.plans.profile, self._context.base
         batch, seq = engine_input.shape
         result = np.zeros((batch, seq, base.hidden_size), NUMPY[base.embedding_dtype])
@@ -57,12 +57,12 @@ class DeviceEmbedder:
         return result
 
     def close(self, at_end: Callable[[], None]) -> None:
-        """Give its memory back, then call ``at_end``."""
+        """Free its memory, then call ``at_end``."""
         self._workspaces.close(at_end)
 
 
 class PreEmbedded:
-    """See ``adalink.runtime.engine.InputEmbedder``: tasks are applied in main memory, for want of embedders."""
+    """See ``adalink.runtime.engine.InputEmbedder``: adapters are applied in main memory, before the device."""
 
     def __init__(self, table: Array) -> None:
         self._host = HostEmbedder(table)
@@ -122,7 +122,7 @@ class DeviceEngine:
         table: Array | None = None,
         embedder: InputEmbedder | None = None,
     ) -> None:
-        """Copy the embedding table to the device, unless an embedder is given that applies tasks before."""
+        """Copy the embedding table to the device, unless ``embedder`` applies adapters on the host."""
         self._device = device
         self.profile: Profile | None = plans.profile
         self.padding_side = "right" if base.kind == "encoder" else "left"
@@ -137,7 +137,7 @@ class DeviceEngine:
             embedder = DeviceEmbedder(self._context, table)
         self.embedder: InputEmbedder = embedder
         self._workspaces: WorkspacePool[EngineWorkspace] = WorkspacePool(lambda: EngineWorkspace(self._context))
-        # What is wrong with the plan is found when it is opened, not at the first request.
+        # Opening a workspace now reports a faulty plan before the first request.
         self._workspaces.give(self._workspaces.take())
 
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
@@ -150,7 +150,7 @@ class DeviceEngine:
         result: Array | None = None
         with self._workspaces.lend() as workspace:
             at_once = profile.batch.max
-            if self._base.bidirectional_prompt:  # fewer rows, so that each goes in whole
+            if self._base.bidirectional_prompt:  # fewer rows, so that each fits one pass
                 at_once = max(1, min(at_once, profile.logits_capacity // seq))
             for first in range(0, batch, at_once):
                 last = min(first + at_once, batch)
@@ -181,7 +181,7 @@ class DeviceEngine:
         return state
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Engine``; what a call that runs still reads goes when it has ended."""
+        """See ``adalink.runtime.engine.Engine``; running calls free their memory when they end."""
         self._workspaces.close(self._close_embedder)
 
     def _close_embedder(self) -> None:
@@ -196,7 +196,7 @@ class DeviceEngine:
         self._plans.close()
 
     def _passes(self, workspace: EngineWorkspace, inputs: BatchInputs, mask: Array) -> Iterator[tuple[slice, Array]]:
-        """Whole rows, in as many passes as they take: which columns, and what the engine gives for them."""
+        """Run whole rows in one or more passes; yields the columns of each pass and its output."""
         batch, seq = mask.shape
         positions = positions_of(mask)
         is_decoder = workspace.cache is not None
@@ -219,7 +219,7 @@ class DeviceEngine:
 
 
 def upload_table(device: Device, table: Array) -> int:
-    """Copy the embedding table to the device through a window of pinned memory; its address."""
+    """Copy the embedding table to the device through a window of pinned memory; returns its address."""
     rows = max(1, (8 << 20) // table[0].nbytes)
     window = device.pinned((min(rows, len(table)), table.shape[1]), table.dtype)
     address, queue = device.allocate(table.nbytes), device.open_queue()

@@ -1,4 +1,4 @@
-"""One pass of an engine: what is written for it on the host, and what is enqueued on the device."""
+"""Forward pass on a device: inputs written on the host, work enqueued on the device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MOST_STEPS = 64
 
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
-    """What one pass takes.
+    """Inputs of one forward pass.
 
     Attributes:
-        inputs: ids or embeddings of its positions, shape ``(batch, seq)``.
-        reservation: places of the rows' tasks.
-        mask: 1 for each position that may be seen, int64 with shape ``(batch, total)``; those of the cache come first.
-        positions: position of each token among its row's, int64 with shape ``(batch, seq)``.
-        logits_indices: whose logits are wanted, as indices in ``batch * seq``.
+        inputs: ids or embeddings, shape ``(batch, seq)``.
+        reservation: slots of the rows' tasks.
+        mask: attention mask, int64 with shape ``(batch, total)``; cached positions come first.
+        positions: position ids, int64 with shape ``(batch, seq)``.
+        logits_indices: positions whose logits are returned, as indices in ``batch * seq``.
     """
 
     inputs: BatchInputs
@@ -40,7 +40,7 @@ class ForwardBatch:
 
 @dataclass(eq=False)
 class Step:
-    """A decode step of one shape: its own executors, and its record where there is one."""
+    """A decode step of one shape: its executors, and its recording if there is one."""
 
     executors: Executors
     pools: tuple[AdapterWeightPool, ...]
@@ -48,11 +48,11 @@ class Step:
 
 
 class EngineWorkspace:
-    """Everything that one batch at a time needs. For one thread at a time.
+    """Buffers and executors of one batch at a time. For one thread at a time.
 
     Attributes:
-        queue: where the work goes.
-        cache: keys and values; ``None`` for an encoder.
+        queue: the queue of its work.
+        cache: the KV cache; ``None`` for an encoder.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -89,20 +89,20 @@ class EngineWorkspace:
 
     @property
     def records(self) -> bool:
-        """Whether a decode step's shapes stay the same, so that it can be recorded."""
+        """Whether decode steps have fixed shapes and can be recorded."""
         return "write_indices" in self._takes
 
     @property
     def gathers_logits(self) -> bool:
-        """Whether the engine gives logits only where they are wanted."""
+        """Whether the engine returns logits only at the requested positions."""
         return "logits_at" in self._takes
 
     def prompt(self, forward_batch: ForwardBatch) -> Array:
-        """Run positions of a prompt behind those in the cache.
+        """Prefill pass: run prompt positions after those in the cache.
 
         Returns:
-            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``, or of an encoder the
-            hidden states at every position, shape ``(batch * seq, d)``.
+            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``; for an encoder, hidden
+            states at every position, shape ``(batch * seq, d)``.
         """
         self._write(forward_batch)
         self._enqueue(self._prefill, forward_batch)
@@ -110,7 +110,7 @@ class EngineWorkspace:
         return self._received(forward_batch)
 
     def decode(self, forward_batch: ForwardBatch) -> Array:
-        """Run one token of each row, from a record where there is one; gives what ``prompt`` does."""
+        """Decode step: run one token of each row, from a recording if there is one; returns as ``prompt`` does."""
         self._write(forward_batch)
         if not self.records:
             self._enqueue(self._growing_step, forward_batch)
@@ -129,9 +129,9 @@ class EngineWorkspace:
         self._arena.close()
 
     def _replay(self, forward_batch: ForwardBatch) -> None:
-        """Enqueue a step from its record; the first of its shape is run as it is, and recorded.
+        """Enqueue a decode step from its recording; the first step of a shape is run directly and recorded.
 
-        A record holds addresses and shapes, so each has executors that nobody binds anew.
+        A recording holds addresses and shapes. Each therefore has its own executors, which are never bound again.
         """
         assert self.cache is not None
         adapter_passes = self._embedder.adapter_passes(forward_batch.inputs, forward_batch.reservation)
@@ -147,7 +147,7 @@ class EngineWorkspace:
             self._forget_steps()
             executors = Executors(self._context.plans, self._arena, DECODE)
             self._enqueue(executors, forward_batch)
-            # Recording wants an engine that has run with these shapes, and is not touched again.
+            # Recording needs an engine that has run with these shapes.
             self.queue.wait()
             executors.is_bound = True
             length = self.cache.length
@@ -161,7 +161,7 @@ class EngineWorkspace:
             self._enqueue(step.executors, forward_batch)
 
     def _forget_steps(self) -> None:
-        """Let go of the oldest records beyond a number, and of those that read a stack nobody fills any more."""
+        """Drop the oldest recordings beyond a limit, and those that read a replaced pool."""
         stale = [
             key for key, step in self._steps.items() if not all(map(self._context.adapter_pools.is_current, step.pools))
         ]
@@ -170,7 +170,7 @@ class EngineWorkspace:
                 self._steps.pop(key).executors.close()
 
     def _write(self, forward_batch: ForwardBatch) -> None:
-        """Put everything into pinned memory; the queue is idle."""
+        """Write the inputs into pinned memory; the queue must be idle."""
         self._embedder.write(forward_batch.inputs, forward_batch.reservation)
         self._mask.host(*forward_batch.mask.shape)[:] = forward_batch.mask
         self._positions.host(*forward_batch.positions.shape)[:] = forward_batch.positions
@@ -179,7 +179,7 @@ class EngineWorkspace:
             self._write_indices.host(len(forward_batch.mask))[:] = self.cache.length
 
     def _enqueue(self, executors: Executors, forward_batch: ForwardBatch) -> None:
-        """Enqueue copies, embedders and engine; reads nothing of ``forward_batch`` but shapes and where weights lie."""
+        """Enqueue copies, embedders and engine; reads only shapes and weight addresses of ``forward_batch``."""
         batch, seq = forward_batch.inputs.shape
         engine, shape = executors[ENGINE], self._output_shape(forward_batch)
         embeds = self._embedder.enqueue(executors, forward_batch.inputs, forward_batch.reservation)
@@ -220,7 +220,7 @@ class EngineWorkspace:
 
 
 def check_signature(engine: Executor, base: Base) -> None:
-    """Check that a graph takes and gives what a base graph does; raises ``GraphError``."""
+    """Check that inputs and outputs are those of a base graph; raises ``GraphError``."""
     inputs = {"inputs_embeds", "attention_mask"}
     outputs = {"last_hidden_state" if base.cache is None else "logits"}
     if base.cache is not None:

@@ -1,4 +1,4 @@
-"""A compiled vision tower: pixel values go to the device, image embeddings come back, in memory allocated once."""
+"""Compiled vision tower: pixel values to image embeddings, in device memory allocated once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 
 class DeviceVision:
-    """See ``adalink.runtime.engine.VisionGraph``; has a queue of its own, beside the engine's.
+    """See ``adalink.runtime.engine.VisionGraph``; its queue is separate from the engine's.
 
     Attributes:
-        most_images: what the profile allows.
+        most_images: the profile's limit.
     """
 
     def __init__(self, device: Device, plans: Plans, base: VisionBase) -> None:
-        """Open the tower among ``plans``, which are its own and are closed with it.
+        """Open the tower of ``plans``, which it closes with itself.
 
         Raises:
             BackendError: the device has not enough memory, or refused.
@@ -69,13 +69,13 @@ class DeviceVision:
 
 
 def _check_signature(tower: Executor, input_shape: tuple[int, ...], output_shape: tuple[int, ...], name: str) -> None:
-    """Check that a graph takes and gives what the manifest says; raises ``GraphError``."""
+    """Check inputs and outputs of the graph against the manifest; raises ``GraphError``."""
     for what, tensors, tensor, shape in (
         ("input", tower.inputs, VISION_INPUT, input_shape),
         ("output", tower.outputs, VISION_OUTPUT, output_shape),
     ):
         expected = Tensor("float32", (-1, *shape))
-        # A graph may leave a size of its output open; it is bound to the memory of the expected one.
+        # An output size may be dynamic; it is bound to memory of the expected size.
         fits = {
             key: received.dtype == expected.dtype
             and len(received.shape) == len(expected.shape)

@@ -1,4 +1,4 @@
-"""A graph on ONNX Runtime with everything it reads and writes at addresses of ours."""
+"""ONNX Runtime executor: a graph whose inputs and outputs are bound to given addresses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OnnxRuntimeExecutor:
             runtime: the module ``onnxruntime``.
             origin: the graph's name, for messages.
             device_type: ONNX Runtime's name of the device that holds the addresses, ``"cuda"`` or ``"cpu"``.
-            before: waits for what the session cannot know of, since it computes on a stream of its own.
+            before: waits for work that the session's own stream does not wait for.
         """
         self._session = session
         self._ort = runtime

@@ -1,4 +1,4 @@
-"""The vision graph of a model whose images keep their shape, on ONNX Runtime's CPU provider: an image a call."""
+"""Vision graph for images that keep their shape, on ONNX Runtime's CPU provider; one image in a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OnnxPatchGraph:
     """See ``adalink.runtime.engine.PatchVisionGraph``."""
 
     def __init__(self, path: Path, base: VisionBase, patches: PatchTower, threads: int | None = None) -> None:
-        """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, and the base's ``patches``."""
+        """Open the graph; ``patches`` is the base's, other arguments and errors are those of ``OnnxVisionGraph``."""
         self._origin, self._vision, self._tower = str(path), base.vision, patches
         self._width = base.contract.hidden_size
         self._ort, self._session = open_vision_session(path, threads)
@@ -41,4 +41,4 @@ class OnnxPatchGraph:
         return embeds
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.PatchVisionGraph``; its memory goes with it."""
+        """See ``adalink.runtime.engine.PatchVisionGraph``; memory is freed with the object."""

@@ -1,4 +1,4 @@
-"""A plan's execution context with one profile, on one stream."""
+"""TensorRT executor: a plan's execution context with one profile, on one stream."""
 
 from __future__ import annotations
 

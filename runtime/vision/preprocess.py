@@ -1,6 +1,6 @@
-"""From an image's pixels to what a vision encoder takes: the steps of the model's own image processor, in numpy.
+"""Image preprocessing: pixels to the vision tower's input, by the steps of the model's image processor, in numpy.
 
-Resizing is Pillow's, as in the processors of transformers that this follows step by step (its PIL backend).
+It follows transformers' processors (PIL backend) step by step; Pillow does the resizing.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.patches import Patching
 from adalink.runtime.vision.tiles import Tiling
 
-# Beyond this an image is a decompression bomb, or becomes one when its shorter edge is enlarged: Pillow's own limit.
+# Pillow's limit for decompression bombs; also the limit after the shorter edge is enlarged.
 MAX_PIXELS = 89_478_485
 
 
 class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``preprocessor.json``: what is done to an RGB image, in this order.
+    """``preprocessor.json``: the steps applied to an RGB image, in this order; ``None`` skips a step.
 
     Attributes:
-        pad_color: fill the shorter sides to a square of this RGB colour, the image in the middle; ``None``: do not.
+        pad_color: pad to a square of this RGB colour, the image in the middle.
         shortest_edge: resize so that the shorter edge has this many pixels; or else
-        resize: resize to this height and width, whatever the image's; ``None`` for both: do not.
-        resample: Pillow's number of the filter.
-        crop: height and width of the middle that is kept, filled up with zeros; ``None``: do not.
-        rescale_factor: factor of the values 0 to 255; ``None``: do not.
-        mean: subtracted from each channel; ``None``: do not.
-        std: what each channel is then divided by.
-        tiling: resize and cut into tiles instead of all that goes before ``rescale_factor``; ``None``: do not.
-        patching: resize instead of all that goes before ``rescale_factor``, and cut into patches in the end; ``None``:
-            do not.
+        resize: resize to this height and width, ignoring the aspect ratio.
+        resample: Pillow's number of the resampling filter.
+        crop: centre crop to this height and width, padded with zeros.
+        rescale_factor: multiply the values 0 to 255 by this.
+        mean: subtract this from each channel.
+        std: then divide each channel by this.
+        tiling: resize and cut into tiles, instead of the steps before ``rescale_factor``.
+        patching: resize instead of the steps before ``rescale_factor``, and cut into patches at the end.
     """
 
     pad_color: tuple[int, int, int] | None
@@ -49,7 +48,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     patching: Patching | None = None
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of tiles or pieces that an image of this size becomes; ``(0, 0)`` where it is one tile."""
+        """Rows and columns of tiles or pieces of an image of this size; ``(0, 0)`` for a single tile."""
         if self.patching is not None:
             return self.patching.grid(height, width)
         return (0, 0) if self.tiling is None else self.tiling.grid(height, width)
@@ -61,12 +60,12 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             image: RGB, uint8 with shape ``(height, width, 3)``.
 
         Returns:
-            float32 with shape ``(tiles, 3, height, width)``: one tile, unless images are cut into tiles. Of images
-            that are cut into patches, ``(patches, numbers)``.
+            float32 with shape ``(tiles, 3, height, width)``, one tile unless images are cut into tiles; or
+            ``(patches, numbers)`` for images cut into patches.
 
         Raises:
-            RequestError: the image is so narrow that resizing it, or filling it up to a square, would need more
-                memory than a bomb, or that the model's processor refuses it.
+            RequestError: the image is too narrow for the model's processor, or resizing or padding it would exceed
+                ``MAX_PIXELS``.
         """
         tiles = [self._one(image)] if self.tiling is None else self._tiles(image, self.tiling)
         tables = self._tables()
@@ -77,7 +76,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return values if self.patching is None else self.patching.cut(values[0])
 
     def _tables(self) -> Array:
-        """What each of the values 0 to 255 becomes in each channel: float32 with shape ``(3, 256)``."""
+        """Lookup tables of the values 0 to 255 for each channel: float32 with shape ``(3, 256)``."""
         levels: Array = np.arange(256)
         if self.rescale_factor is not None:
             levels = levels.astype(np.float64) * self.rescale_factor
@@ -88,7 +87,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return tables
 
     def _one(self, image: Array) -> Array:
-        """An image as the one tile that it is: uint8 with shape ``(3, height, width)``."""
+        """The image as a single tile: uint8 with shape ``(3, height, width)``."""
         image = image if self.pad_color is None else _padded_to_square(image, self.pad_color)
         if size := self._target(image.shape[0], image.shape[1]):
             image = _resized(image, size, self.resample)
@@ -96,7 +95,7 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return values if self.crop is None else _cropped(values, *self.crop)
 
     def _tiles(self, image: Array, tiling: Tiling) -> list[Array]:
-        """The tiles of an image, the one with the whole of it last: uint8, each of shape ``(3, edge, edge)``."""
+        """The tiles of an image, then the whole image as one tile: uint8, each of shape ``(3, edge, edge)``."""
         height, width, _ = image.shape
         for size in tiling.sizes(height, width):
             image = _resized(image, size, self.resample)
@@ -148,13 +147,13 @@ def _resized(image: Array, size: tuple[int, int], resample: int) -> Array:
 
 
 def _cropped(values: Array, height: int, width: int) -> Array:
-    """The middle of ``(3, h, w)``, with zeros where that is smaller."""
+    """Centre crop of ``(3, h, w)``, padded with zeros where it is smaller."""
     image_height, image_width = values.shape[1:]
     if image_height < height or image_width < width:
         large = np.zeros((3, max(height, image_height), max(width, image_width)), values.dtype)
         top, left = ceil((large.shape[1] - image_height) / 2), ceil((large.shape[2] - image_width) / 2)
         large[:, top : top + image_height, left : left + image_width] = values
-        # Where the middle begins is rounded for the image, not for the larger frame.
+        # The crop's origin is rounded relative to the image, not to the padded frame.
         top, left = (image_height - height) // 2 + top, (image_width - width) // 2 + left
         values = large
     else:

@@ -1,7 +1,7 @@
-"""The vision tower of an open deployment: opened with the first image, run once for each image.
+"""Vision tower of an open deployment, with a cache of image embeddings; opened with the first image.
 
-What it gives for an image is the same for every task, since adapters act behind it: embeddings are kept by what the
-image looks like to the tower, and one answers for all tasks.
+Adapters act after the tower, so the embeddings of an image are the same for every task. The cache is keyed by the
+preprocessed image and shared by all tasks.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _LOG = get_logger(__name__)
 
 
 class OpenVision:
-    """The image side of a deployment; safe for calls from several threads, which it serves one after another."""
+    """Image processing of a deployment; safe for several threads, whose calls it serialises."""
 
     def __init__(self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, cache_bytes: int) -> None:
-        """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
+        """``backend`` opens the tower's plan of ``variant`` if there is one, or else the base's graph."""
         self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
         self._kept: LruTable[str, Array] = LruTable(cache_bytes)
@@ -46,15 +46,15 @@ class OpenVision:
         self.encoded = 0
 
     def prepare(self, images: Sequence[Sequence[ImageInput]]) -> list[list[PreprocessedImage]]:
-        """The images of each row as the tower takes them.
+        """Read and preprocess the images of each row.
 
         Args:
-            images: those of each row; only for a base with a vision tower.
+            images: the images of each row; only for a base with a vision tower.
 
         Raises:
-            RequestError: one is no image.
-            IntegrityError: a file of the vision tower is not the one in the manifest.
-            BackendError: what runs the tower is not there, or refused.
+            RequestError: an image cannot be read.
+            IntegrityError: a file of the vision tower differs from the manifest.
+            BackendError: the tower's engine is not available, or refused.
         """
         with self._lock:
             preprocessor, _ = self._open()
@@ -70,7 +70,7 @@ class OpenVision:
         return preprocessed
 
     def embed(self, images: Sequence[Sequence[PreprocessedImage]]) -> list[list[ImageEmbeds]]:
-        """Embeddings of the images of each row; raises what ``prepare`` does."""
+        """Image embeddings of each row, from the cache where possible; raises what ``prepare`` does."""
         with self._lock:
             _, tower = self._open()
             by_digest = {image.digest: image for row_images in images for image in row_images}
@@ -92,7 +92,7 @@ class OpenVision:
             ]
 
     def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
-        """See ``Deployment.encode``."""
+        """See ``Deployment.encode_images``."""
         base = vision_base(self._manifest.base)
         shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
         if base.vision.patches is not None:
@@ -105,7 +105,7 @@ class OpenVision:
             return self._open()[1].run(pixel_values, grid or (0, 0))
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         with self._lock:
             self._is_closed = True
             if self._opened is not None:
@@ -119,7 +119,7 @@ class OpenVision:
         if self._opened is None:
             base, plan = vision_base(self._manifest.base), self._variant.vision_graph
             vision = base.vision
-            if plan is None:  # a plan was read whole with the engine's
+            if plan is None:  # a plan was verified with the engine's
                 verify_once(self._path, self._manifest, vision.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
@@ -135,16 +135,16 @@ class OpenVision:
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
-        """Keep embeddings as the most recently used, unless they alone exceed the budget."""
+        """Cache embeddings, unless they alone exceed the budget."""
         if embeds.nbytes <= self._cache_bytes:
             self._kept.put(digest, embeds, embeds.nbytes)
 
 
 class _Tower(Protocol):
-    """A vision tower, whatever the sizes of its images."""
+    """A vision tower, for images of one size or of any shape."""
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        """See ``Deployment.encode``; ``grid`` matters where images keep their shape."""
+        """See ``Deployment.encode_images``; ``grid`` is used where images keep their shape."""
         ...
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
@@ -152,7 +152,7 @@ class _Tower(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         ...
 
 
@@ -163,7 +163,7 @@ class _TileTower:
         self._graph = graph
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as it takes."""
+        """Embeddings of any number of tiles, shape ``(tiles, tokens, d)``, in one or more calls."""
         most = self._graph.most_images
         starts = range(0, len(pixel_values), most)
         return np.concatenate([self._graph.run(pixel_values[start : start + most]) for start in starts])
@@ -171,7 +171,7 @@ class _TileTower:
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         embeds = self.run(np.concatenate([image.pixel_values for image in images]), (0, 0))
         ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
-        # Copies, so that one that is kept does not keep its neighbours.
+        # Copies: a cached image must not keep the whole batch in memory.
         return [image_embeds.reshape(-1, image_embeds.shape[-1]).copy() for image_embeds in np.split(embeds, ends)]
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class _PatchTower:
 
 
 def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
-    """Check that images are cut as the manifest says, which has tokens for that; raises ``IntegrityError``."""
+    """Check that tiles and patches match the manifest, which has their tokens; raises ``IntegrityError``."""
     pieces = None if vision.patches is None else (vision.image_size, vision.patches.merge)
     cut = steps.patching
     if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
