@@ -1,9 +1,9 @@
-"""What this user has already checked: files whose digest need not be computed again until they change.
+"""Verification cache: files that this user has verified are not read again until they change.
 
-A file counts as unchanged while device, inode, size and both time stamps are those it had when it was read. The change
-time cannot be set back by the owner of a file, and a file that changed less than two seconds before it was read is
-never remembered, since a second change could leave the same stamp. What remains unseen is a disk that alters bytes by
-itself and a program that writes through an older memory map: a full check reads every byte.
+A file counts as unchanged while device, inode, size and both time stamps stay the same. The owner of a file cannot set
+back its change time. A file changed less than two seconds before it was read is not remembered, since a second change
+could leave the same stamp. Two changes go undetected: a disk that corrupts bytes, and writes through an older memory
+map. A full check reads every byte.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Stamp = tuple[int, int, int, int, int]
 
 
 class _VerifiedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file as it was when its digest was computed."""
+    """Digest and stamp of a verified file."""
 
     sha256: str
     stamp: Stamp
@@ -40,12 +40,12 @@ class _VerifiedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def verify_once(
     folder: Path, manifest: Manifest, paths: Iterable[str], progress: Callable[[str], None] | None = None
 ) -> None:
-    """Compare files with their recorded size and SHA-256, reading only those that are not known to be unchanged.
+    """Verify files against their recorded size and SHA-256; files verified before are read only after a change.
 
     Args:
         folder: the deployment.
         manifest: its manifest.
-        paths: which files.
+        paths: the files.
         progress: called with each path that is read.
 
     Raises:
@@ -76,13 +76,13 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _memory_file(folder: Path) -> Path | None:
-    """One for each deployment, the user's own: who can alter a deployment need not be able to vouch for it."""
+    """Cache file of a deployment, in the user's folder, where others who can write the deployment cannot."""
     name = digest_bytes(os.fsencode(folder.resolve())).removeprefix("sha256:")[:32]
     return cache_path("verified", f"{name}.json")
 
 
 def _recall(memory: Path) -> dict[str, _VerifiedFile]:
-    """What was checked before; nothing if the file is not there, damaged, or might be another user's work."""
+    """Earlier verifications; none if the file is missing, damaged or not trusted."""
     data = read_cache_file(memory)
     try:
         return {} if data is None else msgspec.json.decode(data, type=dict[str, _VerifiedFile])

@@ -1,4 +1,4 @@
-"""Image placeholders in prompts: one token for each image in the caller's prompt, one for each position in the engine's.
+"""Image placeholders: one token for each image in the caller's prompt, one for each position in the engine's.
 
 Where images are cut into tiles, further tokens between the positions identify the tiles.
 
