@@ -14,7 +14,7 @@ from adalink.runtime.builds import count_builder_call
 from adalink.runtime.errors import GraphError
 from adalink.runtime.logs import get_logger
 from adalink.runtime.profile import ShapeRange
-from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+from adalink.runtime.storage.user_cache import cache_path, read_cache_file, write_cache_file
 from adalink.runtime.trt.api import Api
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class PlanDraft:
         path = cache_path("timing", f"{self._api.backend}-{self._api.version}.cache")
         if not self._api.has_timing_cache or path is None:
             return None
-        cache = self.config.create_timing_cache(read_own(path) or b"")
+        cache = self.config.create_timing_cache(read_cache_file(path) or b"")
         # Timings of another GPU or driver are refused.
         if cache is None or not self.config.set_timing_cache(cache, ignore_mismatch=False):
             self.config.set_timing_cache(self.config.create_timing_cache(b""), ignore_mismatch=False)
@@ -173,7 +173,7 @@ class PlanDraft:
     def _keep_timings(self, path: Path) -> None:
         """Keep the timings for the next build."""
         with memoryview(self.config.get_timing_cache().serialize()) as data:
-            write_own(path, data)
+            write_cache_file(path, data)
 
 
 def writes_in_place(api: Api) -> bool:

@@ -13,7 +13,7 @@ import torch
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.storage.digest import digest_file
-from adalink.runtime.vision.images import read_picture
+from adalink.runtime.vision.images import read_image
 from adalink.training.data.rows import Example, ImageTokens
 from adalink.training.models.loading import find_image_processor
 from adalink.training.models.patches import read_patching
@@ -127,7 +127,7 @@ class TrainingImages:
 def _read(path: Path) -> Array:
     """Pixels of an image file; raises ``DataError``."""
     try:
-        return read_picture(path, "image")
+        return read_image(path, "image")
     except RequestError as error:
         raise DataError(str(error)) from error
 

@@ -105,7 +105,7 @@ def encode_rows(
         if form is None:
             prompt = list(tokenizer(row.prompt)["input_ids"])
         else:
-            written = form.written(row.prompt, len(row.images))
+            written = form.format(row.prompt, len(row.images))
             prompt = list(tokenizer(written, add_special_tokens=False)["input_ids"])
         pictures = _pictures(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
         if images is not None:

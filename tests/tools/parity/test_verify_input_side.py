@@ -159,7 +159,7 @@ def test_a_soft_prompt_behind_the_first_token(clean, monkeypatch):
 
     def behind(self, embeds, modality):
         wide, indices = prepend(self, embeds, modality)
-        for row, where, _ in self._given():
+        for row, where, _ in self._prompt_slices():
             moved = np.r_[where.stop, where]
             wide[row, where.start : where.stop + 1] = wide[row, moved]
             indices[row, where.start : where.stop + 1] = indices[row, moved]
