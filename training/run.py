@@ -59,8 +59,8 @@ def train(
     data: str | Path,
     eval_data: str | Path,
     out: str | Path,
-    config: AdaLinkConfig,
-    settings: TrainSettings,
+    config: AdaLinkConfig | None = None,
+    settings: TrainSettings | None = None,
     *,
     space: SearchSettings | None = None,
     loop: LoopOptions | None = None,
@@ -76,8 +76,8 @@ def train(
         data: JSONL rows to train on.
         eval_data: JSONL rows for the exact-match accuracy of base and adapter.
         out: adapter folder to write or replace.
-        config: settings of the method.
-        settings: settings of the training run.
+        config: settings of the method; ``AdaLinkConfig()`` by default.
+        settings: settings of the training run; ``TrainSettings()`` by default.
         space: learning rates, ranks and activations to search first, on rows held out of ``data``; they replace those
             of ``config`` and ``settings``. The winner is trained on all rows.
         loop: options that do not change the adapter: resumption, callbacks, progress.
@@ -88,7 +88,7 @@ def train(
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
-    loop = loop or LoopOptions()
+    config, settings, loop = config or AdaLinkConfig(), settings or TrainSettings(), loop or LoopOptions()
     progress = loop.progress
     out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)

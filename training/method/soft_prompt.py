@@ -154,7 +154,7 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _insert(rows: torch.Tensor, new: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
-    """``new``, ``(batch, n, ...)``, inserted into ``rows``, ``(batch, seq, ...)`` after ``lead`` columns of each row."""
+    """``new``, ``(batch, n, ...)``, inserted into ``rows``, ``(batch, seq, ...)`` after ``lead`` columns."""
     joined = torch.cat([new.to(rows.dtype), rows], dim=1)
     if not lead.any():
         return joined

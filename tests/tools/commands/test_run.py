@@ -56,11 +56,9 @@ def test_sampling_and_stops_reach_the_deployment(folder):
     how = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
     with Deployment.open(folder) as deployment:
+        samplings = [SamplingParams(**{**how, "seed": seed}) for seed in (3, 4)]
         free, other = (
-            deployment.generate(["Hello 12"], max_new_tokens=12, sampling=SamplingParams(**{**how, "seed": seed}))[
-                0
-            ].text
-            for seed in (3, 4)
+            deployment.generate(["Hello 12"], max_new_tokens=12, sampling=sampling)[0].text for sampling in samplings
         )
         stop = free[3:5]
         sampling = SamplingParams(**how)
