@@ -224,7 +224,7 @@ def train_adapter(options: TrainOptions) -> None:
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.training.run import train
 
-    loop = LoopOptions(resume=options.resume, say=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
+    loop = LoopOptions(resume=options.resume, progress=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
     # The Trainer logs to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         report = train(
