@@ -25,7 +25,7 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import COMPILED_BACKENDS, choose_variant
-from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.tools.common.observed_backend import ObservedBackend
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
@@ -157,7 +157,7 @@ def host_swap(deployment: Deployment, backend: str, device: Device) -> Json:
 
     It is given no queue to wait for: from the task's name to the number that the embedder reads.
     """
-    tasks = TaskTable(deployment.path, deployment.manifest, open_backend(backend))
+    tasks = TaskRegistry(deployment.path, deployment.manifest, open_backend(backend))
     bank = AdapterWeightPools(device, deployment.manifest.base.hidden_size, 256, 64)
     names, times = deployment.tasks[:2], []
     for index in range(-100, _SWAPS):

@@ -24,6 +24,7 @@ from adalink.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.generation.sampling import SamplingParams
     from adalink.runtime.generation.sequence import Generation
     from adalink.runtime.receipt import Receipt
 else:
@@ -33,6 +34,7 @@ else:
             "Deployment": "adalink.runtime.deployment",
             "Generation": "adalink.runtime.generation.sequence",
             "Receipt": "adalink.runtime.receipt",
+            "SamplingParams": "adalink.runtime.generation.sampling",
         },
     )
 
@@ -54,6 +56,7 @@ __all__ = [
     "ModelError",
     "Receipt",
     "RequestError",
+    "SamplingParams",
     "UnknownTaskError",
     "WriteError",
 ]

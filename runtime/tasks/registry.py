@@ -1,11 +1,10 @@
-"""The tasks of an open deployment: loaded on first use, and chosen by name for the rows of a batch."""
+"""Task registry of an open deployment: tasks are loaded at first use and resolved by name for each row."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_verified
-from adalink.runtime.storage.lru import LruTable
+from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, mix, task_groups
@@ -27,35 +26,20 @@ from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 _LOG = get_logger(__name__)
 
 
-class LoadedTask:
-    """A task ready to run; two are the same only if they are one object.
-
-    Attributes:
-        alone: the selection of a batch whose rows all have this task.
-        size_bytes: of its weights, and of its folded form.
-    """
-
-    __slots__ = ("alone", "size_bytes")
-
-    def __init__(self, alone: AdapterMapping, size_bytes: int) -> None:
-        self.alone = alone
-        self.size_bytes = size_bytes
-
-
 @dataclass(frozen=True)
 class AddedTask:
-    """A task that is not of the deployment folder: where it lies, and what it was when it was added."""
+    """A task outside the deployment folder: its adapter folder, and the adapter's digest when it was added."""
 
     folder: Path
     digest: str
 
 
-class TaskTable:
-    """Names to tasks. Safe for use from several threads.
+class TaskRegistry:
+    """Tasks by name; safe for several threads.
 
-    A task's weights are in memory from its first use on, once: those of the deployment as a map of their file. Beyond
-    ``memory_bytes`` of weights the task that was not used for the longest time is let go, and loaded again when it is
-    asked for. A call that has it keeps it to its end.
+    A task's weights are loaded once, at its first use; those of the deployment are mapped from their file. Beyond
+    ``memory_bytes``, the least recently used task is unloaded, and its next use loads it again. A running call keeps
+    the weights it started with.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, memory_bytes: int | None = None) -> None:
@@ -63,9 +47,7 @@ class TaskTable:
         self._manifest = manifest
         self._backend = backend
         self._tasks: dict[str, Task | AddedTask] = dict(manifest.tasks)
-        self._loaded: LruTable[str, LoadedTask] = LruTable(
-            attrgetter("size_bytes"), memory_bytes, on_drop=_log_unloaded
-        )
+        self._loaded: LruTable[str, AdapterMapping] = LruTable(memory_bytes, _log_unloaded)
         self._graphs: dict[str, SharedAdapterGraph] = {}
         self._lock = threading.RLock()
 
@@ -74,20 +56,19 @@ class TaskTable:
         """Names of the tasks, sorted."""
         return tuple(sorted(self._tasks))
 
-    def get(self, name: str) -> LoadedTask:
-        """The task, loaded now if it was not; raises ``UnknownTaskError`` or what loading raises."""
+    def get(self, name: str) -> Held[AdapterMapping]:
+        """The mapping of a batch of this task alone, with the size of its weights; loads the task if necessary.
+
+        Raises ``UnknownTaskError`` or what loading raises. Two tasks are the same only if they are one object.
+        """
         table = self._loaded
-        try:
-            table.touch(name)
-            return table.entries[name]
-        except KeyError:  # not loaded, or let go just now
-            pass
-        with self._lock:
-            self._check_known(name)
-            if name not in table.entries:
-                self._hold(name, self._load(self._tasks[name]))
-            table.touch(name)
-            return table.entries[name]
+        loaded = table.entries.get(name)
+        if loaded is None:
+            with self._lock:
+                self._check_known(name)
+                loaded = table.entries.get(name) or self._hold(name, *self._load(self._tasks[name]))
+        loaded.last_used = next(table.clock)  # as ``table.get`` does, without a call: this is in every request's way
+        return loaded
 
     def add(self, folder: Path, name: str | None) -> str:
         """Register an adapter folder in this process; raises ``ContractError`` if it belongs to another base."""
@@ -100,29 +81,29 @@ class TaskTable:
             if name in self._tasks:
                 raise RequestError(f"task {name!r} is deployed already: remove it first or choose another name")
             self._tasks[name] = AddedTask(folder.resolve(), adapter.digest)
-            self._hold(name, loaded)
+            self._hold(name, *loaded)
         return name
 
     def remove(self, name: str) -> None:
-        """Forget a task; raises ``UnknownTaskError``."""
+        """Remove a task; raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
             del self._tasks[name]
             self._loaded.pop(name)
 
     def unload(self, name: str) -> None:
-        """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
+        """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
             self._loaded.pop(name)
 
     def resolve(self, tasks: Tasks, batch: int) -> AdapterMapping:
-        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the base model.
+        """Adapter mapping of a batch: one task for all rows or one for each; ``None`` is the base model.
 
-        Raises ``RequestError`` for what are no names, or another number of them than rows, and what ``get`` raises.
+        Raises ``RequestError`` for entries that are not names or do not match the rows, and what ``get`` raises.
         """
         if tasks is None or isinstance(tasks, str):
-            return NO_ADAPTER if tasks is None else self.get(tasks).alone
+            return NO_ADAPTER if tasks is None else self.get(tasks).value
         rows: list[str | None] = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         if not all(name is None or isinstance(name, str) for name in rows):
             raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
@@ -134,12 +115,13 @@ class TaskTable:
         for row, name in enumerate(rows):
             if name is not None:
                 members.setdefault(name, []).append(row)
-        return mix((self.get(name).alone, np.array(own)) for name, own in members.items())
+        return mix((self.get(name).value, np.array(row_numbers)) for name, row_numbers in members.items())
 
-    def _hold(self, name: str, loaded: LoadedTask) -> None:
-        """Keep a task's weights, and let go of others beyond the budget; the lock is held."""
-        self._loaded.put(name, loaded)
-        _LOG.info("loaded task %s: %d bytes", name, loaded.size_bytes)
+    def _hold(self, name: str, mapping: AdapterMapping, size_bytes: int) -> Held[AdapterMapping]:
+        """Hold a task's weights, and unload others beyond the budget; the caller holds the lock."""
+        held = self._loaded.put(name, mapping, size_bytes)
+        _LOG.info("loaded task %s: %d bytes", name, size_bytes)
+        return held
 
     def _check_known(self, name: str) -> None:
         if name not in self._tasks:
@@ -148,7 +130,7 @@ class TaskTable:
             )
 
     def _read(self, task: Task | AddedTask) -> Adapter:
-        """Read a task and check that it is the one that was registered."""
+        """Read a task's adapter and check that it is the registered one."""
         if isinstance(task, AddedTask):
             adapter, origin, digest = read_adapter(task.folder), str(task.folder), task.digest
         else:
@@ -163,7 +145,8 @@ class TaskTable:
             )
         return adapter
 
-    def _load(self, task: Task | AddedTask) -> LoadedTask:
+    def _load(self, task: Task | AddedTask) -> tuple[AdapterMapping, int]:
+        """A task ready to run, and its size in bytes."""
         adapter = self._read(task)
         if isinstance(task, AddedTask) or task.fold is None:
             return self._prepare(adapter)
@@ -174,7 +157,7 @@ class TaskTable:
             raise IntegrityError(f"{task.fold.path}: {error}. Export the adapter again") from error
         return self._prepare(adapter, fold, data.nbytes)
 
-    def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> LoadedTask:
+    def _prepare(self, adapter: Adapter, fold: Folded | None = None, fold_bytes: int = 0) -> tuple[AdapterMapping, int]:
         config, base = adapter.config, self._manifest.base
         groups = task_groups(adapter, base.modalities, self._graph(config.activation_key))
         deltas = (
@@ -183,10 +166,10 @@ class TaskTable:
             else []
         )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
-        return LoadedTask(AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes)
+        return AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes
 
     def _graph(self, activation_key: str) -> SharedAdapterGraph:
-        """The shared graph of adapters with one activation and bias, opened at its first use."""
+        """The shared adapter graph of one activation and bias, opened at its first use."""
         with self._lock:
             if activation_key not in self._graphs:
                 base = self._manifest.base
@@ -195,5 +178,5 @@ class TaskTable:
             return self._graphs[activation_key]
 
 
-def _log_unloaded(name: str, loaded: LoadedTask) -> None:
-    _LOG.info("unloaded task %s: %d bytes", name, loaded.size_bytes)
+def _log_unloaded(name: str, held: Held[AdapterMapping]) -> None:
+    _LOG.info("unloaded task %s: %d bytes", name, held.size)

@@ -79,7 +79,7 @@ def test_rooms_page_names_every_folder():
     [
         ("KV cache", "runtime/ort/static_cache.py"),
         ("adapter registry", "runtime/tasks/registry.py"),
-        ("speculative decoding", "runtime/generation/prompt_lookup.py"),
+        ("speculative decoding", "runtime/generation/speculative_decoding.py"),
         ("ONNX Runtime boundary", "runtime/ort/errors.py"),
         ("TensorRT builder", "export/engine/build.py"),
         ("parity checks", "tools/parity/suite.py"),

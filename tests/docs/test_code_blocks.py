@@ -123,6 +123,8 @@ def test_wrong_command_line_is_found(command, message):
         "adalink train ... --search 30",
         "adalink inspect deployment | head -3 && adalink doctor",
         "adalink --version",
+        "adalink export base --help",
+        "adalink run -h",
     ],
 )
 def test_right_command_line_is_taken(command):

@@ -21,7 +21,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
-from adalink.tools.parity.suite import verify
+from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models.vision import SUPPORTED
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -125,7 +125,7 @@ def test_encoder_of_the_table_with_a_task_passes_verify(name, tmp_path):
     make_tokenizer().save_pretrained(model)
     export_base(model, tmp_path / "deployment")
     export_adapter(write_adapter(tmp_path / "task", seeded_adapter(model, 3)), tmp_path / "deployment")
-    report = verify(tmp_path / "deployment", str(model), {}, threads=1, quick=True)
+    report = verify(tmp_path / "deployment", str(model), {}, VerifyOptions(threads=1, quick=True))
     assert [check.name for check in report.checks if not check.passed] == []
     assert any(check.name == "control/task/last_hidden_state" for check in report.checks)
     with Deployment.open(tmp_path / "deployment") as deployment:

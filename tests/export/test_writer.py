@@ -212,14 +212,14 @@ def test_new_folders_are_on_the_disk_before_the_manifest_that_needs_them(
 ) -> None:
     folder = root / "deployment"
     remove_task(folder, "topics")
-    old, flushed, flush = (folder / MANIFEST_FILE).read_bytes(), set(), writers._sync
+    old, flushed, flush = (folder / MANIFEST_FILE).read_bytes(), set(), writers.sync
 
     def note(path: Path) -> None:
         flush(path)
         if (folder / MANIFEST_FILE).read_bytes() == old:
             flushed.add(path)
 
-    monkeypatch.setattr(writers, "_sync", note)
+    monkeypatch.setattr(writers, "sync", note)
     export_adapter(root / "two", folder, name="second")
     assert {folder, folder / "tasks", folder / "tasks" / "second"} <= flushed
 

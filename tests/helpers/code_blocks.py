@@ -93,7 +93,7 @@ def run_blocks(blocks: list[Block], folder: Path) -> str:
 def _environment() -> dict[str, str]:
     source = str(Path(__file__).parents[2] / "src")
     path = os.pathsep.join((source, os.environ["PYTHONPATH"])) if os.environ.get("PYTHONPATH") else source
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def command_lines(block: Block) -> Iterator[tuple[int, list[str]]]:
@@ -135,7 +135,9 @@ def check_command(words: list[str]) -> None:
         click.UsageError: it would be refused.
     """
     command: click.Command = main
-    context = click.Context(main, info_name="adalink")
+    context = click.Context(
+        main, info_name="adalink", **main.context_settings
+    )  # the help option is made once, of these
     while isinstance(command, click.Group):
         name = words[0] if words else ""
         if not words or name.startswith("-"):
@@ -144,8 +146,10 @@ def check_command(words: list[str]) -> None:
         if found is None:
             raise click.UsageError(f"no such command: {context.command_path} {name}")
         command, words = found, words[1:]
-        context = click.Context(command, info_name=name, parent=context)
+        context = click.Context(command, info_name=name, parent=context, **command.context_settings)
     values, rest, _ = command.make_parser(context).parse_args(args=[word for word in words if word != "..."])
+    if set(words) & set(context.help_option_names):
+        return
     if rest:
         raise click.UsageError(f"{context.command_path} takes no {' '.join(rest)!r}")
     for parameter in command.get_params(context):

@@ -11,7 +11,7 @@ import numpy as np
 from adalink.runtime.backends import open_backend
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.manifest import Manifest
-from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.registry import TaskRegistry
 
 _ROUNDS = 2000
 
@@ -24,7 +24,7 @@ def fold_trade(folder: Path, manifest: Manifest, task: str) -> dict[str, float]:
     """
     entry, base = manifest.tasks[task], manifest.base
     assert entry.fold is not None
-    selection = TaskTable(folder, manifest, open_backend("onnxruntime-cpu", 1)).resolve(task, 1)
+    selection = TaskRegistry(folder, manifest, open_backend("onnxruntime-cpu", 1)).resolve(task, 1)
     table = open_table(folder / base.embeddings, base)
     tokens = np.random.default_rng(0).integers(0, base.vocab_size, (_ROUNDS, 1, 1))
 

@@ -1,4 +1,4 @@
-"""What a task costs, measured side by side with the base model in one process (docs/parity.md, "benchmark")."""
+"""What a task costs, side by side with the base model in one process (docs/concepts/parity.md, "benchmark")."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class TrainOptions:
         init = self.init
         if init is None:  # without a bottleneck there is nothing to start
             searched = self.minutes is not None and self.lr is None and rank != 0
-            init = SEARCHED_INIT if searched else AdaLinkConfig.init
+            init = SEARCHED_INIT if searched else _METHOD.init
         return AdaLinkConfig(
             rank=rank,
             activation=self.activation,
@@ -84,7 +84,7 @@ class TrainOptions:
             dropout=self.dropout,
             scope=self.scope,
             soft_tokens=self.soft_tokens,
-            modalities=self.modalities or AdaLinkConfig.modalities,
+            modalities=self.modalities or _METHOD.modalities,
             init=init,
         )
 
@@ -224,7 +224,7 @@ def train_adapter(options: TrainOptions) -> None:
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.training.run import train
 
-    loop = LoopOptions(resume=options.resume, say=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
+    loop = LoopOptions(resume=options.resume, progress=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
     # The Trainer logs to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         report = train(

@@ -73,9 +73,9 @@ def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
 
     Every task graph over the whole vocabulary against float64, the engine's outputs and greedy generation against
-    PyTorch float32, swaps in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are derived
-    (docs/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights, dequantised; what
-    quantising itself costs is a table of its own.
+    PyTorch float32, switching tasks in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are
+    derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights,
+    dequantised; what quantising itself costs is a table of its own.
 
     Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
 

@@ -1,1 +1,1 @@
-"""The levels of parity with PyTorch (docs/parity.md)."""
+"""The levels of parity with PyTorch (docs/concepts/parity.md)."""

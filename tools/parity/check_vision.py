@@ -15,7 +15,7 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.vision_base import vision_base
-from adalink.runtime.vision.images import read_picture
+from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.tools.parity.check_outputs import TYPICAL_PERCENTILE, worst_of
 from adalink.tools.parity.reference import Pixels, Reference, limit_of
@@ -152,7 +152,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
     theirs = prepared["pixel_values"]
     if vision.patches is None:
         theirs = theirs.reshape(-1, *theirs.shape[-3:])
-    ours = np.concatenate([steps.apply(read_picture(picture, "picture")) for picture in pictures])
+    ours = np.concatenate([steps.apply(read_image(picture, "picture")) for picture in pictures])
     part, parts = ("tile", "tiles") if vision.patches is None else ("patch", "patches")
     if theirs.shape != ours.shape:
         raise ContractError(
@@ -169,7 +169,7 @@ def check_vision(deployment: Deployment, reference: Reference, images: Reference
         wrong = [
             index
             for index, (picture, grid) in enumerate(zip(pictures, grids, strict=True))
-            if vision.written(grid) != images.tokens(picture)
+            if vision.image_tokens(grid) != images.tokens(picture)
         ]
         said = f"of {len(pictures)} pictures of odd sizes, of rows and columns {grids}; differing: {wrong}"
         checks.append(at_most(f"vision/{part}-tokens", len(wrong), 0, said))

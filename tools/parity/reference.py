@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 # Images by the names of a model's inputs: float32 `pixel_values` in the shape that it takes, and what goes with them.
 Pixels = Mapping[str, "npt.NDArray[Any]"]
 
-# How many times float32's own noise a correct float32 engine may deviate by: docs/parity.md, "the noise floor".
+# How many times its own noise a correct float32 engine may deviate by: docs/concepts/parity.md, "the noise floor".
 NOISE_FACTOR = 16.0
-# Likewise, of what PyTorch loses by rounding the inputs of quantised products: docs/parity.md, "activations".
+# Likewise, of what PyTorch loses by rounding the inputs of quantised products: docs/concepts/parity.md, "activations".
 ACTIVATIONS_FACTOR = 3.0
 
 

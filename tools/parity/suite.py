@@ -1,4 +1,4 @@
-"""All levels of parity, in order (docs/parity.md)."""
+"""All levels of parity, in order (docs/concepts/parity.md)."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def _check_outputs(
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2, 3 and 7, the mixed batches of level 4, and level 5; ``prompts_with_images`` is as from ``_image_prompts``."""
+    """Levels 2, 3 and 7, the mixed batches of level 4, level 5; ``prompts_with_images`` as from ``_image_prompts``."""
     image_prompts, asked = prompts_with_images
     texts = _generation_texts(prompts, deployment)
     compared: dict[str | None, Comparison] = {}

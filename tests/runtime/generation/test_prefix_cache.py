@@ -143,7 +143,7 @@ def test_threads_find_and_keep_at_once() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert failures == []
-    assert cache.size_bytes == sum(kept.nbytes for kept in cache._kept.entries.values()) == 20 * states.nbytes
+    assert cache.size_bytes == sum(kept.value.nbytes for kept in cache._kept.entries.values()) == 20 * states.nbytes
 
 
 def test_what_was_kept_does_not_change_when_rows_of_its_batch_go(llama: Any, cached: Deployment) -> None:

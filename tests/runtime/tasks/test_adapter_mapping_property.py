@@ -159,7 +159,7 @@ def run_threads(world: World, opened: Deployment) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    assert opened._tasks._loaded.size == sum(loaded.size_bytes for loaded in opened._tasks._loaded.entries.values())
+    assert opened._tasks._loaded.size == sum(loaded.size for loaded in opened._tasks._loaded.entries.values())
     return failures
 
 
@@ -173,9 +173,8 @@ def test_a_table_that_forgets_to_drop_a_replaced_task_is_found(
     """Planted: a removed task's weights stay, so that its name goes on with them after it was given to another."""
     put = LruTable.put
 
-    def first_come(self: Any, name: str, loaded: Any) -> None:
-        if name not in self.entries:
-            put(self, name, loaded)
+    def first_come(self: Any, name: str, *loaded: Any) -> Any:
+        return self.entries.get(name) or put(self, name, *loaded)
 
     monkeypatch.setattr(LruTable, "put", first_come)
     monkeypatch.setattr(LruTable, "pop", lambda self, name: None)

@@ -105,8 +105,8 @@ def test_memory_of_a_folded_task_is_counted(llama: Any, tmp_path: Path, fold: st
     entry = export_adapter(llama.sources / "alpha", folder, name="folded", fold=fold).tasks["folded"].fold
     assert entry is not None
     with Deployment.open(folder, threads=1) as opened:
-        weights = opened._tasks.get("alpha").size_bytes
-        assert opened._tasks.get("folded").size_bytes == weights + (folder / entry.path).stat().st_size
+        weights = opened._tasks.get("alpha").size
+        assert opened._tasks.get("folded").size == weights + (folder / entry.path).stat().st_size
 
 
 def test_scope_prompt_holds_for_a_folded_task(llama: Any, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_cache_of_tiles_keeps_to_its_budget(vision_cases: VisionCases, name: str
 def test_kept_embeddings_keep_no_neighbours(vision_deployment: VisionDeployment) -> None:
     with Deployment.open(vision_deployment.folder) as deployment:
         deployment.generate(["@@", "@"], images=[[A, B], [C]], max_new_tokens=1)
-        kept = list(deployment._vision._kept.entries.values())
+        kept = [held.value for held in deployment._vision._kept.entries.values()]
         assert len(kept) == 3
         assert sum(embeds.nbytes for embeds in kept) == deployment._vision._kept.size
         assert all(embeds.base is None or embeds.base.nbytes == embeds.nbytes for embeds in kept)

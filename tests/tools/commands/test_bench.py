@@ -103,7 +103,7 @@ class Machine:
     def __init__(self, bench, monkeypatch):
         self.now, self.asked, self.loaded, self.bench = 0.0, [], {"alpha"}, bench
         monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: self.now))
-        for name in ("run", "generate", "embed", "load_task", "unload_task"):
+        for name in ("run", "generate", "input_embeddings", "load_task", "unload_task"):
             monkeypatch.setattr(bench._deployment, name, getattr(self, name))
 
     def cost(self, tasks):
@@ -122,9 +122,9 @@ class Machine:
             self.bench._starts.append(self.now)
             self.now += (step * self.step_s or 50 * self.prefill_s) * self.cost(tasks)
 
-    def embed(self, ids, tasks=None):
-        self.asked.append(("embed", tasks))
-        swaps = sum(kind == "embed" for kind, _ in self.asked)
+    def input_embeddings(self, ids, tasks=None):
+        self.asked.append(("input_embeddings", tasks))
+        swaps = sum(kind == "input_embeddings" for kind, _ in self.asked)
         self.now += self.embed_s * (10 if swaps % 50 == 0 else 1)
 
     def load_task(self, name):
@@ -157,7 +157,7 @@ def test_figures_of_known_times(folder, monkeypatch):
     })  # fmt: skip  # the medians of steps 1 to 10, and 1 to 8
     runs = [tasks for kind, tasks in machine.asked if kind == "run"]
     assert runs[:4] == [None, "alpha", "alpha", None], "who goes first changes"
-    swapped = [tasks for kind, tasks in machine.asked if kind == "embed"]
+    swapped = [tasks for kind, tasks in machine.asked if kind == "input_embeddings"]
     assert all(one != other for one, other in itertools.pairwise(swapped))
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.cli import main
 from adalink.tools.commands.run import read_rows
@@ -55,11 +56,13 @@ def test_sampling_and_stops_reach_the_deployment(folder):
     how = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
     with Deployment.open(folder) as deployment:
+        samplings = [SamplingParams(**{**how, "seed": seed}) for seed in (3, 4)]
         free, other = (
-            deployment.generate(["Hello 12"], max_new_tokens=12, **{**how, "seed": seed})[0].text for seed in (3, 4)
+            deployment.generate(["Hello 12"], max_new_tokens=12, sampling=sampling)[0].text for sampling in samplings
         )
         stop = free[3:5]
-        cut = deployment.generate(["Hello 12"], max_new_tokens=12, stop=[stop], **how)[0].text
+        sampling = SamplingParams(**how)
+        cut = deployment.generate(["Hello 12"], max_new_tokens=12, stop=[stop], sampling=sampling)[0].text
     assert free != other
     assert cut != free
     drafted = run(folder, "Hello 12", "--max-new-tokens", 12, "--draft-tokens", 4, "--full-check", *options)

@@ -21,7 +21,7 @@ from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import adapter_mapping as bank
-from adalink.runtime.tasks.registry import TaskTable
+from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.tools.parity import swap_worker
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.tools.parity.swap_worker import run_fresh
@@ -164,8 +164,8 @@ def test_bank_graph_of_another_activation(deployment):
 def test_bank_fed_with_another_tasks_weights(deployment, monkeypatch):
     """The runtime hands out the weights of beta to whoever asks for alpha."""
     model, folder = deployment
-    get = TaskTable.get
-    monkeypatch.setattr(TaskTable, "get", lambda self, name: get(self, "beta"))
+    get = TaskRegistry.get
+    monkeypatch.setattr(TaskRegistry, "get", lambda self, name: get(self, "beta"))
     found = failures(model, folder)
     assert {"adapter/alpha/bank-vocabulary", "task/alpha/logits", "task/alpha/top1", "task/alpha/kl"} <= found
     assert not {name for name in found if "beta" in name or "graph" in name}

@@ -300,8 +300,8 @@ def test_wrong_place_in_the_tower_is_found(
 def test_other_number_of_positions_of_a_picture_is_found(
     clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = Vision.written
-    monkeypatch.setattr(Vision, "written", lambda self, grid: [*written(self, grid), self.image_token_id])
+    image_tokens = Vision.image_tokens
+    monkeypatch.setattr(Vision, "image_tokens", lambda self, grid: [*image_tokens(self, grid), self.image_token_id])
     assert vision_failures(*clean("qwen2_5_vl")) == {"vision/patch-tokens"}
 
 
@@ -326,7 +326,7 @@ def test_prompt_whose_last_position_only_itself_sees_is_found(
     clean: Callable[[str], Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def early(inputs_embeds: Any, attention_mask: Any, window: Any) -> Any:
-        keys, queries = graph_modules._places(inputs_embeds, attention_mask)
+        keys, queries = graph_modules._positions(inputs_embeds, attention_mask)
         in_prompt = (queries[:1] == 0) & (keys < queries[-1:])
         seen = graph_modules._causal(keys, queries, window) | in_prompt
         return graph_modules._additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))

@@ -1,0 +1,92 @@
+"""One check of an adapter against a base: every fault is named, with both sides and the repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adalink.runtime.errors import ContractError
+from adalink.runtime.storage.adapter import Adapter, AdapterConfig, make_adapter, weight_shapes
+from adalink.runtime.storage.contract import check_adapter
+
+OWN, OTHER = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
+
+
+@dataclass(frozen=True)
+class FakeBase:
+    name: str = "tiny"
+    fingerprint: str = OWN
+    hidden_size: int = 6
+    vocab_size: int = 11
+    embedding_dtype: str = "float16"
+    max_positions: int | None = 8
+    modalities: tuple[str, ...] | None = ("text",)
+    takes_soft_prompts: bool = True
+
+
+def make(value: float = 1.0, **changes: Any) -> Adapter:
+    settings = {
+        "base_model_name_or_path": "somebody/tiny",
+        "base_fingerprint": OWN,
+        "hidden_size": 6,
+        "rank": 2,
+        "activation": "identity",
+        "bias": False,
+        "modalities": ("text",),
+        "scope": "all",
+    }
+    config = AdapterConfig(**(settings | changes))
+    weights = {name: np.full(shape, value, np.float32) for name, shape in weight_shapes(config, 11).items()}
+    return make_adapter(config, weights)
+
+
+@pytest.mark.parametrize("changes", [{}, {"soft_tokens": 7}, {"rank": 0, "soft_tokens": 1}, {"input": "ids"}], ids=str)
+def test_fitting_adapter_passes(changes: dict[str, Any]) -> None:
+    check_adapter(make(**changes), FakeBase(), "adapter a")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "message"),
+    [
+        (
+            {"base_fingerprint": OTHER},
+            {},
+            (
+                f"adapter a belongs to another base: it was trained for somebody/tiny ({OTHER}), tiny of deployment x "
+                f"has {OWN}: train it for this base, or use it with its own"
+            ),
+        ),
+        (
+            {"modalities": ("text", "audio")},
+            {},
+            (
+                "adapter a adapts modality 'audio', tiny of deployment x was exported for text: export the base with "
+                "--modality audio as well, or use an adapter without it"
+            ),
+        ),
+        ({"hidden_size": 5}, {}, "adapter a has hidden_size 5, tiny of deployment x has 6: its adapter_config.json"),
+        ({"soft_tokens": 8}, {}, "soft prompt of 8 positions, tiny of deployment x was made for at most 8"),
+        ({"soft_tokens": 1}, {"takes_soft_prompts": False}, "use an adapter without a soft prompt"),
+        ({"soft_tokens": 1, "value": 7e4}, {}, "the soft prompt holds numbers beyond float16"),
+        ({"input": "ids"}, {"vocab_size": 12}, "table of 11 token ids, tiny of deployment x has 12"),
+        ({"input": "ids"}, {"embedding_dtype": "bfloat16"}, "export the base with --dtype fp32 or fp16"),
+    ],
+    ids=["base", "modality", "width", "positions", "grid", "range", "vocabulary", "bfloat16"],
+)
+def test_fault_is_named_with_both_sides(adapter: dict[str, Any], base: dict[str, Any], message: str) -> None:
+    with pytest.raises(ContractError) as caught:
+        check_adapter(make(**adapter), replace(FakeBase(), **base), "adapter a", holder="deployment x")
+    assert message in str(caught.value)
+
+
+def test_base_without_limits_takes_what_fits() -> None:
+    base = FakeBase(max_positions=None, modalities=None)
+    check_adapter(make(soft_tokens=4096, modalities=("text", "audio")), base, "adapter a")
+
+
+def test_caller_says_the_repair() -> None:
+    with pytest.raises(ContractError, match=r"tiny has sha256:\w+: load it in float32$"):
+        check_adapter(make(base_fingerprint=OTHER), FakeBase(), "adapter a", repair="load it in float32")
