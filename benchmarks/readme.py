@@ -67,8 +67,8 @@ def _ratios(report: Mapping[str, Any]) -> list[str]:
         "decode_ratio": "decode step {:.2f}x",
         "mixed_batch_ratio": "a batch of 32 tasks {:.2f}x of one task",
     }
-    if found := [form.format(metrics[name]) for name, form in shown.items() if name in metrics]:
-        sentences.append(f"Time with a task over the base model's: {', '.join(found)}.")
+    if shown_ratios := [form.format(metrics[name]) for name, form in shown.items() if name in metrics]:
+        sentences.append(f"Time with a task over the base model's: {', '.join(shown_ratios)}.")
     return sentences
 
 

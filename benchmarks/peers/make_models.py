@@ -213,10 +213,10 @@ def recipes(models: Path, source: Path) -> dict[str, Callable[[Path], None]]:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The folders and those that they are made from, which come first."""
-    found: dict[str, None] = {}
+    ordered: dict[str, None] = {}
     for name in names:
-        found |= dict.fromkeys([*in_order(MADE_FROM[name]), name])
-    return list(found)
+        ordered |= dict.fromkeys([*in_order(MADE_FROM[name]), name])
+    return list(ordered)
 
 
 def main() -> None:

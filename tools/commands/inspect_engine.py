@@ -104,9 +104,9 @@ def _describe_contents(api: Api, path: Path, digest: str) -> Description | str:
     """Inputs and outputs with their ranges, where that is safe and possible."""
     if not _is_in_manifest(path, digest):
         return _NOT_OURS
-    found = find_gpus()
-    if not found.devices:
-        return f"not loaded: that takes a GPU, and {found.reason}"
+    gpus = find_gpus()
+    if not gpus.devices:
+        return f"not loaded: that takes a GPU, and {gpus.reason}"
     runtime = api.make_runtime()
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:

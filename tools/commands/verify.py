@@ -178,12 +178,12 @@ def _shown(value: object) -> str:
 
 
 def _parse_pairs(pairs: tuple[str, ...], option: str, form: str) -> dict[str, Path]:
-    found = {}
+    paths = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (name and equals and path):
             raise click.BadParameter(f"{pair!r} is not {form}", param_hint=option)
-        if name in found:
+        if name in paths:
             raise click.BadParameter(f"{name!r} is named twice, expected each once", param_hint=option)
-        found[name] = Path(path)
-    return found
+        paths[name] = Path(path)
+    return paths

@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 
     Attributes:
         works: whether a deployment can run on it here.
-        detail: what was seen.
+        detail: what the probe measured.
         advice: what to do about it; empty where the package is what is missing, or nothing is.
     """
 
@@ -73,10 +73,10 @@ def _ask(name: str) -> dict[str, Any] | str:
 def _onnxruntime(provider: str) -> Finding:
     import onnxruntime
 
-    found = onnxruntime.get_available_providers()
+    providers = onnxruntime.get_available_providers()
     version = f"onnxruntime {onnxruntime.__version__}"
-    if provider not in found:
-        return Finding(False, f"{version} is built without {provider}; it has {', '.join(found)}")
+    if provider not in providers:
+        return Finding(False, f"{version} is built without {provider}; it has {', '.join(providers)}")
     session = onnxruntime.InferenceSession(_NEGATE, providers=[provider])
     if provider not in session.get_providers():
         used = ", ".join(session.get_providers())
