@@ -158,7 +158,7 @@ def check_vision(deployment: Deployment, reference: Reference, processor: Refere
     if theirs.shape != ours.shape:
         raise ContractError(
             f"the image processor of the model gives {len(theirs)} {parts} of {theirs.shape[1:]} for {len(images)} "
-            f"images, that of the deployment {len(ours)} of {ours.shape[1:]}: verify it against the model it was "
+            f"pictures, that of the deployment {len(ours)} of {ours.shape[1:]}: verify it against the model it was "
             "made from"
         )
     offset = 0.0 if steps.mean is None or steps.std is None else max(map(abs, np.divide(steps.mean, steps.std)))
