@@ -1,4 +1,4 @@
-"""One point of how cost grows, in a process of its own: python -m benchmarks.growth --series rank --x 64 ….
+"""One point of how cost grows, in a separate process: python -m benchmarks.growth --series rank --x 64 ….
 
 Prints prefill_ms (a generation of one token), decode_ms (a step), swap_us (adapt one token, or a batch, under other
 tasks than before) and memory_bytes (resident memory that the tasks, or the request, take).
@@ -54,7 +54,7 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
             deployment.input_embeddings([[0]], tasks=name)
         loaded = resident_bytes() - before
         if series not in ("tasks", "rank"):
-            # The base's table and all tasks are there before the request; systems map more of a file than is read.
+            # Load the base's table and all tasks before the request; systems map more of a file than is read.
             for first in range(0, deployment.manifest.base.vocab_size - _TABLE_ROWS, _TABLE_ROWS):
                 deployment.input_embeddings([list(range(first, first + _TABLE_ROWS))])
             before = resident_bytes()
@@ -82,7 +82,7 @@ def _generate(deployment: Deployment, prompts: list[str], tasks: list[str], toke
 
 
 def _switch_time(deployment: Deployment, names: list[str], rows: int, length: int) -> float:
-    """Median seconds to adapt ``(rows, length)`` tokens under tasks drawn at random: of many, the weights are cold."""
+    """Median seconds to adapt ``(rows, length)`` tokens under random tasks; the weights of many tasks are cold."""
     choose = random.Random(0)
     ids = [[0] * length] * rows
     if len(names) == 1:

@@ -123,7 +123,7 @@ class Bench:
         rounds: dict[str, list[Result]] = {case.name: [] for case in CASES}
         errors: dict[str, str] = {}
         for turn in range(self._scale.rounds):
-            # Who goes first changes with every round, so that a drift of the machine favours nobody.
+            # The order alternates between rounds, so that a drift of the machine favours no case.
             for case in CASES if turn % 2 == 0 else CASES[::-1]:
                 if case.is_slow and turn % 3:
                     continue

@@ -78,7 +78,7 @@ class Peer(ABC):
     @staticmethod
     @abstractmethod
     def folder(settings: Settings) -> Path:
-        """Where the files are that opening reads."""
+        """Folder of the files that opening reads."""
 
     @abstractmethod
     def prefill(self) -> None:
@@ -101,7 +101,7 @@ class Peer(ABC):
         raise NotImplementedError
 
     def load(self, index: int) -> None:
-        """Bring an adapter from the disk to where ``switch`` can make it active."""
+        """Load an adapter from the disk, so that ``switch`` can make it active."""
         raise NotImplementedError
 
     def disk_bytes(self) -> int:

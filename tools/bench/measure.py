@@ -1,4 +1,4 @@
-"""What a task costs, side by side with the base model in one process (docs/concepts/parity.md, "benchmark")."""
+"""The cost of a task beside the base model, in one process (docs/concepts/parity.md, "benchmark")."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Bench:
             metrics.append(_metric(f"{name}_ratio", float(np.median(task / base)), "1"))
 
         with _quiet_collector():
-            # First, before other measurements leave freed memory that further tasks would fill unseen.
+            # First: further tasks could later fill memory that other measurements have freed.
             growth = None if quick else self._memory_growth()
             progress("cold load")
             load = self._load_times()

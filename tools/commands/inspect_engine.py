@@ -1,4 +1,4 @@
-"""What can be said of a compiled engine: its record, its header, and what is inside where a GPU can load it."""
+"""Description of a compiled engine: its record, its header, and its contents where a GPU can load it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _describe_record(record: EngineRecord) -> Description:
 
 
 def _is_of_this_base(record: EngineRecord, manifest: Manifest) -> bool:
-    """Whether what an engine was built from, variant and vision tower, is still what is in the deployment."""
+    """Whether the deployment still has the variant and the vision tower that an engine was built from."""
     source = manifest.variants.get(record.variant)
     if source is None:
         return False

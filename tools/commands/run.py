@@ -31,7 +31,7 @@ TokenIds: TypeAlias = "array[int]"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What ``adalink run`` was asked for.
+    """Options of ``adalink run``.
 
     Attributes:
         deployment: the folder.
@@ -39,9 +39,9 @@ class RunOptions:
         text_file: the file that holds it; or else
         jsonl: rows with prompts. Without any of the three, the prompt is standard input.
         images: images of the one prompt.
-        task: which task answers; ``None`` for the base model. Rows may name their own.
-        backend: which engine.
-        variant: which form of the base; see ``Deployment.open``.
+        task: the task; ``None`` for the base model. Rows may name another.
+        backend: the engine's backend.
+        variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
         full_check: read every file again.
         as_json: print a JSON line for each result.

@@ -29,14 +29,14 @@ from adalink.training.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What ``adalink train`` was asked for, by the names of its parameters.
+    """Options of ``adalink train``, by the names of its parameters.
 
     Attributes:
         base: model folder, GGUF file or hub id.
         data: rows to learn from.
         eval_data: rows to measure on.
         out: the adapter folder.
-        ranks: as given: one number, or ``MODALITY=NUMBER`` for each.
+        ranks: one number, or ``MODALITY=NUMBER`` for each modality.
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyCommand:
-    """What ``adalink verify`` was asked for, by the names of its parameters; see ``--help``."""
+    """Options of ``adalink verify``, by the names of its parameters; see ``--help``."""
 
     deployment: Path
     against: str
@@ -53,7 +53,7 @@ class VerifyCommand:
     "--text",
     "text_file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Text whose first 4,096 tokens the cost of quantising is measured on; the built-in prompts without it.",
+    help="Measure the cost of quantising on the first 4,096 tokens of this text; the built-in prompts without it.",
 )
 @click.option(
     "--max-perplexity-increase",
@@ -72,10 +72,10 @@ class VerifyCommand:
 def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
 
-    Every task graph over the whole vocabulary against float64, the engine's outputs and greedy generation against
-    PyTorch float32, switching tasks in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are
-    derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights,
-    dequantised; what quantising itself costs is a table of its own.
+    Every task graph is compared with float64 over the whole vocabulary, and the engine's outputs and greedy generation
+    with PyTorch float32. Switching tasks is compared with fresh processes, bit for bit. A receipt shows that nothing
+    was rebuilt. Limits are derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch
+    running the engine's weights, dequantised; a separate table shows the cost of quantising.
 
     Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
 
@@ -148,7 +148,7 @@ def print_report(report: Report) -> None:
     if report.cost:
         sides = ("float32", "weights", "deployed")
         lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
-        print_table("What quantising costs", ("", "float32", "quantised weights", "as deployed"), lines)
+        print_table("Cost of quantising", ("", "float32", "quantised weights", "as deployed"), lines)
     for line in report.skipped:
         click.echo(f"Not checked: {line}")
     print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])

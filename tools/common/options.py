@@ -1,4 +1,4 @@
-"""What the options of the running command say, apart from the console: a verb that prints plainly needs no ``rich``."""
+"""Options of the running command. Separate from the console, so that plain verbs do not import ``rich``."""
 
 from __future__ import annotations
 

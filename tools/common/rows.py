@@ -1,4 +1,4 @@
-"""Prompts to be answered, from the rows of a JSON-lines file."""
+"""Prompts from the rows of a JSON-lines file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPECTED = '{"prompt": text, "task": name or null}'
 
 
 class PromptRow(NamedTuple):
-    """A prompt, the task that answers it, the images in it, and its file and line if it has one."""
+    """A prompt with its task, its images, and its file and line if any."""
 
     prompt: str
     task: str | None

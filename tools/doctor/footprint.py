@@ -1,4 +1,4 @@
-"""What an edge installation weighs: the kit and every package it needs to run, by installed size."""
+"""Installed size of the runtime: the kit and every package it needs to run."""
 
 from __future__ import annotations
 

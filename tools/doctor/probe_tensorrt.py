@@ -1,4 +1,4 @@
-"""One real try of TensorRT or TensorRT-RTX: an engine of one layer is built and, where there is a GPU, run."""
+"""Probe of TensorRT or TensorRT-RTX: builds an engine of one layer and, on a GPU, runs it."""
 
 from __future__ import annotations
 
