@@ -52,15 +52,15 @@ def section(report: Mapping[str, Any]) -> str:
 
 def _ratios(report: Mapping[str, Any]) -> list[str]:
     """Sentences: the kit over onnxruntime-genai, and a task over the base model."""
-    cases, told = report["peers"], []
+    cases, speeds = report["peers"], []
     for title, kit, peers in (
         ("fp32", "kit-task", ("genai", "genai-lora")),
         ("4 bit", "kit-int4-task", ("genai-int4", "genai-int4-lora")),
     ):
         without, adapted = (ratio(cases, kit, peer, "decode_tok_s") for peer in peers)
         if without is not None and adapted is not None:
-            told.append(f"{without:.2f}x without an adapter and {adapted:.2f}x with LoRA in {title}")
-    sentences = [f"Tokens/s of the kit with a task over onnxruntime-genai's: {'; '.join(told)}."] if told else []
+            speeds.append(f"{without:.2f}x without an adapter and {adapted:.2f}x with LoRA in {title}")
+    sentences = [f"Tokens/s of the kit with a task over onnxruntime-genai's: {'; '.join(speeds)}."] if speeds else []
     metrics = {metric["name"]: metric["value"] for metric in report["kit"].get("metrics", [])}
     shown = {
         "prefill_ratio": "first token {:.2f}x",

@@ -90,7 +90,7 @@ def command(**values: Any) -> None:
     verify_deployment(make_options(VerifyCommand, values))
 
 
-def verify_deployment(asked: VerifyCommand) -> None:
+def verify_deployment(arguments: VerifyCommand) -> None:
     """Verify, print the checks and write the report; raises ``click.exceptions.Exit`` with 1 if one failed."""
     from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
@@ -99,33 +99,33 @@ def verify_deployment(asked: VerifyCommand) -> None:
 
     started = time.monotonic()
     with quiet_libraries():
-        adapters = _parse_pairs(asked.adapters, "--adapter", "NAME=FOLDER")
+        adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
         options = VerifyOptions(
-            backend=asked.backend,
-            variant=asked.variant,
-            threads=asked.threads,
-            quick=asked.quick,
-            text=None if asked.text_file is None else _read_text(asked.text_file),
-            max_perplexity_increase=asked.max_perplexity_increase,
-            task_rows=_parse_pairs(asked.task_rows, "--rows", "NAME=FILE"),
+            backend=arguments.backend,
+            variant=arguments.variant,
+            threads=arguments.threads,
+            quick=arguments.quick,
+            text=None if arguments.text_file is None else _read_text(arguments.text_file),
+            max_perplexity_increase=arguments.max_perplexity_increase,
+            task_rows=_parse_pairs(arguments.task_rows, "--rows", "NAME=FILE"),
         )
         report = verify(
-            asked.deployment,
-            asked.against,
+            arguments.deployment,
+            arguments.against,
             adapters,
             options,
             progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
         )
     environment = {
         **describe_environment(),
-        "backend": asked.backend,
-        "variant": asked.variant,
-        "threads": asked.threads,
-        "against": Path(asked.against).name,
+        "backend": arguments.backend,
+        "variant": arguments.variant,
+        "threads": arguments.threads,
+        "against": Path(arguments.against).name,
     }
     print_report(report)
-    if asked.json_file is not None:
-        write_json(asked.json_file, report.as_json(environment))
+    if arguments.json_file is not None:
+        write_json(arguments.json_file, report.as_json(environment))
     if not report.passed:
         raise click.exceptions.Exit(1)
 

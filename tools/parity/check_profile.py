@@ -53,16 +53,16 @@ def check_decoder_profile_limits(
         profile_limits += [(batch, length) for length in sorted(lengths)]
     verdicts: dict[tuple[int, int], list[Verdict]] = {limit: [] for limit in profile_limits}
     for task in (None, *deployment.tasks):
-        known: dict[tuple[int, ...], Outputs] = {}
+        expected_of: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
                 for row in generator.generate(rows, task, STEPS):
                     sequence = (*row.prompt, *row.tokens)
-                    if sequence not in known:
-                        known[sequence] = expected_outputs(reference, row)
+                    if sequence not in expected_of:
+                        expected_of[sequence] = expected_outputs(reference, row)
                     typical = compared[task].typical["logits"]
-                    verdicts[batch, length].append(judge(reference, generator, row, typical, known[sequence]))
+                    verdicts[batch, length].append(judge(reference, generator, row, typical, expected_of[sequence]))
     return [
         check
         for (batch, length), row_verdicts in verdicts.items()
@@ -87,15 +87,15 @@ def check_encoder_profile_limits(
         limit: ([], []) for limit in profile_limits
     }
     for task in (None, *deployment.tasks):
-        known: dict[tuple[int, ...], Outputs] = {}
+        expected_of: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
                 states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
                 for row, ids in enumerate(rows):
-                    if tuple(ids) not in known:
-                        known[tuple(ids)] = reference.outputs(ids, None)
-                    expected = known[tuple(ids)]
+                    if tuple(ids) not in expected_of:
+                        expected_of[tuple(ids)] = reference.outputs(ids, None)
+                    expected = expected_of[tuple(ids)]
                     deviations, limits = compared_rows[batch, length]
                     deviations.append(np.abs(states[row] - expected.values[name]).max(axis=1))
                     limits.append(reference.limit(expected.noise[name], compared[task].typical[name]))
