@@ -28,7 +28,7 @@ from adalink.runtime.storage.atomic import write_through
 from adalink.runtime.storage.contract import check_adapter
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
-from adalink.training.models.loading import base_fingerprint, embedding_matrix, max_positions
+from adalink.training.models.loading import base_fingerprint, display_name, embedding_matrix, max_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,18 +56,20 @@ def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
     return make_adapter(config, attached.weights(), origin=f"adapter for {base_name}")
 
 
-def save_adapter(folder: str | Path, adapter: Adapter, extra: Mapping[str, bytes] | None = None) -> None:
+def save_adapter(folder: str | Path, adapter: Adapter | AdaLinkModel, extra: Mapping[str, bytes] | None = None) -> None:
     """Write an adapter folder, or replace one, atomically.
 
     Args:
         folder: the adapter folder.
-        adapter: what to write; ``to_adapter`` makes one from an attached model.
+        adapter: what to write: an attached model, or what ``to_adapter`` made of it under another name of its base.
         extra: more files to write beside the two of the format, by name.
 
     Raises:
         AdapterError: the folder holds something other than an adapter.
         WriteError: the disk refused; what was there is as it was.
     """
+    if isinstance(adapter, AdaLinkModel):
+        adapter = to_adapter(adapter, display_name(adapter.model.config.name_or_path))
     folder = Path(folder).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(folder)
     config_bytes, weights_bytes = encode_adapter(adapter)

@@ -59,8 +59,8 @@ def train(
     data: str | Path,
     eval_data: str | Path,
     out: str | Path,
-    config: AdaLinkConfig,
-    settings: TrainSettings,
+    config: AdaLinkConfig | None = None,
+    settings: TrainSettings | None = None,
     *,
     space: SearchSettings | None = None,
     loop: LoopOptions | None = None,
@@ -76,8 +76,8 @@ def train(
         data: JSONL rows to learn from.
         eval_data: JSONL rows for the exact-match accuracy of base and adapter.
         out: adapter folder to write or replace.
-        config: settings of the method.
-        settings: how to train.
+        config: settings of the method; ``AdaLinkConfig()`` by default.
+        settings: how to train; ``TrainSettings()`` by default.
         space: rates, ranks and activations to choose from first, on rows held out of ``data``; those of ``config`` and
             ``settings`` are then not used. The choice is trained on all rows.
         loop: how the run goes: resumed or not, with which callbacks, and whom it tells.
@@ -88,7 +88,7 @@ def train(
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
-    loop = loop or LoopOptions()
+    config, settings, loop = config or AdaLinkConfig(), settings or TrainSettings(), loop or LoopOptions()
     say = loop.say
     out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)

@@ -65,6 +65,14 @@ def test_round_trip(model, folder):
     assert all(np.array_equal(weight, loaded.weights[name]) for name, weight in saved.weights.items())
 
 
+def test_save_attached_model_writes_what_to_adapter_gives(model, folder, tmp_path):
+    with load_adapter(folder, model) as attached:
+        save_adapter(tmp_path / "direct", attached)
+    direct, expected = read_adapter(tmp_path / "direct"), read_adapter(folder)
+    assert direct.digest == expected.digest
+    assert direct.config.rank == CONFIG.rank
+
+
 def test_loaded_adapter_computes_the_same(model, tmp_path):
     config = AdaLinkConfig(rank=4, bias=True)
     save_adapter(tmp_path / "adapter", make(model, config))
