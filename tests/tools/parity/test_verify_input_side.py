@@ -197,7 +197,7 @@ def test_positions_that_do_not_count_from_the_soft_prompt(clean, monkeypatch):
 def test_outputs_of_the_position_before(clean, monkeypatch):
     monkeypatch.setattr(
         SoftPromptLayout,
-        "cut",
+        "strip",
         lambda self, output: (
             output if self.is_empty else np.take_along_axis(output, np.maximum(self._columns - 1, 0)[..., None], axis=1)
         ),
