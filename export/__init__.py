@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a base graph and engines, an adapter becomes a task graph."""
+"""Export: base models to ONNX graphs and compiled engines, adapters to task graphs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Which model types can be exported, and what is particular of each."""
+"""Registry of the model types that can be exported, and the particulars of each."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ BARE_MASK = ""
 
 @dataclass(frozen=True)
 class Architecture:
-    """What export needs to know of one model type.
+    """One model type, as far as export needs to know it.
 
     Attributes:
         kind: one of ``adalink.runtime.storage.manifest.BASE_KINDS``.
         masks_by_layer_type: whether the model takes a mask per layer type (``{"full_attention": ...}``) or a bare one.
         windowed: whether the bare mask ends at the config's ``sliding_window``.
         scales_embeddings: whether the embedding module multiplies a row of its matrix by the root of the width.
-        bidirectional_prompt: whether every position of a prompt sees all of it, and only what follows is causal; a
-            model's own, not its type's.
-        position_axes: numbers that say where a position is; 3 where they follow the grid of a picture
+        bidirectional_prompt: whether prompt positions attend to the whole prompt and only later ones causally; a
+            property of the model, not of its type.
+        position_axes: numbers in a position id; 3 where positions follow the grid of an image
             (``adalink.runtime.vision.mrope``).
     """
 
@@ -65,12 +65,12 @@ def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = Fals
     """The registry's entry for ``model``.
 
     Args:
-        model: what is exported; of a model that takes images, its language model.
-        bidirectional_prompt: whether that model has it attend so.
+        model: the model to export; of one that takes images, its language model.
+        bidirectional_prompt: whether prompt positions attend to the whole prompt.
 
     Raises:
         ModelError: the type is not supported, the model needs token ids inside, has no language model head where its
-            kind needs one, or its config asks for something that the graph could not express.
+            kind needs one, or its config asks for something that the graph cannot express.
     """
     config = model.config
     name = config.model_type
@@ -82,23 +82,23 @@ def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = Fals
             f"model type {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}. "
             "A new one needs an entry in adalink.export.architectures and its parity test"
         )
-    found = ARCHITECTURES[name]
-    if reason := _unexpressible(config, found, bidirectional_prompt):
+    architecture = ARCHITECTURES[name]
+    if reason := _unexpressible(config, architecture, bidirectional_prompt):
         raise ModelError(f"this {name} model cannot be exported: {reason}")
-    if found.kind != "encoder" and model.get_output_embeddings() is None:
+    if architecture.kind != "encoder" and model.get_output_embeddings() is None:
         raise ModelError(
             f"{type(model).__name__} has no language model head; expected the model that gives logits, such as one "
             "loaded with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
         )
-    return replace(found, bidirectional_prompt=bidirectional_prompt)
+    return replace(architecture, bidirectional_prompt=bidirectional_prompt)
 
 
 def mask_windows(config: PretrainedConfig, architecture: Architecture) -> dict[str, int | None]:
-    """Names by which a decoder asks for its masks, and their windows; ``BARE_MASK`` for a single bare mask."""
+    """Attention windows by mask name; ``BARE_MASK`` is the name of a single bare mask."""
     if not architecture.masks_by_layer_type:
         return {BARE_MASK: getattr(config, "sliding_window", None) if architecture.windowed else None}
     window = getattr(config, "sliding_window", None)
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted({*config.layer_types})}
+    return {name: window if name == "sliding_attention" else None for name in sorted({*config.layer_types})}
 
 
 def cache_shape(config: PretrainedConfig, architecture: Architecture) -> Cache | None:
@@ -126,10 +126,10 @@ def _normalized(config: PretrainedConfig) -> Any:
 
 
 def _unexpressible(config: PretrainedConfig, architecture: Architecture, bidirectional_prompt: bool) -> str | None:
-    """Why the config's own settings rule the export out, or ``None``."""
+    """Why settings of the config rule out the export, or ``None``."""
     ropes = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
-    if bad := sorted(kinds & {"dynamic", "longrope"}):
+    rope_types = {str(rope.get("rope_type")) for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    if bad := sorted(rope_types & {"dynamic", "longrope"}):
         return f"rope type {bad[0]!r}: {_ROPE_BY_LENGTH}"
     if getattr(config, "use_bidirectional_attention", None) and not bidirectional_prompt:
         return "its decoder attends in both directions (use_bidirectional_attention), which a KV cache cannot serve"

@@ -1,8 +1,8 @@
-"""Changing a deployment folder: staged beside, renamed in, visible only when the new manifest is.
+"""Atomic changes to a deployment folder: stage files, rename them into place, then commit the manifest.
 
-The manifest is the point of commit. New files get paths that the current manifest does not use, so that until the new
-manifest is renamed over the old one the old deployment is whole, and afterwards the new one is. What neither refers to
-is removed by the writer that follows. See docs/decisions/0002-atomic-deployments.md.
+The manifest is the point of commit. New files get paths that the current manifest does not use. Until the new manifest
+is renamed over the old one, the old deployment is whole; afterwards the new one is. The next writer removes files that
+the manifest does not refer to. See docs/decisions/0002-atomic-deployments.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest
 LOCK_FILE = ".lock"
 STAGING_FOLDER = ".staging"
 _OWNED_FOLDERS = ("base", "engines", "tasks")
-_FEW = 32
+_SEQUENTIAL_FLUSHES = 32
 _FLUSHES_AT_ONCE = 32
 
 
@@ -37,7 +37,7 @@ class DeploymentWriter:
 
     Attributes:
         folder: the deployment.
-        current: its manifest before the change; ``None`` for a new deployment.
+        current: the manifest before the change; ``None`` for a new deployment.
     """
 
     def __init__(self, folder: Path, current: Manifest | None) -> None:
@@ -45,27 +45,27 @@ class DeploymentWriter:
         self.current = current
         self._staging = folder / STAGING_FOLDER
         paths = current.paths_in_use() if current else set()
-        # Without case, which some disks do not tell apart.
+        # Case-folded: some file systems ignore case.
         self._used_folders = {parent.casefold() for path in paths for parent in _folders_of(path)}
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest before the change, of a deployment that is there; raises ``DeploymentError`` for a new one."""
+        """The manifest before the change; raises ``DeploymentError`` for a new deployment."""
         if self.current is None:
             raise DeploymentError(f"{self.folder} is no deployment yet: export a base into it first")
         return self.current
 
-    def fresh_folder(self, wanted: str) -> str:
-        """A folder, ``wanted`` or ``wanted.2`` and so on, that nobody has a file in; it is given out once."""
-        candidate, number = wanted, 1
+    def fresh_folder(self, relative: str) -> str:
+        """An unused folder: ``relative``, or ``relative.2`` and so on; each is returned once."""
+        candidate, number = relative, 1
         while candidate.casefold() in self._used_folders:
             number += 1
-            candidate = f"{wanted}.{number}"
+            candidate = f"{relative}.{number}"
         self._used_folders.add(candidate.casefold())
         return candidate
 
     def stage(self, relative: str) -> Path:
-        """Where to write the file that will be ``relative``; its folder exists."""
+        """The path to write the future file ``relative`` to; its folder exists."""
         path = self._staging / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -92,7 +92,7 @@ class DeploymentWriter:
         manifest = decode_manifest(data)
         pending = self._staging / MANIFEST_FILE
         write_through(pending, data)
-        # Some libraries write files that only their owner may read; what ships has the mode of any new file.
+        # Some libraries write files that only their owner may read; a deployment's have the mode of any new file.
         mode = stat.S_IMODE(pending.stat().st_mode)
         for path in staged.values():
             path.chmod(mode)
@@ -101,7 +101,7 @@ class DeploymentWriter:
             final = self.folder / relative
             final.parent.mkdir(parents=True, exist_ok=True)
             path.replace(final)
-        # A folder that is new is known to the disk when the one that it lies in is flushed.
+        # A new folder is on the disk once its parent is flushed.
         folders = {self.folder / parent for relative in staged for parent in _folders_of(relative)}
         _sync_all(sorted({self.folder, *folders}))
         pending.replace(self.folder / MANIFEST_FILE)
@@ -115,12 +115,12 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
 
     Args:
         path: the deployment folder.
-        create: whether it may be new; else it must hold a manifest.
+        create: whether the deployment may be new; otherwise the folder must hold a manifest.
 
     Raises:
         BusyError: another process holds the lock.
         DeploymentError: the folder is no deployment, or holds other things.
-        WriteError: the disk refused.
+        WriteError: the disk is full or read-only.
     """
     folder = Path(path)
     try:
@@ -129,7 +129,7 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
             folder.mkdir(parents=True, exist_ok=True)
         current = read_manifest(folder) if not create or (folder / MANIFEST_FILE).exists() else None
         with _lock(folder):
-            # Read again: what was read before the lock may have been replaced since.
+            # Read again: the manifest may have changed before the lock was held.
             current = read_manifest(folder) if current or (folder / MANIFEST_FILE).exists() else None
             staging = folder / STAGING_FOLDER
             try:
@@ -139,8 +139,8 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
                 yield DeploymentWriter(folder, current)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-                # What the disk says now decides, not how far this process believes it came. What cannot be removed
-                # is of no consequence: nothing refers to it, and the next writer tries again.
+                # The manifest on the disk decides, not this process's view of it. Files that cannot be removed do no
+                # harm: nothing refers to them, and the next writer tries again.
                 with suppress(OSError):
                     _remove_unused(folder, read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None)
     except OSError as error:
@@ -194,10 +194,10 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _remove_unused(folder: Path, manifest: Manifest | None) -> None:
-    """Remove files in the folders we own that the manifest does not refer to, and folders left empty."""
+    """Remove files in the kit's own folders that the manifest does not refer to, and empty folders."""
     used = set(manifest.files) if manifest else set()
-    for owned in _OWNED_FOLDERS:
-        top = folder / owned
+    for name in _OWNED_FOLDERS:
+        top = folder / name
         if top.is_symlink() or not top.is_dir():
             continue
         for path in sorted(top.rglob("*"), reverse=True):
@@ -209,18 +209,18 @@ def _remove_unused(folder: Path, manifest: Manifest | None) -> None:
 
 
 def _sync_all(paths: Collection[Path]) -> None:
-    """Flush many files or folders; a disk flushes many at once in little more time than one."""
-    if len(paths) <= _FEW:
+    """Flush files or folders, many at once: a disk flushes many in little more time than one."""
+    if len(paths) <= _SEQUENTIAL_FLUSHES:
         for path in paths:
             sync(path)
         return
     with ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
-        for _ in pool.map(sync, paths):  # raises what one of them raised
+        for _ in pool.map(sync, paths):  # raises the first error
             pass
 
 
 def remove_task(path: str | Path, name: str) -> Manifest:
-    """Remove a task from a deployment; touches nothing under ``base/`` or ``engines/``.
+    """Remove a task from a deployment; files under ``base/`` and ``engines/`` stay as they are.
 
     Raises:
         UnknownTaskError: no task of that name is deployed.
@@ -235,10 +235,10 @@ def remove_task(path: str | Path, name: str) -> Manifest:
 
 
 def remove_variant(path: str | Path, name: str) -> Manifest:
-    """Remove one form of the base from a deployment: a graph or a compiled engine; tasks stay.
+    """Remove one variant of the base from a deployment, a graph or a compiled engine; tasks stay.
 
     Raises:
-        DeploymentError: there is no such variant, or no other one.
+        DeploymentError: there is no such variant, or it is the only one.
     """
     with open_writer(path) as writer:
         known = ", ".join(sorted(writer.manifest.variants))

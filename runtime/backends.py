@@ -1,4 +1,4 @@
-"""The backends by name: the one place that imports the code of ONNX Runtime, of TensorRT and of devices, when asked."""
+"""Backends by name. Only this module imports the code of ONNX Runtime, TensorRT and devices, on demand."""
 
 from __future__ import annotations
 

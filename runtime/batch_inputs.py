@@ -1,4 +1,4 @@
-"""A batch between the caller and the engine: token ids or embeddings, and the task of each row."""
+"""Batch inputs: token ids or embeddings, and the task of each row, on their way to the engine."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class BatchInputs:
         return source.shape[0], source.shape[1]
 
     def rows(self, start: int, stop: int) -> BatchInputs:
-        """Some rows of a batch whose images are in place, with their tasks."""
+        """Rows ``start`` to ``stop`` with their tasks; image embeddings must be merged already."""
         if (start, stop) == (0, self.shape[0]):
             return self
         return BatchInputs(*self._select(slice(start, stop)), tasks=self.tasks.take(range(start, stop)))
 
     def columns(self, start: int, stop: int) -> BatchInputs:
-        """Some positions of every row of a batch whose images are in place."""
+        """Positions ``start`` to ``stop`` of every row; image embeddings must be merged already."""
         return BatchInputs(*self._select((slice(None), slice(start, stop))), tasks=self.tasks)
 
     def _select(self, index: Any) -> tuple[Array | None, Array | None, Array | None]:

@@ -1,19 +1,19 @@
-"""How often this process has asked a builder for an engine: what a receipt counts."""
+"""Builder calls of this process: how often it asked for a compiled engine. Receipts report the count."""
 
 from __future__ import annotations
 
 import itertools
 
 _calls = itertools.count()
-_seen = 0
+_count = 0
 
 
 def count_builder_call() -> None:
-    """Note one call of a builder; whoever calls ``build_serialized_network`` calls this first."""
-    global _seen
-    _seen = next(_calls) + 1
+    """Count one builder call; call this before ``build_serialized_network``."""
+    global _count
+    _count = next(_calls) + 1
 
 
 def builder_calls() -> int:
-    """Calls noted so far; a task swap leaves the number as it was."""
-    return _seen
+    """Builder calls so far; switching tasks adds none."""
+    return _count

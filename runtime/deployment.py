@@ -1,4 +1,4 @@
-"""A deployment, open: one engine, many tasks."""
+"""An open deployment: one engine, many tasks."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Deployment:
 
     Attributes:
         path: the folder.
-        manifest: what it holds, as it was when it was opened.
-        variant: the form of the base that is run.
+        manifest: its manifest, read when it was opened.
+        variant: the base variant that the engine runs.
 
     Example::
 
@@ -79,25 +79,24 @@ class Deployment:
         prefix_cache_bytes: int = 0,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
     ) -> Deployment:
-        """Check the files of a deployment's base against its manifest and open its engine, once.
+        """Verify the base's files against the manifest and open its engine, once.
 
-        A task's files are checked when it is loaded, those of the tokenizer and of the vision tower when first used.
+        Other files are verified at their first use. See ``adalink.runtime.options.OpenOptions`` for the options.
 
         Args:
             path: the deployment folder.
-            backend: which engine; see ``adalink doctor``.
-            variant: which form of the base, such as ``"int4"``; see ``adalink.runtime.options.OpenOptions``.
+            backend: the engine; see ``adalink doctor``.
+            variant: base variant, such as ``"int4"``; by default one that is not quantised.
             threads: threads of the engine; all physical cores by default.
-            full_check: read every byte of every file, those of all tasks included.
-            task_memory_bytes: adapter weights that are held at a time; no limit by default.
-            prefix_cache_bytes: memory of the prefix cache; 0 keeps nothing.
-            image_cache_bytes: memory for embeddings of images; 0 keeps nothing between calls.
+            full_check: read every byte of every file, all tasks included.
+            task_memory_bytes: limit of loaded adapter weights; none by default.
+            prefix_cache_bytes: size of the prefix cache; 0 turns it off.
+            image_cache_bytes: size of the cache of image embeddings; 0 turns it off.
 
         Raises:
-            RequestError: ``threads`` or ``task_memory_bytes`` is less than 1, ``prefix_cache_bytes`` or
-                ``image_cache_bytes`` less than 0, or the former not 0 for a base that cannot go on from a kept prefix.
-            DeploymentError: the folder is no deployment, or (``ManifestError``, ``IntegrityError``) not a whole one.
-            BackendError: the backend is not on this machine, the deployment does not have the variant, or it refused.
+            RequestError: an option is out of range, or the base does not support a prefix cache.
+            DeploymentError: not a deployment, or (``ManifestError``, ``IntegrityError``) a damaged one.
+            BackendError: backend or variant is not available, or the engine refused.
         """
         begun, folder = time.perf_counter(), Path(path)
         manifest = read_manifest(folder)
@@ -109,7 +108,7 @@ class Deployment:
             verify_files(folder, manifest)
         else:
             verify_once(folder, manifest, (manifest.base.embeddings, *(() if chosen.is_compiled else chosen.files)))
-            if chosen.is_compiled:  # a plan is code: it is read whole, whatever this user has seen before
+            if chosen.is_compiled:  # a plan is code: read in full each time
                 verify_files(folder, manifest, chosen.files)
         deployment = cls(folder, manifest, opened, options)
         spent_ms = (time.perf_counter() - begun) * 1000
@@ -125,24 +124,24 @@ class Deployment:
         self.close()
 
     def close(self) -> None:
-        """Give the engine's memory back; later calls that compute or load anything are refused."""
+        """Free the engine; later calls that compute or load anything raise ``RequestError``."""
         self._is_closed = True
         self._runner.close()
         self._vision.close()
 
     @property
     def images_encoded(self) -> int:
-        """Images that the vision tower has been run on since the deployment was opened."""
+        """Images that the vision tower has encoded since the deployment was opened."""
         return self._vision.encoded
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that can be run, sorted."""
+        """Names of the deployed tasks, sorted."""
         return self._tasks.names
 
     @property
     def profile(self) -> Profile | None:
-        """Shapes that the engine takes, where they are limited."""
+        """Shapes that the engine takes; ``None`` if any."""
         return self._runner.engine.profile
 
     @property
@@ -161,28 +160,26 @@ class Deployment:
         images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
-        """Run the base once over whole sequences, each a prompt: PaliGemma's attend in both directions.
+        """Forward pass over whole sequences, each a prompt: PaliGemma's attend in both directions.
 
-        A task's soft prompt stands before the first token of its rows: what is passed and returned are the caller's own
-        positions, and the soft prompt counts towards the longest sequence.
+        A task's soft prompt is prepended inside and stripped from the output. It counts towards the longest sequence.
 
         Args:
             input_ids: token ids with shape ``(batch, seq)``; or else
-            inputs_embeds: embeddings with shape ``(batch, seq, d)``, to be adapted, in the base's dtype.
-            attention_mask: 1 for tokens and 0 for padding, ``(batch, seq)``; all tokens by default. Decoders may be
-                padded on either side; encoders, which number their positions from the left, on the right.
+            inputs_embeds: embeddings before the adapter, shape ``(batch, seq, d)``, in the base's dtype.
+            attention_mask: 1 for tokens, 0 for padding, ``(batch, seq)``; default all 1. Encoders: pad on the right.
             modality: index in the base's modalities for each position, -1 for none; all text by default.
             tasks: one task for all rows, or one for each row; ``None`` is the base model.
-            images: for each row its images or ``None``, as in ``generate``; ``input_ids`` has a placeholder for every
-                position that they take up. Without it placeholders are tokens like any other.
+            images: for each row its images or ``None``, as in ``generate``; ``input_ids`` then has a placeholder for
+                every position of an image. Without ``images``, placeholders are ordinary tokens.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
 
         Returns:
-            ``logits`` with shape ``(batch, seq, vocab)`` or ``last_hidden_state`` with shape ``(batch, seq, d)``; of an
-            encoder-decoder the encoder's, and with ``decoder_input_ids`` also ``logits``.
+            Decoder: ``logits``, ``(batch, seq, vocab)``. Encoder, also of an encoder-decoder: ``last_hidden_state``,
+            ``(batch, seq, d)``. With ``decoder_input_ids`` also ``logits``.
 
         Raises:
-            RequestError: the input is not one the base can take; ``UnknownTaskError`` for a task not deployed.
+            RequestError: the base cannot take this input; ``UnknownTaskError`` for a task not deployed.
             BackendError: the engine refused.
         """
         self._check_open()
@@ -198,30 +195,28 @@ class Deployment:
         modality: npt.ArrayLike | None = None,
         images: Images = None,
     ) -> Array:
-        """Adapted embeddings with shape ``(batch, seq, d)``: what ``run`` feeds the engine, of any length.
+        """Adapted input embeddings, ``(batch, seq, d)``: what ``run`` feeds the engine, without soft prompts.
 
-        They are those of the positions given: a soft prompt, which ``run`` puts before them, is not among them.
-
-        Takes and raises what ``run`` does.
+        Arguments and errors are those of ``run``; the length is not limited.
         """
         self._check_open()
         inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
         return self._runner.engine.embedder.read(self._runner.input_embeddings(inputs))
 
     def encode_images(self, pixel_values: Array, grid: Grid | None = None) -> Array:
-        """What the vision tower gives for prepared images, before any task; nothing of it is kept.
+        """Image embeddings of the vision tower, before any adapter; not cached.
 
         Args:
-            pixel_values: float32 with shape ``(images, 3, height, width)``, tiles counting as images; of a base whose
-                images keep their shape the patches of one, ``(patches, numbers)``.
-            grid: rows and columns of pieces of that one.
+            pixel_values: float32, ``(images, 3, height, width)``, a tile counting as an image. For a base whose images
+                keep their shape: the patches of one image, ``(patches, numbers)``.
+            grid: rows and columns of pieces of that image.
 
         Returns:
             float32 with shape ``(images, tokens_per_image, d)``, or ``(positions, d)``.
 
         Raises:
             RequestError: the base takes no images, or none of this size.
-            BackendError: what runs the tower is not there, or refused.
+            BackendError: the tower's engine is not available, or refused.
         """
         return self._vision.encode(pixel_values, grid)
 
@@ -238,28 +233,26 @@ class Deployment:
         chat: bool = False,
         draft_tokens: int | None = None,
     ) -> list[Generation]:
-        """Continue each prompt, all in one batch.
+        """Generate a continuation of each prompt, all in one batch.
 
         Args:
-            prompts: the texts, or the token ids of each.
-            images: for each prompt a list of its images, or ``None``; the prompt has the model's placeholder, such as
-                ``<image>``, once for each where it belongs; PaliGemma's may do without, then images go in front. An
-                image is a path, the bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
+            prompts: texts, or token ids.
+            images: for each prompt a list of its images, or ``None``. A prompt has one placeholder, such as
+                ``<image>``, for each image; PaliGemma's may omit them, then images come first. An image is a path, the
+                bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
             tasks: one task for all prompts, or one for each; ``None`` is the base model.
-            max_new_tokens: tokens a prompt at most; with the prompt and its soft prompt no more than the model allows.
-            sampling: how tokens are chosen; by default the likeliest token each time.
-            stop: texts that end a row; they are not part of its text.
+            max_new_tokens: limit of new tokens for each prompt; prompt, soft prompt and new tokens must fit the model.
+            sampling: how tokens are chosen; greedy by default.
+            stop: texts that end a row; they are left out of its text.
             stream: called with the row and each new piece of its text.
-            chat: put each prompt into the model's chat template as a user's message.
-            draft_tokens: speculative decoding of a single prompt, or of the last one of a batch: so many draft tokens
-                at most are looked up in its own text (`adalink.runtime.generation.speculative_decoding`) and verified
-                in one pass. The text is the same, sooner. Only decoders exported with ``--target onnxruntime-cpu``
-                can. By default 8 in float32, and 0, token by token, where a pass over several tokens rounds otherwise
-                than a step does: quantised, or in 16 bits.
+            chat: apply the model's chat template, each prompt being a user message.
+            draft_tokens: most draft tokens of a pass (`adalink.runtime.generation.speculative_decoding`), for a single
+                prompt or the last one left of a batch; needs ``--target onnxruntime-cpu``. By default 8 in float32,
+                where the text is the same; else 0, since a pass over several tokens then rounds otherwise than a step.
 
         Raises:
-            RequestError: a prompt is empty or too long, a setting is wrong, the base is an encoder, an image is none,
-                or a prompt has not as many placeholders as images.
+            RequestError: a prompt is empty or too long, a setting is out of range, the base is an encoder, an image
+                cannot be read, or placeholders and images differ in number.
             BackendError: the engine refused.
         """
         self._check_open()
@@ -281,40 +274,40 @@ class Deployment:
         return [row.finish() for row in rows]
 
     def load_task(self, name: str) -> None:
-        """Load a task ahead of its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
+        """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
         self._check_open()
         self._tasks.get(name)
 
     def unload_task(self, name: str) -> None:
-        """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
+        """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         self._tasks.unload(name)
 
     def add_task(self, path: str | Path, name: str | None = None) -> str:
         """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
 
-        The adapter is read now, and again from the same folder if its memory was given back meanwhile.
+        The adapter is read now. If it is unloaded, its next use reads the same folder again.
 
         Args:
             path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             name: the task's name; the folder's by default.
 
         Returns:
-            The name.
+            The task's name.
 
         Raises:
-            AdapterError: the folder is no whole adapter.
+            AdapterError: the folder is not a complete adapter.
             ContractError: the adapter belongs to another base.
-            RequestError: a task of that name is there already.
+            RequestError: a task of that name exists.
         """
         self._check_open()
         return self._tasks.add(Path(path), name)
 
     def remove_task(self, name: str) -> None:
-        """Forget a task, in this process only; raises ``UnknownTaskError``."""
+        """Remove a task, in this process only; raises ``UnknownTaskError``."""
         self._tasks.remove(name)
 
     def receipt(self) -> Receipt:
-        """Count the engines built and read the base's files again; see ``Receipt``."""
+        """Receipt: the engines built so far, and the base's files read and verified again; see ``Receipt``."""
         return self._runner.receipt()
 
     def _check_open(self) -> None:
@@ -323,5 +316,5 @@ class Deployment:
 
     @property
     def _is_float32(self) -> bool:
-        """Whether the engine computes in float32 throughout, so that a pass over several tokens rounds as steps do."""
+        """Whether the engine computes in float32 throughout: a pass over several tokens then rounds as steps do."""
         return self.manifest.base.embedding_dtype == "float32" and self.variant.quantization is None

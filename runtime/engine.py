@@ -1,7 +1,7 @@
-"""What an engine is to the rest of the runtime.
+"""Protocols of a backend: engine, decode state, input embedder, shared adapter graph, vision graph.
 
-A backend opens things; an engine runs a base; a bank graph runs tasks. All are small protocols, so that a new backend
-touches no caller.
+A backend opens engines and graphs. An engine runs the base; a shared adapter graph runs adapters. A new backend
+implements these protocols and changes no caller.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from adalink.runtime.storage.vision_schema import Grid, PatchTower
 if TYPE_CHECKING:
     from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
-# Embeddings on their way to an engine: an array on the host, or what a device's embedder makes of ids and tasks.
+# Input of an engine: an array on the host, or the ids and tasks from which a device computes the embeddings.
 EngineInput = Any
 
 
 class DecodeState(Protocol):
-    """A batch between two decode steps: its rows, their KV cache and logits. For one thread at a time."""
+    """State of a batch between two decode steps: rows, KV cache, logits. For one thread at a time."""
 
     @property
     def logits(self) -> Array:
-        """What follows the last token of each row, shape ``(rows, vocab)``; the next step writes over it."""
+        """Logits after the last token of each row, shape ``(rows, vocab)``; the next step overwrites them."""
         ...
 
     def step(self, inputs_embeds: EngineInput) -> None:
-        """Take one more token of each row.
+        """Decode step: append one token to each row.
 
         Args:
-            inputs_embeds: what the embedder gave for one token of each row, of shape ``(rows, 1, d)``.
+            inputs_embeds: the embedder's result for one token of each row, shape ``(rows, 1, d)``.
 
         Raises:
             BackendError: the engine refused.
@@ -43,11 +43,11 @@ class DecodeState(Protocol):
         ...
 
     def drop(self, row: int) -> None:
-        """Forget a row, which costs nothing from then on; the last row takes its place and its number."""
+        """Remove a row from the batch; the last row takes its index."""
         ...
 
     def close(self) -> None:
-        """Let others have what it holds; nothing else is called after it."""
+        """Release the buffers; the last call."""
         ...
 
 
@@ -56,31 +56,31 @@ class Engine(Protocol):
 
     @property
     def embedder(self) -> InputEmbedder:
-        """What gives it its embeddings."""
+        """The input embedder that belongs to this engine."""
         ...
 
     @property
     def profile(self) -> Profile | None:
-        """Shapes that it takes; ``None`` if it takes any."""
+        """Shapes that the engine takes; ``None`` if any."""
         ...
 
     @property
     def padding_side(self) -> str:
-        """Where it wants prompts to be padded, ``"left"`` or ``"right"``; padding elsewhere is moved there."""
+        """Preferred padding side, ``"left"`` or ``"right"``; other padding is moved there."""
         ...
 
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
         """Run whole sequences.
 
         Args:
-            feeds: ``inputs_embeds`` as the embedder gave it, of shape ``(batch, seq, d)``, and ``attention_mask`` of
-                shape ``(batch, seq)``, for the decoder of an encoder-decoder also ``encoder_hidden_states`` and
-                ``encoder_attention_mask``, and for a base whose positions follow pictures ``position_ids`` of shape
+            feeds: ``inputs_embeds``, the embedder's result, of shape ``(batch, seq, d)``, and ``attention_mask`` of
+                shape ``(batch, seq)``. The decoder of an encoder-decoder also takes ``encoder_hidden_states`` and
+                ``encoder_attention_mask``. A base whose positions follow images also takes ``position_ids`` of shape
                 ``(batch, seq, axes)``.
 
         Returns:
-            Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; what it
-            holds at padding means nothing.
+            Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; values at
+            padding are undefined.
 
         Raises:
             BackendError: the engine refused.
@@ -88,11 +88,11 @@ class Engine(Protocol):
         ...
 
     def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
-        """Run prompts, to go on after them; only for graphs with a KV cache.
+        """Prefill: run prompts and keep their KV cache; only for graphs with one.
 
         Args:
             feeds: as for ``run``.
-            max_new_tokens: how many steps may follow.
+            max_new_tokens: most decode steps that may follow.
 
         Raises:
             BackendError: the engine refused.
@@ -100,30 +100,30 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         ...
 
 
 class ResumableDecodeState(DecodeState, Protocol):
-    """A decode state whose KV cache can be kept for later prompts."""
+    """A decode state whose KV cache can be copied into a prefix cache."""
 
     def states(self, row: int, length: int) -> Array:
-        """A copy of what a row's first tokens left in the cache, as ``ResumableEngine.resume`` takes it."""
+        """A copy of the cached keys and values of a row's first tokens, as ``ResumableEngine.resume`` takes them."""
         ...
 
 
 @runtime_checkable
 class SpeculativeDecodeState(DecodeState, Protocol):
-    """A decode state that takes several tokens of its only row at once, so that draft tokens can be verified."""
+    """A decode state that verifies several draft tokens of its only row in one pass."""
 
     def verify(self, inputs_embeds: EngineInput) -> Array:
-        """Run the next token and the draft tokens behind it in one pass; ``logits`` is not touched.
+        """Run the next token and the draft tokens after it in one pass; ``logits`` stays as it is.
 
         Args:
-            inputs_embeds: what the embedder gave for them, of shape ``(1, n, d)``.
+            inputs_embeds: the embedder's result for these tokens, shape ``(1, n, d)``.
 
         Returns:
-            What follows each of them, shape ``(n, vocab)``; the next call writes over it.
+            Logits after each token, shape ``(n, vocab)``; the next call overwrites them.
 
         Raises:
             BackendError: the engine refused.
@@ -131,24 +131,24 @@ class SpeculativeDecodeState(DecodeState, Protocol):
         ...
 
     def rollback(self, count: int) -> None:
-        """Forget that many of the row's last tokens: the draft tokens that were rejected."""
+        """Remove the row's last ``count`` tokens: the rejected draft tokens."""
         ...
 
 
 @runtime_checkable
 class ResumableEngine(Protocol):
-    """An engine whose prompts can go on from states that were kept."""
+    """An engine that can continue a prompt from a cached prefix."""
 
     def resume(
         self, feeds: Mapping[str, EngineInput], max_new_tokens: int, known: Sequence[Array | None]
     ) -> ResumableDecodeState:
-        """Do what ``Engine.start`` does.
+        """Prefill as ``Engine.start`` does, computing only what is not cached.
 
         Args:
             feeds: as for ``Engine.start``.
             max_new_tokens: likewise.
-            known: for each row what its first tokens left in a cache before, shape
-                ``(2 * layers, kv_heads, n, head_dim)``, fewer than the row has, or ``None``.
+            known: for each row the cached keys and values of its first ``n`` tokens, shape
+                ``(2 * layers, kv_heads, n, head_dim)``, or ``None``; ``n`` is less than the row's length.
 
         Raises:
             BackendError: the engine refused.
@@ -157,27 +157,27 @@ class ResumableEngine(Protocol):
 
 
 class InputEmbedder(Protocol):
-    """What stands before an engine: the embedding table and the adapters; safe for calls from several threads."""
+    """Embedding table and adapters before an engine; safe for calls from several threads."""
 
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
-        """Token ids of shape ``(batch, seq)``, each row through its task, as the engine takes them."""
+        """Adapted embeddings of token ids of shape ``(batch, seq)``, each row by its task."""
         ...
 
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> EngineInput:
-        """Embeddings of shape ``(batch, seq, d)``, each row through its task, as the engine takes them."""
+        """Adapted embeddings of embeddings of shape ``(batch, seq, d)``, each row by its task."""
         ...
 
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
-        """What generated tokens go through, prepared so that a step costs little."""
+        """The adapter mapping of generated tokens, prepared for fast decode steps."""
         ...
 
-    def read(self, fed: EngineInput) -> Array:
-        """What was given to the engine, as an array of shape ``(batch, seq, d)``."""
+    def read(self, engine_input: EngineInput) -> Array:
+        """The engine's input as an array of shape ``(batch, seq, d)``."""
         ...
 
 
 class SharedAdapterGraph(Protocol):
-    """The arithmetic of all adapters of one activation, with their weights as inputs; safe for several threads."""
+    """One graph for all adapters of one activation and bias, with weights as inputs; safe for several threads."""
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
         """Adapt embeddings.
@@ -201,7 +201,7 @@ class VisionGraph(Protocol):
 
     @property
     def most_images(self) -> int:
-        """Images, or tiles of them, that a call takes at most."""
+        """Most images, or tiles of them, in a call."""
         ...
 
     def run(self, pixel_values: Array) -> Array:
@@ -211,7 +211,7 @@ class VisionGraph(Protocol):
             pixel_values: float32 with shape ``(images, 3, height, width)``, 1 to ``most_images`` of them.
 
         Returns:
-            float32 with shape ``(images, tokens_per_image, d)``, the caller's own.
+            float32 with shape ``(images, tokens_per_image, d)``; owned by the caller.
 
         Raises:
             BackendError: the engine refused.
@@ -220,7 +220,7 @@ class VisionGraph(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back; nothing else is called after it."""
+        """Free its memory; the last call."""
         ...
 
 
@@ -244,12 +244,12 @@ class PatchVisionGraph(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back; nothing else is called after it."""
+        """Free its memory; the last call."""
         ...
 
 
 class Backend(Protocol):
-    """Opens engines, bank graphs and vision towers."""
+    """Opens engines, shared adapter graphs and vision towers."""
 
     name: str
 

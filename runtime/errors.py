@@ -1,4 +1,4 @@
-"""Every error the kit raises on purpose.
+"""Errors that the kit raises on purpose.
 
 The tree::
 
@@ -6,7 +6,7 @@ The tree::
     ├── ConfigError              a setting is outside what the method allows (rank 0, unknown activation)
     ├── ModelError               a base model cannot be used: unknown architecture, pickled weights
     ├── AdapterError             an adapter folder is missing, truncated, altered or holds NaN
-    ├── ContractError            two things that do not belong together: adapter and base, task graph and engine
+    ├── ContractError            a mismatch: adapter and base, task graph and engine
     ├── GraphError               an ONNX graph is not what its role demands
     ├── DeploymentError          a deployment folder cannot be read or written
     │   ├── ManifestError        manifest.json is wrong; ``field`` is the path of the wrong entry
@@ -119,5 +119,5 @@ class BackendUnavailableError(BackendError):
     """The engine's package or device is not on this machine."""
 
 
-# What msgspec raises for bytes that are not the JSON asked for: another text, another type, nested beyond reason.
+# msgspec raises these for bytes that are not the expected JSON: not JSON, another type, nested too deeply.
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

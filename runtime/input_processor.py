@@ -1,4 +1,4 @@
-"""From what a caller passes to a batch: checked, tokenised, padded, with adapters, soft prompts and images."""
+"""Input processing: checks, tokenises and pads a request, and adds adapters, soft prompts and images."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from adalink.runtime.vision.tower import OpenVision
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """The prompts of a batch, ready for the engine.
+    """Prompts of a batch, ready for the engine.
 
     Attributes:
         tokens: token ids of each prompt, with a placeholder for every position of an image.
-        inputs: the same as one padded array, with adapters and image embeddings.
-        layout: where the tokens stand behind the soft prompts of their rows.
+        inputs: the token ids as one padded array, with adapters and image embeddings.
+        layout: positions after the soft prompts are prepended.
     """
 
     tokens: list[list[int]]
@@ -47,12 +47,12 @@ class PromptBatch:
 
 
 class InputProcessor:
-    """Makes batches of one deployment; safe for calls from several threads."""
+    """Makes batches for one deployment; safe for several threads."""
 
     def __init__(
         self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, padding_side: str
     ) -> None:
-        """``padding_side`` is where the engine wants prompts to be padded."""
+        """``padding_side`` is the engine's, ``"left"`` or ``"right"``."""
         self._path, self._manifest, self._base = path, manifest, manifest.base
         self._tasks, self._vision, self._padding_side = tasks, vision, padding_side
         self._tokenizer: Tokenizer | None = None
@@ -74,7 +74,7 @@ class InputProcessor:
     def process_prompts(
         self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int
     ) -> PromptBatch:
-        """Prompts to a batch: tokenise, prepare images, pad, lay out behind soft prompts, embed images.
+        """Make a batch of prompts: tokenise, preprocess images, pad, prepend soft prompts, encode images.
 
         Args:
             prompts: as in ``Deployment.generate``, which raises what this does.
@@ -97,7 +97,7 @@ class InputProcessor:
         ids = check_input_ids(padded, base)
         layout = SoftPromptLayout(mask, mapping.soft_prompts(len(mask)), self._padding_side)
         positions = layout.mask.shape[1]
-        is_separate = base.kind == "encoder-decoder"  # where the text has positions of its own
+        is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
         check_length(max(positions, max_new_tokens) if is_separate else positions + max_new_tokens, base)
         embeds = self._vision.embed(prepared) if any(row_images) else None
         return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout)
@@ -110,7 +110,7 @@ class InputProcessor:
         tasks: Tasks,
         images: Images,
     ) -> BatchInputs:
-        """Token ids or embeddings to a batch; takes and raises what ``Deployment.run`` does."""
+        """Make a batch of token ids or embeddings; arguments and errors are those of ``Deployment.run``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give either input_ids or inputs_embeds, not both and not neither")
         if images is not None and (input_ids is None or modality is not None):
@@ -131,14 +131,14 @@ class InputProcessor:
         return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images))
 
     def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
-        """Where the positions of a batch stand behind its soft prompts; raises ``RequestError`` if it is too long."""
+        """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long."""
         mask = check_mask(attention_mask, inputs.shape)
         layout = SoftPromptLayout(mask, inputs.tasks.soft_prompts(len(mask)), self._padding_side)
         check_length(layout.mask.shape[1], self._base)
         return layout
 
     def _tokenize(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
-        """Token ids of a checked prompt with so many images."""
+        """Token ids of a checked prompt; ``images`` is its number of images."""
         if isinstance(prompt, str):
             return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt, images)
         if chat:

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used (PEP 562)."""
+"""Lazy imports of a package's public names, at their first use (PEP 562)."""
 
 from __future__ import annotations
 

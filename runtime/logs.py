@@ -1,7 +1,7 @@
-"""The kit's log: loggers below ``adalink``, silent until the program around the kit adds a handler.
+"""Logging: loggers below ``adalink``, silent until the application adds a handler.
 
 ``INFO`` reports events: a deployment opened, a task loaded or unloaded, images encoded, an engine built. ``DEBUG`` adds
-what caches saved: a digest not computed again, the known prefix of a prompt. The decode loop logs nothing.
+cache hits: a digest not computed again, the cached prefix of a prompt. The decode loop logs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base model of an open deployment: its engines, opened once and counted, and the prefix cache in front of them."""
+"""Model runner: the engines of a base variant, opened once and counted, and the prefix cache."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from adalink.runtime.vision.placeholders import merge, prompt_cache_keys
 
 
 class ModelRunner:
-    """One form of a base, ready to run; safe for calls from several threads.
+    """One base variant, ready to run; safe for several threads.
 
     Attributes:
-        engine: the base; the encoder of an encoder-decoder.
+        engine: the base's engine; of an encoder-decoder, the encoder's.
     """
 
     def __init__(
         self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, prefix_cache_bytes: int = 0
     ) -> None:
-        """Open the engines; the arguments are those of ``Deployment``, which raises what this does."""
+        """Open the engines; arguments and errors are those of ``Deployment``."""
         self._path, self._manifest, self._variant = path, manifest, variant
         self._base = manifest.base
         self._builds = 0
@@ -59,7 +59,7 @@ class ModelRunner:
     def run(
         self, inputs: BatchInputs, layout: SoftPromptLayout, decoder_input_ids: npt.ArrayLike | None
     ) -> dict[str, Array]:
-        """Run whole sequences, laid out with their soft prompts; see ``Deployment.run``."""
+        """Forward pass over whole sequences with their soft prompts; see ``Deployment.run``."""
         if decoder_input_ids is not None and self._decoder is None:
             raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
         output = self.engine.run(self._feeds(inputs, layout))
@@ -71,7 +71,7 @@ class ModelRunner:
         return result
 
     def input_embeddings(self, inputs: BatchInputs) -> EngineInput:
-        """Adapted embeddings as the engine takes them: each row through its task, without soft prompts."""
+        """Adapted embeddings as the engine takes them, without soft prompts."""
         embedder = self.engine.embedder
         if inputs.ids is not None and inputs.images is None:
             return embedder.lookup(inputs.ids, inputs.tasks, inputs.modality)
@@ -81,21 +81,21 @@ class ModelRunner:
     def start(
         self, inputs: BatchInputs, layout: SoftPromptLayout, max_new_tokens: int
     ) -> tuple[DecodeState, InputEmbedder, AdapterMapping]:
-        """Prefill: run the prompts, so that tokens can be generated after them.
+        """Prefill: run the prompts and keep their KV cache.
 
         Args:
             inputs: token ids of the prompts, padded on the engine's side.
-            layout: where they stand behind their soft prompts.
-            max_new_tokens: how many decode steps may follow.
+            layout: positions after the soft prompts are prepended.
+            max_new_tokens: most decode steps that may follow.
 
         Returns:
-            The state of the batch, and the embedder and the adapters that generated tokens go through.
+            The decode state of the batch, and the embedder and adapter mapping of generated tokens.
         """
         embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
         if self._decoder is not None:
             first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
-            fed = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
-            return self._decoder.start(fed, max_new_tokens), self._decoder.embedder, NO_ADAPTER
+            decoder_feeds = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
+            return self._decoder.start(decoder_feeds, max_new_tokens), self._decoder.embedder, NO_ADAPTER
         tasks = embedder.for_decoding(inputs.tasks)
         if self._prefixes is None:
             return self.engine.start(feeds, max_new_tokens), embedder, tasks
@@ -110,18 +110,18 @@ class ModelRunner:
         return make_receipt(self._path, self._manifest, paths, self._builds, expected)
 
     def close(self) -> None:
-        """Give the engines' memory back."""
+        """Free the engines' memory."""
         self.engine.close()
         if self._decoder is not None:
             self._decoder.close()
 
     def _build(self, backend: Backend, graph: str, role: str) -> Engine:
-        """Open a base graph, and count it: the only place where an engine is made."""
+        """Open a base graph and count it; engines are opened nowhere else."""
         self._builds += 1
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
     def _feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
-        """What the engine is fed for whole rows."""
+        """Engine inputs for whole rows."""
         if layout.is_empty:
             embeds = self.input_embeddings(inputs)
             return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout)}
@@ -130,15 +130,15 @@ class ModelRunner:
         return {"inputs_embeds": self.engine.embedder.apply(wide, inputs.tasks, indices), "attention_mask": layout.mask}
 
     def _positions(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, Array]:
-        """Position ids of a base whose positions follow the grid of pictures; other engines count them themselves."""
+        """Position ids of a base whose positions follow the image grid; other engines compute their own."""
         vision = self._base.vision
         if vision is None or vision.patches is None:
             return {}
-        grids = [[image.grid for image in own] for own in inputs.images or ()]
+        grids = [[image.grid for image in row_images] for row_images in inputs.images or ()]
         return {"position_ids": grid_positions(inputs.ids, layout.mask, grids, vision.image_token_id)}
 
     def _base_embeddings(self, inputs: BatchInputs) -> tuple[Array, Array | None]:
-        """Embeddings before any bottleneck, with images in place, and the modality of each position."""
+        """Embeddings before the bottleneck, images merged, and the modality of each position."""
         if inputs.ids is None:
             assert inputs.embeds is not None
             return inputs.embeds, inputs.modality
@@ -148,7 +148,7 @@ class ModelRunner:
         return embeds, modality
 
     def _cache_keys(self, inputs: BatchInputs, layout: SoftPromptLayout) -> list[Array]:
-        """The key of each position of each prompt in the prefix cache: soft prompts, tokens, adapted images."""
+        """Prefix cache keys of each prompt's positions: soft prompts, tokens, adapted images."""
         assert inputs.ids is not None
         batch, images = len(inputs.ids), inputs.images
         adapters = [("", "")] * batch
@@ -170,7 +170,7 @@ class ModelRunner:
         tasks: AdapterMapping,
         max_new_tokens: int,
     ) -> DecodeState:
-        """Prefill behind the longest cached prefix of each prompt, and cache what was computed."""
+        """Prefill after the longest cached prefix of each prompt, and cache the new states."""
         keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(prompts))]
         known = [prefixes.find(key, prompt) for key, prompt in zip(keys, prompts, strict=True)]
         state = engine.resume(feeds, max_new_tokens, known)

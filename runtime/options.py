@@ -1,4 +1,4 @@
-"""How a deployment is opened."""
+"""Options for opening a deployment."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ class OpenOptions:
     """Options of ``Deployment.open``, by the same names.
 
     Attributes:
-        variant: which form of the base, such as ``"int4"``; by default one that is not quantised, if there is one
+        variant: base variant, such as ``"int4"``; by default one that is not quantised, if there is one
             (`adalink.runtime.storage.variants`).
         threads: threads of the engine; all physical cores by default.
-        full_check: read every byte of every file, those of all tasks included. Without it, files that this user has
-            checked before and that have not changed since are not read again
-            (`adalink.runtime.storage.verification_cache`).
-        task_memory_bytes: adapter weights that are held at a time. Beyond it, the least recently used task is unloaded
-            until it is asked for again. No limit by default: the weights of the deployment's tasks are mapped files,
-            whose pages the system takes back when memory is short.
-        prefix_cache_bytes: memory of the prefix cache. ``generate`` goes on from the longest prefix that a prompt
-            shares with an earlier one under the same adapter. 0 keeps nothing.
-        image_cache_bytes: memory for embeddings of images, which serve every task; 0 keeps nothing between calls.
+        full_check: read every byte of every file, all tasks included. Otherwise a file that this user has verified is
+            read again only after a change (`adalink.runtime.storage.verification_cache`).
+        task_memory_bytes: limit of loaded adapter weights. Beyond it, the least recently used task is unloaded until
+            its next use. No limit by default: the weights are mapped files, whose pages the system can reclaim.
+        prefix_cache_bytes: size of the prefix cache. ``generate`` continues from the longest prefix that a prompt
+            shares with an earlier one under the same adapter. 0 turns it off.
+        image_cache_bytes: size of the cache of image embeddings, which all tasks share; 0 turns it off.
 
     Raises:
         RequestError: ``task_memory_bytes`` is less than 1, ``prefix_cache_bytes`` or ``image_cache_bytes`` less than 0.

@@ -1,4 +1,4 @@
-"""The shapes that a compiled engine takes: its profile, how it is written, and what a request may ask of it."""
+"""Profiles: the shapes that a compiled engine takes, their text form, and checks of requests against them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adalink.runtime.storage.manifest import Base
 
 _RANGE = re.compile(r"(batch|seq|past|images)=(\d+):(\d+):(\d+)")
 _LARGEST = 1 << 20
-# Totals of a decode step are rounded up, so that steps share a captured graph; by an eighth at most, and to this.
+# A decode step's total length is rounded up to a multiple of this or more, so that steps share a captured graph.
 _SMALLEST_STEP = 64
 
 
@@ -27,13 +27,13 @@ class ShapeRange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one call of an engine takes.
+    """Shape ranges of one engine call.
 
     Attributes:
         batch: rows.
-        seq: positions of a row that a prompt's pass takes; a longer prompt is taken in pieces by a decoder.
+        seq: positions of a row in a prefill pass; a decoder takes a longer prompt in several passes.
         past: positions in the cache before a decode step; ``None`` for an encoder.
-        images: images, or tiles of them, that the vision tower takes at a time; ``None`` where it is not compiled.
+        images: images, or tiles of them, in a call of the vision tower; ``None`` where it is not compiled.
     """
 
     batch: ShapeRange
@@ -42,21 +42,21 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     images: ShapeRange | None = None
 
     def __str__(self) -> str:
-        spans = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
-        return ",".join(f"{name}={span}" for name, span in spans.items() if span is not None)
+        ranges = {"batch": self.batch, "seq": self.seq, "past": self.past, "images": self.images}
+        return ",".join(f"{name}={shape_range}" for name, shape_range in ranges.items() if shape_range is not None)
 
     @property
     def capacity(self) -> int:
-        """Most positions that a row can have, in the cache and in a pass together."""
+        """Most positions of a row, cache and pass together."""
         return self.seq.max if self.past is None else self.past.max + 1
 
     @property
     def logits_capacity(self) -> int:
-        """Most positions whose logits one pass gives: the last of each row, or all of one row."""
+        """Most logits rows of one pass: the last position of each row, or all positions of one row."""
         return max(self.batch.max, self.seq.max)
 
     def check_batch(self, batch: int) -> None:
-        """Check a number of rows; raises ``RequestError``."""
+        """Check the number of rows; raises ``RequestError``."""
         if not self.batch.min <= batch <= self.batch.max:
             raise RequestError(
                 f"inputs_embeds: {batch} rows, this engine takes {self.batch.min} to {self.batch.max}: send "
@@ -64,14 +64,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
 
     def check_length(self, length: int) -> None:
-        """Check the positions that a row will have in the end; raises ``RequestError``."""
+        """Check the final length of a row; raises ``RequestError``."""
         if length > self.capacity:
-            option, wanted = ("seq", _widened(self.seq, length)) if self.past is None else ("past", None)
+            option, widened = ("seq", _widened(self.seq, length)) if self.past is None else ("past", None)
             if self.past is not None:
-                wanted = _widened(self.past, length - 1)
+                widened = _widened(self.past, length - 1)
             raise RequestError(
                 f"attention_mask: {length} positions, this engine takes 1 to {self.capacity}: shorten the prompt or "
-                f"ask for fewer new tokens, or build it again with --profile {option}={wanted}"
+                f"ask for fewer new tokens, or build it again with --profile {option}={widened}"
             )
         if self.past is None and length < self.seq.min:
             raise RequestError(
@@ -80,14 +80,14 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             )
 
 
-def _widened(span: ShapeRange, size: int) -> ShapeRange:
-    return ShapeRange(min(span.min, size), min(max(span.opt, span.min), size), max(span.max, size))
+def _widened(old: ShapeRange, size: int) -> ShapeRange:
+    return ShapeRange(min(old.min, size), min(max(old.opt, old.min), size), max(old.max, size))
 
 
 def default_profile(base: Base) -> Profile:
-    """A profile for a base of which nothing more is known: 8 rows, prompts in pieces of 512, 4,096 positions.
+    """Default profile of a base: 8 rows, prefill passes of 512 positions, 4,096 positions in all.
 
-    Of images as many at a time as ONNX Runtime is given; likeliest is one, or as many tiles as there may be.
+    Image limits are those of ONNX Runtime; likeliest is one image, or the most tiles of a call.
     """
     limit = base.max_positions or _LARGEST
     if base.cache is None:
@@ -102,26 +102,26 @@ def default_profile(base: Base) -> Profile:
 
 
 def parse_profile(text: str, base: Base) -> Profile:
-    """A profile as it is written on the command line, ``batch=1:4:8,seq=1:128:512,past=0:512:4095``.
+    """Parse a profile such as ``batch=1:4:8,seq=1:128:512,past=0:512:4095``.
 
-    What is left out is as in ``default_profile``.
+    Missing entries come from ``default_profile``.
 
     Raises:
-        ConfigError: it is not written so, or holds sizes that the base cannot have.
+        ConfigError: the text has another form, or a size is out of the base's range.
     """
     profile = default_profile(base)
-    found: dict[str, ShapeRange] = {}
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        if match is None or match[1] in found:
+    ranges: dict[str, ShapeRange] = {}
+    for entry in text.split(","):
+        match = _RANGE.fullmatch(entry.strip())
+        if match is None or match[1] in ranges:
             raise ConfigError(
-                f"profile {text!r}: {part!r} is not one of batch=, seq=, past= or images=, each once, with "
+                f"profile {text!r}: {entry!r} is not one of batch=, seq=, past= or images=, each once, with "
                 "SMALLEST:LIKELIEST:LARGEST, as in batch=1:4:8,seq=1:128:512,past=0:512:4095"
             )
-        found[match[1]] = ShapeRange(*(int(number) for number in match.groups()[1:]))
-    if "past" in found and base.cache is None:
+        ranges[match[1]] = ShapeRange(*(int(number) for number in match.groups()[1:]))
+    if "past" in ranges and base.cache is None:
         raise ConfigError(f"profile {text!r}: {base.name} is an encoder and has no cache: leave past= out")
-    profile = msgspec.structs.replace(profile, **found)
+    profile = msgspec.structs.replace(profile, **ranges)
     check_profile(profile, base)
     return profile
 
@@ -135,20 +135,20 @@ def check_profile(profile: Profile, base: Base) -> None:
         "past": (profile.past, 0, limit - 1),
         "images": (profile.images, 1, 4096),
     }
-    for name, (span, least, most) in bounds.items():
-        if span is not None and not least <= span.min <= span.opt <= span.max <= most:
-            raise ConfigError(f"profile: {name}={span}, expected sizes in rising order from {least} to {most}")
+    for name, (shape_range, least, most) in bounds.items():
+        if shape_range is not None and not least <= shape_range.min <= shape_range.opt <= shape_range.max <= most:
+            raise ConfigError(f"profile: {name}={shape_range}, expected sizes in rising order from {least} to {most}")
     if profile.images is not None and base.vision is None:
         raise ConfigError(f"profile: images={profile.images}, but {base.name} takes no images: leave images= out")
     if profile.images is not None and profile.images.min > 1:
         raise ConfigError(f"profile: images={profile.images}, but an image may come alone: begin it at 1")
     if profile.past is None:
         return
-    for name, span, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
-        if span.min > most:
+    for name, shape_range, most in (("batch", profile.batch, 1), ("seq", profile.seq, 1), ("past", profile.past, 1)):
+        if shape_range.min > most:
             raise ConfigError(
-                f"profile: {name}={span} begins at {span.min}, but a decoder drops rows that have ended and takes "
-                f"prompts in pieces: begin it at {most}"
+                f"profile: {name}={shape_range} begins at {shape_range.min}, but a decoder drops rows that have ended "
+                f"and takes prompts in pieces: begin it at {most}"
             )
     if profile.past.max + 1 < profile.seq.max:
         raise ConfigError(
@@ -158,14 +158,14 @@ def check_profile(profile: Profile, base: Base) -> None:
 
 
 def pieces(length: int, largest: int) -> list[tuple[int, int]]:
-    """Begin and end of the passes that a prompt of ``length`` positions is taken in, the first the shortest."""
+    """Start and stop of the prefill passes over ``length`` positions; the first pass is the shortest."""
     count = -(-length // largest)
     first = length - (count - 1) * largest
     return [(0, first)] + [(first + at * largest, first + (at + 1) * largest) for at in range(count - 1)]
 
 
 def rounded_total(total: int, capacity: int) -> int:
-    """How many positions of the cache a decode step looks at so that few captured graphs serve all lengths.
+    """Cache positions of a decode step, rounded up so that few captured graphs serve all lengths.
 
     At least ``total``, at most ``capacity``, and at most an eighth or 63 positions more than needed.
     """

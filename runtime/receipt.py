@@ -1,4 +1,4 @@
-"""The receipt: the record that nothing was rebuilt and no byte of the base changed."""
+"""Receipt: evidence that no engine was rebuilt and no byte of the base changed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from adalink.runtime.storage.manifest import Manifest
 
 @dataclass(frozen=True)
 class Receipt:
-    """The record that nothing was rebuilt.
+    """Evidence that no engine was rebuilt and no byte of the base changed.
 
     Attributes:
-        engine_builds: engines opened by this deployment since it was opened; one for each base graph, made then.
+        engine_builds: engines that this deployment has opened; one for each base graph.
         expected_builds: number of base graphs.
-        builder_calls: how often this process has asked a builder of compiled engines for one, ever.
-        digests: digest of each file of the base, read from the disk now.
-        unchanged: whether those are the digests of the manifest.
+        builder_calls: builder calls of this process (`adalink.runtime.builds`).
+        digests: digest of each file of the base, read from disk now.
+        unchanged: whether they equal the manifest's digests.
     """
 
     engine_builds: int

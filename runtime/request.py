@@ -1,4 +1,4 @@
-"""Checking what a caller passes, before anything is computed."""
+"""Request validation: arguments are checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_embeds(inputs_embeds: npt.ArrayLike, base: Base) -> Array:
 
 
 def check_mask(attention_mask: npt.ArrayLike | None, shape: tuple[int, int]) -> Array:
-    """Mask as int64 of ``shape``, ones where none is given; every row has a 1; raises ``RequestError``."""
+    """Mask as int64 of ``shape``, all ones for ``None``; every row has a 1; raises ``RequestError``."""
     if attention_mask is None:
         return np.ones(shape, np.int64)
     mask = _as_array(attention_mask, "attention_mask")
@@ -105,11 +105,11 @@ def is_number(value: Any) -> bool:
 
 def check_prompts(prompts: Prompts, base: Base) -> list[str | list[int]]:
     """The prompts of a batch, each a text or token ids; raises ``RequestError``."""
-    given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
-    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) or not given:
-        raise RequestError(f"prompts is {given!r:.80}, expected a list with at least one text or list of token ids")
+    items = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+    if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:
+        raise RequestError(f"prompts is {items!r:.80}, expected a list with at least one text or list of token ids")
     checked: list[str | list[int]] = []
-    for row, prompt in enumerate(given):
+    for row, prompt in enumerate(items):
         name = f"prompt {row}"
         if isinstance(prompt, str):
             checked.append(check_text(prompt, name))
@@ -136,7 +136,7 @@ def check_text(text: str, name: str = "the text") -> str:
 
 
 def _extremes(ids: Array) -> tuple[int, int]:
-    """Smallest and largest of ``ids``: for a few, as in every decode step, Python is quicker than two reductions."""
+    """Smallest and largest id. For few ids, as in every decode step, Python is faster than two reductions."""
     if ids.size <= _FEW:
         values = ids.ravel().tolist()
         return min(values), max(values)

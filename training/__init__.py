@@ -1,4 +1,4 @@
-"""The AdaLink method in PyTorch: attach to a model, train, save, load."""
+"""Training: the AdaLink method in PyTorch. Attach adapters to a model, train, save and load them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Save and load adapter folders; a folder is replaced whole or not at all."""
+"""Adapter folders: save and load. A folder is replaced atomically."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _RENAME_EXCHANGE = 2
 
 
 def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
-    """The attached weights as a checked adapter of this base.
+    """The attached weights as a checked adapter for this base.
 
     Args:
         attached: a model with adapters.
-        base_name: name of the base for people (``adalink.training.models.loading.display_name``).
+        base_name: display name of the base (``adalink.training.models.loading.display_name``).
 
     Raises:
         AdapterError: a weight is NaN or infinite.
@@ -61,12 +61,12 @@ def save_adapter(folder: str | Path, adapter: Adapter | AdaLinkModel, extra: Map
 
     Args:
         folder: the adapter folder.
-        adapter: what to write: an attached model, or what ``to_adapter`` made of it under another name of its base.
-        extra: more files to write beside the two of the format, by name.
+        adapter: an attached model, or the adapter that ``to_adapter`` made of one, with another name of its base.
+        extra: additional files by name.
 
     Raises:
         AdapterError: the folder holds something other than an adapter.
-        WriteError: the disk refused; what was there is as it was.
+        WriteError: the disk is full or read-only; the old folder is unchanged.
     """
     if isinstance(adapter, AdaLinkModel):
         adapter = to_adapter(adapter, display_name(adapter.model.config.name_or_path))
@@ -97,7 +97,7 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
 
     Raises:
         AdapterError: the folder is missing, truncated or numerically broken, or holds a table of token ids.
-        ContractError: it belongs to another base.
+        ContractError: it was trained for another base.
         ModelError: an adapter is attached already.
     """
     adapter = read_adapter(folder)
@@ -114,7 +114,7 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
 
 
 class _ModelBase:
-    """A model as ``check_adapter`` looks at it; what its class can take, ``attach`` says."""
+    """The base contract of a model for ``check_adapter``; ``attach`` checks what its class can take."""
 
     embedding_dtype = "float32"
     modalities = None
@@ -141,7 +141,7 @@ def check_target(folder: Path) -> None:
 
 
 def _rename_over(staging: Path, folder: Path) -> None:
-    """Make ``staging`` the folder; an old one ends up in ``staging``. One system call where the kernel has it."""
+    """Rename ``staging`` to ``folder``; an old one ends up in ``staging``. One system call where the kernel has it."""
     if not folder.exists():
         staging.rename(folder)
         return

@@ -1,4 +1,4 @@
-"""``OUT.checkpoints``: what a training writes on its way, and what an interrupted one is gone on with from."""
+"""``OUT.checkpoints``: the checkpoints of a training run, from which an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ZIPPED = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class CheckpointTrainer(Trainer):  # type: ignore[misc]  # transformers has no types for it
-    """A ``Trainer`` that says so where the disk refuses a checkpoint: ``WriteError``."""
+    """A ``Trainer`` that raises ``WriteError`` when a checkpoint cannot be written."""
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         try:
@@ -40,7 +40,7 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]  # transformers has no t
 
 
 def check_fresh(folder: Path) -> None:
-    """Refuse to start over where an interrupted run left checkpoints."""
+    """Refuse to start over an interrupted run's checkpoints; raises ``ConfigError``."""
     if folder.exists():
         raise ConfigError(
             f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
@@ -48,7 +48,7 @@ def check_fresh(folder: Path) -> None:
 
 
 def begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
-    """Make the checkpoint folder and note in it what the run is; raises ``WriteError``."""
+    """Make the checkpoint folder and record the run's settings in it; raises ``WriteError``."""
     repair = "choose a writable --out"
     try:
         folder.mkdir(parents=True)
@@ -64,9 +64,9 @@ def begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def removed_if_useless(folder: Path) -> Iterator[None]:
-    """Remove the folder where an error ends the block and nothing is in it that a run could go on from.
+    """Remove the folder if an error ends the block and it holds nothing to resume from.
 
-    A full disk leaves it: freed, the run can be resumed.
+    After a full disk it stays: once space is free, the run can resume.
     """
     try:
         yield
@@ -79,7 +79,7 @@ def removed_if_useless(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path, record: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from, if one was written whole; refuses a run with other settings."""
+    """The latest complete checkpoint, ``None`` if there is none; refuses a run with other settings."""
     settings = folder / _SETTINGS_FILE
     if not settings.is_file():
         raise ConfigError(
@@ -104,14 +104,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def restore(module: nn.Module, checkpoint: Path) -> list[dict[str, Any]]:
-    """Load a checkpoint's weights alone; returns the log of the run until then."""
+    """Load only the weights of a checkpoint; returns the log of the run until then."""
     module.load_state_dict(load_file(checkpoint / _WEIGHTS_FILE))
     history: list[dict[str, Any]] = json.loads((checkpoint / _STATE_FILE).read_bytes())["log_history"]
     return history
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
-    """Those that can be read: one may have been cut off, by a crash or, whatever its last file is, by a power loss."""
+    """Checkpoints that can be read: a crash or a power loss may have cut one off at any file."""
     return [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
 
 

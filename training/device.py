@@ -1,4 +1,4 @@
-"""Where training runs, and whether what runs there can do the precision that was asked for."""
+"""The device of a training run, and whether it supports the requested precision."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def resolve_device(device: str) -> str:
 
 
 def precision_warning(device: str, precision: str) -> str | None:
-    """What to say before training where it would take far longer than the precision promises.
+    """Warning for a precision that the device computes slowly; ``None`` if there is nothing to warn of.
 
-    On a CPU without instructions for bfloat16 PyTorch computes such products in plain loops: those of a small decoder
-    took 40 to 110 times as long as in float32 (AMD EPYC with AVX2, PyTorch 2.13). Where PyTorch has no oneDNN, which
-    knows of the instructions, nothing is said.
+    On a CPU without bfloat16 instructions PyTorch computes such products in plain loops: those of a small decoder took
+    40 to 110 times as long as in float32 (AMD EPYC with AVX2, PyTorch 2.13). Without oneDNN, which knows the
+    instructions, there is no warning.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         precision: ``"float32"`` or ``"bfloat16"``.
     """
-    is_known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if (device, precision) != ("cpu", "bfloat16") or not is_known or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if (device, precision) != ("cpu", "bfloat16") or not has_onednn or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
     return (
         "this CPU has no instructions for bfloat16: a step will take many times as long as in float32, which is the "

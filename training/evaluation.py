@@ -1,4 +1,4 @@
-"""Exact-match accuracy: greedy generation until the end token, compared with the wanted completion."""
+"""Exact-match accuracy: greedy generation until the end token, compared with the expected completion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adalink.training.data.images import TrainingImages
     from adalink.training.data.rows import Example
 
-# A batch and the numbers of its prompts -> the batch with what the base takes beside their tokens.
+# A batch and the indices of its prompts -> the batch with the base's other inputs, such as ``pixel_values``.
 Join = Callable[["dict[str, torch.Tensor]", Sequence[int]], "dict[str, torch.Tensor]"]
 
 
@@ -33,9 +33,9 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """Continue each prompt greedily; a reply ends with the end token, or is cut at ``max_new_tokens``.
 
-    Prompts are sorted by length, padded on the left and run in batches. ``join`` adds what the base takes beside the
-    tokens of the prompts of these numbers, such as ``pixel_values``. What the checkpoint says of how to generate, such
-    as a penalty or beams, is left aside, as a deployment leaves it.
+    Prompts are sorted by length, padded on the left and run in batches. ``join`` adds the base's inputs beside tokens,
+    such as ``pixel_values``, for prompts of the given indices. Generation settings of the checkpoint, such as a penalty
+    or beams, do not apply, as in a deployment.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -51,7 +51,7 @@ def greedy_tokens(
             "attention_mask": attention_mask,
             **prompt_inputs(model, torch.ones_like(attention_mask, dtype=torch.bool)),
         }
-        with _plain_generation(model, end):
+        with _greedy_generation(model, end):
             output = model.generate(**join(batch, chosen), max_new_tokens=max_new_tokens)
         # A decoder's output begins with the prompt, an encoder-decoder's with its start token.
         skipped = 1 if model.config.is_encoder_decoder else length
@@ -61,11 +61,11 @@ def greedy_tokens(
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel, end: int) -> Iterator[None]:
-    """Let ``model`` generate greedily with a cache until the block ends; of its own settings, only how to begin."""
-    own = model.generation_config
-    starts = (getattr(config, "decoder_start_token_id", None) for config in (own, model.config))
-    # In place of the model's own, not for the call: generate would fill in what a given one leaves open.
+def _greedy_generation(model: PreTrainedModel, end: int) -> Iterator[None]:
+    """Let ``model`` generate greedily with a cache until the block ends; only its start token stays."""
+    original = model.generation_config
+    starts = (getattr(config, "decoder_start_token_id", None) for config in (original, model.config))
+    # Replaced on the model, not passed to the call: generate would fill in missing settings from the model's own.
     model.generation_config = GenerationConfig(
         do_sample=False,
         use_cache=True,
@@ -76,7 +76,7 @@ def _plain_generation(model: PreTrainedModel, end: int) -> Iterator[None]:
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 def exact_match(
@@ -84,36 +84,36 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     batch_size: int,
-    pictures: TrainingImages | None = None,
+    images: TrainingImages | None = None,
     *,
     soft_tokens: int = 0,
 ) -> float:
-    """Share of examples whose greedy reply is the wanted text, spaces at its ends aside, and then ends.
+    """Share of examples whose greedy reply is the expected text, spaces at its ends aside, and then ends.
 
     Args:
         model: a base, with or without an adapter attached.
         tokenizer: tokenizer of the base.
         examples: encoded rows.
         batch_size: rows generated at once.
-        pictures: how the base takes the examples' images, for one that does.
+        images: image inputs of the examples, for a base that takes images.
         soft_tokens: vectors of the attached adapter's soft prompt.
     """
     end = end_token(tokenizer)
 
     def answer(numbers: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         def with_images(batch: dict[str, torch.Tensor], chosen: Sequence[int]) -> dict[str, torch.Tensor]:
-            return batch if pictures is None else pictures.join(batch, [examples[numbers[index]] for index in chosen])
+            return batch if images is None else images.join(batch, [examples[numbers[index]] for index in chosen])
 
         prompts = [examples[number].prompt for number in numbers]
         return greedy_tokens(model, prompts, end, max_new_tokens, batch_size, with_images)
 
     longest = max(len(example.target) for example in examples)
-    room = None if model.config.is_encoder_decoder else max_positions(model)
-    # Rows that would run out of positions if they went on for as long as the longest target: each as far as it can.
-    left = [longest if room is None else room - soft_tokens - len(example.prompt) for example in examples]
-    roomy = [number for number, steps in enumerate(left) if steps >= longest]
-    replies = dict(zip(roomy, answer(roomy, longest), strict=True))
-    for number, steps in enumerate(left):
+    limit = None if model.config.is_encoder_decoder else max_positions(model)
+    # Rows without enough positions for the longest target are generated one by one, each up to its limit.
+    max_new_tokens = [longest if limit is None else limit - soft_tokens - len(example.prompt) for example in examples]
+    unlimited = [number for number, steps in enumerate(max_new_tokens) if steps >= longest]
+    replies = dict(zip(unlimited, answer(unlimited, longest), strict=True))
+    for number, steps in enumerate(max_new_tokens):
         if steps < longest:
             (replies[number],) = answer([number], max(1, steps))
     return sum(

@@ -1,6 +1,6 @@
-"""Train an adapter on rows of text, or of images and text, with the Hugging Face ``Trainer``.
+"""A training run: an adapter on rows of text, or of images and text, with the Hugging Face ``Trainer``.
 
-What the Trainer trains holds the adapters alone; so a checkpoint is adapters and optimizer state, not the base.
+The Trainer's module holds the adapters alone, so a checkpoint is adapters and optimizer state, without the base.
 """
 
 from __future__ import annotations
@@ -67,33 +67,33 @@ def train(
 ) -> dict[str, Any]:
     """Train an adapter and write its folder, with a report in ``training.json``.
 
-    The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed; with
-    a search that is so once its trials are done, since how many there are is a matter of time. Checkpoints and the
-    trials lie in ``OUT.checkpoints`` and are removed at the end.
+    The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed. With a
+    search this holds once its trials are done: time decides how many there are. Checkpoints and trials are kept in
+    ``OUT.checkpoints`` and removed at the end.
 
     Args:
         base: the base model, as for ``load_base``.
-        data: JSONL rows to learn from.
+        data: JSONL rows to train on.
         eval_data: JSONL rows for the exact-match accuracy of base and adapter.
         out: adapter folder to write or replace.
         config: settings of the method; ``AdaLinkConfig()`` by default.
-        settings: how to train; ``TrainSettings()`` by default.
-        space: rates, ranks and activations to choose from first, on rows held out of ``data``; those of ``config`` and
-            ``settings`` are then not used. The choice is trained on all rows.
-        loop: how the run goes: resumed or not, with which callbacks, and whom it tells.
+        settings: settings of the training run; ``TrainSettings()`` by default.
+        space: learning rates, ranks and activations to search first, on rows held out of ``data``; they replace those
+            of ``config`` and ``settings``. The winner is trained on all rows.
+        loop: options that do not change the adapter: resumption, callbacks, progress.
 
     Returns:
-        the report, as written.
+        The report, as in ``training.json``.
 
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
     config, settings, loop = config or AdaLinkConfig(), settings or TrainSettings(), loop or LoopOptions()
-    say = loop.say
+    progress = loop.progress
     out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)
     if warning := precision_warning(resolve_device(settings.device), settings.precision):
-        say(warning)
+        progress(warning)
     rows, eval_rows = read_rows(data), read_rows(eval_data)
     record: dict[str, Any] = {
         "base": display_name(base),
@@ -106,18 +106,18 @@ def train(
     }
     if space is not None:
         record["search"] = asdict(space)
-    # How prompts are written, and how many positions an image takes up, is the model's to say.
-    say(f"loading {display_name(base)}")
+    # The model determines the prompt form and how many positions an image takes up.
+    progress(f"loading {display_name(base)}")
     model, tokenizer = load_base(base), load_tokenizer(base)
     has_images = any(row.images for row in (*rows, *eval_rows))
-    pictures = TrainingImages(base, model, tokenizer) if has_images else None
-    how = (None if pictures is None else pictures.tokens, prompt_form(model, tokenizer))
-    examples = encode_rows(rows, tokenizer, settings.max_length, data, *how)
-    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *how)
+    images = TrainingImages(base, model, tokenizer) if has_images else None
+    encoding = (None if images is None else images.tokens, prompt_form(model, tokenizer))
+    examples = encode_rows(rows, tokenizer, settings.max_length, data, *encoding)
+    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *encoding)
     for encoded, origin in ((examples, data), (eval_examples, eval_data)):
         check_positions(encoded, model, config.soft_tokens, origin)
     record["base_fingerprint"] = base_fingerprint(model)
-    if pictures is not None:
+    if images is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
     last = None
@@ -130,24 +130,24 @@ def train(
             f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
             "decoders and encoder-decoders; for encoders use adalink.training.method.attach in a loop of your own"
         )
-    collate = collator(model, tokenizer, pictures)
+    collate = collator(model, tokenizer, images)
     model.to(trainer_arguments(checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)
-    _try_out(model, first, collate(examples[: settings.batch_size]), display_name(base))
+    _check_first_batch(model, first, collate(examples[: settings.batch_size]), display_name(base))
     if not loop.resume:
         begin_checkpoints(checkpoints, record)
     with removed_if_useless(checkpoints):
         if space is not None:
             try:
                 config, settings, record["search"] = search(
-                    model, rows, examples, collate, config, settings, space, checkpoints, say=say
+                    model, rows, examples, collate, config, settings, space, checkpoints, progress=progress
                 )
             except (ConfigError, DataError):
-                shutil.rmtree(checkpoints)  # it cannot be gone on with
+                shutil.rmtree(checkpoints)  # it cannot be resumed
                 raise
         start = time.perf_counter()
-        say(f"exact match of the base on {len(eval_rows)} eval rows")
-        accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, pictures)}
+        progress(f"exact match of the base on {len(eval_rows)} eval rows")
+        accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, images)}
         set_seed(settings.seed)
         with attach(model, config) as attached:
             module = TrainableAdapters(attached)
@@ -155,7 +155,7 @@ def train(
                 size, seed = settings.batch_size, settings.seed
                 directions = find_directions(module, attached, examples, collate, batch_size=size, seed=seed)
                 follow_directions(attached, directions)
-            say(f"training on {len(rows)} rows, {settings.max_steps} steps")
+            progress(f"training on {len(rows)} rows, {settings.max_steps} steps")
             history = _train(module, examples, collate, settings, checkpoints, last, loop)
             attached.adapters.eval()
             try:
@@ -163,9 +163,9 @@ def train(
             except AdapterError:
                 shutil.rmtree(checkpoints)  # as above
                 raise
-            say(f"exact match of the adapter on {len(eval_rows)} eval rows")
+            progress(f"exact match of the adapter on {len(eval_rows)} eval rows")
             accuracy["adapter"] = exact_match(
-                model, tokenizer, eval_examples, settings.batch_size, pictures, soft_tokens=config.soft_tokens
+                model, tokenizer, eval_examples, settings.batch_size, images, soft_tokens=config.soft_tokens
             )
     report = {
         "kit_version": version("adalink-kit"),
@@ -182,12 +182,13 @@ def train(
     return report
 
 
-def _try_out(model: PreTrainedModel, config: AdaLinkConfig, batch: dict[str, torch.Tensor], name: str) -> None:
-    """Whether the method fits the base, and the base a batch of rows, before anything that takes long.
+def _check_first_batch(
+    model: PreTrainedModel, config: AdaLinkConfig, batch: dict[str, torch.Tensor], name: str
+) -> None:
+    """Check, before anything slow, that the method fits the base and that a batch of rows has a finite loss.
 
     Raises:
-        AdaLinkError: as ``attach``'s; rows do not say which of several modalities is where; or the base gives no finite
-            loss.
+        AdaLinkError: as ``attach``; several modalities need a base that takes images; or the loss is not finite.
     """
     if len(config.modalities) > 1 and image_side(model) is None:
         raise ConfigError(

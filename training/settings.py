@@ -1,4 +1,4 @@
-"""How to train: the settings of a run, which are no part of the adapter."""
+"""Settings of a training run, which are not part of the adapter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("float32", "bfloat16")
-# Learning rates to try for each init of an adapter, the best one at rank 64 first, and the init that is best where the
-# rate is searched for; measured: docs/concepts/when-it-is-enough.md.
+# Learning rates to try for each init, the best one at rank 64 first, and the best init for a searched rate.
+# Measured: docs/concepts/when-it-is-enough.md.
 RATES: dict[Init, tuple[float, ...]] = {
     "kaiming": (3e-3, 1e-2, 1e-3, 3e-2),
     "centered": (3e-4, 1e-3, 1e-4, 3e-3),
@@ -30,14 +30,14 @@ class TrainSettings:
     """Settings of a training run, checked when made.
 
     Attributes:
-        lr: highest learning rate, reached after a short warm-up and lowered linearly to 0.
+        lr: peak learning rate, after a short warm-up; it decays linearly to 0.
         max_steps: optimizer steps.
         batch_size: rows a step.
-        max_length: most tokens of a row, end token included.
+        max_length: maximum tokens of a row, end token included.
         seed: seed of the initial weights, the order of rows and dropout.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        precision: of the products in a step: ``"float32"``, or ``"bfloat16"`` by autocast. Weights, the adapter's own
-            arithmetic, the loss and what the optimizer holds are float32 in both, and so is all that is measured.
+        precision: precision of the products in a step: ``"float32"``, or ``"bfloat16"`` by autocast. Weights, the
+            adapter's own arithmetic, the loss, the optimizer state and all measurements are float32 in both.
         save_steps: steps between checkpoints.
 
     Raises:
@@ -69,19 +69,19 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """What ``train`` may choose from, and for how long, before it trains.
+    """Search space and time of the search that ``train`` runs first.
 
-    Where the time is too short for all combinations, the first ones are tried: all rates of the first rank and
-    activation, then those of the next rank, then the next activation.
+    If the time is too short for all combinations, the first ones are tried: all rates of the first rank and activation,
+    then those of the next rank, then the next activation.
 
     Attributes:
-        minutes: time of the search alone.
+        minutes: time for the search alone.
         rates: learning rates.
         ranks: widths of the bottleneck; those wider than the embedding are left out.
-        activations: of ``adalink.runtime.storage.adapter.ACTIVATIONS``.
+        activations: activations of ``adalink.runtime.storage.adapter.ACTIVATIONS``.
 
     Raises:
-        ConfigError: there is no time, or nothing to choose from.
+        ConfigError: there is no time, or only one combination.
     """
 
     minutes: float
@@ -101,16 +101,16 @@ class SearchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How a training run goes; none of it changes the adapter, and none of it is in the report.
+    """Options of a training run that change neither the adapter nor the report.
 
     Attributes:
-        resume: go on from the last trial or checkpoint of an interrupted run with the same settings.
-        callbacks: more Trainer callbacks.
-        say: told how it goes on, a line at a time.
-        show_bar: whether the Trainer draws a progress bar; it prints a line now and then without one.
+        resume: resume from the last trial or checkpoint of an interrupted run with the same settings.
+        callbacks: additional Trainer callbacks.
+        progress: callback, called with one line per step of the run.
+        show_bar: whether the Trainer draws a progress bar; without one it prints a line now and then.
     """
 
     resume: bool = False
     callbacks: Sequence[TrainerCallback] = ()
-    say: Callable[[str], None] = lambda line: None
+    progress: Callable[[str], None] = lambda line: None
     show_bar: bool = True

@@ -1,4 +1,4 @@
-"""What the Hugging Face ``Trainer`` is given: the adapters as a module, batches of rows, and one schedule for all."""
+"""Inputs of the Hugging Face ``Trainer``: the adapters as a module, the collator, and the training arguments."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _CURVE_POINTS = 20
 
 
 class TrainableAdapters(nn.Module):
-    """The adapters as a module whose forward pass is the frozen base's loss.
+    """The adapters as a module; its forward pass computes the frozen base's loss.
 
-    Only the adapters are registered: the base is reached through ``attached``, which is no module.
+    Only the adapters are registered: ``attached``, which holds the base, is not a module.
     """
 
     def __init__(self, attached: AdaLinkModel) -> None:
@@ -44,7 +44,7 @@ class TrainableAdapters(nn.Module):
 
         Args:
             labels: int64 with shape ``(batch, seq)``, -100 but on targets.
-            inputs: what the base takes, each with shape ``(batch, seq)``; beside them what it takes for images.
+            inputs: inputs of the base, each with shape ``(batch, seq)``, and those for images.
         """
         logits, targets = self._predict(labels, inputs)
         loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
@@ -60,12 +60,12 @@ class TrainableAdapters(nn.Module):
         return losses.sum(dim=1) / (targets != IGNORED_LABEL).sum(dim=1)
 
     def _predict(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 logits ``(batch, kept, V)`` and the tokens that they are to predict, ``(batch, kept)``."""
+        """Float32 logits ``(batch, kept, V)`` and their target tokens, ``(batch, kept)``."""
         base = self.attached.model
         if base.config.is_encoder_decoder:
             return base(**inputs, labels=labels).logits.float(), labels
         is_target = labels != IGNORED_LABEL
-        # Rows end in the last column: the head is needed only from the token before the first target on.
+        # Rows end in the last column, so logits are needed only from the token before the first target on.
         kept = int(is_target.any(dim=0).sum())
         with self.attached.positions(prompt_mask=~is_target):
             logits = base(**inputs, use_cache=False, logits_to_keep=kept + 1).logits
@@ -73,11 +73,11 @@ class TrainableAdapters(nn.Module):
 
 
 class Schedule(Protocol):
-    """What ``TrainSettings`` and a run of a study have in common."""
+    """The settings that ``TrainSettings`` and a run of a study share."""
 
     @property
     def lr(self) -> float:
-        """Highest learning rate."""
+        """Peak learning rate."""
         ...
 
     @property
@@ -97,7 +97,7 @@ class Schedule(Protocol):
 
     @property
     def device(self) -> str:
-        """``"cpu"`` to leave GPUs alone."""
+        """``"cpu"`` to use no GPU."""
         ...
 
     @property
@@ -110,9 +110,9 @@ def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> Tr
     """Arguments of a ``Trainer``: AdamW without weight decay, a warm-up over 5 % of the steps, linear decay.
 
     Args:
-        folder: where checkpoints go, if there are any.
-        schedule: rate, steps, rows a step, seed, device and precision.
-        more: further ``TrainingArguments``.
+        folder: checkpoint folder.
+        schedule: rate, steps, batch size, seed, device and precision.
+        more: additional ``TrainingArguments``.
     """
     is_bfloat16 = schedule.precision == "bfloat16"
     arguments = TrainingArguments(
@@ -126,25 +126,25 @@ def trainer_arguments(folder: str | Path, schedule: Schedule, **more: Any) -> Tr
         logging_steps=max(1, schedule.max_steps // _CURVE_POINTS),
         seed=schedule.seed,
         bf16=is_bfloat16,
-        # Left to itself the Trainer takes bf16 for a wish for a GPU, and refuses where there is none.
+        # By default the Trainer takes bf16 as a request for a GPU, and refuses if there is none.
         use_cpu=schedule.device == "cpu" or (is_bfloat16 and not torch.cuda.is_available()),
         remove_unused_columns=False,
         dataloader_pin_memory=schedule.device != "cpu" and torch.cuda.is_available(),  # without a GPU PyTorch warns
         report_to="none",
         **more,
     )
-    arguments._n_gpu = 1  # on several GPUs the Trainer would replicate the module, and hooks only know the first
+    arguments._n_gpu = 1  # with several GPUs the Trainer would replicate the module, and the hooks are on the first
     return arguments
 
 
-def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pictures: TrainingImages | None) -> Collate:
-    """What makes a batch of examples for ``TrainableAdapters`` of this base."""
+def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, images: TrainingImages | None) -> Collate:
+    """A function that makes a batch of examples for ``TrainableAdapters`` of this base."""
     pad = end_token(tokenizer)
     pad_rows = pad_encoder_decoder if model.config.is_encoder_decoder else pad_decoder
 
     def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         batch = pad_rows(examples, pad)
         batch |= prompt_inputs(model, batch["labels"] == IGNORED_LABEL)
-        return batch if pictures is None else pictures.join(batch, examples)
+        return batch if images is None else images.join(batch, examples)
 
     return collate

@@ -1,11 +1,11 @@
-"""A small base that sees, built of two pretrained parts: EfficientNet-Lite0 and SmolLM2-135M-Instruct.
+"""A small vision-language base of two pretrained parts: EfficientNet-Lite0 and SmolLM2-135M-Instruct.
 
-    python examples/vision/base.py --out build/vision/base    # with the projector that lies beside this file
+    python examples/vision/base.py --out build/vision/base    # with the projector beside this file
     python examples/vision/base.py --out build/vision/base --train build/vision/projector.safetensors    # with its own
 
 The model is transformers' own ``FastVlmForConditionalGeneration``: LLaVA's projector and merge behind a tower whose
-output is a map of features. Between the two parts nothing but the projector is trained, on pictures of digits and their
-names. One of SmolLM2's unused tokens is the placeholder, so its embedding table and head stay as they are.
+output is a map of features. Only the projector between the two parts is trained, on images of digits and their names.
+One of SmolLM2's unused tokens is the placeholder, so its embedding table and head are unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from digits import IMAGE_TOKEN, NAMING_PROMPTS, cache_key, read_digits, split_places
+from digits import IMAGE_TOKEN, NAMING_PROMPTS, name_answer, read_digits, split_indices
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower import IMAGE_EDGE, lite0_config, load_lite0
@@ -83,13 +83,13 @@ def assemble(image_token_id: int) -> FastVlmForConditionalGeneration:
 
 
 def train_projector(model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Teach the projector to say digits to the language model, which like the tower stays as it is."""
-    pictures, digits = read_digits()
-    places = split_places()["train"]
+    """Train the projector to name digits; tower and language model stay frozen."""
+    images, digits = read_digits()
+    indices = split_indices()["train"]
     processor, inner = make_image_processor(), model.model
     features = []
-    for start in tqdm(range(0, len(places), 100), desc="looking at pictures", unit="00"):
-        batch = [Image.fromarray(pictures[place]).convert("RGB") for place in places[start : start + 100]]
+    for start in tqdm(range(0, len(indices), 100), desc="encoding images", unit="00"):
+        batch = [Image.fromarray(images[index]).convert("RGB") for index in indices[start : start + 100]]
         with torch.no_grad():
             image_features = inner.vision_tower(processor(batch, return_tensors="pt")["pixel_values"]).last_hidden_state
         features.append(image_features.flatten(2).transpose(1, 2))
@@ -101,10 +101,10 @@ def train_projector(model: FastVlmForConditionalGeneration, tokenizer: PreTraine
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     bar = tqdm(range(STEPS), desc="training the projector", unit="step")
     for step in bar:
-        rows = torch.randint(len(places), (ROWS,), generator=order)
-        asked = tokenizer(NAMING_PROMPTS[step % len(NAMING_PROMPTS)].removeprefix(IMAGE_TOKEN))["input_ids"]
-        answers = [tokenizer(cache_key(int(digits[places[row]])))["input_ids"] for row in rows]
-        text = torch.tensor([[*asked, *answer, end] for answer in answers])  # every name is one token
+        rows = torch.randint(len(indices), (ROWS,), generator=order)
+        prompt = tokenizer(NAMING_PROMPTS[step % len(NAMING_PROMPTS)].removeprefix(IMAGE_TOKEN))["input_ids"]
+        answers = [tokenizer(name_answer(int(digits[indices[row]])))["input_ids"] for row in rows]
+        text = torch.tensor([[*prompt, *answer, end] for answer in answers])  # every name is one token
         embeds = torch.cat([projector(image_features[rows]), table(text)], dim=1)
         states = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         logits = model.lm_head(states[:, -3:-1])

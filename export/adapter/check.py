@@ -1,4 +1,4 @@
-"""Task graphs and bank graphs are run once before they are registered, against the method in numpy float64."""
+"""Checks of task graphs and bank graphs: each runs once before it is registered, against numpy float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from adalink.runtime.tasks.folding import ids_table
 def check_task_graph(
     graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32], ids: Array | None = None
 ) -> None:
-    """Run ``graph`` on ``embeds`` as each modality and as none; before them it must put the soft prompt, bit for bit.
+    """Run ``graph`` on ``embeds`` once for each modality and once without one.
+
+    A soft prompt must come out in front of them, bit for bit.
 
     Args:
         graph: a task graph.
@@ -37,16 +39,16 @@ def check_task_graph(
     config = adapter.config
     soft_tokens, names = config.soft_tokens, config.modalities
 
-    def run(others: dict[str, Array]) -> Float64:
-        received = graph.run(embeds[None], {name: value[None] for name, value in others.items()}, soft_tokens)[0]
+    def run(other_inputs: dict[str, Array]) -> Float64:
+        received = graph.run(embeds[None], {name: value[None] for name, value in other_inputs.items()}, soft_tokens)[0]
         soft = as_float32(as_stored(adapter.weights[SOFT_PROMPT_NAME], dtype)) if soft_tokens else embeds[:0]
         if not np.array_equal(received[:soft_tokens], soft):
             raise GraphError("task graph: the soft prompt is not what the adapter holds; expected it bit for bit")
         return np.asarray(received[soft_tokens:])
 
     if len(names) == 1 and config.rank:
-        given = {} if ids is None or config.input != "ids" else {"input_ids": ids}
-        _compare("task graph", run(given), adapter, names[0], dtype, embeds, ids)
+        other_inputs = {} if ids is None or config.input != "ids" else {"input_ids": ids}
+        _compare("task graph", run(other_inputs), adapter, names[0], dtype, embeds, ids)
         return
     for index in range(-1, len(names) if config.rank else 0):
         received = run({"modality": np.full(len(embeds), index, np.int64)} if config.rank else {})
@@ -57,14 +59,14 @@ def check_task_graph(
 
 
 def check_in_bank(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.NDArray[np.float32]) -> None:
-    """Run the bank graph of the adapter's kind with the adapter's weights, in the manner of ``check_task_graph``."""
+    """Run the bank graph of the adapter's activation key with its weights; as ``check_task_graph``."""
     for name in adapter.config.modalities:
         received = graph.run(embeds[None], bank_weights(adapter, name))[0]
         _compare("bank graph", received, adapter, name, dtype, embeds)
 
 
 def check_ids_table(adapter: Adapter, table: Array, dtype: str, ids: Array) -> None:
-    """Look ``ids`` up in the adapter's own table as the runtime does, in the manner of ``check_task_graph``."""
+    """Look ``ids`` up in the adapter's table as the runtime does, and compare as ``check_task_graph``."""
     received = ids_table(adapter).lookup(table, ids).astype(np.float64)
     _compare("table of token ids", received, adapter, "text", dtype, as_float32(table[ids]), ids)
 
@@ -98,10 +100,10 @@ class Outside:
 def find_outside_bound(
     received: Float64, adapter: Adapter, modality: str, x: Float64, dtype: str, ids: Array | None = None
 ) -> Outside | None:
-    """Compare with the method in float64, element by element; takes what ``adapt_with_bound`` does.
+    """Compare with the method in float64, element by element; arguments as of ``adapt_with_bound``.
 
     Raises:
-        AdapterError: the method's own result is more than ``dtype`` holds, so that no graph can give it.
+        AdapterError: the exact result is more than ``dtype`` holds, so no graph can return it.
     """
     expected, bound = adapt_with_bound(adapter, modality, x, dtype, ids)
     if not (np.abs(expected) <= LARGEST[dtype]).all():
@@ -135,7 +137,7 @@ def adapt_with_bound(
     down_bias, up_bias = weights.get(f"{modality}.down.bias"), weights.get(f"{modality}.up.bias")
     activation = adapter.config.activation
     if adapter.config.input == "ids":
-        # Looked up, not computed: nothing of it is rounded, which is the bound without an inner product.
+        # Looked up, not computed: nothing is rounded here, so the bound has no inner product.
         hidden, down = weights[TABLE_NAME][ids], np.zeros(up.T.shape)
     else:
         down = weights[f"{modality}.down.weight"]

@@ -1,7 +1,7 @@
-"""The embedder graphs: what stands before a base on a GPU, for any task, with table, weights and choice as inputs.
+"""Embedder graphs: token ids or embeddings to adapted embeddings, in front of a base on a GPU.
 
-They are the bank graphs of a device: compiled once with the base, they know nothing of any task. A swap binds other
-memory or writes another index (docs/concepts/file-formats.md).
+They serve any task: embedding table, adapter weights and task index are inputs. They are compiled once, with the base.
+Switching tasks binds other memory or writes another index (docs/concepts/file-formats.md).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from adalink.runtime.storage.manifest import Base
 if TYPE_CHECKING:
     import onnx
 
-# What an embedder is fed with: token ids, which it looks up itself, or embeddings of any modality.
+# Input of an embedder: token ids, which it looks up itself, or embeddings of any modality.
 SOURCES = ("ids", "embeds")
 EMBEDDERS = tuple(f"{activation}.{source}" for activation in ACTIVATIONS for source in SOURCES)
 
 
 def build_embedder_graph(embedder: str, base: Base) -> onnx.ModelProto:
-    """Build and check one front.
+    """Build and check one embedder.
 
     Inputs of ``<activation>.ids``: ``input_ids`` int64 ``(batch, sequence)`` and ``table`` ``(vocab, d)`` in the base's
     dtype. Of ``<activation>.embeds``: ``inputs_embeds`` ``(batch, sequence, d)`` in the base's dtype and ``is_adapted``
-    bool ``(batch, sequence)``. Of both: ``task_index`` int64 ``(batch,)``, which of the slots a row goes through, and
+    bool ``(batch, sequence)``. Of both: ``task_index`` int64 ``(batch,)``, the slot of each row, and
     float32 weights: ``down`` ``(slots, rank, d)``, ``up`` ``(slots, d, rank)``, ``down_bias`` ``(slots, 1, rank)`` and
-    ``up_bias`` ``(slots, 1, d)``, zeros where a task has none; a smaller rank is filled up with zeros.
+    ``up_bias`` ``(slots, 1, d)``, zeros where a task has none; a smaller rank is padded with zeros.
 
     Output: ``adapted_embeds`` ``(batch, sequence, d)`` in the base's dtype. Rows with ``task_index`` 0, whatever slot 0
-    holds, and positions that are not adapted pass bit for bit; everything else is computed in float32.
+    holds, and positions that are not adapted pass bit for bit. Everything else is computed in float32.
 
     Args:
         embedder: one of ``EMBEDDERS``.

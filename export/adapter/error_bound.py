@@ -1,8 +1,8 @@
-"""How far a correct float32 ``x + up(act(down(x)))`` may lie from the exact one (docs/concepts/parity.md).
+"""Rounding error bound of the adapter: float32 ``x + up(act(down(x)))`` against the exact result.
 
-Componentwise forward error bounds in the manner of Higham, Accuracy and Stability of Numerical Algorithms (2nd ed.,
+The bounds are componentwise forward error bounds after Higham, Accuracy and Stability of Numerical Algorithms (2nd ed.,
 2002), chapter 3: a sum of ``n`` terms, in any order, with or without fused multiply-add, has an error of at most
-``gamma_n`` times the sum of the terms' absolute values. All arithmetic here is float64.
+``gamma_n`` times the sum of the terms' absolute values. All arithmetic here is float64. See docs/concepts/parity.md.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ def adapter_bound(
     magnitude = np.abs(x) @ np.abs(down).T + _absolute(down_bias)
     hidden_error = gamma(terms) * magnitude + terms * tiny
 
-    # Activation: the argument's error through its slope, and its own error.
+    # Activation: the argument's error times the slope, and the activation's own error.
     error = ACTIVATION_ERRORS[activation]
     argument = np.abs(hidden) + hidden_error
-    own_scale = np.minimum(1.0, argument) if activation == "tanh" else argument
-    activated_error = error.lipschitz * hidden_error + error.roundoffs * unit * own_scale + tiny
+    roundoff_scale = np.minimum(1.0, argument) if activation == "tanh" else argument
+    activated_error = error.lipschitz * hidden_error + error.roundoffs * unit * roundoff_scale + tiny
 
     # Outer product and its bias.
     magnitude = (np.abs(activated) + activated_error) @ np.abs(up).T + _absolute(up_bias)

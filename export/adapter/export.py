@@ -1,4 +1,4 @@
-"""``export_adapter``: adapters become tasks of a deployment, and nothing else in it is touched."""
+"""``export_adapter``: adapters to tasks of a deployment. Nothing else in the deployment changes."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def export_adapter(
     """Add an adapter to a deployment as a task.
 
     Args:
-        adapter_folder: what training wrote, or a PEFT folder of a method that acts at the input
+        adapter_folder: a folder that training wrote, or a PEFT folder of a method that acts on the input
             (`adalink.export.adapter.peft`).
         out: the deployment.
         name: name of the task; the adapter folder's by default.
         dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
         replace: whether a task of that name may be there already.
-        fold: compute the task ahead for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.tasks.folding`).
-        assume_base: the caller knows that a folder of PEFT, which cannot say so itself, is for this very base.
+        fold: precompute the task for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.tasks.folding`).
+        assume_base: accept a PEFT folder as trained for this base; the folder itself cannot tell.
 
     Returns:
         The deployment's manifest.
@@ -84,10 +84,10 @@ def export_adapters(
     assume_base: bool = False,
     progress: Callable[[int, str], None] = lambda done, task: None,
 ) -> Manifest:
-    """Add many adapters to a deployment in one change: all of them, or none if one cannot be added.
+    """Add many adapters to a deployment in one change: all of them or none.
 
     Args:
-        adapter_folders: name of each task, and what training wrote.
+        adapter_folders: adapter folder of each task, by the task's name.
         out: the deployment.
         dtype: see ``export_adapter``.
         replace: likewise.
@@ -130,7 +130,7 @@ def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:
 
 
 class _Exporter:
-    """Writes tasks into one change of a deployment; what they have in common is opened once."""
+    """Writes tasks in one change of a deployment; opens what they share once."""
 
     def __init__(self, writer: DeploymentWriter) -> None:
         self._writer = writer
@@ -138,10 +138,10 @@ class _Exporter:
         self._dtype = writer.manifest.base.embedding_dtype
         verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
-        # Tokens that a new graph is run on, evenly spread.
+        # Tokens to run a new graph on, evenly spread.
         self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
         self._rows = as_float32(self._table[self._ids])
-        self._bank: dict[str, OpenGraph] = {}
+        self._bank_graphs: dict[str, OpenGraph] = {}
 
     def write(self, task: str, adapter: Adapter, fold: str | None) -> Task:
         """Build, check and stage the files of one task; raises ``GraphError``."""
@@ -169,11 +169,11 @@ class _Exporter:
             **settings_of(adapter.config),
         )
 
-    def _bank_graph(self, kind: str) -> OpenGraph:
-        if kind not in self._bank:
-            data = read_verified(self._writer.folder, self._manifest, self._manifest.base.bank[kind])
-            self._bank[kind] = OpenGraph(data, self._dtype)
-        return self._bank[kind]
+    def _bank_graph(self, activation_key: str) -> OpenGraph:
+        if activation_key not in self._bank_graphs:
+            data = read_verified(self._writer.folder, self._manifest, self._manifest.base.bank[activation_key])
+            self._bank_graphs[activation_key] = OpenGraph(data, self._dtype)
+        return self._bank_graphs[activation_key]
 
 
 def _check_dtype(base: Base, dtype: str | None, origin: str, folder: str | Path) -> None:

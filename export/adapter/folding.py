@@ -1,4 +1,4 @@
-"""Folding a text task: computed ahead for every token, checked over the whole vocabulary, written as one tensor."""
+"""Folding: a text task precomputed for every token, checked over the whole vocabulary, written as one tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BLOCK_ROWS = 4096
 
 
 def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None:
-    """Only what depends on the token alone can be computed ahead; raises ``ConfigError``."""
+    """Check that the adapter depends on the token alone, so that it can be precomputed; raises ``ConfigError``."""
     if fold not in FOLDS:
         raise ConfigError(f"fold is {fold!r}, expected one of {', '.join(FOLDS)}")
     if adapter.config.modalities != ("text",):
@@ -45,24 +45,24 @@ def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None
 
 
 def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenGraph) -> bytearray:
-    """Bytes of a task's folded form; made in place, since they are as large as the embedding table.
+    """Bytes of a folded task; filled in place, since they are as large as the embedding table.
 
     Args:
         fold: ``"table"`` or ``"rank"``.
         adapter: the task's adapter.
         base: the base contract.
         table: its embedding table with shape ``(vocab, d)``; bfloat16 as its bits.
-        bank: the bank graph of the adapter's kind, which fills a table.
+        bank: the bank graph of the adapter's activation key, which computes a table.
 
     Raises:
         GraphError: a component of some token is outside the bound of the graph.
     """
     if fold == "table":
-        kind = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
+        dtype = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
         weights = bank_weights(adapter, "text")
-        data, rows = _tensor_file(TENSOR_NAME, _CODES[base.embedding_dtype], kind, len(table), table.shape[1])
+        data, rows = _tensor_file(TENSOR_NAME, _CODES[base.embedding_dtype], dtype, len(table), table.shape[1])
         for start, block in _blocks(table):
-            rows[start : start + len(block)] = bank.run(block[None], weights)[0].astype(kind)
+            rows[start : start + len(block)] = bank.run(block[None], weights)[0].astype(dtype)
     else:
         data, rows = _tensor_file(HIDDEN_NAME, "F32", np.dtype("<f4"), len(table), rank_of(adapter.config.rank, "text"))
         for start, block in _blocks(table):
@@ -100,10 +100,10 @@ def _float64(values: Array) -> Float64:
     return as_float32(values).astype(np.float64)
 
 
-def _tensor_file(name: str, code: str, kind: np.dtype[Any], *shape: int) -> tuple[bytearray, Array]:
-    """A safetensors file with one tensor, from a multiple of 64 bytes on, and that tensor, to be filled."""
-    size = kind.itemsize * math.prod(shape)
+def _tensor_file(name: str, code: str, dtype: np.dtype[Any], *shape: int) -> tuple[bytearray, Array]:
+    """A safetensors file with one tensor, aligned to 64 bytes, and a view of that tensor to fill."""
+    size = dtype.itemsize * math.prod(shape)
     header = aligned_header(json.dumps({name: {"dtype": code, "shape": shape, "data_offsets": [0, size]}}).encode())
     data = bytearray(len(header) + size)
     data[: len(header)] = header
-    return data, np.frombuffer(data, kind, offset=len(header)).reshape(shape)
+    return data, np.frombuffer(data, dtype, offset=len(header)).reshape(shape)

@@ -1,4 +1,4 @@
-"""The method as ONNX nodes, for the graph of one task and for the bank graphs: float32 inside, any dtype outside."""
+"""The adapter as ONNX nodes, for task graphs and bank graphs: float32 inside, any dtype outside."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def residual_nodes(
     """Nodes of ``<prefix>adapted = source + up(act(down(source)))``.
 
     Args:
-        prefix: of every value made here.
+        prefix: prefix of every new value's name.
         source: name of the input, float32 with shape ``(batch, sequence, d)``.
         down: name of the matrix with shape ``(…, d, r)``.
         up: name of the matrix with shape ``(…, r, d)``.

@@ -1,7 +1,7 @@
-"""Adapter folders that PEFT wrote: those that act at the input alone become adapters of this kit.
+"""PEFT adapter folders: methods that act on the input alone become adapters of this kit.
 
-Read as PEFT 0.21 writes and computes them. A folder of PEFT does not say which base it was trained for, only a name,
-so who exports it has to vouch for it.
+The format is that of PEFT 0.21. A PEFT folder holds the name of its base, not a fingerprint, so the caller vouches for
+the base.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
 
 _ACCEPTED = "PROMPT_TUNING, P_TUNING, and LORA of the input embedding alone"
-# Why a method cannot be served from the input; of those that are not listed only the name is known.
+# Why a method cannot be served from the input alone.
 _REASONS = {
     "PREFIX_TUNING": "it puts keys and values before the text in every layer's cache",
     "CARTRIDGE": "it puts keys and values before the text in every layer's cache",
@@ -47,7 +47,7 @@ _REASONS = {
     "BOFT": "it changes weights inside the engine",
     "VERA": "it changes weights inside the engine",
 }
-# Fields that may have any value, since they say nothing of what is computed from the tensors.
+# Fields that may have any value: they do not change what is computed from the tensors.
 _NEUTRAL = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     "inference_mode",
@@ -62,24 +62,24 @@ _LORA_NEUTRAL = _NEUTRAL | {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
     *("eva_config", "loftq_config"),
 }
-# Ways to begin LoRA that leave the base's own weights as they are.
+# Initializations of LoRA that leave the base's weights as they are.
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 
 
 def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: str, *, assume_base: bool) -> Adapter:
-    """Read an adapter that PEFT wrote.
+    """Convert an adapter that PEFT wrote.
 
     Args:
         config_bytes: its ``adapter_config.json``.
         weights_bytes: its ``adapter_model.safetensors``.
         base: the contract of the deployment that it is for.
         origin: what to call it in errors.
-        assume_base: the caller knows that it was trained for this base.
+        assume_base: accept it as trained for this base.
 
     Raises:
-        AdapterError: the method does not act at the input alone, or the folder is not what its method demands.
-        ContractError: width or vocabulary are another base's, or nobody vouches for the base.
+        AdapterError: the method acts on more than the input, or the folder does not fit its method.
+        ContractError: its width or vocabulary is another base's, or nobody vouches for the base.
     """
     peft_type, fields = read_method(config_bytes, origin), msgspec.json.decode(config_bytes, type=dict[str, Any])
     readers: dict[str, Callable[[_Folder], tuple[dict[str, Any], Weights]]] = {
@@ -115,7 +115,7 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
 
 
 class _Folder:
-    """A folder of PEFT that is being read.
+    """A PEFT folder that is being read.
 
     Attributes:
         origin: what to call it in errors.
@@ -137,7 +137,7 @@ class _Folder:
         return value
 
     def demand_neutral(self, known: set[str]) -> None:
-        """Refuse fields that change what is computed in ways that are not read; raises ``AdapterError``."""
+        """Refuse unknown fields that may change what is computed; raises ``AdapterError``."""
         for name, value in self.fields.items():
             if name not in known and value not in (None, False, "none", [], {}):
                 raise AdapterError(
@@ -146,7 +146,7 @@ class _Folder:
                 )
 
     def demand_shape(self, name: str, shape: tuple[int, int], what: str) -> Any:
-        """A tensor of that shape, where the base decides about its sizes; raises ``ContractError``."""
+        """The tensor ``name``, which must have that shape to fit the base; raises ``ContractError``."""
         if self.tensors[name].shape != shape:
             raise ContractError(
                 f"{self.origin}: tensor {name!r} has shape {self.tensors[name].shape}, {self.base.name} asks for "
@@ -158,7 +158,7 @@ class _Folder:
 def _soft_prompt(folder: _Folder) -> tuple[dict[str, Any], Weights]:
     """Prompt tuning and P-tuning: PEFT saves the vectors that its encoder computed.
 
-    It puts them before the text as they are: a model that scales its embeddings does not scale these.
+    It prepends them as they are: a model that scales its embeddings does not scale these.
     """
     folder.demand_neutral(_PROMPT_NEUTRAL)
     submodules = folder.fields.get("num_transformer_submodules")
@@ -185,18 +185,18 @@ def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:
     for name in sorted(folder.tensors):
         module, _, part = name.rpartition(".")
         where = module.rpartition(".")[2]
-        is_own = part in ("lora_embedding_A", "lora_embedding_B") and where in _INPUT_EMBEDDINGS
+        is_lora = part in ("lora_embedding_A", "lora_embedding_B") and where in _INPUT_EMBEDDINGS
         # PEFT saves the matrix of an embedding beside its LoRA.
         is_matrix = part == "weight" and module.rpartition(".")[0].rpartition(".")[2] in _INPUT_EMBEDDINGS
-        if not (is_own or (is_matrix and where == "base_layer")):
+        if not (is_lora or (is_matrix and where == "base_layer")):
             raise AdapterError(
                 f"{origin}: tensor {name!r} changes weights inside the engine, which stays as it was compiled and "
                 "takes nothing but its input: LoRA of the input embedding alone can be exported (target_modules one of "
                 f"{', '.join(_INPUT_EMBEDDINGS)}); merge other LoRA into the checkpoint and export that as its own base"
             )
-    if (begun := folder.fields.get("init_lora_weights", True)) not in _INITIALIZATIONS:
+    if (init := folder.fields.get("init_lora_weights", True)) not in _INITIALIZATIONS:
         raise AdapterError(
-            f"{origin}: init_lora_weights is {begun!r}, which changes the base's own weights: train with one of "
+            f"{origin}: init_lora_weights is {init!r}, which changes the base's own weights: train with one of "
             f"{', '.join(map(str, _INITIALIZATIONS))}"
         )
     if base.kind == "encoder-decoder":
@@ -204,15 +204,15 @@ def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:
             f"{origin}: the embedding of {base.name} serves its decoder too, whose tokens no task adapts: "
             "LoRA of it cannot be exported"
         )
-    found = {name.rpartition(".")[2]: name for name in folder.tensors if not name.endswith(".base_layer.weight")}
-    if len(found) != 2 or len({name.rpartition(".")[0] for name in found.values()}) != 1:
+    names = {name.rpartition(".")[2]: name for name in folder.tensors if not name.endswith(".base_layer.weight")}
+    if len(names) != 2 or len({name.rpartition(".")[0] for name in names.values()}) != 1:
         raise AdapterError(
             f"{origin}: it holds {sorted(folder.tensors)}, expected lora_embedding_A and B of one module"
         )
     rank = int(folder.number("r"))
     what = f"r {rank}, vocabulary {base.vocab_size}, hidden_size {base.hidden_size}"
-    first = folder.demand_shape(found["lora_embedding_A"], (rank, base.vocab_size), what)
-    second = folder.demand_shape(found["lora_embedding_B"], (base.hidden_size, rank), what)
+    first = folder.demand_shape(names["lora_embedding_A"], (rank, base.vocab_size), what)
+    second = folder.demand_shape(names["lora_embedding_B"], (base.hidden_size, rank), what)
     _check_matrix(folder)
     scaling = folder.number("lora_alpha") / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
     if ARCHITECTURES[base.architecture].scales_embeddings:
@@ -226,12 +226,12 @@ def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:
 
 
 def _check_matrix(folder: _Folder) -> None:
-    """An embedding matrix in the folder is the base's, to the last bit, and then shows which base this is."""
+    """Compare an embedding matrix in the folder with the base's by fingerprint; a match shows which base this is."""
     for name, matrix in folder.tensors.items():
         if name.endswith(".base_layer.weight"):
-            if (found := fingerprint_embeddings(matrix)) != folder.base.fingerprint:
+            if (fingerprint := fingerprint_embeddings(matrix)) != folder.base.fingerprint:
                 raise ContractError(
-                    f"{folder.origin}: the embedding matrix beside its LoRA ({name}) has fingerprint {found}, "
+                    f"{folder.origin}: the embedding matrix beside its LoRA ({name}) has fingerprint {fingerprint}, "
                     f"{folder.base.name} has {folder.base.fingerprint}: it was trained for another base, or resized it"
                 )
             folder.shows_base = True

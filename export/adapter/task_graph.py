@@ -1,7 +1,7 @@
-"""An adapter as a self-contained ONNX graph: ``inputs_embeds -> adapted_embeds``.
+"""Task graphs: an adapter as a self-contained ONNX graph, ``inputs_embeds -> adapted_embeds``.
 
-ONNX forbids one name for two values, so the output is called ``adapted_embeds``; it replaces ``inputs_embeds`` in front
-of the base. Standard operators only, float32 inside whatever the dtype outside, the same bytes for the same adapter.
+The output replaces ``inputs_embeds`` of the base. ONNX forbids one name for two values, so it has its own. The graph
+has standard operators only, computes in float32 whatever its dtype, and has the same bytes for the same adapter.
 """
 
 from __future__ import annotations

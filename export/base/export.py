@@ -1,4 +1,4 @@
-"""``export_base``: a checkpoint becomes a deployment's base, or one more variant of it."""
+"""``export_base``: a checkpoint to the base of a deployment, or to another variant of it."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ def export_base(
     image_processor: BaseImageProcessor | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Export a base model into a new deployment, or as another variant of the base that is there.
+    """Export a base model into a new deployment, or as another variant of the base of an existing one.
 
     Args:
-        model: a Hugging Face folder, a GGUF file, a hub id, or a loaded model, which is left as it is.
+        model: a Hugging Face folder, a GGUF file, a hub id, or a loaded model, which is not changed.
         out: the deployment folder.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
         target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
         quantization: one of ``adalink.export.base.quantize.SCHEMES``: a variant of that name with quantised matrices.
-        modalities: what the base is fed with, ``"text"`` first; embeddings of the others come from an encoder of the
-            caller's, and adapters may have weights for any of them. A model that takes images has ``"image"`` by
-            itself, and its own encoder is exported beside it.
-        replace: whether a variant of this target may be there already.
-        tokenizer: tokenizer of a loaded model; that of a checkpoint is found beside it.
-        image_processor: likewise, for a model that takes images.
-        progress: called with a line at each step.
+        modalities: input modalities, ``"text"`` first. The caller's own encoder computes embeddings of the others, and
+            adapters may have weights for any of them. A model that takes images has ``"image"`` by itself, and its
+            vision encoder is exported beside it.
+        replace: whether to replace an existing variant of that name.
+        tokenizer: tokenizer of a loaded model; a checkpoint brings its own.
+        image_processor: image processor of a loaded model that takes images; a checkpoint brings its own.
+        progress: callback, called with one line per step.
 
     Returns:
         The deployment's manifest.
@@ -93,9 +93,9 @@ def export_base(
 
     _check_request(dtype, target, quantization, modalities)
     variant = quantization or target
-    report: Progress = progress or (lambda line: None)
+    progress = progress or (lambda line: None)
     if isinstance(model, (str, Path)):
-        report(f"loading {display_name(model)}")
+        progress(f"loading {display_name(model)}")
         loaded, name = load_base(model), display_name(model)
         tokenizer = tokenizer or _find_tokenizer(model)
     else:
@@ -104,8 +104,8 @@ def export_base(
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
     if architecture.bidirectional_prompt and quantization is not None:
         raise ConfigError(
-            f"quantization {quantization!r} is for bases whose attention is causal: what it costs is measured as the "
-            f"perplexity of a text, and every position of a prompt of {name} sees the tokens behind it; leave it out"
+            f"quantization {quantization!r} is for bases whose attention is causal: its cost is measured as the "
+            f"perplexity of a text, and prompts of {name} attend in both directions; leave it out"
         )
     if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
         raise ConfigError(
@@ -135,13 +135,13 @@ def export_base(
                 )
             base = writer.current.base
         else:
-            report("writing embeddings, tokenizer and bank")
+            progress("writing embeddings, tokenizer and bank")
             write_common(writer, base, loaded, tokenizer)
             if vision is not None and preprocessor is not None:
-                report(f"tracing {vision.graph}")
+                progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
-        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, report)
-        report("hashing and committing")
+        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
+        progress("hashing and committing")
         current = writer.current
         return writer.commit(
             Manifest(
@@ -186,8 +186,8 @@ def _check_request(dtype: str, target: str, quantization: str | None, modalities
 def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """The model on the CPU, its weights in ``dtype``.
 
-    Rotary frequencies stay as they are, as transformers keeps them: rounded to 11 bits they turn position 4,000 by up
-    to a radian too much.
+    Rotary frequencies stay in float32, as in transformers: rounded to 11 bits they turn position 4,000 by up to a
+    radian too much.
 
     Raises:
         ModelError: the weights are quantised.
@@ -203,8 +203,8 @@ def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
             "original checkpoint, with --quantize if it shall be small"
         ) from error
     for name, values in kept.items():
-        owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, values.cpu())
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, values.cpu())
     return model
 
 
@@ -226,13 +226,15 @@ def _check_same_base(current: Base, new: Base, folder: Path) -> None:
     """Refuse to mix two bases in one deployment; raises ``ContractError``."""
     fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
     for field in (*fields, "max_positions", "vision", "weights_digest"):
-        was, is_now = getattr(current, field), getattr(new, field)
-        if field == "vision" and was and is_now:  # how prompts are written is the tokenizer's, see check_common
-            was, is_now = (msgspec.structs.replace(vision, prompt_form=None) for vision in (was, is_now))
-        if was != is_now and not (field == "weights_digest" and not was):  # older kits did not write it
+        current_value, new_value = getattr(current, field), getattr(new, field)
+        if field == "vision" and current_value and new_value:  # the prompt form is the tokenizer's, see check_common
+            current_value, new_value = (
+                msgspec.structs.replace(vision, prompt_form=None) for vision in (current_value, new_value)
+            )
+        if current_value != new_value and not (field == "weights_digest" and not current_value):  # older kits lack it
             raise ContractError(
-                f"deployment {folder} holds base {current.name!r} with {field} {was}, but {new.name!r} has {field} "
-                f"{is_now}: variants share one base and dtype; export into another folder"
+                f"deployment {folder} holds base {current.name!r} with {field} {current_value}, but {new.name!r} has "
+                f"{field} {new_value}: variants share one base and dtype; export into another folder"
             )
 
 
@@ -254,7 +256,7 @@ def _write_variant(
     base: Base,
     target: str,
     quantization: str | None,
-    report: Progress,
+    progress: Progress,
 ) -> Variant:
     """Write the graphs of one variant."""
     from adalink.export.base.graphs import traced_graphs
@@ -268,30 +270,30 @@ def _write_variant(
     scheme = None if quantization is None else SCHEMES[quantization]
     metadata = metadata_of(base)
     files = {}
-    objection = why_not_fused(target)
+    unfused_reason = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
     if grouped and (reason := why_not_grouped(model, architecture)):
         grouped = False
-        report(f"attention is kept in standard operators: {reason}")
+        progress(f"attention is kept in standard operators: {reason}")
     if grouped and has_windows(model, architecture):
         metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
     with exportable_attention(model):
         for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
-            report(f"tracing {stem}.onnx ({base.embedding_dtype})")
+            progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             path = writer.stage(files[stem])
-            if objection is not None:
+            if unfused_reason is not None:
                 write_graph(graph, path, metadata)
                 continue
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as draft:
-                portable = Path(draft) / path.name
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as temporary:
+                portable = Path(temporary) / path.name
                 write_graph(graph, portable, metadata)
                 if scheme is not None:
-                    portable = _quantized(portable, scheme, report)
-                report(f"fusing {stem}.onnx for {target}")
+                    portable = _quantized(portable, scheme, progress)
+                progress(f"fusing {stem}.onnx for {target}")
                 fuse(portable, path, target)
-    if objection is not None and target != "portable":
-        report(f"the graph is kept in standard operators: {objection}")
+    if unfused_reason is not None and target != "portable":
+        progress(f"the graph is kept in standard operators: {unfused_reason}")
     return Variant(
         target=target,
         quantization=scheme,
@@ -302,11 +304,11 @@ def _write_variant(
     )
 
 
-def _quantized(portable: Path, scheme: Quantization, report: Progress) -> Path:
-    """Quantise a graph in place of the one given; returns the new file."""
+def _quantized(portable: Path, scheme: Quantization, progress: Progress) -> Path:
+    """Quantise a graph, and remove the original; returns the new file."""
     path = portable.with_name("quantized") / portable.name
     path.parent.mkdir()
-    quantize(portable, path, scheme, report)
+    quantize(portable, path, scheme, progress)
     portable.unlink()
     portable.with_name(f"{portable.name}.data").unlink()
     return path

@@ -1,4 +1,4 @@
-"""What all variants of a base share: the contract, the embedding table, the tokenizer and the bank."""
+"""Files shared by all variants of a base: contract, embedding table, tokenizer, chat template and bank graphs."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def describe_base(
     """The base contract.
 
     Args:
-        model: the model whose engine it is; of one that takes images, its language model.
-        architecture: its entry.
-        name: for people.
+        model: the exported model; of one that takes images, its language model.
+        architecture: its entry in the registry.
+        name: display name.
         digests: fingerprint of the float32 model, and digest of all its weights.
-        dtype: of the embeddings.
-        modalities: what it is fed with.
+        dtype: dtype of the embeddings.
+        modalities: input modalities.
         tokenizer: its tokenizer, if it has one.
-        vision: what images go through, if it takes some.
+        vision: its vision encoder, if it takes images.
     """
     config = model.config
     rows, width = model.get_input_embeddings().weight.shape
@@ -82,7 +82,7 @@ def describe_base(
         embeddings=EMBEDDINGS_FILE,
         tokenizer=None if tokenizer is None else TOKENIZER_FILE,
         chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
-        bank={kind: f"{BANK_FOLDER}/{kind}.onnx" for kind in ACTIVATION_KEYS},
+        bank={key: f"{BANK_FOLDER}/{key}.onnx" for key in ACTIVATION_KEYS},
         vision=vision,
         bidirectional_prompt=architecture.bidirectional_prompt,
         weights_digest=digests[1],
@@ -100,9 +100,11 @@ def _token_ids(model: PreTrainedModel, name: str, rows: int) -> tuple[int, ...]:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, rows: int) -> tuple[int, ...]:
-    """The model's own, then the tokenizer's, with which training ends a completion."""
-    own, last = _token_ids(model, "eos_token_id", rows), getattr(tokenizer, "eos_token_id", None)
-    return tuple(dict.fromkeys((*own, last))) if isinstance(last, int) and 0 <= last < rows else own
+    """End tokens: the model's, then the tokenizer's, which ends completions in training."""
+    of_model, of_tokenizer = _token_ids(model, "eos_token_id", rows), getattr(tokenizer, "eos_token_id", None)
+    if not isinstance(of_tokenizer, int) or not 0 <= of_tokenizer < rows:
+        return of_model
+    return tuple(dict.fromkeys((*of_model, of_tokenizer)))
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
@@ -114,11 +116,11 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
 def write_common(
     writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Write what all variants share: embeddings, tokenizer, chat template, bank.
+    """Write the shared files: embeddings, tokenizer, chat template, bank graphs.
 
     Raises:
         ModelError: the tokenizer has no ``tokenizer.json``.
-        OSError: the disk refused.
+        OSError: the disk is full or read-only.
     """
     import torch
     from safetensors import SafetensorError
@@ -135,8 +137,8 @@ def write_common(
         writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
     if template := _chat_template(tokenizer):
         writer.stage(CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    for kind, relative in base.bank.items():
-        graph = build_bank_graph(kind, base.hidden_size, base.embedding_dtype)
+    for activation_key, relative in base.bank.items():
+        graph = build_bank_graph(activation_key, base.hidden_size, base.embedding_dtype)
         writer.stage(relative).write_bytes(graph.SerializeToString(deterministic=True))
 
 
@@ -147,23 +149,23 @@ def check_common(
     tokenizer: PreTrainedTokenizerBase | None,
     preprocessor: Preprocessor | None,
 ) -> None:
-    """Refuse a model whose tokenizer, chat template, special tokens or image processor are not those that were written.
+    """Refuse a model whose tokenizer, chat template, special tokens or image processor differ from the deployment's.
 
-    A model that comes without a tokenizer says nothing of one: what the deployment has stays.
+    A model without a tokenizer is not compared: the deployment's tokenizer stays.
 
     Args:
         folder: the deployment.
         manifest: its manifest.
-        new: the base that the model would be.
+        new: the base contract of the model.
         tokenizer: its tokenizer.
-        preprocessor: how pictures are prepared for it, if it takes some; the deployment's base does so too.
+        preprocessor: its image preprocessing; ``None`` if it takes no images, and then neither does the deployment.
 
     Raises:
         ContractError: one of them differs.
         IntegrityError: a file of the deployment is missing or altered.
     """
 
-    def written(path: str | None) -> str | None:
+    def read(path: str | None) -> str | None:
         return None if path is None else read_verified(folder, manifest, path).decode()
 
     current = manifest.base
@@ -173,8 +175,8 @@ def check_common(
         same["eos_token_ids"] = ends == new.eos_token_ids
     else:
         same["eos_token_ids"] = current.eos_token_ids == new.eos_token_ids
-        same["tokenizer"] = _is_same_tokenizer(written(current.tokenizer), tokenizer)
-        same["chat_template"] = written(current.chat_template) == (_chat_template(tokenizer) or None)
+        same["tokenizer"] = _is_same_tokenizer(read(current.tokenizer), tokenizer)
+        same["chat_template"] = read(current.chat_template) == (_chat_template(tokenizer) or None)
     if current.vision is not None:
         path = current.vision.preprocessor
         same["image processor"] = read_preprocessor(read_verified(folder, manifest, path), path) == preprocessor
@@ -185,15 +187,15 @@ def check_common(
         )
 
 
-def _is_same_tokenizer(written: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a written tokenizer is this one, whatever release of ``tokenizers`` wrote it."""
+def _is_same_tokenizer(stored: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a stored tokenizer is this one, whatever release of ``tokenizers`` wrote it."""
     from tokenizers import Tokenizer
 
-    return written is not None and _plain_tokenizer(Tokenizer.from_str(written).to_str()) == _tokenizer_text(tokenizer)
+    return stored is not None and _plain_tokenizer(Tokenizer.from_str(stored).to_str()) == _tokenizer_text(tokenizer)
 
 
 def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is written as ``tokenizer.json``; raises ``ModelError`` if there is no such form."""
+    """Content of ``tokenizer.json``; raises ``ModelError`` if the tokenizer has no such form."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer")
@@ -201,14 +203,14 @@ def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _plain_tokenizer(text: str) -> str:
-    """``tokenizer.json`` without the padding and truncation of whoever used it last; the runtime does both itself."""
+    """``tokenizer.json`` without padding and truncation settings; the runtime does both itself."""
     content = msgspec.json.decode(text)
     content["padding"] = content["truncation"] = None
     return msgspec.json.encode(content).decode()
 
 
 def metadata_of(base: Base) -> dict[str, str]:
-    """What every graph of a base records."""
+    """Metadata properties of every graph of a base."""
     return {
         "base_fingerprint": base.fingerprint,
         "architecture": base.architecture,

@@ -1,6 +1,6 @@
-"""The graphs of a base model: the modules that are traced, and which inputs and outputs each has.
+"""The graphs of a base model: which modules are traced, with which inputs, outputs and dynamic axes.
 
-The traced model runs unchanged around our attention and masks. See docs/decisions/0003-base-exporter.md.
+The traced model runs unchanged around the kit's attention and masks. See docs/decisions/0003-base-exporter.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Sizes of the example that is traced: all different, so that one baked into the graph cannot pass for another.
+# Sizes of the traced example: all different, so that a size baked into the graph shows.
 _BATCH, _SEQUENCE, _PAST, _SOURCE = 2, 3, 4, 5
 
 
@@ -26,8 +26,8 @@ def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped
 
     Args:
         model: the base.
-        architecture: its entry.
-        grouped: whether a decoder attends with ``GroupQueryAttention``.
+        architecture: its entry in the registry.
+        grouped: whether a decoder computes attention with ``GroupQueryAttention``.
     """
     from adalink.export.base.modules import CrossDecoderGraph, DecoderGraph, EncoderGraph
 
@@ -124,7 +124,7 @@ def _token_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _cache_signature(
     model: PreTrainedModel, cache: Cache
 ) -> tuple[dict[str, torch.Tensor], list[str], dict[str, Axes]]:
-    """Example past tensors, names of the present ones, and the dynamic axes of all that a decoder takes and gives."""
+    """Example past tensors, names of the present ones, and dynamic axes of a decoder's inputs and outputs."""
     names = [f"{layer}.{part}" for layer in range(cache.layers) for part in ("key", "value")]
     past = {f"past_key_values.{name}": _example(model, _BATCH, cache.kv_heads, _PAST, cache.head_dim) for name in names}
     present = [f"present.{name}" for name in names]

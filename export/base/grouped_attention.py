@@ -1,8 +1,8 @@
-"""A decoder whose attention is ONNX Runtime's ``GroupQueryAttention``: one node a layer, with a cache written in place.
+"""Decoders with ONNX Runtime's ``GroupQueryAttention``: one attention node a layer, KV cache written in place.
 
-The operator rotates queries and keys, appends keys and values to the cache where the tokens of each row end, and
-attends causally within a window. The model's own code is traced around it: transformers' rotary function passes queries
-and keys through, and the attention looked up by name becomes the operator. See docs/decisions/0005-decode-loop.md.
+The operator rotates queries and keys, appends keys and values to the cache behind each row's tokens, and attends
+causally within a window. The model's own code is traced around it: transformers' rotary function returns queries and
+keys unchanged, and the attention function becomes the operator. See docs/decisions/0005-decode-loop.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WINDOWS_SINCE = "1.24"
 
 
 def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
-    """Why a decoder keeps attention in standard operators, or ``None`` when ``GroupedDecoderGraph`` can express it."""
+    """Why a decoder keeps attention in standard operators; ``None`` where ``GroupedDecoderGraph`` can express it."""
     if has_windows(model, architecture) and is_older(onnxruntime.__version__, WINDOWS_SINCE):
         return f"ONNX Runtime {onnxruntime.__version__} lets its windows see a token too many; {WINDOWS_SINCE} does not"
     if architecture.bidirectional_prompt:
@@ -51,15 +51,15 @@ def why_not_grouped(model: Any, architecture: Architecture) -> str | None:
 
 
 def has_windows(model: Any, architecture: Architecture) -> bool:
-    """Whether some layer of a decoder sees only the latest tokens."""
+    """Whether some layer of a decoder has sliding-window attention."""
     return any(mask_windows(model.config, architecture).values())
 
 
 class GroupedDecoderGraph(torch.nn.Module):
     """A causal language model as ``(inputs_embeds, sequence_lengths, logits_at, *past) -> (logits, *present)``.
 
-    Models whose positions the operator cannot know, learned ones and those of several axes, take ``position_ids``
-    before the cache; rotary embeddings of several axes are computed around the operator, by the model's own code.
+    Models with learned positions or with position ids of several axes also take ``position_ids``, before the cache. The
+    model's own code computes rotary embeddings of several axes, outside the operator.
     """
 
     def __init__(
@@ -77,42 +77,43 @@ class GroupedDecoderGraph(torch.nn.Module):
         self._registered = torch.nn.ModuleList(self.products)
         if self.rotates:
             assert max_positions is not None
-            for kind, (cos, sin) in _rotary_tables(model, max_positions).items():
+            for layer_type, (cos, sin) in _rotary_tables(model, max_positions).items():
                 half = cos.shape[-1] // 2
                 # Shared by all layers, and by name, so that the graph holds each once.
-                self.register_buffer(f"cos_{kind}", cos[:, :half].contiguous())
-                self.register_buffer(f"sin_{kind}", sin[:, :half].contiguous())
+                self.register_buffer(f"cos_{layer_type}", cos[:, :half].contiguous())
+                self.register_buffer(f"sin_{layer_type}", sin[:, :half].contiguous())
 
     def forward(
         self,
         inputs_embeds: torch.Tensor,
         sequence_lengths: torch.Tensor,
-        logits_at: torch.Tensor,
+        logits_indices: torch.Tensor,
         *rest: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Logits at chosen places, and the cache with what was appended.
+        """Logits at chosen positions, and the cache with the new keys and values.
 
         Args:
             inputs_embeds: shape ``(batch, sequence, d)``; rows are padded on the right.
             sequence_lengths: int32, tokens of each row, those in the cache and these, shape ``(batch,)``.
-            logits_at: places in the flattened ``(batch * sequence)``, shape ``(places,)``.
+            logits_indices: the graph's input ``logits_at``: indices into the flattened ``(batch * sequence)``, shape
+                ``(places,)``.
             rest: unless the operator rotates, ``position_ids``, shape ``(batch, sequence)`` or
                 ``(batch, sequence, axes)``; then key and value of each layer in turn, shape
                 ``(batch, kv_heads, capacity, head_dim)``.
         """
         past = rest if self.rotates else rest[1:]
         positions = torch.zeros(1, 1, dtype=torch.int64) if self.rotates else axes_first(rest[0])
-        unseen = torch.zeros(1, 1, 1, 1)
+        unused_mask = torch.zeros(1, 1, 1, 1)
         self._call = _Call(sequence_lengths - 1, sequence_lengths.max(), past)
         head = self.model.get_output_embeddings()
-        gather = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[logits_at],))
+        gather = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[logits_indices],))
         try:
             with _grouped(self.model, self._attend, self.rotates), merged(self.products):
                 output = self.model(
                     inputs_embeds=inputs_embeds,
-                    attention_mask=unseen if BARE_MASK in self.masks else dict.fromkeys(self.masks, unseen),
+                    attention_mask=unused_mask if BARE_MASK in self.masks else dict.fromkeys(self.masks, unused_mask),
                     position_ids=positions,
-                    past_key_values=_NothingKept(),
+                    past_key_values=_PassThroughCache(),
                     use_cache=True,
                 )
         finally:
@@ -131,7 +132,7 @@ class GroupedDecoderGraph(torch.nn.Module):
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """What transformers calls, with heads before positions.
+        """The attention function that transformers calls, with heads before positions.
 
         Args:
             module: the attention module of a layer.
@@ -140,7 +141,7 @@ class GroupedDecoderGraph(torch.nn.Module):
             value: likewise.
             attention_mask: not used; the operator masks by lengths and window.
             scaling: factor of the scores; ``head_dim ** -0.5`` by default.
-            softcap: Gemma 2's limit of the scores, which is refused.
+            softcap: Gemma 2's cap on the scores, which is refused.
 
         Returns:
             The heads' outputs with shape ``(batch, sequence, 1, heads * head_dim)``, and no weights.
@@ -149,16 +150,16 @@ class GroupedDecoderGraph(torch.nn.Module):
             raise ModelError(f"{type(module).__name__} caps its attention scores at {softcap}: the export refuses it")
         assert self._call is not None
         call, layer = self._call, module.layer_idx
-        kind = next(iter(self.masks)) if len(self.masks) == 1 else module.config.layer_types[layer]
+        mask_name = next(iter(self.masks)) if len(self.masks) == 1 else module.config.layer_types[layer]
         tables = []
         if self.rotates:
-            name = _table_name(self.model, kind)
+            name = _table_name(self.model, mask_name)
             tables = [getattr(self, f"cos_{name}"), getattr(self, f"sin_{name}")]
         settings = {
             "num_heads": int(query.shape[1]),
             "kv_num_heads": int(key.shape[1]),
             "scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-            "local_window_size": self.masks[kind] or -1,
+            "local_window_size": self.masks[mask_name] or -1,
             "do_rotary": int(self.rotates),
         }
         parts = [_merge_heads(tensor) for tensor in (query, key, value)]
@@ -177,7 +178,7 @@ class GroupedDecoderGraph(torch.nn.Module):
         return output.unsqueeze(2), None
 
     def _packed(self, module: Any, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        """The one product that queries, keys and values are slices of, if nothing happens to them in between."""
+        """The one product that queries, keys and values are slices of, if they are its unchanged slices."""
         whole = torch.cat(parts, dim=-1)
         children = [*module.children()]
         for product in self.products:
@@ -188,7 +189,7 @@ class GroupedDecoderGraph(torch.nn.Module):
 
 
 class _Call:
-    """What one forward pass hands to its layers."""
+    """Inputs and outputs of the attention layers in one forward pass."""
 
     def __init__(self, seqlens_k: torch.Tensor, total: torch.Tensor, past: tuple[torch.Tensor, ...]) -> None:
         self.seqlens_k = seqlens_k
@@ -197,8 +198,8 @@ class _Call:
         self.present: dict[int, list[torch.Tensor]] = {}
 
 
-class _NothingKept(DynamicCache):  # type: ignore[misc]
-    """The model's view of the cache: new keys and values pass through, the operator keeps them."""
+class _PassThroughCache(DynamicCache):  # type: ignore[misc]
+    """The model's view of the cache: new keys and values pass through; the operator stores them."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -207,7 +208,7 @@ class _NothingKept(DynamicCache):  # type: ignore[misc]
 
 
 class _GroupQueryAttention(torch.autograd.Function):
-    """The operator as the exporter sees it; evaluated, it only gives the right shapes."""
+    """The operator for the exporter; evaluated in PyTorch it only returns the right shapes."""
 
     @staticmethod
     def forward(
@@ -217,7 +218,7 @@ class _GroupQueryAttention(torch.autograd.Function):
         batch, heads, past, head_dim = map(int, past_key.shape)
         sequence = int(inputs[0].shape[1])
         grown = past_key.new_zeros(batch, heads, past + sequence, head_dim)
-        # Not zeros: what is computed from it is recognized by its values.
+        # Random, not zeros: merged products are recognized by their values.
         output = torch.randn(batch, sequence, settings["num_heads"] * head_dim).to(past_key.dtype)
         return output, grown, grown.clone()
 
@@ -244,7 +245,7 @@ def _merge_heads(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _grouped(model: Any, attend: Any, rotates: bool) -> Iterator[None]:
-    """Let ``model`` call ``attend``, which ``rotates`` queries and keys or gets them so, until the block ends."""
+    """Let ``model`` call ``attend`` until the block ends; if it ``rotates``, the model itself does not."""
     AttentionInterface.register(NAME, attend)
     modules = {sys.modules[type(layer).__module__] for layer in model.modules()}
     rotating: list[Any] = [module for module in modules if rotates and hasattr(module, "apply_rotary_pos_emb")]
@@ -256,25 +257,25 @@ def _grouped(model: Any, attend: Any, rotates: bool) -> Iterator[None]:
     finally:
         for module, function in zip(rotating, before, strict=True):
             module.apply_rotary_pos_emb = function
-        # What is registered stays so for good, and would keep the whole model in memory.
+        # A registered function stays for good, and would keep the whole model in memory.
         AttentionInterface.register(NAME, plain_attention)
 
 
 def _unrotated(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of transformers' rotation: the operator turns queries and keys itself."""
+    """Replaces transformers' rotation: the operator rotates queries and keys itself."""
     return query, key
 
 
 def _rotary_tables(model: Any, positions: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Cosines and sines as the model computes them, shape ``(positions, rotary_dim)``, by kind of layer."""
+    """Cosines and sines as the model computes them, shape ``(positions, rotary_dim)``, by layer type."""
     rotary = model.base_model.rotary_emb
-    kinds = sorted({*model.config.layer_types}) if _by_layer_type(rotary) else [""]
+    layer_types = sorted({*model.config.layer_types}) if _by_layer_type(rotary) else [""]
     tables = {}
-    for kind in kinds:
-        at = torch.arange(positions)[None]
+    for layer_type in layer_types:
+        position_ids = torch.arange(positions)[None]
         like = torch.zeros((), dtype=model.dtype)
-        cos, sin = rotary(like, at, kind) if kind else rotary(like, at)
-        tables[kind or "all"] = (cos[0], sin[0])
+        cos, sin = rotary(like, position_ids, layer_type) if layer_type else rotary(like, position_ids)
+        tables[layer_type or "all"] = (cos[0], sin[0])
     return tables
 
 
@@ -282,5 +283,5 @@ def _by_layer_type(rotary: Any) -> bool:
     return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
-def _table_name(model: Any, kind: str) -> str:
-    return kind if _by_layer_type(model.base_model.rotary_emb) else "all"
+def _table_name(model: Any, mask_name: str) -> str:
+    return mask_name if _by_layer_type(model.base_model.rotary_emb) else "all"

@@ -1,7 +1,7 @@
-"""Linear layers that read one tensor, such as queries, keys and values, computed as one product.
+"""Merged linear layers: layers with the same input, such as queries, keys and values, as one product.
 
-A decode step reads each weight once; what remains is the cost of a node, so fewer and larger products are faster. Which
-layers share their input is seen by running the model, so no family has to be listed.
+A decode step reads each weight once, so the rest of its cost is per node, and fewer, larger products are faster. One
+run of the model shows which layers share their input, so no model family needs to be listed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Linear = torch.nn.Linear
 
 
 class MergedLinear(torch.nn.Module):
-    """Several linear layers of one input as one product; each of them then returns its part.
+    """Several linear layers with one input as one product; each layer then returns its part.
 
     Attributes:
-        layers: the layers, in the order in which they are called.
-        output: what the product gave last, shape ``(..., sum of the widths)``: the layers' outputs side by side.
+        layers: the layers, in call order.
+        output: the product's last output, shape ``(..., sum of the widths)``: the layers' outputs side by side.
     """
 
     layers: list[Linear]
@@ -29,8 +29,8 @@ class MergedLinear(torch.nn.Module):
 
     def __init__(self, layers: list[Linear]) -> None:
         super().__init__()
-        # Not as submodules: their own weights are not of this product. Its weights are buffers, which the exporter
-        # writes as initializers; constants would be part of the graph's own bytes.
+        # Not as submodules: the layers' weights are not this product's. Its weights are buffers, which the exporter
+        # writes as initializers; constants would be in the graph's own bytes.
         self.__dict__["layers"] = layers
         self.output: torch.Tensor | None = None
         self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
@@ -47,27 +47,27 @@ class MergedLinear(torch.nn.Module):
 
 
 def find_groups(model: torch.nn.Module, run: Callable[[], Any]) -> list[list[Linear]]:
-    """Linear layers of one parent that get the same tensor, in the order they are called.
+    """Groups of linear layers of one parent that get the same tensor, in call order.
 
     Args:
         model: the model.
         run: calls it once.
     """
     parents = {id(child): id(module) for module in model.modules() for child in module.children()}
-    seen: dict[tuple[int, int], list[Linear]] = {}
-    inputs: list[torch.Tensor] = []  # kept, so that an id is not given twice
+    by_input: dict[tuple[int, int], list[Linear]] = {}
+    inputs: list[torch.Tensor] = []  # kept, so that no id is reused
 
-    def note(layer: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+    def record(layer: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
         inputs.append(arguments[0])
         assert isinstance(layer, Linear)
-        seen.setdefault((parents[id(layer)], id(arguments[0])), []).append(layer)
+        by_input.setdefault((parents[id(layer)], id(arguments[0])), []).append(layer)
 
     with ExitStack() as stack:
         for layer in model.modules():
             if type(layer) is Linear:
-                stack.callback(layer.register_forward_pre_hook(note).remove)
+                stack.callback(layer.register_forward_pre_hook(record).remove)
         run()
-    return [g for g in seen.values() if len(g) > 1 and len({layer.bias is None for layer in g}) == 1]
+    return [g for g in by_input.values() if len(g) > 1 and len({layer.bias is None for layer in g}) == 1]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The modules that are traced: a model behind flat, named tensors, with its mask built in one place.
+"""The traced modules: a model behind flat, named tensors, with its attention mask built in one place.
 
-``attention_mask`` becomes an additive float32 mask here, so that each family masks alike: a row whose first positions
-are padding stays finite there, and its real positions do not see them.
+``attention_mask`` becomes an additive float32 mask here, the same for each model family. Padding on the left stays
+finite, and real positions do not attend to it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class DecoderGraph(torch.nn.Module):
 
         Args:
             model: the decoder.
-            masks: window sizes by the names it asks by (``adalink.export.architectures.mask_windows``).
-            bidirectional_prompt: whether a call without a past, which is the prompt, attends in both directions.
+            masks: window sizes by mask name (``adalink.export.architectures.mask_windows``).
+            bidirectional_prompt: whether the prompt, a call without a past, attends in both directions.
         """
         super().__init__()
         self.model = model
@@ -73,7 +73,7 @@ class EncoderGraph(torch.nn.Module):
 
 
 class CrossDecoderGraph(torch.nn.Module):
-    """The decoder of an encoder-decoder, with a cache for its own tokens; cross attention is computed at each step."""
+    """The decoder of an encoder-decoder: a cache for its own tokens, cross attention computed at each step."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class CrossDecoderGraph(torch.nn.Module):
 
 
 class _NoCache(DynamicCache):  # type: ignore[misc]
-    """A cache that keeps nothing: keys and values are used once."""
+    """A cache that stores nothing: keys and values are used once."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -110,7 +110,7 @@ class _NoCache(DynamicCache):  # type: ignore[misc]
 
 
 def make_cache(past: Sequence[torch.Tensor]) -> DynamicCache:
-    """A cache of full length for every layer, sliding windows included: the mask, not the cache, ends a window."""
+    """A cache of full length for every layer, sliding windows included: the mask ends a window, not the cache."""
     cache = DynamicCache()
     for key, value in zip(past[::2], past[1::2], strict=True):
         layer = DynamicLayer()
@@ -132,27 +132,27 @@ def causal_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, windo
     Args:
         inputs_embeds: shape ``(batch, sequence, d)``.
         attention_mask: 1 for real positions, shape ``(batch, past + sequence)``.
-        window: how many positions up to and with its own a position sees; ``None`` for all.
+        window: positions that a query attends to, its own included; ``None`` for all.
     """
-    keys, queries = _places(inputs_embeds, attention_mask)
+    keys, queries = _positions(inputs_embeds, attention_mask)
     return _additive(_causal(keys, queries, window)[None, None] & (attention_mask[:, None, None, :] != 0))
 
 
 def prompt_mask(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Likewise of a call that is a whole prompt if it has no past: then each position sees all of its row.
+    """Likewise for a bidirectional prompt: in a call without a past, each position attends to all of its row.
 
-    A window says nothing of the prompt itself, as in PaliGemma.
+    A window does not apply within the prompt, as in PaliGemma.
     """
-    keys, queries = _places(inputs_embeds, attention_mask)
+    keys, queries = _positions(inputs_embeds, attention_mask)
     first, last = queries[:1], queries[-1:]
-    # What is behind the last position is a cache's, not written yet.
+    # Positions behind the last one belong to a cache and are not written yet.
     in_prompt = (first == 0) & (keys <= last)
-    seen = _causal(keys, queries, window) | in_prompt
-    return _additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))
+    is_visible = _causal(keys, queries, window) | in_prompt
+    return _additive(is_visible[None, None] & (attention_mask[:, None, None, :] != 0))
 
 
-def _places(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of all positions, ``(1, past + sequence)``, and of those that look at them, ``(sequence, 1)``."""
+def _positions(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of the keys, ``(1, past + sequence)``, and of the queries, ``(sequence, 1)``."""
     total = attention_mask.shape[1]
     sequence = inputs_embeds.shape[1]
     keys = torch.arange(total)[None, :]
@@ -161,8 +161,8 @@ def _places(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[
 
 
 def _causal(keys: torch.Tensor, queries: torch.Tensor, window: int | None) -> torch.Tensor:
-    seen = keys <= queries
-    return seen if window is None else seen & (queries - keys < window)
+    is_past = keys <= queries
+    return is_past if window is None else is_past & (queries - keys < window)
 
 
 def axes_first(position_ids: torch.Tensor) -> torch.Tensor:
@@ -175,5 +175,5 @@ def padding_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     return _additive(attention_mask[:, None, None, :] != 0)
 
 
-def _additive(seen: torch.Tensor) -> torch.Tensor:
-    return torch.where(seen, torch.tensor(0.0), torch.tensor(MASKED))
+def _additive(is_visible: torch.Tensor) -> torch.Tensor:
+    return torch.where(is_visible, torch.tensor(0.0), torch.tensor(MASKED))

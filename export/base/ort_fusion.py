@@ -1,6 +1,6 @@
-"""The fused form of a base graph: ONNX Runtime's own optimizer, run once at export instead of at every start.
+"""Graph fusion: ONNX Runtime's own optimizer, run once at export instead of at every start.
 
-Its fusions up to the "extended" level hold for any machine of the same provider; the level above, layouts for one
+Fusions up to the "extended" level hold for any machine with the same provider. The level above, layouts for one
 processor, is left to the session that runs the graph.
 """
 
@@ -18,7 +18,7 @@ _EXTERNAL_FROM_BYTES = "1024"
 
 
 def why_not_fused(target: str) -> str | None:
-    """Why the portable graph is kept for ``target``, or ``None`` when it can be fused here."""
+    """Why ``target`` keeps the portable graph; ``None`` where it can be fused here."""
     import onnxruntime as ort
 
     if target == "portable":
@@ -34,17 +34,17 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
     Args:
         portable: a graph of standard operators, with its weights in ``<portable>.data``.
         fused: file to write, new, in another folder.
-        target: a target that ``why_not_fused`` has no objection to.
+        target: a target for which ``why_not_fused`` returns ``None``.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk is too full.
         GraphError: ONNX Runtime refused the graph.
     """
     import onnxruntime as ort
 
     from adalink.runtime.ort.errors import onnxruntime_errors
 
-    _demand_room(fused, 2 * portable.stat().st_size + portable.with_name(f"{portable.name}.data").stat().st_size)
+    _check_disk_space(fused, 2 * portable.stat().st_size + portable.with_name(f"{portable.name}.data").stat().st_size)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -53,12 +53,12 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", _EXTERNAL_FROM_BYTES
     )
-    again = ort.SessionOptions()
-    again.log_severity_level = 3
-    again.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    reload_options = ort.SessionOptions()
+    reload_options.log_severity_level = 3
+    reload_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         ort.InferenceSession(str(portable), options, providers=[PROVIDERS[target]])
-        ort.InferenceSession(str(fused), again, providers=[PROVIDERS[target]])  # what was written is whole
+        ort.InferenceSession(str(fused), reload_options, providers=[PROVIDERS[target]])  # the file is complete
     except onnxruntime_errors(ort) as error:
         raise GraphError(
             f"{fused.name}: ONNX Runtime cannot write the graph in its fused form: {error}. Export it with --target "
@@ -66,7 +66,7 @@ def fuse(portable: Path, fused: Path, target: str) -> None:
         ) from error
 
 
-def _demand_room(beside: Path, size_bytes: int) -> None:
-    """Raise ``OSError`` unless so much fits on the disk: ONNX Runtime, when it lacks room, does not say that it did."""
+def _check_disk_space(beside: Path, size_bytes: int) -> None:
+    """Raise ``OSError`` if the disk is too full: ONNX Runtime does not report that itself."""
     if shutil.disk_usage(beside.parent).free < size_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(beside))

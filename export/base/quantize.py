@@ -1,9 +1,9 @@
-"""The quantised form of a base graph: constant matrices as blocks of small integers (``MatMulNBits``).
+"""Quantisation of a base graph: constant matrices as blocks of small integers (``MatMulNBits``).
 
-Every product with a constant matrix ``B`` of shape ``(K, N)`` becomes ONNX Runtime's own operator, coded by ONNX
-Runtime's own kernels (round to nearest): columns are cut into blocks of consecutive rows, and each block has a scale
-and a zero point, ``B ~ (code - zero_point) * scale``. What is not such a product stays as it is, and the embedding
-table is not in the graph at all, so adapters do not notice. Why these sizes: docs/decisions/0007-quantised-bases.md.
+Every product with a constant matrix ``B`` of shape ``(K, N)`` becomes ONNX Runtime's ``MatMulNBits``. ONNX Runtime's
+own kernels quantise it, rounding to nearest: columns are cut into blocks of consecutive rows, and each block has a
+scale and a zero point, ``B ~ (code - zero_point) * scale``. Other nodes stay as they are. The embedding table is not in
+the graph, so adapters are not affected. Why these block sizes: docs/decisions/0007-quantised-bases.md.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SCHEMES = {
         activation_bits=8,
     ),
 }
-# Of an ``int4`` base only what enters a feed-forward block is in 4 bits, where rounding costs least: a third of
-# SmolLM2. By the traced module's name, in the terms of every family that can be exported.
+# An ``int4`` base has 4 bits only in the first matrices of a feed-forward block, where rounding costs least: a third
+# of SmolLM2. They are matched by the traced module's name, in every family that can be exported.
 _ENTERS_FEED_FORWARD = re.compile(
     r"/(gate_proj|up_proj|gate_up_proj|c_fc|intermediate/dense|lin1|wi|wi_[01])/(MatMul|Gemm)$"
 )
 _LAYER = re.compile(r"\.(\d+)/")
-# Nor are the layers at both ends, one in twelve at each.
+# The layers at both ends, one in twelve at each, stay in 8 bits.
 _END_SHARE = 12
 _INT8_ACTIVATIONS = 4  # the operator's accuracy_level: activations are rounded to 8 bits, block by block
 _EXTERNAL_FROM_BYTES = 1024
@@ -53,7 +53,7 @@ _ALIGNMENT = 4096
 Progress = Callable[[str], None]
 
 
-def quantize(source: Path, target: Path, scheme: Quantization, report: Progress) -> None:
+def quantize(source: Path, target: Path, scheme: Quantization, progress: Progress) -> None:
     """Write the graph ``source`` with its constant matrices quantised as ``target``.
 
     One matrix is in memory at a time.
@@ -62,7 +62,7 @@ def quantize(source: Path, target: Path, scheme: Quantization, report: Progress)
         source: a graph in float32, with its weights in ``<source>.data``.
         target: file to write, new, in another folder; its weights go to ``<target>.data``.
         scheme: one of ``SCHEMES``.
-        report: called with a line now and then.
+        progress: callback, called with one line now and then.
 
     Raises:
         GraphError: the graph has no product with a constant float32 matrix.
@@ -84,7 +84,7 @@ def quantize(source: Path, target: Path, scheme: Quantization, report: Progress)
     with target.with_name(f"{target.name}.data").open("wb") as stream:
         for index, (output, node) in enumerate(products.items()):
             if index % max(1, len(products) // 4) == 0:
-                report(f"quantising {source.name}: matrix {index + 1} of {len(products)}")
+                progress(f"quantising {source.name}: matrix {index + 1} of {len(products)}")
             bits, block_size = _precision(node.name, scheme, layers)
             key = (node.input[1], bits, _is_transposed(node))
             if key not in coded:
@@ -116,7 +116,7 @@ class _Coded:
     attributes: dict[str, int]
 
     def nodes(self, product: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """What takes the place of a ``MatMul``, or of a ``Gemm``, whose third input is then added."""
+        """Nodes that replace a ``MatMul``, or a ``Gemm``, whose third input is then added."""
         from onnx import helper
 
         bias = product.input[2] if len(product.input) > 2 else ""
@@ -131,15 +131,15 @@ class _Coded:
 
 
 def _is_product(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
-    """Whether ``node`` multiplies its first input with a constant float32 matrix, and at most adds something."""
+    """Whether ``node`` multiplies its first input with a constant float32 matrix, with at most an addition."""
     if node.op_type not in ("MatMul", "Gemm"):
         return False
     matrix = constants.get(node.input[1])
     if matrix is None or len(matrix.dims) != 2 or matrix.data_type != matrix.FLOAT:
         return False
     factors = {entry.name: entry.f for entry in node.attribute if entry.name in ("alpha", "beta")}
-    turned = any(entry.name == "transA" and entry.i for entry in node.attribute)
-    return not turned and all(factor == 1.0 for factor in factors.values())
+    is_transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
+    return not is_transposed and all(factor == 1.0 for factor in factors.values())
 
 
 def _is_transposed(node: onnx.NodeProto) -> bool:
@@ -147,7 +147,7 @@ def _is_transposed(node: onnx.NodeProto) -> bool:
 
 
 def _precision(name: str, scheme: Quantization, layers: int) -> tuple[int, int]:
-    """Bits and block size of the matrix of the product ``name`` in a graph of so many layers."""
+    """Bits and block size for the matrix of the product ``name``, in a graph of ``layers`` layers."""
     ends = layers // _END_SHARE
     if _ENTERS_FEED_FORWARD.search(name) and ends <= _layer(name) < layers - ends:
         return scheme.bits, scheme.block_size
@@ -156,14 +156,14 @@ def _precision(name: str, scheme: Quantization, layers: int) -> tuple[int, int]:
 
 def _layer(name: str) -> int:
     """Number of the layer that a product belongs to; -1 if it is in none."""
-    found = _LAYER.search(name)
-    return int(found[1]) if found else -1
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1
 
 
 def _code(
     matrix: npt.NDArray[np.float32], bits: int, block_size: int, name: str, stream: BinaryIO, target: Path
 ) -> _Coded:
-    """Code a matrix of shape ``(K, N)``; its tensors are named after ``name`` and written to ``stream``."""
+    """Quantise a matrix of shape ``(K, N)``; its tensors are named after ``name`` and written to ``stream``."""
     from onnxruntime.capi import _pybind_state as kernels
 
     rows, columns = matrix.shape
@@ -183,7 +183,7 @@ def _code(
 
 
 def _values(tensor: onnx.TensorProto, source: Path) -> npt.NDArray[np.float32]:
-    """A tensor's numbers, mapped from the file where they lie outside the graph."""
+    """Values of a tensor, memory-mapped if they are external data."""
     from onnx import TensorProto, numpy_helper
 
     if tensor.data_location != TensorProto.EXTERNAL:
@@ -194,7 +194,7 @@ def _values(tensor: onnx.TensorProto, source: Path) -> npt.NDArray[np.float32]:
 
 
 def _stored(name: str, array: npt.NDArray[Any], stream: BinaryIO, target: Path) -> onnx.TensorProto:
-    """A tensor whose numbers are written to ``stream``, small ones aside."""
+    """A tensor with its values in ``stream``; small tensors stay in the graph."""
     from onnx import TensorProto, numpy_helper
 
     if array.nbytes < _EXTERNAL_FROM_BYTES:
@@ -204,7 +204,7 @@ def _stored(name: str, array: npt.NDArray[Any], stream: BinaryIO, target: Path) 
 
 
 def _moved(tensor: onnx.TensorProto, source: Path, stream: BinaryIO, target: Path) -> onnx.TensorProto:
-    """A tensor of the source, its numbers copied if they lie outside the graph."""
+    """A tensor of the source, with its values copied if they are external data."""
     if tensor.data_location != tensor.EXTERNAL:
         return tensor
     entries = {entry.key: entry.value for entry in tensor.external_data}

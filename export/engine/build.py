@@ -1,4 +1,4 @@
-"""One plan from one ONNX graph: parse, profiles, target, build; with the library's own words when it refuses."""
+"""TensorRT builder: one ONNX graph to one plan. Errors carry the library's own message."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from adalink.runtime.builds import count_builder_call
 from adalink.runtime.errors import GraphError
 from adalink.runtime.logs import get_logger
 from adalink.runtime.profile import ShapeRange
-from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+from adalink.runtime.storage.user_cache import cache_path, read_cache_file, write_cache_file
 from adalink.runtime.trt.api import Api
 
 if TYPE_CHECKING:
     import onnx
 
-# Sizes of the named dimensions of a graph's inputs: one profile.
+# Shape ranges of the named dimensions of a graph's inputs: one profile.
 Sizes = Mapping[str, ShapeRange]
 ConfigureTarget = Callable[[Any], None]
 
@@ -29,11 +29,11 @@ _LOG = get_logger(__name__)
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A plan that was written.
+    """A plan file.
 
     Attributes:
-        seconds: of parsing and building.
-        size_bytes: of the file.
+        seconds: time of parsing and building.
+        size_bytes: size of the file.
     """
 
     seconds: float
@@ -41,10 +41,9 @@ class BuiltPlan:
 
 
 class PlanDraft:
-    """A network with its profiles, before it is built; a context manager.
+    """A parsed network with its profiles, before it is built; a context manager.
 
-    What the library made is let go in the order in which it depends on each other: a parser that outlives its network
-    crashes the process.
+    The library's objects are released in dependency order: a parser that outlives its network crashes the process.
 
     Attributes:
         network: the parsed network.
@@ -56,10 +55,10 @@ class PlanDraft:
         """Parse a graph.
 
         Args:
-            api: which library.
-            graph: what to parse; strongly typed, so that precision is that of the graph.
-            origin: the file whose folder its external data lies in.
-            name: of the plan, for messages.
+            api: the library.
+            graph: the graph to parse, as a strongly typed network: its precision is the graph's.
+            origin: a file in the folder of its external data.
+            name: name of the plan, for messages.
 
         Raises:
             BackendError: the parser refused.
@@ -76,10 +75,10 @@ class PlanDraft:
         self._monitor: Any = None
         where = (str(origin),) if origin is not None else ()
         if not self._parser.parse(self._bytes, *where):
-            said = [self._parser.get_error(index).desc() for index in range(self._parser.num_errors)]
+            reasons = [self._parser.get_error(index).desc() for index in range(self._parser.num_errors)]
             self.close()
             raise api.error(
-                f"{name}: its graph cannot be parsed", "try a newer version, and report this with the graph", said
+                f"{name}: its graph cannot be parsed", "try a newer version, and report this with the graph", reasons
             )
         # In this mode a float32 product would be computed with 10 bits of its mantissa.
         if (tf32 := getattr(api.trt.BuilderFlag, "TF32", None)) is not None:
@@ -94,7 +93,7 @@ class PlanDraft:
         self.close()
 
     def close(self) -> None:
-        """Give everything back; the draft is of no use afterwards."""
+        """Release all objects of the library; the draft cannot be used afterwards."""
         self._parser = None
         self.config = None
         self.profiles = []
@@ -103,7 +102,7 @@ class PlanDraft:
         self._monitor = None
 
     def add_profile(self, sizes: Sizes) -> None:
-        """Add an optimisation profile that says for each named dimension of an input what it takes.
+        """Add an optimisation profile: a shape range for each named dimension of the inputs.
 
         Raises:
             GraphError: an input has a dimension that ``sizes`` does not name.
@@ -117,28 +116,28 @@ class PlanDraft:
                     f"{self._name}: input {value.name} has a dimension {unknown[0]!r}, expected {', '.join(sizes)}: "
                     "export the base again"
                 )
-            spans = [sizes[dim.dim_param] if dim.dim_param else ShapeRange(*[dim.dim_value] * 3) for dim in dims]
-            corners = zip(*((span.min, span.opt, span.max) for span in spans), strict=True)
-            profile.set_shape(value.name, *corners)
+            ranges = [sizes[dim.dim_param] if dim.dim_param else ShapeRange(*[dim.dim_value] * 3) for dim in dims]
+            limits = zip(*((limit.min, limit.opt, limit.max) for limit in ranges), strict=True)
+            profile.set_shape(value.name, *limits)
         if self.config.add_optimization_profile(profile) < 0:
             raise self._api.error(f"{self._name}: its profile was refused", "choose other sizes with --profile")
         self.profiles.append(profile)
 
-    def build(self, path: Path, set_target: ConfigureTarget, report: EngineProgress) -> BuiltPlan:
+    def build(self, path: Path, set_target: ConfigureTarget, progress: EngineProgress) -> BuiltPlan:
         """Build the plan and write it.
 
         Args:
-            path: where to.
-            set_target: sets which GPUs it is for.
-            report: called with what is being done; see ``EngineProgress``.
+            path: file to write.
+            set_target: sets the target GPUs on the builder's config.
+            progress: callback; see ``EngineProgress``.
 
         Raises:
             BackendError: the builder refused.
         """
         self._api.clear()
         set_target(self.config)
-        timings = self._take_timings()
-        self._monitor = make_monitor(self._api.trt, self._name, report)
+        timing_cache = self._load_timing_cache()
+        self._monitor = make_monitor(self._api.trt, self._name, progress)
         self.config.progress_monitor = self._monitor
         count_builder_call()
         try:
@@ -152,40 +151,40 @@ class PlanDraft:
                 "where it is memory, free some or narrow --profile; else try another --target or version",
             )
         seconds = time.perf_counter() - self._begun
-        if timings is not None:
-            self._keep_timings(timings)
+        if timing_cache is not None:
+            self._save_timing_cache(timing_cache)
         with memoryview(plan) as data:
             path.write_bytes(data)
             _LOG.info("built %s with %s: %d bytes, %.1f s", self._name, self._api.backend, data.nbytes, seconds)
             return BuiltPlan(seconds, data.nbytes)
 
-    def _take_timings(self) -> Path | None:
-        """Let the builder use what earlier builds measured; returns the file, ``None`` where nothing is kept."""
+    def _load_timing_cache(self) -> Path | None:
+        """Give the builder the timings of earlier builds; returns the cache file, ``None`` if there is no cache."""
         path = cache_path("timing", f"{self._api.backend}-{self._api.version}.cache")
         if not self._api.has_timing_cache or path is None:
             return None
-        cache = self.config.create_timing_cache(read_own(path) or b"")
-        # Timings of another GPU or driver are refused.
+        cache = self.config.create_timing_cache(read_cache_file(path) or b"")
+        # The builder refuses timings of another GPU or driver.
         if cache is None or not self.config.set_timing_cache(cache, ignore_mismatch=False):
             self.config.set_timing_cache(self.config.create_timing_cache(b""), ignore_mismatch=False)
         return path
 
-    def _keep_timings(self, path: Path) -> None:
-        """Keep the timings for the next build."""
+    def _save_timing_cache(self, path: Path) -> None:
+        """Save the timings for the next build."""
         with memoryview(self.config.get_timing_cache().serialize()) as data:
-            write_own(path, data)
+            write_cache_file(path, data)
 
 
 def writes_in_place(api: Api) -> bool:
-    """Whether engines of this library can keep their cache in place: its builder and its parser must both know how."""
+    """Whether engines of this library can update their KV cache in place: both builder and parser must support it."""
     if not api.has_kv_cache_update:
         return False
     builder = api.make_builder()
     network = builder.create_network(api.network_flags())
     parser = api.trt.OnnxParser(network, api.logger)
-    known = bool(parser.supports_operator("TensorScatter"))
+    is_supported = bool(parser.supports_operator("TensorScatter"))
     del parser, network, builder  # in this order; see PlanDraft
-    return known
+    return is_supported
 
 
 def build_plan(
@@ -194,11 +193,11 @@ def build_plan(
     path: Path,
     profiles: Sequence[Sizes],
     set_target: ConfigureTarget,
-    report: EngineProgress,
+    progress: EngineProgress,
     origin: Path | None = None,
 ) -> BuiltPlan:
     """Build one plan and write it to ``path``; arguments and errors as in ``PlanDraft``."""
     with PlanDraft(api, graph, origin, path.name) as draft:
         for sizes in profiles:
             draft.add_profile(sizes)
-        return draft.build(path, set_target, report)
+        return draft.build(path, set_target, progress)

@@ -1,4 +1,4 @@
-"""``export_engine``: a deployment's base becomes a compiled engine beside its graphs, with embedders for every task."""
+"""``export_engine``: the base of a deployment to a compiled TensorRT engine, with embedders for every task."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ def export_engine(
     replace: bool = False,
     progress: EngineProgress | None = None,
 ) -> Manifest:
-    """Build an engine of a deployment's base, its embedders, and the graphs of some tasks; nothing of the base changes.
+    """Build an engine of a deployment's base, its embedders, and the graphs of some tasks. The base does not change.
 
-    Of a base that takes images, the vision tower is built too, for as many images at a time as the profile says.
+    For a base that takes images, the vision tower is built too, for as many images at a time as the profile says.
 
     Args:
-        deployment: the folder.
+        deployment: the deployment folder.
         backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        target: which GPUs it is for; see ``adalink.export.engine.targets.resolve_target``.
-        profile: shapes it takes, also as ``adalink.runtime.profile.parse_profile`` reads them.
+        target: target GPUs; see ``adalink.export.engine.targets.resolve_target``.
+        profile: shape ranges, or the text of them for ``adalink.runtime.profile.parse_profile``.
         name: name of the variant; the backend's by default.
-        variant: the portable variant that it is built from; the only one by default.
-        tasks: tasks whose own graphs are built as well, for programs that do not use this kit.
-        replace: whether an engine of that name may be there already.
-        progress: called with what is being done and how far it is, ``None`` where that is not known.
+        variant: the portable variant to build from; the only one by default.
+        tasks: tasks whose graphs are built as well, for programs that do not use this kit.
+        replace: whether to replace an existing engine of that name.
+        progress: callback, called with the current step and the fraction done, ``None`` where that is not known.
 
     Returns:
         The deployment's manifest.
 
     Raises:
-        BackendUnavailableError: the library is not installed, or it takes a GPU and there is none.
-        BackendError: the library refused, in its own words.
+        BackendUnavailableError: the library is not installed, or needs a GPU and there is none.
+        BackendError: the library refused; with its own message.
         ConfigError: the base, variant, target or profile cannot be built.
         DeploymentError: there is no deployment or no portable variant, the name is taken, or the disk is full.
         GraphError: the portable graph is not one of this kit.
@@ -72,57 +72,57 @@ def export_engine(
     """
     if backend not in TENSORRT_BACKENDS:
         raise BackendUnavailableError(f"backend {backend!r} has no engines: expected {' or '.join(TENSORRT_BACKENDS)}")
-    report: EngineProgress = progress or (lambda line, done: None)
-    own = backend if name is None else name
-    check_task_name(own, "engine")
+    progress = progress or (lambda line, fraction: None)
+    engine = backend if name is None else name
+    check_task_name(engine, "engine")
     api = load_api(backend)
     with open_writer(deployment) as writer:
         manifest = writer.manifest
         check_buildable(manifest.base)
-        _check_free(manifest, own, replace)
+        _check_free(manifest, engine, replace)
         source = _source(manifest, variant)
         shapes = _profile(profile, manifest.base)
         if missing := sorted(set(tasks) - manifest.tasks.keys()):
             known = ", ".join(sorted(manifest.tasks)) or "none"
             raise UnknownTaskError(f"task {missing[0]!r} is not in {deployment}: deployed are {known}")
         resolved, set_target = resolve_target(api, target)
-        report("reading the portable graph", None)
+        progress("reading the portable graph", None)
         tower = manifest.base.vision.files if manifest.base.vision else ()
         verify_files(writer.folder, manifest, (*manifest.variants[source].files, *tower))
-        build = partial(build_plan, api, set_target=set_target, report=report)
-        work = _Work(writer, manifest, api, writer.fresh_folder(f"engines/{own}"), shapes, build)
-        record = work.build_all(source, resolved, tuple(dict.fromkeys(tasks)))
-        work.write_record(record)
+        build = partial(build_plan, api, set_target=set_target, progress=progress)
+        builder = _EngineBuilder(writer, manifest, api, writer.fresh_folder(f"engines/{engine}"), shapes, build)
+        record = builder.build_all(source, resolved, tuple(dict.fromkeys(tasks)))
+        builder.write_record(record)
         compiled = Variant(
             target=backend,
             backends=(backend,),
-            graph=f"{work.place}/{PLAN_FILE}",
-            vision_graph=None if record.vision is None else f"{work.place}/{VISION_FILE}",
-            files=work.files,
+            graph=f"{builder.folder}/{PLAN_FILE}",
+            vision_graph=None if record.vision is None else f"{builder.folder}/{VISION_FILE}",
+            files=builder.files,
         )
-        report("hashing and committing", None)
-        return writer.commit(msgspec.structs.replace(manifest, variants={**manifest.variants, own: compiled}))
+        progress("hashing and committing", None)
+        return writer.commit(msgspec.structs.replace(manifest, variants={**manifest.variants, engine: compiled}))
 
 
-class _Work:
-    """The plans of one engine on their way into a deployment."""
+class _EngineBuilder:
+    """Builds the plans of one engine into a deployment."""
 
     def __init__(
         self,
         writer: DeploymentWriter,
         manifest: Manifest,
         api: Api,
-        place: str,
+        folder: str,
         profile: Profile,
         build: partial[BuiltPlan],
     ) -> None:
-        self.place = place
+        self.folder = folder
         self.files: tuple[str, ...] = ()
         self._writer, self._manifest, self._api = writer, manifest, api
         self._profile, self._build = profile, build
 
     def build_all(self, source: str, target: tuple[str, ...], tasks: tuple[str, ...]) -> EngineRecord:
-        """Build every plan; returns what they are."""
+        """Build every plan; returns the engine's record."""
         base, files = self._manifest.base, self._manifest.files
         graph = self._manifest.variants[source].graph
         portable = locate(self._writer.folder, graph)
@@ -130,16 +130,16 @@ class _Work:
         if base.kind == "decoder":
             cache = "in-place" if writes_in_place(self._api) else "growing"
         rank, slots = embedder_limits(base.hidden_size)
-        embedders, own = {}, {}
-        # The small ones first: what a target cannot do at all shows in seconds.
+        embedders, task_plans = {}, {}
+        # Small plans first: an unsupported target shows within seconds.
         for embedder in EMBEDDERS:
             embedders[embedder] = f"front-{embedder.replace('.', '-')}.plan"
             self._plan(
                 embedders[embedder], build_embedder_graph(embedder, base), [embedder_sizes(self._profile, rank, slots)]
             )
         for task in tasks:
-            own[task] = f"task-{task}.plan"
-            self._plan(own[task], self._task_graph(task), [_rows_of(self._profile)])
+            task_plans[task] = f"task-{task}.plan"
+            self._plan(task_plans[task], self._task_graph(task), [_rows_of(self._profile)])
         vision = None if base.vision is None else self._build_vision(base.vision)
         model = engine_graph(portable, base, self._profile.capacity if cache == "in-place" else None)
         built = self._plan(PLAN_FILE, model, base_sizes(self._profile), portable)
@@ -155,7 +155,7 @@ class _Work:
             embedders=embedders,
             embedder_rank=rank,
             embedder_slots=slots,
-            tasks=own,
+            tasks=task_plans,
             build_seconds=round(built.seconds, 2),
             plan_bytes=built.size_bytes,
             vision=vision,
@@ -167,7 +167,7 @@ class _Work:
         self._stage(RECORD_FILE).write_bytes(data)
 
     def _build_vision(self, vision: Vision) -> VisionRecord | None:
-        """The vision tower as its graph is, if the profile says how many images it takes."""
+        """Build the vision tower from its graph, if the profile has a range of images."""
         import onnx
 
         if self._profile.images is None:
@@ -188,7 +188,7 @@ class _Work:
         return self._build(graph, self._stage(name), profiles, origin=origin)
 
     def _stage(self, name: str) -> Path:
-        relative = f"{self.place}/{name}"
+        relative = f"{self.folder}/{name}"
         self.files = (*self.files, relative)
         return self._writer.stage(relative)
 
@@ -200,10 +200,10 @@ class _Work:
 
 
 def base_sizes(profile: Profile) -> list[Sizes]:
-    """Sizes of a base graph's named dimensions: one profile for an encoder, prefill and decode for a decoder.
+    """Shape ranges of a base graph's named dimensions: one profile for an encoder, prefill and decode for a decoder.
 
-    A decoder's passes may be of any length: of a prompt that is taken in pieces the first is what is left over. Names
-    that a graph does not have (``past`` of a cache in place) are not used.
+    A decoder's forward passes may have any length: the first chunk of a chunked prompt is the remainder. Names that a
+    graph does not have (``past`` with a cache in place) are not used.
     """
     if profile.past is None:
         return [{"batch": profile.batch, "sequence": profile.seq}]
@@ -227,13 +227,13 @@ def base_sizes(profile: Profile) -> list[Sizes]:
 
 
 def embedder_limits(hidden_size: int) -> tuple[int, int]:
-    """Largest rank that embedders take, and most slots: a stack of weights is one tensor of less than 2^31 numbers."""
+    """Largest rank and most slots of an embedder: the weights of all slots are one tensor of less than 2^31 numbers."""
     rank = min(hidden_size, _LARGEST_RANK)
     return rank, min(_MOST_SLOTS, _MOST_ELEMENTS // (rank * hidden_size))
 
 
 def embedder_sizes(profile: Profile, rank: int, slots: int) -> Sizes:
-    """Sizes of an embedder's named dimensions."""
+    """Shape ranges of an embedder's named dimensions."""
     return {
         **_rows_of(profile),
         "slots": ShapeRange(1, min(_LIKELY_SLOTS, slots), slots),
@@ -242,17 +242,17 @@ def embedder_sizes(profile: Profile, rank: int, slots: int) -> Sizes:
 
 
 def _rows_of(profile: Profile) -> Sizes:
-    """Rows and positions in front of a base: all that it takes, and fewer."""
+    """Shape ranges of rows and positions of the base's input, from 1 on."""
     return {
         "batch": ShapeRange(1, profile.batch.opt, profile.batch.max),
         "sequence": ShapeRange(1, profile.seq.opt, profile.seq.max),
     }
 
 
-def _profile(given: Profile | str | None, base: Base) -> Profile:
-    if isinstance(given, str):
-        return parse_profile(given, base)
-    profile = default_profile(base) if given is None else given
+def _profile(requested: Profile | str | None, base: Base) -> Profile:
+    if isinstance(requested, str):
+        return parse_profile(requested, base)
+    profile = default_profile(base) if requested is None else requested
     if (profile.past is None) != (base.cache is None):
         raise ConfigError(
             f"profile {profile}: past belongs to decoders, and to all of them; {base.name} is {base.kind}"
@@ -262,34 +262,34 @@ def _profile(given: Profile | str | None, base: Base) -> Profile:
 
 
 def _check_free(manifest: Manifest, name: str, replace: bool) -> None:
-    found = manifest.variants.get(name)
-    if found is None:
+    existing = manifest.variants.get(name)
+    if existing is None:
         return
-    if not found.is_compiled:
+    if not existing.is_compiled:
         raise DeploymentError(f"variant {name!r} is a graph, not an engine: choose another --name")
     if not replace:
         raise DeploymentError(f"the deployment already has an engine {name!r}: pass --replace to build it again")
 
 
-def _source(manifest: Manifest, wanted: str | None) -> str:
-    """The variant that an engine is built from."""
+def _source(manifest: Manifest, name: str | None) -> str:
+    """Name of the portable variant to build an engine from."""
     advice = "add one with 'adalink export base MODEL --out DIR --target portable'"
     variants = manifest.variants
-    if wanted is None:
-        found = sorted(key for key, variant in variants.items() if _is_portable(variant))
-        if not found:
+    if name is None:
+        portable = sorted(key for key, variant in variants.items() if _is_portable(variant))
+        if not portable:
             raise DeploymentError(
                 f"the deployment has no portable base graph to build from, only {', '.join(sorted(variants))}: {advice}"
             )
-        return found[0]
-    if wanted not in variants:
-        raise ConfigError(f"variant is {wanted!r}, expected one of {', '.join(sorted(variants))}")
-    if not _is_portable(variants[wanted]):
-        variant = variants[wanted]
+        return portable[0]
+    if name not in variants:
+        raise ConfigError(f"variant is {name!r}, expected one of {', '.join(sorted(variants))}")
+    if not _is_portable(variants[name]):
+        variant = variants[name]
         what = "an engine already" if variant.is_compiled else f"for {variant.target}"
         what = "quantised with operators of ONNX Runtime" if variant.quantization else what
-        raise ConfigError(f"variant {wanted!r} is {what}: engines are built from a portable graph; {advice}")
-    return wanted
+        raise ConfigError(f"variant {name!r} is {what}: engines are built from a portable graph; {advice}")
+    return name
 
 
 def _is_portable(variant: Variant) -> bool:

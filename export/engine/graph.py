@@ -1,6 +1,6 @@
-"""The graph of an engine: the portable base graph, with logits where they are wanted and a cache in place.
+"""Engine graphs: the portable base graph, edited for logits at chosen positions and a KV cache in place.
 
-In memory only: weights stay in the file beside the portable graph, which an engine's parser reads from there.
+The edited graph is in memory only. Weights stay in the file beside the portable graph, and the parser reads them there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IN_PLACE_OPSET = 24
 _IN_PLACE_IR = 12
 _PREFIX = "engine/"
 _CACHE_AXIS = 2
-# What may follow the last product: position by position, with constants of one axis at most.
+# Operators allowed after the last product: element by element, with constants of one axis at most.
 _TAIL = ("Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity")
 _PRODUCTS = ("MatMul",)
 
@@ -31,18 +31,18 @@ def engine_graph(path: Path, base: Base, capacity: int | None) -> onnx.ModelProt
     An encoder's is the portable graph. A decoder's has another input, ``logits_at`` int64 ``(places,)``: flat indices
     into ``batch * sequence``; ``logits`` has the shape ``(places, vocab)``. With a ``capacity`` the cache is written
     in place: ``past_key_values.*`` and ``present.*`` have the shape ``(batch, kv_heads, capacity, head_dim)`` and may
-    be the same memory; ``write_indices`` int64 ``(batch,)``, the same number for all rows, says where the new
-    positions go; ``attention_mask`` ``(batch, total)`` says with its length how many positions of the cache are looked
-    at, at least ``write_indices[0] + sequence``. What lies behind those is not seen, but must be finite.
+    be the same memory; ``write_indices`` int64 ``(batch,)``, the same number for all rows, is where the new
+    positions go; the length of ``attention_mask`` ``(batch, total)`` is how many positions of the cache are attended
+    to, at least ``write_indices[0] + sequence``. Positions behind those are not attended to, but must be finite.
 
     Args:
-        path: the portable base graph; its weights' file is not read.
+        path: the portable base graph; its weights file is not read.
         base: the base contract.
         capacity: positions of the cache; ``None`` for one that grows, as in the portable graph.
 
     Raises:
         ConfigError: the base is an encoder-decoder.
-        GraphError: the graph is not as the kit exports portable ones; the message names what was found.
+        GraphError: the graph is not as the kit exports portable ones; the message names the difference.
     """
     import onnx
 
@@ -73,33 +73,35 @@ def check_buildable(base: Base) -> None:
 
 
 class _Edit:
-    """A graph that is being changed, with who makes and who reads each value."""
+    """A graph that is being edited, with the producer and the consumers of each value."""
 
     def __init__(self, model: onnx.ModelProto, name: str) -> None:
         self._model = model
         self._graph = model.graph
         self._name = name
-        self._made: dict[str, onnx.NodeProto] = {output: node for node in self._graph.node for output in node.output}
-        self._read: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self._producers: dict[str, onnx.NodeProto] = {
+            output: node for node in self._graph.node for output in node.output
+        }
+        self._consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self._graph.node:
             for value in node.input:
-                self._read[value].append(node)
+                self._consumers[value].append(node)
         self._inputs = {value.name: value for value in self._graph.input}
         self._outputs = {value.name: value for value in self._graph.output}
         self._weights = {tensor.name: tensor for tensor in self._graph.initializer}
-        # What a node becomes, by the name of its first output; and what is put in front of all.
-        self._instead: dict[str, list[onnx.NodeProto]] = {}
-        self._first: list[onnx.NodeProto] = []
+        # Replacements of nodes, by the name of their first output; and nodes to prepend to the graph.
+        self._replacements: dict[str, list[onnx.NodeProto]] = {}
+        self._prepended: list[onnx.NodeProto] = []
 
     def gather_logits(self) -> None:
-        """Compute logits at ``logits_at`` only: the head is the largest product of small models."""
+        """Compute logits at ``logits_at`` only: the head is the largest product of a small model."""
         from onnx import TensorProto, helper
 
         head = self._head()
         hidden = head.input[0]
         flat, chosen = f"{_PREFIX}hidden_flat", f"{_PREFIX}hidden_at"
         width = self._constant("flat_shape", [-1, self._rows_of(head.input[1])])
-        self._instead[head.output[0]] = [
+        self._replacements[head.output[0]] = [
             helper.make_node("Reshape", [hidden, width], [flat]),
             helper.make_node("Gather", [flat, "logits_at"], [chosen], axis=0),
             head,
@@ -113,7 +115,7 @@ class _Edit:
         self._graph.output.insert(0, changed)
 
     def keep_cache_in_place(self, capacity: int) -> None:
-        """Write new positions into the cache that came in, and look at its first ``total`` positions."""
+        """Write new positions into the input cache, and attend to its first ``total`` positions."""
         from onnx import TensorProto, helper
 
         pairs = [(name, self._joined(name)) for name in self._inputs if name.startswith("past_key_values.")]
@@ -122,22 +124,22 @@ class _Edit:
         length = self._past_length()
         zero, axis = self._constant("zero", [0]), self._constant("cache_axis", [_CACHE_AXIS])
         first, begin, total = self._constant("first", 0), f"{_PREFIX}begin", f"{_PREFIX}total"
-        self._first += [
+        self._prepended += [
             helper.make_node("Gather", ["write_indices", first], [begin], axis=0),
             helper.make_node("Shape", ["attention_mask"], [total], start=1, end=2),
         ]
         self._redirect(length, begin)
-        self._instead[length] = []
+        self._replacements[length] = []
         for name, node in pairs:
             present, new = node.output[0], node.input[1]
-            if not self._read[present]:
+            if not self._consumers[present]:
                 raise self._objection(f"nothing that reads {present}", "attention over the cache")
-            seen = f"{_PREFIX}seen.{present}"
-            self._redirect(present, seen)
-            written = [name, new, "write_indices"]
-            self._instead[present] = [
-                helper.make_node("TensorScatter", written, [present], axis=_CACHE_AXIS, mode="linear"),
-                helper.make_node("Slice", [present, zero, total, axis], [seen]),
+            visible = f"{_PREFIX}seen.{present}"
+            self._redirect(present, visible)
+            scatter_inputs = [name, new, "write_indices"]
+            self._replacements[present] = [
+                helper.make_node("TensorScatter", scatter_inputs, [present], axis=_CACHE_AXIS, mode="linear"),
+                helper.make_node("Slice", [present, zero, total, axis], [visible]),
             ]
             self._set_length(self._inputs[name], capacity)
             self._set_length(self._outputs[present], capacity)
@@ -147,11 +149,11 @@ class _Edit:
         self._model.ir_version = max(self._model.ir_version, _IN_PLACE_IR)
 
     def finish(self) -> None:
-        """Put the new nodes in the places of the old, and check the whole."""
+        """Replace the old nodes by the new ones, and check the graph."""
         import onnx
 
-        nodes = [new for node in self._graph.node for new in self._instead.get(node.output[0], [node])]
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*self._first, *nodes)]
+        nodes = [new for node in self._graph.node for new in self._replacements.get(node.output[0], [node])]
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (*self._prepended, *nodes)]
         del self._graph.node[:]
         self._graph.node.extend(kept)
         del self._graph.value_info[:]
@@ -170,11 +172,11 @@ class _Edit:
             raise GraphError(f"{self._name}: the engine's graph is not valid: {error}") from error
 
     def _head(self) -> onnx.NodeProto:
-        """The product that makes logits of hidden states: the last one, whatever scales or caps follow it."""
+        """The head: the last product, whatever scales or caps its logits."""
         if "logits" not in self._outputs:
             raise self._objection(f"outputs {', '.join(list(self._outputs)[:3])}", "an output logits")
-        value, seen = "logits", []
-        while (node := self._made.get(value)) is not None:
+        value, tail = "logits", []
+        while (node := self._producers.get(value)) is not None:
             if node.op_type in _PRODUCTS:
                 if self._is_constant(node.input[1]):
                     return node
@@ -183,45 +185,45 @@ class _Edit:
             wide = [name for name in node.input if self._is_constant(name) and len(self._shape_of(name)) > 1]
             if node.op_type not in _TAIL or len(inner) != 1 or wide:
                 break
-            seen.append(node.op_type)
+            tail.append(node.op_type)
             (value,) = inner
-        found = " after ".join(filter(None, [node.op_type if node else f"input {value}", ", ".join(seen)]))
-        raise self._objection(f"logits made by {found}", "one MatMul with constant weights, and scales after it")
+        origin = " after ".join(filter(None, [node.op_type if node else f"input {value}", ", ".join(tail)]))
+        raise self._objection(f"logits made by {origin}", "one MatMul with constant weights, and scales after it")
 
     def _joined(self, past: str) -> onnx.NodeProto:
-        """The one node that reads ``past``: it puts the new positions behind it, and that is ``present``."""
-        readers = self._read[past]
+        """The one node that reads ``past``: the concatenation with the new positions, which is ``present``."""
+        readers = self._consumers[past]
         if len(readers) == 1 and readers[0].op_type == "Concat" and len(readers[0].input) == 2:
             node = readers[0]
             axis = next((entry.i for entry in node.attribute if entry.name == "axis"), None)
-            wanted = past.replace("past_key_values.", "present.")
-            if axis in (_CACHE_AXIS, _CACHE_AXIS - 4) and node.input[0] == past and node.output[0] == wanted:
+            present = past.replace("past_key_values.", "present.")
+            if axis in (_CACHE_AXIS, _CACHE_AXIS - 4) and node.input[0] == past and node.output[0] == present:
                 return node
-        found = ", ".join(f"{node.op_type} to {node.output[0]}" for node in readers) or "nothing"
-        raise self._objection(f"{past} read by {found}", "one Concat of it and the new positions to present.*")
+        consumers = ", ".join(f"{node.op_type} to {node.output[0]}" for node in readers) or "nothing"
+        raise self._objection(f"{past} read by {consumers}", "one Concat of it and the new positions to present.*")
 
     def _past_length(self) -> str:
-        """The value that says how many positions the past has: the mask's length less the new positions."""
+        """Name of the past's length: the mask's length less the new positions."""
         total, sequence = self._lengths("attention_mask"), self._lengths("inputs_embeds")
-        found = [
+        differences = [
             node
             for node in self._graph.node
             if node.op_type == "Sub" and node.input[0] in total and node.input[1] in sequence
         ]
-        others = {node.op_type for value in total for node in self._read[value]} - {"Sub", "Cast"}
-        if len(found) != 1 or others:
-            what = f"{len(found)} differences of the lengths of attention_mask and inputs_embeds"
+        others = {node.op_type for value in total for node in self._consumers[value]} - {"Sub", "Cast"}
+        if len(differences) != 1 or others:
+            what = f"{len(differences)} differences of the lengths of attention_mask and inputs_embeds"
             what += f", and the mask's length read by {', '.join(sorted(others))}" if others else ""
             raise self._objection(what, "one difference, which the causal mask begins at")
-        return str(found[0].output[0])
+        return str(differences[0].output[0])
 
     def _lengths(self, name: str) -> set[str]:
-        """Values that hold the second dimension of an input."""
+        """Names of the values that hold the second dimension of an input."""
         gathers = [
             node
-            for shape in self._read[name]
+            for shape in self._consumers[name]
             if shape.op_type == "Shape"
-            for node in self._read[shape.output[0]]
+            for node in self._consumers[shape.output[0]]
             if node.op_type == "Gather" and self._integer(node.input[1]) == 1
         ]
         return {node.output[0] for node in gathers}
@@ -229,7 +231,7 @@ class _Edit:
     def _integer(self, name: str) -> int | None:
         import onnx
 
-        node = self._made.get(name)
+        node = self._producers.get(name)
         tensor = self._weights.get(name)
         if node is not None and node.op_type == "Constant":
             tensor = next((entry.t for entry in node.attribute if entry.name == "value"), None)
@@ -242,12 +244,12 @@ class _Edit:
         """Whether a value depends on no input."""
         if name in self._inputs:
             return False
-        node = self._made.get(name)
+        node = self._producers.get(name)
         return node is None or all(self._is_constant(entry) for entry in node.input)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of a constant that is an initializer, a ``Constant``, or one of those transposed or cast."""
-        node = self._made.get(name)
+        node = self._producers.get(name)
         if node is None:
             return tuple(self._weights[name].dims)
         if node.op_type == "Constant":
@@ -277,7 +279,7 @@ class _Edit:
 
     def _redirect(self, value: str, to: str) -> None:
         """Let every node that reads ``value`` read ``to``."""
-        for node in self._read[value]:
+        for node in self._consumers[value]:
             for index, name in enumerate(node.input):
                 if name == value:
                     node.input[index] = to
@@ -288,8 +290,8 @@ class _Edit:
         dim.Clear()
         dim.dim_value = capacity
 
-    def _objection(self, found: str, expected: str) -> GraphError:
+    def _objection(self, received: str, expected: str) -> GraphError:
         return GraphError(
-            f"{self._name}: {found}, expected {expected}: only a base graph that this kit exported with --target "
+            f"{self._name}: {received}, expected {expected}: only a base graph that this kit exported with --target "
             "portable becomes an engine; export it again"
         )

@@ -1,4 +1,4 @@
-"""How far a build is: TensorRT's phases and steps as one line and one fraction, now and then."""
+"""Progress of a build: TensorRT's phases and steps as one line and one fraction."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Called with what is being done, and how far it is from 0 to 1 or ``None`` where that is not known.
+# Called with the current step and the fraction done, 0 to 1 or ``None`` where that is not known.
 EngineProgress = Callable[[str, float | None], None]
 _SECONDS_BETWEEN = 0.2
 
 
 class Phases:
-    """Phases inside one another, each of a number of steps."""
+    """Nested phases, each of a number of steps."""
 
     def __init__(self) -> None:
         self._open: dict[str, tuple[str | None, int, int]] = {}
@@ -33,18 +33,18 @@ class Phases:
         self._open.pop(name, None)
 
     def now(self) -> tuple[str, float]:
-        """The innermost phase, and how far the outermost one is."""
+        """The innermost phase, and the fraction done of the outermost one."""
         fraction = 0.0
         for _, done, steps in reversed(self._open.values()):
             fraction = min((done + fraction) / steps, 1.0)
         return next(reversed(self._open), ""), fraction
 
 
-def make_monitor(module: Any, plan: str, report: EngineProgress) -> Any:
+def make_monitor(module: Any, plan: str, progress: EngineProgress) -> Any:
     """A progress monitor for the builder of ``plan``, safe for calls from the library's threads.
 
-    An error raised in ``report``, or Ctrl-C, stops the build; ``raise_what_stopped_it`` raises it afterwards, since no
-    exception may pass through the library.
+    An error raised in ``progress``, or Ctrl-C, stops the build. No exception may pass through the library, so
+    ``raise_what_stopped_it`` raises it afterwards.
     """
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
@@ -78,7 +78,7 @@ def make_monitor(module: Any, plan: str, report: EngineProgress) -> Any:
                         return
                     self._last = now
                     phase, fraction = self._phases.now()
-                report(f"building {plan}: {phase}" if phase else f"building {plan}", fraction)
+                progress(f"building {plan}: {phase}" if phase else f"building {plan}", fraction)
             except BaseException as error:  # kept, and raised when the library has returned
                 self._stopped_by = error
 

@@ -1,7 +1,7 @@
-"""Attention as the exported graph computes it: one function for every family, in place of transformers' own.
+"""Attention of the exported graphs: one function for every model family, in place of transformers' own.
 
-Transformers looks its attention up by name, so a model's own code is traced unchanged around this function. It takes
-the additive mask as given, never builds one, and sums scores and softmax in float32 whatever the model's dtype.
+Transformers looks up its attention function by name, so the model's own code is traced unchanged around this one. The
+function adds the mask that it gets and never builds one. Scores and softmax are float32, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from adalink.runtime.errors import ModelError
 
 NAME = "adalink_export"
-# Finite, so that a row with every key masked gives the mean of the values and never NaN; far below any score, so that
-# a masked key's weight is exactly zero in every other row.
+# Finite: a row with every key masked gives the mean of the values, never NaN. Far below any score: in every other row a
+# masked key has a weight of exactly zero.
 MASKED = -1e30
 
 
@@ -26,15 +26,15 @@ def exportable_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface, PreTrainedModel
 
     AttentionInterface.register(NAME, plain_attention)
-    # Of each model inside too: a convolutional tower has none, and refuses that of the model around it.
+    # Of inner models too: a convolutional tower has no attention, and does not take the outer model's setting.
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation = own
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 def plain_attention(
@@ -58,7 +58,7 @@ def plain_attention(
         attention_mask: float32, added to the scores, shape ``(batch, 1, sequence or 1, total)``.
         scaling: factor of the scores; ``head_dim ** -0.5`` by default.
         position_bias: T5's relative bias, shape ``(1, heads, sequence, total)``.
-        softcap: Gemma 2's limit of the scores, which is refused.
+        softcap: Gemma 2's cap on the scores, which is refused.
 
     Returns:
         The heads' outputs with shape ``(batch, sequence, ..., head_dim)``, and no weights.

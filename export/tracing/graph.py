@@ -1,4 +1,4 @@
-"""Tracing: a PyTorch module becomes an ONNX graph with its weights in a file beside it."""
+"""Tracing: a PyTorch module to an ONNX graph, with its weights in a file beside it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class TracedGraph:
     """One graph to trace.
 
     Attributes:
-        module: flat module; takes the inputs in order and returns the outputs in order.
+        module: module that takes the inputs and returns the outputs, as flat tensors in order.
         inputs: example tensors by name.
         outputs: names of the outputs.
         axes: dynamic axes by input or output name.
-        is_grouped: whether its attention is ``GroupQueryAttention``, which is not of the ONNX standard.
+        is_grouped: whether its attention is ``GroupQueryAttention``, which is not in the ONNX standard.
     """
 
     module: torch.nn.Module
@@ -47,24 +47,24 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
     """Trace ``graph`` into ``path``, with its weights in ``<path>.data``.
 
     Args:
-        graph: what to trace; its module computes attention with ``adalink.export.tracing.attention``.
+        graph: the graph to trace; its module computes attention with ``adalink.export.tracing.attention``.
         path: file to write, new.
         metadata: properties to record in the graph.
 
     Raises:
-        GraphError: the graph has operators outside the ONNX standard that no runtime is known to have.
+        GraphError: the graph has operators that are neither standard nor known.
     """
     import onnx
     import torch
 
-    # Beside the target, so that a full disk shows here; the exporter's own layout of large weights is not the kit's.
+    # Beside the target, so that a full disk shows here. The exporter lays out large weights differently from the kit.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace-") as folder:
-        draft = Path(folder) / path.name
+        traced = Path(folder) / path.name
         with torch.no_grad(), quiet_exporter():
             torch.onnx.export(
                 graph.module,
                 tuple(graph.inputs.values()),
-                str(draft),
+                str(traced),
                 input_names=list(graph.inputs),
                 output_names=graph.outputs,
                 dynamic_axes=graph.axes,
@@ -72,7 +72,7 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
                 custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
                 dynamo=False,
             )
-        model = onnx.load(draft)
+        model = onnx.load(traced)
     _check_operators(model, path.name)
     _name_attention_shapes(model)
     make_reshapes_static(model)
@@ -91,7 +91,7 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Silence what the exporter says of itself: that it is the older one, and that shapes are traced."""
+    """Silence the exporter's warnings: that it is the older one, and that shapes are traced."""
     import torch
 
     with warnings.catch_warnings():
@@ -111,7 +111,7 @@ def _check_operators(model: onnx.ModelProto, name: str) -> None:
 
 
 def _name_attention_shapes(model: onnx.ModelProto) -> None:
-    """Tell shape inference, which knows standard operators only, what shape grouped attention gives."""
+    """Name the output shapes of grouped attention for shape inference, which knows standard operators only."""
     from onnx import helper
 
     graph = model.graph

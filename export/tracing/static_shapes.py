@@ -1,8 +1,8 @@
-"""A graph pass: reshapes whose target follows from known dimensions get it as a constant.
+"""Graph pass: constant targets for reshapes whose target follows from known dimensions.
 
 Tracing writes ``x.view(batch, sequence, -1, 64)`` as four nodes that compute the target at each run. Where ONNX's own
-shape inference proves that a dimension of the target is that of the input, the constant 0 ("as in the input") says the
-same, and what depends on it becomes foldable. This is a sixth of a decode step, and compilers see static head sizes.
+shape inference proves that a dimension of the target is that of the input, the constant 0 ("as in the input") replaces
+it, and more becomes foldable. This saves a sixth of a decode step, and compilers see static head sizes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_reshapes_static(model: onnx.ModelProto) -> int:
 
 
 def _fold_sizes(graph: onnx.GraphProto, model: onnx.ModelProto) -> int:
-    """Replace what is computed from constants and static dimensions alone, such as half a head, by initializers."""
+    """Replace sizes computed from constants and static dimensions, such as half a head, by initializers."""
     from onnx import numpy_helper
     from onnx.reference import ReferenceEvaluator
 
@@ -98,25 +98,25 @@ def _one_pass(graph: onnx.GraphProto, model: onnx.ModelProto) -> int:
 
 
 def _bypass_unchanged(graph: onnx.GraphProto, model: onnx.ModelProto) -> int:
-    """Where reshaping ends in the shape it began with, let consumers take what it began with."""
+    """Bypass reshapes that end in the shape they began with."""
     shapes = _infer(graph, model)
     makers = {node.output[0]: node for node in graph.node if node.op_type in _RESHAPING}
     kept = {output.name for output in graph.output}
-    instead: dict[str, str] = {}
+    replacements: dict[str, str] = {}
     for name in makers.keys() - kept:
         origin, shape = name, shapes.get(name)
         while origin in makers and shape is not None and None not in shape:
             origin = makers[origin].input[0]
             if shapes.get(origin) == shape:
-                instead[name] = origin
+                replacements[name] = origin
     for node in graph.node:
         for index, name in enumerate(node.input):
-            node.input[index] = instead.get(name, name)
-    return len(instead)
+            node.input[index] = replacements.get(name, name)
+    return len(replacements)
 
 
 def _static_target(before: list[Dim] | None, after: list[Dim] | None) -> tuple[int, ...] | None:
-    """Constant target of a reshape between these shapes, or ``None`` where it is not proven.
+    """Constant target of a reshape between these shapes; ``None`` where it is not proven.
 
     >>> _static_target(["batch", "sequence", 576], ["batch", "sequence", None, 64])
     (0, 0, -1, 64)

@@ -1,4 +1,4 @@
-"""A model's own image processor written down as the steps that the runtime takes."""
+"""Image preprocessing: a model's image processor as the steps that the runtime applies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adalink.training.models.tiles import processor_name, read_tiling
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
-# Those whose steps `Preprocessor` has, beside the ones that cut tiles.
+# Image processors whose steps `Preprocessor` has, beside those for tiles and patches.
 _PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 
 
@@ -26,14 +26,13 @@ def describe_processor(
     """The steps of an image processor.
 
     Args:
-        processor: the model's own.
-        image_size: height and width that the vision tower takes: of a picture, or of a tile of one.
-        takes_tiles: whether the model takes pictures as tiles.
-        takes_patches: whether it takes them as patches (what a tower takes of those:
-            ``adalink.export.vision.patches.check_patching``).
+        processor: the model's image processor.
+        image_size: height and width that the vision tower takes, of an image or of a tile.
+        takes_tiles: whether the model takes images as tiles.
+        takes_patches: whether it takes them as patches; ``adalink.export.vision.patches.check_patching`` checks those.
 
     Raises:
-        ModelError: there is none, it has other steps, or it does not give what the vision tower takes.
+        ModelError: there is none, it has other steps, or its output does not fit the vision tower.
     """
     if processor is None:
         raise ModelError(
@@ -49,9 +48,9 @@ def describe_processor(
     if not isinstance(values.get("resample"), int):
         raise ModelError(f"image processor {name} names no filter: set its resample, to 2 (bilinear) or 3 (bicubic)")
     normalizes = bool(values.get("do_normalize"))
-    before: dict[str, Any] = {"pad_color": None, "shortest_edge": None, "resize": None, "crop": None}
-    own = Preprocessor(
-        **(before if tiling or patching else _steps_of_one(name, values)),
+    no_resizing: dict[str, Any] = {"pad_color": None, "shortest_edge": None, "resize": None, "crop": None}
+    preprocessor = Preprocessor(
+        **(no_resizing if tiling or patching else _steps_of_one(name, values)),
         tiling=tiling,
         patching=patching,
         resample=int(values["resample"]),
@@ -60,22 +59,23 @@ def describe_processor(
         std=_channels(values["image_std"]) if normalizes else None,
     )
     if patching is not None:
-        return own
+        return preprocessor
     if tiling is not None:
-        given: tuple[int, int] | None = (tiling.edge, tiling.edge)
+        output_size: tuple[int, int] | None = (tiling.edge, tiling.edge)
     else:
-        edge = own.shortest_edge
-        given = own.crop or own.resize or ((edge, edge) if own.pad_color and edge else None)
-    if given != image_size:
+        edge = preprocessor.shortest_edge
+        square = (edge, edge) if preprocessor.pad_color and edge else None
+        output_size = preprocessor.crop or preprocessor.resize or square
+    if output_size != image_size:
         raise ModelError(
-            f"image processor {name} gives pictures of {given or 'any size'}, the vision tower takes {image_size}: set "
-            f"its {'max_image_size' if tiling else 'crop_size'} to that"
+            f"image processor {name} gives pictures of {output_size or 'any size'}, the vision tower takes "
+            f"{image_size}: set its {'max_image_size' if tiling else 'crop_size'} to that"
         )
-    return own
+    return preprocessor
 
 
 def _steps_of_one(name: str, values: dict[str, Any]) -> dict[str, Any]:
-    """What is done to a picture that stays one tile, before its values are scaled."""
+    """Steps for an image that is not cut, before its values are scaled."""
     size, crop = dict(values["size"]), dict(values.get("crop_size") or {})
     edge, sides = size.get("shortest_edge"), (size.get("height"), size.get("width"))
     resizes, crops = bool(values.get("do_resize")), bool(values.get("do_center_crop"))
@@ -93,6 +93,6 @@ def _steps_of_one(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _channels(numbers: Any) -> tuple[float, float, float]:
-    """A number for each channel, as processors have it: three, or one for all."""
+    """One number per channel; processors hold three, or one for all."""
     red, green, blue = (numbers,) * 3 if isinstance(numbers, (int, float)) else numbers
     return red, green, blue

@@ -1,7 +1,7 @@
-"""A model that takes images, taken apart: its language model for the engine, its vision tower and projector apart.
+"""Vision-language models in two graphs: the language model for the engine, vision tower and projector apart.
 
-Both halves are the model's own modules; nothing is copied or changed. Which token stands for an image, how many
-positions one takes up and how a picture becomes pixel values is written down beside the graph.
+Both halves are the model's own modules; nothing is copied or changed. The manifest holds the placeholder token and how
+many positions an image takes up. The preprocessor beside the graph says how an image becomes pixel values.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from adalink.runtime.vision.preprocess import Preprocessor
 
 FOLDER = "base/vision"
-# Vision towers with one size of picture, or of tile.
+# Vision towers with a fixed size of image or tile.
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision", "efficientnet")
 _BATCH = 2
 
 
 def supported_side(model: PreTrainedModel) -> ImageSide:
-    """The image side of a model that takes images; raises ``ModelError`` where that is in no supported way."""
+    """The image side of a model that takes images; raises ``ModelError`` if its way is not supported."""
     side = image_side(model)
     if side is None:
         raise ModelError(
@@ -51,11 +51,11 @@ def supported_side(model: PreTrainedModel) -> ImageSide:
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model inside one that takes images, as its own class with a head; any other model as it is.
+    """The language model of a vision-language model, as a class with a head; any other model unchanged.
 
     Raises:
-        ModelError: the model takes images in a way that is not supported, or its language model is none that
-            transformers knows, with a head of its own.
+        ModelError: the model takes images in a way that is not supported, or transformers has no class with a head
+            for its language model.
     """
     if not takes_images(model):
         return model
@@ -74,8 +74,11 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     setattr(outer, outer.base_model_prefix, inner)
     outer.set_output_embeddings(model.get_output_embeddings())
     outer.generation_config = model.generation_config
-    if left := [key for key, parameter in outer.named_parameters() if parameter.is_meta]:
-        raise ModelError(f"{type(outer).__name__} has {left[0]!r}, which this {name} does not: it cannot be exported")
+    if missing := [name for name, parameter in outer.named_parameters() if parameter.is_meta]:
+        raise ModelError(
+            f"{type(outer).__name__} has {missing[0]!r}, which this {type(model).__name__} does not: it cannot "
+            "be exported"
+        )
     return outer.eval()
 
 
@@ -83,30 +86,30 @@ class VisionGraph(torch.nn.Module):
     """``pixel_values -> image_embeds``: vision tower, feature selection and projector, as the model calls them."""
 
     def __init__(self, model: Any) -> None:
-        """``model``: LLaVA-like, computing attention with ``adalink.export.tracing.attention``."""
+        """``model``: a LLaVA-like model that computes attention with ``adalink.export.tracing.attention``."""
         super().__init__()
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Shapes: ``(images, 3, height, width)`` to ``(images, tokens, d)``."""
-        # The model hands the images out one by one, as a list; what the projector gave is the same as one tensor.
-        given: list[Any] = []
+        # The model returns images one by one, as a list; the projector's output is the same as one tensor.
+        outputs: list[Any] = []
         side = supported_side(self.model)
-        handle = side.projector.register_forward_hook(lambda module, args, output: given.append(output))
+        handle = side.projector.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             self.model.base_model.get_image_features(pixel_values=pixel_values)
         finally:
             handle.remove()
-        embeds: torch.Tensor = given[0]
+        embeds: torch.Tensor = outputs[0]
         return embeds
 
 
 class TileGraph(torch.nn.Module):
-    """``pixel_values -> image_embeds`` of a model that takes tiles: vision tower and connector, nothing padded.
+    """``pixel_values -> image_embeds`` of a model that takes tiles: vision tower and connector, without padding.
 
-    Without padding every tile has the same positions. They are looked up once, by the model's own code, since
-    that compares fractions for equality, which another runtime may round differently; so no mask is needed either.
-    Tiles that are all zero, which the model takes for padding and drops, are tiles like any other.
+    Without padding every tile has the same positions, and no mask is needed. The model's own code looks them up once:
+    it compares fractions for equality, which another runtime may round differently. The model drops tiles that are
+    all zero as padding; here they are tiles like any other.
     """
 
     positions: torch.Tensor
@@ -115,15 +118,17 @@ class TileGraph(torch.nn.Module):
         """``model``: as for ``VisionGraph``; ``edge``: height and width of a tile."""
         super().__init__()
         self.tower, self.connector = model.base_model.vision_model, model.base_model.connector
-        embeddings, given = self.tower.embeddings, []
+        embeddings, outputs = self.tower.embeddings, []
         patches = edge // embeddings.patch_size
-        handle = embeddings.position_embedding.register_forward_hook(lambda module, args, output: given.append(output))
+        handle = embeddings.position_embedding.register_forward_hook(
+            lambda module, args, output: outputs.append(output)
+        )
         try:
             with torch.no_grad():
                 embeddings(torch.zeros(1, 3, edge, edge), torch.ones(1, patches, patches, dtype=torch.bool))
         finally:
             handle.remove()
-        self.register_buffer("positions", given[0])
+        self.register_buffer("positions", outputs[0])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Shapes: ``(tiles, 3, edge, edge)`` to ``(tiles, tokens, d)``."""
@@ -141,29 +146,29 @@ def _graph_of(model: PreTrainedModel, edge: int) -> torch.nn.Module:
 def describe_images(
     model: PreTrainedModel, processor: BaseImageProcessor | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[Vision, Preprocessor]:
-    """What the manifest says of a model's image side, and how pictures are prepared for it.
+    """The manifest's entry for a model's image side, and its image preprocessing.
 
     Args:
-        model: of a supported class, in float32.
+        model: a model of a supported class, in float32.
         processor: its image processor.
-        tokenizer: its tokenizer, which knows the tokens around tiles and those that every prompt has.
+        tokenizer: its tokenizer, with the tokens around tiles and those of every prompt.
 
     Raises:
-        ModelError: the vision tower, the processor or the tokenizer is missing, or not one that is supported.
+        ModelError: the vision tower, the processor or the tokenizer is missing or not supported.
     """
     side = supported_side(model)
     vision = _describe_patches(model) if side.takes_patches else _describe_tower(model)
-    steps = describe_processor(
+    preprocessor = describe_processor(
         processor, vision.image_size, takes_tiles=side.takes_tiles, takes_patches=side.takes_patches
     )
-    if steps.patching is not None:
-        check_patching(model, steps.patching)
-    if steps.tiling is not None:
-        tiles = read_tile_tokens(tokenizer, steps.tiling, vision.image_token_id, vision.tokens_per_image)
+    if preprocessor.patching is not None:
+        check_patching(model, preprocessor.patching)
+    if preprocessor.tiling is not None:
+        tiles = read_tile_tokens(tokenizer, preprocessor.tiling, vision.image_token_id, vision.tokens_per_image)
         vision = msgspec.structs.replace(vision, tiles=tiles)
     if tokenizer is not None:
         vision = msgspec.structs.replace(vision, prompt_form=prompt_form(model, tokenizer))
-    return vision, steps
+    return vision, preprocessor
 
 
 def _describe_tower(model: PreTrainedModel) -> Vision:
@@ -181,7 +186,7 @@ def _describe_tower(model: PreTrainedModel) -> Vision:
 
 
 def _describe_patches(model: PreTrainedModel) -> Vision:
-    """Of a model that takes patches: a piece of a picture, which becomes one position."""
+    """The entry of a model that takes patches: a piece of an image becomes one position."""
     tower = describe_patch_tower(model)
     edge = tower.merge * model.config.vision_config.patch_size
     return _describe(model, image_size=(edge, edge), tokens_per_image=1, patches=tower)

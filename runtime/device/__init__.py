@@ -1,1 +1,1 @@
-"""Engines on NVIDIA GPUs: memory that stays on the device, and what is left for the host to decide."""
+"""Engines on NVIDIA GPUs: device memory, and the decisions that the host makes."""

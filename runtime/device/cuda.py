@@ -1,4 +1,4 @@
-"""The GPU, through NVIDIA's own bindings of the CUDA runtime (`cuda-python <https://nvidia.github.io/cuda-python>`_)."""
+"""CUDA device and stream, through NVIDIA's bindings of the CUDA runtime (`cuda-python <https://nvidia.github.io/cuda-python>`_)."""
 
 from __future__ import annotations
 

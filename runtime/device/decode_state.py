@@ -1,4 +1,4 @@
-"""A batch on its way through an engine whose memory stays on the device."""
+"""Decode state of an engine whose memory stays on the device."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
 class DeviceDecodeState:
-    """See ``adalink.runtime.engine.DecodeState``; it holds a workspace until it is closed."""
+    """See ``adalink.runtime.engine.DecodeState``; holds a workspace until it is closed."""
 
     def __init__(
         self,
         workspace: EngineWorkspace,
-        bank: AdapterWeightPools,
+        adapter_pools: AdapterWeightPools,
         base: Base,
         profile: Profile,
         end: Callable[[], None],
     ) -> None:
-        """``end`` is called once, when it is closed."""
+        """``end`` is called once, on close."""
         self._workspace = workspace
-        self._bank = bank
+        self._adapter_pools = adapter_pools
         self._base = base
         self._dtype = base.embedding_dtype
         self._profile = profile
         self._end = end
         self._tasks: AdapterMapping | None = None
-        self._reservation = SlotReservation(bank, [])
+        self._reservation = SlotReservation(adapter_pools, [])
         self._is_closed = False
 
-    def read(self, inputs: BatchInputs, mask: Array) -> None:
-        """Run the prompts, in pieces; ``mask`` is 1 for tokens, shape ``(batch, seq)``."""
+    def prefill(self, inputs: BatchInputs, mask: Array) -> None:
+        """Prefill in one or more passes; ``mask`` is 1 for tokens, shape ``(batch, seq)``."""
         batch, longest = mask.shape
         assert self._workspace.cache is not None
         self._workspace.cache.length = 0
@@ -54,10 +54,10 @@ class DeviceDecodeState:
         reservation = self._reserve(inputs.tasks, batch)
         most = piece_length(self._profile, batch)
         if self._base.bidirectional_prompt and self._workspace.gathers_logits:
-            most = self._profile.seq.max  # logits are asked for where rows end, and take up no room elsewhere
+            most = self._profile.seq.max  # only the last position of a row needs logits
         for start, stop in prompt_pieces(longest, most, self._base):
             rows = np.flatnonzero((start <= last) & (last < stop))
-            # Where no row ends, the logits of one place are asked for and not looked at.
+            # A pass in which no row ends gathers one position's logits and ignores them.
             logits_indices = rows * (stop - start) + last[rows] - start if len(rows) else np.zeros(1, np.int64)
             piece = inputs.columns(start, stop)
             output = self._workspace.prompt(
@@ -88,7 +88,7 @@ class DeviceDecodeState:
         self._positions += 1
 
     def drop(self, row: int) -> None:
-        """See ``adalink.runtime.engine.DecodeState``; copies the last row's part of the cache on the device."""
+        """See ``adalink.runtime.engine.DecodeState``; copies the last row's cache on the device."""
         self._alive -= 1
         last = self._alive
         if row != last:
@@ -97,7 +97,7 @@ class DeviceDecodeState:
             self._mask[row], self._positions[row] = self._mask[last], self._positions[last]
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.DecodeState``; the workspace is another batch's from then on."""
+        """See ``adalink.runtime.engine.DecodeState``; returns the workspace to the pool."""
         if not self._is_closed:
             self._is_closed = True
             self._reservation.release()
@@ -108,27 +108,27 @@ class DeviceDecodeState:
         return np.float16 if self._dtype == "float16" else np.float32
 
     def _reserve(self, tasks: AdapterMapping, batch: int) -> SlotReservation:
-        """Places of the rows' tasks; chosen anew only when the batch or its tasks have changed."""
+        """Slots of the rows' tasks; reserved again only when the batch or its tasks change."""
         if tasks is not self._tasks:
             before = self._reservation
-            self._reservation = self._bank.reserve(tasks, batch)
+            self._reservation = self._adapter_pools.reserve(tasks, batch)
             before.release()
             self._tasks = tasks
         return self._reservation
 
 
 def prompt_pieces(length: int, most: int, base: Base) -> list[tuple[int, int]]:
-    """Begin and end of the passes that prompts are taken in, of at most so many positions; raises ``RequestError``."""
-    found = pieces(length, most)
-    if base.bidirectional_prompt and len(found) > 1:
+    """Start and stop of the prefill passes, of at most ``most`` positions each; raises ``RequestError``."""
+    passes = pieces(length, most)
+    if base.bidirectional_prompt and len(passes) > 1:
         raise RequestError(
             f"the prompts are {length} positions long and the engine takes {most} of so many rows at a time, but a "
             f"prompt of {base.name} attends in both directions and must go in at once: shorten it, give fewer rows, or "
             "build the engine with a larger seq"
         )
-    return found
+    return passes
 
 
 def piece_length(profile: Profile, batch: int) -> int:
-    """Positions of a prompt that one pass takes: as many as the engine does and as there is room for logits."""
+    """Positions of a prefill pass, limited by the profile and by the logits buffer."""
     return max(1, min(profile.seq.max, profile.logits_capacity // batch))

@@ -1,4 +1,4 @@
-"""An engine whose memory stays on the device, with the embedder that gives it its embeddings."""
+"""Device engine: an engine and input embedder whose memory stays on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adalink.runtime.tasks.host_embedder import HostEmbedder
 
 
 class DeviceEmbedder:
-    """See ``adalink.runtime.engine.InputEmbedder``; what it gives is a recipe that the engine carries out."""
+    """See ``adalink.runtime.engine.InputEmbedder``; results are batch inputs, which the engine embeds itself."""
 
     def __init__(self, context: EngineContext, table: Array) -> None:
         self._context = context
@@ -31,7 +31,7 @@ class DeviceEmbedder:
         self._workspaces: WorkspacePool[_ReadWorkspace] = WorkspacePool(lambda: _ReadWorkspace(context))
 
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
-        """See ``adalink.runtime.engine.InputEmbedder``; what tasks have for token ids is added in main memory."""
+        """See ``adalink.runtime.engine.InputEmbedder``; token embedding deltas are added in main memory."""
         if tasks.needs_ids:
             return BatchInputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
         return BatchInputs(ids, None, modality, tasks)
@@ -41,28 +41,28 @@ class DeviceEmbedder:
         return BatchInputs(None, embeds, modality, tasks)
 
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
-        """See ``adalink.runtime.engine.InputEmbedder``; nothing is stacked, since a row picks its task by index."""
+        """See ``adalink.runtime.engine.InputEmbedder``; no stacking, since a row selects its task by slot."""
         return tasks.generated()
 
-    def read(self, fed: BatchInputs) -> Array:
-        """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is given as its bits, uint16."""
+    def read(self, engine_input: BatchInputs) -> Array:
+        """See ``adalink.runtime.engine.InputEmbedder``; bfloat16 is returned as its bits, uint16."""
         profile, base = self._context.plans.profile, self._context.base
-        batch, seq = fed.shape
+        batch, seq = engine_input.shape
         result = np.zeros((batch, seq, base.hidden_size), NUMPY[base.embedding_dtype])
         with self._workspaces.lend() as workspace:
             for first in range(0, batch, profile.batch.max):
-                rows = fed.rows(first, min(first + profile.batch.max, batch))
+                rows = engine_input.rows(first, min(first + profile.batch.max, batch))
                 for start, stop in pieces(seq, profile.seq.max):
                     result[first : first + rows.shape[0], start:stop] = workspace.read(rows.columns(start, stop))
         return result
 
     def close(self, at_end: Callable[[], None]) -> None:
-        """Give its memory back, then call ``at_end``."""
+        """Free its memory, then call ``at_end``."""
         self._workspaces.close(at_end)
 
 
 class PreEmbedded:
-    """See ``adalink.runtime.engine.InputEmbedder``: tasks are applied in main memory, for want of embedders."""
+    """See ``adalink.runtime.engine.InputEmbedder``: adapters are applied in main memory, before the device."""
 
     def __init__(self, table: Array) -> None:
         self._host = HostEmbedder(table)
@@ -79,10 +79,10 @@ class PreEmbedded:
         """See ``adalink.runtime.engine.InputEmbedder``."""
         return self._host.for_decoding(tasks)
 
-    def read(self, fed: BatchInputs) -> Array:
+    def read(self, engine_input: BatchInputs) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        assert fed.embeds is not None
-        return fed.embeds
+        assert engine_input.embeds is not None
+        return engine_input.embeds
 
 
 class _ReadWorkspace:
@@ -98,7 +98,7 @@ class _ReadWorkspace:
 
     def read(self, inputs: BatchInputs) -> Array:
         batch, seq = inputs.shape
-        reservation = self._context.bank.reserve(inputs.tasks, batch)
+        reservation = self._context.adapter_pools.reserve(inputs.tasks, batch)
         try:
             self._embedder.write(inputs, reservation)
             address = self._embedder.enqueue(self._executors, inputs, reservation)
@@ -122,20 +122,22 @@ class DeviceEngine:
         table: Array | None = None,
         embedder: InputEmbedder | None = None,
     ) -> None:
-        """Copy the embedding table to the device, unless an embedder is given that applies tasks before."""
+        """Copy the embedding table to the device, unless ``embedder`` applies adapters on the host."""
         self._device = device
         self.profile: Profile | None = plans.profile
         self.padding_side = "right" if base.kind == "encoder" else "left"
         self._plans = plans
         self._base = base
-        bank = AdapterWeightPools(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
-        self._context = EngineContext(device, plans, bank, 0 if table is None else upload_table(device, table), base)
+        adapter_pools = AdapterWeightPools(device, base.hidden_size, plans.largest_rank, plans.largest_slots)
+        self._context = EngineContext(
+            device, plans, adapter_pools, 0 if table is None else upload_table(device, table), base
+        )
         if embedder is None:
-            assert table is not None, "a front of its own looks token ids up"
+            assert table is not None, "a DeviceEmbedder looks token ids up in the table"
             embedder = DeviceEmbedder(self._context, table)
         self.embedder: InputEmbedder = embedder
         self._workspaces: WorkspacePool[EngineWorkspace] = WorkspacePool(lambda: EngineWorkspace(self._context))
-        # What is wrong with the plan is found when it is opened, not at the first request.
+        # Opening a workspace now reports a faulty plan before the first request.
         self._workspaces.give(self._workspaces.take())
 
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
@@ -148,7 +150,7 @@ class DeviceEngine:
         result: Array | None = None
         with self._workspaces.lend() as workspace:
             at_once = profile.batch.max
-            if self._base.bidirectional_prompt:  # fewer rows, so that each goes in whole
+            if self._base.bidirectional_prompt:  # fewer rows, so that each fits one pass
                 at_once = max(1, min(at_once, profile.logits_capacity // seq))
             for first in range(0, batch, at_once):
                 last = min(first + at_once, batch)
@@ -168,18 +170,18 @@ class DeviceEngine:
         profile.check_batch(len(mask))
         profile.check_length(mask.shape[1] + max_new_tokens)
         workspace = self._workspaces.take()
-        decoding = DeviceDecodeState(
-            workspace, self._context.bank, self._base, profile, lambda: self._workspaces.give(workspace)
+        state = DeviceDecodeState(
+            workspace, self._context.adapter_pools, self._base, profile, lambda: self._workspaces.give(workspace)
         )
         try:
-            decoding.read(inputs, mask)
+            state.prefill(inputs, mask)
         except BaseException:
-            decoding.close()
+            state.close()
             raise
-        return decoding
+        return state
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Engine``; what a call that runs still reads goes when it has ended."""
+        """See ``adalink.runtime.engine.Engine``; running calls free their memory when they end."""
         self._workspaces.close(self._close_embedder)
 
     def _close_embedder(self) -> None:
@@ -189,18 +191,18 @@ class DeviceEngine:
             self._close_context()
 
     def _close_context(self) -> None:
-        self._context.bank.close()
+        self._context.adapter_pools.close()
         self._device.free(self._context.table)
         self._plans.close()
 
     def _passes(self, workspace: EngineWorkspace, inputs: BatchInputs, mask: Array) -> Iterator[tuple[slice, Array]]:
-        """Whole rows, in as many passes as they take: which columns, and what the engine gives for them."""
+        """Run whole rows in one or more passes; yields the columns of each pass and its output."""
         batch, seq = mask.shape
         positions = positions_of(mask)
         is_decoder = workspace.cache is not None
         if workspace.cache is not None:
             workspace.cache.length = 0
-        reservation = self._context.bank.reserve(inputs.tasks, batch)
+        reservation = self._context.adapter_pools.reserve(inputs.tasks, batch)
         try:
             most = piece_length(self._plans.profile, batch)
             for start, stop in prompt_pieces(seq, most, self._base) if is_decoder else [(0, seq)]:
@@ -217,15 +219,15 @@ class DeviceEngine:
 
 
 def upload_table(device: Device, table: Array) -> int:
-    """Copy the embedding table to the device through a window of pinned memory; its address."""
+    """Copy the embedding table to the device through a window of pinned memory; returns its address."""
     rows = max(1, (8 << 20) // table[0].nbytes)
     window = device.pinned((min(rows, len(table)), table.shape[1]), table.dtype)
     address, queue = device.allocate(table.nbytes), device.open_queue()
     try:
         for first in range(0, len(table), len(window)):
-            part = table[first : first + len(window)]
-            window[: len(part)] = part
-            queue.upload(address + first * table[0].nbytes, window[: len(part)])
+            block = table[first : first + len(window)]
+            window[: len(block)] = block
+            queue.upload(address + first * table[0].nbytes, window[: len(block)])
             queue.wait()
     finally:
         queue.close()

@@ -1,4 +1,4 @@
-"""One pass of an engine: what is written for it on the host, and what is enqueued on the device."""
+"""Forward pass on a device: inputs written on the host, work enqueued on the device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MOST_STEPS = 64
 
 @dataclass(frozen=True, eq=False)
 class ForwardBatch:
-    """What one pass takes.
+    """Inputs of one forward pass.
 
     Attributes:
-        inputs: ids or embeddings of its positions, shape ``(batch, seq)``.
-        reservation: places of the rows' tasks.
-        mask: 1 for each position that may be seen, int64 with shape ``(batch, total)``; those of the cache come first.
-        positions: position of each token among its row's, int64 with shape ``(batch, seq)``.
-        logits_indices: whose logits are wanted, as indices in ``batch * seq``.
+        inputs: ids or embeddings, shape ``(batch, seq)``.
+        reservation: slots of the rows' tasks.
+        mask: attention mask, int64 with shape ``(batch, total)``; cached positions come first.
+        positions: position ids, int64 with shape ``(batch, seq)``.
+        logits_indices: positions whose logits are returned, as indices in ``batch * seq``.
     """
 
     inputs: BatchInputs
@@ -40,7 +40,7 @@ class ForwardBatch:
 
 @dataclass(eq=False)
 class Step:
-    """A decode step of one shape: its own executors, and its record where there is one."""
+    """A decode step of one shape: its executors, and its recording if there is one."""
 
     executors: Executors
     pools: tuple[AdapterWeightPool, ...]
@@ -48,11 +48,11 @@ class Step:
 
 
 class EngineWorkspace:
-    """Everything that one batch at a time needs. For one thread at a time.
+    """Buffers and executors of one batch at a time. For one thread at a time.
 
     Attributes:
-        queue: where the work goes.
-        cache: keys and values; ``None`` for an encoder.
+        queue: the queue of its work.
+        cache: the KV cache; ``None`` for an encoder.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -89,20 +89,20 @@ class EngineWorkspace:
 
     @property
     def records(self) -> bool:
-        """Whether a decode step's shapes stay the same, so that it can be recorded."""
+        """Whether decode steps have fixed shapes and can be recorded."""
         return "write_indices" in self._takes
 
     @property
     def gathers_logits(self) -> bool:
-        """Whether the engine gives logits only where they are wanted."""
+        """Whether the engine returns logits only at the requested positions."""
         return "logits_at" in self._takes
 
     def prompt(self, forward_batch: ForwardBatch) -> Array:
-        """Run positions of a prompt behind those in the cache.
+        """Prefill pass: run prompt positions after those in the cache.
 
         Returns:
-            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``, or of an encoder the
-            hidden states at every position, shape ``(batch * seq, d)``.
+            A view of pinned memory: logits at ``logits_indices``, shape ``(indices, vocab)``; for an encoder, hidden
+            states at every position, shape ``(batch * seq, d)``.
         """
         self._write(forward_batch)
         self._enqueue(self._prefill, forward_batch)
@@ -110,7 +110,7 @@ class EngineWorkspace:
         return self._received(forward_batch)
 
     def decode(self, forward_batch: ForwardBatch) -> Array:
-        """Run one token of each row, from a record where there is one; gives what ``prompt`` does."""
+        """Decode step: run one token of each row, from a recording if there is one; returns as ``prompt`` does."""
         self._write(forward_batch)
         if not self.records:
             self._enqueue(self._growing_step, forward_batch)
@@ -129,26 +129,31 @@ class EngineWorkspace:
         self._arena.close()
 
     def _replay(self, forward_batch: ForwardBatch) -> None:
-        """Enqueue a step from its record; the first of its shape is run as it is, and recorded.
+        """Enqueue a decode step from its recording; the first step of a shape is run directly and recorded.
 
-        A record holds addresses and shapes, so each has executors that nobody binds anew.
+        A recording holds addresses and shapes. Each therefore has its own executors, which are never bound again.
         """
         assert self.cache is not None
         adapter_passes = self._embedder.adapter_passes(forward_batch.inputs, forward_batch.reservation)
-        parts = tuple((adapter_pass.activation, adapter_pass.pool) for adapter_pass in adapter_passes)
-        key = (forward_batch.mask.shape, forward_batch.inputs.ids is None, forward_batch.inputs.modality is None, parts)
+        pass_keys = tuple((adapter_pass.activation, adapter_pass.pool) for adapter_pass in adapter_passes)
+        key = (
+            forward_batch.mask.shape,
+            forward_batch.inputs.ids is None,
+            forward_batch.inputs.modality is None,
+            pass_keys,
+        )
         step = self._steps.get(key)
         if step is None:
             self._forget_steps()
             executors = Executors(self._context.plans, self._arena, DECODE)
             self._enqueue(executors, forward_batch)
-            # Recording wants an engine that has run with these shapes, and is not touched again.
+            # Recording needs an engine that has run with these shapes.
             self.queue.wait()
             executors.is_bound = True
             length = self.cache.length
             replay = self.queue.record(lambda: self._enqueue(executors, forward_batch))
             self.cache.length = length
-            self._steps[key] = Step(executors, tuple(pool for _, pool in parts), replay)
+            self._steps[key] = Step(executors, tuple(pool for _, pool in pass_keys), replay)
         elif step.replay is not None:
             step.replay()
             self.cache.advance(1)
@@ -156,14 +161,16 @@ class EngineWorkspace:
             self._enqueue(step.executors, forward_batch)
 
     def _forget_steps(self) -> None:
-        """Let go of the oldest records beyond a number, and of those that read a stack nobody fills any more."""
-        stale = [key for key, step in self._steps.items() if not all(map(self._context.bank.is_current, step.pools))]
+        """Drop the oldest recordings beyond a limit, and those that read a replaced pool."""
+        stale = [
+            key for key, step in self._steps.items() if not all(map(self._context.adapter_pools.is_current, step.pools))
+        ]
         for key in [*stale, *list(self._steps)[: max(0, len(self._steps) + 1 - _MOST_STEPS)]]:
             if key in self._steps:
                 self._steps.pop(key).executors.close()
 
     def _write(self, forward_batch: ForwardBatch) -> None:
-        """Put everything into pinned memory; the queue is idle."""
+        """Write the inputs into pinned memory; the queue must be idle."""
         self._embedder.write(forward_batch.inputs, forward_batch.reservation)
         self._mask.host(*forward_batch.mask.shape)[:] = forward_batch.mask
         self._positions.host(*forward_batch.positions.shape)[:] = forward_batch.positions
@@ -172,7 +179,7 @@ class EngineWorkspace:
             self._write_indices.host(len(forward_batch.mask))[:] = self.cache.length
 
     def _enqueue(self, executors: Executors, forward_batch: ForwardBatch) -> None:
-        """Enqueue copies, embedders and engine; reads nothing of ``forward_batch`` but shapes and where weights lie."""
+        """Enqueue copies, embedders and engine; reads only shapes and weight addresses of ``forward_batch``."""
         batch, seq = forward_batch.inputs.shape
         engine, shape = executors[ENGINE], self._output_shape(forward_batch)
         embeds = self._embedder.enqueue(executors, forward_batch.inputs, forward_batch.reservation)
@@ -182,12 +189,12 @@ class EngineWorkspace:
             "logits_at": (self._logits_indices, forward_batch.logits_indices.shape),
             "write_indices": (self._write_indices, (batch,)),
         }
-        taken = {name: pair for name, pair in buffers.items() if name in self._takes}
-        for pinned_buffer, size in taken.values():
+        engine_buffers = {name: pair for name, pair in buffers.items() if name in self._takes}
+        for pinned_buffer, size in engine_buffers.values():
             pinned_buffer.upload(self.queue, *size)
         if not executors.is_bound:
             engine.bind("inputs_embeds", embeds, (batch, seq, self._context.base.hidden_size))
-            for name, (pinned_buffer, size) in taken.items():
+            for name, (pinned_buffer, size) in engine_buffers.items():
                 engine.bind(name, pinned_buffer.address, size)
             if self.cache is not None:
                 self.cache.bind(engine, batch, seq)
@@ -213,16 +220,16 @@ class EngineWorkspace:
 
 
 def check_signature(engine: Executor, base: Base) -> None:
-    """Check that a graph takes and gives what a base graph does; raises ``GraphError``."""
-    forward_batch = {"inputs_embeds", "attention_mask"}
-    given = {"last_hidden_state" if base.cache is None else "logits"}
+    """Check that inputs and outputs are those of a base graph; raises ``GraphError``."""
+    inputs = {"inputs_embeds", "attention_mask"}
+    outputs = {"last_hidden_state" if base.cache is None else "logits"}
     if base.cache is not None:
         for past, present in base.cache.names():
-            forward_batch.add(past)
-            given.add(present)
+            inputs.add(past)
+            outputs.add(present)
     optional = set() if base.cache is None else {"position_ids", "logits_at", "write_indices"}
-    missing = sorted((forward_batch - engine.inputs.keys()) | (given - engine.outputs.keys()))
-    unknown = sorted((engine.inputs.keys() - forward_batch - optional) | (engine.outputs.keys() - given))
+    missing = sorted((inputs - engine.inputs.keys()) | (outputs - engine.outputs.keys()))
+    unknown = sorted((engine.inputs.keys() - inputs - optional) | (engine.outputs.keys() - outputs))
     if missing or unknown:
         what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is not of the contract"
         raise GraphError(f"the engine of {base.name}: {what}; it was built from another graph: build the engine again")

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs the driver offers, asked of the driver itself: no package is needed."""
+"""NVIDIA GPUs as the driver reports them; needs no package."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Gpu:
     """One device, in the driver's order.
 
     Attributes:
-        name: what its maker calls it.
-        capability: its compute capability, such as ``"sm86"``.
-        memory_bytes: its memory.
+        name: product name.
+        capability: compute capability, such as ``"sm86"``.
+        memory_bytes: device memory.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What the driver says.
+    """GPUs and driver of this machine.
 
     Attributes:
-        devices: the GPUs; none where there is no driver.
-        driver: newest CUDA version that the driver serves, such as ``"13.0"``; ``None`` without a driver.
-        reason: why there is no device; empty where there is one.
+        devices: the GPUs; empty without a driver.
+        driver: newest CUDA version that the driver supports, such as ``"13.0"``; ``None`` without a driver.
+        reason: why there is no device; empty if there is one.
     """
 
     devices: tuple[Gpu, ...]
@@ -41,7 +41,7 @@ class Gpus:
 
 
 def find_gpus() -> Gpus:
-    """Ask the driver; starts it in this process."""
+    """Query the driver, which this initialises in the process."""
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(library)

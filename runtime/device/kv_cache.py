@@ -1,4 +1,4 @@
-"""The KV cache on the device: where each layer's keys and values lie, in the two ways an engine may keep them."""
+"""KV cache on the device: static, updated in place; or dynamic, copied and grown by every pass."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from adalink.runtime.storage.manifest import Cache
 
 
 class DeviceCache(Protocol):
-    """Keys and values of the rows of one batch. ``length`` positions of it hold something."""
+    """Keys and values of one batch; the first ``length`` positions are filled."""
 
     length: int
 
     def bind(self, executor: Executor, rows: int, added: int) -> None:
-        """Bind the cache's inputs and outputs for a pass that adds positions to each of the first rows."""
+        """Bind the cache for a pass that adds ``added`` positions to each of the first ``rows`` rows."""
         ...
 
     def advance(self, added: int) -> None:
-        """Say that such a pass was enqueued."""
+        """Record that such a pass was enqueued."""
         ...
 
     def move(self, queue: Queue, source: int, target: int) -> None:
-        """Let a row take another's place."""
+        """Copy row ``source`` over row ``target``."""
         ...
 
 
 class StaticDeviceCache:
-    """One buffer of the largest size a tensor, input and output at one address; a pass writes its positions alone."""
+    """Static cache: one buffer of maximal size for each tensor, input and output at one address."""
 
     def __init__(self, arena: DeviceArena, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._names = list(cache.names())
@@ -53,7 +53,7 @@ class StaticDeviceCache:
 
 
 class DynamicDeviceCache:
-    """Two buffers of the largest size a tensor: a pass reads one and writes it, longer, into the other."""
+    """Dynamic cache: two buffers of maximal size for each tensor; a pass reads one and writes the other."""
 
     def __init__(self, arena: DeviceArena, cache: Cache, dtype: str, batch: int, capacity: int) -> None:
         self._names = list(cache.names())

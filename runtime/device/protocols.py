@@ -1,7 +1,7 @@
-"""A device as the rest of this folder sees it: addresses, queues of work, and graphs bound to addresses.
+"""Device protocols: memory, queues of work, and executors bound to addresses.
 
-All are small protocols. `adalink.runtime.device.cuda` is the GPU; the tests have main memory behind the same protocols,
-with ONNX Runtime as the engine, so that every decision made here is tested where there is no GPU.
+`adalink.runtime.device.cuda` implements them for the GPU. Tests implement them with main memory and ONNX Runtime, so
+that the host's decisions are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Tensor:
 
     Attributes:
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int64"`` or ``"bool"``.
-        shape: sizes, -1 where a call chooses.
+        shape: sizes; -1 for a dynamic one.
     """
 
     dtype: str
@@ -30,11 +30,11 @@ class Tensor:
 
 
 class Queue(Protocol):
-    """Work that the device does in order, while the host goes on."""
+    """A queue of device work, executed in order and asynchronously."""
 
     @property
     def handle(self) -> int:
-        """What engines know it by."""
+        """The handle that engines take."""
         ...
 
     def upload(self, address: int, array: Array) -> None:
@@ -50,36 +50,36 @@ class Queue(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until all is done; raises ``BackendError`` if something of it failed."""
+        """Wait until all work is done; raises ``BackendError`` if any of it failed."""
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """Record what ``work`` enqueues instead of doing it, with its addresses and shapes.
+        """Record what ``work`` enqueues, with its addresses and shapes, without executing it.
 
         Returns:
-            What enqueues it all again in one call, reading the host's pinned memory anew; ``None`` if something in
-            ``work`` cannot be recorded.
+            A function that enqueues the recording and reads pinned memory again; ``None`` if ``work`` cannot be
+            recorded.
         """
         ...
 
     def close(self) -> None:
-        """Give it back."""
+        """Release its resources."""
         ...
 
 
 class Device(Protocol):
-    """Memory, and queues to work on it; safe for calls from several threads."""
+    """Device memory and queues; safe for several threads."""
 
     def allocate(self, size_bytes: int) -> int:
-        """Address of new memory, zeros, aligned to 256 bytes; raises ``BackendError`` when there is not enough."""
+        """Allocate zeroed memory, aligned to 256 bytes; returns its address. Raises ``BackendError`` when full."""
         ...
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free memory."""
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A host array of zeros that a queue can copy from and to without the host."""
+        """A host array of zeros in pinned memory, which queues copy asynchronously."""
         ...
 
     def open_queue(self) -> Queue:
@@ -88,28 +88,28 @@ class Device(Protocol):
 
 
 class Executor(Protocol):
-    """A compiled graph with one profile, ready to work on one queue; for one thread at a time."""
+    """A compiled graph with one profile, on one queue; for one thread at a time."""
 
     @property
     def inputs(self) -> Mapping[str, Tensor]:
-        """What it takes."""
+        """Inputs by name."""
         ...
 
     @property
     def outputs(self) -> Mapping[str, Tensor]:
-        """What it gives."""
+        """Outputs by name."""
         ...
 
     def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        """Say where an input or output lies and what its shape is in the calls that follow; raises ``BackendError``."""
+        """Bind an input or output to an address and shape for the following calls; raises ``BackendError``."""
         ...
 
     def enqueue(self) -> None:
-        """Enqueue one call with what is bound now; raises ``BackendError``."""
+        """Enqueue one call with the current bindings; raises ``BackendError``."""
         ...
 
     def close(self) -> None:
-        """Give it back."""
+        """Release its resources."""
         ...
 
 
@@ -118,10 +118,10 @@ NUMPY = STORED | {"int64": "<i8", "bool": "?"}
 
 
 class DeviceArena:
-    """What one workspace has of a device: a queue, and memory that is given back all at once. For one thread at a time.
+    """Device resources of one workspace: a queue, and memory that is freed all at once. For one thread at a time.
 
     Attributes:
-        queue: where its work goes.
+        queue: the queue of its work.
     """
 
     def __init__(self, device: Device) -> None:
@@ -137,18 +137,18 @@ class DeviceArena:
         return address
 
     def pinned_buffer(self, size: int, dtype: str) -> PinnedBuffer:
-        """Pinned memory for so many numbers, with a place on the device; raises ``BackendError``."""
+        """Pinned memory for ``size`` elements, with a device buffer; raises ``BackendError``."""
         flat = self._device.pinned((size,), np.dtype(NUMPY[dtype]))
         return PinnedBuffer(flat, self.allocate(max(flat.nbytes, 1)))
 
     def scratch(self, name: str, size_bytes: int) -> int:
-        """Memory that all executors of a graph share, since a queue does one thing at a time."""
+        """Scratch memory that all executors of a graph share; a queue runs one call at a time."""
         if name not in self._scratch:
             self._scratch[name] = self.allocate(size_bytes)
         return self._scratch[name]
 
     def close(self) -> None:
-        """Give everything back; what views pinned memory keeps it until it goes itself."""
+        """Free everything; pinned memory lives as long as its views."""
         for address in self._addresses:
             self._device.free(address)
         self._addresses.clear()
@@ -156,14 +156,14 @@ class DeviceArena:
 
 
 class PinnedBuffer:
-    """Pinned host memory with a place on the device: what is written into ``host`` is there after ``upload``."""
+    """Pinned host memory with a device buffer; ``upload`` copies what was written into ``host``."""
 
     def __init__(self, flat: Array, address: int) -> None:
         self._flat = flat
         self.address = address
 
     def host(self, *shape: int) -> Array:
-        """The first elements in a shape; a call with another shape lies over it."""
+        """The first elements as an array; calls with other shapes share the memory."""
         return self._flat[: int(np.prod(shape))].reshape(shape)
 
     def upload(self, queue: Queue, *shape: int) -> None:
@@ -176,5 +176,5 @@ class PinnedBuffer:
 
 
 def as_numbers(array: Array, dtype: str) -> Array:
-    """A copy in a dtype numpy can compute with: bfloat16's bits become float32."""
+    """A copy in a dtype that numpy computes with: bfloat16's bits become float32."""
     return as_float32(array) if dtype == "bfloat16" else array.copy()

@@ -1,4 +1,4 @@
-"""Which set of weights lies in which place of a stack on the device."""
+"""Slot table: which task's weights are in which slot of a device pool."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ K = TypeVar("K", bound=Hashable)
 
 
 class SlotTable(Generic[K]):
-    """Places 1 to ``size - 1`` of a stack; place 0 is nobody's. A place in use is never given to another.
+    """Slots 1 to ``size - 1`` of a pool; slot 0 is reserved. A slot in use is never reassigned.
 
-    Not safe for use from several threads at a time.
+    For one thread at a time.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,11 +28,11 @@ class SlotTable(Generic[K]):
         return key in self._slots.entries
 
     def take(self, key: K) -> tuple[int, bool] | None:
-        """Use a place for ``key`` until ``release``.
+        """Use a slot for ``key`` until ``release``.
 
         Returns:
-            The place, and whether it was another's or nobody's so that it must be filled; ``None`` if all are in use.
-            Without a free place it is that of the one who was not used for the longest time.
+            The slot, and whether it is newly assigned and must be filled; ``None`` if all slots are in use. Without a
+            free slot, the least recently used key loses its slot.
         """
         slot = self._slots.get(key)
         is_new = slot is None
@@ -45,7 +45,7 @@ class SlotTable(Generic[K]):
         return slot, is_new
 
     def release(self, key: K) -> None:
-        """End one use of a place; what lies there stays until another needs the place."""
+        """End one use of a slot; its contents stay until the slot is reassigned."""
         left = self._users[key] - 1
         if left:
             self._users[key] = left
@@ -53,7 +53,7 @@ class SlotTable(Generic[K]):
             del self._users[key]
 
     def forget(self, key: K) -> None:
-        """Undo a ``take`` whose place could not be filled."""
+        """Undo a ``take`` whose slot could not be filled."""
         slot = self._slots.pop(key)
         if slot is not None:
             self._free.append(slot)

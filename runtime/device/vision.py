@@ -1,4 +1,4 @@
-"""A compiled vision tower: pixel values go to the device, image embeddings come back, in memory allocated once."""
+"""Compiled vision tower: pixel values to image embeddings, in device memory allocated once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
 
 class DeviceVision:
-    """See ``adalink.runtime.engine.VisionGraph``; has a queue of its own, beside the engine's.
+    """See ``adalink.runtime.engine.VisionGraph``; its queue is separate from the engine's.
 
     Attributes:
-        most_images: what the profile allows.
+        most_images: the profile's limit.
     """
 
     def __init__(self, device: Device, plans: Plans, base: VisionBase) -> None:
-        """Open the tower among ``plans``, which are its own and are closed with it.
+        """Open the tower of ``plans``, which it closes with itself.
 
         Raises:
             BackendError: the device has not enough memory, or refused.
@@ -34,32 +34,32 @@ class DeviceVision:
             )
         self.most_images = images.max
         self._plans = plans
-        self._select, self._given = (
+        self._image_shape, self._embeds_shape = (
             (3, *base.vision.image_size),
             (base.vision.tokens_per_image, base.contract.hidden_size),
         )
         self._arena = DeviceArena(device)
         try:
             self._executor = plans.executor(VISION, 0, self._arena)
-            _check_signature(self._executor, self._select, self._given, base.contract.name)
-            self._pixels = self._arena.pinned_buffer(images.max * math.prod(self._select), "float32")
-            self._embeds = self._arena.pinned_buffer(images.max * math.prod(self._given), "float32")
+            _check_signature(self._executor, self._image_shape, self._embeds_shape, base.contract.name)
+            self._pixels = self._arena.pinned_buffer(images.max * math.prod(self._image_shape), "float32")
+            self._embeds = self._arena.pinned_buffer(images.max * math.prod(self._embeds_shape), "float32")
         except BaseException:
             self._arena.close()
             raise
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
-        taken, given = (len(pixel_values), *self._select), (len(pixel_values), *self._given)
+        input_shape, output_shape = (len(pixel_values), *self._image_shape), (len(pixel_values), *self._embeds_shape)
         queue = self._arena.queue
-        self._pixels.host(*taken)[:] = pixel_values
-        self._pixels.upload(queue, *taken)
-        self._executor.bind(VISION_INPUT, self._pixels.address, taken)
-        self._executor.bind(VISION_OUTPUT, self._embeds.address, given)
+        self._pixels.host(*input_shape)[:] = pixel_values
+        self._pixels.upload(queue, *input_shape)
+        self._executor.bind(VISION_INPUT, self._pixels.address, input_shape)
+        self._executor.bind(VISION_OUTPUT, self._embeds.address, output_shape)
         self._executor.enqueue()
-        self._embeds.download(queue, *given)
+        self._embeds.download(queue, *output_shape)
         queue.wait()
-        return self._embeds.host(*given).copy()
+        return self._embeds.host(*output_shape).copy()
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.VisionGraph``."""
@@ -68,22 +68,25 @@ class DeviceVision:
         self._plans.close()
 
 
-def _check_signature(tower: Executor, taken: tuple[int, ...], given: tuple[int, ...], name: str) -> None:
-    """Check that a graph takes and gives what the manifest says; raises ``GraphError``."""
-    for what, found, tensor, size in (
-        ("input", tower.inputs, VISION_INPUT, taken),
-        ("output", tower.outputs, VISION_OUTPUT, given),
+def _check_signature(tower: Executor, input_shape: tuple[int, ...], output_shape: tuple[int, ...], name: str) -> None:
+    """Check inputs and outputs of the graph against the manifest; raises ``GraphError``."""
+    for what, tensors, tensor, shape in (
+        ("input", tower.inputs, VISION_INPUT, input_shape),
+        ("output", tower.outputs, VISION_OUTPUT, output_shape),
     ):
-        expected = Tensor("float32", (-1, *size))
-        # A graph may leave a size of its output open; it is bound to the memory of the expected one.
+        expected = Tensor("float32", (-1, *shape))
+        # An output size may be dynamic; it is bound to memory of the expected size.
         fits = {
-            key: own.dtype == expected.dtype
-            and len(own.shape) == len(expected.shape)
-            and all(size in (-1, wanted) for size, wanted in zip(own.shape, expected.shape, strict=True))
-            for key, own in found.items()
+            key: received.dtype == expected.dtype
+            and len(received.shape) == len(expected.shape)
+            and all(
+                length in (-1, expected_length)
+                for length, expected_length in zip(received.shape, expected.shape, strict=True)
+            )
+            for key, received in tensors.items()
         }
         if fits != {tensor: True}:
             raise GraphError(
-                f"the vision tower of {name}: {what}s are {dict(found)}, expected {tensor} as {expected}: it was built "
-                "from another graph; build the engine again"
+                f"the vision tower of {name}: {what}s are {dict(tensors)}, expected {tensor} as {expected}: it was "
+                "built from another graph; build the engine again"
             )

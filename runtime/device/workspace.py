@@ -1,4 +1,4 @@
-"""What one call at a time needs on the device: a queue, the embedders, and buffers allocated once at their largest."""
+"""Workspaces: executors and embedder buffers of one call at a time, allocated once at maximal size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Plans(Protocol):
 
     @property
     def profile(self) -> Profile:
-        """What the engine takes."""
+        """Shapes that the engine takes."""
         ...
 
     @property
@@ -33,27 +33,27 @@ class Plans(Protocol):
 
     @property
     def largest_slots(self) -> int:
-        """Most sets of weights that the embedders take."""
+        """Most weight slots that the embedders take."""
         ...
 
     def executor(self, name: str, profile: int, arena: DeviceArena) -> Executor:
-        """A new executor of ``"engine"``, ``"vision"`` or an embedder such as ``"gelu.ids"``, for the queue of a lease.
+        """A new executor of ``"engine"``, ``"vision"`` or an embedder such as ``"gelu.ids"``, on the arena's queue.
 
         Raises:
-            BackendError: there is no such graph, or the device has not enough memory.
+            BackendError: there is no such graph, or the device's memory is full.
         """
         ...
 
     def close(self) -> None:
-        """Give it all back."""
+        """Free all engines."""
         ...
 
 
 class Executors:
-    """The executors of one way to run the graphs, opened when they are first used.
+    """Executors of the graphs under one profile, opened at first use.
 
     Attributes:
-        is_bound: whether all is bound for good, as a recorded step wants it; nothing is bound anew then.
+        is_bound: whether the bindings are final, as a recorded step requires.
     """
 
     def __init__(self, plans: Plans, arena: DeviceArena, profile: int) -> None:
@@ -69,7 +69,7 @@ class Executors:
         return self._open[name]
 
     def close(self) -> None:
-        """Give them back."""
+        """Close all executors."""
         for executor in self._open.values():
             executor.close()
         self._open.clear()
@@ -77,25 +77,25 @@ class Executors:
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What the workspaces of an engine share.
+    """Shared state of an engine's workspaces.
 
     Attributes:
-        device: where everything lies.
+        device: the device.
         plans: the compiled graphs.
-        bank: weights of the tasks.
-        table: address of the embedding table.
+        adapter_pools: adapter weights.
+        table: device address of the embedding table.
         base: the contract.
     """
 
     device: Device
     plans: Plans
-    bank: AdapterWeightPools
+    adapter_pools: AdapterWeightPools
     table: int
     base: Base
 
 
 class EmbedderWorkspace:
-    """Buffers that turn ids and tasks into the embeddings that an engine takes. For one thread at a time."""
+    """Buffers for computing adapted embeddings from ids and tasks. For one thread at a time."""
 
     def __init__(self, context: EngineContext, arena: DeviceArena) -> None:
         profile, width = context.plans.profile, context.base.hidden_size
@@ -104,11 +104,11 @@ class EmbedderWorkspace:
         self._arena = arena
         self._ids = arena.pinned_buffer(positions, "int64")
         self._embeds = [arena.pinned_buffer(positions * width, context.base.embedding_dtype) for _ in range(2)]
-        # For each layer in turn: which row has which task, and which positions are of its modality.
+        # For each adapter pass: the task index of the rows, and the positions of its modality.
         self._indices: list[tuple[PinnedBuffer, PinnedBuffer]] = []
 
     def write(self, inputs: BatchInputs, reservation: SlotReservation) -> None:
-        """Put what a pass needs into pinned memory."""
+        """Write the inputs of a pass into pinned memory."""
         batch, seq = inputs.shape
         if inputs.ids is not None:
             self._ids.host(batch, seq)[:] = inputs.ids
@@ -121,18 +121,18 @@ class EmbedderWorkspace:
             chosen.host(batch, seq)[:] = True if inputs.modality is None else inputs.modality == adapter_pass.modality
 
     def adapter_passes(self, inputs: BatchInputs, reservation: SlotReservation) -> Sequence[AdapterPass]:
-        """What a pass goes through in turn; for token ids, the first one looks them up."""
+        """Adapter passes in order; for token ids, the first one also looks up embeddings."""
         adapter_passes = [
             adapter_pass
             for adapter_pass in reservation.adapter_passes
             if inputs.modality is not None or adapter_pass.modality == 0
         ]
         if inputs.ids is not None and (not adapter_passes or inputs.modality is not None):
-            return [self._context.bank.plain(inputs.shape[0]), *adapter_passes]
+            return [self._context.adapter_pools.plain(inputs.shape[0]), *adapter_passes]
         return adapter_passes
 
     def enqueue(self, executors: Executors, inputs: BatchInputs, reservation: SlotReservation) -> int:
-        """Enqueue the copies and the embedders of what was written; the address of the engine's embeddings."""
+        """Enqueue copies and embedders; returns the address of the adapted embeddings."""
         batch, seq = inputs.shape
         shape, queue = (batch, seq, self._context.base.hidden_size), self._arena.queue
         current, other = self._embeds
@@ -160,7 +160,7 @@ class EmbedderWorkspace:
         return current.address
 
     def read(self, address: int, *shape: int) -> Array:
-        """What lies at an address that ``enqueue`` gave, once it is there; a view of pinned memory."""
+        """Download the embeddings at an address from ``enqueue``; a view of pinned memory."""
         pinned_buffer = next(pinned_buffer for pinned_buffer in self._embeds if pinned_buffer.address == address)
         pinned_buffer.download(self._arena.queue, *shape)
         self._arena.queue.wait()
@@ -169,7 +169,7 @@ class EmbedderWorkspace:
     def _passes_with_buffers(
         self, inputs: BatchInputs, reservation: SlotReservation
     ) -> Iterable[tuple[AdapterPass, tuple[PinnedBuffer, PinnedBuffer]]]:
-        """What a pass goes through, each with its buffers; as many as any pass has needed are kept."""
+        """Adapter passes with their buffers; buffers are kept for later calls."""
         profile, adapter_passes = self._context.plans.profile, self.adapter_passes(inputs, reservation)
         while len(self._indices) < len(adapter_passes):
             batch = profile.batch.max
@@ -181,7 +181,7 @@ class EmbedderWorkspace:
 def _bind_embedder(
     embedder: Executor, adapter_pass: AdapterPass, source: int, table: int, size: tuple[int, int, Base]
 ) -> None:
-    """Bind what an embedder reads: ids and the table where it takes them, else embeddings; and the stack of weights."""
+    """Bind an embedder's inputs: ids and table, or embeddings; and the pool's weights."""
     batch, seq, base = size
     if "input_ids" in embedder.inputs:
         embedder.bind("input_ids", source, (batch, seq))

@@ -1,4 +1,4 @@
-"""Workspaces lent to one call at a time, and closed only when nobody uses them."""
+"""Workspace pool: each workspace serves one call at a time and is closed when unused."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from adalink.runtime.errors import RequestError
 
 
 class Workspace(Protocol):
-    """What a pool lends."""
+    """An item of the pool."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free its resources."""
         ...
 
 
@@ -22,7 +22,7 @@ S = TypeVar("S", bound=Workspace)
 
 
 class WorkspacePool(Generic[S]):
-    """Workspaces that nobody uses now; there are as many as calls have ever run at a time. Safe for several threads."""
+    """Free workspaces; their number grows to the most concurrent calls so far. Safe for several threads."""
 
     def __init__(self, make: Callable[[], S]) -> None:
         self._make = make
@@ -32,7 +32,7 @@ class WorkspacePool(Generic[S]):
         self._lock = threading.Lock()
 
     def take(self) -> S:
-        """One for the caller alone, until ``give``; raises ``RequestError`` if the pool is closed."""
+        """A workspace for exclusive use until ``give``; raises ``RequestError`` if the pool is closed."""
         with self._lock:
             if self._at_end is not None:
                 raise RequestError("the deployment is closed: open it again")
@@ -46,7 +46,7 @@ class WorkspacePool(Generic[S]):
             raise
 
     def give(self, workspace: S) -> None:
-        """Give one back."""
+        """Return a workspace."""
         with self._lock:
             is_open = self._at_end is None
             if is_open:
@@ -57,7 +57,7 @@ class WorkspacePool(Generic[S]):
 
     @contextmanager
     def lend(self) -> Iterator[S]:
-        """One for the caller alone, while the block runs."""
+        """A workspace for exclusive use within the block."""
         workspace = self.take()
         try:
             yield workspace
@@ -65,7 +65,7 @@ class WorkspacePool(Generic[S]):
             self.give(workspace)
 
     def close(self, at_end: Callable[[], None] = lambda: None) -> None:
-        """Close all that are free now, and each other one when it is given back; then call ``at_end``, once."""
+        """Close free workspaces now and the others on return; then call ``at_end``, once."""
         with self._lock:
             if self._at_end is not None:
                 return

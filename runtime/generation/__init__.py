@@ -1,1 +1,1 @@
-"""The decode loop."""
+"""Generation: decode loop, sampling, speculative decoding, prefix cache."""

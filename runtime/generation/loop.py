@@ -1,4 +1,4 @@
-"""The decode loop: a batch of prompts, each row with its own task, in front of one engine."""
+"""Decode loop: a batch of prompts on one engine, each row with its own task."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def decode(
     max_new_tokens: int,
     draft_tokens: int = 0,
 ) -> None:
-    """Generate tokens until every row has ended; a row that has ended leaves the batch.
+    """Generate tokens until every row has ended; a finished row leaves the batch.
 
-    A step takes one token of each row. Speculative decoding is for the only row of a batch, or the last one left of it,
-    where the engine can verify draft tokens.
+    A step appends one token to each row. Speculative decoding starts when a single row is left, if the engine can
+    verify draft tokens.
 
     Args:
-        state: the prompts, after prefill.
-        embedder: what generated tokens go through.
-        tasks: the task of each row.
-        rows: collects each row's tokens.
+        state: decode state of the batch, after prefill.
+        embedder: embeds generated tokens.
+        tasks: adapter mapping of the rows.
+        rows: sequence state of each row; collects its tokens.
         sampling: how tokens are chosen.
-        max_new_tokens: tokens a row at most.
-        draft_tokens: draft tokens of a pass at most; 0 for no speculative decoding.
+        max_new_tokens: most new tokens of a row.
+        draft_tokens: most draft tokens of a pass; 0 turns speculative decoding off.
     """
     alive = list(range(len(rows)))
     generators = sampling.generators(len(rows))
-    # Asked once: it takes some 10 µs, which no step should.
+    # Checked once: the protocol check takes about 10 µs, too much for a step.
     speculative = state if draft_tokens and isinstance(state, SpeculativeDecodeState) else None
     for step in range(max_new_tokens):
         if speculative is not None and len(alive) == 1:
@@ -59,9 +59,9 @@ def decode(
 
 
 def _drop_ended(state: DecodeState, ended: list[bool]) -> list[int]:
-    """Drop the rows that have ended; the former positions of the others in the batch, in their new order."""
+    """Drop finished rows; returns the former indices of the remaining rows, in their new order."""
     kept = list(range(len(ended)))
-    # From the end, so that a row that takes another's place has been looked at.
+    # From the end: a row that moves to a lower index has been checked already.
     for position in reversed(range(len(ended))):
         if ended[position]:
             state.drop(position)

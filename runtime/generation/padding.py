@@ -1,4 +1,4 @@
-"""Prompts of several lengths in one array: padding, positions, and removing padding before tokens."""
+"""Padding: prompts of different lengths in one array, their position ids, and removal of padding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def pad(prompts: list[list[int]], pad_token_id: int, side: str) -> tuple[Array, 
 
     Args:
         prompts: token ids of each, at least one.
-        pad_token_id: what stands in the padding.
-        side: ``"left"`` for padding before the tokens, ``"right"`` for padding behind them.
+        pad_token_id: the padding token.
+        side: ``"left"`` for padding before the tokens, ``"right"`` for padding after them.
     """
     longest = max(len(ids) for ids in prompts)
     ids = np.full((len(prompts), longest), pad_token_id, np.int64)
@@ -35,7 +35,7 @@ def positions_after(positions: Array) -> Array:
     """Position of the token after each row, int64 of shape ``(batch, 1)``, or ``(batch, 1, axes)``.
 
     Args:
-        positions: those of the tokens and zeros for padding, shape ``(batch, seq)`` or ``(batch, seq, axes)``.
+        positions: position ids, 0 at padding, shape ``(batch, seq)`` or ``(batch, seq, axes)``.
     """
     after: Array = np.zeros_like(positions[:, :1])
     after += positions.max(axis=tuple(range(1, positions.ndim)), keepdims=True) + 1
@@ -43,14 +43,14 @@ def positions_after(positions: Array) -> Array:
 
 
 def move_left(embeds: Array, mask: Array) -> tuple[Array, Array]:
-    """Each row's tokens at its beginning, in their order.
+    """Move each row's tokens to its beginning, in order.
 
     Args:
         embeds: shape ``(batch, seq, d)``.
         mask: 1 for tokens, shape ``(batch, seq)``.
 
     Returns:
-        Embeddings with shape ``(batch, longest, d)``, and the rows' lengths, int32 with shape ``(batch,)``.
+        Embeddings with shape ``(batch, longest, d)``, and row lengths, int32 with shape ``(batch,)``.
     """
     lengths = mask.sum(axis=1, dtype=np.int32)
     longest = lengths.max()

@@ -1,8 +1,8 @@
-"""Prompts that were run before: the KV cache of their tokens, to be gone on from instead of computed again.
+"""Prefix cache: the KV cache of earlier prompts, reused for prompts with the same beginning.
 
-Keys and values of a token depend on the tokens up to it and on how they were embedded, so a beginning of a prompt may
-be used again under the same base and the same adapter, and only there. The key is what the adapter *is*, its digest,
-not its name: a name may stand for another adapter tomorrow.
+Keys and values of a token depend on the tokens up to it and on their embeddings. A prefix is therefore reused only
+under the same base and adapter. The adapter is identified by its digest, since its name may refer to another adapter
+later.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _LOG = get_logger(__name__)
 
 @dataclass(frozen=True)
 class PrefixKey:
-    """What cached tokens were computed with.
+    """Base and adapter that cached states were computed with.
 
     Attributes:
-        base: fingerprint of the base; its variant is one for the life of a cache.
+        base: fingerprint of the base; a cache serves a single variant.
         adapter: digest of the adapter; empty for the base model.
         scope: scope of the adapter.
     """
@@ -35,7 +35,7 @@ class PrefixKey:
 
 
 class PrefixCache:
-    """States of prompts within a budget; the least recently used go first. Safe for use from several threads."""
+    """Keys and values of prompts within a budget, evicted by least recent use; safe for several threads."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
@@ -44,19 +44,19 @@ class PrefixCache:
 
     @property
     def size_bytes(self) -> int:
-        """What is held."""
+        """Bytes of all cached states."""
         return self._kept.size
 
     def find(self, key: PrefixKey, tokens: Array) -> Array | None:
-        """The states of the longest beginning of ``tokens`` that was computed before.
+        """Cached states of the longest known prefix of ``tokens``.
 
         Args:
-            key: what they would be computed with.
-            tokens: int64, the prompt; its last token is always left to compute, since it gives the logits.
+            key: base and adapter of the prompt.
+            tokens: int64, the prompt; its last token is never taken from the cache, since its logits are needed.
 
         Returns:
-            States with shape ``(2 * layers, kv_heads, n, head_dim)`` of the first ``n`` tokens, or ``None``; not to be
-            written to.
+            States with shape ``(2 * layers, kv_heads, n, head_dim)`` of the first ``n`` tokens, or ``None``; do not
+            write to them.
         """
         best, length = None, 0
         with self._lock:
@@ -72,12 +72,12 @@ class PrefixCache:
             return states[:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:
-        """Keep the states of a prompt, unless they alone exceed the budget.
+        """Cache the states of a prompt, unless they alone exceed the budget.
 
         Args:
-            key: what they were computed with.
+            key: base and adapter of the prompt.
             tokens: int64, the prompt.
-            states: shape ``(2 * layers, kv_heads, tokens, head_dim)``; kept as it is, so not to be written to again.
+            states: shape ``(2 * layers, kv_heads, tokens, head_dim)``; kept without a copy: do not write to it again.
         """
         if states.nbytes > self._budget_bytes:
             return
@@ -87,7 +87,7 @@ class PrefixCache:
 
 
 def _common(first: Array, second: Array) -> int:
-    """How many numbers two arrays have in common from the beginning."""
+    """Length of the common prefix of two arrays."""
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if len(differing) else length

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Sampling: the next token from logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from adalink.runtime.request import check_whole, is_number
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen.
+    """Sampling parameters.
 
     Attributes:
-        temperature: 0 takes the likeliest token; higher flattens the distribution.
+        temperature: 0 is greedy decoding; higher values flatten the distribution.
         top_k: keep the k likeliest tokens.
         top_p: keep the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv 1904.09751).
-        seed: makes sampling repeatable; row ``i`` of a batch draws from the stream ``(seed, i)``.
+        seed: makes sampling reproducible; row ``i`` of a batch draws from the stream ``(seed, i)``.
     """
 
     temperature: float = 0.0
@@ -53,7 +53,7 @@ class SamplingParams:
         """Probabilities, float64, that ``choose`` draws from when the temperature is above 0."""
         scaled = logits.astype(np.float64)
         scaled -= scaled.max()
-        # The smallest temperatures take all but the likeliest to minus infinity, which is what they are for.
+        # Very small temperatures overflow to minus infinity for all but the likeliest token, as intended.
         with np.errstate(over="ignore"):
             scaled /= self.temperature
         if self.top_k is not None and self.top_k < len(scaled):

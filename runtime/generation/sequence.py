@@ -1,4 +1,4 @@
-"""One sequence being generated: its tokens, its text, its end; and what it becomes, a ``Generation``."""
+"""Sequence state: tokens, text and end of one generated sequence, and the resulting ``Generation``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Stream = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt became.
+    """Result for one prompt.
 
     Attributes:
         text: the generated text, without the prompt.
-        token_ids: its tokens, without an end token; those of a stop text, which the text leaves out, are among them.
-        finish_reason: ``"stop"`` for an end token or stop text, ``"length"`` when the budget ran out.
+        token_ids: its tokens, without the end token; tokens of a stop text are included, although the text omits it.
+        finish_reason: ``"stop"`` for an end token or stop text, ``"length"`` at ``max_new_tokens``.
         prompt_tokens: number of tokens of the prompt.
     """
 
@@ -29,7 +29,7 @@ class Generation:
 
 
 class SequenceState:
-    """A row being generated: collects tokens, settles text, notices its end."""
+    """One row of a batch: collects tokens, decodes text, detects the end."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class SequenceState:
         self.finish_reason: str | None = None
 
     def push(self, token_id: int) -> None:
-        """Take the next token of a row that has not finished."""
+        """Append the next token; the row must not have finished."""
         if token_id in self._eos:
             self._text.finish()
             self._find_stop()
@@ -64,7 +64,7 @@ class SequenceState:
         self._send()
 
     def finish(self) -> Generation:
-        """The result; a row that no end was found for ran out of its budget."""
+        """The result; a row without an end stopped at ``max_new_tokens``."""
         if self.finish_reason is None:
             self._text.finish()
             self._find_stop()
@@ -74,14 +74,14 @@ class SequenceState:
         return Generation(text, tuple(self.token_ids), self.finish_reason, len(self.prompt))
 
     def _find_stop(self) -> None:
-        """Look for a stop text in what was not sent: what was sent is not the beginning of one."""
-        found = [at for stop in self._stops if (at := self._text.text.find(stop, self._sent)) >= 0]
-        if found:
-            self._end = min(found)
+        """Search the text not yet streamed for a stop text; streamed text never begins one."""
+        starts = [start for stop in self._stops if (start := self._text.text.find(stop, self._sent)) >= 0]
+        if starts:
+            self._end = min(starts)
             self.finish_reason = "stop"
 
     def _send(self) -> None:
-        """Stream what is certain: not the beginning of what may become a stop text."""
+        """Stream the settled text, except an ending that may begin a stop text."""
         text = self._text.text
         end = len(text) if self._end is None else self._end
         if self.finish_reason is None:

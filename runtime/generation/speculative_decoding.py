@@ -1,10 +1,10 @@
 """Speculative decoding: prompt lookup drafts tokens from the text itself, and the engine verifies them.
 
-A text that a model continues often repeats itself: names, quotations, code, lists. The draft is what followed the last
-few tokens when they stood in the text before (prompt lookup decoding; "Inference with Reference", arXiv 2304.04487).
-The engine verifies all draft tokens in one pass, which costs little more than one token where reading the weights takes
-the time. A draft token is accepted only if it is the token that would have been chosen anyway. So the text is that of
-plain decoding, whatever the sampling, as far as the engine computes the same for several tokens as for one.
+Texts repeat themselves: names, quotations, code, lists. The draft is the continuation of the last few tokens at their
+previous occurrence (prompt lookup decoding; "Inference with Reference", arXiv 2304.04487). The engine verifies all
+draft tokens in one pass. That costs little more than one token where reading the weights dominates. A draft token is
+accepted only if sampling chooses the same token. The text is therefore that of ordinary decoding, as far as the engine
+computes the same for several tokens as for one.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ _LONGEST_MATCH = 3
 
 
 class PromptLookup:
-    """Draft tokens for one row; a token costs the same however long the text is.
+    """Draft tokens for one row, in time that does not depend on the length of the text.
 
-    The length of a draft adapts. A draft that is accepted whole doubles it; otherwise it is one more than were
-    accepted.
+    The draft length adapts: it doubles after a fully accepted draft, and is otherwise one more than the number of
+    accepted tokens.
 
     Args:
-        tokens: prompt and what was generated so far.
-        max_drafts: draft tokens of a pass at most.
+        tokens: the prompt and the tokens generated so far.
+        max_drafts: most draft tokens of a pass.
     """
 
-    def __init__(self, tokens: Sequence[int], max_drafts: int) -> None:
-        self._max_drafts = max_drafts
-        self._length = min(2, max_drafts)
+    def __init__(self, tokens: Sequence[int], max_draft_tokens: int) -> None:
+        self._max_draft_tokens = max_draft_tokens
+        self._length = min(2, max_draft_tokens)
         self._tokens: list[int] = []
-        # Where what followed a sequence of tokens stands: its latest occurrence.
+        # Position after the latest occurrence of each n-gram.
         self._following: dict[tuple[int, ...], int] = {}
         for token in tokens:
             self.push(token)
 
     def push(self, token: int) -> None:
-        """Take the next token of the text."""
+        """Append the next token of the text."""
         position = len(self._tokens)
         for length in range(1, min(_LONGEST_MATCH, position) + 1):
             self._following[tuple(self._tokens[-length:])] = position
         self._tokens.append(token)
 
     def draft(self, max_tokens: int) -> list[int]:
-        """What may follow the last token: ``max_tokens`` at most, none if the last token is new to the text."""
+        """Draft of at most ``max_tokens`` tokens; empty if the last token is new to the text."""
         for length in range(min(_LONGEST_MATCH, len(self._tokens)), 0, -1):
             position = self._following.get(tuple(self._tokens[-length:]))
             if position is not None:
                 count = min(self._length, max_tokens)
-                # What reaches the end of the text repeats itself, and may go on doing so.
+                # A match that reaches the end of the text is a repetition; continue it.
                 return list(itertools.islice(itertools.cycle(self._tokens[position : position + count]), count))
         return []
 
     def update(self, drafted: int, accepted: int) -> None:
-        """Adapt the length of drafts to how many of the last ``drafted`` tokens were accepted."""
+        """Adapt the draft length: ``accepted`` of the last ``drafted`` tokens were right."""
         if drafted:
-            self._length = min(self._max_drafts, 2 * self._length if accepted == drafted else accepted + 1)
+            self._length = min(self._max_draft_tokens, 2 * self._length if accepted == drafted else accepted + 1)
 
 
 def decode_speculatively(
@@ -75,13 +75,12 @@ def decode_speculatively(
     tokens_left: int,
     draft_tokens: int,
 ) -> None:
-    """Speculative decoding of the only row until it has ended, or has ``tokens_left`` more tokens.
+    """Speculative decoding of a single row until its end, or for ``tokens_left`` more tokens.
 
-    Prompt lookup drafts tokens, and one pass verifies them. What is chosen, and with which random numbers, is what
-    steps of one token would choose.
+    Prompt lookup drafts tokens, and one pass verifies them. Tokens and random numbers are those of single-token steps.
     """
     lookup = PromptLookup((*row.prompt, *row.token_ids), draft_tokens)
-    logits, drafts = state.logits, list[int]()
+    logits, draft = state.logits, list[int]()
     while True:
         for accepted, scores in enumerate(logits):
             token = choose(scores)
@@ -90,9 +89,9 @@ def decode_speculatively(
             if row.finish_reason is not None or not tokens_left:
                 return
             lookup.push(token)
-            if accepted == len(drafts) or token != drafts[accepted]:
+            if accepted == len(draft) or token != draft[accepted]:
                 break
-        state.rollback(len(drafts) - accepted)
-        lookup.update(len(drafts), accepted)
-        drafts = lookup.draft(tokens_left - 1)
-        logits = state.verify(embedder.lookup(np.array([[token, *drafts]]), tasks))
+        state.rollback(len(draft) - accepted)
+        lookup.update(len(draft), accepted)
+        draft = lookup.draft(tokens_left - 1)
+        logits = state.verify(embedder.lookup(np.array([[token, *draft]]), tasks))

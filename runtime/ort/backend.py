@@ -1,4 +1,4 @@
-"""Engines on ONNX Runtime."""
+"""ONNX Runtime backend on the CPU."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class OnnxRuntimeBackend:
         return DynamicCacheEngine(guarded, signature, embedder, "right" if base.kind == "encoder" else "left")
 
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
-        """See ``adalink.runtime.engine.Backend``. A bank graph is tiny: one thread, no thread pool of its own."""
-        return OnnxSharedAdapterGraph(self._session(graph, 1, origin="bank graph"), self._ort, base)
+        """See ``adalink.runtime.engine.Backend``. The graph is tiny: one thread, no thread pool."""
+        return OnnxSharedAdapterGraph(self._session(graph, 1, origin="shared adapter graph"), self._ort, base)
 
     def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
         """See ``adalink.runtime.engine.Backend``."""

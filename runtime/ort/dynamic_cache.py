@@ -1,4 +1,4 @@
-"""Dynamic cache: a call takes the KV cache and gives a longer one (docs/concepts/file-formats.md, "Graphs")."""
+"""Dynamic cache: a call takes the KV cache and returns a longer one (docs/concepts/file-formats.md, "Graphs")."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DynamicCacheEngine:
-    """A base graph in one session; the cache is the list of the session's own output tensors."""
+    """A base graph in one session; the cache is a list of the session's output tensors."""
 
     def __init__(
         self, session: GuardedSession, signature: Signature, embedder: InputEmbedder, padding_side: str = "left"
@@ -44,7 +44,7 @@ class DynamicCacheEngine:
     def forward(
         self, feeds: Mapping[str, Array], cache: Sequence[ort.OrtValue] | None
     ) -> tuple[Array, list[ort.OrtValue]]:
-        """Run the graph once: its output, and the cache with these positions behind those of ``cache``."""
+        """Run the graph once; returns its output, and ``cache`` extended by these positions."""
         signature, value = self._signature, self._session.value
         values = {name: value(np.ascontiguousarray(feeds[name])) for name in signature.inputs}
         if signature.past:
@@ -59,7 +59,7 @@ class DynamicCacheEngine:
         return result, present
 
     def take(self, cache: Sequence[ort.OrtValue], rows: list[int]) -> list[ort.OrtValue]:
-        """The cache of some rows alone, copied."""
+        """A copy of the cache of ``rows``."""
         return [self._session.value(tensor.numpy()[rows]) for tensor in cache]
 
 
@@ -107,7 +107,7 @@ class DynamicCacheDecodeState:
             self._rows[row] = last
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.DecodeState``; its memory goes with it."""
+        """See ``adalink.runtime.engine.DecodeState``; memory is freed with the object."""
 
     def _take(self) -> None:
         self._cache = self._engine.take(self._cache, self._rows)

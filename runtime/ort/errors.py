@@ -1,4 +1,4 @@
-"""The boundary to ONNX Runtime: its names of dtypes, and the one place where its exceptions become ours."""
+"""ONNX Runtime's exceptions, converted to ours here alone, and its dtype names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16
 
 
 def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
-    """Call ONNX Runtime; every exception of its own becomes a ``BackendError``."""
+    """Call ONNX Runtime; its exceptions become ``BackendError``."""
     try:
         return call()
     except onnxruntime_errors(runtime) as error:
@@ -22,20 +22,20 @@ def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
 
 
 def refusal(origin: str, error: Exception) -> BackendError:
-    """One of ONNX Runtime's exceptions as ours."""
+    """Convert an exception of ONNX Runtime."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return BackendError(f"{origin}: ONNX Runtime refused: {reason}")
 
 
 def onnxruntime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """Every exception type that ONNX Runtime's binding raises: its own, and a bare one from a run with IO binding."""
+    """Exception types of ONNX Runtime: its own, and ``RuntimeError`` from a run with IO binding."""
     state = runtime.capi.onnxruntime_pybind11_state
-    own = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, *own)
+    exceptions = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    return (RuntimeError, *exceptions)
 
 
 def wrong_name(origin: str, what: str, name: str, received: list[str]) -> str:
-    """Message for a graph whose ``what`` (an input or output) is not the one called ``name``."""
+    """Message for a graph that lacks the input or output ``name``."""
     return (
         f"{origin}: {what} {name!r} does not match the contract; the graph has {received}. "
         "Export it with 'adalink export' (docs/concepts/file-formats.md lists the names)"

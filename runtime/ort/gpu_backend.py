@@ -1,6 +1,6 @@
-"""ONNX Runtime on NVIDIA GPUs: CUDA, TensorRT, and the plugin of TensorRT-RTX. The engine's memory stays on the device.
+"""ONNX Runtime on NVIDIA GPUs: CUDA, TensorRT, and the TensorRT-RTX plugin. Engine memory stays on the device.
 
-Tasks are applied in main memory, as on the CPU; their embeddings are what crosses to the device.
+Adapters are applied in main memory, as on the CPU; the adapted embeddings are copied to the device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OnnxRuntimeGpuBackend:
     """
 
     def __init__(self, name: str) -> None:
-        """Raises ``BackendUnavailableError`` where package, driver or GPU are missing."""
+        """Raises ``BackendUnavailableError`` if package, driver or GPU are missing."""
         try:
             import onnxruntime
         except ImportError as error:
@@ -88,7 +88,7 @@ class OnnxRuntimeGpuBackend:
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
         session = guard(
-            self._ort, "bank graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
+            self._ort, "shared adapter graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
         )
         return OnnxSharedAdapterGraph(session, self._ort, base)
 
@@ -128,11 +128,11 @@ class OnnxRuntimeGpuBackend:
 
 
 class OnnxRuntimePlans:
-    """See ``adalink.runtime.device.workspace.Plans``: one session, with as many bindings as are asked for.
+    """See ``adalink.runtime.device.workspace.Plans``: one session, with a binding for each executor.
 
     Attributes:
-        profile: what the engine takes.
-        largest_rank: of the embedders, of which there are none.
+        profile: shapes that the engine takes.
+        largest_rank: 0, since there are no embedders.
         largest_slots: likewise.
     """
 
@@ -156,9 +156,9 @@ class OnnxRuntimePlans:
 
 
 def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> dict[str, str]:
-    """Options of a provider: shapes for every request that the profile allows, so that none builds an engine again.
+    """Provider options: shapes cover every request within the profile, so that no request builds an engine.
 
-    Engines are code: their cache lies in the user's own folder, not in the deployment.
+    Engines are code: their cache is in the user's folder, not in the deployment.
     """
     if name == CUDA:
         return {"device_id": "0", "use_tf32": "0"}  # a float32 base means float32
@@ -166,13 +166,13 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
     folder = _engine_folder(graph)
     if name == TENSORRT:
         cached = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
-        places = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
+        paths = {"trt_engine_cache_path": str(folder), "trt_timing_cache_path": str(folder)}
         return {
             "device_id": "0",
             "trt_profile_min_shapes": low,
             "trt_profile_opt_shapes": likely,
             "trt_profile_max_shapes": high,
-            **({} if folder is None else cached | places),
+            **({} if folder is None else cached | paths),
         }
     return {
         "nv_profile_min_shapes": low,
@@ -183,13 +183,13 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
 
 
 def _engine_folder(graph: Path) -> Path | None:
-    """Where engines made of a graph are kept, by the digest of it and of its weights; ``None`` where nothing can be.
+    """Cache folder of a graph's engines, named by the digest of graph and weights; ``None`` if it cannot be created.
 
-    The provider's own names do not tell two graphs of one structure apart.
+    The provider's own names do not distinguish two graphs of the same structure.
     """
     weights = graph.with_name(f"{graph.name}.data")
-    parts = [digest_file(path) for path in (graph, weights) if path.exists()]
-    folder = cache_path("engines", digest_bytes("".join(parts).encode()).removeprefix("sha256:")[:32])
+    digests = [digest_file(path) for path in (graph, weights) if path.exists()]
+    folder = cache_path("engines", digest_bytes("".join(digests).encode()).removeprefix("sha256:")[:32])
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -199,11 +199,11 @@ def _engine_folder(graph: Path) -> Path | None:
 
 
 def profile_shapes(base: Base, profile: Profile, which: str) -> str:
-    """Shapes of a portable base graph's inputs, as the providers want them: ``name:1x8x576,...``.
+    """Input shapes of a portable base graph in the providers' format: ``name:1x8x576,...``.
 
     Args:
         base: the contract.
-        profile: what requests may ask for.
+        profile: shapes of requests.
         which: ``"min"``, ``"opt"`` or ``"max"``.
     """
     batch, seq = getattr(profile.batch, which), getattr(profile.seq, which)

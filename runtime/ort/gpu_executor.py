@@ -1,4 +1,4 @@
-"""A graph on ONNX Runtime with everything it reads and writes at addresses of ours."""
+"""ONNX Runtime executor: a graph whose inputs and outputs are bound to given addresses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OnnxRuntimeExecutor:
         session: ort.InferenceSession,
         runtime: ModuleType,
         origin: str,
-        place: str,
+        device_type: str,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         """Bind nothing yet.
@@ -40,13 +40,13 @@ class OnnxRuntimeExecutor:
             session: the graph.
             runtime: the module ``onnxruntime``.
             origin: the graph's name, for messages.
-            place: ONNX Runtime's name of where addresses are, ``"cuda"`` or ``"cpu"``.
-            before: waits for what the session cannot know of, since it computes on a stream of its own.
+            device_type: ONNX Runtime's name of the device that holds the addresses, ``"cuda"`` or ``"cpu"``.
+            before: waits for work that the session's own stream does not wait for.
         """
         self._session = session
         self._ort = runtime
         self._origin = origin
-        self._place = place
+        self._device_type = device_type
         self._before = before
         self._binding = session.io_binding()
         self.inputs: Mapping[str, Tensor] = _tensors(session.get_inputs())
@@ -57,7 +57,7 @@ class OnnxRuntimeExecutor:
         is_input = name in self.inputs
         tensor = self.inputs[name] if is_input else self.outputs[name]
         bind = self._binding.bind_input if is_input else self._binding.bind_output
-        bind(name, self._place, 0, ELEMENTS[tensor.dtype], shape, address)
+        bind(name, self._device_type, 0, ELEMENTS[tensor.dtype], shape, address)
 
     def enqueue(self) -> None:
         """See ``adalink.runtime.device.protocols.Executor``; returns when the call is done."""

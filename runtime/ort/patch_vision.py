@@ -1,4 +1,4 @@
-"""The vision graph of a model whose pictures keep their shape, on ONNX Runtime's CPU provider: a picture a call."""
+"""Vision graph for images that keep their shape, on ONNX Runtime's CPU provider; one image in a call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OnnxPatchGraph:
     """See ``adalink.runtime.engine.PatchVisionGraph``."""
 
     def __init__(self, path: Path, base: VisionBase, patches: PatchTower, threads: int | None = None) -> None:
-        """Open the graph; arguments and errors are those of ``OnnxVisionGraph``, and the base's ``patches``."""
+        """Open the graph; ``patches`` is the base's, other arguments and errors are those of ``OnnxVisionGraph``."""
         self._origin, self._vision, self._tower = str(path), base.vision, patches
         self._width = base.contract.hidden_size
         self._ort, self._session = open_vision_session(path, threads)
@@ -25,20 +25,20 @@ class OnnxPatchGraph:
             if name not in received:
                 raise GraphError(wrong_name(self._origin, "input", name, received))
         if [node.name for node in self._session.get_outputs()] != [VISION_OUTPUT]:
-            given = [node.name for node in self._session.get_outputs()]
-            raise GraphError(wrong_name(self._origin, "output", VISION_OUTPUT, given))
+            outputs = [node.name for node in self._session.get_outputs()]
+            raise GraphError(wrong_name(self._origin, "output", VISION_OUTPUT, outputs))
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
         """See ``adalink.runtime.engine.PatchVisionGraph``."""
         feeds = {VISION_INPUT: pixel_values, **self._tower.inputs(grid)}
-        given: Array = guard(self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], feeds))[0]
+        embeds: Array = guard(self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], feeds))[0]
         expected = (self._vision.positions(grid), self._width)
-        if given.shape != expected:
+        if embeds.shape != expected:
             raise GraphError(
-                f"{self._origin}: {VISION_OUTPUT} is {given.shape} for an image of {grid}, expected {expected}: "
+                f"{self._origin}: {VISION_OUTPUT} is {embeds.shape} for an image of {grid}, expected {expected}: "
                 "export the base again"
             )
-        return given
+        return embeds
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.PatchVisionGraph``; its memory goes with it."""
+        """See ``adalink.runtime.engine.PatchVisionGraph``; memory is freed with the object."""

@@ -1,4 +1,4 @@
-"""A base graph's session: what it takes and gives, checked once, and calls whose errors are ours."""
+"""Session of a base graph: its signature, checked once, and calls that convert errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from adalink.runtime.arrays import Array
 
-# Of a base graph's metadata: the oldest ONNX Runtime that computes it rightly.
+# Metadata key of a base graph: the oldest ONNX Runtime that computes it correctly.
 NEEDS_ONNXRUNTIME = "needs_onnxruntime"
 
 T = TypeVar("T")
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Signature:
-    """What a base graph takes and gives.
+    """Inputs and outputs of a base graph.
 
     Attributes:
-        inputs: names of its inputs, those of the cache left out.
-        past: names of the cache's inputs: key and value of each layer in turn.
-        present: names of the cache's outputs, likewise.
-        output: name of the output that is not the cache.
+        inputs: names of its inputs, without the cache.
+        past: names of the cache inputs: key and value of each layer in order.
+        present: names of the cache outputs, in the same order.
+        output: name of the output beside the cache.
         vocab_size: columns of the logits.
         cache_shape: ``(kv_heads, head_dim)``; zeros for a graph without a cache.
-        dtype: of embeddings, cache and output.
+        dtype: dtype of embeddings, cache and output.
     """
 
     inputs: frozenset[str]
@@ -53,7 +53,7 @@ class Signature:
 
 
 def read_signature(session: ort.InferenceSession, base: Base, role: str, origin: str) -> Signature:
-    """Check that a session is that of a base graph; raises ``GraphError``."""
+    """Check that a session runs a base graph; raises ``GraphError``."""
     types = {node.name: node.type for node in session.get_inputs()}
     outputs = [node.name for node in session.get_outputs()]
     past = tuple(name for name in types if name.startswith("past_key_values."))
@@ -72,9 +72,9 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
     for name in ("inputs_embeds", *lengths):
         if name not in types:
             raise GraphError(wrong_name(origin, "input", name, sorted(types)))
-    wanted = {past for past, _ in cache.names()} if cache else set()
-    if wanted != set(past):
-        raise GraphError(wrong_name(origin, "input", sorted(wanted ^ set(past))[0], sorted(past)))
+    expected_past = {past for past, _ in cache.names()} if cache else set()
+    if expected_past != set(past):
+        raise GraphError(wrong_name(origin, "input", sorted(expected_past ^ set(past))[0], sorted(past)))
     for name in (signature.output, *signature.present):
         if name not in outputs:
             raise GraphError(wrong_name(origin, "output", name, outputs))
@@ -87,7 +87,7 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
 
 
 def check_version(session: ort.InferenceSession, installed: str, origin: str) -> None:
-    """Refuse a graph that an older ONNX Runtime computes wrongly; raises ``BackendError``."""
+    """Refuse a graph that this ONNX Runtime computes incorrectly; raises ``BackendError``."""
     needed = session.get_modelmeta().custom_metadata_map.get(NEEDS_ONNXRUNTIME)
     if needed is not None and is_older(installed, needed):
         raise BackendError(
@@ -104,7 +104,7 @@ def is_older(version: str, than: str) -> bool:
 
 
 class GuardedSession:
-    """A session whose errors are ours, and which can be closed."""
+    """A session that can be closed and converts ONNX Runtime's errors."""
 
     def __init__(self, session: ort.InferenceSession, runtime: ModuleType, origin: str) -> None:
         self._session: ort.InferenceSession | None = session
@@ -119,9 +119,9 @@ class GuardedSession:
         return guard(self._ort, self._origin, lambda: use(session))
 
     def value(self, array: Array) -> ort.OrtValue:
-        """A contiguous array as the session takes it; its memory is shared."""
+        """A contiguous array as an ``OrtValue``, which shares its memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
     def close(self) -> None:
-        """Let the session go, once calls that run have ended."""
+        """Release the session; running calls finish first."""
         self._session = None

@@ -1,4 +1,4 @@
-"""A bank graph on ONNX Runtime: the tasks of one kind, their weights fed as views of the memory that holds them."""
+"""Shared adapter graph on ONNX Runtime: adapters of one activation and bias, their weights passed as views."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ _OUTPUTS = ["adapted_embeds"]
 
 
 class OnnxSharedAdapterGraph:
-    """One session for all tasks of a kind; a task is swapped by feeding it other weights."""
+    """One session for all adapters of one activation and bias; switching tasks means passing other weights."""
 
     def __init__(self, session: ort.InferenceSession, runtime: ModuleType, base: Base) -> None:
         self._run = session.run
         self._ort = runtime
         inputs = {node.name: node for node in session.get_inputs()}
-        wanted = {"inputs_embeds"} | _WEIGHTS | (_BIASES if inputs.keys() & _BIASES else set())
-        if inputs.keys() != wanted:
-            raise GraphError(wrong_name("bank graph", "input", sorted(inputs.keys() ^ wanted)[0], sorted(inputs)))
+        expected_inputs = {"inputs_embeds"} | _WEIGHTS | (_BIASES if inputs.keys() & _BIASES else set())
+        if inputs.keys() != expected_inputs:
+            name = sorted(inputs.keys() ^ expected_inputs)[0]
+            raise GraphError(wrong_name("shared adapter graph", "input", name, sorted(inputs)))
         outputs = [node.name for node in session.get_outputs()]
         if outputs != _OUTPUTS:
-            raise GraphError(wrong_name("bank graph", "output", _OUTPUTS[0], outputs))
+            raise GraphError(wrong_name("shared adapter graph", "output", _OUTPUTS[0], outputs))
         node, expected = inputs["inputs_embeds"], ORT_TYPES[base.embedding_dtype]
         if node.type != expected or node.shape[-1] != base.hidden_size:
             raise GraphError(
-                f"bank graph: inputs_embeds is {node.type} of width {node.shape[-1]}, the base takes {expected} of "
-                f"width {base.hidden_size}: export the base again"
+                f"shared adapter graph: inputs_embeds is {node.type} of width {node.shape[-1]}, the base takes "
+                f"{expected} of width {base.hidden_size}: export the base again"
             )
 
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
-        """See ``adalink.runtime.engine.BankGraph``."""
+        """See ``adalink.runtime.engine.SharedAdapterGraph``."""
         try:
             result: Array = self._run(_OUTPUTS, {"inputs_embeds": inputs_embeds, **weights})[0]
         except onnxruntime_errors(self._ort) as error:
-            raise refusal("bank graph", error) from error
+            raise refusal("shared adapter graph", error) from error
         return result

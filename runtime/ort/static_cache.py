@@ -1,7 +1,7 @@
-"""Engines on graphs that write their cache in place (docs/decisions/0005-decode-loop.md).
+"""Static cache: engines on graphs that update their KV cache in place (docs/decisions/0005-decode-loop.md).
 
-Every buffer of a decoding is allocated when it starts and bound to the session once: the cache, which is input and
-output at the same address, the embedding of a token, the logits. A step writes a few numbers and calls the session.
+A decode state allocates its buffers at the start and binds them to the session once: the token embedding, the logits,
+and the cache, whose input and output share an address. A step writes a few numbers and calls the session.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adalink.runtime.ort.session import GuardedSession, Signature
 
 
 class StaticCacheEngine:
-    """A base graph in one session. Rows lie at the left of its inputs, so that a cache has no gaps."""
+    """A base graph in one session. Rows are padded on the right, so that the cache has no gaps."""
 
     def __init__(self, session: GuardedSession, signature: Signature, embedder: InputEmbedder) -> None:
         self.embedder = embedder
@@ -42,8 +42,8 @@ class StaticCacheEngine:
             "position_ids": positions,
             **dict.fromkeys(signature.past, np.zeros((batch, heads, 0, head_dim), signature.dtype)),
         }
-        taken = {name: values[name] for name in (*signature.inputs, *signature.past)}
-        logits: Array = self._session.call(lambda session: session.run([signature.output], taken))[0]
+        inputs = {name: values[name] for name in (*signature.inputs, *signature.past)}
+        logits: Array = self._session.call(lambda session: session.run([signature.output], inputs))[0]
         if len(logits) == mask.size:
             return logits.reshape(*mask.shape, -1)
         result = np.zeros((*mask.shape, logits.shape[1]), logits.dtype)
@@ -52,31 +52,31 @@ class StaticCacheEngine:
 
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> StaticCacheDecodeState:
         """See ``adalink.runtime.engine.Engine``."""
-        decoding, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
-        decoding.read(embeds, positions)
-        return decoding
+        state, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
+        state.prefill(embeds, positions)
+        return state
 
     def resume(
         self, feeds: Mapping[str, Array], max_new_tokens: int, known: Sequence[Array | None]
     ) -> StaticCacheDecodeState:
         """See ``adalink.runtime.engine.ResumableEngine``."""
-        decoding, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
+        state, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
         if any(states is not None for states in known):
             for row, states in enumerate(known):
-                own = slice(row, row + 1), slice(lengths[row])
-                decoding.resume(row, embeds[own], positions[own], states)
+                row_tokens = slice(row, row + 1), slice(lengths[row])
+                state.resume(row, embeds[row_tokens], positions[row_tokens], states)
         else:
-            decoding.read(embeds, positions)
-        return decoding
+            state.prefill(embeds, positions)
+        return state
 
     def _allocate(
         self, feeds: Mapping[str, Array], max_new_tokens: int
     ) -> tuple[StaticCacheDecodeState, Array, Array, Array]:
-        """A decoding with nothing read yet, the rows' embeddings and positions at the left, and their lengths."""
+        """A decode state before prefill, with left-aligned embeddings and position ids, and row lengths."""
         embeds, positions, lengths = _at_left(feeds)
         capacity = embeds.shape[1] + max_new_tokens
-        decoding = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
-        return decoding, embeds, positions, lengths
+        state = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
+        return state, embeds, positions, lengths
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.Engine``."""
@@ -84,56 +84,56 @@ class StaticCacheEngine:
 
 
 class StaticCacheDecodeState:
-    """See ``adalink.runtime.engine.DecodeState``. The first rows of its buffers are alive; dropped ones lie behind."""
+    """See ``adalink.runtime.engine.DecodeState``. Active rows come first in its buffers, dropped rows last."""
 
     def __init__(
         self, session: GuardedSession, signature: Signature, lengths: Array, following: Array, capacity: int
     ) -> None:
-        """Allocate everything.
+        """Allocate all buffers.
 
         Args:
             session: the graph's session.
-            signature: what the graph takes.
+            signature: the graph's signature.
             lengths: tokens of each row's prompt, int32 with shape ``(batch,)``.
             following: position ids of the tokens that follow, int64 with shape ``(batch, 1)`` or ``(batch, 1, axes)``.
-            capacity: most tokens that a row may have in the end.
+            capacity: most tokens of a row, prompt and generated tokens together.
         """
         batch = len(lengths)
         heads, head_dim = signature.cache_shape
         self._session = session
         self._signature = signature
         self._lengths = lengths
-        # Places behind a row's length are never read, so they need no value.
+        # Positions beyond a row's length are never read and stay uninitialised.
         self._cache = np.empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
         self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
         self._logits_indices = np.arange(batch)
-        self._positions = following - 1  # a step counts on
+        self._positions = following - 1  # a step adds 1
         self._alive = batch
-        # Calls with their buffers bound: a step for as many rows as there are, an extension by as many tokens.
+        # Bound calls: a decode step for the current number of rows, and a verification for each number of tokens.
         self._step: _Bound | None = None
-        self._extensions: dict[int, _Bound] = {}
+        self._verifications: dict[int, _Bound] = {}
 
-    def read(self, inputs_embeds: Array, positions: Array) -> None:
-        """Run the prompts, shape ``(batch, longest, d)``, each row's tokens at its left."""
+    def prefill(self, inputs_embeds: Array, positions: Array) -> None:
+        """Prefill: run the prompts, shape ``(batch, longest, d)``, each row left-aligned."""
         batch, longest = inputs_embeds.shape[:2]
         last = self._logits_indices * longest + self._lengths - 1
         self._run(self._bind(slice(batch), inputs_embeds, positions, last, self._logits))
 
     def resume(self, row: int, inputs_embeds: Array, positions: Array, states: Array | None) -> None:
-        """Run the prompt of one row, shape ``(1, length, d)``, after the tokens whose states are known.
+        """Prefill one row, shape ``(1, length, d)``, after its cached states.
 
-        The operator takes several tokens after a cache for a single row only, so each row is a call.
+        With a filled cache, the operator takes several tokens of a single row only. So each row is one call.
         """
         known = 0
         if states is not None:
             known = states.shape[2]
             self._cache[:, row, :, :known] = states
-        rest, where = (np.ascontiguousarray(given[:, known:]) for given in (inputs_embeds, positions))
-        own = slice(row, row + 1)
-        self._run(self._bind(own, rest, where, np.array([rest.shape[1] - 1]), self._logits[own]))
+        rest, rest_positions = (np.ascontiguousarray(array[:, known:]) for array in (inputs_embeds, positions))
+        row_slice = slice(row, row + 1)
+        self._run(self._bind(row_slice, rest, rest_positions, np.array([rest.shape[1] - 1]), self._logits[row_slice]))
 
     def states(self, row: int, length: int) -> Array:
-        """See ``adalink.runtime.engine.ResumableDecoding``."""
+        """See ``adalink.runtime.engine.ResumableDecodeState``."""
         return self._cache[:, row, :, :length].copy()
 
     @property
@@ -153,14 +153,14 @@ class StaticCacheDecodeState:
         self._run(self._step)
 
     def verify(self, inputs_embeds: Array) -> Array:
-        """See ``adalink.runtime.engine.CheckingDecoding``."""
+        """See ``adalink.runtime.engine.SpeculativeDecodeState``."""
         count = inputs_embeds.shape[1]
-        bound = self._extensions.get(count)
+        bound = self._verifications.get(count)
         if bound is None:
             logits = np.empty((count, self._signature.vocab_size), self._signature.dtype)
             positions = np.repeat(self._positions[:1], count, axis=1)
             bound = self._bind(slice(1), np.empty_like(inputs_embeds), positions, np.arange(count), logits)
-            self._extensions[count] = bound
+            self._verifications[count] = bound
         bound.embeds[:] = inputs_embeds
         ahead = np.arange(1, count + 1).reshape(1, count, *[1] * (self._positions.ndim - 2))
         np.add(self._positions[:1], ahead, out=bound.positions)
@@ -170,12 +170,12 @@ class StaticCacheDecodeState:
         return bound.logits
 
     def rollback(self, count: int) -> None:
-        """See ``adalink.runtime.engine.CheckingDecoding``: places behind a row's length are never read."""
+        """See ``adalink.runtime.engine.SpeculativeDecodeState``: positions beyond a row's length are never read."""
         self._positions[0] -= count
         self._lengths[0] -= count
 
     def drop(self, row: int) -> None:
-        """See ``adalink.runtime.engine.DecodeState``; copies what the last row has cached."""
+        """See ``adalink.runtime.engine.DecodeState``; copies the last row's cache."""
         self._alive -= 1
         last = self._alive
         if row != last:
@@ -184,12 +184,12 @@ class StaticCacheDecodeState:
             self._cache[:, row, :, :length] = self._cache[:, last, :, :length]
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.DecodeState``; its memory goes with it."""
+        """See ``adalink.runtime.engine.DecodeState``; memory is freed with the object."""
 
     def _bind(
         self, rows: slice, inputs_embeds: Array, positions: Array, logits_indices: Array, logits: Array
     ) -> _Bound:
-        """A call that reads and writes the buffers of some rows; the logits at ``logits_indices`` of their tokens."""
+        """Bind a call to the buffers of ``rows``; it writes the logits at ``logits_indices`` of their tokens."""
         binding, value = self._session.call(lambda session: session.io_binding()), self._session.value
         buffers = {
             "inputs_embeds": inputs_embeds,
@@ -212,7 +212,7 @@ class StaticCacheDecodeState:
 
 @dataclass(frozen=True, eq=False)
 class _Bound:
-    """A call that has its buffers. It holds those that nobody else does: a binding of ONNX Runtime 1.23 does not."""
+    """A bound call. It keeps its buffers alive, which a binding of ONNX Runtime 1.23 does not."""
 
     binding: Any
     embeds: Array
@@ -222,7 +222,7 @@ class _Bound:
 
 
 def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    """Embeddings, position ids and lengths of rows, each row's tokens at its left."""
+    """Left-aligned embeddings and position ids, and row lengths."""
     mask = feeds["attention_mask"]
     embeds, lengths = move_left(feeds["inputs_embeds"], mask)
     if "position_ids" in feeds:

@@ -1,4 +1,4 @@
-"""The vision graph on ONNX Runtime's CPU provider: in front of every engine that has no plan of the tower."""
+"""Vision graph on ONNX Runtime's CPU provider, for every engine without a compiled vision tower."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OnnxVisionGraph:
 
         Args:
             path: the ONNX file.
-            base: what it must take and give.
+            base: the base, whose shapes the graph must have.
             threads: all physical cores by default.
 
         Raises:
@@ -55,18 +55,18 @@ class OnnxVisionGraph:
 
     def run(self, pixel_values: Array) -> Array:
         """See ``adalink.runtime.engine.VisionGraph``."""
-        given: Array = guard(
+        embeds: Array = guard(
             self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], {VISION_INPUT: pixel_values})
         )[0]
-        if given.shape[1:] != self._shape:
+        if embeds.shape[1:] != self._shape:
             raise GraphError(
-                f"{self._origin}: {VISION_OUTPUT} is {given.shape[1:]} an image, the manifest says {self._shape}: "
+                f"{self._origin}: {VISION_OUTPUT} is {embeds.shape[1:]} an image, the manifest says {self._shape}: "
                 "export the base again"
             )
-        return given
+        return embeds
 
     def close(self) -> None:
-        """See ``adalink.runtime.engine.VisionGraph``; its memory goes with it."""
+        """See ``adalink.runtime.engine.VisionGraph``; memory is freed with the object."""
 
 
 def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, ort.InferenceSession]:
@@ -80,7 +80,7 @@ def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, or
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    # Threads that wait by spinning would take the cores from the language model, which runs next.
+    # Spinning threads would take cores from the language model, which runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     origin = str(path)
     session = guard(

@@ -1,1 +1,1 @@
-"""Files on disk: adapters, manifests, tensors, digests."""
+"""Storage: adapters, manifests, tensors, digests and caches on disk."""

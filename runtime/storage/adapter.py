@@ -1,6 +1,6 @@
 """The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/concepts/file-formats.md).
 
-Training writes it, export reads it, and a deployment ships a copy beside each task graph. Weights are held as float32.
+Training writes it, export reads it, and a deployment has a copy beside each task graph. Weights are float32.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Weights = dict[str, npt.NDArray[np.float32]]
 
 
 class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
-    """What ``adapter_config.json`` holds: the settings of the method, and the base that they were trained for.
+    """Contents of ``adapter_config.json``: the settings of the method, and the base of the training.
 
     Attributes:
-        base_model_name_or_path: name of the base, for people; the fingerprint is what is checked.
+        base_model_name_or_path: display name of the base; only the fingerprint is checked.
         base_fingerprint: digest of the base's input embedding matrix.
         hidden_size: width ``d`` of the embeddings.
-        peft_type: always ``"ADALINK"``, for readers that know other methods.
+        peft_type: always ``"ADALINK"``; distinguishes it from PEFT's methods.
 
     Raises:
-        ConfigError: a setting is outside what the method allows, or the base is not described as the format demands.
+        ConfigError: a setting is out of range, or the description of the base is malformed.
     """
 
     base_model_name_or_path: str
@@ -87,11 +87,11 @@ def check_fingerprint(value: str) -> None:
 
 
 def weight_shapes(config: AdapterConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes that an adapter with this config must hold, all of them.
+    """Names and shapes of all tensors of an adapter with this config.
 
     Args:
-        config: the adapter's.
-        vocab_size: rows of its table of token ids, for ``input`` ``"ids"``.
+        config: the adapter's config.
+        vocab_size: rows of its token table, for ``input`` ``"ids"``.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if config.soft_tokens:
@@ -110,7 +110,7 @@ def weight_shapes(config: AdapterConfig, vocab_size: int = 0) -> dict[str, tuple
 
 
 def make_adapter(config: AdapterConfig, weights: Weights, origin: str = "adapter") -> Adapter:
-    """Check ``weights`` against ``config`` and give them their digest; raises ``AdapterError``."""
+    """Check ``weights`` against ``config`` and compute the digest; raises ``AdapterError``."""
     table = weights.get(TABLE_NAME)
     expected = weight_shapes(config, vocab_size=len(table) if table is not None and table.ndim else 0)
     if missing := sorted(expected.keys() - weights.keys()):
@@ -141,7 +141,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
-    """The two files of an adapter folder, the kit's own or PEFT's, undecoded; raises ``AdapterError``."""
+    """Bytes of the two files of an adapter folder, the kit's or PEFT's; raises ``AdapterError``."""
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -156,7 +156,7 @@ def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
 
 
 def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
-    """Tensors of ``adapter_model.safetensors`` as float32, views where they are; raises ``AdapterError``."""
+    """Tensors of ``adapter_model.safetensors`` as float32, views if stored so; raises ``AdapterError``."""
     try:
         return view_tensors(weights_bytes)
     except ValueError as error:
@@ -164,7 +164,7 @@ def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
 
 
 def read_method(config_bytes: bytes, origin: str) -> str:
-    """The method that ``adapter_config.json`` names as ``peft_type``; raises ``AdapterError``."""
+    """The ``peft_type`` of ``adapter_config.json``; raises ``AdapterError``."""
     try:
         return msgspec.json.decode(config_bytes, type=_MethodOnly).peft_type
     except NOT_JSON as error:
@@ -172,7 +172,7 @@ def read_method(config_bytes: bytes, origin: str) -> str:
 
 
 def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Adapter:
-    """Check an adapter given as its two files; its weights are views of the second. Raises ``AdapterError``."""
+    """Decode and check an adapter from its two files; weights are views of the second. Raises ``AdapterError``."""
     if (method := read_method(config_bytes, origin)) != "ADALINK":
         raise AdapterError(
             f"{origin}: peft_type is {method!r}, expected 'ADALINK': another method wrote it; 'adalink export adapter' "
@@ -186,9 +186,9 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
 
 
 def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
-    """Bytes of ``adapter_config.json`` and ``adapter_model.safetensors``; the same adapter gives the same bytes.
+    """Bytes of ``adapter_config.json`` and ``adapter_model.safetensors``; encoding is deterministic.
 
-    The tensors begin at a multiple of 64 bytes, so that in a map of the file they are aligned.
+    The tensors begin at a multiple of 64 bytes, so that they are aligned in a mapped file.
     """
     config = msgspec.json.format(_encode_config(adapter.config), indent=2) + b"\n"
     data = save_safetensors(dict(adapter.weights), metadata={"format": "pt"})
@@ -197,7 +197,7 @@ def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
 
 
 def _encode_config(config: AdapterConfig) -> bytes:
-    """The config as JSON; what came to the format later is left out where it says nothing, so that digests stay."""
+    """The config as JSON; later settings are omitted at their default, so that digests stay the same."""
     fields = msgspec.to_builtins(config)
     for name in settings_at_default(config):
         del fields[name]
@@ -205,7 +205,7 @@ def _encode_config(config: AdapterConfig) -> bytes:
 
 
 def _digest(config: AdapterConfig, weights: Weights) -> str:
-    """Digest of all that changes the arithmetic; the base's display name does not."""
+    """Digest of everything that changes the result; the base's display name is left out."""
     state = hashlib.sha256(_encode_config(msgspec.structs.replace(config, base_model_name_or_path="")))
     for name in sorted(weights):
         state.update(f"\0{name}\0".encode())

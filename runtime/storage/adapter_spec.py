@@ -1,8 +1,8 @@
-"""The settings of an adapter: declared, checked and told to others here alone.
+"""Adapter settings, declared and checked in one place.
 
 The config of an adapter folder, a task of a manifest and ``AdaLinkConfig`` inherit ``AdapterSpec``. The metadata of a
 task graph, ``adalink inspect`` and the parity checks read it. A new setting is one field with a default, and a rule in
-``find_fault`` if some values are not allowed.
+``find_fault`` if some values are invalid.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ import msgspec
 from adalink.runtime.errors import ConfigError
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# What the arithmetic of a task is called, whatever its weights: one bank graph each (docs/concepts/file-formats.md).
+# Activation and bias of an adapter; one shared adapter graph for each (docs/concepts/file-formats.md).
 ACTIVATION_KEYS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
 INPUTS = ("embeddings", "ids")
-# A soft prompt takes up positions of the model: far more of them than anybody trains would be a mistake.
+# A soft prompt occupies positions of the model; a longer one is taken for a mistake.
 MOST_SOFT_TOKENS = 4096
 
-# Width of the bottleneck: of every modality, or of each by its name.
+# Width of the bottleneck: one for all modalities, or one for each by name.
 Rank = int | dict[str, int]
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings that everything says of an adapter: its config, a manifest, a task graph's metadata, reports.
+    """Adapter settings that appear everywhere: config, manifest, task graph metadata, reports.
 
-    A setting without a default stands in every file. One with a default came to the formats later: where it is the
-    default, it is left out of ``adapter_config.json`` and of metadata, so that digests and graphs stay as they were.
+    A setting without a default is in every file. One with a default was added later: ``adapter_config.json`` and
+    metadata omit it at its default, so that older digests and graphs stay valid.
 
     Attributes:
-        rank: width ``r`` of the bottleneck, or of each modality's: ``{"text": 16, "image": 64}``; 0 for a soft prompt
-            alone.
+        rank: width ``r`` of the bottleneck, or one for each modality: ``{"text": 16, "image": 64}``; 0 for a soft
+            prompt alone.
         activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
-        modalities: names of the adapted modalities; each has its own weights.
-        soft_tokens: vectors of the soft prompt, which stand before the first token and go through no bottleneck.
-        input: what the bottleneck starts from: ``"embeddings"``, ``x + up(act(down(x)))``; or the token's ``"ids"``,
+        modalities: names of the adapted modalities; each has separate weights.
+        soft_tokens: length of the soft prompt, which is prepended to the sequence and skips the bottleneck.
+        input: input of the bottleneck: ``"embeddings"``, ``x + up(act(down(x)))``; or token ``"ids"``,
             ``x + up(table[id])``.
     """
 
@@ -51,13 +51,13 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
-    """All settings of the method, checked when made: those of ``AdapterSpec``, and what the manifest does not say.
+    """All settings of the method, validated on creation: ``AdapterSpec``, and those that the manifest omits.
 
     Attributes:
         bias: whether ``down`` and ``up`` carry a bias.
 
     Raises:
-        ConfigError: a setting is outside what the method allows.
+        ConfigError: a setting is out of range.
     """
 
     bias: bool
@@ -79,23 +79,23 @@ class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
 
     @property
     def activation_key(self) -> str:
-        """Which of ``ACTIVATION_KEYS`` computes this adapter."""
+        """The key among ``ACTIVATION_KEYS``: activation and bias."""
         return f"{self.activation}_bias" if self.bias else self.activation
 
 
 class Fault(NamedTuple):
-    """A setting outside what the method allows: its name, and the whole message."""
+    """An invalid setting: its name, and the full message."""
 
     field: str
     message: str
 
 
 def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | None:
-    """The first setting that the method does not allow.
+    """The first invalid setting, or ``None``.
 
     Args:
-        spec: what to look at.
-        hidden_size: width of the base's embeddings, which no rank exceeds.
+        spec: the settings.
+        hidden_size: width of the base's embeddings, the upper limit of ranks.
     """
     soft_tokens, rank, modalities = spec.soft_tokens, spec.rank, spec.modalities
     if not _is_whole(soft_tokens) or not 0 <= soft_tokens <= MOST_SOFT_TOKENS:
@@ -121,23 +121,23 @@ def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | Non
 
 
 def settings_of(spec: AdapterSpec, declared_in: type[AdapterSpec] = AdapterSpec) -> dict[str, Any]:
-    """The settings of ``spec`` by name, in their order, without what else its own class holds.
+    """The settings of ``spec`` by name, in order, without other fields of its class.
 
     Args:
         spec: a config, or a task of a manifest.
-        declared_in: ``AdapterSpec``, or ``MethodSpec`` for all that a config holds.
+        declared_in: ``AdapterSpec``, or ``MethodSpec`` for all settings of a config.
     """
     return {name: getattr(spec, name) for name in declared_in.__struct_fields__}
 
 
 def describe_settings(spec: AdapterSpec, declared_in: type[AdapterSpec] = AdapterSpec) -> dict[str, Any]:
-    """``settings_of`` ready for JSON."""
+    """``settings_of`` as JSON values."""
     settings: dict[str, Any] = msgspec.to_builtins(settings_of(spec, declared_in))
     return settings
 
 
 def settings_at_default(spec: AdapterSpec) -> set[str]:
-    """Names of the settings that say nothing, since they are what an adapter is without them."""
+    """Names of the settings at their default."""
     return {name for name, default in _DEFAULTS.items() if getattr(spec, name) == default}
 
 
@@ -147,14 +147,14 @@ def rank_of(rank: Rank, modality: str) -> int:
 
 
 def show_rank(rank: Rank) -> str:
-    """A rank for people and as ``adalink train`` takes it: ``16``, or ``text=16,image=64``."""
+    """A rank as text, as ``adalink train`` takes it: ``16``, or ``text=16,image=64``."""
     return show_setting(rank)
 
 
 def show_setting(value: object) -> str:
-    """A setting as one text: ``text=16,image=64`` for one by modality, ``text,image`` for several names."""
+    """A setting as text: ``text=16,image=64`` for one by modality, ``text,image`` for several names."""
     if isinstance(value, dict):
-        return ",".join(f"{name}={own}" for name, own in value.items())
+        return ",".join(f"{name}={item}" for name, item in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -165,7 +165,7 @@ def _is_whole(value: object) -> bool:
 def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], soft_tokens: int, hidden_size: int | None) -> str | None:
     ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
     least = 0 if soft_tokens and not isinstance(rank, dict) else 1
-    if any(not _is_whole(own) or own < least for own in ranks):
+    if any(not _is_whole(width) or width < least for width in ranks):
         hint = "" if soft_tokens else "; 0 is for adapters with a soft prompt"
         expected = f"a whole number of at least {least}" if hidden_size is None else f"{least} to {hidden_size}"
         return f"rank is {rank!r}, expected {expected}, or one for each modality{hint}"

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all: beside their place first, then renamed in.
+"""Atomic writes: a file is written under a temporary name, then renamed.
 
-For a folder of several files see ``adalink.export.writer`` and ``adalink.training.adapter_io``, which use the parts.
+For a folder of several files see ``adalink.export.writer`` and ``adalink.training.adapter_io``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def replace_file(
     durable: bool = False,
     private: bool = False,
 ) -> None:
-    """Write a file, or replace it, in one step: readers see the old one or the new one.
+    """Write or replace a file atomically: readers see the old file or the new one.
 
     Args:
-        path: the file; its folder exists.
+        path: the file; its folder must exist.
         data: the file's bytes.
-        repair: what to do where the disk refuses; it ends the message.
-        durable: flush the bytes before the rename, so that a power loss too leaves one of the two.
-        private: let nobody but the owner read or write the file.
+        repair: how to repair a refused write; the end of the message.
+        durable: flush before the rename, so that a power loss leaves the old file or the new one.
+        private: only the owner may read or write the file.
 
     Raises:
-        WriteError: the disk refused: full, read-only or without permission. The old file is as it was.
+        WriteError: the disk refused: full, read-only or without permission. The old file is unchanged.
     """
     draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
@@ -47,7 +47,7 @@ def replace_file(
 
 
 def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
-    """Write a file where it is, down to the disk if ``durable``; raises ``OSError``."""
+    """Write a file directly, flushed to the disk if ``durable``; raises ``OSError``."""
     with path.open("wb") as stream:
         stream.write(data)
         if durable:
@@ -56,7 +56,7 @@ def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk; raises ``OSError``."""
+    """Flush a file, or a folder's entries, to the disk; raises ``OSError``."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

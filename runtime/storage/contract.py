@@ -1,4 +1,4 @@
-"""Whether an adapter can act on a base: one check for a deployment, an export and a model in PyTorch."""
+"""Compatibility of adapter and base: one check for deployments, export and PyTorch models."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from adalink.runtime.storage.safetensors import as_float32, as_stored
 
 
 class AdapterBase(Protocol):
-    """What an adapter is checked against: ``$.base`` of a manifest, or a model that is open for training."""
+    """The base in a compatibility check: ``$.base`` of a manifest, or a model in training."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Display name."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Digest of its input embedding matrix."""
+        """Digest of the input embedding matrix."""
         ...
 
     @property
     def hidden_size(self) -> int:
-        """Width ``d`` of its embeddings."""
+        """Width ``d`` of the embeddings."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that it knows."""
+        """Size of the vocabulary."""
         ...
 
     @property
     def embedding_dtype(self) -> str:
-        """What it takes embeddings in."""
+        """Dtype of the input embeddings."""
         ...
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence it was made for; ``None`` without a limit."""
+        """The longest sequence; ``None`` without a limit."""
         ...
 
     @property
     def modalities(self) -> tuple[str, ...] | None:
-        """Modalities that it was exported for; ``None`` if any name will do."""
+        """Modalities of the base; ``None`` if any name is allowed."""
         ...
 
     @property
     def takes_soft_prompts(self) -> bool:
-        """Whether positions can stand before the text."""
+        """Whether soft prompts can be prepended."""
         ...
 
 
@@ -63,17 +63,17 @@ def check_adapter(
     holder: str | None = None,
     repair: str = "train it for this base, or use it with its own",
 ) -> None:
-    """Check that an adapter was made for a base and that the base can take it.
+    """Check that an adapter belongs to a base and that the base supports it.
 
     Args:
         adapter: a checked adapter.
-        base: what it is to act on.
-        origin: what to call the adapter in errors.
-        holder: what holds the base, for errors, such as ``"deployment ./out"``.
-        repair: what helps if it belongs to another base.
+        base: the base.
+        origin: the adapter's name in errors.
+        holder: the container of the base, for errors, such as ``"deployment ./out"``.
+        repair: how to repair an adapter of another base.
 
     Raises:
-        ContractError: they do not belong together; the message names both sides.
+        ContractError: they do not match; the message names both.
     """
     config = adapter.config
     what = base.name if holder is None else f"{base.name} of {holder}"
@@ -102,7 +102,7 @@ def _check_soft_prompt(adapter: Adapter, base: AdapterBase, origin: str, what: s
         return
     if not base.takes_soft_prompts:
         raise ContractError(
-            f"{origin} has a soft prompt, and positions of {what} follow the grid of a picture, before which none "
+            f"{origin} has a soft prompt, and positions of {what} follow the grid of an image, before which none "
             "can stand: use an adapter without a soft prompt"
         )
     if base.max_positions is not None and len(vectors) >= base.max_positions:

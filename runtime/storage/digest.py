@@ -27,12 +27,12 @@ def digest_file(path: Path) -> str:
 
 
 def cache_key(text: str) -> int:
-    """A number for what stands in a prompt and is no token: below 0, so that no token has it, and within int64."""
+    """Cache key of a prompt position that is not a token: a negative int64, which differs from all token ids."""
     return -1 - (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
 
 def fingerprint_embeddings(weight: npt.NDArray[np.floating]) -> str:
-    """Fingerprint of a base model: which model an adapter belongs to.
+    """Fingerprint of a base model, which ties an adapter to its model.
 
     SHA-256 of the ASCII text ``"{V},{d};"`` followed by the raw input embedding matrix as row-major little-endian
     float32 (docs/concepts/file-formats.md).

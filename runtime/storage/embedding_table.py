@@ -1,4 +1,4 @@
-"""The embedding table: what the model's embedding module returns for each token id, read from disk as needed."""
+"""Embedding table: the output of the model's embedding module for each token id, mapped from disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def open_table(path: Path, base: Base) -> Array:
 
     Args:
         path: a safetensors file with the one tensor ``embeddings``.
-        base: the contract its shape and dtype must match.
+        base: the contract, with the table's shape and dtype.
 
     Returns:
-        Array with shape ``(vocab, d)``; bfloat16 is given as its bits, uint16.
+        Array with shape ``(vocab, d)``; bfloat16 is returned as its bits, uint16.
 
     Raises:
         IntegrityError: the file is not that table.
@@ -33,7 +33,7 @@ def open_table(path: Path, base: Base) -> Array:
 
 
 def view_table(data: Bytes, base: Base) -> Array:
-    """The table in a file's bytes, as ``open_table`` gives it; raises ``ValueError`` if it is another."""
+    """The table in a file's bytes, as ``open_table`` returns it; raises ``ValueError`` if it does not match."""
     shape, dtype = (base.vocab_size, base.hidden_size), STORED[base.embedding_dtype]
     expected = f"expected one tensor {TENSOR_NAME!r} of {base.embedding_dtype} with shape {shape}"
     try:
@@ -42,6 +42,6 @@ def view_table(data: Bytes, base: Base) -> Array:
         raise ValueError(f"{expected}; {error}") from error
     table = tensors.get(TENSOR_NAME)
     if len(tensors) != 1 or table is None or table.shape != shape or table.dtype != dtype:
-        found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
-        raise ValueError(f"{expected}; it holds {', '.join(found) or 'none'}")
+        contents = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
+        raise ValueError(f"{expected}; it holds {', '.join(contents) or 'none'}")
     return table

@@ -1,4 +1,4 @@
-"""Checking a deployment's files against its manifest before a byte of them is used."""
+"""Integrity: a deployment's files are verified against its manifest before use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def locate(folder: Path, relative: str) -> Path:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the system says of a file that cannot be read into ``IntegrityError``."""
+    """Convert read errors into ``IntegrityError``."""
     try:
         yield
     except OSError as error:
@@ -48,12 +48,12 @@ def verify_files(
     paths: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Compare files with their recorded size and SHA-256.
+    """Verify files against their recorded size and SHA-256.
 
     Args:
         folder: the deployment.
         manifest: its manifest.
-        paths: which files; all that the manifest lists by default.
+        paths: the files; by default all files of the manifest.
         progress: called with each path before it is read.
 
     Raises:
@@ -69,7 +69,7 @@ def verify_files(
 
 
 def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
-    """Read one file, checking the very bytes that are returned; raises ``IntegrityError``."""
+    """Read one file and verify the returned bytes; raises ``IntegrityError``."""
     path = locate(folder, relative)
     with reading(path):
         check_size(manifest, relative, path.stat().st_size)
@@ -79,7 +79,7 @@ def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
 
 
 def map_verified(folder: Path, manifest: Manifest, relative: str) -> Bytes:
-    """Map one file into memory, checking the very bytes that are returned; raises ``IntegrityError``."""
+    """Map one file into memory and verify the mapped bytes; raises ``IntegrityError``."""
     path = locate(folder, relative)
     with reading(path):
         data = map_file(path)

@@ -1,4 +1,4 @@
-"""JSON-lines files: one JSON value a line, each with its line number for messages."""
+"""JSON-lines files: one JSON value a line, with line numbers for messages."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ T = TypeVar("T")
 
 
 def read_jsonl(path: Path, expected: str, decode: Callable[[str], T]) -> Iterator[tuple[int, T]]:
-    """Rows of a JSON-lines file, in order; empty lines are skipped, and a byte order mark is no part of the first.
+    """Rows of a JSON-lines file, in order; empty lines and a byte order mark are skipped.
 
-    Lines end at line feeds alone: other separators of Unicode may stand inside a JSON text.
+    Only a line feed ends a line: JSON texts may contain other Unicode separators.
 
     Args:
         path: the file, in UTF-8.
-        expected: what a line holds, such as ``'{"prompt": "..."}'``, for messages.
-        decode: makes a row of a line, and raises what ``json.loads`` or ``msgspec`` does, such as either of them.
+        expected: form of a line, such as ``'{"prompt": "..."}'``, for messages.
+        decode: decodes a line into a row; raises as ``json.loads`` or ``msgspec`` does.
 
     Yields:
-        The number of a line, from 1, and its row.
+        Line number, from 1, and row.
 
     Raises:
-        DataError: the file cannot be read or holds no row, or a line is not such a row; the message names it.
+        DataError: the file cannot be read or has no rows, or a line has another form; the message names it.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -1,4 +1,4 @@
-"""Values in the order of their last use, within a budget: the one such table of the kit."""
+"""LRU table: values by key within a size budget; the least recently used are evicted first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ V = TypeVar("V")
 
 
 class Held(Generic[V]):
-    """A value in a table, its size, and when it was last used, by the table's clock."""
+    """A value, its size, and the time of its last use by the table's clock."""
 
     __slots__ = ("last_used", "size", "value")
 
@@ -22,17 +22,17 @@ class Held(Generic[V]):
 
 
 class LruTable(Generic[K, V]):
-    """Values by key; beyond the budget the least recently used go first.
+    """Values by key; beyond the budget, the least recently used are evicted first.
 
-    A use writes a number and moves nothing, which would touch three cold cache lines; the keys are sorted by it once
-    in a while, when one has to go. So threads may use values without a lock, while one at a time, which holds its
-    owner's lock, puts and lets go.
+    A use writes one number. Moving list nodes instead would touch three cold cache lines. Keys are sorted by last use
+    only when an eviction needs it. Threads may therefore read without a lock; ``put``, ``pop`` and ``evict`` need the
+    owner's lock.
 
     Attributes:
-        entries: the values with their last use. Where even the call of ``get`` costs too much, a reader does its work:
-            ``held.last_used = next(table.clock)``.
+        entries: the values with their last use. The fastest readers skip ``get`` and set
+            ``held.last_used = next(table.clock)`` themselves.
         clock: counts uses.
-        size: what the values amount to.
+        size: total size of the values.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class LruTable(Generic[K, V]):
         """Make an empty table.
 
         Args:
-            budget: how large its values may be together; ``None`` for no limit.
-            on_drop: called with each value that is let go, except by ``clear``.
+            budget: limit of the total size; ``None`` for no limit.
+            on_drop: called with each value that is removed, except by ``clear``.
         """
         self._entries: dict[K, Held[V]] = {}
         self._budget = budget
         self._on_drop = on_drop
-        # Keys with their last use when they were sorted, the latest first.
+        # Keys with their last use at the time of sorting, the latest first.
         self._by_age: list[tuple[int, K]] = []
         self.entries: Mapping[K, Held[V]] = self._entries
         self.clock: Iterator[int] = itertools.count(1)
@@ -62,9 +62,9 @@ class LruTable(Generic[K, V]):
         return held.value
 
     def put(self, key: K, value: V, size: int = 1) -> Held[V]:
-        """Hold a value as the most recently used, in place of the key's old one, and let go of others to make room.
+        """Store a value as the most recently used, replacing the key's old one, and evict others beyond the budget.
 
-        One that is larger than the whole budget is held alone.
+        A value larger than the budget is stored alone.
         """
         self.pop(key)
         while self._budget is not None and self._entries and self.size + size > self._budget:
@@ -74,7 +74,7 @@ class LruTable(Generic[K, V]):
         return held
 
     def pop(self, key: K) -> V | None:
-        """Let go of a key's value; ``None`` if there is none."""
+        """Remove and return a key's value; ``None`` if there is none."""
         held = self._entries.pop(key, None)
         if held is None:
             return None
@@ -83,24 +83,24 @@ class LruTable(Generic[K, V]):
         return held.value
 
     def evict(self, in_use: Container[K] = ()) -> V | None:
-        """Let go of the least recently used value whose key is not ``in_use``; ``None`` if there is none."""
+        """Evict the least recently used value whose key is not ``in_use``; ``None`` if there is none."""
         for is_sorted_anew in (False, True):
             if is_sorted_anew:
                 ages = [(held.last_used, key) for key, held in self._entries.items()]
                 self._by_age = sorted(ages, key=lambda age: age[0], reverse=True)
-            # Whoever was not used since the sorting is older than all others.
-            for place in range(len(self._by_age) - 1, -1, -1):
-                last_used, key = self._by_age[place]
+            # Entries unused since the sorting are older than all others.
+            for index in range(len(self._by_age) - 1, -1, -1):
+                last_used, key = self._by_age[index]
                 held = self._entries.get(key)
                 if held is None or held.last_used != last_used:
-                    del self._by_age[place]
+                    del self._by_age[index]
                 elif key not in in_use:
-                    del self._by_age[place]
+                    del self._by_age[index]
                     return self.pop(key)
         return None
 
     def clear(self) -> None:
-        """Let go of all values."""
+        """Remove all values."""
         self._entries.clear()
         self._by_age.clear()
         self.size = 0

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a deployment holds, each file with digest and size (docs/concepts/file-formats.md)."""
+"""Manifest of a deployment: base, variants, tasks, and digests of all files (docs/concepts/file-formats.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEMA_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16")
 FOLDS = ("table", "rank")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
-# A vision tower's own working memory grows with the pixels of a call, and a call with more of them is hardly faster.
+# A vision tower's working memory grows with the pixels of a call, and larger calls are hardly faster.
 _PIXELS_AT_ONCE = 512 * 512
 
 
@@ -39,25 +39,25 @@ class Cache(_Strict, frozen=True, kw_only=True):
     def names(self) -> Iterator[tuple[str, str]]:
         """Names of each tensor as an input and as an output of a base graph, in their order."""
         for layer in range(self.layers):
-            for part in ("key", "value"):
-                yield f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+            for tensor in ("key", "value"):
+                yield f"past_key_values.{layer}.{tensor}", f"present.{layer}.{tensor}"
 
 
 class Vision(_Strict, frozen=True, kw_only=True):
-    """The image side of a base: its own vision tower and projector, in front of the same engine.
+    """Vision section of a base: vision tower and projector before the engine.
 
     Attributes:
         architecture: Hugging Face ``model_type`` of the whole model.
         graph: path of the graph from ``pixel_values`` to ``image_embeds``, float32 whatever the base's dtype.
         files: the graph and its external data.
-        preprocessor: path of the steps from a picture to ``pixel_values`` (`adalink.runtime.vision.preprocess`).
-        image_size: height and width of ``pixel_values``: of an image, or of a tile of one; of the piece of an image
-            that becomes one position, where images keep their shape.
-        image_token_id: token that stands for an image in a prompt.
-        tokens_per_image: positions that an image takes up; where images are cut into tiles or pieces, one of those.
-        tiles: tokens around the tiles of an image; ``None`` for a base whose images are one tile without such tokens.
-        prompt_form: how texts of prompts are written, with images and without; ``None`` for as they are.
-        patches: how the tower looks at images that keep their shape; the language model's positions follow their grid
+        preprocessor: path of the preprocessing steps (`adalink.runtime.vision.preprocess`).
+        image_size: height and width of an image, or of a tile, in ``pixel_values``; where images keep their shape, of
+            the piece that becomes one position.
+        image_token_id: the image placeholder token.
+        tokens_per_image: positions of an image; where images are cut, of a tile or piece.
+        tiles: tokens around the tiles of an image; ``None`` if there are none.
+        prompt_form: format of prompts, with images and without; ``None`` if prompts are used unchanged.
+        patches: patch layout of images that keep their shape; the language model's positions follow their grid
             (`adalink.runtime.vision.mrope`). ``None`` for a base whose images or tiles have one size.
     """
 
@@ -74,54 +74,54 @@ class Vision(_Strict, frozen=True, kw_only=True):
 
     @property
     def all_files(self) -> tuple[str, ...]:
-        """Paths of everything that belongs to it."""
+        """Paths of all its files."""
         return (*self.files, self.preprocessor)
 
     @property
     def images_at_once(self) -> int:
-        """Images, or tiles of them, that the vision tower is given in one call, unless its plan says otherwise."""
+        """Most images, or tiles of them, in a call of the vision tower, unless its plan sets another limit."""
         height, width = self.image_size
         return max(1, _PIXELS_AT_ONCE // (height * width))
 
     def positions(self, grid: Grid) -> int:
-        """Positions with a placeholder that an image takes up."""
-        parts = tiles_of(grid) if self.patches is None else grid[0] * grid[1]
-        return parts * self.tokens_per_image
+        """Number of image positions, each with a placeholder."""
+        count = tiles_of(grid) if self.patches is None else grid[0] * grid[1]
+        return count * self.tokens_per_image
 
-    def written(self, grid: Grid) -> list[int]:
-        """What an image becomes in a prompt, in place of the one placeholder that people write."""
+    def image_tokens(self, grid: Grid) -> list[int]:
+        """Tokens that replace the single placeholder of an image in a prompt."""
         if self.tiles is None:
             return [self.image_token_id] * self.positions(grid)
         return self.tiles.around([self.image_token_id] * self.tokens_per_image, grid)
 
 
 class Base(_Strict, frozen=True, kw_only=True):
-    """The base contract: what a task must match, and what the runtime needs to know of the model.
+    """Base contract: what a task must match, and what the runtime needs to know about the model.
 
     Attributes:
-        name: name of the model, for people.
-        architecture: Hugging Face ``model_type``; of a model that takes images, that of its language model.
+        name: display name of the model.
+        architecture: Hugging Face ``model_type``; for a vision model, its language model's.
         kind: one of ``BASE_KINDS``.
         fingerprint: digest of the input embedding matrix.
-        weights_digest: digest of all weights (`adalink.training.models.loading.weights_digest`), of a model that takes
-            images with those of its tower; empty where an older kit wrote the deployment.
+        weights_digest: digest of all weights (`adalink.training.models.loading.weights_digest`), vision tower included;
+            empty in deployments of older kits.
         vocab_size: rows of the embedding table.
         hidden_size: width of the embeddings.
         embedding_dtype: dtype of the table and of ``inputs_embeds``; one of ``DTYPES``.
         modalities: modalities that the base takes.
-        max_positions: longest sequence the model was made for; ``None`` when it has no limit of its own.
+        max_positions: longest sequence of the model; ``None`` without a limit.
         cache: shape of the KV cache; ``None`` for an encoder.
         eos_token_ids: tokens that end a generation.
         pad_token_id: token that fills shorter rows.
         bos_token_id: token that begins a text, for chat templates that write it.
         decoder_start_token_id: first decoder token of an encoder-decoder.
-        embeddings: path of the table (safetensors, one tensor ``embeddings`` with shape ``(vocab, d)``): what the
-            embedding module returns for each id.
+        embeddings: path of the table (safetensors, one tensor ``embeddings`` with shape ``(vocab, d)``): the output of
+            the embedding module for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
-        bank: path of the bank graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
-        vision: what images go through; ``None`` for a base of text alone.
-        bidirectional_prompt: whether every position of a prompt sees all of it, and only what is generated is causal.
+        bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
+        vision: the vision section; ``None`` for a text-only base.
+        bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
     """
 
     name: str
@@ -148,20 +148,20 @@ class Base(_Strict, frozen=True, kw_only=True):
 
     @property
     def takes_soft_prompts(self) -> bool:
-        """Whether positions can stand before the text: not where they follow the grid of a picture."""
+        """Whether soft prompts can be prepended; not where positions follow the image grid."""
         return self.vision is None or self.vision.patches is None
 
 
 class Quantization(_Strict, frozen=True, kw_only=True):
-    """How a variant's constant matrices are stored: blocks of integers with a scale and a zero point each.
+    """Quantisation of a variant's constant matrices: blocks of integers, each with scale and zero point.
 
     Attributes:
-        algorithm: how they were chosen.
+        algorithm: quantisation algorithm.
         bits: bits of a weight.
         block_size: weights of a block, consecutive along the input.
-        sensitive_bits: bits of a weight of the matrices whose rounding costs most (docs/decisions/0007).
-        sensitive_block_size: weights of a block of those.
-        activation_bits: bits that the inputs of these matrices are rounded to while the engine runs.
+        sensitive_bits: bits of a weight in the matrices most sensitive to rounding (docs/decisions/0007).
+        sensitive_block_size: weights of a block in those matrices.
+        activation_bits: bits of the matrices' inputs at run time.
     """
 
     algorithm: str
@@ -173,13 +173,13 @@ class Quantization(_Strict, frozen=True, kw_only=True):
 
 
 class Variant(_Strict, frozen=True, kw_only=True):
-    """One form of the base: an ONNX graph, or a compiled engine.
+    """Base variant: an ONNX graph, or a compiled engine.
 
     Attributes:
-        target: what it was exported for (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``); of a compiled
-            engine, its backend.
-        quantization: how its matrices are quantised; ``None`` when they are stored as they are.
-        backends: runtime backends it serves.
+        target: export target (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``); for a compiled engine, its
+            backend.
+        quantization: its quantisation; ``None`` if it is not quantised.
+        backends: runtime backends that can run it.
         graph: path of the graph, or of the engine's plan; for an encoder-decoder, of its encoder.
         decoder_graph: path of the decoder of an encoder-decoder.
         vision_graph: path of a compiled engine's plan of the vision tower; without it the base's own graph runs.
@@ -201,7 +201,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
 
 
 class Fold(_Strict, frozen=True, kw_only=True):
-    """A text task computed ahead for every token of the vocabulary (docs/concepts/file-formats.md).
+    """Folded text task, precomputed for every token of the vocabulary (docs/concepts/file-formats.md).
 
     Attributes:
         kind: ``"table"``: the adapted embeddings; ``"rank"``: ``act(down(x))`` of each token.
@@ -213,14 +213,14 @@ class Fold(_Strict, frozen=True, kw_only=True):
 
 
 class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One deployed adapter: its settings, and its files.
+    """Deployed task: settings and files of its adapter.
 
     Attributes:
         graph: path of the task graph.
         config: path of its ``adapter_config.json``.
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.storage.adapter.Adapter.digest`).
-        fold: the task computed ahead, if it was exported so.
+        fold: the folded task, if it was exported with one.
     """
 
     graph: str
@@ -232,15 +232,15 @@ class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of the task's files."""
-        own = (self.graph, self.config, self.weights)
-        return own if self.fold is None else (*own, self.fold.path)
+        paths = (self.graph, self.config, self.weights)
+        return paths if self.fold is None else (*paths, self.fold.path)
 
 
 class Manifest(_Strict, frozen=True, kw_only=True):
     """The whole manifest; paths are relative to the deployment, with forward slashes.
 
-    ``digest`` is of the manifest itself, encoded with that field empty: no byte of it can change unnoticed. Only
-    ``encode_manifest`` fills it in.
+    ``digest`` is the digest of the manifest, encoded with that field empty: every changed byte is detected. Only
+    ``encode_manifest`` sets it.
     """
 
     schema_version: int
@@ -252,7 +252,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     digest: str = ""
 
     def paths_in_use(self) -> set[str]:
-        """Paths that the base, a variant or a task refers to."""
+        """Paths that the base, a variant or a task uses."""
         single = (self.base.embeddings, self.base.tokenizer, self.base.chat_template)
         vision = self.base.vision.all_files if self.base.vision else ()
         base = {path for path in (*single, *self.base.bank.values(), *vision) if path}
@@ -261,5 +261,5 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         return base | variants | tasks
 
     def size_bytes(self, paths: Iterable[str]) -> int:
-        """Size of some of the files together."""
+        """Total size of the files at ``paths``."""
         return sum(self.files[path].size_bytes for path in paths)

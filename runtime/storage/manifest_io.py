@@ -1,4 +1,4 @@
-"""``manifest.json`` as bytes: encoded with its own digest, decoded and checked."""
+"""Reading and writing ``manifest.json``: encoded with its digest, decoded and validated."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, Mani
 from adalink.runtime.storage.manifest_validation import check_manifest
 
 _MAX_MANIFEST_BYTES = 64 << 20
-# The digest's line as the indented encoding has it; only fields of the top level are indented by two.
+# The digest's line in the indented encoding; only top-level fields are indented by two.
 _NO_DIGEST = b'\n  "digest": ""'
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Check ``manifest``, give it its digest and encode it; raises ``ManifestError``."""
+    """Validate and encode ``manifest`` with its digest; raises ``ManifestError``."""
     check_manifest(manifest)
     data = _canonical(msgspec.structs.replace(manifest, digest=""))
     return data.replace(_NO_DIGEST, _NO_DIGEST[:-1] + digest_bytes(data).encode() + b'"', 1)
 
 
 def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
-    """Decode and check a manifest; raises ``ManifestError`` with the path of the wrong field."""
+    """Decode and validate a manifest; raises ``ManifestError`` with the path of the wrong field."""
     if len(data) > _MAX_MANIFEST_BYTES:
         raise ManifestError(f"{origin} has {len(data)} bytes, expected at most {_MAX_MANIFEST_BYTES}: not a manifest")
     try:
@@ -84,9 +84,9 @@ class _VersionOnly(msgspec.Struct):
 
 
 def _manifest_error(origin: str, error: Exception) -> ManifestError:
-    """Turn msgspec's error into ours, with the path of the wrong field."""
-    found = re.search(r"`(\$[^`]*)`$", str(error))
-    field = found.group(1) if found else "$"
+    """Convert msgspec's error, with the path of the wrong field."""
+    field_path = re.search(r"`(\$[^`]*)`$", str(error))
+    field = field_path.group(1) if field_path else "$"
     missing = re.search(r"missing required field `([^`]+)`", str(error))
     if missing:
         field = f"{field}.{missing.group(1)}"

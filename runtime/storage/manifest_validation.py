@@ -1,4 +1,4 @@
-"""What a manifest must say beyond the types of its fields."""
+"""Manifest validation beyond the types of fields."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_task_name(name: str, what: str = "task") -> None:
 
 
 def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
-    """Check what types alone cannot say; raises ``ManifestError`` with the path of the wrong field."""
+    """Validate a manifest's values; raises ``ManifestError`` with the path of the wrong field."""
 
     def demand(holds: bool, field: str, received: object, expected: str) -> None:
         if not holds:
@@ -78,7 +78,7 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             field = f"$.tasks[{name!r}].{fault.field}"
             raise ManifestError(f"{origin}: {field}: {fault.message}", field=field)
     for path, record in manifest.files.items():
-        # Thousands of tasks have three files each: only a wrong one is worth a description.
+        # Fast path: thousands of tasks have three files each, and only a wrong one needs a description.
         if not (_PATH.fullmatch(path) and 0 <= record.size_bytes <= 1 << 42 and _DIGEST.fullmatch(record.sha256)):
             field = f"$.files[{path!r}]"
             demand(bool(_PATH.fullmatch(path)), field, path, "a relative path inside the deployment, without '..'")
@@ -95,17 +95,17 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
     )
     demand(vision.graph in vision.files, "$.base.vision.files", vision.files, f"a list with {vision.graph}")
     token, tokens = vision.image_token_id, vision.tokens_per_image
-    is_own = 0 <= token < base.vocab_size and token != base.pad_token_id
-    demand(is_own, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
+    is_valid = 0 <= token < base.vocab_size and token != base.pad_token_id
+    demand(is_valid, "$.base.vision.image_token_id", token, "an id in the vocabulary that is not padding")
     demand(1 <= tokens <= 1 << 16, "$.base.vision.tokens_per_image", tokens, f"1 to {1 << 16}")
     if vision.tiles is not None:
-        own = vision.tiles
-        cells = [cell for row in own.before_tile for cell in row]
-        is_square = all(len(row) == len(own.before_tile) for row in own.before_tile)
-        demand(is_square, "$.base.vision.tiles.before_tile", own.before_tile, "as many columns as rows")
-        for token in (token for part in (*cells, own.before_whole, own.before_only, own.end) for token in part):
-            is_own = 0 <= token < base.vocab_size and token != vision.image_token_id
-            demand(is_own, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
+        tiles = vision.tiles
+        cells = [cell for row in tiles.before_tile for cell in row]
+        is_square = all(len(row) == len(tiles.before_tile) for row in tiles.before_tile)
+        demand(is_square, "$.base.vision.tiles.before_tile", tiles.before_tile, "as many columns as rows")
+        for token in (token for ids in (*cells, tiles.before_whole, tiles.before_only, tiles.end) for token in ids):
+            is_valid = 0 <= token < base.vocab_size and token != vision.image_token_id
+            demand(is_valid, "$.base.vision.tiles", token, "ids in the vocabulary, none of them the placeholder")
     if vision.prompt_form is not None:
         image = vision.prompt_form.image
         demand(bool(image), "$.base.vision.prompt_form.image", image, "the text of the placeholder")
@@ -120,7 +120,7 @@ def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, objec
 
 
 def _check_task(name: str, task: Task, base: Base, demand: Callable[[bool, str, object, str], None]) -> Fault | None:
-    """Demand what a task must be, and find the first fault among its settings."""
+    """Validate a task; returns the first fault of its settings."""
     fold = None if task.fold is None else task.fold.kind
     if not (_TASK_NAME.fullmatch(name) and (fold is None or fold in FOLDS) and _DIGEST.fullmatch(task.adapter_digest)):
         field = f"$.tasks[{name!r}]"

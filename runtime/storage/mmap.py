@@ -1,7 +1,7 @@
-"""A file's bytes as aligned memory: mapped, so that the system may share and drop the pages, or read.
+"""Memory-mapped files: aligned, with pages that the system can share and reclaim.
 
-Python's own ``mmap`` keeps a file descriptor for each map (before 3.13), and so does ``numpy.memmap``: ten thousand
-tasks would use up the process's allowance. A map itself needs none, so here the system call is made directly.
+Python's ``mmap`` (before 3.13) and ``numpy.memmap`` keep a file descriptor open for each map. Ten thousand tasks would
+exceed the process's limit. This module calls ``mmap`` directly, which needs no open descriptor.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def map_file(path: Path) -> Bytes:
-    """Map a file into memory, read-only, for as long as an array refers to it.
+    """Map a file into memory, read-only, until no array refers to it.
 
-    The file must not be cut short meanwhile: reading beyond its end would end the process. A deployment's files are
-    only ever replaced by renaming. Where the system cannot map, the file is read. Raises ``OSError`` as opening does.
+    The file must not be truncated meanwhile: a read beyond its end would kill the process. A deployment's files are
+    replaced only by renaming. If the system cannot map the file, it is read. Raises ``OSError`` as opening does.
     """
     with path.open("rb", buffering=0) as stream:
         mapped = _map(stream.fileno(), os.fstat(stream.fileno()).st_size) if os.name == "posix" else None
@@ -37,13 +37,13 @@ def map_file(path: Path) -> Bytes:
 
 
 def read_file(path: Path) -> Bytes:
-    """Read a file into this process's own memory, aligned to 64 bytes; raises ``OSError`` as opening does."""
+    """Read a file into memory aligned to 64 bytes; raises ``OSError`` as opening does."""
     with path.open("rb", buffering=0) as stream:
         return _read(stream)
 
 
 class _Map:
-    """A mapped range: numpy keeps it as the base of every view, and it ends with the last of them."""
+    """A mapped range. It is the base of every numpy view and is unmapped with the last one."""
 
     def __init__(self, address: int, size_bytes: int, unmap: Callable[[int, int], int]) -> None:
         self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size_bytes,), "data": (address, True)}
@@ -61,7 +61,7 @@ def _map(descriptor: int, size_bytes: int) -> _Map | None:
 
 
 def _read(stream: BinaryIO) -> Bytes:
-    """Everything in ``stream``, even if it grows or shrinks meanwhile."""
+    """All bytes of ``stream``, even if the file grows or shrinks meanwhile."""
     data = stream.read()
     space = np.empty(len(data) + _ALIGNMENT_BYTES, np.uint8)
     start = -space.ctypes.data % _ALIGNMENT_BYTES

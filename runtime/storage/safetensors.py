@@ -1,4 +1,4 @@
-"""Safetensors files in memory: read without a copy, as views, and written so that these are aligned."""
+"""Safetensors: tensors as views of a file's bytes, without copies, and aligned files for writing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from adalink.runtime.storage.mmap import Bytes
 
 _ALIGNMENT_BYTES = 64
-# How numpy holds each embedding dtype; it has no bfloat16, whose bits are uint16.
+# numpy dtype of each embedding dtype; numpy has no bfloat16, so its bits are uint16.
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -25,7 +25,7 @@ def view_tensors(data: Bytes) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
-    """Tensors of a safetensors file by name, as views of ``data``; bfloat16 is given as its bits, uint16.
+    """Tensors of a safetensors file by name, as views of ``data``; bfloat16 is returned as its bits, uint16.
 
     Raises:
         ValueError: the file is truncated, or not a safetensors file of floating-point tensors.
@@ -55,7 +55,7 @@ def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
 
 
 def aligned_header(header: bytes) -> bytes:
-    """The beginning of a safetensors file: its header's length and its JSON, padded so that tensors are aligned."""
+    """Header of a safetensors file: its length and JSON, padded so that tensors are aligned."""
     padded = header + b" " * (-(8 + len(header)) % _ALIGNMENT_BYTES)
     return len(padded).to_bytes(8, "little") + padded
 

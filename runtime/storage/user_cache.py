@@ -1,4 +1,4 @@
-"""Files of the user's own that save time: losing one costs nothing else, and another user's is never believed."""
+"""Per-user cache files. They save time and can be deleted; files of other users are never trusted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from adalink.runtime.storage.atomic import replace_file
 
 
 def cache_path(folder: str, name: str) -> Path | None:
-    """Where such a file lies; ``None`` for a user who has no home.
+    """Path of a cache file; ``None`` for a user without a home folder.
 
     Args:
-        folder: what kind it is.
+        folder: the kind of cache.
         name: the file's name.
     """
     windows = sys.platform == "win32"
@@ -27,21 +27,21 @@ def cache_path(folder: str, name: str) -> Path | None:
     return Path(root, "adalink", folder, name)
 
 
-def read_own(path: Path) -> bytes | None:
-    """Its bytes; ``None`` if it is not there or might be another user's work."""
+def read_cache_file(path: Path) -> bytes | None:
+    """Bytes of a cache file; ``None`` if it is missing or another user could have written it."""
     try:
         with path.open("rb") as stream:
             if hasattr(os, "getuid"):
-                found = os.fstat(stream.fileno())
-                if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                status = os.fstat(stream.fileno())
+                if status.st_uid != os.getuid() or status.st_mode & 0o022:
                     return None
             return stream.read()
     except OSError:
         return None
 
 
-def write_own(path: Path, data: bytes | memoryview) -> None:
-    """Write it whole or not at all; a machine that cannot keep it goes without."""
+def write_cache_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a cache file atomically; errors are ignored."""
     with contextlib.suppress(OSError, WriteError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(path, data, private=True)

@@ -1,25 +1,24 @@
-"""Which form of the base an engine runs."""
+"""Choice of the base variant for a backend."""
 
 from __future__ import annotations
 
 from adalink.runtime.errors import BackendError
 from adalink.runtime.storage.manifest import Manifest
 
-# Backends that run a plan which was built ahead, not a graph.
+# Backends that run a compiled plan, not a graph.
 COMPILED_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
 def choose_variant(manifest: Manifest, backend: str, name: str | None = None) -> str:
     """Name of the variant that a backend runs.
 
-    Without a name it is one whose weights are stored as they are, made for this backend rather than merely usable by
-    it; so a quantised one is never the answer by accident where both lie side by side. Where all are quantised, it is
-    the one with the most bits.
+    The default is a variant that is not quantised, preferably exported for this backend. If all are quantised, it is
+    the one with the most bits. So a quantised variant is never chosen while an unquantised one exists.
 
     Args:
-        manifest: what the deployment holds.
-        backend: which engine.
-        name: the variant asked for.
+        manifest: the deployment's manifest.
+        backend: name of the backend.
+        name: the requested variant.
 
     Raises:
         BackendError: there is no such variant, or none for this backend.

@@ -1,9 +1,9 @@
-"""What this user has already checked: files whose digest need not be computed again until they change.
+"""Verification cache: files that this user has verified are not read again until they change.
 
-A file counts as unchanged while device, inode, size and both time stamps are those it had when it was read. The change
-time cannot be set back by the owner of a file, and a file that changed less than two seconds before it was read is
-never remembered, since a second change could leave the same stamp. What remains unseen is a disk that alters bytes by
-itself and a program that writes through an older memory map: a full check reads every byte.
+A file counts as unchanged while device, inode, size and both time stamps stay the same. The owner of a file cannot set
+back its change time. A file changed less than two seconds before it was read is not remembered, since a second change
+could leave the same stamp. Two changes go undetected: a disk that corrupts bytes, and writes through an older memory
+map. A full check reads every byte.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import check_size, locate, reading, verify_files
 from adalink.runtime.storage.manifest import Manifest
-from adalink.runtime.storage.user_cache import cache_path, read_own, write_own
+from adalink.runtime.storage.user_cache import cache_path, read_cache_file, write_cache_file
 
 _SETTLED_NS = 2_000_000_000
 
@@ -30,8 +30,8 @@ _LOG = get_logger(__name__)
 Stamp = tuple[int, int, int, int, int]
 
 
-class _Seen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file as it was when its digest was computed."""
+class _VerifiedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Digest and stamp of a verified file."""
 
     sha256: str
     stamp: Stamp
@@ -40,12 +40,12 @@ class _Seen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def verify_once(
     folder: Path, manifest: Manifest, paths: Iterable[str], progress: Callable[[str], None] | None = None
 ) -> None:
-    """Compare files with their recorded size and SHA-256, reading only those that are not known to be unchanged.
+    """Verify files against their recorded size and SHA-256; files verified before are read only after a change.
 
     Args:
         folder: the deployment.
         manifest: its manifest.
-        paths: which files.
+        paths: the files.
         progress: called with each path that is read.
 
     Raises:
@@ -53,38 +53,38 @@ def verify_once(
     """
     memory = _memory_file(folder)
     known = _recall(memory) if memory else {}
-    learnt: dict[str, _Seen] = {}
+    learnt: dict[str, _VerifiedFile] = {}
     for relative in paths:
         path = locate(folder, relative)
         stamp, expected = _stamp(path), manifest.files[relative].sha256
         check_size(manifest, relative, stamp[2])
-        if known.get(relative) == _Seen(expected, stamp):
+        if known.get(relative) == _VerifiedFile(expected, stamp):
             _LOG.debug("%s has not changed since its digest was checked: not read again", path)
             continue
         started = time.time_ns()
         verify_files(folder, manifest, [relative], progress)
         if _stamp(path) == stamp and max(stamp[3:]) < started - _SETTLED_NS:
-            learnt[relative] = _Seen(expected, stamp)
+            learnt[relative] = _VerifiedFile(expected, stamp)
     if learnt and memory:
-        write_own(memory, msgspec.json.encode({**known, **learnt}))
+        write_cache_file(memory, msgspec.json.encode({**known, **learnt}))
 
 
 def _stamp(path: Path) -> Stamp:
     with reading(path):
-        found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _memory_file(folder: Path) -> Path | None:
-    """One for each deployment, the user's own: who can alter a deployment need not be able to vouch for it."""
+    """Cache file of a deployment, in the user's folder, where others who can write the deployment cannot."""
     name = digest_bytes(os.fsencode(folder.resolve())).removeprefix("sha256:")[:32]
     return cache_path("verified", f"{name}.json")
 
 
-def _recall(memory: Path) -> dict[str, _Seen]:
-    """What was checked before; nothing if the file is not there, damaged, or might be another user's work."""
-    data = read_own(memory)
+def _recall(memory: Path) -> dict[str, _VerifiedFile]:
+    """Earlier verifications; none if the file is missing, damaged or not trusted."""
+    data = read_cache_file(memory)
     try:
-        return {} if data is None else msgspec.json.decode(data, type=dict[str, _Seen])
+        return {} if data is None else msgspec.json.decode(data, type=dict[str, _VerifiedFile])
     except NOT_JSON:
         return {}

@@ -1,4 +1,4 @@
-"""A base that is known to take images."""
+"""A base with a vision section."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class VisionBase:
 
     Attributes:
         contract: the base.
-        vision: its image side, which is ``contract.vision``.
+        vision: its vision section, ``contract.vision``.
     """
 
     contract: Base
@@ -22,7 +22,7 @@ class VisionBase:
 
 
 def vision_base(base: Base) -> VisionBase:
-    """The base with its image side; raises ``RequestError`` for a base of text alone."""
+    """The base with its vision section; raises ``RequestError`` for a text-only base."""
     if base.vision is None:
         raise RequestError(f"{base.name} was exported without a vision tower: it has no images to encode")
     return VisionBase(base, base.vision)

@@ -1,4 +1,4 @@
-"""The parts of the manifest's vision section: how images stand in prompts, and how a vision tower takes them."""
+"""Vision section of the manifest: prompt format, tile tokens and patch layout."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 
-# Names of a vision graph's input and of its output.
+# Input and output name of a vision graph.
 VISION_INPUT, VISION_OUTPUT = "pixel_values", "image_embeds"
 
-# Rows and columns; (0, 0) of an image that is one tile.
+# Rows and columns; (0, 0) for an image of one tile.
 Grid = tuple[int, int]
 
 _NONE = -1
 
 
 class PromptForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A prompt's images, then its text between two others, as transformers' ``PaliGemmaProcessor`` writes it.
+    """Prompt format of transformers' ``PaliGemmaProcessor``: images, then the text between a prefix and a suffix.
 
     Attributes:
         image: text of the placeholder.
-        before: what stands between images and text.
-        after: what stands behind the text.
+        before: prefix of the text, after the images.
+        after: suffix of the text.
     """
 
     image: str
     before: str
     after: str
 
-    def written(self, prompt: str, images: int) -> str:
-        r"""The whole text, to be tokenized without further special tokens.
+    def format(self, prompt: str, images: int) -> str:
+        r"""The formatted prompt, to be tokenized without further special tokens.
 
         Args:
-            prompt: what people write; where it has placeholders, images stand there instead of in front of it, and
-                its text begins behind the last.
-            images: how many images it has.
+            prompt: the caller's prompt. Placeholders in it stay where they are, and its text begins after the last one;
+                without any, placeholders are prepended.
+            images: its number of images.
 
-        >>> PromptForm(image="<image>", before="<bos>", after="\n").written("caption en", 1)
+        >>> PromptForm(image="<image>", before="<bos>", after="\n").format("caption en", 1)
         '<image><bos>caption en\n'
         """
         last = prompt.rfind(self.image)
@@ -50,13 +50,13 @@ class PromptForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class TileTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tokens around the placeholders of a picture's tiles, as the model's own processor writes them.
+    """Tokens around the placeholders of an image's tiles, as in the model's processor.
 
     Attributes:
-        before_tile: for each row and each column, those in front of that tile, with what ends the row before.
-        before_whole: those in front of the tile that shows the whole picture, behind others.
-        before_only: those in front of a picture's only tile.
-        end: those behind a picture.
+        before_tile: tokens before the tile at each row and column, including the end of the previous row.
+        before_whole: tokens before the tile of the whole image, which follows the others.
+        before_only: tokens before a single tile.
+        end: tokens after an image.
     """
 
     before_tile: tuple[tuple[tuple[int, ...], ...], ...]
@@ -65,40 +65,42 @@ class TileTokens(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     end: tuple[int, ...]
 
     def around(self, placeholders: list[int], grid: Grid) -> list[int]:
-        """What a picture becomes in a prompt; ``placeholders`` are those of one tile."""
+        """All tokens of an image in a prompt; ``placeholders`` are those of one tile."""
         if grid == (0, 0):
             return [*self.before_only, *placeholders, *self.end]
         rows, columns = grid
-        tiles = [token for row in self.before_tile[:rows] for own in row[:columns] for token in (*own, *placeholders)]
+        tiles = [
+            token for row in self.before_tile[:rows] for before in row[:columns] for token in (*before, *placeholders)
+        ]
         return [*tiles, *self.before_whole, *placeholders, *self.end]
 
 
 def tiles_of(grid: Grid) -> int:
-    """How many tiles a picture is, the whole one among them."""
+    """Number of tiles of an image, the whole image included."""
     return grid[0] * grid[1] + 1
 
 
 class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a vision tower looks at the patches of a picture.
+    """Patch layout of a vision tower.
 
     Attributes:
         merge: patches on an edge of a piece.
-        window: pieces on an edge of the windows that some layers attend within; ``None``: all layers attend to all.
+        window: pieces on an edge of an attention window, for towers with windowed layers; ``None`` without windows.
     """
 
     merge: int
     window: int | None
 
     def inputs(self, grid: Grid) -> dict[str, Array]:
-        """What a vision graph takes beside the patches of one picture.
+        """Inputs of a vision graph beside the patches of one image.
 
         Args:
             grid: its rows and columns of pieces.
 
         Returns:
             ``patch_positions``: row and column of each patch, int64 with shape ``(patches, 2)``. With windows also
-            ``window_patches``: the patches of each window, int64 with shape ``(windows, places)``, -1 where a window
-            reaches beyond the picture; and ``patch_places``: where each patch stands among all windows' places, int64
+            ``window_patches``: the patches of each window, int64 with shape ``(windows, slots)``, -1 where a window
+            extends beyond the image; and ``patch_places``: the slot of each patch among all windows' slots, int64
             with shape ``(patches,)``.
         """
         rows, columns = grid
@@ -109,9 +111,9 @@ class PatchTower(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             return {"patch_positions": positions}
         windows = self._windows(grid, self.window)
         flat = windows.ravel()
-        places = np.empty(len(positions), np.int64)
-        places[flat[flat != _NONE]] = np.flatnonzero(flat != _NONE)
-        return {"patch_positions": positions, "window_patches": windows, "patch_places": places}
+        window_slots = np.empty(len(positions), np.int64)
+        window_slots[flat[flat != _NONE]] = np.flatnonzero(flat != _NONE)
+        return {"patch_positions": positions, "window_patches": windows, "patch_places": window_slots}
 
     def _windows(self, grid: Grid, window: int) -> Array:
         rows, columns = grid

@@ -1,1 +1,1 @@
-"""Tasks: which are loaded, and which rows of a batch use which."""
+"""Tasks: registry, adapter mapping of a batch, soft prompts, folded tasks."""

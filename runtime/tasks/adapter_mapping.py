@@ -1,8 +1,8 @@
-"""Adapter mapping: which rows of a batch go through which adapter (docs/decisions/0006-bank.md).
+"""Adapter mapping: which rows of a batch use which adapter (docs/decisions/0006-bank.md).
 
-All adapters with one activation and bias share one graph that takes their weights as inputs. A batch under one task
-feeds it views of that task's own weights, of any rank. A mixed batch feeds it the weights of its rows, stacked. Rows of
-the base model go through no graph: they pass bit for bit.
+All adapters of one activation and bias share one graph, which takes their weights as inputs. A batch of one task passes
+views of that task's weights, of any rank. A mixed batch passes the stacked weights of its rows. Rows of the base model
+skip the graph: they are unchanged bit for bit.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from adalink.runtime.tasks.soft_prompt import SoftPrompt
 
 @dataclass(frozen=True, eq=False)
 class AdapterGroup:
-    """Rows of a batch whose positions of one modality go through one shared adapter graph in one call.
+    """Rows of a batch, and the positions of one modality in them, that one call of a shared adapter graph adapts.
 
     Attributes:
         rows: which rows of the batch, int64; ``None`` for all of them.
         modality: index in the base's modalities; 0 is text.
-        scope: ``"all"``, or ``"prompt"`` for rows whose generated tokens are left alone.
-        digest: of the adapter; of the first one where groups were stacked.
-        graph: the arithmetic.
-        weights: its inputs, one set for all rows or one for each of ``rows``.
+        scope: ``"all"``, or ``"prompt"`` where generated tokens are not adapted.
+        digest: the adapter's; of stacked groups, the first one's.
+        graph: the shared adapter graph.
+        weights: its weight inputs, one set for all rows or one for each of ``rows``.
     """
 
     rows: Array | None
@@ -42,13 +42,13 @@ class AdapterGroup:
 
 @dataclass(frozen=True, eq=False)
 class TokenEmbeddingDelta:
-    """Rows of a batch whose task adds to a token what it has for its id.
+    """Rows of a batch whose task adds a learned vector to each token embedding, looked up by token id.
 
     Attributes:
         rows: which rows of the batch, int64; ``None`` for all of them.
         scope: as in ``AdapterGroup``.
-        digest: of the adapter.
-        table: gives the embeddings with what is added.
+        digest: the adapter's.
+        table: gives embeddings with the delta added.
     """
 
     rows: Array | None
@@ -58,7 +58,7 @@ class TokenEmbeddingDelta:
 
 
 class AdapterMapping:
-    """The tasks of the rows of one batch: it ends with the weights it began with, whatever is added or removed."""
+    """The adapters of one batch, fixed for its lifetime: adding or removing tasks does not affect it."""
 
     __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights")
 
@@ -70,26 +70,26 @@ class AdapterMapping:
         deltas: Sequence[TokenEmbeddingDelta] = (),
         prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
     ) -> None:
-        """Say what rows go through.
+        """Define the mapping.
 
         Args:
-            groups: bottlenecks.
-            fold: all of it for text, computed ahead.
-            deltas: what is looked up by token id.
-            prompts: soft prompts, with the rows that begin with them; ``None`` for all.
+            groups: adapter groups.
+            fold: the task on text, precomputed for every token; only for a batch of one task.
+            deltas: token embedding deltas.
+            prompts: soft prompts with their rows; ``None`` for all rows.
         """
         self._groups = tuple(groups)
         self._fold = fold
         self._deltas = tuple(deltas)
         self._prompts = tuple(prompts)
         self._text = text = tuple(group for group in groups if group.modality == 0)
-        # One task for a whole batch of text, which is what nearly every call is.
+        # The common case: one task for a whole batch of text.
         is_whole = len(text) == 1 and text[0].rows is None
         self._whole = text[0].graph if is_whole else None
         self._whole_weights = text[0].weights if is_whole else {}
 
     def lookup(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
-        """Adapted embeddings of token ids, by the task's folded form where the whole batch has a task that is folded.
+        """Adapted embeddings of token ids; a batch of one folded task is a table lookup.
 
         Args:
             table: the base's embedding table with shape ``(vocab, d)``.
@@ -102,7 +102,7 @@ class AdapterMapping:
         return self.apply(embeds, modality)
 
     def embed(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
-        """Embeddings before any bottleneck: those of the base, with what tasks have for token ids; as ``lookup``."""
+        """Embeddings before the bottleneck: the base's, plus token embedding deltas; arguments as in ``lookup``."""
         embeds = table.take(ids, axis=0)
         for delta in self._deltas:
             rows = slice(None) if delta.rows is None else delta.rows
@@ -113,7 +113,7 @@ class AdapterMapping:
         return embeds
 
     def apply(self, embeds: Array, modality: Array | None = None) -> Array:
-        """Adapt each row by its task.
+        """Adapt each row with its adapter.
 
         Args:
             embeds: shape ``(batch, seq, d)``; not changed. Rows of the base model are returned bit for bit.
@@ -134,7 +134,7 @@ class AdapterMapping:
         return result
 
     def soft_prompts(self, batch: int) -> list[SoftPrompt | None]:
-        """What each row begins with; empty if no row has a soft prompt."""
+        """The soft prompt of each row; an empty list if no row has one."""
         if not self._prompts:
             return []
         by_row: list[SoftPrompt | None] = [None] * batch
@@ -145,11 +145,11 @@ class AdapterMapping:
 
     @property
     def needs_ids(self) -> bool:
-        """Whether a task looks token ids up, so that embeddings alone do not do."""
+        """Whether a task needs token ids; embeddings alone are then not enough."""
         return bool(self._deltas)
 
     def adapters(self, batch: int, modality: int = 0) -> list[tuple[str, str]]:
-        """Digest and scope of the adapter that one modality of each row goes through; empty for none."""
+        """Digest and scope of each row's adapter of one modality; empty strings for none."""
         by_row = [("", "")] * batch
         members: list[AdapterGroup | TokenEmbeddingDelta] = [*(self._deltas if modality == 0 else ())]
         members += [group for group in self._groups if group.modality == modality]
@@ -160,15 +160,15 @@ class AdapterMapping:
 
     @property
     def groups(self) -> tuple[AdapterGroup, ...]:
-        """What rows go through, in no particular order."""
+        """The adapter groups, in no particular order."""
         return self._groups
 
     def generated(self) -> AdapterMapping:
-        """What generated tokens go through at every step: text only, without tasks of scope ``"prompt"``."""
+        """The mapping of generated tokens: text only, without tasks of scope ``"prompt"``."""
         return AdapterMapping([group for group in self._text if group.scope == "all"], deltas=self._generated_deltas())
 
     def for_decoding(self) -> AdapterMapping:
-        """As ``generated``, with weights stacked: a step is one call of each graph however many tasks there are."""
+        """As ``generated``, with stacked weights: a step calls each graph once, for any number of tasks."""
         groups, deltas = [group for group in self._text if group.scope == "all"], self._generated_deltas()
         if len(groups) == len(self._groups) <= 1 and len(deltas) == len(self._deltas):
             return self
@@ -179,7 +179,7 @@ class AdapterMapping:
         return AdapterMapping(stacked, deltas=deltas)
 
     def take(self, kept: Sequence[int]) -> AdapterMapping:
-        """The mapping of a batch made of some rows of this one, in the order given, past its soft prompts."""
+        """The mapping of a batch of the rows ``kept``, in that order, after its soft prompts."""
         groups = [group for old in self._groups if (group := _take(old, np.asarray(kept))) is not None]
         deltas = []
         for delta in self._deltas:
@@ -199,7 +199,7 @@ def mix(members: Iterable[tuple[AdapterMapping, Array]]) -> AdapterMapping:
     """The mapping of a batch of several tasks.
 
     Args:
-        members: for each task the mapping of a batch that has no other, and the rows that have it, int64.
+        members: for each task its mapping for a whole batch, and the rows that use it, int64.
     """
     groups: list[AdapterGroup] = []
     deltas: list[TokenEmbeddingDelta] = []
@@ -212,12 +212,12 @@ def mix(members: Iterable[tuple[AdapterMapping, Array]]) -> AdapterMapping:
 
 
 def task_groups(adapter: Adapter, modalities: Sequence[str], graph: SharedAdapterGraph) -> list[AdapterGroup]:
-    """The groups of a batch whose rows all have this task; their weights are views of the adapter's.
+    """Adapter groups of a batch of one task; their weights are views of the adapter's.
 
     Args:
         adapter: the task's adapter.
         modalities: those of the base.
-        graph: the shared graph of the adapter's activation and bias.
+        graph: the shared adapter graph of its activation and bias.
     """
     config = adapter.config
     if not config.rank or config.input == "ids":
@@ -230,7 +230,7 @@ def task_groups(adapter: Adapter, modalities: Sequence[str], graph: SharedAdapte
 
 
 def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
-    """An adapter's weights for one modality as a shared adapter graph takes them, for all rows; nothing is copied."""
+    """An adapter's weights of one modality as inputs of the shared adapter graph, for all rows; views, no copies."""
     weights = {name: adapter.weights[f"{modality}.{name}.weight"][None] for name in ("down", "up")}
     if adapter.config.bias:
         weights |= {f"{name}_bias": adapter.weights[f"{modality}.{name}.bias"][None, None] for name in ("down", "up")}
@@ -238,7 +238,7 @@ def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
 
 
 def _take(group: AdapterGroup, kept: Array) -> AdapterGroup | None:
-    """The group that is left when only some rows are kept; ``None`` if none of them is in it."""
+    """The group reduced to the rows ``kept``; ``None`` if it has none of them."""
     if group.rows is None:
         return group
     members = {row: member for member, row in enumerate(group.rows.tolist())}
@@ -252,10 +252,9 @@ def _take(group: AdapterGroup, kept: Array) -> AdapterGroup | None:
 
 
 def _stack(groups: Sequence[AdapterGroup]) -> AdapterGroup:
-    """Groups of one graph as one, with one set of weights for each row.
+    """Stack groups of one graph into one group, with one set of weights for each row.
 
-    Smaller ranks are filled up with zeros. That is exact: every activation maps 0 to 0, and a sum is not changed by
-    terms that are 0.
+    Smaller ranks are padded with zeros. That is exact: every activation maps 0 to 0, and zero terms add nothing.
     """
     row_sets = [group.rows for group in groups if group.rows is not None]
     assert len(row_sets) == len(groups), "rows of several tasks are listed"

@@ -1,7 +1,7 @@
-"""A text task computed ahead for every token: on text an adapter is a function of the token alone.
+"""Folding: a text task precomputed for every token, since on text an adapter is a function of the token alone.
 
-``table`` holds the adapted embeddings: a token costs a lookup. ``rank`` holds ``act(down(x))`` of every token: a token
-costs a lookup and one product of width ``r``. Both are exact within the bound of the graph (docs/concepts/parity.md).
+A ``table`` fold holds the adapted embeddings: one lookup for a token. A ``rank`` fold holds ``act(down(x))`` of every
+token: one lookup and one product of width ``r``. Both agree with the graph within its bound (docs/concepts/parity.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HIDDEN_NAME = "hidden"
 
 
 class Folded(Protocol):
-    """A task that needs token ids and no graph."""
+    """A folded task: it needs token ids and no graph."""
 
     def lookup(self, table: Array, ids: Array) -> Array:
         """Adapted embeddings with shape ``(batch, seq, d)``.
@@ -47,7 +47,7 @@ class TableFold:
 
 @dataclass(frozen=True, eq=False)
 class RankFold:
-    """What the activation gives for every token, float32 with shape ``(vocab, r)``; ``up`` is ``(d, r)``."""
+    """Activations of every token, float32 with shape ``(vocab, r)``; ``up`` has shape ``(d, r)``."""
 
     hidden: Array
     up: Array
@@ -58,28 +58,28 @@ class RankFold:
         delta: Array = np.matmul(self.hidden.take(ids, axis=0), self.up.T)
         if self.up_bias is not None:
             delta += self.up_bias
-        plain = table.take(ids, axis=0)
-        if plain.dtype == delta.dtype:
-            delta += plain
+        embeds = table.take(ids, axis=0)
+        if embeds.dtype == delta.dtype:
+            delta += embeds
             return delta
-        result: Array = (delta + plain).astype(plain.dtype)
+        result: Array = (delta + embeds).astype(embeds.dtype)
         return result
 
 
 def ids_table(adapter: Adapter) -> RankFold:
-    """What an adapter with ``input`` ``"ids"`` has for every token: the arithmetic of a fold, trained as such."""
+    """The table of an adapter with ``input`` ``"ids"``: a rank fold that was trained directly."""
     return RankFold(adapter.weights[TABLE_NAME], adapter.weights["text.up.weight"], None)
 
 
 def view_fold(kind: str, data: Bytes, adapter: Adapter, base: Base) -> Folded:
-    """The folded form in a file's bytes; raises ``ValueError`` if it does not belong to the adapter and the base."""
+    """The fold in a file's bytes; raises ``ValueError`` if it does not fit adapter and base."""
     if kind == "table":
         return TableFold(view_table(data, base))
     tensors, shape = raw_tensors(data), (base.vocab_size, rank_of(adapter.config.rank, "text"))
     hidden = tensors.get(HIDDEN_NAME)
     if len(tensors) != 1 or hidden is None or hidden.shape != shape or hidden.dtype != np.float32:
-        found = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
+        contents = [f"{name} of {tensor.dtype} with shape {tensor.shape}" for name, tensor in tensors.items()]
         raise ValueError(
-            f"expected one tensor {HIDDEN_NAME!r} of float32 with shape {shape}; it holds {', '.join(found)}"
+            f"expected one tensor {HIDDEN_NAME!r} of float32 with shape {shape}; it holds {', '.join(contents)}"
         )
     return RankFold(hidden, adapter.weights["text.up.weight"], adapter.weights.get("text.up.bias"))

@@ -1,4 +1,4 @@
-"""The input embedder of engines that take arrays: adapters are applied in main memory."""
+"""Host embedder: adapters are applied in main memory, for engines that take arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
 class HostEmbedder:
-    """See ``adalink.runtime.engine.InputEmbedder``; what it gives is an array."""
+    """See ``adalink.runtime.engine.InputEmbedder``; results are arrays."""
 
     def __init__(self, table: Array) -> None:
         self._table = table
@@ -24,6 +24,6 @@ class HostEmbedder:
         """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.for_decoding()
 
-    def read(self, fed: Array) -> Array:
+    def read(self, engine_input: Array) -> Array:
         """See ``adalink.runtime.engine.InputEmbedder``."""
-        return fed
+        return engine_input

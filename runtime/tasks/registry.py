@@ -1,4 +1,4 @@
-"""The tasks of an open deployment: loaded on first use, and chosen by name for the rows of a batch."""
+"""Task registry of an open deployment: tasks are loaded at first use and resolved by name for each row."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _LOG = get_logger(__name__)
 
 @dataclass(frozen=True)
 class AddedTask:
-    """A task that is not of the deployment folder: where it lies, and what it was when it was added."""
+    """A task outside the deployment folder: its adapter folder, and the adapter's digest when it was added."""
 
     folder: Path
     digest: str
 
 
 class TaskRegistry:
-    """Names to tasks. Safe for use from several threads.
+    """Tasks by name; safe for several threads.
 
-    A task's weights are in memory from its first use on, once: those of the deployment as a map of their file. Beyond
-    ``memory_bytes`` of weights the task that was not used for the longest time is let go, and loaded again when it is
-    asked for. A call that has it keeps it to its end.
+    A task's weights are loaded once, at its first use; those of the deployment are mapped from their file. Beyond
+    ``memory_bytes``, the least recently used task is unloaded, and its next use loads it again. A running call keeps
+    the weights it started with.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, memory_bytes: int | None = None) -> None:
@@ -57,7 +57,7 @@ class TaskRegistry:
         return tuple(sorted(self._tasks))
 
     def get(self, name: str) -> Held[AdapterMapping]:
-        """The mapping of a batch whose rows all have this task, and the size of its weights; loaded now if it was not.
+        """The mapping of a batch of this task alone, with the size of its weights; loads the task if necessary.
 
         Raises ``UnknownTaskError`` or what loading raises. Two tasks are the same only if they are one object.
         """
@@ -85,22 +85,22 @@ class TaskRegistry:
         return name
 
     def remove(self, name: str) -> None:
-        """Forget a task; raises ``UnknownTaskError``."""
+        """Remove a task; raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
             del self._tasks[name]
             self._loaded.pop(name)
 
     def unload(self, name: str) -> None:
-        """Give back the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
+        """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
             self._loaded.pop(name)
 
     def resolve(self, tasks: Tasks, batch: int) -> AdapterMapping:
-        """The tasks of a batch, loaded: one for all rows or one for each; ``None`` is the base model.
+        """Adapter mapping of a batch: one task for all rows or one for each; ``None`` is the base model.
 
-        Raises ``RequestError`` for what are no names, or another number of them than rows, and what ``get`` raises.
+        Raises ``RequestError`` for entries that are not names or do not match the rows, and what ``get`` raises.
         """
         if tasks is None or isinstance(tasks, str):
             return NO_ADAPTER if tasks is None else self.get(tasks).value
@@ -115,10 +115,10 @@ class TaskRegistry:
         for row, name in enumerate(rows):
             if name is not None:
                 members.setdefault(name, []).append(row)
-        return mix((self.get(name).value, np.array(own)) for name, own in members.items())
+        return mix((self.get(name).value, np.array(row_numbers)) for name, row_numbers in members.items())
 
     def _hold(self, name: str, mapping: AdapterMapping, size_bytes: int) -> Held[AdapterMapping]:
-        """Keep a task's weights, and let go of others beyond the budget; the lock is held."""
+        """Hold a task's weights, and unload others beyond the budget; the caller holds the lock."""
         held = self._loaded.put(name, mapping, size_bytes)
         _LOG.info("loaded task %s: %d bytes", name, size_bytes)
         return held
@@ -130,7 +130,7 @@ class TaskRegistry:
             )
 
     def _read(self, task: Task | AddedTask) -> Adapter:
-        """Read a task and check that it is the one that was registered."""
+        """Read a task's adapter and check that it is the registered one."""
         if isinstance(task, AddedTask):
             adapter, origin, digest = read_adapter(task.folder), str(task.folder), task.digest
         else:
@@ -169,7 +169,7 @@ class TaskRegistry:
         return AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes
 
     def _graph(self, activation_key: str) -> SharedAdapterGraph:
-        """The shared graph of adapters with one activation and bias, opened at its first use."""
+        """The shared adapter graph of one activation and bias, opened at its first use."""
         with self._lock:
             if activation_key not in self._graphs:
                 base = self._manifest.base

@@ -1,7 +1,7 @@
-"""Soft prompts: trained vectors that stand before a row's first token, as embeddings that no bottleneck changes.
+"""Soft prompts: trained embeddings prepended to each sequence.
 
-Positions count from the soft prompt. Who asks sees none of it: positions are added before the engine and cut from what
-it gives.
+They occupy positions in the model, but callers never see them: they are inserted before the forward pass and stripped
+from the output. The bottleneck does not apply to them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SoftPrompt:
     """The soft prompt of one task.
 
     Attributes:
-        digest: of the adapter.
+        digest: the adapter's.
         vectors: shape ``(n, d)`` in the base's dtype; bfloat16 as its bits.
     """
 
@@ -31,28 +31,28 @@ class SoftPrompt:
     vectors: Array
 
     def cache_keys(self) -> Array:
-        """Key of each of its positions in the prefix cache, int64 with shape ``(n,)``: a number that no token has."""
+        """Prefix cache key of each position, int64 with shape ``(n,)``; differs from all token ids."""
         return np.full(len(self.vectors), cache_key(f"{self.digest} {SOFT_PROMPT_NAME}"))
 
 
 class SoftPromptLayout:
-    """Where the positions of a batch stand behind the soft prompts of its rows.
+    """Positions of a batch after its soft prompts are prepended.
 
-    With padding on the left, a soft prompt stands directly before its row's first token, and rows end together. With
-    padding on the right it stands in the first columns, and rows begin together; so it must in front of an encoder,
-    which numbers its positions from the left. Either way the batch is as wide as its longest row.
+    With padding on the left, a soft prompt directly precedes its row's first token, and rows end together. With padding
+    on the right, it takes the first columns, and rows begin together: encoders number positions from the left. The
+    batch is as wide as its longest row.
 
     Attributes:
         mask: 1 for tokens and soft prompts, int64 with shape ``(batch, total)``.
-        text_mask: 1 for tokens alone, as it was given, shape ``(batch, seq)``.
+        text_mask: the caller's mask, 1 for tokens alone, shape ``(batch, seq)``.
     """
 
     def __init__(self, mask: Array, prompts: Sequence[SoftPrompt | None], padding_side: str) -> None:
-        """Lay a batch out.
+        """Lay out a batch.
 
         Args:
             mask: 1 for tokens and 0 for padding, shape ``(batch, seq)``; every row has a 1.
-            prompts: what each row begins with; empty if no row has a soft prompt.
+            prompts: soft prompt of each row; empty if no row has one.
             padding_side: the engine's, ``"left"`` or ``"right"``.
         """
         self.mask = self.text_mask = mask
@@ -67,56 +67,56 @@ class SoftPromptLayout:
         offsets = lengths - first if padding_side == "right" else total - ends
         self._starts = offsets + first - lengths
         columns = offsets[:, None] + np.arange(seq)
-        # What is outside was padding.
+        # Positions outside were padding.
         self._is_inside = (columns >= 0) & (columns < total)
         self._columns = np.clip(columns, 0, total - 1)
         self.mask = np.zeros((batch, total), np.int64)
-        self.mask[self._places] = mask[self._is_inside]
-        for row, where, _ in self._given():
+        self.mask[self._token_index] = mask[self._is_inside]
+        for row, where, _ in self._prompt_slices():
             self.mask[row, where] = 1
 
     @property
     def is_empty(self) -> bool:
-        """Whether no row has a soft prompt, so that nothing is moved."""
+        """Whether no row has a soft prompt; nothing is moved then."""
         return not self._prompts
 
     def prepend(self, embeds: Array, modality: Array | None) -> tuple[Array, Array]:
-        """Put soft prompts in place.
+        """Prepend the soft prompts.
 
         Args:
-            embeds: before any bottleneck, shape ``(batch, seq, d)`` in the base's dtype.
+            embeds: embeddings before the bottleneck, shape ``(batch, seq, d)`` in the base's dtype.
             modality: index in the base's modalities for each position, ``(batch, seq)``; ``None`` means text.
 
         Returns:
-            The same with shapes ``(batch, total, d)`` and ``(batch, total)``; the modality of soft prompts and of
-            padding is -1, none.
+            Embeddings with shape ``(batch, total, d)`` and modality with shape ``(batch, total)``; the modality of soft
+            prompts and padding is -1, none.
         """
         wide = np.zeros((*self.mask.shape, embeds.shape[2]), embeds.dtype)
         indices = np.full(self.mask.shape, -1, np.int64)
-        wide[self._places] = embeds[self._is_inside]
-        indices[self._places] = 0 if modality is None else modality[self._is_inside]
-        for row, where, prompt in self._given():
+        wide[self._token_index] = embeds[self._is_inside]
+        indices[self._token_index] = 0 if modality is None else modality[self._is_inside]
+        for row, where, prompt in self._prompt_slices():
             wide[row, where] = prompt.vectors
             indices[row, where] = -1
         return wide, indices
 
     def strip(self, output: Array) -> Array:
-        """An engine's output, ``(batch, total, width)``, at the positions that were given: ``(batch, seq, width)``."""
+        """An engine's output, ``(batch, total, width)``, at the caller's positions: ``(batch, seq, width)``."""
         return output if self.is_empty else np.take_along_axis(output, self._columns[..., None], axis=1)
 
     def cache_keys(self, row: int) -> Array:
-        """Keys of a row's soft prompt in the prefix cache; empty without one."""
+        """Prefix cache keys of a row's soft prompt; empty without one."""
         prompt = None if self.is_empty else self._prompts[row]
         return np.zeros(0, np.int64) if prompt is None else prompt.cache_keys()
 
     @property
-    def _places(self) -> tuple[Array, Array]:
-        """Where each position goes that is not past the end."""
+    def _token_index(self) -> tuple[Array, Array]:
+        """Row and column of each of the caller's positions in the wider batch; padding beyond it is left out."""
         rows = np.nonzero(self._is_inside)[0]
         return rows, self._columns[self._is_inside]
 
-    def _given(self) -> list[tuple[int, slice, SoftPrompt]]:
-        """The rows that have a soft prompt, and where it stands."""
+    def _prompt_slices(self) -> list[tuple[int, slice, SoftPrompt]]:
+        """Rows with a soft prompt, its columns, and the soft prompt."""
         return [
             (row, slice(int(start), int(start) + len(prompt.vectors)), prompt)
             for row, (start, prompt) in enumerate(zip(self._starts, self._prompts, strict=True))
@@ -125,6 +125,6 @@ class SoftPromptLayout:
 
 
 def soft_prompts_of(adapter: Adapter, base: Base) -> list[SoftPrompt]:
-    """The soft prompt of an adapter in the base's dtype: one, or none."""
+    """The soft prompt of an adapter in the base's dtype: a list of one or none."""
     vectors = adapter.weights.get(SOFT_PROMPT_NAME)
     return [] if vectors is None else [SoftPrompt(adapter.digest, as_stored(vectors, base.embedding_dtype))]

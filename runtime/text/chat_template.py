@@ -1,4 +1,4 @@
-"""A model's chat template, rendered as transformers renders it, in Jinja's sandbox."""
+"""Chat templates, rendered in Jinja's sandbox as transformers renders them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adalink.runtime.errors import RequestError
 
-# No template has it, and none that writes a message changes it.
+# A text that no template contains, and that templates copy unchanged.
 _PROBE = "27182818284590452353602874713527"
 
 
 class ChatTemplate:
-    """A template, compiled once; safe for use from several threads."""
+    """A compiled chat template; safe for several threads."""
 
     def __init__(self, source: str, name: str, **tokens: str) -> None:
         """Compile a template.
 
         Args:
-            source: its text.
-            name: what to call it in errors.
-            tokens: special tokens that it may write, such as ``bos_token``.
+            source: the template's text.
+            name: its name in errors.
+            tokens: special tokens that it may use, such as ``bos_token``.
 
         Raises:
-            RequestError: it is no template.
+            RequestError: the text is not a Jinja template.
         """
         self._name = name
         try:
@@ -41,14 +41,14 @@ class ChatTemplate:
 
     @cached_property
     def takes_text(self) -> bool:
-        """Whether a message may be a plain text; else it is a list of texts and images."""
+        """Whether the content of a message is a string; else it is a list of texts and images."""
         try:
             return _PROBE in self.render(_PROBE)
         except RequestError:
             return False
 
     def render(self, content: str | list[dict[str, str]]) -> str:
-        """A user's message, ready for the reply; raises ``RequestError`` if the template refuses it."""
+        """Render one user message and the generation prompt; raises ``RequestError`` if the template refuses it."""
         try:
             return self._template.render(
                 messages=[{"role": "user", "content": content}],
@@ -61,7 +61,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """The block ``{% generation %}``, with which templates mark replies for training; here it says nothing."""
+    """The block ``{% generation %}``, which marks replies for training; rendering ignores it."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -69,14 +69,14 @@ class _Generation(Extension):
         """The statements in the block, in a scope of their own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_render_body"), [], [], body).set_lineno(line)
 
-    def _written(self, caller: Callable[[], str]) -> str:
+    def _render_body(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates are written for: the environment of transformers' ``apply_chat_template``."""
+    """The Jinja environment of transformers' ``apply_chat_template``."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -100,5 +100,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own is for HTML: it escapes what a prompt should have as it is."""
+    """``tojson`` without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

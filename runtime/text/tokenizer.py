@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat templates, from the deployment's own files."""
+"""Tokenizer and chat template of a deployment: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """The base's tokenizer; safe for use from several threads."""
+    """The base's tokenizer; safe for several threads."""
 
     def __init__(self, tokenizer_json: bytes, chat_template: str | None, base: Base) -> None:
         from tokenizers import Tokenizer as FastTokenizer
@@ -33,11 +33,11 @@ class Tokenizer:
         self._base = base
 
     def encode(self, text: str, images: int = 0) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the model's own tokenizer, or processor, adds.
+        """Token ids of a prompt, with the special tokens that the model's tokenizer or processor adds.
 
         Args:
-            text: what people write.
-            images: how many images it has; only a base with a form of prompts puts placeholders for them.
+            text: the prompt.
+            images: its number of images; a base with a ``PromptForm`` adds missing placeholders for them.
 
         Raises:
             RequestError: the text holds half a character.
@@ -47,7 +47,7 @@ class Tokenizer:
         form = None if vision is None else vision.prompt_form
         if form is None:
             return list(self._tokenizer.encode(text).ids)
-        return list(self._tokenizer.encode(form.written(text, images), add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(form.format(text, images), add_special_tokens=False).ids)
 
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of one user message in the model's chat template, ready for the reply.
@@ -60,12 +60,12 @@ class Tokenizer:
     def render_chat(self, message: str) -> str:
         """One user message in the model's chat template.
 
-        Templates of models that take images are often written for a list of texts and images, and leave a plain text
-        out; they are given the message as such a list, an image wherever it has the placeholder.
+        Templates of vision models often expect a list of texts and images, and ignore a string. They get the message as
+        such a list, with an image for each placeholder.
         """
         check_text(message)
         is_text = self._base.vision is None or self._chat.takes_text
-        return self._chat.render(message if is_text else self._parts(message))
+        return self._chat.render(message if is_text else self._content(message))
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -82,14 +82,14 @@ class Tokenizer:
             eos_token=self._special(eos[0] if eos else None),
         )
 
-    def _parts(self, message: str) -> list[dict[str, str]]:
-        """A message as texts and images, in their order."""
+    def _content(self, message: str) -> list[dict[str, str]]:
+        """The message as a list of texts and images, in order."""
         placeholder = self._special(self._base.vision.image_token_id if self._base.vision else None)
-        parts: list[dict[str, str]] = []
+        content: list[dict[str, str]] = []
         for number, text in enumerate(message.split(placeholder)):
-            parts += [{"type": "image"}] if number else []
-            parts += [{"type": "text", "text": text}] if text else []
-        return parts
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": text}] if text else []
+        return content
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -100,10 +100,10 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of a growing list of token ids, in work that does not grow with its length.
+    """Incremental decoding: the text of a growing list of token ids, at constant cost for each token.
 
-    Only the ids since the last settled piece are decoded again, with the piece before them for context (a token may
-    begin a word, or be part of a character).
+    Only ids since the last settled piece are decoded again, with that piece as context. A token may begin a word or be
+    part of a character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -113,12 +113,12 @@ class TextStream:
         self.text = ""
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that is now certain."""
+        """Append a token; returns the newly settled text."""
         self._pending.append(token_id)
         return self._settle(final=False)
 
     def finish(self) -> str:
-        """The rest, with incomplete characters as replacement characters."""
+        """The remaining text; incomplete characters become replacement characters."""
         return self._settle(final=True)
 
     def _settle(self, *, final: bool) -> str:
@@ -126,7 +126,7 @@ class TextStream:
         after = self._tokenizer.decode(self._context + self._pending)
         if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not final):
             return ""
-        # Some decoders take bytes that follow each other as one text: an incomplete character spoils those before it.
+        # Some decoders join consecutive bytes: an incomplete character then changes the characters before it.
         piece = after[len(before) :] if after.startswith(before) else self._tokenizer.decode(self._pending)
         self._context, self._pending = self._pending, []
         self.text += piece

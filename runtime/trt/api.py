@@ -1,4 +1,4 @@
-"""The modules ``tensorrt`` (10.x, 11.x) and ``tensorrt_rtx`` behind one face; all that differs between them is here."""
+"""One interface to the modules ``tensorrt`` (10.x, 11.x) and ``tensorrt_rtx``, which hides their differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from adalink.runtime.errors import BackendError, BackendUnavailableError
 
-# Backend -> modules that have it, the first that is there is taken; and the extra that brings it.
+# Backend -> its modules, of which the first one installed is used; and the extra that installs it.
 TENSORRT_BACKENDS = {
     "tensorrt": (("tensorrt",), "tensorrt"),
     "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "tensorrt-rtx"),
@@ -22,19 +22,19 @@ TENSORRT_BACKENDS = {
 _OLDEST, _TOO_NEW = Version("10.0"), Version("12.0")
 _NOT_TARGETS = ("NONE", "CURRENT")
 _KEPT_LINES = 32
-# Where in the library an error was seen, as its log begins a line.
-_PLACE = re.compile(r"^\[[^\]]*::\d+\] ")
+# Source location at the beginning of the library's log lines.
+_SOURCE_LOCATION = re.compile(r"^\[[^\]]*::\d+\] ")
 
 
 class Heard:
-    """What the library said was wrong, its last lines; safe for calls from the library's own threads."""
+    """The library's last error lines; safe for calls from the library's threads."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def add(self, line: str) -> None:
-        """Keep a line, unless the last one says the same."""
-        text = _PLACE.sub("", " ".join(line.split()))
+        """Keep a line, unless it repeats the last one."""
+        text = _SOURCE_LOCATION.sub("", " ".join(line.split()))
         if text and (not self._lines or self._lines[-1] != text):
             self._lines.append(text)
 
@@ -47,7 +47,7 @@ class Heard:
 
 
 class Api:
-    """One of the two modules; made once a process by ``load_api``, since the library keeps its first logger.
+    """One of the two modules; created once a process by ``load_api``, since the library keeps its first logger.
 
     Attributes:
         backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
@@ -77,18 +77,18 @@ class Api:
 
     @property
     def has_timing_cache(self) -> bool:
-        """Whether timings are worth keeping between builds; with one, TensorRT-RTX would want the GPU."""
+        """Whether builds use a timing cache; with one, TensorRT-RTX would need the GPU."""
         return not self.is_rtx
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Compute capabilities that can be named, such as ``"sm86"``; none for TensorRT, which times on its GPU."""
+        """Compute capabilities that a build can target, such as ``"sm86"``; none for TensorRT, which needs the GPU."""
         kinds = getattr(self.trt, "ComputeCapability", None) if self.is_rtx else None
         names = [] if kinds is None else [name for name in kinds.__members__ if name not in _NOT_TARGETS]
         return tuple(sorted((name.lower() for name in names), key=lambda name: int(name.removeprefix("sm"))))
 
     def clear(self) -> None:
-        """Forget what was heard, before a step whose errors one wants to know."""
+        """Discard earlier errors, before a step whose errors matter."""
         self._heard.take()
 
     def error(self, what: str, repair: str, more: Iterable[str] = ()) -> BackendError:
@@ -96,7 +96,7 @@ class Api:
 
         Args:
             what: what failed, such as ``"engine.plan: cannot be loaded"``.
-            repair: what to do about it.
+            repair: how to repair it.
             more: further words, such as a parser's.
         """
         said = list(dict.fromkeys([*(" ".join(line.split()) for line in more), *self._heard.take()]))
@@ -242,14 +242,14 @@ def _unavailable(backend: str, name: str, error: Exception, install: str) -> Bac
     )
 
 
-def _check_version(found: str, install: str) -> None:
+def _check_version(version: str, install: str) -> None:
     try:
-        is_known = _OLDEST <= Version(found) < _TOO_NEW
+        is_known = _OLDEST <= Version(version) < _TOO_NEW
     except InvalidVersion:
         is_known = False
     if not is_known:
         raise BackendUnavailableError(
-            f"backend 'tensorrt': version {found} is installed, expected {_OLDEST} or later and before {_TOO_NEW}: "
+            f"backend 'tensorrt': version {version} is installed, expected {_OLDEST} or later and before {_TOO_NEW}: "
             f"{install}"
         )
 
@@ -270,7 +270,7 @@ def _make_logger(module: Any, heard: Heard) -> Any:
 
 def _make_recorder(module: Any, heard: Heard) -> Any:
     class Recorder(module.IErrorRecorder):  # type: ignore[misc]
-        """Hands errors on; what it has handed on it no longer counts."""
+        """Forwards errors, and keeps none."""
 
         def __init__(self) -> None:
             module.IErrorRecorder.__init__(self)

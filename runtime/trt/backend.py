@@ -64,7 +64,7 @@ class TensorRtBackend:
         return DeviceEngine(device, TensorRtPlans(self._api, device, graph.parent, record), base, table)
 
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> DeviceSharedAdapterGraph:
-        """See ``adalink.runtime.engine.Backend``: an engine's own embedders do the arithmetic."""
+        """See ``adalink.runtime.engine.Backend``: the engine's embedders compute the adapters."""
         return DeviceSharedAdapterGraph(activation_key)
 
     def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
@@ -93,9 +93,9 @@ class TensorRtPlans:
     """See ``adalink.runtime.device.workspace.Plans``: each plan is deserialised at its first use, once.
 
     Attributes:
-        profile: what the engine takes.
+        profile: shapes that the engine takes.
         largest_rank: largest rank that the embedders take.
-        largest_slots: most sets of weights that the embedders take.
+        largest_slots: most weight slots that the embedders take.
     """
 
     def __init__(self, api: Api, device: CudaDevice, folder: Path, record: EngineRecord) -> None:
@@ -122,7 +122,7 @@ class TensorRtPlans:
             return TensorRtExecutor(self._api, engine, context, profile, arena.queue, origin)
 
     def close(self) -> None:
-        """See ``Plans``; what was compiled for this GPU is kept for the next time."""
+        """See ``Plans``; saves the kernels compiled for this GPU."""
         for cache in self._caches.values():
             cache.save()
         self._caches.clear()
@@ -153,7 +153,7 @@ def read_plan(path: Path) -> Any:
 
 
 def check_record(record: EngineRecord, api: Api, folder: Path) -> None:
-    """Check that a record's engine can be for this library; raises ``DeploymentError`` or ``BackendError``."""
+    """Check that the engine of a record was built by this library; raises ``DeploymentError`` or ``BackendError``."""
     if record.backend != api.backend:
         raise DeploymentError(
             f"{folder}: this engine was built for {record.backend}, not for {api.backend}: open it with --backend "
@@ -167,7 +167,7 @@ def check_record(record: EngineRecord, api: Api, folder: Path) -> None:
 
 
 def check_validity(api: Api, plan: Path) -> None:
-    """Ask the library whether it would load a plan on this machine; raises ``BackendError`` with its reasons."""
+    """Check whether the library would load a plan on this machine; raises ``BackendError`` with its reasons."""
     verdict = api.validity(read_plan(plan))
     # Without a driver the library cannot tell; the error that says so comes from CUDA itself.
     reasons = (

@@ -1,4 +1,4 @@
-"""A plan's execution context with one profile, on one stream."""
+"""TensorRT executor: a plan's execution context with one profile, on one stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TensorRtExecutor:
     def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         """See ``Executor``; raises ``RequestError`` for a shape outside the profile."""
         if name in self.inputs and not self._context.set_input_shape(name, shape):
-            low, _, high = (tuple(part) for part in self._engine.get_tensor_profile_shape(name, self._profile))
+            low, _, high = (tuple(sizes) for sizes in self._engine.get_tensor_profile_shape(name, self._profile))
             raise RequestError(
                 f"{self._origin}: {name} has the shape {shape}, this engine takes {low} to {high}: send less at a "
                 "time, or build it again with a wider 'adalink export engine --profile'"

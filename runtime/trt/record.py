@@ -1,4 +1,4 @@
-"""``engine.json``: what a compiled engine was built from, for what, and how; beside its plan."""
+"""Engine record ``engine.json``, beside a plan: source, target and build of a compiled engine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CACHES = ("in-place", "growing")
 
 
 class VisionRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the plan of a vision tower is, ``VISION_FILE`` beside the base's plan.
+    """Record of the vision tower's plan, ``VISION_FILE`` beside the base's plan.
 
     Attributes:
-        onnx_sha256: digest of the vision graph that it was built from, without its weights' file.
+        onnx_sha256: digest of the source vision graph, without its weights' file.
         weights_sha256: digest of that graph's weights' file.
-        build_seconds: of the plan.
-        plan_bytes: its size.
+        build_seconds: build time of the plan.
+        plan_bytes: size of the plan.
     """
 
     onnx_sha256: str
@@ -36,24 +36,24 @@ _ON_DISK = {"embedders": "fronts", "embedder_rank": "front_rank", "embedder_slot
 
 
 class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=_ON_DISK):
-    """What a plan is. Plans of one record lie in one folder.
+    """Record of a compiled engine. Its plans are in the same folder.
 
     Attributes:
         backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        version: of the library that built it; only the same one loads it.
+        version: version of the library that built it; no other version loads it.
         target: compute capabilities such as ``"sm86"``, or ``"current"`` or ``"portable"``.
-        variant: name of the base variant it was built from.
+        variant: name of the source base variant.
         onnx_sha256: digest of that variant's graph, without its weights' file.
         weights_sha256: digest of its weights' file.
-        profile: shapes it takes.
+        profile: shapes that the engine takes.
         cache: ``"in-place"``, ``"growing"``, or ``None`` for an encoder.
         embedders: file name of each embedder's plan, by ``"<activation>.ids"`` and ``"<activation>.embeds"``.
         embedder_rank: largest rank that the embedders take.
-        embedder_slots: most sets of weights that the embedders take at a time.
+        embedder_slots: most weight slots that the embedders take.
         tasks: file name of the plan of a task's own graph, by task.
-        build_seconds: of the base's plan.
+        build_seconds: build time of the base's plan.
         plan_bytes: size of the base's plan.
-        vision: the plan of its vision tower; ``None`` for a base of text alone, and in records of older kits.
+        vision: record of the vision tower's plan; ``None`` for a text-only base, and in records of older kits.
     """
 
     backend: str

@@ -1,1 +1,1 @@
-"""Images in prompts."""
+"""Images in prompts: reading, preprocessing, encoding, placeholders."""

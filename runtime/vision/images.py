@@ -1,10 +1,10 @@
-"""A picture as the caller has it, to RGB pixels: what the image processors of transformers make of each kind.
+"""Image input: the caller's image as RGB pixels, by the rules of transformers' image processors.
 
-- A file, by its path or its bytes: turned as its EXIF orientation says, an alpha channel dropped.
-- A Pillow image: taken as it lies, transparency put on white.
-- A uint8 array: grey, RGB, or RGBA, which is put on white; channels last, or first where that reads as an image too.
+- A file, as path or bytes: EXIF orientation is applied, an alpha channel is dropped.
+- A Pillow image: used as it is, transparency on white.
+- A uint8 array: grey, RGB, or RGBA on white; channels last, or first where the shape allows it.
 
-Grey, palette, CMYK and 16-bit pictures become RGB as Pillow converts them.
+Grey, palette, CMYK and 16-bit images become RGB as Pillow converts them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ T = TypeVar("T")
 _CHANNELS = (1, 3, 4)
 
 
-def read_picture(source: ImageInput, name: str) -> Array:
-    """RGB pixels of a picture.
+def read_image(source: ImageInput, name: str) -> Array:
+    """RGB pixels of an image.
 
     Args:
-        source: a path, the bytes of a file, a Pillow image or a uint8 array; no address in a network.
-        name: what to call it in errors, such as ``images[0][1]``.
+        source: a path, the bytes of a file, a Pillow image or a uint8 array; not a URL.
+        name: its name in errors, such as ``images[0][1]``.
 
     Returns:
         uint8 with shape ``(height, width, 3)``.
 
     Raises:
-        RequestError: it is no picture, is not there, is truncated, or is so large that it may be meant to exhaust
-            the memory.
+        RequestError: the source is missing, truncated, not an image, or large enough to exhaust the memory.
         BackendUnavailableError: Pillow is not installed.
     """
     try:
@@ -77,13 +76,13 @@ def _from_file(data: bytes, name: str) -> Array:
 
     image = _decoded(name, lambda: Image.open(BytesIO(data)))
     with image:
-        # The header alone has been read: nothing of the announced size is in memory yet.
+        # Only the header has been read: the pixels are not in memory yet.
         _check_size(image.width, image.height, name)
         return _decoded(name, lambda: _on_white(ImageOps.exif_transpose(image).convert("RGB")))
 
 
 def _on_white(image: Image.Image) -> Array:
-    """RGB pixels of an image, whatever is transparent on white."""
+    """RGB pixels of an image, transparency on white."""
     from PIL import Image
 
     if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -93,10 +92,10 @@ def _on_white(image: Image.Image) -> Array:
 
 
 def _decoded(name: str, decode: Callable[[], T]) -> T:
-    """Call Pillow; whatever its decoders raise says that the picture is damaged."""
+    """Call Pillow; any exception of its decoders means a damaged image."""
     try:
         return decode()
-    # They raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others, by format and by damage.
+    # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others, by format and damage.
     except Exception as error:
         raise RequestError(
             f"{name} is not an image that Pillow can read, or it is truncated: {type(error).__name__}: {error}"
@@ -104,7 +103,7 @@ def _decoded(name: str, decode: Callable[[], T]) -> T:
 
 
 def _from_array(array: Array, name: str) -> Array:
-    """Pixels of an array, by the rules of transformers for which axis the channels are on."""
+    """Pixels of an array; the channel axis is found by the rules of transformers."""
     if array.dtype != np.uint8:
         raise RequestError(f"{name} is an array of {array.dtype}, expected uint8 with values from 0 to 255")
     shaped = array[..., None] if array.ndim == 2 else array

@@ -1,8 +1,8 @@
-"""Position ids of a language model that knows where in a picture it looks: a time, a row and a column each.
+"""M-RoPE position ids: time, row and column of each position (Qwen2-VL, arXiv 2409.12191).
 
-A token has the same number on all three axes. A picture starts where the text before it ended: one time, its rows and
-its columns counted from there; what follows goes on behind the larger of the two (the M-RoPE of Qwen2-VL,
-arXiv 2409.12191; ``get_rope_index`` of transformers).
+A text token has the same number on all three axes. An image continues from the text before it: one time, and its rows
+and columns counted from there. The next token continues after the larger of the two (``get_rope_index`` of
+transformers).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ def grid_positions(ids: Array | None, mask: Array, grids: Sequence[Sequence[Grid
     """Position ids of a batch.
 
     Args:
-        ids: token ids, shape ``(batch, seq)``; only for rows with pictures.
+        ids: token ids, shape ``(batch, seq)``; required if there are images.
         mask: 1 for tokens, shape ``(batch, seq)``.
-        grids: rows and columns of the pictures of each row; none for a batch of text.
-        image_token_id: token that stands at each position of a picture.
+        grids: rows and columns of the images of each row; none for a batch of text.
+        image_token_id: the placeholder token of image positions.
 
     Returns:
         int64 with shape ``(batch, seq, 3)``; padding gets 0.
 
     Raises:
-        RequestError: the placeholders of a picture do not stand together, or are not among the tokens.
+        RequestError: an image's placeholders are missing or not contiguous.
     """
     positions = np.zeros((*mask.shape, AXES), np.int64)
     for row in range(len(mask)):
         columns = np.flatnonzero(mask[row])
-        own = grids[row] if grids else ()
+        row_grids = grids[row] if grids else ()
         tokens = ids[row, columns] if ids is not None else columns
-        positions[row, columns] = _row_positions(tokens == image_token_id, own, row)
+        positions[row, columns] = _row_positions(tokens == image_token_id, row_grids, row)
     return positions
 
 
 def _row_positions(is_image: Array, grids: Sequence[Grid], row: int) -> Array:
-    """Of the tokens of one row: int64 with shape ``(tokens, 3)``."""
+    """Position ids of one row's tokens, int64 with shape ``(tokens, 3)``."""
     positions = np.empty((len(is_image), AXES), np.int64)
     done = following = 0
     for number, (rows, columns) in enumerate(grids):

@@ -1,7 +1,7 @@
-"""Pictures that keep their shape: the grid of patches that one becomes, and how a vision tower looks at such a grid.
+"""Patches: images that keep their shape are cut into a grid of patches.
 
-The steps are those of transformers' ``Qwen2VLImageProcessor`` (its PIL backend). A picture is resized to whole pieces;
-a piece, ``merge x merge`` patches, becomes one position of the language model. Patches stand piece by piece.
+The steps are those of transformers' ``Qwen2VLImageProcessor`` (PIL backend). An image is resized to whole pieces. A
+piece is ``merge x merge`` patches and becomes one position of the language model. Patches are ordered piece by piece.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from adalink.runtime.storage.vision_schema import Grid
 if TYPE_CHECKING:
     from adalink.runtime.arrays import Array
 
-# The processor's own limit of the longer edge over the shorter.
+# The processor's limit of the ratio of the longer to the shorter edge.
 _LONGEST = 200
 
 
 class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a picture is cut.
+    """Resizing and patch layout of images that keep their shape.
 
     Attributes:
-        least_pixels: a smaller picture is enlarged to have at least this many pixels.
-        most_pixels: a larger one is reduced to at most this many.
+        least_pixels: smaller images are enlarged to at least this many pixels.
+        most_pixels: larger images are reduced to at most this many pixels.
         edge: height and width of a patch, in pixels.
         merge: patches on an edge of a piece.
-        frames: how often a patch is repeated, for a tower that takes moments of a video together.
+        frames: repetitions of a patch, for a tower that takes several video frames together.
     """
 
     least_pixels: int
@@ -40,7 +40,7 @@ class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     frames: int
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture is resized to; raises ``RequestError`` for one that is too narrow."""
+        """Height and width after resizing; raises ``RequestError`` for an image that is too narrow."""
         if max(height, width) > _LONGEST * min(height, width):
             raise RequestError(
                 f"the image is {width} x {height} pixels, expected the longer edge to be at most {_LONGEST} times the "
@@ -57,12 +57,12 @@ class Patching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return rows * piece, columns * piece
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of pieces that a picture of this size becomes; raises as ``size`` does."""
+        """Rows and columns of pieces of an image of this size; raises as ``size`` does."""
         height, width = self.size(height, width)
         return height // (self.edge * self.merge), width // (self.edge * self.merge)
 
     def cut(self, values: Array) -> Array:
-        """The patches of a picture that has been resized.
+        """Cut a resized image into patches.
 
         Args:
             values: float32 with shape ``(3, height, width)``.

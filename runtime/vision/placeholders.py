@@ -1,9 +1,9 @@
-"""Where a prompt's images stand: placeholder tokens, one an image as people write them, one a position as engines see.
+"""Image placeholders: one token for each image in the caller's prompt, one for each position in the engine's.
 
-Where images are cut into tiles, tokens that say which tile is which stand between the positions.
+Where images are cut into tiles, further tokens between the positions identify the tiles.
 
-A position of an image holds a row of its embeddings instead of the placeholder's own, and goes through a task's weights
-for the modality ``image``.
+At an image position, an image embedding replaces the placeholder's embedding. The adapter's weights for the modality
+``image`` apply there.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.images import ImageInput
 
-# For each row its images, or None.
+# The images of each row, or None.
 Images = Sequence[Sequence[ImageInput] | None] | None
 
 
 @dataclass(frozen=True, eq=False)
 class PreprocessedImage:
-    """An image as the base's own encoder takes it.
+    """A preprocessed image: the input of the vision tower.
 
     Attributes:
-        digest: of its pixel values and its grid.
+        digest: digest of pixel values and grid.
         pixel_values: float32 with shape ``(tiles, 3, height, width)``, or ``(patches, numbers)``.
         grid: rows and columns that it was cut into.
     """
@@ -44,11 +44,11 @@ class PreprocessedImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageEmbeds:
-    """An image as the base's own encoder sees it.
+    """An encoded image: the output of the vision tower.
 
     Attributes:
-        digest: of its pixel values and its grid.
-        embeds: float32 with shape ``(positions, d)``, before any task; not to be written to.
+        digest: digest of pixel values and grid.
+        embeds: float32 with shape ``(positions, d)``, before any adapter; read-only.
         grid: rows and columns that it was cut into.
     """
 
@@ -58,7 +58,7 @@ class ImageEmbeds:
 
 
 def check_images(images: Images, rows: int, base: Base) -> list[list[ImageInput]]:
-    """The images of each row, none where there are none; raises ``RequestError``."""
+    """The images of each row, as lists; raises ``RequestError``."""
     if images is None:
         return [[] for _ in range(rows)]
     if isinstance(images, (str, bytes)) or not isinstance(images, Sequence) or len(images) != rows:
@@ -66,70 +66,73 @@ def check_images(images: Images, rows: int, base: Base) -> list[list[ImageInput]
             f"images is {_short(images)} and there are {rows} rows: expected a list with one entry for each row, its "
             "list of images or None"
         )
-    given = []
-    for row, own in enumerate(images):
-        if own is not None and not isinstance(own, (list, tuple)):
-            raise RequestError(f"images[{row}] is {_short(own)}, expected a list of images or None")
-        given.append(list(own or ()))
-    if base.vision is None and any(given):
+    by_row = []
+    for row, row_images in enumerate(images):
+        if row_images is not None and not isinstance(row_images, (list, tuple)):
+            raise RequestError(f"images[{row}] is {_short(row_images)}, expected a list of images or None")
+        by_row.append(list(row_images or ()))
+    if base.vision is None and any(by_row):
         raise RequestError(
             f"{base.name} was exported without a vision tower and takes no images: leave images out, or pass "
             "embeddings of your own to run() with inputs_embeds and modality"
         )
-    return given
+    return by_row
 
 
 def expand(tokens: list[int], images: Sequence[PreprocessedImage], row: int, base: Base) -> list[int]:
-    """A prompt with as many placeholders as its images take up, and with the tokens around their tiles.
+    """Expand each image's placeholder to all its positions, with the tokens around its tiles.
 
     Args:
-        tokens: with one placeholder an image, or as the result is.
-        images: those that belong to it.
-        row: which prompt it is, for errors.
+        tokens: a prompt with one placeholder for each image, or expanded already.
+        images: its images.
+        row: its index, for errors.
         base: the contract.
 
     Raises:
-        RequestError: placeholders and images are not of one number.
+        RequestError: placeholders and images differ in number.
     """
     vision = base.vision
     if vision is None:
         return tokens
-    found = tokens.count(vision.image_token_id)
-    if found == len(images):
+    count = tokens.count(vision.image_token_id)
+    if count == len(images):
         left = iter(images)
         return [
             token
-            for own in tokens
-            for token in (vision.written(next(left).grid) if own == vision.image_token_id else (own,))
+            for prompt_token in tokens
+            for token in (
+                vision.image_tokens(next(left).grid) if prompt_token == vision.image_token_id else (prompt_token,)
+            )
         ]
     positions = sum(vision.positions(image.grid) for image in images)
-    if found != positions:
+    if count != positions:
         raise RequestError(
-            f"prompt {row} has {found} placeholders (token {vision.image_token_id}) and {len(images)} images: write "
+            f"prompt {row} has {count} placeholders (token {vision.image_token_id}) and {len(images)} images: write "
             f"one placeholder for each image where it belongs, or all {positions} positions that they take up"
         )
     return tokens
 
 
 def check_expanded(ids: Array, images: Sequence[Sequence[PreprocessedImage]], vision: Vision) -> None:
-    """Check that every row of ``(batch, seq)`` has the positions that its images take up; raises ``RequestError``."""
-    for row, own in enumerate(images):
-        found = int((ids[row] == vision.image_token_id).sum())
-        expected = sum(vision.positions(image.grid) for image in own)
-        if found != expected:
+    """Check that every row of ``(batch, seq)`` has a placeholder for each image position; raises ``RequestError``."""
+    for row, row_images in enumerate(images):
+        count = int((ids[row] == vision.image_token_id).sum())
+        expected = sum(vision.positions(image.grid) for image in row_images)
+        if count != expected:
             raise RequestError(
-                f"input_ids: row {row} has {found} placeholders (token {vision.image_token_id}) and {len(own)} images: "
-                f"expected {expected} placeholders, {vision.tokens_per_image} for each image, tile or piece of one"
+                f"input_ids: row {row} has {count} placeholders (token {vision.image_token_id}) and {len(row_images)} "
+                f"images: expected {expected} placeholders, {vision.tokens_per_image} for each image, tile or piece of "
+                "one"
             )
 
 
 def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], base: VisionBase) -> tuple[Array, Array]:
-    """Embeddings of a batch with those of its images in place, not adapted.
+    """Merge image embeddings into a batch's embeddings, before any adapter.
 
     Args:
-        embeds: those of its tokens, shape ``(batch, seq, d)``; written to.
-        ids: token ids with shape ``(batch, seq)``; each row has the placeholders that its images take up.
-        images: those of each row, in their order.
+        embeds: token embeddings, shape ``(batch, seq, d)``; modified in place.
+        ids: token ids with shape ``(batch, seq)``, expanded.
+        images: embeddings of each row's images, in order.
         base: the contract.
 
     Returns:
@@ -137,7 +140,7 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
         shape ``(batch, seq)``.
     """
     is_image = ids == base.vision.image_token_id
-    rows = [image.embeds for own in images for image in own]
+    rows = [image.embeds for row_images in images for image in row_images]
     if rows:
         embeds[is_image] = as_stored(np.concatenate(rows), base.contract.embedding_dtype)
     return embeds, np.where(is_image, base.contract.modalities.index("image"), 0)
@@ -146,12 +149,12 @@ def merge(embeds: Array, ids: Array, images: Sequence[Sequence[ImageEmbeds]], ba
 def prompt_cache_keys(
     tokens: npt.ArrayLike, images: Sequence[ImageEmbeds], adapter: str, vision: Vision | None
 ) -> Array:
-    """Key of each position of a prompt in the prefix cache, int64: its token, or its image and that image's adapter.
+    """Prefix cache key of each position of a prompt, int64: its token, or its image and the image's adapter.
 
     Args:
         tokens: the prompt, expanded.
         images: its images.
-        adapter: digest of the adapter of its images; empty for none.
+        adapter: digest of the images' adapter; empty for none.
         vision: the image side of the base.
     """
     keys = np.array(tokens, np.int64)

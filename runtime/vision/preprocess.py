@@ -1,6 +1,6 @@
-"""From a picture's pixels to what a vision encoder takes: the steps of the model's own image processor, in numpy.
+"""Image preprocessing: pixels to the vision tower's input, by the steps of the model's image processor, in numpy.
 
-Resizing is Pillow's, as in the processors of transformers that this follows step by step (its PIL backend).
+It follows transformers' processors (PIL backend) step by step; Pillow does the resizing.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.patches import Patching
 from adalink.runtime.vision.tiles import Tiling
 
-# Beyond this a picture is a decompression bomb, or becomes one when its shorter edge is enlarged: Pillow's own limit.
+# Pillow's limit for decompression bombs; also the limit after the shorter edge is enlarged.
 MAX_PIXELS = 89_478_485
 
 
 class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``preprocessor.json``: what is done to an RGB picture, in this order.
+    """``preprocessor.json``: the steps applied to an RGB image, in this order; ``None`` skips a step.
 
     Attributes:
-        pad_color: fill the shorter sides to a square of this RGB colour, the picture in the middle; ``None``: do not.
+        pad_color: pad to a square of this RGB colour, the image in the middle.
         shortest_edge: resize so that the shorter edge has this many pixels; or else
-        resize: resize to this height and width, whatever the picture's; ``None`` for both: do not.
-        resample: Pillow's number of the filter.
-        crop: height and width of the middle that is kept, filled up with zeros; ``None``: do not.
-        rescale_factor: factor of the values 0 to 255; ``None``: do not.
-        mean: subtracted from each channel; ``None``: do not.
-        std: what each channel is then divided by.
-        tiling: resize and cut into tiles instead of all that goes before ``rescale_factor``; ``None``: do not.
-        patching: resize instead of all that goes before ``rescale_factor``, and cut into patches in the end; ``None``:
-            do not.
+        resize: resize to this height and width, ignoring the aspect ratio.
+        resample: Pillow's number of the resampling filter.
+        crop: centre crop to this height and width, padded with zeros.
+        rescale_factor: multiply the values 0 to 255 by this.
+        mean: subtract this from each channel.
+        std: then divide each channel by this.
+        tiling: resize and cut into tiles, instead of the steps before ``rescale_factor``.
+        patching: resize instead of the steps before ``rescale_factor``, and cut into patches at the end.
     """
 
     pad_color: tuple[int, int, int] | None
@@ -49,35 +48,35 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     patching: Patching | None = None
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of tiles or pieces that a picture of this size becomes; ``(0, 0)`` where it is one tile."""
+        """Rows and columns of tiles or pieces of an image of this size; ``(0, 0)`` for a single tile."""
         if self.patching is not None:
             return self.patching.grid(height, width)
         return (0, 0) if self.tiling is None else self.tiling.grid(height, width)
 
-    def apply(self, picture: Array) -> Array:
-        """Pixel values of one picture.
+    def apply(self, image: Array) -> Array:
+        """Pixel values of one image.
 
         Args:
-            picture: RGB, uint8 with shape ``(height, width, 3)``.
+            image: RGB, uint8 with shape ``(height, width, 3)``.
 
         Returns:
-            float32 with shape ``(tiles, 3, height, width)``: one tile, unless pictures are cut into tiles. Of pictures
-            that are cut into patches, ``(patches, numbers)``.
+            float32 with shape ``(tiles, 3, height, width)``, one tile unless images are cut into tiles; or
+            ``(patches, numbers)`` for images cut into patches.
 
         Raises:
-            RequestError: the picture is so narrow that resizing it, or filling it up to a square, would need more
-                memory than a bomb, or that the model's processor refuses it.
+            RequestError: the image is too narrow for the model's processor, or resizing or padding it would exceed
+                ``MAX_PIXELS``.
         """
-        tiles = [self._one(picture)] if self.tiling is None else self._tiles(picture, self.tiling)
+        tiles = [self._one(image)] if self.tiling is None else self._tiles(image, self.tiling)
         tables = self._tables()
         values: Array = np.empty((len(tiles), *tiles[0].shape), np.float32)
-        for tile, own in zip(tiles, values, strict=True):
-            for table, levels, result in zip(tables, tile, own, strict=True):
+        for tile, tile_values in zip(tiles, values, strict=True):
+            for table, levels, result in zip(tables, tile, tile_values, strict=True):
                 np.take(table, levels, out=result, mode="clip")
         return values if self.patching is None else self.patching.cut(values[0])
 
     def _tables(self) -> Array:
-        """What each of the values 0 to 255 becomes in each channel: float32 with shape ``(3, 256)``."""
+        """Lookup tables of the values 0 to 255 for each channel: float32 with shape ``(3, 256)``."""
         levels: Array = np.arange(256)
         if self.rescale_factor is not None:
             levels = levels.astype(np.float64) * self.rescale_factor
@@ -87,21 +86,21 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             tables = (tables - mean) / std
         return tables
 
-    def _one(self, picture: Array) -> Array:
-        """A picture as the one tile that it is: uint8 with shape ``(3, height, width)``."""
-        picture = picture if self.pad_color is None else _padded_to_square(picture, self.pad_color)
-        if size := self._target(picture.shape[0], picture.shape[1]):
-            picture = _resized(picture, size, self.resample)
-        values = picture.transpose(2, 0, 1)
+    def _one(self, image: Array) -> Array:
+        """The image as a single tile: uint8 with shape ``(3, height, width)``."""
+        image = image if self.pad_color is None else _padded_to_square(image, self.pad_color)
+        if size := self._target(image.shape[0], image.shape[1]):
+            image = _resized(image, size, self.resample)
+        values = image.transpose(2, 0, 1)
         return values if self.crop is None else _cropped(values, *self.crop)
 
-    def _tiles(self, picture: Array, tiling: Tiling) -> list[Array]:
-        """The tiles of a picture, the one with the whole of it last: uint8, each of shape ``(3, edge, edge)``."""
-        height, width, _ = picture.shape
+    def _tiles(self, image: Array, tiling: Tiling) -> list[Array]:
+        """The tiles of an image, then the whole image as one tile: uint8, each of shape ``(3, edge, edge)``."""
+        height, width, _ = image.shape
         for size in tiling.sizes(height, width):
-            picture = _resized(picture, size, self.resample)
-        whole = _resized(picture, (tiling.edge, tiling.edge), self.resample)
-        return [tile.transpose(2, 0, 1) for tile in (*tiling.cut(picture, tiling.grid(height, width)), whole)]
+            image = _resized(image, size, self.resample)
+        whole = _resized(image, (tiling.edge, tiling.edge), self.resample)
+        return [tile.transpose(2, 0, 1) for tile in (*tiling.cut(image, tiling.grid(height, width)), whole)]
 
     def _target(self, height: int, width: int) -> tuple[int, int] | None:
         if self.patching is not None:
@@ -125,8 +124,8 @@ def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
         raise IntegrityError(f"{origin} is not a preprocessor: {error}; export the base again") from error
 
 
-def _padded_to_square(picture: Array, color: tuple[int, int, int]) -> Array:
-    height, width, _ = picture.shape
+def _padded_to_square(image: Array, color: tuple[int, int, int]) -> Array:
+    height, width, _ = image.shape
     side = max(height, width)
     if side * side > MAX_PIXELS:
         raise RequestError(
@@ -136,27 +135,27 @@ def _padded_to_square(picture: Array, color: tuple[int, int, int]) -> Array:
     square = np.empty((side, side, 3), np.uint8)
     square[:] = color
     top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = picture
+    square[top : top + height, left : left + width] = image
     return square
 
 
-def _resized(picture: Array, size: tuple[int, int], resample: int) -> Array:
+def _resized(image: Array, size: tuple[int, int], resample: int) -> Array:
     from PIL import Image
 
     height, width = size
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling(resample)))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(resample)))
 
 
 def _cropped(values: Array, height: int, width: int) -> Array:
-    """The middle of ``(3, h, w)``, with zeros where that is smaller."""
-    own_height, own_width = values.shape[1:]
-    if own_height < height or own_width < width:
-        large = np.zeros((3, max(height, own_height), max(width, own_width)), values.dtype)
-        top, left = ceil((large.shape[1] - own_height) / 2), ceil((large.shape[2] - own_width) / 2)
-        large[:, top : top + own_height, left : left + own_width] = values
-        # Where the middle begins is rounded for the picture, not for the larger frame.
-        top, left = (own_height - height) // 2 + top, (own_width - width) // 2 + left
+    """Centre crop of ``(3, h, w)``, padded with zeros where it is smaller."""
+    image_height, image_width = values.shape[1:]
+    if image_height < height or image_width < width:
+        large = np.zeros((3, max(height, image_height), max(width, image_width)), values.dtype)
+        top, left = ceil((large.shape[1] - image_height) / 2), ceil((large.shape[2] - image_width) / 2)
+        large[:, top : top + image_height, left : left + image_width] = values
+        # The crop's origin is rounded relative to the image, not to the padded frame.
+        top, left = (image_height - height) // 2 + top, (image_width - width) // 2 + left
         values = large
     else:
-        top, left = (own_height - height) // 2, (own_width - width) // 2
+        top, left = (image_height - height) // 2, (image_width - width) // 2
     return values[:, top : top + height, left : left + width]

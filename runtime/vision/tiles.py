@@ -1,7 +1,6 @@
-"""Pictures cut into tiles: which tiles a picture becomes, and the tokens that stand around them in a prompt.
+"""Tiles: an image is cut into rows and columns of square tiles, followed by the whole image as one more tile.
 
-The steps are those of the image processors of Idefics3 and SmolVLM in transformers (their PIL backend): a picture
-becomes rows and columns of square tiles, and behind them the whole picture on one more tile.
+The steps are those of transformers' image processors of Idefics3 and SmolVLM (PIL backend).
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from adalink.runtime.storage.vision_schema import Grid
 if TYPE_CHECKING:
     from adalink.runtime.arrays import Array
 
-# The processors' own limit for the longer edge.
+# The processors' limit for the longer edge.
 MAX_EDGE = 4096
 
 
 class Tiling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a picture is cut.
+    """Resizing and tile layout of an image.
 
     Attributes:
-        longest_edge: first the picture is resized so that its longer edge has this many pixels; ``None``: it is not.
+        longest_edge: resize first so that the longer edge has this many pixels; ``None`` skips this.
         edge: height and width of a tile.
-        is_cut: whether it is cut; else it is resized to one tile.
+        is_cut: whether the image is cut; otherwise it is resized to one tile.
     """
 
     longest_edge: int | None
@@ -35,14 +34,14 @@ class Tiling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def most(self) -> int:
-        """Most rows, and most columns, that a picture can have; 0 where none is cut."""
+        """Most rows, and most columns, of an image; 0 if images are not cut."""
         if not self.is_cut or self.longest_edge is None:
             return 0
         longest = min(self.longest_edge, MAX_EDGE)
         return ceil((longest + longest % 2) / self.edge)
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Heights and widths that a picture is resized to, one after the other, before it is cut."""
+        """Heights and widths of the successive resizes before the cut."""
         sizes = []
         if self.longest_edge is not None:
             height, width = _below_limit(*_to_longest_edge(height, width, self.longest_edge))
@@ -59,14 +58,14 @@ class Tiling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return [*sizes, (height, width)]
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns that a picture of this size is cut into."""
+        """Rows and columns of tiles of an image of this size."""
         height, width = self.sizes(height, width)[-1]
         return (0, 0) if height == width == self.edge else (height // self.edge, width // self.edge)
 
-    def cut(self, picture: Array, grid: Grid) -> list[Array]:
-        """The tiles of a grid, row by row, of a picture that has been resized: views of shape ``(edge, edge, 3)``."""
+    def cut(self, image: Array, grid: Grid) -> list[Array]:
+        """Tiles of a resized image, row by row: views of shape ``(edge, edge, 3)``."""
         rows, columns = ([number * self.edge for number in range(count)] for count in grid)
-        return [picture[top : top + self.edge, left : left + self.edge] for top in rows for left in columns]
+        return [image[top : top + self.edge, left : left + self.edge] for top in rows for left in columns]
 
     def _whole(self, length: int) -> int:
         return ceil(length / self.edge) * self.edge

@@ -1,7 +1,7 @@
-"""The vision tower of an open deployment: opened with the first image, run once for each picture.
+"""Vision tower of an open deployment, with a cache of image embeddings; opened with the first image.
 
-What it gives for a picture is the same for every task, since adapters act behind it: embeddings are kept by what the
-picture looks like to the tower, and one answers for all tasks.
+Adapters act after the tower, so the embeddings of an image are the same for every task. The cache is keyed by the
+preprocessed image and shared by all tasks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.storage.vision_schema import Grid
-from adalink.runtime.vision.images import ImageInput, read_picture
+from adalink.runtime.vision.images import ImageInput, read_image
 from adalink.runtime.vision.placeholders import ImageEmbeds, PreprocessedImage
 from adalink.runtime.vision.preprocess import Preprocessor, read_preprocessor
 
@@ -33,10 +33,10 @@ _LOG = get_logger(__name__)
 
 
 class OpenVision:
-    """The image side of a deployment; safe for calls from several threads, which it serves one after another."""
+    """Image processing of a deployment; safe for several threads, whose calls it serialises."""
 
     def __init__(self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, cache_bytes: int) -> None:
-        """``variant`` has the plan of the tower that ``backend`` opens; without one, it opens the base's graph."""
+        """``backend`` opens the tower's plan of ``variant`` if there is one, or else the base's graph."""
         self._path, self._manifest, self._variant, self._backend = path, manifest, variant, backend
         self._cache_bytes = cache_bytes
         self._kept: LruTable[str, Array] = LruTable(cache_bytes)
@@ -46,50 +46,53 @@ class OpenVision:
         self.encoded = 0
 
     def prepare(self, images: Sequence[Sequence[ImageInput]]) -> list[list[PreprocessedImage]]:
-        """The images of each row as the tower takes them.
+        """Read and preprocess the images of each row.
 
         Args:
-            images: those of each row; only for a base with a vision tower.
+            images: the images of each row; only for a base with a vision tower.
 
         Raises:
-            RequestError: one is no picture.
-            IntegrityError: a file of the vision tower is not the one in the manifest.
-            BackendError: what runs the tower is not there, or refused.
+            RequestError: an image cannot be read.
+            IntegrityError: a file of the vision tower differs from the manifest.
+            BackendError: the tower's engine is not available, or refused.
         """
         with self._lock:
             preprocessor, _ = self._open()
-        prepared: list[list[PreprocessedImage]] = []
-        for row, own in enumerate(images):
-            prepared.append([])
-            for place, source in enumerate(own):
-                picture = read_picture(source, f"images[{row}][{place}]")
-                values = preprocessor.apply(picture)
-                grid = preprocessor.grid(picture.shape[0], picture.shape[1])
+        preprocessed: list[list[PreprocessedImage]] = []
+        for row, row_images in enumerate(images):
+            preprocessed.append([])
+            for number, source in enumerate(row_images):
+                pixels = read_image(source, f"images[{row}][{number}]")
+                values = preprocessor.apply(pixels)
+                grid = preprocessor.grid(pixels.shape[0], pixels.shape[1])
                 # Patches of one colour are the same in any grid.
-                prepared[-1].append(PreprocessedImage(f"{digest_bytes(values.data)} {grid}", values, grid))
-        return prepared
+                preprocessed[-1].append(PreprocessedImage(f"{digest_bytes(values.data)} {grid}", values, grid))
+        return preprocessed
 
     def embed(self, images: Sequence[Sequence[PreprocessedImage]]) -> list[list[ImageEmbeds]]:
-        """Embeddings of the images of each row; raises what ``prepare`` does."""
+        """Image embeddings of each row, from the cache where possible; raises what ``prepare`` does."""
         with self._lock:
             _, tower = self._open()
-            given = {image.digest: image for own in images for image in own}
+            by_digest = {image.digest: image for row_images in images for image in row_images}
             kept = self._kept.entries
-            found = {digest: kept[digest].value for digest in given if digest in kept}
-            missing = [image for digest, image in given.items() if digest not in found]
+            embeds = {digest: kept[digest].value for digest in by_digest if digest in kept}
+            missing = [image for digest, image in by_digest.items() if digest not in embeds]
             if missing:
                 begun = time.perf_counter()
-                for image, own in zip(missing, tower.encode(missing), strict=True):
-                    found[image.digest] = own
+                for image, image_embeds in zip(missing, tower.encode(missing), strict=True):
+                    embeds[image.digest] = image_embeds
                 self.encoded += len(missing)
                 spent_ms = (time.perf_counter() - begun) * 1000
-                _LOG.info("encoded %d of %d images, %.0f ms", len(missing), len(given), spent_ms)
-            for digest in found:
-                self._keep(digest, found[digest])
-            return [[ImageEmbeds(image.digest, found[image.digest], image.grid) for image in own] for own in images]
+                _LOG.info("encoded %d of %d images, %.0f ms", len(missing), len(by_digest), spent_ms)
+            for digest in embeds:
+                self._keep(digest, embeds[digest])
+            return [
+                [ImageEmbeds(image.digest, embeds[image.digest], image.grid) for image in row_images]
+                for row_images in images
+            ]
 
     def encode(self, pixel_values: Array, grid: Grid | None) -> Array:
-        """See ``Deployment.encode``."""
+        """See ``Deployment.encode_images``."""
         base = vision_base(self._manifest.base)
         shape, expected = np.shape(pixel_values), (3, *base.vision.image_size)
         if base.vision.patches is not None:
@@ -102,7 +105,7 @@ class OpenVision:
             return self._open()[1].run(pixel_values, grid or (0, 0))
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         with self._lock:
             self._is_closed = True
             if self._opened is not None:
@@ -116,7 +119,7 @@ class OpenVision:
         if self._opened is None:
             base, plan = vision_base(self._manifest.base), self._variant.vision_graph
             vision = base.vision
-            if plan is None:  # a plan was read whole with the engine's
+            if plan is None:  # a plan was verified with the engine's
                 verify_once(self._path, self._manifest, vision.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
@@ -132,16 +135,16 @@ class OpenVision:
         return self._opened
 
     def _keep(self, digest: str, embeds: Array) -> None:
-        """Keep embeddings as the most recently used, unless they alone exceed the budget."""
+        """Cache embeddings, unless they alone exceed the budget."""
         if embeds.nbytes <= self._cache_bytes:
             self._kept.put(digest, embeds, embeds.nbytes)
 
 
 class _Tower(Protocol):
-    """A vision tower, whatever the sizes of its images."""
+    """A vision tower, for images of one size or of any shape."""
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        """See ``Deployment.encode``; ``grid`` matters where images keep their shape."""
+        """See ``Deployment.encode_images``; ``grid`` is used where images keep their shape."""
         ...
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
@@ -149,7 +152,7 @@ class _Tower(Protocol):
         ...
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         ...
 
 
@@ -160,7 +163,7 @@ class _TileTower:
         self._graph = graph
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        """Embeddings with shape ``(tiles, tokens, d)`` of any number of tiles, in calls of as many as it takes."""
+        """Embeddings of any number of tiles, shape ``(tiles, tokens, d)``, in one or more calls."""
         most = self._graph.most_images
         starts = range(0, len(pixel_values), most)
         return np.concatenate([self._graph.run(pixel_values[start : start + most]) for start in starts])
@@ -168,8 +171,8 @@ class _TileTower:
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         embeds = self.run(np.concatenate([image.pixel_values for image in images]), (0, 0))
         ends = np.cumsum([len(image.pixel_values) for image in images])[:-1]
-        # Copies, so that one that is kept does not keep its neighbours.
-        return [own.reshape(-1, own.shape[-1]).copy() for own in np.split(embeds, ends)]
+        # Copies: a cached image must not keep the whole batch in memory.
+        return [image_embeds.reshape(-1, image_embeds.shape[-1]).copy() for image_embeds in np.split(embeds, ends)]
 
     def close(self) -> None:
         self._graph.close()
@@ -192,7 +195,7 @@ class _PatchTower:
 
 
 def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
-    """Check that pictures are cut as the manifest says, which has tokens for that; raises ``IntegrityError``."""
+    """Check that tiles and patches match the manifest, which has their tokens; raises ``IntegrityError``."""
     pieces = None if vision.patches is None else (vision.image_size, vision.patches.merge)
     cut = steps.patching
     if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
@@ -201,9 +204,9 @@ def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
             "pieces, patches on an edge): export the base again"
         )
     expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
-    given = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
-    if given != expected:
+    received = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
+    if received != expected:
         raise IntegrityError(
-            f"{vision.preprocessor} cuts pictures into tiles of {given}, the manifest has tokens for {expected} (their "
-            "size, most in a row): export the base again"
+            f"{vision.preprocessor} cuts pictures into tiles of {received}, the manifest has tokens for {expected} "
+            "(their size, most in a row): export the base again"
         )

@@ -96,6 +96,6 @@ def test_a_cpu_that_only_emulates_it_is_warned_of_first(
     files, lines = write_letter_task(tmp_path, "ab", range(2, 5)), list[str]()
     for precision in ("bfloat16", "float32"):
         settings = TrainSettings(max_steps=1, device="cpu", precision=precision)
-        train(*files, tmp_path / precision, AdaLinkConfig(rank=4), settings, loop=LoopOptions(say=lines.append))
+        train(*files, tmp_path / precision, AdaLinkConfig(rank=4), settings, loop=LoopOptions(progress=lines.append))
     warned = [index for index, line in enumerate(lines) if "has no instructions for bfloat16" in line]
     assert warned == ([] if is_supported else [0])

@@ -1,4 +1,4 @@
-"""A quantised engine with its activations left in float32: what is then left of its error is the engine's own."""
+"""A quantised engine with float32 activations, which isolates the errors of the engine itself."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from adalink.runtime.storage.vision_schema import PatchTower
 
 
 class ExactActivations:
-    """Another backend, whose engines do not round the inputs of quantised products.
+    """A backend whose engines do not round the inputs of quantised products.
 
     Attributes:
-        name: of the backend inside.
+        name: name of the wrapped backend.
     """
 
     def __init__(self, inner: Backend) -> None:

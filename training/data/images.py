@@ -1,4 +1,4 @@
-"""Images of training rows: read as the runtime reads them, prepared by the model's own image processor."""
+"""Images of training rows: read as in the runtime, preprocessed by the model's own image processor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.storage.digest import digest_file
-from adalink.runtime.vision.images import read_picture
+from adalink.runtime.vision.images import read_image
 from adalink.training.data.rows import Example, ImageTokens
 from adalink.training.models.loading import find_image_processor
 from adalink.training.models.patches import read_patching
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class TrainingImages:
-    """What turns the images of examples into a base's ``pixel_values``, and what goes with them.
+    """Image inputs of a base: ``pixel_values`` of examples, and placeholders in their prompts.
 
     Attributes:
-        tokens: how the base wants images in a prompt.
+        tokens: placeholders of images in a prompt.
     """
 
     def __init__(self, base: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load the image processor that lies beside a checkpoint.
+        """Load the image processor of a checkpoint.
 
         Args:
             base: the checkpoint.
             model: the same, loaded.
-            tokenizer: its tokenizer, which knows the tokens around tiles.
+            tokenizer: its tokenizer, with the tokens around tiles.
 
         Raises:
-            ModelError: there is no image processor, or the model takes no images that way.
+            ModelError: there is no image processor, or the model takes images in no supported way.
         """
         side = image_side(model)
         if side is None:
@@ -52,29 +52,30 @@ class TrainingImages:
             raise ModelError(f"{base}: no image processor was found, expected preprocessor_config.json beside it")
         self._processor = processor
         self._takes_tiles, self._takes_patches = side.takes_tiles, side.takes_patches
-        self.tokens = ImageTokens(side.image_token_id, self._writer(model, side, tokenizer))
+        self.tokens = ImageTokens(side.image_token_id, self._make_image_tokens(model, side, tokenizer))
 
     def join(self, batch: dict[str, torch.Tensor], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """A batch with all its images in the order of its rows; as it is if it has none.
+        """Add the images of a batch, in the order of its rows; a batch without images is unchanged.
 
         Args:
-            batch: ``input_ids`` with shape ``(batch, seq)`` and what goes with them.
+            batch: ``input_ids`` with shape ``(batch, seq)`` and the other inputs.
             examples: its rows.
 
         Returns:
-            The batch with ``pixel_values``, float32 with shape ``(images, 3, height, width)``; of a base that takes
-            tiles, ``(1, tiles, 3, height, width)``: as if all were one row's, so that no row is filled up with empty
-            tiles. Of one that takes patches, ``(patches, numbers)``, with ``image_grid_thw`` of shape ``(images, 3)``
-            and ``mm_token_type_ids`` of shape ``(batch, seq)`` in place of ``position_ids``, which it counts by these.
+            The batch with ``pixel_values``, float32 with shape ``(images, 3, height, width)``. For a base that takes
+            tiles the shape is ``(1, tiles, 3, height, width)``, as if of one row, so that no row is padded with empty
+            tiles. For one that takes patches it is ``(patches, numbers)``, with ``image_grid_thw`` of shape
+            ``(images, 3)`` and ``mm_token_type_ids`` of shape ``(batch, seq)``, for the model's position ids, in
+            place of ``position_ids``.
 
         Raises:
             DataError: a file is no image.
         """
-        pictures = [_read(path) for example in examples for path in example.images]
-        if not pictures:
+        images = [_read(path) for example in examples for path in example.images]
+        if not images:
             return batch
         ids = batch["input_ids"]
-        prepared = self._prepare(pictures)
+        prepared = self._prepare(images)
         joined = batch | {"pixel_values": prepared["pixel_values"].to(ids.device)}
         if self._takes_patches:
             joined.pop("position_ids", None)
@@ -82,13 +83,13 @@ class TrainingImages:
             joined["mm_token_type_ids"] = (ids == self.tokens.token_id).int()
         return joined
 
-    def _prepare(self, pictures: list[Array]) -> dict[str, torch.Tensor]:
-        return dict(self._processor(images=pictures, input_data_format="channels_last", return_tensors="pt"))
+    def _prepare(self, images: list[Array]) -> dict[str, torch.Tensor]:
+        return dict(self._processor(images=images, input_data_format="channels_last", return_tensors="pt"))
 
-    def _writer(
+    def _make_image_tokens(
         self, model: PreTrainedModel, side: ImageSide, tokenizer: PreTrainedTokenizerBase
     ) -> Callable[[Path], list[int]]:
-        """What says what an image becomes in a prompt."""
+        """A function from an image file to its tokens in a prompt."""
         if side.takes_patches:
             patching = read_patching(self._processor)
 
@@ -114,20 +115,20 @@ class TrainingImages:
         return tiles
 
     def _positions(self, model: PreTrainedModel) -> int:
-        """How many positions an image, or a tile of one, takes up: what the projector gives for it."""
+        """Positions of an image or tile: the rows of the projector's output."""
         pixels = self._prepare([np.full((64, 64, 3), 127, np.uint8)])["pixel_values"]
         if self._takes_tiles:
             pixels = pixels[:, :1]
         with torch.no_grad():
-            found = model.base_model.get_image_features(pixel_values=pixels.to(model.device))
-        features = getattr(found, "pooler_output", found)
+            output = model.base_model.get_image_features(pixel_values=pixels.to(model.device))
+        features = getattr(output, "pooler_output", output)
         return int(features[0].shape[-2])
 
 
 def _read(path: Path) -> Array:
     """Pixels of an image file; raises ``DataError``."""
     try:
-        return read_picture(path, "image")
+        return read_image(path, "image")
     except RequestError as error:
         raise DataError(str(error)) from error
 

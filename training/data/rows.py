@@ -1,7 +1,7 @@
-"""Text-to-text rows from JSONL, and the batches made of them.
+"""Training rows: text-to-text rows from JSONL, their token ids, and batches of them.
 
-A row is rendered as its prompt, its completion and the end token, as plain text: a deployment that is given the same
-prompt tokenizes it to the same ids.
+A row is its prompt, its completion and the end token, as plain text. A deployment tokenizes the same prompt to the same
+ids.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IGNORED_LABEL = -100
 
 
 class TrainingRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a JSONL file; ``images`` are paths from the file's own folder."""
+    """One line of a JSONL file; ``images`` are paths relative to the file's folder."""
 
     prompt: str
     completion: str
@@ -38,7 +38,7 @@ class TrainingRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Example:
     """Token ids of one row; ``target`` ends with the end token.
 
-    A placeholder stands for each position that one of its images takes up.
+    The prompt has one placeholder for each position of an image.
     """
 
     prompt: list[int]
@@ -48,22 +48,22 @@ class Example:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How a base that takes images wants them in a prompt.
+    """Tokens of images in a prompt.
 
     Attributes:
         token_id: the placeholder.
-        written: what an image becomes in a prompt, in place of the one placeholder that people write.
+        image_tokens: tokens of an image file, which replace its one placeholder in a row.
     """
 
     token_id: int
-    written: Callable[[Path], list[int]]
+    image_tokens: Callable[[Path], list[int]]
 
 
 def read_rows(path: str | Path) -> list[TrainingRow]:
-    """Read rows ``{"prompt": str, "completion": str}``, with ``"images": [path, ...]`` too; empty lines are skipped.
+    """Read rows ``{"prompt": str, "completion": str}``, optionally with ``"images": [path, ...]``; skip empty lines.
 
     Raises:
-        DataError: the file is missing, has no row, or a line is not such a row; the message names it.
+        DataError: the file is missing, has no row, or a line is not such a row; the message names the line.
     """
     rows = []
     decode = msgspec.json.Decoder(TrainingRow).decode
@@ -84,19 +84,19 @@ def encode_rows(
 ) -> list[Example]:
     """Token ids of rows.
 
-    Prompt and completion are tokenized apart, because the deployment tokenizes a prompt before its completion exists.
+    Prompt and completion are tokenized separately, since a deployment tokenizes a prompt before its completion exists.
 
     Args:
-        rows: what ``read_rows`` returned.
+        rows: rows from ``read_rows``.
         tokenizer: tokenizer of the base.
-        max_length: most tokens a row may have, end token included.
-        origin: file the rows come from, for messages; paths of images are from its folder.
-        images: how the base takes images; ``None`` if it takes none.
-        form: how its prompts are written; ``None`` for as they are.
+        max_length: maximum tokens of a row, end token included.
+        origin: file of the rows, for messages; image paths are relative to its folder.
+        images: tokens of images; ``None`` for a base that takes none.
+        form: prompt form of the base; ``None`` for prompts as they are.
 
     Raises:
-        DataError: a row is longer; it is never cut, since the deployment would not cut it. Or it has not one
-            placeholder for each image, or an image is not there.
+        DataError: a row is too long (rows are never truncated, as in a deployment), does not have one placeholder for
+            each image, or names a missing image.
         ModelError: the tokenizer has no end token.
     """
     end = end_token(tokenizer)
@@ -105,13 +105,15 @@ def encode_rows(
         if form is None:
             prompt = list(tokenizer(row.prompt)["input_ids"])
         else:
-            written = form.written(row.prompt, len(row.images))
-            prompt = list(tokenizer(written, add_special_tokens=False)["input_ids"])
-        pictures = _pictures(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
+            text = form.format(row.prompt, len(row.images))
+            prompt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        paths = _image_paths(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
         if images is not None:
-            left = iter(pictures)
+            remaining = iter(paths)
             prompt = [
-                token for own in prompt for token in (images.written(next(left)) if own == images.token_id else (own,))
+                token
+                for text_token in prompt
+                for token in (images.image_tokens(next(remaining)) if text_token == images.token_id else (text_token,))
             ]
         target = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], end]
         if len(prompt) + len(target) > max_length:
@@ -119,21 +121,21 @@ def encode_rows(
                 f"{origin}: row {number} has {len(prompt) + len(target)} tokens, expected at most {max_length}: "
                 "shorten its prompt or raise --max-length"
             )
-        examples.append(Example(prompt, target, pictures))
+        examples.append(Example(prompt, target, paths))
     return examples
 
 
 def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_tokens: int, origin: str | Path) -> None:
-    """Refuse a row that is longer than the longest sequence the base was made for.
+    """Refuse a row that has more tokens than the base has positions.
 
     Args:
         examples: encoded rows.
         model: the base.
         soft_tokens: vectors of a soft prompt before each row.
-        origin: file the rows come from, for messages.
+        origin: file of the rows, for messages.
 
     Raises:
-        DataError: a row has more tokens than the base has positions; of an encoder-decoder, its prompt or its target.
+        DataError: a row is too long; for an encoder-decoder, its prompt or its target is.
     """
     limit = max_positions(model)
     for number, example in enumerate(examples, start=1):
@@ -147,7 +149,7 @@ def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_to
             )
 
 
-def _pictures(
+def _image_paths(
     row: TrainingRow, prompt: Sequence[int], images: ImageTokens | None, where: str, folder: Path
 ) -> tuple[Path, ...]:
     """Paths of a row's images; ``prompt`` has one placeholder for each."""
@@ -155,10 +157,10 @@ def _pictures(
         if row.images:
             raise DataError(f"{where} has images, which this base or command does not take: remove them")
         return ()
-    found = sum(token == images.token_id for token in prompt)
-    if found != len(row.images):
+    count = sum(token == images.token_id for token in prompt)
+    if count != len(row.images):
         raise DataError(
-            f"{where} has {found} image placeholders (token {images.token_id}) in its prompt and {len(row.images)} "
+            f"{where} has {count} image placeholders (token {images.token_id}) in its prompt and {len(row.images)} "
             "images: write one placeholder for each image where it belongs"
         )
     paths = tuple(folder / name for name in row.images)

@@ -1,4 +1,4 @@
-"""The method: a low-rank residual bottleneck on embeddings (AdaLink, arXiv 2310.12100)."""
+"""AdaLink (arXiv 2310.12100): a low-rank residual bottleneck on embeddings."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class AdaLink(nn.Module):
     """``x + up(act(down(x)))`` on embeddings of one modality.
 
-    ``down`` starts Kaiming-uniform and ``up`` zero, so a fresh adapter is the identity. The arithmetic is float32
-    whatever the dtype of ``x``, also under autocast.
+    ``down`` starts Kaiming-uniform and ``up`` zero, so a new adapter is the identity. The arithmetic is float32 for any
+    dtype of ``x``, also under autocast.
 
     Args:
         hidden_size: width ``d`` of the embeddings.
         rank: width ``r`` of the bottleneck.
         activation: one of ``adalink.runtime.storage.adapter.ACTIVATIONS``.
         bias: whether ``down`` and ``up`` carry a bias.
-        dropout: chance that a bottleneck feature is dropped in training.
+        dropout: dropout probability of bottleneck features in training.
     """
 
     def __init__(

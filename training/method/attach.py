@@ -1,7 +1,7 @@
-"""Put an adapter in front of a frozen model, and take it off again without a trace.
+"""Attach adapters to the input embeddings of a frozen model, and detach them without a trace.
 
-The adapter acts on the *output* of the model's input embedding, through forward hooks: no weight and no module of the
-model is replaced, so a tied output head, which shares only the matrix, stays as it was.
+The adapter acts on the *output* of the model's input embedding, through forward hooks. No weight and no module of the
+model is replaced, so a tied output head, which shares only the matrix, is not affected.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class AdaLinkModel:
     - Decoders with scope ``"prompt"``: those of the prompt. A row's target starts at its first label other than -100;
       positions computed with a non-empty KV cache are generated ones. Generating without a cache needs ``positions``.
 
-    ``inputs_embeds`` that the caller computed pass the embedding by and are not adapted.
+    ``inputs_embeds`` from the caller bypass the embedding and are not adapted.
 
-    A model that takes images says itself what is one: the adapter of the modality ``image`` acts on what the projector
-    gives, before it is merged with the text embeddings, whatever the scope, since images are part of a prompt; that of
-    ``text`` acts on every token but the placeholders that the model replaces by an image.
+    In a vision-language model, the adapter of the modality ``image`` acts on the projector's output, before the merge
+    with the text embeddings. It does so with any scope, since images are part of a prompt. The adapter of ``text`` acts
+    on every token but the placeholders that the model replaces by an image.
 
-    A soft prompt (``config.soft_tokens``) stands before every row of a decoder or encoder, whatever the scope, and no
-    adapter acts on it; what the model returns is for the caller's positions (``adalink.training.method.soft_prompt``).
+    A soft prompt (``config.soft_tokens``) is prepended to every row of a decoder or encoder, with any scope. No adapter
+    acts on it, and the model's outputs are for the caller's positions (``adalink.training.method.soft_prompt``).
 
     Attributes:
         model: the base model.
         config: settings of the adapters.
-        embedding: the module whose output is adapted; with the adapters' ``up`` at zero it gives what it gave.
-        hidden_size: the embeddings' width ``d``.
-        vocab_size: tokens that it knows, ``V``.
+        embedding: the module whose output is adapted; with the adapters' ``up`` at zero its output is unchanged.
+        hidden_size: width ``d`` of the embeddings.
+        vocab_size: size ``V`` of the vocabulary.
         adapters: one ``AdaLink`` per modality, none for rank 0; beside them the parameter ``soft_prompt`` of shape
             ``(n, d)``, if there is one. On the device of the embedding.
     """
@@ -119,7 +119,7 @@ class AdaLinkModel:
         self.detach()
 
     def detach(self) -> None:
-        """Take the adapters off and restore which parameters are trained; a second call does nothing."""
+        """Remove the adapters and restore ``requires_grad`` of all parameters; a second call does nothing."""
         if not self._is_attached:
             return
         for handle in self._handles:
@@ -141,14 +141,14 @@ class AdaLinkModel:
     def positions(
         self, *, prompt_mask: torch.Tensor | None = None, modality: torch.Tensor | None = None
     ) -> Iterator[None]:
-        """Say for the calls within what each position is; column ``j`` speaks of position ``j`` of the sequence.
+        """Set prompt mask and modality map for the calls within; column ``j`` is for position ``j`` of the sequence.
 
         Positions past the last column are generated ones: not prompt, and of the modality ``text`` if there is one.
 
         Args:
-            prompt_mask: bool with shape ``(batch, seq)``, true for the prompt; only scope ``"prompt"`` heeds it.
-            modality: int64 with shape ``(batch, seq)``, index in ``config.modalities``, -1 for a position to leave as
-                it is.
+            prompt_mask: bool with shape ``(batch, seq)``, true for the prompt; only scope ``"prompt"`` uses it.
+            modality: int64 with shape ``(batch, seq)``, index in ``config.modalities``, -1 for a position without
+                adapter.
 
         Raises:
             RequestError: wrong dtype or an index out of range.
@@ -187,11 +187,11 @@ class AdaLinkModel:
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values")
-        held = 0 if cache is None else int(cache.get_seq_length())
-        self._past_length = max(0, held - self.config.soft_tokens)
-        # Given with the prompt alone: a placeholder that is generated is a token like any other.
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        self._past_length = max(0, cached - self.config.soft_tokens)
+        # Images come with the prompt alone: a generated placeholder is a token like any other.
         encoded = (call.get("mm_encoder_outputs") or {}).values()
-        self._has_images = any(given is not None for given in (call.get("pixel_values"), *encoded))
+        self._has_images = any(value is not None for value in (call.get("pixel_values"), *encoded))
         if self._images is not None and call.get("pixel_values_videos") is not None:
             raise RequestError(
                 f"pixel_values_videos was given to {type(self.model).__name__}, whose videos no adapter is for: leave "
@@ -225,7 +225,7 @@ class AdaLinkModel:
         return adapted
 
     def _selected(self, x: torch.Tensor) -> torch.Tensor:
-        """Positions the scope lets the adapters touch: bool with shape ``(batch, seq)``."""
+        """Positions that the scope adapts: bool with shape ``(batch, seq)``."""
         everything = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if self.config.scope == "all" or self.model.config.is_encoder_decoder:
             return everything
@@ -258,7 +258,7 @@ class AdaLinkModel:
         return self._columns(self._modality, x, past_the_end=names.index("text") if "text" in names else -1)
 
     def _columns(self, table: torch.Tensor, x: torch.Tensor, past_the_end: int | bool) -> torch.Tensor:
-        """The columns of ``table`` that speak of the positions of ``x``, filled up past its end."""
+        """The columns of ``table`` for the positions of ``x``, padded past its end."""
         batch, length = x.shape[:2]
         table = table.to(x.device)
         if table.shape[0] != batch:
@@ -271,12 +271,11 @@ class AdaLinkModel:
 
 
 def attach(model: PreTrainedModel, config: AdaLinkConfig) -> AdaLinkModel:
-    """Freeze ``model`` and put fresh adapters, which are the identity, at its input; see ``AdaLinkModel``.
+    """Freeze ``model`` and attach new adapters, which start as the identity; see ``AdaLinkModel``.
 
     Raises:
-        ModelError: the model has no input embedding, an adapter is attached already, or the model takes images in a
-            way that the adapter's modalities or a soft prompt do not fit; or it is an encoder-decoder and there is
-            a soft prompt.
+        ModelError: the model has no input embedding, has an adapter attached already, does not support the adapter's
+            modalities, or does not support a soft prompt (encoder-decoders among others).
         ConfigError: the rank exceeds the embedding's width.
     """
     return AdaLinkModel(model, config)

@@ -1,4 +1,4 @@
-"""What one chooses before training: the settings of the method."""
+"""``AdaLinkConfig``: settings of the method, chosen before training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ INITS: tuple[Init, ...] = get_args(Init)
 class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
     """Settings of an adapter to train, checked when made; by keyword alone.
 
-    Those of the method are described at ``adalink.runtime.storage.adapter_spec``. Here each has a default, and training
-    adds its own.
+    ``adalink.runtime.storage.adapter_spec`` documents the settings of the method. Here each has a default, and training
+    adds its own settings.
 
     Attributes:
-        dropout: chance in ``[0, 1)`` that a bottleneck feature is dropped in training; 0 for rank 0.
-        init: how ``down`` starts: ``"kaiming"``, uniform within ``1 / sqrt(d)``; for the modality ``text``
-            ``"centered"`` on the base's embeddings; or ``"gradient"``, from the rows that are learned from, once
-            ``train`` has attached it (``adalink.training.method.initialization``). ``up`` starts at zero.
+        dropout: dropout probability of bottleneck features in training, in ``[0, 1)``; 0 for rank 0.
+        init: initialization of ``down``: ``"kaiming"``, uniform within ``1 / sqrt(d)``; ``"centered"`` on the base's
+            embeddings, for the modality ``text``; or ``"gradient"``, from the training rows, which ``train`` computes
+            (``adalink.training.method.initialization``). ``up`` starts at zero.
 
     Raises:
         ConfigError: a setting is outside what the method allows, or cannot be trained.
@@ -61,5 +61,5 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
             )
 
     def as_record(self) -> dict[str, Any]:
-        """All that can be chosen, by name, for reports."""
+        """All settings by name, for reports."""
         return {name: value for name, value in structs.asdict(self).items() if name != "input"}

@@ -1,7 +1,7 @@
-"""A soft prompt in front of a model: trained vectors before each row's first token, unseen by the caller.
+"""Soft prompts: trained embeddings prepended to each sequence, which callers never see.
 
-Hooks on the model's body, the module between embeddings and head, lengthen what goes in and cut what comes out. So
-logits, losses and ``generate``, whose ids and masks know of no soft prompt, stay the caller's.
+Hooks on the model's body, the module between embeddings and head, prepend them to its inputs and strip them from its
+outputs. So logits, losses and ``generate`` keep the caller's ids, masks and lengths.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def draw_soft_prompt(embedding: nn.Module, vocab_size: int, count: int) -> nn.Parameter:
-    """``count`` vectors to start from: the embeddings of random tokens, float32 with shape ``(count, d)``.
+    """Initial vectors: the embeddings of ``count`` random tokens, float32 with shape ``(count, d)``.
 
     Args:
         embedding: the model's embedding module, without an adapter.
-        vocab_size: how many tokens it knows.
-        count: how many vectors; drawn with PyTorch's seed.
+        vocab_size: size of the vocabulary.
+        count: number of vectors; tokens are drawn with PyTorch's seed.
     """
     ids = torch.randint(vocab_size, (count,))
     with torch.no_grad():
@@ -34,37 +34,37 @@ def draw_soft_prompt(embedding: nn.Module, vocab_size: int, count: int) -> nn.Pa
 
 
 class SoftPromptHooks:
-    """Puts a soft prompt before every row that a decoder or encoder is given, until the handles are removed.
+    """Prepends a soft prompt to every row of a decoder or encoder, until the handles are removed.
 
-    - It stands between a row's padding on the left, the columns masked before its first token, and that token.
-    - Positions given by the caller are moved up by its length; those that the model counts itself move by themselves.
-    - A call with a KV cache that holds something goes on with a row that has its soft prompt already.
-    - What the body returns for its positions is left out: ``last_hidden_state`` and ``hidden_states`` have the caller's
-      columns, a pooler sees the caller's first one. Attention weights keep all columns.
+    - It goes between a row's left padding, the masked columns before its first token, and that token.
+    - Position ids from the caller are shifted by its length; those that the model counts itself follow by themselves.
+    - A call with a non-empty KV cache continues a row that has its soft prompt already.
+    - Its outputs are stripped: ``last_hidden_state`` and ``hidden_states`` have the caller's columns, and a pooler gets
+      the caller's first column. Attention weights keep all columns.
 
     Args:
         model: the base.
         vectors: the soft prompt, with shape ``(n, d)``.
 
     Raises:
-        ModelError: an encoder-decoder, a model whose prompt attends in both directions, or one that is fed with images
-            in a way that is not supported.
+        ModelError: an encoder-decoder, a model with a bidirectional prompt, or one that takes images in a way that is
+            not supported.
     """
 
     def __init__(self, model: PreTrainedModel, vectors: nn.Parameter) -> None:
         self._vectors = vectors
         self._body = _body(model)
         self._parameters = inspect.signature(self._body.forward).parameters
-        self._lead: torch.Tensor | None = None  # of a first call: columns before each row's first token
+        self._lead: torch.Tensor | None = None  # in a prefill: columns before each row's first token
 
     def install(self) -> list[RemovableHandle]:
-        """Hook the body."""
+        """Install the hooks on the body."""
         return [
-            self._body.register_forward_pre_hook(self._lengthen, with_kwargs=True),
-            self._body.register_forward_hook(self._cut, always_call=True),
+            self._body.register_forward_pre_hook(self._prepend, with_kwargs=True),
+            self._body.register_forward_hook(self._strip, always_call=True),
         ]
 
-    def _lengthen(
+    def _prepend(
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -80,17 +80,17 @@ class SoftPromptHooks:
             )
         count = len(self._vectors)
         positions = call.get("position_ids")
-        known = past + length - count  # what the cache and the call bring of the caller's
-        wanted = known
+        received = past + length - count  # the caller's positions in cache and call
+        expected = received
         if mask is not None:
-            wanted = mask.shape[1]
+            expected = mask.shape[1]
         elif positions is not None:
-            wanted = int(positions.max()) + 1
-        if past and known != wanted:
+            expected = int(positions.max()) + 1
+        if past and received != expected:
             raise RequestError(
-                f"the KV cache holds {past} positions and the call brings {length}, expected {wanted + count} in all, "
-                f"the caller's and a soft prompt of {count}: do not start from another model's cache, nor cut it to "
-                "the length of the tokens"
+                f"the KV cache holds {past} positions and the call brings {length}, expected {expected + count} in "
+                f"all, the caller's and a soft prompt of {count}: do not start from another model's cache, nor cut it "
+                "to the length of the tokens"
             )
         lead = torch.zeros(batch, dtype=torch.int64, device=self._vectors.device)
         if mask is not None:
@@ -107,15 +107,15 @@ class SoftPromptHooks:
         if positions is not None:
             positions = positions.expand(batch, -1)
             first = positions.gather(1, lead.clamp(max=length - 1).unsqueeze(1))
-            own = first + torch.arange(count, device=first.device)
-            call["position_ids"] = _insert(positions + count, own, lead)
+            soft_positions = first + torch.arange(count, device=first.device)
+            call["position_ids"] = _insert(positions + count, soft_positions, lead)
         types = call.get("token_type_ids")
         if types is not None:
             call["token_type_ids"] = _insert(types, types.new_zeros(batch, count), lead)
         self._lead = lead
         return (), call
 
-    def _cut(self, module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:
+    def _strip(self, module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:
         lead, self._lead = self._lead, None
         if lead is None or output is None:  # a later step, or a call that failed
             return output
@@ -146,7 +146,7 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
         )
     if side is not None and not side.takes_patches:
         return side.language_model
-    if takes_images(model):  # among them those whose positions follow pictures: the model counts them itself
+    if takes_images(model):  # or computes position ids from images itself
         raise ModelError(
             f"{type(model).__name__} takes images in a way that no soft prompt can stand before: use soft_tokens = 0"
         )
@@ -154,20 +154,20 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _insert(rows: torch.Tensor, new: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
-    """``new`` of shape ``(batch, n, ...)`` put into ``rows`` of shape ``(batch, seq, ...)`` behind ``lead`` columns."""
+    """``new``, ``(batch, n, ...)``, inserted into ``rows``, ``(batch, seq, ...)`` after ``lead`` columns."""
     joined = torch.cat([new.to(rows.dtype), rows], dim=1)
     if not lead.any():
         return joined
-    count, place = new.shape[1], torch.arange(joined.shape[1], device=rows.device)
+    count, column = new.shape[1], torch.arange(joined.shape[1], device=rows.device)
     start = lead.unsqueeze(1)
-    order = torch.where(place < start, place + count, torch.where(place < start + count, place - start, place))
+    order = torch.where(column < start, column + count, torch.where(column < start + count, column - start, column))
     return joined[torch.arange(len(rows), device=rows.device).unsqueeze(1), order]
 
 
 def _remove(rows: torch.Tensor, count: int, lead: torch.Tensor) -> torch.Tensor:
-    """``rows`` without what ``_insert`` put there."""
+    """``rows`` without the columns that ``_insert`` added."""
     if not lead.any():
         return rows[:, count:]
-    place = torch.arange(rows.shape[1] - count, device=rows.device)
-    order = place + count * (place >= lead.unsqueeze(1))
+    column = torch.arange(rows.shape[1] - count, device=rows.device)
+    order = column + count * (column >= lead.unsqueeze(1))
     return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), order]

@@ -1,6 +1,6 @@
-"""The base model: load a checkpoint without ever unpickling it, and name it by its embeddings.
+"""Base models: load a checkpoint without ever unpickling it, and fingerprint it by its embeddings.
 
-A base is given as a Hugging Face folder, a GGUF file (or a folder whose only model file is one) or a hub id.
+A base is a Hugging Face folder, a GGUF file (or a folder whose only model file is one) or a hub id.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a base is: ``origin`` is what transformers is given, ``gguf_file`` the file in it for that format."""
+    """Location of a base: ``origin`` for transformers, and ``gguf_file`` inside it for that format."""
 
     origin: str
     gguf_file: str | None = None
 
     def options(self) -> dict[str, str | bool]:
-        # Code that a checkpoint brings along is never run; without this, transformers may ask on a terminal.
+        # Never run a checkpoint's own code; without this setting transformers may ask on a terminal.
         options: dict[str, str | bool] = {"trust_remote_code": False}
         return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
@@ -40,15 +40,15 @@ class _Source:
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """Load a base model in eval mode, on the CPU.
 
-    The class follows the checkpoint: a causal language model, one that takes images beside text, an encoder-decoder
-    with its head, or, for encoders such as BERT, the bare model.
+    The class follows the checkpoint: a causal language model, a vision-language model, an encoder-decoder with its
+    head, or, for encoders such as BERT, the bare model.
 
     Args:
         spec: a Hugging Face folder, a ``.gguf`` file, a folder with one ``.gguf`` file, or a hub id.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; fingerprints are those of the float32 model.
 
     Raises:
-        ModelError: nothing is there, the weights are pickled or incomplete, or the architecture is unknown.
+        ModelError: the checkpoint is missing, pickled or incomplete, or its architecture is unknown.
     """
     import torch
     from transformers import AutoConfig
@@ -120,10 +120,10 @@ def base_fingerprint(model: torch.nn.Module) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Digest of all weights of a model, in float32: which of the models with the same embeddings it is.
+    """Digest of all weights of a model, in float32; it tells models with the same embeddings apart.
 
-    SHA-256 of a line for each parameter, its shape and the digest of its values, sorted: releases of transformers name
-    parameters differently. A pooler, which a checkpoint may lack, is left out.
+    SHA-256 of one line per parameter, with its shape and the digest of its values. Lines are sorted, since releases of
+    transformers name parameters differently. A pooler is left out, since a checkpoint may lack it.
     """
     import torch
 
@@ -164,7 +164,7 @@ def input_embedding(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Longest sequence the model was made for; ``None`` where positions are relative."""
+    """Maximum sequence length of the model; ``None`` for relative positions."""
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         padding: int | None = getattr(module, "padding_idx", None)
@@ -174,9 +174,9 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def display_name(spec: str | Path) -> str:
-    """Name of a base for people: folder name or file stem of a local one, else the hub id; never a machine's path.
+    """Display name of a base: folder name or file stem of a local one, else the hub id; never a machine's path.
 
-    A folder that holds one GGUF file and no other model is that file.
+    A folder with one GGUF file and no other model has the name of that file.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -189,7 +189,7 @@ def display_name(spec: str | Path) -> str:
 
 
 def _find(spec: str | Path) -> _Source:
-    """Resolve ``spec``; refuses what cannot be loaded without unpickling."""
+    """Resolve ``spec``; refuses checkpoints that cannot be loaded without unpickling."""
     path = Path(spec).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

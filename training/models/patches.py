@@ -1,4 +1,4 @@
-"""What an image processor says of pictures that keep their shape: how they are cut into patches."""
+"""Patch settings of an image processor, for images that keep their shape."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PROCESSOR = "Qwen2VLImageProcessor"
 
 
 def read_patching(processor: BaseImageProcessor) -> Patching:
-    """How an image processor cuts pictures.
+    """How an image processor cuts images into patches.
 
     Raises:
-        ModelError: it is another kind of processor, or leaves pictures in a size that is no whole number of patches.
+        ModelError: it is another kind of processor, or does not resize images to a whole number of patches.
     """
     name = processor_name(processor)
     if name != _PROCESSOR:

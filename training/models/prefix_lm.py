@@ -1,7 +1,7 @@
-"""Models whose prompt attends in both directions: how they are told what the prompt is, and how one is written.
+"""Prefix language models: bidirectional attention within the prompt, causal attention after it.
 
-PaliGemma computes every position of a prompt, images and text, from all of the prompt, and only what follows it
-causally. The form of its prompts is that of transformers' ``PaliGemmaProcessor``.
+PaliGemma is one: every prompt position, image or text, attends to the whole prompt. The model gets the extent of the
+prompt as ``token_type_ids``. The form of its prompts is that of transformers' ``PaliGemmaProcessor``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def has_bidirectional_prompt(model: PreTrainedModel) -> bool:
-    """Whether every position of a prompt sees all of it."""
+    """Whether every prompt position attends to the whole prompt."""
     side = image_side(model)
     return side is not None and side.bidirectional_prompt
 
 
 def prompt_inputs(model: PreTrainedModel, is_prompt: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a model is told of which positions are the prompt: nothing, if its prompt attends as all else does.
+    """The inputs that mark the prompt; none for a causal prompt.
 
     Args:
         model: any base.
-        is_prompt: bool with shape ``(batch, seq)``; what padding says does not matter.
+        is_prompt: bool with shape ``(batch, seq)``; values at padding do not matter.
 
     Returns:
         ``token_type_ids``, int64 with shape ``(batch, seq)``, 0 for the prompt and 1 for what follows; or nothing.
@@ -37,7 +37,7 @@ def prompt_inputs(model: PreTrainedModel, is_prompt: torch.Tensor) -> dict[str, 
 
 
 def prompt_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptForm | None:
-    """The form of a model's prompts; ``None`` for one that takes prompts as they are written.
+    """The form of a model's prompts; ``None`` for one that takes prompts as they are.
 
     Raises:
         ModelError: the tokenizer lacks the tokens that the form needs.

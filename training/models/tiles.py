@@ -1,4 +1,4 @@
-"""What an image processor and a tokenizer say of tiles: how pictures are cut, and which tokens stand around the tiles.
+"""Tile settings of an image processor, and the tokens around tiles from a tokenizer.
 
 The texts are those of transformers' ``Idefics3Processor`` and ``SmolVLMProcessor``.
 """
@@ -24,10 +24,10 @@ def processor_name(processor: BaseImageProcessor) -> str:
 
 
 def read_tiling(processor: BaseImageProcessor) -> Tiling:
-    """How an image processor cuts pictures.
+    """How an image processor cuts images into tiles.
 
     Raises:
-        ModelError: it is another kind of processor, or cuts pictures in a way that is not supported.
+        ModelError: it is another kind of processor, or cuts images in a way that is not supported.
     """
     name = processor_name(processor)
     if name not in PROCESSORS:
@@ -47,16 +47,16 @@ def read_tiling(processor: BaseImageProcessor) -> Tiling:
 def read_tile_tokens(
     tokenizer: PreTrainedTokenizerBase | None, tiling: Tiling, image_token_id: int, tokens_per_tile: int
 ) -> TileTokens:
-    """Tokens around the tiles of any picture.
+    """Tokens around the tiles of an image.
 
     Args:
-        tokenizer: the model's own.
-        tiling: how pictures are cut.
+        tokenizer: the model's tokenizer.
+        tiling: how images are cut.
         image_token_id: the placeholder.
-        tokens_per_tile: positions that a tile takes up.
+        tokens_per_tile: positions of a tile.
 
     Raises:
-        ModelError: there is no tokenizer, or it does not keep placeholders and what is around them apart.
+        ModelError: there is no tokenizer, or placeholders and the tokens around them are not special tokens.
     """
     if tokenizer is None:
         raise ModelError(
@@ -74,7 +74,7 @@ def read_tile_tokens(
         return ("\n" if row and not column else "") + f"{fence}<row_{row + 1}_col_{column + 1}>"
 
     def text_of(grid: Grid) -> str:
-        """All of a picture, to be tokenized at once."""
+        """The whole text of an image, to be tokenized at once."""
         rows, columns = grid
         run = image * tokens_per_tile
         tiles = "".join(before(row, column) + run for row in range(rows) for column in range(columns))

@@ -1,4 +1,4 @@
-"""Models that take images beside text: where their image embeddings appear, and which token stands for them."""
+"""Vision-language models: where their image embeddings appear, and their placeholder token."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-# Model types whose projector gives nothing but image embeddings, which then replace those of one placeholder token: for
-# each, the names of its projector and of its language model.
+# Model types whose projector's output is image embeddings alone, which replace those of a placeholder token: the names
+# of the projector and of the language model.
 _SIDES = {
     "llava": ("multi_modal_projector", "language_model"),
     "fast_vlm": ("multi_modal_projector", "language_model"),
@@ -23,12 +23,12 @@ _SIDES = {
     "qwen2_5_vl": ("visual.merger", "language_model"),
     "qwen3_vl": ("visual.merger", "language_model"),
 }
-# Those that cut a picture into tiles (adalink.training.models.tiles).
+# Those that cut an image into tiles (adalink.training.models.tiles).
 _TAKE_TILES = ("idefics3", "smolvlm")
-# Those that take a picture as patches in the grid of its own shape, which positions follow
+# Those that take an image as patches in a grid of its own shape, which position ids follow
 # (adalink.runtime.vision.patches).
 _TAKE_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-# Those whose prompt attends in both directions (adalink.training.models.prefix_lm).
+# Those with a bidirectional prompt (adalink.training.models.prefix_lm).
 _BIDIRECTIONAL_PROMPT = ("paligemma",)
 SUPPORTED = (
     "LlavaForConditionalGeneration, FastVlmForConditionalGeneration, PaliGemmaForConditionalGeneration, "
@@ -42,15 +42,15 @@ class ImageSide:
     """The image side of a model.
 
     Attributes:
-        projector: the module whose output, of shape ``(images, tokens, d)``, is merged with the text embeddings; of a
-            model that takes tiles, ``(tiles, tokens, d)``, and of one that takes patches ``(tokens, d)``, all images'.
-        language_model: what the merged embeddings go to, without its head.
+        projector: the module whose output, with shape ``(images, tokens, d)``, is merged with the text embeddings. With
+            tiles the shape is ``(tiles, tokens, d)``; with patches it is ``(tokens, d)``, of all images.
+        language_model: the language model behind the merge, without its head.
         image_token_id: the placeholder that is replaced, once for each row of an image's embeddings.
-        takes_tiles: whether ``pixel_values`` are tiles of pictures, with shape ``(rows, tiles, 3, height, width)``.
-        takes_patches: whether they are patches of pictures that keep their shape, all in a row with shape
+        takes_tiles: whether ``pixel_values`` are tiles of images, with shape ``(rows, tiles, 3, height, width)``.
+        takes_patches: whether they are patches of images that keep their shape, concatenated with shape
             ``(patches, numbers)``, beside ``image_grid_thw``.
-        bidirectional_prompt: whether every position of a prompt sees all of the prompt, images and text, and only what
-            follows attends causally. The model is told by ``token_type_ids`` (``adalink.training.models.prefix_lm``).
+        bidirectional_prompt: whether every prompt position attends to the whole prompt, images and text, and only later
+            ones causally. ``token_type_ids`` mark the prompt (``adalink.training.models.prefix_lm``).
     """
 
     projector: nn.Module
@@ -62,29 +62,29 @@ class ImageSide:
 
 
 def takes_images(model: PreTrainedModel) -> bool:
-    """Whether a model is fed with images, in whatever way."""
+    """Whether a model takes images, in whatever way."""
     return getattr(model.config, "vision_config", None) is not None
 
 
 def image_side(model: PreTrainedModel) -> ImageSide | None:
     """The image side of a model of a supported class; ``None`` for any other."""
-    kind = model.config.model_type
-    if kind not in _SIDES:
+    model_type = model.config.model_type
+    if model_type not in _SIDES:
         return None
-    projector, language_model = _SIDES[kind]
+    projector, language_model = _SIDES[model_type]
     inner = model.base_model
     return ImageSide(
         projector=inner.get_submodule(projector),
         language_model=inner.get_submodule(language_model),
         image_token_id=model.config.image_token_id,
-        takes_tiles=kind in _TAKE_TILES,
-        takes_patches=kind in _TAKE_PATCHES,
-        bidirectional_prompt=kind in _BIDIRECTIONAL_PROMPT,
+        takes_tiles=model_type in _TAKE_TILES,
+        takes_patches=model_type in _TAKE_PATCHES,
+        bidirectional_prompt=model_type in _BIDIRECTIONAL_PROMPT,
     )
 
 
 def check_modalities(model: PreTrainedModel, modalities: tuple[str, ...]) -> None:
-    """Check that a model that takes images can be adapted so; raises ``ModelError``."""
+    """Check that a model can take adapters of these modalities; raises ``ModelError``."""
     name = type(model).__name__
     if not takes_images(model):
         return

@@ -1,4 +1,4 @@
-"""What a search decides without a model: rows held out, candidates tried and for how long, and who leads."""
+"""Plan of a search, without a model: held-out rows, candidates, their steps, and their ranking."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 FEWEST_CANDIDATES = 3
 _FEWEST_ROWS, _MOST_ROWS = 16, 200  # held out
-_FIRST_SHARES = 8, 4  # trials of the first round have between an eighth and a quarter of the final training's steps
+_FIRST_SHARES = 8, 4  # first trials have between an eighth and a quarter of the final training's steps
 _PLANNED_SHARE = 0.9  # of the time; the rest is for steps that take longer than those measured
 
-Rungs = tuple[tuple[int, int], ...]  # of each: how many candidates, and for how many steps
+Rungs = tuple[tuple[int, int], ...]  # number of candidates and steps of each rung
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """What a search chooses."""
+    """One combination of learning rate, rank and activation."""
 
     lr: float
     rank: int
@@ -37,7 +37,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """A candidate trained for ``steps``; ``loss`` is that of the held-out rows, ``None`` if it was not finite."""
+    """A candidate trained for ``steps``; ``loss`` is on the held-out rows, ``None`` if it was not finite."""
 
     candidate: Candidate
     steps: int
@@ -46,9 +46,9 @@ class Trial(msgspec.Struct, frozen=True):
 
 
 def split_rows(rows: Sequence[TrainingRow], seed: int) -> tuple[list[int], list[int]]:
-    """Which rows are learned from and which are held out: a tenth of the different ones, 16 to 200.
+    """Indices of training rows and of held-out rows: a tenth of the different rows, 16 to 200.
 
-    Rows that stand several times are on one side.
+    Copies of a row are all on one side.
 
     Raises:
         DataError: there are fewer than 32 different rows.
@@ -59,14 +59,14 @@ def split_rows(rows: Sequence[TrainingRow], seed: int) -> tuple[list[int], list[
             f"a search needs at least {2 * _FEWEST_ROWS} different rows, {_FEWEST_ROWS} of them to choose by, and the "
             f"data has {len(different)}: add rows, or leave out --search"
         )
-    chosen = set(random.Random(seed).sample(different, min(_MOST_ROWS, max(_FEWEST_ROWS, len(different) // 10))))
-    learned = [index for index, row in enumerate(rows) if row not in chosen]
-    places = {row: index for index, row in enumerate(rows)}
-    return learned, sorted(places[row] for row in chosen)
+    held_out = set(random.Random(seed).sample(different, min(_MOST_ROWS, max(_FEWEST_ROWS, len(different) // 10))))
+    learned = [index for index, row in enumerate(rows) if row not in held_out]
+    indices = {row: index for index, row in enumerate(rows)}
+    return learned, sorted(indices[row] for row in held_out)
 
 
 def list_candidates(space: SearchSettings, hidden_size: int) -> list[Candidate]:
-    """All combinations, those first that are to be tried if not all can be."""
+    """All combinations, in the order in which they are tried."""
     ranks = [rank for rank in space.ranks if rank <= hidden_size] or space.ranks
     return [
         Candidate(lr, rank, activation) for activation, rank, lr in product(space.activations, ranks, space.rates)
@@ -76,22 +76,22 @@ def list_candidates(space: SearchSettings, hidden_size: int) -> list[Candidate]:
 def plan_rungs(
     candidates: int, budget: float, spent: float, step_seconds: float, validation_seconds: float, longest: int
 ) -> Rungs:
-    """As many candidates as there is time for, and then as many steps.
+    """Rungs with as many candidates as there is time for, and then as many steps.
 
-    A rung has half the candidates of the one before and twice its steps; two candidates go on together. Trials as long
-    as the final training are the last. The first rung is short, so that there is a choice early on: a machine may
-    become slower than it was when measured.
+    A rung has half the candidates of the previous one and twice its steps; the last two candidates go on together. No
+    trial is longer than the final training. The first rung is short, for an early choice: a machine may become slower
+    than it was when measured.
 
     Args:
-        candidates: how many there are.
+        candidates: number of candidates.
         budget: seconds for the search.
-        spent: seconds that are gone already.
+        spent: seconds already used.
         step_seconds: time of a step.
-        validation_seconds: time of the look at the held-out rows that ends a trial.
+        validation_seconds: time of the validation that ends a trial.
         longest: steps of the final training.
 
     Raises:
-        ConfigError: there is not even time for three candidates (two, where there are no more).
+        ConfigError: there is no time for three candidates (or two, if there are no more).
     """
 
     def rungs(count: int, steps: int) -> Rungs:
@@ -126,9 +126,9 @@ def plan_rungs(
 
 
 def rank_trials(trials: Sequence[Trial]) -> list[Candidate]:
-    """Candidates by the loss of their trials, the lowest first; of equal ones the lower rank, then the lower rate.
+    """Candidates by the loss of their trials, the lowest first; ties go to the lower rank, then the lower rate.
 
-    Those that diverged are left out.
+    Diverged candidates are left out.
     """
     finite = [(trial.loss, trial.candidate) for trial in trials if trial.loss is not None]
     return [choice for _, choice in sorted(finite, key=lambda pair: (pair[0], pair[1].rank, pair[1].lr))]

@@ -1,8 +1,9 @@
-"""Rate, rank and activation chosen on held-out rows of the training data, within a time: ``adalink train --search``.
+"""Hyperparameter search within a time limit: learning rate, rank and activation, for ``adalink train --search``.
 
-Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every candidate is trained for a few steps, the better
-half for twice as many from the start again, and so on. A trial is a whole short training, with a warm-up and a decay of
-its own, so that it is the final training in small. All see the same rows in the same order, before one loaded base.
+Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) on held-out rows of the training data. Every candidate is
+trained for a few steps, the better half for twice as many from scratch, and so on. A trial is a complete short training
+with its own warm-up and decay, so it is a small version of the final one. All trials share one loaded base, and use the
+same rows in the same order.
 """
 
 from __future__ import annotations
@@ -52,20 +53,20 @@ _MEASURED_STEPS = 4
 
 
 class SearchRecord(msgspec.Struct):
-    """A search, under way or done: ``search.json`` in the checkpoints, and ``search`` in the report.
+    """State of a search: ``search.json`` in the checkpoints, and ``search`` in the report.
 
     Attributes:
-        minutes: the time that was given.
-        learned_rows: rows that trials learn from.
-        validation_rows: rows held out from them.
-        validation_sha256: digest of the rows held out.
-        loss_before: their loss before any training.
-        step_seconds: what a step took when it was measured.
-        validation_seconds: what the loss of the rows held out took.
-        rungs: how many candidates are trained for how many steps.
-        trials: what was done.
-        seconds: how long all that took.
-        winner: the choice, once it is made.
+        minutes: time limit.
+        learned_rows: number of rows that trials train on.
+        validation_rows: number of held-out rows.
+        validation_sha256: digest of the held-out rows.
+        loss_before: their loss before training.
+        step_seconds: measured time of a step.
+        validation_seconds: measured time of a validation.
+        rungs: number of candidates and steps of each rung.
+        trials: finished trials.
+        seconds: time used so far.
+        winner: the chosen candidate, at the end.
     """
 
     minutes: float
@@ -91,25 +92,25 @@ def search(
     space: SearchSettings,
     folder: Path,
     *,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[AdaLinkConfig, TrainSettings, dict[str, Any]]:
     """Choose rate, rank and activation.
 
     Args:
-        model: the base; as it was afterwards.
-        rows: the rows to learn from.
+        model: the base; unchanged afterwards.
+        rows: training rows.
         examples: the same, encoded.
         collate: makes batches of them.
         config: the other settings of the method.
         settings: the other settings of the training; no trial is longer than ``max_steps``.
-        space: what to choose from, and the time.
-        folder: where finished trials are kept, and found again after an interruption.
-        say: told how it goes on, a line at a time.
-        clock: time in seconds.
+        space: search space and time limit.
+        folder: folder of finished trials, to resume from after an interruption.
+        progress: callback, called with one line per trial.
+        clock: clock in seconds.
 
     Returns:
-        the settings with the winner's in them, and the search as a section of a report.
+        Both settings with the winner's values, and the search as a section of the report.
 
     Raises:
         ConfigError: too little time, or no candidate's loss stayed finite.
@@ -122,7 +123,7 @@ def search(
     if path.is_file():
         record = msgspec.json.decode(path.read_bytes(), type=SearchRecord)
     else:
-        loss_before, check, step = _measure(trials, candidates[0], clock)
+        loss_before, validation_seconds, step_seconds = _measure(trials, candidates[0], clock)
         spent = clock() - started
         record = SearchRecord(
             minutes=space.minutes,
@@ -130,34 +131,36 @@ def search(
             validation_rows=len(held),
             validation_sha256=digest_bytes(msgspec.json.encode([rows[i] for i in held])),
             loss_before=loss_before,
-            step_seconds=step,
-            validation_seconds=check,
-            rungs=plan_rungs(len(candidates), 60 * space.minutes, spent, step, check, settings.max_steps),
+            step_seconds=step_seconds,
+            validation_seconds=validation_seconds,
+            rungs=plan_rungs(
+                len(candidates), 60 * space.minutes, spent, step_seconds, validation_seconds, settings.max_steps
+            ),
             seconds=spent,
         )
         _write(path, record)
-        say(
-            f"search: a step takes {step:.2g} s and {len(held)} held-out rows {check:.2g} s: "
+        progress(
+            f"search: a step takes {step_seconds:.2g} s and {len(held)} held-out rows {validation_seconds:.2g} s: "
             f"{record.rungs[0][0]} of {len(candidates)} candidates, "
             + ", then ".join(f"{count} for {steps} steps" for count, steps in record.rungs)
         )
     if record.winner is None:
         before, resumed = record.seconds, clock()
-        _run_rungs(record, trials, candidates, path, say, lambda: before + clock() - resumed)
+        _run_rungs(record, trials, candidates, path, progress, lambda: before + clock() - resumed)
     assert record.winner is not None
-    say(f"search: {record.winner} is trained on all {len(rows)} rows")
+    progress(f"search: {record.winner} is trained on all {len(rows)} rows")
     config, settings = trials.settings_of(record.winner)
     return config, settings, msgspec.to_builtins(record)
 
 
 def candidate_config(config: AdaLinkConfig, space: SearchSettings, model: PreTrainedModel) -> AdaLinkConfig:
-    """The settings of the first candidate; whatever fits it fits all."""
+    """Settings of the first candidate; a base that fits it fits all candidates."""
     first = list_candidates(space, embedding_matrix(model).shape[1])[0]
     return structs.replace(config, rank=first.rank, activation=first.activation)
 
 
 class _Trials:
-    """Trainings of candidates on the same rows, one after the other before one base."""
+    """Trains candidates one after the other, on the same rows and one base."""
 
     def __init__(
         self,
@@ -169,21 +172,21 @@ class _Trials:
         settings: TrainSettings,
     ) -> None:
         self._model, self._learned, self._collate = model, learned, collate
-        self._held = sorted(held, key=lambda example: len(example.prompt))  # of a length beside each other
+        self._held = sorted(held, key=lambda example: len(example.prompt))  # rows of similar length share a batch
         self._config, self._settings = config, settings
         self._directions: dict[str, torch.Tensor] | None = None
 
     def settings_of(self, candidate: Candidate) -> tuple[AdaLinkConfig, TrainSettings]:
-        """The settings with the candidate's in them."""
+        """Both settings with the candidate's values."""
         config = structs.replace(self._config, rank=candidate.rank, activation=candidate.activation)
         return config, replace(self._settings, lr=candidate.lr)
 
     def attach(self, candidate: Candidate) -> TrainableAdapters:
-        """A fresh adapter of the candidate before the base; the caller takes it off."""
+        """Attach a new adapter of the candidate; the caller detaches it."""
         set_seed(self._settings.seed)
         module = TrainableAdapters(attach(self._model, self.settings_of(candidate)[0]))
         if self._config.init == "gradient":
-            if self._directions is None:  # at the base, so whatever the candidate
+            if self._directions is None:  # the same for all candidates: they depend on the base alone
                 size, seed = self._settings.batch_size, self._settings.seed
                 self._directions = find_directions(
                     module, module.attached, self._learned, self._collate, batch_size=size, seed=seed
@@ -194,7 +197,7 @@ class _Trials:
     def train(
         self, module: TrainableAdapters, candidate: Candidate, steps: int, callbacks: Sequence[TrainerCallback] = ()
     ) -> bool:
-        """Train it; whether that went to the end."""
+        """Train the candidate; returns whether all steps were done."""
         schedule = replace(self._settings, lr=candidate.lr, max_steps=steps)
         with tempfile.TemporaryDirectory(prefix="adalink-search-") as folder:
             trainer = Trainer(
@@ -220,7 +223,7 @@ class _Trials:
 
 
 def _measure(trials: _Trials, candidate: Candidate, clock: Callable[[], float]) -> tuple[float, float, float]:
-    """The held-out rows' loss before training, the seconds that a look at them takes, and those of a step."""
+    """Validation loss before training, and seconds of a validation and of a step."""
     module = trials.attach(candidate)
     started = clock()
     with module.attached:
@@ -231,7 +234,7 @@ def _measure(trials: _Trials, candidate: Candidate, clock: Callable[[], float]) 
 
 
 class _Deadline(TrainerCallback):  # type: ignore[misc]  # transformers has no types for it
-    """Ends a training after the step at which ``is_over`` says so."""
+    """Stops a training after the step at which ``is_over`` returns true."""
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
         self._is_over = is_over
@@ -245,10 +248,10 @@ def _run_rungs(
     trials: _Trials,
     candidates: Sequence[Candidate],
     path: Path,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
     seconds: Callable[[], float],
 ) -> None:
-    """Do what is left of the plan within the time, and set the winner; every trial is kept as it ends."""
+    """Run the remaining trials within the time limit and set the winner; each finished trial is saved."""
     last_moment = 60 * record.minutes - record.validation_seconds
     deadline = _Deadline(lambda: seconds() > last_moment)
     alive = list(candidates[: record.rungs[0][0]])  # the best first, once they were tried
@@ -270,12 +273,12 @@ def _run_rungs(
             record.trials.append(done[candidate])
             record.seconds = seconds()
             _write(path, record)
-            say(
+            progress(
                 f"search: {candidate}, {steps} steps: loss {loss:.4g} on held-out rows "
                 f"({len(done)} of {len(entered)}, round {number + 1} of {len(record.rungs)})"
             )
         if len(done) < len(entered):
-            say(f"search: the time is over after {len(done)} of {len(entered)} in round {number + 1}")
+            progress(f"search: the time is over after {len(done)} of {len(entered)} in round {number + 1}")
             if number == 0:
                 _check_enough(record, len(done), len(entered))
                 alive = rank_trials(list(done.values()))
@@ -294,7 +297,7 @@ def _run_rungs(
 
 
 def _check_enough(record: SearchRecord, tried: int, planned: int) -> None:
-    """Whether a first round that time cut short says something; raises ``ConfigError``."""
+    """Check that a first rung that ran out of time has enough trials; raises ``ConfigError``."""
     if tried < FEWEST_CANDIDATES:
         raise ConfigError(
             f"a search of {record.minutes:g} minutes tried {tried} of {planned} candidates, expected at least "

@@ -167,9 +167,9 @@ def test_phases_inside_one_another_make_one_fraction() -> None:
 def test_default_profile_covers_the_whole_model(api: Api, decoder: tuple[Manifest, Path]) -> None:
     base = decoder[0].base
     prefill, decode = base_sizes(default_profile(base))
-    assert prefill["total"].largest == decode["total"].largest == MAX_POSITIONS
-    assert prefill["total"].smallest == decode["total"].smallest == 1
-    assert prefill["sequence"].smallest == 1
+    assert prefill["total"].max == decode["total"].max == MAX_POSITIONS
+    assert prefill["total"].min == decode["total"].min == 1
+    assert prefill["sequence"].min == 1
     wide = msgspec.structs.replace(PROFILE, batch=ShapeRange(3, 4, 64))
     assert base_sizes(wide)[0]["places"] == ShapeRange(1, 4, 64)
 

@@ -121,7 +121,7 @@ def test_manifest_describes_the_image_side(tmp_path: Path) -> None:
     assert (vision.architecture, manifest.base.architecture) == ("qwen2_5_vl", "qwen2_5_vl_text")
     assert (vision.image_token_id, vision.image_size) == (IMAGE_TOKEN, (PIECE_EDGE, PIECE_EDGE))
     assert vision.patches == PatchTower(merge=2, window=2)
-    assert vision.written((2, 3)) == [IMAGE_TOKEN] * 6
+    assert vision.image_tokens((2, 3)) == [IMAGE_TOKEN] * 6
     assert manifest.base.fingerprint == base_fingerprint(qwen2_5_vl())
     assert export(qwen2_vl(), tmp_path / "other").base.vision.patches == PatchTower(merge=2, window=None)
     verify_files(tmp_path, manifest, vision.all_files)
@@ -149,7 +149,7 @@ def test_a_manifest_of_before_there_were_patches_is_read() -> None:
     before = {"architecture": "llava", "graph": "g", "files": ["g"], "preprocessor": "p", "image_size": [24, 24]}
     vision = msgspec.convert(before | {"image_token_id": 5, "tokens_per_image": 9, "tiles": None}, Vision)
     assert vision.patches is None
-    assert vision.written((0, 0)) == [5] * 9
+    assert vision.image_tokens((0, 0)) == [5] * 9
 
 
 def test_a_checkpoint_brings_its_own_processor_and_tokenizer(tmp_path: Path) -> None:

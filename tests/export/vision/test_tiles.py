@@ -91,7 +91,7 @@ def test_a_manifest_of_before_there_were_tiles_is_read() -> None:
     before = {"architecture": "llava", "graph": "g", "files": ["g"], "preprocessor": "p", "image_size": [24, 24]}
     vision = msgspec.convert(before | {"image_token_id": 5, "tokens_per_image": 9}, Vision)
     assert vision.tiles is None
-    assert vision.written((0, 0)) == [5] * 9
+    assert vision.image_tokens((0, 0)) == [5] * 9
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -224,7 +224,7 @@ def test_a_full_device_makes_room_instead_of_growing() -> None:
 def test_when_all_places_are_in_use_the_error_says_so() -> None:
     bank = AdapterWeightPools(HostDevice(), 8, 64, 4)
     held = bank.reserve(AdapterMapping([part(seed, rows=[seed]) for seed in range(3)]), 3)
-    with pytest.raises(BackendError, match="3 places of this activation"):
+    with pytest.raises(BackendError, match="all 3 device slots of this activation"):
         bank.reserve(AdapterMapping([part(9)]), 1)
     held.release()
     bank.reserve(AdapterMapping([part(9)]), 1)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from adalink.runtime.storage import atomic
-from adalink.runtime.storage.user_cache import read_own, write_own
+from adalink.runtime.storage.user_cache import read_cache_file, write_cache_file
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "kind" / "file"
-    write_own(path, b"before")
-    assert read_own(path) == b"before"
+    write_cache_file(path, b"before")
+    assert read_cache_file(path) == b"before"
 
     def half(path: Path, data: bytes, **options: bool) -> None:
         path.write_bytes(data[: len(data) // 2])
@@ -22,8 +22,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "write_through", half)
-        write_own(path, b"after, and longer")
-    assert read_own(path) == b"before"
+        write_cache_file(path, b"after, and longer")
+    assert read_cache_file(path) == b"before"
     assert [other.name for other in path.parent.iterdir()] == ["file"]
-    write_own(path, b"after")
-    assert read_own(path) == b"after"
+    write_cache_file(path, b"after")
+    assert read_cache_file(path) == b"after"

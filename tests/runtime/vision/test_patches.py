@@ -16,7 +16,7 @@ from adalink.export.vision.image_processor import describe_processor
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_after
 from adalink.runtime.storage.vision_schema import PatchTower
-from adalink.runtime.vision.images import read_picture
+from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.mrope import grid_positions
 
 # Height and width: smaller than the least, larger than the most, odd, and almost lines.
@@ -35,7 +35,7 @@ def test_pixel_values_are_those_of_the_models_own_processor(settings: dict[str, 
     for seed, size in enumerate(SIZES):
         own = picture(seed, *size)
         expected = processor(images=own, return_tensors="np")
-        received = steps.apply(read_picture(own, "picture"))
+        received = steps.apply(read_image(own, "picture"))
         assert received.dtype == np.float32
         assert received.shape == expected["pixel_values"].shape
         np.testing.assert_allclose(received, expected["pixel_values"], rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ from PIL import Image
 from adalink.export.vision.image_processor import describe_processor
 from adalink.runtime.errors import BackendUnavailableError, IntegrityError, RequestError
 from adalink.runtime.ort.session import is_older
-from adalink.runtime.vision.images import read_picture
+from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.preprocess import MAX_PIXELS, Preprocessor, read_preprocessor
 
 # The last transformers for Python 3.10 refuses such pictures, or lays what is transparent on another ground.
@@ -85,7 +85,7 @@ def describe(processor: Any) -> Preprocessor:
 
 def agrees(processor: Any, source: Any, reference: Any) -> np.ndarray:
     """What the kit makes of ``source``, compared with what the processor makes of ``reference``."""
-    received = describe(processor).apply(read_picture(source, "images[0][0]"))[0]
+    received = describe(processor).apply(read_image(source, "images[0][0]"))[0]
     expected = np.asarray(processor(images=reference, return_tensors="np")["pixel_values"][0])
     assert received.dtype == np.float32
     assert received.shape == expected.shape == (3, EDGE, EDGE)
@@ -165,7 +165,7 @@ def test_the_comparison_finds_a_picture_that_is_slightly_off() -> None:
         clip_processor(rescale_factor=1 / 256),
         clip_processor(image_mean=[0.5] * 3),
     ):
-        received = describe(wrong).apply(read_picture(image, ""))[0]
+        received = describe(wrong).apply(read_image(image, ""))[0]
         expected = clip_processor()(images=image, return_tensors="np")["pixel_values"][0]
         assert np.abs(received - expected).max() > 1e-3
 
@@ -212,19 +212,19 @@ def png(mode: str = "RGB") -> bytes:
 )
 def test_what_is_no_picture_is_refused_by_name(source: Any, message: str) -> None:
     with pytest.raises(RequestError, match=rf"^images\[2\]\[1\].*{message}"):
-        read_picture(source, "images[2][1]")
+        read_image(source, "images[2][1]")
 
 
 def test_a_truncated_pillow_image_is_refused() -> None:
     with Image.open(BytesIO(png()[: len(png()) // 2])) as image, pytest.raises(RequestError, match="truncated"):
-        read_picture(image, "images[0][0]")
+        read_image(image, "images[0][0]")
 
 
 @pytest.mark.parametrize("source", [b"", np.zeros((3, 3), np.uint8)])
 def test_without_pillow_the_extra_is_named(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(BackendUnavailableError, match=r"images need Pillow.*pip install 'adalink-kit\[vision\]'"):
-        read_picture(source, "")
+        read_image(source, "")
 
 
 def test_a_narrow_picture_does_not_become_a_bomb_by_resizing() -> None:
@@ -247,9 +247,9 @@ def test_files_are_closed(tmp_path: Path) -> None:
     gc.disable()
     try:
         before = sorted(path.name for path in Path("/proc/self/fd").iterdir())
-        read_picture(whole, "")
+        read_image(whole, "")
         with pytest.raises(RequestError):
-            read_picture(broken, "")
+            read_image(broken, "")
         assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
     finally:
         gc.enable()

@@ -107,8 +107,8 @@ def test_patches_in_the_wrong_order_are_found(deployment, monkeypatch):
 
 
 def test_another_number_of_places_for_a_picture_is_found(deployment, monkeypatch):
-    written = Vision.written
-    monkeypatch.setattr(Vision, "written", lambda self, grid: [*written(self, grid), self.image_token_id])
+    image_tokens = Vision.image_tokens
+    monkeypatch.setattr(Vision, "image_tokens", lambda self, grid: [*image_tokens(self, grid), self.image_token_id])
     vision = read_manifest(deployment[1]).base.vision
     with Deployment.open(deployment[1], threads=1) as opened:
         checks = check_vision(

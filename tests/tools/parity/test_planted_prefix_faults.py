@@ -58,7 +58,7 @@ def test_a_prompt_whose_last_position_only_itself_sees_is_found(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def early(inputs_embeds, attention_mask, window):
-        keys, queries = graph_modules._places(inputs_embeds, attention_mask)
+        keys, queries = graph_modules._positions(inputs_embeds, attention_mask)
         in_prompt = (queries[:1] == 0) & (keys < queries[-1:])
         seen = graph_modules._causal(keys, queries, window) | in_prompt
         return graph_modules._additive(seen[None, None] & (attention_mask[:, None, None, :] != 0))

@@ -159,7 +159,7 @@ def test_a_soft_prompt_behind_the_first_token(clean, monkeypatch):
 
     def behind(self, embeds, modality):
         wide, indices = prepend(self, embeds, modality)
-        for row, where, _ in self._given():
+        for row, where, _ in self._prompt_slices():
             moved = np.r_[where.stop, where]
             wide[row, where.start : where.stop + 1] = wide[row, moved]
             indices[row, where.start : where.stop + 1] = indices[row, moved]
@@ -197,7 +197,7 @@ def test_positions_that_do_not_count_from_the_soft_prompt(clean, monkeypatch):
 def test_outputs_of_the_position_before(clean, monkeypatch):
     monkeypatch.setattr(
         SoftPromptLayout,
-        "cut",
+        "strip",
         lambda self, output: (
             output if self.is_empty else np.take_along_axis(output, np.maximum(self._columns - 1, 0)[..., None], axis=1)
         ),

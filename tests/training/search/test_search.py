@@ -111,7 +111,7 @@ def test_ends_in_time_where_steps_become_slower(model, clock, tmp_path):
         if "(4 of 4, round 1 of 2)" in line:
             clock.seconds_a_pass = 5.0
 
-    _, settings, report = look(model, tmp_path, clock, space, say=slow_down)
+    _, settings, report = look(model, tmp_path, clock, space, progress=slow_down)
     assert clock.now <= 2 * 60 + 5.0 * (1 + report["validation_seconds"])  # ends with a step, or a look
     assert "search: the time is over after 0 of 2 in round 2" in lines
     assert [trial["steps"] for trial in report["trials"]] == [report["rungs"][0][1]] * 4
@@ -123,7 +123,7 @@ def test_too_slow_for_three_candidates_is_an_error(model, clock, tmp_path):
         clock.seconds_a_pass = 200.0
 
     with pytest.raises(ConfigError, match=r"of 20 minutes tried 0 of 4 candidates.*the 1 s a step that were measured"):
-        look(model, tmp_path, clock, say=slow_down)
+        look(model, tmp_path, clock, progress=slow_down)
 
 
 def test_interrupted_and_gone_on_with_is_as_uninterrupted(model, monkeypatch, tmp_path):
@@ -140,17 +140,17 @@ def test_interrupted_and_gone_on_with_is_as_uninterrupted(model, monkeypatch, tm
         with monkeypatch.context() as patch:
             clock, told = Clock(patch), []
 
-            def say(line, stop=stop, told=told):
+            def progress(line, stop=stop, told=told):
                 told.append(line)
                 done = len(json.loads((tmp_path / "parts/search.json").read_text())["trials"])
                 if stop is not None and done >= stop:
                     raise KeyboardInterrupt
 
             if stop is None:
-                parts = look(model, tmp_path / "parts", clock, space, say=say)
+                parts = look(model, tmp_path / "parts", clock, space, progress=progress)
             else:
                 with pytest.raises(KeyboardInterrupt):
-                    look(model, tmp_path / "parts", clock, space, say=say)
+                    look(model, tmp_path / "parts", clock, space, progress=progress)
             passes += clock.passes
     assert parts[:2] == whole[:2]
     assert parts[2] == whole[2]

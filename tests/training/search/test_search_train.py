@@ -92,14 +92,14 @@ def test_a_run_interrupted_in_its_search_is_resumed(searched, work, tmp_path):
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(work, out, say=stop)
+        run(work, out, progress=stop)
     with pytest.raises(ConfigError, match="go on with --resume"):
         run(work, out)
     with pytest.raises(ConfigError, match="the interrupted run had other search"):
         run(work, out, SearchSettings(minutes=31, rates=(2e-2, 1e-6), ranks=(16, 8)), resume=True)
     with pytest.raises(ConfigError, match=r"the interrupted run had other search: .*, now None; resume with the same"):
         run(work, out, None, resume=True)
-    resumed = run(work, out, resume=True, say=told.append)
+    resumed = run(work, out, resume=True, progress=told.append)
     assert without_times(resumed) == without_times(searched)
     assert sum("steps: loss" in line for line in told) == 8  # each trial once
 
