@@ -11,7 +11,7 @@ from helpers.paths import REPOSITORY
 MAX_MEAN_WORDS = 15
 MAX_LINE_CHARS = 120
 READMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "examples/README.md")
-FOLDERS = ("docs", "docs/concepts", "docs/guides", "docs/project")
+FOLDERS = ("docs", "docs/concepts", "docs/decisions", "docs/guides", "docs/project", "docs/reference")
 PAGES = sorted(
     [
         *(REPOSITORY / name for name in (*READMES, "examples/vision/README.md")),
