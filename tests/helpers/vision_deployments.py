@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,13 @@ import numpy as np
 import onnx
 import torch
 from helpers.runtime import random_adapter, reseal, write_adapter
-from helpers.tiny_models import IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS, llava, paligemma
-from helpers.tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
-from helpers.vision import clip_processor, idefics3_processor, patch_processor, siglip_processor, tile_processor
+from helpers.vision_families import FAMILIES, TILES, VisionFamily
 from onnx import numpy_helper
 from PIL import Image
-from transformers import Idefics3Processor, PaliGemmaProcessor
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
+from adalink.runtime import Deployment
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.training.adapter_io import load_adapter
@@ -57,13 +56,14 @@ def write_rows(folder: Path, rows: Sequence[TrainingRow], sizes: Sequence[tuple[
 
 
 @dataclass
-class Seeing:
+class VisionDeployment:
     """A deployment on disk, the PyTorch model it came from, and its adapters."""
 
     folder: Path
     model: Any
     adapters: dict[str, Adapter]
     sources: Path
+    family: VisionFamily
 
     @contextmanager
     def adapted(self, model: Any, task: str | None) -> Iterator[Any]:
@@ -73,93 +73,58 @@ class Seeing:
         with load_adapter(self.sources / task, model):
             yield model
 
-    def inputs(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        """One row as the model takes it: placeholders repeated, pixels from its own processor."""
-        ids = [t for token in tokens for t in [token] * (IMAGE_TOKENS if token == IMAGE_TOKEN else 1)]
-        own = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
-        if images:
-            own["pixel_values"] = clip_processor()(images=list(images), return_tensors="pt")["pixel_values"]
-        return own
+    def inputs(self, prompt: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """One row as the model takes it, from its own processor; ``prompt`` as ``VisionFamily.inputs``."""
+        return self.family.inputs(prompt, images)
 
-    def greedy(self, tokens: Sequence[int], images: Sequence[Image.Image], task: str | None, steps: int) -> list[int]:
+    def greedy(self, prompt: Any, images: Sequence[Image.Image], task: str | None, steps: int) -> list[int]:
         """What ``model.generate`` gives for one row alone, without the token that ends it."""
-        inputs = self.inputs(tokens, images)
+        inputs = self.inputs(prompt, images)
         with self.adapted(self.model, task) as model, torch.no_grad():
             made = model.generate(**inputs, max_new_tokens=steps, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         return [token for token in made.tolist() if token != 2]
 
-    def logits(
-        self, tokens: Sequence[int], images: Sequence[Image.Image], task: str | None
-    ) -> tuple[np.ndarray, float]:
+    def logits(self, prompt: Any, images: Sequence[Image.Image], task: str | None) -> tuple[np.ndarray, float]:
         """PyTorch's logits of one row, and a limit for another float32 evaluation (as ``helpers.export.yardstick``)."""
-        inputs, found = self.inputs(tokens, images), []
+        inputs, found = self.inputs(prompt, images), []
         for model in (self.model, copy.deepcopy(self.model).double()):
             with self.adapted(model, task), torch.no_grad():
                 found.append(model(**inputs).logits[0])
         return found[0].numpy(), 8 * float((found[0] - found[1]).abs().max())
 
 
-@dataclass
-class SeeingTiles(Seeing):
-    """Likewise of a model that takes tiles; a row is its text, which transformers' own processor makes tokens of."""
+def build_vision_deployment(root: Path, name: str = "llava", model: Any = None, **settings: Any) -> VisionDeployment:
+    """Export a tiny model, and an adapter of each of ``TASKS``, below ``root``.
 
-    def inputs(self, tokens: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        processor = Idefics3Processor(idefics3_processor(), make_tile_tokenizer(), image_seq_len=TILE_TOKENS)
-        return dict(processor(text=[tokens], images=[list(images)] if images else None, return_tensors="pt"))
-
-
-@dataclass
-class SeeingPrefix(Seeing):
-    """Likewise of PaliGemma; a row is what people write, which transformers' own processor makes a prompt of."""
-
-    def inputs(self, tokens: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        if images:
-            own = siglip_processor()
-            own.image_seq_length = IMAGE_TOKENS
-            processor = PaliGemmaProcessor(own, make_prefix_tokenizer())
-            found = dict(processor(text=[tokens], images=[list(images)], return_tensors="pt"))
-            del found["labels"]
-            return found
-        # The processor takes no text alone; the model does, as any prompt.
-        ids = make_prefix_tokenizer()(f"<bos>{tokens}\n", add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    Args:
+        root: an empty folder.
+        name: a key of ``helpers.vision_families.FAMILIES``.
+        model: another model than the one of the family.
+        settings: of ``export_base``.
+    """
+    family, folder = FAMILIES[name], root / "deployment"
+    model = model or family.make_model()
+    parts = {"tokenizer": family.make_tokenizer(), "image_processor": family.make_processor()}
+    export_base(model, folder, **parts, **settings)
+    return VisionDeployment(folder, model, _adapters(root, folder), root / "adapters", family)
 
 
-@dataclass
-class SeeingPatches(Seeing):
-    """Likewise of a model whose pictures keep their shape."""
+class VisionDeployments:
+    """Deployments by the name of their family, each exported when it is first asked for.
 
-    def inputs(self, tokens: Sequence[int], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        own = dict(patch_processor()(images=list(images), return_tensors="pt")) if images else {}
-        left = iter([int(grid.prod()) // 4 for grid in own.get("image_grid_thw", ())])
-        ids = [t for token in tokens for t in [token] * (next(left, 1) if token == IMAGE_TOKEN else 1)]
-        row = torch.tensor([ids])
-        types = {"mm_token_type_ids": (row == IMAGE_TOKEN).int()} if images else {}
-        return {"input_ids": row, "attention_mask": torch.ones_like(row), **own, **types}
+    "NAME portable" is one of the target that runs everywhere.
+    """
 
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, VisionDeployment] = {}
 
-def build_seeing(root: Path, **settings: Any) -> Seeing:
-    model, folder = llava(), root / "deployment"
-    export_base(model, folder, tokenizer=make_tokenizer(), image_processor=clip_processor(), **settings)
-    return Seeing(folder, model, _adapters(root, folder), root / "adapters")
-
-
-def build_seeing_tiles(root: Path, model: Any, **settings: Any) -> SeeingTiles:
-    folder = root / "deployment"
-    export_base(model, folder, tokenizer=make_tile_tokenizer(), image_processor=tile_processor(), **settings)
-    return SeeingTiles(folder, model, _adapters(root, folder), root / "adapters")
-
-
-def build_seeing_prefix(root: Path, model: Any = None, **settings: Any) -> SeeingPrefix:
-    model, folder = model or paligemma(), root / "deployment"
-    export_base(model, folder, tokenizer=make_prefix_tokenizer(), image_processor=siglip_processor(), **settings)
-    return SeeingPrefix(folder, model, _adapters(root, folder), root / "adapters")
-
-
-def build_seeing_patches(root: Path, model: Any, **settings: Any) -> SeeingPatches:
-    folder = root / "deployment"
-    export_base(model, folder, tokenizer=make_tokenizer(), image_processor=patch_processor(), **settings)
-    return SeeingPatches(folder, model, _adapters(root, folder), root / "adapters")
+    def __getitem__(self, name: str) -> VisionDeployment:
+        if name not in self._made:
+            family, *target = name.split()
+            settings = {"target": target[0]} if target else {}
+            self._made[name] = build_vision_deployment(self._root / name, family, **settings)
+        return self._made[name]
 
 
 def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:
@@ -181,3 +146,71 @@ def spoil_tower(folder: Path) -> None:
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     path.write_bytes(graph.SerializeToString())
     reseal(folder)
+
+
+NEW_TOKENS = 8
+EACH_TASK = (None, "words", "looks", "both", "asked")
+PATCH_DEPLOYMENTS = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_vl portable")
+VISION_DEPLOYMENTS = ("llava", *TILES, "paligemma", *PATCH_DEPLOYMENTS)
+
+A, B, C = (picture(seed, height, width) for seed, height, width in ((1, 30, 41), (2, 50, 24), (3, 24, 24)))
+# Of three and of four tiles; the others of nine and one more, and of six.
+LINE, UPRIGHT = picture(3, 7, 100), picture(4, 48, 30)
+# Of pieces in three rows and five columns, in eight and two, in one and nine, and of two by two.
+GRIDS = [picture(seed, *size) for seed, size in enumerate(((25, 41), (60, 17), (3, 60), (9, 9)), start=1)]
+# Prompts and their images: on one, on two and on none.
+Prompts = list[tuple[str, list[Any]]]
+TILE_PROMPTS: Prompts = [
+    ("<image>what?", [A]),
+    ("a <image> b\n\n<image>", [B, LINE]),
+    ("no picture", []),
+    ("<image>", [UPRIGHT]),
+]
+PATCH_PROMPTS: Prompts = [
+    ("@what?", GRIDS[:1]),
+    ("a @ b @c", GRIDS[1:3]),
+    ("no picture", []),
+    ("@.", GRIDS[3:]),
+]
+PROMPTS: dict[str, Prompts] = {
+    "llava": [("@what?", [A]), ("a @b@ c", [B, A]), ("no picture", []), ("@", [C])],
+    # What people write: images go in front, or where placeholders stand; one is no text.
+    "paligemma": [
+        ("caption en", [A]),
+        ("which?", [B, A]),
+        ("a<image>b <image>c", [A, C]),
+        ("no picture", []),
+        ("", [C]),
+    ],
+    **dict.fromkeys(TILES, TILE_PROMPTS),
+    **dict.fromkeys(PATCH_DEPLOYMENTS, PATCH_PROMPTS),
+}
+
+
+class VisionCase:
+    """An open deployment, prompts under every kind of task, and what PyTorch generates for them."""
+
+    def __init__(self, name: str, made: VisionDeployment) -> None:
+        self.prompts, self.made = PROMPTS[name], made
+        self.rows = [(prompt, images, task) for prompt, images in self.prompts for task in EACH_TASK]
+        self.opened = Deployment.open(made.folder)
+
+    @cached_property
+    def expected(self) -> list[list[int]]:
+        return [self.made.greedy(prompt, images, task, NEW_TOKENS) for prompt, images, task in self.rows]
+
+    def ids(self, prompt: Any, images: Any) -> Any:
+        """Token ids of a row, every placeholder written out."""
+        return self.made.inputs(prompt, images)["input_ids"].numpy()
+
+
+class VisionCases(dict[str, VisionCase]):
+    """By the name of their deployment, each made when it is first asked for."""
+
+    def __init__(self, deployments: VisionDeployments) -> None:
+        super().__init__()
+        self._deployments = deployments
+
+    def __missing__(self, name: str) -> VisionCase:
+        self[name] = VisionCase(name, self._deployments[name])
+        return self[name]

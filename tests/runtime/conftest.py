@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.runtime import Tiny, build
-from helpers.vision_deployments import Seeing, build_seeing
+from helpers.vision_deployments import VisionCases, VisionDeployment, VisionDeployments
 
 from adalink.runtime import Deployment
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
@@ -35,8 +35,21 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
-    return build_seeing(tmp_path_factory.mktemp("seeing"))
+def vision_deployments(tmp_path_factory: pytest.TempPathFactory) -> VisionDeployments:
+    return VisionDeployments(tmp_path_factory.mktemp("vision_deployments"))
+
+
+@pytest.fixture(scope="session")
+def vision_cases(vision_deployments: VisionDeployments) -> Iterator[VisionCases]:
+    made = VisionCases(vision_deployments)
+    yield made
+    for case in made.values():
+        case.opened.close()
+
+
+@pytest.fixture(scope="session")
+def vision_deployment(vision_deployments: VisionDeployments) -> VisionDeployment:
+    return vision_deployments["llava"]
 
 
 @pytest.fixture

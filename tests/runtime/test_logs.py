@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.vision_deployments import Seeing, picture
+from helpers.vision_deployments import VisionDeployment, picture
 
 from adalink.runtime import Deployment
 from adalink.runtime.logs import ROOT, get_logger
@@ -82,9 +82,11 @@ def test_known_digest_logs_that_the_file_is_not_read(
     assert {line.partition(" ")[0] for line in lines[1]} == {str(folder.resolve() / path) for path in files}
 
 
-def test_image_logs_its_encoding_and_not_its_reuse(seeing: Seeing, caplog: pytest.LogCaptureFixture) -> None:
+def test_image_logs_its_encoding_and_not_its_reuse(
+    vision_deployment: VisionDeployment, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second = picture(1, 30, 41), picture(2, 50, 24)
-    with caplog.at_level(logging.INFO, ROOT), Deployment.open(seeing.folder) as deployment:
+    with caplog.at_level(logging.INFO, ROOT), Deployment.open(vision_deployment.folder) as deployment:
         for images in ([first], [first, second], [second]):
             deployment.generate(["@" * len(images)], images=[images], max_new_tokens=1)
     encoded = [line.rpartition(",")[0] for line in messages(caplog, "vision.tower")]

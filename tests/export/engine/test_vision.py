@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from helpers.engines import RTX, SM86
 from helpers.export import MODELS
 from helpers.runtime import reseal
-from helpers.tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, TILE_EDGE, TILE_TOKENS, idefics3
-from helpers.vision_deployments import build_seeing, build_seeing_tiles
+from helpers.tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, TILE_EDGE, TILE_TOKENS
+from helpers.vision_deployments import build_vision_deployment
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS
 from adalink.export.base.export import export_base
@@ -42,8 +42,8 @@ TOWERS = {"image": (IMAGE_SIZE, IMAGE_TOKENS, 1), "tile": (TILE_EDGE, TILE_TOKEN
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("towers")
     return {
-        "image": build_seeing(root / "image", target="portable", dtype="float16").folder,
-        "tile": build_seeing_tiles(root / "tile", idefics3(), target="portable").folder,
+        "image": build_vision_deployment(root / "image", target="portable", dtype="float16").folder,
+        "tile": build_vision_deployment(root / "tile", "idefics3", target="portable").folder,
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runtime import TASKS, Tiny, build
-from helpers.vision_deployments import build_seeing, picture
+from helpers.vision_deployments import build_vision_deployment, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime.backends import open_backend
@@ -117,20 +117,20 @@ def test_a_task_added_now_runs_without_building(opened: tuple[Tiny, Deployment],
 def test_the_vision_tower_runs_from_its_plan(name: str, tmp_path: Path) -> None:
     from adalink.export.engine.export import export_engine
 
-    seeing = build_seeing(tmp_path, target="portable")
+    vision_deployment = build_vision_deployment(tmp_path, target="portable")
     try:
-        manifest = export_engine(seeing.folder, name, profile="seq=1:8:16,past=0:16:62,images=1:1:2")
-        deployment = Deployment.open(seeing.folder, name)
+        manifest = export_engine(vision_deployment.folder, name, profile="seq=1:8:16,past=0:16:62,images=1:1:2")
+        deployment = Deployment.open(vision_deployment.folder, name)
     except BackendError as error:
         pytest.skip(f"{name}: {error}")
     assert manifest.variants[name].vision_graph is not None
     prompt, images = "a @b@ c", [picture(2), picture(1)]
     with deployment:
         tokens = deployment.tokenizer.encode(prompt)
-        ids = seeing.inputs(tokens, images)["input_ids"].numpy()
-        for task in (None, *seeing.adapters):
+        ids = vision_deployment.inputs(tokens, images)["input_ids"].numpy()
+        for task in (None, *vision_deployment.adapters):
             logits = deployment.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
-            np.testing.assert_allclose(logits, seeing.logits(tokens, images, task)[0], **CLOSE)
+            np.testing.assert_allclose(logits, vision_deployment.logits(tokens, images, task)[0], **CLOSE)
         assert deployment.images_encoded == 2
 
 

@@ -8,9 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 from helpers.host_device import HostBackend
-from helpers.tiny_models import idefics3
 from helpers.vision import clip_processor
-from helpers.vision_deployments import Seeing, build_seeing, build_seeing_tiles, picture
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
@@ -27,8 +26,8 @@ TASKS = [None, "words", "looks", "both", "asked"]
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
-    own = build_seeing(tmp_path_factory.mktemp("device"))
+def vision_deployment(tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
+    own = build_vision_deployment(tmp_path_factory.mktemp("device"))
     export_base(own.model, own.folder, target="portable", image_processor=clip_processor())
     return own
 
@@ -44,30 +43,30 @@ def host(request: pytest.FixtureRequest) -> HostBackend:
     return HostBackend(profile, in_place=request.param)
 
 
-def test_generation_is_pytorchs(seeing: Seeing, host: HostBackend) -> None:
+def test_generation_is_pytorchs(vision_deployment: VisionDeployment, host: HostBackend) -> None:
     prompts, images = zip(*ROWS, strict=True)
-    with opened(seeing.folder, host) as deployment:
+    with opened(vision_deployment.folder, host) as deployment:
         for tasks in (TASKS[:3], TASKS[2:], ["asked", "words", None], *([task] * 3 for task in TASKS)):
             found = deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=NEW)
             for (prompt, own), task, row in zip(ROWS, tasks, found, strict=True):
-                expected = seeing.greedy(deployment.tokenizer.encode(prompt), own, task, NEW)
+                expected = vision_deployment.greedy(deployment.tokenizer.encode(prompt), own, task, NEW)
                 assert list(row.token_ids) == expected, (prompt, task)
         assert deployment.images_encoded == 2
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_logits_are_pytorchs(seeing: Seeing, host: HostBackend, task: str | None) -> None:
-    with opened(seeing.folder, host) as deployment:
+def test_logits_are_pytorchs(vision_deployment: VisionDeployment, host: HostBackend, task: str | None) -> None:
+    with opened(vision_deployment.folder, host) as deployment:
         for prompt, images in ROWS:
             tokens = deployment.tokenizer.encode(prompt)
-            plain, limit = seeing.logits(tokens, images, task)
-            ids = seeing.inputs(tokens, images)["input_ids"].numpy()
+            plain, limit = vision_deployment.logits(tokens, images, task)
+            ids = vision_deployment.inputs(tokens, images)["input_ids"].numpy()
             received = deployment.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
             assert np.abs(received - plain).max() <= limit
 
 
 def test_tiles_in_front_of_a_device(tmp_path: Path) -> None:
-    tiled = build_seeing_tiles(tmp_path, idefics3(), target="portable")
+    tiled = build_vision_deployment(tmp_path, "idefics3", target="portable")
     profile = Profile(
         batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 16, 40), past=ShapeRange(0, 64, 150), images=ShapeRange(1, 4, 4)
     )

@@ -11,7 +11,7 @@ import torch
 from helpers.host_device import HostBackend
 from helpers.runtime import random_adapter, write_adapter
 from helpers.soft_prompts import EVERY, TASKS, Soft, build_soft, padded
-from helpers.vision_deployments import Seeing, picture
+from helpers.vision_deployments import VisionDeployment, picture
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
@@ -162,12 +162,14 @@ def test_names_that_do_not_tell_soft_prompts_apart_give_other_tokens(
     assert list(found[1].token_ids) != llama.greedy(prompt, "soft-too", NEW)
 
 
-def test_images_are_not_looked_up_by_the_id_of_their_placeholder(seeing: Seeing, tmp_path: Path) -> None:
-    base = read_manifest(seeing.folder).base
+def test_images_are_not_looked_up_by_the_id_of_their_placeholder(
+    vision_deployment: VisionDeployment, tmp_path: Path
+) -> None:
+    base = read_manifest(vision_deployment.folder).base
     adapter = random_adapter(base.fingerprint, base.hidden_size, 6, **TASKS["ids"])
-    with Deployment.open(seeing.folder) as deployment:
+    with Deployment.open(vision_deployment.folder) as deployment:
         deployment.add_task(write_adapter(tmp_path / "own", adapter))
-        ids = seeing.inputs(deployment.tokenizer.encode("a @b"), [])["input_ids"].numpy()
+        ids = vision_deployment.inputs(deployment.tokenizer.encode("a @b"), [])["input_ids"].numpy()
         plain = deployment.input_embeddings(ids, images=[[picture(2)]])
         found = deployment.input_embeddings(ids, tasks="own", images=[[picture(2)]])
     delta = adapter.weights["text.table.weight"][ids] @ adapter.weights["text.up.weight"].T
@@ -175,12 +177,12 @@ def test_images_are_not_looked_up_by_the_id_of_their_placeholder(seeing: Seeing,
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_images_go_on_working_beside_soft_prompts(seeing: Seeing, tmp_path: Path) -> None:
+def test_images_go_on_working_beside_soft_prompts(vision_deployment: VisionDeployment, tmp_path: Path) -> None:
     prompts, images = ["@what?", "a @b", "no picture", "a @b"], [[picture(1)], [picture(2)], [], [picture(2)]]
-    base = read_manifest(seeing.folder).base
+    base = read_manifest(vision_deployment.folder).base
     settings = {"rank": 3, "activation": "tanh", "bias": False, "scope": "all", "modalities": ("image", "text")}
     adapter = random_adapter(base.fingerprint, base.hidden_size, 5, soft_tokens=4, **settings)
-    with Deployment.open(seeing.folder) as deployment:
+    with Deployment.open(vision_deployment.folder) as deployment:
         deployment.add_task(write_adapter(tmp_path / "soft", adapter))
         tasks = ["both", "soft", None, "looks"]
         found = deployment.generate(prompts, images=images, tasks=tasks, max_new_tokens=6)
@@ -189,10 +191,10 @@ def test_images_go_on_working_beside_soft_prompts(seeing: Seeing, tmp_path: Path
             assert alone == found[row]
             if task != "soft":
                 tokens = deployment.tokenizer.encode(prompt)
-                assert list(alone.token_ids) == seeing.greedy(tokens, own, task, 6)
+                assert list(alone.token_ids) == vision_deployment.greedy(tokens, own, task, 6)
         # The same embeddings without a soft prompt of the task's own, with it put before them by hand.
         tokens = deployment.tokenizer.encode("a @b")
-        ids = seeing.inputs(tokens, [])["input_ids"].numpy()
+        ids = vision_deployment.inputs(tokens, [])["input_ids"].numpy()
         adapted = deployment.input_embeddings(ids, tasks="soft", images=[[picture(2)]])
         whole = np.concatenate([adapter.weights["soft_prompt"][None], adapted], axis=1)
         by_hand = deployment.run(inputs_embeds=whole)["logits"][0, 4:]

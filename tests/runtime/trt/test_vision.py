@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from helpers.host_device import HAS_TENSOR_SCATTER, HostBackend, HostDevice, HostPlans
 from helpers.runtime import Tiny, reseal
 from helpers.tiny_models import HIDDEN_SIZE, IMAGE_SIZE, IMAGE_TOKENS, llava
-from helpers.vision_deployments import Seeing, build_seeing, picture
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
 
 from adalink.export.engine.export import export_engine
 from adalink.runtime.arrays import Array
@@ -46,23 +47,23 @@ GRAPH = "base/vision/model.onnx"
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
-    return build_seeing(tmp_path_factory.mktemp("seeing"), target="portable")
+def vision_deployment(tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
+    return build_vision_deployment(tmp_path_factory.mktemp("vision_deployment"), target="portable")
 
 
 @pytest.fixture(scope="module")
-def built(seeing: Seeing, tmp_path_factory: pytest.TempPathFactory) -> Seeing:
+def built(vision_deployment: VisionDeployment, tmp_path_factory: pytest.TempPathFactory) -> VisionDeployment:
     """The same with an engine of TensorRT-RTX, and so with a plan of the tower."""
     pytest.importorskip(
         "tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed: pip install 'adalink-kit[tensorrt-rtx]'"
     )
-    folder = Path(shutil.copytree(seeing.folder, tmp_path_factory.mktemp("built") / "deployment"))
+    folder = Path(shutil.copytree(vision_deployment.folder, tmp_path_factory.mktemp("built") / "deployment"))
     export_engine(folder, RTX, target=("sm86",), profile=PROFILE)
-    return Seeing(folder, seeing.model, seeing.adapters, seeing.sources)
+    return dataclasses.replace(vision_deployment, folder=folder)
 
 
 @pytest.fixture
-def copy(built: Seeing, tmp_path: Path) -> Path:
+def copy(built: VisionDeployment, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built.folder, tmp_path / "deployment"))
 
 
@@ -80,20 +81,20 @@ def tower(model: Any, values: Array) -> tuple[Array, float]:
     return found[0], 16 * float(np.abs(found[0] - found[1]).max())
 
 
-def opened_tower(seeing: Seeing, device: HostDevice, profile: Profile = PROFILE) -> DeviceVision:
-    plans = HostPlans({VISION: str(seeing.folder / GRAPH)}, profile)
-    return DeviceVision(device, plans, vision_base(read_manifest(seeing.folder).base))
+def opened_tower(vision_deployment: VisionDeployment, device: HostDevice, profile: Profile = PROFILE) -> DeviceVision:
+    plans = HostPlans({VISION: str(vision_deployment.folder / GRAPH)}, profile)
+    return DeviceVision(device, plans, vision_base(read_manifest(vision_deployment.folder).base))
 
 
-def test_embeddings_are_pytorchs_whatever_the_memory_holds(seeing: Seeing) -> None:
+def test_embeddings_are_pytorchs_whatever_the_memory_holds(vision_deployment: VisionDeployment) -> None:
     """Noise on the device, and fewer images after more: nothing of an earlier call shows."""
     device = HostDevice(fresh=0xA5)
-    vision = opened_tower(seeing, device)
+    vision = opened_tower(vision_deployment, device)
     held = device.allocated_bytes
     assert held == 3 * (3 * IMAGE_SIZE**2 + IMAGE_TOKENS * HIDDEN_SIZE) * 4
     kept = []
     for count in (3, 1, 2, 3):
-        expected, limit = tower(seeing.model, pixels(count))
+        expected, limit = tower(vision_deployment.model, pixels(count))
         received = vision.run(pixels(count))
         assert received.shape == (count, IMAGE_TOKENS, HIDDEN_SIZE)
         assert np.abs(received - expected).max() <= limit < 1e-3
@@ -107,7 +108,7 @@ def test_embeddings_are_pytorchs_whatever_the_memory_holds(seeing: Seeing) -> No
 
 
 def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
-    seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+    vision_deployment: VisionDeployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     run = DeviceVision.run
@@ -115,30 +116,34 @@ def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
     host = HostBackend(PROFILE, in_place=HAS_TENSOR_SCATTER)
     images = [[picture(seed) for seed in range(4)], [picture(3)]]
     prompts = ["@@@@ which?", "@ what?"]
-    with Deployment(seeing.folder, read_manifest(seeing.folder), host, OpenOptions("portable")) as deployment:
+    with Deployment(
+        vision_deployment.folder, read_manifest(vision_deployment.folder), host, OpenOptions("portable")
+    ) as deployment:
         before = host.device.allocated_bytes
         for _ in range(2):
             rows = deployment.generate(prompts, images=images, tasks=["both", "looks"], max_new_tokens=4)
         assert (calls, deployment.images_encoded) == ([3, 1], 4)
         for prompt, own, task, row in zip(prompts, images, ("both", "looks"), rows, strict=True):
-            expected = seeing.greedy(deployment.tokenizer.encode(prompt), own, task, 4)
+            expected = vision_deployment.greedy(deployment.tokenizer.encode(prompt), own, task, 4)
             assert list(row.token_ids) == expected
         assert host.device.allocated_bytes > before
-        expected, limit = tower(seeing.model, pixels(5))
+        expected, limit = tower(vision_deployment.model, pixels(5))
         assert np.abs(deployment.encode_images(pixels(5)) - expected).max() <= limit
     assert host.device.allocated_bytes == 0
     with pytest.raises(RequestError, match="the deployment is closed"):
         deployment.encode_images(pixels(1))
 
 
-def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp_path: Path) -> None:
+def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(
+    vision_deployment: VisionDeployment, tmp_path: Path
+) -> None:
     with pytest.raises(BackendError, match="out of memory"):
-        opened_tower(seeing, HostDevice(limit_bytes=1 << 12))
+        opened_tower(vision_deployment, HostDevice(limit_bytes=1 << 12))
     with pytest.raises(DeploymentError, match="its profile has no images=: build the engine again"):
-        opened_tower(seeing, HostDevice(), msgspec.structs.replace(PROFILE, images=None))
-    base = read_manifest(seeing.folder).base
+        opened_tower(vision_deployment, HostDevice(), msgspec.structs.replace(PROFILE, images=None))
+    base = read_manifest(vision_deployment.folder).base
     assert base.vision is not None
-    plans = HostPlans({VISION: str(seeing.folder / GRAPH)}, PROFILE)
+    plans = HostPlans({VISION: str(vision_deployment.folder / GRAPH)}, PROFILE)
     for change, words in (
         ({"vision": msgspec.structs.replace(base.vision, image_size=(32, 24))}, r"inputs are .*\(-1, 3, 32, 24\)"),
         ({"hidden_size": 64}, r"outputs are .*\(-1, 9, 64\)"),
@@ -148,8 +153,13 @@ def test_a_tower_that_does_not_fit_or_is_anothers_is_refused(seeing: Seeing, tmp
 
 
 @pytest.mark.parametrize("shape", [(3, IMAGE_SIZE, IMAGE_SIZE), (0, 3, IMAGE_SIZE, IMAGE_SIZE), (1, 3, 8, 8), ()])
-def test_pixel_values_of_another_shape_are_refused(seeing: Seeing, llama: Tiny, shape: tuple[int, ...]) -> None:
-    with Deployment.open(seeing.folder) as deployment, pytest.raises(RequestError, match="pixel_values has the shape"):
+def test_pixel_values_of_another_shape_are_refused(
+    vision_deployment: VisionDeployment, llama: Tiny, shape: tuple[int, ...]
+) -> None:
+    with (
+        Deployment.open(vision_deployment.folder) as deployment,
+        pytest.raises(RequestError, match="pixel_values has the shape"),
+    ):
         deployment.encode_images(np.zeros(shape, np.float32))
     with Deployment.open(llama.folder) as deployment, pytest.raises(RequestError, match="without a vision tower"):
         deployment.encode_images(np.zeros(shape, np.float32))

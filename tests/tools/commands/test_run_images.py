@@ -1,4 +1,4 @@
-"""`adalink export`, `inspect` and `run` on a model that takes images."""
+"""`adalink export`, `inspect` and `run` on models that take images."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from helpers.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, llava
-from helpers.tiny_tokenizer import make_tokenizer
-from helpers.vision import clip_processor
-from helpers.vision_deployments import Seeing, build_seeing, picture
+from helpers.tiny_models import IMAGE_SIZE, IMAGE_TOKEN, IMAGE_TOKENS, TILE_TOKENS
+from helpers.vision_deployments import VisionDeployment, build_vision_deployment, picture
+from helpers.vision_families import FAMILIES
 
 from adalink.runtime import Deployment
 from adalink.tools.cli import main
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory) -> Seeing:
-    return build_seeing(tmp_path_factory.mktemp("seeing"))
+def vision_deployment(tmp_path_factory) -> VisionDeployment:
+    return build_vision_deployment(tmp_path_factory.mktemp("vision_deployment"))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +31,15 @@ def invoke(*arguments):
     return CliRunner().invoke(main, [*map(str, arguments)])
 
 
-def test_images_go_to_their_placeholders(seeing, files):
+def output(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_images_go_to_their_placeholders(vision_deployment, files):
     options = ["--max-new-tokens", 6, "--task", "both"]
-    with Deployment.open(seeing.folder) as deployment:
+    with Deployment.open(vision_deployment.folder) as deployment:
         expected = {
             order: deployment.generate(
                 ["@ or @"], images=[[picture(seed) for seed in order]], tasks="both", max_new_tokens=6
@@ -44,18 +49,18 @@ def test_images_go_to_their_placeholders(seeing, files):
     assert expected[1, 2].token_ids != expected[2, 1].token_ids
     for order in expected:
         images = [part for seed in order for part in ("--image", files / f"{' ab'[seed]}.png")]
-        result = invoke("run", seeing.folder, "@ or @", *images, *options)
+        result = invoke("run", vision_deployment.folder, "@ or @", *images, *options)
         assert result.stdout == expected[order].text + "\n"
-        answer = json.loads(invoke("run", seeing.folder, "@ or @", *images, *options, "--json").stdout)
+        answer = json.loads(invoke("run", vision_deployment.folder, "@ or @", *images, *options, "--json").stdout)
         assert answer["images"] == [str(part) for part in images[1::2]]
 
 
-def test_rows_name_images_beside_the_file(seeing, files):
+def test_rows_name_images_beside_the_file(vision_deployment, files):
     rows = [{"prompt": "@!", "images": ["b.png"], "task": "looks"}, {"prompt": "none"}]
     (files / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = invoke("run", seeing.folder, "--jsonl", files / "rows.jsonl", "--max-new-tokens", 6)
+    result = invoke("run", vision_deployment.folder, "--jsonl", files / "rows.jsonl", "--max-new-tokens", 6)
     answers = [json.loads(line) for line in result.stdout.splitlines()]
-    with Deployment.open(seeing.folder) as deployment:
+    with Deployment.open(vision_deployment.folder) as deployment:
         expected = deployment.generate(
             ["@!", "none"], images=[[picture(2)], None], tasks=["looks", None], max_new_tokens=6
         )
@@ -74,24 +79,21 @@ def test_rows_name_images_beside_the_file(seeing, files):
         (["--jsonl", "rows.txt"], "rows.txt:1: images is b.png, expected a list of paths"),
     ],
 )
-def test_user_errors_end_with_their_message_and_exit_code_2(seeing, files, monkeypatch, arguments, message):
+def test_user_errors_end_with_their_message_and_exit_code_2(vision_deployment, files, monkeypatch, arguments, message):
     (files / "rows.txt").write_text('{"prompt": "@", "images": "b.png"}\n')
     monkeypatch.chdir(files)
-    result = invoke("run", seeing.folder, *arguments, "--max-new-tokens", 2)
+    result = invoke("run", vision_deployment.folder, *arguments, "--max-new-tokens", 2)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
 def test_export_and_inspect_show_the_image_side(tmp_path):
     model = tmp_path / "model"
-    llava().save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    clip_processor().save_pretrained(model)
+    FAMILIES["llava"].save(model)
     out = tmp_path / "deployment"
-    exported = invoke("export", "base", model, "--out", out)
-    assert exported.exit_code == 0, exported.stderr
-    assert "base/vision/model.onnx" in exported.stdout
-    assert f"gives {IMAGE_TOKENS} positions an image" in exported.stdout
+    exported = output("export", "base", model, "--out", out)
+    assert "base/vision/model.onnx" in exported
+    assert f"gives {IMAGE_TOKENS} positions an image" in exported
     found = json.loads(invoke("inspect", out, "--json").stdout)
     vision = found["vision"]
     assert vision["image_size"] == [IMAGE_SIZE, IMAGE_SIZE]
@@ -107,3 +109,17 @@ def test_export_and_inspect_show_the_image_side(tmp_path):
 
 
 _GRAPH = ("model.onnx", "model.onnx.data")
+
+
+def test_checkpoint_of_tiles_is_exported_inspected_and_run(tmp_path):
+    model, out, image = tmp_path / "model", tmp_path / "deployment", tmp_path / "a.png"
+    FAMILIES["smolvlm"].save(model)
+    picture(1).save(image)
+    assert f"gives {TILE_TOKENS} positions a tile of an image" in output("export", "base", model, "--out", out)
+    vision = json.loads(output("inspect", out, "--json"))["vision"]
+    assert vision["takes_tiles"]
+    assert vision["preprocessor"]["tiling"] == {"longest_edge": 48, "edge": 16, "is_cut": True}
+    assert "longest_edge" in output("inspect", out)
+    with Deployment.open(out) as deployment:
+        (expected,) = deployment.generate(["<image>?"], images=[[picture(1)]], max_new_tokens=6)
+    assert output("run", out, "<image>?", "--image", image, "--max-new-tokens", 6) == expected.text + "\n"

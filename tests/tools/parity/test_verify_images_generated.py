@@ -5,10 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 from helpers.host_device import HAS_TENSOR_SCATTER, HostBackend
-from helpers.tiny_models import idefics3, llava, smolvlm
-from helpers.tiny_tokenizer import make_tile_tokenizer, make_tokenizer
-from helpers.vision import clip_processor, tile_processor
-from helpers.vision_deployments import build_seeing, build_seeing_tiles
+from helpers.vision_deployments import build_vision_deployment
+from helpers.vision_families import FAMILIES
 
 from adalink.runtime import deployment as deployment_module
 from adalink.runtime import model_runner
@@ -23,17 +21,13 @@ from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_vision import make_image_prompts, reference_processor
 from adalink.tools.parity.suite import VerifyOptions, verify
 
-CLASSES = {"llava": llava, "idefics3": idefics3, "smolvlm": smolvlm}
+CLASSES = ("llava", "idefics3", "smolvlm")
 TASKS = ("words", "looks", "both", "asked")
 
 
 def make(root, name):
-    network, is_whole = CLASSES[name](), name == "llava"
-    tokenizer = make_tokenizer() if is_whole else make_tile_tokenizer()
-    for part in (network, tokenizer, clip_processor() if is_whole else tile_processor()):
-        part.save_pretrained(root / "model")
-    build = build_seeing(root, target="portable") if is_whole else build_seeing_tiles(root, network, target="portable")
-    return root / "model", build.folder
+    deployment = build_vision_deployment(root, name, target="portable")
+    return FAMILIES[name].save(root / "model", deployment.model), deployment.folder
 
 
 @pytest.fixture(scope="module")
