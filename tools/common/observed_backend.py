@@ -16,6 +16,7 @@ from adalink.runtime.engine import (
     SpeculativeDecodeState,
     VisionGraph,
 )
+from adalink.runtime.implements import implements
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
@@ -55,20 +56,20 @@ class ObservedBackend:
         self._inner = inner
         self._hooks = begin, end, rolled_back, dropped
 
+    @implements(Backend)
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
-        """See ``adalink.runtime.engine.Backend``."""
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
+    @implements(Backend)
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(activation_key, graph, base)
 
+    @implements(Backend)
     def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 
+    @implements(Backend)
     def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_patch_vision(graph, base, patches)
 
 
