@@ -26,7 +26,7 @@ def load_cuda(backend: str) -> Any:
         BackendUnavailableError: the bindings, the driver or the GPU are missing; the message says which.
     """
     try:
-        from cuda.bindings import runtime
+        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]  # of the extras for GPUs
     except ImportError as error:
         raise BackendUnavailableError(
             f"backend {backend} needs NVIDIA's cuda-bindings, which are not installed: pip install cuda-bindings"
