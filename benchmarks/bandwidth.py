@@ -1,4 +1,4 @@
-"""How fast memory can be read: the limit of a decode step, which reads every weight once.
+"""Read bandwidth of the memory: the limit of a decode step, which reads every weight once.
 
 Each thread reduces an array of its own that no cache holds (256 MiB), all at once; NumPy lets go of Python's lock
 while it works. Several reductions are tried, because which one keeps up with the memory differs between CPUs; each

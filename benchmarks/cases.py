@@ -1,4 +1,4 @@
-"""Who is measured: each case is one script in one process."""
+"""The cases of the benchmark: each is one script in one process."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""How much sooner a single prompt is answered by drafts from its own text, beside onnxruntime-genai.
+"""Speculative decoding of a single prompt by prompt lookup, beside onnxruntime-genai.
 
     python -m benchmarks.drafts --peers-python build/peers/bin/python    # 12 minutes on two cores
 
-It uses what ``make bench`` has made in build/bench. Each text is answered as far as the plain float32 base answers it,
-by every side: token by token, by drafts, by drafts with a task active, and by onnxruntime-genai, in processes that take
-turns. The task's weights change nothing, so that all sides write the same text; its arithmetic is that of any other.
-A draft is guessed from the text itself, so the gain depends on the texts: they are in ``TEXTS``, by kind.
+It uses the models that ``make bench`` makes in build/bench. Every side generates as many tokens for a text as the
+float32 base model does: ``steps`` token by token, ``drafts`` speculatively, ``task`` speculatively with a task active,
+and ``genai`` is onnxruntime-genai. Their processes take turns. The task's weights change nothing, so that all sides
+write the same text; its arithmetic is that of any other task. Draft tokens come from the text itself, so the gain
+depends on the texts: they are in ``TEXTS``, by kind.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ TEXTS = {
         )
     ),
 }
-_OWN = "the prompt of make bench"
+_BENCH = "the prompt of make bench"
 _COLUMNS = {"drafts over steps": "drafts_over_steps", "drafts with a task over genai": "task_over_genai"}
 _MOST_TOKENS, _FEWEST_TOKENS = 256, 16
 _TIMEOUT_S = 900
@@ -88,13 +89,13 @@ def write_texts(deployment: Deployment, path: Path) -> list[dict[str, Any]]:
             if len(answer.token_ids) >= _FEWEST_TOKENS:
                 chosen.append({"kind": kind, "text": text, "ids": ids, "tokens": len(answer.token_ids)})
     bench_prompt = json.loads(path.with_name("prompt.json").read_text(encoding="utf-8"))
-    chosen.append({"kind": _OWN, "text": bench_prompt["text"], "ids": bench_prompt["ids"], "tokens": _MOST_TOKENS})
+    chosen.append({"kind": _BENCH, "text": bench_prompt["text"], "ids": bench_prompt["ids"], "tokens": _MOST_TOKENS})
     path.write_text(json.dumps(chosen), encoding="utf-8")
     return chosen
 
 
 def measure(work: Path, pythons: dict[str, Path], threads: int, precision: str, rounds: int) -> dict[str, list[Any]]:
-    """For each side what its process printed in each round; the order of the sides turns round every round."""
+    """Each side's results of all rounds; the order of the sides alternates."""
     results: dict[str, list[Any]] = {side: [] for side in SIDES}
     for turn in range(rounds):
         for side in list(SIDES)[:: 1 if turn % 2 == 0 else -1]:
@@ -109,7 +110,7 @@ def measure(work: Path, pythons: dict[str, Path], threads: int, precision: str, 
 
 
 def summarize(texts: list[dict[str, Any]], results: dict[str, list[Any]]) -> dict[str, Any]:
-    """For each text medians over the rounds, of tokens/s and of the rounds' own ratios; their median over the texts."""
+    """For each text the medians of tokens/s and of each round's ratio; then the ratios' medians over the texts."""
     rows = []
     for place, text in enumerate(texts):
         seconds = {side: [result["seconds"][place] for result in rounds] for side, rounds in results.items()}
@@ -128,7 +129,7 @@ def summarize(texts: list[dict[str, Any]], results: dict[str, list[Any]]) -> dic
         })  # fmt: skip
     return {
         "texts": rows,
-        **{name: _spread([row[name] for row in rows if row["kind"] != _OWN]) for name in _COLUMNS.values()},
+        **{name: _spread([row[name] for row in rows if row["kind"] != _BENCH]) for name in _COLUMNS.values()},
         "by_kind": {
             kind: {name: _spread([row[name] for row in rows if row["kind"] == kind]) for name in _COLUMNS.values()}
             for kind in dict.fromkeys(row["kind"] for row in rows)
@@ -138,25 +139,25 @@ def summarize(texts: list[dict[str, Any]], results: dict[str, list[Any]]) -> dic
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """The lines of benchmarks/README.md, of a report."""
+    """The table of a report, as lines of benchmarks/README.md."""
     lines = [
         "| texts | " + " | ".join(f"{name}, {precision}" for precision in ("fp32", "int4") for name in _COLUMNS) + " |"
     ]
     lines.append("| --- |" + " --- |" * 4)
-    for kind in (*TEXTS, None, _OWN):
+    for kind in (*TEXTS, None, _BENCH):
         cells = []
         for precision in ("fp32", "int4"):
             summary = report[precision] if kind is None else report[precision]["by_kind"][kind]
             for name in _COLUMNS.values():
                 spread = summary[name]
-                several = "" if kind == _OWN else f" ({spread['least']:.2f} to {spread['most']:.2f})"
+                several = "" if kind == _BENCH else f" ({spread['least']:.2f} to {spread['most']:.2f})"
                 cells.append(f"{spread['median']:.2f}{several}")
         lines.append(f"| {kind or 'all of these'} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _ratio(slower: list[float], faster: list[float]) -> float:
-    """How many times sooner: the median of the rounds' ratios."""
+    """Speed-up: the median of the rounds' ratios."""
     return statistics.median(one / other for one, other in zip(slower, faster, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What the scripts of the peers print: checked, and put together over the rounds."""
+"""Figures of the peers' scripts: checked, and summarised over the rounds."""
 
 from __future__ import annotations
 

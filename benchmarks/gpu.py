@@ -1,6 +1,6 @@
-"""Every NVIDIA backend of this machine on SmolLM2, each in a process of its own; results as JSON.
+"""Every NVIDIA backend of this machine on SmolLM2, each in a separate process; results as JSON.
 
-A backend that is not installed or refuses the chip is reported in its own words, never left out.
+A backend that is not installed or does not support the GPU is reported with its error, never left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One backend on one machine: what building, opening, swapping, prompts and steps cost, and how far from PyTorch it is.
+"""One backend on one machine: cost of building, opening, switching tasks, prompts and steps; deviation from PyTorch.
 
 Prints a JSON object in its last line. Any backend can be named; on ``onnxruntime-cpu`` it shows that the script works.
 """
@@ -30,7 +30,7 @@ from adalink.tools.common.observed_backend import ObservedBackend
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
 BATCHES, PROMPTS = (1, 8, 32), (128, 1024)
-_STEPS, _ROUNDS, _SWAPS = 32, 9, 10_000
+_STEPS, _ROUNDS, _SWITCHES = 32, 9, 10_000
 _QUICK = 3
 Json = dict[str, object]
 
@@ -62,9 +62,9 @@ def main() -> None:
             result["first_token"] = bench.first_token()
             result["decode"] = bench.decode()
             before = recorded[0]
-            result["swap"] = bench.swaps() | {"steps_recorded_during_swaps": recorded[0] - before}
+            result["swap"] = bench.switches() | {"steps_recorded_during_swaps": recorded[0] - before}
             if options.backend in COMPILED_BACKENDS:
-                result["swap"] |= host_swap(deployment, options.backend, cuda.CudaDevice(options.backend))
+                result["swap"] |= host_switch(deployment, options.backend, cuda.CudaDevice(options.backend))
             receipt = deployment.receipt()
             result["receipt"] = {
                 "engine_builds": receipt.engine_builds,
@@ -82,7 +82,7 @@ class Case:
         self._deployment = deployment
         self._starts = starts
         self._rounds = _QUICK if quick else _ROUNDS
-        self._swaps = 50 if quick else _SWAPS
+        self._switches = 50 if quick else _SWITCHES
         profile = deployment.profile
         most = BATCHES[-1] if profile is None else profile.batch.max
         self._batches = [batch for batch in BATCHES if batch <= most][: 2 if quick else None]
@@ -90,7 +90,7 @@ class Case:
         self._tasks = deployment.tasks[:2]
 
     def first_token(self) -> Json:
-        """Milliseconds from a prompt to its logits, plain and with a task, in turns; the ratio of each round's pair."""
+        """Milliseconds from a prompt to its logits, without and with a task in turns, and the ratio of each pair."""
         return {
             str(length): self._ratio(lambda task, length=length: self._timed(1, length, 1, task))  # type: ignore[misc]
             for length in self._prompts
@@ -105,19 +105,19 @@ class Case:
             steps[str(batch)] = row
         return steps
 
-    def swaps(self) -> Json:
+    def switches(self) -> Json:
         """Each task in turn, two requests of three tokens: the first follows the other task, the second its own."""
         prompt = [self._ids(4)]
         for task in self._tasks:  # both are loaded, and the second one is the last that ran
             self._deployment.generate(prompt, tasks=task, max_new_tokens=3)
         times: dict[str, list[float]] = {"swapped": [], "same": []}
-        for index in range(self._swaps):
+        for index in range(self._switches):
             for side in times:
                 begun = time.perf_counter()
                 self._deployment.generate(prompt, tasks=self._tasks[index % 2], max_new_tokens=3)
                 times[side].append(time.perf_counter() - begun)
         medians = {f"{side}_request_us_p50": 1e6 * float(np.median(np.array(each))) for side, each in times.items()}
-        return {"swaps": self._swaps, **medians}
+        return {"swaps": self._switches, **medians}
 
     def _ratio(self, measure: Callable[[str | None], float]) -> dict[str, float]:
         sides: dict[str, list[float]] = {"base": [], "task": []}
@@ -152,7 +152,7 @@ class Case:
         return ids
 
 
-def host_swap(deployment: Deployment, backend: str, device: Device) -> Json:
+def host_switch(deployment: Deployment, backend: str, device: Device) -> Json:
     """What the host does to give a batch another loaded task, and nothing else: 10,000 times, microseconds.
 
     It is given no queue to wait for: from the task's name to the number that the embedder reads.
@@ -160,7 +160,7 @@ def host_swap(deployment: Deployment, backend: str, device: Device) -> Json:
     tasks = TaskRegistry(deployment.path, deployment.manifest, open_backend(backend))
     bank = AdapterWeightPools(device, deployment.manifest.base.hidden_size, 256, 64)
     names, times = deployment.tasks[:2], []
-    for index in range(-100, _SWAPS):
+    for index in range(-100, _SWITCHES):
         begun = time.perf_counter()
         bank.reserve(tasks.resolve(names[index % 2], 1), 1).release()
         if index >= 0:

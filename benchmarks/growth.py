@@ -1,4 +1,4 @@
-"""One point of how cost grows, in a process of its own: python -m benchmarks.growth --series rank --x 64 ….
+"""One point of how cost grows, in a separate process: python -m benchmarks.growth --series rank --x 64 ….
 
 Prints prefill_ms (a generation of one token), decode_ms (a step), swap_us (adapt one token, or a batch, under other
 tasks than before) and memory_bytes (resident memory that the tasks, or the request, take).
@@ -24,7 +24,7 @@ from benchmarks.peers.common import resident_bytes
 from benchmarks.prepare import make_prompt
 from benchmarks.slopes import BATCH_PROMPT, STEP_PROMPT
 
-_SWAPS, _STEPS = 1000, 16
+_SWITCHES, _STEPS = 1000, 16
 _TABLE_ROWS = 16
 
 
@@ -54,7 +54,7 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
             deployment.input_embeddings([[0]], tasks=name)
         loaded = resident_bytes() - before
         if series not in ("tasks", "rank"):
-            # The base's table and all tasks are there before the request; systems map more of a file than is read.
+            # Load the base's table and all tasks before the request; systems map more of a file than is read.
             for first in range(0, deployment.manifest.base.vocab_size - _TABLE_ROWS, _TABLE_ROWS):
                 deployment.input_embeddings([list(range(first, first + _TABLE_ROWS))])
             before = resident_bytes()
@@ -66,12 +66,12 @@ def measure(path: Path, series: str, x: int, threads: int, repeats: int) -> dict
             (_time(lambda: _generate(deployment, [text] * rows, tasks, 1 + _STEPS)) - prefill) / _STEPS
             for _ in range(repeats)
         ]
-        swaps = _swaps(deployment, names, rows, length if series == "sequence" else 1)
+        switch = _switch_time(deployment, names, rows, length if series == "sequence" else 1)
         memory = loaded / len(names) if series == "rank" else loaded if series == "tasks" else working
     return {
         "prefill_ms": 1e3 * prefill,
         "decode_ms": 1e3 * statistics.median(steps),
-        "swap_us": 1e6 * swaps,
+        "swap_us": 1e6 * switch,
         "memory_bytes": float(max(memory, 0)),
     }
 
@@ -81,13 +81,13 @@ def _generate(deployment: Deployment, prompts: list[str], tasks: list[str], toke
     deployment.generate(prompts, tasks=row_tasks, max_new_tokens=tokens, draft_tokens=0)
 
 
-def _swaps(deployment: Deployment, names: list[str], rows: int, length: int) -> float:
-    """Median seconds to adapt ``(rows, length)`` tokens under tasks drawn at random: of many, the weights are cold."""
+def _switch_time(deployment: Deployment, names: list[str], rows: int, length: int) -> float:
+    """Median seconds to adapt ``(rows, length)`` tokens under random tasks; the weights of many tasks are cold."""
     choose = random.Random(0)
     ids = [[0] * length] * rows
     if len(names) == 1:
         names = names * 2
-    draws = [choose.sample(names, rows) if rows > 1 else choose.choice(names) for _ in range(_SWAPS)]
+    draws = [choose.sample(names, rows) if rows > 1 else choose.choice(names) for _ in range(_SWITCHES)]
     limit = time.perf_counter() + 5
     times = []
     for tasks in draws:

@@ -1,6 +1,6 @@
 """The plots of a measured run: python -m benchmarks.plots [REPORT]. Colours are Okabe and Ito's, safe for all eyes.
 
-Engines in float32 and in 4 bits stand in panels of their own. Each figure has a title and says its unit.
+Engines in float32 and in 4 bits have separate panels. Each figure has a title and its unit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LABELS = {case.name: case.label for case in CASES}
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw every plot that the report has figures for; paths of the files."""
+    """Draw every plot of the report, where it has the figures; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")

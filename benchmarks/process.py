@@ -39,7 +39,7 @@ def run_json(command: Sequence[str | Path], timeout_s: float, log: Path) -> dict
 def run(command: Sequence[str | Path], timeout_s: float, log: Path) -> str:
     """Run a command in the repository; its standard output. Raises ``MeasurementError``."""
     words = [str(word) for word in command]
-    # Two thread pools in one process would fight; each script sets the threads of its own engine.
+    # Two thread pools in one process would compete; each script sets its engine's threads.
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as stream:

@@ -24,7 +24,7 @@ INT4 = {"kit-task": "kit-int4-task", "genai-lora": "genai-int4-lora"}
 
 
 def section(report: Mapping[str, Any]) -> str:
-    """Table and picture, without the marks; lines of prose are at most ``_WIDTH`` characters long."""
+    """Table and plot, without the marks; lines of prose have at most ``_WIDTH`` characters."""
     cases, settings = report["peers"], report["settings"]
     rows: list[list[str]] = []
 
@@ -46,29 +46,29 @@ def section(report: Mapping[str, Any]) -> str:
         "`make bench` measures your machine."
     )
     prose = _wrapped(" ".join([how, *_ratios(report)]))
-    picture = "![Memory for many tasks](benchmarks/results/memory.png)"
-    return "\n".join([*prose, "", *table(["", *COLUMNS.values()], rows), "", picture])
+    plot = "![Memory for many tasks](benchmarks/results/memory.png)"
+    return "\n".join([*prose, "", *table(["", *COLUMNS.values()], rows), "", plot])
 
 
 def _ratios(report: Mapping[str, Any]) -> list[str]:
     """Sentences: the kit over onnxruntime-genai, and a task over the base model."""
-    cases, told = report["peers"], []
+    cases, speeds = report["peers"], []
     for title, kit, peers in (
         ("fp32", "kit-task", ("genai", "genai-lora")),
         ("4 bit", "kit-int4-task", ("genai-int4", "genai-int4-lora")),
     ):
-        plain, adapted = (ratio(cases, kit, peer, "decode_tok_s") for peer in peers)
-        if plain is not None and adapted is not None:
-            told.append(f"{plain:.2f}x without an adapter and {adapted:.2f}x with LoRA in {title}")
-    sentences = [f"Tokens/s of the kit with a task over onnxruntime-genai's: {'; '.join(told)}."] if told else []
+        without, adapted = (ratio(cases, kit, peer, "decode_tok_s") for peer in peers)
+        if without is not None and adapted is not None:
+            speeds.append(f"{without:.2f}x without an adapter and {adapted:.2f}x with LoRA in {title}")
+    sentences = [f"Tokens/s of the kit with a task over onnxruntime-genai's: {'; '.join(speeds)}."] if speeds else []
     metrics = {metric["name"]: metric["value"] for metric in report["kit"].get("metrics", [])}
     shown = {
         "prefill_ratio": "first token {:.2f}x",
         "decode_ratio": "decode step {:.2f}x",
         "mixed_batch_ratio": "a batch of 32 tasks {:.2f}x of one task",
     }
-    if found := [form.format(metrics[name]) for name, form in shown.items() if name in metrics]:
-        sentences.append(f"Time with a task over the base model's: {', '.join(found)}.")
+    if ratios := [form.format(metrics[name]) for name, form in shown.items() if name in metrics]:
+        sentences.append(f"Time with a task over the base model's: {', '.join(ratios)}.")
     return sentences
 
 

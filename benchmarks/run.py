@@ -56,9 +56,9 @@ class Bench:
         self._base, self._deployment = self._work / "base", self._work / "deployment"
         name = "quick" if arguments.quick else "full"
         self._key = self._digest()
-        self._store = Store(self._work / name, self._key, self.say)
+        self._store = Store(self._work / name, self._key, self.progress)
 
-    def say(self, line: str) -> None:
+    def progress(self, line: str) -> None:
         """One line of progress."""
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
 
@@ -91,11 +91,11 @@ class Bench:
         marker = self._work / "deployment.key"
         if marker.is_file() and marker.read_text(encoding="ascii") == self._key:
             return
-        self.say("a copy of the base, and the same in 4 bits")
+        self.progress("a copy of the base, and the same in 4 bits")
         copy_base(self._source, self._base)
         command = [self._pythons["kit"], "-m", "adalink.tools", "export", "base", self._model, "--out", self._base]
         self._failure(partial(run, [*command, "--quantize", "int4"], _BUILD_TIMEOUT_S, self._logs / "int4.log"))
-        self.say(f"a deployment with {TASKS} seeded tasks")
+        self.progress(f"a deployment with {TASKS} seeded tasks")
         make_deployment(self._base, self._deployment, [TASK_RANK] * TASKS)
         with Deployment.open(self._deployment) as deployment:
             write_json(self._work / "prompt.json", make_prompt(deployment.tokenizer, PROMPT_TOKENS))
@@ -105,7 +105,7 @@ class Bench:
         """``adalink bench`` on the deployment that the demo made."""
 
         def make() -> Result:
-            self.say("adalink bench")
+            self.progress("adalink bench")
             report = self._work / "adalink-bench.json"
             command = [self._pythons["kit"], "-m", "adalink.tools", "bench", self._source, "--json", report]
             run([*command, "--threads", str(self._threads)], _BUILD_TIMEOUT_S, self._logs / "kit.log")
@@ -114,7 +114,7 @@ class Bench:
         try:
             return self._store.get("kit", make)
         except MeasurementError as error:
-            self.say(f"FAILED, {error}")
+            self.progress(f"FAILED, {error}")
             return {"error": str(error)}
 
     def peers(self) -> dict[str, Result]:
@@ -123,7 +123,7 @@ class Bench:
         rounds: dict[str, list[Result]] = {case.name: [] for case in CASES}
         errors: dict[str, str] = {}
         for turn in range(self._scale.rounds):
-            # Who goes first changes with every round, so that a drift of the machine favours nobody.
+            # The order alternates between rounds, so that a drift of the machine favours no case.
             for case in CASES if turn % 2 == 0 else CASES[::-1]:
                 if case.is_slow and turn % 3:
                     continue
@@ -136,7 +136,7 @@ class Bench:
                     rounds[case.name].append(self._store.get(f"{case.name}.{turn}", make))
                 except MeasurementError as error:
                     errors[case.name] = str(error)
-                    self.say(f"{case.label}: FAILED, {error}")
+                    self.progress(f"{case.label}: FAILED, {error}")
         summaries = {case.name: summary(case, rounds[case.name]) for case in CASES}
         for name, reason in errors.items():
             summaries[name]["error"] = reason
@@ -152,7 +152,7 @@ class Bench:
                     point = self._store.get(f"growth.{series}.{x}", partial(self._point, series, x))
                 except MeasurementError as error:
                     curves[series]["error"] = f"at {x}: {error}"
-                    self.say(f"growth with {series} {x}: FAILED, {error}")
+                    self.progress(f"growth with {series} {x}: FAILED, {error}")
                     break
                 curves[series]["points"][x] = point
         rate_point = curves["sequence"]["points"].get(RATE_LENGTH)
@@ -173,7 +173,7 @@ class Bench:
         result = run_json(command, _CASE_TIMEOUT_S, self._logs / f"{case.name}.{turn}.log")
         check_fields(result)
         result["memory_gb_s"] = (before + measure_bandwidth(self._threads)) / 2
-        self.say(f"round {turn + 1} of {scale.rounds}, {case.label}: {result['decode_tok_s']:.1f} tokens/s")
+        self.progress(f"round {turn + 1} of {scale.rounds}, {case.label}: {result['decode_tok_s']:.1f} tokens/s")
         return result
 
     def _point(self, series: str, x: int) -> Result:
@@ -182,14 +182,16 @@ class Bench:
         try:
             if series in ("tasks", "rank"):
                 ranks = [TASK_RANK] * x if series == "tasks" else [x] * RANK_TASKS
-                self.say(f"growth: making {len(ranks)} tasks of rank {ranks[0]}")
+                self.progress(f"growth: making {len(ranks)} tasks of rank {ranks[0]}")
                 path = make_deployment(self._base, folder, ranks)
             command: list[str | Path] = [self._pythons["kit"], "-m", "benchmarks.growth", "--deployment", path]
             command += ["--series", series, "--x", str(x), "--threads", str(self._threads)]
             point = run_json(command, _CASE_TIMEOUT_S, self._logs / f"growth.{series}.{x}.log")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        self.say(f"growth with {series} {x}: first token {point['prefill_ms']:.1f} ms, swap {point['swap_us']:.1f} µs")
+        self.progress(
+            f"growth with {series} {x}: first token {point['prefill_ms']:.1f} ms, task switch {point['swap_us']:.1f} µs"
+        )
         return point
 
     def _models(self) -> dict[str, str]:
@@ -203,7 +205,7 @@ class Bench:
             folder = self._work / "models" / name
             if folder.is_dir():
                 continue
-            self.say(f"making {name} for the peers")
+            self.progress(f"making {name} for the peers")
             command = [self._pythons["peers"], "-m", "benchmarks.peers.make_models", "--model", self._model]
             command += ["--out", folder.parent, name]
             reason = self._failure(partial(run, command, _BUILD_TIMEOUT_S, self._logs / f"make-{name}.log"))
@@ -226,7 +228,7 @@ class Bench:
         try:
             call()
         except MeasurementError as error:
-            self.say(f"FAILED, {error}")
+            self.progress(f"FAILED, {error}")
             return str(error)
         return None
 
@@ -258,10 +260,10 @@ def main() -> None:
     write_json(arguments.out / "cpu.json", report)
     (arguments.out / "cpu.md").write_text(render(report), encoding="utf-8")
     for path in draw(report, arguments.out):
-        bench.say(f"drew {path}")
+        bench.progress(f"drew {path}")
     if arguments.readme is not None:
         update(arguments.readme, report)
-    bench.say(f"wrote {arguments.out / 'cpu.json'} and {arguments.out / 'cpu.md'}")
+    bench.progress(f"wrote {arguments.out / 'cpu.json'} and {arguments.out / 'cpu.md'}")
 
 
 if __name__ == "__main__":

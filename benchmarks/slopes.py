@@ -70,8 +70,8 @@ def cost_model(manifest: Manifest, tokens: int, prefill_s: float, gb_s: float) -
         gb_s: measured memory bandwidth.
     """
     base = manifest.base
-    plain = next(variant for variant in manifest.variants.values() if variant.quantization is None)
-    weights = sum(manifest.files[path].size_bytes for path in plain.files if path.endswith(".data"))
+    variant = next(variant for variant in manifest.variants.values() if variant.quantization is None)
+    weights = sum(manifest.files[path].size_bytes for path in variant.files if path.endswith(".data"))
     assert base.cache is not None
     parameters = weights / 4
     return Model(
@@ -90,7 +90,7 @@ LAWS: dict[str, dict[str, Law]] = {
     "tasks": {
         "prefill_ms": Law(0, "the engine does not know how many tasks there are"),
         "decode_ms": Law(0, "the engine does not know how many tasks there are"),
-        "swap_us": Law(0, "a swap is a look-up by name"),
+        "swap_us": Law(0, "switching tasks is a look-up by name"),
         "memory_bytes": Law(1, "each task holds its own weights once"),
     },
     "rank": {

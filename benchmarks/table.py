@@ -43,7 +43,7 @@ def render(report: Mapping[str, Any]) -> str:
         "## Adapters",
         "",
         *table(
-            ["", "swap, µs", "load, ms", "on disk, kB", "resident, kB", "engine opens in, s"],
+            ["", "task switch, µs", "load, ms", "on disk, kB", "resident, kB", "engine opens in, s"],
             [_adapter(case) for case in cases.values() if case.get("adapter_disk_bytes") or "error" in case],
         ),
         "",

@@ -1,1 +1,1 @@
-"""One script for each peer, run in a process and an environment of its own."""
+"""One script for each peer, each run in a separate process and environment."""

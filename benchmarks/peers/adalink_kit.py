@@ -1,7 +1,7 @@
 """AdaLink Kit, by its public API alone.
 
 Kinds: ``base``, ``task``, and ``still``, a task that changes nothing (benchmarks/drafts.py); in 4 bits with ``int4-``
-in front, by drafts with ``-drafts`` behind.
+in front, with speculative decoding with ``-drafts`` behind.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class KitPeer(common.Peer):
         self._deployment.run(input_ids=self._ids, tasks=self._active)
 
     def ask(self, ids: list[int]) -> None:
-        """See ``common.Peer``; given as tokens, such as a chat's."""
+        """See ``common.Peer``. Tokens, such as a chat's, are taken as they are."""
         self._prompt, self._ids = ids, [ids]
 
     def generate(self, new_tokens: int) -> list[int]:
@@ -63,8 +63,8 @@ class KitPeer(common.Peer):
         files = self._deployment.variant.files
         return sum(manifest.files[path].size_bytes for path in files if path.endswith(".data"))
 
-    def swap(self, index: int) -> None:
-        """A swap is nothing but the next call's argument: adapt one token under the other task."""
+    def switch(self, index: int) -> None:
+        """Adapt one token under another task, which is an argument of the call."""
         self._active = self._tasks[index]
         self._deployment.input_embeddings([[0]], tasks=self._active)
 

@@ -36,7 +36,7 @@ FIELDS = (
     "versions",
 )
 _SHOWN_TOKENS = 16
-_SWAPS = 200
+_SWITCHES = 200
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
 
     Attributes:
         work: the folder that holds ``models`` (made by make_models.py) and ``deployment``.
-        kind: which form of the peer; each script lists its own.
+        kind: variant of the peer; each script lists its kinds.
         prompt: text of the prompt, and its tokens.
         new_tokens: tokens to generate.
         threads: threads of the engine.
@@ -78,7 +78,7 @@ class Peer(ABC):
     @staticmethod
     @abstractmethod
     def folder(settings: Settings) -> Path:
-        """Where the files are that opening reads."""
+        """Folder of the files that opening reads."""
 
     @abstractmethod
     def prefill(self) -> None:
@@ -96,12 +96,12 @@ class Peer(ABC):
         """Take other tokens as the prompt."""
         raise NotImplementedError
 
-    def swap(self, index: int) -> None:
+    def switch(self, index: int) -> None:
         """Make another loaded adapter the active one."""
         raise NotImplementedError
 
     def load(self, index: int) -> None:
-        """Bring an adapter from the disk to where ``swap`` can make it active."""
+        """Load an adapter from the disk, so that ``switch`` can make it active."""
         raise NotImplementedError
 
     def disk_bytes(self) -> int:
@@ -192,10 +192,10 @@ def measure(open_peer: type[Peer], settings: Settings) -> dict[str, object]:
 
 
 def _adapters(peer: Peer) -> dict[str, float]:
-    """Load the other adapters, use each once, and swap between the first two."""
+    """Load the other adapters, use each once, and switch between the first two."""
     loads = []
     peer.load(1)
-    peer.swap(1)
+    peer.switch(1)
     peer.generate(1)
     before = resident_bytes()
     further = range(2, peer.adapters)
@@ -203,18 +203,18 @@ def _adapters(peer: Peer) -> dict[str, float]:
         begin = time.perf_counter()
         peer.load(index)
         loads.append(time.perf_counter() - begin)
-        peer.swap(index)
+        peer.switch(index)
         peer.generate(1)
     grown = resident_bytes() - before
-    swaps = []
-    for turn in range(_SWAPS):
+    switches = []
+    for turn in range(_SWITCHES):
         begin = time.perf_counter()
-        peer.swap(turn % 2)
-        swaps.append(time.perf_counter() - begin)
+        peer.switch(turn % 2)
+        switches.append(time.perf_counter() - begin)
     return {
         "adapter_load_ms": 1e3 * statistics.median(loads),
         "adapter_resident_bytes": max(0, grown) / len(further),
-        "swap_us": 1e6 * statistics.median(swaps),
+        "swap_us": 1e6 * statistics.median(switches),
     }
 
 

@@ -58,7 +58,7 @@ class GenaiPeer(common.Peer):
         """See ``common.Peer``."""
         return (self._folder / "model.onnx.data").stat().st_size
 
-    def swap(self, index: int) -> None:
+    def switch(self, index: int) -> None:
         """Set the active adapter of a generator; making the generator is not counted."""
         if self._generator is None:
             self._generator = self._start(1)

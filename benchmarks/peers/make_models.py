@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 RANK = 16
-# Two to swap between, and the others to see what a further one takes.
+# Two to switch between; the others show the memory of a further one.
 ADAPTERS = 6
 MERGED = 3
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -114,10 +114,10 @@ def free_lora_weights(graph: Any) -> list[str]:
         if node.op_type == "MatMulNBits":
             sizes = {attribute.name: attribute.i for attribute in node.attribute}
             shape, dropped = [sizes["K"], sizes["N"]], set(node.input[1:])
-            plain = helper.make_node(
+            product = helper.make_node(
                 "MatMul", [node.input[0], node.input[1].removesuffix("_Q4")], list(node.output), node.name
             )
-            node.CopyFrom(plain)
+            node.CopyFrom(product)
         else:
             shape, dropped = list(weight.dims), {weight.name}
         for index in reversed(range(len(graph.initializer))):
@@ -213,10 +213,10 @@ def recipes(models: Path, source: Path) -> dict[str, Callable[[Path], None]]:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """The folders and those that they are made from, which come first."""
-    found: dict[str, None] = {}
+    ordered: dict[str, None] = {}
     for name in names:
-        found |= dict.fromkeys([*in_order(MADE_FROM[name]), name])
-    return list(found)
+        ordered |= dict.fromkeys([*in_order(MADE_FROM[name]), name])
+    return list(ordered)
 
 
 def main() -> None:

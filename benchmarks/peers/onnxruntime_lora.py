@@ -33,7 +33,7 @@ class OrtPeer(common.Peer):
             self._session = self._open(self._folder)
         if self.adapters:
             self.load(0)
-            self.swap(0)
+            self.switch(0)
         inputs = {node.name: node for node in self._session.get_inputs()}
         self._past = [name for name in inputs if name.startswith("past_key_values.")]
         _, heads, _, size = inputs[self._past[0]].shape
@@ -66,7 +66,7 @@ class OrtPeer(common.Peer):
         """See ``common.Peer``."""
         return next(iter(sorted(self._folder.rglob("model.onnx.data")))).stat().st_size
 
-    def swap(self, index: int) -> None:
+    def switch(self, index: int) -> None:
         """Choose the run options with that adapter, or that task's engine."""
         if self._merged:
             self._session = self._loaded[index]

@@ -19,7 +19,7 @@ class PeftPeer(TorchLoopPeer):
         self.adapters = len(list(self._folder.iterdir()))
         self._model = PeftModel.from_pretrained(self._model, str(self._folder / "0"), adapter_name="0").eval()
 
-    def swap(self, index: int) -> None:
+    def switch(self, index: int) -> None:
         """See ``common.Peer``."""
         self._model.set_adapter(str(index))
 

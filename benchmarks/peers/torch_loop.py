@@ -1,4 +1,4 @@
-"""What PyTorch's peers share: a greedy loop, with no more around the model than it needs."""
+"""The greedy loop of PyTorch's peers, with the least overhead around the model."""
 
 from __future__ import annotations
 

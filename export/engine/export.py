@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
-from adalink.export.engine.build import BuiltPlan, Sizes, build_plan, writes_in_place
 from adalink.export.engine.graph import check_buildable, engine_graph
 from adalink.export.engine.progress import EngineProgress
 from adalink.export.engine.targets import CURRENT, resolve_target
+from adalink.export.engine.tensorrt_builder import BuiltPlan, Sizes, build_plan, writes_in_place
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
 from adalink.runtime.profile import Profile, ShapeRange, check_profile, default_profile, parse_profile

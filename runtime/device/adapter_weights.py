@@ -132,7 +132,7 @@ class AdapterWeightPools:
         self._pools: dict[str, AdapterWeightPool] = {}
         self._lock = threading.Lock()
         # For batches of the base model alone: the embedders' weight inputs must be bound.
-        self._plain: AdapterWeightPool | None = AdapterWeightPool(device, self._queue, _RANKS, 1, hidden_size)
+        self._base_pool: AdapterWeightPool | None = AdapterWeightPool(device, self._queue, _RANKS, 1, hidden_size)
 
     def reserve(self, tasks: AdapterMapping, batch: int) -> SlotReservation:
         """Reserve a slot for each task of a batch; tasks without one are loaded now.
@@ -167,17 +167,17 @@ class AdapterWeightPools:
 
     def is_current(self, pool: AdapterWeightPool) -> bool:
         """Whether new tasks are loaded into this pool."""
-        return pool is self._plain or pool in self._pools.values()
+        return pool is self._base_pool or pool in self._pools.values()
 
-    def plain(self, batch: int) -> AdapterPass:
+    def base_pass(self, batch: int) -> AdapterPass:
         """The adapter pass of a batch in which no row has a task."""
-        assert self._plain is not None, "the engine is closed"
-        return AdapterPass(ACTIVATIONS[0], self._plain, np.zeros(batch, np.int64), 0)
+        assert self._base_pool is not None, "the engine is closed"
+        return AdapterPass(ACTIVATIONS[0], self._base_pool, np.zeros(batch, np.int64), 0)
 
     def close(self) -> None:
         """Drop all pools; memory is freed with the last batch that reads it."""
         self._pools.clear()
-        self._plain = None
+        self._base_pool = None
         self._queue.close()
 
     def _pool_with_space(self, activation: str, groups: list[AdapterGroup]) -> AdapterWeightPool:

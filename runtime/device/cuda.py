@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.device.protocols import Device, Queue
 from adalink.runtime.errors import BackendError, BackendUnavailableError
+from adalink.runtime.implements import implements
 
 _ADVICE = "run 'adalink doctor'"
 
@@ -24,7 +26,7 @@ def load_cuda(backend: str) -> Any:
         BackendUnavailableError: the bindings, the driver or the GPU are missing; the message says which.
     """
     try:
-        from cuda.bindings import runtime
+        from cuda.bindings import runtime  # pyright: ignore[reportMissingImports]  # of the extras for GPUs
     except ImportError as error:
         raise BackendUnavailableError(
             f"backend {backend} needs NVIDIA's cuda-bindings, which are not installed: pip install cuda-bindings"
@@ -58,8 +60,8 @@ class CudaDevice:
         # What an engine that could not be opened, or was never closed, has left.
         weakref.finalize(self, _free_all, cuda, self._sizes)
 
+    @implements(Device)
     def allocate(self, size_bytes: int) -> int:
-        """See ``Device``."""
         with self.not_recording:
             address = self._take(size_bytes)
             self._sizes[address] = size_bytes
@@ -89,8 +91,8 @@ class CudaDevice:
             if self._sizes.pop(address, None) is not None:
                 self._cuda.cudaFree(address)
 
+    @implements(Device)
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """See ``Device``."""
         cuda, kind = self._cuda, np.dtype(dtype)
         size = max(int(np.prod(shape)) * kind.itemsize, 1)
         error, address = cuda.cudaHostAlloc(size, cuda.cudaHostAllocDefault)
@@ -101,8 +103,8 @@ class CudaDevice:
         weakref.finalize(memory, cuda.cudaFreeHost, int(address))
         return np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
 
+    @implements(Device)
     def open_queue(self) -> CudaQueue:
-        """See ``Device``."""
         error, stream = self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking)
         self.check(error)
         return CudaQueue(self, self._cuda, stream)
@@ -126,16 +128,16 @@ class CudaQueue:
         self._stream = stream
         self.handle = int(stream)
 
+    @implements(Queue)
     def upload(self, address: int, array: Array) -> None:
-        """See ``Queue``."""
         self._copy(address, array.ctypes.data, array.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
+    @implements(Queue)
     def download(self, array: Array, address: int) -> None:
-        """See ``Queue``."""
         self._copy(array.ctypes.data, address, array.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
+    @implements(Queue)
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        """See ``Queue``."""
         self._copy(target, source, size_bytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def _copy(self, target: int, source: int, size_bytes: int, kind: Any) -> None:
@@ -146,8 +148,8 @@ class CudaQueue:
         self._device.check(self._cuda.cudaMemsetAsync(address, 0, size_bytes, self._stream)[0])
         self.wait()
 
+    @implements(Queue)
     def wait(self) -> None:
-        """See ``Queue``."""
         self._device.check(self._cuda.cudaStreamSynchronize(self._stream)[0])
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
@@ -176,8 +178,8 @@ class CudaQueue:
             return None
         return _Replay(self._device, cuda, self._stream, executable)
 
+    @implements(Queue)
     def close(self) -> None:
-        """See ``Queue``."""
         self._cuda.cudaStreamDestroy(self._stream)
 
 

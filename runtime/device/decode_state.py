@@ -11,8 +11,10 @@ from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.device.adapter_weights import AdapterWeightPools, SlotReservation
 from adalink.runtime.device.forward import EngineWorkspace, ForwardBatch, last_columns
 from adalink.runtime.device.protocols import as_numbers
+from adalink.runtime.engine import DecodeState
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import positions_of
+from adalink.runtime.implements import implements
 from adalink.runtime.profile import Profile, pieces, rounded_total
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
@@ -67,12 +69,12 @@ class DeviceDecodeState:
                 self._logits[rows] = as_numbers(output, self._dtype)
 
     @property
+    @implements(DecodeState)
     def logits(self) -> Array:
-        """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits[: self._alive]
 
+    @implements(DecodeState)
     def step(self, inputs_embeds: BatchInputs) -> None:
-        """See ``adalink.runtime.engine.DecodeState``."""
         alive, cache = self._alive, self._workspace.cache
         assert cache is not None
         total = cache.length + 1

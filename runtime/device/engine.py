@@ -14,8 +14,9 @@ from adalink.runtime.device.forward import EngineWorkspace, ForwardBatch
 from adalink.runtime.device.protocols import NUMPY, Device, DeviceArena, as_numbers
 from adalink.runtime.device.workspace import PREFILL, EmbedderWorkspace, EngineContext, Executors, Plans
 from adalink.runtime.device.workspace_pool import WorkspacePool
-from adalink.runtime.engine import EngineInput, InputEmbedder
+from adalink.runtime.engine import Engine, EngineInput, InputEmbedder
 from adalink.runtime.generation.padding import positions_of
+from adalink.runtime.implements import implements
 from adalink.runtime.profile import Profile, pieces
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
@@ -36,8 +37,8 @@ class DeviceEmbedder:
             return BatchInputs(None, tasks.embed(self._table, ids, modality), modality, tasks)
         return BatchInputs(ids, None, modality, tasks)
 
+    @implements(InputEmbedder)
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return BatchInputs(None, embeds, modality, tasks)
 
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
@@ -67,20 +68,20 @@ class PreEmbedded:
     def __init__(self, table: Array) -> None:
         self._host = HostEmbedder(table)
 
+    @implements(InputEmbedder)
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return BatchInputs(None, self._host.lookup(ids, tasks, modality), None, NO_ADAPTER)
 
+    @implements(InputEmbedder)
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> BatchInputs:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return BatchInputs(None, self._host.apply(embeds, tasks, modality), None, NO_ADAPTER)
 
+    @implements(InputEmbedder)
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return self._host.for_decoding(tasks)
 
+    @implements(InputEmbedder)
     def read(self, engine_input: BatchInputs) -> Array:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         assert engine_input.embeds is not None
         return engine_input.embeds
 
@@ -140,8 +141,8 @@ class DeviceEngine:
         # Opening a workspace now reports a faulty plan before the first request.
         self._workspaces.give(self._workspaces.take())
 
+    @implements(Engine)
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
-        """See ``adalink.runtime.engine.Engine``."""
         inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
         batch, seq = mask.shape
         profile = self._plans.profile
@@ -163,8 +164,8 @@ class DeviceEngine:
         assert result is not None
         return result
 
+    @implements(Engine)
     def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DeviceDecodeState:
-        """See ``adalink.runtime.engine.Engine``."""
         inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
         profile = self._plans.profile
         profile.check_batch(len(mask))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from adalink.runtime.device.protocols import SIZES, DeviceArena, Executor, Queue
+from adalink.runtime.implements import implements
 from adalink.runtime.storage.manifest import Cache
 
 
@@ -36,18 +37,18 @@ class StaticDeviceCache:
         self._addresses = _allocate(arena, len(self._names), batch * self._row_bytes)
         self.length = 0
 
+    @implements(DeviceCache)
     def bind(self, executor: Executor, rows: int, added: int) -> None:
-        """See ``DeviceCache``."""
         for (past, present), address in zip(self._names, self._addresses, strict=True):
             executor.bind(past, address, (rows, *self._shape))
             executor.bind(present, address, (rows, *self._shape))
 
+    @implements(DeviceCache)
     def advance(self, added: int) -> None:
-        """See ``DeviceCache``."""
         self.length += added
 
+    @implements(DeviceCache)
     def move(self, queue: Queue, source: int, target: int) -> None:
-        """See ``DeviceCache``."""
         for address in self._addresses:
             queue.copy(address + target * self._row_bytes, address + source * self._row_bytes, self._row_bytes)
 
@@ -63,19 +64,19 @@ class DynamicDeviceCache:
         self._current, self._other = (_allocate(arena, len(self._names), size) for _ in range(2))
         self.length = 0
 
+    @implements(DeviceCache)
     def bind(self, executor: Executor, rows: int, added: int) -> None:
-        """See ``DeviceCache``."""
         for (past, present), old, new in zip(self._names, self._current, self._other, strict=True):
             executor.bind(past, old, (rows, self._heads, self.length, self._width))
             executor.bind(present, new, (rows, self._heads, self.length + added, self._width))
 
+    @implements(DeviceCache)
     def advance(self, added: int) -> None:
-        """See ``DeviceCache``."""
         self._current, self._other = self._other, self._current
         self.length += added
 
+    @implements(DeviceCache)
     def move(self, queue: Queue, source: int, target: int) -> None:
-        """See ``DeviceCache``."""
         row_bytes = self.length * self._position_bytes
         for address in self._current:
             queue.copy(address + target * row_bytes, address + source * row_bytes, row_bytes)

@@ -7,7 +7,9 @@ import math
 from adalink.runtime.arrays import Array
 from adalink.runtime.device.protocols import Device, DeviceArena, Executor, Tensor
 from adalink.runtime.device.workspace import VISION, Plans
+from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import DeploymentError, GraphError
+from adalink.runtime.implements import implements
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
@@ -48,8 +50,8 @@ class DeviceVision:
             self._arena.close()
             raise
 
+    @implements(VisionGraph)
     def run(self, pixel_values: Array) -> Array:
-        """See ``adalink.runtime.engine.VisionGraph``."""
         input_shape, output_shape = (len(pixel_values), *self._image_shape), (len(pixel_values), *self._embeds_shape)
         queue = self._arena.queue
         self._pixels.host(*input_shape)[:] = pixel_values
@@ -61,8 +63,8 @@ class DeviceVision:
         queue.wait()
         return self._embeds.host(*output_shape).copy()
 
+    @implements(VisionGraph)
     def close(self) -> None:
-        """See ``adalink.runtime.engine.VisionGraph``."""
         self._executor.close()
         self._arena.close()
         self._plans.close()

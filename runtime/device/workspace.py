@@ -128,7 +128,7 @@ class EmbedderWorkspace:
             if inputs.modality is not None or adapter_pass.modality == 0
         ]
         if inputs.ids is not None and (not adapter_passes or inputs.modality is not None):
-            return [self._context.adapter_pools.plain(inputs.shape[0]), *adapter_passes]
+            return [self._context.adapter_pools.base_pass(inputs.shape[0]), *adapter_passes]
         return adapter_passes
 
     def enqueue(self, executors: Executors, inputs: BatchInputs, reservation: SlotReservation) -> int:

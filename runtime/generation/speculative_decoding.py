@@ -31,7 +31,7 @@ class PromptLookup:
 
     Args:
         tokens: the prompt and the tokens generated so far.
-        max_drafts: most draft tokens of a pass.
+        max_draft_tokens: most draft tokens of a pass.
     """
 
     def __init__(self, tokens: Sequence[int], max_draft_tokens: int) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import Engine
+from adalink.runtime.engine import Backend, Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.dynamic_cache import DynamicCacheEngine
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
@@ -46,8 +47,8 @@ class OnnxRuntimeBackend:
         self._ort = onnxruntime
         self._threads = threads
 
+    @implements(Backend)
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
-        """See ``adalink.runtime.engine.Backend``."""
         if base.embedding_dtype == "bfloat16":
             raise BackendError(
                 "onnxruntime-cpu has no bfloat16 kernels: export the base again with --dtype fp32 or fp16, "
@@ -66,12 +67,12 @@ class OnnxRuntimeBackend:
         """See ``adalink.runtime.engine.Backend``. The graph is tiny: one thread, no thread pool."""
         return OnnxSharedAdapterGraph(self._session(graph, 1, origin="shared adapter graph"), self._ort, base)
 
+    @implements(Backend)
     def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return OnnxVisionGraph(graph, base, self._threads)
 
+    @implements(Backend)
     def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> OnnxPatchGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return OnnxPatchGraph(graph, base, patches, self._threads)
 
     def _session(self, model: str | bytes, threads: int, origin: str) -> ort.InferenceSession:

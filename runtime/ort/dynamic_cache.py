@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import InputEmbedder
+from adalink.runtime.engine import DecodeState, Engine, InputEmbedder
 from adalink.runtime.generation.padding import positions_after, positions_of
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
 
 if TYPE_CHECKING:
@@ -29,16 +30,16 @@ class DynamicCacheEngine:
         self._session = session
         self._signature = signature
 
+    @implements(Engine)
     def run(self, feeds: Mapping[str, Array]) -> Array:
-        """See ``adalink.runtime.engine.Engine``."""
         return self.forward({"position_ids": positions_of(feeds["attention_mask"]), **feeds}, None)[0]
 
+    @implements(Engine)
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> DynamicCacheDecodeState:
-        """See ``adalink.runtime.engine.Engine``."""
         return DynamicCacheDecodeState(self, feeds, max_new_tokens)
 
+    @implements(Engine)
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Engine``."""
         self._session.close()
 
     def forward(
@@ -81,12 +82,12 @@ class DynamicCacheDecodeState:
         self._logits: Array = output[np.arange(len(prompt)), last]
 
     @property
+    @implements(DecodeState)
     def logits(self) -> Array:
-        """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits
 
+    @implements(DecodeState)
     def step(self, inputs_embeds: Array) -> None:
-        """See ``adalink.runtime.engine.DecodeState``."""
         if self._rows != list(range(len(self._mask))):
             self._take()
         self._length += 1

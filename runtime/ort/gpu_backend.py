@@ -17,7 +17,10 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.device.cuda import CudaDevice, load_cuda
 from adalink.runtime.device.engine import DeviceEngine, PreEmbedded
 from adalink.runtime.device.protocols import DeviceArena
+from adalink.runtime.device.workspace import Plans
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import BackendUnavailableError, ContractError
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
@@ -66,8 +69,8 @@ class OnnxRuntimeGpuBackend:
         self._plugin = load_plugin(name) if name == RTX else None
         load_cuda(name)
 
+    @implements(Backend)
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
-        """See ``adalink.runtime.engine.Backend``."""
         if role != "base" or base.kind == "encoder-decoder":
             raise ContractError(
                 f"{graph}: {base.name} is an encoder-decoder, which {self.name} does not run: use onnxruntime-cpu"
@@ -145,13 +148,13 @@ class OnnxRuntimePlans:
         self._ort = runtime
         self._origin = origin
 
+    @implements(Plans)
     def executor(self, name: str, profile: int, arena: DeviceArena) -> OnnxRuntimeExecutor:
-        """See ``Plans``."""
         assert self._session is not None
         return OnnxRuntimeExecutor(self._session, self._ort, self._origin, "cuda", before=arena.queue.wait)
 
+    @implements(Plans)
     def close(self) -> None:
-        """See ``Plans``."""
         self._session = None
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from adalink.runtime.device.protocols import Tensor
+from adalink.runtime.device.protocols import Executor, Tensor
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import onnxruntime_errors, refusal
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class OnnxRuntimeExecutor:
         self.inputs: Mapping[str, Tensor] = _tensors(session.get_inputs())
         self.outputs: Mapping[str, Tensor] = _tensors(session.get_outputs())
 
+    @implements(Executor)
     def bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        """See ``adalink.runtime.device.protocols.Executor``."""
         is_input = name in self.inputs
         tensor = self.inputs[name] if is_input else self.outputs[name]
         bind = self._binding.bind_input if is_input else self._binding.bind_output
@@ -67,8 +68,8 @@ class OnnxRuntimeExecutor:
         except onnxruntime_errors(self._ort) as error:
             raise refusal(self._origin, error) from error
 
+    @implements(Executor)
     def close(self) -> None:
-        """See ``adalink.runtime.device.protocols.Executor``."""
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
 

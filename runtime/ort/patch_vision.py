@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.engine import PatchVisionGraph
 from adalink.runtime.errors import GraphError
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard, wrong_name
 from adalink.runtime.ort.vision import open_vision_session
 from adalink.runtime.storage.vision_base import VisionBase
@@ -28,8 +30,8 @@ class OnnxPatchGraph:
             outputs = [node.name for node in self._session.get_outputs()]
             raise GraphError(wrong_name(self._origin, "output", VISION_OUTPUT, outputs))
 
+    @implements(PatchVisionGraph)
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        """See ``adalink.runtime.engine.PatchVisionGraph``."""
         feeds = {VISION_INPUT: pixel_values, **self._tower.inputs(grid)}
         embeds: Array = guard(self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], feeds))[0]
         expected = (self._vision.positions(grid), self._width)

@@ -7,7 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.engine import SharedAdapterGraph
 from adalink.runtime.errors import GraphError
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import ORT_TYPES, onnxruntime_errors, refusal, wrong_name
 from adalink.runtime.storage.manifest import Base
 
@@ -40,8 +42,8 @@ class OnnxSharedAdapterGraph:
                 f"{expected} of width {base.hidden_size}: export the base again"
             )
 
+    @implements(SharedAdapterGraph)
     def run(self, inputs_embeds: Array, weights: Mapping[str, Array]) -> Array:
-        """See ``adalink.runtime.engine.SharedAdapterGraph``."""
         try:
             result: Array = self._run(_OUTPUTS, {"inputs_embeds": inputs_embeds, **weights})[0]
         except onnxruntime_errors(self._ort) as error:

@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import InputEmbedder
+from adalink.runtime.engine import (
+    DecodeState,
+    Engine,
+    InputEmbedder,
+    ResumableDecodeState,
+    ResumableEngine,
+    SpeculativeDecodeState,
+)
 from adalink.runtime.generation.padding import move_left, positions_after
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
 
 
@@ -28,8 +36,8 @@ class StaticCacheEngine:
         self._session = session
         self._signature = signature
 
+    @implements(Engine)
     def run(self, feeds: Mapping[str, Array]) -> Array:
-        """See ``adalink.runtime.engine.Engine``."""
         signature, mask = self._signature, feeds["attention_mask"]
         embeds, positions, lengths = _at_left(feeds)
         batch, longest = embeds.shape[:2]
@@ -50,16 +58,16 @@ class StaticCacheEngine:
         result[mask != 0] = logits
         return result
 
+    @implements(Engine)
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> StaticCacheDecodeState:
-        """See ``adalink.runtime.engine.Engine``."""
         state, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
         state.prefill(embeds, positions)
         return state
 
+    @implements(ResumableEngine)
     def resume(
         self, feeds: Mapping[str, Array], max_new_tokens: int, known: Sequence[Array | None]
     ) -> StaticCacheDecodeState:
-        """See ``adalink.runtime.engine.ResumableEngine``."""
         state, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
         if any(states is not None for states in known):
             for row, states in enumerate(known):
@@ -78,8 +86,8 @@ class StaticCacheEngine:
         state = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
         return state, embeds, positions, lengths
 
+    @implements(Engine)
     def close(self) -> None:
-        """See ``adalink.runtime.engine.Engine``."""
         self._session.close()
 
 
@@ -132,17 +140,17 @@ class StaticCacheDecodeState:
         row_slice = slice(row, row + 1)
         self._run(self._bind(row_slice, rest, rest_positions, np.array([rest.shape[1] - 1]), self._logits[row_slice]))
 
+    @implements(ResumableDecodeState)
     def states(self, row: int, length: int) -> Array:
-        """See ``adalink.runtime.engine.ResumableDecodeState``."""
         return self._cache[:, row, :, :length].copy()
 
     @property
+    @implements(DecodeState)
     def logits(self) -> Array:
-        """See ``adalink.runtime.engine.DecodeState``."""
         return self._logits[: self._alive]
 
+    @implements(DecodeState)
     def step(self, inputs_embeds: Array) -> None:
-        """See ``adalink.runtime.engine.DecodeState``."""
         alive = self._alive
         if self._step is None or len(self._step.embeds) != alive:
             rows, embeds = slice(alive), np.empty_like(inputs_embeds)
@@ -152,8 +160,8 @@ class StaticCacheDecodeState:
         self._lengths[:alive] += 1
         self._run(self._step)
 
+    @implements(SpeculativeDecodeState)
     def verify(self, inputs_embeds: Array) -> Array:
-        """See ``adalink.runtime.engine.SpeculativeDecodeState``."""
         count = inputs_embeds.shape[1]
         bound = self._verifications.get(count)
         if bound is None:

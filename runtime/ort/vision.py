@@ -7,7 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import BackendUnavailableError, GraphError
+from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard, wrong_name
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
@@ -53,8 +55,8 @@ class OnnxVisionGraph:
                 f"{path}: {VISION_INPUT} is {received} an image, the manifest says {expected}: export it again"
             )
 
+    @implements(VisionGraph)
     def run(self, pixel_values: Array) -> Array:
-        """See ``adalink.runtime.engine.VisionGraph``."""
         embeds: Array = guard(
             self._ort, self._origin, lambda: self._session.run([VISION_OUTPUT], {VISION_INPUT: pixel_values})
         )[0]

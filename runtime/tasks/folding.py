@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.implements import implements
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter, rank_of
 from adalink.runtime.storage.embedding_table import view_table
 from adalink.runtime.storage.manifest import Base
@@ -40,8 +41,8 @@ class TableFold:
 
     adapted: Array
 
+    @implements(Folded)
     def lookup(self, table: Array, ids: Array) -> Array:
-        """See ``Folded``."""
         return self.adapted.take(ids, axis=0)
 
 
@@ -53,8 +54,8 @@ class RankFold:
     up: Array
     up_bias: Array | None
 
+    @implements(Folded)
     def lookup(self, table: Array, ids: Array) -> Array:
-        """See ``Folded``."""
         delta: Array = np.matmul(self.hidden.take(ids, axis=0), self.up.T)
         if self.up_bias is not None:
             delta += self.up_bias

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from adalink.runtime.arrays import Array
+from adalink.runtime.engine import InputEmbedder
+from adalink.runtime.implements import implements
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
@@ -12,18 +14,18 @@ class HostEmbedder:
     def __init__(self, table: Array) -> None:
         self._table = table
 
+    @implements(InputEmbedder)
     def lookup(self, ids: Array, tasks: AdapterMapping, modality: Array | None = None) -> Array:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.lookup(self._table, ids, modality)
 
+    @implements(InputEmbedder)
     def apply(self, embeds: Array, tasks: AdapterMapping, modality: Array | None = None) -> Array:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.apply(embeds, modality)
 
+    @implements(InputEmbedder)
     def for_decoding(self, tasks: AdapterMapping) -> AdapterMapping:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return tasks.for_decoding()
 
+    @implements(InputEmbedder)
     def read(self, engine_input: Array) -> Array:
-        """See ``adalink.runtime.engine.InputEmbedder``."""
         return engine_input

@@ -12,9 +12,10 @@ from adalink.runtime.device.cuda import CudaDevice
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.device.protocols import DeviceArena
 from adalink.runtime.device.vision import DeviceVision
-from adalink.runtime.device.workspace import ENGINE, VISION
+from adalink.runtime.device.workspace import ENGINE, VISION, Plans
 from adalink.runtime.engine import PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import BackendError, ContractError, DeploymentError, IntegrityError
+from adalink.runtime.implements import implements
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
@@ -110,8 +111,8 @@ class TensorRtPlans:
         self._engines: dict[str, Any] = {}
         self._caches: dict[str, JitCache] = {}
 
+    @implements(Plans)
     def executor(self, name: str, profile: int, arena: DeviceArena) -> TensorRtExecutor:
-        """See ``Plans``."""
         with self._device.not_recording:
             engine = self._engine(name)
             context = self._api.make_context(engine, self._caches[name].config)

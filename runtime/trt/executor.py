@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adalink.runtime.device.protocols import Queue, Tensor
+from adalink.runtime.device.protocols import Executor, Queue, Tensor
 from adalink.runtime.errors import RequestError
+from adalink.runtime.implements import implements
 from adalink.runtime.trt.api import Api
 
 
@@ -36,13 +37,13 @@ class TensorRtExecutor:
         if not self._context.set_tensor_address(name, address):
             raise self._error(f"{name} cannot be bound")
 
+    @implements(Executor)
     def enqueue(self) -> None:
-        """See ``Executor``."""
         if not self._context.execute_async_v3(self._queue.handle):
             raise self._error("a call failed")
 
+    @implements(Executor)
     def close(self) -> None:
-        """See ``Executor``."""
         self._context = None
 
     def _error(self, what: str) -> Exception:

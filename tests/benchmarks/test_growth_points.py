@@ -99,7 +99,7 @@ def test_figures_by_hand(
     assert point["swap_us"] == pytest.approx(1e6 * swapped * SWAP_S)
     assert point["memory_bytes"] == pytest.approx(memory)
     assert machine.added == ["here/tasks/task-0 first", "without first"]
-    assert machine.swaps == tasks + growth._SWAPS
+    assert machine.swaps == tasks + growth._SWITCHES
 
 
 def test_swaps_that_are_slow_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_rooms_page_names_every_folder():
         ("adapter registry", "runtime/tasks/registry.py"),
         ("speculative decoding", "runtime/generation/speculative_decoding.py"),
         ("ONNX Runtime boundary", "runtime/ort/errors.py"),
-        ("TensorRT builder", "export/engine/build.py"),
+        ("TensorRT builder", "export/engine/tensorrt_builder.py"),
         ("parity checks", "tools/parity/suite.py"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Prose of README and guides: short sentences, short lines. A check of length, not of style: read it aloud too."""
+"""Prose of pages for readers: short sentences, short lines. A check of length, not of style: read it aloud too."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from helpers.paths import REPOSITORY
 
 MAX_MEAN_WORDS = 15
 MAX_LINE_CHARS = 120
+READMES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "examples/README.md")
+FOLDERS = ("docs", "docs/concepts", "docs/decisions", "docs/guides", "docs/project", "docs/reference")
 PAGES = sorted(
     [
-        *(REPOSITORY / name for name in ("README.md", "docs/index.md", "docs/get-started.md")),
-        *(REPOSITORY / name for name in ("examples/README.md", "examples/vision/README.md")),
-        *(REPOSITORY / "docs/guides").glob("*.md"),
+        *(REPOSITORY / name for name in (*READMES, "examples/vision/README.md")),
+        *(page for folder in FOLDERS for page in (REPOSITORY / folder).glob("*.md")),
     ]
 )
 FENCE = re.compile(r"^\s*```")
@@ -79,11 +80,16 @@ def test_page_prose_is_short(page):
     assert long_lines(text) == []
 
 
-def test_guides_are_all_there():
-    names = {page.stem for page in PAGES if page.parent.name == "guides"}
-    assert names == {
+def names_in(folder):
+    return {page.stem for page in PAGES if page.parent == REPOSITORY / "docs" / folder}
+
+
+def test_guides_and_concepts_are_all_there():
+    assert names_in("guides") == {
         *("train", "export", "run", "many-tasks", "images", "quantize", "nvidia", "update-a-task", "verify-in-ci")
     }
+    assert names_in("concepts") == {"how-it-works", "parity", "file-formats", "when-it-is-enough"}
+    assert names_in("project") == {"stability", "studies"}
 
 
 def test_long_sentences_are_found():

@@ -92,7 +92,7 @@ def test_digest_tells_text_label_order_and_wording_apart():
     [
         ('{"text": "a"}', r"train\.jsonl:1: .*expected"),
         ('\n{"text": "a", "label": "x", "more": 1}', r"train\.jsonl:2: .*`more`"),
-        ("", r"train has no row"),
+        ("", r"train.jsonl holds no rows"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, lines, message):

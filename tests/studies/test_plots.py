@@ -46,16 +46,16 @@ def shown(on_save):
 @pytest.fixture
 def intervals(on_save):
     """Ends of the horizontal error bars of ``differences.png`` by panel, in the order of its points."""
-    found = {}
+    ends = {}
 
     def look(plot, figure):
         if plot == "differences":
             for axes in figure.axes:
                 (bars,) = axes.containers[0].lines[2]
-                found[axes.get_title()] = [(line[0][0], line[1][0]) for line in bars.get_segments()]
+                ends[axes.get_title()] = [(line[0][0], line[1][0]) for line in bars.get_segments()]
 
     on_save(look)
-    return found
+    return ends
 
 
 def test_plots_show_the_cells(made, tmp_path, shown):
@@ -113,15 +113,61 @@ def test_ranks_are_marked_where_they_are(made, tmp_path, on_save):
 
 def test_differences_are_drawn_with_their_intervals(made, tmp_path, shown, intervals):
     draw(summarize(*made), tmp_path)
-    title = "Accuracy minus that of LoRA 2"
-    points, rows = shown["differences"]["tiny, letters", title]
+    points, rows = shown["differences"]["tiny, letters", "AdaLink"]
     assert points == pytest.approx([-6.0, -3.0])  # worked out by hand above; rows go upwards
     assert rows == [1, 0]
     assert intervals["tiny, letters"][0] == pytest.approx((-56.8, 44.8), abs=0.05)
-    points, _ = shown["differences"]["tiny, digits", title]
+    points, _ = shown["differences"]["tiny, digits", "AdaLink"]
     assert points == pytest.approx([-10.0, -5.0])
     for (low, high), mean in zip(intervals["tiny, digits"], points, strict=True):
         assert low == high == pytest.approx(mean)  # one pair has no interval
+
+
+def test_differences_say_their_unit_and_mark_cut_intervals(made, tmp_path, on_save):
+    titles, cuts, labels = [], {}, []
+
+    def look(plot, figure):
+        if plot == "differences":
+            titles.extend(figure.get_suptitle().splitlines())
+            figure.canvas.draw()
+            for axes in figure.axes:
+                reach = axes.get_xlim()[1]
+                marks = [line for line in axes.lines if line.get_label().startswith("_cut")]
+                cuts[axes.get_title()] = [
+                    (line.get_xdata()[0] / reach, list(line.get_ydata()), line.get_color()) for line in marks
+                ]
+                labels.append([label.get_text() for label in axes.get_yticklabels() if label.get_visible()])
+
+    on_save(look)
+    draw(summarize(*made), tmp_path)
+    assert titles[0] == "Accuracy minus that of LoRA 2, percentage points"
+    assert "95 % interval (Student's t)" in titles[1]
+    # Letters: -6 ± 50.8 and -3 ± 25.4 points leave a panel of ± 15; digits have no intervals.
+    assert cuts == {
+        "tiny, letters": [(-1.0, [1, 0], "#0072B2"), (1.0, [1, 0], "#0072B2")],
+        "tiny, digits": [],
+    }
+    assert labels == [["AdaLink 16", "AdaLink 8"], []]  # the second column shares the first one's
+
+
+def test_each_family_of_methods_has_a_colour(made, tmp_path, on_save):
+    colours = {}
+
+    def look(plot, figure):
+        if plot == "differences":
+            for bars in (bars for axes in figure.axes for bars in axes.containers):
+                colours[bars.get_label()] = bars.lines[0].get_color()
+
+    on_save(look)
+    summary = summarize(*made)
+    lora = next(cell for cell in summary["cells"] if cell["method"] == "LoRA 2" and cell["data"] == "letters")
+    pair = next(pair for pair in summary["comparisons"] if pair["data"] == "letters")
+    for kind in ("lora", "prompt-tuning", "p-tuning", "full"):
+        summary["cells"].append({**lora, "method": kind, "settings": {**lora["settings"], "kind": kind}})
+        summary["comparisons"].append({**pair, "method": kind})
+    draw(summary, tmp_path)
+    assert list(colours) == ["AdaLink", "LoRA", "soft prompt", "full fine-tuning"]
+    assert len(set(colours.values())) == 4
 
 
 @pytest.mark.parametrize(("accuracy", "lines", "notes"), [(0.8, [80.0], []), (0.113, [], ["none: 11.3 ↓"])])

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from helpers.attach import disturb
 from helpers.tiny_models import FAMILIES, MAX_POSITIONS
 from helpers.tiny_tokenizer import make_tokenizer
+from helpers.vision_families import disturb
 
 from adalink.training.data.rows import Example
 from adalink.training.evaluation import exact_match, greedy_tokens

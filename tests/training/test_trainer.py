@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.attach import disturb
 from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
+from helpers.vision_families import disturb
 from torch import nn
 from transformers import Trainer
 

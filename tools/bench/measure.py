@@ -1,4 +1,4 @@
-"""What a task costs, side by side with the base model in one process (docs/concepts/parity.md, "benchmark")."""
+"""The cost of a task beside the base model, in one process (docs/concepts/parity.md, "benchmark")."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from adalink.tools.parity.prompts import PROMPTS, fit
 PREFILL_TOKENS = 64
 MIXED_TASKS = 32
 _PREFILL_ROUNDS = 15
-# Short rounds, so that the two sides meet the same weather: clock speed, other programs.
+# Short rounds: both sides run at the same clock speed, beside the same other programs.
 _DECODE_ROUNDS, _DECODE_STEPS = 60, 12
 _MIXED_ROUNDS, _MIXED_STEPS, _MIXED_PROMPT_TOKENS = 10, 10, 16
 _QUICK_SHARE = 4
-_SWAPS = 2000
+_SWITCHES = 2000
 _LOADS = 15
 _COPIES = 32
 
@@ -100,14 +100,14 @@ class Bench:
         self._share = _QUICK_SHARE if quick else 1
 
         def ratio(name: str, samples: Samples) -> None:
-            # Each turn gives a ratio of neighbours in time; a drift of the machine meets both of them.
+            # Each turn gives one ratio of two adjacent measurements, so a drift of the machine affects both.
             base, task = (np.array([np.median(turn) for turn in turns]) for turns in samples.values())
             times = zip(samples, (base, task), strict=True)
             medians.update({f"{name}_{side}_ms": 1e3 * float(np.median(values)) for side, values in times})
             metrics.append(_metric(f"{name}_ratio", float(np.median(task / base)), "1"))
 
         with _quiet_collector():
-            # First, before other measurements leave freed memory that further tasks would fill unseen.
+            # First: further tasks could later fill memory that other measurements have freed.
             growth = None if quick else self._memory_growth()
             progress("cold load")
             load = self._load_times()
@@ -116,10 +116,10 @@ class Bench:
             if self._generates:
                 progress("decode")
                 ratio("decode", self._decode())
-            progress("hot swap")
-            swaps = self._swap_times()
-            metrics.append(_metric("swap_hot_us_p50", 1e6 * float(np.percentile(swaps, 50)), "us"))
-            metrics.append(_metric("swap_hot_us_p99", 1e6 * float(np.percentile(swaps, 99)), "us"))
+            progress("switching tasks")
+            switches = self._switch_times()
+            metrics.append(_metric("swap_hot_us_p50", 1e6 * float(np.percentile(switches, 50)), "us"))
+            metrics.append(_metric("swap_hot_us_p99", 1e6 * float(np.percentile(switches, 99)), "us"))
             metrics.append(_metric("task_load_ms", 1e3 * float(np.median(load)), "ms"))
             progress(f"mixed batch of {self._rows} tasks")
             ratio("mixed_batch", self._mixed())
@@ -176,12 +176,12 @@ class Bench:
                     samples[name].append(np.diff(self._starts)[-(steps - 2) :].tolist())
         return samples
 
-    def _swap_times(self) -> list[float]:
+    def _switch_times(self) -> list[float]:
         """Switch between two loaded tasks and adapt the embedding of one token."""
-        other = self._deployment.add_task(self._folder, "swap-other")
+        other = self._deployment.add_task(self._folder, "switch-other")
         ids = np.array([[self._base.vocab_size // 2]])
         times = []
-        for index in range(-100, _SWAPS):
+        for index in range(-100, _SWITCHES):
             name = (self.task, other)[index % 2]
             start = time.perf_counter()
             self._deployment.input_embeddings(ids, tasks=name)
@@ -231,7 +231,7 @@ def _metric(name: str, value: float, unit: str) -> Metric:
 
 
 def _order(sides: Mapping[str, object], turn: int) -> list[str]:
-    """Who goes first changes with every turn, so that a drift favours nobody."""
+    """The sides in alternating order, so that a drift of the machine favours neither."""
     names = list(sides)
     return names if turn % 2 == 0 else names[::-1]
 

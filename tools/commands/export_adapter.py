@@ -95,8 +95,8 @@ def adapter(
     for task in list(folders)[:_MOST_LISTED]:
         entry = manifest.tasks[task]
         soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
-        own = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
-        click.echo(f"task {task} is in {out}: {own}{soft}, scope {entry.scope}")
+        method = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
+        click.echo(f"task {task} is in {out}: {method}{soft}, scope {entry.scope}")
         click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
     if len(folders) > _MOST_LISTED:
         click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")

@@ -66,7 +66,7 @@ def engine(
     from adalink.export.engine.export import export_engine
     from adalink.runtime.trt.record import read_record
 
-    with progress_bar() as report:
+    with progress_bar() as progress:
         manifest = export_engine(
             deployment,
             backend,
@@ -76,14 +76,14 @@ def engine(
             variant=variant,
             tasks=tasks,
             replace=replace,
-            progress=report,
+            progress=progress,
         )
-    own = name or backend
-    built = manifest.variants[own]
+    variant_name = name or backend
+    built = manifest.variants[variant_name]
     record = read_record((deployment / built.graph).parent)
     result = {
         "deployment": str(deployment),
-        "variant": own,
+        "variant": variant_name,
         "backend": backend,
         "version": record.version,
         "target": list(record.target),
@@ -100,7 +100,7 @@ def engine(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    click.echo(f"{manifest.base.name} is an engine {own!r} in {deployment}")
+    click.echo(f"{manifest.base.name} is an engine {variant_name!r} in {deployment}")
     click.echo(
         f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
         f"{record.version} for {', '.join(record.target)}"

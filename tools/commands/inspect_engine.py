@@ -1,4 +1,4 @@
-"""What can be said of a compiled engine: its record, its header, and what is inside where a GPU can load it."""
+"""Description of a compiled engine: its record, its header, and its contents where a GPU can load it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _describe_record(record: EngineRecord) -> Description:
 
 
 def _is_of_this_base(record: EngineRecord, manifest: Manifest) -> bool:
-    """Whether what an engine was built from, variant and vision tower, is still what is in the deployment."""
+    """Whether the deployment still has the variant and the vision tower that an engine was built from."""
     source = manifest.variants.get(record.variant)
     if source is None:
         return False
@@ -104,9 +104,9 @@ def _describe_contents(api: Api, path: Path, digest: str) -> Description | str:
     """Inputs and outputs with their ranges, where that is safe and possible."""
     if not _is_in_manifest(path, digest):
         return _NOT_OURS
-    found = find_gpus()
-    if not found.devices:
-        return f"not loaded: that takes a GPU, and {found.reason}"
+    gpus = find_gpus()
+    if not gpus.devices:
+        return f"not loaded: that takes a GPU, and {gpus.reason}"
     runtime = api.make_runtime()
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:

@@ -1,4 +1,4 @@
-"""``adalink remove``: a task, or one form of the base, leaves a deployment, and nothing else in it is touched."""
+"""``adalink remove``: remove a task or a variant of the base from a deployment; all other files stay."""
 
 from __future__ import annotations
 

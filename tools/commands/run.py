@@ -31,17 +31,17 @@ TokenIds: TypeAlias = "array[int]"
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What ``adalink run`` was asked for.
+    """Options of ``adalink run``.
 
     Attributes:
         deployment: the folder.
         text: the prompt; or else
         text_file: the file that holds it; or else
-        jsonl: rows with prompts. The prompt is on standard input if none of the three is given.
+        jsonl: rows with prompts. Without any of the three, the prompt is standard input.
         images: images of the one prompt.
-        task: which task answers; ``None`` for the base model. Rows may name their own.
-        backend: which engine.
-        variant: which form of the base; see ``Deployment.open``.
+        task: the task; ``None`` for the base model. Rows may name another.
+        backend: the engine's backend.
+        variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
         full_check: read every file again.
         as_json: print a JSON line for each result.
@@ -94,8 +94,8 @@ class RunOptions:
 @click.option(
     "--draft-tokens",
     type=click.IntRange(min=0),
-    help="Most guesses checked at once for a single prompt; 8 in float32 without it, none where that might change "
-    "the text. 0 for none.",
+    help="Speculative decoding of a single prompt: most draft tokens verified in one forward pass; 0 turns it off. By "
+    "default 8 in float32, and 0 where it might change the text.",
 )
 @click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
 @click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
@@ -133,7 +133,7 @@ def run(options: RunOptions) -> None:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     if options.images and options.jsonl is not None:
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
-    if options.settings["temperature"] == 0 and (unused := _given({"top_k", "top_p"})):
+    if options.settings["temperature"] == 0 and (unused := _passed_options({"top_k", "top_p"})):
         raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     if options.jsonl is not None:
         rows = read_rows(options.jsonl, options.task)
@@ -153,7 +153,7 @@ def run(options: RunOptions) -> None:
 
 
 def _print_states(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
-    if unused := _given(options.settings):
+    if unused := _passed_options(options.settings):
         raise click.UsageError(
             f"{unused[0]} is for generating, and {deployment.manifest.base.name} is an encoder: leave it out"
         )
@@ -174,7 +174,7 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOpti
             click.echo(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
 
 
-def _given(settings: Container[str]) -> list[str]:
+def _passed_options(settings: Container[str]) -> list[str]:
     """The options among ``settings`` that were passed, rather than left at their defaults."""
     options = click.get_current_context().command.params
     return [option.opts[0] for option in options if option.name in settings and is_given(option.name)]
@@ -220,18 +220,18 @@ def _generate(
         _, tasks, images, origins = zip(*batch, strict=True)
         prompts = ids[start : start + _BATCH_ROWS]
         try:
-            found = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
+            results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
         except RequestError as error:
             raise RequestError(f"{origins[0]} and on: {error}" if origins[0] else str(error)) from error
-        for row, result in zip(batch, found, strict=True):
-            seen = {"images": list(map(str, row.images))} if row.images else {}
-            yield {"prompt": row.prompt, "task": row.task, **seen, **asdict(result)}
+        for row, result in zip(batch, results, strict=True):
+            image_paths = {"images": list(map(str, row.images))} if row.images else {}
+            yield {"prompt": row.prompt, "task": row.task, **image_paths, **asdict(result)}
 
 
 def _embed(deployment: Deployment, rows: list[PromptRow], ids: list[TokenIds]) -> Iterator[dict[str, Any]]:
-    for (prompt, task, images, _), own in zip(rows, ids, strict=True):
-        states = deployment.run(input_ids=[own.tolist()], images=[images], tasks=task)["last_hidden_state"][0]
-        yield {"prompt": prompt, "task": task, "tokens": len(own), "mean": states.mean(axis=0).tolist()}
+    for (prompt, task, images, _), row_ids in zip(rows, ids, strict=True):
+        states = deployment.run(input_ids=[row_ids.tolist()], images=[images], tasks=task)["last_hidden_state"][0]
+        yield {"prompt": prompt, "task": task, "tokens": len(row_ids), "mean": states.mean(axis=0).tolist()}
 
 
 def _write(row: int, piece: str) -> None:

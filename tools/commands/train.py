@@ -29,14 +29,14 @@ from adalink.training.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What ``adalink train`` was asked for, by the names of its parameters.
+    """Options of ``adalink train``, by the names of its parameters.
 
     Attributes:
         base: model folder, GGUF file or hub id.
         data: rows to learn from.
         eval_data: rows to measure on.
         out: the adapter folder.
-        ranks: as given: one number, or ``MODALITY=NUMBER`` for each.
+        ranks: one number, or ``MODALITY=NUMBER`` for each modality.
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
@@ -240,17 +240,17 @@ def train_adapter(options: TrainOptions) -> None:
     )
 
 
-def _read_rank(given: tuple[str, ...]) -> Rank:
+def _read_rank(texts: tuple[str, ...]) -> Rank:
     """``("16",)``, or ``("text=16", "image=64")``; raises ``ConfigError``."""
-    named = [text.partition("=") for text in given]
+    named = [text.partition("=") for text in texts]
     try:
-        if len(given) == 1 and not named[0][1]:
-            return int(given[0])
+        if len(texts) == 1 and not named[0][1]:
+            return int(texts[0])
         ranks = {name: int(number) for name, _, number in named}
     except ValueError as error:
         raise ConfigError(
-            f"--rank is {' '.join(given)}, expected one number, or MODALITY=NUMBER for each modality"
+            f"--rank is {' '.join(texts)}, expected one number, or MODALITY=NUMBER for each modality"
         ) from error
-    if len(ranks) < len(given):
-        raise ConfigError(f"--rank is {' '.join(given)}, expected each modality once")
+    if len(ranks) < len(texts):
+        raise ConfigError(f"--rank is {' '.join(texts)}, expected each modality once")
     return ranks

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyCommand:
-    """What ``adalink verify`` was asked for, by the names of its parameters; see ``--help``."""
+    """Options of ``adalink verify``, by the names of its parameters; see ``--help``."""
 
     deployment: Path
     against: str
@@ -53,7 +53,7 @@ class VerifyCommand:
     "--text",
     "text_file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Text whose first 4,096 tokens the cost of quantising is measured on; the built-in prompts without it.",
+    help="Measure the cost of quantising on the first 4,096 tokens of this text; the built-in prompts without it.",
 )
 @click.option(
     "--max-perplexity-increase",
@@ -72,10 +72,10 @@ class VerifyCommand:
 def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
 
-    Every task graph over the whole vocabulary against float64, the engine's outputs and greedy generation against
-    PyTorch float32, switching tasks in fresh processes bit for bit, and a receipt that nothing was rebuilt. Limits are
-    derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch running its own weights,
-    dequantised; what quantising itself costs is a table of its own.
+    Every task graph is compared with float64 over the whole vocabulary, and the engine's outputs and greedy generation
+    with PyTorch float32. Switching tasks is compared with fresh processes, bit for bit. A receipt shows that nothing
+    was rebuilt. Limits are derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch
+    running the engine's weights, dequantised; a separate table shows the cost of quantising.
 
     Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
 
@@ -90,7 +90,7 @@ def command(**values: Any) -> None:
     verify_deployment(make_options(VerifyCommand, values))
 
 
-def verify_deployment(asked: VerifyCommand) -> None:
+def verify_deployment(arguments: VerifyCommand) -> None:
     """Verify, print the checks and write the report; raises ``click.exceptions.Exit`` with 1 if one failed."""
     from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
@@ -99,33 +99,33 @@ def verify_deployment(asked: VerifyCommand) -> None:
 
     started = time.monotonic()
     with quiet_libraries():
-        adapters = _parse_pairs(asked.adapters, "--adapter", "NAME=FOLDER")
+        adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
         options = VerifyOptions(
-            backend=asked.backend,
-            variant=asked.variant,
-            threads=asked.threads,
-            quick=asked.quick,
-            text=None if asked.text_file is None else _read_text(asked.text_file),
-            max_perplexity_increase=asked.max_perplexity_increase,
-            task_rows=_parse_pairs(asked.task_rows, "--rows", "NAME=FILE"),
+            backend=arguments.backend,
+            variant=arguments.variant,
+            threads=arguments.threads,
+            quick=arguments.quick,
+            text=None if arguments.text_file is None else _read_text(arguments.text_file),
+            max_perplexity_increase=arguments.max_perplexity_increase,
+            task_rows=_parse_pairs(arguments.task_rows, "--rows", "NAME=FILE"),
         )
         report = verify(
-            asked.deployment,
-            asked.against,
+            arguments.deployment,
+            arguments.against,
             adapters,
             options,
             progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
         )
     environment = {
         **describe_environment(),
-        "backend": asked.backend,
-        "variant": asked.variant,
-        "threads": asked.threads,
-        "against": Path(asked.against).name,
+        "backend": arguments.backend,
+        "variant": arguments.variant,
+        "threads": arguments.threads,
+        "against": Path(arguments.against).name,
     }
     print_report(report)
-    if asked.json_file is not None:
-        write_json(asked.json_file, report.as_json(environment))
+    if arguments.json_file is not None:
+        write_json(arguments.json_file, report.as_json(environment))
     if not report.passed:
         raise click.exceptions.Exit(1)
 
@@ -148,7 +148,7 @@ def print_report(report: Report) -> None:
     if report.cost:
         sides = ("float32", "weights", "deployed")
         lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
-        print_table("What quantising costs", ("", "float32", "quantised weights", "as deployed"), lines)
+        print_table("Cost of quantising", ("", "float32", "quantised weights", "as deployed"), lines)
     for line in report.skipped:
         click.echo(f"Not checked: {line}")
     print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
@@ -178,12 +178,12 @@ def _shown(value: object) -> str:
 
 
 def _parse_pairs(pairs: tuple[str, ...], option: str, form: str) -> dict[str, Path]:
-    found = {}
+    paths = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (name and equals and path):
             raise click.BadParameter(f"{pair!r} is not {form}", param_hint=option)
-        if name in found:
+        if name in paths:
             raise click.BadParameter(f"{name!r} is named twice, expected each once", param_hint=option)
-        found[name] = Path(path)
-    return found
+        paths[name] = Path(path)
+    return paths

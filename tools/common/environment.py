@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, Python, packages and threads, for reports."""
+"""The environment of a measurement, for reports: machine, Python, packages and threads."""
 
 from __future__ import annotations
 

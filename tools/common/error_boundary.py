@@ -94,7 +94,7 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """Send what is left of the output nowhere: Python would try once more to write it, at the end."""
+    """Discard the rest of the output, which Python would try to write once more at exit."""
     if sys.stdout is not None:
         with contextlib.suppress(OSError):
             output = sys.stdout.fileno()

@@ -1,4 +1,4 @@
-"""A backend whose decodings are watched from outside: when a pass begins, and what it gives."""
+"""A backend with hooks: callbacks before and after every forward pass of a decoding."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from adalink.runtime.engine import (
     SpeculativeDecodeState,
     VisionGraph,
 )
+from adalink.runtime.implements import implements
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
-Retracted = Callable[[int], object]
+RolledBack = Callable[[int], object]
 Dropped = Callable[[int], object]
 
 
 class ObservedBackend:
-    """Another backend that tells of each pass of a decoding: of its prompts, then of each step or check of guesses.
+    """A backend that reports each forward pass: the prompts, then each decode step or verification of draft tokens.
 
     Attributes:
         name: of the backend inside.
@@ -38,7 +39,7 @@ class ObservedBackend:
         inner: Backend,
         begin: Begin = lambda: None,
         end: End = lambda logits: None,
-        retracted: Retracted = lambda count: None,
+        rolled_back: RolledBack = lambda count: None,
         dropped: Dropped = lambda row: None,
     ) -> None:
         """Watch a backend.
@@ -48,36 +49,36 @@ class ObservedBackend:
             begin: called before a pass.
             end: called after it with logits of shape ``(rows, vocab)``, or for each of several tokens of the only row
                 with ``(1, vocab)``; the next pass writes over them.
-            retracted: called with the number of tokens that were taken back.
+            rolled_back: called with the number of draft tokens that were rolled back.
             dropped: called with a row that was dropped; the last row takes its number.
         """
         self.name = inner.name
         self._inner = inner
-        self._hooks = begin, end, retracted, dropped
+        self._hooks = begin, end, rolled_back, dropped
 
+    @implements(Backend)
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
-        """See ``adalink.runtime.engine.Backend``."""
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
+    @implements(Backend)
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(activation_key, graph, base)
 
+    @implements(Backend)
     def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 
+    @implements(Backend)
     def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_patch_vision(graph, base, patches)
 
 
 class _ObservedEngine:
-    def __init__(self, inner: Engine, begin: Begin, end: End, retracted: Retracted, dropped: Dropped) -> None:
+    def __init__(self, inner: Engine, begin: Begin, end: End, rolled_back: RolledBack, dropped: Dropped) -> None:
         self._inner = inner
         self._begin = begin
         self._end = end
-        self._retracted = retracted
+        self._rolled_back = rolled_back
         self._dropped = dropped
         self.embedder = inner.embedder
         self.profile = inner.profile
@@ -90,7 +91,7 @@ class _ObservedEngine:
         decoding = self._inner.start(feeds, max_new_tokens)
         self._end(decoding.logits)
         if isinstance(decoding, SpeculativeDecodeState):
-            return _ObservedSpeculativeDecodeState(decoding, self._begin, self._end, self._dropped, self._retracted)
+            return _ObservedSpeculativeDecodeState(decoding, self._begin, self._end, self._dropped, self._rolled_back)
         return _ObservedDecodeState(decoding, self._begin, self._end, self._dropped)
 
 
@@ -118,11 +119,11 @@ class _ObservedDecodeState:
 
 class _ObservedSpeculativeDecodeState(_ObservedDecodeState):
     def __init__(
-        self, inner: SpeculativeDecodeState, begin: Begin, end: End, dropped: Dropped, retracted: Retracted
+        self, inner: SpeculativeDecodeState, begin: Begin, end: End, dropped: Dropped, rolled_back: RolledBack
     ) -> None:
         super().__init__(inner, begin, end, dropped)
         self._inner_state = inner
-        self._retracted = retracted
+        self._rolled_back = rolled_back
 
     def verify(self, inputs_embeds: EngineInput) -> Array:
         self._begin()
@@ -133,4 +134,4 @@ class _ObservedSpeculativeDecodeState(_ObservedDecodeState):
 
     def rollback(self, count: int) -> None:
         self._inner_state.rollback(count)
-        self._retracted(count)
+        self._rolled_back(count)

@@ -1,4 +1,4 @@
-"""What the options of the running command say, apart from the console: a verb that prints plainly needs no ``rich``."""
+"""Options of the running command. Separate from the console, so that plain verbs do not import ``rich``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def make_options(kind: type[T], values: Mapping[str, Any], rest: str | None = No
     Args:
         kind: the dataclass; its fields are named as the command's parameters.
         values: what click gives the command.
-        rest: the field for the values that have no field of their own.
+        rest: the field for all other values.
     """
     names = {field.name for field in fields(kind)}
-    own = {name: value for name, value in values.items() if name in names}
+    arguments = {name: value for name, value in values.items() if name in names}
     if rest is not None:
-        own[rest] = {name: value for name, value in values.items() if name not in names}
-    return kind(**own)
+        arguments[rest] = {name: value for name, value in values.items() if name not in names}
+    return kind(**arguments)
 
 
 def is_given(parameter: str) -> bool:

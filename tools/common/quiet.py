@@ -28,7 +28,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def silence_libraries(*, gguf_bar_off: bool | None = True) -> None:
-    """The same for good, in a process of its own.
+    """The same for good, in a separate process.
 
     Args:
         gguf_bar_off: whether reading a GGUF file shows no bar either; ``None``: it does on a terminal.

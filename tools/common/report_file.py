@@ -14,7 +14,7 @@ from adalink.runtime.storage.atomic import replace_file
 
 
 class ReportFile(click.Path):
-    """An option's file that is written when the work is done, in a folder that must take files before it begins."""
+    """A report file: written after the work, with its folder checked to be writable before."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False)

@@ -1,4 +1,4 @@
-"""Prompts to be answered, from the rows of a JSON-lines file."""
+"""Prompts from the rows of a JSON-lines file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPECTED = '{"prompt": text, "task": name or null}'
 
 
 class PromptRow(NamedTuple):
-    """A prompt, the task that answers it, the images in it, and its file and line if it has one."""
+    """A prompt with its task, its images, and its file and line if any."""
 
     prompt: str
     task: str | None
@@ -53,10 +53,10 @@ def _check_row(row: Any, task: str | None, folder: Path, origin: str) -> PromptR
     for name in row.keys() - set(_FIELDS):
         if meant := get_close_matches(name.lower(), _FIELDS, 1, cutoff=0.85):
             raise DataError(f"{origin}: field {name!r} is none of a row's: did you mean {meant[0]!r}?")
-    own = row.get("task", task)
-    if own is not None and not isinstance(own, str):
-        raise DataError(f"{origin}: task is {own!r}, expected a name or null")
+    row_task = row.get("task", task)
+    if row_task is not None and not isinstance(row_task, str):
+        raise DataError(f"{origin}: task is {row_task!r}, expected a name or null")
     images = row.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise DataError(f"{origin}: images is {str(images)[:80]}, expected a list of paths")
-    return PromptRow(row["prompt"], own, tuple(folder / image for image in images), origin)
+    return PromptRow(row["prompt"], row_task, tuple(folder / image for image in images), origin)

@@ -35,7 +35,7 @@ def log_to_stderr(verbosity: int) -> Iterator[None]:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to the stderr of the moment, which a progress bar replaces by its own."""
+    """Writes to the current ``sys.stderr``, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; see ``logging.Handler``."""

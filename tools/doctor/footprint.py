@@ -1,4 +1,4 @@
-"""What an edge installation weighs: the kit and every package it needs to run, by installed size."""
+"""Installed size of the runtime: the kit and every package it needs to run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def runtime_packages() -> dict[str, metadata.Distribution]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    found: dict[str, metadata.Distribution] = {}
+    distributions: dict[str, metadata.Distribution] = {}
     waiting: list[tuple[str, frozenset[str]]] = [(KIT, frozenset(RUNTIME_EXTRAS))]
-    seen: set[tuple[str, frozenset[str]]] = set()
+    visited: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         entry = waiting.pop()
         name, extras = entry
-        if entry in seen:
+        if entry in visited:
             continue
-        seen.add(entry)
+        visited.add(entry)
         try:
-            package = found.setdefault(name, metadata.distribution(name))
+            package = distributions.setdefault(name, metadata.distribution(name))
         except metadata.PackageNotFoundError:
             continue
         for line in package.requires or []:
@@ -34,7 +34,7 @@ def runtime_packages() -> dict[str, metadata.Distribution]:
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
-    return found
+    return distributions
 
 
 def installed_bytes(package: metadata.Distribution) -> int:

@@ -1,4 +1,4 @@
-"""One real try of one backend, in a process of its own: a broken driver may crash the probe, never ``adalink doctor``.
+"""Probe of one backend in a separate process: a broken driver may crash the probe, never ``adalink doctor``.
 
 ``python -m adalink.tools.doctor.probe NAME`` prints one JSON line ``{"works": bool, "detail": str, "advice": str}``;
 for the name ``gpus`` it prints the GPUs and the driver.
@@ -23,11 +23,11 @@ _TIMEOUT_SECONDS = 120
 
 
 class Finding(NamedTuple):
-    """What a probe saw.
+    """Result of a probe.
 
     Attributes:
         works: whether a deployment can run on it here.
-        detail: what was seen.
+        detail: what the probe measured.
         advice: what to do about it; empty where the package is what is missing, or nothing is.
     """
 
@@ -49,7 +49,7 @@ def probe_gpus() -> dict[str, object]:
 
 
 def _ask(name: str) -> dict[str, Any] | str:
-    """What the probe of ``name`` printed, or why it printed nothing."""
+    """Output of the probe of ``name``, or the reason why there is none."""
     environment = {**os.environ, "ORT_LOGGING_LEVEL": "4"}
     try:
         done = subprocess.run(
@@ -73,10 +73,10 @@ def _ask(name: str) -> dict[str, Any] | str:
 def _onnxruntime(provider: str) -> Finding:
     import onnxruntime
 
-    found = onnxruntime.get_available_providers()
+    providers = onnxruntime.get_available_providers()
     version = f"onnxruntime {onnxruntime.__version__}"
-    if provider not in found:
-        return Finding(False, f"{version} is built without {provider}; it has {', '.join(found)}")
+    if provider not in providers:
+        return Finding(False, f"{version} is built without {provider}; it has {', '.join(providers)}")
     session = onnxruntime.InferenceSession(_NEGATE, providers=[provider])
     if provider not in session.get_providers():
         used = ", ".join(session.get_providers())

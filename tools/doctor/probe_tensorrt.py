@@ -1,4 +1,4 @@
-"""One real try of TensorRT or TensorRT-RTX: an engine of one layer is built and, where there is a GPU, run."""
+"""Probe of TensorRT or TensorRT-RTX: builds an engine of one layer and, on a GPU, runs it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ def try_tensorrt(backend: str) -> tuple[bool, str, str]:
     """Build and run ``y = -x``.
 
     Returns:
-        Whether this machine can run engines, what was seen, and what to do about it: nothing where the package is what
-        is missing.
+        Whether this machine can run engines, the finding, and advice; no advice where the package is missing.
 
     Raises:
         BackendError: the library is missing or refused.
     """
-    api, found = load_api(backend), find_gpus()
+    api, gpus = load_api(backend), find_gpus()
     version = f"{api.trt.__name__} {api.version}"
-    if not found.devices:
+    if not gpus.devices:
         if not api.is_rtx:
             api.make_builder()
-            return False, f"{version} loads, but builds and runs on a GPU only: {found.reason}", _NO_GPU
+            return False, f"{version} loads, but builds and runs on a GPU only: {gpus.reason}", _NO_GPU
         _build(api, _ELSEWHERE)
         advice = f"to run engines, {_NO_GPU}; to build them for other machines: 'adalink export engine --target'"
-        return False, f"{version} builds engines ({_ELSEWHERE} was tried), but runs none: {found.reason}", advice
-    where = describe_gpu(found.devices[0], found)
-    if api.is_rtx and found.devices[0].capability not in api.targets:
+        return False, f"{version} builds engines ({_ELSEWHERE} was tried), but runs none: {gpus.reason}", advice
+    where = describe_gpu(gpus.devices[0], gpus)
+    if api.is_rtx and gpus.devices[0].capability not in api.targets:
         where += f", which is not among its targets {', '.join(api.targets)}"
     try:
         plan = _build(api, None)
@@ -50,9 +49,9 @@ def try_tensorrt(backend: str) -> tuple[bool, str, str]:
     return True, f"{version} built and ran an engine on {where}", ""
 
 
-def describe_gpu(gpu: Gpu, found: Gpus) -> str:
+def describe_gpu(gpu: Gpu, gpus: Gpus) -> str:
     """A GPU in a few words."""
-    return f"{gpu.name} ({gpu.capability}, {gpu.memory_bytes / 1e9:.0f} GB, driver for CUDA {found.driver})"
+    return f"{gpu.name} ({gpu.capability}, {gpu.memory_bytes / 1e9:.0f} GB, driver for CUDA {gpus.driver})"
 
 
 def _build(api: Api, target: str | None) -> bytes:
@@ -78,7 +77,7 @@ def _build(api: Api, target: str | None) -> bytes:
 
 def _run(api: Api, plan: bytes) -> float:
     """``y`` for ``x = 2.5``."""
-    from cuda.bindings import runtime as cuda
+    from cuda.bindings import runtime as cuda  # pyright: ignore[reportMissingImports]  # of the extras for GPUs
 
     def must(result: Any) -> Any:
         """CUDA's result without its status; raises ``BackendError``."""
@@ -92,11 +91,11 @@ def _run(api: Api, plan: bytes) -> float:
     context = None if engine is None else engine.create_execution_context()
     if context is None:
         raise api.error("an engine of one layer cannot be loaded", "update the driver")
-    given, received = (ctypes.c_float * 1)(_VALUE), (ctypes.c_float * 1)()
+    sent, received = (ctypes.c_float * 1)(_VALUE), (ctypes.c_float * 1)()
     stream = must(cuda.cudaStreamCreate())
     x, y = must(cuda.cudaMalloc(4)), must(cuda.cudaMalloc(4))
     kinds = cuda.cudaMemcpyKind
-    must(cuda.cudaMemcpy(x, ctypes.addressof(given), 4, kinds.cudaMemcpyHostToDevice))
+    must(cuda.cudaMemcpy(x, ctypes.addressof(sent), 4, kinds.cudaMemcpyHostToDevice))
     if not (context.set_tensor_address("x", int(x)) and context.set_tensor_address("y", int(y))):
         raise api.error("an engine of one layer takes no memory", "update the driver")
     if not context.execute_async_v3(int(stream)):

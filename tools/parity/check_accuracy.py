@@ -1,4 +1,4 @@
-"""What quantising costs a task: exact match on rows of its own, before and after."""
+"""The cost of quantising for a task: exact match on the task's rows, before and after."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def measure_accuracy(
     rows: list[TrainingRow],
     progress: Callable[[str], None],
 ) -> dict[str, float]:
-    """Share of rows whose greedy reply is the wanted completion and then ends, as ``adalink train`` counts it.
+    """Exact match of greedy replies, end token included, as ``adalink train`` counts it.
 
     Args:
         deployment: as it is deployed.
@@ -60,7 +60,7 @@ def measure_accuracy(
 
 
 def deployed_accuracy(deployment: Deployment, task: str, rows: list[TrainingRow]) -> float:
-    """Share of ``rows`` that ``deployment`` answers with the wanted completion and then an end token."""
+    """Share of ``rows`` whose reply is the row's completion and then an end token."""
     encode = deployment.tokenizer.encode
     longest = max(len(encode(row.completion)) for row in rows) + 1
     by_length = sorted(rows, key=lambda row: len(encode(row.prompt)))

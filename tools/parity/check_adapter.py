@@ -1,10 +1,8 @@
-"""Level 1: a task, by the bank and by its own graph, against the adapter in float64.
+"""Level 1: a task, through the bank and through its own graph, against the adapter in float64.
 
-Over the whole vocabulary and over every single weight.
-
-On text an adapter is a function of the token alone, so the vocabulary is its whole domain. A sum over ``d`` terms hides
-a small change of one weight, though, within its own rounding error; so a second sweep feeds multiples of the unit
-vectors, where the inner sum has one term and each weight stands alone.
+Two sweeps: the whole vocabulary and every single weight. On text an adapter is a function of the token, so the
+vocabulary is its whole domain. But a sum over ``d`` terms hides a small change of one weight within its rounding error.
+So the second sweep feeds multiples of the unit vectors, where the inner sum has one term.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ from adalink.tools.parity.report import Check, at_most
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Embeddings with shape (1, tokens, d) in the base's dtype, their modality, and the tokens, (1, tokens), where they are
-# some -> adapted embeddings.
+# Embeddings (1, tokens, d) in the base's dtype, their modality, and their token ids (1, tokens) if any -> adapted
+# embeddings.
 Adapt = Callable[[Array, str, Array | None], Array]
 
 _BLOCK_ROWS = 4096
@@ -39,25 +37,25 @@ _PROBE_SCALES = (1.0, -1.0)
 
 
 def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
-    """What the manifest says of a task against the adapter it is compared with."""
+    """The manifest's entry of a task against its adapter."""
     config = adapter.config
     fields = {
         "adapter_digest": (task.adapter_digest, adapter.digest),
         **{key: (value, getattr(config, key)) for key, value in settings_of(task).items()},
     }
-    wrong = [f"{key} is {was!r}, the adapter's {own!r}" for key, (was, own) in fields.items() if was != own]
+    wrong = [f"{key} is {ours!r}, the adapter's {theirs!r}" for key, (ours, theirs) in fields.items() if ours != theirs]
     return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")
 
 
 def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment, adapter: Adapter) -> Check:
-    """Every row of the embedding table through one way that a task is computed.
+    """Every row of the embedding table through one implementation of a task.
 
     Args:
         name: the task.
-        path: which way, for the check's name.
-        adapt: that way.
-        deployment: gives the table.
-        adapter: what is computed.
+        path: name of the implementation: ``bank`` or ``graph``.
+        adapt: the implementation.
+        deployment: the deployment, for its table.
+        adapter: the task's adapter.
     """
     base = deployment.manifest.base
     modality, dtype = base.modalities[0], base.embedding_dtype
@@ -65,8 +63,8 @@ def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment,
     def blocks() -> Iterator[tuple[int, Float64, Float64]]:
         for start in range(0, base.vocab_size, _BLOCK_ROWS):
             ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
-            plain = deployment.input_embeddings(ids)
-            yield start, to_float64(plain[0], dtype), to_float64(adapt(plain, modality, ids)[0], dtype)
+            embeds = deployment.input_embeddings(ids)
+            yield start, to_float64(embeds[0], dtype), to_float64(adapt(embeds, modality, ids)[0], dtype)
 
     ratio, row, column = _worst(blocks(), adapter, modality, dtype)
     token = _token_text(deployment, row)
@@ -75,14 +73,14 @@ def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment,
 
 
 def check_fold(name: str, fold: str, deployment: Deployment, adapter: Adapter) -> Check:
-    """Every token through the task's folded form, which the deployment uses for token ids."""
+    """Every token through the folded form of a task, which the deployment uses for token ids."""
     base = deployment.manifest.base
 
     def blocks() -> Iterator[tuple[int, Float64, Float64]]:
         for start in range(0, base.vocab_size, _BLOCK_ROWS):
             ids = np.arange(start, min(start + _BLOCK_ROWS, base.vocab_size))[None]
-            plain, adapted = deployment.input_embeddings(ids)[0], deployment.input_embeddings(ids, tasks=name)[0]
-            yield start, to_float64(plain, base.embedding_dtype), to_float64(adapted, base.embedding_dtype)
+            embeds, adapted = deployment.input_embeddings(ids)[0], deployment.input_embeddings(ids, tasks=name)[0]
+            yield start, to_float64(embeds, base.embedding_dtype), to_float64(adapted, base.embedding_dtype)
 
     ratio, row, column = _worst(blocks(), adapter, base.modalities[0], base.embedding_dtype)
     detail = f"measured / bound of the folded form ({fold}) over {base.vocab_size} tokens; worst: token {row}, "
@@ -90,7 +88,7 @@ def check_fold(name: str, fold: str, deployment: Deployment, adapter: Adapter) -
 
 
 def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: str) -> Check:
-    """Multiples of every unit vector through one way that a task is computed, for each modality of the adapter."""
+    """Multiples of every unit vector through one implementation of a task, for each modality of the adapter."""
     width = adapter.config.hidden_size
     worst, detail = 0.0, ""
     for modality in adapter.config.modalities:
@@ -105,12 +103,12 @@ def check_weights(name: str, path: str, adapt: Adapt, adapter: Adapter, dtype: s
 
 
 def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: Adapter) -> Check:
-    """What a task graph puts before the text, in every row: the adapter's vectors, rounded to the base's dtype."""
+    """The soft prompt of a task graph, in every row: the adapter's vectors, rounded to the base's dtype."""
     base, soft_tokens = deployment.manifest.base, adapter.config.soft_tokens
     ids = np.arange(2)[:, None]
-    plain = to_float64(deployment.input_embeddings(ids), base.embedding_dtype)
-    others = _other_inputs(adapter.config, plain, 0, ids)
-    received = OpenGraph(graph, base.embedding_dtype).run(plain, others, soft_tokens)
+    embeds = to_float64(deployment.input_embeddings(ids), base.embedding_dtype)
+    others = _other_inputs(adapter.config, embeds, 0, ids)
+    received = OpenGraph(graph, base.embedding_dtype).run(embeds, others, soft_tokens)
     stored = to_float64(as_stored(adapter.weights[SOFT_PROMPT_NAME], base.embedding_dtype), base.embedding_dtype)
     differing = int((received[:, :soft_tokens] != stored).sum())
     detail = f"numbers of {soft_tokens} vectors that the graph puts before the text and that are not the adapter's"
@@ -118,9 +116,9 @@ def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: 
 
 
 def through_bank(deployment: Deployment, name: str) -> Adapt:
-    """The way a deployment itself takes: from token ids where there are some, which a device has graphs of its own for.
+    """A task as the deployment computes it: from token ids if any, for which a device has its own graphs.
 
-    A folded task answers token ids by its folded form, which has a check of its own.
+    Token ids of a folded task are left out: its folded form has a separate check.
     """
     known = deployment.manifest.base.modalities
     task = deployment.manifest.tasks[name]
@@ -135,7 +133,7 @@ def through_bank(deployment: Deployment, name: str) -> Adapt:
 
 
 def through_graph(graph: bytes, config: AdapterConfig, dtype: str) -> Adapt:
-    """A task graph on its own, as another host runs it; positions of a modality it does not have pass by it."""
+    """A task as other hosts compute it, by its graph; positions of other modalities bypass the graph."""
     opened = OpenGraph(graph, dtype)
 
     def adapt(embeds: Array, modality: str, ids: Array | None) -> Array:
@@ -149,7 +147,7 @@ def through_graph(graph: bytes, config: AdapterConfig, dtype: str) -> Adapt:
 
 
 def _other_inputs(config: AdapterConfig, embeds: Array, modality: int, ids: Array | None) -> dict[str, Array]:
-    """What a task graph takes beside embeddings, whose modality is an index in the adapter's list."""
+    """Inputs of a task graph beside embeddings; ``modality`` is an index in the adapter's list."""
     if config.input == "ids":
         return {} if ids is None else {"input_ids": ids}
     return {"modality": np.full(embeds.shape[:2], modality)} if len(config.modalities) > 1 and config.rank else {}
@@ -174,8 +172,8 @@ def _worst(
 ) -> tuple[float, int, int]:
     """Largest ``|measured - exact| / bound`` with its row and component; infinite where the bound is 0 and missed."""
     worst = (0.0, 0, 0)
-    for start, plain, adapted in blocks:
-        exact = exact_adapter(adapter, modality, plain, dtype, np.arange(start, start + len(plain)))
+    for start, embeds, adapted in blocks:
+        exact = exact_adapter(adapter, modality, embeds, dtype, np.arange(start, start + len(embeds)))
         deviation = np.abs(adapted - exact.output)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(deviation == 0, 0.0, deviation / exact.bound)

@@ -1,4 +1,4 @@
-"""Level 3, generation: prompts that are continued under each task, and once with another task in each row."""
+"""Level 3, generation: batches of prompts under each task, and once with another task in each row."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ STEPS = 32
 
 
 class Batch:
-    """Prompts that are continued together, with images or without.
+    """Prompts generated as one batch, with images or without.
 
-    A row of the mixed batch is judged with its task's adapter attached to PyTorch, so with the task's own rows.
+    Rows of the mixed batch are judged together with their task's rows, while its adapter is attached to PyTorch.
 
     Attributes:
-        has_images: whether there are images in it.
-        ends_apart: whether rows of the mixed batch were also seen to leave it one after another.
+        has_images: whether the prompts have images.
+        ends_apart: whether rows of the mixed batch also left it one after another.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Batch:
         Args:
             generator: the deployment.
             prompts: texts or token ids.
-            tasks: those of the mixed batch's rows, which begin with each prompt in turn.
-            image_prompts: the images of the prompts, if they have some.
+            tasks: the task of each row of the mixed batch; its rows take the prompts in turn.
+            image_prompts: images of the prompts, if any.
         """
         self.has_images = image_prompts is not None
         self.ends_apart = False
@@ -62,27 +62,29 @@ class Batch:
         """
         rows = self._generator.generate(self._prompts, task, STEPS, self._image_prompts)
         for batch, mixed in self._mixed.items():
-            own = [row for name, row in mixed if name == task]
-            self._verdicts[batch] += [judge(reference, self._generator, row, typical) for row in own]
+            task_rows = [row for name, row in mixed if name == task]
+            self._verdicts[batch] += [judge(reference, self._generator, row, typical) for row in task_rows]
         verdicts = [judge(reference, self._generator, row, typical) for row in rows]
-        return check_generation(self._named(label), verdicts) + self._check_drafts(label, task, reference, typical)
+        return check_generation(self._named(label), verdicts) + self._check_speculative(label, task, reference, typical)
 
-    def _check_drafts(self, label: str, task: str | None, reference: Reference, typical: float) -> list[Check]:
-        """One prompt by drafts: half of the longest, twice, so that there is something to guess from the first step."""
+    def _check_speculative(self, label: str, task: str | None, reference: Reference, typical: float) -> list[Check]:
+        """Speculative decoding of half of the longest prompt, twice, so that prompt lookup matches from the start."""
         if self.has_images:
             return []
         tokens = max((self._generator.encode(prompt) for prompt in self._prompts), key=len)
-        found = self._generator.by_drafts((tokens[: len(tokens) // 2] or tokens) * 2, task, STEPS)
-        if found is None:
+        speculative = self._generator.generate_speculatively((tokens[: len(tokens) // 2] or tokens) * 2, task, STEPS)
+        if speculative is None:
             return []
-        row, passes = found
+        row, passes = speculative
         verdict = judge(reference, self._generator, row, typical)
         return check_generation(f"{label}/drafts", [verdict], f"{passes} passes for ")
 
     def check_mixed(self) -> list[Check]:
         """The mixed batch, and the one whose rows end apart, once every task has been checked."""
         return [
-            check for label, found in self._verdicts.items() for check in check_generation(self._named(label), found)
+            check
+            for label, verdicts in self._verdicts.items()
+            for check in check_generation(self._named(label), verdicts)
         ]
 
     def _named(self, label: str) -> str:

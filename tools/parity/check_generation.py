@@ -1,8 +1,8 @@
 """Level 3, generation: every decode step of the deployment against PyTorch after the same prefix.
 
-PyTorch runs once over the prompt and the tokens that the deployment chose. If each token is the likeliest after its
-prefix, the sequence is the greedy one. A token counts as wrong only where PyTorch prefers another by more than twice
-the logit limit: below that, two correct engines may differ, and the comparison goes on along the deployment's tokens.
+PyTorch runs once over the prompt and the deployment's tokens. If each token is the likeliest after its prefix, the
+sequence is the greedy one. A token is wrong if PyTorch prefers another by more than twice the logit limit. Below that
+two correct engines may differ, and the comparison continues along the deployment's tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from adalink.runtime.storage.vision_base import vision_base
 from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import worst_of
-from adalink.tools.parity.reference import Outputs, Pixels, Reference
+from adalink.tools.parity.noise_floor import Outputs
+from adalink.tools.parity.reference import Pixels, Reference
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GeneratedRow:
-    """What the deployment generated after one prompt.
+    """Generated tokens of one prompt.
 
     Attributes:
-        prompt: token ids of the prompt, with placeholders for all that its images take up.
-        tokens: the tokens chosen; behind images, up to the first placeholder, which PyTorch would take for an image.
-        logits: what each was chosen from, shape ``(steps, vocab)``.
+        prompt: token ids of the prompt, with one placeholder for each position of an image.
+        tokens: generated tokens; behind images, up to the first placeholder, which PyTorch would take for an image.
+        logits: logits of each step, shape ``(steps, vocab)``.
         text: the tokens' text, up to a stop text.
-        pixels: the prompt's images as PyTorch takes them; ``None`` without images.
+        pixels: the prompt's images as inputs of the PyTorch model; ``None`` without images.
     """
 
     prompt: list[int]
@@ -50,23 +51,22 @@ class GeneratedRow:
 
 
 class Generator:
-    """The deployment again, with its decode steps recorded and no token that ends a generation.
+    """The deployment with recorded decode steps and without end tokens.
 
-    A task whose answer is one word still gives as many steps to compare as are asked for. Rows end before that only
-    where stop texts are given.
+    So a task that answers in one word still gives enough steps to compare. Only stop texts end a row.
 
     Attributes:
-        drops: rows that have left a batch before its last step.
+        drops: number of rows that left a batch before its last step.
     """
 
     def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
         self._logits: list[list[Array]] = []
-        self._alive: list[int] = []  # number of each row that is left, among those that the batch began with
+        self._alive: list[int] = []  # the rows still in the batch, by their first numbers
         self._passes = 0
-        self._makes_drafts: bool | None = None  # not known before the first attempt
+        self._is_speculative: bool | None = None  # unknown before the first attempt
         self.drops = 0
-        observed = ObservedBackend(backend, self._begin, self._take, self._forget, self._drop)
+        observed = ObservedBackend(backend, self._begin, self._take, self._roll_back, self._drop)
         manifest = msgspec.structs.replace(deployment.manifest, base=base)
         self._deployment = Deployment(deployment.path, manifest, observed, OpenOptions(variant))
         self._base = base
@@ -91,29 +91,32 @@ class Generator:
         profile = self._deployment.profile
         most = len(prompts) if profile is None else profile.batch.max
         if profile is not None and self._deployment.manifest.base.bidirectional_prompt:
-            # Those that go in at once, whatever the engine.
-            rows_given = [self.encode(prompt) for prompt in prompts] if image_prompts is None else image_prompts.rows
-            most = max(1, min(most, profile.logits_capacity // max(map(len, rows_given))))
+            # A bidirectional prompt is one pass, whatever the engine.
+            prompt_rows = [self.encode(prompt) for prompt in prompts] if image_prompts is None else image_prompts.rows
+            most = max(1, min(most, profile.logits_capacity // max(map(len, prompt_rows))))
         rows: list[GeneratedRow] = []
         for start in range(0, len(prompts), most):
-            own = tasks if tasks is None or isinstance(tasks, str) else tasks[start : start + most]
-            seen = None if image_prompts is None else image_prompts.pick(range(start, min(start + most, len(prompts))))
-            rows += self._generate(prompts[start : start + most], own, steps, seen, stop)
+            end = min(start + most, len(prompts))
+            batch_tasks = tasks if tasks is None or isinstance(tasks, str) else tasks[start:end]
+            batch_images = None if image_prompts is None else image_prompts.pick(range(start, end))
+            rows += self._generate(prompts[start:end], batch_tasks, steps, batch_images, stop)
         return rows
 
-    def by_drafts(self, prompt: str | list[int], task: str | None, steps: int) -> tuple[GeneratedRow, int] | None:
-        """Continue one prompt by drafts, as many as ``generate`` makes unless told otherwise.
+    def generate_speculatively(
+        self, prompt: str | list[int], task: str | None, steps: int
+    ) -> tuple[GeneratedRow, int] | None:
+        """Continue one prompt by speculative decoding, with the default number of draft tokens.
 
         Returns:
-            The row, with the logits of passes over several tokens, and how many passes followed the prompt; ``None``
-            where the engine makes no drafts.
+            The row, with logits from passes over several tokens, and the number of passes after the prompt; ``None``
+            where the engine does not decode speculatively.
         """
-        if self._deployment.profile is not None or self._makes_drafts is False:
-            return None  # a compiled engine makes none, and its shapes are limited
+        if self._deployment.profile is not None or self._is_speculative is False:
+            return None  # a compiled engine verifies no draft tokens, and its shapes are limited
         self._passes = 0
         (row,) = self._generate([prompt], task, steps, None, (), None)
-        self._makes_drafts = bool(self._makes_drafts)
-        return (row, self._passes - 1) if self._makes_drafts else None
+        self._is_speculative = bool(self._is_speculative)
+        return (row, self._passes - 1) if self._is_speculative else None
 
     def _begin(self) -> None:
         self._passes += 1
@@ -125,10 +128,10 @@ class Generator:
         for place, row in enumerate(self._alive):
             self._logits[row].append(logits[place].copy())
 
-    def _forget(self, count: int) -> None:
-        self._makes_drafts = True
-        own = self._logits[self._alive[0]]
-        del own[len(own) - count :]
+    def _roll_back(self, count: int) -> None:
+        self._is_speculative = True
+        logits = self._logits[self._alive[0]]
+        del logits[len(logits) - count :]
 
     def _drop(self, place: int) -> None:
         self._alive[place] = self._alive[-1]
@@ -146,21 +149,21 @@ class Generator:
     ) -> list[GeneratedRow]:
         self._alive = []
         images = None if image_prompts is None else image_prompts.pictures
-        found = self._deployment.generate(
+        results = self._deployment.generate(
             prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )
-        logits = [to_float64(np.stack(own), self._base.embedding_dtype) for own in self._logits]
-        texts = [row.text for row in found]
-        made = [list(row.token_ids) for row in found]
+        logits = [to_float64(np.stack(steps_of_row), self._base.embedding_dtype) for steps_of_row in self._logits]
+        texts = [row.text for row in results]
+        generated = [list(row.token_ids) for row in results]
         if image_prompts is None:
             ids = [self.encode(prompt) for prompt in prompts]
-            return [GeneratedRow(*row) for row in zip(ids, made, logits, texts, strict=True)]
+            return [GeneratedRow(*row) for row in zip(ids, generated, logits, texts, strict=True)]
         placeholder, rows = vision_base(self._base).vision.image_token_id, []
-        for prompt, pixels, tokens, own, text in zip(
-            image_prompts.rows, image_prompts.pixels, made, logits, texts, strict=True
+        for prompt, pixels, tokens, row_logits, text in zip(
+            image_prompts.rows, image_prompts.pixels, generated, logits, texts, strict=True
         ):
             end = tokens.index(placeholder) + 1 if pixels is not None and placeholder in tokens else len(tokens)
-            rows.append(GeneratedRow(prompt, tokens[:end], own[:end], text, pixels))
+            rows.append(GeneratedRow(prompt, tokens[:end], row_logits[:end], text, pixels))
         return rows
 
     def encode(self, prompt: str | list[int]) -> list[int]:
@@ -178,13 +181,13 @@ class Generator:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What PyTorch says of one generated row.
+    """Comparison of one generated row with PyTorch.
 
     Attributes:
         deviations: largest deviation of each step's logits, shape ``(steps,)``.
-        limits: what is allowed, likewise.
-        ties: steps where PyTorch prefers another token by no more than rounding may explain.
-        wrong: the first step whose token PyTorch clearly would not choose, in words; empty if there is none.
+        limits: the tolerance at each step, likewise.
+        ties: number of steps where PyTorch prefers another token within the tolerance.
+        wrong: the first step beyond that, in words; empty if there is none.
     """
 
     deviations: Float64
@@ -194,7 +197,7 @@ class Verdict:
 
 
 def expected_outputs(reference: Reference, row: GeneratedRow) -> Outputs:
-    """What PyTorch gives for a generated row; the reference has the adapter of its task attached."""
+    """PyTorch's outputs for a generated row; the reference has the task's adapter attached."""
     base = reference.base
     if base.kind == "encoder-decoder":
         assert base.decoder_start_token_id is not None
@@ -210,10 +213,10 @@ def judge(
 
     Args:
         reference: PyTorch.
-        generator: names tokens.
-        row: what was generated.
+        generator: for the text of tokens.
+        row: the generated row.
         typical: float32's typical noise under this task.
-        outputs: what ``expected_outputs`` gave for the row, if it was run before.
+        outputs: the row's ``expected_outputs``, if known.
     """
     outputs = expected_outputs(reference, row) if outputs is None else outputs
     chosen = np.array(row.tokens)
@@ -231,12 +234,12 @@ def judge(
 
 
 def check_generation(label: str, verdicts: list[Verdict], how: str = "") -> list[Check]:
-    """No decode step may deviate, and no token may be one that PyTorch would clearly not choose.
+    """Checks of generated rows: no decode step deviates, and no token is wrong.
 
     Args:
-        label: of the checks.
-        verdicts: of the rows.
-        how: they were made, for the detail.
+        label: prefix of the checks' names.
+        verdicts: one for each row.
+        how: how the rows were generated, for the detail.
     """
     wrong = [f"row {index}, {verdict.wrong}" for index, verdict in enumerate(verdicts) if verdict.wrong]
     ties = sum(verdict.ties for verdict in verdicts)

@@ -10,7 +10,8 @@ import numpy as np
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.reference import Outputs, Reference
+from adalink.tools.parity.noise_floor import TYPICAL_PERCENTILE, Outputs
+from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, at_most, more_than
 
 if TYPE_CHECKING:
@@ -19,17 +20,15 @@ if TYPE_CHECKING:
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14
 _DECODER_TOKENS = 8
-# The noise that this share of the positions stays below is called typical.
-TYPICAL_PERCENTILE = 90
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Deployment and PyTorch side by side.
+    """Outputs of a deployment compared with PyTorch's.
 
     Attributes:
-        checks: the findings.
-        limits: largest deviation allowed at each position, by output; one array for each row.
+        checks: the checks.
+        limits: tolerance at each position, by output; one array for each row.
         typical: float32's typical noise, by output.
         received: the deployment's outputs, one dictionary for each row.
     """
@@ -48,15 +47,15 @@ def compare_outputs(
     rows: list[list[int]],
     image_prompts: ImagePrompts | None = None,
 ) -> Comparison:
-    """Run every row alone on both sides; the reference has the task's adapter attached.
+    """Run every row alone in the deployment and in PyTorch, with the task's adapter attached.
 
     Args:
-        prefix: of the checks' names, such as ``base`` or ``task/topics``.
-        deployment: what is verified.
-        reference: what it is verified against.
-        task: the deployment's task, or ``None``.
+        prefix: prefix of the checks' names, such as ``base`` or ``task/topics``.
+        deployment: the deployment to verify.
+        reference: PyTorch, with the task's adapter attached.
+        task: the deployment's task; ``None`` for the base model.
         rows: token ids.
-        image_prompts: the images of these rows, if they have some.
+        image_prompts: images of these rows, if any.
     """
     base = deployment.manifest.base
     expected: list[Outputs] = []
@@ -67,10 +66,10 @@ def compare_outputs(
             (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.pictures[index]])
         )
         expected.append(reference.outputs(ids, decoder_ids, pixels=pixels))
-        found = deployment.run(
+        outputs = deployment.run(
             input_ids=[ids], images=images, tasks=task, decoder_input_ids=decoder_ids and [decoder_ids]
         )
-        received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in found.items()})
+        received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in outputs.items()})
     checks: list[Check] = []
     limits: dict[str, list[Float64]] = {}
     typical: dict[str, float] = {}
@@ -103,8 +102,8 @@ def check_control(name: str, base: Comparison, adapted: Comparison) -> list[Chec
     checks = []
     for output, limits in adapted.limits.items():
         changes = [
-            float(np.abs(with_task[output] - plain[output]).max())
-            for with_task, plain in zip(adapted.received, base.received, strict=True)
+            float(np.abs(with_task[output] - without[output]).max())
+            for with_task, without in zip(adapted.received, base.received, strict=True)
         ]
         row = int(np.argmax(changes))
         detail = f"the task must change the base's output by more than this; largest at prompt {row}"
@@ -113,7 +112,7 @@ def check_control(name: str, base: Comparison, adapted: Comparison) -> list[Chec
 
 
 def worst_of(deviations: list[Float64], limits: list[Float64]) -> tuple[float, float, int, int]:
-    """The deviation that comes closest to its limit, or goes furthest beyond.
+    """The deviation nearest its limit, or furthest beyond.
 
     Args:
         deviations: one array of shape ``(positions,)`` for each row.
@@ -129,7 +128,7 @@ def worst_of(deviations: list[Float64], limits: list[Float64]) -> tuple[float, f
 
 
 def decoder_row(deployment: Deployment, row: int) -> list[int] | None:
-    """Decoder tokens that an encoder-decoder is compared on; ``None`` for every other kind."""
+    """Decoder tokens of a row for an encoder-decoder; ``None`` for every other kind."""
     base = deployment.manifest.base
     if base.kind != "encoder-decoder":
         return None

@@ -1,7 +1,7 @@
-"""Level 6, for engines that take shapes within a profile: every task at the profile's corners.
+"""Level 6: every task at the profile limits of a compiled engine.
 
-Batches and prompts of the smallest and largest sizes, and decode steps from the first to the last place of the cache;
-a tactic that is wrong for one shape, or a cache read too far or not far enough, shows at a corner.
+Batches and prompts have the smallest and the largest sizes; decode steps reach from the first to the last position of
+the cache. A tactic that is wrong for one shape, or a cache read at a wrong length, shows at these limits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from adalink.runtime.profile import Profile
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_generation import Generator, Verdict, check_generation, expected_outputs, judge
 from adalink.tools.parity.check_outputs import Comparison, worst_of
-from adalink.tools.parity.reference import Outputs, Reference
+from adalink.tools.parity.noise_floor import Outputs
+from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, at_most
 
 STEPS = 4
 
 
-def check_decoder_corners(
+def check_decoder_profile_limits(
     deployment: Deployment,
     generator: Generator,
     reference: Reference,
@@ -32,15 +33,15 @@ def check_decoder_corners(
     compared: Mapping[str | None, Comparison],
     profile: Profile,
 ) -> list[Check]:
-    """Greedy steps of every task at each corner of a decoder's profile, against PyTorch.
+    """Greedy steps of every task at each limit of a decoder's profile, against PyTorch.
 
     Args:
-        deployment: what is verified.
+        deployment: the deployment to verify.
         generator: the same, with its steps recorded.
         reference: PyTorch.
         folders: adapter folder of each task.
-        compared: float32's typical noise under each task.
-        profile: what the engine takes.
+        compared: comparison of each task, for its typical noise.
+        profile: shapes of the engine.
     """
     base = deployment.manifest.base
     longest = min(profile.capacity, base.max_positions or profile.capacity) - STEPS
@@ -52,52 +53,54 @@ def check_decoder_corners(
         profile_limits += [(batch, length) for length in sorted(lengths)]
     verdicts: dict[tuple[int, int], list[Verdict]] = {limit: [] for limit in profile_limits}
     for task in (None, *deployment.tasks):
-        known: dict[tuple[int, ...], Outputs] = {}
+        expected_of: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
                 for row in generator.generate(rows, task, STEPS):
                     sequence = (*row.prompt, *row.tokens)
-                    if sequence not in known:
-                        known[sequence] = expected_outputs(reference, row)
+                    if sequence not in expected_of:
+                        expected_of[sequence] = expected_outputs(reference, row)
                     typical = compared[task].typical["logits"]
-                    verdicts[batch, length].append(judge(reference, generator, row, typical, known[sequence]))
+                    verdicts[batch, length].append(judge(reference, generator, row, typical, expected_of[sequence]))
     return [
         check
-        for (batch, length), found in verdicts.items()
-        for check in check_generation(f"profile/batch={batch},prompt={length}", found)
+        for (batch, length), row_verdicts in verdicts.items()
+        for check in check_generation(f"profile/batch={batch},prompt={length}", row_verdicts)
     ]
 
 
-def check_encoder_corners(
+def check_encoder_profile_limits(
     deployment: Deployment,
     reference: Reference,
     folders: Mapping[str, Path],
     compared: Mapping[str | None, Comparison],
     profile: Profile,
 ) -> list[Check]:
-    """Hidden states under every task at each corner of an encoder's profile, against PyTorch; as for decoders."""
+    """Hidden states under every task at each limit of an encoder's profile, against PyTorch; as for decoders."""
     base = deployment.manifest.base
     name = "last_hidden_state"
     longest = min(profile.seq.max, base.max_positions or profile.seq.max)
     batches = sorted({profile.batch.min, profile.batch.max})
     profile_limits = list(product(batches, sorted({profile.seq.min, longest})))
-    found: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {limit: ([], []) for limit in profile_limits}
+    compared_rows: dict[tuple[int, int], tuple[list[Float64], list[Float64]]] = {
+        limit: ([], []) for limit in profile_limits
+    }
     for task in (None, *deployment.tasks):
-        known: dict[tuple[int, ...], Outputs] = {}
+        expected_of: dict[tuple[int, ...], Outputs] = {}
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
                 states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
                 for row, ids in enumerate(rows):
-                    if tuple(ids) not in known:
-                        known[tuple(ids)] = reference.outputs(ids, None)
-                    expected = known[tuple(ids)]
-                    deviations, limits = found[batch, length]
+                    if tuple(ids) not in expected_of:
+                        expected_of[tuple(ids)] = reference.outputs(ids, None)
+                    expected = expected_of[tuple(ids)]
+                    deviations, limits = compared_rows[batch, length]
                     deviations.append(np.abs(states[row] - expected.values[name]).max(axis=1))
                     limits.append(reference.limit(expected.noise[name], compared[task].typical[name]))
     checks = []
-    for (batch, length), (deviations, limits) in found.items():
+    for (batch, length), (deviations, limits) in compared_rows.items():
         deviation, limit, row, position = worst_of(deviations, limits)
         detail = f"|Δ| nearest its limit, of {len(deviations)} rows: row {row}, position {position}"
         checks.append(at_most(f"profile/batch={batch},seq={length}/{name}", deviation, limit, detail))
@@ -105,7 +108,7 @@ def check_encoder_corners(
 
 
 def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> list[list[int]]:
-    """Seeded prompts of one length with the task's soft prompt; two in turn, so that PyTorch runs no more than two."""
+    """Seeded prompts of one length with the task's soft prompt: two in turn, so that PyTorch runs only two."""
     base = deployment.manifest.base
     if task is not None:
         length = max(1, length - deployment.manifest.tasks[task].soft_tokens)

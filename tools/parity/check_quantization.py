@@ -1,4 +1,4 @@
-"""What quantising costs, apart from errors: coarser weights, rounded activations, and what both do to predictions."""
+"""The cost of quantising, apart from errors: coarser weights, rounded activations, and their effect on predictions."""
 
 from __future__ import annotations
 
@@ -101,20 +101,20 @@ def measure_cost(deployment: Deployment, reference: Reference, rows: list[list[i
         decoder = decoder_row(deployment, index)
         with reference.original_weights():
             exact = reference.values(ids, decoder)[name]
-        found = deployment.run(input_ids=[ids], decoder_input_ids=decoder and [decoder])[name][0]
+        output = deployment.run(input_ids=[ids], decoder_input_ids=decoder and [decoder])[name][0]
         targets = (decoder or ids)[1:]
         others = {
             "weights": reference.values(ids, decoder)[name],
-            "deployed": to_float64(found, deployment.manifest.base.embedding_dtype),
+            "deployed": to_float64(output, deployment.manifest.base.embedding_dtype),
         }
         for side, values in {"float32": exact, **others}.items():
             sums[side].append(_Sums(values, exact, targets if name == "logits" else None))
     figures = sums["float32"][0].figures
-    return {figure: {side: _total(figure, found) for side, found in sums.items()} for figure in figures}
+    return {figure: {side: _total(figure, rows_of_side) for side, rows_of_side in sums.items()} for figure in figures}
 
 
 def check_cost(cost: Cost, most_percent: float) -> Check:
-    """The limit that the user set on the perplexity of the engine as deployed; raises ``RequestError`` without one."""
+    """The user's limit on the perplexity as deployed; raises ``RequestError`` for an encoder, which has none."""
     if "perplexity" not in cost:
         raise RequestError("an encoder has no perplexity: leave --max-perplexity-increase out; its cosine is reported")
     figures = cost["perplexity"]
@@ -124,7 +124,7 @@ def check_cost(cost: Cost, most_percent: float) -> Check:
 
 
 class _Sums:
-    """Figures of one row, and how many predictions of a next token they stand for."""
+    """Figures of one row, and its number of predicted tokens."""
 
     def __init__(self, values: Float64, exact: Float64, targets: list[int] | None) -> None:
         self.positions = len(values) if targets is None else len(targets)

@@ -1,4 +1,4 @@
-"""Level 4: swapping tasks leaves no trace, rows of one batch do not touch each other, and nothing is ever rebuilt."""
+"""Level 4: switching tasks leaves no trace, rows of a batch do not affect each other, and nothing is rebuilt."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MIXED_ROWS = 8
 def check_swaps(
     deployment: Deployment, backend: str, variant: str, threads: int | None, row: list[int]
 ) -> tuple[list[Check], dict[str, object]]:
-    """Go from the base through every task and back in one process, and to each of them in a process of its own.
+    """Switch from the base through every task and back in one process, and compare each with a fresh process.
 
     Args:
-        deployment: gives path and tasks; it is not run.
-        backend: which engine.
-        variant: which form of the base.
+        deployment: the deployment, for its path and tasks; it is not run.
+        backend: the engine's backend.
+        variant: variant of the base.
         threads: threads of the engine.
         row: token ids.
 
@@ -44,20 +44,20 @@ def check_swaps(
     }
     toured = run_fresh({**request, "tasks": tour})
     fresh = {task: run_fresh({**request, "tasks": [task]}) for task in there}
-    seen: dict[str | None, set[str]] = {task: set() for task in there}
+    digests_of: dict[str | None, set[str]] = {task: set() for task in there}
     for task, digest in zip(tour, toured["digests"], strict=True):
-        seen[task].add(digest)
+        digests_of[task].add(digest)
     names = {task: task or "base" for task in there}
-    changed = [names[task] for task, digests in seen.items() if len(digests) > 1]
+    changed = [names[task] for task, digests in digests_of.items() if len(digests) > 1]
     differing = [names[task] for task in there if fresh[task]["digests"] != [toured["digests"][tour.index(task)]]]
     path = " -> ".join(names[task] for task in tour)
     altered = sum(not answer["unchanged"] for answer in (toured, *fresh.values()))
-    swaps = f"{len(tour) - 1} swaps"
+    switches = f"{len(tour) - 1} task switches"
     checks = [
         at_most("swap/return", len(changed), 0, f"{path}: each bit for bit as before; differing: {changed or 'none'}"),
         at_most("swap/fresh-process", len(differing), 0, f"equal to fresh processes; not: {differing or 'none'}"),
-        at_most("receipt/engine-builds", toured["builds"], 0, f"engines opened during {swaps}"),
-        at_most("receipt/builder-calls", toured["builder_calls"], 0, f"calls of a builder during {swaps}"),
+        at_most("receipt/engine-builds", toured["builds"], 0, f"engines opened during {switches}"),
+        at_most("receipt/builder-calls", toured["builder_calls"], 0, f"calls of a builder during {switches}"),
         at_most("receipt/base-files", altered, 0, "processes that found a byte of the base changed"),
     ]
     receipt = {
@@ -74,12 +74,12 @@ def check_swaps(
 def check_mixed_outputs(
     deployment: Deployment, rows: list[list[int]], compared: Mapping[str | None, Comparison]
 ) -> list[Check]:
-    """One padded batch with another task in each row, against each row alone.
+    """Compare one padded batch with another task in each row with each row alone.
 
     Args:
-        deployment: what is verified.
+        deployment: the deployment to verify.
         rows: token ids.
-        compared: what each row, alone and under each task, may deviate by.
+        compared: comparison of each task on the rows alone, for outputs and tolerances.
     """
     base = deployment.manifest.base
     tasks = mixed_tasks(deployment)

@@ -1,4 +1,4 @@
-"""The adapter in PyTorch float64, written from the method's formula and sharing no code with training or runtime."""
+"""The adapter in PyTorch float64, from the method's formula; no code is shared with training or runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exact:
-    """Exact outputs of an adapter with shape ``(tokens, d)``, and how far a correct graph may lie from them."""
+    """Exact outputs of an adapter with shape ``(tokens, d)``, and the error bound of a correct graph."""
 
     output: Float64
     bound: Float64
@@ -29,11 +29,10 @@ def exact_adapter(adapter: Adapter, modality: str, x: Float64, dtype: str, ids: 
 
     Args:
         adapter: the weights.
-        modality: whose weights; one that the adapter does not have leaves ``x`` as it is, and demands equality, as does
-            a soft prompt without a bottleneck.
+        modality: modality of the inputs. Without weights for it, or without a bottleneck, the output must equal ``x``.
         x: inputs with shape ``(tokens, d)``, exact in ``dtype``.
         dtype: dtype of the task graph's input and output.
-        ids: the tokens, int64 ``(tokens,)``, of an adapter that looks them up.
+        ids: token ids, int64 ``(tokens,)``, for an adapter with a table.
     """
     import torch
 
@@ -48,7 +47,7 @@ def exact_adapter(adapter: Adapter, modality: str, x: Float64, dtype: str, ids: 
     down_bias, up_bias = weights.get("down.bias"), weights.get("up.bias")
     source = torch.from_numpy(x)
     if adapter.config.input == "ids":
-        # A row of a table is not computed and has no error: its bound is that of an inner product with nothing.
+        # A table row is looked up and has no error: its bound is that of an empty inner product.
         down = torch.zeros_like(up.T)
         hidden = torch.nn.functional.embedding(torch.from_numpy(ids), torch.from_numpy(adapter.weights[TABLE_NAME]))
         hidden = hidden.double()

@@ -1,4 +1,4 @@
-"""What parity is measured on: real texts of several lengths, languages and kinds."""
+"""Prompts of a parity run: real texts of several lengths, languages and kinds."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def choose_prompts(quick: bool) -> tuple[str, ...]:
 def fitting_prompts(quick: bool, encode: Callable[[str], list[int]], longest: int) -> list[str]:
     """The prompts of a run, cut to at most ``longest`` tokens.
 
-    A small vocabulary may lack a whole script, and one letter may be many tokens: what has no token, or not room enough
-    for its first letter, is left out.
+    A small vocabulary may lack a whole script, and one letter may be many tokens. A prompt without a token, or whose
+    first letter is too long, is left out.
     """
     fitting = (fit(text, encode, longest) for text in choose_prompts(quick))
     return [text for text in fitting if text and encode(text)]
 
 
 def longest_prompt(deployment: Deployment, steps: int) -> int:
-    """Positions that a prompt may have where so many steps follow it, behind the longest soft prompt of any task."""
+    """Most positions of a prompt before so many steps, behind the longest soft prompt of any task."""
     base, profile = deployment.manifest.base, deployment.profile
     limits = [base.max_positions, None if profile is None else profile.capacity]
     longest = min(filter(None, limits), default=1 << 20) - steps

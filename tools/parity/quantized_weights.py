@@ -1,7 +1,6 @@
-"""The matrices of a quantised graph, read with numpy, and the layers of the model that they stand for.
+"""The matrices of a quantised graph, read with numpy, and the model's layers that they represent.
 
-Layers are found by content, not by name: a graph may have merged or renamed its products, and a name in the file proves
-nothing.
+Layers are matched by content, not by name: a graph may have merged or renamed its products, and a name proves nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ OPERATOR = "MatMulNBits"
 # A layer is recognised when its matrix is nearer than this, relative to its norm: four bits err by a tenth, another
 # matrix of like norm by more than one.
 _NEAR = 0.5
-# Columns by which a layer's row is looked for among a matrix's; the whole layer is compared where it is found.
+# Columns to search a layer's probe row by among a matrix's rows; a match is confirmed on the whole layer.
 _PROBE_COLUMNS = 64
 
 
@@ -52,7 +51,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the model, and the rows of a quantised matrix that stand for it."""
+    """A linear layer of the model, and its rows of a quantised matrix."""
 
     name: str
     module: Any
@@ -61,7 +60,7 @@ class Layer:
 
     @property
     def values(self) -> Float32:
-        """The engine's weights, laid out as the module's own."""
+        """The engine's weights in the module's layout."""
         values = self.matrix.values[self.rows]
         return values.T if _is_turned(self.module) else values
 
@@ -87,11 +86,11 @@ def read_matrices(graph: Path) -> Iterator[Matrix]:
 
 
 def find_layers(model: torch.nn.Module, matrices: list[Matrix]) -> list[Layer]:
-    """For each linear layer that is quantised, where it lies."""
+    """The quantised linear layers, each with its rows of a matrix."""
     import torch
 
     missing = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    found = []
+    layers = []
     for matrix in matrices:
         width = matrix.values.shape[1]
         names = [name for name, module in missing.items() if weight_of(module).shape[1] == width]
@@ -108,8 +107,8 @@ def find_layers(model: torch.nn.Module, matrices: list[Matrix]) -> list[Layer]:
             if place.start < 0 or place.stop > len(matrix.values):
                 continue
             if np.linalg.norm(matrix.values[place] - weight) < _NEAR * np.linalg.norm(weight):
-                found.append(Layer(name, missing.pop(name), matrix, place))
-    return found
+                layers.append(Layer(name, missing.pop(name), matrix, place))
+    return layers
 
 
 def check_weights(layers: list[Layer], matrices: list[Matrix]) -> list[Check]:
@@ -160,10 +159,10 @@ def check_weights(layers: list[Layer], matrices: list[Matrix]) -> list[Check]:
 
 @contextmanager
 def rounded_inputs(layer: Layer, module: Any) -> Iterator[None]:
-    """Round what ``module``, the layer in one precision or another, is given to 8 bits until the block ends.
+    """Round the inputs of ``module``, the layer in either precision, to 8 bits until the block ends.
 
-    The step of a block is its largest magnitude over 127. That is what the operator does at ``accuracy_level`` 4 (ONNX
-    Runtime, ``sqnbitgemm``), written anew.
+    The step of a block is its largest magnitude over 127, as in the operator at ``accuracy_level`` 4 (ONNX Runtime,
+    ``sqnbitgemm``). The implementation is independent of it.
     """
     import torch
 

@@ -1,6 +1,7 @@
-"""The other side of every comparison: the checkpoint in PyTorch float32, and float64 to measure float32's noise.
+"""The reference of every comparison: the checkpoint in PyTorch, in float32 and in float64.
 
-For a quantised engine it computes with the engine's own weights, dequantised; what they cost is measured apart.
+Float64 measures the noise of float32. For a quantised engine the reference uses the engine's weights, dequantised; the
+cost of quantising is measured apart.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
+from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base
+from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
 from adalink.tools.parity.soft_prompt_reference import InputSide, without_input_side
@@ -31,11 +33,6 @@ if TYPE_CHECKING:
 
 # Images by the names of a model's inputs: float32 `pixel_values` in the shape that it takes, and what goes with them.
 Pixels = Mapping[str, "npt.NDArray[Any]"]
-
-# How many times its own noise a correct float32 engine may deviate by: docs/concepts/parity.md, "the noise floor".
-NOISE_FACTOR = 16.0
-# Likewise, of what PyTorch loses by rounding the inputs of quantised products: docs/concepts/parity.md, "activations".
-ACTIVATIONS_FACTOR = 3.0
 
 
 class Reference:
@@ -98,13 +95,13 @@ class Reference:
                 self._attached = self._input_side = None
 
     def quantize(self, matrices: list[Matrix]) -> list[Check]:
-        """Compute with a quantised graph's own weights from now on; all that is not among them stays.
+        """Replace the weights of quantised layers by the graph's dequantised ones, for good; other weights stay.
 
         Args:
-            matrices: what the graph multiplies with.
+            matrices: the quantised matrices of the graph.
 
         Returns:
-            Whether they are what quantising this model gives.
+            Checks that the matrices are this model's weights, quantised.
         """
         import torch
 
@@ -112,7 +109,7 @@ class Reference:
         checks = check_weights(self._layers, matrices)
         for layer in self._layers:
             values = torch.from_numpy(np.ascontiguousarray(layer.values))
-            # A new parameter, since the head may share its own with the embedding table.
+            # A new parameter: the head may share its weight with the embedding table.
             self._originals.append(layer.module.weight)
             layer.module.weight = torch.nn.Parameter(values, requires_grad=False)
             self._twins[layer.name].weight = torch.nn.Parameter(values.double(), requires_grad=False)
@@ -129,7 +126,7 @@ class Reference:
 
     @contextmanager
     def rounded_activations(self) -> Iterator[None]:
-        """Until the block ends, let noise be what rounding the inputs of quantised products changes."""
+        """Measure noise as the effect of rounded inputs of quantised products, until the block ends."""
         self._is_rounding = True
         try:
             yield
@@ -138,30 +135,30 @@ class Reference:
 
     @property
     def noise_source(self) -> str:
-        """What the noise of the outputs is, in words that go before "is itself typically ... away"."""
+        """The source of the noise, as the subject of "is itself typically ... away"."""
         return "PyTorch with rounded activations" if self._is_rounding else "PyTorch float32"
 
     def limit(self, noise: Float64, typical: float) -> Float64:
         """Largest deviation of a correct engine, position by position.
 
         Args:
-            noise: what the reference itself loses at each position.
-            typical: what it loses at most positions; one that lost less was lucky, and its limit is no smaller for it.
+            noise: the reference's noise at each position.
+            typical: its 90th percentile over all positions.
         """
         if self._is_rounding:
             return np.asarray(ACTIVATIONS_FACTOR * np.maximum(noise, typical))
         return limit_of(noise, typical, self.base.embedding_dtype)
 
     def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Float64]:
-        """Outputs of one row by name, in float32, without their noise."""
+        """Float32 outputs of one row by name, without their noise."""
         return self._run(self._model, 0, ids, decoder_ids, None, None)
 
     def exact_match(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int
     ) -> float:
-        """Share of examples answered right in float32 (``adalink.training.evaluation``).
+        """Exact match in float32 (``adalink.training.evaluation``), as a share of the examples.
 
-        The adapter in ``folder`` is attached as it was trained, with its soft prompt; ``adapted`` has none attached.
+        The adapter in ``folder`` is attached as it was trained, with its soft prompt. Do not call this in ``adapted``.
         """
         from adalink.training.adapter_io import load_adapter
         from adalink.training.evaluation import exact_match
@@ -170,7 +167,7 @@ class Reference:
             return exact_match(self._model, tokenizer, examples, batch_rows)
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """Token ids of a prompt without images, as the model's own tokenizer, or its processor, gives them."""
+        """Token ids of a prompt without images, by the model's tokenizer or processor."""
         from adalink.training.models.prefix_lm import has_bidirectional_prompt
 
         if has_bidirectional_prompt(self._model):  # as PaliGemmaProcessor would, were it to take a text alone
@@ -178,7 +175,7 @@ class Reference:
         return list(tokenizer(text)["input_ids"])
 
     def embedding_table(self) -> Float64:
-        """What the embedding module returns for every id, shape ``(vocab, d)``."""
+        """Outputs of the embedding module for every id, shape ``(vocab, d)``."""
         import torch
 
         with torch.no_grad():
@@ -186,7 +183,7 @@ class Reference:
         return np.asarray(table.double().numpy())
 
     def image_embeds(self, pixels: Pixels) -> tuple[list[Float64], list[Float64]]:
-        """What the vision tower and the projector give, before any adapter.
+        """Image embeddings of the vision tower and the projector, before any adapter.
 
         Args:
             pixels: images as the model takes them.
@@ -220,20 +217,20 @@ class Reference:
         Args:
             ids: the row's tokens.
             decoder_ids: decoder tokens of an encoder-decoder, else ``None``.
-            prompt_length: how many of ``ids`` are the prompt; the rest counts as generated. All by default.
+            prompt_length: length of the prompt within ``ids``; the rest is generated. All of them by default.
             pixels: the row's images as the model takes them.
         """
         row = (ids, decoder_ids, prompt_length, pixels)
         values = self._run(self._model, 0, *row)
         if not self._is_rounding:
-            return Outputs(values, _deviations(values, self._run(self._exact, 1, *row)))
+            return Outputs(values, deviations(values, self._run(self._exact, 1, *row)))
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(rounded_inputs(layer, layer.module))
                 stack.enter_context(rounded_inputs(layer, self._twins[layer.name]))
-            # In both precisions: where a number lies on the edge between two codes, they part as two engines would.
-            single = _deviations(values, self._run(self._model, 0, *row))
-            double = _deviations(values, self._run(self._exact, 1, *row))
+            # In both precisions: on the edge between two codes they round apart, as two engines would.
+            single = deviations(values, self._run(self._model, 0, *row))
+            double = deviations(values, self._run(self._exact, 1, *row))
         return Outputs(values, {name: np.maximum(single[name], double[name]) for name in values})
 
     def _exchange(self) -> None:
@@ -253,9 +250,9 @@ class Reference:
 
         from adalink.training.models.prefix_lm import prompt_inputs
 
-        row, own = torch.tensor([ids]), self._input_side
+        row, input_side = torch.tensor([ids]), self._input_side
         images = {} if pixels is None else _tensors(model, pixels)
-        if "image_grid_thw" in images:  # given embeddings, the model could not count its positions by itself
+        if "image_grid_thw" in images:  # from embeddings alone the model cannot count its positions
             is_image = (row == model.config.image_token_id).int()
             images["position_ids"] = model.base_model.get_rope_index(row, is_image, images["image_grid_thw"])[0]
         with ExitStack() as stack:
@@ -264,42 +261,28 @@ class Reference:
                 mask = (torch.arange(len(ids)) < prompt_length)[None]
                 stack.enter_context(self._attached[side].positions(prompt_mask=mask))
             inputs, soft_tokens = {"input_ids": row}, 0
-            if own is not None:
+            if input_side is not None:
                 image_token = None if pixels is None or self.base.vision is None else self.base.vision.image_token_id
-                inputs = {"inputs_embeds": own.embeds(model, row, prompt_length, image_token, **images)}
-                soft_tokens = own.soft_tokens
+                inputs = {"inputs_embeds": input_side.embeds(model, row, prompt_length, image_token, **images)}
+                soft_tokens = input_side.soft_tokens
             prompt = soft_tokens + (len(ids) if prompt_length is None else prompt_length)
             inputs |= prompt_inputs(model, (torch.arange(soft_tokens + len(ids)) < prompt)[None])
             if self.base.kind == "encoder-decoder":
-                found = model(**inputs, decoder_input_ids=torch.tensor([decoder_ids]))
+                outputs = model(**inputs, decoder_input_ids=torch.tensor([decoder_ids]))
                 return {
-                    "last_hidden_state": _float64(found.encoder_last_hidden_state)[soft_tokens:],
-                    "logits": _float64(found.logits),
+                    "last_hidden_state": _float64(outputs.encoder_last_hidden_state)[soft_tokens:],
+                    "logits": _float64(outputs.logits),
                 }
             name = "logits" if self.base.kind == "decoder" else "last_hidden_state"
             return {name: _float64(getattr(model(**inputs, **images), name))[soft_tokens:]}
 
 
-class Outputs:
-    """Outputs of one row, float64 with shapes ``(seq, vocab)`` or ``(seq, d)``, and the noise of computing them.
-
-    Attributes:
-        values: the float32 model's outputs by name.
-        noise: by name, the largest deviation of the float32 model at each position, ``(seq,)``, from the float64 one or
-            from itself with rounded activations.
-    """
-
-    def __init__(self, values: dict[str, Float64], noise: dict[str, Float64]) -> None:
-        self.values = values
-        self.noise = noise
-
-
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch compute with that many threads, at least 1, until the block ends.
+    """Set PyTorch's number of threads, at least 1, until the block ends.
 
-    Its threads and the engine's wait by spinning: on the same cores they take turns, and both get many times slower. So
-    where both compute in turns, PyTorch gets half of the cores.
+    Threads of PyTorch and of the engine wait by spinning. On the same cores they slow each other down many times, so
+    PyTorch gets half of the cores where both compute in turns.
     """
     import torch
 
@@ -311,26 +294,14 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def limit_of(noise: Float64, typical: float, dtype: str) -> Float64:
-    """Largest deviation of a correct engine, position by position.
-
-    Args:
-        noise: what float32 itself loses at each position.
-        typical: what it loses at most positions; one that lost less was lucky, and its limit is no smaller for it.
-        dtype: the engine's; a larger unit roundoff allows more in proportion.
-    """
-    scale = UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
-    return np.asarray(NOISE_FACTOR * scale * np.maximum(noise, typical))
-
-
-def _image_features(model: Any, given: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-    """What a model gives for its images: of each row together where rows have tiles, in every transformers."""
-    found: Any = model.get_image_features(**given).pooler_output
-    values = given["pixel_values"]
-    if values.ndim == 5 and len(found) != len(values):  # until 5.20 one after another; tiles of zeros are left out
+def _image_features(model: Any, images: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Image features, one tensor for each image; for tiles one for each row, whatever the version of transformers."""
+    features: Any = model.get_image_features(**images).pooler_output
+    values = images["pixel_values"]
+    if values.ndim == 5 and len(features) != len(values):  # until 5.20 a tensor for each tile, without tiles of zeros
         counts = (values != 0).flatten(2).any(dim=2).sum(dim=1).tolist()
-        found = found.split(counts)
-    return found  # type: ignore[no-any-return]
+        features = features.split(counts)
+    return list(features)
 
 
 def _tensors(model: Any, pixels: Pixels) -> dict[str, torch.Tensor]:
@@ -338,11 +309,6 @@ def _tensors(model: Any, pixels: Pixels) -> dict[str, torch.Tensor]:
 
     tensors = {name: torch.from_numpy(values) for name, values in pixels.items()}
     return tensors | {"pixel_values": tensors["pixel_values"].to(model.dtype)}
-
-
-def _deviations(ours: dict[str, Float64], theirs: dict[str, Float64]) -> dict[str, Float64]:
-    """By output, the largest deviation at each position."""
-    return {name: np.abs(value - theirs[name]).max(axis=1) for name, value in ours.items()}
 
 
 def _float64(tensor: torch.Tensor) -> Float64:

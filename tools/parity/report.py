@@ -1,4 +1,4 @@
-"""What a parity run found: checks with what was measured and what is allowed, for people and for machines."""
+"""The report of a parity run: checks with measured value and limit, for people and for machines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Check:
     Attributes:
         name: such as ``adapter/topics/vocabulary``.
         passed: whether it holds.
-        measured: what was found.
-        limit: what is allowed: the most, or for a negative control (``control/...``) the least.
-        detail: where the worst case is, and what the numbers are.
+        measured: the measured value.
+        limit: the largest value that passes; of a negative control (``control/...``) the value to exceed.
+        detail: the worst case, and the meaning of the numbers.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Report:
     Attributes:
         checks: in the order in which they were made.
         receipt: the record that nothing was rebuilt.
-        cost: of a quantised base, what quantising changes (``adalink.tools.parity.check_quantization.measure_cost``).
+        cost: the cost of quantising (``adalink.tools.parity.check_quantization.measure_cost``).
         skipped: checks that could not be made, each with its reason.
     """
 

@@ -1,8 +1,8 @@
-"""Soft prompts and tables of token ids in PyTorch, put where a model takes ``inputs_embeds``.
+"""Soft prompts and tables of token ids in PyTorch, as ``inputs_embeds`` of a model.
 
-`adalink.training` attaches soft prompts too, by hooks; this is written apart from it, since levels 2 to 6 compare with
-it what such training ships. Tables of ids nothing else here attaches. A bottleneck beside them is attached to the model
-as always: what its embedding gives is caught on its way, and goes back in behind the soft prompt.
+`adalink.training` attaches soft prompts by hooks. This implementation is independent of it, because levels 2 to 6 are
+the test of what training ships. A bottleneck beside them is attached as always: the embedding's output is captured,
+and the soft prompt is put before it.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ class InputSide:
         }
 
     def embeds(
-        self, model: Any, row: torch.Tensor, prompt_length: int | None, left: int | None, **inputs: Any
+        self, model: Any, row: torch.Tensor, prompt_length: int | None, image_token: int | None, **inputs: Any
     ) -> torch.Tensor:
-        """What the model takes for a row, with shape ``(1, soft_tokens + seq, d)``.
+        """Input embeddings of a row, with shape ``(1, soft_tokens + seq, d)``.
 
         Args:
             model: with the adapter's bottleneck attached, if it has one.
             row: token ids, shape ``(1, seq)``.
-            prompt_length: how many of them are the prompt; all by default.
-            left: a token that stands for an image and is left as it is.
-            inputs: the row's images, as the model takes them.
+            prompt_length: length of the prompt within the row; all of it by default.
+            image_token: placeholder of an image, which is not adapted.
+            inputs: the row's images, as inputs of the model.
         """
         import torch
 
         x = _embedded(model, row, inputs)
         if TABLE_NAME in self._weights:
             delta = self._weights[TABLE_NAME][row] @ self._weights["text.up.weight"].T
-            is_adapted = torch.ones_like(row, dtype=torch.bool) if left is None else row != left
+            is_adapted = torch.ones_like(row, dtype=torch.bool) if image_token is None else row != image_token
             if self._scope == "prompt" and prompt_length is not None:
                 is_adapted = is_adapted & (torch.arange(row.shape[1]) < prompt_length)
             x = torch.where(is_adapted[..., None], x + delta.to(x.dtype), x)
@@ -62,7 +62,7 @@ class InputSide:
 
 
 def without_input_side(adapter: Adapter) -> Adapter | None:
-    """The bottleneck of an adapter alone; ``None`` if it has none that starts from embeddings."""
+    """The bottleneck of an adapter alone; ``None`` if there is none that takes embeddings."""
     config = adapter.config
     if config.input == "ids" or not config.rank:
         return None
@@ -71,25 +71,25 @@ def without_input_side(adapter: Adapter) -> Adapter | None:
 
 
 class _EnoughError(Exception):
-    """Ends a run of a model whose embedding has given what is wanted."""
+    """Ends a forward pass once the embedding's output is captured."""
 
 
 def _embedded(model: Any, row: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """What the input embedding gives within a run of the model, with shape ``(1, seq, d)``."""
+    """Output of the input embedding in a forward pass of the model, with shape ``(1, seq, d)``."""
     from adalink.training.models.loading import input_embedding
 
     caller = model.get_encoder() if model.config.is_encoder_decoder else model
-    found: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
 
     def catch(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        found.append(output)
+        outputs.append(output)
         raise _EnoughError
 
     handle = input_embedding(caller).register_forward_hook(catch)
     try:
         caller(input_ids=row, **inputs)
     except _EnoughError:
-        return found[0]
+        return outputs[0]
     finally:
         handle.remove()
     raise AssertionError("a model embeds its tokens")

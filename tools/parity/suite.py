@@ -1,4 +1,4 @@
-"""All levels of parity, in order (docs/concepts/parity.md)."""
+"""``verify``: all levels of parity, in order (docs/concepts/parity.md)."""
 
 from __future__ import annotations
 
@@ -33,17 +33,10 @@ from adalink.tools.parity.check_adapter import (
 from adalink.tools.parity.check_batches import STEPS, Batch
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
-from adalink.tools.parity.check_profile import check_decoder_corners, check_encoder_corners
+from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
-from adalink.tools.parity.check_vision import (
-    ImagePrompts,
-    check_tower_profile_limits,
-    check_vision,
-    make_image_prompts,
-    reference_processor,
-)
-from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
+from adalink.tools.parity.inputs import ParityInputs, collect_inputs
 from adalink.tools.parity.reference import Reference, torch_threads
 from adalink.tools.parity.report import Check, Report, at_most
 from adalink.tools.parity.unrounded_backend import ExactActivations
@@ -51,24 +44,21 @@ from adalink.tools.parity.unrounded_backend import ExactActivations
 if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow
 
-# Generation is measured from the shortest prompts: each step costs as much after a long one.
-_GENERATIONS = 4
-
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Which engine is verified, and how thoroughly.
+    """The engine to verify, and how thoroughly.
 
     Attributes:
-        backend: which engine.
-        variant: which form of the base; see ``Deployment.open``.
+        backend: the engine's backend.
+        variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
         quick: fewer prompts.
-        text: what the cost of quantising is measured on; the prompts by default.
-        max_perplexity_increase: of a quantised base, the most that is accepted, in percent.
-        task_rows: of a quantised base, by task a JSONL file of prompts and completions, to measure exact match on.
+        text: text to measure the cost of quantising on; the prompts by default.
+        max_perplexity_increase: limit on the perplexity of a quantised base, in percent of float32's.
+        task_rows: JSONL files of prompts and completions by task, for exact match with a quantised base.
     """
 
     backend: str = "onnxruntime-cpu"
@@ -92,13 +82,13 @@ def verify(
 
     Args:
         path: the deployment.
-        against: its base model: folder, GGUF file or hub id.
-        adapters: adapter folder that a task is compared with; by default the copy beside its graph.
-        options: which engine is verified, and how thoroughly.
+        against: the base model: folder, GGUF file or hub id.
+        adapters: adapter folder of each task; by default the copy beside its graph.
+        options: the engine to verify, and how thoroughly.
         progress: called with a line at each step.
 
     Raises:
-        AdaLinkError: the deployment or the model cannot be used at all; what can be measured is a check instead.
+        AdaLinkError: the deployment or the model cannot be used at all. Any other fault is a failed check.
     """
     options = options or VerifyOptions()
     backend, variant, threads, quick = options.backend, options.variant, options.threads, options.quick
@@ -120,42 +110,37 @@ def verify(
         _check_adapters(report, deployment, sources, progress)
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
-        prompts, rows = _rows(report, deployment, reference, against, quick)
-        prompts_with_images = _image_prompts(report, deployment, reference, against, rows, progress)
+        inputs = collect_inputs(report, deployment, reference, against, quick, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
-            _check_outputs(
-                report, deployment, reference, folders, prompts, rows, prompts_with_images, (opened, form), progress
-            )
+            _check_outputs(report, deployment, reference, folders, inputs, (opened, form), progress)
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment))
             exact = ExactActivations(opened)
             with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
-                _check_outputs(
-                    report, unrounded, reference, folders, prompts, rows, prompts_with_images, (exact, form), progress
-                )
+                _check_outputs(report, unrounded, reference, folders, inputs, (exact, form), progress)
             progress("the engine as deployed, with rounded activations")
-            texts = _generation_texts(prompts, deployment)
-            report.checks += check_activations(deployment, reference, folders, rows, texts, (opened, form), STEPS)
-            progress("what quantising costs")
-            report.cost = measure_cost(
-                deployment, reference, rows if options.text is None else text_rows(options.text, deployment, quick)
+            report.checks += check_activations(
+                deployment, reference, folders, inputs.rows, inputs.texts, (opened, form), STEPS
             )
+            progress("the cost of quantising")
+            rows = inputs.rows if options.text is None else text_rows(options.text, deployment, quick)
+            report.cost = measure_cost(deployment, reference, rows)
             if options.max_perplexity_increase is not None:
                 report.checks.append(check_cost(report.cost, options.max_perplexity_increase))
             for name, examples in tested.items():
                 report.cost[f"exact match of {name}"] = measure_accuracy(
                     deployment, reference, against, name, folders[name], examples, progress
                 )
-        progress(f"swapping through {len(deployment.tasks)} tasks in fresh processes")
-        checks, report.receipt = check_swaps(deployment, backend, form, threads, rows[0])
+        progress(f"switching between {len(deployment.tasks)} tasks in fresh processes")
+        checks, report.receipt = check_swaps(deployment, backend, form, threads, inputs.rows[0])
         report.checks += checks
     return report
 
 
 def _refuse_costs(form: str, options: VerifyOptions) -> None:
-    """Refuse options that only a quantised variant has a use for; raises ``RequestError``."""
+    """Refuse options for quantised variants alone; raises ``RequestError``."""
     for option, value in (
         ("--max-perplexity-increase", options.max_perplexity_increase),
         ("--text", options.text),
@@ -169,8 +154,8 @@ def _refuse_costs(form: str, options: VerifyOptions) -> None:
 
 def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> dict[str, Path]:
     _require_tasks(deployment, adapters)
-    own = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
-    return {name: adapters.get(name, own[name]) for name in deployment.tasks}
+    copies = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
+    return {name: adapters.get(name, copies[name]) for name in deployment.tasks}
 
 
 def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[TrainingRow]]:
@@ -223,7 +208,7 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
 
 
 def _check_table(deployment: Deployment, reference: Reference) -> Check:
-    """The deployment's embedding table is what the model's embedding module returns, rounded to its dtype at most."""
+    """The deployment's embedding table equals the outputs of the model's embedding module, rounded to its dtype."""
     base = deployment.manifest.base
     expected = reference.embedding_table()
     received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
@@ -234,90 +219,25 @@ def _check_table(deployment: Deployment, reference: Reference) -> Check:
     return at_most("base/embeddings", max(excess, 0.0), 0.0, "deviation from the module's own output beyond rounding")
 
 
-def _rows(
-    report: Report, deployment: Deployment, reference: Reference, against: str, quick: bool
-) -> tuple[list[str] | None, list[list[int]]]:
-    """Prompts and their token ids as the model's own tokenizer gives them; seeded ids where there is no tokenizer."""
-    base = deployment.manifest.base
-    steps = 0 if base.kind == "encoder" else STEPS
-    longest = longest_prompt(deployment, steps)
-    encode = None if base.tokenizer is None else deployment.tokenizer.encode
-    prompts = [] if encode is None else fitting_prompts(quick, encode, longest)
-    if longest < 1 or (encode is not None and not prompts):
-        raise RequestError(
-            f"{base.name} takes {longest + steps} positions here behind the longest soft prompt of its tasks, which "
-            f"leaves none for a prompt before {steps} generated tokens: verify a base or an engine that takes more, or "
-            "train a shorter soft prompt"
-        )
-    if encode is None:
-        report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
-        return None, seeded_rows(base, longest)
-    from adalink.training.models.loading import load_tokenizer
-
-    own = load_tokenizer(against)
-    rows = [reference.prompt_ids(own, text) for text in prompts]
-    differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
-    detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
-    report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
-    return prompts, rows
-
-
-def _image_prompts(
-    report: Report,
-    deployment: Deployment,
-    reference: Reference,
-    against: str,
-    rows: list[list[int]],
-    progress: Progress,
-) -> tuple[ImagePrompts | None, ImagePrompts | None]:
-    """Level 7 as far as no task is in it, and prompts with images for the rest: to run, and to generate from.
-
-    ``None`` for a base of text alone, and where images leave no room.
-    """
-    base = deployment.manifest.base
-    if base.vision is None:
-        return None, None
-    progress("pixel values and the vision tower")
-    own = reference_processor(against, base.vision)
-    report.checks += check_vision(deployment, reference, own) + check_tower_profile_limits(deployment, reference, own)
-    image_prompts = make_image_prompts(deployment, rows, longest_prompt(deployment, 0), own)
-    asked = make_image_prompts(deployment, rows, longest_prompt(deployment, STEPS), own)
-    if image_prompts is None:
-        report.skipped.append("prompts with images: one alone takes up more positions than the model has")
-    elif asked is None:
-        report.skipped.append(f"generation with images: one and {STEPS} tokens after it are more than the model takes")
-    text = [token for token in rows[0] if token != base.vision.image_token_id]
-    return image_prompts, None if asked is None else asked.with_text(text or [base.pad_token_id])
-
-
-def _generation_texts(prompts: list[str] | None, deployment: Deployment) -> list[str] | None:
-    if prompts is None or deployment.manifest.base.kind == "encoder":
-        return None
-    return sorted(prompts, key=len)[:_GENERATIONS]
-
-
 def _check_outputs(
     report: Report,
     deployment: Deployment,
     reference: Reference,
     folders: Mapping[str, Path],
-    prompts: list[str] | None,
-    rows: list[list[int]],
-    prompts_with_images: tuple[ImagePrompts | None, ImagePrompts | None],
+    inputs: ParityInputs,
     engine: tuple[Backend, str],
     progress: Progress,
 ) -> None:
-    """Levels 2, 3 and 7, the mixed batches of level 4, level 5; ``prompts_with_images`` as from ``_image_prompts``."""
-    image_prompts, asked = prompts_with_images
-    texts = _generation_texts(prompts, deployment)
+    """Levels 2, 3, 5 and 7, the mixed batches of level 4, and level 6."""
+    rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
     compared: dict[str | None, Comparison] = {}
-    seen: dict[str | None, Comparison] = {}
+    compared_images: dict[str | None, Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     batches: list[Batch] = []
     if generator is not None and texts is not None:
         batches.append(Batch(generator, texts, mixed_tasks(deployment)))
-        if asked is not None:
-            batches.append(Batch(generator, asked.prompts, mixed_tasks(deployment), asked))
+        if (generated := inputs.generated_images) is not None:
+            batches.append(Batch(generator, generated.prompts, mixed_tasks(deployment), generated))
     for task in (None, *deployment.tasks):
         label = "base" if task is None else f"task/{task}"
         progress(f"{label}: outputs on {len(rows)} prompts")
@@ -326,20 +246,20 @@ def _check_outputs(
             report.checks += comparison.checks
             if image_prompts is not None:
                 progress(f"{label}: outputs on {len(image_prompts.rows)} prompts with images")
-                seen[task] = compare_outputs(
+                compared_images[task] = compare_outputs(
                     f"{label}/images", deployment, reference, task, image_prompts.rows, image_prompts
                 )
-                report.checks += seen[task].checks
+                report.checks += compared_images[task].checks
             for batch in batches:
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
-                typical = (seen[task] if batch.has_images else comparison).typical["logits"]
+                typical = (compared_images[task] if batch.has_images else comparison).typical["logits"]
                 report.checks += batch.check(label, task, reference, typical)
     for task in deployment.tasks:
         modalities = deployment.manifest.tasks[task].modalities
         if deployment.manifest.base.vision is None or "text" in modalities:
             report.checks += check_control(task, compared[None], compared[task])
-        if seen:
-            report.checks += check_control(f"{task}/images", seen[None], seen[task])
+        if compared_images:
+            report.checks += check_control(f"{task}/images", compared_images[None], compared_images[task])
     progress("one batch of mixed tasks against single rows")
     report.checks += check_mixed_outputs(deployment, rows, compared)
     for batch in batches:
@@ -348,12 +268,12 @@ def _check_outputs(
             images = " with images" if batch.has_images else ""
             report.skipped.append(f"rows{images} that leave a batch one after another: none did before the last step")
     if (profile := deployment.profile) is not None:
-        progress(f"every task at the corners of the engine's profile ({profile})")
+        progress(f"every task at the limits of the engine's profile ({profile})")
         if generator is not None:
-            report.checks += check_decoder_corners(deployment, generator, reference, folders, compared, profile)
+            report.checks += check_decoder_profile_limits(deployment, generator, reference, folders, compared, profile)
         elif deployment.manifest.base.kind == "encoder":
-            report.checks += check_encoder_corners(deployment, reference, folders, compared, profile)
+            report.checks += check_encoder_profile_limits(deployment, reference, folders, compared, profile)
         else:
-            report.skipped.append("the corners of the profile: a decoder is swept by what it generates from texts")
+            report.skipped.append("the limits of the profile: a decoder is swept by what it generates from texts")
     if generator is not None:
         generator.close()

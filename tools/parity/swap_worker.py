@@ -1,4 +1,4 @@
-"""A process of its own for level 4: open a deployment, run a list of tasks one after the other, digest the outputs.
+"""Worker process of level 4: opens a deployment, runs tasks one after another, and digests the outputs.
 
 ``python -m adalink.tools.parity.swap_worker`` reads ``{"path", "backend", "variant", "threads", "ids", "decoder_ids",
 "tasks"}`` from stdin and prints ``{"digests": [...], "builds", "builder_calls", "files": {...}, "unchanged"}``.
@@ -57,9 +57,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _opened_files() -> Iterator[list[str]]:
-    """Graphs that ONNX Runtime opens from files while the block runs: the receipt is what the runtime says of itself.
+    """Graphs that ONNX Runtime opens from files while the block runs: a witness beside the runtime's own receipt.
 
-    The graphs of the bank, which are opened with the first task of their kind, are given to it as bytes.
+    Adapter graphs of the bank do not count: they are opened from bytes, with the first task of their kind.
     """
     opened: list[str] = []
     try:

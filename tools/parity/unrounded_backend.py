@@ -1,4 +1,4 @@
-"""A quantised engine with its activations left in float32: what is then left of its error is the engine's own."""
+"""A quantised engine with float32 activations, which isolates the errors of the engine itself."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Backend, Engine, PatchVisionGraph, SharedAdapterGraph, VisionGraph
+from adalink.runtime.implements import implements
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
 
 
 class ExactActivations:
-    """Another backend, whose engines do not round the inputs of quantised products.
+    """A backend whose engines do not round the inputs of quantised products.
 
     Attributes:
-        name: of the backend inside.
+        name: name of the wrapped backend.
     """
 
     def __init__(self, inner: Backend) -> None:
@@ -46,16 +47,16 @@ class ExactActivations:
             path.write_bytes(model.SerializeToString())
             return self._inner.open_engine(path, base, role, table)
 
+    @implements(Backend)
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_bank(activation_key, graph, base)
 
+    @implements(Backend)
     def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_vision(graph, base)
 
+    @implements(Backend)
     def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
-        """See ``adalink.runtime.engine.Backend``."""
         return self._inner.open_patch_vision(graph, base, patches)
 
 

@@ -14,10 +14,10 @@ from helpers.tiny_models import HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
 from adalink.export.base.export import export_base
-from adalink.export.engine.build import PlanDraft
 from adalink.export.engine.export import base_sizes, embedder_limits, embedder_sizes, export_engine
 from adalink.export.engine.graph import engine_graph
 from adalink.export.engine.progress import Phases
+from adalink.export.engine.tensorrt_builder import PlanDraft
 from adalink.runtime.errors import BackendError, GraphError
 from adalink.runtime.profile import ShapeRange, default_profile
 from adalink.runtime.storage.manifest import Manifest

@@ -20,8 +20,8 @@ from helpers.vision_deployments import build_vision_deployment
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS
 from adalink.export.base.export import export_base
-from adalink.export.engine.build import PlanDraft
 from adalink.export.engine.export import export_engine
+from adalink.export.engine.tensorrt_builder import PlanDraft
 from adalink.runtime.builds import builder_calls
 from adalink.runtime.errors import BackendError, ConfigError, IntegrityError
 from adalink.runtime.profile import ShapeRange, default_profile, parse_profile

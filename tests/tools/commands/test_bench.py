@@ -64,7 +64,7 @@ def test_a_slow_task_shows(folder, monkeypatch):
         return run(self, inputs_embeds, weights)
 
     monkeypatch.setattr(OnnxSharedAdapterGraph, "run", slow)
-    monkeypatch.setattr(measure, "_SWAPS", 20)
+    monkeypatch.setattr(measure, "_SWITCHES", 20)
     bench = measure.Bench(folder, None, "onnxruntime-cpu", 1)
     try:
         metrics, _ = bench.measure(lambda line: None, quick=True)

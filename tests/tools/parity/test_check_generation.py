@@ -18,9 +18,9 @@ def test_an_engine_that_makes_no_drafts_is_asked_once(target, tmp_path):
     export_base(FAMILIES["llama"](), tmp_path, tokenizer=make_tokenizer(), target=target)
     with Deployment.open(tmp_path, threads=1) as deployment:
         generator = Generator(deployment, backend, target)
-        first = generator.by_drafts([5, 6, 7] * 4, None, 8)
+        first = generator.generate_speculatively([5, 6, 7] * 4, None, 8)
         asked = len(passes)
-        second = generator.by_drafts([9, 5, 6] * 4, None, 8)
+        second = generator.generate_speculatively([9, 5, 6] * 4, None, 8)
         generator.close()
     if target == "portable":
         assert first is second is None

@@ -259,7 +259,7 @@ def test_the_command_shows_what_quantising_costs(clean, tmp_path):
     arguments += ["--rows", f"alpha={write_rows(tmp_path / 'rows.jsonl', [('a', 'b')])}"]
     result = CliRunner().invoke(main, [*arguments, "--max-perplexity-increase", "1e6"])
     assert result.exit_code == 0, result.output
-    assert "What quantising costs" in result.output
+    assert "Cost of quantising" in result.output
     assert "exact match of alpha" in result.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["cost"]["perplexity"]["deployed"] > 1

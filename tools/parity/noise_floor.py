@@ -1,0 +1,52 @@
+"""The noise floor and the tolerance derived from it (docs/concepts/parity.md, "the noise floor").
+
+A transformer has no useful a-priori error bound, so the noise floor is measured: the difference between PyTorch float32
+and float64 on the same prompts, per position. The tolerance is 16 x max(noise at this position, 90th percentile over
+all positions). The percentile keeps positions with accidentally tiny noise from causing false failures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
+
+# Tolerance of a float32 engine, in multiples of the noise.
+NOISE_FACTOR = 16.0
+# Likewise for rounded activations, in multiples of what rounding them changes in PyTorch.
+ACTIVATIONS_FACTOR = 3.0
+# The percentile over all positions that is called the typical noise.
+TYPICAL_PERCENTILE = 90
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of one row, float64 with shapes ``(seq, vocab)`` or ``(seq, d)``, and their noise.
+
+    Attributes:
+        values: the float32 model's outputs by name.
+        noise: by name, the noise at each position, ``(seq,)``: the largest deviation of the float32 model from the
+            float64 model, or from itself with rounded activations.
+    """
+
+    values: dict[str, Float64]
+    noise: dict[str, Float64]
+
+
+def limit_of(noise: Float64, typical: float, dtype: str) -> Float64:
+    """Tolerance at each position.
+
+    Args:
+        noise: float32's noise at each position.
+        typical: its ``TYPICAL_PERCENTILE`` over all positions.
+        dtype: the engine's; the tolerance grows with its unit roundoff.
+    """
+    scale = UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
+    return np.asarray(NOISE_FACTOR * scale * np.maximum(noise, typical))
+
+
+def deviations(ours: dict[str, Float64], theirs: dict[str, Float64]) -> dict[str, Float64]:
+    """Largest deviation at each position, by output."""
+    return {name: np.abs(value - theirs[name]).max(axis=1) for name, value in ours.items()}
