@@ -11,15 +11,11 @@ from adalink.runtime.engine import (
     DecodeState,
     Engine,
     EngineInput,
-    PatchVisionGraph,
-    SharedAdapterGraph,
     SpeculativeDecodeState,
-    VisionGraph,
 )
 from adalink.runtime.implements import implements
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.vision_base import VisionBase
-from adalink.runtime.storage.vision_schema import PatchTower
+from adalink.tools.common.forwarding_backend import ForwardingBackend
 
 Begin = Callable[[], object]
 End = Callable[[Array], object]
@@ -27,7 +23,7 @@ RolledBack = Callable[[int], object]
 Dropped = Callable[[int], object]
 
 
-class ObservedBackend:
+class ObservedBackend(ForwardingBackend):
     """A backend that reports each forward pass: the prompts, then each decode step or verification of draft tokens.
 
     Attributes:
@@ -52,25 +48,12 @@ class ObservedBackend:
             rolled_back: called with the number of draft tokens that were rolled back.
             dropped: called with a row that was dropped; the last row takes its number.
         """
-        self.name = inner.name
-        self._inner = inner
+        super().__init__(inner)
         self._hooks = begin, end, rolled_back, dropped
 
     @implements(Backend)
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
-
-    @implements(Backend)
-    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        return self._inner.open_bank(activation_key, graph, base)
-
-    @implements(Backend)
-    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
-        return self._inner.open_vision(graph, base)
-
-    @implements(Backend)
-    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
-        return self._inner.open_patch_vision(graph, base, patches)
 
 
 class _ObservedEngine:

@@ -8,23 +8,17 @@ import tempfile
 from pathlib import Path
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import Backend, Engine, PatchVisionGraph, SharedAdapterGraph, VisionGraph
-from adalink.runtime.implements import implements
+from adalink.runtime.engine import Engine
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.vision_base import VisionBase
-from adalink.runtime.storage.vision_schema import PatchTower
+from adalink.tools.common.forwarding_backend import ForwardingBackend
 
 
-class ExactActivations:
+class ExactActivations(ForwardingBackend):
     """A backend whose engines do not round the inputs of quantised products.
 
     Attributes:
         name: name of the wrapped backend.
     """
-
-    def __init__(self, inner: Backend) -> None:
-        self.name = inner.name
-        self._inner = inner
 
     def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
         """Open the graph without ``accuracy_level``; its weights are the same file."""
@@ -46,18 +40,6 @@ class ExactActivations:
             path = Path(folder) / graph.name
             path.write_bytes(model.SerializeToString())
             return self._inner.open_engine(path, base, role, table)
-
-    @implements(Backend)
-    def open_bank(self, activation_key: str, graph: bytes, base: Base) -> SharedAdapterGraph:
-        return self._inner.open_bank(activation_key, graph, base)
-
-    @implements(Backend)
-    def open_vision(self, graph: Path, base: VisionBase) -> VisionGraph:
-        return self._inner.open_vision(graph, base)
-
-    @implements(Backend)
-    def open_patch_vision(self, graph: Path, base: VisionBase, patches: PatchTower) -> PatchVisionGraph:
-        return self._inner.open_patch_vision(graph, base, patches)
 
 
 def _share(source: Path, target: Path) -> None:
