@@ -236,11 +236,6 @@ def warm_files(folder: Path) -> None:
                     pass
 
 
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def resident_bytes() -> int:
     """Resident memory of this process: what ``ru_maxrss`` cannot tell, because it never falls."""
     try:
