@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adalink.export.adapter.nodes import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
-from adalink.runtime.storage.adapter import ACTIVATIONS
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.storage.manifest import Base
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
-from adalink.runtime.storage.adapter import Adapter, rank_of
+from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.adapter_spec import rank_of
 from adalink.runtime.storage.embedding_table import TENSOR_NAME
 from adalink.runtime.storage.manifest import FOLDS, Base
 from adalink.runtime.storage.mmap import Bytes

@@ -12,7 +12,7 @@ from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.architectures import Architecture, cache_shape
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ContractError, ModelError
-from adalink.runtime.storage.adapter import ACTIVATION_KEYS
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Base, Manifest, Vision
 from adalink.runtime.vision.preprocess import read_preprocessor

@@ -17,7 +17,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.device.protocols import Device, Queue
 from adalink.runtime.device.slots import SlotTable
 from adalink.runtime.errors import BackendError
-from adalink.runtime.storage.adapter import ACTIVATIONS
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.tasks.adapter_mapping import AdapterGroup, AdapterMapping
 
 _RANKS = 16

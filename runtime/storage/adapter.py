@@ -15,11 +15,7 @@ import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
 from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError
-from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS as ACTIVATION_KEYS
-from adalink.runtime.storage.adapter_spec import ACTIVATIONS as ACTIVATIONS
-from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, settings_at_default
-from adalink.runtime.storage.adapter_spec import rank_of as rank_of
-from adalink.runtime.storage.adapter_spec import show_rank as show_rank
+from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of, settings_at_default, show_rank
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
 

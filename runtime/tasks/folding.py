@@ -13,7 +13,8 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.implements import implements
-from adalink.runtime.storage.adapter import TABLE_NAME, Adapter, rank_of
+from adalink.runtime.storage.adapter import TABLE_NAME, Adapter
+from adalink.runtime.storage.adapter_spec import rank_of
 from adalink.runtime.storage.embedding_table import view_table
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from adalink.runtime.errors import ConfigError
-from adalink.runtime.storage.adapter import ACTIVATIONS
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.training.method.config import AdaLinkConfig, Init
 from studies.experiment.data import DEFAULT_TEMPLATE, SOURCES
 

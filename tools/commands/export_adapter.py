@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adalink.runtime.errors import DeploymentError
-from adalink.runtime.storage.adapter import show_rank
+from adalink.runtime.storage.adapter_spec import show_rank
 from adalink.tools.common.console import say
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from adalink.runtime.errors import ConfigError, ModelError, RequestError
-from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, rank_of, show_rank
+from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME
+from adalink.runtime.storage.adapter_spec import rank_of, show_rank
 from adalink.training.method.adalink import AdaLink
 from adalink.training.method.initialization import center_features
 from adalink.training.method.soft_prompt import SoftPromptHooks, draw_soft_prompt

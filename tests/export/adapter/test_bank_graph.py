@@ -13,7 +13,8 @@ from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.adapter.check import adapt_with_bound, check_in_bank
 from adalink.export.adapter.session import OpenGraph
 from adalink.runtime.errors import GraphError
-from adalink.runtime.storage.adapter import ACTIVATION_KEYS, Adapter
+from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
 from adalink.runtime.tasks.adapter_mapping import bank_weights
 
 WIDTH = 48

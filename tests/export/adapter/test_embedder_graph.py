@@ -15,7 +15,8 @@ from helpers.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, token_ids
 
 from adalink.export.adapter.check import adapt_with_bound
 from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
-from adalink.runtime.storage.adapter import ACTIVATION_KEYS, ACTIVATIONS, Adapter
+from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, ACTIVATIONS
 from adalink.runtime.storage.manifest import Base
 
 WIDTH, RANK = HIDDEN_SIZE, 7

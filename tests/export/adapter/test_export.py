@@ -24,7 +24,8 @@ from adalink.runtime.errors import (
     IntegrityError,
     UnknownTaskError,
 )
-from adalink.runtime.storage.adapter import ACTIVATION_KEYS, WEIGHTS_FILE, read_adapter
+from adalink.runtime.storage.adapter import WEIGHTS_FILE, read_adapter
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest

@@ -17,7 +17,8 @@ from adalink.export.adapter.nodes import OUTPUT_NAME
 from adalink.export.adapter.session import OpenGraph
 from adalink.export.adapter.task_graph import build_task_graph
 from adalink.runtime.errors import AdapterError, GraphError
-from adalink.runtime.storage.adapter import ACTIVATIONS, Adapter, make_adapter
+from adalink.runtime.storage.adapter import Adapter, make_adapter
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 
 WIDTH, RANK, ROWS = 48, 5, 40
 FINGERPRINT = "sha256:" + "5a" * 32

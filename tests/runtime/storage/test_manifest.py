@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from adalink.runtime.errors import DeploymentError, IntegrityError, ManifestError
-from adalink.runtime.storage.adapter import ACTIVATION_KEYS
+from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import SCHEMA_VERSION, Manifest
 from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest

@@ -15,7 +15,8 @@ from helpers.tiny_models import FAMILIES
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import UnknownTaskError
-from adalink.runtime.storage.adapter import ACTIVATIONS, Adapter
+from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.float64_adapter import exact_adapter

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adalink.runtime.errors import ConfigError
-from adalink.runtime.storage.adapter import ACTIVATIONS
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.training.method.adalink import AdaLink
 from adalink.training.method.config import AdaLinkConfig
 
