@@ -16,7 +16,7 @@ from helpers.paths import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from adalink.runtime.storage.manifest import SCHEMA_VERSION
+from adalink.runtime.storage.manifest import READABLE_VERSIONS, SCHEMA_VERSION
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -185,7 +185,10 @@ def test_citation_names_title_license_and_the_paper(project: dict[str, Any]) -> 
 def test_stability_page_gives_the_versions_that_the_code_has(project: dict[str, Any]) -> None:
     page = (REPOSITORY / "docs/project/stability.md").read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if line.startswith("| `manifest.json`"))
-    assert [cell.strip() for cell in row.split("|")[3:5]] == [str(SCHEMA_VERSION)] * 2
+    assert [cell.strip() for cell in row.split("|")[3:5]] == [
+        str(SCHEMA_VERSION),
+        ", ".join(map(str, READABLE_VERSIONS)),
+    ]
     lowest = floors(project)
     for label, package in (("ONNX Runtime", "onnxruntime"), ("PyTorch", "torch"), ("transformers", "transformers")):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {label}") and "TensorRT" not in line]

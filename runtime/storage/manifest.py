@@ -10,7 +10,9 @@ from adalink.runtime.storage.adapter_spec import AdapterSpec
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+# Fields that came later have defaults: manifests of these versions mean what they meant.
+READABLE_VERSIONS = (3, 4)
 DTYPES = ("float32", "float16", "bfloat16")
 FOLDS = ("table", "rank")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")

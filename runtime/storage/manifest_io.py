@@ -9,7 +9,7 @@ import msgspec
 
 from adalink.runtime.errors import NOT_JSON, DeploymentError, ManifestError
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, Manifest
+from adalink.runtime.storage.manifest import MANIFEST_FILE, READABLE_VERSIONS, SCHEMA_VERSION, Manifest
 from adalink.runtime.storage.manifest_validation import check_manifest
 
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -32,11 +32,11 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
         version = msgspec.json.decode(data, type=_VersionOnly).schema_version
     except NOT_JSON as error:
         raise _manifest_error(origin, error) from error
-    if version != SCHEMA_VERSION:
-        age = "newer" if version > SCHEMA_VERSION else "older"
+    if version not in READABLE_VERSIONS:
+        age, repair = ("newer", "upgrade adalink-kit") if version > SCHEMA_VERSION else ("older", "export it again")
         raise ManifestError(
-            f"{origin}: $.schema_version is {version}, this kit reads {SCHEMA_VERSION}: the deployment was written by "
-            f"a kit that is {age}; " + ("upgrade adalink-kit" if age == "newer" else "export it again"),
+            f"{origin}: $.schema_version is {version}, this kit reads {READABLE_VERSIONS[0]} to {SCHEMA_VERSION}: the "
+            f"deployment was written by a kit that is {age}; {repair}",
             field="$.schema_version",
         )
     try:

@@ -158,6 +158,13 @@ def test_a_newer_schema_says_to_upgrade() -> None:
         decode(fields() | {"schema_version": 7})
 
 
+def test_manifest_of_version_3_is_read_and_version_2_says_to_export_again() -> None:
+    older = encode_manifest(msgspec.convert(fields() | {"schema_version": 3}, Manifest))
+    assert decode_manifest(older).schema_version == 3
+    with pytest.raises(ManifestError, match=r"schema_version is 2.*older; export it again"):
+        decode(fields() | {"schema_version": 2})
+
+
 def test_every_truncation_is_refused() -> None:
     whole = json.dumps(fields()).encode()
     for length in range(0, len(whole), 11):
