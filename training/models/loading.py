@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalink.runtime.errors import ModelError
+from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
+from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -83,13 +84,32 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     return model.eval()
 
 
-def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a base; raises ``ModelError``."""
+def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a base.
+
+    Args:
+        spec: the base, as for ``load_base``.
+        assume_pretokenizer: the pre-tokenizer of a GGUF file that does not name a known one, such as ``"gpt-2"``
+            (`adalink.training.models.gguf.pretokenizer`).
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+        ConfigError: a GGUF file does not say how texts are split, and nothing is assumed; or the other way round.
+    """
     from transformers import AutoTokenizer
 
     source = _find(spec)
+    if assume_pretokenizer is not None and source.gguf_file is None:
+        raise ConfigError(
+            f"base model {display_name(spec)} is no GGUF file and brings its own pre-tokenizer: leave "
+            "--assume-pretokenizer out"
+        )
     try:
+        if source.gguf_file is not None:
+            return load_gguf_tokenizer(Path(source.origin) / source.gguf_file, assume_pretokenizer)
         return AutoTokenizer.from_pretrained(source.origin, **source.options())
+    except AdaLinkError:
+        raise
     except Exception as error:  # as in load_base
         raise ModelError(
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
