@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
+from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
 
 if TYPE_CHECKING:
@@ -57,9 +58,12 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source = _find(spec)
+    gguf = None if source.gguf_file is None else CheckedGguf(Path(source.origin) / source.gguf_file)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     try:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
+        if gguf is not None:
+            gguf.repair(config)
         safetensors = {} if source.gguf_file else {"use_safetensors": True}
         model, info = _auto_class(config).from_pretrained(
             source.origin,
@@ -69,6 +73,8 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
             **source.options(),
             **safetensors,
         )
+    except AdaLinkError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
         what = "" if Path(source.origin).exists() else "there is no such file or folder here, and as a hub id "
         raise ModelError(
@@ -81,6 +87,8 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
             f"base model {display_name(spec)}: {len(missing)} weights are missing, the first {missing[0]!r}, and would "
             f"be random; expected a complete {type(model).__name__} checkpoint"
         )
+    if gguf is not None:
+        gguf.finish(model)
     return model.eval()
 
 

@@ -11,7 +11,10 @@ import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from adalink.runtime.errors import ModelError
 
@@ -20,6 +23,17 @@ _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 # An array of more values than this is a vocabulary or a score table; its length stands for it.
 _LONGEST_ARRAY = 4096
+_ALIGNMENT = 32
+_MOST_AXES = 8
+_FLOAT32 = 0
+
+
+class TensorPlace(NamedTuple):
+    """Place of a tensor: its shape, ggml type, and first byte from the start of the file."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -29,12 +43,12 @@ class GgufHeader:
     Attributes:
         name: file name, for messages.
         metadata: value of each key; the length of an array that is long and was not asked for.
-        tensors: names of all tensors, in their order.
+        tensors: place of each tensor in the file.
     """
 
     name: str
     metadata: dict[str, Any]
-    tensors: tuple[str, ...]
+    tensors: dict[str, TensorPlace]
 
     @property
     def architecture(self) -> str:
@@ -65,6 +79,17 @@ def read_header(path: str | Path, arrays: Collection[str] = ()) -> GgufHeader:
         ) from error
 
 
+def read_float32(path: str | Path, place: TensorPlace) -> npt.NDArray[np.float32] | None:
+    """Values of a small tensor stored in float32; ``None`` if it is stored otherwise, or not all there."""
+    count = int(np.prod(place.shape, dtype=np.int64))
+    if place.kind != _FLOAT32:
+        return None
+    with Path(path).open("rb") as file:
+        file.seek(place.start)
+        data = file.read(4 * count)
+    return np.frombuffer(data, "<f4").reshape(place.shape) if len(data) == 4 * count else None
+
+
 class _Parser:
     """Reads one value after another."""
 
@@ -83,13 +108,22 @@ class _Parser:
             metadata[key] = self._value(self._unpack("I")[0], whole=key in self._arrays)
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError("it has no general.architecture")
-        return GgufHeader(name, metadata, tuple(self._tensor() for _ in range(tensors)))
+        places = dict(self._tensor() for _ in range(tensors))
+        alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+        if alignment < 1:
+            raise ValueError(f"its general.alignment is {alignment}")
+        data = -(-self._position // alignment) * alignment
+        placed = {key: place._replace(start=data + place.start) for key, place in places.items()}
+        return GgufHeader(name, metadata, placed)
 
-    def _tensor(self) -> str:
+    def _tensor(self) -> tuple[str, TensorPlace]:
         name = self._string()
         (axes,) = self._unpack("I")
-        self._bytes(8 * axes + 4 + 8)  # its shape, type and offset
-        return name
+        if axes > _MOST_AXES:
+            raise ValueError(f"tensor {name!r} has {axes} axes")
+        shape = self._unpack(f"{axes}Q")
+        kind, offset = self._unpack("IQ")
+        return name, TensorPlace(tuple(reversed(shape)), kind, offset)
 
     def _value(self, kind: int, whole: bool) -> Any:
         if kind == _STRING:
