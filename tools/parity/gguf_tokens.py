@@ -19,14 +19,17 @@ _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_UPPER, _LOWER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
+# Of these llama.cpp rewrote the letters' case for ASCII alone; its source has the original beside it.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+ENDING|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*ENDING"
 _CASED_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    (
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 )
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 # By the names of llama.cpp's enumeration, lower case; `_KINDS` says which value of `tokenizer.ggml.pre` is which.
@@ -35,8 +38,8 @@ EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "digits": (r"\p{N}", _GPT2),
     "llama3": (_LLAMA3,),
     "qwen2": (_QWEN2,),
-    "tekken": (_CASED.replace("{0}", "") + r"|\p{N}" + _CASED_TAIL,),
-    "gpt4o": (_CASED.replace("{0}", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}" + _CASED_TAIL,),
+    "tekken": (_CASED.replace("ENDING", "") + r"|\p{N}" + _CASED_TAIL,),
+    "gpt4o": (_CASED.replace("ENDING", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}" + _CASED_TAIL,),
     "deepseek3": _DEEPSEEK3,
     "bloom": (_BLOOM,),
     "viking": (_BLOOM, r"\p{N}"),
