@@ -6,7 +6,7 @@ import random
 
 import pytest
 from helpers import tiny_models
-from helpers.tiny_ggufs import write_gguf
+from helpers.tiny_ggufs import tokens, write_gguf
 
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.tools.parity.gguf_tokens import KINDS, PROBES, GgufTokens, _byte_letters, split
@@ -102,3 +102,79 @@ def test_truncated_file(tmp_path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ModelError, match=r"tiny.gguf is no complete GGUF file: .*: download or convert it again"):
         load_tokenizer(path)
+
+
+SENTENCEPIECE = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁ab", *(f"<0x{byte:02X}>" for byte in range(256))]
+
+
+def sentencepiece(path, **metadata):
+    """A file with a SentencePiece vocabulary, whose model is larger than the tiny ones."""
+    changes = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": SENTENCEPIECE,
+        "tokenizer.ggml.scores": [-float(index) for index in range(len(SENTENCEPIECE))],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 5, *[6] * 256],
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.padding_token_id": 0,
+    }
+    return gguf(path, metadata=changes | metadata)
+
+
+@pytest.mark.parametrize(
+    ("flag", "tokens"), [(None, ["▁ab", "▁ab"]), (True, ["▁ab", "▁ab"]), (False, ["ab", "▁ab"])], ids=str
+)
+def test_space_prefix(tmp_path, flag, tokens):
+    loaded = load_tokenizer(sentencepiece(tmp_path, **{"tokenizer.ggml.add_space_prefix": flag}))
+    ids = loaded("ab ab")["input_ids"]
+    assert loaded.convert_ids_to_tokens(ids) == tokens
+    assert loaded.decode(ids) == "ab ab"
+
+
+@pytest.mark.parametrize(("flag", "first"), [(None, 1), (True, 1), (False, 7)], ids=str)
+def test_sentencepiece_begins_with_bos(tmp_path, flag, first):
+    assert (
+        load_tokenizer(sentencepiece(tmp_path, **{"tokenizer.ggml.add_bos_token": flag}))("ab")["input_ids"][0] == first
+    )
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tokenizer.ggml.remove_extra_whitespaces": True},
+        {"tokenizer.ggml.add_sep_token": True},
+        {"tokenizer.ggml.precompiled_charsmap": [1, 2, 3]},
+        {"tokenizer.ggml.somebodys_own": 1},
+        {"tokenizer.huggingface.json": "{}"},
+    ],
+    ids=str,
+)
+def test_refuses_dropped_keys(tmp_path, metadata):
+    (key,) = metadata
+    with pytest.raises(ModelError, match=f"its metadata key {key} would be dropped, and texts get other tokens"):
+        load_tokenizer(gguf(tmp_path, metadata=metadata))
+
+
+def test_takes_unused_keys(tmp_path):
+    metadata = {
+        "tokenizer.ggml.remove_extra_whitespaces": False,
+        "tokenizer.ggml.fim_pre_token_id": 3,
+        "tokenizer.chat_template.tool_use": "x",
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    assert load_tokenizer(gguf(tmp_path, metadata=metadata)).chat_template == "{{ messages }}"
+
+
+def test_special_tokens_stay_whole(tmp_path):
+    """A control token beyond the byte alphabet, as DeepSeek's: transformers spells it anew and cuts it up."""
+    vocabulary = [*tokens()]
+    vocabulary[2] = "<｜end｜>"
+    loaded = load_tokenizer(gguf(tmp_path, metadata={"tokenizer.ggml.tokens": vocabulary}))
+    assert list(loaded("ab<｜end｜>a")["input_ids"])[1] == 2
+    assert (loaded.eos_token, loaded.eos_token_id, len(loaded)) == ("<｜end｜>", 2, len(vocabulary))
+    assert loaded.decode([2, 1], skip_special_tokens=True) == ""
+
+
+def test_no_token_beyond_the_vocabulary(tmp_path):
+    """transformers adds its class's own `<|endoftext|>`, for which the model has no row."""
+    assert max(load_tokenizer(gguf(tmp_path))("a<|endoftext|>")["input_ids"]) < len(tokens())
