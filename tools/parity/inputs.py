@@ -87,11 +87,11 @@ def _encode_prompts(
         return None, seeded_rows(base, longest)
     tokenizer = reference.tokenizer
     rows = [reference.prompt_ids(tokenizer, text) for text in prompts]
-    differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
-    detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
+    texts = (*prompts, *PROBES)
+    differing = [index for index, text in enumerate(texts) if encode(text) != reference.prompt_ids(tokenizer, text)]
+    detail = f"of {len(texts)} texts; differing: {differing or 'none'}"
     report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
     if (tokens := reference.gguf_tokens) is not None:
-        texts = (*prompts, *PROBES)
         differing = [index for index, text in enumerate(texts) if encode(text) != tokens.encode(text)]
         detail = f"of {len(texts)} texts differ from llama.cpp's rules ({tokens.kind}): {differing or 'none'}"
         report.checks.append(at_most("base/gguf-tokens", len(differing), 0, detail))
