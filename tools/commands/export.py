@@ -90,7 +90,9 @@ def base(
     from adalink.training.models.loading import load_tokenizer
 
     with quiet_libraries():
-        assumed = assume_pretokenizer and load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
+        assumed = None  # the checkpoint brings its own
+        if assume_pretokenizer is not None:
+            assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
         manifest = export_base(
             model,
             out,
@@ -99,7 +101,7 @@ def base(
             quantization=quantization,
             modalities=("text", *modalities),
             replace=replace,
-            tokenizer=assumed or None,
+            tokenizer=assumed,
             progress=say,
         )
     variant = manifest.variants[quantization or target]

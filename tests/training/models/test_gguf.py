@@ -158,6 +158,17 @@ def with_rope(model, scaling, theta=10000.0):
     return changed.eval()
 
 
+def test_takes_recommended_sampling(tmp_path):
+    metadata = {"temp": 0.7, "top_k": 20, "penalty_repeat": 1.5, "mirostat": 0, "penalty_last_n": 64}
+    path = llama(tmp_path, metadata={f"general.sampling.{key}": value for key, value in metadata.items()})
+    config = load_base(path).generation_config
+    received = (config.temperature, config.top_k, config.repetition_penalty, config.do_sample)
+    assert received == pytest.approx((0.7, 20, 1.5, True))
+    with pytest.raises(ModelError, match=r"general.sampling.mirostat recommends 2, which is not supported"):
+        load_base(llama(tmp_path, metadata={"general.sampling.mirostat": 2}))
+    assert not load_base(llama(tmp_path)).generation_config.do_sample
+
+
 def test_ends_at_all_end_tokens(tmp_path):
     metadata = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
     assert load_base(llama(tmp_path, metadata=metadata)).generation_config.eos_token_id == [2, 5, 6]
