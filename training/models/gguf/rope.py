@@ -83,14 +83,14 @@ def head_width(config: Any) -> int:
 
 def _llama3(divisors: npt.NDArray[np.float32], theta: float, rotated: int, file: str) -> dict[str, Any]:
     """Parameters of Llama 3.1's scaling that give these divisors; raises ``ModelError`` if none does."""
-    settings = {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
-    expected = _llama3_divisors(theta, rotated, settings["factor"])
+    factor = float(divisors.max())
+    expected = _llama3_divisors(theta, rotated, factor)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
         raise ModelError(
             f"base model {file}: its tensor rope_freqs.weight divides the rotary frequencies as no Llama 3 model does; "
             "expected the divisors of Llama 3.1 to 3.3: export the original checkpoint instead"
         )
-    return settings
+    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
 def _llama3_divisors(theta: float, rotated: int, factor: float) -> npt.NDArray[np.float64]:
