@@ -74,7 +74,7 @@ class Bench:
         self._folder = (path / manifest.tasks[self.task].graph).parent
         self._files = [path / file for file in manifest.tasks[self.task].files]
         longest = (self._base.max_positions or PREFILL_TOKENS * 2) - _DECODE_STEPS
-        longest -= manifest.tasks[self.task].soft_tokens
+        longest -= manifest.tasks[self.task].prepended_positions
         self.tokens = min(PREFILL_TOKENS, longest)
         self._share = 1
         profile = self._deployment.profile

@@ -47,7 +47,7 @@ def measure_accuracy(
     from adalink.training.models.loading import load_tokenizer
 
     tokenizer, manifest = load_tokenizer(against), deployment.manifest
-    longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].soft_tokens
+    longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].prepended_positions
     examples = encode_rows(rows, tokenizer, longest, f"rows of {task}")
     with torch_threads(available_cores()):
         progress(f"task {task}: {len(rows)} rows, the checkpoint's weights")
