@@ -109,7 +109,7 @@ def export_base(
         )
     if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
         raise ConfigError(
-            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of a picture "
+            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of an image "
             f"are not supported: choose the target {' or '.join(ONE_BACKEND)}"
         )
     _check_unhooked(whole)

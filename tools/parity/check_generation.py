@@ -148,7 +148,7 @@ class Generator:
         draft_tokens: int | None = 0,
     ) -> list[GeneratedRow]:
         self._alive = []
-        images = None if image_prompts is None else image_prompts.pictures
+        images = None if image_prompts is None else image_prompts.images
         results = self._deployment.generate(
             prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )

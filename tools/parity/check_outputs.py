@@ -63,7 +63,7 @@ def compare_outputs(
     for index, ids in enumerate(rows):
         decoder_ids = decoder_row(deployment, index)
         pixels, images = (
-            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.pictures[index]])
+            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.images[index]])
         )
         expected.append(reference.outputs(ids, decoder_ids, pixels=pixels))
         outputs = deployment.run(
