@@ -23,6 +23,7 @@ from adalink.runtime.errors import BackendUnavailableError, ContractError
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
+from adalink.runtime.ort.open_session import CPU_PROVIDER, Provider, open_session
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
 from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 from adalink.runtime.ort.vision import OnnxVisionGraph
@@ -89,10 +90,7 @@ class OnnxRuntimeGpuBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        providers = ["CPUExecutionProvider"]
-        session = guard(
-            self._ort, "shared adapter graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
-        )
+        session = open_session(self._ort, "shared adapter graph", graph, options)
         return OnnxSharedAdapterGraph(session, self._ort, base)
 
     def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
@@ -109,17 +107,11 @@ class OnnxRuntimeGpuBackend:
         if self._plugin is not None:
             devices = register_plugin(self._ort, self._plugin)
             options.add_provider_for_devices(devices[:1], provider_options(self.name, graph, base, profile))
-            return guard(self._ort, str(graph), lambda: self._ort.InferenceSession(str(graph), options))
-        chain: list[str | tuple[str, dict[str, str]]] = [
-            (_PROVIDERS[self.name], provider_options(self.name, graph, base, profile))
-        ]
+            return open_session(self._ort, str(graph), str(graph), options, ())
+        chain: list[Provider] = [(_PROVIDERS[self.name], provider_options(self.name, graph, base, profile))]
         if self.name == TENSORRT:
             chain.append((_PROVIDERS[CUDA], provider_options(CUDA, graph, base, profile)))
-        session = guard(
-            self._ort,
-            str(graph),
-            lambda: self._ort.InferenceSession(str(graph), options, providers=[*chain, "CPUExecutionProvider"]),
-        )
+        session = open_session(self._ort, str(graph), str(graph), options, [*chain, CPU_PROVIDER])
         if session.get_providers()[0] != _PROVIDERS[self.name]:
             # ONNX Runtime falls back without an error; a user who asked for a GPU wants to know.
             raise BackendUnavailableError(

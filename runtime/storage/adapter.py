@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
-from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError
+from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of, settings_at_default, show_rank
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
 
@@ -162,8 +163,8 @@ def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
 def read_method(config_bytes: bytes, origin: str) -> str:
     """The ``peft_type`` of ``adapter_config.json``; raises ``AdapterError``."""
     try:
-        return msgspec.json.decode(config_bytes, type=_MethodOnly).peft_type
-    except NOT_JSON as error:
+        return decode_json(config_bytes, _MethodOnly).peft_type
+    except msgspec.DecodeError as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
 
 
@@ -175,8 +176,8 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
             "makes tasks of those of PEFT's that act at the input alone"
         )
     try:
-        config = msgspec.json.decode(config_bytes, type=AdapterConfig)
-    except (*NOT_JSON, ConfigError) as error:
+        config = decode_json(config_bytes, AdapterConfig)
+    except (msgspec.DecodeError, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
     return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON, DeploymentError, ManifestError
+from adalink.runtime.errors import DeploymentError, ManifestError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.manifest import MANIFEST_FILE, READABLE_VERSIONS, SCHEMA_VERSION, Manifest
 from adalink.runtime.storage.manifest_validation import check_manifest
@@ -29,8 +30,8 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
     if len(data) > _MAX_MANIFEST_BYTES:
         raise ManifestError(f"{origin} has {len(data)} bytes, expected at most {_MAX_MANIFEST_BYTES}: not a manifest")
     try:
-        version = msgspec.json.decode(data, type=_VersionOnly).schema_version
-    except NOT_JSON as error:
+        version = decode_json(data, _VersionOnly).schema_version
+    except msgspec.DecodeError as error:
         raise _manifest_error(origin, error) from error
     if version not in READABLE_VERSIONS:
         age, repair = ("newer", "upgrade adalink-kit") if version > SCHEMA_VERSION else ("older", "export it again")
@@ -40,8 +41,8 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
             field="$.schema_version",
         )
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except NOT_JSON as error:
+        manifest = decode_json(data, Manifest)
+    except msgspec.DecodeError as error:
         raise _manifest_error(origin, error) from error
     check_manifest(manifest, origin)
     if digest_bytes(data.replace(manifest.digest.encode(), b"", 1)) != manifest.digest:

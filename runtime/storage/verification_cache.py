@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON
 from adalink.runtime.logs import get_logger
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import check_size, locate, reading, verify_files
 from adalink.runtime.storage.manifest import Manifest
@@ -85,6 +85,6 @@ def _recall(memory: Path) -> dict[str, _VerifiedFile]:
     """Earlier verifications; none if the file is missing, damaged or not trusted."""
     data = read_cache_file(memory)
     try:
-        return {} if data is None else msgspec.json.decode(data, type=dict[str, _VerifiedFile])
-    except NOT_JSON:
+        return {} if data is None else decode_json(data, dict[str, _VerifiedFile])
+    except msgspec.DecodeError:
         return {}

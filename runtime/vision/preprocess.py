@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.errors import NOT_JSON, IntegrityError, RequestError
+from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.patches import Patching
 from adalink.runtime.vision.tiles import Tiling
@@ -119,8 +120,8 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
     """Decode ``preprocessor.json``; raises ``IntegrityError``."""
     try:
-        return msgspec.json.decode(data, type=Preprocessor)
-    except NOT_JSON as error:
+        return decode_json(data, Preprocessor)
+    except msgspec.DecodeError as error:
         raise IntegrityError(f"{origin} is not a preprocessor: {error}; export the base again") from error
 
 
