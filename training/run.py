@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
 from adalink.runtime.storage.digest import digest_file
-from adalink.training.adapter_io import check_target, save_adapter, to_adapter
+from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
     begin_checkpoints,
@@ -117,6 +117,7 @@ def train(
     for encoded, origin in ((examples, data), (eval_examples, eval_data)):
         check_positions(encoded, model, config.prepended_positions, origin)
     record["base_fingerprint"] = base_fingerprint(model)
+    record["tokenizer_digest"] = digest_tokenizer(tokenizer)
     if images is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
@@ -159,7 +160,7 @@ def train(
             history = _train(module, examples, collate, settings, checkpoints, last, loop)
             attached.adapters.eval()
             try:
-                adapter = to_adapter(attached, display_name(base))
+                adapter = to_adapter(attached, display_name(base), tokenizer)
             except AdapterError:
                 shutil.rmtree(checkpoints)  # as above
                 raise

@@ -15,6 +15,7 @@ from adalink.runtime.errors import ContractError, ModelError
 from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Base, Manifest, Vision
+from adalink.runtime.storage.tokenizer_digest import tokenizer_digest
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.training.models.loading import max_positions
 
@@ -86,6 +87,7 @@ def describe_base(
         vision=vision,
         bidirectional_prompt=architecture.bidirectional_prompt,
         weights_digest=digests[1],
+        tokenizer_digest="" if tokenizer is None else tokenizer_digest(_tokenizer_text(tokenizer)),
     )
 
 

@@ -37,6 +37,8 @@ class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
         base_model_name_or_path: display name of the base; only the fingerprint is checked.
         base_fingerprint: digest of the base's input embedding matrix.
         hidden_size: width ``d`` of the embeddings.
+        tokenizer_digest: digest of the tokenizer of the training (`adalink.runtime.storage.tokenizer_digest`); empty in
+            adapters of older kits, and where no tokenizer was known. It is left out of the file if empty.
         peft_type: always ``"ADALINK"``; distinguishes it from PEFT's methods.
 
     Raises:
@@ -46,6 +48,7 @@ class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
     base_model_name_or_path: str
     base_fingerprint: str
     hidden_size: int
+    tokenizer_digest: str = ""
     peft_type: str = "ADALINK"
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
         if fault := find_fault(self, self.hidden_size):
             raise ConfigError(fault.message)
         check_fingerprint(self.base_fingerprint)
+        if self.tokenizer_digest:
+            check_fingerprint(self.tokenizer_digest)
 
 
 class _MethodOnly(msgspec.Struct):
@@ -214,6 +219,8 @@ def _encode_config(config: AdapterConfig) -> bytes:
     fields = msgspec.to_builtins(config)
     for name in settings_at_default(config):
         del fields[name]
+    if not config.tokenizer_digest:
+        del fields["tokenizer_digest"]
     return msgspec.json.encode(fields, order="sorted")
 
 

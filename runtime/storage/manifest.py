@@ -124,6 +124,8 @@ class Base(_Strict, frozen=True, kw_only=True):
         bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: the vision section; ``None`` for a text-only base.
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
+        tokenizer_digest: digest of the tokenizer (`adalink.runtime.storage.tokenizer_digest`); empty without one, and
+            in deployments of older kits, whose tokenizer file is read instead.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     vision: Vision | None = None
     bidirectional_prompt: bool = False
     weights_digest: str = ""
+    tokenizer_digest: str = ""
 
     @property
     def takes_soft_prompts(self) -> bool:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalink.runtime.errors import ModelError
+from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
 from adalink.training.models.accounting import account_for_tensors
+from adalink.training.models.gguf.checked import CheckedGguf
+from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
 from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
     INDEX_FILE,
@@ -86,11 +88,14 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source = _find(spec)
+    gguf = None if source.gguf_file is None else CheckedGguf(Path(source.origin) / source.gguf_file)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     folder = _weights_folder(source)
     files = None if folder is None else find_weight_files(folder, display_name(spec))
     try:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
+        if gguf is not None:
+            gguf.repair(config)
         safetensors = {} if source.gguf_file else {"use_safetensors": True}
         model, info = _auto_class(config).from_pretrained(
             source.origin,
@@ -100,6 +105,8 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
             **source.options(),
             **safetensors,
         )
+    except AdaLinkError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
         what = "" if Path(source.origin).exists() else "there is no such file or folder here, and as a hub id "
         raise ModelError(
@@ -113,6 +120,8 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
             f"base model {display_name(spec)}: {len(missing)} weights are missing, the first {missing[0]!r}, and would "
             f"be random; expected a complete {type(model).__name__} checkpoint"
         )
+    if gguf is not None:
+        gguf.finish(model)
     return Checkpoint(model.eval(), tuple(unused))
 
 
@@ -125,15 +134,34 @@ def checkpoint_folder(spec: str | Path) -> Path | None:
     return _weights_folder(_find(spec))
 
 
-def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a base; raises ``ModelError``."""
+def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a base.
+
+    Args:
+        spec: the base, as for ``load_base``.
+        assume_pretokenizer: the pre-tokenizer of a GGUF file that does not name a known one, such as ``"gpt-2"``
+            (`adalink.training.models.gguf.pretokenizer`).
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+        ConfigError: a GGUF file does not say how texts are split, and nothing is assumed; or the other way round.
+    """
     from transformers import AutoTokenizer
 
     source = _find(spec)
     if Path(source.origin).is_dir():
         check_pointers(Path(source.origin), display_name(spec))
+    if assume_pretokenizer is not None and source.gguf_file is None:
+        raise ConfigError(
+            f"base model {display_name(spec)} is no GGUF file and brings its own pre-tokenizer: leave "
+            "--assume-pretokenizer out"
+        )
     try:
+        if source.gguf_file is not None:
+            return load_gguf_tokenizer(Path(source.origin) / source.gguf_file, assume_pretokenizer)
         return AutoTokenizer.from_pretrained(source.origin, **source.options())
+    except AdaLinkError:
+        raise
     except Exception as error:  # as in load_base
         raise ModelError(
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
