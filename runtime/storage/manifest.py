@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.storage.adapter_spec import AdapterSpec
+from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -124,6 +125,7 @@ class Base(_Strict, frozen=True, kw_only=True):
         bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: the vision section; ``None`` for a text-only base.
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
+        generation: how tokens are chosen by default; ``None`` in deployments of older kits, which take the likeliest.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     vision: Vision | None = None
     bidirectional_prompt: bool = False
     weights_digest: str = ""
+    generation: GenerationDefaults | None = None
 
     @property
     def takes_soft_prompts(self) -> bool:
