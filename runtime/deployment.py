@@ -14,16 +14,18 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
+from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.loop import decode
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, check_stops
-from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
+from adalink.runtime.generation.speculative_decoding import draft_limit
+from adalink.runtime.generation.token_chooser import make_choosers
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
 from adalink.runtime.receipt import Receipt
-from adalink.runtime.request import Prompts, Tasks, check_whole
+from adalink.runtime.request import Prompts, Tasks
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -63,7 +65,7 @@ class Deployment:
         self._tasks = TaskRegistry(path, manifest, backend, options.task_memory_bytes)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options.prefix_cache_bytes)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
-        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine.padding_side)
+        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine)
         self._is_closed = False
 
     @classmethod
@@ -180,11 +182,13 @@ class Deployment:
 
         Raises:
             RequestError: the base cannot take this input; ``UnknownTaskError`` for a task not deployed.
-            BackendError: the engine refused.
+            BackendError: the engine refused, or its outputs are not numbers.
         """
         self._check_open()
         inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
-        return self._runner.run(inputs, self._inputs.lay_out(inputs, attention_mask), decoder_input_ids)
+        layout = self._inputs.lay_out(inputs, attention_mask)
+        outputs = self._runner.run(inputs, layout, decoder_input_ids)
+        return check_outputs(outputs, layout.text_mask, tasks, is_decoder=self.manifest.base.kind == "decoder")
 
     def input_embeddings(
         self,
@@ -226,7 +230,7 @@ class Deployment:
         *,
         images: Images = None,
         tasks: Tasks = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: str | Sequence[str] | None = (),
         stream: Stream | None = None,
@@ -241,34 +245,35 @@ class Deployment:
                 ``<image>``, for each image; PaliGemma's may omit them, then images come first. An image is a path, the
                 bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
             tasks: one task for all prompts, or one for each; ``None`` is the base model.
-            max_new_tokens: limit of new tokens for each prompt; prompt, soft prompt and new tokens must fit the model.
-            sampling: how tokens are chosen; greedy by default.
+            max_new_tokens: most new tokens of a prompt, which must fit the model behind prompt and soft prompt; by
+                default the base's own limit, else 64, or as many as fit.
+            sampling: how tokens are chosen; by default as the base's ``generation_config.json`` says, else greedily.
             stop: texts that end a row; they are left out of its text.
             stream: called with the row and each new piece of its text.
             chat: apply the model's chat template, each prompt being a user message.
             draft_tokens: most draft tokens of a pass (`adalink.runtime.generation.speculative_decoding`), for a single
-                prompt or the last one left of a batch; needs ``--target onnxruntime-cpu``. By default 8 in float32,
-                where the text is the same; else 0, since a pass over several tokens then rounds otherwise than a step.
+                prompt or the last one left; needs ``--target onnxruntime-cpu``. By default 8 in float32, where the text
+                is the same; else 0, since a pass over several tokens then rounds otherwise.
 
         Raises:
             RequestError: a prompt is empty or too long, a setting is out of range, the base is an encoder, an image
                 cannot be read, or placeholders and images differ in number.
-            BackendError: the engine refused.
+            BackendError: the engine refused, or its logits are not numbers.
         """
         self._check_open()
-        base, sampling, stops = self.manifest.base, sampling or SamplingParams(), check_stops(stop)
+        base, stops = self.manifest.base, check_stops(stop)
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
-        check_whole(max_new_tokens, "max_new_tokens", 1)
-        if draft_tokens is None:
-            draft_tokens = DRAFT_TOKENS if self._is_float32 else 0
-        check_whole(draft_tokens, "draft_tokens", 0)
+        params = (sampling or SamplingParams()).resolve(base.generation, base.vocab_size)
+        drafts = draft_limit(draft_tokens, base, self.variant)
         batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
+        limit = batch.max_new_tokens
         tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)
         rows = [SequenceState(row, ids, tokenizer, stops, eos, stream) for row, ids in enumerate(batch.tokens)]
-        state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, max_new_tokens)
+        choosers = make_choosers(params, base, batch.tokens, limit, tasks)
+        state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, limit)
         try:
-            decode(state, embedder, mapping, rows, sampling, max_new_tokens, draft_tokens)
+            decode(state, embedder, mapping, rows, choosers, limit, drafts)
         finally:
             state.close()
         return [row.finish() for row in rows]
@@ -313,8 +318,3 @@ class Deployment:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
-
-    @property
-    def _is_float32(self) -> bool:
-        """Whether the engine computes in float32 throughout: a pass over several tokens then rounds as steps do."""
-        return self.manifest.base.embedding_dtype == "float32" and self.variant.quantization is None

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.engine import Engine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import pad
 from adalink.runtime.request import (
@@ -21,6 +22,7 @@ from adalink.runtime.request import (
     check_mask,
     check_modality,
     check_prompts,
+    check_whole,
 )
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
@@ -29,6 +31,9 @@ from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
 from adalink.runtime.vision.tower import OpenVision
+
+# Most new tokens of a prompt where neither the request nor the base says.
+MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +44,23 @@ class PromptBatch:
         tokens: token ids of each prompt, with a placeholder for every position of an image.
         inputs: the token ids as one padded array, with adapters and image embeddings.
         layout: positions after the soft prompts are prepended.
+        max_new_tokens: most new tokens of each prompt.
     """
 
     tokens: list[list[int]]
     inputs: BatchInputs
     layout: SoftPromptLayout
+    max_new_tokens: int
 
 
 class InputProcessor:
     """Makes batches for one deployment; safe for several threads."""
 
-    def __init__(
-        self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, padding_side: str
-    ) -> None:
-        """``padding_side`` is the engine's, ``"left"`` or ``"right"``."""
+    def __init__(self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, engine: Engine) -> None:
+        """``engine`` takes the batches."""
         self._path, self._manifest, self._base = path, manifest, manifest.base
-        self._tasks, self._vision, self._padding_side = tasks, vision, padding_side
+        self._tasks, self._vision, self._padding_side = tasks, vision, engine.padding_side
+        self._capacity = None if engine.profile is None else engine.profile.capacity
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
@@ -72,7 +78,7 @@ class InputProcessor:
             return self._tokenizer
 
     def process_prompts(
-        self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int
+        self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int | None
     ) -> PromptBatch:
         """Make a batch of prompts: tokenise, preprocess images, pad, prepend soft prompts, encode images.
 
@@ -84,6 +90,8 @@ class InputProcessor:
             max_new_tokens: likewise; counts towards the longest sequence.
         """
         base = self._base
+        if max_new_tokens is not None:
+            check_whole(max_new_tokens, "max_new_tokens", 1)
         texts = check_prompts(prompts, base)
         mapping = self._tasks.resolve(tasks, len(texts))
         row_images = check_images(images, len(texts), base)
@@ -97,10 +105,11 @@ class InputProcessor:
         ids = check_input_ids(padded, base)
         layout = SoftPromptLayout(mask, mapping.soft_prompts(len(mask)), self._padding_side)
         positions = layout.mask.shape[1]
+        limit = self._limit(max_new_tokens, positions)
         is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
-        check_length(max(positions, max_new_tokens) if is_separate else positions + max_new_tokens, base)
+        check_length(max(positions, limit) if is_separate else positions + limit, base)
         embeds = self._vision.embed(prepared) if any(row_images) else None
-        return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout)
+        return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout, limit)
 
     def process_arrays(
         self,
@@ -136,6 +145,17 @@ class InputProcessor:
         layout = SoftPromptLayout(mask, inputs.tasks.soft_prompts(len(mask)), self._padding_side)
         check_length(layout.mask.shape[1], self._base)
         return layout
+
+    def _limit(self, max_new_tokens: int | None, positions: int) -> int:
+        """Most new tokens after ``positions`` of prompts: the request's, else the base's default as far as it fits."""
+        if max_new_tokens is not None:
+            return max_new_tokens
+        base, generation = self._base, self._base.generation
+        wanted = (generation and generation.max_new_tokens) or MAX_NEW_TOKENS
+        limits = [base.max_positions, self._capacity]
+        if base.kind != "encoder-decoder":
+            limits = [None if limit is None else limit - positions for limit in limits]
+        return max(1, min(wanted, *(limit for limit in limits if limit is not None)))
 
     def _tokenize(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
         """Token ids of a checked prompt; ``images`` is its number of images."""

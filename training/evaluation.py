@@ -35,7 +35,8 @@ def greedy_tokens(
 
     Prompts are sorted by length, padded on the left and run in batches. ``join`` adds the base's inputs beside tokens,
     such as ``pixel_values``, for prompts of the given indices. Generation settings of the checkpoint, such as a penalty
-    or beams, do not apply, as in a deployment.
+    or beams, do not apply: accuracy is that of the likeliest tokens. A deployment applies some of them by default, and
+    answers as here with ``SamplingParams(temperature=0, base_defaults=False)``.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

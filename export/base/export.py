@@ -13,6 +13,7 @@ import msgspec
 
 from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
+from adalink.export.base.generation import report
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
@@ -140,6 +141,8 @@ def export_base(
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
+        for line in report(base.generation):
+            progress(line)
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")
         current = writer.current

@@ -10,6 +10,7 @@ import msgspec
 
 from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.architectures import Architecture, cache_shape
+from adalink.export.base.generation import describe_generation
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ContractError, ModelError
 from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
@@ -88,6 +89,7 @@ def describe_base(
         bidirectional_prompt=architecture.bidirectional_prompt,
         weights_digest=digests[1],
         tokenizer_digest="" if tokenizer is None else tokenizer_digest(_tokenizer_text(tokenizer)),
+        generation=describe_generation(model, architecture.kind, rows),
     )
 
 
@@ -151,7 +153,7 @@ def check_common(
     tokenizer: PreTrainedTokenizerBase | None,
     preprocessor: Preprocessor | None,
 ) -> None:
-    """Refuse a model whose tokenizer, chat template, special tokens or image processor differ from the deployment's.
+    """Refuse a model whose tokenizer, chat template, special tokens, generation config or image processor differ.
 
     A model without a tokenizer is not compared: the deployment's tokenizer stays.
 
@@ -172,6 +174,8 @@ def check_common(
 
     current = manifest.base
     same = {name: getattr(current, name) == getattr(new, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    # Older kits recorded none; the base stays as it is.
+    same["generation_config"] = current.generation is None or current.generation == new.generation
     if tokenizer is None:
         ends = current.eos_token_ids if current.tokenizer is None else current.eos_token_ids[: len(new.eos_token_ids)]
         same["eos_token_ids"] = ends == new.eos_token_ids

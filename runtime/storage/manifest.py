@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.storage.adapter_spec import AdapterSpec
+from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -126,6 +127,7 @@ class Base(_Strict, frozen=True, kw_only=True):
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
         tokenizer_digest: digest of the tokenizer (`adalink.runtime.storage.tokenizer_digest`); empty without one, and
             in deployments of older kits, whose tokenizer file is read instead.
+        generation: how tokens are chosen by default; ``None`` in deployments of older kits, which take the likeliest.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     bidirectional_prompt: bool = False
     weights_digest: str = ""
     tokenizer_digest: str = ""
+    generation: GenerationDefaults | None = None
 
     @property
     def takes_soft_prompts(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from adalink.runtime.errors import DeploymentError, ManifestError
 from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, Fault, find_fault
+from adalink.runtime.storage.generation_schema import check_generation
 from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -64,6 +65,8 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             demand(1 <= value <= 1 << 16, f"$.base.cache.{name}", value, f"1 to {1 << 16}")
     for token in (*base.eos_token_ids, base.pad_token_id):
         demand(0 <= token < base.vocab_size, "$.base.eos_token_ids or pad_token_id", token, "an id in the vocabulary")
+    if base.generation is not None:
+        check_generation(base.generation, base.vocab_size, demand)
     if base.vision is not None:
         _check_vision(base.vision, base, demand)
     demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")

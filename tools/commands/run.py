@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 _BATCH_ROWS = 8
-_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+# Options of `SamplingParams`; the second group only chooses what is sampled from.
+_SAMPLING = ("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+_FILTERS = ("top_k", "top_p", "min_p")
 
 # Four bytes a token: all rows are encoded before the first is answered.
 TokenIds: TypeAlias = "array[int]"
@@ -82,13 +84,22 @@ class RunOptions:
     help='Rows {"prompt", "task", "images"}, as batches; paths of images start at the file\'s folder.',
 )
 @click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, help="Sample from the k likeliest tokens; with --temperature.")
 @click.option(
-    "--top-p", type=float, help="Sample from the likeliest tokens of this total probability; with --temperature."
+    "--max-new-tokens", type=click.IntRange(min=1), help="Tokens at most; by default the base's own limit, else 64."
 )
+@click.option(
+    "--temperature",
+    type=float,
+    help="0 takes the likeliest token. By default as the base's generation config says, else 0; so are those below.",
+)
+@click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature.")
+@click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature.")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens of the prompt and text get less likely.")
+@click.option("--no-repeat-ngram-size", type=int, help="N-grams of this size occur once, prompt included; 0 is off.")
+@click.option("--min-new-tokens", type=int, help="No end token before so many new tokens.")
+@click.option("--ignore-generation-config", is_flag=True, help="Nothing by default from the base's generation config.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option(
@@ -133,8 +144,6 @@ def run(options: RunOptions) -> None:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     if options.images and options.jsonl is not None:
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
-    if options.settings["temperature"] == 0 and (unused := _passed_options({"top_k", "top_p"})):
-        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     if options.jsonl is not None:
         rows = read_rows(options.jsonl, options.task)
     else:
@@ -163,8 +172,8 @@ def _print_states(deployment: Deployment, rows: list[PromptRow], options: RunOpt
 
 def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
     settings = dict(options.settings)
+    settings["sampling"] = _sampling(deployment, settings)
     ids = _encode(deployment, rows, chat=settings.pop("chat"))
-    settings["sampling"] = SamplingParams(**{name: settings.pop(name) for name in _SAMPLING})
     is_empty = options.jsonl is None and not options.as_json
     streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
     for entry in _generate(deployment, rows, ids, _write if streaming else None, settings):
@@ -172,6 +181,17 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOpti
             click.echo()
         else:
             click.echo(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
+
+
+def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters, taken out of ``settings``; raises ``click.UsageError`` for one that would have no effect."""
+    values = {name: settings.pop(name) for name in (*_SAMPLING, *_FILTERS)}
+    params = SamplingParams(**values, base_defaults=not settings.pop("ignore_generation_config"))
+    base = deployment.manifest.base
+    is_greedy = params.resolve(base.generation, base.vocab_size).temperature == 0
+    if is_greedy and (unused := _passed_options(_FILTERS)):
+        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
+    return params
 
 
 def _passed_options(settings: Container[str]) -> list[str]:
