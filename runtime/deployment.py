@@ -159,6 +159,7 @@ class Deployment:
         tasks: Tasks = None,
         images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
         """Forward pass over whole sequences, each a prompt: PaliGemma's attend in both directions.
 
@@ -173,6 +174,7 @@ class Deployment:
             images: for each row its images or ``None``, as in ``generate``; ``input_ids`` then has a placeholder for
                 every position of an image. Without ``images``, placeholders are ordinary tokens.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
+            token_type_ids: 0 for the first text of a pair and 1 for the second, ``(batch, seq)``; default all 0.
 
         Returns:
             Decoder: ``logits``, ``(batch, seq, vocab)``. Encoder, also of an encoder-decoder: ``last_hidden_state``,
@@ -183,7 +185,7 @@ class Deployment:
             BackendError: the engine refused.
         """
         self._check_open()
-        inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
+        inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images, token_type_ids)
         return self._runner.run(inputs, self._inputs.lay_out(inputs, attention_mask), decoder_input_ids)
 
     def input_embeddings(
@@ -272,6 +274,14 @@ class Deployment:
         finally:
             state.close()
         return [row.finish() for row in rows]
+
+    def check_prompt(
+        self, prompt: list[int], images: Sequence[object] = (), task: str | None = None, max_new_tokens: int = 1
+    ) -> None:
+        """Check a prompt as ``generate`` does, without running it; raises what ``generate`` raises."""
+        self._check_open()
+        options = {"chat": False, "max_new_tokens": max_new_tokens, "encode_images": False}
+        self._inputs.process_prompts([prompt], [list(images)], task, **options)
 
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""

@@ -21,6 +21,7 @@ from adalink.runtime.request import (
     check_mask,
     check_modality,
     check_prompts,
+    check_token_types,
 )
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
@@ -72,7 +73,14 @@ class InputProcessor:
             return self._tokenizer
 
     def process_prompts(
-        self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int
+        self,
+        prompts: Prompts,
+        images: Images,
+        tasks: Tasks,
+        *,
+        chat: bool,
+        max_new_tokens: int,
+        encode_images: bool = True,
     ) -> PromptBatch:
         """Make a batch of prompts: tokenise, preprocess images, pad, prepend soft prompts, encode images.
 
@@ -82,6 +90,7 @@ class InputProcessor:
             tasks: likewise.
             chat: likewise.
             max_new_tokens: likewise; counts towards the longest sequence.
+            encode_images: whether images are encoded, rather than only checked.
         """
         base = self._base
         texts = check_prompts(prompts, base)
@@ -99,7 +108,7 @@ class InputProcessor:
         positions = layout.mask.shape[1]
         is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
         check_length(max(positions, max_new_tokens) if is_separate else positions + max_new_tokens, base)
-        embeds = self._vision.embed(prepared) if any(row_images) else None
+        embeds = self._vision.embed(prepared) if encode_images and any(row_images) else None
         return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout)
 
     def process_arrays(
@@ -109,6 +118,7 @@ class InputProcessor:
         modality: npt.ArrayLike | None,
         tasks: Tasks,
         images: Images,
+        token_type_ids: npt.ArrayLike | None = None,
     ) -> BatchInputs:
         """Make a batch of token ids or embeddings; arguments and errors are those of ``Deployment.run``."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -123,12 +133,14 @@ class InputProcessor:
             mapping = self._tasks.resolve(tasks, len(embeds))
             if mapping.needs_ids:
                 raise RequestError("a task of these rows looks token ids up, so embeddings do not do: pass input_ids")
-            return BatchInputs(None, embeds, indices, mapping)
+            types = check_token_types(token_type_ids, embeds.shape[:2], self._base)
+            return BatchInputs(None, embeds, indices, mapping, types=types)
         assert input_ids is not None
         ids = check_input_ids(input_ids, self._base)
         indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
         mapping = self._tasks.resolve(tasks, len(ids))
-        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images))
+        types = check_token_types(token_type_ids, (ids.shape[0], ids.shape[1]), self._base)
+        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images), types)
 
     def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
         """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long."""

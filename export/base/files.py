@@ -86,6 +86,8 @@ def describe_base(
         vision=vision,
         bidirectional_prompt=architecture.bidirectional_prompt,
         weights_digest=digests[1],
+        token_types=_token_types(model, architecture),
+        tokenizer_types="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
     )
 
 
@@ -105,6 +107,11 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     if not isinstance(of_tokenizer, int) or not 0 <= of_tokenizer < rows:
         return of_model
     return tuple(dict.fromkeys((*of_model, of_tokenizer)))
+
+
+def _token_types(model: PreTrainedModel, architecture: Architecture) -> int:
+    """Token types that a model tells apart; 1 for all kinds but encoders."""
+    return int(getattr(model.config, "type_vocab_size", None) or 1) if architecture.kind == "encoder" else 1
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:

@@ -124,6 +124,9 @@ class Base(_Strict, frozen=True, kw_only=True):
         bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: the vision section; ``None`` for a text-only base.
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
+        token_types: segments of a row that the base tells apart, such as the two texts of a pair; more than 1 if its
+            graphs take ``token_type_ids``. ``None`` in deployments of older kits, whose graphs do not.
+        tokenizer_types: whether the checkpoint's tokenizer gives the token types of a text; if not, all are 0.
     """
 
     name: str
@@ -147,6 +150,13 @@ class Base(_Strict, frozen=True, kw_only=True):
     vision: Vision | None = None
     bidirectional_prompt: bool = False
     weights_digest: str = ""
+    token_types: int | None = None
+    tokenizer_types: bool = False
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether graphs have the input ``token_type_ids``."""
+        return self.token_types is not None and self.token_types > 1
 
     @property
     def takes_soft_prompts(self) -> bool:
