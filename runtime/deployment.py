@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_kind, check_name, check_path, check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
@@ -23,7 +24,7 @@ from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
 from adalink.runtime.receipt import Receipt
-from adalink.runtime.request import Prompts, Tasks, check_whole
+from adalink.runtime.request import Prompts, Tasks
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -94,14 +95,14 @@ class Deployment:
             image_cache_bytes: size of the cache of image embeddings; 0 turns it off.
 
         Raises:
-            RequestError: an option is out of range, or the base does not support a prefix cache.
+            RequestError: an option is out of range or no such value, or the base does not support a prefix cache.
             DeploymentError: not a deployment, or (``ManifestError``, ``IntegrityError``) a damaged one.
             BackendError: backend or variant is not available, or the engine refused.
         """
-        begun, folder = time.perf_counter(), Path(path)
-        manifest = read_manifest(folder)
+        begun, folder = time.perf_counter(), check_path(path, "path")
         options = OpenOptions(variant, threads, full_check, task_memory_bytes, prefix_cache_bytes, image_cache_bytes)
-        opened = open_backend(backend, threads)
+        manifest = read_manifest(folder)
+        opened = open_backend(check_name(backend, "backend"), threads)
         name = choose_variant(manifest, opened.name, variant)
         chosen = manifest.variants[name]
         if full_check:
@@ -262,6 +263,8 @@ class Deployment:
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
         check_whole(max_new_tokens, "max_new_tokens", 1)
+        check_kind(stream, "stream", Callable, "a function of a row and a text, or None")
+        check_kind(sampling, "sampling", SamplingParams, "SamplingParams or None")
         if draft_tokens is None:
             draft_tokens = DRAFT_TOKENS if self._is_float32 else 0
         check_whole(draft_tokens, "draft_tokens", 0)
@@ -286,11 +289,11 @@ class Deployment:
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
         self._check_open()
-        self._tasks.get(name)
+        self._tasks.get(check_name(name, "name"))
 
     def unload_task(self, name: str) -> None:
         """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
-        self._tasks.unload(name)
+        self._tasks.unload(check_name(name, "name"))
 
     def add_task(self, path: str | Path, name: str | None = None) -> str:
         """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
@@ -310,11 +313,11 @@ class Deployment:
             RequestError: a task of that name exists.
         """
         self._check_open()
-        return self._tasks.add(Path(path), name)
+        return self._tasks.add(check_path(path, "path"), None if name is None else check_name(name, "name"))
 
     def remove_task(self, name: str) -> None:
         """Remove a task, in this process only; raises ``UnknownTaskError``."""
-        self._tasks.remove(name)
+        self._tasks.remove(check_name(name, "name"))
 
     def receipt(self) -> Receipt:
         """Receipt: the engines built so far, and the base's files read and verified again; see ``Receipt``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_whole as check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.manifest import Base
@@ -113,12 +114,6 @@ def check_length(length: int, base: Base) -> None:
             f"the sequence would have {length} positions, {base.name} was made for at most {base.max_positions}: "
             "shorten the prompt or ask for fewer new tokens"
         )
-
-
-def check_whole(value: Any, name: str, least: int) -> None:
-    """Check a whole number; raises ``RequestError``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise RequestError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def is_number(value: Any) -> bool:

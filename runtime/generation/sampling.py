@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_whole
 from adalink.runtime.errors import RequestError
-from adalink.runtime.request import check_whole, is_number
+from adalink.runtime.request import is_number
 
 
 @dataclass(frozen=True)

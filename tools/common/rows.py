@@ -57,7 +57,7 @@ class BadRows:
         """Raise ``DataError`` if there were any."""
         if self.errors:
             line, error = min(self.errors.items())
-            raise DataError(f"rows that could not be answered: {len(self.errors)}, the first in line {line}: {error}")
+            raise DataError(f"{len(self.errors)} rows could not be answered, the first in line {line}: {error}")
 
 
 def _described(line: int, error: AdaLinkError) -> dict[str, Any]:
