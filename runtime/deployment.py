@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_kind, check_name, check_path
 from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
@@ -96,14 +97,14 @@ class Deployment:
             image_cache_bytes: size of the cache of image embeddings; 0 turns it off.
 
         Raises:
-            RequestError: an option is out of range, or the base does not support a prefix cache.
+            RequestError: an option is out of range or no such value, or the base does not support a prefix cache.
             DeploymentError: not a deployment, or (``ManifestError``, ``IntegrityError``) a damaged one.
             BackendError: backend or variant is not available, or the engine refused.
         """
-        begun, folder = time.perf_counter(), Path(path)
-        manifest = read_manifest(folder)
+        begun, folder = time.perf_counter(), check_path(path, "path")
         options = OpenOptions(variant, threads, full_check, task_memory_bytes, prefix_cache_bytes, image_cache_bytes)
-        opened = open_backend(backend, threads)
+        manifest = read_manifest(folder)
+        opened = open_backend(check_name(backend, "backend"), threads)
         name = choose_variant(manifest, opened.name, variant)
         chosen = manifest.variants[name]
         if full_check:
@@ -161,6 +162,7 @@ class Deployment:
         tasks: Tasks = None,
         images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
         """Forward pass over whole sequences, each a prompt: PaliGemma's attend in both directions.
 
@@ -175,6 +177,7 @@ class Deployment:
             images: for each row its images or ``None``, as in ``generate``; ``input_ids`` then has a placeholder for
                 every position of an image. Without ``images``, placeholders are ordinary tokens.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
+            token_type_ids: 0 for the first text of a pair and 1 for the second, ``(batch, seq)``; default all 0.
 
         Returns:
             Decoder: ``logits``, ``(batch, seq, vocab)``. Encoder, also of an encoder-decoder: ``last_hidden_state``,
@@ -185,7 +188,7 @@ class Deployment:
             BackendError: the engine refused, or its outputs are not numbers.
         """
         self._check_open()
-        inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
+        inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images, token_type_ids)
         layout = self._inputs.lay_out(inputs, attention_mask)
         outputs = self._runner.run(inputs, layout, decoder_input_ids)
         return check_outputs(outputs, layout.text_mask, tasks, is_decoder=self.manifest.base.kind == "decoder")
@@ -264,6 +267,8 @@ class Deployment:
         base, stops = self.manifest.base, check_stops(stop)
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
+        check_kind(stream, "stream", Callable, "a function of a row and a text, or None")
+        check_kind(sampling, "sampling", SamplingParams, "SamplingParams or None")
         params = (sampling or SamplingParams()).resolve(base.generation, base.vocab_size)
         drafts = draft_limit(draft_tokens, base, self.variant)
         batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
@@ -278,14 +283,22 @@ class Deployment:
             state.close()
         return [row.finish() for row in rows]
 
+    def check_prompt(
+        self, prompt: list[int], images: Sequence[object] = (), task: str | None = None, max_new_tokens: int | None = None
+    ) -> None:
+        """Check a prompt as ``generate`` does, without running it; raises what ``generate`` raises."""
+        self._check_open()
+        options = {"chat": False, "max_new_tokens": max_new_tokens, "encode_images": False}
+        self._inputs.process_prompts([prompt], [list(images)], task, **options)
+
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
         self._check_open()
-        self._tasks.get(name)
+        self._tasks.get(check_name(name, "name"))
 
     def unload_task(self, name: str) -> None:
         """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
-        self._tasks.unload(name)
+        self._tasks.unload(check_name(name, "name"))
 
     def add_task(self, path: str | Path, name: str | None = None) -> str:
         """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
@@ -305,11 +318,11 @@ class Deployment:
             RequestError: a task of that name exists.
         """
         self._check_open()
-        return self._tasks.add(Path(path), name)
+        return self._tasks.add(check_path(path, "path"), None if name is None else check_name(name, "name"))
 
     def remove_task(self, name: str) -> None:
         """Remove a task, in this process only; raises ``UnknownTaskError``."""
-        self._tasks.remove(name)
+        self._tasks.remove(check_name(name, "name"))
 
     def receipt(self) -> Receipt:
         """Receipt: the engines built so far, and the base's files read and verified again; see ``Receipt``."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Engine
@@ -22,7 +23,7 @@ from adalink.runtime.request import (
     check_mask,
     check_modality,
     check_prompts,
-    check_whole,
+    check_token_types,
 )
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
@@ -78,7 +79,14 @@ class InputProcessor:
             return self._tokenizer
 
     def process_prompts(
-        self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int | None
+        self,
+        prompts: Prompts,
+        images: Images,
+        tasks: Tasks,
+        *,
+        chat: bool,
+        max_new_tokens: int | None,
+        encode_images: bool = True,
     ) -> PromptBatch:
         """Make a batch of prompts: tokenise, preprocess images, pad, prepend soft prompts, encode images.
 
@@ -88,10 +96,11 @@ class InputProcessor:
             tasks: likewise.
             chat: likewise.
             max_new_tokens: likewise; counts towards the longest sequence.
+            encode_images: whether images are encoded, rather than only checked.
         """
         base = self._base
         if max_new_tokens is not None:
-            check_whole(max_new_tokens, "max_new_tokens", 1)
+            check_whole(max_new_tokens, "max_new_tokens", 0 if base.kind == "encoder" else 1)
         texts = check_prompts(prompts, base)
         mapping = self._tasks.resolve(tasks, len(texts))
         row_images = check_images(images, len(texts), base)
@@ -108,7 +117,7 @@ class InputProcessor:
         limit = self._limit(max_new_tokens, positions)
         is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
         check_length(max(positions, limit) if is_separate else positions + limit, base)
-        embeds = self._vision.embed(prepared) if any(row_images) else None
+        embeds = self._vision.embed(prepared) if encode_images and any(row_images) else None
         return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout, limit)
 
     def process_arrays(
@@ -118,6 +127,7 @@ class InputProcessor:
         modality: npt.ArrayLike | None,
         tasks: Tasks,
         images: Images,
+        token_type_ids: npt.ArrayLike | None = None,
     ) -> BatchInputs:
         """Make a batch of token ids or embeddings; arguments and errors are those of ``Deployment.run``."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -132,12 +142,14 @@ class InputProcessor:
             mapping = self._tasks.resolve(tasks, len(embeds))
             if mapping.needs_ids:
                 raise RequestError("a task of these rows looks token ids up, so embeddings do not do: pass input_ids")
-            return BatchInputs(None, embeds, indices, mapping)
+            types = check_token_types(token_type_ids, embeds.shape[:2], self._base)
+            return BatchInputs(None, embeds, indices, mapping, types=types)
         assert input_ids is not None
         ids = check_input_ids(input_ids, self._base)
         indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
         mapping = self._tasks.resolve(tasks, len(ids))
-        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images))
+        types = check_token_types(token_type_ids, (ids.shape[0], ids.shape[1]), self._base)
+        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images), types)
 
     def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
         """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long."""

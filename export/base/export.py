@@ -281,7 +281,8 @@ def _write_variant(
     if grouped and has_windows(model, architecture):
         metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
     with exportable_attention(model):
-        for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
+        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=base.takes_token_types)
+        for stem, graph in graphs.items():
             progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             path = writer.stage(files[stem])

@@ -90,6 +90,8 @@ def describe_base(
         weights_digest=digests[1],
         tokenizer_digest="" if tokenizer is None else tokenizer_digest(_tokenizer_text(tokenizer)),
         generation=describe_generation(model, architecture.kind, rows),
+        token_types=_token_types(model, architecture),
+        tokenizer_types="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
     )
 
 
@@ -109,6 +111,11 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     if not isinstance(of_tokenizer, int) or not 0 <= of_tokenizer < rows:
         return of_model
     return tuple(dict.fromkeys((*of_model, of_tokenizer)))
+
+
+def _token_types(model: PreTrainedModel, architecture: Architecture) -> int:
+    """Token types that a model tells apart; 1 for all kinds but encoders."""
+    return int(getattr(model.config, "type_vocab_size", None) or 1) if architecture.kind == "encoder" else 1
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_whole
 from adalink.runtime.errors import RequestError
-from adalink.runtime.request import check_whole, is_number
+from adalink.runtime.request import is_number
 from adalink.runtime.storage.generation_schema import GenerationDefaults, range_fault
 
 _WHOLE = ("top_k", "no_repeat_ngram_size", "min_length", "min_new_tokens")

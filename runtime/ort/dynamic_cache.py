@@ -35,7 +35,9 @@ class DynamicCacheEngine:
 
     @implements(Engine)
     def run(self, feeds: Mapping[str, Array]) -> Array:
-        return self.forward({"position_ids": positions_of(feeds["attention_mask"]), **feeds}, None)[0]
+        mask = feeds["attention_mask"]
+        defaults = {"position_ids": positions_of(mask), "token_type_ids": np.zeros(mask.shape, np.int64)}
+        return self.forward({**defaults, **feeds}, None)[0]
 
     @implements(Engine)
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> DynamicCacheDecodeState:

@@ -205,6 +205,8 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     past = 0 if profile.past is None else getattr(profile.past, which)
     total = min(seq + past, profile.capacity)
     shapes = {"inputs_embeds": (batch, seq, base.hidden_size), "attention_mask": (batch, total)}
+    if base.takes_token_types:
+        shapes["token_type_ids"] = (batch, seq)
     if base.cache is not None:
         shapes["position_ids"] = (batch, seq)
         cached = (batch, base.cache.kv_heads, past, base.cache.head_dim)

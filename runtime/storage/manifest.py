@@ -128,6 +128,9 @@ class Base(_Strict, frozen=True, kw_only=True):
         tokenizer_digest: digest of the tokenizer (`adalink.runtime.storage.tokenizer_digest`); empty without one, and
             in deployments of older kits, whose tokenizer file is read instead.
         generation: how tokens are chosen by default; ``None`` in deployments of older kits, which take the likeliest.
+        token_types: segments of a row that the base tells apart, such as the two texts of a pair; more than 1 if its
+            graphs take ``token_type_ids``. ``None`` in deployments of older kits, whose graphs do not.
+        tokenizer_types: whether the checkpoint's tokenizer gives the token types of a text; if not, all are 0.
     """
 
     name: str
@@ -153,6 +156,13 @@ class Base(_Strict, frozen=True, kw_only=True):
     weights_digest: str = ""
     tokenizer_digest: str = ""
     generation: GenerationDefaults | None = None
+    token_types: int | None = None
+    tokenizer_types: bool = False
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether graphs have the input ``token_type_ids``."""
+        return self.token_types is not None and self.token_types > 1
 
     @property
     def takes_soft_prompts(self) -> bool:

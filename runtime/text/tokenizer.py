@@ -49,6 +49,31 @@ class Tokenizer:
             return list(self._tokenizer.encode(text).ids)
         return list(self._tokenizer.encode(form.format(text, images), add_special_tokens=False).ids)
 
+    def encode_pair(self, text: str, text_pair: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids and token types of a text or a pair of texts, as the model's tokenizer makes them.
+
+        The types go into ``Deployment.run(token_type_ids=...)``. They are all 0 for a model that has none, or whose
+        tokenizer gives none.
+
+        Raises:
+            RequestError: the base is no encoder, the deployment was written by a kit without token types, or a text
+                holds half a character.
+        """
+        base = self._base
+        if text_pair is not None and base.kind != "encoder":
+            raise RequestError(
+                f"text_pair is for encoders, and {base.name} is not one: write both texts into the prompt"
+            )
+        if text_pair is not None and base.token_types is None:
+            raise RequestError(
+                f"text_pair cannot be used: this deployment of {base.name} was written by a kit without token types; "
+                "export the base again, into another folder"
+            )
+        texts = [check_text(text), *([] if text_pair is None else [check_text(text_pair, "text_pair")])]
+        encoding = self._tokenizer.encode(*texts)
+        ids, types = list(encoding.ids), list(encoding.type_ids)
+        return ids, types if base.takes_token_types and base.tokenizer_types else [0] * len(ids)
+
     def encode_chat(self, message: str) -> list[int]:
         """Token ids of one user message in the model's chat template, ready for the reply.
 

@@ -192,5 +192,5 @@ def test_cache_keys_of_prefixes_tell_images_and_adapters_apart(vision_cases: Vis
 
 
 def test_negative_budget_is_refused(vision_deployment: VisionDeployment) -> None:
-    with pytest.raises(RequestError, match="image_cache_bytes is -1, expected at least 0"):
+    with pytest.raises(RequestError, match="image_cache_bytes is -1, expected a whole number of at least 0"):
         Deployment.open(vision_deployment.folder, image_cache_bytes=-1)
