@@ -16,8 +16,9 @@ from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.loop import decode
 from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, check_stops
+from adalink.runtime.generation.sequence import Generation, SequenceState, Stream
 from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
+from adalink.runtime.generation.stop_texts import check_stops, mark_stops
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
@@ -265,7 +266,8 @@ class Deployment:
         check_whole(draft_tokens, "draft_tokens", 0)
         batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
         tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)
-        rows = [SequenceState(row, ids, tokenizer, stops, eos, stream) for row, ids in enumerate(batch.tokens)]
+        marked = mark_stops(stops, tokenizer.special_ids if stops else {})
+        rows = [SequenceState(row, ids, tokenizer, marked, eos, stream) for row, ids in enumerate(batch.tokens)]
         state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, max_new_tokens)
         try:
             decode(state, embedder, mapping, rows, sampling, max_new_tokens, draft_tokens)
