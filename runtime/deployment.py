@@ -18,8 +18,9 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.loop import decode
 from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, check_stops
+from adalink.runtime.generation.sequence import Generation, SequenceState, Stream
 from adalink.runtime.generation.speculative_decoding import draft_limit
+from adalink.runtime.generation.stop_texts import check_stops, mark_stops
 from adalink.runtime.generation.token_chooser import make_choosers
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
@@ -274,7 +275,8 @@ class Deployment:
         batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
         limit = batch.max_new_tokens
         tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)
-        rows = [SequenceState(row, ids, tokenizer, stops, eos, stream) for row, ids in enumerate(batch.tokens)]
+        marked = mark_stops(stops, tokenizer.special_ids if stops else {})
+        rows = [SequenceState(row, ids, tokenizer, marked, eos, stream) for row, ids in enumerate(batch.tokens)]
         choosers = make_choosers(params, base, batch.tokens, limit, tasks)
         state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, limit)
         try:
@@ -284,7 +286,11 @@ class Deployment:
         return [row.finish() for row in rows]
 
     def check_prompt(
-        self, prompt: list[int], images: Sequence[object] = (), task: str | None = None, max_new_tokens: int | None = None
+        self,
+        prompt: list[int],
+        images: Sequence[object] = (),
+        task: str | None = None,
+        max_new_tokens: int | None = None,
     ) -> None:
         """Check a prompt as ``generate`` does, without running it; raises what ``generate`` raises."""
         self._check_open()

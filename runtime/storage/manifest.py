@@ -122,6 +122,8 @@ class Base(_Strict, frozen=True, kw_only=True):
             the embedding module for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
+        special_tokens: the tokenizer's special tokens by name, such as ``eos_token``, for chat templates. ``None`` in
+            deployments of older kits: templates then get the texts of ``bos_token_id`` and the first end token.
         bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: the vision section; ``None`` for a text-only base.
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
@@ -158,6 +160,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     generation: GenerationDefaults | None = None
     token_types: int | None = None
     tokenizer_types: bool = False
+    special_tokens: dict[str, str | tuple[str, ...]] | None = None
 
     @property
     def takes_token_types(self) -> bool:
