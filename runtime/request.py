@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.arguments import check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.manifest import Base

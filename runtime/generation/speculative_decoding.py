@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from adalink.runtime.arguments import check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import InputEmbedder, SpeculativeDecodeState
 from adalink.runtime.generation.sequence import SequenceState
-from adalink.runtime.arguments import check_whole
 from adalink.runtime.storage.manifest import Base, Variant
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 

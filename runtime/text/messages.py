@@ -125,7 +125,9 @@ def plain(value: Any, name: str, depth: int = 0) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise RequestError(f"{name} has the key {key!r:.80}, expected a text")
-        return {check_text(key, f"a key of {name}"): plain(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
+        return {
+            check_text(key, f"a key of {name}"): plain(item, f"{name}.{key}", depth + 1) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{name}[{index}]", depth + 1) for index, item in enumerate(value)]
     raise RequestError(f"{name} is a {type(value).__name__}, expected texts, numbers, lists and objects, as in JSON")
@@ -134,7 +136,9 @@ def plain(value: Any, name: str, depth: int = 0) -> Any:
 def _check_message(message: Any, name: str) -> dict[str, Any]:
     """One message as plain values; raises ``RequestError``."""
     if not isinstance(message, Mapping):
-        raise RequestError(f'{name} is {message!r:.80}, expected an object such as {{"role": "user", "content": "Hello"}}')
+        raise RequestError(
+            f'{name} is {message!r:.80}, expected an object such as {{"role": "user", "content": "Hello"}}'
+        )
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{name} has the role {role!r:.80}, expected a text such as 'user', 'assistant' or 'system'")

@@ -53,7 +53,9 @@ class Budget:
         """Pay for work before it is done; raises ``TemplateLimitError``."""
         self._work -= cost
         if self._work < 0:
-            raise TemplateLimitError("it computes more than a chat template may: see the limits in the guide on running")
+            raise TemplateLimitError(
+                "it computes more than a chat template may: see the limits in the guide on running"
+            )
         if time.monotonic() > self._deadline:
             raise TemplateLimitError(f"it ran for more than {DEADLINE_S:.0f} s")
 

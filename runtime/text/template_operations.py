@@ -59,17 +59,14 @@ _PLAIN_TESTS = (
 )
 _METHODS: dict[type, frozenset[str]] = {
     str: frozenset(
-        "capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit "
-        "isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition "
-        "removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith "
-        "strip swapcase title upper zfill".split()
+        ["capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper", "zfill"]
     ),
     dict: frozenset({"copy", "get", "items", "keys", "values"}),
     list: frozenset({"copy", "count", "index"}),
     tuple: frozenset({"count", "index"}),
     float: frozenset({"is_integer"}),
 }
-_SEARCHES = frozenset("count find index partition replace rfind rindex rpartition rsplit split".split())
+_SEARCHES = frozenset(["count", "find", "index", "partition", "replace", "rfind", "rindex", "rpartition", "rsplit", "split"])
 _SMALL_SEARCH = 30_000  # up to here, CPython's search may compare each character with all of the pattern
 _NUMBER = re.compile(r"\d+")
 
@@ -77,7 +74,7 @@ _NUMBER = re.compile(r"\d+")
 class TemplateNamespace(Namespace):
     """``namespace(...)`` of a template: an object with attributes of its own, opaque to every other operation."""
 
-    def __init__(*args: Any, **values: Any) -> None:  # noqa: N805 - `namespace(self=...)` is allowed
+    def __init__(*args: Any, **values: Any) -> None:
         self, *given = args
         attributes = dict(*given, **values)
         for name in attributes:
@@ -240,7 +237,6 @@ def _check_attribute(name: Any) -> None:
 
 def _priced(function: Function, pay: Function, more: Function | None = None) -> Function:
     """A filter or test that pays for each argument, then for its result; generators pay for each element."""
-
     leading = int(hasattr(function, "jinja_pass_arg"))  # the context that Jinja passes first to some
 
     @wraps(function)  # with that mark

@@ -90,7 +90,9 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         """``str.format`` and ``str.format_map`` at a price; ``None`` for anything else."""
         if not isinstance(value, (MethodType, BuiltinMethodType)) or value.__name__ not in ("format", "format_map"):
             return None
-        return _Format(self, value.__self__, value.__name__ == "format_map") if isinstance(value.__self__, str) else None
+        return (
+            _Format(self, value.__self__, value.__name__ == "format_map") if isinstance(value.__self__, str) else None
+        )
 
     def _may_call(self, function: Any) -> bool:
         """Whether a template may call something that is no method of a text, list or dictionary."""

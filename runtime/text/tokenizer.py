@@ -35,7 +35,9 @@ class Tokenizer:
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """Id of each special token, which ``decode`` leaves out, by its text."""
-        with tokenizer_errors(IntegrityError, f"{self._base.tokenizer} has no table of its tokens; export the base again"):
+        with tokenizer_errors(
+            IntegrityError, f"{self._base.tokenizer} has no table of its tokens; export the base again"
+        ):
             added = self._tokenizer.get_added_tokens_decoder()
         return {str(token.content): int(token_id) for token_id, token in added.items() if token.special}
 
@@ -183,13 +185,17 @@ class Tokenizer:
             return str(self._tokenizer.decode(token_ids))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        with tokenizer_errors(RequestError, f"{self._base.tokenizer} cannot encode this text of {len(text)} characters"):
+        with tokenizer_errors(
+            RequestError, f"{self._base.tokenizer} cannot encode this text of {len(text)} characters"
+        ):
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _token(self, token_id: int | None) -> str:
         if token_id is None:
             return ""
-        with tokenizer_errors(IntegrityError, f"{self._base.tokenizer} has no table of its tokens; export the base again"):
+        with tokenizer_errors(
+            IntegrityError, f"{self._base.tokenizer} has no table of its tokens; export the base again"
+        ):
             return self._tokenizer.id_to_token(token_id) or ""
 
 
