@@ -35,7 +35,7 @@ BAD_TOML = {
     "cut off": b"left = [",
     "not UTF-8": b'left = "\xff"',
     "arrays": b"left = " + b"[" * 100_000,
-    "keys": b"left." * 50_000 + b"right = 1",
+    "keys": b"left." * 1_000 + b"right = 1",
     "tables": b"left = " + b"{a = " * 20_000,
     "digits": b"left = " + b"1" * 5_000,
     "hexadecimal": b"left = 0x" + b"f" * 100_000,
