@@ -53,14 +53,7 @@ def inputs(
 ) -> None:
     """Mutate inputs of every kind."""
     _corpus(corpus)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar, tempfile.TemporaryDirectory(prefix="fuzz-") as work:
+    with _bar() as bar, tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         shown = bar.add_task("inputs", total=inputs or int(seconds))
 
         def progress(totals: Totals) -> None:
@@ -68,10 +61,8 @@ def inputs(
             done = totals.inputs if inputs else int(totals.seconds)
             bar.update(shown, completed=done, description=f"{totals.inputs} inputs, {bad} failed")
 
-        totals = run(
-            corpus.resolve(), Path(work), seed=seed, seconds=None if inputs else seconds, inputs=inputs, jobs=jobs, names=names,
-            keep=keep, progress=progress,
-        )  # fmt: skip
+        limits = {"seconds": None if inputs else seconds, "inputs": inputs, "jobs": jobs, "names": names}
+        totals = run(corpus.resolve(), Path(work), seed=seed, **limits, keep=keep, progress=progress)
     _end(totals.as_json(), report, failed=any(totals.of(name) for name in (*BAD, "harness")))
 
 
@@ -90,6 +81,47 @@ def repeat(corpus: Path, kind: str, seed: int) -> None:
         worker.close()
     click.echo(f"{outcome.kind} in {seconds:.2f} s: {outcome.detail}")
     sys.exit(outcome.kind not in GOOD)
+
+
+@main.command()
+@_corpus_option
+@_seed_option
+@_json_option
+@click.option("--kills", "count", default=1000, help="Number of kills.")
+@click.option("--change", "names", multiple=True, help="A change of a deployment; all by default.")
+def kills(corpus: Path, seed: int, report: Path | None, count: int, names: tuple[str, ...]) -> None:
+    """Kill changes of a deployment at random moments."""
+    from fuzz.kills import Kills, run_kills
+
+    _corpus(corpus)
+    with _bar() as bar, tempfile.TemporaryDirectory(prefix="fuzz-") as work:
+        shown = bar.add_task("kills", total=count)
+
+        def progress(counted: Kills) -> None:
+            bar.update(shown, completed=counted.kills, description=f"{len(counted.faults)} faults")
+
+        counted = run_kills(corpus.resolve(), Path(work), count, seed=seed, names=names, progress=progress)
+    _end(counted.as_json(), report, failed=bool(counted.faults))
+
+
+@main.command()
+@_corpus_option
+@_seed_option
+@_json_option
+@click.option("--threads", "count", default=64, help="Number of threads.")
+@click.option("--each", default=100, help="Requests of each thread.")
+def threads(corpus: Path, seed: int, report: Path | None, count: int, each: int) -> None:
+    """Compare the results of many threads on one deployment with those of one."""
+    from fuzz.threads import run_threads
+
+    _corpus(corpus)
+    figures = run_threads(corpus / "text" / "deployment", threads=count, each=each, seed=seed)
+    _end(figures, report, failed=bool(figures["differing"]))
+
+
+def _bar() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _corpus(folder: Path) -> None:

@@ -17,7 +17,6 @@ def main(corpus: str, work: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print there
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.RLIM_INFINITY))
-    import fuzz.more_kinds  # noqa: F401  # it registers its kinds
     from fuzz.kinds import KINDS, generator_of
     from fuzz.outcomes import Outcome, describe
 
