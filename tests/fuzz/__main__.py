@@ -119,6 +119,26 @@ def threads(corpus: Path, seed: int, report: Path | None, count: int, each: int)
     _end(figures, report, failed=bool(figures["differing"]))
 
 
+@main.command()
+@_json_option
+@click.option("--name", "part", default="", help="A part of the faults' names; all by default.")
+def mutants(report: Path | None, part: str) -> None:
+    """Put known faults into copies of the source; the test of each must fail."""
+    from fuzz.mutants import MUTANTS, is_caught
+
+    chosen = [mutant for mutant in MUTANTS if part in mutant.name]
+    with _bar() as bar:
+        shown = bar.add_task("mutants", total=len(chosen))
+        found: dict[str, bool] = {}
+        for mutant in chosen:
+            bar.update(shown, description=mutant.name)
+            found[mutant.name] = is_caught(mutant)[0]
+            bar.advance(shown)
+    _end(
+        {"mutants": len(found), "caught": sum(found.values()), "by_name": found}, report, failed=not all(found.values())
+    )
+
+
 def _bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=Console(stderr=True))

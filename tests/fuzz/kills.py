@@ -98,9 +98,10 @@ class _Subject:
         change.prepare(self.before_folder)
         after = Path(shutil.copytree(self.before_folder, work / "after"))
         change.apply(after)
+        # In a child, as it will be: its first touch of each page of memory costs time.
         again = Path(shutil.copytree(self.before_folder, work / "timed"))
         begun = time.perf_counter()
-        change.apply(again)
+        _end(self._fork(again), _GIVE_UP_SECONDS)
         self.seconds = time.perf_counter() - begun
         self.before, self.after = answers(self.before_folder), answers(after)
         self.manifest_before = (self.before_folder / MANIFEST_FILE).read_bytes()
@@ -110,16 +111,9 @@ class _Subject:
         folder = self.work / "killed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.before_folder, folder)
-        delay = float(rng.uniform(0, 1.05 * self.seconds))
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                self.change.apply(folder)
-                code = 0
-            finally:
-                os._exit(code)
-        is_killed = _end(child, delay)
+        # Every second kill towards the end, where files are renamed in.
+        delay = self.seconds * float(rng.uniform(0.0 if rng.integers(2) else 0.7, 1.1))
+        is_killed = _end(self._fork(folder), delay)
         try:
             where = "after" if (folder / MANIFEST_FILE).read_bytes() != self.manifest_before else "before"
             found = answers(folder)
@@ -135,6 +129,17 @@ class _Subject:
         except (AdaLinkError, OSError) as error:
             return "before", f"{type(error).__name__}: {error}"
         return where if is_killed else "too late", ""
+
+    def _fork(self, folder: Path) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                self.change.apply(folder)
+                code = 0
+            finally:
+                os._exit(code)
+        return child
 
 
 def _end(child: int, delay: float) -> bool:
