@@ -88,8 +88,11 @@ def repeat(corpus: Path, kind: str, seed: int) -> None:
 @_seed_option
 @_json_option
 @click.option("--kills", "count", default=1000, help="Number of kills.")
+@click.option("--seconds", type=float, help="Stop after this time, whatever their number.")
 @click.option("--change", "names", multiple=True, help="A change of a deployment; all by default.")
-def kills(corpus: Path, seed: int, report: Path | None, count: int, names: tuple[str, ...]) -> None:
+def kills(
+    corpus: Path, seed: int, report: Path | None, count: int, seconds: float | None, names: tuple[str, ...]
+) -> None:
     """Kill changes of a deployment at random moments."""
     from fuzz.kills import Kills, run_kills
 
@@ -100,7 +103,8 @@ def kills(corpus: Path, seed: int, report: Path | None, count: int, names: tuple
         def progress(counted: Kills) -> None:
             bar.update(shown, completed=counted.kills, description=f"{len(counted.faults)} faults")
 
-        counted = run_kills(corpus.resolve(), Path(work), count, seed=seed, names=names, progress=progress)
+        limits = {"seed": seed, "seconds": seconds, "names": names}
+        counted = run_kills(corpus.resolve(), Path(work), count, **limits, progress=progress)
     _end(counted.as_json(), report, failed=bool(counted.faults))
 
 

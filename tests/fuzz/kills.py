@@ -159,6 +159,7 @@ def run_kills(
     kills: int,
     *,
     seed: int = 0,
+    seconds: float | None = None,
     names: tuple[str, ...] = (),
     progress: Callable[[Kills], None] = lambda counted: None,
 ) -> Kills:
@@ -169,6 +170,7 @@ def run_kills(
         work: an empty folder to work in.
         kills: their number; a change that was done before its moment came is not counted.
         seed: of the moments.
+        seconds: stop after this time, whatever their number.
         names: the changes; all by default.
         progress: called after every kill.
     """
@@ -176,7 +178,7 @@ def run_kills(
     chosen = [change for change in changes(corpus) if change.name in names or not names]
     subjects = {change.name: _Subject(change, corpus, work / change.name) for change in chosen}
     turns = [change.name for change in chosen for _ in range(change.weight)]
-    while counted.kills < kills:
+    while counted.kills < kills and (seconds is None or counted.seconds < seconds):
         name = turns[int(rng.integers(len(turns)))]
         where, fault = subjects[name].kill_once(rng)
         counts = counted.counts.setdefault(name, {"before": 0, "after": 0, "too late": 0})

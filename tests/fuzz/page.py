@@ -32,20 +32,10 @@ def tables(figures: dict[str, Any]) -> str:
     """The page's measured part."""
     parts = []
     if inputs := figures.get("inputs"):
-        rows = [
-            [
-                name,
-                _count(kind["inputs"]),
-                *(_count(kind.get(each, 0)) for each in GOOD),
-                _bad(kind),
-                str(kind["slowest_ms"]),
-            ]
-            for name, kind in inputs["kinds"].items()
-        ]
+        rows = [_row(name, kind, str(kind["slowest_ms"])) for name, kind in inputs["kinds"].items()]
         classes = inputs["classes"]
-        total = ["all", _count(inputs["inputs"]), *(_count(classes[each]) for each in GOOD), _bad(classes)]
         heads = ["kind", "inputs", "typed error", "same result", "accepted", "anything else", "slowest, ms"]
-        parts += [_table(heads, [*rows, [*total, ""]])]
+        parts += [_table(heads, [*rows, _row("all", classes | {"inputs": inputs["inputs"]}, "")])]
         named = ", ".join(f"{_count(classes[name])} {name}" for name in BAD)
         parts += [f"Of anything else: {named}. First seed {inputs['seed']}, {inputs['seconds']:.0f} seconds."]
     if kills := figures.get("kills"):
@@ -53,10 +43,9 @@ def tables(figures: dict[str, Any]) -> str:
         parts += [_table(["killed change", "kills before the commit", "kills after it"], rows)]
         parts += [f"{_count(kills['kills'])} kills, {len(kills['faults'])} faults."]
     if threads := figures.get("threads"):
-        parts += [
-            f"{threads['threads']} threads made {_count(threads['requests'])} requests; {len(threads['differing'])} "
-            "results differed from those of one thread."
-        ]
+        differing = len(threads["differing"])
+        made = f"{threads['threads']} threads made {_count(threads['requests'])} requests"
+        parts += [f"{made}; {differing} results differed from those of one thread."]
     if mutants := figures.get("mutants"):
         parts += [f"{mutants['caught']} of {mutants['mutants']} faults in the source were caught by their tests."]
     return "\n\n".join(parts)
@@ -66,6 +55,11 @@ def write_page() -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{BEGIN}\n\n{tables(read_figures())}\n\n{END}{after}", encoding="utf-8")
+
+
+def _row(name: str, counts: dict[str, Any], slowest: str) -> list[str]:
+    good = (_count(counts.get(each, 0)) for each in GOOD)
+    return [name, _count(counts["inputs"]), *good, _bad(counts), slowest]
 
 
 def _bad(counts: dict[str, Any]) -> str:
