@@ -121,13 +121,15 @@ class ModelRunner:
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
     def _feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
-        """Engine inputs for whole rows."""
+        """Engine inputs for whole rows; a soft prompt is of token type 0, as in training."""
+        types = {} if inputs.types is None else {"token_type_ids": layout.place(inputs.types)}
         if layout.is_empty:
             embeds = self.input_embeddings(inputs)
-            return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout)}
+            return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout), **types}
         embeds, modality = self._base_embeddings(inputs)
         wide, indices = layout.prepend(embeds, modality)
-        return {"inputs_embeds": self.engine.embedder.apply(wide, inputs.tasks, indices), "attention_mask": layout.mask}
+        adapted = self.engine.embedder.apply(wide, inputs.tasks, indices)
+        return {"inputs_embeds": adapted, "attention_mask": layout.mask, **types}
 
     def _positions(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, Array]:
         """Position ids of a base whose positions follow the image grid; other engines compute their own."""

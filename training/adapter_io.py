@@ -26,23 +26,25 @@ from adalink.runtime.storage.adapter import (
 from adalink.runtime.storage.adapter_spec import MethodSpec, settings_of
 from adalink.runtime.storage.atomic import write_through
 from adalink.runtime.storage.contract import check_adapter
+from adalink.runtime.storage.tokenizer_digest import tokenizer_digest
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, display_name, embedding_matrix, max_positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
+def to_adapter(attached: AdaLinkModel, base_name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Adapter:
     """The attached weights as a checked adapter for this base.
 
     Args:
         attached: a model with adapters.
         base_name: display name of the base (``adalink.training.models.loading.display_name``).
+        tokenizer: the tokenizer of the training, whose digest the adapter keeps.
 
     Raises:
         AdapterError: a weight is NaN or infinite.
@@ -51,9 +53,16 @@ def to_adapter(attached: AdaLinkModel, base_name: str) -> Adapter:
         base_model_name_or_path=base_name,
         base_fingerprint=base_fingerprint(attached.model),
         hidden_size=attached.hidden_size,
+        tokenizer_digest=digest_tokenizer(tokenizer),
         **settings_of(attached.config, MethodSpec),
     )
     return make_adapter(config, attached.weights(), origin=f"adapter for {base_name}")
+
+
+def digest_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Digest of a fast tokenizer, as the deployment's has it; empty for another or none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return "" if backend is None else tokenizer_digest(backend.to_str())
 
 
 def save_adapter(folder: str | Path, adapter: Adapter | AdaLinkModel, extra: Mapping[str, bytes] | None = None) -> None:

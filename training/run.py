@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
 from adalink.runtime.storage.digest import digest_file
-from adalink.training.adapter_io import check_target, save_adapter, to_adapter
+from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
     begin_checkpoints,
@@ -115,8 +115,9 @@ def train(
     examples = encode_rows(rows, tokenizer, settings.max_length, data, *encoding)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *encoding)
     for encoded, origin in ((examples, data), (eval_examples, eval_data)):
-        check_positions(encoded, model, config.soft_tokens, origin)
+        check_positions(encoded, model, config.prepended_positions, origin)
     record["base_fingerprint"] = base_fingerprint(model)
+    record["tokenizer_digest"] = digest_tokenizer(tokenizer)
     if images is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
     checkpoints = out.parent / f"{out.name}.checkpoints"
@@ -159,13 +160,18 @@ def train(
             history = _train(module, examples, collate, settings, checkpoints, last, loop)
             attached.adapters.eval()
             try:
-                adapter = to_adapter(attached, display_name(base))
+                adapter = to_adapter(attached, display_name(base), tokenizer)
             except AdapterError:
                 shutil.rmtree(checkpoints)  # as above
                 raise
             progress(f"exact match of the adapter on {len(eval_rows)} eval rows")
             accuracy["adapter"] = exact_match(
-                model, tokenizer, eval_examples, settings.batch_size, images, soft_tokens=config.soft_tokens
+                model,
+                tokenizer,
+                eval_examples,
+                settings.batch_size,
+                images,
+                prepended=config.prepended_positions,
             )
     report = {
         "kit_version": version("adalink-kit"),

@@ -31,6 +31,7 @@ from adalink.runtime.storage.integrity import read_verified, verify_files
 from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
+from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 
 GRAPH_FILE = "adapter.onnx"
 _CHECKED_ROWS = 64
@@ -106,7 +107,14 @@ def export_adapters(
         for done, (task, folder) in enumerate(adapter_folders.items()):
             progress(done, task)
             adapter = _read(folder, writer.manifest.base, assume_base)
-            check_adapter(adapter, writer.manifest.base, f"adapter {folder}", holder=f"deployment {out}")
+            digest = deployed_tokenizer_digest(writer.folder, writer.manifest)
+            check_adapter(
+                adapter,
+                writer.manifest.base,
+                f"adapter {folder}",
+                holder=f"deployment {out}",
+                tokenizer_digest=digest,
+            )
             _check_dtype(writer.manifest.base, dtype, f"adapter {folder}", out)
             if fold is not None:
                 check_foldable(fold, adapter, writer.manifest.base, origin=f"adapter {folder}")

@@ -13,6 +13,7 @@ import msgspec
 
 from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
+from adalink.export.base.generation import report
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
@@ -109,7 +110,7 @@ def export_base(
         )
     if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
         raise ConfigError(
-            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of a picture "
+            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of an image "
             f"are not supported: choose the target {' or '.join(ONE_BACKEND)}"
         )
     _check_unhooked(whole)
@@ -140,6 +141,8 @@ def export_base(
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
+        for line in report(base.generation):
+            progress(line)
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")
         current = writer.current
@@ -278,7 +281,8 @@ def _write_variant(
     if grouped and has_windows(model, architecture):
         metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
     with exportable_attention(model):
-        for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
+        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=base.takes_token_types)
+        for stem, graph in graphs.items():
             progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             path = writer.stage(files[stem])

@@ -68,7 +68,7 @@ def describe_processor(
         output_size = preprocessor.crop or preprocessor.resize or square
     if output_size != image_size:
         raise ModelError(
-            f"image processor {name} gives pictures of {output_size or 'any size'}, the vision tower takes "
+            f"image processor {name} gives images of {output_size or 'any size'}, the vision tower takes "
             f"{image_size}: set its {'max_image_size' if tiling else 'crop_size'} to that"
         )
     return preprocessor

@@ -176,7 +176,7 @@ def _describe_tower(model: PreTrainedModel) -> Vision:
     tower = config.vision_config
     if tower.model_type not in _TOWERS:
         raise ModelError(
-            f"the vision tower of this {type(model).__name__} is a {tower.model_type!r}, whose pictures have no one "
+            f"the vision tower of this {type(model).__name__} is a {tower.model_type!r}, whose images have no one "
             f"size; supported are {', '.join(_TOWERS)}"
         )
     size = (tower.image_size, tower.image_size)

@@ -30,7 +30,7 @@ from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.user_cache import cache_path
+from adalink.runtime.storage.user_cache import cache_path, make_private_folder
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
 
@@ -178,7 +178,9 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
 
 
 def _engine_folder(graph: Path) -> Path | None:
-    """Cache folder of a graph's engines, named by the digest of graph and weights; ``None`` if it cannot be created.
+    """Cache folder of a graph's engines, named by the digest of graph and weights.
+
+    ``None`` if it cannot be created, or if others may write to it.
 
     The provider's own names do not distinguish two graphs of the same structure.
     """
@@ -187,10 +189,10 @@ def _engine_folder(graph: Path) -> Path | None:
     folder = cache_path("engines", digest_bytes("".join(digests).encode()).removeprefix("sha256:")[:32])
     if folder is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return folder if make_private_folder(folder, levels=3) else None
         except OSError:
             return None
-    return folder
+    return None
 
 
 def profile_shapes(base: Base, profile: Profile, which: str) -> str:
@@ -205,6 +207,8 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     past = 0 if profile.past is None else getattr(profile.past, which)
     total = min(seq + past, profile.capacity)
     shapes = {"inputs_embeds": (batch, seq, base.hidden_size), "attention_mask": (batch, total)}
+    if base.takes_token_types:
+        shapes["token_type_ids"] = (batch, seq)
     if base.cache is not None:
         shapes["position_ids"] = (batch, seq)
         cached = (batch, base.cache.kv_heads, past, base.cache.head_dim)

@@ -17,6 +17,7 @@ from safetensors.numpy import save as save_safetensors
 from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of, settings_at_default, show_rank
 from adalink.runtime.storage.decoding import decode_json
+from adalink.runtime.storage.lfs import find_pointer
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
 
@@ -36,6 +37,8 @@ class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
         base_model_name_or_path: display name of the base; only the fingerprint is checked.
         base_fingerprint: digest of the base's input embedding matrix.
         hidden_size: width ``d`` of the embeddings.
+        tokenizer_digest: digest of the tokenizer of the training (`adalink.runtime.storage.tokenizer_digest`); empty in
+            adapters of older kits, and where no tokenizer was known. It is left out of the file if empty.
         peft_type: always ``"ADALINK"``; distinguishes it from PEFT's methods.
 
     Raises:
@@ -45,6 +48,7 @@ class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
     base_model_name_or_path: str
     base_fingerprint: str
     hidden_size: int
+    tokenizer_digest: str = ""
     peft_type: str = "ADALINK"
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class AdapterConfig(MethodSpec, frozen=True, kw_only=True):
         if fault := find_fault(self, self.hidden_size):
             raise ConfigError(fault.message)
         check_fingerprint(self.base_fingerprint)
+        if self.tokenizer_digest:
+            check_fingerprint(self.tokenizer_digest)
 
 
 class _MethodOnly(msgspec.Struct):
@@ -143,13 +149,28 @@ def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED_SUFFIXES)
-        hint = f"; {pickled[0]} is pickled, which can run code, and is never loaded: convert it" if pickled else ""
-        raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{hint}")
+        raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{_whereabouts(folder)}")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if pointer := find_pointer(folder / name):
+            raise AdapterError(f"adapter {folder}: {name} {pointer}")
     try:
         return (folder / CONFIG_FILE).read_bytes(), read_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise AdapterError(f"adapter {folder}: cannot read {error.filename}: {error.strerror}") from error
+
+
+def _whereabouts(folder: Path) -> str:
+    """What a folder holds instead of the weights, to follow "is missing"; empty if nothing explains it."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        return f", and the folder cannot be listed: {error.strerror}"
+    # PEFT saves an adapter in a folder of its name, and only one that is called "default" in the folder itself.
+    inner = [path.name for path in entries if (path / WEIGHTS_FILE).is_file()]
+    if inner:
+        return f"; adapters lie one level down, in {', '.join(inner[:5])}: give {folder / inner[0]}"
+    pickled = [path.name for path in entries if path.suffix in _PICKLED_SUFFIXES]
+    return f"; {pickled[0]} is pickled, which can run code, and is never loaded: convert it" if pickled else ""
 
 
 def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
@@ -198,6 +219,8 @@ def _encode_config(config: AdapterConfig) -> bytes:
     fields = msgspec.to_builtins(config)
     for name in settings_at_default(config):
         del fields[name]
+    if not config.tokenizer_digest:
+        del fields["tokenizer_digest"]
     return msgspec.json.encode(fields, order="sorted")
 
 

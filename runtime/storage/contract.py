@@ -62,6 +62,7 @@ def check_adapter(
     *,
     holder: str | None = None,
     repair: str = "train it for this base, or use it with its own",
+    tokenizer_digest: str = "",
 ) -> None:
     """Check that an adapter belongs to a base and that the base supports it.
 
@@ -71,6 +72,7 @@ def check_adapter(
         origin: the adapter's name in errors.
         holder: the container of the base, for errors, such as ``"deployment ./out"``.
         repair: how to repair an adapter of another base.
+        tokenizer_digest: digest of the base's tokenizer; empty if it is unknown, and then it is not compared.
 
     Raises:
         ContractError: they do not match; the message names both.
@@ -92,8 +94,31 @@ def check_adapter(
             f"{origin} has hidden_size {config.hidden_size}, {what} has {base.hidden_size}: "
             "its adapter_config.json does not describe this base; train it again"
         )
+    check_tokenizer(adapter, tokenizer_digest, origin, what)
     _check_soft_prompt(adapter, base, origin, what)
     _check_table(adapter, base, origin, what)
+
+
+def check_tokenizer(adapter: Adapter, digest: str, origin: str, what: str) -> None:
+    """Check that an adapter was trained with the tokenizer whose digest this is; an unknown one is not compared.
+
+    Args:
+        adapter: a checked adapter.
+        digest: digest of the base's tokenizer.
+        origin: the adapter's name in errors.
+        what: the base's name in errors.
+
+    Raises:
+        ContractError: it was trained with another tokenizer.
+    """
+    trained = adapter.config.tokenizer_digest
+    if trained and digest and trained != digest:
+        raise ContractError(
+            f"{origin} was trained with another tokenizer ({trained}) than {what} has ({digest}): the same text would "
+            "give it tokens that it has not learned from. Export the base again with that tokenizer, or train the "
+            "adapter again; if the two are known to give your texts the same tokens, remove tokenizer_digest from its "
+            "adapter_config.json"
+        )
 
 
 def _check_soft_prompt(adapter: Adapter, base: AdapterBase, origin: str, what: str) -> None:

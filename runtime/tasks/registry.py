@@ -19,6 +19,7 @@ from adalink.runtime.storage.integrity import map_verified, read_verified
 from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
+from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, mix, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
@@ -75,7 +76,10 @@ class TaskRegistry:
         name = folder.name if name is None else name
         check_task_name(name)
         adapter = read_adapter(folder)
-        check_adapter(adapter, self._manifest.base, f"adapter {folder}", holder="this deployment")
+        digest = deployed_tokenizer_digest(self._folder, self._manifest)
+        check_adapter(
+            adapter, self._manifest.base, f"adapter {folder}", holder="this deployment", tokenizer_digest=digest
+        )
         loaded = self._prepare(adapter)
         with self._lock:
             if name in self._tasks:

@@ -200,13 +200,13 @@ def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
     cut = steps.patching
     if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
         raise IntegrityError(
-            f"{vision.preprocessor} cuts pictures into patches by {cut}, the manifest expects {pieces} (the size of "
+            f"{vision.preprocessor} cuts images into patches by {cut}, the manifest expects {pieces} (the size of "
             "pieces, patches on an edge): export the base again"
         )
     expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
     received = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
     if received != expected:
         raise IntegrityError(
-            f"{vision.preprocessor} cuts pictures into tiles of {received}, the manifest has tokens for {expected} "
+            f"{vision.preprocessor} cuts images into tiles of {received}, the manifest has tokens for {expected} "
             "(their size, most in a row): export the base again"
         )

@@ -16,7 +16,7 @@ from adalink.runtime.errors import GraphError
 if TYPE_CHECKING:
     import onnx
 
-    from adalink.runtime.storage.manifest import Manifest, Task, Vision
+    from adalink.runtime.storage.manifest import Base, Manifest, Task, Vision
 
 Description = dict[str, object]
 
@@ -73,6 +73,7 @@ def describe_deployment(folder: Path) -> Description:
             "modalities": list(base.modalities),
             "tokenizer": base.tokenizer,
             "chat_template": base.chat_template,
+            **_describe_generation(base),
         },
         **({} if base.vision is None else {"vision": _describe_vision(folder, manifest, base.vision)}),
         "variants": {
@@ -89,6 +90,16 @@ def describe_deployment(folder: Path) -> Description:
         "files": len(manifest.files),
         "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
+    }
+
+
+def _describe_generation(base: Base) -> Description:
+    """How tokens are chosen by default, and what of the checkpoint's generation config is not applied."""
+    if base.generation is None:
+        return {}
+    return {
+        "generation_defaults": to_builtins(base.generation.applied()),
+        "generation_not_applied": list(base.generation.not_applied),
     }
 
 

@@ -46,6 +46,7 @@ def compare_outputs(
     task: str | None,
     rows: list[list[int]],
     image_prompts: ImagePrompts | None = None,
+    token_types: list[list[int]] | None = None,
 ) -> Comparison:
     """Run every row alone in the deployment and in PyTorch, with the task's adapter attached.
 
@@ -56,6 +57,7 @@ def compare_outputs(
         task: the deployment's task; ``None`` for the base model.
         rows: token ids.
         image_prompts: images of these rows, if any.
+        token_types: token types of these rows, if any.
     """
     base = deployment.manifest.base
     expected: list[Outputs] = []
@@ -63,11 +65,16 @@ def compare_outputs(
     for index, ids in enumerate(rows):
         decoder_ids = decoder_row(deployment, index)
         pixels, images = (
-            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.pictures[index]])
+            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.images[index]])
         )
-        expected.append(reference.outputs(ids, decoder_ids, pixels=pixels))
+        types = None if token_types is None else token_types[index]
+        expected.append(reference.outputs(ids, decoder_ids, pixels=pixels, token_types=types))
         outputs = deployment.run(
-            input_ids=[ids], images=images, tasks=task, decoder_input_ids=decoder_ids and [decoder_ids]
+            input_ids=[ids],
+            images=images,
+            tasks=task,
+            decoder_input_ids=decoder_ids and [decoder_ids],
+            token_type_ids=types and [types],
         )
         received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in outputs.items()})
     checks: list[Check] = []

@@ -211,6 +211,7 @@ class Reference:
         *,
         prompt_length: int | None = None,
         pixels: Pixels | None = None,
+        token_types: list[int] | None = None,
     ) -> Outputs:
         """Run one row.
 
@@ -219,8 +220,9 @@ class Reference:
             decoder_ids: decoder tokens of an encoder-decoder, else ``None``.
             prompt_length: length of the prompt within ``ids``; the rest is generated. All of them by default.
             pixels: the row's images as the model takes them.
+            token_types: token types of an encoder's row; all 0 by default.
         """
-        row = (ids, decoder_ids, prompt_length, pixels)
+        row = (ids, decoder_ids, prompt_length, pixels, token_types)
         values = self._run(self._model, 0, *row)
         if not self._is_rounding:
             return Outputs(values, deviations(values, self._run(self._exact, 1, *row)))
@@ -245,6 +247,7 @@ class Reference:
         decoder_ids: list[int] | None,
         prompt_length: int | None,
         pixels: Pixels | None,
+        token_types: list[int] | None = None,
     ) -> dict[str, Float64]:
         import torch
 
@@ -265,6 +268,8 @@ class Reference:
                 image_token = None if pixels is None or self.base.vision is None else self.base.vision.image_token_id
                 inputs = {"inputs_embeds": input_side.embeds(model, row, prompt_length, image_token, **images)}
                 soft_tokens = input_side.soft_tokens
+            if token_types is not None:
+                inputs["token_type_ids"] = torch.tensor([[0] * soft_tokens + token_types])
             prompt = soft_tokens + (len(ids) if prompt_length is None else prompt_length)
             inputs |= prompt_inputs(model, (torch.arange(soft_tokens + len(ids)) < prompt)[None])
             if self.base.kind == "encoder-decoder":

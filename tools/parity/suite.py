@@ -250,6 +250,12 @@ def _check_outputs(
                     f"{label}/images", deployment, reference, task, image_prompts.rows, image_prompts
                 )
                 report.checks += compared_images[task].checks
+            if inputs.pairs is not None:
+                progress(f"{label}: outputs on {len(inputs.pairs.rows)} rows of several segments")
+                prefix, pairs = f"{label}/pairs", inputs.pairs
+                report.checks += compare_outputs(
+                    prefix, deployment, reference, task, pairs.rows, token_types=pairs.types
+                ).checks
             for batch in batches:
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
                 typical = (compared_images[task] if batch.has_images else comparison).typical["logits"]

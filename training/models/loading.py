@@ -10,8 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalink.runtime.errors import ModelError
+from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
+from adalink.training.models.accounting import account_for_tensors
+from adalink.training.models.gguf.checked import CheckedGguf
+from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
+from adalink.training.models.weight_files import (
+    ADAPTER_CONFIG,
+    INDEX_FILE,
+    PICKLED_SUFFIXES,
+    WEIGHTS_FILE,
+    check_pointers,
+    find_weight_files,
+    refuse_adapter,
+    shard_names,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +34,6 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
-_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,27 @@ class _Source:
         return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: the model, in eval mode, on the CPU.
+        unused_tensors: tensors and files that are left out on purpose, such as a classifier; ``*`` is the number of a
+            layer.
+    """
+
+    model: PreTrainedModel
+    unused_tensors: tuple[str, ...]
+
+
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
-    """Load a base model in eval mode, on the CPU.
+    """Load a base model in eval mode, on the CPU; as ``load_checkpoint``, the model alone."""
+    return load_checkpoint(spec, dtype=dtype).model
+
+
+def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
+    """Load a base model, and account for every tensor of its files.
 
     The class follows the checkpoint: a causal language model, a vision-language model, an encoder-decoder with its
     head, or, for encoders such as BERT, the bare model.
@@ -48,7 +79,8 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; fingerprints are those of the float32 model.
 
     Raises:
-        ModelError: the checkpoint is missing, pickled or incomplete, or its architecture is unknown.
+        ModelError: the checkpoint is missing, pickled, quantised or incomplete, its architecture is unknown, or it
+            holds a tensor that belongs to a layer and is not used.
     """
     import torch
     from transformers import AutoConfig
@@ -56,9 +88,14 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source = _find(spec)
+    gguf = None if source.gguf_file is None else CheckedGguf(Path(source.origin) / source.gguf_file)
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    folder = _weights_folder(source)
+    files = None if folder is None else find_weight_files(folder, display_name(spec))
     try:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
+        if gguf is not None:
+            gguf.repair(config)
         safetensors = {} if source.gguf_file else {"use_safetensors": True}
         model, info = _auto_class(config).from_pretrained(
             source.origin,
@@ -68,28 +105,63 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
             **source.options(),
             **safetensors,
         )
+    except AdaLinkError:
+        raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
         what = "" if Path(source.origin).exists() else "there is no such file or folder here, and as a hub id "
         raise ModelError(
             f"base model {display_name(spec)}: {what}transformers cannot load it: {type(error).__name__}: {error}. "
             "Expected a supported architecture with safetensors or GGUF weights"
         ) from error
+    unused = [] if files is None else account_for_tensors(files, model, info, display_name(spec))
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
         raise ModelError(
             f"base model {display_name(spec)}: {len(missing)} weights are missing, the first {missing[0]!r}, and would "
             f"be random; expected a complete {type(model).__name__} checkpoint"
         )
-    return model.eval()
+    if gguf is not None:
+        gguf.finish(model)
+    return Checkpoint(model.eval(), tuple(unused))
 
 
-def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a base; raises ``ModelError``."""
+def checkpoint_folder(spec: str | Path) -> Path | None:
+    """Folder with the safetensors of a base, that of a hub id in the cache; ``None`` for a GGUF file.
+
+    Raises:
+        ModelError: there is no such base.
+    """
+    return _weights_folder(_find(spec))
+
+
+def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a base.
+
+    Args:
+        spec: the base, as for ``load_base``.
+        assume_pretokenizer: the pre-tokenizer of a GGUF file that does not name a known one, such as ``"gpt-2"``
+            (`adalink.training.models.gguf.pretokenizer`).
+
+    Raises:
+        ModelError: there is none, or it cannot be loaded.
+        ConfigError: a GGUF file does not say how texts are split, and nothing is assumed; or the other way round.
+    """
     from transformers import AutoTokenizer
 
     source = _find(spec)
+    if Path(source.origin).is_dir():
+        check_pointers(Path(source.origin), display_name(spec))
+    if assume_pretokenizer is not None and source.gguf_file is None:
+        raise ConfigError(
+            f"base model {display_name(spec)} is no GGUF file and brings its own pre-tokenizer: leave "
+            "--assume-pretokenizer out"
+        )
     try:
+        if source.gguf_file is not None:
+            return load_gguf_tokenizer(Path(source.origin) / source.gguf_file, assume_pretokenizer)
         return AutoTokenizer.from_pretrained(source.origin, **source.options())
+    except AdaLinkError:
+        raise
     except Exception as error:  # as in load_base
         raise ModelError(
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
@@ -197,6 +269,7 @@ def _find(spec: str | Path) -> _Source:
                 f"base model {path.name} is a {path.suffix or 'plain'} file; expected a .gguf file, a model folder or "
                 "a hub id"
             )
+        check_pointers(path, path.name)
         return _Source(str(path.parent), path.name)
     if path.is_dir():
         return _find_in_folder(path)
@@ -208,7 +281,7 @@ def _find(spec: str | Path) -> _Source:
 def _find_in_folder(folder: Path) -> _Source:
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     ggufs = [name for name in files if name.endswith(".gguf")]
-    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+    if "config.json" in files and any(name.endswith(".safetensors") or name == INDEX_FILE for name in files):
         return _Source(str(folder))
     if len(ggufs) == 1:
         return _Source(str(folder), ggufs[0])
@@ -216,7 +289,7 @@ def _find_in_folder(folder: Path) -> _Source:
         raise ModelError(
             f"base model folder {folder.name} holds {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}"
         )
-    if pickled := [name for name in files if name.endswith(_PICKLED_SUFFIXES)]:
+    if pickled := [name for name in files if name.endswith(PICKLED_SUFFIXES)]:
         raise ModelError(
             f"base model folder {folder.name} has only pickled weights ({pickled[0]}), which can run code and are "
             "never loaded; convert them with save_pretrained(folder) to safetensors"
@@ -225,6 +298,39 @@ def _find_in_folder(folder: Path) -> _Source:
         f"base model folder {folder.name} is not a model: expected config.json and *.safetensors, or one .gguf file; "
         f"found {', '.join(files[:5]) or 'nothing'}"
     )
+
+
+def _weights_folder(source: _Source) -> Path | None:
+    """Folder of the safetensors; for a hub id they are fetched, and ``None`` leaves the message to transformers."""
+    if source.gguf_file is not None:
+        return None
+    if (folder := Path(source.origin)).is_dir():
+        return folder
+    if _fetch(source.origin, ADAPTER_CONFIG) is not None:
+        refuse_adapter(source.origin)
+    config = _fetch(source.origin, "config.json")
+    weights = _fetch(source.origin, WEIGHTS_FILE) or _fetch_shards(source.origin)
+    return None if config is None or weights is None else config.parent
+
+
+def _fetch_shards(hub_id: str) -> Path | None:
+    """Fetch the index of a hub id and its shards; ``None`` if there is none."""
+    index = _fetch(hub_id, INDEX_FILE)
+    if index is not None:
+        for shard in shard_names(index, hub_id):
+            _fetch(hub_id, shard)
+    return index
+
+
+def _fetch(hub_id: str, file: str) -> Path | None:
+    """A file of a hub id, from the cache or the network; ``None`` if it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(hub_id, file))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None
 
 
 def _auto_class(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From a picture to pixel values: what the model's own image processor gives, on every kind of picture."""
+"""From an image to pixel values: what the model's own image processor gives, on every kind of image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adalink.runtime.ort.session import is_older
 from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.preprocess import MAX_PIXELS, Preprocessor, read_preprocessor
 
-# The last transformers for Python 3.10 refuses such pictures, or lays what is transparent on another ground.
+# The last transformers for Python 3.10 refuses such images, or lays what is transparent on another ground.
 AS_NOW = pytest.mark.skipif(
     is_older(transformers.__version__, "5.21"), reason="an older transformers reads it otherwise"
 )
@@ -118,7 +118,7 @@ FILES += [pytest.param("P with a transparent colour", "png", marks=AS_NOW)]
 
 @pytest.mark.parametrize(("mode", "kind"), FILES)
 def test_a_file_by_its_path_and_by_its_bytes(mode: str, kind: str, tmp_path: Path) -> None:
-    path = tmp_path / f"picture.{kind}"
+    path = tmp_path / f"image.{kind}"
     picture(mode).save(path)
     received = agrees(clip_processor(), path, str(path))
     for source in (str(path), path.read_bytes(), bytearray(path.read_bytes())):
@@ -156,7 +156,7 @@ def test_a_grey_array_without_channels() -> None:
     agrees(clip_processor(), array[..., 0], array)
 
 
-def test_the_comparison_finds_a_picture_that_is_slightly_off() -> None:
+def test_the_comparison_finds_an_image_that_is_slightly_off() -> None:
     image = picture("RGB")
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         agrees(clip_processor(), image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -210,7 +210,7 @@ def png(mode: str = "RGB") -> bytes:
         (np.broadcast_to(np.uint8(0), (10000, 9000, 3)), "has 9000 x 10000 pixels"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(source: Any, message: str) -> None:
+def test_what_is_no_image_is_refused_by_name(source: Any, message: str) -> None:
     with pytest.raises(RequestError, match=rf"^images\[2\]\[1\].*{message}"):
         read_image(source, "images[2][1]")
 
@@ -227,14 +227,14 @@ def test_without_pillow_the_extra_is_named(source: Any, monkeypatch: pytest.Monk
         read_image(source, "")
 
 
-def test_a_narrow_picture_does_not_become_a_bomb_by_resizing() -> None:
+def test_a_narrow_image_does_not_become_a_bomb_by_resizing() -> None:
     steps = describe(clip_processor())
     with pytest.raises(RequestError, match="with its shorter edge resized to 24 it would have more than"):
         steps.apply(np.zeros((1, 200_000, 3), np.uint8))
 
 
 @pytest.mark.parametrize("shape", [(1, 200_000, 3), (200_000, 1, 3)])
-def test_a_narrow_picture_does_not_become_a_bomb_by_padding(shape: tuple[int, ...]) -> None:
+def test_a_narrow_image_does_not_become_a_bomb_by_padding(shape: tuple[int, ...]) -> None:
     steps = describe(llava_processor())
     with pytest.raises(RequestError, match="filled up to a square it would have more than"):
         steps.apply(np.zeros(shape, np.uint8))

@@ -159,7 +159,7 @@ def test_other_preprocessor_is_found(
     [
         ("llava", {"crop": [24, 23]}, r"4 tiles of \(3, 24, 24\) .* that of the deployment 4 of \(3, 24, 23"),
         *(
-            ("qwen2_5_vl", {"patching": change}, r"the model gives .* patches of .* for 4 pictures, that of the depl")
+            ("qwen2_5_vl", {"patching": change}, r"the model gives .* patches of .* for 4 images, that of the depl")
             for change in ({"most_pixels": 900}, {"frames": 1})
         ),
     ],
@@ -209,7 +209,7 @@ def test_images_in_the_wrong_order_are_found(clean: Callable[[str], Pair], monke
     assert "base/images/logits" in failures(*clean("llava"))
 
 
-def test_cache_that_takes_one_picture_for_another_is_found(
+def test_cache_that_takes_one_image_for_another_is_found(
     clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tower, "digest_bytes", lambda data: "sha256:the same")
@@ -254,7 +254,7 @@ def test_wrong_tokens_around_tiles_are_found(planted: Callable[[str], Pair], fau
 
 def test_missing_tile_of_the_whole_is_found(clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Tiling.cut
-    monkeypatch.setattr(Tiling, "cut", lambda self, picture, grid: cut(self, picture, grid)[1:])
+    monkeypatch.setattr(Tiling, "cut", lambda self, image, grid: cut(self, image, grid)[1:])
     with pytest.raises(ContractError, match=r"the image processor of the model gives .* tiles of .*, that of the dep"):
         vision_failures(*clean("smolvlm"))
 
@@ -297,7 +297,7 @@ def test_wrong_place_in_the_tower_is_found(
     assert {"vision/image-embeds", "base/images/logits"} <= image_failures(*clean("qwen2_5_vl"))
 
 
-def test_other_number_of_positions_of_a_picture_is_found(
+def test_other_number_of_positions_of_an_image_is_found(
     clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image_tokens = Vision.image_tokens

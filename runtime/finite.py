@@ -1,0 +1,67 @@
+"""Outputs that are not numbers: an engine's logits and hidden states are checked where they are read.
+
+Among logits minus infinity is a number that some models give to tokens they exclude. NaN and infinity are none. A row
+without a single finite logit says nothing either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.errors import BackendError
+
+_REPAIR = (
+    "the base or the task overflows in this dtype, or the checkpoint holds weights that are not numbers: run 'adalink "
+    "verify', try another task, and export the base in float32 or from an intact checkpoint"
+)
+
+
+def row_label(row: int, tasks: str | Sequence[str | None] | None) -> str:
+    """How a message calls a row of a request, such as ``row 2 (task 'topics')``."""
+    task = tasks if tasks is None or isinstance(tasks, str) else list(tasks)[row]
+    return f"row {row} (base model)" if task is None else f"row {row} (task {task!r})"
+
+
+def not_numbers(what: str, value: float, label: str, where: str) -> BackendError:
+    """The error for outputs that are not numbers, of which ``value`` is one."""
+    got = "NaN" if math.isnan(value) else "infinity" if value > 0 else "minus infinity alone"
+    if what != "logits" and value < 0:
+        got = "minus infinity"
+    return BackendError(f"{label}: the engine's {what} {where} hold {got}, expected numbers: {_REPAIR}")
+
+
+def check_outputs(
+    outputs: dict[str, Array], mask: Array, tasks: str | Sequence[str | None] | None, *, is_decoder: bool
+) -> dict[str, Array]:
+    """Check the outputs of whole sequences at the positions of tokens; padding may hold anything.
+
+    Args:
+        outputs: ``logits`` with shape ``(batch, seq, vocab)``, ``last_hidden_state`` with shape ``(batch, seq, d)``.
+        mask: 1 for tokens of the input, shape ``(batch, seq)``.
+        tasks: the request's.
+        is_decoder: whether the logits are at the positions of ``mask``; else they are at a decoder's, all tokens.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        BackendError: a value is not a number.
+    """
+    for name, values in outputs.items():
+        # A reduction with NaN in it may warn, and the largest value is NaN then.
+        with np.errstate(invalid="ignore"):
+            worst = values.max(axis=-1)
+            if name != "logits":
+                worst = np.where(np.isneginf(values.min(axis=-1)), -np.inf, worst)
+        is_bad = ~np.isfinite(worst)
+        if name != "logits" or is_decoder:
+            is_bad &= mask != 0
+        if is_bad.any():
+            row, position = (int(index) for index in np.argwhere(is_bad)[0])
+            what = "logits" if name == "logits" else "hidden states"
+            raise not_numbers(what, float(worst[row, position]), row_label(row, tasks), f"at position {position}")
+    return outputs

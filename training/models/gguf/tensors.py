@@ -1,0 +1,45 @@
+"""Tensors of a GGUF file against the model made of it: each one fills a weight, or is refused by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adalink.runtime.errors import ModelError
+from adalink.training.models.gguf.header import GgufHeader
+from adalink.training.models.gguf.metadata import ROPE_TENSOR
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
+    """Check that every tensor of a file belongs to a weight of the model.
+
+    transformers reads the tensors that its names ask for and drops the others. That each weight was filled is the
+    caller's check.
+
+    Raises:
+        ModelError: a tensor belongs to none.
+    """
+    used = set(_names(header.architecture, model)) | {ROPE_TENSOR}  # that one is a setting, `metadata` takes it
+    if unused := [name for name in header.tensors if name not in used]:
+        raise ModelError(
+            f"base model {header.name}: {len(unused)} of its {len(header.tensors)} tensors would be dropped, the first "
+            f"{unused[0]!r}; expected those of a {type(model).__name__} alone: merge adapters into the model before it "
+            "is converted, or export the original checkpoint instead"
+        )
+
+
+def _names(architecture: str, model: PreTrainedModel) -> Iterator[str]:
+    """GGUF names of all weights of a model, by the table of the ``gguf`` package."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    table = get_tensor_name_map(kinds[architecture], model.config.num_hidden_layers)
+    for name in model.state_dict():
+        stem, dot, ending = name.rpartition(".")
+        known = table.get_name(stem)
+        if known is not None:
+            yield f"{known}{dot}{ending}"
