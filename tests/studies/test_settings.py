@@ -143,7 +143,7 @@ def test_the_studies_of_this_repository_can_be_read(name):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'name = "\xff"', r"byte 8 is not UTF-8; correct the file"),
+        (b'name = "\xff"', r"byte or character 8 is not UTF-8; correct the file"),
         (b"a = " + b"[" * 100_000, r"nested too deeply; correct the file"),
         (b"a." * 1_000 + b"b = 1", r"unknown field `a`; correct the file"),
         (b"a = " + b"1" * 5_000, r"it holds a number that cannot be read: .*digits.*; correct the file"),
