@@ -40,6 +40,7 @@ _LIMITS = "tests/tools/parity/test_exact_limits.py::"
 _OUTPUTS, _GENERATION = "tools/parity/check_outputs.py", "tools/parity/check_generation.py"
 _ADAPTER, _DECODING = "tools/parity/check_adapter.py", "tests/runtime/storage/test_decoding.py::"
 _NAMES = "tests/runtime/ort/test_open_session.py::"
+_WRITER, _CACHE = "tests/export/test_writer.py::", "tests/runtime/storage/test_user_cache.py::"
 
 MUTANTS = [
     Mutant(
@@ -174,6 +175,41 @@ MUTANTS = [
         "        _ = session.get_modelmeta().custom_metadata_map\n",
         "",
         f"{_NAMES}test_names_that_are_not_utf8_are_refused",
+    ),
+    Mutant(
+        "security: the owner of the user's cache unchecked",
+        "runtime/storage/user_cache.py",
+        "(status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE)",
+        "(not status.st_mode & _OTHERS_MAY_WRITE)",
+        f"{_CACHE}test_what_another_user_owns_is_not_read",
+    ),
+    Mutant(
+        "security: the mode of the user's cache unchecked",
+        "runtime/storage/user_cache.py",
+        "(status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE)",
+        "(status.st_uid == os.geteuid())",
+        f"{_CACHE}test_what_others_may_write_is_not_read",
+    ),
+    Mutant(
+        "writer: the manifest not read again under the lock",
+        "export/writer.py",
+        "current = read_manifest(folder) if current or (folder / MANIFEST_FILE).exists() else None",
+        "current = current or None",
+        f"{_WRITER}test_manifest_is_read_again_under_the_lock",
+    ),
+    Mutant(
+        "writer: files not flushed before the manifest",
+        "export/writer.py",
+        "        _sync_all(staged.values())\n",
+        "",
+        f"{_WRITER}test_every_file_is_on_the_disk_before_the_manifest_that_needs_it",
+    ),
+    Mutant(
+        "writer: new folders not flushed before the manifest",
+        "export/writer.py",
+        "        _sync_all(sorted({self.folder, *folders}))\n",
+        "",
+        f"{_WRITER}test_new_folders_are_on_the_disk_before_the_manifest_that_needs_them",
     ),
 ]
 
