@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import campaign, kills, threads
+from fuzz import campaign, kills, page, threads
 from fuzz.corpus import make_corpus
 from fuzz.kinds import KINDS, generator_of
 from fuzz.outcomes import BAD, observe
@@ -140,3 +141,19 @@ def test_threads_that_share_what_they_must_not_are_found(corpus: Path, monkeypat
 
     monkeypatch.setattr(Deployment, "run", run_last)
     assert threads.run_threads(corpus / "text" / "deployment", threads=16, each=6)["differing"]
+
+
+def test_page_shows_the_committed_figures() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert f"{page.BEGIN}\n\n{page.tables(page.read_figures())}\n\n{page.END}" in text
+    assert {f"`{name}`" for name in KINDS} <= set(re.findall(r"`[^`\n]+`", text.partition("## What may happen")[0]))
+
+
+def test_figures_of_a_failed_run_say_so() -> None:
+    kind = {"inputs": 3, "typed": 1, "untyped": 2, "slowest_ms": 7}
+    classes = dict.fromkeys(campaign.CLASSES, 0) | {"typed": 1, "untyped": 2}
+    inputs = {"seed": 5, "inputs": 3, "seconds": 1.0, "classes": classes, "kinds": {"file": kind}, "failures": 2}
+    said = page.tables({"inputs": inputs})
+    assert "| file | 3 | 1 | 0 | 0 | 2 | 7 |" in said
+    assert "| all | 3 | 1 | 0 | 0 | 2 |  |" in said
+    assert "Of anything else: 2 untyped, 0 altered" in said
