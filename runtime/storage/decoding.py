@@ -62,7 +62,7 @@ def _decode(decode: Callable[[], T]) -> T:
         raise
     except RecursionError as error:
         raise msgspec.DecodeError("its values are nested too deeply") from error
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise msgspec.DecodeError(f"byte or character {error.start} is not UTF-8") from error
     except ValueError as error:  # Python converts no number of thousands of digits
         raise msgspec.DecodeError(f"it holds a number that cannot be read: {error}") from error

@@ -144,8 +144,8 @@ MUTANTS = [
     Mutant(
         "errors: text that is not UTF-8 is not converted",
         "runtime/storage/decoding.py",
-        "    except UnicodeError as error:\n        raise msgspec.DecodeError(",
-        "    except UnicodeError as error:\n        raise TypeError(",
+        "    except (UnicodeDecodeError, UnicodeEncodeError) as error:\n        raise msgspec.DecodeError(",
+        "    except (UnicodeDecodeError, UnicodeEncodeError) as error:\n        raise TypeError(",
         f"{_DECODING}test_toml_that_cannot_be_decoded",
     ),
     Mutant(
