@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fuzz.kind import write_files
 from fuzz.kinds import KINDS, generator_of
 from fuzz.outcomes import BAD, GOOD, Outcome
@@ -150,13 +152,9 @@ def activity(process: int) -> tuple[float, bool]:
 def schedule(seed: int, names: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Kinds by their weights, each input with a seed of its own."""
     round_of = [name for name in names for _ in range(KINDS[name].weight)]
-    index = 0
-    while True:
-        yield (
-            round_of[(index * 37) % len(round_of)] if len(round_of) % 37 else round_of[index % len(round_of)],
-            seed + index,
-        )
-        index += 1
+    order = np.random.default_rng(0).permutation(len(round_of))
+    for index in itertools.count():
+        yield round_of[order[index % len(order)]], seed + index
 
 
 def run(
