@@ -18,8 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON, BusyError, DeploymentError
+from adalink.runtime.errors import BusyError, DeploymentError
 from adalink.runtime.storage.atomic import sync
+from adalink.runtime.storage.decoding import decode_json
 
 LOCK_FILE = ".lock"
 _SIGNATURE = b"adalink-kit deployment lock 1\n"
@@ -152,7 +153,7 @@ def _decode_journal(data: bytes) -> tuple[JournalEntry, ...]:
     entries = []
     for line in data[_HEADER_BYTES:].split(b"\n")[:-1]:
         try:
-            entries.append(msgspec.json.decode(line, type=JournalEntry))
-        except NOT_JSON:
+            entries.append(decode_json(line, JournalEntry))
+        except msgspec.DecodeError:
             continue
     return tuple(entries)

@@ -12,7 +12,7 @@ from adalink.runtime.arguments import check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Engine
-from adalink.runtime.errors import RequestError
+from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.generation.padding import pad
 from adalink.runtime.request import (
     Prompts,
@@ -73,10 +73,16 @@ class InputProcessor:
                 if self._base.tokenizer is None:
                     raise RequestError(f"{self._base.name} was exported without a tokenizer: pass input_ids to run()")
                 template = self._base.chat_template
-                text = None if template is None else read_verified(self._path, self._manifest, template).decode("utf-8")
+                text = None if template is None else self._read_text(template)
                 data = read_verified(self._path, self._manifest, self._base.tokenizer)
                 self._tokenizer = Tokenizer(data, text, self._base)
             return self._tokenizer
+
+    def _read_text(self, path: str) -> str:
+        try:
+            return read_verified(self._path, self._manifest, path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{path}: byte {error.start} is not UTF-8; export the base again") from error
 
     def process_prompts(
         self,

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from adalink.export.architectures import ARCHITECTURES
-from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError, ContractError
+from adalink.runtime.errors import AdapterError, ConfigError, ContractError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
     SOFT_PROMPT_NAME,
@@ -26,6 +26,7 @@ from adalink.runtime.storage.adapter import (
     make_adapter,
     read_method,
 )
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import fingerprint_embeddings
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
@@ -117,8 +118,8 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
 def _read_fields(config_bytes: bytes, origin: str) -> dict[str, Any]:
     """All fields of ``adapter_config.json``; raises ``AdapterError``."""
     try:
-        return msgspec.json.decode(config_bytes, type=dict[str, Any])
-    except NOT_JSON as error:  # a number beyond float64 in a field that the method's name does not need
+        return decode_json(config_bytes, dict[str, Any])
+    except msgspec.DecodeError as error:  # a number beyond float64 in a field that the method's name does not need
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
 
 

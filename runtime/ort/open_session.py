@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.ort.errors import guard
 
@@ -38,7 +38,7 @@ def open_session(
     """
 
     def begin() -> ort.InferenceSession:
-        settings = {"providers": list(providers)} if providers else {}
+        settings: dict[str, Any] = {"providers": list(providers)} if providers else {}
         # On the CPU alone there is nothing to fall back to, and ONNX Runtime would print that it tries.
         settings |= {"enable_fallback": 0} if tuple(providers) == (CPU_PROVIDER,) else {}
         session = runtime.InferenceSession(model, options, **settings)

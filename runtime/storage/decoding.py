@@ -7,6 +7,7 @@ thousands of digits. No other module of the kit decodes the JSON or TOML of a fi
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date, datetime, time
 from typing import TypeVar
 
 import msgspec
@@ -34,7 +35,24 @@ def decode_toml(text: bytes | str, kind: type[T]) -> T:
     Raises:
         ImportError: Python 3.10 has no parser of TOML, and ``tomli`` is not installed.
     """
-    return _decode(lambda: msgspec.toml.decode(text, type=kind))
+
+    def decode() -> T:
+        values = msgspec.toml.decode(text)
+        _check_integers(values)
+        return msgspec.convert(values, kind, builtin_types=(datetime, date, time), str_keys=True)
+
+    return _decode(decode)
+
+
+def _check_integers(values: object) -> None:
+    """Refuse integers of more than 64 bits, which JSON refuses too; Python reads hexadecimal ones of any length."""
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+            raise msgspec.DecodeError("it holds an integer of more than 64 bits")
 
 
 def _decode(decode: Callable[[], T]) -> T:
@@ -44,7 +62,7 @@ def _decode(decode: Callable[[], T]) -> T:
         raise
     except RecursionError as error:
         raise msgspec.DecodeError("its values are nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise msgspec.DecodeError(f"byte {error.start} is not UTF-8") from error
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise msgspec.DecodeError(f"byte or character {error.start} is not UTF-8") from error
     except ValueError as error:  # Python converts no number of thousands of digits
         raise msgspec.DecodeError(f"it holds a number that cannot be read: {error}") from error

@@ -12,6 +12,7 @@ import msgspec
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.request import check_text
+from adalink.runtime.storage.decoding import decode_json
 
 # One message, such as {"role": "user", "content": "Hello"}.
 Message = Mapping[str, Any]
@@ -184,8 +185,8 @@ def _with_parsed_arguments(message: dict[str, Any], name: str) -> dict[str, Any]
         function = call.get("function", call)
         if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
             try:
-                function["arguments"] = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-            except (msgspec.DecodeError, RecursionError) as error:
+                function["arguments"] = decode_json(arguments or "{}", dict[str, Any])
+            except msgspec.DecodeError as error:
                 raise RequestError(f"{name}.tool_calls: arguments are {arguments!r:.80}, expected an object") from error
     return message
 
