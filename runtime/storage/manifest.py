@@ -124,6 +124,8 @@ class Base(_Strict, frozen=True, kw_only=True):
         bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: the vision section; ``None`` for a text-only base.
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
+        unused_tensors: tensors and files of the checkpoint that are left out on purpose, such as a classifier, with
+            ``*`` for the number of a layer; empty also in deployments of older kits, which did not look.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     vision: Vision | None = None
     bidirectional_prompt: bool = False
     weights_digest: str = ""
+    unused_tensors: tuple[str, ...] = ()
 
     @property
     def takes_soft_prompts(self) -> bool:

@@ -52,6 +52,7 @@ class Reference:
         from adalink.training.models.loading import base_fingerprint, display_name, load_base, weights_digest
 
         self.base = base
+        self._spec = spec
         self._model = load_base(spec)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
         for field, digest in digests.items():
@@ -68,6 +69,14 @@ class Reference:
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
+
+    def check_files(self) -> Check | None:
+        """Check that the model is, tensor by tensor, what the checkpoint's files hold; ``None`` for a GGUF file."""
+        from adalink.tools.parity.check_checkpoint import check_checkpoint
+        from adalink.training.models.loading import checkpoint_folder
+
+        folder = checkpoint_folder(self._spec)
+        return None if folder is None else check_checkpoint(folder, self._model)
 
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:

@@ -29,7 +29,9 @@ _QUANTIZED = re.compile(
 )
 _LAYER = re.compile(r"^(.*(?:^|\.)(?:layers?|h|blocks?))\.(\d+)\.")
 # Heads that checkpoints have beside what the engine computes: of classes for other purposes, and of PPO.
-_HEAD = re.compile(r"^(\w*head|\w*classifier|\w*_outputs|cls|score|pooler|vocab_\w+|sequence_summary|seq_relationship)\.")
+_HEAD = re.compile(
+    r"^(\w*head|\w*classifier|\w*_outputs|cls|score|pooler|vocab_\w+|sequence_summary|seq_relationship)\."
+)
 # Tensors that the published T5 checkpoints have, and that no implementation of it reads.
 _NEVER_READ = re.compile(r"(^|\.)EncDecAttention\.relative_attention_bias\.weight$")
 
