@@ -288,9 +288,7 @@ def test_git_lfs_pointers(tmp_path: Path, name: str) -> None:
         (tmp_path / file).write_bytes(data)
     read_adapter(tmp_path)
     (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 300000\n")
-    with pytest.raises(
-        AdapterError, match=rf"{name} is a Git LFS pointer of 131 bytes .* of 300000 bytes.*git lfs pull"
-    ):
+    with pytest.raises(AdapterError, match=rf"{name} is a Git LFS pointer of 131 bytes .* of 300000 .*git lfs pull"):
         read_adapter(tmp_path)
 
 

@@ -68,9 +68,7 @@ def test_pickled_shards_beside_a_safetensors_file(single):
     torch.save({}, single / "pytorch_model-00001-of-00001.bin")
     weight_map = {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}
     (single / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    with pytest.raises(
-        ModelError, match=r"neither model.safetensors nor .*pytorch_model-00001.*is pickled.*never loaded"
-    ):
+    with pytest.raises(ModelError, match=r"neither model.safetensors nor .*pytorch_model-00001.*never loaded"):
         load_base(single)
 
 
@@ -106,9 +104,7 @@ def test_git_lfs_pointers(single, name):
     make_tokenizer().save_pretrained(single)
     (single / name).write_text(POINTER)
     for load in (load_base, load_tokenizer):
-        with pytest.raises(
-            ModelError, match=rf"{name} is a Git LFS pointer of 134 bytes .* of 538090408 bytes.*lfs pull"
-        ):
+        with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer of 134 bytes .* of 538090408 .*lfs pull"):
             load(single)
 
 
@@ -172,7 +168,7 @@ def test_hub_ids_are_accounted_for_too(single, tmp_path, monkeypatch):
     hub(tmp_path, monkeypatch, single)
     assert load_checkpoint("org/name").unused_tensors == ()
     save_file(load_file(path) | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1)}, path)
-    with pytest.raises(ModelError, match="org/name.*merge it"):
+    with pytest.raises(ModelError, match=r"org/name.*merge it"):
         load_base("org/name")
 
 
