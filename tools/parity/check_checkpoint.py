@@ -24,14 +24,16 @@ _INDEX = "model.safetensors.index.json"
 _SHOWN = 5
 _DTYPES = {
     **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
     **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
 }
 # Parts that no output of a base depends on: heads of other purposes, if the model has no module of that name, and
 # tensors of T5 that no implementation reads.
 _HEADS = re.compile(
-    r"^((?:\w+\.)?pooler|(v|value|reward|rank|qa|lm|score|classification|regression)_head|(pre_)?classifier|score|cls|"
-    r"qa_outputs|vocab_(transform|layer_norm|projector)|seq_relationship|sequence_summary|summary)\."
+    r"^((?:\w+\.)?pooler|\w*head|\w*classifier|score|cls|\w+_outputs|vocab_(?:transform|layer_norm|projector)|"
+    r"seq_relationship|sequence_summary)\."
 )
+_LAYER_NUMBER = re.compile(r"(?<=[.])[0-9]+(?=[.])")
 _UNREAD = re.compile(r"EncDecAttention\.relative_attention_bias\.weight$")
 
 Array = npt.NDArray[Any]
@@ -87,9 +89,7 @@ def _as_check(unplaced: list[str], made_up: list[str], left_out: list[str]) -> C
     if made_up:
         parts.append(f"in the model but not in the files: {_shown(made_up)}")
     if left_out:
-        parts.append(
-            f"left out on purpose: {_shown(sorted({re.sub(r'[.][0-9]+[.]', '.*.', name) for name in left_out}))}"
-        )
+        parts.append(f"left out on purpose: {_shown(sorted({_LAYER_NUMBER.sub('*', name) for name in left_out}))}")
     detail = "; ".join(parts) or "every tensor of the files is in the model"
     return at_most(NAME, len(unplaced) + len(made_up), 0, f"tensors of files and model by value: {detail}")
 
@@ -130,6 +130,8 @@ def _is_spare(name: str, values: Array, model: Any, buffers: dict[str, Array]) -
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Array]]:
     """Names and values of all tensors of the checkpoint, as float32."""
+    import ml_dtypes  # noqa: F401  # registers the names of 8-bit floats
+
     for file in _files(folder):
         try:
             data = np.memmap(file, np.uint8, "r")
@@ -144,8 +146,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Array]]:
                 yield name, np.asarray(values.reshape(entry["shape"]), np.float32)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{file.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; expected "
-                f"tensors of {', '.join(_DTYPES)}"
+                f"{file.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; download "
+                "it again"
             ) from error
 
 
