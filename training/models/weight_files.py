@@ -54,8 +54,8 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         if settings := _field(config, field):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
             raise ModelError(
-                f"base model {name}: config.json has a {field} (quant_method {method!r}): its weights are quantised and "
-                "would not be loaded exactly; export the original checkpoint, with --quantize if it shall be small"
+                f"base model {name}: config.json has a {field} (quant_method {method!r}): its weights are quantised "
+                "and would not be loaded exactly; export the original checkpoint, with --quantize if it shall be small"
             )
     paths = _weight_paths(folder, name, config)
     tensors: dict[str, Path] = {}
@@ -85,8 +85,8 @@ def check_pointers(path: Path, name: str) -> None:
 def refuse_adapter(name: str) -> NoReturn:
     """Raise the ``ModelError`` of a checkpoint with an adapter beside its weights."""
     raise ModelError(
-        f"base model {name}: {ADAPTER_CONFIG} lies beside its weights, of an adapter that transformers would apply where "
-        "peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new folder), or "
+        f"base model {name}: {ADAPTER_CONFIG} lies beside its weights, of an adapter that transformers would apply "
+        "where peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new folder), or "
         "move the adapter's files away"
     )
 
@@ -113,7 +113,7 @@ def _weight_paths(folder: Path, name: str, config: dict[str, Any]) -> list[Path]
         hint = f"; {pickled[0]} is pickled, which can run code, and is never loaded" if pickled else ""
         named = ", ".join(file for file in files if file.endswith(".safetensors"))
         raise ModelError(
-            f"base model {name}: its folder has neither {WEIGHTS_FILE} nor {INDEX_FILE} (it has {named or 'no weights'})"
+            f"base model {name}: its folder has neither {WEIGHTS_FILE} nor {INDEX_FILE}, but {named or 'no weights'}"
             f"{hint}; save it with save_pretrained(folder), or rename the file that holds the model"
         )
     if missing := [path.name for path in paths if not path.is_file()]:
@@ -175,8 +175,8 @@ def _tensor_names(path: Path, name: str) -> set[str]:
             return set(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
-            f"base model {name}: {path.name} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
-            "download it again"
+            f"base model {name}: {path.name} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}"
+            "; download it again"
         ) from error
 
 
