@@ -146,8 +146,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Array]]:
                 yield name, np.asarray(values.reshape(entry["shape"]), np.float32)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{file.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; download "
-                "it again"
+                f"{file.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; "
+                "download it again"
             ) from error
 
 

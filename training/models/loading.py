@@ -130,8 +130,6 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = _find(spec)
-    if Path(source.origin).is_dir():
-        check_pointers(Path(source.origin), display_name(spec))
     try:
         return AutoTokenizer.from_pretrained(source.origin, **source.options())
     except Exception as error:  # as in load_base
@@ -251,6 +249,7 @@ def _find(spec: str | Path) -> _Source:
 
 
 def _find_in_folder(folder: Path) -> _Source:
+    check_pointers(folder, display_name(folder))
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     ggufs = [name for name in files if name.endswith(".gguf")]
     if "config.json" in files and any(name.endswith(".safetensors") or name == INDEX_FILE for name in files):

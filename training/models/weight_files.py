@@ -43,10 +43,9 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         name: display name of the model, for errors.
 
     Raises:
-        ModelError: a file is a Git LFS pointer, missing, truncated, pickled or outside the folder, an adapter lies
-            beside the weights, or the weights are quantised.
+        ModelError: a file is missing, truncated, pickled or outside the folder, an adapter lies beside the weights,
+            or the weights are quantised.
     """
-    check_pointers(folder, name)
     if (folder / ADAPTER_CONFIG).exists():
         refuse_adapter(name)
     config = _read_json(folder / "config.json", name)
@@ -86,8 +85,8 @@ def refuse_adapter(name: str) -> NoReturn:
     """Raise the ``ModelError`` of a checkpoint with an adapter beside its weights."""
     raise ModelError(
         f"base model {name}: {ADAPTER_CONFIG} lies beside its weights, of an adapter that transformers would apply "
-        "where peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new folder), or "
-        "move the adapter's files away"
+        "where peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new "
+        "folder), or move the adapter's files away"
     )
 
 
