@@ -85,7 +85,7 @@ def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mappin
                 refused.append(tensor)
     if refused:
         raise ModelError(f"base model {name}: {_refusal(refused, model)}")
-    _check_ties(model, name)
+    _check_ties(model, files.has_own_head, name)
     poolers = [tensor for tensor in files.tensors if f".{_POOLER}." in f".{tensor}"]
     return compact_names([*left, *poolers, *files.others])
 
@@ -202,14 +202,19 @@ def _is_further_layer(tensor: str, model: PreTrainedModel) -> bool:
     return False
 
 
-def _check_ties(model: PreTrainedModel, name: str) -> None:
-    """Refuse a checkpoint whose matrices differ although the config ties them; raises ``ModelError``."""
+def _check_ties(model: PreTrainedModel, has_own_head: bool, name: str) -> None:
+    """Refuse a checkpoint whose matrices differ although the config ties them; raises ``ModelError``.
+
+    The class of T5 ties its head in any case, and lets go of it where both matrices are in the files: theirs is said by
+    ``has_own_head``.
+    """
+    head = getattr(model.get_output_embeddings(), "weight", None) if has_own_head else None
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         try:
             tied = model.get_parameter(target), model.get_parameter(source)
         except AttributeError:
             continue
-        if tied[0] is not tied[1]:
+        if tied[0] is not tied[1] and not any(parameter is head for parameter in tied):
             raise ModelError(
                 f"base model {name}: config.json ties {target!r} to {source!r}, but the checkpoint holds both with "
                 "different values; set tie_word_embeddings to false if both are the model's, else remove one"

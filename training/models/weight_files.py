@@ -29,10 +29,12 @@ class WeightFiles:
     Attributes:
         tensors: path of the file of each tensor.
         others: weight files that no tensor is taken from, relative to the folder.
+        has_own_head: whether ``config.json`` says that the head has a matrix of its own.
     """
 
     tensors: dict[str, Path]
     others: tuple[str, ...] = ()
+    has_own_head: bool = False
 
 
 def find_weight_files(folder: Path, name: str) -> WeightFiles:
@@ -71,7 +73,9 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         for path in sorted((*folder.glob("*.safetensors"), *_module_files(folder)))
         if path not in paths
     )
-    return WeightFiles(tensors, others)
+    parts = (config, config.get("text_config"))
+    has_own_head = any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
+    return WeightFiles(tensors, others, has_own_head)
 
 
 def check_pointers(path: Path, name: str) -> None:

@@ -176,7 +176,7 @@ def test_a_pickle_of_a_hub_id_is_never_loaded(single, tmp_path, monkeypatch):
     torch.save(load_file(single / "model.safetensors"), single / "pytorch_model.bin")
     (single / "model.safetensors").unlink()
     snapshot = hub(tmp_path, monkeypatch, single)
-    with pytest.raises(ModelError, match="org/name: transformers cannot load it"):
+    with pytest.raises(ModelError, match=r"org/name: .*transformers cannot load it"):
         load_base("org/name")
     from transformers import AutoModelForCausalLM
 
