@@ -39,6 +39,14 @@ _UNREAD = re.compile(r"EncDecAttention\.relative_attention_bias\.weight$")
 Array = npt.NDArray[Any]
 
 
+def check_files(spec: str | Path, model: Any) -> list[Check]:
+    """Check the files of a base, as ``check_checkpoint``; a GGUF file has no safetensors, and no such check."""
+    from adalink.training.models.loading import checkpoint_folder
+
+    folder = checkpoint_folder(spec)
+    return [] if folder is None else [check_checkpoint(folder, model)]
+
+
 def check_checkpoint(folder: Path, model: Any) -> Check:
     """Compare the safetensors of a checkpoint with the model that was loaded from it.
 

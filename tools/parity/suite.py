@@ -108,9 +108,7 @@ def verify(
         reference = Reference(against, deployment.manifest.base)
         report = Report()
         _check_adapters(report, deployment, sources, progress)
-        progress("every tensor of the checkpoint's files")
-        if (check := reference.check_files()) is not None:
-            report.checks.append(check)
+        report.checks += reference.file_checks
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         inputs = collect_inputs(report, deployment, reference, against, quick, progress)

@@ -60,6 +60,11 @@ def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mappin
     Raises:
         ModelError: a tensor belongs to a layer and is not used, or matrices that the config ties differ.
     """
+    if mismatched := sorted(str(key[0]) for key in info.get("mismatched_keys", ())):
+        raise ModelError(
+            f"base model {name}: {len(mismatched)} weights have another shape than config.json says, the first "
+            f"{mismatched[0]!r}: correct config.json, or download the checkpoint again"
+        )
     account, unexpected = _claim_by_name(files, model, info, name)
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}

@@ -94,9 +94,30 @@ def refuse_adapter(name: str) -> NoReturn:
     )
 
 
-def shard_names(index: Path, name: str) -> list[str]:
-    """Names of the weight files in an index; raises ``ModelError`` if one is pickled or outside its folder."""
-    return sorted(set(_weight_map(index, name).values()))
+def fetch_weights(hub_id: str) -> Path | None:
+    """Fetch config and weights of a hub id; returns their folder in the cache, ``None`` if they cannot be had.
+
+    Raises:
+        ModelError: it has an adapter beside its weights, or its index names a file that is pickled or outside.
+    """
+    if _fetch(hub_id, ADAPTER_CONFIG) is not None:
+        refuse_adapter(hub_id)
+    config, weights = _fetch(hub_id, "config.json"), _fetch(hub_id, WEIGHTS_FILE)
+    if weights is None and (weights := _fetch(hub_id, INDEX_FILE)) is not None:
+        for shard in sorted(set(_weight_map(weights, hub_id).values())):
+            _fetch(hub_id, shard)
+    return None if config is None or weights is None else config.parent
+
+
+def _fetch(hub_id: str, file: str) -> Path | None:
+    """A file of a hub id, from the cache or the network; ``None`` if it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(hub_id, file))
+    except (HfHubHTTPError, HFValidationError, OSError):  # transformers then says what is wrong
+        return None
 
 
 def _weight_paths(folder: Path, name: str, config: dict[str, Any]) -> list[Path]:

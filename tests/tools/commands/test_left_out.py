@@ -1,4 +1,4 @@
-"""What a base leaves out of its checkpoint, from the shell's side; and checkpoints that are refused, with exit code 2."""
+"""What a base leaves out of its checkpoint, from the shell's side; checkpoints that are refused end with code 2."""
 
 from __future__ import annotations
 

@@ -109,4 +109,4 @@ def test_heads_and_constants_are_named(tmp_path):
     plant(tmp_path, head | {"embeddings.position_ids": torch.arange(64)[None]})
     check = check_checkpoint(tmp_path, loading.load_base(tmp_path))
     assert check.passed
-    assert "left out on purpose: classifier.weight, cls.predictions.bias, embeddings.position_ids" in check.detail
+    assert check.detail.endswith("left out on purpose: classifier.weight, cls.predictions.bias")
