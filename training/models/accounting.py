@@ -133,7 +133,9 @@ def _claim_by_value(account: _Account, info: Mapping[str, Any], read: Any) -> li
     unknown = []
     for tensor in account.left:
         values = read(tensor)
-        key = next((key for key, value in free.items() if _is_same(values, value)), None)
+        tail = ".".join(tensor.split(".")[-4:])  # the number of the layer in it: most names keep it
+        keys = sorted((key for key in free if free[key].shape == values.shape), key=lambda key: not key.endswith(tail))
+        key = next((key for key in keys if _is_same(values, free[key])), None)
         if key is None:
             unknown.append((tensor, values.numel()))
         else:
@@ -150,10 +152,8 @@ def _is_same(stored: torch.Tensor, loaded: torch.Tensor) -> bool:
     """Whether a stored tensor, rounded to the dtype of a loaded one, is the same bit by bit."""
     import torch
 
-    if stored.shape != loaded.shape:
-        return False
-    rounded = stored.to(loaded.dtype)
-    return torch.equal(rounded, loaded) or torch.equal(rounded.view(torch.uint8), loaded.view(torch.uint8))
+    rounded, loaded = stored.to(loaded.dtype).reshape(-1), loaded.reshape(-1)
+    return torch.equal(rounded, loaded) or torch.equal(rounded.view(torch.uint8), loaded.view(torch.uint8))  # NaN
 
 
 def _is_head(tensor: str, model: PreTrainedModel) -> bool:
