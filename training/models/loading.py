@@ -14,6 +14,7 @@ from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
 from adalink.training.models.accounting import account_for_tensors
 from adalink.training.models.weight_files import (
+    ADAPTER_CONFIG,
     INDEX_FILE,
     PICKLED_SUFFIXES,
     WeightFiles,
@@ -61,7 +62,7 @@ class Checkpoint:
 
 
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
-    """Load a base model in eval mode, on the CPU; as ``load_checkpoint``, the model alone."""
+    """Load a base model in eval mode, on the CPU: the model of ``load_checkpoint``; raises ``ModelError`` as it does."""
     return load_checkpoint(spec, dtype=dtype).model
 
 
@@ -104,6 +105,8 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
             f"base model {display_name(spec)}: {what}transformers cannot load it: {type(error).__name__}: {error}. "
             "Expected a supported architecture with safetensors or GGUF weights"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        refuse_adapter(display_name(spec))
     unused = [] if source.gguf_file else _account(source, files, model, info, display_name(spec))
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
@@ -276,12 +279,13 @@ def _account(
     files = files or _weight_files(source, name)
     if files is None:
         raise ModelError(f"base model {name}: its weight files are not in the hub's cache; load it from a local folder")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        refuse_adapter(name)
     return account_for_tensors(files, model, info, name)
 
 
 def _weight_files(source: _Source, name: str) -> WeightFiles | None:
+    """Checked weight files of a base; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
+    if (Path(source.origin) / ADAPTER_CONFIG).exists():  # which transformers attaches to a GGUF file as well
+        refuse_adapter(name)
     folder = _weights_folder(source)
     return None if folder is None else find_weight_files(folder, name)
 

@@ -48,7 +48,7 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         ModelError: a file is missing, truncated, pickled or outside the folder, an adapter lies beside the weights,
             or the weights are quantised.
     """
-    if (folder / ADAPTER_CONFIG).exists():
+    if (folder / ADAPTER_CONFIG).exists():  # also in the cache of a hub id
         refuse_adapter(name)
     config = _read_json(folder / "config.json", name)
     for field in _QUANTIZATION_FIELDS:

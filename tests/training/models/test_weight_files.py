@@ -123,6 +123,13 @@ def test_an_adapter_beside_the_weights(single):
         load_base(single)
 
 
+def test_an_adapter_beside_a_gguf_file(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"model a: adapter_config.json lies beside its weights"):
+        load_base(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors"])
 @pytest.mark.parametrize("is_nested", [False, True])
 def test_quantised_checkpoints(single, method, is_nested):
