@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
-    """Load a base model in eval mode, on the CPU: the model of ``load_checkpoint``; raises ``ModelError`` as it does."""
+    """The model of ``load_checkpoint``, in eval mode, on the CPU; raises ``ModelError`` as it does."""
     return load_checkpoint(spec, dtype=dtype).model
 
 
