@@ -87,7 +87,7 @@ def export_base(
         base_fingerprint,
         display_name,
         find_image_processor,
-        load_base,
+        load_checkpoint,
         weights_digest,
     )
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
@@ -97,10 +97,14 @@ def export_base(
     progress = progress or (lambda line: None)
     if isinstance(model, (str, Path)):
         progress(f"loading {display_name(model)}")
-        loaded, name = load_base(model), display_name(model)
+        checkpoint, name = load_checkpoint(model), display_name(model)
+        loaded, unused = checkpoint.model, checkpoint.unused_tensors
+        if unused:
+            progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
     else:
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+        unused = ()
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
     if architecture.bidirectional_prompt and quantization is not None:
@@ -125,6 +129,7 @@ def export_base(
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
         base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
+        base = msgspec.structs.replace(base, unused_tensors=unused)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))

@@ -108,6 +108,8 @@ def base(
         "graph": variant.graph,
         "size_bytes": manifest.size_bytes(variant.files),
     }
+    if manifest.base.unused_tensors:
+        result["unused_tensors"] = list(manifest.base.unused_tensors)
     if vision is not None:
         result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
     if as_json:
@@ -123,6 +125,8 @@ def base(
             f"positions {_unit(vision)}"
         )
     click.echo(f"  fingerprint {manifest.base.fingerprint}")
+    if manifest.base.unused_tensors:
+        click.echo(f"  left out of the checkpoint: {', '.join(manifest.base.unused_tensors)}")
 
 
 def _unit(vision: Vision) -> str:

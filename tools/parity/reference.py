@@ -19,6 +19,7 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base
+from adalink.tools.parity.check_checkpoint import check_files
 from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
@@ -40,6 +41,7 @@ class Reference:
 
     Attributes:
         base: the contract of the deployment it is compared with.
+        file_checks: the checkpoint's files, compared with the model that was loaded from them.
     """
 
     def __init__(self, spec: str | Path, base: Base) -> None:
@@ -53,6 +55,7 @@ class Reference:
 
         self.base = base
         self._model = load_base(spec)
+        self.file_checks = check_files(spec, self._model)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
         for field, digest in digests.items():
             exported = getattr(base, field)

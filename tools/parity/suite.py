@@ -108,6 +108,7 @@ def verify(
         reference = Reference(against, deployment.manifest.base)
         report = Report()
         _check_adapters(report, deployment, sources, progress)
+        report.checks += reference.file_checks
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         inputs = collect_inputs(report, deployment, reference, against, quick, progress)
