@@ -11,6 +11,7 @@ import click
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
+from adalink.tools.common.options import assume_pretokenizer_option
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Vision
@@ -58,6 +59,7 @@ command.add_command(engine)
 @click.option(
     "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
 )
+@assume_pretokenizer_option
 @click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def base(
@@ -67,6 +69,7 @@ def base(
     target: str,
     quantization: str | None,
     modalities: tuple[str, ...],
+    assume_pretokenizer: str | None,
     replace: bool,
     as_json: bool,
 ) -> None:
@@ -84,8 +87,12 @@ def base(
     """  # noqa: D301
     from adalink.export.base.export import export_base
     from adalink.tools.common.quiet import quiet_libraries
+    from adalink.training.models.loading import load_tokenizer
 
     with quiet_libraries():
+        assumed = None  # the checkpoint brings its own
+        if assume_pretokenizer is not None:
+            assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
         manifest = export_base(
             model,
             out,
@@ -94,6 +101,7 @@ def base(
             quantization=quantization,
             modalities=("text", *modalities),
             replace=replace,
+            tokenizer=assumed,
             progress=say,
         )
     variant = manifest.variants[quantization or target]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import DataError
-from adalink.tools.common.options import make_options
+from adalink.tools.common.options import assume_pretokenizer_option, make_options
 from adalink.tools.common.report_file import ReportFile, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class VerifyCommand:
     text_file: Path | None
     max_perplexity_increase: float | None
     task_rows: tuple[str, ...]
+    assume_pretokenizer: str | None
     json_file: Path | None
 
 
@@ -68,6 +69,7 @@ class VerifyCommand:
     metavar="NAME=FILE",
     help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
 )
+@assume_pretokenizer_option
 @click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
 def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
@@ -108,6 +110,7 @@ def verify_deployment(arguments: VerifyCommand) -> None:
             text=None if arguments.text_file is None else _read_text(arguments.text_file),
             max_perplexity_increase=arguments.max_perplexity_increase,
             task_rows=_parse_pairs(arguments.task_rows, "--rows", "NAME=FILE"),
+            assume_pretokenizer=arguments.assume_pretokenizer,
         )
         report = verify(
             arguments.deployment,

@@ -18,6 +18,7 @@ from adalink.tools.parity.check_vision import (
     make_image_prompts,
     reference_processor,
 )
+from adalink.tools.parity.gguf_tokens import PROBES
 from adalink.tools.parity.pairs import Pairs, collect_pairs
 from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
 from adalink.tools.parity.reference import Reference
@@ -59,7 +60,7 @@ def collect_inputs(
     Raises:
         RequestError: the model takes no prompt before the generated tokens.
     """
-    prompts, rows = _encode_prompts(report, deployment, reference, against, quick)
+    prompts, rows = _encode_prompts(report, deployment, reference, quick)
     texts = None
     if prompts is not None and deployment.manifest.base.kind != "encoder":
         texts = sorted(prompts, key=len)[:_GENERATIONS]
@@ -71,7 +72,7 @@ def collect_inputs(
 
 
 def _encode_prompts(
-    report: Report, deployment: Deployment, reference: Reference, against: str, quick: bool
+    report: Report, deployment: Deployment, reference: Reference, quick: bool
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids by the model's tokenizer; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
@@ -88,13 +89,16 @@ def _encode_prompts(
     if encode is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
-    from adalink.training.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(against)
+    tokenizer = reference.tokenizer
     rows = [reference.prompt_ids(tokenizer, text) for text in prompts]
-    differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
-    detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
+    texts = (*prompts, *PROBES)
+    differing = [index for index, text in enumerate(texts) if encode(text) != reference.prompt_ids(tokenizer, text)]
+    detail = f"of {len(texts)} texts; differing: {differing or 'none'}"
     report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
+    if (tokens := reference.gguf_tokens) is not None:
+        differing = [index for index, text in enumerate(texts) if encode(text) != tokens.encode(text)]
+        detail = f"of {len(texts)} texts differ from llama.cpp's rules ({tokens.kind}): {differing or 'none'}"
+        report.checks.append(at_most("base/gguf-tokens", len(differing), 0, detail))
     return prompts, rows
 
 

@@ -10,6 +10,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base
 from adalink.tools.parity.check_checkpoint import check_files
+from adalink.tools.parity.gguf_tokens import GgufTokens
 from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
@@ -44,7 +46,7 @@ class Reference:
         file_checks: the checkpoint's files, compared with the model that was loaded from them.
     """
 
-    def __init__(self, spec: str | Path, base: Base) -> None:
+    def __init__(self, spec: str | Path, base: Base, assume_pretokenizer: str | None = None) -> None:
         """Load the checkpoint twice, in float32 and in float64.
 
         Raises:
@@ -54,6 +56,7 @@ class Reference:
         from adalink.training.models.loading import base_fingerprint, display_name, load_base, weights_digest
 
         self.base = base
+        self._spec, self._assumed = spec, assume_pretokenizer
         self._model = load_base(spec)
         self.file_checks = check_files(spec, self._model)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
@@ -71,6 +74,22 @@ class Reference:
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer; raises ``ModelError``."""
+        from adalink.training.models.loading import load_tokenizer
+
+        return load_tokenizer(self._spec, assume_pretokenizer=self._assumed)
+
+    @cached_property
+    def gguf_tokens(self) -> GgufTokens | None:
+        """Tokens by llama.cpp's rules; ``None`` for a checkpoint that is no GGUF file with byte-level BPE."""
+        from adalink.training.models.loading import gguf_file
+
+        path = gguf_file(self._spec)
+        tokens = None if path is None else GgufTokens(path, self._assumed)
+        return tokens if tokens is not None and tokens.kind is not None else None
 
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:

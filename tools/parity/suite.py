@@ -17,6 +17,7 @@ from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_verified
+from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.environment import available_cores
 from adalink.tools.parity.check_accuracy import measure_accuracy
@@ -59,6 +60,7 @@ class VerifyOptions:
         text: text to measure the cost of quantising on; the prompts by default.
         max_perplexity_increase: limit on the perplexity of a quantised base, in percent of float32's.
         task_rows: JSONL files of prompts and completions by task, for exact match with a quantised base.
+        assume_pretokenizer: see ``load_tokenizer``.
     """
 
     backend: str = "onnxruntime-cpu"
@@ -68,6 +70,7 @@ class VerifyOptions:
     text: str | None = None
     max_perplexity_increase: float | None = None
     task_rows: Mapping[str, Path] = field(default_factory=dict)
+    assume_pretokenizer: str | None = None
 
 
 def verify(
@@ -105,7 +108,7 @@ def verify(
         tested = _read_task_rows(deployment, form, options.task_rows)
         sources = {name: read_adapter(folder) for name, folder in folders.items()}
         progress(f"loading {deployment.manifest.base.name} in PyTorch, float32 and float64")
-        reference = Reference(against, deployment.manifest.base)
+        reference = Reference(against, deployment.manifest.base, options.assume_pretokenizer)
         report = Report()
         _check_adapters(report, deployment, sources, progress)
         report.checks += reference.file_checks
@@ -132,7 +135,7 @@ def verify(
                 report.checks.append(check_cost(report.cost, options.max_perplexity_increase))
             for name, examples in tested.items():
                 report.cost[f"exact match of {name}"] = measure_accuracy(
-                    deployment, reference, against, name, folders[name], examples, progress
+                    deployment, reference, name, folders[name], examples, progress
                 )
         progress(f"switching between {len(deployment.tasks)} tasks in fresh processes")
         checks, report.receipt = check_swaps(deployment, backend, form, threads, inputs.rows[0])
@@ -195,7 +198,8 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
     for name, adapter in sources.items():
         progress(f"task {name}: every row of the vocabulary, every weight")
         task, dtype = manifest.tasks[name], manifest.base.embedding_dtype
-        report.checks.append(check_contract(name, task, adapter))
+        digest = deployed_tokenizer_digest(deployment.path, manifest)
+        report.checks.append(check_contract(name, task, adapter, digest))
         graph = read_verified(deployment.path, manifest, task.graph)
         ways = {"bank": through_bank(deployment, name), "graph": through_graph(graph, adapter.config, dtype)}
         for way, adapt in ways.items():

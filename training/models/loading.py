@@ -88,7 +88,8 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source = _find(spec)
-    gguf = None if source.gguf_file is None else CheckedGguf(Path(source.origin) / source.gguf_file)
+    path = gguf_file(spec)
+    gguf = None if path is None else CheckedGguf(path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     files = _weight_files(source, display_name(spec))
     try:
@@ -166,6 +167,12 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
             "Expected tokenizer.json beside the weights, or a GGUF file that carries one"
         ) from error
+
+
+def gguf_file(spec: str | Path) -> Path | None:
+    """The GGUF file that a base is loaded from; ``None`` for another kind. Raises ``ModelError`` as ``load_base``."""
+    source = _find(spec)
+    return None if source.gguf_file is None else Path(source.origin) / source.gguf_file
 
 
 def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
