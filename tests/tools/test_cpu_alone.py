@@ -44,8 +44,8 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
     (root / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "task": "alpha"}\n')
     rows = root / "rows.jsonl"
     return {
-        "run": ["run", folder, "Hello", "--task", "alpha", "--max-new-tokens", "2"],
-        "run jsonl": ["run", folder, "--jsonl", rows, "--max-new-tokens", "2"],
+        "run": ["run", folder, "Hello", "--task", "alpha", "--max-new-tokens", "2", "--threads", "1"],
+        "run jsonl": ["run", folder, "--jsonl", rows, "--max-new-tokens", "2", "--threads", "1"],
         "inspect deployment": ["inspect", folder],
         "inspect adapter": ["inspect", adapter],
         "inspect model": ["inspect", model],
