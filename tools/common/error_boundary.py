@@ -19,11 +19,16 @@ _EXTRAS = {
     "onnx": "export",
     "onnxruntime": "cpu",
     "matplotlib": "study",
+    "ml_dtypes": "export",
     "optimum": "export",
     "peft": "study",
     "torch": "export",
     "transformers": "export",
 }
+# Verb -> the extra that brings all it needs.
+_EXTRA_OF_VERB = {"train": "train", "verify": "cpu,export,train"}
+# Modules of the kit and of its checkout: a missing one is a bug.
+_OURS = ("adalink", "benchmarks", "examples", "studies")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PIPE_CLOSED = 141  # what a shell gives a program that SIGPIPE ended
@@ -68,11 +73,12 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        if package in ("", *_OURS, *sys.stdlib_module_names):
             raise
+        verb = ctx.invoked_subcommand or ctx.info_name or ""
+        extra = _EXTRA_OF_VERB.get(verb, _EXTRAS.get(package, "cpu,export,train"))
         raise UserError(
-            f"'{ctx.invoked_subcommand or ctx.info_name}' needs the package {package}, which is not installed: "
-            f"pip install 'adalink-kit[{_EXTRAS[package]}]'"
+            f"'{verb}' needs the package {package}, which is not installed: pip install 'adalink-kit[{extra}]'"
         ) from error
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)

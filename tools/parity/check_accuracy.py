@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.tools.common.environment import available_cores
-from adalink.tools.parity.reference import Reference, torch_threads
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.torch_threads import torch_threads
 
 if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow

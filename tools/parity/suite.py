@@ -38,8 +38,9 @@ from adalink.tools.parity.check_profile import check_decoder_profile_limits, che
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
 from adalink.tools.parity.inputs import ParityInputs, collect_inputs
-from adalink.tools.parity.reference import Reference, torch_threads
+from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, Report, at_most
+from adalink.tools.parity.torch_threads import torch_threads
 from adalink.tools.parity.unrounded_backend import ExactActivations
 
 if TYPE_CHECKING:
@@ -176,8 +177,14 @@ def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]
     _require_tasks(deployment, files)
     for name in files:
         task = deployment.manifest.tasks[name]
-        if task.input == "ids" or (task.soft_tokens and deployment.manifest.base.kind == "encoder-decoder"):
-            has = "a table of token ids" if task.input == "ids" else "a soft prompt before an encoder-decoder"
+        base, has = deployment.manifest.base, None
+        if task.input == "ids":
+            has = "a table of token ids"
+        elif task.soft_tokens and base.kind == "encoder-decoder":
+            has = "a soft prompt before an encoder-decoder"
+        elif base.vision is None and task.modalities != ("text",):
+            has = "weights for embeddings of other modalities"
+        if has is not None:
             raise RequestError(
                 f"exact match of {name} cannot be measured: it has {has}, which adalink.training does not attach; "
                 "leave its --rows out"
@@ -237,6 +244,7 @@ def _check_outputs(
     rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
     compared: dict[str | None, Comparison] = {}
     compared_images: dict[str | None, Comparison] = {}
+    compared_kinds: dict[tuple[str, str | None], Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     batches: list[Batch] = []
     if generator is not None and texts is not None:
@@ -255,20 +263,22 @@ def _check_outputs(
                     f"{label}/images", deployment, reference, task, image_prompts.rows, image_prompts
                 )
                 report.checks += compared_images[task].checks
-            if inputs.pairs is not None:
-                progress(f"{label}: outputs on {len(inputs.pairs.rows)} rows of several segments")
-                prefix, pairs = f"{label}/pairs", inputs.pairs
-                report.checks += compare_outputs(
-                    prefix, deployment, reference, task, pairs.rows, token_types=pairs.types
-                ).checks
+            for kind in inputs.labelled:
+                progress(f"{label}: outputs on {len(kind.rows)} rows: {kind.name}")
+                compared_kinds[kind.name, task] = compare_outputs(
+                    f"{label}/{kind.name}", deployment, reference, task, kind.rows, labels=kind.labels
+                )
+                report.checks += compared_kinds[kind.name, task].checks
             for batch in batches:
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
                 typical = (compared_images[task] if batch.has_images else comparison).typical["logits"]
                 report.checks += batch.check(label, task, reference, typical)
     for task in deployment.tasks:
-        modalities = deployment.manifest.tasks[task].modalities
-        if deployment.manifest.base.vision is None or "text" in modalities:
+        if takes_text := "text" in deployment.manifest.tasks[task].modalities:
             report.checks += check_control(task, compared[None], compared[task])
+        for kind in (kind for kind in inputs.labelled if takes_text or not kind.is_text):
+            base_output, output = compared_kinds[kind.name, None], compared_kinds[kind.name, task]
+            report.checks += check_control(f"{task}/{kind.name}", base_output, output)
         if compared_images:
             report.checks += check_control(f"{task}/images", compared_images[None], compared_images[task])
     progress("one batch of mixed tasks against single rows")
