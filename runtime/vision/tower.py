@@ -213,3 +213,8 @@ def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
             f"{vision.preprocessor} cuts pictures into tiles of {received}, the manifest has tokens for {expected} "
             "(their size, most in a row): export the base again"
         )
+    if steps.tiling is None and cut is None and steps.output_size != vision.image_size:
+        raise IntegrityError(
+            f"{vision.preprocessor} gives pictures of {steps.output_size or 'any size'}, the manifest says "
+            f"{vision.image_size}: export the base again"
+        )

@@ -18,6 +18,7 @@ from adalink.runtime.request import check_text
 from adalink.tools.common.options import is_given, make_options
 from adalink.tools.common.rows import PromptRow as PromptRow
 from adalink.tools.common.rows import read_rows as read_rows
+from adalink.tools.common.terminal_text import echo_generated
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -171,7 +172,7 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOpti
         if streaming:
             click.echo()
         else:
-            click.echo(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
+            echo_generated(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
 
 
 def _passed_options(settings: Container[str]) -> list[str]:
@@ -235,4 +236,4 @@ def _embed(deployment: Deployment, rows: list[PromptRow], ids: list[TokenIds]) -
 
 
 def _write(row: int, piece: str) -> None:
-    click.echo(piece, nl=False)
+    echo_generated(piece, nl=False)

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from adalink.tools.common.terminal_text import printable
+
 # Package that a command may find missing -> the extra that brings it.
 _EXTRAS = {
     "accelerate": "train",
@@ -33,6 +35,10 @@ class UserError(click.ClickException):
     """An error of the user's making: its message alone is shown, and the exit code is 2."""
 
     exit_code = 2
+
+    def format_message(self) -> str:
+        """The message as a terminal may show it."""
+        return printable(self.message)
 
 
 class BoundaryGroup(click.Group):
@@ -74,6 +80,9 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
             f"'{ctx.invoked_subcommand or ctx.info_name}' needs the package {package}, which is not installed: "
             f"pip install 'adalink-kit[{_EXTRAS[package]}]'"
         ) from error
+    except click.UsageError as error:  # it quotes what the command line says
+        error.message = printable(error.message)
+        raise
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         ctx.exit(130)
