@@ -23,8 +23,9 @@ class Receipt:
         builder_calls: builder calls of this process (`adalink.runtime.builds`).
         digests: digest of each file of the base, read from disk now.
         unchanged: whether they and the loaded tasks' equal the manifest's digests.
-        task_digests: digest of each file of each loaded task, read from disk now. Adapters of ``add_task`` lie outside
-            the deployment and are not among them.
+        task_digests: digest of each file of each loaded task, read from disk now. A task that another process has
+            removed or replaced since runs on as it was loaded: its files that are gone have the digest of that time.
+            Adapters of ``add_task`` lie outside the deployment and are not among them.
     """
 
     engine_builds: int
@@ -57,7 +58,9 @@ def make_receipt(
         IntegrityError: a file is gone, unreadable, or a link out of the deployment.
     """
     digests = _digests(folder, paths)
-    task_digests = _digests(folder, (path for files in (tasks or {}).values() for path in files))
+    loaded = [path for files in (tasks or {}).values() for path in files]
+    task_digests = {path: manifest.files[path].sha256 for path in loaded if not (folder / path).exists()}
+    task_digests |= _digests(folder, (path for path in loaded if path not in task_digests))
     unchanged = all(manifest.files[path].sha256 == digest for path, digest in (digests | task_digests).items())
     return Receipt(engine_builds, expected_builds, builder_calls(), digests, unchanged, task_digests)
 
