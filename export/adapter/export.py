@@ -27,7 +27,7 @@ from adalink.runtime.storage.adapter import (
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.embedding_table import open_table
-from adalink.runtime.storage.integrity import read_verified, verify_files
+from adalink.runtime.storage.integrity import read_graph, verify_files
 from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
@@ -171,7 +171,7 @@ class _Exporter:
 
     def _bank_graph(self, activation_key: str) -> OpenGraph:
         if activation_key not in self._bank_graphs:
-            data = read_verified(self._writer.folder, self._manifest, self._manifest.base.bank[activation_key])
+            data = read_graph(self._writer.folder, self._manifest, self._manifest.base.bank[activation_key])
             self._bank_graphs[activation_key] = OpenGraph(data, self._dtype)
         return self._bank_graphs[activation_key]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adalink.runtime.errors import IntegrityError
 from adalink.runtime.storage.digest import digest_bytes, digest_stream
+from adalink.runtime.storage.graph_files import check_graph_files
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.mmap import Bytes, map_file
 from adalink.runtime.storage.stamp import Stamp, is_settled, open_regular, stamp_of
@@ -144,6 +145,18 @@ def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
         check_size(manifest, relative, os.fstat(stream.fileno()).st_size)
         data = stream.readall()
     _check_digest(manifest, relative, digest_bytes(data))
+    return data
+
+
+def read_graph(folder: Path, manifest: Manifest, relative: str) -> bytes:
+    """Read the ONNX graph of a task, or a shared adapter graph: one that refers to no file.
+
+    Raises:
+        IntegrityError: as ``read_verified`` does.
+        GraphError: it refers to a file, or is no graph.
+    """
+    data = read_verified(folder, manifest, relative)
+    check_graph_files(relative, data, ())
     return data
 
 

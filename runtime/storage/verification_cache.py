@@ -48,7 +48,7 @@ def verify_variant(folder: Path, manifest: Manifest, variant: Variant, *, full_c
     """
     if full_check:
         verified = verify_files(folder, manifest)
-        _check_graphs(folder, manifest, () if variant.is_compiled else variant.files)
+        check_graphs(folder, manifest, () if variant.is_compiled else variant.files)
     elif variant.is_compiled:  # a plan is code: read in full each time
         verified = verify_once(folder, manifest, (manifest.base.embeddings,))
         verified.merge(verify_files(folder, manifest, variant.files))
@@ -91,7 +91,7 @@ def verify_once(
             continue
         started = time.time_ns()
         verify_files(folder, manifest, [relative], progress)
-        refers_to = _check_graphs(folder, manifest, paths, relative)
+        refers_to = check_graphs(folder, manifest, paths, relative)
         if stamp_at(path) == stamp and is_settled(stamp, started):
             learnt[relative] = _VerifiedFile(expected, stamp, refers_to)
         verified.add(relative, stamp)
@@ -100,8 +100,11 @@ def verify_once(
     return verified
 
 
-def _check_graphs(folder: Path, manifest: Manifest, files: tuple[str, ...], one: str | None = None) -> tuple[str, ...]:
-    """Check that graphs among ``files``, or ``one`` of them, refer to no others; returns what they refer to."""
+def check_graphs(folder: Path, manifest: Manifest, files: tuple[str, ...], one: str | None = None) -> tuple[str, ...]:
+    """Check that graphs among ``files``, or ``one`` of them, refer to no others; returns what they refer to.
+
+    Raises ``GraphError``, or ``IntegrityError`` as ``map_verified`` does.
+    """
     refers_to: list[str] = []
     for relative in files if one is None else (one,):
         if relative.endswith(".onnx"):

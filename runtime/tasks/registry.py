@@ -15,8 +15,7 @@ from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
-from adalink.runtime.storage.graph_files import check_graph_files
-from adalink.runtime.storage.integrity import map_verified, read_verified
+from adalink.runtime.storage.integrity import map_verified, read_graph, read_verified
 from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
@@ -180,8 +179,7 @@ class TaskRegistry:
         with self._lock:
             if activation_key not in self._graphs:
                 base = self._manifest.base
-                data = read_verified(self._folder, self._manifest, base.bank[activation_key])
-                check_graph_files(base.bank[activation_key], data, ())
+                data = read_graph(self._folder, self._manifest, base.bank[activation_key])
                 self._graphs[activation_key] = self._backend.open_bank(activation_key, data, base)
             return self._graphs[activation_key]
 
