@@ -146,7 +146,7 @@ def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
         hint = f"; {pickled[0]} is pickled, which can run code, and is never loaded: convert it" if pickled else ""
         raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{hint}")
     try:
-        return (folder / CONFIG_FILE).read_bytes(), read_file(folder / WEIGHTS_FILE)
+        return read_file(folder / CONFIG_FILE).tobytes(), read_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise AdapterError(f"adapter {folder}: cannot read {error.filename}: {error.strerror}") from error
 

@@ -13,9 +13,10 @@ import pytest
 
 from adalink.export.writer import remove_task
 from adalink.runtime import Deployment
-from adalink.runtime.errors import IntegrityError
+from adalink.runtime.errors import AdapterError, DeploymentError, IntegrityError
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.ort.backend import OnnxRuntimeBackend
+from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest
 
@@ -94,12 +95,22 @@ def test_file_that_changes_while_it_is_read_is_refused(copy: Path, monkeypatch: 
         verify_files(copy, manifest, [manifest.base.embeddings])
 
 
-def test_pipe_in_the_place_of_a_file_does_not_wait(copy: Path) -> None:
-    path = copy / read_manifest(copy).base.embeddings
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(IntegrityError, match="is not a file"):
-        Deployment.open(copy)
+@pytest.mark.parametrize("name", ["manifest.json", "base/embeddings.safetensors", "base/tokenizer.json"])
+def test_pipe_in_the_place_of_a_file_does_not_wait(llama: Any, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(llama.folder, tmp_path / "copy"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DeploymentError, match="not a file"):
+        Deployment.open(folder, full_check=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_pipe_in_an_adapter_folder_does_not_wait(llama: Any, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(llama.sources / "alpha", tmp_path / "alpha"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(AdapterError, match="not a file|is missing"):
+        read_adapter(folder)
 
 
 def test_receipt_covers_loaded_tasks_and_no_others(copy: Path) -> None:
