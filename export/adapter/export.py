@@ -136,8 +136,9 @@ class _Exporter:
         self._writer = writer
         self._manifest = writer.manifest
         self._dtype = writer.manifest.base.embedding_dtype
-        verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
+        verified = verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
+        verified.check_unchanged()
         # Tokens to run a new graph on, evenly spread.
         self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
         self._rows = as_float32(self._table[self._ids])

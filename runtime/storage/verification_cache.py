@@ -46,14 +46,16 @@ def verify_variant(folder: Path, manifest: Manifest, variant: Variant, *, full_c
         IntegrityError: as ``verify_once`` does.
         GraphError: a graph refers to a file that the variant does not list.
     """
+    paths = (manifest.base.embeddings, *variant.files)
     if full_check:
-        verified = verify_files(folder, manifest)
+        verify_files(folder, manifest, sorted(manifest.files.keys() - set(paths)))
+        verified = verify_files(folder, manifest, paths)
         check_graphs(folder, manifest, () if variant.is_compiled else variant.files)
     elif variant.is_compiled:  # a plan is code: read in full each time
         verified = verify_once(folder, manifest, (manifest.base.embeddings,))
         verified.merge(verify_files(folder, manifest, variant.files))
     else:
-        verified = verify_once(folder, manifest, (manifest.base.embeddings, *variant.files))
+        verified = verify_once(folder, manifest, paths)
     return verified
 
 

@@ -109,7 +109,7 @@ def test_pipe_in_an_adapter_folder_does_not_wait(llama: Any, tmp_path: Path, nam
     folder = Path(shutil.copytree(llama.sources / "alpha", tmp_path / "alpha"))
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(AdapterError, match="not a file|is missing"):
+    with pytest.raises(AdapterError, match=r"not a file|is missing"):
         read_adapter(folder)
 
 
