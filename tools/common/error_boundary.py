@@ -81,8 +81,7 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
             f"pip install 'adalink-kit[{_EXTRAS[package]}]'"
         ) from error
     except click.UsageError as error:  # it quotes what the command line says
-        error.message = printable(error.message)
-        raise
+        raise click.UsageError(printable(error.format_message()), error.ctx) from error
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         ctx.exit(130)
