@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +103,12 @@ class ModelRunner:
         prompts = self._cache_keys(inputs, layout)
         return self._resume(*self._prefixes, feeds, prompts, inputs.tasks, max_new_tokens), embedder, tasks
 
-    def receipt(self) -> Receipt:
-        """See ``Deployment.receipt``."""
+    def receipt(self, tasks: Mapping[str, Sequence[str]]) -> Receipt:
+        """See ``Deployment.receipt``; ``tasks`` has the files of each loaded task of the deployment."""
         expected = 1 if self._decoder is None else 2
         vision = self._base.vision
         paths = (*self._variant.files, self._base.embeddings, *(vision.all_files if vision else ()))
-        return make_receipt(self._path, self._manifest, paths, self._builds, expected)
+        return make_receipt(self._path, self._manifest, paths, self._builds, expected, tasks)
 
     def close(self) -> None:
         """Free the engines' memory."""

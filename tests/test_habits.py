@@ -141,11 +141,14 @@ def test_pre_commit_runs_the_tools_of_make_lint() -> None:
 
 
 def floors(project: dict[str, Any]) -> dict[str, set[str]]:
-    """Package -> the lowest versions that it is allowed in."""
+    """Package -> the lowest versions that it is allowed in, with the oldest Python."""
     extras = project["optional-dependencies"]
     groups = [project["dependencies"], *(extras[name] for name in extras if name not in NOT_OLDEST)]
     found: dict[str, set[str]] = {}
+    oldest = {"python_version": project["requires-python"].removeprefix(">=")}
     for requirement in map(Requirement, chain.from_iterable(groups)):
+        if requirement.marker is not None and not requirement.marker.evaluate(oldest):
+            continue
         lowest = {specifier.version for specifier in requirement.specifier if specifier.operator == ">="}
         assert len(lowest) == 1, f"{requirement}: give it one floor"
         found.setdefault(canonicalize_name(requirement.name), set()).update(lowest)

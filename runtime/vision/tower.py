@@ -19,7 +19,7 @@ from adalink.runtime.engine import Backend, PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.runtime.storage.integrity import locate, read_verified
+from adalink.runtime.storage.integrity import locate, read_verified, verify_files
 from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
@@ -119,8 +119,10 @@ class OpenVision:
         if self._opened is None:
             base, plan = vision_base(self._manifest.base), self._variant.vision_graph
             vision = base.vision
-            if plan is None:  # a plan was verified with the engine's
-                verify_once(self._path, self._manifest, vision.files)
+            if plan is None:
+                verified = verify_once(self._path, self._manifest, vision.files)
+            else:  # a plan is code: read in full, and now, since it may have changed since the engine's was
+                verified = verify_files(self._path, self._manifest, self._variant.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
@@ -131,6 +133,7 @@ class OpenVision:
                 tower = _TileTower(self._backend.open_vision(graph, base))
             else:
                 tower = _PatchTower(self._backend.open_patch_vision(graph, base, vision.patches))
+            verified.check_unchanged(undo=tower.close)
             self._opened = steps, tower
         return self._opened
 
@@ -209,4 +212,9 @@ def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
         raise IntegrityError(
             f"{vision.preprocessor} cuts images into tiles of {received}, the manifest has tokens for {expected} "
             "(their size, most in a row): export the base again"
+        )
+    if steps.tiling is None and cut is None and steps.output_size != vision.image_size:
+        raise IntegrityError(
+            f"{vision.preprocessor} gives pictures of {steps.output_size or 'any size'}, the manifest says "
+            f"{vision.image_size}: export the base again"
         )

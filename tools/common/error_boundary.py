@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from adalink.tools.common.terminal_text import printable
+
 # Package that a command may find missing -> the extra that brings it.
 _EXTRAS = {
     "accelerate": "train",
@@ -38,6 +40,10 @@ class UserError(click.ClickException):
     """An error of the user's making: its message alone is shown, and the exit code is 2."""
 
     exit_code = 2
+
+    def format_message(self) -> str:
+        """The message as a terminal may show it."""
+        return printable(self.message)
 
 
 class BoundaryGroup(click.Group):
@@ -80,6 +86,8 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
         raise UserError(
             f"'{verb}' needs the package {package}, which is not installed: pip install 'adalink-kit[{extra}]'"
         ) from error
+    except click.UsageError as error:  # it quotes what the command line says
+        raise click.UsageError(printable(error.format_message()), error.ctx) from error
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         ctx.exit(130)

@@ -16,7 +16,7 @@ from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
-from adalink.runtime.storage.integrity import read_verified
+from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.environment import available_cores
@@ -207,7 +207,7 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
         task, dtype = manifest.tasks[name], manifest.base.embedding_dtype
         digest = deployed_tokenizer_digest(deployment.path, manifest)
         report.checks.append(check_contract(name, task, adapter, digest))
-        graph = read_verified(deployment.path, manifest, task.graph)
+        graph = read_graph(deployment.path, manifest, task.graph)
         ways = {"bank": through_bank(deployment, name), "graph": through_graph(graph, adapter.config, dtype)}
         for way, adapt in ways.items():
             report.checks.append(check_vocabulary(name, way, adapt, deployment, adapter))
