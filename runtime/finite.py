@@ -22,8 +22,10 @@ _REPAIR = (
 
 def row_label(row: int, tasks: str | Sequence[str | None] | None) -> str:
     """How a message calls a row of a request, such as ``row 2 (task 'topics')``."""
-    task = tasks if tasks is None or isinstance(tasks, str) else list(tasks)[row]
-    return f"row {row} (base model)" if task is None else f"row {row} (task {task!r})"
+    names = [tasks] * (row + 1) if tasks is None or isinstance(tasks, str) else list(tasks)
+    if row >= len(names):  # an iterator, which is used up
+        return f"row {row}"
+    return f"row {row} (base model)" if names[row] is None else f"row {row} (task {names[row]!r})"
 
 
 def not_numbers(what: str, value: float, label: str, where: str) -> BackendError:
@@ -32,6 +34,13 @@ def not_numbers(what: str, value: float, label: str, where: str) -> BackendError
     if what != "logits" and value < 0:
         got = "minus infinity"
     return BackendError(f"{label}: the engine's {what} {where} hold {got}, expected numbers: {_REPAIR}")
+
+
+def check_image_embeds(embeds: Array) -> Array:
+    """Check what a vision tower computed; returns it, or raises ``BackendError`` if it is not numbers."""
+    if not np.isfinite(embeds).all():
+        raise BackendError(f"the vision tower's image embeddings hold NaN or infinity, expected numbers: {_REPAIR}")
+    return embeds
 
 
 def check_outputs(

@@ -124,7 +124,7 @@ def export_base(
     digests = base_fingerprint(loaded), weights_digest(whole)
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
-        base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
+        base = described = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -143,6 +143,8 @@ def export_base(
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         for line in report(base.generation):
             progress(line)
+        if base.generation is None and described.generation is not None:
+            progress("the base was written by an older kit without generation defaults, and stays without them")
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")
         current = writer.current
