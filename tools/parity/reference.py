@@ -69,6 +69,11 @@ class Reference:
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
 
+    @property
+    def model(self) -> Any:
+        """The float32 model."""
+        return self._model
+
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:
         """Attach an adapter folder until the block ends; ``None`` is the base model."""
