@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.architectures import Architecture, architecture_of
+from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
 from adalink.export.base.quantize import SCHEMES, quantize
@@ -284,6 +285,7 @@ def _write_variant(
         metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
     with exportable_attention(model):
         for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
+            check_activations(graph, base.name, base.embedding_dtype)
             progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             path = writer.stage(files[stem])

@@ -67,6 +67,15 @@ def describe_generation(model: PreTrainedModel, kind: str, vocab_size: int) -> G
     if config is None or kind == "encoder":
         return None
     _check_readable(model)
+    try:
+        return _describe(config, kind, vocab_size)
+    except (TypeError, ValueError, OverflowError) as error:  # such as a text where ids are expected
+        raise ModelError(
+            f"generation_config.json: a setting has a form that transformers does not know: {error}; correct it"
+        ) from error
+
+
+def _describe(config: Any, kind: str, vocab_size: int) -> GenerationDefaults:
     numbers = {name: _number(name, getattr(config, name, None)) for name in _NUMBERS}
     do_sample = bool(config.do_sample)
     if do_sample and numbers["top_k"] is None:

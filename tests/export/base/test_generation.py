@@ -105,6 +105,10 @@ def test_what_is_not_applied_is_named(settings: dict[str, Any], names: tuple[str
         ({"min_p": "high"}, "min_p is 'high', expected a number"),
         ({"no_repeat_ngram_size": float("nan")}, "no_repeat_ngram_size is nan, expected a number"),
         ({"suppress_tokens": [-1]}, "names the token -1"),
+        ({"suppress_tokens": "all"}, "a form that transformers does not know"),
+        ({"bad_words_ids": [5]}, "a form that transformers does not know"),
+        ({"forced_eos_token_id": [None]}, "a form that transformers does not know"),
+        ({"sequence_bias": [[5]]}, "a form that transformers does not know"),
     ],
 )
 def test_senseless_values_are_refused(settings: dict[str, Any], wording: str) -> None:
