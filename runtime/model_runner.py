@@ -12,6 +12,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, ResumableEngine
 from adalink.runtime.errors import RequestError
+from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
@@ -95,7 +96,9 @@ class ModelRunner:
         embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
         if self._decoder is not None:
             first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
-            decoder_feeds = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
+            states = {"last_hidden_state": self.engine.run(feeds)}
+            check_outputs(states, layout.mask, (), is_decoder=False)
+            decoder_feeds = _decoder_feeds(self._decoder, first, states["last_hidden_state"], layout.mask)
             return self._decoder.start(decoder_feeds, max_new_tokens), self._decoder.embedder, NO_ADAPTER
         tasks = embedder.for_decoding(inputs.tasks)
         if self._prefixes is None:

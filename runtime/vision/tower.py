@@ -17,6 +17,7 @@ import numpy as np
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Backend, PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.finite import check_image_embeds
 from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import locate, read_verified, verify_files
@@ -169,7 +170,8 @@ class _TileTower:
         """Embeddings of any number of tiles, shape ``(tiles, tokens, d)``, in one or more calls."""
         most = self._graph.most_images
         starts = range(0, len(pixel_values), most)
-        return np.concatenate([self._graph.run(pixel_values[start : start + most]) for start in starts])
+        embeds = [self._graph.run(pixel_values[start : start + most]) for start in starts]
+        return check_image_embeds(np.concatenate(embeds))
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         embeds = self.run(np.concatenate([image.pixel_values for image in images]), (0, 0))
@@ -188,10 +190,10 @@ class _PatchTower:
         self._graph = graph
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        return self._graph.run(pixel_values, grid)
+        return check_image_embeds(self._graph.run(pixel_values, grid))
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
-        return [self._graph.run(image.pixel_values, image.grid) for image in images]
+        return [self.run(image.pixel_values, image.grid) for image in images]
 
     def close(self) -> None:
         self._graph.close()

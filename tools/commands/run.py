@@ -104,7 +104,7 @@ class RunOptions:
 @click.option(
     "--temperature",
     type=float,
-    help="0 takes the likeliest token. By default as the base's generation config says, else 0; so are those below.",
+    help="0 takes the likeliest token. By default as the base's generation config says, else 0.",
 )
 @click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature.")
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature.")

@@ -76,6 +76,11 @@ class Reference:
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
 
+    @property
+    def model(self) -> Any:
+        """The float32 model."""
+        return self._model
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; raises ``ModelError``."""

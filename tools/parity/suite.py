@@ -32,6 +32,7 @@ from adalink.tools.parity.check_adapter import (
     to_float64,
 )
 from adalink.tools.parity.check_batches import STEPS, Batch
+from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
@@ -242,6 +243,8 @@ def _check_outputs(
 ) -> None:
     """Levels 2, 3, 5 and 7, the mixed batches of level 4, and level 6."""
     rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
+    if texts is not None:
+        check_defaults(report, deployment, reference, rows)
     compared: dict[str | None, Comparison] = {}
     compared_images: dict[str | None, Comparison] = {}
     compared_kinds: dict[tuple[str, str | None], Comparison] = {}
