@@ -28,11 +28,10 @@ from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
 from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import Prompts, Tasks
-from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
-from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.storage.verification_cache import verify_variant
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.text.tokenizer import Tokenizer
@@ -101,20 +100,16 @@ class Deployment:
             RequestError: an option is out of range or no such value, or the base does not support a prefix cache.
             DeploymentError: not a deployment, or (``ManifestError``, ``IntegrityError``) a damaged one.
             BackendError: backend or variant is not available, or the engine refused.
+            GraphError: a graph refers to files that the manifest does not list with it.
         """
         begun, folder = time.perf_counter(), check_path(path, "path")
         options = OpenOptions(variant, threads, full_check, task_memory_bytes, prefix_cache_bytes, image_cache_bytes)
         manifest = read_manifest(folder)
         opened = open_backend(check_name(backend, "backend"), threads)
         name = choose_variant(manifest, opened.name, variant)
-        chosen = manifest.variants[name]
-        if full_check:
-            verify_files(folder, manifest)
-        else:
-            verify_once(folder, manifest, (manifest.base.embeddings, *(() if chosen.is_compiled else chosen.files)))
-            if chosen.is_compiled:  # a plan is code: read in full each time
-                verify_files(folder, manifest, chosen.files)
+        verified = verify_variant(folder, manifest, manifest.variants[name], full_check=full_check)
         deployment = cls(folder, manifest, opened, options)
+        verified.check_unchanged(undo=deployment.close)
         spent_ms = (time.perf_counter() - begun) * 1000
         _LOG.info("opened %s: variant %s, backend %s, %.0f ms", folder, name, opened.name, spent_ms)
         return deployment
@@ -331,8 +326,8 @@ class Deployment:
         self._tasks.remove(check_name(name, "name"))
 
     def receipt(self) -> Receipt:
-        """Receipt: the engines built so far, and the base's files read and verified again; see ``Receipt``."""
-        return self._runner.receipt()
+        """Receipt: engines built so far, and files of the base and of loaded tasks read again; see ``Receipt``."""
+        return self._runner.receipt(self._tasks.loaded())
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -6,8 +6,13 @@ import sys
 
 def _leave_out_current_folder() -> None:
     """Take no module from the current folder, which ``python -m`` put first, unless the kit itself lies there."""
-    package_root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
-    if not getattr(sys.flags, "safe_path", False) and sys.path and os.path.abspath(sys.path[0]) != package_root:  # noqa: PTH100
+    # Not pathlib, which might lie there too.
+    try:
+        first, current = os.path.abspath(sys.path[0]), os.getcwd()  # noqa: PTH100, PTH109
+    except OSError:  # the current folder is gone
+        return
+    kit = os.path.join(current, "adalink", "tools", "__main__.py")  # noqa: PTH118
+    if not getattr(sys.flags, "safe_path", False) and first == current and os.path.abspath(__file__) != kit:  # noqa: PTH100
         del sys.path[0]
 
 

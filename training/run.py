@@ -64,6 +64,7 @@ def train(
     *,
     space: SearchSettings | None = None,
     loop: LoopOptions | None = None,
+    assume_pretokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and write its folder, with a report in ``training.json``.
 
@@ -81,6 +82,7 @@ def train(
         space: learning rates, ranks and activations to search first, on rows held out of ``data``; they replace those
             of ``config`` and ``settings``. The winner is trained on all rows.
         loop: options that do not change the adapter: resumption, callbacks, progress.
+        assume_pretokenizer: see ``load_tokenizer``.
 
     Returns:
         The report, as in ``training.json``.
@@ -108,7 +110,8 @@ def train(
         record["search"] = asdict(space)
     # The model determines the prompt form and how many positions an image takes up.
     progress(f"loading {display_name(base)}")
-    model, tokenizer = load_base(base), load_tokenizer(base)
+    tokenizer = load_tokenizer(base, assume_pretokenizer=assume_pretokenizer)
+    model = load_base(base)
     has_images = any(row.images for row in (*rows, *eval_rows))
     images = TrainingImages(base, model, tokenizer) if has_images else None
     encoding = (None if images is None else images.tokens, prompt_form(model, tokenizer))

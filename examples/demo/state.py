@@ -14,6 +14,8 @@ from adalink.runtime.storage.manifest import MANIFEST_FILE
 from adalink.tools.common.report_file import write_json
 
 _STATE_FILE = "demo.json"
+# Raised when the same version of the kit exports the same model in another way: 2, with the tokenizer that it names.
+_FORM = "2"
 _WEIGHT_SUFFIXES = (".gguf", ".safetensors", ".json")
 
 
@@ -64,7 +66,7 @@ class DemoState:
         write_json(self._path, self._content)
 
     def _base_key(self) -> dict[str, str]:
-        return {"model": self._model_digest, "kit_version": version("adalink-kit")}
+        return {"model": self._model_digest, "kit_version": version("adalink-kit"), "form": _FORM}
 
     def _verification_key(self) -> dict[str, str]:
         return {**self._base_key(), "manifest": digest_file(self._deployment / MANIFEST_FILE)}

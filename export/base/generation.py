@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import ModelError
@@ -64,6 +66,16 @@ def describe_generation(model: PreTrainedModel, kind: str, vocab_size: int) -> G
     config = getattr(model, "generation_config", None)
     if config is None or kind == "encoder":
         return None
+    _check_readable(model)
+    try:
+        return _describe(config, kind, vocab_size)
+    except (TypeError, ValueError, OverflowError) as error:  # such as a text where ids are expected
+        raise ModelError(
+            f"generation_config.json: a setting has a form that transformers does not know: {error}; correct it"
+        ) from error
+
+
+def _describe(config: Any, kind: str, vocab_size: int) -> GenerationDefaults:
     numbers = {name: _number(name, getattr(config, name, None)) for name in _NUMBERS}
     do_sample = bool(config.do_sample)
     if do_sample and numbers["top_k"] is None:
@@ -103,6 +115,19 @@ def report(defaults: GenerationDefaults | None) -> list[str]:
     if defaults.not_applied:
         lines.append(f"generation settings that are not applied: {', '.join(defaults.not_applied)}")
     return lines
+
+
+def _check_readable(model: PreTrainedModel) -> None:
+    """Refuse a generation config that is no JSON, which transformers leaves out in silence; raises ``ModelError``."""
+    path = Path(getattr(model, "name_or_path", "") or "") / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        readable = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        readable = False
+    if not readable:
+        raise ModelError(f"{path} is not JSON with settings by name: correct it, or remove it to export without them")
 
 
 def _number(name: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
-from adalink.runtime.finite import not_numbers, row_label
+from adalink.runtime.finite import all_equal, not_numbers, row_label
 from adalink.runtime.generation.logits_processors import LogitsProcessor, RowLimits, make_processors
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.storage.manifest import Base
@@ -60,15 +60,19 @@ class TokenChooser:
             logits = self._process(logits)
         elif self._params.temperature:
             self._check(logits.max())
+            self._check_differing(logits)
         token = self._params.choose(logits, self._generator)
         if not self._params.temperature:
             self._check(logits[token])  # at hand, and as good as the maximum: ``argmax`` finds NaN first
+            if token == 0 and not self._processors:
+                self._check_differing(logits)
         self._sequence.append(token)
         return token
 
     def _process(self, logits: Array) -> Array:
         scores = logits.astype(np.float32)
         self._check(scores.max())
+        self._check_differing(scores)
         for process in self._processors:
             process(scores, self._sequence)
         if scores.max() == -np.inf:
@@ -81,6 +85,11 @@ class TokenChooser:
         """Check a row's logits by the largest, which is NaN if any is."""
         if not math.isfinite(best):
             raise not_numbers("logits", float(best), self._label, self._where)
+
+    def _check_differing(self, logits: Array) -> None:
+        """Refuse logits that are all equal; ``argmax`` finds the first then, so other tokens need no look."""
+        if len(logits) > 1 and logits.min() == logits[0] == logits.max():
+            raise all_equal("logits", float(logits[0]), self._label, self._where)
 
     @property
     def _where(self) -> str:

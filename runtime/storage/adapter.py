@@ -154,7 +154,7 @@ def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
         if pointer := find_pointer(folder / name):
             raise AdapterError(f"adapter {folder}: {name} {pointer}")
     try:
-        return (folder / CONFIG_FILE).read_bytes(), read_file(folder / WEIGHTS_FILE)
+        return read_file(folder / CONFIG_FILE).tobytes(), read_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise AdapterError(f"adapter {folder}: cannot read {error.filename}: {error.strerror}") from error
 

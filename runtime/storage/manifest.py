@@ -133,6 +133,8 @@ class Base(_Strict, frozen=True, kw_only=True):
         token_types: segments of a row that the base tells apart, such as the two texts of a pair; more than 1 if its
             graphs take ``token_type_ids``. ``None`` in deployments of older kits, whose graphs do not.
         tokenizer_types: whether the checkpoint's tokenizer gives the token types of a text; if not, all are 0.
+        unused_tensors: tensors and files of the checkpoint that are left out on purpose, such as a classifier, with
+            ``*`` for the number of a layer; empty also in deployments of older kits, which did not look.
     """
 
     name: str
@@ -161,6 +163,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     token_types: int | None = None
     tokenizer_types: bool = False
     special_tokens: dict[str, str | tuple[str, ...]] | None = None
+    unused_tensors: tuple[str, ...] = ()
 
     @property
     def takes_token_types(self) -> bool:

@@ -12,6 +12,7 @@ from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.manifest import MANIFEST_FILE, READABLE_VERSIONS, SCHEMA_VERSION, Manifest
 from adalink.runtime.storage.manifest_validation import check_manifest
+from adalink.runtime.storage.stamp import open_regular
 
 _MAX_MANIFEST_BYTES = 64 << 20
 # The digest's line in the indented encoding; only top-level fields are indented by two.
@@ -63,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             data = stream.read(_MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         what = "holds no manifest.json" if folder.is_dir() else "does not exist"

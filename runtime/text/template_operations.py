@@ -59,14 +59,59 @@ _PLAIN_TESTS = (
 )
 _METHODS: dict[type, frozenset[str]] = {
     str: frozenset(
-        ["capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper", "zfill"]
+        [
+            "capitalize",
+            "casefold",
+            "center",
+            "count",
+            "endswith",
+            "expandtabs",
+            "find",
+            "index",
+            "isalnum",
+            "isalpha",
+            "isascii",
+            "isdecimal",
+            "isdigit",
+            "isidentifier",
+            "islower",
+            "isnumeric",
+            "isprintable",
+            "isspace",
+            "istitle",
+            "isupper",
+            "join",
+            "ljust",
+            "lower",
+            "lstrip",
+            "partition",
+            "removeprefix",
+            "removesuffix",
+            "replace",
+            "rfind",
+            "rindex",
+            "rjust",
+            "rpartition",
+            "rsplit",
+            "rstrip",
+            "split",
+            "splitlines",
+            "startswith",
+            "strip",
+            "swapcase",
+            "title",
+            "upper",
+            "zfill",
+        ]
     ),
     dict: frozenset({"copy", "get", "items", "keys", "values"}),
     list: frozenset({"copy", "count", "index"}),
     tuple: frozenset({"count", "index"}),
     float: frozenset({"is_integer"}),
 }
-_SEARCHES = frozenset(["count", "find", "index", "partition", "replace", "rfind", "rindex", "rpartition", "rsplit", "split"])
+_SEARCHES = frozenset(
+    ["count", "find", "index", "partition", "replace", "rfind", "rindex", "rpartition", "rsplit", "split"]
+)
 _SMALL_SEARCH = 30_000  # up to here, CPython's search may compare each character with all of the pattern
 _NUMBER = re.compile(r"\d+")
 

@@ -11,6 +11,8 @@ import click
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
+from adalink.tools.common.options import assume_pretokenizer_option
+from adalink.tools.common.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Vision
@@ -58,6 +60,7 @@ command.add_command(engine)
 @click.option(
     "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
 )
+@assume_pretokenizer_option
 @click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def base(
@@ -67,6 +70,7 @@ def base(
     target: str,
     quantization: str | None,
     modalities: tuple[str, ...],
+    assume_pretokenizer: str | None,
     replace: bool,
     as_json: bool,
 ) -> None:
@@ -84,8 +88,12 @@ def base(
     """  # noqa: D301
     from adalink.export.base.export import export_base
     from adalink.tools.common.quiet import quiet_libraries
+    from adalink.training.models.loading import load_tokenizer
 
     with quiet_libraries():
+        assumed = None  # the checkpoint brings its own
+        if assume_pretokenizer is not None:
+            assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
         manifest = export_base(
             model,
             out,
@@ -94,6 +102,7 @@ def base(
             quantization=quantization,
             modalities=("text", *modalities),
             replace=replace,
+            tokenizer=assumed,
             progress=say,
         )
     variant = manifest.variants[quantization or target]
@@ -108,21 +117,23 @@ def base(
         "graph": variant.graph,
         "size_bytes": manifest.size_bytes(variant.files),
     }
+    if manifest.base.unused_tensors:
+        result["unused_tensors"] = list(manifest.base.unused_tensors)
     if vision is not None:
         result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    click.echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
-    click.echo(
-        f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
-    )
+    echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
+    echo(f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}")
     if vision is not None:
-        click.echo(
+        echo(
             f"  {vision.graph}, {manifest.size_bytes(vision.files) / 1e6:.1f} MB, gives {vision.tokens_per_image} "
             f"positions {_unit(vision)}"
         )
-    click.echo(f"  fingerprint {manifest.base.fingerprint}")
+    echo(f"  fingerprint {manifest.base.fingerprint}")
+    if manifest.base.unused_tensors:
+        echo(f"  left out of the checkpoint: {', '.join(manifest.base.unused_tensors)}")
 
 
 def _unit(vision: Vision) -> str:

@@ -74,6 +74,7 @@ def describe_deployment(folder: Path) -> Description:
             "tokenizer": base.tokenizer,
             "chat_template": base.chat_template,
             **_describe_generation(base),
+            "unused_tensors": list(base.unused_tensors),
         },
         **({} if base.vision is None else {"vision": _describe_vision(folder, manifest, base.vision)}),
         "variants": {
@@ -155,10 +156,11 @@ def describe_adapter(folder: Path) -> Description:
 def describe_model(spec: str) -> Description:
     """Describe a base model, with the fingerprint that its adapters carry; raises ``ModelError``."""
     from adalink.tools.common.quiet import quiet_libraries
-    from adalink.training.models.loading import base_fingerprint, display_name, input_embedding, load_base
+    from adalink.training.models.loading import base_fingerprint, display_name, input_embedding, load_checkpoint
 
     with quiet_libraries():
-        model = load_base(spec)
+        checkpoint = load_checkpoint(spec)
+    model = checkpoint.model
     table = next(input_embedding(model).parameters())
     return {
         "kind": "model",
@@ -169,6 +171,7 @@ def describe_model(spec: str) -> Description:
         "vocab_size": table.shape[0],
         "hidden_size": table.shape[1],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "unused_tensors": list(checkpoint.unused_tensors),
     }
 
 

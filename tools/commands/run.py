@@ -19,6 +19,7 @@ from adalink.tools.common.options import is_given, make_options
 from adalink.tools.common.rows import BadRows
 from adalink.tools.common.rows import PromptRow as PromptRow
 from adalink.tools.common.rows import read_rows as read_rows
+from adalink.tools.common.terminal_text import echo_generated
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -103,7 +104,7 @@ class RunOptions:
 @click.option(
     "--temperature",
     type=float,
-    help="0 takes the likeliest token. By default as the base's generation config says, else 0; so are those below.",
+    help="0 takes the likeliest token. By default as the base's generation config says, else 0.",
 )
 @click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature.")
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature.")
@@ -200,7 +201,7 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, op
         if streaming:
             click.echo()
         else:
-            click.echo(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
+            echo_generated(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
 
 
 def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParams:
@@ -305,4 +306,4 @@ def _embed(
 
 
 def _write(row: int, piece: str) -> None:
-    click.echo(piece, nl=False)
+    echo_generated(piece, nl=False)

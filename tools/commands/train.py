@@ -14,7 +14,8 @@ import click
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
 from adalink.tools.common.console import say
-from adalink.tools.common.options import is_given, make_options
+from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options
+from adalink.tools.common.terminal_text import echo
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import (
     DEVICES,
@@ -40,6 +41,7 @@ class TrainOptions:
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
+        assume_pretokenizer: see ``load_tokenizer``.
         resume: go on with an interrupted run.
         as_json: print the whole report.
 
@@ -67,6 +69,7 @@ class TrainOptions:
     device: str
     precision: str
     minutes: float | None
+    assume_pretokenizer: str | None
     resume: bool
     as_json: bool
 
@@ -188,6 +191,7 @@ _METHOD = AdaLinkConfig()
     metavar="MINUTES",
     help="First choose rate, rank and activation, those of them that are not given, within this time.",
 )
+@assume_pretokenizer_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(**values: Any) -> None:
@@ -228,13 +232,21 @@ def train_adapter(options: TrainOptions) -> None:
     # The Trainer logs to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         report = train(
-            options.base, options.data, options.eval_data, options.out, config, settings, space=space, loop=loop
+            options.base,
+            options.data,
+            options.eval_data,
+            options.out,
+            config,
+            settings,
+            space=space,
+            loop=loop,
+            assume_pretokenizer=options.assume_pretokenizer,
         )
     if options.as_json:
         click.echo(json.dumps(report, indent=2))
         return
     accuracy = report["exact_match"]
-    click.echo(
+    echo(
         f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )

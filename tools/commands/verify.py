@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import DataError
-from adalink.tools.common.options import make_options
+from adalink.tools.common.options import assume_pretokenizer_option, make_options
 from adalink.tools.common.report_file import ReportFile, write_json
+from adalink.tools.common.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.tools.parity.report import Report
@@ -32,6 +33,7 @@ class VerifyCommand:
     text_file: Path | None
     max_perplexity_increase: float | None
     task_rows: tuple[str, ...]
+    assume_pretokenizer: str | None
     json_file: Path | None
 
 
@@ -68,6 +70,7 @@ class VerifyCommand:
     metavar="NAME=FILE",
     help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
 )
+@assume_pretokenizer_option
 @click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
 def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
@@ -108,6 +111,7 @@ def verify_deployment(arguments: VerifyCommand) -> None:
             text=None if arguments.text_file is None else _read_text(arguments.text_file),
             max_perplexity_increase=arguments.max_perplexity_increase,
             task_rows=_parse_pairs(arguments.task_rows, "--rows", "NAME=FILE"),
+            assume_pretokenizer=arguments.assume_pretokenizer,
         )
         report = verify(
             arguments.deployment,
@@ -150,13 +154,13 @@ def print_report(report: Report) -> None:
         lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
         print_table("Cost of quantising", ("", "float32", "quantised weights", "as deployed"), lines)
     for line in report.skipped:
-        click.echo(f"Not checked: {line}")
+        echo(f"Not checked: {line}")
     print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
-        click.echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
+        echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
     else:
-        click.echo(f"All {len(report.checks)} checks passed.")
+        echo(f"All {len(report.checks)} checks passed.")
 
 
 def _read_text(path: Path) -> str:

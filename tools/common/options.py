@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
+# Of every verb that reads the tokenizer of a base model.
+assume_pretokenizer_option = click.option(
+    "--assume-pretokenizer",
+    metavar="NAME",
+    help="How a GGUF file that does not say it splits texts before BPE, by llama.cpp's name, such as gpt-2 or smollm.",
+)
+
 
 def make_options(kind: type[T], values: Mapping[str, Any], rest: str | None = None) -> T:
     """The values of a command's options as one dataclass.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.tools.common.environment import available_cores
-from adalink.tools.parity.reference import Reference, torch_threads
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.torch_threads import torch_threads
 
 if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow
@@ -20,7 +21,6 @@ _BATCH_ROWS = 16
 def measure_accuracy(
     deployment: Deployment,
     reference: Reference,
-    against: str,
     task: str,
     folder: Path,
     rows: list[TrainingRow],
@@ -31,7 +31,6 @@ def measure_accuracy(
     Args:
         deployment: as it is deployed.
         reference: PyTorch with the dequantised weights.
-        against: the base model, for its tokenizer.
         task: name of the task in the deployment.
         folder: its adapter folder, for the reference.
         rows: what ``read_rows`` returned.
@@ -45,9 +44,8 @@ def measure_accuracy(
         DataError: a row is longer than the model allows, behind the task's soft prompt.
     """
     from adalink.training.data.rows import encode_rows
-    from adalink.training.models.loading import load_tokenizer
 
-    tokenizer, manifest = load_tokenizer(against), deployment.manifest
+    tokenizer, manifest = reference.tokenizer, deployment.manifest
     longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].prepended_positions
     examples = encode_rows(rows, tokenizer, longest, f"rows of {task}")
     with torch_threads(available_cores()):

@@ -36,13 +36,22 @@ _BLOCK_ROWS = 4096
 _PROBE_SCALES = (1.0, -1.0)
 
 
-def check_contract(name: str, task: Task, adapter: Adapter) -> Check:
-    """The manifest's entry of a task against its adapter."""
+def check_contract(name: str, task: Task, adapter: Adapter, tokenizer_digest: str = "") -> Check:
+    """The manifest's entry of a task against its adapter, and the tokenizer of its training against the deployment's.
+
+    Args:
+        name: the task.
+        task: its entry.
+        adapter: its adapter.
+        tokenizer_digest: digest of the deployment's tokenizer; empty if it is unknown, as an older adapter's is.
+    """
     config = adapter.config
     fields = {
         "adapter_digest": (task.adapter_digest, adapter.digest),
         **{key: (value, getattr(config, key)) for key, value in settings_of(task).items()},
     }
+    if tokenizer_digest and config.tokenizer_digest:
+        fields["tokenizer_digest"] = (tokenizer_digest, config.tokenizer_digest)
     wrong = [f"{key} is {ours!r}, the adapter's {theirs!r}" for key, (ours, theirs) in fields.items() if ours != theirs]
     return at_most(f"adapter/{name}/contract", len(wrong), 0, "; ".join(wrong) or "digest, rank, scope as trained")
 

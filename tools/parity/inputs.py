@@ -5,7 +5,7 @@ Making them is a check too: of the tokenizer, of preprocessing and of the vision
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adalink.runtime.deployment import Deployment
@@ -18,7 +18,8 @@ from adalink.tools.parity.check_vision import (
     make_image_prompts,
     reference_processor,
 )
-from adalink.tools.parity.pairs import Pairs, collect_pairs
+from adalink.tools.parity.gguf_tokens import PROBES
+from adalink.tools.parity.labelled_rows import LabelledRows, collect_labelled_rows
 from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Report, at_most
@@ -36,14 +37,14 @@ class ParityInputs:
         texts: prompts to generate from; ``None`` for an encoder, and without a tokenizer.
         image_prompts: prompts with images to run; ``None`` for a base of text alone, and where images leave no room.
         generated_images: prompts with images to generate from; likewise.
-        pairs: rows of several segments; ``None`` for a base that tells none apart.
+        labelled: rows with labels of their positions, of each kind that the base takes.
     """
 
     rows: list[list[int]]
     texts: list[str] | None
     image_prompts: ImagePrompts | None = None
     generated_images: ImagePrompts | None = None
-    pairs: Pairs | None = None
+    labelled: Sequence[LabelledRows] = ()
 
 
 def collect_inputs(
@@ -59,19 +60,20 @@ def collect_inputs(
     Raises:
         RequestError: the model takes no prompt before the generated tokens.
     """
-    prompts, rows = _encode_prompts(report, deployment, reference, against, quick)
+    prompts, rows = _encode_prompts(report, deployment, reference, quick)
     texts = None
     if prompts is not None and deployment.manifest.base.kind != "encoder":
         texts = sorted(prompts, key=len)[:_GENERATIONS]
     if deployment.manifest.base.vision is None:
-        pairs = collect_pairs(report, deployment, against, prompts, rows, longest_prompt(deployment, 0))
-        return ParityInputs(rows, texts, pairs=pairs)
+        longest = longest_prompt(deployment, 0)
+        labelled = collect_labelled_rows(report, deployment, against, prompts, rows, longest)
+        return ParityInputs(rows, texts, labelled=labelled)
     progress("pixel values and the vision tower")
     return ParityInputs(rows, texts, *_make_image_prompts(report, deployment, reference, against, rows))
 
 
 def _encode_prompts(
-    report: Report, deployment: Deployment, reference: Reference, against: str, quick: bool
+    report: Report, deployment: Deployment, reference: Reference, quick: bool
 ) -> tuple[list[str] | None, list[list[int]]]:
     """Prompts and their token ids by the model's tokenizer; seeded ids where there is no tokenizer."""
     base = deployment.manifest.base
@@ -88,13 +90,16 @@ def _encode_prompts(
     if encode is None:
         report.skipped.append(f"tokenizer and generation: {base.name} was exported without a tokenizer")
         return None, seeded_rows(base, longest)
-    from adalink.training.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(against)
+    tokenizer = reference.tokenizer
     rows = [reference.prompt_ids(tokenizer, text) for text in prompts]
-    differing = [index for index, text in enumerate(prompts) if encode(text) != rows[index]]
-    detail = f"of {len(prompts)} prompts; differing: {differing or 'none'}"
+    texts = (*prompts, *PROBES)
+    differing = [index for index, text in enumerate(texts) if encode(text) != reference.prompt_ids(tokenizer, text)]
+    detail = f"of {len(texts)} texts; differing: {differing or 'none'}"
     report.checks.append(at_most("base/tokenizer", len(differing), 0, detail))
+    if (tokens := reference.gguf_tokens) is not None:
+        differing = [index for index, text in enumerate(texts) if encode(text) != tokens.encode(text)]
+        detail = f"of {len(texts)} texts differ from llama.cpp's rules ({tokens.kind}): {differing or 'none'}"
+        report.checks.append(at_most("base/gguf-tokens", len(differing), 0, detail))
     return prompts, rows
 
 

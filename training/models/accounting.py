@@ -60,6 +60,11 @@ def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mappin
     Raises:
         ModelError: a tensor belongs to a layer and is not used, or matrices that the config ties differ.
     """
+    if mismatched := sorted(str(key[0]) for key in info.get("mismatched_keys", ())):
+        raise ModelError(
+            f"base model {name}: {len(mismatched)} weights have another shape than config.json says, the first "
+            f"{mismatched[0]!r}: correct config.json, or download the checkpoint again"
+        )
     account, unexpected = _claim_by_name(files, model, info, name)
     with ExitStack() as stack:
         opened: dict[Path, Any] = {}
@@ -85,7 +90,7 @@ def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mappin
                 refused.append(tensor)
     if refused:
         raise ModelError(f"base model {name}: {_refusal(refused, model)}")
-    _check_ties(model, name)
+    _check_ties(model, files.has_own_head, name)
     poolers = [tensor for tensor in files.tensors if f".{_POOLER}." in f".{tensor}"]
     return compact_names([*left, *poolers, *files.others])
 
@@ -128,7 +133,9 @@ def _claim_by_value(account: _Account, info: Mapping[str, Any], read: Any) -> li
     unknown = []
     for tensor in account.left:
         values = read(tensor)
-        key = next((key for key, value in free.items() if _is_same(values, value)), None)
+        tail = ".".join(tensor.split(".")[-4:])  # the number of the layer in it: most names keep it
+        keys = sorted((key for key in free if free[key].shape == values.shape), key=lambda key: not key.endswith(tail))
+        key = next((key for key in keys if _is_same(values, free[key])), None)
         if key is None:
             unknown.append((tensor, values.numel()))
         else:
@@ -145,10 +152,8 @@ def _is_same(stored: torch.Tensor, loaded: torch.Tensor) -> bool:
     """Whether a stored tensor, rounded to the dtype of a loaded one, is the same bit by bit."""
     import torch
 
-    if stored.shape != loaded.shape:
-        return False
-    rounded = stored.to(loaded.dtype)
-    return torch.equal(rounded, loaded) or torch.equal(rounded.view(torch.uint8), loaded.view(torch.uint8))
+    rounded, loaded = stored.to(loaded.dtype).reshape(-1), loaded.reshape(-1)
+    return torch.equal(rounded, loaded) or torch.equal(rounded.view(torch.uint8), loaded.view(torch.uint8))  # NaN
 
 
 def _is_head(tensor: str, model: PreTrainedModel) -> bool:
@@ -202,14 +207,19 @@ def _is_further_layer(tensor: str, model: PreTrainedModel) -> bool:
     return False
 
 
-def _check_ties(model: PreTrainedModel, name: str) -> None:
-    """Refuse a checkpoint whose matrices differ although the config ties them; raises ``ModelError``."""
+def _check_ties(model: PreTrainedModel, has_own_head: bool, name: str) -> None:
+    """Refuse a checkpoint whose matrices differ although the config ties them; raises ``ModelError``.
+
+    The class of T5 ties its head in any case, and lets go of it where both matrices are in the files: theirs is said by
+    ``has_own_head``.
+    """
+    head = getattr(model.get_output_embeddings(), "weight", None) if has_own_head else None
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         try:
             tied = model.get_parameter(target), model.get_parameter(source)
         except AttributeError:
             continue
-        if tied[0] is not tied[1]:
+        if tied[0] is not tied[1] and not any(parameter is head for parameter in tied):
             raise ModelError(
                 f"base model {name}: config.json ties {target!r} to {source!r}, but the checkpoint holds both with "
                 "different values; set tie_word_embeddings to false if both are the model's, else remove one"

@@ -19,11 +19,11 @@ from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
     INDEX_FILE,
     PICKLED_SUFFIXES,
-    WEIGHTS_FILE,
+    WeightFiles,
     check_pointers,
+    fetch_weights,
     find_weight_files,
     refuse_adapter,
-    shard_names,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
-    """Load a base model in eval mode, on the CPU; as ``load_checkpoint``, the model alone."""
+    """The model of ``load_checkpoint``, in eval mode, on the CPU; raises ``ModelError`` as it does."""
     return load_checkpoint(spec, dtype=dtype).model
 
 
@@ -88,10 +88,10 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source = _find(spec)
-    gguf = None if source.gguf_file is None else CheckedGguf(Path(source.origin) / source.gguf_file)
+    path = gguf_file(spec)
+    gguf = None if path is None else CheckedGguf(path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    folder = _weights_folder(source)
-    files = None if folder is None else find_weight_files(folder, display_name(spec))
+    files = _weight_files(source, display_name(spec))
     try:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
         if gguf is not None:
@@ -113,7 +113,9 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
             f"base model {display_name(spec)}: {what}transformers cannot load it: {type(error).__name__}: {error}. "
             "Expected a supported architecture with safetensors or GGUF weights"
         ) from error
-    unused = [] if files is None else account_for_tensors(files, model, info, display_name(spec))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        refuse_adapter(display_name(spec))
+    unused = [] if source.gguf_file else _account(source, files, model, info, display_name(spec))
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
         raise ModelError(
@@ -149,8 +151,6 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
     from transformers import AutoTokenizer
 
     source = _find(spec)
-    if Path(source.origin).is_dir():
-        check_pointers(Path(source.origin), display_name(spec))
     if assume_pretokenizer is not None and source.gguf_file is None:
         raise ConfigError(
             f"base model {display_name(spec)} is no GGUF file and brings its own pre-tokenizer: leave "
@@ -167,6 +167,12 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
             "Expected tokenizer.json beside the weights, or a GGUF file that carries one"
         ) from error
+
+
+def gguf_file(spec: str | Path) -> Path | None:
+    """The GGUF file that a base is loaded from; ``None`` for another kind. Raises ``ModelError`` as ``load_base``."""
+    source = _find(spec)
+    return None if source.gguf_file is None else Path(source.origin) / source.gguf_file
 
 
 def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
@@ -279,6 +285,7 @@ def _find(spec: str | Path) -> _Source:
 
 
 def _find_in_folder(folder: Path) -> _Source:
+    check_pointers(folder, display_name(folder))
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     ggufs = [name for name in files if name.endswith(".gguf")]
     if "config.json" in files and any(name.endswith(".safetensors") or name == INDEX_FILE for name in files):
@@ -300,37 +307,30 @@ def _find_in_folder(folder: Path) -> _Source:
     )
 
 
+def _account(
+    source: _Source, files: WeightFiles | None, model: PreTrainedModel, info: dict[str, Any], name: str
+) -> list[str]:
+    """Account for the tensors of a checkpoint that is loaded; those of a hub id may have come meanwhile."""
+    files = files or _weight_files(source, name)
+    if files is None:
+        raise ModelError(f"base model {name}: its weight files are not in the hub's cache; load it from a local folder")
+    return account_for_tensors(files, model, info, name)
+
+
+def _weight_files(source: _Source, name: str) -> WeightFiles | None:
+    """Checked weight files of a base; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
+    if (Path(source.origin) / ADAPTER_CONFIG).exists():  # which transformers attaches to a GGUF file as well
+        refuse_adapter(name)
+    folder = _weights_folder(source)
+    return None if folder is None else find_weight_files(folder, name)
+
+
 def _weights_folder(source: _Source) -> Path | None:
-    """Folder of the safetensors; for a hub id they are fetched, and ``None`` leaves the message to transformers."""
+    """Folder of the safetensors; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
     if source.gguf_file is not None:
         return None
-    if (folder := Path(source.origin)).is_dir():
-        return folder
-    if _fetch(source.origin, ADAPTER_CONFIG) is not None:
-        refuse_adapter(source.origin)
-    config = _fetch(source.origin, "config.json")
-    weights = _fetch(source.origin, WEIGHTS_FILE) or _fetch_shards(source.origin)
-    return None if config is None or weights is None else config.parent
-
-
-def _fetch_shards(hub_id: str) -> Path | None:
-    """Fetch the index of a hub id and its shards; ``None`` if there is none."""
-    index = _fetch(hub_id, INDEX_FILE)
-    if index is not None:
-        for shard in shard_names(index, hub_id):
-            _fetch(hub_id, shard)
-    return index
-
-
-def _fetch(hub_id: str, file: str) -> Path | None:
-    """A file of a hub id, from the cache or the network; ``None`` if it cannot be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(hub_id, file))
-    except (HfHubHTTPError, HFValidationError, OSError):
-        return None
+    folder = Path(source.origin)
+    return folder if folder.is_dir() else fetch_weights(source.origin)
 
 
 def _auto_class(config: Any) -> Any:

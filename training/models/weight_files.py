@@ -29,10 +29,12 @@ class WeightFiles:
     Attributes:
         tensors: path of the file of each tensor.
         others: weight files that no tensor is taken from, relative to the folder.
+        has_own_head: whether ``config.json`` says that the head has a matrix of its own.
     """
 
     tensors: dict[str, Path]
     others: tuple[str, ...] = ()
+    has_own_head: bool = False
 
 
 def find_weight_files(folder: Path, name: str) -> WeightFiles:
@@ -43,19 +45,18 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         name: display name of the model, for errors.
 
     Raises:
-        ModelError: a file is a Git LFS pointer, missing, truncated, pickled or outside the folder, an adapter lies
-            beside the weights, or the weights are quantised.
+        ModelError: a file is missing, truncated, pickled or outside the folder, an adapter lies beside the weights,
+            or the weights are quantised.
     """
-    check_pointers(folder, name)
-    if (folder / ADAPTER_CONFIG).exists():
+    if (folder / ADAPTER_CONFIG).exists():  # also in the cache of a hub id
         refuse_adapter(name)
     config = _read_json(folder / "config.json", name)
     for field in _QUANTIZATION_FIELDS:
         if settings := _field(config, field):
             method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
             raise ModelError(
-                f"base model {name}: config.json has a {field} (quant_method {method!r}): its weights are quantised and "
-                "would not be loaded exactly; export the original checkpoint, with --quantize if it shall be small"
+                f"base model {name}: config.json has a {field} (quant_method {method!r}): its weights are quantised "
+                "and would not be loaded exactly; export the original checkpoint, with --quantize if it shall be small"
             )
     paths = _weight_paths(folder, name, config)
     tensors: dict[str, Path] = {}
@@ -72,7 +73,9 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         for path in sorted((*folder.glob("*.safetensors"), *_module_files(folder)))
         if path not in paths
     )
-    return WeightFiles(tensors, others)
+    parts = (config, config.get("text_config"))
+    has_own_head = any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
+    return WeightFiles(tensors, others, has_own_head)
 
 
 def check_pointers(path: Path, name: str) -> None:
@@ -85,15 +88,36 @@ def check_pointers(path: Path, name: str) -> None:
 def refuse_adapter(name: str) -> NoReturn:
     """Raise the ``ModelError`` of a checkpoint with an adapter beside its weights."""
     raise ModelError(
-        f"base model {name}: {ADAPTER_CONFIG} lies beside its weights, of an adapter that transformers would apply where "
-        "peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new folder), or "
-        "move the adapter's files away"
+        f"base model {name}: {ADAPTER_CONFIG} lies beside its weights, of an adapter that transformers would apply "
+        "where peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new "
+        "folder), or move the adapter's files away"
     )
 
 
-def shard_names(index: Path, name: str) -> list[str]:
-    """Names of the weight files in an index; raises ``ModelError`` if one is pickled or outside its folder."""
-    return sorted(set(_weight_map(index, name).values()))
+def fetch_weights(hub_id: str) -> Path | None:
+    """Fetch config and weights of a hub id; returns their folder in the cache, ``None`` if they cannot be had.
+
+    Raises:
+        ModelError: it has an adapter beside its weights, or its index names a file that is pickled or outside.
+    """
+    if _fetch(hub_id, ADAPTER_CONFIG) is not None:
+        refuse_adapter(hub_id)
+    config, weights = _fetch(hub_id, "config.json"), _fetch(hub_id, WEIGHTS_FILE)
+    if weights is None and (weights := _fetch(hub_id, INDEX_FILE)) is not None:
+        for shard in sorted(set(_weight_map(weights, hub_id).values())):
+            _fetch(hub_id, shard)
+    return None if config is None or weights is None else config.parent
+
+
+def _fetch(hub_id: str, file: str) -> Path | None:
+    """A file of a hub id, from the cache or the network; ``None`` if it cannot be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(hub_id, file))
+    except (HfHubHTTPError, HFValidationError, OSError):  # transformers then says what is wrong
+        return None
 
 
 def _weight_paths(folder: Path, name: str, config: dict[str, Any]) -> list[Path]:
@@ -113,7 +137,7 @@ def _weight_paths(folder: Path, name: str, config: dict[str, Any]) -> list[Path]
         hint = f"; {pickled[0]} is pickled, which can run code, and is never loaded" if pickled else ""
         named = ", ".join(file for file in files if file.endswith(".safetensors"))
         raise ModelError(
-            f"base model {name}: its folder has neither {WEIGHTS_FILE} nor {INDEX_FILE} (it has {named or 'no weights'})"
+            f"base model {name}: its folder has neither {WEIGHTS_FILE} nor {INDEX_FILE}, but {named or 'no weights'}"
             f"{hint}; save it with save_pretrained(folder), or rename the file that holds the model"
         )
     if missing := [path.name for path in paths if not path.is_file()]:
@@ -175,8 +199,8 @@ def _tensor_names(path: Path, name: str) -> set[str]:
             return set(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
-            f"base model {name}: {path.name} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
-            "download it again"
+            f"base model {name}: {path.name} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}"
+            "; download it again"
         ) from error
 
 

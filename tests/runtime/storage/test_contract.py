@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adalink.runtime.errors import ContractError
-from adalink.runtime.storage.adapter import Adapter, AdapterConfig, make_adapter, weight_shapes
+from adalink.runtime.storage.adapter import Adapter, AdapterConfig, encode_adapter, make_adapter, weight_shapes
 from adalink.runtime.storage.contract import check_adapter
 
 OWN, OTHER = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
@@ -90,3 +90,24 @@ def test_base_without_limits_takes_what_fits() -> None:
 def test_caller_says_the_repair() -> None:
     with pytest.raises(ContractError, match=r"tiny has sha256:\w+: load it in float32$"):
         check_adapter(make(base_fingerprint=OTHER), FakeBase(), "adapter a", repair="load it in float32")
+
+
+def test_another_tokenizer_is_refused() -> None:
+    adapter = make(tokenizer_digest=OWN)
+    check_adapter(adapter, FakeBase(), "adapter a", tokenizer_digest=OWN)
+    check_adapter(adapter, FakeBase(), "adapter a")  # the base's is unknown
+    check_adapter(make(), FakeBase(), "adapter a", tokenizer_digest=OTHER)  # an adapter of an older kit
+    with pytest.raises(ContractError) as caught:
+        check_adapter(adapter, FakeBase(), "adapter a", holder="deployment x", tokenizer_digest=OTHER)
+    for part in (
+        f"adapter a was trained with another tokenizer ({OWN}) than tiny of deployment x has ({OTHER})",
+        "Export the base again with that tokenizer, or train the adapter again",
+        "remove tokenizer_digest from its adapter_config.json",
+    ):
+        assert part in str(caught.value)
+
+
+def test_digest_of_older_adapters_stays() -> None:
+    config, _ = encode_adapter(make())
+    assert b"tokenizer_digest" not in config
+    assert make().digest == make(tokenizer_digest="").digest != make(tokenizer_digest=OWN).digest

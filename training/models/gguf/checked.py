@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Keys below `general.sampling.`, and what generation_config.json calls them.
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+# Those that transformers has no name for: the values that change nothing, and such as only tune another.
+_SAMPLING_NEUTRAL = {"xtc_probability": 0.0, "mirostat": 0}
+_SAMPLING_TUNING = ("sequence", "xtc_threshold", "mirostat_tau", "mirostat_eta", "penalty_last_n")
 
 
 class CheckedGguf:
@@ -33,17 +44,39 @@ class CheckedGguf:
         repair_config(self.header, self._path, config)
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Check the loaded model's tensors, and give it the file's end tokens.
+        """Check the loaded model's tensors, and give it the file's end tokens and recommended sampling.
 
         Raises:
-            ModelError: a tensor of the file was dropped.
+            ModelError: a tensor of the file was dropped, or it recommends sampling that transformers does not know.
         """
         check_tensors(self.header, model)
         self._check_head(model)
         metadata = self.header.metadata
         ends = [metadata[f"tokenizer.ggml.{name}"] for name in _ENDS if f"tokenizer.ggml.{name}" in metadata]
-        if ends and model.generation_config is not None:
+        if model.generation_config is None:
+            return
+        if ends:
             model.generation_config.eos_token_id = list(dict.fromkeys(ends))
+        for name, value in self._sampling().items():
+            setattr(model.generation_config, name, value)
+
+    def _sampling(self) -> dict[str, Any]:
+        """The recommended sampling, by transformers' names; raises ``ModelError`` for one that it does not know."""
+        prefix = "general.sampling."
+        settings: dict[str, Any] = {}
+        for full, value in self.header.metadata.items():
+            key = full.removeprefix(prefix)
+            if key == full or key in _SAMPLING_TUNING or (key in _SAMPLING_NEUTRAL and value == _SAMPLING_NEUTRAL[key]):
+                continue
+            if key not in _SAMPLING:
+                raise ModelError(
+                    f"base model {self.header.name}: its metadata key {full} recommends {value!r}, which is not "
+                    f"supported; expected {', '.join(sorted(_SAMPLING))}: remove the key from the file"
+                )
+            settings[_SAMPLING[key]] = value
+        if settings.keys() - {"repetition_penalty"}:
+            settings["do_sample"] = settings.get("temperature", 1.0) > 0
+        return settings
 
     def _check_head(self, model: PreTrainedModel) -> None:
         """A model that shares its embeddings with its head has no other head in the file."""

@@ -136,9 +136,9 @@ def _take_heads(file: str, keys: dict[str, Any], config: Any) -> None:
         width = keys.pop(key, None)
         if width is None or width == head_width(config):
             continue
-        if not hasattr(config, "head_dim") or key == "attention.value_length":
+        if config.model_type == "gpt2" or key == "attention.value_length":
             raise _refusal(file, key, f"it is {_shown(width)}, and the model is built with {head_width(config)}")
-        config.head_dim = width
+        config.head_dim = width  # every class with rotary positions looks for it
 
 
 def _take_attention(file: str, architecture: str, keys: dict[str, Any], config: Any) -> None:
@@ -158,24 +158,22 @@ def _take_attention(file: str, architecture: str, keys: dict[str, Any], config: 
     window = keys.pop("attention.sliding_window", None)
     pattern = keys.pop("attention.sliding_window_pattern", None)
     layers = getattr(config, "layer_types", None)
+    if pattern is not None and architecture == "gemma3":
+        layers = config.layer_types = _layer_types(pattern, config.num_hidden_layers)
     if window is not None and "sliding_attention" in (layers or ()):
         config.sliding_window = window
     elif window is not None and architecture == "phi3":
         config.sliding_window = window if window else None
     elif window and window < keys.get("context_length", math.inf):
         raise _refusal(file, f"{architecture}.attention.sliding_window", f"it is {window}, and the model has no window")
-    if pattern is not None and not _is_pattern(pattern, layers):
-        raise _refusal(
-            file, f"{architecture}.attention.sliding_window_pattern", f"it is {_shown(pattern)}, of layers {layers}"
-        )
+    if pattern is not None and architecture != "gemma3" and window:
+        raise _refusal(file, f"{architecture}.attention.sliding_window_pattern", f"it is {_shown(pattern)}")
 
 
-def _is_pattern(pattern: Any, layers: Any) -> bool:
-    """Whether layers have windows as the pattern says: a flag for each layer, or every how many have none."""
-    windows = [kind == "sliding_attention" for kind in layers or ()]
-    if isinstance(pattern, list):
-        return [bool(flag) for flag in pattern] == windows
-    return windows == [(index + 1) % pattern != 0 for index in range(len(windows))] if pattern else not any(windows)
+def _layer_types(pattern: Any, layers: int) -> list[str]:
+    """The kind of each layer: the file flags those with a window, or says every how many there is one without."""
+    flags = pattern if isinstance(pattern, list) else [pattern == 0 or (index + 1) % pattern for index in range(layers)]
+    return ["sliding_attention" if flag else "full_attention" for flag in flags]
 
 
 def _take_rope(header: GgufHeader, path: Path, rope: Mapping[str, Any], config: Any) -> None:
