@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers.tiny_models import FAMILIES
-from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.base.export import export_base
 from adalink.export.writer import remove_task, remove_variant
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
@@ -65,10 +62,15 @@ class Kills:
 
 def changes(corpus: Path) -> list[Change]:
     """Every change there is: of a base, a task, a variant."""
-    adapters, model, tokenizer = corpus / "text" / "adapters", FAMILIES["llama"](), make_tokenizer()
+    adapters = corpus / "text" / "adapters"
 
     def add_portable(folder: Path) -> object:
-        return export_base(model, folder, tokenizer=tokenizer, target="portable")
+        from helpers.tiny_models import FAMILIES  # these bring PyTorch, which the other changes do without
+        from helpers.tiny_tokenizer import make_tokenizer
+
+        from adalink.export.base.export import export_base
+
+        return export_base(FAMILIES["llama"](), folder, tokenizer=make_tokenizer(), target="portable")
 
     return [
         Change("base", add_portable, 1),
