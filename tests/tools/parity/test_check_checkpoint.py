@@ -24,6 +24,7 @@ def blind(monkeypatch):
     """Loading as it was before every tensor was accounted for."""
     monkeypatch.setattr(loading, "account_for_tensors", lambda files, model, info, name: [])
     monkeypatch.setattr(loading, "find_weight_files", lambda folder, name: WeightFiles({}))
+    monkeypatch.setattr(loading, "refuse_adapter", lambda name: None)
 
 
 def plant(folder, tensors):
