@@ -6,13 +6,15 @@ EXTRAS ?= cpu,vision,export,train,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 WORKERS ?= 2
+# How long `make fuzz` mutates inputs.
+SECONDS ?= 600
 # Versions to install; empty for the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
-# Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
-COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
+# COVERAGE=0 leaves coverage out. Before Python 3.12, which has a quicker tracer, that saves a third of the time.
+COVERAGE ?= 1
 
-.PHONY: help demo test test-slow test-gpu lint docs format bench study vision models clean
+.PHONY: help demo test test-slow test-gpu fuzz lint docs format bench study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -40,7 +42,7 @@ models: $(VENV)/models ## install the real models and data sets that demo, bench
 demo: $(VENV)/models $(if $(TRT),$(VENV)/tensorrt-rtx) ## one engine, two tasks and the base model on SmolLM2: export, run, verify, receipt (TRT=1: TensorRT-RTX too)
 	$(RUN)/python -m examples.demo --out $(DEMO)
 
-test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N), with coverage of at least 88 % (COVERAGE=1 before Python 3.12)
+test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N), with coverage of at least 88 % (COVERAGE=0: without)
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" \
 		$(if $(filter 1,$(COVERAGE)),--cov --cov-report=term)
 
@@ -49,6 +51,11 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
+
+fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, with THREADS=64 as many threads
+	PYTHONPATH=tests $(RUN)/python -m fuzz inputs --seconds $(SECONDS) --jobs $(WORKERS) --json build/fuzz/inputs.json
+	$(if $(KILLS),PYTHONPATH=tests $(RUN)/python -m fuzz kills --kills $(KILLS) --json build/fuzz/kills.json)
+	$(if $(THREADS),PYTHONPATH=tests $(RUN)/python -m fuzz threads --threads $(THREADS) --json build/fuzz/threads.json)
 
 lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
 	$(RUN)/ruff check .

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime import Deployment
+from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
 from adalink.tools.common.environment import available_cores, describe_environment
 from adalink.tools.common.report_file import write_json
@@ -85,7 +86,7 @@ def write_texts(deployment: Deployment, path: Path) -> list[dict[str, Any]]:
     for kind, texts in TEXTS.items():
         for text in texts:
             ids = deployment.tokenizer.encode_chat(text)
-            (answer,) = deployment.generate([ids], max_new_tokens=_MOST_TOKENS)
+            (answer,) = deployment.generate([ids], max_new_tokens=_MOST_TOKENS, sampling=PLAIN_GREEDY)
             if len(answer.token_ids) >= _FEWEST_TOKENS:
                 chosen.append({"kind": kind, "text": text, "ids": ids, "tokens": len(answer.token_ids)})
     bench_prompt = json.loads(path.with_name("prompt.json").read_text(encoding="utf-8"))

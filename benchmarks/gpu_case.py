@@ -51,8 +51,8 @@ def main() -> None:
         started = time.perf_counter()
         starts: list[float] = []
         manifest = read_manifest(options.deployment)
-        # No token ends a generation before its budget.
-        manifest = structs.replace(manifest, base=structs.replace(manifest.base, eos_token_ids=()))
+        # No token ends a generation before its budget, and each is the likeliest.
+        manifest = structs.replace(manifest, base=structs.replace(manifest.base, eos_token_ids=(), generation=None))
         backend = ObservedBackend(open_backend(options.backend), lambda: starts.append(time.perf_counter()))
         form = choose_variant(manifest, backend.name)
         with Deployment(options.deployment, manifest, backend, OpenOptions(form)) as deployment:

@@ -24,8 +24,8 @@ _SCALE = 0.25
 def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:
     """Copy a deployment's base and give it seeded tasks ``task-00000`` and so on.
 
-    The end tokens are taken out of the contract, so that a generation never ends before its budget. Files of the base
-    are linked where the disk allows it.
+    End tokens and generation defaults are taken out of the contract: a generation takes the likeliest tokens and never
+    ends before its budget. Files of the base are linked where the disk allows it.
 
     Args:
         source: a deployment; only its base is used.
@@ -34,7 +34,7 @@ def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:
     """
     copy_base(source, out)
     manifest = read_manifest(out)
-    endless = msgspec.structs.replace(manifest.base, eos_token_ids=())
+    endless = msgspec.structs.replace(manifest.base, eos_token_ids=(), generation=None)
     (out / MANIFEST_FILE).write_bytes(encode_manifest(msgspec.structs.replace(manifest, base=endless)))
     add_tasks(out, ranks)
     return out

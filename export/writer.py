@@ -1,13 +1,13 @@
 """Atomic changes to a deployment folder: stage files, rename them into place, then commit the manifest.
 
 The manifest is the point of commit. New files get paths that the current manifest does not use. Until the new manifest
-is renamed over the old one, the old deployment is whole; afterwards the new one is. The next writer removes files that
-the manifest does not refer to. See docs/decisions/0002-atomic-deployments.md.
+is renamed over the old one, the old deployment is whole; afterwards the new one is. What a writer leaves behind is in
+the lock's journal, and the next writer removes it: these files and no others. See
+docs/decisions/0002-atomic-deployments.md.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import BusyError, DeploymentError, UnknownTaskError, WriteError
+from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock, JournalEntry, hold_lock, read_own_lock
+from adalink.runtime.errors import DeploymentError, UnknownTaskError, WriteError
 from adalink.runtime.storage.atomic import sync, write_through
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
 from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest
 
-LOCK_FILE = ".lock"
 STAGING_FOLDER = ".staging"
 _OWNED_FOLDERS = ("base", "engines", "tasks")
 _SEQUENTIAL_FLUSHES = 32
@@ -40,9 +40,10 @@ class DeploymentWriter:
         current: the manifest before the change; ``None`` for a new deployment.
     """
 
-    def __init__(self, folder: Path, current: Manifest | None) -> None:
+    def __init__(self, folder: Path, current: Manifest | None, lock: DeploymentLock) -> None:
         self.folder = folder
         self.current = current
+        self._lock = lock
         self._staging = folder / STAGING_FOLDER
         paths = current.paths_in_use() if current else set()
         # Case-folded: some file systems ignore case.
@@ -56,9 +57,12 @@ class DeploymentWriter:
         return self.current
 
     def fresh_folder(self, relative: str) -> str:
-        """An unused folder: ``relative``, or ``relative.2`` and so on; each is returned once."""
+        """An unused folder: ``relative``, or ``relative.2`` and so on; each is returned once.
+
+        A folder that lies there already counts as used, whoever made it.
+        """
         candidate, number = relative, 1
-        while candidate.casefold() in self._used_folders:
+        while candidate.casefold() in self._used_folders or os.path.lexists(self.folder / candidate):
             number += 1
             candidate = f"{relative}.{number}"
         self._used_folders.add(candidate.casefold())
@@ -74,6 +78,9 @@ class DeploymentWriter:
         """Make ``manifest`` and every staged file the deployment; returns the manifest as it is on disk.
 
         ``manifest.files`` is filled in here: staged files are hashed, kept ones keep their record.
+
+        Raises:
+            DeploymentError: something that is not the kit's lies where a file would go.
         """
         staged = {path.relative_to(self._staging).as_posix(): path for path in _files_below(self._staging)}
         kept = dict(self.current.files) if self.current else {}
@@ -97,6 +104,10 @@ class DeploymentWriter:
         for path in staged.values():
             path.chmod(mode)
         _sync_all(staged.values())
+        for relative in staged:
+            _check_free(self.folder, relative)
+        self._lock.record(JournalEntry(relative, record.sha256) for relative, record in records.items())
+        self._lock.record(JournalEntry(relative) for relative in sorted(kept.keys() - files.keys()))
         for relative, path in staged.items():
             final = self.folder / relative
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -119,30 +130,33 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
 
     Raises:
         BusyError: another process holds the lock.
-        DeploymentError: the folder is no deployment, or holds other things.
+        DeploymentError: the folder is no deployment, or holds other things; or a link leads out of it.
         WriteError: the disk is full or read-only.
     """
     folder = Path(path)
+    _refuse_links(folder)
     try:
         if create:
             _check_new(folder)
             folder.mkdir(parents=True, exist_ok=True)
         current = read_manifest(folder) if not create or (folder / MANIFEST_FILE).exists() else None
-        with _lock(folder):
+        with hold_lock(folder, has_manifest=current is not None) as lock:
+            _refuse_links(folder)
             # Read again: the manifest may have changed before the lock was held.
             current = read_manifest(folder) if current or (folder / MANIFEST_FILE).exists() else None
-            staging = folder / STAGING_FOLDER
+            staging = _clear_staging(folder, lock)
+            _remove_unused(folder, current, lock)
             try:
-                shutil.rmtree(staging, ignore_errors=True)
-                _remove_unused(folder, current)
+                lock.record([JournalEntry(STAGING_FOLDER)])
                 staging.mkdir()
-                yield DeploymentWriter(folder, current)
+                yield DeploymentWriter(folder, current, lock)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
                 # The manifest on the disk decides, not this process's view of it. Files that cannot be removed do no
                 # harm: nothing refers to them, and the next writer tries again.
                 with suppress(OSError):
-                    _remove_unused(folder, read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None)
+                    _remove_unused(folder, read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None, lock)
+                    lock.clear()
     except OSError as error:
         where = error.filename or folder
         raise WriteError(
@@ -152,34 +166,56 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
 
 
 def _check_new(folder: Path) -> None:
-    """A new deployment goes into an empty folder, or over an interrupted export."""
+    """A new deployment goes into an empty folder, or over an interrupted export of this kit."""
     if folder.exists() and not folder.is_dir():
         raise DeploymentError(f"{folder} is a file: choose a folder for the deployment")
-    if folder.is_dir() and not (folder / MANIFEST_FILE).exists() and not (folder / LOCK_FILE).exists():
-        others = sorted(entry.name for entry in folder.iterdir())
-        if others:
-            raise DeploymentError(
-                f"{folder} holds {others[0]!r} and no {MANIFEST_FILE}: it is not a deployment; choose an empty folder"
-            )
+    if not folder.is_dir() or (folder / MANIFEST_FILE).exists():
+        return
+    lock = read_own_lock(folder)
+    others = sorted(entry.name for entry in folder.iterdir() if lock is None or entry.name != LOCK_FILE)
+    if others and not lock:
+        raise DeploymentError(
+            f"{folder} holds {others[0]!r} and no {MANIFEST_FILE}, and nothing says that an export of this kit was "
+            "interrupted here: it is not a deployment; choose an empty folder"
+        )
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the deployment's lock; the system drops it when the process ends, however it ends."""
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise BusyError(
-                f"deployment {folder} is being changed by process {holder}: wait for it to end, then run this again"
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode("ascii"), 0)
-        yield
-    finally:
-        os.close(descriptor)
+def _refuse_links(folder: Path) -> None:
+    """What a writer writes to lies in the folder itself; raises ``DeploymentError`` for a link. The folder may be one.
+
+    This finds links that lie there. It is no defence against someone who changes the folder at the same time.
+    """
+    for name in (LOCK_FILE, STAGING_FOLDER, MANIFEST_FILE, *_OWNED_FOLDERS):
+        _refuse_link(folder / name)
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise DeploymentError(
+            f"{path} is a link to {path.readlink()}: a deployment is changed only where its files lie themselves; "
+            "replace the link by what it leads to"
+        )
+
+
+def _check_free(folder: Path, relative: str) -> None:
+    """Check that a new file overwrites nothing and goes through no link; raises ``DeploymentError``."""
+    for parent in _folders_of(relative):
+        _refuse_link(folder / parent)
+    if os.path.lexists(folder / relative):
+        raise DeploymentError(
+            f"{folder / relative} is not a file of this kit, and a new file would replace it: move it away"
+        )
+
+
+def _clear_staging(folder: Path, lock: DeploymentLock) -> Path:
+    """Remove what a killed writer has staged; raises ``DeploymentError`` for a folder that no writer made."""
+    staging = folder / STAGING_FOLDER
+    if os.path.lexists(staging):
+        # Kits before 0.3.0 kept no journal; beside their lock and manifest the folder is theirs.
+        if not lock.is_legacy and all(entry.path != STAGING_FOLDER for entry in lock.journal):
+            raise DeploymentError(f"{staging} was made by no export of this kit: move it away")
+        shutil.rmtree(staging, ignore_errors=True)
+    return staging
 
 
 def _folders_of(path: str) -> Iterator[str]:
@@ -193,19 +229,30 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
 
 
-def _remove_unused(folder: Path, manifest: Manifest | None) -> None:
-    """Remove files in the kit's own folders that the manifest does not refer to, and empty folders."""
+def _remove_unused(folder: Path, manifest: Manifest | None, lock: DeploymentLock) -> None:
+    """Remove the journal's files that the manifest does not refer to, and their folders where these are empty.
+
+    A file of a commit that was not finished is the kit's only if it has the recorded bytes.
+    """
     used = set(manifest.files) if manifest else set()
-    for name in _OWNED_FOLDERS:
-        top = folder / name
-        if top.is_symlink() or not top.is_dir():
+    for entry in lock.journal:
+        parts = entry.path.split("/")
+        if entry.path in used or len(parts) < 2 or parts[0] not in _OWNED_FOLDERS or {"", ".", ".."} & set(parts):
             continue
-        for path in sorted(top.rglob("*"), reverse=True):
-            if path.is_symlink() or not path.is_dir():
-                if path.relative_to(folder).as_posix() not in used:
-                    path.unlink()
-            elif not any(path.iterdir()):
-                path.rmdir()
+        folders = [folder / parent for parent in _folders_of(entry.path)]
+        if any(path.is_symlink() for path in folders):
+            continue
+        path = folder / entry.path
+        if _is_file(path) and entry.sha256 in ("", digest_file(path)):
+            path.unlink()
+        for parent in folders:
+            with suppress(OSError):  # it holds other files
+                parent.rmdir()
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file lies here itself, not a link to one."""
+    return not path.is_symlink() and path.is_file()
 
 
 def _sync_all(paths: Collection[Path]) -> None:

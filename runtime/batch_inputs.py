@@ -22,6 +22,7 @@ class BatchInputs:
             follows from the images.
         tasks: the task of each row.
         images: embeddings of the images of each row; ``None`` if the batch has none.
+        types: token type of each position, int64 with shape ``(batch, seq)``, of a whole batch; ``None`` if all are 0.
     """
 
     ids: Array | None
@@ -29,6 +30,7 @@ class BatchInputs:
     modality: Array | None
     tasks: AdapterMapping
     images: Sequence[Sequence[ImageEmbeds]] | None = None
+    types: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

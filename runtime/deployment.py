@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_kind, check_name, check_path
 from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
+from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.loop import decode
 from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, check_stops
-from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
+from adalink.runtime.generation.sequence import Generation, SequenceState, Stream
+from adalink.runtime.generation.speculative_decoding import draft_limit
+from adalink.runtime.generation.stop_texts import check_stops, mark_stops
+from adalink.runtime.generation.token_chooser import make_choosers
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
 from adalink.runtime.receipt import Receipt
-from adalink.runtime.request import Prompts, Tasks, check_whole
-from adalink.runtime.storage.integrity import verify_files
+from adalink.runtime.request import Prompts, Tasks
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
-from adalink.runtime.storage.verification_cache import verify_once
+from adalink.runtime.storage.verification_cache import verify_variant
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.text.tokenizer import Tokenizer
@@ -63,7 +66,7 @@ class Deployment:
         self._tasks = TaskRegistry(path, manifest, backend, options.task_memory_bytes)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options.prefix_cache_bytes)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
-        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine.padding_side)
+        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine)
         self._is_closed = False
 
     @classmethod
@@ -94,23 +97,19 @@ class Deployment:
             image_cache_bytes: size of the cache of image embeddings; 0 turns it off.
 
         Raises:
-            RequestError: an option is out of range, or the base does not support a prefix cache.
+            RequestError: an option is out of range or no such value, or the base does not support a prefix cache.
             DeploymentError: not a deployment, or (``ManifestError``, ``IntegrityError``) a damaged one.
             BackendError: backend or variant is not available, or the engine refused.
+            GraphError: a graph refers to files that the manifest does not list with it.
         """
-        begun, folder = time.perf_counter(), Path(path)
-        manifest = read_manifest(folder)
+        begun, folder = time.perf_counter(), check_path(path, "path")
         options = OpenOptions(variant, threads, full_check, task_memory_bytes, prefix_cache_bytes, image_cache_bytes)
-        opened = open_backend(backend, threads)
+        manifest = read_manifest(folder)
+        opened = open_backend(check_name(backend, "backend"), threads)
         name = choose_variant(manifest, opened.name, variant)
-        chosen = manifest.variants[name]
-        if full_check:
-            verify_files(folder, manifest)
-        else:
-            verify_once(folder, manifest, (manifest.base.embeddings, *(() if chosen.is_compiled else chosen.files)))
-            if chosen.is_compiled:  # a plan is code: read in full each time
-                verify_files(folder, manifest, chosen.files)
+        verified = verify_variant(folder, manifest, manifest.variants[name], full_check=full_check)
         deployment = cls(folder, manifest, opened, options)
+        verified.check_unchanged(undo=deployment.close)
         spent_ms = (time.perf_counter() - begun) * 1000
         _LOG.info("opened %s: variant %s, backend %s, %.0f ms", folder, name, opened.name, spent_ms)
         return deployment
@@ -159,6 +158,7 @@ class Deployment:
         tasks: Tasks = None,
         images: Images = None,
         decoder_input_ids: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
     ) -> dict[str, Array]:
         """Forward pass over whole sequences, each a prompt: PaliGemma's attend in both directions.
 
@@ -173,6 +173,7 @@ class Deployment:
             images: for each row its images or ``None``, as in ``generate``; ``input_ids`` then has a placeholder for
                 every position of an image. Without ``images``, placeholders are ordinary tokens.
             decoder_input_ids: decoder tokens of an encoder-decoder, ``(batch, decoder seq)``.
+            token_type_ids: 0 for the first text of a pair and 1 for the second, ``(batch, seq)``; default all 0.
 
         Returns:
             Decoder: ``logits``, ``(batch, seq, vocab)``. Encoder, also of an encoder-decoder: ``last_hidden_state``,
@@ -180,11 +181,13 @@ class Deployment:
 
         Raises:
             RequestError: the base cannot take this input; ``UnknownTaskError`` for a task not deployed.
-            BackendError: the engine refused.
+            BackendError: the engine refused, or its outputs are not numbers.
         """
         self._check_open()
-        inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
-        return self._runner.run(inputs, self._inputs.lay_out(inputs, attention_mask), decoder_input_ids)
+        inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images, token_type_ids)
+        layout = self._inputs.lay_out(inputs, attention_mask)
+        outputs = self._runner.run(inputs, layout, decoder_input_ids)
+        return check_outputs(outputs, layout.text_mask, tasks, is_decoder=self.manifest.base.kind == "decoder")
 
     def input_embeddings(
         self,
@@ -226,7 +229,7 @@ class Deployment:
         *,
         images: Images = None,
         tasks: Tasks = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: str | Sequence[str] | None = (),
         stream: Stream | None = None,
@@ -241,46 +244,62 @@ class Deployment:
                 ``<image>``, for each image; PaliGemma's may omit them, then images come first. An image is a path, the
                 bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
             tasks: one task for all prompts, or one for each; ``None`` is the base model.
-            max_new_tokens: limit of new tokens for each prompt; prompt, soft prompt and new tokens must fit the model.
-            sampling: how tokens are chosen; greedy by default.
+            max_new_tokens: most new tokens of a prompt, which must fit the model behind prompt and soft prompt; by
+                default the base's own limit, else 64, or as many as fit.
+            sampling: how tokens are chosen; by default as the base's ``generation_config.json`` says, else greedily.
             stop: texts that end a row; they are left out of its text.
             stream: called with the row and each new piece of its text.
             chat: apply the model's chat template, each prompt being a user message.
             draft_tokens: most draft tokens of a pass (`adalink.runtime.generation.speculative_decoding`), for a single
-                prompt or the last one left of a batch; needs ``--target onnxruntime-cpu``. By default 8 in float32,
-                where the text is the same; else 0, since a pass over several tokens then rounds otherwise than a step.
+                prompt or the last one left; needs ``--target onnxruntime-cpu``. By default 8 in float32, where the text
+                is the same; else 0, since a pass over several tokens then rounds otherwise.
 
         Raises:
             RequestError: a prompt is empty or too long, a setting is out of range, the base is an encoder, an image
                 cannot be read, or placeholders and images differ in number.
-            BackendError: the engine refused.
+            BackendError: the engine refused, or its logits are not numbers.
         """
         self._check_open()
-        base, sampling, stops = self.manifest.base, sampling or SamplingParams(), check_stops(stop)
+        base, stops = self.manifest.base, check_stops(stop)
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
-        check_whole(max_new_tokens, "max_new_tokens", 1)
-        if draft_tokens is None:
-            draft_tokens = DRAFT_TOKENS if self._is_float32 else 0
-        check_whole(draft_tokens, "draft_tokens", 0)
+        check_kind(stream, "stream", Callable, "a function of a row and a text, or None")
+        check_kind(sampling, "sampling", SamplingParams, "SamplingParams or None")
+        params = (sampling or SamplingParams()).resolve(base.generation, base.vocab_size)
+        drafts = draft_limit(draft_tokens, base, self.variant)
         batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
+        limit = batch.max_new_tokens
         tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)
-        rows = [SequenceState(row, ids, tokenizer, stops, eos, stream) for row, ids in enumerate(batch.tokens)]
-        state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, max_new_tokens)
+        marked = mark_stops(stops, tokenizer.special_ids if stops else {})
+        rows = [SequenceState(row, ids, tokenizer, marked, eos, stream) for row, ids in enumerate(batch.tokens)]
+        choosers = make_choosers(params, base, batch.tokens, limit, tasks)
+        state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, limit)
         try:
-            decode(state, embedder, mapping, rows, sampling, max_new_tokens, draft_tokens)
+            decode(state, embedder, mapping, rows, choosers, limit, drafts)
         finally:
             state.close()
         return [row.finish() for row in rows]
 
+    def check_prompt(
+        self,
+        prompt: list[int],
+        images: Sequence[object] = (),
+        task: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        """Check a prompt as ``generate`` does, without running it; raises what ``generate`` raises."""
+        self._check_open()
+        options = {"chat": False, "max_new_tokens": max_new_tokens, "encode_images": False}
+        self._inputs.process_prompts([prompt], [list(images)], task, **options)
+
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
         self._check_open()
-        self._tasks.get(name)
+        self._tasks.get(check_name(name, "name"))
 
     def unload_task(self, name: str) -> None:
         """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
-        self._tasks.unload(name)
+        self._tasks.unload(check_name(name, "name"))
 
     def add_task(self, path: str | Path, name: str | None = None) -> str:
         """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
@@ -300,21 +319,16 @@ class Deployment:
             RequestError: a task of that name exists.
         """
         self._check_open()
-        return self._tasks.add(Path(path), name)
+        return self._tasks.add(check_path(path, "path"), None if name is None else check_name(name, "name"))
 
     def remove_task(self, name: str) -> None:
         """Remove a task, in this process only; raises ``UnknownTaskError``."""
-        self._tasks.remove(name)
+        self._tasks.remove(check_name(name, "name"))
 
     def receipt(self) -> Receipt:
-        """Receipt: the engines built so far, and the base's files read and verified again; see ``Receipt``."""
-        return self._runner.receipt()
+        """Receipt: engines built so far, and files of the base and of loaded tasks read again; see ``Receipt``."""
+        return self._runner.receipt(self._tasks.loaded())
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise RequestError("the deployment is closed: open it again")
-
-    @property
-    def _is_float32(self) -> bool:
-        """Whether the engine computes in float32 throughout: a pass over several tokens then rounds as steps do."""
-        return self.manifest.base.embedding_dtype == "float32" and self.variant.quantization is None

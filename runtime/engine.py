@@ -76,7 +76,8 @@ class Engine(Protocol):
             feeds: ``inputs_embeds``, the embedder's result, of shape ``(batch, seq, d)``, and ``attention_mask`` of
                 shape ``(batch, seq)``. The decoder of an encoder-decoder also takes ``encoder_hidden_states`` and
                 ``encoder_attention_mask``. A base whose positions follow images also takes ``position_ids`` of shape
-                ``(batch, seq, axes)``.
+                ``(batch, seq, axes)``. An encoder with token types also takes ``token_type_ids`` of shape
+                ``(batch, seq)``, all 0 by default.
 
         Returns:
             Logits or hidden states at every position, shape ``(batch, seq, vocab)`` or ``(batch, seq, d)``; values at

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy.typing as npt
 
+from adalink.runtime.arguments import check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
-from adalink.runtime.errors import RequestError
+from adalink.runtime.engine import Engine
+from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.generation.padding import pad
 from adalink.runtime.request import (
     Prompts,
@@ -21,6 +23,7 @@ from adalink.runtime.request import (
     check_mask,
     check_modality,
     check_prompts,
+    check_token_types,
 )
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
@@ -29,6 +32,9 @@ from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
 from adalink.runtime.vision.tower import OpenVision
+
+# Most new tokens of a prompt where neither the request nor the base says.
+MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +45,23 @@ class PromptBatch:
         tokens: token ids of each prompt, with a placeholder for every position of an image.
         inputs: the token ids as one padded array, with adapters and image embeddings.
         layout: positions after the soft prompts are prepended.
+        max_new_tokens: most new tokens of each prompt.
     """
 
     tokens: list[list[int]]
     inputs: BatchInputs
     layout: SoftPromptLayout
+    max_new_tokens: int
 
 
 class InputProcessor:
     """Makes batches for one deployment; safe for several threads."""
 
-    def __init__(
-        self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, padding_side: str
-    ) -> None:
-        """``padding_side`` is the engine's, ``"left"`` or ``"right"``."""
+    def __init__(self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, engine: Engine) -> None:
+        """``engine`` takes the batches."""
         self._path, self._manifest, self._base = path, manifest, manifest.base
-        self._tasks, self._vision, self._padding_side = tasks, vision, padding_side
+        self._tasks, self._vision, self._padding_side = tasks, vision, engine.padding_side
+        self._capacity = None if engine.profile is None else engine.profile.capacity
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
@@ -66,13 +73,26 @@ class InputProcessor:
                 if self._base.tokenizer is None:
                     raise RequestError(f"{self._base.name} was exported without a tokenizer: pass input_ids to run()")
                 template = self._base.chat_template
-                text = None if template is None else read_verified(self._path, self._manifest, template).decode("utf-8")
+                text = None if template is None else self._read_text(template)
                 data = read_verified(self._path, self._manifest, self._base.tokenizer)
                 self._tokenizer = Tokenizer(data, text, self._base)
             return self._tokenizer
 
+    def _read_text(self, path: str) -> str:
+        try:
+            return read_verified(self._path, self._manifest, path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise IntegrityError(f"{path}: byte {error.start} is not UTF-8; export the base again") from error
+
     def process_prompts(
-        self, prompts: Prompts, images: Images, tasks: Tasks, *, chat: bool, max_new_tokens: int
+        self,
+        prompts: Prompts,
+        images: Images,
+        tasks: Tasks,
+        *,
+        chat: bool,
+        max_new_tokens: int | None,
+        encode_images: bool = True,
     ) -> PromptBatch:
         """Make a batch of prompts: tokenise, preprocess images, pad, prepend soft prompts, encode images.
 
@@ -82,8 +102,11 @@ class InputProcessor:
             tasks: likewise.
             chat: likewise.
             max_new_tokens: likewise; counts towards the longest sequence.
+            encode_images: whether images are encoded, rather than only checked.
         """
         base = self._base
+        if max_new_tokens is not None:
+            check_whole(max_new_tokens, "max_new_tokens", 0 if base.kind == "encoder" else 1)
         texts = check_prompts(prompts, base)
         mapping = self._tasks.resolve(tasks, len(texts))
         row_images = check_images(images, len(texts), base)
@@ -97,10 +120,11 @@ class InputProcessor:
         ids = check_input_ids(padded, base)
         layout = SoftPromptLayout(mask, mapping.soft_prompts(len(mask)), self._padding_side)
         positions = layout.mask.shape[1]
+        limit = self._limit(max_new_tokens, positions)
         is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
-        check_length(max(positions, max_new_tokens) if is_separate else positions + max_new_tokens, base)
-        embeds = self._vision.embed(prepared) if any(row_images) else None
-        return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout)
+        check_length(max(positions, limit) if is_separate else positions + limit, base)
+        embeds = self._vision.embed(prepared) if encode_images and any(row_images) else None
+        return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout, limit)
 
     def process_arrays(
         self,
@@ -109,6 +133,7 @@ class InputProcessor:
         modality: npt.ArrayLike | None,
         tasks: Tasks,
         images: Images,
+        token_type_ids: npt.ArrayLike | None = None,
     ) -> BatchInputs:
         """Make a batch of token ids or embeddings; arguments and errors are those of ``Deployment.run``."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -123,12 +148,14 @@ class InputProcessor:
             mapping = self._tasks.resolve(tasks, len(embeds))
             if mapping.needs_ids:
                 raise RequestError("a task of these rows looks token ids up, so embeddings do not do: pass input_ids")
-            return BatchInputs(None, embeds, indices, mapping)
+            types = check_token_types(token_type_ids, embeds.shape[:2], self._base)
+            return BatchInputs(None, embeds, indices, mapping, types=types)
         assert input_ids is not None
         ids = check_input_ids(input_ids, self._base)
         indices = check_modality(modality, (ids.shape[0], ids.shape[1]), self._base)
         mapping = self._tasks.resolve(tasks, len(ids))
-        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images))
+        types = check_token_types(token_type_ids, (ids.shape[0], ids.shape[1]), self._base)
+        return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images), types)
 
     def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
         """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long."""
@@ -136,6 +163,17 @@ class InputProcessor:
         layout = SoftPromptLayout(mask, inputs.tasks.soft_prompts(len(mask)), self._padding_side)
         check_length(layout.mask.shape[1], self._base)
         return layout
+
+    def _limit(self, max_new_tokens: int | None, positions: int) -> int:
+        """Most new tokens after ``positions`` of prompts: the request's, else the base's default as far as it fits."""
+        if max_new_tokens is not None:
+            return max_new_tokens
+        base, generation = self._base, self._base.generation
+        wanted = (generation and generation.max_new_tokens) or MAX_NEW_TOKENS
+        limits = [base.max_positions, self._capacity]
+        if base.kind != "encoder-decoder":
+            limits = [None if limit is None else limit - positions for limit in limits]
+        return max(1, min(wanted, *(limit for limit in limits if limit is not None)))
 
     def _tokenize(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
         """Token ids of a checked prompt; ``images`` is its number of images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, ResumableEngine
 from adalink.runtime.errors import RequestError
+from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
@@ -94,7 +96,9 @@ class ModelRunner:
         embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
         if self._decoder is not None:
             first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
-            decoder_feeds = _decoder_feeds(self._decoder, first, self.engine.run(feeds), layout.mask)
+            states = {"last_hidden_state": self.engine.run(feeds)}
+            check_outputs(states, layout.mask, (), is_decoder=False)
+            decoder_feeds = _decoder_feeds(self._decoder, first, states["last_hidden_state"], layout.mask)
             return self._decoder.start(decoder_feeds, max_new_tokens), self._decoder.embedder, NO_ADAPTER
         tasks = embedder.for_decoding(inputs.tasks)
         if self._prefixes is None:
@@ -102,12 +106,12 @@ class ModelRunner:
         prompts = self._cache_keys(inputs, layout)
         return self._resume(*self._prefixes, feeds, prompts, inputs.tasks, max_new_tokens), embedder, tasks
 
-    def receipt(self) -> Receipt:
-        """See ``Deployment.receipt``."""
+    def receipt(self, tasks: Mapping[str, Sequence[str]]) -> Receipt:
+        """See ``Deployment.receipt``; ``tasks`` has the files of each loaded task of the deployment."""
         expected = 1 if self._decoder is None else 2
         vision = self._base.vision
         paths = (*self._variant.files, self._base.embeddings, *(vision.all_files if vision else ()))
-        return make_receipt(self._path, self._manifest, paths, self._builds, expected)
+        return make_receipt(self._path, self._manifest, paths, self._builds, expected, tasks)
 
     def close(self) -> None:
         """Free the engines' memory."""
@@ -121,13 +125,15 @@ class ModelRunner:
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
     def _feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
-        """Engine inputs for whole rows."""
+        """Engine inputs for whole rows; a soft prompt is of token type 0, as in training."""
+        types = {} if inputs.types is None else {"token_type_ids": layout.place(inputs.types)}
         if layout.is_empty:
             embeds = self.input_embeddings(inputs)
-            return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout)}
+            return {"inputs_embeds": embeds, "attention_mask": layout.mask, **self._positions(inputs, layout), **types}
         embeds, modality = self._base_embeddings(inputs)
         wide, indices = layout.prepend(embeds, modality)
-        return {"inputs_embeds": self.engine.embedder.apply(wide, inputs.tasks, indices), "attention_mask": layout.mask}
+        adapted = self.engine.embedder.apply(wide, inputs.tasks, indices)
+        return {"inputs_embeds": adapted, "attention_mask": layout.mask, **types}
 
     def _positions(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, Array]:
         """Position ids of a base whose positions follow the image grid; other engines compute their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adalink.runtime.errors import RequestError
+from adalink.runtime.arguments import check_flag, check_name, check_whole
 
 IMAGE_CACHE_BYTES = 256 << 20
 
@@ -26,7 +26,7 @@ class OpenOptions:
         image_cache_bytes: size of the cache of image embeddings, which all tasks share; 0 turns it off.
 
     Raises:
-        RequestError: ``task_memory_bytes`` is less than 1, ``prefix_cache_bytes`` or ``image_cache_bytes`` less than 0.
+        RequestError: a value is of a wrong type, or a number is less than 1, that of a cache less than 0.
     """
 
     variant: str | None = None
@@ -37,8 +37,11 @@ class OpenOptions:
     image_cache_bytes: int = IMAGE_CACHE_BYTES
 
     def __post_init__(self) -> None:
-        if self.task_memory_bytes is not None and self.task_memory_bytes < 1:
-            raise RequestError(f"task_memory_bytes is {self.task_memory_bytes}, expected at least 1")
+        if self.variant is not None:
+            check_name(self.variant, "variant")
+        check_flag(self.full_check, "full_check")
+        for name in ("threads", "task_memory_bytes"):
+            if getattr(self, name) is not None:
+                check_whole(getattr(self, name), name, 1)
         for name in ("prefix_cache_bytes", "image_cache_bytes"):
-            if (size := getattr(self, name)) < 0:
-                raise RequestError(f"{name} is {size}, expected at least 0, which keeps nothing")
+            check_whole(getattr(self, name), name, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,29 @@ def check_modality(modality: npt.ArrayLike | None, shape: tuple[int, int], base:
     return indices.astype(np.int64, copy=False)
 
 
+def check_token_types(token_type_ids: npt.ArrayLike | None, shape: tuple[int, int], base: Base) -> Array | None:
+    """Token types as int64 of ``shape``; ``None`` if none were given; raises ``RequestError``."""
+    if token_type_ids is None:
+        return None
+    types = _as_array(token_type_ids, "token_type_ids")
+    if types.dtype.kind not in "iu" or types.shape != shape:
+        raise RequestError(
+            f"token_type_ids is {types.dtype} with shape {types.shape}, expected int64 with shape {shape}"
+        )
+    if base.token_types is None and types.any():
+        raise RequestError(
+            f"token_type_ids holds {types.max()}, but this deployment of {base.name} was written by a kit without "
+            "token types, and its graphs take every token for the first text's: export the base again, into another "
+            "folder"
+        )
+    if types.min() < 0 or types.max() >= (base.token_types or 1):
+        raise RequestError(
+            f"token_type_ids holds {types.min()} to {types.max()}, expected 0 to {(base.token_types or 1) - 1}: "
+            f"{base.name} tells no more segments apart"
+        )
+    return types.astype(np.int64, copy=False) if base.takes_token_types else None
+
+
 def check_length(length: int, base: Base) -> None:
     """Check a sequence against the model's limit; raises ``RequestError``."""
     if base.max_positions is not None and length > base.max_positions:
@@ -90,12 +113,6 @@ def check_length(length: int, base: Base) -> None:
             f"the sequence would have {length} positions, {base.name} was made for at most {base.max_positions}: "
             "shorten the prompt or ask for fewer new tokens"
         )
-
-
-def check_whole(value: Any, name: str, least: int) -> None:
-    """Check a whole number; raises ``RequestError``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise RequestError(f"{name} is {value!r}, expected a whole number of at least {least}")
 
 
 def is_number(value: Any) -> bool:

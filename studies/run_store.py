@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from adalink.runtime.errors import BusyError, DataError, WriteError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.tools.common.report_file import write_json
 from studies.experiment.run_settings import Run
 
@@ -150,7 +151,7 @@ def decode_table(packed: bytes) -> FinishedRuns:
 def _decode_run(text: bytes) -> tuple[str, dict[str, Any]]:
     """File name and content of a finished run; raises ``ValueError``."""
     try:
-        content = msgspec.json.decode(text, type=dict[str, Any])
+        content = decode_json(text, dict[str, Any])
         name = msgspec.convert(content["run"], Run).file_name
         measurements = set(content["result"])
     except (msgspec.DecodeError, KeyError, TypeError) as error:

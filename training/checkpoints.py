@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, WriteError
 from adalink.runtime.storage.atomic import replace_file
+from adalink.runtime.storage.decoding import decode_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,7 +87,7 @@ def last_checkpoint(folder: Path, record: dict[str, Any]) -> Path | None:
             f"{folder} holds no interrupted run to resume: start one without --resume, and without that folder"
         )
     try:
-        before = json.loads(settings.read_bytes())
+        before = decode_json(settings.read_bytes(), dict[str, Any])
     except ValueError as error:
         raise ConfigError(f"{settings} is cut off: remove {folder} and start without --resume") from error
     now = json.loads(json.dumps(record))
@@ -117,9 +118,9 @@ def _whole_checkpoints(folder: Path) -> list[Path]:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / _STATE_FILE).read_bytes())
+        json.loads((checkpoint / _STATE_FILE).read_bytes())  # transformers writes NaN, which is no JSON
         with safe_open(checkpoint / _WEIGHTS_FILE, framework="pt"):
             pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return False
     return all(zipfile.is_zipfile(checkpoint / name) for name in _ZIPPED)

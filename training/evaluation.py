@@ -35,7 +35,8 @@ def greedy_tokens(
 
     Prompts are sorted by length, padded on the left and run in batches. ``join`` adds the base's inputs beside tokens,
     such as ``pixel_values``, for prompts of the given indices. Generation settings of the checkpoint, such as a penalty
-    or beams, do not apply, as in a deployment.
+    or beams, do not apply: accuracy is that of the likeliest tokens. A deployment applies some of them by default, and
+    answers as here with ``SamplingParams(temperature=0, base_defaults=False)``.
     """
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -86,7 +87,7 @@ def exact_match(
     batch_size: int,
     images: TrainingImages | None = None,
     *,
-    soft_tokens: int = 0,
+    prepended: int = 0,
 ) -> float:
     """Share of examples whose greedy reply is the expected text, spaces at its ends aside, and then ends.
 
@@ -96,7 +97,7 @@ def exact_match(
         examples: encoded rows.
         batch_size: rows generated at once.
         images: image inputs of the examples, for a base that takes images.
-        soft_tokens: vectors of the attached adapter's soft prompt.
+        prepended: positions that the attached adapter puts before each row.
     """
     end = end_token(tokenizer)
 
@@ -110,7 +111,7 @@ def exact_match(
     longest = max(len(example.target) for example in examples)
     limit = None if model.config.is_encoder_decoder else max_positions(model)
     # Rows without enough positions for the longest target are generated one by one, each up to its limit.
-    max_new_tokens = [longest if limit is None else limit - soft_tokens - len(example.prompt) for example in examples]
+    max_new_tokens = [longest if limit is None else limit - prepended - len(example.prompt) for example in examples]
     unlimited = [number for number, steps in enumerate(max_new_tokens) if steps >= longest]
     replies = dict(zip(unlimited, answer(unlimited, longest), strict=True))
     for number, steps in enumerate(max_new_tokens):

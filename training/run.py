@@ -118,7 +118,7 @@ def train(
     examples = encode_rows(rows, tokenizer, settings.max_length, data, *encoding)
     eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *encoding)
     for encoded, origin in ((examples, data), (eval_examples, eval_data)):
-        check_positions(encoded, model, config.soft_tokens, origin)
+        check_positions(encoded, model, config.prepended_positions, origin)
     record["base_fingerprint"] = base_fingerprint(model)
     record["tokenizer_digest"] = digest_tokenizer(tokenizer)
     if images is not None:
@@ -169,7 +169,12 @@ def train(
                 raise
             progress(f"exact match of the adapter on {len(eval_rows)} eval rows")
             accuracy["adapter"] = exact_match(
-                model, tokenizer, eval_examples, settings.batch_size, images, soft_tokens=config.soft_tokens
+                model,
+                tokenizer,
+                eval_examples,
+                settings.batch_size,
+                images,
+                prepended=config.prepended_positions,
             )
     report = {
         "kit_version": version("adalink-kit"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adalink.runtime.errors import DataError
+from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.tools.common.console import print_table
 from adalink.tools.parity.check_accuracy import deployed_accuracy
 from examples.demo import Progress
@@ -94,7 +95,8 @@ def shorten(text: str, width: int) -> str:
 
 
 def _generate(deployment: Deployment, prompts: list[str], tasks: str | list[str] | None) -> list[Generation]:
-    return deployment.generate(prompts, tasks=tasks, max_new_tokens=_NEW_TOKENS)
+    # As accuracy is measured in training, whatever the generation config of the base says.
+    return deployment.generate(prompts, tasks=tasks, max_new_tokens=_NEW_TOKENS, sampling=PLAIN_GREEDY)
 
 
 def _compare_mixed(rows: Sequence[DemoRow], answers: dict[int, Generation], mixed: Sequence[Generation]) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
-from adalink.runtime import Deployment
+from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, read_rows
 from adalink.training.method.config import AdaLinkConfig
@@ -38,6 +38,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], int]] = {
 }
 SETTINGS = TrainSettings(max_steps=200, batch_size=8)
 BATCH_ROWS = 50
+# As accuracy is measured in training, whatever the generation config of the base says.
+GREEDY = SamplingParams(temperature=0, base_defaults=False)
 
 
 def train_all(base: Path, data: Path, adapters: Path) -> None:
@@ -59,7 +61,8 @@ def share_right(deployment: Deployment, rows: list[TrainingRow], data: Path, tas
     for start in tqdm(range(0, len(rows), BATCH_ROWS), desc=task or "base model", unit="batch"):
         batch = rows[start : start + BATCH_ROWS]
         images = [[data / name for name in row.images] for row in batch]
-        replies = deployment.generate([row.prompt for row in batch], images=images, tasks=task, max_new_tokens=4)
+        prompts = [row.prompt for row in batch]
+        replies = deployment.generate(prompts, images=images, tasks=task, max_new_tokens=4, sampling=GREEDY)
         right += sum(reply.text.strip() == row.completion.strip() for reply, row in zip(replies, batch, strict=True))
     return right / len(rows)
 

@@ -27,7 +27,7 @@ from adalink.runtime.storage.adapter import (
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.embedding_table import open_table
-from adalink.runtime.storage.integrity import read_verified, verify_files
+from adalink.runtime.storage.integrity import read_graph, verify_files
 from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
@@ -144,8 +144,9 @@ class _Exporter:
         self._writer = writer
         self._manifest = writer.manifest
         self._dtype = writer.manifest.base.embedding_dtype
-        verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
+        verified = verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
+        verified.check_unchanged()
         # Tokens to run a new graph on, evenly spread.
         self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
         self._rows = as_float32(self._table[self._ids])
@@ -179,7 +180,7 @@ class _Exporter:
 
     def _bank_graph(self, activation_key: str) -> OpenGraph:
         if activation_key not in self._bank_graphs:
-            data = read_verified(self._writer.folder, self._manifest, self._manifest.base.bank[activation_key])
+            data = read_graph(self._writer.folder, self._manifest, self._manifest.base.bank[activation_key])
             self._bank_graphs[activation_key] = OpenGraph(data, self._dtype)
         return self._bank_graphs[activation_key]
 

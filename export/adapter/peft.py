@@ -26,6 +26,7 @@ from adalink.runtime.storage.adapter import (
     make_adapter,
     read_method,
 )
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import fingerprint_embeddings
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
@@ -81,7 +82,7 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
         AdapterError: the method acts on more than the input, or the folder does not fit its method.
         ContractError: its width or vocabulary is another base's, or nobody vouches for the base.
     """
-    peft_type, fields = read_method(config_bytes, origin), msgspec.json.decode(config_bytes, type=dict[str, Any])
+    peft_type, fields = read_method(config_bytes, origin), _read_fields(config_bytes, origin)
     readers: dict[str, Callable[[_Folder], tuple[dict[str, Any], Weights]]] = {
         "PROMPT_TUNING": _soft_prompt,
         "P_TUNING": _soft_prompt,
@@ -112,6 +113,14 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
     except ConfigError as error:
         raise AdapterError(f"{origin}: {error}") from error
     return make_adapter(config, weights, origin)
+
+
+def _read_fields(config_bytes: bytes, origin: str) -> dict[str, Any]:
+    """All fields of ``adapter_config.json``; raises ``AdapterError``."""
+    try:
+        return decode_json(config_bytes, dict[str, Any])
+    except msgspec.DecodeError as error:  # a number beyond float64 in a field that the method's name does not need
+        raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
 
 
 class _Folder:

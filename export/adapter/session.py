@@ -11,6 +11,7 @@ import numpy.typing as npt
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.nodes import INPUT_NAME, OUTPUT_NAME, edge_type
 from adalink.runtime.ort.errors import guard
+from adalink.runtime.ort.open_session import open_session
 
 
 class OpenGraph:
@@ -28,9 +29,7 @@ class OpenGraph:
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
         self._ort = ort
-        self._session = guard(
-            ort, "graph", lambda: ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        )
+        self._session = open_session(ort, "graph", graph, options)
         self._numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         self._element = edge_type(dtype)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.architectures import Architecture, architecture_of
+from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
+from adalink.export.base.generation import report
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
@@ -86,7 +88,7 @@ def export_base(
         base_fingerprint,
         display_name,
         find_image_processor,
-        load_base,
+        load_checkpoint,
         weights_digest,
     )
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
@@ -96,10 +98,14 @@ def export_base(
     progress = progress or (lambda line: None)
     if isinstance(model, (str, Path)):
         progress(f"loading {display_name(model)}")
-        loaded, name = load_base(model), display_name(model)
+        checkpoint, name = load_checkpoint(model), display_name(model)
+        loaded, unused = checkpoint.model, checkpoint.unused_tensors
+        if unused:
+            progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
     else:
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+        unused = ()
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
     if architecture.bidirectional_prompt and quantization is not None:
@@ -109,7 +115,7 @@ def export_base(
         )
     if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
         raise ConfigError(
-            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of a picture "
+            f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of an image "
             f"are not supported: choose the target {' or '.join(ONE_BACKEND)}"
         )
     _check_unhooked(whole)
@@ -124,6 +130,7 @@ def export_base(
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
         base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
+        base = described = msgspec.structs.replace(base, unused_tensors=unused)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -140,6 +147,10 @@ def export_base(
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
+        for line in report(base.generation):
+            progress(line)
+        if base.generation is None and described.generation is not None:
+            progress("the base was written by an older kit without generation defaults, and stays without them")
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")
         current = writer.current
@@ -278,7 +289,9 @@ def _write_variant(
     if grouped and has_windows(model, architecture):
         metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
     with exportable_attention(model):
-        for stem, graph in traced_graphs(model, architecture, grouped=grouped).items():
+        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=base.takes_token_types)
+        for stem, graph in graphs.items():
+            check_activations(graph, base.name, base.embedding_dtype)
             progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             path = writer.stage(files[stem])

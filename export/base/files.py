@@ -10,12 +10,14 @@ import msgspec
 
 from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.architectures import Architecture, cache_shape
+from adalink.export.base.generation import describe_generation
 from adalink.export.writer import DeploymentWriter
-from adalink.runtime.errors import ContractError, ModelError
+from adalink.runtime.errors import ContractError, IntegrityError, ModelError, RequestError
 from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Base, Manifest, Vision
 from adalink.runtime.storage.tokenizer_digest import tokenizer_digest
+from adalink.runtime.text.fast_tokenizer import tokenizer_errors
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.training.models.loading import max_positions
 
@@ -82,12 +84,16 @@ def describe_base(
         decoder_start_token_id=start[0] if start and architecture.kind == "encoder-decoder" else None,
         embeddings=EMBEDDINGS_FILE,
         tokenizer=None if tokenizer is None else TOKENIZER_FILE,
-        chat_template=CHAT_TEMPLATE_FILE if _chat_template(tokenizer) else None,
+        chat_template=CHAT_TEMPLATE_FILE if _check_chat_template(tokenizer) else None,
         bank={key: f"{BANK_FOLDER}/{key}.onnx" for key in ACTIVATION_KEYS},
         vision=vision,
         bidirectional_prompt=architecture.bidirectional_prompt,
         weights_digest=digests[1],
         tokenizer_digest="" if tokenizer is None else tokenizer_digest(_tokenizer_text(tokenizer)),
+        generation=describe_generation(model, architecture.kind, rows),
+        token_types=_token_types(model, architecture),
+        tokenizer_types="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
+        special_tokens=_special_tokens(tokenizer),
     )
 
 
@@ -109,10 +115,41 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return tuple(dict.fromkeys((*of_model, of_tokenizer)))
 
 
+def _token_types(model: PreTrainedModel, architecture: Architecture) -> int:
+    """Token types that a model tells apart; 1 for all kinds but encoders."""
+    return int(getattr(model.config, "type_vocab_size", None) or 1) if architecture.kind == "encoder" else 1
+
+
 def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """The tokenizer's chat template, the one named ``default`` where it has several."""
     template = getattr(tokenizer, "chat_template", None)
     return template.get("default") if isinstance(template, dict) else template
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str | tuple[str, ...]] | None:
+    """Special tokens by name, those that transformers gives to chat templates; ``None`` without a tokenizer."""
+    if tokenizer is None:
+        return None
+    return {
+        str(name): tuple(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        for name, value in tokenizer.special_tokens_map.items()
+    }
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The chat template, compiled once to see that it can be; raises ``ModelError``."""
+    from adalink.runtime.text.chat_template import ChatTemplate
+
+    template = _chat_template(tokenizer)
+    if not template:
+        return None
+    if not isinstance(template, str):
+        raise ModelError(f"the chat template of the tokenizer is a {type(template).__name__}, expected a text")
+    try:
+        ChatTemplate(template, "the chat template of the tokenizer", {})
+    except RequestError as error:
+        raise ModelError(f"{error}; or correct chat_template.jinja, or remove it, and export again") from error
+    return template
 
 
 def write_common(
@@ -151,7 +188,7 @@ def check_common(
     tokenizer: PreTrainedTokenizerBase | None,
     preprocessor: Preprocessor | None,
 ) -> None:
-    """Refuse a model whose tokenizer, chat template, special tokens or image processor differ from the deployment's.
+    """Refuse a model whose tokenizer, chat template, special tokens, generation config or image processor differ.
 
     A model without a tokenizer is not compared: the deployment's tokenizer stays.
 
@@ -172,12 +209,16 @@ def check_common(
 
     current = manifest.base
     same = {name: getattr(current, name) == getattr(new, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    # Older kits recorded none; the base stays as it is.
+    same["generation_config"] = current.generation is None or current.generation == new.generation
     if tokenizer is None:
         ends = current.eos_token_ids if current.tokenizer is None else current.eos_token_ids[: len(new.eos_token_ids)]
         same["eos_token_ids"] = ends == new.eos_token_ids
     else:
         same["eos_token_ids"] = current.eos_token_ids == new.eos_token_ids
         same["tokenizer"] = _is_same_tokenizer(read(current.tokenizer), tokenizer)
+        if current.special_tokens is not None:  # older kits did not store them
+            same["special_tokens"] = current.special_tokens == new.special_tokens
         same["chat_template"] = read(current.chat_template) == (_chat_template(tokenizer) or None)
     if current.vision is not None:
         path = current.vision.preprocessor
@@ -193,7 +234,11 @@ def _is_same_tokenizer(stored: str | None, tokenizer: PreTrainedTokenizerBase) -
     """Whether a stored tokenizer is this one, whatever release of ``tokenizers`` wrote it."""
     from tokenizers import Tokenizer
 
-    return stored is not None and _plain_tokenizer(Tokenizer.from_str(stored).to_str()) == _tokenizer_text(tokenizer)
+    if stored is None:
+        return False
+    with tokenizer_errors(IntegrityError, f"{TOKENIZER_FILE} is not a tokenizer.json; export the base anew"):
+        read = Tokenizer.from_str(stored).to_str()
+    return _plain_tokenizer(read) == _tokenizer_text(tokenizer)
 
 
 def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -201,7 +246,8 @@ def _tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(f"{type(tokenizer).__name__} cannot be written as tokenizer.json; expected a fast tokenizer")
-    return _plain_tokenizer(backend.to_str())
+    with tokenizer_errors(ModelError, f"{type(tokenizer).__name__} cannot be written as tokenizer.json"):
+        return _plain_tokenizer(backend.to_str())
 
 
 def _plain_tokenizer(text: str) -> str:

@@ -21,18 +21,21 @@ if TYPE_CHECKING:
 _BATCH, _SEQUENCE, _PAST, _SOURCE = 2, 3, 4, 5
 
 
-def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped: bool) -> dict[str, TracedGraph]:
+def traced_graphs(
+    model: PreTrainedModel, architecture: Architecture, *, grouped: bool, token_types: bool = False
+) -> dict[str, TracedGraph]:
     """The graphs of a base by file stem: ``model``, and for an encoder-decoder also ``decoder``.
 
     Args:
         model: the base.
         architecture: its entry in the registry.
         grouped: whether a decoder computes attention with ``GroupQueryAttention``.
+        token_types: whether an encoder takes ``token_type_ids``.
     """
     from adalink.export.base.modules import CrossDecoderGraph, DecoderGraph, EncoderGraph
 
     if architecture.kind == "encoder":
-        return {"model": _encoder_graph(EncoderGraph(model.base_model), model)}
+        return {"model": _encoder_graph(EncoderGraph(model.base_model), model, token_types)}
     cache = cache_shape(model.config, architecture)
     assert cache is not None
     if architecture.kind == "decoder" and grouped:
@@ -41,22 +44,25 @@ def traced_graphs(model: PreTrainedModel, architecture: Architecture, *, grouped
         module = DecoderGraph(model, mask_windows(model.config, architecture), architecture.bidirectional_prompt)
         return {"model": _decoder_graph(module, model, architecture, cache)}
     return {
-        "model": _encoder_graph(EncoderGraph(model.get_encoder()), model),
+        "model": _encoder_graph(EncoderGraph(model.get_encoder()), model, token_types=False),
         "decoder": _cross_decoder_graph(CrossDecoderGraph(model), model, cache),
     }
 
 
-def _encoder_graph(module: torch.nn.Module, model: PreTrainedModel) -> TracedGraph:
+def _encoder_graph(module: torch.nn.Module, model: PreTrainedModel, token_types: bool) -> TracedGraph:
     import torch
 
+    inputs = {
+        "inputs_embeds": _example(model, _BATCH, _SEQUENCE, model.get_input_embeddings().weight.shape[1]),
+        "attention_mask": torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64),
+    }
+    if token_types:
+        inputs["token_type_ids"] = torch.tensor([[0, 0, 1], [0, 1, 1]])
     return TracedGraph(
         module=module,
-        inputs={
-            "inputs_embeds": _example(model, _BATCH, _SEQUENCE, model.get_input_embeddings().weight.shape[1]),
-            "attention_mask": torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64),
-        },
+        inputs=inputs,
         outputs=["last_hidden_state"],
-        axes=_axes(("inputs_embeds", "attention_mask", "last_hidden_state"), {0: "batch", 1: "sequence"}),
+        axes=_axes((*inputs, "last_hidden_state"), {0: "batch", 1: "sequence"}),
     )
 
 

@@ -60,15 +60,18 @@ class DecoderGraph(torch.nn.Module):
 
 
 class EncoderGraph(torch.nn.Module):
-    """An encoder as ``(inputs_embeds, attention_mask) -> last_hidden_state``."""
+    """An encoder as ``(inputs_embeds, attention_mask[, token_type_ids]) -> last_hidden_state``."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Shapes: ``(batch, sequence, d)`` and ``(batch, sequence)`` to ``(batch, sequence, d)``."""
-        output = self.model(inputs_embeds=inputs_embeds, attention_mask=padding_mask(attention_mask))
+    def forward(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Shapes: ``(batch, sequence, d)``, and twice ``(batch, sequence)``, to ``(batch, sequence, d)``."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.model(inputs_embeds=inputs_embeds, attention_mask=padding_mask(attention_mask), **types)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -17,9 +17,10 @@ from adalink.export.engine.tensorrt_builder import BuiltPlan, Sizes, build_plan,
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
 from adalink.runtime.profile import Profile, ShapeRange, check_profile, default_profile, parse_profile
-from adalink.runtime.storage.integrity import locate, read_verified, verify_files
+from adalink.runtime.storage.integrity import locate, read_graph, verify_files
 from adalink.runtime.storage.manifest import Base, Manifest, Variant, Vision
 from adalink.runtime.storage.manifest_validation import check_task_name
+from adalink.runtime.storage.verification_cache import check_graphs
 from adalink.runtime.trt.api import TENSORRT_BACKENDS, Api, load_api
 from adalink.runtime.trt.record import PLAN_FILE, RECORD_FILE, VISION_FILE, EngineRecord, VisionRecord
 
@@ -89,6 +90,8 @@ def export_engine(
         progress("reading the portable graph", None)
         tower = manifest.base.vision.files if manifest.base.vision else ()
         verify_files(writer.folder, manifest, (*manifest.variants[source].files, *tower))
+        for files in (manifest.variants[source].files, tower):
+            check_graphs(writer.folder, manifest, files)
         build = partial(build_plan, api, set_target=set_target, progress=progress)
         builder = _EngineBuilder(writer, manifest, api, writer.fresh_folder(f"engines/{engine}"), shapes, build)
         record = builder.build_all(source, resolved, tuple(dict.fromkeys(tasks)))
@@ -195,7 +198,7 @@ class _EngineBuilder:
     def _task_graph(self, task: str) -> onnx.ModelProto:
         import onnx
 
-        data = read_verified(self._writer.folder, self._manifest, self._manifest.tasks[task].graph)
+        data = read_graph(self._writer.folder, self._manifest, self._manifest.tasks[task].graph)
         return onnx.load_from_string(data)
 
 

@@ -67,7 +67,7 @@ def check_buildable(base: Base) -> None:
         )
     if base.vision is not None and base.vision.patches is not None:
         raise ConfigError(
-            f"positions of base {base.name!r} follow the grid of a picture, which engines do not take: run it with "
+            f"positions of base {base.name!r} follow the grid of an image, which engines do not take: run it with "
             "--backend onnxruntime-cpu"
         )
 

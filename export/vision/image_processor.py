@@ -63,12 +63,10 @@ def describe_processor(
     if tiling is not None:
         output_size: tuple[int, int] | None = (tiling.edge, tiling.edge)
     else:
-        edge = preprocessor.shortest_edge
-        square = (edge, edge) if preprocessor.pad_color and edge else None
-        output_size = preprocessor.crop or preprocessor.resize or square
+        output_size = preprocessor.output_size
     if output_size != image_size:
         raise ModelError(
-            f"image processor {name} gives pictures of {output_size or 'any size'}, the vision tower takes "
+            f"image processor {name} gives images of {output_size or 'any size'}, the vision tower takes "
             f"{image_size}: set its {'max_image_size' if tiling else 'crop_size'} to that"
         )
     return preprocessor

@@ -74,6 +74,7 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     setattr(outer, outer.base_model_prefix, inner)
     outer.set_output_embeddings(model.get_output_embeddings())
     outer.generation_config = model.generation_config
+    outer.name_or_path = model.name_or_path
     if missing := [name for name, parameter in outer.named_parameters() if parameter.is_meta]:
         raise ModelError(
             f"{type(outer).__name__} has {missing[0]!r}, which this {type(model).__name__} does not: it cannot "
@@ -176,7 +177,7 @@ def _describe_tower(model: PreTrainedModel) -> Vision:
     tower = config.vision_config
     if tower.model_type not in _TOWERS:
         raise ModelError(
-            f"the vision tower of this {type(model).__name__} is a {tower.model_type!r}, whose pictures have no one "
+            f"the vision tower of this {type(model).__name__} is a {tower.model_type!r}, whose images have no one "
             f"size; supported are {', '.join(_TOWERS)}"
         )
     size = (tower.image_size, tower.image_size)

@@ -143,7 +143,7 @@ class DeviceEngine:
 
     @implements(Engine)
     def run(self, feeds: Mapping[str, EngineInput]) -> Array:
-        inputs, mask = feeds["inputs_embeds"], feeds["attention_mask"]
+        inputs, mask, types = feeds["inputs_embeds"], feeds["attention_mask"], feeds.get("token_type_ids")
         batch, seq = mask.shape
         profile = self._plans.profile
         profile.check_length(seq)
@@ -156,7 +156,8 @@ class DeviceEngine:
             for first in range(0, batch, at_once):
                 last = min(first + at_once, batch)
                 profile.check_batch(last - first)
-                for columns, output in self._passes(workspace, inputs.rows(first, last), mask[first:last]):
+                row_types = None if types is None else types[first:last]
+                for columns, output in self._passes(workspace, inputs.rows(first, last), mask[first:last], row_types):
                     numbers = as_numbers(output, self._base.embedding_dtype)
                     if result is None:
                         result = np.zeros((batch, seq, width), numbers.dtype)
@@ -196,8 +197,10 @@ class DeviceEngine:
         self._device.free(self._context.table)
         self._plans.close()
 
-    def _passes(self, workspace: EngineWorkspace, inputs: BatchInputs, mask: Array) -> Iterator[tuple[slice, Array]]:
-        """Run whole rows in one or more passes; yields the columns of each pass and its output."""
+    def _passes(
+        self, workspace: EngineWorkspace, inputs: BatchInputs, mask: Array, token_types: Array | None
+    ) -> Iterator[tuple[slice, Array]]:
+        """Run whole rows in one or more passes, an encoder's in one; yields the columns and output of each pass."""
         batch, seq = mask.shape
         positions = positions_of(mask)
         is_decoder = workspace.cache is not None
@@ -212,7 +215,9 @@ class DeviceEngine:
                 yield (
                     slice(start, stop),
                     workspace.prompt(
-                        ForwardBatch(piece, reservation, mask[:, :stop], positions[:, start:stop], logits_indices)
+                        ForwardBatch(
+                            piece, reservation, mask[:, :stop], positions[:, start:stop], logits_indices, token_types
+                        )
                     ),
                 )
         finally:

@@ -29,6 +29,7 @@ class ForwardBatch:
         mask: attention mask, int64 with shape ``(batch, total)``; cached positions come first.
         positions: position ids, int64 with shape ``(batch, seq)``.
         logits_indices: positions whose logits are returned, as indices in ``batch * seq``.
+        token_types: token types of an encoder's rows, int64 with shape ``(batch, seq)``; ``None`` if all are 0.
     """
 
     inputs: BatchInputs
@@ -36,6 +37,7 @@ class ForwardBatch:
     mask: Array
     positions: Array
     logits_indices: Array
+    token_types: Array | None = None
 
 
 @dataclass(eq=False)
@@ -79,6 +81,7 @@ class EngineWorkspace:
         self._positions = arena.pinned_buffer(batch * seq, "int64")
         self._logits_indices = arena.pinned_buffer(profile.logits_capacity, "int64")
         self._write_indices = arena.pinned_buffer(batch, "int64")
+        self._token_types = arena.pinned_buffer(batch * seq if "token_type_ids" in self._takes else 1, "int64")
         self.cache: DeviceCache | None = None
         self._output_name, self._width, rows = "last_hidden_state", base.hidden_size, batch * seq
         if base.cache is not None:
@@ -175,6 +178,9 @@ class EngineWorkspace:
         self._mask.host(*forward_batch.mask.shape)[:] = forward_batch.mask
         self._positions.host(*forward_batch.positions.shape)[:] = forward_batch.positions
         self._logits_indices.host(len(forward_batch.logits_indices))[:] = forward_batch.logits_indices
+        if "token_type_ids" in self._takes:
+            types = forward_batch.token_types
+            self._token_types.host(*forward_batch.positions.shape)[:] = 0 if types is None else types
         if self.cache is not None:
             self._write_indices.host(len(forward_batch.mask))[:] = self.cache.length
 
@@ -188,6 +194,7 @@ class EngineWorkspace:
             "position_ids": (self._positions, (batch, seq)),
             "logits_at": (self._logits_indices, forward_batch.logits_indices.shape),
             "write_indices": (self._write_indices, (batch,)),
+            "token_type_ids": (self._token_types, (batch, seq)),
         }
         engine_buffers = {name: pair for name, pair in buffers.items() if name in self._takes}
         for pinned_buffer, size in engine_buffers.values():
@@ -221,7 +228,7 @@ class EngineWorkspace:
 
 def check_signature(engine: Executor, base: Base) -> None:
     """Check that inputs and outputs are those of a base graph; raises ``GraphError``."""
-    inputs = {"inputs_embeds", "attention_mask"}
+    inputs = {"inputs_embeds", "attention_mask"} | ({"token_type_ids"} if base.takes_token_types else set())
     outputs = {"last_hidden_state" if base.cache is None else "logits"}
     if base.cache is not None:
         for past, present in base.cache.names():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 
 from adalink.runtime.engine import DecodeState, InputEmbedder, SpeculativeDecodeState
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.sequence import SequenceState
 from adalink.runtime.generation.speculative_decoding import decode_speculatively
+from adalink.runtime.generation.token_chooser import TokenChooser
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
@@ -18,7 +18,7 @@ def decode(
     embedder: InputEmbedder,
     tasks: AdapterMapping,
     rows: list[SequenceState],
-    sampling: SamplingParams,
+    choosers: Sequence[TokenChooser],
     max_new_tokens: int,
     draft_tokens: int = 0,
 ) -> None:
@@ -32,23 +32,26 @@ def decode(
         embedder: embeds generated tokens.
         tasks: adapter mapping of the rows.
         rows: sequence state of each row; collects its tokens.
-        sampling: how tokens are chosen.
+        choosers: chooses the tokens of each row.
         max_new_tokens: most new tokens of a row.
         draft_tokens: most draft tokens of a pass; 0 turns speculative decoding off.
+
+    Raises:
+        BackendError: the engine refused, or its logits are not numbers.
+        RequestError: logits processors ban every token.
     """
     alive = list(range(len(rows)))
-    generators = sampling.generators(len(rows))
     # Checked once: the protocol check takes about 10 µs, too much for a step.
     speculative = state if draft_tokens and isinstance(state, SpeculativeDecodeState) else None
     for step in range(max_new_tokens):
         if speculative is not None and len(alive) == 1:
-            row, choose = rows[alive[0]], partial(sampling.choose, generator=generators[alive[0]])
+            row, choose = rows[alive[0]], choosers[alive[0]]
             decode_speculatively(speculative, embedder, tasks, row, choose, max_new_tokens - step, draft_tokens)
             return
         logits = state.logits
         chosen = np.empty((len(alive), 1), np.int64)
         for position, index in enumerate(alive):
-            chosen[position] = token = sampling.choose(logits[position], generators[index])
+            chosen[position] = token = choosers[index](logits[position])
             rows[index].push(token)
         kept = _drop_ended(state, [rows[index].finish_reason is not None for index in alive])
         if not kept or step + 1 == max_new_tokens:

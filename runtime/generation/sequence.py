@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from adalink.runtime.errors import RequestError
+from adalink.runtime.generation.stop_texts import StopTexts, without_marks
 from adalink.runtime.text.tokenizer import TextStream, Tokenizer
 
 Stream = Callable[[int, str], None]
@@ -36,14 +36,16 @@ class SequenceState:
         index: int,
         prompt: Sequence[int],
         tokenizer: Tokenizer,
-        stops: Sequence[str],
+        stops: StopTexts | Sequence[str],
         eos: frozenset[int],
         stream: Stream | None,
     ) -> None:
         self.prompt = prompt
         self._index = index
         self._text = TextStream(tokenizer)
-        self._stops = stops
+        self._stops, self._marks = (stops.texts, stops.marks) if isinstance(stops, StopTexts) else (stops, {})
+        # The text with a mark for each special token of a stop text; all positions count in it.
+        self._searched = ""
         self._eos = eos
         self._stream = stream
         self._sent = 0
@@ -54,54 +56,44 @@ class SequenceState:
     def push(self, token_id: int) -> None:
         """Append the next token; the row must not have finished."""
         if token_id in self._eos:
-            self._text.finish()
+            self._searched += self._text.finish() + self._marks.get(token_id, "")
             self._find_stop()
             self.finish_reason = "stop"
         else:
             self.token_ids.append(token_id)
-            if self._text.push(token_id):
+            piece = self._text.push(token_id) + self._marks.get(token_id, "")
+            if piece:
+                self._searched += piece
                 self._find_stop()
         self._send()
 
     def finish(self) -> Generation:
         """The result; a row without an end stopped at ``max_new_tokens``."""
         if self.finish_reason is None:
-            self._text.finish()
+            self._searched += self._text.finish()
             self._find_stop()
             self.finish_reason = self.finish_reason or "length"
             self._send()
-        text = self._text.text if self._end is None else self._text.text[: self._end]
+        text = without_marks(self._searched[: self._end])
         return Generation(text, tuple(self.token_ids), self.finish_reason, len(self.prompt))
 
     def _find_stop(self) -> None:
         """Search the text not yet streamed for a stop text; streamed text never begins one."""
-        starts = [start for stop in self._stops if (start := self._text.text.find(stop, self._sent)) >= 0]
+        starts = [start for stop in self._stops if (start := self._searched.find(stop, self._sent)) >= 0]
         if starts:
             self._end = min(starts)
             self.finish_reason = "stop"
 
     def _send(self) -> None:
         """Stream the settled text, except an ending that may begin a stop text."""
-        text = self._text.text
+        text = self._searched
         end = len(text) if self._end is None else self._end
         if self.finish_reason is None:
             end -= max((_overlap(text, stop) for stop in self._stops), default=0)
         if end > self._sent:
-            if self._stream is not None:
-                self._stream(self._index, text[self._sent : end])
+            if self._stream is not None and (piece := without_marks(text[self._sent : end])):
+                self._stream(self._index, piece)
             self._sent = end
-
-
-def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Stop texts as a tuple, ``None`` for none; raises ``RequestError`` for an empty one."""
-    if stop is None:
-        return ()
-    stops = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-    if not all(isinstance(text, str) for text in stops):
-        raise RequestError(f"stop is {stop!r}, expected a text or a list of texts")
-    if "" in stops:
-        raise RequestError("stop holds an empty text, which would end every row at once: leave it out")
-    return stops
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -14,13 +14,30 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from adalink.runtime.arguments import check_whole
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import InputEmbedder, SpeculativeDecodeState
 from adalink.runtime.generation.sequence import SequenceState
+from adalink.runtime.storage.manifest import Base, Variant
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 DRAFT_TOKENS = 8
 _LONGEST_MATCH = 3
+
+
+def draft_limit(draft_tokens: int | None, base: Base, variant: Variant) -> int:
+    """Most draft tokens of a pass.
+
+    By default ``DRAFT_TOKENS`` where the engine computes in float32 throughout, as a pass over several tokens then
+    rounds as steps do; else 0.
+
+    Raises:
+        RequestError: ``draft_tokens`` is no whole number.
+    """
+    if draft_tokens is None:
+        return DRAFT_TOKENS if base.embedding_dtype == "float32" and variant.quantization is None else 0
+    check_whole(draft_tokens, "draft_tokens", 0)
+    return draft_tokens
 
 
 class PromptLookup:
@@ -77,7 +94,8 @@ def decode_speculatively(
 ) -> None:
     """Speculative decoding of a single row until its end, or for ``tokens_left`` more tokens.
 
-    Prompt lookup drafts tokens, and one pass verifies them. Tokens and random numbers are those of single-token steps.
+    Prompt lookup drafts tokens, and one pass verifies them. Tokens and random numbers are those of single-token steps:
+    ``choose`` is asked for each token only after those before it, so logits processors see the accepted text alone.
     """
     lookup = PromptLookup((*row.prompt, *row.token_ids), draft_tokens)
     logits, draft = state.logits, list[int]()

@@ -10,7 +10,7 @@ from adalink.runtime.engine import Backend, Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.dynamic_cache import DynamicCacheEngine
-from adalink.runtime.ort.errors import guard
+from adalink.runtime.ort.open_session import open_session
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
 from adalink.runtime.ort.session import GuardedSession, check_version, read_signature
 from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
@@ -80,4 +80,4 @@ class OnnxRuntimeBackend:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         provider = _PROVIDERS[self.name]
-        return guard(self._ort, origin, lambda: self._ort.InferenceSession(model, options, providers=[provider]))
+        return open_session(self._ort, origin, model, options, [provider])

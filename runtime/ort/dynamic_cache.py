@@ -16,6 +16,9 @@ from adalink.runtime.ort.session import GuardedSession, Signature
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+# Columns by which a mask grows.
+_GROWTH = 1024
+
 
 class DynamicCacheEngine:
     """A base graph in one session; the cache is a list of the session's output tensors."""
@@ -32,7 +35,9 @@ class DynamicCacheEngine:
 
     @implements(Engine)
     def run(self, feeds: Mapping[str, Array]) -> Array:
-        return self.forward({"position_ids": positions_of(feeds["attention_mask"]), **feeds}, None)[0]
+        mask = feeds["attention_mask"]
+        defaults = {"position_ids": positions_of(mask), "token_type_ids": np.zeros(mask.shape, np.int64)}
+        return self.forward({**defaults, **feeds}, None)[0]
 
     @implements(Engine)
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> DynamicCacheDecodeState:
@@ -70,7 +75,8 @@ class DynamicCacheDecodeState:
     def __init__(self, engine: DynamicCacheEngine, feeds: Mapping[str, Array], max_new_tokens: int) -> None:
         prompt = feeds["attention_mask"]
         self._engine = engine
-        self._mask = np.ones((prompt.shape[0], prompt.shape[1] + max_new_tokens), np.int64)
+        # Wider when that many tokens have come: few rows use their whole limit, which may be any number.
+        self._mask = np.ones((prompt.shape[0], prompt.shape[1] + min(max_new_tokens, _GROWTH)), np.int64)
         self._mask[:, : prompt.shape[1]] = prompt
         self._length = prompt.shape[1]
         positions = feeds.get("position_ids", positions_of(prompt))
@@ -91,6 +97,8 @@ class DynamicCacheDecodeState:
         if self._rows != list(range(len(self._mask))):
             self._take()
         self._length += 1
+        if self._length > self._mask.shape[1]:
+            self._mask = np.pad(self._mask, ((0, 0), (0, _GROWTH)), constant_values=1)
         feeds = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": self._mask[:, : self._length],

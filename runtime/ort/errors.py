@@ -14,7 +14,7 @@ ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16
 
 
 def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
-    """Call ONNX Runtime; its exceptions become ``BackendError``."""
+    """Call ONNX Runtime; its exceptions become ``BackendError``, also while it reads names out of a graph."""
     try:
         return call()
     except onnxruntime_errors(runtime) as error:
@@ -23,15 +23,25 @@ def guard(runtime: ModuleType, origin: str, call: Callable[[], T]) -> T:
 
 def refusal(origin: str, error: Exception) -> BackendError:
     """Convert an exception of ONNX Runtime."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return BackendError(f"{origin}: ONNX Runtime refused: {reason}")
+    if isinstance(error, UnicodeDecodeError):
+        reason = bytes(error.object).decode("utf-8", "backslashreplace").strip()
+        return BackendError(f"{origin}: ONNX Runtime says what is not UTF-8: {_first_line(reason)!r}; export it again")
+    return BackendError(f"{origin}: ONNX Runtime refused: {_first_line(str(error)) or type(error).__name__}")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0].rstrip()
 
 
 def onnxruntime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """Exception types of ONNX Runtime: its own, and ``RuntimeError`` from a run with IO binding."""
+    """Exception types of ONNX Runtime.
+
+    Its own; ``RuntimeError`` from a run with IO binding; and ``UnicodeDecodeError``, which Python raises in place of
+    any of them, and of any name, that quotes bytes of a damaged graph.
+    """
     state = runtime.capi.onnxruntime_pybind11_state
     exceptions = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    return (RuntimeError, *exceptions)
+    return (RuntimeError, UnicodeDecodeError, *exceptions)
 
 
 def wrong_name(origin: str, what: str, name: str, received: list[str]) -> str:

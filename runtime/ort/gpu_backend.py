@@ -23,13 +23,14 @@ from adalink.runtime.errors import BackendUnavailableError, ContractError
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
+from adalink.runtime.ort.open_session import CPU_PROVIDER, Provider, open_session
 from adalink.runtime.ort.patch_vision import OnnxPatchGraph
 from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.user_cache import cache_path
+from adalink.runtime.storage.user_cache import cache_path, make_private_folder
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
 
@@ -89,10 +90,7 @@ class OnnxRuntimeGpuBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        providers = ["CPUExecutionProvider"]
-        session = guard(
-            self._ort, "shared adapter graph", lambda: self._ort.InferenceSession(graph, options, providers=providers)
-        )
+        session = open_session(self._ort, "shared adapter graph", graph, options)
         return OnnxSharedAdapterGraph(session, self._ort, base)
 
     def open_vision(self, graph: Path, base: VisionBase) -> OnnxVisionGraph:
@@ -109,17 +107,11 @@ class OnnxRuntimeGpuBackend:
         if self._plugin is not None:
             devices = register_plugin(self._ort, self._plugin)
             options.add_provider_for_devices(devices[:1], provider_options(self.name, graph, base, profile))
-            return guard(self._ort, str(graph), lambda: self._ort.InferenceSession(str(graph), options))
-        chain: list[str | tuple[str, dict[str, str]]] = [
-            (_PROVIDERS[self.name], provider_options(self.name, graph, base, profile))
-        ]
+            return open_session(self._ort, str(graph), str(graph), options, ())
+        chain: list[Provider] = [(_PROVIDERS[self.name], provider_options(self.name, graph, base, profile))]
         if self.name == TENSORRT:
             chain.append((_PROVIDERS[CUDA], provider_options(CUDA, graph, base, profile)))
-        session = guard(
-            self._ort,
-            str(graph),
-            lambda: self._ort.InferenceSession(str(graph), options, providers=[*chain, "CPUExecutionProvider"]),
-        )
+        session = open_session(self._ort, str(graph), str(graph), options, [*chain, CPU_PROVIDER])
         if session.get_providers()[0] != _PROVIDERS[self.name]:
             # ONNX Runtime falls back without an error; a user who asked for a GPU wants to know.
             raise BackendUnavailableError(
@@ -186,7 +178,9 @@ def provider_options(name: str, graph: Path, base: Base, profile: Profile) -> di
 
 
 def _engine_folder(graph: Path) -> Path | None:
-    """Cache folder of a graph's engines, named by the digest of graph and weights; ``None`` if it cannot be created.
+    """Cache folder of a graph's engines, named by the digest of graph and weights.
+
+    ``None`` if it cannot be created, or if others may write to it.
 
     The provider's own names do not distinguish two graphs of the same structure.
     """
@@ -195,10 +189,10 @@ def _engine_folder(graph: Path) -> Path | None:
     folder = cache_path("engines", digest_bytes("".join(digests).encode()).removeprefix("sha256:")[:32])
     if folder is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return folder if make_private_folder(folder, levels=3) else None
         except OSError:
             return None
-    return folder
+    return None
 
 
 def profile_shapes(base: Base, profile: Profile, which: str) -> str:
@@ -213,6 +207,8 @@ def profile_shapes(base: Base, profile: Profile, which: str) -> str:
     past = 0 if profile.past is None else getattr(profile.past, which)
     total = min(seq + past, profile.capacity)
     shapes = {"inputs_embeds": (batch, seq, base.hidden_size), "attention_mask": (batch, total)}
+    if base.takes_token_types:
+        shapes["token_type_ids"] = (batch, seq)
     if base.cache is not None:
         shapes["position_ids"] = (batch, seq)
         cached = (batch, base.cache.kv_heads, past, base.cache.head_dim)

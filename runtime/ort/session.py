@@ -69,7 +69,8 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
         dtype=np.dtype(base.embedding_dtype),
     )
     lengths = ("sequence_lengths", "logits_at") if signature.in_place else ("attention_mask",)
-    for name in ("inputs_embeds", *lengths):
+    token_types = ("token_type_ids",) if base.takes_token_types else ()
+    for name in ("inputs_embeds", *lengths, *token_types):
         if name not in types:
             raise GraphError(wrong_name(origin, "input", name, sorted(types)))
     expected_past = {past for past, _ in cache.names()} if cache else set()

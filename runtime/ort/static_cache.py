@@ -6,6 +6,7 @@ and the cache, whose input and output share an address. A step writes a few numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,13 @@ from adalink.runtime.engine import (
     ResumableEngine,
     SpeculativeDecodeState,
 )
+from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
+
+# New tokens for which a cache has room at first.
+FIRST_TOKENS = 4096
 
 
 class StaticCacheEngine:
@@ -82,7 +87,8 @@ class StaticCacheEngine:
     ) -> tuple[StaticCacheDecodeState, Array, Array, Array]:
         """A decode state before prefill, with left-aligned embeddings and position ids, and row lengths."""
         embeds, positions, lengths = _at_left(feeds)
-        capacity = embeds.shape[1] + max_new_tokens
+        # Larger when that many tokens have come: few rows use their whole limit, which may be any number.
+        capacity = embeds.shape[1] + min(max_new_tokens, FIRST_TOKENS)
         state = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
         return state, embeds, positions, lengths
 
@@ -104,7 +110,7 @@ class StaticCacheDecodeState:
             signature: the graph's signature.
             lengths: tokens of each row's prompt, int32 with shape ``(batch,)``.
             following: position ids of the tokens that follow, int64 with shape ``(batch, 1)`` or ``(batch, 1, axes)``.
-            capacity: most tokens of a row, prompt and generated tokens together.
+            capacity: tokens of a row, prompt and generated tokens together, that fit the cache at first.
         """
         batch = len(lengths)
         heads, head_dim = signature.cache_shape
@@ -112,11 +118,12 @@ class StaticCacheDecodeState:
         self._signature = signature
         self._lengths = lengths
         # Positions beyond a row's length are never read and stay uninitialised.
-        self._cache = np.empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
+        self._cache = _empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
         self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
         self._logits_indices = np.arange(batch)
         self._positions = following - 1  # a step adds 1
         self._alive = batch
+        self._used = int(lengths.max())  # of the longest row there ever was
         # Bound calls: a decode step for the current number of rows, and a verification for each number of tokens.
         self._step: _Bound | None = None
         self._verifications: dict[int, _Bound] = {}
@@ -152,6 +159,7 @@ class StaticCacheDecodeState:
     @implements(DecodeState)
     def step(self, inputs_embeds: Array) -> None:
         alive = self._alive
+        self._make_room(1)
         if self._step is None or len(self._step.embeds) != alive:
             rows, embeds = slice(alive), np.empty_like(inputs_embeds)
             self._step = self._bind(rows, embeds, self._positions[rows], self._logits_indices[rows], self._logits[rows])
@@ -163,6 +171,7 @@ class StaticCacheDecodeState:
     @implements(SpeculativeDecodeState)
     def verify(self, inputs_embeds: Array) -> Array:
         count = inputs_embeds.shape[1]
+        self._make_room(count)
         bound = self._verifications.get(count)
         if bound is None:
             logits = np.empty((count, self._signature.vocab_size), self._signature.dtype)
@@ -179,6 +188,7 @@ class StaticCacheDecodeState:
 
     def rollback(self, count: int) -> None:
         """See ``adalink.runtime.engine.SpeculativeDecodeState``: positions beyond a row's length are never read."""
+        self._used -= count
         self._positions[0] -= count
         self._lengths[0] -= count
 
@@ -193,6 +203,17 @@ class StaticCacheDecodeState:
 
     def close(self) -> None:
         """See ``adalink.runtime.engine.DecodeState``; memory is freed with the object."""
+
+    def _make_room(self, count: int) -> None:
+        """Double the cache where ``count`` more tokens of a row do not fit; calls are bound anew."""
+        capacity, self._used = self._cache.shape[3], self._used + count
+        if self._used <= capacity:
+            return
+        shape = (*self._cache.shape[:3], max(self._used, 2 * capacity), self._cache.shape[4])
+        larger = _empty(shape, self._cache.dtype)
+        larger[:, :, :, :capacity] = self._cache
+        self._cache, self._step = larger, None
+        self._verifications.clear()
 
     def _bind(
         self, rows: slice, inputs_embeds: Array, positions: Array, logits_indices: Array, logits: Array
@@ -227,6 +248,18 @@ class _Bound:
     positions: Array
     logits_indices: Array
     logits: Array
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An uninitialised KV cache; raises ``RequestError`` if there is no memory for it."""
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:  # numpy says ValueError of more bytes than an address can count
+        size_gb = math.prod(shape) * dtype.itemsize / 1e9
+        raise RequestError(
+            f"no memory for a KV cache of {shape[1]} rows of {shape[3]} tokens ({size_gb:.1f} GB): send fewer rows, "
+            "shorter prompts, or ask for fewer new tokens"
+        ) from error
 
 
 def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:

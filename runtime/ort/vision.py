@@ -11,6 +11,7 @@ from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import BackendUnavailableError, GraphError
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard, wrong_name
+from adalink.runtime.ort.open_session import open_session
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import VISION_INPUT, VISION_OUTPUT
 
@@ -85,9 +86,4 @@ def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, or
     # Spinning threads would take cores from the language model, which runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     origin = str(path)
-    session = guard(
-        onnxruntime,
-        origin,
-        lambda: onnxruntime.InferenceSession(origin, options, providers=["CPUExecutionProvider"]),
-    )
-    return onnxruntime, session
+    return onnxruntime, open_session(onnxruntime, origin, origin, options)

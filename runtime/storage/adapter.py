@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save as save_safetensors
 
-from adalink.runtime.errors import NOT_JSON, AdapterError, ConfigError
+from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of, settings_at_default, show_rank
+from adalink.runtime.storage.decoding import decode_json
+from adalink.runtime.storage.lfs import find_pointer
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
 
@@ -147,13 +149,28 @@ def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: no such folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED_SUFFIXES)
-        hint = f"; {pickled[0]} is pickled, which can run code, and is never loaded: convert it" if pickled else ""
-        raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{hint}")
+        raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{_whereabouts(folder)}")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if pointer := find_pointer(folder / name):
+            raise AdapterError(f"adapter {folder}: {name} {pointer}")
     try:
-        return (folder / CONFIG_FILE).read_bytes(), read_file(folder / WEIGHTS_FILE)
+        return read_file(folder / CONFIG_FILE).tobytes(), read_file(folder / WEIGHTS_FILE)
     except OSError as error:
         raise AdapterError(f"adapter {folder}: cannot read {error.filename}: {error.strerror}") from error
+
+
+def _whereabouts(folder: Path) -> str:
+    """What a folder holds instead of the weights, to follow "is missing"; empty if nothing explains it."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        return f", and the folder cannot be listed: {error.strerror}"
+    # PEFT saves an adapter in a folder of its name, and only one that is called "default" in the folder itself.
+    inner = [path.name for path in entries if (path / WEIGHTS_FILE).is_file()]
+    if inner:
+        return f"; adapters lie one level down, in {', '.join(inner[:5])}: give {folder / inner[0]}"
+    pickled = [path.name for path in entries if path.suffix in _PICKLED_SUFFIXES]
+    return f"; {pickled[0]} is pickled, which can run code, and is never loaded: convert it" if pickled else ""
 
 
 def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
@@ -167,8 +184,8 @@ def decode_tensors(weights_bytes: Bytes, origin: str) -> Weights:
 def read_method(config_bytes: bytes, origin: str) -> str:
     """The ``peft_type`` of ``adapter_config.json``; raises ``AdapterError``."""
     try:
-        return msgspec.json.decode(config_bytes, type=_MethodOnly).peft_type
-    except NOT_JSON as error:
+        return decode_json(config_bytes, _MethodOnly).peft_type
+    except msgspec.DecodeError as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
 
 
@@ -180,8 +197,8 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
             "makes tasks of those of PEFT's that act at the input alone"
         )
     try:
-        config = msgspec.json.decode(config_bytes, type=AdapterConfig)
-    except (*NOT_JSON, ConfigError) as error:
+        config = decode_json(config_bytes, AdapterConfig)
+    except (msgspec.DecodeError, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
     return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
 

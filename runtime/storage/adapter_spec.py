@@ -49,6 +49,11 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     soft_tokens: int = 0
     input: str = "embeddings"
 
+    @property
+    def prepended_positions(self) -> int:
+        """Positions that the adapter puts before every sequence; a prompt has so many fewer."""
+        return self.soft_tokens
+
 
 class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
     """All settings of the method, validated on creation: ``AdapterSpec``, and those that the manifest omits.

@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from adalink.runtime.errors import WriteError
+
+# Windows has neither links to worry about nor these two flags.
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def replace_file(
@@ -35,8 +39,10 @@ def replace_file(
     draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         try:
-            draft.touch(mode=0o600 if private else 0o666, exist_ok=False)
-            write_through(draft, data, durable=durable)
+            # A new file, whatever lies there: never the target of a link that somebody else has put there.
+            descriptor = os.open(draft, _NEW_FILE, 0o600 if private else 0o666)
+            with os.fdopen(descriptor, "wb") as stream:
+                _write(stream, data, durable=durable)
             draft.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -49,10 +55,14 @@ def replace_file(
 def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
     """Write a file directly, flushed to the disk if ``durable``; raises ``OSError``."""
     with path.open("wb") as stream:
-        stream.write(data)
-        if durable:
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write(stream, data, durable=durable)
+
+
+def _write(stream: BinaryIO, data: bytes | memoryview, *, durable: bool) -> None:
+    stream.write(data)
+    if durable:
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sync(path: Path) -> None:

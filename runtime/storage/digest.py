@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,16 @@ def digest_bytes(data: bytes | memoryview) -> str:
 
 def digest_file(path: Path) -> str:
     """Digest of a file's bytes; raises ``OSError`` as reading does."""
-    state = hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while count := stream.readinto(buffer):
-            state.update(buffer[:count])
+        return digest_stream(stream)
+
+
+def digest_stream(stream: FileIO) -> str:
+    """Digest of what is left to read of an unbuffered file; raises ``OSError``."""
+    state = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    while count := stream.readinto(buffer):
+        state.update(buffer[:count])
     return f"sha256:{state.hexdigest()}"
 
 

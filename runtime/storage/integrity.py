@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from adalink.runtime.errors import IntegrityError
-from adalink.runtime.storage.digest import digest_bytes, digest_file
+from adalink.runtime.storage.digest import digest_bytes, digest_stream
+from adalink.runtime.storage.graph_files import check_graph_files
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.mmap import Bytes, map_file
+from adalink.runtime.storage.stamp import Stamp, is_settled, open_regular, stamp_of
 
 
 def locate(folder: Path, relative: str) -> Path:
@@ -42,12 +45,56 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+class VerifiedFiles:
+    """Files of a deployment as they were verified, for what is opened by its path afterwards.
+
+    An engine opens its files itself. Those that changed between the check and the end of loading show here.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._stamps: dict[str, Stamp] = {}
+        self._young: list[str] = []
+
+    def add(self, relative: str, stamp: Stamp) -> None:
+        """Note a file that was just verified; it had this stamp before and after."""
+        self._stamps[relative] = stamp
+        if not is_settled(stamp):
+            self._young.append(relative)
+
+    def merge(self, other: VerifiedFiles) -> None:
+        """Add the files of another check of the same deployment."""
+        self._stamps |= other._stamps
+        self._young += other._young
+
+    def check_unchanged(self, undo: Callable[[], None] = lambda: None) -> None:
+        """Check that the files are still those that were verified.
+
+        A file that was written just before the check could change without a trace: it is read again.
+
+        Args:
+            undo: called before an error is raised; closes what was loaded.
+
+        Raises:
+            IntegrityError: a file changed since.
+        """
+        try:
+            for relative in self._young:
+                _verify_file(self._folder, self._manifest, relative)
+            for relative, stamp in self._stamps.items():
+                if stamp_at(locate(self._folder, relative)) != stamp:
+                    raise _changed(relative)
+        except IntegrityError:
+            undo()
+            raise
+
+
 def verify_files(
     folder: Path,
     manifest: Manifest,
     paths: Iterable[str] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> None:
+) -> VerifiedFiles:
     """Verify files against their recorded size and SHA-256.
 
     Args:
@@ -59,22 +106,57 @@ def verify_files(
     Raises:
         IntegrityError: a file is missing, unreadable, truncated, altered, or a link out of the deployment.
     """
+    verified = VerifiedFiles(folder, manifest)
     for relative in sorted(manifest.files) if paths is None else paths:
         if progress is not None:
             progress(relative)
-        path = locate(folder, relative)
-        with reading(path):
-            check_size(manifest, relative, path.stat().st_size)
-            _check_digest(manifest, relative, digest_file(path))
+        verified.add(relative, _verify_file(folder, manifest, relative))
+    return verified
+
+
+def stamp_at(path: Path) -> Stamp:
+    """A file's stamp; raises ``IntegrityError``."""
+    with reading(path):
+        return stamp_of(path.stat())
+
+
+def _verify_file(folder: Path, manifest: Manifest, relative: str) -> Stamp:
+    """Verify one file; returns the stamp that it had all the while."""
+    path = locate(folder, relative)
+    with reading(path), open_regular(path) as stream:
+        stamp = stamp_of(os.fstat(stream.fileno()))
+        check_size(manifest, relative, stamp[2])
+        _check_digest(manifest, relative, digest_stream(stream))
+        if stamp_of(os.fstat(stream.fileno())) != stamp:
+            raise _changed(relative)
+    return stamp
+
+
+def _changed(relative: str) -> IntegrityError:
+    return IntegrityError(
+        f"{relative} was changed while the deployment was being opened: open it again when nobody writes to it"
+    )
 
 
 def read_verified(folder: Path, manifest: Manifest, relative: str) -> bytes:
     """Read one file and verify the returned bytes; raises ``IntegrityError``."""
     path = locate(folder, relative)
-    with reading(path):
-        check_size(manifest, relative, path.stat().st_size)
-        data = path.read_bytes()
+    with reading(path), open_regular(path) as stream:
+        check_size(manifest, relative, os.fstat(stream.fileno()).st_size)
+        data = stream.readall()
     _check_digest(manifest, relative, digest_bytes(data))
+    return data
+
+
+def read_graph(folder: Path, manifest: Manifest, relative: str) -> bytes:
+    """Read the ONNX graph of a task, or a shared adapter graph: one that refers to no file.
+
+    Raises:
+        IntegrityError: as ``read_verified`` does.
+        GraphError: it refers to a file, or is no graph.
+    """
+    data = read_verified(folder, manifest, relative)
+    check_graph_files(relative, data, ())
     return data
 
 

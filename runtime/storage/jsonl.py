@@ -13,7 +13,9 @@ from adalink.runtime.errors import DataError
 T = TypeVar("T")
 
 
-def read_jsonl(path: Path, expected: str, decode: Callable[[str], T]) -> Iterator[tuple[int, T]]:
+def read_jsonl(
+    path: Path, expected: str, decode: Callable[[str], T], skip: Callable[[int, DataError], None] | None = None
+) -> Iterator[tuple[int, T]]:
     """Rows of a JSON-lines file, in order; empty lines and a byte order mark are skipped.
 
     Only a line feed ends a line: JSON texts may contain other Unicode separators.
@@ -22,6 +24,7 @@ def read_jsonl(path: Path, expected: str, decode: Callable[[str], T]) -> Iterato
         path: the file, in UTF-8.
         expected: form of a line, such as ``'{"prompt": "..."}'``, for messages.
         decode: decodes a line into a row; raises as ``json.loads`` or ``msgspec`` does.
+        skip: called with number and error of a line of another form, which is left out; without it the error is raised.
 
     Yields:
         Line number, from 1, and row.
@@ -38,13 +41,24 @@ def read_jsonl(path: Path, expected: str, decode: Callable[[str], T]) -> Iterato
     is_empty = True
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            try:
-                row = decode(line)
-            except msgspec.ValidationError as error:
-                raise DataError(f"{path}:{number}: {error}; expected {expected}") from error
-            except (msgspec.DecodeError, ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}; expected {expected}") from error
             is_empty = False
+            try:
+                row = _decode(line, f"{path}:{number}", expected, decode)
+            except DataError as error:
+                if skip is None:
+                    raise
+                skip(number, error)
+                continue
             yield number, row
     if is_empty:
         raise DataError(f"{path} holds no rows; expected lines {expected}")
+
+
+def _decode(line: str, origin: str, expected: str, decode: Callable[[str], T]) -> T:
+    """The row of one line; raises ``DataError``."""
+    try:
+        return decode(line)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{origin}: {error}; expected {expected}") from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: not JSON: {error}; expected {expected}") from error

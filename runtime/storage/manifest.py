@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from adalink.runtime.storage.adapter_spec import AdapterSpec
+from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -121,11 +122,19 @@ class Base(_Strict, frozen=True, kw_only=True):
             the embedding module for each id.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
+        special_tokens: the tokenizer's special tokens by name, such as ``eos_token``, for chat templates. ``None`` in
+            deployments of older kits: templates then get the texts of ``bos_token_id`` and the first end token.
         bank: path of the shared adapter graph of each of ``adalink.runtime.storage.adapter.ACTIVATION_KEYS``.
         vision: the vision section; ``None`` for a text-only base.
         bidirectional_prompt: whether prompts attend in both directions, and only generated tokens are causal.
         tokenizer_digest: digest of the tokenizer (`adalink.runtime.storage.tokenizer_digest`); empty without one, and
             in deployments of older kits, whose tokenizer file is read instead.
+        generation: how tokens are chosen by default; ``None`` in deployments of older kits, which take the likeliest.
+        token_types: segments of a row that the base tells apart, such as the two texts of a pair; more than 1 if its
+            graphs take ``token_type_ids``. ``None`` in deployments of older kits, whose graphs do not.
+        tokenizer_types: whether the checkpoint's tokenizer gives the token types of a text; if not, all are 0.
+        unused_tensors: tensors and files of the checkpoint that are left out on purpose, such as a classifier, with
+            ``*`` for the number of a layer; empty also in deployments of older kits, which did not look.
     """
 
     name: str
@@ -150,6 +159,16 @@ class Base(_Strict, frozen=True, kw_only=True):
     bidirectional_prompt: bool = False
     weights_digest: str = ""
     tokenizer_digest: str = ""
+    generation: GenerationDefaults | None = None
+    token_types: int | None = None
+    tokenizer_types: bool = False
+    special_tokens: dict[str, str | tuple[str, ...]] | None = None
+    unused_tensors: tuple[str, ...] = ()
+
+    @property
+    def takes_token_types(self) -> bool:
+        """Whether graphs have the input ``token_type_ids``."""
+        return self.token_types is not None and self.token_types > 1
 
     @property
     def takes_soft_prompts(self) -> bool:

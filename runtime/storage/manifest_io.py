@@ -7,10 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON, DeploymentError, ManifestError
+from adalink.runtime.errors import DeploymentError, ManifestError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.manifest import MANIFEST_FILE, READABLE_VERSIONS, SCHEMA_VERSION, Manifest
 from adalink.runtime.storage.manifest_validation import check_manifest
+from adalink.runtime.storage.stamp import open_regular
 
 _MAX_MANIFEST_BYTES = 64 << 20
 # The digest's line in the indented encoding; only top-level fields are indented by two.
@@ -29,8 +31,8 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
     if len(data) > _MAX_MANIFEST_BYTES:
         raise ManifestError(f"{origin} has {len(data)} bytes, expected at most {_MAX_MANIFEST_BYTES}: not a manifest")
     try:
-        version = msgspec.json.decode(data, type=_VersionOnly).schema_version
-    except NOT_JSON as error:
+        version = decode_json(data, _VersionOnly).schema_version
+    except msgspec.DecodeError as error:
         raise _manifest_error(origin, error) from error
     if version not in READABLE_VERSIONS:
         age, repair = ("newer", "upgrade adalink-kit") if version > SCHEMA_VERSION else ("older", "export it again")
@@ -40,8 +42,8 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
             field="$.schema_version",
         )
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except NOT_JSON as error:
+        manifest = decode_json(data, Manifest)
+    except msgspec.DecodeError as error:
         raise _manifest_error(origin, error) from error
     check_manifest(manifest, origin)
     if digest_bytes(data.replace(manifest.digest.encode(), b"", 1)) != manifest.digest:
@@ -62,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             data = stream.read(_MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         what = "holds no manifest.json" if folder.is_dir() else "does not exist"

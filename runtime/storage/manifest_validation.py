@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from adalink.runtime.errors import DeploymentError, ManifestError
 from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, Fault, find_fault
+from adalink.runtime.storage.generation_schema import check_generation
 from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -62,8 +63,9 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
         for name in ("layers", "kv_heads", "head_dim"):
             value = getattr(base.cache, name)
             demand(1 <= value <= 1 << 16, f"$.base.cache.{name}", value, f"1 to {1 << 16}")
-    for token in (*base.eos_token_ids, base.pad_token_id):
-        demand(0 <= token < base.vocab_size, "$.base.eos_token_ids or pad_token_id", token, "an id in the vocabulary")
+    _check_special_tokens(base, demand)
+    if base.generation is not None:
+        check_generation(base.generation, base.vocab_size, demand)
     if base.vision is not None:
         _check_vision(base.vision, base, demand)
     demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")
@@ -86,6 +88,23 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             demand(False, f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
     for path in sorted(manifest.paths_in_use() - manifest.files.keys()):
         demand(False, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+
+
+def _check_special_tokens(base: Base, demand: Callable[[bool, str, object, str], None]) -> None:
+    """Validate the ids of special tokens, and the number of token types."""
+    ids = {f"eos_token_ids[{index}]": token for index, token in enumerate(base.eos_token_ids)}
+    ids |= {"pad_token_id": base.pad_token_id}
+    for name in ("bos_token_id", "decoder_start_token_id"):
+        if (token := getattr(base, name)) is not None:
+            ids[name] = token
+    for name, token in ids.items():
+        demand(0 <= token < base.vocab_size, f"$.base.{name}", token, f"an id of the vocabulary of {base.vocab_size}")
+    if base.kind == "encoder-decoder":
+        start = base.decoder_start_token_id
+        demand(start is not None, "$.base.decoder_start_token_id", start, "the id with which the decoder begins")
+    types = base.token_types
+    most = 1 << 16 if base.kind == "encoder" else 1
+    demand(types is None or 1 <= types <= most, "$.base.token_types", types, f"1 to {most} for this kind, or null")
 
 
 def _check_vision(vision: Vision, base: Base, demand: Callable[[bool, str, object, str], None]) -> None:

@@ -10,11 +10,13 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+from adalink.runtime.storage.stamp import open_regular
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -31,14 +33,14 @@ def map_file(path: Path) -> Bytes:
     The file must not be truncated meanwhile: a read beyond its end would kill the process. A deployment's files are
     replaced only by renaming. If the system cannot map the file, it is read. Raises ``OSError`` as opening does.
     """
-    with path.open("rb", buffering=0) as stream:
+    with open_regular(path) as stream:
         mapped = _map(stream.fileno(), os.fstat(stream.fileno()).st_size) if os.name == "posix" else None
         return _read(stream) if mapped is None else np.asarray(mapped)
 
 
 def read_file(path: Path) -> Bytes:
     """Read a file into memory aligned to 64 bytes; raises ``OSError`` as opening does."""
-    with path.open("rb", buffering=0) as stream:
+    with open_regular(path) as stream:
         return _read(stream)
 
 
@@ -60,9 +62,9 @@ def _map(descriptor: int, size_bytes: int) -> _Map | None:
     return None if address in (None, _FAILED) else _Map(address, size_bytes, library.munmap)
 
 
-def _read(stream: BinaryIO) -> Bytes:
+def _read(stream: FileIO) -> Bytes:
     """All bytes of ``stream``, even if the file grows or shrinks meanwhile."""
-    data = stream.read()
+    data = stream.readall()
     space = np.empty(len(data) + _ALIGNMENT_BYTES, np.uint8)
     start = -space.ctypes.data % _ALIGNMENT_BYTES
     aligned = space[start : start + len(data)]

@@ -63,22 +63,27 @@ def aligned_header(header: bytes) -> bytes:
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
     try:
         begin, end = entry["data_offsets"]
-        if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end):
+        if not (_is_size(begin) and _is_size(end) and begin <= end):
             raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the entry of tensor {name!r} has no data_offsets of two whole numbers") from error
     return begin, end
 
 
+def _is_size(value: Any) -> bool:
+    """Whether a JSON value is a whole number of at least 0; in Python ``true`` is a number too."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _view(name: str, entry: Any, data: Bytes) -> npt.NDArray[Any]:
     code, shape = entry.get("dtype"), entry.get("shape")
-    if code not in _DTYPES:
-        raise ValueError(f"tensor {name!r} is {code}, expected one of {', '.join(_DTYPES)}")
-    if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise ValueError(f"tensor {name!r} has dtype {code!r}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise ValueError(f"tensor {name!r} has shape {shape}, expected a list of sizes")
     try:
         return data.view(_DTYPES[code]).reshape(shape)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # numpy's sizes have 63 bits, and an array at most 64 of them
         raise ValueError(f"tensor {name!r} has {len(data)} bytes, which are not {code} of shape {shape}") from error
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON, IntegrityError
+from adalink.runtime.errors import IntegrityError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.integrity import read_verified
 
@@ -29,8 +30,8 @@ def tokenizer_digest(content: str | bytes) -> str:
         IntegrityError: it is no JSON object.
     """
     try:
-        fields = msgspec.json.decode(content, type=dict[str, Any])
-    except NOT_JSON as error:
+        fields = decode_json(content, dict[str, Any])
+    except msgspec.DecodeError as error:
         raise IntegrityError(f"tokenizer.json: {error}; export the base again") from error
     plain = _plain({name: value for name, value in fields.items() if name not in _NO_MATTER})
     return digest_bytes(msgspec.json.encode(plain, order="sorted"))

@@ -1,9 +1,7 @@
 """Verification cache: files that this user has verified are not read again until they change.
 
-A file counts as unchanged while device, inode, size and both time stamps stay the same. The owner of a file cannot set
-back its change time. A file changed less than two seconds before it was read is not remembered, since a second change
-could leave the same stamp. Two changes go undetected: a disk that corrupts bytes, and writes through an older memory
-map. A full check reads every byte.
+What counts as a change is in ``adalink.runtime.storage.stamp``. A file changed less than two seconds before it was read
+is not remembered, since a second change could leave the same stamp. A full check reads every byte.
 """
 
 from __future__ import annotations
@@ -15,32 +13,58 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON
 from adalink.runtime.logs import get_logger
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.runtime.storage.integrity import check_size, locate, reading, verify_files
-from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.graph_files import check_graph_files, check_referenced
+from adalink.runtime.storage.integrity import VerifiedFiles, check_size, locate, map_verified, stamp_at, verify_files
+from adalink.runtime.storage.manifest import Manifest, Variant
+from adalink.runtime.storage.stamp import Stamp, is_settled
 from adalink.runtime.storage.user_cache import cache_path, read_cache_file, write_cache_file
-
-_SETTLED_NS = 2_000_000_000
 
 _LOG = get_logger(__name__)
 
-# Device, inode, size, modification and change time in nanoseconds.
-Stamp = tuple[int, int, int, int, int]
-
 
 class _VerifiedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Digest and stamp of a verified file."""
+    """Digest and stamp of a verified file, and the files that it refers to, if it is a graph."""
 
     sha256: str
     stamp: Stamp
+    refers_to: tuple[str, ...]
+
+
+def verify_variant(folder: Path, manifest: Manifest, variant: Variant, *, full_check: bool) -> VerifiedFiles:
+    """Verify what opening a variant of the base loads, and that its graphs refer to no other files.
+
+    Args:
+        folder: the deployment.
+        manifest: its manifest.
+        variant: the variant.
+        full_check: read every byte of every file of the deployment.
+
+    Raises:
+        IntegrityError: as ``verify_once`` does.
+        GraphError: a graph refers to a file that the variant does not list.
+    """
+    paths = (manifest.base.embeddings, *variant.files)
+    if full_check:
+        verify_files(folder, manifest, sorted(manifest.files.keys() - set(paths)))
+        verified = verify_files(folder, manifest, paths)
+        check_graphs(folder, manifest, () if variant.is_compiled else variant.files)
+    elif variant.is_compiled:  # a plan is code: read in full each time
+        verified = verify_once(folder, manifest, (manifest.base.embeddings,))
+        verified.merge(verify_files(folder, manifest, variant.files))
+    else:
+        verified = verify_once(folder, manifest, paths)
+    return verified
 
 
 def verify_once(
     folder: Path, manifest: Manifest, paths: Iterable[str], progress: Callable[[str], None] | None = None
-) -> None:
+) -> VerifiedFiles:
     """Verify files against their recorded size and SHA-256; files verified before are read only after a change.
+
+    Graphs among them may refer to these files and to no others.
 
     Args:
         folder: the deployment.
@@ -50,29 +74,44 @@ def verify_once(
 
     Raises:
         IntegrityError: a file is missing, unreadable, truncated, altered, or a link out of the deployment.
+        GraphError: a graph refers to another file.
     """
+    paths = tuple(paths)
     memory = _memory_file(folder)
     known = _recall(memory) if memory else {}
     learnt: dict[str, _VerifiedFile] = {}
+    verified = VerifiedFiles(folder, manifest)
     for relative in paths:
         path = locate(folder, relative)
-        stamp, expected = _stamp(path), manifest.files[relative].sha256
+        stamp, expected = stamp_at(path), manifest.files[relative].sha256
         check_size(manifest, relative, stamp[2])
-        if known.get(relative) == _VerifiedFile(expected, stamp):
+        record = known.get(relative)
+        if record is not None and (record.sha256, record.stamp) == (expected, stamp):
             _LOG.debug("%s has not changed since its digest was checked: not read again", path)
+            check_referenced(relative, record.refers_to, paths)
+            verified.add(relative, stamp)
             continue
         started = time.time_ns()
         verify_files(folder, manifest, [relative], progress)
-        if _stamp(path) == stamp and max(stamp[3:]) < started - _SETTLED_NS:
-            learnt[relative] = _VerifiedFile(expected, stamp)
+        refers_to = check_graphs(folder, manifest, paths, relative)
+        if stamp_at(path) == stamp and is_settled(stamp, started):
+            learnt[relative] = _VerifiedFile(expected, stamp, refers_to)
+        verified.add(relative, stamp)
     if learnt and memory:
         write_cache_file(memory, msgspec.json.encode({**known, **learnt}))
+    return verified
 
 
-def _stamp(path: Path) -> Stamp:
-    with reading(path):
-        status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+def check_graphs(folder: Path, manifest: Manifest, files: tuple[str, ...], one: str | None = None) -> tuple[str, ...]:
+    """Check that graphs among ``files``, or ``one`` of them, refer to no others; returns what they refer to.
+
+    Raises ``GraphError``, or ``IntegrityError`` as ``map_verified`` does.
+    """
+    refers_to: list[str] = []
+    for relative in files if one is None else (one,):
+        if relative.endswith(".onnx"):
+            refers_to += check_graph_files(relative, map_verified(folder, manifest, relative).data, files)
+    return tuple(refers_to)
 
 
 def _memory_file(folder: Path) -> Path | None:
@@ -85,6 +124,6 @@ def _recall(memory: Path) -> dict[str, _VerifiedFile]:
     """Earlier verifications; none if the file is missing, damaged or not trusted."""
     data = read_cache_file(memory)
     try:
-        return {} if data is None else msgspec.json.decode(data, type=dict[str, _VerifiedFile])
-    except NOT_JSON:
+        return {} if data is None else decode_json(data, dict[str, _VerifiedFile])
+    except msgspec.DecodeError:
         return {}

@@ -15,7 +15,7 @@ from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
-from adalink.runtime.storage.integrity import map_verified, read_verified
+from adalink.runtime.storage.integrity import map_verified, read_graph, read_verified
 from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
@@ -56,6 +56,12 @@ class TaskRegistry:
     def names(self) -> tuple[str, ...]:
         """Names of the tasks, sorted."""
         return tuple(sorted(self._tasks))
+
+    def loaded(self) -> dict[str, tuple[str, ...]]:
+        """Files of each task of the deployment whose weights are in memory."""
+        with self._lock:
+            tasks = {name: self._tasks[name] for name in self._loaded.entries}
+        return {name: task.files for name, task in sorted(tasks.items()) if isinstance(task, Task)}
 
     def get(self, name: str) -> Held[AdapterMapping]:
         """The mapping of a batch of this task alone, with the size of its weights; loads the task if necessary.
@@ -177,7 +183,7 @@ class TaskRegistry:
         with self._lock:
             if activation_key not in self._graphs:
                 base = self._manifest.base
-                data = read_verified(self._folder, self._manifest, base.bank[activation_key])
+                data = read_graph(self._folder, self._manifest, base.bank[activation_key])
                 self._graphs[activation_key] = self._backend.open_bank(activation_key, data, base)
             return self._graphs[activation_key]
 

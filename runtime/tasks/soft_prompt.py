@@ -100,6 +100,14 @@ class SoftPromptLayout:
             indices[row, where] = -1
         return wide, indices
 
+    def place(self, values: Array) -> Array:
+        """Values of the caller's positions, ``(batch, seq)``, in the wider batch ``(batch, total)``; 0 elsewhere."""
+        if self.is_empty:
+            return values
+        wide = np.zeros(self.mask.shape, values.dtype)
+        wide[self._token_index] = values[self._is_inside]
+        return wide
+
     def strip(self, output: Array) -> Array:
         """An engine's output, ``(batch, total, width)``, at the caller's positions: ``(batch, seq, width)``."""
         return output if self.is_empty else np.take_along_axis(output, self._columns[..., None], axis=1)

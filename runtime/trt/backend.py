@@ -19,6 +19,7 @@ from adalink.runtime.implements import implements
 from adalink.runtime.profile import Profile
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
+from adalink.runtime.storage.stamp import Stamp, stamp_of
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
 from adalink.runtime.trt.api import Api, load_api
@@ -108,6 +109,8 @@ class TensorRtPlans:
         self._runtime = api.make_runtime()
         self._folder = folder
         self._files = {ENGINE: PLAN_FILE, VISION: VISION_FILE, **record.embedders}
+        # The caller has just verified them: they are loaded later, and must be these still.
+        self._stamps = {name: _stamp(folder / file) for name, file in self._files.items()}
         self._engines: dict[str, Any] = {}
         self._caches: dict[str, JitCache] = {}
 
@@ -136,6 +139,8 @@ class TensorRtPlans:
             path = self._folder / self._files[name]
             self._api.clear()
             engine = self._runtime.deserialize_cuda_engine(memoryview(read_plan(path)))
+            if _stamp(path) != self._stamps[name]:
+                raise IntegrityError(f"{path} was changed after it was verified: open the deployment again")
             if engine is None:
                 raise self._api.error(
                     f"{path}: cannot be loaded", "build it again for this GPU with 'adalink export engine'"
@@ -143,6 +148,14 @@ class TensorRtPlans:
             self._engines[name] = engine
             self._caches[name] = JitCache(self._api, engine, path)
         return self._engines[name]
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """A plan's stamp; ``None`` if there is none."""
+    try:
+        return stamp_of(path.stat())
+    except OSError:
+        return None
 
 
 def read_plan(path: Path) -> Any:

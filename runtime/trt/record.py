@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from adalink.runtime.errors import NOT_JSON, DeploymentError
+from adalink.runtime.errors import DeploymentError
 from adalink.runtime.profile import Profile
+from adalink.runtime.storage.decoding import decode_json
 
 RECORD_FILE = "engine.json"
 PLAN_FILE = "engine.plan"
@@ -77,6 +78,6 @@ def read_record(folder: Path) -> EngineRecord:
     """The record in an engine's folder; raises ``DeploymentError``."""
     path = folder / RECORD_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
-    except (OSError, *NOT_JSON) as error:
+        return decode_json(path.read_bytes(), EngineRecord)
+    except (OSError, msgspec.DecodeError) as error:
         raise DeploymentError(f"{path}: {error}; build the engine again with 'adalink export engine'") from error

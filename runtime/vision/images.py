@@ -5,10 +5,14 @@
 - A uint8 array: grey, RGB, or RGBA on white; channels last, or first where the shape allows it.
 
 Grey, palette, CMYK and 16-bit images become RGB as Pillow converts them.
+
+Files are of the formats in ``FORMATS``. Pillow knows many more, some of which start other programs. A file is looked at
+only if it is a regular one of at most ``MAX_FILE_BYTES``.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +22,7 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, RequestError
+from adalink.runtime.storage.stamp import open_regular
 from adalink.runtime.vision.preprocess import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -27,6 +32,10 @@ if TYPE_CHECKING:
 ImageInput = Any
 
 T = TypeVar("T")
+# Formats of files, by Pillow's names. JPEG includes the MPO of some cameras, of which the first picture counts.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Four bytes for each of the most pixels: no file of these formats needs more.
+MAX_FILE_BYTES = 4 * MAX_PIXELS
 _CHANNELS = (1, 3, 4)
 
 
@@ -57,11 +66,9 @@ def read_image(source: ImageInput, name: str) -> Array:
         return _decoded(name, lambda: _on_white(source))
     if isinstance(source, (str, Path)):
         name = f"{name} ({source})"
-        try:
-            data = Path(source).read_bytes()
-        except (OSError, ValueError) as error:
-            raise RequestError(f"{name} cannot be read: {error}; expected the path of an image file") from error
+        data = _read_bytes(Path(source), name)
     elif isinstance(source, (bytes, bytearray, memoryview)):
+        _check_bytes(memoryview(source).nbytes, name)
         data = bytes(source)
     else:
         raise RequestError(
@@ -74,11 +81,30 @@ def read_image(source: ImageInput, name: str) -> Array:
 def _from_file(data: bytes, name: str) -> Array:
     from PIL import Image, ImageOps
 
-    image = _decoded(name, lambda: Image.open(BytesIO(data)))
+    image = _decoded(name, lambda: Image.open(BytesIO(data), formats=FORMATS))
     with image:
         # Only the header has been read: the pixels are not in memory yet.
         _check_size(image.width, image.height, name)
         return _decoded(name, lambda: _on_white(ImageOps.exif_transpose(image).convert("RGB")))
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    """Bytes of an image file, whose kind and size are checked before anything is read."""
+    try:
+        with open_regular(path) as stream:
+            _check_bytes(os.fstat(stream.fileno()).st_size, name)
+            data: bytes = stream.read(MAX_FILE_BYTES + 1) or b""
+            while len(data) <= MAX_FILE_BYTES and (more := stream.read(MAX_FILE_BYTES + 1 - len(data))):
+                data += more
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{name} cannot be read: {error}; expected the path of an image file") from error
+    _check_bytes(len(data), name)  # it may have grown
+    return data
+
+
+def _check_bytes(size_bytes: int, name: str) -> None:
+    if size_bytes > MAX_FILE_BYTES:
+        raise RequestError(f"{name} has {size_bytes} bytes, expected at most {MAX_FILE_BYTES}: make it smaller first")
 
 
 def _on_white(image: Image.Image) -> Array:
@@ -98,7 +124,8 @@ def _decoded(name: str, decode: Callable[[], T]) -> T:
     # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others, by format and damage.
     except Exception as error:
         raise RequestError(
-            f"{name} is not an image that Pillow can read, or it is truncated: {type(error).__name__}: {error}"
+            f"{name} is not an image that Pillow can read, or it is truncated: {type(error).__name__}: {error}; files "
+            f"of {', '.join(FORMATS)} are read"
         ) from error
 
 
@@ -122,6 +149,8 @@ def _from_array(array: Array, name: str) -> Array:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise RequestError(f"{name} has {width} x {height} pixels, expected at least one: give a picture with content")
     if width * height > MAX_PIXELS:
         raise RequestError(
             f"{name} has {width} x {height} pixels, expected at most {MAX_PIXELS} in all: a file that unpacks to so "

@@ -5,19 +5,25 @@ It follows transformers' processors (PIL backend) step by step; Pillow does the 
 
 from __future__ import annotations
 
-from math import ceil
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil, prod
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.errors import NOT_JSON, IntegrityError, RequestError
+from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.vision.patches import Patching
 from adalink.runtime.vision.tiles import Tiling
 
 # Pillow's limit for decompression bombs; also the limit after the shorter edge is enlarged.
 MAX_PIXELS = 89_478_485
+_MAX_EDGE = 1 << 14
+_MAX_PATCH = 1 << 10
+_FILTERS = 6  # Pillow's resampling filters are numbered from 0
 
 
 class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,6 +52,12 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     std: tuple[float, float, float] | None
     tiling: Tiling | None = None
     patching: Patching | None = None
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """Height and width of an image that is neither cut into tiles nor into patches; ``None`` if they vary."""
+        edge = self.shortest_edge
+        return self.crop or self.resize or ((edge, edge) if self.pad_color is not None and edge else None)
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of tiles or pieces of an image of this size; ``(0, 0)`` for a single tile."""
@@ -117,11 +129,50 @@ class Preprocessor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def read_preprocessor(data: bytes, origin: str) -> Preprocessor:
-    """Decode ``preprocessor.json``; raises ``IntegrityError``."""
+    """Decode ``preprocessor.json``; raises ``IntegrityError``, with the field whose value makes no sense."""
     try:
-        return msgspec.json.decode(data, type=Preprocessor)
-    except NOT_JSON as error:
+        steps = decode_json(data, Preprocessor)
+    except msgspec.DecodeError as error:
         raise IntegrityError(f"{origin} is not a preprocessor: {error}; export the base again") from error
+    for field, value, expected, holds in _rules(steps):
+        if value is not None and not holds(value):
+            raise IntegrityError(f"{origin}: {field} is {value}, expected {expected}: export the base again")
+    if (steps.mean is None) != (steps.std is None):
+        raise IntegrityError(f"{origin}: mean is {steps.mean} and std is {steps.std}, expected both or neither")
+    return steps
+
+
+_Rule = tuple[str, Any, str, Callable[[Any], bool]]
+
+
+def _rules(steps: Preprocessor) -> Iterator[_Rule]:
+    """Fields with their values, what is expected of them, and whether it holds."""
+
+    def is_size(value: int) -> bool:
+        return 1 <= value <= _MAX_EDGE
+
+    def are_sizes(values: Sequence[int]) -> bool:
+        return all(map(is_size, values)) and prod(values) <= MAX_PIXELS
+
+    sizes, size = f"1 to {_MAX_EDGE} each and at most {MAX_PIXELS} pixels", f"1 to {_MAX_EDGE}"
+    yield "pad_color", steps.pad_color, "0 to 255 each", lambda color: all(0 <= value <= 255 for value in color)
+    yield "shortest_edge", steps.shortest_edge, size, is_size
+    yield "resize", steps.resize, sizes, are_sizes
+    yield "resample", steps.resample, f"0 to {_FILTERS - 1}", lambda number: 0 <= number < _FILTERS
+    yield "crop", steps.crop, sizes, are_sizes
+    yield "rescale_factor", steps.rescale_factor, "a number above 0, at most 1e6", lambda factor: 0 < factor <= 1e6
+    yield "mean", steps.mean, "numbers of at most 1e6", lambda mean: all(abs(value) <= 1e6 for value in mean)
+    yield "std", steps.std, "numbers of 1e-6 to 1e6", lambda std: all(1e-6 <= value <= 1e6 for value in std)
+    if steps.tiling is not None:
+        yield "tiling.longest_edge", steps.tiling.longest_edge, size, is_size
+        yield "tiling.edge", steps.tiling.edge, size, is_size
+    if (cut := steps.patching) is not None:
+        yield "patching.most_pixels", cut.most_pixels, f"1 to {MAX_PIXELS}", lambda most: 1 <= most <= MAX_PIXELS
+        yield "patching.least_pixels", cut.least_pixels, "0 to most_pixels", lambda least: 0 <= least <= cut.most_pixels
+        for name in ("edge", "merge", "frames"):
+            yield f"patching.{name}", getattr(cut, name), f"1 to {_MAX_PATCH}", lambda value: 1 <= value <= _MAX_PATCH
+        piece = (cut.edge * cut.merge) ** 2
+        yield "patching.edge", cut.edge, "a piece of at most most_pixels", lambda edge: piece <= cut.most_pixels
 
 
 def _padded_to_square(image: Array, color: tuple[int, int, int]) -> Array:

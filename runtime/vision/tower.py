@@ -17,9 +17,10 @@ import numpy as np
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Backend, PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import IntegrityError, RequestError
+from adalink.runtime.finite import check_image_embeds
 from adalink.runtime.logs import get_logger
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.runtime.storage.integrity import locate, read_verified
+from adalink.runtime.storage.integrity import locate, read_verified, verify_files
 from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest import Manifest, Variant, Vision
 from adalink.runtime.storage.verification_cache import verify_once
@@ -119,8 +120,10 @@ class OpenVision:
         if self._opened is None:
             base, plan = vision_base(self._manifest.base), self._variant.vision_graph
             vision = base.vision
-            if plan is None:  # a plan was verified with the engine's
-                verify_once(self._path, self._manifest, vision.files)
+            if plan is None:
+                verified = verify_once(self._path, self._manifest, vision.files)
+            else:  # a plan is code: read in full, and now, since it may have changed since the engine's was
+                verified = verify_files(self._path, self._manifest, self._variant.files)
             steps = read_preprocessor(
                 read_verified(self._path, self._manifest, vision.preprocessor), vision.preprocessor
             )
@@ -131,6 +134,7 @@ class OpenVision:
                 tower = _TileTower(self._backend.open_vision(graph, base))
             else:
                 tower = _PatchTower(self._backend.open_patch_vision(graph, base, vision.patches))
+            verified.check_unchanged(undo=tower.close)
             self._opened = steps, tower
         return self._opened
 
@@ -166,7 +170,8 @@ class _TileTower:
         """Embeddings of any number of tiles, shape ``(tiles, tokens, d)``, in one or more calls."""
         most = self._graph.most_images
         starts = range(0, len(pixel_values), most)
-        return np.concatenate([self._graph.run(pixel_values[start : start + most]) for start in starts])
+        embeds = [self._graph.run(pixel_values[start : start + most]) for start in starts]
+        return check_image_embeds(np.concatenate(embeds))
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
         embeds = self.run(np.concatenate([image.pixel_values for image in images]), (0, 0))
@@ -185,10 +190,10 @@ class _PatchTower:
         self._graph = graph
 
     def run(self, pixel_values: Array, grid: Grid) -> Array:
-        return self._graph.run(pixel_values, grid)
+        return check_image_embeds(self._graph.run(pixel_values, grid))
 
     def encode(self, images: Sequence[PreprocessedImage]) -> list[Array]:
-        return [self._graph.run(image.pixel_values, image.grid) for image in images]
+        return [self.run(image.pixel_values, image.grid) for image in images]
 
     def close(self) -> None:
         self._graph.close()
@@ -200,13 +205,18 @@ def _check_tiles(steps: Preprocessor, vision: Vision) -> None:
     cut = steps.patching
     if pieces != (None if cut is None else ((cut.edge * cut.merge,) * 2, cut.merge)):
         raise IntegrityError(
-            f"{vision.preprocessor} cuts pictures into patches by {cut}, the manifest expects {pieces} (the size of "
+            f"{vision.preprocessor} cuts images into patches by {cut}, the manifest expects {pieces} (the size of "
             "pieces, patches on an edge): export the base again"
         )
     expected = None if vision.tiles is None else (vision.image_size, len(vision.tiles.before_tile))
     received = None if steps.tiling is None else ((steps.tiling.edge, steps.tiling.edge), steps.tiling.most)
     if received != expected:
         raise IntegrityError(
-            f"{vision.preprocessor} cuts pictures into tiles of {received}, the manifest has tokens for {expected} "
+            f"{vision.preprocessor} cuts images into tiles of {received}, the manifest has tokens for {expected} "
             "(their size, most in a row): export the base again"
+        )
+    if steps.tiling is None and cut is None and steps.output_size != vision.image_size:
+        raise IntegrityError(
+            f"{vision.preprocessor} gives pictures of {steps.output_size or 'any size'}, the manifest says "
+            f"{vision.image_size}: export the base again"
         )

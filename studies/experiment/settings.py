@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
+from adalink.runtime.storage.decoding import decode_toml
 from adalink.training.method.config import AdaLinkConfig, Init
 from studies.experiment.data import DEFAULT_TEMPLATE, SOURCES
 
@@ -184,7 +185,7 @@ def read_study(path: Path) -> Study:
             ``$.methods[2].rank``.
     """
     try:
-        study = msgspec.toml.decode(path.read_bytes(), type=Study)
+        study = decode_toml(path.read_bytes(), Study)
     except ImportError as error:  # Python 3.10 has no parser of TOML
         raise ConfigError(f"study {path}: {error}: pip install 'adalink-kit[study]'") from error
     except OSError as error:

@@ -27,7 +27,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[)\"*]*\s+(?=[\"(*\[]*[A-Z0-9`])")
 
 
 def prose_lines(text):
-    """Numbers and texts of all lines; those of code, tables, headings, pictures and comments are blank."""
+    """Numbers and texts of all lines; those of code, tables, headings, images and comments are blank."""
     text = COMMENT.sub(lambda found: "\n" * found.group().count("\n"), text)
     lines, is_code = [], False
     for number, line in enumerate(text.split("\n"), 1):

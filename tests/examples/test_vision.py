@@ -87,12 +87,12 @@ def test_the_tower_is_efficientnet_lite0():
 
 
 @needs_packages
-def test_rows_ask_what_the_picture_answers(tmp_path):
+def test_rows_ask_what_the_image_answers(tmp_path):
     from PIL import Image
 
     digits = importlib.import_module("digits")
     digits.write_digits(tmp_path)
-    pictures, truth = digits.read_digits()
+    images, truth = digits.read_digits()
     assert np.bincount(truth).tolist() == [500] * 10
     seen = {}
     for split, size in digits.SPLITS.items():
@@ -106,8 +106,8 @@ def test_rows_ask_what_the_picture_answers(tmp_path):
             assert rows["even"][number].completion == (" no" if digit % 2 else " yes")
             assert rows["above-five"][number].completion == (" yes" if digit in {6, 7, 8, 9} else " no")
             assert rows["name"][number].completion.strip() == digits.NAMES[digit]
-            with Image.open(tmp_path / "even" / rows["even"][number].images[0]) as picture:
-                assert np.array_equal(np.asarray(picture), pictures[places[number]])
+            with Image.open(tmp_path / "even" / rows["even"][number].images[0]) as image:
+                assert np.array_equal(np.asarray(image), images[places[number]])
     assert len(set().union(*seen.values())) == sum(len(own) for own in seen.values()) == 5000
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,8 @@ from helpers.tiny_models import FAMILIES
 from adalink.export import writer as writers
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
-from adalink.export.writer import LOCK_FILE, STAGING_FOLDER, open_writer, remove_task
+from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock
+from adalink.export.writer import STAGING_FOLDER, open_writer, remove_task
 from adalink.runtime.errors import BusyError, DeploymentError, WriteError
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
@@ -87,7 +89,7 @@ KILLED = """
             return call
 
         # What pathlib and shutil call to change a disk.
-        for name in ("replace", "unlink", "rmdir", "mkdir", "fsync"):
+        for name in ("replace", "unlink", "rmdir", "mkdir", "fsync", "pwrite", "ftruncate"):
             setattr(os, name, watched(getattr(os, name)))
         Path.write_bytes = watched(Path.write_bytes)
         return calls
@@ -224,6 +226,38 @@ def test_new_folders_are_on_the_disk_before_the_manifest_that_needs_them(
     assert {folder, folder / "tasks", folder / "tasks" / "second"} <= flushed
 
 
+def test_every_file_is_on_the_disk_before_the_manifest_that_needs_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inodes keep their number when files are renamed into place."""
+    folder, flush, flushed = root / "deployment", os.fsync, set[int]()
+    old = (folder / MANIFEST_FILE).read_bytes()
+
+    def note(descriptor: int) -> None:
+        flush(descriptor)
+        if (folder / MANIFEST_FILE).read_bytes() == old:
+            flushed.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    manifest = export_adapter(root / "two", folder, name="second")
+    needed = [folder / name for name in (MANIFEST_FILE, LOCK_FILE, *manifest.tasks["second"].files)]
+    assert {path.name for path in needed if path.stat().st_ino not in flushed} == set()
+
+
+def test_manifest_is_read_again_under_the_lock(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: another writer adds a task between the first look at the deployment and the lock."""
+    folder, hold = root / "deployment", writers.hold_lock
+
+    def late(path: Path, **options: bool) -> AbstractContextManager[DeploymentLock]:
+        monkeypatch.setattr(writers, "hold_lock", hold)
+        export_adapter(root / "one", path, name="between")
+        return hold(path, **options)
+
+    monkeypatch.setattr(writers, "hold_lock", late)
+    assert set(export_adapter(root / "two", folder, name="second").tasks) == {"topics", "between", "second"}
+    verify_files(folder, read_manifest(folder))
+
+
 def test_two_writers_at_once_are_refused_and_the_holder_is_named(root: Path) -> None:
     folder = root / "deployment"
     with open_writer(folder):
@@ -272,20 +306,6 @@ def test_read_only_deployment_is_a_write_error(read_only: Path, root: Path) -> N
         remove_task(read_only, "topics")
     assert contents(read_only) == before
     verify_files(read_only, read_manifest(read_only))
-
-
-def test_leftovers_that_nothing_refers_to_are_removed_and_other_files_are_not(root: Path) -> None:
-    folder = root / "deployment"
-    leftover = folder / "tasks" / "gone" / "adapter.onnx"
-    leftover.parent.mkdir()
-    leftover.write_bytes(b"half a graph")
-    (folder / "base" / "model.onnx.tmp").write_bytes(b"half a model")
-    (folder / STAGING_FOLDER).mkdir()
-    (folder / STAGING_FOLDER / "x").write_bytes(b"staged")
-    (folder / "README.md").write_text("notes of the owner")
-    manifest = export_adapter(root / "two", folder, name="second")
-    assert contents(folder).keys() == {*manifest.files, MANIFEST_FILE, "README.md"}
-    assert not leftover.parent.exists()
 
 
 def test_leaving_without_commit_changes_nothing(root: Path) -> None:

@@ -73,7 +73,7 @@ class Soft:
             with torch.no_grad():
                 made = model(inputs_embeds=embeds.to(model.dtype), **inputs)
             found.append((made.logits if hasattr(made, "logits") else made.last_hidden_state)[0])
-        own = slice(0, None) if inputs else slice(-len(ids), None)
+        own = slice(0, None) if "decoder_input_ids" in inputs else slice(-len(ids), None)
         return found[0].numpy()[own], 8 * float((found[0] - found[1]).abs().max())
 
     def greedy(self, prompt: list[int], task: str | None, steps: int) -> list[int]:

@@ -284,7 +284,7 @@ def _qwen_vl(kind: str, vision: dict[str, Any], sections: dict[str, Any], **sett
 
 
 def qwen2_vl(**settings: Any) -> PreTrainedModel:
-    """A tower whose layers all look at the whole picture."""
+    """A tower whose layers all look at the whole image."""
     vision = {"depth": 3, "embed_dim": 32, "hidden_size": HIDDEN_SIZE, "mlp_ratio": 2}
     return _qwen_vl("qwen2_vl", vision, {"mrope_section": [2, 3, 3]}, **settings)
 

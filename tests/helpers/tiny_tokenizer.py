@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from typing import TYPE_CHECKING
 
 from helpers.tiny_models import VOCAB_SIZE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = tuple(chr(code) for code in range(ord(" "), ord(" ") + VOCAB_SIZE - len(SPECIALS)))
@@ -31,6 +32,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+def make_pair_tokenizer() -> BertTokenizer:
+    """BERT's tokenizer with a vocabulary of letters and digits: it joins two texts and gives their token types."""
+    from transformers import BertTokenizer
+
+    characters = string.ascii_lowercase + string.digits
+    tokens = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{one}" for one in characters), *".,?!'-")
+    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
 
 
 TILE_SPECIALS = (

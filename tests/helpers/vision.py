@@ -32,7 +32,7 @@ def siglip_processor(edge: int = IMAGE_SIZE, **settings: Any) -> SiglipImageProc
 
 
 def tile_processor(edge: int = TILE_EDGE, tiles: int = 3, **settings: Any) -> SmolVLMImageProcessorPil:
-    """Of SmolVLM's class; ``tiles`` on the longer edge of a picture."""
+    """Of SmolVLM's class; ``tiles`` on the longer edge of an image."""
     sizes = {"size": {"longest_edge": tiles * edge}, "max_image_size": {"longest_edge": edge}}
     return SmolVLMImageProcessorPil(**sizes | settings)
 
@@ -43,7 +43,7 @@ def idefics3_processor(edge: int = TILE_EDGE, tiles: int = 3, **settings: Any) -
 
 
 def patch_processor(least: int = 4, most: int = 20, **settings: Any) -> Qwen2VLImageProcessorPil:
-    """Of the tiny models that take patches: pictures become ``least`` to ``most`` pieces."""
+    """Of the tiny models that take patches: images become ``least`` to ``most`` pieces."""
     size = {"shortest_edge": least * PIECE_EDGE**2, "longest_edge": most * PIECE_EDGE**2}
     return Qwen2VLImageProcessorPil(**({"size": size, "patch_size": PATCH_EDGE} | settings))
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -20,9 +20,9 @@ from onnx import numpy_helper
 from PIL import Image
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.training.adapter_io import load_adapter
 from adalink.training.data.rows import TrainingRow
@@ -47,7 +47,7 @@ def picture(seed: int, height: int = 30, width: int = 41) -> Image.Image:
 
 
 def write_rows(folder: Path, rows: Sequence[TrainingRow], sizes: Sequence[tuple[int, int]]) -> None:
-    """Write ``rows.jsonl`` and pictures ``0.png``, ``1.png``, ... of these heights and widths."""
+    """Write ``rows.jsonl`` and images ``0.png``, ``1.png``, ... of these heights and widths."""
     rng = np.random.default_rng(0)
     for index, size in enumerate(sizes):
         Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)).save(folder / f"{index}.png")
@@ -104,8 +104,7 @@ def build_vision_deployment(root: Path, name: str = "llava", model: Any = None, 
     """
     family, folder = FAMILIES[name], root / "deployment"
     model = model or family.make_model()
-    parts = {"tokenizer": family.make_tokenizer(), "image_processor": family.make_processor()}
-    export_base(model, folder, **parts, **settings)
+    family.export(folder, model, **settings)
     return VisionDeployment(folder, model, _adapters(root, folder), root / "adapters", family)
 
 
@@ -125,6 +124,30 @@ class VisionDeployments:
             settings = {"target": target[0]} if target else {}
             self._made[name] = build_vision_deployment(self._root / name, family, **settings)
         return self._made[name]
+
+
+class VisionExport(NamedTuple):
+    """A tiny model and its export."""
+
+    model: Any
+    folder: Path
+    manifest: Manifest
+
+
+class VisionExports(dict[str, VisionExport]):
+    """Exports without adapters by the name of their family, for both CPU targets, each made when first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def __missing__(self, name: str) -> VisionExport:
+        family, folder = FAMILIES[name], self._root / name
+        model = family.make_model()
+        for target in ("onnxruntime-cpu", "portable"):
+            manifest = family.export(folder, model, target=target)
+        self[name] = VisionExport(model, folder, manifest)
+        return self[name]
 
 
 def _adapters(root: Path, folder: Path) -> dict[str, Adapter]:

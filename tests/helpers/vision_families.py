@@ -38,6 +38,8 @@ from helpers.vision import clip_processor, idefics3_processor, patch_processor, 
 from PIL import Image
 from transformers import Idefics3Processor, PaliGemmaProcessor
 
+from adalink.export.base.export import export_base
+from adalink.runtime.storage.manifest import Manifest
 from adalink.training.method.config import AdaLinkConfig
 
 Inputs = dict[str, torch.Tensor]
@@ -107,12 +109,17 @@ class VisionFamily:
             part.save_pretrained(folder)
         return folder
 
+    def export(self, folder: Path, model: Any = None, **settings: Any) -> Manifest:
+        """Export a model with the family's tokenizer and image processor, where ``settings`` have no others."""
+        parts = {"tokenizer": self.make_tokenizer(), "image_processor": self.make_processor()}
+        return export_base(model or self.make_model(), folder, **parts | settings)
+
     def inputs(self, prompt: Any, images: Sequence[Image.Image]) -> Inputs:
         """One row as the model takes it: placeholders repeated, pixels from its own processor.
 
         Args:
             prompt: text, or token ids with one placeholder for each image.
-            images: pictures in the order of the placeholders.
+            images: images in the order of the placeholders.
         """
         tokens = self.make_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         ids = [t for token in tokens for t in [token] * (IMAGE_TOKENS if token == IMAGE_TOKEN else 1)]
@@ -295,7 +302,7 @@ class PatchFamily(VisionFamily):
         return {"pixel_values": pixels, "image_grid_thw": sizes, "mm_token_type_ids": types}
 
     def _encode(self, model: Any, inputs: Inputs) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Each picture through the tower alone."""
+        """Each image through the tower alone."""
         sizes = inputs["image_grid_thw"]
         pixels = inputs["pixel_values"].split(sizes.prod(dim=1).tolist())
         features = [model.model.visual(image, size[None]) for image, size in zip(pixels, sizes, strict=True)]

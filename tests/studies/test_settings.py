@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from helpers.paths import REPOSITORY
 from helpers.studies import METHODS, study_text
 
 from adalink.runtime.errors import ConfigError
+from studies.commands import main
 from studies.experiment.settings import AdaLinkMethod, LoraMethod, ZeroShotMethod, read_study
 
 TEXT = study_text(Path("base"), Path("data"), METHODS)
@@ -136,3 +138,24 @@ def test_the_studies_of_this_repository_can_be_read(name):
     study = read_study(STUDIES / f"{name}.toml")
     assert len(study.seeds) >= 3
     assert study.compare_to.startswith("LoRA")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'name = "\xff"', r"byte or character 8 is not UTF-8; correct the file"),
+        (b"a = " + b"[" * 100_000, r"nested too deeply; correct the file"),
+        (b"a." * 1_000 + b"b = 1", r"unknown field `a`; correct the file"),
+        (b"a = " + b"1" * 5_000, r"it holds a number that cannot be read: .*digits.*; correct the file"),
+        (b"a = 0x" + b"f" * 100_000, r"it holds an integer of more than 64 bits; correct the file"),
+    ],
+    ids=["utf-8", "arrays", "keys", "digits", "hexadecimal"],
+)
+def test_a_study_that_no_parser_reads_is_refused(tmp_path, data, message):
+    path = tmp_path / "study.toml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        read_study(path)
+    done = CliRunner().invoke(main, ["summary", str(path), "--out", str(tmp_path)])
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output

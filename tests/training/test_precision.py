@@ -65,7 +65,7 @@ def test_only_products_of_a_step_are(family: str, products: dict[str, set[torch.
 
     def run(precision: str) -> tuple[float, dict[str, np.ndarray]]:
         settings = TrainSettings(
-            lr=1e-3, max_steps=6, batch_size=4, max_length=128, seed=3, device="cpu", precision=precision
+            lr=1e-3, max_steps=4, batch_size=4, max_length=128, seed=3, device="cpu", precision=precision
         )  # fmt: skip
         data, out = tmp_path / "rows.jsonl", tmp_path / "out"
         report = train(tmp_path / "base", data, data, out, config, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -70,6 +71,22 @@ class _Interrupt(TrainerCallback):
             raise self.error
 
 
+@pytest.fixture(scope="module")
+def checkpoints(base, data, tmp_path_factory):
+    """What a run leaves that was interrupted after 11 of its 12 steps."""
+    root = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, root / "out", callbacks=[_Interrupt(11)])
+    return root / "out.checkpoints"
+
+
+@pytest.fixture
+def interrupted(checkpoints, tmp_path):
+    """An adapter folder that is not there yet; a copy of the checkpoints lies beside it."""
+    shutil.copytree(checkpoints, tmp_path / checkpoints.name)
+    return tmp_path / "out"
+
+
 class _Count(TrainerCallback):
     """Counts the steps of a run."""
 
@@ -124,27 +141,23 @@ def test_interrupted_and_resumed_is_as_uninterrupted(finished, base, data, tmp_p
     assert resumed["loss_curve"] == finished[1]["loss_curve"]
 
 
-def test_checkpoints_hold_the_adapter_alone(base, data, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(base, data, tmp_path / "out", callbacks=[_Interrupt(11)])
-    folder = tmp_path / "out.checkpoints"
+def test_checkpoints_hold_the_adapter_alone(interrupted, base, data):
+    folder = interrupted.with_suffix(".checkpoints")
     weights = folder / "checkpoint-10" / "model.safetensors"
     adapter_bytes = 2 * CONFIG.rank * 48 * 4
     assert adapter_bytes < weights.stat().st_size < adapter_bytes + 500
     (folder / "checkpoint-10" / "trainer_state.json").unlink()  # a checkpoint that was cut off is not used
-    resumed = run(base, data, tmp_path / "out", resume=True)
+    resumed = run(base, data, interrupted, resume=True)
     assert [point["step"] for point in resumed["loss_curve"]] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("kept", [0, 0.5])
 @pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_a_checkpoint_that_a_power_loss_cut_is_not_used(finished, base, data, tmp_path, name, kept):
-    with pytest.raises(KeyboardInterrupt):
-        run(base, data, tmp_path / "out", callbacks=[_Interrupt(11)])
-    path = tmp_path / "out.checkpoints" / "checkpoint-10" / name
+def test_a_checkpoint_that_a_power_loss_cut_is_not_used(finished, interrupted, base, data, name, kept):
+    path = interrupted.with_suffix(".checkpoints") / "checkpoint-10" / name
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     count = _Count()
-    resumed = run(base, data, tmp_path / "out", resume=True, callbacks=[count])
+    resumed = run(base, data, interrupted, resume=True, callbacks=[count])
     assert count.steps == 12 - 5
     assert resumed["adapter_digest"] == finished[1]["adapter_digest"]
 
@@ -152,13 +165,13 @@ def test_a_checkpoint_that_a_power_loss_cut_is_not_used(finished, base, data, tm
 def test_a_run_interrupted_after_its_last_step_makes_no_other(finished, base, data, tmp_path, monkeypatch):
     looks = []
 
-    def interrupted(*arguments, **options):
+    def stopped(*arguments, **options):
         looks.append(arguments)
         if len(looks) == 2:
             raise KeyboardInterrupt
         return exact_match(*arguments, **options)
 
-    monkeypatch.setattr("adalink.training.run.exact_match", interrupted)
+    monkeypatch.setattr("adalink.training.run.exact_match", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(base, data, tmp_path / "out")
     count = _Count()
@@ -186,26 +199,21 @@ def test_a_full_disk_in_a_checkpoint_is_told_and_can_be_resumed(finished, base, 
     assert run(base, data, tmp_path / "out", resume=True)["adapter_digest"] == finished[1]["adapter_digest"]
 
 
-def test_resuming_other_settings_is_refused(base, data, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(base, data, out, callbacks=[_Interrupt(7)])
+def test_resuming_other_settings_is_refused(interrupted, base, data):
     with pytest.raises(ConfigError, match=r"go on with --resume, or remove that folder"):
-        run(base, data, out)
+        run(base, data, interrupted)
     with pytest.raises(ConfigError, match=r"interrupted run had other settings: .*resume with the same ones"):
-        run(base, data, out, settings=TrainSettings(**{**SETTINGS.__dict__, "lr": 1e-3}), resume=True)
+        run(base, data, interrupted, settings=TrainSettings(**{**SETTINGS.__dict__, "lr": 1e-3}), resume=True)
     with pytest.raises(ConfigError, match=r"other method"):
-        run(base, data, out, config=AdaLinkConfig(rank=3), resume=True)
+        run(base, data, interrupted, config=AdaLinkConfig(rank=3), resume=True)
 
 
-def test_resuming_another_base_of_the_same_name_is_refused(base, data, tmp_path):
+def test_resuming_another_base_of_the_same_name_is_refused(interrupted, base, data, tmp_path):
     other = tmp_path / base.name
     FAMILIES["qwen3"]().save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    with pytest.raises(KeyboardInterrupt):
-        run(base, data, tmp_path / "out", callbacks=[_Interrupt(7)])
     with pytest.raises(ConfigError, match="the interrupted run had other base_fingerprint: sha256:"):
-        run(other, data, tmp_path / "out", resume=True)
+        run(other, data, interrupted, resume=True)
 
 
 def test_nothing_to_resume(base, data, tmp_path):

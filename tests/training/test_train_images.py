@@ -36,7 +36,7 @@ from studies.experiment.run import open_base
 SETTINGS = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=20)
 CONFIG = AdaLinkConfig(rank=32, activation="identity", modalities=("image",))
 COLOURS = {"R": (220, 30, 40), "B": (20, 40, 230)}
-# Height and width of pictures: of three, nine and six tiles and one each for the whole, and one smaller than any grid.
+# Height and width of images: of three, nine and six tiles and one each for the whole, and one smaller than any grid.
 SIZES = ((11, 40), (30, 33), (60, 31), (17, 9))
 # Of the rows of ``make_rows``: the positions of their images, and the first axes of the pixels of all.
 EXPECTED = [
@@ -64,7 +64,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of several sizes, one that is damaged and one that is almost a line."""
+    """Images of several sizes, one that is damaged and one that is almost a line."""
     folder = tmp_path_factory.mktemp("data")
     write_rows(folder, (), SIZES)
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:200])
@@ -74,18 +74,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy pictures of two colours; every prompt is the same, so that only the picture tells them apart."""
+    """Noisy images of two colours; every prompt is the same, so that only the image tells them apart."""
     folder, draw = tmp_path_factory.mktemp("colours"), random.Random(7)
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for split, count in (("train", 32), ("eval", 16)):
         rows = []
         for index in range(count):
             letter = draw.choice("RB")
             noise = rng.integers(-20, 20, (31, 27, 3))
-            picture = np.clip(np.array(COLOURS[letter]) + noise, 0, 255).astype(np.uint8)
-            path = f"pictures/{split}-{index}.png"
-            Image.fromarray(picture).save(folder / path)
+            image = np.clip(np.array(COLOURS[letter]) + noise, 0, 255).astype(np.uint8)
+            path = f"images/{split}-{index}.png"
+            Image.fromarray(image).save(folder / path)
             rows.append({"prompt": "@ is", "completion": letter, "images": [path]})
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         (folder / f"{split}-bare.jsonl").write_text("\n".join(json.dumps(row | {"prompt": "colour"}) for row in rows))
@@ -93,7 +93,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_rows(name: str) -> list[TrainingRow]:
-    """A row with one picture, one with none and one with two."""
+    """A row with one image, one with none and one with two."""
     mark = "" if name == "paligemma" else FAMILIES[name].placeholder  # its images go in front
     return [
         TrainingRow(prompt=f"{mark} is", completion="RB", images=("0.png",)),
@@ -184,7 +184,7 @@ def finished(bases: Bases, colours: Path, tmp_path_factory: pytest.TempPathFacto
     return out, run(bases["llava"], colours, out)
 
 
-def test_image_adapter_learns_what_the_picture_shows(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_image_adapter_learns_what_the_image_shows(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     assert report["exact_match"]["adapter"] >= 0.9 > report["exact_match"]["base"] + 0.3
     assert report["loss_curve"][-1]["loss"] < report["loss_curve"][0]["loss"] / 2
@@ -194,7 +194,7 @@ def test_image_adapter_learns_what_the_picture_shows(finished: tuple[Path, dict[
     assert report["images"]["train"] != report["images"]["eval"]
 
 
-def test_image_adapter_of_paligemma_learns_what_the_picture_shows(bases: Bases, colours: Path, tmp_path: Path) -> None:
+def test_image_adapter_of_paligemma_learns_what_the_image_shows(bases: Bases, colours: Path, tmp_path: Path) -> None:
     settings = TrainSettings(lr=2e-2, max_steps=60, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=60)
     rows = (colours / "train-bare.jsonl", colours / "eval-bare.jsonl")
     report = train(bases["paligemma"], *rows, tmp_path / "adapter", CONFIG, settings)
@@ -212,10 +212,10 @@ def test_adapters_of_both_modalities_are_trained_and_written(bases: Bases, tmp_p
     assert (trained.modalities, trained.rank) == (ranks.modalities, ranks.rank)
 
 
-def test_adapter_without_the_right_picture_cannot_know(
+def test_adapter_without_the_right_image_cannot_know(
     finished: tuple[Path, dict[str, Any]], bases: Bases, colours: Path
 ) -> None:
-    """The control: each row with a picture of the other colour is answered wrong."""
+    """The control: each row with an image of the other colour is answered wrong."""
     tokenizer = make_tokenizer()
     model, images, examples = encode(bases["llava"], "llava", read_rows(colours / "eval.jsonl"), colours, 32)
     red = next(e.images for e in examples if tokenizer.decode(e.target[:1]) == "R")
@@ -226,7 +226,7 @@ def test_adapter_without_the_right_picture_cannot_know(
         assert exact_match(model, tokenizer, exchanged, 4, images) <= 0.1
 
 
-def test_resumed_run_gives_the_same_adapter_and_refuses_other_pictures(
+def test_resumed_run_gives_the_same_adapter_and_refuses_other_images(
     finished: tuple[Path, dict[str, Any]], bases: Bases, colours: Path, tmp_path: Path
 ) -> None:
     from transformers import TrainerCallback
@@ -237,16 +237,16 @@ def test_resumed_run_gives_the_same_adapter_and_refuses_other_pictures(
                 raise KeyboardInterrupt
 
     copy = tmp_path / "data"
-    (copy / "pictures").mkdir(parents=True)
+    (copy / "images").mkdir(parents=True)
     for path in colours.rglob("*.*"):
         (copy / path.relative_to(colours)).write_bytes(path.read_bytes())
     with pytest.raises(KeyboardInterrupt):
         run(bases["llava"], copy, tmp_path / "out", callbacks=[Interrupt()])
-    kept = (copy / "pictures/train-0.png").read_bytes()
-    (copy / "pictures/train-0.png").write_bytes((copy / "pictures/train-1.png").read_bytes())
+    kept = (copy / "images/train-0.png").read_bytes()
+    (copy / "images/train-0.png").write_bytes((copy / "images/train-1.png").read_bytes())
     with pytest.raises(ConfigError, match="other images"):
         run(bases["llava"], copy, tmp_path / "out", resume=True)
-    (copy / "pictures/train-0.png").write_bytes(kept)
+    (copy / "images/train-0.png").write_bytes(kept)
     again = run(bases["llava"], copy, tmp_path / "out", resume=True)
     assert again["adapter_digest"] == finished[1]["adapter_digest"]
 
@@ -254,7 +254,7 @@ def test_resumed_run_gives_the_same_adapter_and_refuses_other_pictures(
 def test_trained_adapter_is_served_as_it_was_measured(
     finished: tuple[Path, dict[str, Any]], bases: Bases, colours: Path, tmp_path: Path
 ) -> None:
-    """From the trained folder to a deployment: pictures by their paths, each answered as training measured it."""
+    """From the trained folder to a deployment: images by their paths, each answered as training measured it."""
     from adalink.export.adapter.export import export_adapter
     from adalink.export.base.export import export_base
     from adalink.runtime.deployment import Deployment
@@ -286,7 +286,7 @@ def test_trained_adapter_is_served_as_it_was_measured(
 def test_rows_whose_images_do_not_fit_are_named(
     bases: Bases, colours: Path, tmp_path: Path, row: dict[str, Any], words: str
 ) -> None:
-    good = {"prompt": "@ is", "completion": "R", "images": [str(colours / "pictures/train-0.png")]}
+    good = {"prompt": "@ is", "completion": "R", "images": [str(colours / "images/train-0.png")]}
     (tmp_path / "train.jsonl").write_text(json.dumps(good | row))
     (tmp_path / "eval.jsonl").write_text(json.dumps(good))
     with pytest.raises(DataError, match=words):
@@ -294,8 +294,8 @@ def test_rows_whose_images_do_not_fit_are_named(
     assert not (tmp_path / "out.checkpoints").exists()
 
 
-def test_damaged_picture_is_named(bases: Bases, colours: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes((colours / "pictures/train-0.png").read_bytes()[:200])
+def test_damaged_image_is_named(bases: Bases, colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes((colours / "images/train-0.png").read_bytes()[:200])
     for name in ("train", "eval"):
         line = {"prompt": "@ is", "completion": "R", "images": ["bad.png"]}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
@@ -352,7 +352,7 @@ def test_videos_are_an_unknown_field(tmp_path: Path) -> None:
         read_rows(tmp_path / "videos.jsonl")
 
 
-def test_processor_that_leaves_pictures_as_they_are_is_refused() -> None:
+def test_processor_that_leaves_images_as_they_are_is_refused() -> None:
     with pytest.raises(ModelError, match="resizes to no size: expected do_resize with a shortest_edge"):
         read_patching(patch_processor(do_resize=False))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import BackendUnavailableError
+from adalink.tools.common.child_process import child_environment, python_command
 
 _IMPORT_CODE = """
 import time
@@ -23,8 +23,10 @@ print(time.perf_counter() - start)
 
 def import_seconds(repeats: int) -> float:
     """Median time of importing ``Deployment`` beyond numpy and onnxruntime, in fresh processes, in seconds."""
-    command = [sys.executable, "-c", _IMPORT_CODE]
-    times = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
+    command, environment = python_command(code=_IMPORT_CODE), child_environment()
+    times = [
+        float(subprocess.run(command, env=environment, capture_output=True, check=True).stdout) for _ in range(repeats)
+    ]
     return statistics.median(times)
 
 

@@ -12,6 +12,7 @@ from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
 from adalink.tools.common.options import assume_pretokenizer_option
+from adalink.tools.common.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Vision
@@ -116,21 +117,23 @@ def base(
         "graph": variant.graph,
         "size_bytes": manifest.size_bytes(variant.files),
     }
+    if manifest.base.unused_tensors:
+        result["unused_tensors"] = list(manifest.base.unused_tensors)
     if vision is not None:
         result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    click.echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
-    click.echo(
-        f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}"
-    )
+    echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
+    echo(f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}")
     if vision is not None:
-        click.echo(
+        echo(
             f"  {vision.graph}, {manifest.size_bytes(vision.files) / 1e6:.1f} MB, gives {vision.tokens_per_image} "
             f"positions {_unit(vision)}"
         )
-    click.echo(f"  fingerprint {manifest.base.fingerprint}")
+    echo(f"  fingerprint {manifest.base.fingerprint}")
+    if manifest.base.unused_tensors:
+        echo(f"  left out of the checkpoint: {', '.join(manifest.base.unused_tensors)}")
 
 
 def _unit(vision: Vision) -> str:

@@ -12,6 +12,7 @@ import click
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.adapter_spec import show_rank
 from adalink.tools.common.console import say
+from adalink.tools.common.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest
@@ -88,20 +89,18 @@ def adapter(
     trade = fold_trade(out, manifest, next(iter(folders))) if can_run else None
     if as_json:
         tasks = [_described(manifest, task) for task in folders]
-        click.echo(
-            json.dumps({"deployment": str(out), "tasks": tasks, **({"fold_trade": trade} if trade else {})}, indent=2)
-        )
+        echo(json.dumps({"deployment": str(out), "tasks": tasks, **({"fold_trade": trade} if trade else {})}, indent=2))
         return
     for task in list(folders)[:_MOST_LISTED]:
         entry = manifest.tasks[task]
         soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
         method = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
-        click.echo(f"task {task} is in {out}: {method}{soft}, scope {entry.scope}")
-        click.echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
+        echo(f"task {task} is in {out}: {method}{soft}, scope {entry.scope}")
+        echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
     if len(folders) > _MOST_LISTED:
-        click.echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
+        echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
     if trade is not None:
-        click.echo(
+        echo(
             f"folded ({fold}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
             f"weights; one token takes {trade['fold_us']:.1f} µs, through the graph {trade['graph_us']:.1f} µs"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from adalink.tools.common.console import progress_bar
+from adalink.tools.common.terminal_text import echo
 
 _BACKENDS = ("tensorrt", "tensorrt-rtx")
 
@@ -100,15 +101,15 @@ def engine(
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    click.echo(f"{manifest.base.name} is an engine {variant_name!r} in {deployment}")
-    click.echo(
+    echo(f"{manifest.base.name} is an engine {variant_name!r} in {deployment}")
+    echo(
         f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
         f"{record.version} for {', '.join(record.target)}"
     )
     if record.vision is not None:
-        click.echo(
+        echo(
             f"  {built.vision_graph}, the vision tower, {record.vision.plan_bytes / 1e6:.1f} MB, built in "
             f"{record.vision.build_seconds:.1f} s"
         )
-    click.echo(f"  profile {record.profile}")
-    click.echo(f"  {len(record.embedders)} embedders, for every task of rank {record.embedder_rank} or less")
+    echo(f"  profile {record.profile}")
+    echo(f"  {len(record.embedders)} embedders, for every task of rank {record.embedder_rank} or less")

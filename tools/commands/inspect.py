@@ -16,7 +16,7 @@ from adalink.runtime.errors import GraphError
 if TYPE_CHECKING:
     import onnx
 
-    from adalink.runtime.storage.manifest import Manifest, Task, Vision
+    from adalink.runtime.storage.manifest import Base, Manifest, Task, Vision
 
 Description = dict[str, object]
 
@@ -73,6 +73,8 @@ def describe_deployment(folder: Path) -> Description:
             "modalities": list(base.modalities),
             "tokenizer": base.tokenizer,
             "chat_template": base.chat_template,
+            **_describe_generation(base),
+            "unused_tensors": list(base.unused_tensors),
         },
         **({} if base.vision is None else {"vision": _describe_vision(folder, manifest, base.vision)}),
         "variants": {
@@ -89,6 +91,16 @@ def describe_deployment(folder: Path) -> Description:
         "files": len(manifest.files),
         "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
+    }
+
+
+def _describe_generation(base: Base) -> Description:
+    """How tokens are chosen by default, and what of the checkpoint's generation config is not applied."""
+    if base.generation is None:
+        return {}
+    return {
+        "generation_defaults": to_builtins(base.generation.applied()),
+        "generation_not_applied": list(base.generation.not_applied),
     }
 
 
@@ -144,10 +156,11 @@ def describe_adapter(folder: Path) -> Description:
 def describe_model(spec: str) -> Description:
     """Describe a base model, with the fingerprint that its adapters carry; raises ``ModelError``."""
     from adalink.tools.common.quiet import quiet_libraries
-    from adalink.training.models.loading import base_fingerprint, display_name, input_embedding, load_base
+    from adalink.training.models.loading import base_fingerprint, display_name, input_embedding, load_checkpoint
 
     with quiet_libraries():
-        model = load_base(spec)
+        checkpoint = load_checkpoint(spec)
+    model = checkpoint.model
     table = next(input_embedding(model).parameters())
     return {
         "kind": "model",
@@ -158,6 +171,7 @@ def describe_model(spec: str) -> Description:
         "vocab_size": table.shape[0],
         "hidden_size": table.shape[1],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "unused_tensors": list(checkpoint.unused_tensors),
     }
 
 

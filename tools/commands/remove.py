@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from adalink.tools.common.terminal_text import echo
+
 
 @click.command(name="remove", short_help="Remove a task, a graph or an engine from a deployment.")
 @click.argument("deployment", type=click.Path(path_type=Path))
@@ -36,4 +38,4 @@ def command(deployment: Path, task: str | None, variant: str | None, as_json: bo
     if as_json:
         click.echo(json.dumps({"deployment": str(deployment), "removed": removed, f"{what}s": left}, indent=2))
         return
-    click.echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}")
+    echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}")

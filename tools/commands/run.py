@@ -16,14 +16,18 @@ from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
 from adalink.tools.common.options import is_given, make_options
+from adalink.tools.common.rows import BadRows
 from adalink.tools.common.rows import PromptRow as PromptRow
 from adalink.tools.common.rows import read_rows as read_rows
+from adalink.tools.common.terminal_text import echo_generated
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 _BATCH_ROWS = 8
-_SAMPLING = ("temperature", "top_k", "top_p", "seed")
+# Options of `SamplingParams`; the second group only chooses what is sampled from.
+_SAMPLING = ("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+_FILTERS = ("top_k", "top_p", "min_p")
 
 # Four bytes a token: all rows are encoded before the first is answered.
 TokenIds: TypeAlias = "array[int]"
@@ -39,6 +43,8 @@ class RunOptions:
         text_file: the file that holds it; or else
         jsonl: rows with prompts. Without any of the three, the prompt is standard input.
         images: images of the one prompt.
+        text_pair: second text of the one prompt, for encoders.
+        on_error: ``"stop"`` or ``"skip"``: what a bad row of ``jsonl`` does.
         task: the task; ``None`` for the base model. Rows may name another.
         backend: the engine's backend.
         variant: variant of the base; see ``Deployment.open``.
@@ -53,6 +59,8 @@ class RunOptions:
     text_file: Path | None
     jsonl: Path | None
     images: tuple[Path, ...]
+    text_pair: str | None
+    on_error: str
     task: str | None
     backend: str
     variant: str | None
@@ -79,16 +87,33 @@ class RunOptions:
 @click.option(
     "--jsonl",
     type=click.Path(path_type=Path, dir_okay=False),
-    help='Rows {"prompt", "task", "images"}, as batches; paths of images start at the file\'s folder.',
+    help='Rows {"prompt", "task", "images", "text_pair"}, as batches; paths of images start at the file\'s folder.',
 )
-@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens at most.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=int, help="Sample from the k likeliest tokens; with --temperature.")
 @click.option(
-    "--top-p", type=float, help="Sample from the likeliest tokens of this total probability; with --temperature."
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="A bad row of --jsonl: answer nothing, or answer the others and exit with 2.",
 )
+@click.option("--text-pair", metavar="TEXT", help="The second text of a pair, for encoders.")
+@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), help="Tokens at most; by default the base's own limit, else 64."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    help="0 takes the likeliest token. By default as the base's generation config says, else 0.",
+)
+@click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature.")
+@click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature.")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens of the prompt and text get less likely.")
+@click.option("--no-repeat-ngram-size", type=int, help="N-grams of this size occur once, prompt included; 0 is off.")
+@click.option("--min-new-tokens", type=int, help="No end token before so many new tokens.")
+@click.option("--ignore-generation-config", is_flag=True, help="Nothing by default from the base's generation config.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option(
@@ -133,12 +158,14 @@ def run(options: RunOptions) -> None:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     if options.images and options.jsonl is not None:
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
-    if options.settings["temperature"] == 0 and (unused := _passed_options({"top_k", "top_p"})):
-        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
+    if options.text_pair is not None and options.jsonl is not None:
+        raise click.UsageError("--text-pair is for one prompt: name the pairs of --jsonl in its rows")
+    bad = BadRows(skip=options.on_error == "skip" and options.jsonl is not None)
     if options.jsonl is not None:
-        rows = read_rows(options.jsonl, options.task)
+        rows = read_rows(options.jsonl, options.task, bad)
     else:
-        rows = [PromptRow(_prompt(options.text, options.text_file), options.task, options.images)]
+        prompt = _prompt(options.text, options.text_file)
+        rows = [PromptRow(prompt, options.task, options.images, text_pair=options.text_pair)]
     with Deployment.open(
         options.deployment,
         options.backend,
@@ -147,31 +174,45 @@ def run(options: RunOptions) -> None:
         full_check=options.full_check,
     ) as opened:
         if opened.manifest.base.kind == "encoder":
-            _print_states(opened, rows, options)
+            _print_states(opened, rows, bad, options)
         else:
-            _print_texts(opened, rows, options)
+            _print_texts(opened, rows, bad, options)
+    bad.finish()
 
 
-def _print_states(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
+def _print_states(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
     if unused := _passed_options(options.settings):
         raise click.UsageError(
             f"{unused[0]} is for generating, and {deployment.manifest.base.name} is an encoder: leave it out"
         )
-    for entry in _embed(deployment, rows, _encode(deployment, rows)):
+    rows, encoded = _encode(deployment, rows, bad)
+    for entry in bad.among(rows, _embed(deployment, rows, encoded)):
         click.echo(json.dumps(entry))
 
 
-def _print_texts(deployment: Deployment, rows: list[PromptRow], options: RunOptions) -> None:
+def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
     settings = dict(options.settings)
-    ids = _encode(deployment, rows, chat=settings.pop("chat"))
-    settings["sampling"] = SamplingParams(**{name: settings.pop(name) for name in _SAMPLING})
+    settings["sampling"] = _sampling(deployment, settings)
+    rows, encoded = _encode(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
+    ids = [row_ids for row_ids, _ in encoded]
     is_empty = options.jsonl is None and not options.as_json
     streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
-    for entry in _generate(deployment, rows, ids, _write if streaming else None, settings):
+    for entry in bad.among(rows, _generate(deployment, rows, ids, _write if streaming else None, settings)):
         if streaming:
             click.echo()
         else:
-            click.echo(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
+            echo_generated(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
+
+
+def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters, taken out of ``settings``; raises ``click.UsageError`` for one that would have no effect."""
+    values = {name: settings.pop(name) for name in (*_SAMPLING, *_FILTERS)}
+    params = SamplingParams(**values, base_defaults=not settings.pop("ignore_generation_config"))
+    base = deployment.manifest.base
+    is_greedy = params.resolve(base.generation, base.vocab_size).temperature == 0
+    if is_greedy and (unused := _passed_options(_FILTERS)):
+        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
+    return params
 
 
 def _passed_options(settings: Container[str]) -> list[str]:
@@ -192,19 +233,42 @@ def _prompt(text: str | None, path: Path | None) -> str:
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 
 
-def _encode(deployment: Deployment, rows: list[PromptRow], *, chat: bool = False) -> list[TokenIds]:
-    """Token ids of each row, before any is answered; raises ``RequestError`` for one that has none."""
-    tokenizer = deployment.tokenizer
-    encoded = []
+def _encode(
+    deployment: Deployment, rows: list[PromptRow], bad: BadRows, *, chat: bool = False, new_tokens: int | None = 0
+) -> tuple[list[PromptRow], list[tuple[TokenIds, TokenIds]]]:
+    """Rows that can be answered, and token ids and token types of each, before any is answered.
+
+    Args:
+        deployment: the deployment.
+        rows: the rows.
+        bad: takes rows that cannot be answered, or raises their error.
+        chat: whether prompts go into the chat template.
+        new_tokens: tokens that each row may generate.
+    """
+    good, encoded = [], []
     for row in rows:
         try:
-            ids = tokenizer.encode_chat(row.prompt) if chat else tokenizer.encode(row.prompt, len(row.images))
+            ids, types = _encode_row(deployment, row, chat)
+            if row.line:
+                deployment.check_prompt(ids, row.images, row.task, new_tokens)
         except RequestError as error:
-            raise RequestError(f"{row.origin}: {error}" if row.origin else str(error)) from error
-        if not ids:
-            raise RequestError(f"{row.origin or 'the prompt'} has no tokens: give it some text")
-        encoded.append(array("i", ids))
-    return encoded
+            bad.add(row.line, RequestError(f"{row.origin}: {error}") if row.origin else error)
+        else:
+            good.append(row)
+            encoded.append((array("i", ids), array("i", types)))
+    return good, encoded
+
+
+def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[list[int], list[int]]:
+    """Token ids and token types of a row; raises ``RequestError``."""
+    tokenizer, types = deployment.tokenizer, []
+    if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
+        ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
+    else:
+        ids = tokenizer.encode_chat(row.prompt) if chat else tokenizer.encode(row.prompt, len(row.images))
+    if not ids:
+        raise RequestError("the prompt has no tokens: give it some text")
+    return ids, types
 
 
 def _generate(
@@ -217,22 +281,29 @@ def _generate(
     """One result for each row, in order; rows of different tasks share a batch."""
     for start in range(0, len(rows), _BATCH_ROWS):
         batch = rows[start : start + _BATCH_ROWS]
-        _, tasks, images, origins = zip(*batch, strict=True)
+        tasks, images = [row.task for row in batch], [row.images for row in batch]
         prompts = ids[start : start + _BATCH_ROWS]
         try:
             results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
         except RequestError as error:
-            raise RequestError(f"{origins[0]} and on: {error}" if origins[0] else str(error)) from error
+            origin = batch[0].origin
+            raise RequestError(f"{origin} and on: {error}" if origin else str(error)) from error
         for row, result in zip(batch, results, strict=True):
             image_paths = {"images": list(map(str, row.images))} if row.images else {}
             yield {"prompt": row.prompt, "task": row.task, **image_paths, **asdict(result)}
 
 
-def _embed(deployment: Deployment, rows: list[PromptRow], ids: list[TokenIds]) -> Iterator[dict[str, Any]]:
-    for (prompt, task, images, _), row_ids in zip(rows, ids, strict=True):
-        states = deployment.run(input_ids=[row_ids.tolist()], images=[images], tasks=task)["last_hidden_state"][0]
-        yield {"prompt": prompt, "task": task, "tokens": len(row_ids), "mean": states.mean(axis=0).tolist()}
+def _embed(
+    deployment: Deployment, rows: list[PromptRow], encoded: list[tuple[TokenIds, TokenIds]]
+) -> Iterator[dict[str, Any]]:
+    for row, (ids, types) in zip(rows, encoded, strict=True):
+        outputs = deployment.run(
+            input_ids=[ids.tolist()], images=[row.images], tasks=row.task, token_type_ids=[types.tolist()]
+        )
+        pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
+        mean = outputs["last_hidden_state"][0].mean(axis=0).tolist()
+        yield {"prompt": row.prompt, **pair, "task": row.task, "tokens": len(ids), "mean": mean}
 
 
 def _write(row: int, piece: str) -> None:
-    click.echo(piece, nl=False)
+    echo_generated(piece, nl=False)

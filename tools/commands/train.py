@@ -15,6 +15,7 @@ from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
 from adalink.tools.common.console import say
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options
+from adalink.tools.common.terminal_text import echo
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import (
     DEVICES,
@@ -245,7 +246,7 @@ def train_adapter(options: TrainOptions) -> None:
         click.echo(json.dumps(report, indent=2))
         return
     accuracy = report["exact_match"]
-    click.echo(
+    echo(
         f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )

@@ -13,6 +13,7 @@ import click
 from adalink.runtime.errors import DataError
 from adalink.tools.common.options import assume_pretokenizer_option, make_options
 from adalink.tools.common.report_file import ReportFile, write_json
+from adalink.tools.common.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.tools.parity.report import Report
@@ -153,13 +154,13 @@ def print_report(report: Report) -> None:
         lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
         print_table("Cost of quantising", ("", "float32", "quantised weights", "as deployed"), lines)
     for line in report.skipped:
-        click.echo(f"Not checked: {line}")
+        echo(f"Not checked: {line}")
     print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
-        click.echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
+        echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
     else:
-        click.echo(f"All {len(report.checks)} checks passed.")
+        echo(f"All {len(report.checks)} checks passed.")
 
 
 def _read_text(path: Path) -> str:

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from adalink.tools.common.terminal_text import echo, printable
 
 _PIPE_WIDTH = 160
 
@@ -26,11 +27,11 @@ class _Console(Console):
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, err: bool = False) -> None:
     """Print a table for people; texts are shown as they are, without markup."""
-    table = Table(title=title, title_justify="left", show_header=any(columns))
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell), style=_style(cell)) for cell in row))
+        table.add_row(*(Text(printable(str(cell)), style=_style(cell)) for cell in row))
     console = _Console(stderr=err)
     if not console.is_terminal:
         console = _Console(stderr=err, width=_PIPE_WIDTH)
@@ -39,7 +40,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def say(message: str) -> None:
     """Print one line of progress on stderr."""
-    click.echo(message, err=True)
+    echo(message, err=True)
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def progress_bar() -> Iterator[Callable[[str, float | None], None]]:
         shown = bar.add_task("", total=None)
 
         def show(line: str, done: float | None) -> None:
-            bar.update(shown, description=line, completed=done or 0.0, total=None if done is None else 1.0)
+            bar.update(shown, description=printable(line), completed=done or 0.0, total=None if done is None else 1.0)
 
         yield show
 

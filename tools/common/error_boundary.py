@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from adalink.tools.common.terminal_text import printable
+
 # Package that a command may find missing -> the extra that brings it.
 _EXTRAS = {
     "accelerate": "train",
@@ -19,11 +21,16 @@ _EXTRAS = {
     "onnx": "export",
     "onnxruntime": "cpu",
     "matplotlib": "study",
+    "ml_dtypes": "export",
     "optimum": "export",
     "peft": "study",
     "torch": "export",
     "transformers": "export",
 }
+# Verb -> the extra that brings all it needs.
+_EXTRA_OF_VERB = {"train": "train", "verify": "cpu,export,train"}
+# Modules of the kit and of its checkout: a missing one is a bug.
+_OURS = ("adalink", "benchmarks", "examples", "studies")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PIPE_CLOSED = 141  # what a shell gives a program that SIGPIPE ended
@@ -33,6 +40,10 @@ class UserError(click.ClickException):
     """An error of the user's making: its message alone is shown, and the exit code is 2."""
 
     exit_code = 2
+
+    def format_message(self) -> str:
+        """The message as a terminal may show it."""
+        return printable(self.message)
 
 
 class BoundaryGroup(click.Group):
@@ -68,12 +79,15 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        if package in ("", *_OURS, *sys.stdlib_module_names):
             raise
+        verb = ctx.invoked_subcommand or ctx.info_name or ""
+        extra = _EXTRA_OF_VERB.get(verb, _EXTRAS.get(package, "cpu,export,train"))
         raise UserError(
-            f"'{ctx.invoked_subcommand or ctx.info_name}' needs the package {package}, which is not installed: "
-            f"pip install 'adalink-kit[{_EXTRAS[package]}]'"
+            f"'{verb}' needs the package {package}, which is not installed: pip install 'adalink-kit[{extra}]'"
         ) from error
+    except click.UsageError as error:  # it quotes what the command line says
+        raise click.UsageError(printable(error.format_message()), error.ctx) from error
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         ctx.exit(130)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
+from adalink.tools.common.terminal_text import echo
 
 _ROOT = "adalink"  # adalink.runtime.logs.ROOT, whose package would bring numpy along
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -40,6 +40,6 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; see ``logging.Handler``."""
         try:
-            click.echo(self.format(record), err=True)
+            echo(self.format(record), err=True)
         except Exception:  # a log that cannot be written stops no work
             self.handleError(record)

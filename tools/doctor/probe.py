@@ -7,12 +7,13 @@ for the name ``gpus`` it prints the GPUs and the driver.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
+
+from adalink.tools.common.child_process import child_environment, python_command
 
 # An ONNX model of one node, y = -x with x of shape (1,), so that a probe needs no onnx package.
 _NEGATE = bytes.fromhex(
@@ -50,14 +51,13 @@ def probe_gpus() -> dict[str, object]:
 
 def _ask(name: str) -> dict[str, Any] | str:
     """Output of the probe of ``name``, or the reason why there is none."""
-    environment = {**os.environ, "ORT_LOGGING_LEVEL": "4"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "adalink.tools.doctor.probe", name],
+            python_command(module="adalink.tools.doctor.probe", arguments=(name,)),
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_SECONDS,
-            env=environment,
+            env=child_environment(ORT_LOGGING_LEVEL="4"),
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.tools.common.environment import available_cores
-from adalink.tools.parity.reference import Reference, torch_threads
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.torch_threads import torch_threads
 
 if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow
@@ -44,7 +46,7 @@ def measure_accuracy(
     from adalink.training.data.rows import encode_rows
 
     tokenizer, manifest = reference.tokenizer, deployment.manifest
-    longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].soft_tokens
+    longest = (manifest.base.max_positions or 1 << 20) - manifest.tasks[task].prepended_positions
     examples = encode_rows(rows, tokenizer, longest, f"rows of {task}")
     with torch_threads(available_cores()):
         progress(f"task {task}: {len(rows)} rows, the checkpoint's weights")
@@ -64,7 +66,9 @@ def deployed_accuracy(deployment: Deployment, task: str, rows: list[TrainingRow]
     right = 0
     for start in range(0, len(by_length), _BATCH_ROWS):
         batch = by_length[start : start + _BATCH_ROWS]
-        replies = deployment.generate([row.prompt for row in batch], tasks=task, max_new_tokens=longest)
+        prompts = [row.prompt for row in batch]
+        # As the reference generates, and training measures: without the base's own sampling and penalties.
+        replies = deployment.generate(prompts, tasks=task, max_new_tokens=longest, sampling=PLAIN_GREEDY)
         right += sum(
             reply.finish_reason == "stop" and reply.text.strip() == row.completion.strip()
             for reply, row in zip(replies, batch, strict=True)

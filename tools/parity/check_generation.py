@@ -51,7 +51,7 @@ class GeneratedRow:
 
 
 class Generator:
-    """The deployment with recorded decode steps and without end tokens.
+    """The deployment with recorded decode steps, without end tokens and the base's generation defaults.
 
     So a task that answers in one word still gives enough steps to compare. Only stop texts end a row.
 
@@ -60,7 +60,8 @@ class Generator:
     """
 
     def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
-        base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=())
+        # Greedy, without penalties and bans: what is compared is the engine's logits, and they alone choose.
+        base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=(), generation=None)
         self._logits: list[list[Array]] = []
         self._alive: list[int] = []  # the rows still in the batch, by their first numbers
         self._passes = 0
@@ -148,7 +149,7 @@ class Generator:
         draft_tokens: int | None = 0,
     ) -> list[GeneratedRow]:
         self._alive = []
-        images = None if image_prompts is None else image_prompts.pictures
+        images = None if image_prompts is None else image_prompts.images
         results = self._deployment.generate(
             prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )

@@ -11,6 +11,7 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.noise_floor import TYPICAL_PERCENTILE, Outputs
+from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, at_most, more_than
 
@@ -46,6 +47,7 @@ def compare_outputs(
     task: str | None,
     rows: list[list[int]],
     image_prompts: ImagePrompts | None = None,
+    labels: list[PositionLabels] | None = None,
 ) -> Comparison:
     """Run every row alone in the deployment and in PyTorch, with the task's adapter attached.
 
@@ -56,6 +58,7 @@ def compare_outputs(
         task: the deployment's task; ``None`` for the base model.
         rows: token ids.
         image_prompts: images of these rows, if any.
+        labels: labels of these rows, if any.
     """
     base = deployment.manifest.base
     expected: list[Outputs] = []
@@ -63,11 +66,16 @@ def compare_outputs(
     for index, ids in enumerate(rows):
         decoder_ids = decoder_row(deployment, index)
         pixels, images = (
-            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.pictures[index]])
+            (None, None) if image_prompts is None else (image_prompts.pixels[index], [image_prompts.images[index]])
         )
-        expected.append(reference.outputs(ids, decoder_ids, pixels=pixels))
+        row_labels = NO_LABELS if labels is None else labels[index]
+        expected.append(reference.outputs(ids, decoder_ids, pixels=pixels, labels=row_labels))
         outputs = deployment.run(
-            input_ids=[ids], images=images, tasks=task, decoder_input_ids=decoder_ids and [decoder_ids]
+            input_ids=[ids],
+            images=images,
+            tasks=task,
+            decoder_input_ids=decoder_ids and [decoder_ids],
+            **row_labels.arguments(),
         )
         received.append({name: to_float64(value[0], base.embedding_dtype) for name, value in outputs.items()})
     checks: list[Check] = []

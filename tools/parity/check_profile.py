@@ -111,7 +111,7 @@ def _rows(deployment: Deployment, batch: int, length: int, task: str | None) -> 
     """Seeded prompts of one length with the task's soft prompt: two in turn, so that PyTorch runs only two."""
     base = deployment.manifest.base
     if task is not None:
-        length = max(1, length - deployment.manifest.tasks[task].soft_tokens)
+        length = max(1, length - deployment.manifest.tasks[task].prepended_positions)
     placeholders = () if base.vision is None else (base.vision.image_token_id,)
     usable = np.setdiff1d(np.arange(base.vocab_size), (*base.eos_token_ids, base.pad_token_id, *placeholders))
     rng = np.random.default_rng([20231012, length])

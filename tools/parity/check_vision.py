@@ -43,24 +43,24 @@ class ImagePrompts:
     Attributes:
         prompts: token ids of each row, with one placeholder for each image.
         rows: the same, with one placeholder for each position of an image.
-        pictures: images of each row, uint8 with shape ``(height, width, 3)``.
+        images: images of each row, uint8 with shape ``(height, width, 3)``.
         pixels: images of each row from the model's own processor; ``None`` for a row without images.
     """
 
     prompts: list[list[int]]
     rows: list[list[int]]
-    pictures: list[list[Array]]
+    images: list[list[Array]]
     pixels: list[Pixels | None]
 
     def pick(self, indices: Iterable[int]) -> ImagePrompts:
         """Some of the rows."""
-        rows = list(zip(self.prompts, self.rows, self.pictures, self.pixels, strict=True))
-        prompts, ids, pictures, pixels = zip(*(rows[index] for index in indices), strict=True)
-        return ImagePrompts(list(prompts), list(ids), list(pictures), list(pixels))
+        rows = list(zip(self.prompts, self.rows, self.images, self.pixels, strict=True))
+        prompts, ids, images, pixels = zip(*(rows[index] for index in indices), strict=True)
+        return ImagePrompts(list(prompts), list(ids), list(images), list(pixels))
 
     def with_text(self, ids: list[int]) -> ImagePrompts:
         """These rows, and one without images."""
-        return ImagePrompts([*self.prompts, ids], [*self.rows, ids], [*self.pictures, []], [*self.pixels, None])
+        return ImagePrompts([*self.prompts, ids], [*self.rows, ids], [*self.images, []], [*self.pixels, None])
 
 
 class ReferenceProcessor:
@@ -133,7 +133,7 @@ def make_image_prompts(
         words = words[:text_tokens]
         image_prompts.prompts.append([words[0], *[vision.image_token_id, *between] * len(chosen), *words[1:]])
         image_prompts.rows.append([words[0], *image_tokens, *words[1:]])
-        image_prompts.pictures.append(chosen)
+        image_prompts.images.append(chosen)
         image_prompts.pixels.append(processor.pixels(chosen))
     return image_prompts if image_prompts.rows else None
 
@@ -158,7 +158,7 @@ def check_vision(deployment: Deployment, reference: Reference, processor: Refere
     if theirs.shape != ours.shape:
         raise ContractError(
             f"the image processor of the model gives {len(theirs)} {parts} of {theirs.shape[1:]} for {len(images)} "
-            f"pictures, that of the deployment {len(ours)} of {ours.shape[1:]}: verify it against the model it was "
+            f"images, that of the deployment {len(ours)} of {ours.shape[1:]}: verify it against the model it was "
             "made from"
         )
     offset = 0.0 if steps.mean is None or steps.std is None else max(map(abs, np.divide(steps.mean, steps.std)))

@@ -5,7 +5,7 @@ Making them is a check too: of the tokenizer, of preprocessing and of the vision
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from adalink.runtime.deployment import Deployment
@@ -19,6 +19,7 @@ from adalink.tools.parity.check_vision import (
     reference_processor,
 )
 from adalink.tools.parity.gguf_tokens import PROBES
+from adalink.tools.parity.labelled_rows import LabelledRows, collect_labelled_rows
 from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Report, at_most
@@ -36,12 +37,14 @@ class ParityInputs:
         texts: prompts to generate from; ``None`` for an encoder, and without a tokenizer.
         image_prompts: prompts with images to run; ``None`` for a base of text alone, and where images leave no room.
         generated_images: prompts with images to generate from; likewise.
+        labelled: rows with labels of their positions, of each kind that the base takes.
     """
 
     rows: list[list[int]]
     texts: list[str] | None
     image_prompts: ImagePrompts | None = None
     generated_images: ImagePrompts | None = None
+    labelled: Sequence[LabelledRows] = ()
 
 
 def collect_inputs(
@@ -62,7 +65,9 @@ def collect_inputs(
     if prompts is not None and deployment.manifest.base.kind != "encoder":
         texts = sorted(prompts, key=len)[:_GENERATIONS]
     if deployment.manifest.base.vision is None:
-        return ParityInputs(rows, texts)
+        longest = longest_prompt(deployment, 0)
+        labelled = collect_labelled_rows(report, deployment, against, prompts, rows, longest)
+        return ParityInputs(rows, texts, labelled=labelled)
     progress("pixel values and the vision tower")
     return ParityInputs(rows, texts, *_make_image_prompts(report, deployment, reference, against, rows))
 

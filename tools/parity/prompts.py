@@ -65,7 +65,7 @@ def longest_prompt(deployment: Deployment, steps: int) -> int:
     longest = min(filter(None, limits), default=1 << 20) - steps
     if profile is not None and base.bidirectional_prompt:  # goes in at once
         longest = min(longest, profile.seq.max)
-    return longest - max((task.soft_tokens for task in deployment.manifest.tasks.values()), default=0)
+    return longest - max((task.prepended_positions for task in deployment.manifest.tasks.values()), default=0)
 
 
 def fit(text: str, encode: Callable[[str], list[int]], longest: int) -> str:

@@ -20,8 +20,10 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base
+from adalink.tools.parity.check_checkpoint import check_files
 from adalink.tools.parity.gguf_tokens import GgufTokens
 from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
+from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels, position_maps
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
 from adalink.tools.parity.soft_prompt_reference import InputSide, without_input_side
@@ -42,6 +44,7 @@ class Reference:
 
     Attributes:
         base: the contract of the deployment it is compared with.
+        file_checks: the checkpoint's files, compared with the model that was loaded from them.
     """
 
     def __init__(self, spec: str | Path, base: Base, assume_pretokenizer: str | None = None) -> None:
@@ -56,6 +59,7 @@ class Reference:
         self.base = base
         self._spec, self._assumed = spec, assume_pretokenizer
         self._model = load_base(spec)
+        self.file_checks = check_files(spec, self._model)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
         for field, digest in digests.items():
             exported = getattr(base, field)
@@ -71,6 +75,11 @@ class Reference:
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
+
+    @property
+    def model(self) -> Any:
+        """The float32 model."""
+        return self._model
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -230,6 +239,7 @@ class Reference:
         *,
         prompt_length: int | None = None,
         pixels: Pixels | None = None,
+        labels: PositionLabels = NO_LABELS,
     ) -> Outputs:
         """Run one row.
 
@@ -238,8 +248,9 @@ class Reference:
             decoder_ids: decoder tokens of an encoder-decoder, else ``None``.
             prompt_length: length of the prompt within ``ids``; the rest is generated. All of them by default.
             pixels: the row's images as the model takes them.
+            labels: labels of the row's positions.
         """
-        row = (ids, decoder_ids, prompt_length, pixels)
+        row = (ids, decoder_ids, prompt_length, pixels, labels)
         values = self._run(self._model, 0, *row)
         if not self._is_rounding:
             return Outputs(values, deviations(values, self._run(self._exact, 1, *row)))
@@ -264,6 +275,7 @@ class Reference:
         decoder_ids: list[int] | None,
         prompt_length: int | None,
         pixels: Pixels | None,
+        labels: PositionLabels = NO_LABELS,
     ) -> dict[str, Float64]:
         import torch
 
@@ -276,14 +288,19 @@ class Reference:
             images["position_ids"] = model.base_model.get_rope_index(row, is_image, images["image_grid_thw"])[0]
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if self._attached is not None and prompt_length is not None:
-                mask = (torch.arange(len(ids)) < prompt_length)[None]
-                stack.enter_context(self._attached[side].positions(prompt_mask=mask))
+            if self._attached is not None:
+                attached = self._attached[side]
+                maps = position_maps(attached.config.modalities, self.base, len(ids), prompt_length, labels)
+                stack.enter_context(attached.positions(**maps))
             inputs, soft_tokens = {"input_ids": row}, 0
             if input_side is not None:
-                image_token = None if pixels is None or self.base.vision is None else self.base.vision.image_token_id
-                inputs = {"inputs_embeds": input_side.embeds(model, row, prompt_length, image_token, **images)}
+                is_text = torch.tensor([labels.is_text(len(ids))])
+                if pixels is not None and self.base.vision is not None:
+                    is_text = row != self.base.vision.image_token_id
+                inputs = {"inputs_embeds": input_side.embeds(model, row, prompt_length, is_text, **images)}
                 soft_tokens = input_side.soft_tokens
+            if labels.token_types is not None:
+                inputs["token_type_ids"] = torch.tensor([[0] * soft_tokens + labels.token_types])
             prompt = soft_tokens + (len(ids) if prompt_length is None else prompt_length)
             inputs |= prompt_inputs(model, (torch.arange(soft_tokens + len(ids)) < prompt)[None])
             if self.base.kind == "encoder-decoder":
@@ -294,23 +311,6 @@ class Reference:
                 }
             name = "logits" if self.base.kind == "decoder" else "last_hidden_state"
             return {name: _float64(getattr(model(**inputs, **images), name))[soft_tokens:]}
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Set PyTorch's number of threads, at least 1, until the block ends.
-
-    Threads of PyTorch and of the engine wait by spinning. On the same cores they slow each other down many times, so
-    PyTorch gets half of the cores where both compute in turns.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _image_features(model: Any, images: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:

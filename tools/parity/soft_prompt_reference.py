@@ -37,7 +37,7 @@ class InputSide:
         }
 
     def embeds(
-        self, model: Any, row: torch.Tensor, prompt_length: int | None, image_token: int | None, **inputs: Any
+        self, model: Any, row: torch.Tensor, prompt_length: int | None, is_text: torch.Tensor, **inputs: Any
     ) -> torch.Tensor:
         """Input embeddings of a row, with shape ``(1, soft_tokens + seq, d)``.
 
@@ -45,7 +45,7 @@ class InputSide:
             model: with the adapter's bottleneck attached, if it has one.
             row: token ids, shape ``(1, seq)``.
             prompt_length: length of the prompt within the row; all of it by default.
-            image_token: placeholder of an image, which is not adapted.
+            is_text: positions of text, bool with shape ``(1, seq)``; the others are not adapted.
             inputs: the row's images, as inputs of the model.
         """
         import torch
@@ -53,7 +53,7 @@ class InputSide:
         x = _embedded(model, row, inputs)
         if TABLE_NAME in self._weights:
             delta = self._weights[TABLE_NAME][row] @ self._weights["text.up.weight"].T
-            is_adapted = torch.ones_like(row, dtype=torch.bool) if image_token is None else row != image_token
+            is_adapted = is_text
             if self._scope == "prompt" and prompt_length is not None:
                 is_adapted = is_adapted & (torch.arange(row.shape[1]) < prompt_length)
             x = torch.where(is_adapted[..., None], x + delta.to(x.dtype), x)

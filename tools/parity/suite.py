@@ -16,7 +16,7 @@ from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.adapter import Adapter, read_adapter
-from adalink.runtime.storage.integrity import read_verified
+from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.environment import available_cores
@@ -32,14 +32,16 @@ from adalink.tools.parity.check_adapter import (
     to_float64,
 )
 from adalink.tools.parity.check_batches import STEPS, Batch
+from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
 from adalink.tools.parity.inputs import ParityInputs, collect_inputs
-from adalink.tools.parity.reference import Reference, torch_threads
+from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Check, Report, at_most
+from adalink.tools.parity.torch_threads import torch_threads
 from adalink.tools.parity.unrounded_backend import ExactActivations
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ def verify(
         reference = Reference(against, deployment.manifest.base, options.assume_pretokenizer)
         report = Report()
         _check_adapters(report, deployment, sources, progress)
+        report.checks += reference.file_checks
         progress("embedding table and tokenizer")
         report.checks.append(_check_table(deployment, reference))
         inputs = collect_inputs(report, deployment, reference, against, quick, progress)
@@ -175,8 +178,14 @@ def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]
     _require_tasks(deployment, files)
     for name in files:
         task = deployment.manifest.tasks[name]
-        if task.input == "ids" or (task.soft_tokens and deployment.manifest.base.kind == "encoder-decoder"):
-            has = "a table of token ids" if task.input == "ids" else "a soft prompt before an encoder-decoder"
+        base, has = deployment.manifest.base, None
+        if task.input == "ids":
+            has = "a table of token ids"
+        elif task.soft_tokens and base.kind == "encoder-decoder":
+            has = "a soft prompt before an encoder-decoder"
+        elif base.vision is None and task.modalities != ("text",):
+            has = "weights for embeddings of other modalities"
+        if has is not None:
             raise RequestError(
                 f"exact match of {name} cannot be measured: it has {has}, which adalink.training does not attach; "
                 "leave its --rows out"
@@ -199,7 +208,7 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
         task, dtype = manifest.tasks[name], manifest.base.embedding_dtype
         digest = deployed_tokenizer_digest(deployment.path, manifest)
         report.checks.append(check_contract(name, task, adapter, digest))
-        graph = read_verified(deployment.path, manifest, task.graph)
+        graph = read_graph(deployment.path, manifest, task.graph)
         ways = {"bank": through_bank(deployment, name), "graph": through_graph(graph, adapter.config, dtype)}
         for way, adapt in ways.items():
             report.checks.append(check_vocabulary(name, way, adapt, deployment, adapter))
@@ -234,8 +243,11 @@ def _check_outputs(
 ) -> None:
     """Levels 2, 3, 5 and 7, the mixed batches of level 4, and level 6."""
     rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
+    if texts is not None:
+        check_defaults(report, deployment, reference, rows)
     compared: dict[str | None, Comparison] = {}
     compared_images: dict[str | None, Comparison] = {}
+    compared_kinds: dict[tuple[str, str | None], Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     batches: list[Batch] = []
     if generator is not None and texts is not None:
@@ -254,14 +266,22 @@ def _check_outputs(
                     f"{label}/images", deployment, reference, task, image_prompts.rows, image_prompts
                 )
                 report.checks += compared_images[task].checks
+            for kind in inputs.labelled:
+                progress(f"{label}: outputs on {len(kind.rows)} rows: {kind.name}")
+                compared_kinds[kind.name, task] = compare_outputs(
+                    f"{label}/{kind.name}", deployment, reference, task, kind.rows, labels=kind.labels
+                )
+                report.checks += compared_kinds[kind.name, task].checks
             for batch in batches:
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
                 typical = (compared_images[task] if batch.has_images else comparison).typical["logits"]
                 report.checks += batch.check(label, task, reference, typical)
     for task in deployment.tasks:
-        modalities = deployment.manifest.tasks[task].modalities
-        if deployment.manifest.base.vision is None or "text" in modalities:
+        if takes_text := "text" in deployment.manifest.tasks[task].modalities:
             report.checks += check_control(task, compared[None], compared[task])
+        for kind in (kind for kind in inputs.labelled if takes_text or not kind.is_text):
+            base_output, output = compared_kinds[kind.name, None], compared_kinds[kind.name, task]
+            report.checks += check_control(f"{task}/{kind.name}", base_output, output)
         if compared_images:
             report.checks += check_control(f"{task}/images", compared_images[None], compared_images[task])
     progress("one batch of mixed tasks against single rows")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import BackendError
+from adalink.tools.common.child_process import child_environment, python_command
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 def run_fresh(request: dict[str, Any]) -> dict[str, Any]:
     """Answer a request in a new process; raises ``BackendError`` if that process fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "adalink.tools.parity.swap_worker"],
+        python_command(module="adalink.tools.parity.swap_worker"),
         input=json.dumps(request),
+        env=child_environment(),
         capture_output=True,
         text=True,
         check=False,

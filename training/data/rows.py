@@ -125,13 +125,13 @@ def encode_rows(
     return examples
 
 
-def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_tokens: int, origin: str | Path) -> None:
+def check_positions(examples: Sequence[Example], model: PreTrainedModel, prepended: int, origin: str | Path) -> None:
     """Refuse a row that has more tokens than the base has positions.
 
     Args:
         examples: encoded rows.
         model: the base.
-        soft_tokens: vectors of a soft prompt before each row.
+        prepended: positions that the adapter puts before each row.
         origin: file of the rows, for messages.
 
     Raises:
@@ -139,10 +139,10 @@ def check_positions(examples: Sequence[Example], model: PreTrainedModel, soft_to
     """
     limit = max_positions(model)
     for number, example in enumerate(examples, start=1):
-        prompt, target = soft_tokens + len(example.prompt), len(example.target)
+        prompt, target = prepended + len(example.prompt), len(example.target)
         length = max(prompt, target) if model.config.is_encoder_decoder else prompt + target
         if limit is not None and length > limit:
-            with_soft = f", {soft_tokens} of them the soft prompt's" if soft_tokens else ""
+            with_soft = f", {prepended} of them the soft prompt's" if prepended else ""
             raise DataError(
                 f"{origin}: row {number} takes {length} positions{with_soft}, and {type(model).__name__} has {limit}: "
                 "shorten its prompt or remove the row"

@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
+from adalink.training.models.accounting import account_for_tensors
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
+from adalink.training.models.weight_files import (
+    ADAPTER_CONFIG,
+    INDEX_FILE,
+    PICKLED_SUFFIXES,
+    WeightFiles,
+    check_pointers,
+    fetch_weights,
+    find_weight_files,
+    refuse_adapter,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +34,6 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
-_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,27 @@ class _Source:
         return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: the model, in eval mode, on the CPU.
+        unused_tensors: tensors and files that are left out on purpose, such as a classifier; ``*`` is the number of a
+            layer.
+    """
+
+    model: PreTrainedModel
+    unused_tensors: tuple[str, ...]
+
+
 def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
-    """Load a base model in eval mode, on the CPU.
+    """The model of ``load_checkpoint``, in eval mode, on the CPU; raises ``ModelError`` as it does."""
+    return load_checkpoint(spec, dtype=dtype).model
+
+
+def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
+    """Load a base model, and account for every tensor of its files.
 
     The class follows the checkpoint: a causal language model, a vision-language model, an encoder-decoder with its
     head, or, for encoders such as BERT, the bare model.
@@ -50,7 +79,8 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; fingerprints are those of the float32 model.
 
     Raises:
-        ModelError: the checkpoint is missing, pickled or incomplete, or its architecture is unknown.
+        ModelError: the checkpoint is missing, pickled, quantised or incomplete, its architecture is unknown, or it
+            holds a tensor that belongs to a layer and is not used.
     """
     import torch
     from transformers import AutoConfig
@@ -61,6 +91,7 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     path = gguf_file(spec)
     gguf = None if path is None else CheckedGguf(path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    files = _weight_files(source, display_name(spec))
     try:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
         if gguf is not None:
@@ -82,6 +113,9 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
             f"base model {display_name(spec)}: {what}transformers cannot load it: {type(error).__name__}: {error}. "
             "Expected a supported architecture with safetensors or GGUF weights"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        refuse_adapter(display_name(spec))
+    unused = [] if source.gguf_file else _account(source, files, model, info, display_name(spec))
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
         raise ModelError(
@@ -90,7 +124,16 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
         )
     if gguf is not None:
         gguf.finish(model)
-    return model.eval()
+    return Checkpoint(model.eval(), tuple(unused))
+
+
+def checkpoint_folder(spec: str | Path) -> Path | None:
+    """Folder with the safetensors of a base, that of a hub id in the cache; ``None`` for a GGUF file.
+
+    Raises:
+        ModelError: there is no such base.
+    """
+    return _weights_folder(_find(spec))
 
 
 def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) -> PreTrainedTokenizerBase:
@@ -232,6 +275,7 @@ def _find(spec: str | Path) -> _Source:
                 f"base model {path.name} is a {path.suffix or 'plain'} file; expected a .gguf file, a model folder or "
                 "a hub id"
             )
+        check_pointers(path, path.name)
         return _Source(str(path.parent), path.name)
     if path.is_dir():
         return _find_in_folder(path)
@@ -241,9 +285,10 @@ def _find(spec: str | Path) -> _Source:
 
 
 def _find_in_folder(folder: Path) -> _Source:
+    check_pointers(folder, display_name(folder))
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     ggufs = [name for name in files if name.endswith(".gguf")]
-    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+    if "config.json" in files and any(name.endswith(".safetensors") or name == INDEX_FILE for name in files):
         return _Source(str(folder))
     if len(ggufs) == 1:
         return _Source(str(folder), ggufs[0])
@@ -251,7 +296,7 @@ def _find_in_folder(folder: Path) -> _Source:
         raise ModelError(
             f"base model folder {folder.name} holds {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}"
         )
-    if pickled := [name for name in files if name.endswith(_PICKLED_SUFFIXES)]:
+    if pickled := [name for name in files if name.endswith(PICKLED_SUFFIXES)]:
         raise ModelError(
             f"base model folder {folder.name} has only pickled weights ({pickled[0]}), which can run code and are "
             "never loaded; convert them with save_pretrained(folder) to safetensors"
@@ -260,6 +305,32 @@ def _find_in_folder(folder: Path) -> _Source:
         f"base model folder {folder.name} is not a model: expected config.json and *.safetensors, or one .gguf file; "
         f"found {', '.join(files[:5]) or 'nothing'}"
     )
+
+
+def _account(
+    source: _Source, files: WeightFiles | None, model: PreTrainedModel, info: dict[str, Any], name: str
+) -> list[str]:
+    """Account for the tensors of a checkpoint that is loaded; those of a hub id may have come meanwhile."""
+    files = files or _weight_files(source, name)
+    if files is None:
+        raise ModelError(f"base model {name}: its weight files are not in the hub's cache; load it from a local folder")
+    return account_for_tensors(files, model, info, name)
+
+
+def _weight_files(source: _Source, name: str) -> WeightFiles | None:
+    """Checked weight files of a base; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
+    if (Path(source.origin) / ADAPTER_CONFIG).exists():  # which transformers attaches to a GGUF file as well
+        refuse_adapter(name)
+    folder = _weights_folder(source)
+    return None if folder is None else find_weight_files(folder, name)
+
+
+def _weights_folder(source: _Source) -> Path | None:
+    """Folder of the safetensors; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
+    if source.gguf_file is not None:
+        return None
+    folder = Path(source.origin)
+    return folder if folder.is_dir() else fetch_weights(source.origin)
 
 
 def _auto_class(config: Any) -> Any:

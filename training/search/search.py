@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.atomic import replace_file
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
 from adalink.training.checkpoints import SEARCH_FILE
 from adalink.training.method.attach import attach
@@ -121,7 +122,7 @@ def search(
     candidates = list_candidates(space, embedding_matrix(model).shape[1])
     path, started = folder / SEARCH_FILE, clock()
     if path.is_file():
-        record = msgspec.json.decode(path.read_bytes(), type=SearchRecord)
+        record = _read(path)
     else:
         loss_before, validation_seconds, step_seconds = _measure(trials, candidates[0], clock)
         spent = clock() - started
@@ -304,6 +305,16 @@ def _check_enough(record: SearchRecord, tried: int, planned: int) -> None:
             f"{FEWEST_CANDIDATES}: this machine became slower than the {record.step_seconds:.2g} s a step that were "
             "measured; give it more minutes"
         )
+
+
+def _read(path: Path) -> SearchRecord:
+    """The record of an interrupted search; raises ``ConfigError``."""
+    try:
+        return decode_json(path.read_bytes(), SearchRecord)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{path} is no record of a search: {error}; remove {path.parent} and start without --resume"
+        ) from error
 
 
 def _write(path: Path, record: SearchRecord) -> None:

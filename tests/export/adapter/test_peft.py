@@ -226,6 +226,28 @@ def test_settings_that_are_not_understood_are_refused(
         export_adapter(edit(saved(method), **fields), bases("llama"), assume_base=True)
 
 
+@pytest.mark.parametrize(
+    "value", [b"1e400", b"9" * 5000, b'"\xff"', b"NaN", b"[" * 20_000 + b"]" * 20_000], ids=lambda value: value[:5]
+)
+@pytest.mark.parametrize("field", ["lora_alpha", "unknown"])
+def test_a_config_that_is_no_json_of_numbers(
+    value: bytes, field: str, bases: Callable[[str], Path], saved: Callable[..., Path]
+) -> None:
+    folder = saved("lora")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {field: "VALUE"}
+    (folder / "adapter_config.json").write_bytes(json.dumps(config).encode().replace(b'"VALUE"', value))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: "):
+        export_adapter(folder, bases("llama"), assume_base=True)
+
+
+def test_an_adapter_with_a_name(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens"])
+    peft.get_peft_model(FAMILIES["llama"](), config, adapter_name="my_task").save_pretrained(tmp_path / "out")
+    with pytest.raises(AdapterError, match=r"one level down, in my_task: give .*out/my_task"):
+        export_adapter(tmp_path / "out", bases("llama"), assume_base=True)
+    export_adapter(tmp_path / "out" / "my_task", bases("llama"), assume_base=True)
+
+
 def test_both_prompts_of_an_encoder_decoder_are_refused(
     bases: Callable[[str], Path], saved: Callable[..., Path]
 ) -> None:

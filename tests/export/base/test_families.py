@@ -30,6 +30,8 @@ from adalink.export.base.export import export_base
 
 def run(session: ort.InferenceSession, feeds: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """The first output, and the cache as the next call's feeds."""
+    if any(node.name == "token_type_ids" for node in session.get_inputs()):
+        feeds = {"token_type_ids": np.zeros(feeds["attention_mask"].shape, np.int64), **feeds}
     outputs = dict(zip([node.name for node in session.get_outputs()], session.run(None, feeds), strict=True))
     first = outputs.pop("logits", None)
     if first is None:

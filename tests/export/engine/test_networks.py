@@ -208,4 +208,6 @@ def test_an_encoder_has_one_profile(api: Api, tmp_path: Path) -> None:
             draft.add_profile(sizes)
         (profile,) = draft.profiles
         assert [tuple(shape) for shape in profile.get_shape("attention_mask")] == [(1, 4), (2, 16), (8, 32)]
+        assert [tuple(shape) for shape in profile.get_shape("token_type_ids")] == [(1, 4), (2, 16), (8, 32)]
+        assert names_and_types(draft.network)["token_type_ids"] == ("INT64", (-1, -1))
         assert names_and_types(draft.network)["last_hidden_state"] == ("FLOAT", (-1, -1, HIDDEN_SIZE))

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.host_device import HostBackend, HostPlans
 from helpers.runtime import TASKS, Tiny, build
+from helpers.tiny_models import FAMILIES
+from helpers.tiny_tokenizer import make_tokenizer
 
+from adalink.export.base import export
 from adalink.export.base.export import export_base
 from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
@@ -77,6 +81,21 @@ def test_whole_sequences_agree_with_pytorch(llama: Tiny, host: HostBackend, task
         logits = deployment.run(input_ids=ids, attention_mask=mask, tasks=task)["logits"]
     for row, tokens in enumerate(PROMPTS):
         np.testing.assert_allclose(logits[row][mask[row] == 1], llama.logits(tokens, task), **CLOSE)
+
+
+def test_outputs_that_are_not_numbers_are_named(
+    tmp_path: Path, host: HostBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    monkeypatch.setattr(export, "check_activations", lambda *given: None)
+    export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
+    with Deployment(tmp_path, read_manifest(tmp_path), host, OpenOptions("portable")) as deployment:
+        with pytest.raises(BackendError, match=r"row 0 \(base model\): the engine's logits for new token 1 hold NaN"):
+            deployment.generate(PROMPTS, max_new_tokens=3)
+        with pytest.raises(BackendError, match="logits at position 0 hold NaN"):
+            deployment.run(input_ids=[PROMPTS[0]])
 
 
 def test_more_rows_than_a_pass_takes_go_in_groups(llama: Tiny, host: HostBackend) -> None:

@@ -157,7 +157,7 @@ def test_what_was_kept_does_not_change_when_rows_of_its_batch_go(llama: Any, cac
 
 
 def test_names_of_what_is_no_token_do_not_meet() -> None:
-    names = [cache_key(f"picture {number}") for number in range(5000)]
+    names = [cache_key(f"image {number}") for number in range(5000)]
     assert len(set(names)) == len(names)
     assert -(1 << 63) <= min(names) < -(1 << 62)
     assert max(names) < 0

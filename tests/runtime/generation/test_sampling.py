@@ -77,7 +77,7 @@ def test_the_smallest_temperatures_take_the_likeliest(temperature: float, top_k:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
 )
 def test_bad_settings_are_named(settings: dict[str, float]) -> None:
     with pytest.raises(RequestError, match=next(iter(settings))):

@@ -274,6 +274,24 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
+def test_an_adapter_one_level_down(tmp_path: Path) -> None:
+    for name in ("my_task", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / WEIGHTS_FILE).write_bytes(b"")
+    with pytest.raises(AdapterError, match=rf"one level down, in my_task, other: give {tmp_path}/my_task"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_git_lfs_pointers(tmp_path: Path, name: str) -> None:
+    for file, data in zip((CONFIG_FILE, WEIGHTS_FILE), encode_adapter(make()), strict=True):
+        (tmp_path / file).write_bytes(data)
+    read_adapter(tmp_path)
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 300000\n")
+    with pytest.raises(AdapterError, match=rf"{name} is a Git LFS pointer of 131 bytes .* of 300000 .*git lfs pull"):
+        read_adapter(tmp_path)
+
+
 def test_no_folder_and_missing_field(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such folder"):
         read_adapter(tmp_path / "nothing")

@@ -49,7 +49,7 @@ def test_disk_full_half_way_leaves_the_old_file(path: Path) -> None:
     assert unchanged(path)
 
 
-@pytest.mark.parametrize("step", ["open", "write", "fsync", "replace", "touch"])
+@pytest.mark.parametrize("step", ["open", "fdopen", "write", "fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_failure_at_any_step_leaves_the_old_file(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
@@ -58,8 +58,8 @@ def test_failure_at_any_step_leaves_the_old_file(
         raise error
 
     class Failing:
-        def __init__(self, path: Path) -> None:
-            self.file = open(path, "wb")  # noqa: PTH123, SIM115  # Path.open is what is replaced
+        def __init__(self, descriptor: int) -> None:
+            self.file = open(descriptor, "wb")  # noqa: SIM115  # os.fdopen is what is replaced
 
         def __enter__(self) -> Failing:
             return self
@@ -73,15 +73,26 @@ def test_failure_at_any_step_leaves_the_old_file(
 
     with monkeypatch.context() as patch:
         if step == "write":
-            patch.setattr(Path, "open", lambda path, mode: Failing(path))
+            patch.setattr(os, "fdopen", lambda descriptor, mode: Failing(descriptor))
         else:
-            patch.setattr(os if step == "fsync" else Path, step, fail)
+            patch.setattr(Path if step == "replace" else os, step, fail)
         expected = WriteError if isinstance(error, OSError) else KeyboardInterrupt
         with pytest.raises(
             expected, match="No space left on device; free space or" if expected is WriteError else None
         ):
             replace_file(path, NEW, durable=True)
     assert unchanged(path)
+
+
+def test_link_in_the_way_is_not_followed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: somebody knows the temporary name and has put a link to another file there."""
+    victim = path.with_name("victim")
+    victim.write_bytes(OLD)
+    monkeypatch.setattr(os, "urandom", bytes)
+    path.with_name(f".{path.name}.{bytes(4).hex()}").symlink_to(victim)
+    with pytest.raises(WriteError, match="File exists"):
+        replace_file(path, NEW)
+    assert victim.read_bytes() == path.read_bytes() == OLD
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
@@ -120,9 +131,8 @@ def _die_at(moment: int) -> None:
 
         return call
 
-    os.fsync = watched(os.fsync)
-    for name in ("touch", "open", "replace"):
-        setattr(Path, name, watched(getattr(Path, name)))
+    for name in ("open", "fdopen", "fsync", "rename", "replace"):
+        setattr(os, name, watched(getattr(os, name)))
 
 
 def test_threads_that_replace_one_file_leave_one_whole(path: Path) -> None:

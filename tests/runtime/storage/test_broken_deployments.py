@@ -124,6 +124,14 @@ def test_a_link_to_an_identical_file_outside_is_refused(copy: Path, tmp_path: Pa
         Deployment.open(copy, full_check=True)
 
 
+def test_a_chat_template_that_is_not_utf8_is_refused(copy: Path) -> None:
+    path = copy / "base" / "chat_template.jinja"
+    path.write_bytes(path.read_bytes() + b"\xff")
+    reseal(copy)
+    with Deployment.open(copy) as opened, pytest.raises(IntegrityError, match=r"jinja: byte \d+ is not UTF-8; export"):
+        opened.generate(["a"], chat=True)
+
+
 def test_a_task_changed_while_open_is_found_at_its_first_use(copy: Path) -> None:
     with Deployment.open(copy) as opened:
         path = copy / "tasks" / "beta" / "adapter_model.safetensors"

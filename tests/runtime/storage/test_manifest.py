@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,31 @@ def test_task_names_that_cannot_be_folders(name: str) -> None:
 def test_a_manifest_nested_too_deeply_is_refused() -> None:
     with pytest.raises(ManifestError, match=r"manifest\.json: \$: maximum recursion depth"):
         decode_manifest(b'{"more": ' + b"[" * 200_000)
+
+
+@pytest.mark.parametrize("token", [-1, 100, 1 << 40, 10**30])
+@pytest.mark.parametrize("field", ["eos_token_ids[1]", "pad_token_id", "bos_token_id", "decoder_start_token_id"])
+def test_ids_out_of_the_vocabulary_are_refused_by_name(field: str, token: int) -> None:
+    value = fields()
+    if field.endswith("]"):
+        value["base"]["eos_token_ids"] = [2, token]
+    else:
+        value["base"][field] = token
+    with pytest.raises(ManifestError, match=rf"\$\.base\.{re.escape(field)}") as raised:
+        decode(value)
+    assert raised.value.field == f"$.base.{field}"
+
+
+def test_an_encoder_decoder_says_how_its_decoder_begins() -> None:
+    value = fields()
+    value["base"]["kind"] = "encoder-decoder"
+    with pytest.raises(ManifestError, match="decoder_start_token_id is None, expected the id"):
+        decode(value)
+
+
+@pytest.mark.parametrize("types", [0, -1, 2, 1 << 20])
+def test_token_types_are_those_of_an_encoder(types: int) -> None:
+    value = fields()
+    value["base"]["token_types"] = types
+    with pytest.raises(ManifestError, match=r"\$\.base\.token_types is .*expected 1 to 1 for this kind"):
+        decode(value)

@@ -12,6 +12,7 @@ import pytest
 
 from adalink.runtime import Deployment
 from adalink.runtime.errors import IntegrityError
+from adalink.runtime.storage import integrity
 from adalink.runtime.storage import verification_cache as verified
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.verification_cache import verify_once
@@ -100,7 +101,7 @@ def test_another_manifest_is_another_truth(settled: Path) -> None:
 
 def test_what_is_checked_later_does_not_push_out_what_was_before(settled: Path) -> None:
     manifest, read = read_manifest(settled), list[str]()
-    other = next(path for path in next(iter(manifest.variants.values())).files)
+    other = next(path for path in next(iter(manifest.variants.values())).files if path.endswith(".data"))
     for paths in ([TABLE], [other], [TABLE, other]):
         verify_once(settled, manifest, paths, read.append)
     assert read == [TABLE, other]
@@ -111,10 +112,10 @@ def test_a_file_that_is_exchanged_while_it_is_read_is_not_remembered(
 ) -> None:
     """What stood there before the reading was never read, whatever its stamp."""
     manifest, read = read_manifest(settled), list[str]()
-    stamp = verified._stamp(settled / TABLE)
+    stamp = verified.stamp_at(settled / TABLE)
     earlier = (*stamp[:3], stamp[3] - 1, stamp[4])
     found = earlier
-    monkeypatch.setattr(verified, "_stamp", lambda path: found)
+    monkeypatch.setattr(verified, "stamp_at", lambda path: found)
 
     def note(path: str) -> None:
         nonlocal found
@@ -137,10 +138,11 @@ def test_files_that_just_changed_are_not_remembered(llama: Any, tmp_path: Path) 
 def test_full_check_sees_what_the_stamps_hide(settled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a disk that alters a byte without a stamp changing."""
     read_paths(settled)
-    true_stamp, target = verified._stamp, settled / TABLE
+    true_stamp, target = verified.stamp_at, settled / TABLE
     old = true_stamp(target)
     flip(target)
-    monkeypatch.setattr(verified, "_stamp", lambda path: old if path == target.resolve() else true_stamp(path))
+    for module in (verified, integrity):
+        monkeypatch.setattr(module, "stamp_at", lambda path: old if path == target.resolve() else true_stamp(path))
     Deployment.open(settled).close()
     with pytest.raises(IntegrityError, match="it was altered"):
         Deployment.open(settled, full_check=True)

@@ -107,7 +107,7 @@ def test_embeddings_are_pytorchs_whatever_the_memory_holds(vision_deployment: Vi
     assert device.allocated_bytes == 0
 
 
-def test_a_deployment_gives_pictures_to_it_in_calls_that_it_takes(
+def test_a_deployment_gives_images_to_it_in_calls_that_it_takes(
     vision_deployment: VisionDeployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []

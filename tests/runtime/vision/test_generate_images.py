@@ -69,7 +69,7 @@ def test_logits_are_those_of_pytorch(vision_cases: VisionCases, name: str) -> No
         received = case.opened.run(input_ids=ids, images=[images], tasks=task)["logits"][0]
         assert np.abs(received - plain).max() <= limit, (prompt, task)
         assert limit < 1e-2
-        # The limit finds other pictures of the same size, another task, and a prompt that is causal.
+        # The limit finds other images of the same size, another task, and a prompt that is causal.
         others = [np.asarray(image)[::-1] for image in images]
         if images:
             far = case.opened.run(input_ids=ids, images=[others], tasks=task)["logits"][0]
@@ -262,8 +262,8 @@ def test_prompt_goes_in_at_once_on_a_device(
 
 
 @pytest.mark.parametrize("name", PATCH_DEPLOYMENTS)
-def test_what_follows_a_picture_counts_from_its_longer_edge(vision_cases: VisionCases, name: str) -> None:
-    """Against whole runs of PyTorch: where a prompt ends in a picture its ``generate`` counts on axis by axis."""
+def test_what_follows_an_image_counts_from_its_longer_edge(vision_cases: VisionCases, name: str) -> None:
+    """Against whole runs of PyTorch: where a prompt ends in an image its ``generate`` counts on axis by axis."""
     case, image = vision_cases[name], GRIDS[2]
     (row,) = case.opened.generate(["ab@"], images=[[image]], max_new_tokens=NEW_TOKENS)
     inputs = case.made.inputs("ab@", [image])
@@ -310,5 +310,5 @@ def test_patches_are_encoded_with_their_grid(vision_cases: VisionCases, name: st
 def test_other_backends_of_patches_are_refused(vision_cases: VisionCases, name: str) -> None:
     opened = vision_cases[name].opened
     assert opened.variant.backends == ("onnxruntime-cpu",)
-    with pytest.raises(ConfigError, match="follow the grid of a picture, which engines do not take"):
+    with pytest.raises(ConfigError, match="follow the grid of an image, which engines do not take"):
         check_buildable(opened.manifest.base)

@@ -1,4 +1,4 @@
-"""Pictures are encoded once, and what is kept of them and of prompts is of one picture under one adapter."""
+"""Images are encoded once, and what is kept of them and of prompts is of one image under one adapter."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from adalink.runtime.vision.placeholders import ImageEmbeds, prompt_cache_keys
 
 # On its side it has the very same patches.
 GREY = np.full((16, 40, 3), 90, np.uint8)
-# One prompt with a picture, and pictures for it.
-PICTURES: dict[str, tuple[str, list[Any]]] = {
+# One prompt with an image, and images for it.
+IMAGES: dict[str, tuple[str, list[Any]]] = {
     "llava": ("@what?", [A, B, C]),
     **dict.fromkeys(TILES, ("<image>what?", [A, B, np.asarray(A)[::-1]])),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), ("@what?", [GREY, GREY.transpose(1, 0, 2), GREY])),
@@ -38,7 +38,7 @@ PICTURES: dict[str, tuple[str, list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", VISION_DEPLOYMENTS)
-def test_encoder_runs_once_however_many_tasks_look_at_a_picture(vision_cases: VisionCases, name: str) -> None:
+def test_encoder_runs_once_however_many_tasks_look_at_an_image(vision_cases: VisionCases, name: str) -> None:
     made = vision_cases[name].made
     mark, tasks = made.family.placeholder, [None, "words", "looks", "both"]
     with Deployment.open(made.folder) as deployment:
@@ -47,7 +47,7 @@ def test_encoder_runs_once_however_many_tasks_look_at_a_picture(vision_cases: Vi
         for task in tasks:
             deployment.generate([f"{mark}again"], images=[[np.asarray(A)]], tasks=task, max_new_tokens=1)
             deployment.generate([f"{mark}x{mark}"], images=[[A, np.asarray(A)]], tasks=task, max_new_tokens=1)
-        assert deployment.images_encoded == 1, "the same picture, given in another way"
+        assert deployment.images_encoded == 1, "the same image, given in another way"
         deployment.generate([f"{mark}x{mark}x{mark}"], images=[[A, B, B]], max_new_tokens=1)
         deployment.generate([mark] * 2, images=[[B], [A]], max_new_tokens=1)
         assert deployment.images_encoded == 2
@@ -115,9 +115,9 @@ def test_tower_is_given_no_more_than_it_takes(count: int) -> None:
             calls.append(len(pixel_values))
             return (pixel_values.reshape(len(pixel_values), -1) @ weights).reshape(-1, 2, 5)
 
-    pictures = rng.integers(-99, 100, size=(count, 3, 4, 4)).astype(np.float32)
-    found = tower._TileTower(Tower()).run(pictures, (0, 0))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(found, Tower().run(pictures))
+    images = rng.integers(-99, 100, size=(count, 3, 4, 4)).astype(np.float32)
+    found = tower._TileTower(Tower()).run(images, (0, 0))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, Tower().run(images))
     assert calls == [*[3] * (count // 3), *([count % 3] if count % 3 else []), count]
 
 
@@ -143,9 +143,9 @@ def test_threads_that_ask_at_once_share_one_run(vision_deployment: VisionDeploym
         assert deployment.images_encoded == 1
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(vision_cases: VisionCases, name: str) -> None:
-    case, (prompt, pictures) = vision_cases[name], PICTURES[name]
+@pytest.mark.parametrize("name", IMAGES)
+def test_kept_prefixes_are_those_of_one_image_under_one_adapter(vision_cases: VisionCases, name: str) -> None:
+    case, (prompt, other_images) = vision_cases[name], IMAGES[name]
     with Deployment.open(case.made.folder, prefix_cache_bytes=1 << 20) as deployment:
         for _ in range(2):
             for (text, images, task), tokens in zip(case.rows, case.expected, strict=True):
@@ -154,7 +154,7 @@ def test_kept_prefixes_are_those_of_one_picture_under_one_adapter(vision_cases: 
         texts, images, tasks = zip(*case.rows, strict=True)
         found = deployment.generate(texts, images=images, tasks=tasks, max_new_tokens=NEW_TOKENS)
         assert [list(row.token_ids) for row in found] == case.expected
-        for image in pictures:  # one prompt, other pictures
+        for image in other_images:  # one prompt, other images
             for task in ("looks", None):
                 request: dict[str, Any] = {"images": [[image]], "tasks": task, "max_new_tokens": NEW_TOKENS}
                 (row,) = deployment.generate([prompt], **request)
@@ -174,7 +174,7 @@ def test_prefixes_that_cannot_be_kept_are_refused(vision_cases: VisionCases, nam
         Deployment.open(vision_cases[name].made.folder, prefix_cache_bytes=1 << 20)
 
 
-def test_cache_keys_of_prefixes_tell_pictures_and_adapters_apart(vision_cases: VisionCases) -> None:
+def test_cache_keys_of_prefixes_tell_images_and_adapters_apart(vision_cases: VisionCases) -> None:
     tokens = [5, *[IMAGE_TOKEN] * IMAGE_TOKENS, 6]
     vision = vision_cases["llava"].opened.manifest.base.vision
     one, other = (ImageEmbeds(digest, np.zeros((IMAGE_TOKENS, 1))) for digest in ("sha256:a", "sha256:b"))
@@ -192,5 +192,5 @@ def test_cache_keys_of_prefixes_tell_pictures_and_adapters_apart(vision_cases: V
 
 
 def test_negative_budget_is_refused(vision_deployment: VisionDeployment) -> None:
-    with pytest.raises(RequestError, match="image_cache_bytes is -1, expected at least 0"):
+    with pytest.raises(RequestError, match="image_cache_bytes is -1, expected a whole number of at least 0"):
         Deployment.open(vision_deployment.folder, image_cache_bytes=-1)

@@ -158,13 +158,15 @@ def test_altered_vision_file_is_not_used(vision_deployment: VisionDeployment, fi
             "smolvlm",
             '"longest_edge": 48',
             '"longest_edge": 64',
-            r"cuts pictures into tiles of \(\(16, 16\), 4\), the manifest has tokens for \(\(16, 16\), 3\)",
+            r"cuts images into tiles of \(\(16, 16\), 4\), the manifest has tokens for \(\(16, 16\), 3\)",
         ),
+        ("llava", '"resample": 3', '"resample": 99', "resample is 99, expected 0 to 5"),
+        ("llava", '"crop": [', '"crop": [1', "gives pictures of .*, the manifest says"),
         (
             "qwen2_5_vl",
             '"edge": 4',
             '"edge": 5',
-            r"cuts pictures into patches by .*edge=5.*, the manifest expects \(\(8, 8\), 2\)",
+            r"cuts images into patches by .*edge=5.*, the manifest expects \(\(8, 8\), 2\)",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pictures as patches, and positions that follow their grid: as transformers computes each."""
+"""Images as patches, and positions that follow their grid: as transformers computes each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_pixel_values_are_those_of_the_models_own_processor(settings: dict[str, 
     for seed, size in enumerate(SIZES):
         own = picture(seed, *size)
         expected = processor(images=own, return_tensors="np")
-        received = steps.apply(read_image(own, "picture"))
+        received = steps.apply(read_image(own, "image"))
         assert received.dtype == np.float32
         assert received.shape == expected["pixel_values"].shape
         np.testing.assert_allclose(received, expected["pixel_values"], rtol=0, atol=1e-5)
@@ -44,7 +44,7 @@ def test_pixel_values_are_those_of_the_models_own_processor(settings: dict[str, 
         assert [1, rows * merge, columns * merge] == expected["image_grid_thw"][0].tolist()
 
 
-def test_a_picture_too_narrow_is_refused_as_the_processor_does() -> None:
+def test_an_image_too_narrow_is_refused_as_the_processor_does() -> None:
     steps = describe_processor(patch_processor(), (8, 8), takes_patches=True)
     line = np.zeros((3, 603, 3), np.uint8)
     with pytest.raises(ValueError, match="aspect ratio must be smaller than 200"):
@@ -70,8 +70,8 @@ def test_the_tower_sees_patches_where_transformers_puts_them(merge: int, window:
     assert set(PatchTower(merge=merge, window=None).inputs((2, 3))) == {"patch_positions"}
 
 
-def rows_with_pictures(seed: int) -> tuple[Any, Any, list[list[tuple[int, int]]]]:
-    """Random rows, padded on either side, with up to three pictures each."""
+def rows_with_images(seed: int) -> tuple[Any, Any, list[list[tuple[int, int]]]]:
+    """Random rows, padded on either side, with up to three images each."""
     rng = np.random.default_rng(seed)
     rows, grids = [], []
     for _ in range(4):
@@ -91,7 +91,7 @@ def rows_with_pictures(seed: int) -> tuple[Any, Any, list[list[tuple[int, int]]]
 
 @pytest.mark.parametrize("seed", range(8))
 def test_positions_are_those_of_transformers(seed: int) -> None:
-    ids, mask, grids = rows_with_pictures(seed)
+    ids, mask, grids = rows_with_images(seed)
     tensor, given = torch.from_numpy(ids), torch.from_numpy(mask)
     sizes = torch.tensor([[1, 2 * high, 2 * wide] for own in grids for high, wide in own])
     expected, deltas = qwen2_5_vl().model.get_rope_index(
@@ -104,7 +104,7 @@ def test_positions_are_those_of_transformers(seed: int) -> None:
     np.testing.assert_array_equal(after[:, 0, 0], (given.sum(dim=1) + deltas[:, 0]).numpy())
 
 
-def test_without_pictures_all_axes_count_tokens() -> None:
+def test_without_images_all_axes_count_tokens() -> None:
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     ids = np.full((2, 5), IMAGE_TOKEN)  # which nothing replaces
     for given in (ids, None):
@@ -114,7 +114,7 @@ def test_without_pictures_all_axes_count_tokens() -> None:
     assert positions_after(np.array([[0, 1, 2], [0, 1, 0]])).tolist() == [[3], [2]]
 
 
-def test_pictures_without_a_token_between_are_two() -> None:
+def test_images_without_a_token_between_are_two() -> None:
     received = grid_positions(np.full((1, 5), IMAGE_TOKEN), np.ones((1, 5)), [[(2, 1), (1, 3)]], IMAGE_TOKEN)
     assert received[0].tolist() == [[0, 0, 0], [0, 1, 0], [2, 2, 2], [2, 2, 3], [2, 2, 4]]
 

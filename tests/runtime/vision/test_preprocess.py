@@ -1,9 +1,11 @@
-"""From a picture to pixel values: what the model's own image processor gives, on every kind of picture."""
+"""From an image to pixel values: what the model's own image processor gives, on every kind of image."""
 
 from __future__ import annotations
 
 import gc
+import os
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import transformers
@@ -20,10 +23,11 @@ from PIL import Image
 from adalink.export.vision.image_processor import describe_processor
 from adalink.runtime.errors import BackendUnavailableError, IntegrityError, RequestError
 from adalink.runtime.ort.session import is_older
+from adalink.runtime.vision import images
 from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.preprocess import MAX_PIXELS, Preprocessor, read_preprocessor
 
-# The last transformers for Python 3.10 refuses such pictures, or lays what is transparent on another ground.
+# The last transformers for Python 3.10 refuses such images, or lays what is transparent on another ground.
 AS_NOW = pytest.mark.skipif(
     is_older(transformers.__version__, "5.21"), reason="an older transformers reads it otherwise"
 )
@@ -118,7 +122,7 @@ FILES += [pytest.param("P with a transparent colour", "png", marks=AS_NOW)]
 
 @pytest.mark.parametrize(("mode", "kind"), FILES)
 def test_a_file_by_its_path_and_by_its_bytes(mode: str, kind: str, tmp_path: Path) -> None:
-    path = tmp_path / f"picture.{kind}"
+    path = tmp_path / f"image.{kind}"
     picture(mode).save(path)
     received = agrees(clip_processor(), path, str(path))
     for source in (str(path), path.read_bytes(), bytearray(path.read_bytes())):
@@ -156,7 +160,7 @@ def test_a_grey_array_without_channels() -> None:
     agrees(clip_processor(), array[..., 0], array)
 
 
-def test_the_comparison_finds_a_picture_that_is_slightly_off() -> None:
+def test_the_comparison_finds_an_image_that_is_slightly_off() -> None:
     image = picture("RGB")
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         agrees(clip_processor(), image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -210,7 +214,7 @@ def png(mode: str = "RGB") -> bytes:
         (np.broadcast_to(np.uint8(0), (10000, 9000, 3)), "has 9000 x 10000 pixels"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(source: Any, message: str) -> None:
+def test_what_is_no_image_is_refused_by_name(source: Any, message: str) -> None:
     with pytest.raises(RequestError, match=rf"^images\[2\]\[1\].*{message}"):
         read_image(source, "images[2][1]")
 
@@ -227,14 +231,14 @@ def test_without_pillow_the_extra_is_named(source: Any, monkeypatch: pytest.Monk
         read_image(source, "")
 
 
-def test_a_narrow_picture_does_not_become_a_bomb_by_resizing() -> None:
+def test_a_narrow_image_does_not_become_a_bomb_by_resizing() -> None:
     steps = describe(clip_processor())
     with pytest.raises(RequestError, match="with its shorter edge resized to 24 it would have more than"):
         steps.apply(np.zeros((1, 200_000, 3), np.uint8))
 
 
 @pytest.mark.parametrize("shape", [(1, 200_000, 3), (200_000, 1, 3)])
-def test_a_narrow_picture_does_not_become_a_bomb_by_padding(shape: tuple[int, ...]) -> None:
+def test_a_narrow_image_does_not_become_a_bomb_by_padding(shape: tuple[int, ...]) -> None:
     steps = describe(llava_processor())
     with pytest.raises(RequestError, match="filled up to a square it would have more than"):
         steps.apply(np.zeros(shape, np.uint8))
@@ -253,6 +257,100 @@ def test_files_are_closed(tmp_path: Path) -> None:
         assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO"])
+def test_documented_formats_are_read(format_name: str) -> None:
+    stream = BytesIO()
+    picture("RGB").save(stream, format_name, **({"lossless": True} if format_name == "WEBP" else {}))
+    read = read_image(stream.getvalue(), "image")
+    with Image.open(BytesIO(stream.getvalue())) as image:
+        np.testing.assert_array_equal(read, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("format_name", ["EPS", "TIFF", "PPM", "PCX", "TGA", "ICO", "JPEG2000", "PDF", "IM"])
+def test_other_formats_are_refused(format_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow starts Ghostscript for EPS."""
+    stream = BytesIO()
+    picture("RGB").save(stream, format_name)
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail(f"started {arguments}"))
+    with pytest.raises(RequestError, match=r"is not an image that Pillow can read.*files of JPEG, PNG, WEBP, GIF, BMP"):
+        read_image(stream.getvalue(), "image")
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    link = tmp_path / "link.png"
+    link.symlink_to("/dev/zero")
+    for path in (pipe, Path("/dev/zero"), Path("/dev/stdin"), link):
+        if path.exists() and not path.is_file():
+            with pytest.raises(RequestError, match="cannot be read"):
+                read_image(path, "image")
+
+
+def test_size_of_a_file_is_checked_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a hole, which takes no place on the disk."""
+    path = tmp_path / "large.png"
+    with path.open("wb") as stream:
+        stream.truncate(images.MAX_FILE_BYTES + 1)
+    monkeypatch.setattr(images, "BytesIO", lambda data: pytest.fail("it was read"))
+    with pytest.raises(RequestError, match=rf"has {images.MAX_FILE_BYTES + 1} bytes, expected at most"):
+        read_image(path, "image")
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    with pytest.raises(RequestError, match="has 11 bytes, expected at most 10"):
+        read_image(bytes(11), "image")
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_picture_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(RequestError, match=f"has {size[0]} x {size[1]} pixels, expected at least one"):
+        read_image(Image.new("RGB", size), "image")
+
+
+WHOLE: dict[str, Any] = {
+    "pad_color": [1, 2, 3], "shortest_edge": 24, "resize": None, "resample": 3, "crop": [24, 24],
+    "rescale_factor": 0.003, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+}  # fmt: skip
+TILING = {"longest_edge": 48, "edge": 16, "is_cut": True}
+PATCHING = {"least_pixels": 64, "most_pixels": 4096, "edge": 4, "merge": 2, "frames": 2}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("pad_color", [0, 300, 0]),
+        ("pad_color", [0, 0, -1]),
+        ("shortest_edge", 0),
+        ("shortest_edge", 10**6),
+        ("resize", [-1, 24]),
+        ("resize", [16384, 16384]),
+        ("resample", 99),
+        ("resample", -1),
+        ("crop", [0, 24]),
+        ("rescale_factor", 0.0),
+        ("rescale_factor", -1.0),
+        ("rescale_factor", 1e300),
+        ("mean", [0.0, 1e300, 0.0]),
+        ("std", [0.5, 0.0, 0.5]),
+        ("std", [0.5, 0.5, -0.5]),
+        ("std", [1e-300, 0.5, 0.5]),
+        ("std", None),
+        ("tiling", TILING | {"edge": 0}),
+        ("tiling", TILING | {"longest_edge": -48}),
+        ("patching", PATCHING | {"edge": 0}),
+        ("patching", PATCHING | {"edge": 512}),
+        ("patching", PATCHING | {"merge": -2}),
+        ("patching", PATCHING | {"frames": 10**9}),
+        ("patching", PATCHING | {"most_pixels": 10**12}),
+        ("patching", PATCHING | {"least_pixels": 5000}),
+    ],
+)
+def test_preprocessor_that_makes_no_sense_is_refused_by_its_field(field: str, value: Any) -> None:
+    for whole in (WHOLE, WHOLE | {"tiling": TILING}, WHOLE | {"patching": PATCHING}):
+        read_preprocessor(msgspec.json.encode(whole), "preprocessor.json")
+    with pytest.raises(IntegrityError, match=rf"^preprocessor\.json: .*{field}.* (is|expected) "):
+        read_preprocessor(msgspec.json.encode(WHOLE | {field: value}), "preprocessor.json")
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"pad_color": 3}', b"\xff"])

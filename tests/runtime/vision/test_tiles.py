@@ -1,4 +1,4 @@
-"""Pictures cut into tiles: pixels and tokens as the model's own processor makes them, whatever a picture's size."""
+"""Images cut into tiles: pixels and tokens as the model's own processor makes them, whatever an image's size."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_wrong_tile_is_found() -> None:
     assert len(right) == 10
     wrong = {
         "columns before rows": right[[0, 3, 6, 1, 4, 7, 2, 5, 8, 9]],
-        "the whole picture first": np.roll(right, 1, axis=0),
+        "the whole image first": np.roll(right, 1, axis=0),
         "another filter": describe(tile_processor(resample=3)).apply(image),
         "another mean": describe(tile_processor(image_mean=[0.5, 0.5, 0.49])).apply(image),
         "resized at once": describe(tile_processor()).apply(
@@ -81,7 +81,7 @@ def test_a_wrong_tile_is_found() -> None:
         assert np.abs(tiles - right).max() > 1e-3, name
 
 
-def test_no_picture_has_more_rows_or_columns_than_its_tokens() -> None:
+def test_no_image_has_more_rows_or_columns_than_its_tokens() -> None:
     rng = np.random.default_rng(0)
     for longest, edge in ((48, 16), (45, 15), (15, 15), (47, 13), (2048, 512), (1456, 364), (5000, 364)):
         tiling = Tiling(longest_edge=longest, edge=edge, is_cut=True)
@@ -94,8 +94,8 @@ def test_no_picture_has_more_rows_or_columns_than_its_tokens() -> None:
 def own_ids(text: str, images: list[np.ndarray], specials: tuple[str, ...]) -> list[int]:
     """What transformers' processor makes of a prompt."""
     processor = Idefics3Processor(idefics3_processor(), make_tile_tokenizer(specials), image_seq_len=TILE_TOKENS)
-    pictures = [[Image.fromarray(image) for image in images]]
-    return list(processor(text=[text], images=pictures)["input_ids"][0])
+    images = [[Image.fromarray(image) for image in images]]
+    return list(processor(text=[text], images=images)["input_ids"][0])
 
 
 @pytest.mark.parametrize("specials", [TILE_SPECIALS, TILE_SPECIALS[:3]], ids=["tile tokens", "no tile tokens"])
@@ -109,7 +109,7 @@ def test_tokens_around_tiles_are_the_processors(specials: tuple[str, ...], size:
     assert own_ids("It is:\n<image> what?", [picture(*size)], specials) == [*before, *written, *after]
 
 
-def test_tokens_of_a_picture_that_is_one_tile() -> None:
+def test_tokens_of_an_image_that_is_one_tile() -> None:
     tokenizer, tiling = make_tile_tokenizer(), read_tiling(tile_processor(do_image_splitting=False))
     tokens = read_tile_tokens(tokenizer, tiling, TILE_IMAGE_TOKEN, TILE_TOKENS)
     assert tokens.before_tile == ()
@@ -122,7 +122,7 @@ def test_tokens_of_a_picture_that_is_one_tile() -> None:
     [
         (tile_processor(do_resize=False), "resizes to no size and cuts tiles of .*: expected do_resize"),
         (tile_processor(size={"height": 32, "width": 32}), "expected do_resize with a longest_edge"),
-        (tile_processor(edge=20), r"gives pictures of \(20, 20\), the vision tower takes \(16, 16\): set its max_im"),
+        (tile_processor(edge=20), r"gives images of \(20, 20\), the vision tower takes \(16, 16\): set its max_im"),
         (make_tile_tokenizer(), "image processor TokenizersBackend is not supported; expected one of Idefics3"),
     ],
 )

@@ -2,10 +2,13 @@
 
 import json
 
+import msgspec
 import pytest
 from click.testing import CliRunner
+from helpers.runtime import reseal
 from helpers.tiny_deployments import make_deployment, make_model_folder
 
+from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
 from adalink.training.models.loading import base_fingerprint, load_base
@@ -32,6 +35,22 @@ def test_deployment(place):
         path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name in _names(manifest)
     )
     assert "alpha" in run(folder).stdout
+
+
+def test_generation_defaults(place):
+    _, folder = place
+    base = read_manifest(folder).base
+    defaults = GenerationDefaults(repetition_penalty=1.2, suppress_tokens=(3,), not_applied=("num_beams=4",))
+    reseal(folder, base=msgspec.structs.replace(base, generation=defaults))
+    found = json.loads(run(folder, "--json").stdout)["base"]
+    assert found["generation_defaults"] == {"repetition_penalty": 1.2, "suppress_tokens": [3]}
+    assert found["generation_not_applied"] == ["num_beams=4"]
+    shown = run(folder).stdout
+    assert "generation_not_applied" in shown
+    assert "num_beams=4" in shown
+    reseal(folder, base=msgspec.structs.replace(base, generation=None))
+    assert "generation_defaults" not in json.loads(run(folder, "--json").stdout)["base"]
+    reseal(folder, base=base)
 
 
 def _names(manifest):

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.runtime import reseal
 from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.storage.generation_schema import GenerationDefaults
+from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.cli import main
 from adalink.tools.commands.run import read_rows
@@ -70,6 +74,42 @@ def test_sampling_and_stops_reach_the_deployment(folder):
     assert run(folder, "Hello 12", "--max-new-tokens", 12, "--stop", stop, *options).stdout == cut + "\n"
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"repetition_penalty": 1.6},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 12},
+        {"temperature": 1.0, "min_p": 0.2, "seed": 5},
+    ],
+)
+def test_penalties_reach_the_deployment(folder, how):
+    with Deployment.open(folder) as deployment:
+        expected = deployment.generate(["Hello 12"], max_new_tokens=12, sampling=SamplingParams(**how))[0].text
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
+    assert run(folder, "Hello 12", "--max-new-tokens", 12, *options).stdout == expected + "\n"
+
+
+def test_generation_config_is_the_default(tmp_path):
+    """Of a base that samples a few tokens, and with a penalty; it can be left out."""
+    _, folder = make_deployment(tmp_path / "tiny", "llama", {})
+    base = read_manifest(folder).base
+    defaults = GenerationDefaults(repetition_penalty=1.6, max_new_tokens=5)
+    plain = run(folder, "Hello 12", "--max-new-tokens", 5).stdout
+    reseal(folder, base=msgspec.structs.replace(base, generation=defaults))
+    penalised = run(folder, "Hello 12").stdout
+    assert penalised != plain
+    assert run(folder, "Hello 12", "--ignore-generation-config", "--max-new-tokens", 5).stdout == plain
+    assert run(folder, "Hello 12", "--repetition-penalty", 1).stdout == plain
+    sampled = msgspec.structs.replace(defaults, do_sample=True, temperature=5.0)
+    reseal(folder, base=msgspec.structs.replace(base, generation=sampled))
+    assert len({run(folder, "Hello 12", "--seed", seed).stdout for seed in range(4)}) > 1
+    assert run(folder, "Hello 12", "--top-k", 1).stdout == penalised
+    assert run(folder, "Hello 12", "--temperature", 0).stdout == penalised
+    refused = run(folder, "Hello 12", "--temperature", 0, "--top-k", 1)
+    assert "--top-k needs a --temperature above 0" in refused.stderr
+
+
 def test_a_byte_order_mark_is_no_part_of_a_prompt(folder, expected, tmp_path):
     (tmp_path / "prompt.txt").write_text("Hello 12", encoding="utf-8-sig")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hello 12"}', encoding="utf-8-sig")
@@ -102,19 +142,11 @@ def test_an_empty_prompt_is_named_before_anything_is_generated(folder, tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
     assert result.exit_code == 2
-    assert "rows.jsonl:10 has no tokens" in result.stderr
+    assert "rows.jsonl:10: the prompt has no tokens" in result.stderr
     assert not result.stdout
     single = run(folder, "", "--max-new-tokens", 2)
     assert (single.exit_code, single.stdout) == (2, "")
     assert "the prompt has no tokens" in single.stderr
-
-
-def test_an_error_in_a_later_batch_says_where_it_begins(folder, tmp_path):
-    rows = [{"prompt": "a"}] * 9 + [{"prompt": "a" * 9999}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = run(folder, "--jsonl", tmp_path / "rows.jsonl", "--max-new-tokens", 2)
-    assert result.exit_code == 2
-    assert "rows.jsonl:9 and on: the sequence would have 10001 positions" in result.stderr
 
 
 @pytest.mark.parametrize("options", [[], ["--chat"]])
@@ -229,7 +261,7 @@ def test_a_closed_standard_stream_is_no_bug(folder, redirected, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--top-k", "--top-p"])
+@pytest.mark.parametrize("option", ["--top-k", "--top-p", "--min-p"])
 def test_sampling_without_a_temperature_is_refused(folder, option):
     for temperature in ([], ["--temperature", 0]):
         result = run(folder, "x", option, 1, *temperature, "--max-new-tokens", 2)

@@ -21,7 +21,7 @@ def vision_deployment(tmp_path_factory) -> VisionDeployment:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for name, seed in (("a.png", 1), ("b.png", 2)):
         picture(seed).save(folder / name)
     return folder

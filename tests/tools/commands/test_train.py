@@ -1,4 +1,4 @@
-"""``adalink train`` as a user runs it: in a process of its own."""
+"""``adalink train`` as a user runs it: in a process of its own, and as a command in this one."""
 
 from __future__ import annotations
 
@@ -38,16 +38,27 @@ def work(tmp_path_factory):
     return folder
 
 
-def command(work, out, *extra, data="rows.jsonl"):
-    files = ["--base", "tiny-llama", "--data", data, "--eval", "rows.jsonl", "--out", out]
-    return [sys.executable, "-m", "adalink.tools", "train", *files, *SETTINGS, *extra]
+def arguments(out, *extra, data="rows.jsonl"):
+    return ["train", "--base", "tiny-llama", "--data", data, "--eval", "rows.jsonl", "--out", out, *SETTINGS, *extra]
 
 
-def call(work, out, *extra, **options):
-    return subprocess.run(command(work, out, *extra, **options), cwd=work, capture_output=True, text=True, check=False)
+def command(out, *extra):
+    return [sys.executable, "-m", "adalink.tools", *arguments(out, *extra)]
 
 
-def test_writes_an_adapter_and_prints_its_report(work):
+def call(work, out, *extra):
+    """In a process of its own."""
+    return subprocess.run(command(out, *extra), cwd=work, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def call_here(work, monkeypatch):
+    """The same command in this process."""
+    monkeypatch.chdir(work)
+    return lambda out, *extra, **options: CliRunner().invoke(main, arguments(out, *extra, **options))
+
+
+def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work):
     done = call(work, "adapter", "--max-steps", "6", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -55,12 +66,6 @@ def test_writes_an_adapter_and_prints_its_report(work):
     assert report["adapter_digest"] == adapter.digest
     assert (adapter.config.scope, adapter.config.rank) == ("prompt", 8)
     assert report["base"] == "tiny-llama"
-
-
-def test_a_log_gets_lines_and_no_bars(work):
-    done = call(work, "logged", "--max-steps", "6")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
     assert "\r" not in done.stderr
     assert "Warning" not in done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith("{'")]
@@ -73,28 +78,37 @@ def test_a_log_gets_lines_and_no_bars(work):
     assert done.stderr.count("{'loss': ") == 6
 
 
-def test_bias_dropout_init_and_precision_are_trained_with(work):
+def test_prints_one_line_without_json(call_here):
+    done = call_here("logged", "--max-steps", "6")
+    assert done.exit_code == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_bias_dropout_init_and_precision_are_trained_with(work, call_here):
     first = ("--max-steps", "6", "--json")
-    runs = (call(work, "first", *first, *more) for more in ([], ["--dropout", "0.5"], ["--init", "centered"]))
+    runs = [
+        call_here(f"first-{number}", *first, *more)
+        for number, more in enumerate(([], ["--dropout", "0.5"], ["--init", "centered"]))
+    ]
     digests = {json.loads(done.stdout)["adapter_digest"] for done in runs}
     assert len(digests) == 3
-    done = call(work, "third", *first, "--bias", "--dropout", "0.25", "--precision", "bfloat16")
+    done = call_here("third", *first, "--bias", "--dropout", "0.25", "--precision", "bfloat16")
     report = json.loads(done.stdout)
     assert (report["method"]["bias"], report["method"]["dropout"]) == (True, 0.25)
     assert report["settings"]["precision"] == "bfloat16"
     assert {"text.down.bias", "text.up.bias"} < set(read_adapter(work / "third").weights)
 
 
-def test_wrong_row_is_a_message_and_exit_code_2(work):
-    done = call(work, "none", "--max-steps", "6", data="wrong.jsonl")
-    assert done.returncode == 2
+def test_wrong_row_is_a_message_and_exit_code_2(work, call_here):
+    done = call_here("none", "--max-steps", "6", data="wrong.jsonl")
+    assert done.exit_code == 2
     assert "wrong.jsonl:2" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (work / "none").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rank"),
+    ("given", "rank"),
     [
         ([], 64),
         (["--rank", "8"], 8),
@@ -102,16 +116,16 @@ def test_wrong_row_is_a_message_and_exit_code_2(work):
         (["--rank", "text=8"], {"text": 8}),
     ],
 )
-def test_ranks_of_modalities(monkeypatch, arguments, rank):
+def test_ranks_of_modalities(monkeypatch, given, rank):
     chosen = []
-    monkeypatch.setattr("adalink.training.run.train", lambda *given, **options: chosen.append(given[4]) or REPORT)
-    done = CliRunner().invoke(main, ["train", *FILES, *arguments, "--json"])
+    monkeypatch.setattr("adalink.training.run.train", lambda *values, **options: chosen.append(values[4]) or REPORT)
+    done = CliRunner().invoke(main, ["train", *FILES, *given, "--json"])
     assert done.exit_code == 0, done.stderr
     assert chosen[0].rank == rank
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
         (["--rank", "many"], "--rank is many, expected one number, or MODALITY=NUMBER for each modality"),
         (["--rank", "8", "--rank", "16"], "--rank is 8 16, expected one number, or MODALITY=NUMBER"),
@@ -123,8 +137,8 @@ def test_ranks_of_modalities(monkeypatch, arguments, rank):
         (["--precision", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
     ],
 )
-def test_wrong_settings_are_a_message_and_exit_code_2(arguments, message):
-    done = CliRunner().invoke(main, ["train", *FILES, *arguments])
+def test_wrong_settings_are_a_message_and_exit_code_2(given, message):
+    done = CliRunner().invoke(main, ["train", *FILES, *given])
     assert done.exit_code == 2
     assert message in done.stderr
 
@@ -134,7 +148,7 @@ def test_killed_run_is_resumed_to_the_same_adapter(work):
     steps = ("--max-steps", "400")
     whole = call(work, "whole", *steps)
     assert whole.returncode == 0, whole.stderr
-    child = subprocess.Popen(command(work, "killed", *steps), cwd=work, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command("killed", *steps), cwd=work, stderr=subprocess.DEVNULL)
     checkpoints = work / "killed.checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:

@@ -159,7 +159,7 @@ def test_other_preprocessor_is_found(
     [
         ("llava", {"crop": [24, 23]}, r"4 tiles of \(3, 24, 24\) .* that of the deployment 4 of \(3, 24, 23"),
         *(
-            ("qwen2_5_vl", {"patching": change}, r"the model gives .* patches of .* for 4 pictures, that of the depl")
+            ("qwen2_5_vl", {"patching": change}, r"the model gives .* patches of .* for 4 images, that of the depl")
             for change in ({"most_pixels": 900}, {"frames": 1})
         ),
     ],
@@ -173,20 +173,28 @@ def test_pixels_of_another_shape_are_named(
         outcome(model, folder)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_one_weight_of_the_vision_tower_is_found(planted: Callable[[str], Pair], name: str) -> None:
+@pytest.mark.parametrize(("name", "find"), [("llava", failures), ("qwen2_5_vl", vision_failures)])
+def test_one_weight_of_the_vision_tower_is_found(
+    planted: Callable[[str], Pair], name: str, find: Callable[..., set[str]]
+) -> None:
     model, folder = planted(name)
     spoil_tower(folder)
-    assert "vision/image-embeds" in vision_failures(model, folder)
+    assert "vision/image-embeds" in find(model, folder)
 
 
-@pytest.mark.parametrize(("name", "cutting"), [("smolvlm", Tiling), ("qwen2_5_vl", Patching)])
+@pytest.mark.parametrize(
+    ("name", "cutting", "find"), [("smolvlm", Tiling, failures), ("qwen2_5_vl", Patching, image_failures)]
+)
 def test_tiles_and_patches_in_the_wrong_order_are_found(
-    clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, name: str, cutting: Any
+    clean: Callable[[str], Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    cutting: Any,
+    find: Callable[..., set[str]],
 ) -> None:
     cut = cutting.cut
     monkeypatch.setattr(cutting, "cut", lambda *arguments: cut(*arguments)[::-1].copy())
-    assert {"vision/pixel-values", "base/images/logits"} <= image_failures(*clean(name))
+    assert {"vision/pixel-values", "base/images/logits"} <= find(*clean(name))
 
 
 def test_images_that_are_adapted_as_text_are_found(
@@ -209,7 +217,7 @@ def test_images_in_the_wrong_order_are_found(clean: Callable[[str], Pair], monke
     assert "base/images/logits" in failures(*clean("llava"))
 
 
-def test_cache_that_takes_one_picture_for_another_is_found(
+def test_cache_that_takes_one_image_for_another_is_found(
     clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tower, "digest_bytes", lambda data: "sha256:the same")
@@ -254,7 +262,7 @@ def test_wrong_tokens_around_tiles_are_found(planted: Callable[[str], Pair], fau
 
 def test_missing_tile_of_the_whole_is_found(clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     cut = Tiling.cut
-    monkeypatch.setattr(Tiling, "cut", lambda self, picture, grid: cut(self, picture, grid)[1:])
+    monkeypatch.setattr(Tiling, "cut", lambda self, image, grid: cut(self, image, grid)[1:])
     with pytest.raises(ContractError, match=r"the image processor of the model gives .* tiles of .*, that of the dep"):
         vision_failures(*clean("smolvlm"))
 
@@ -297,7 +305,7 @@ def test_wrong_place_in_the_tower_is_found(
     assert {"vision/image-embeds", "base/images/logits"} <= image_failures(*clean("qwen2_5_vl"))
 
 
-def test_other_number_of_positions_of_a_picture_is_found(
+def test_other_number_of_positions_of_an_image_is_found(
     clean: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image_tokens = Vision.image_tokens

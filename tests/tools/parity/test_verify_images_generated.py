@@ -75,7 +75,7 @@ def test_prompts_are_as_people_write_them_and_two_have_images(clean, monkeypatch
     assert (prompts, tasks, image_prompts) == again
     assert len(set(tasks)) == 5
     assert [prompt.count(vision.image_token_id) for prompt in prompts] == [1, 2, 0] * 2 + [1, 2]
-    assert [len(pictures) for pictures in image_prompts.pictures] == [1, 2, 0] * 2 + [1, 2]
+    assert [len(images) for images in image_prompts.images] == [1, 2, 0] * 2 + [1, 2]
     assert [pixels is None for pixels in image_prompts.pixels] == [False, False, True] * 2 + [False, False]
 
 

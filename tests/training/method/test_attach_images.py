@@ -50,7 +50,7 @@ def test_logits_written_out_show_a_prompt_that_is_causal(modalities):
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_logits_written_out_show_a_picture_on_its_side(name):
+def test_logits_written_out_show_an_image_on_its_side(name):
     """It has as many positions: only where it stands says which it is."""
     family: Any = FAMILIES[name]
     model, inputs = family.make_model(), family.random_inputs()
@@ -115,7 +115,7 @@ def test_model_without_images_is_adapted_as_its_language_model_alone(name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("scope", ["all", "prompt"])
 def test_generation_heeds_the_scope(name, scope):
-    """Each token is that of the whole row at once: behind a picture positions go on as its grid says."""
+    """Each token is that of the whole row at once: behind an image positions go on as its grid says."""
     family, settings = FAMILIES[name], config(("text", "image"), scope=scope)
     model, inputs = family.make_model(), family.random_inputs((1, 0) if name == "paligemma" else (1,))
     if "token_type_ids" in inputs:

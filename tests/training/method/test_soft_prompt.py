@@ -182,6 +182,22 @@ def test_an_encoder_gives_the_callers_positions():
         torch.testing.assert_close(out.pooler_output[row], torch.tanh(plain.pooler.dense(wanted[0])).detach())
 
 
+def test_a_soft_prompt_is_of_the_first_text():
+    """Token types of the caller's columns, and 0 for the soft prompt before them."""
+    model, plain = FAMILIES["bert"](), FAMILIES["bert"]()
+    ids, types = torch.tensor([[5, 9, 33, 41, 7]]), torch.tensor([[0, 0, 1, 1, 1]])
+    with attach(model, SOFT) as attached, torch.no_grad():
+        disturb(attached)
+        out = model(input_ids=ids, token_type_ids=types).last_hidden_state
+        soft = torch.tensor(attached.weights()["soft_prompt"])[None]
+        embeds = torch.cat([soft, plain.get_input_embeddings()(ids)], dim=1)
+        count = soft.shape[1]
+        for first, is_right in ((0, True), (1, False)):
+            every = torch.cat([torch.full((1, count), first), types], dim=1)
+            expected = plain(inputs_embeds=embeds, token_type_ids=every).last_hidden_state[:, count:]
+            assert torch.allclose(out, expected, atol=1e-5, rtol=1e-5) == is_right
+
+
 @pytest.mark.parametrize("config", [SOFT, ASKED])
 def test_the_loss_and_its_gradient_are_those_by_hand(config):
     model, plain, tokenizer = FAMILIES["llama"](), FAMILIES["llama"](), make_tokenizer()

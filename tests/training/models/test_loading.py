@@ -122,7 +122,7 @@ def test_missing_weights_are_not_made_up(folder):
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="tiny: transformers cannot load it"):
+    with pytest.raises(ModelError, match=r"not a complete safetensors file: .*incomplete metadata"):
         load_base(folder)
 
 

@@ -1,0 +1,121 @@
+"""Token chooser: from a row's logits to its next token, through checks, logits processors and sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.errors import RequestError
+from adalink.runtime.finite import all_equal, not_numbers, row_label
+from adalink.runtime.generation.logits_processors import LogitsProcessor, RowLimits, make_processors
+from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.storage.manifest import Base
+
+
+class TokenChooser:
+    """Chooses the tokens of one row, in order.
+
+    Every chosen token joins the sequence that logits processors see. Speculative decoding asks for a token only after
+    those before it are accepted, so it needs no other sequence.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        processors: Sequence[LogitsProcessor],
+        sequence: list[int],
+        generator: np.random.Generator,
+        label: str,
+    ) -> None:
+        """Prepare one row.
+
+        Args:
+            params: resolved sampling parameters.
+            processors: the row's logits processors.
+            sequence: token ids before its first new token; tokens are appended.
+            generator: the row's random stream.
+            label: what errors call the row.
+        """
+        self._params = params
+        self._processors = processors
+        self._sequence = sequence
+        self._begin = len(sequence)
+        self._generator = generator
+        self._label = label
+
+    def __call__(self, logits: Array) -> int:
+        """The next token.
+
+        Args:
+            logits: shape ``(vocab,)``; not changed.
+
+        Raises:
+            BackendError: they are not numbers.
+            RequestError: the logits processors ban every token.
+        """
+        if self._processors:
+            logits = self._process(logits)
+        elif self._params.temperature:
+            self._check(logits.max())
+            self._check_differing(logits)
+        token = self._params.choose(logits, self._generator)
+        if not self._params.temperature:
+            self._check(logits[token])  # at hand, and as good as the maximum: ``argmax`` finds NaN first
+            if token == 0 and not self._processors:
+                self._check_differing(logits)
+        self._sequence.append(token)
+        return token
+
+    def _process(self, logits: Array) -> Array:
+        scores = logits.astype(np.float32)
+        self._check(scores.max())
+        self._check_differing(scores)
+        for process in self._processors:
+            process(scores, self._sequence)
+        if scores.max() == -np.inf:
+            raise RequestError(
+                f"{self._label}: bad words, suppressed tokens and the like ban every token {self._where}: allow some"
+            )
+        return scores
+
+    def _check(self, best: np.floating) -> None:
+        """Check a row's logits by the largest, which is NaN if any is."""
+        if not math.isfinite(best):
+            raise not_numbers("logits", float(best), self._label, self._where)
+
+    def _check_differing(self, logits: Array) -> None:
+        """Refuse logits that are all equal; ``argmax`` finds the first then, so other tokens need no look."""
+        if len(logits) > 1 and logits.min() == logits[0] == logits.max():
+            raise all_equal("logits", float(logits[0]), self._label, self._where)
+
+    @property
+    def _where(self) -> str:
+        return f"for new token {len(self._sequence) - self._begin + 1}"
+
+
+def make_choosers(
+    params: SamplingParams,
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    tasks: str | Sequence[str | None] | None,
+) -> list[TokenChooser]:
+    """A chooser for each row of a batch.
+
+    Args:
+        params: resolved sampling parameters.
+        base: the contract.
+        prompts: token ids of each row's prompt.
+        max_new_tokens: most new tokens of a row.
+        tasks: the request's, for messages.
+    """
+    choosers = []
+    for row, (prompt, generator) in enumerate(zip(prompts, params.generators(len(prompts)), strict=True)):
+        start = base.decoder_start_token_id
+        sequence = [start] if base.kind == "encoder-decoder" and start is not None else list(prompt)
+        processors = make_processors(params, RowLimits(base.eos_token_ids, len(sequence), max_new_tokens))
+        choosers.append(TokenChooser(params, processors, sequence, generator, row_label(row, tasks)))
+    return choosers

@@ -1,0 +1,80 @@
+"""Caches grow with the text: a limit of new tokens may be any number, and growth changes no token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from helpers.runtime import reseal
+from helpers.tiny_models import FAMILIES
+from helpers.tiny_tokenizer import make_tokenizer
+
+from adalink.export.base.export import export_base
+from adalink.runtime import Deployment
+from adalink.runtime.errors import RequestError
+from adalink.runtime.ort import dynamic_cache, static_cache
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.storage.manifest_io import read_manifest
+
+PROMPTS = ["wheat prices", "Q", "oil"]
+
+
+def without_limit(folder: Path, family: str, target: str) -> Deployment:
+    """A base without a position limit, whose rows end at a common letter."""
+    export_base(FAMILIES[family](), folder, tokenizer=make_tokenizer(), target=target)
+    reseal(folder, base=msgspec.structs.replace(read_manifest(folder).base, max_positions=None))
+    return Deployment.open(folder, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("llama", "onnxruntime-cpu"), ("llama", "portable"), ("t5", "portable")]
+)
+def test_a_huge_limit_takes_no_memory(tmp_path: Path, family: str, target: str) -> None:
+    """Rows stop at the first space or letter, long before."""
+    with without_limit(tmp_path / "deployment", family, target) as deployment:
+        expected = deployment.generate(PROMPTS, max_new_tokens=30)
+        stops = [row.text[4:7] for row in expected]
+        for limit in (10**9, 10**30):
+            results = deployment.generate(PROMPTS, max_new_tokens=limit, stop=stops)
+            assert [row.finish_reason for row in results] == ["stop"] * 3
+            assert all(whole.text.startswith(row.text) for whole, row in zip(expected, results, strict=True))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "portable"])
+@pytest.mark.parametrize("draft_tokens", [0, 8])
+def test_growth_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, draft_tokens: int
+) -> None:
+    with without_limit(tmp_path / "deployment", "gpt2", target) as deployment:
+        settings: dict[str, Any] = {"max_new_tokens": 40, "draft_tokens": draft_tokens}
+        expected = deployment.generate(PROMPTS, **settings), deployment.generate(PROMPTS[:1], **settings)
+        for room in (1, 3):
+            monkeypatch.setattr(static_cache, "FIRST_TOKENS", room)
+            monkeypatch.setattr(dynamic_cache, "_GROWTH", room)
+            found = deployment.generate(PROMPTS, **settings), deployment.generate(PROMPTS[:1], **settings)
+            assert found == expected
+
+
+def test_a_cache_that_is_not_copied_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with without_limit(tmp_path / "deployment", "llama", "onnxruntime-cpu") as deployment:
+        expected = deployment.generate(PROMPTS, max_new_tokens=20)
+        monkeypatch.setattr(static_cache, "FIRST_TOKENS", 2)
+        make_room = StaticCacheDecodeState._make_room
+
+        def forget(self: StaticCacheDecodeState, count: int) -> None:
+            before = self._cache
+            make_room(self, count)
+            if self._cache is not before:
+                self._cache[:] = 0
+
+        monkeypatch.setattr(StaticCacheDecodeState, "_make_room", forget)
+        assert deployment.generate(PROMPTS, max_new_tokens=20) != expected
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1 << 50, 8), (2, 1, 1, 1 << 62, 8)])
+def test_memory_that_is_not_there_is_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match=r"no memory for a KV cache of 1 rows of \d+ tokens .*: send fewer rows"):
+        static_cache._empty(shape, np.dtype(np.float32))
