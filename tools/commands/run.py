@@ -240,7 +240,8 @@ def _encode(
 
 def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[list[int], list[int]]:
     """Token ids and token types of a row; raises ``RequestError``."""
-    tokenizer, types = deployment.tokenizer, []
+    tokenizer = deployment.tokenizer
+    types: list[int] = []
     if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
         ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
     else:
