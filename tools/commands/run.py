@@ -146,6 +146,8 @@ def run(options: RunOptions) -> None:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     if options.images and options.jsonl is not None:
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
+    if options.jsonl is None and is_given("on_error"):
+        raise click.UsageError("--on-error is for the rows of --jsonl: leave it out")
     if options.text_pair is not None and options.jsonl is not None:
         raise click.UsageError("--text-pair is for one prompt: name the pairs of --jsonl in its rows")
     if options.settings["temperature"] == 0 and (unused := _passed_options({"top_k", "top_p"})):
