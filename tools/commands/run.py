@@ -158,6 +158,8 @@ def run(options: RunOptions) -> None:
         raise click.UsageError("give one of TEXT, --file and --jsonl")
     if options.images and options.jsonl is not None:
         raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
+    if options.jsonl is None and is_given("on_error"):
+        raise click.UsageError("--on-error is for the rows of --jsonl: leave it out")
     if options.text_pair is not None and options.jsonl is not None:
         raise click.UsageError("--text-pair is for one prompt: name the pairs of --jsonl in its rows")
     bad = BadRows(skip=options.on_error == "skip" and options.jsonl is not None)
@@ -261,7 +263,8 @@ def _encode(
 
 def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[list[int], list[int]]:
     """Token ids and token types of a row; raises ``RequestError``."""
-    tokenizer, types = deployment.tokenizer, []
+    tokenizer = deployment.tokenizer
+    types: list[int] = []
     if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
         ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
     else:

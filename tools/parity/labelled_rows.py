@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,8 +108,7 @@ def _encode_pairs(
     theirs, ours = load_tokenizer(against), deployment.tokenizer.encode_pair
     pairs, differing = [], []
     for index, text in enumerate(prompts):
-        first = fit(text, lambda text: ours(text)[0], longest // 2)
-        second = fit(prompts[index - 1], lambda text, first=first: ours(first, text)[0], longest)
+        first, second = _fitting_pair(text, prompts[index - 1], ours, longest)
         if not (first and second):
             continue
         made = theirs(first, second)
@@ -120,6 +120,14 @@ def _encode_pairs(
     detail = f"of {len(pairs)} pairs of texts, ids and token types; differing: {differing or 'none'}"
     report.checks.append(at_most("base/pair-tokens", len(differing), 0, detail))
     return pairs
+
+
+def _fitting_pair(
+    text: str, text_pair: str, encode: Callable[..., tuple[list[int], list[int]]], longest: int
+) -> tuple[str, str]:
+    """The texts, cut to ``longest`` tokens together; empty where no letter fits."""
+    first = fit(text, lambda start: encode(start)[0], longest // 2)
+    return first, fit(text_pair, lambda start: encode(first, start)[0], longest)
 
 
 def _seeded_types(base: Base, rows: list[list[int]]) -> list[tuple[list[int], list[int]]]:

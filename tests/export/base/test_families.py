@@ -178,7 +178,9 @@ def test_graph_has_the_names_and_dynamic_axes_of_the_contract(exported: Exported
     base = exported.manifest.base
     assert inputs.pop("inputs_embeds") == ["batch", "sequence", base.hidden_size]
     if base.kind != "decoder":
-        assert inputs == {"attention_mask": ["batch", "sequence"]}
+        has_types = getattr(exported.model.config, "type_vocab_size", 1) > 1
+        expected = ["attention_mask", "token_type_ids"] if has_types else ["attention_mask"]
+        assert inputs == {name: ["batch", "sequence"] for name in expected}
         assert [node.name for node in exported.graph.get_outputs()] == ["last_hidden_state"]
         return
     assert inputs.pop("attention_mask") == ["batch", "total"]

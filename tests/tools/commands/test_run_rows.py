@@ -121,6 +121,7 @@ def test_wrong_use_of_pairs(pairs: tuple[Any, Path], folder: Path, tmp_path: Pat
         ([folder, "x", "--text-pair", "y"], "text_pair is for encoders"),
         ([pairs[1], "--jsonl", rows, "--text-pair", "y"], "--text-pair is for one prompt"),
         ([pairs[1], "x" * 40, "--text-pair", "y" * 40], "the sequence would have 83 positions"),
+        ([folder, "x", "--on-error", "skip"], "--on-error is for the rows of --jsonl"),
         ([pairs[1], "x", "--text-pair", "y", "--on-error", "later"], "'later' is not one of 'stop', 'skip'"),
     ):
         result = run(*arguments)
