@@ -152,7 +152,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Array]]:
                 if entry["dtype"] == "BF16":
                     values = (values.astype(np.uint32) << 16).view(np.float32)
                 yield name, np.asarray(values.reshape(entry["shape"]), np.float32)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(
                 f"{file.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; "
                 "download it again"
@@ -164,7 +164,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     try:
         return [folder / name for name in sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{_INDEX} of {folder.name} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -222,7 +222,7 @@ def test_every_exception_of_onnx_runtime_is_mapped() -> None:
     assert {"Fail", "InvalidArgument", "NoSuchFile", "InvalidProtobuf", "InvalidGraph", "RuntimeException"} <= {
         kind.__name__ for kind in kinds
     }
-    for kind in kinds:
+    for kind in set(kinds) - {UnicodeDecodeError}:  # tests/runtime/ort/test_open_session.py has that one
 
         def raise_it(kind: type[Exception] = kind) -> None:
             raise kind("it broke\nsecond line")

@@ -21,7 +21,7 @@ from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.search import search as search_module
 from adalink.training.search.plan import Candidate, Trial, list_candidates, plan_rungs, rank_trials, split_rows
-from adalink.training.search.search import search
+from adalink.training.search.search import _read, search
 from adalink.training.settings import SearchSettings, TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator
 
@@ -276,3 +276,11 @@ def test_row_losses_are_means_over_each_row(family):
 def test_settings_refuse(wrong, message):
     with pytest.raises(ConfigError, match=message):
         SearchSettings(**wrong)
+
+
+@pytest.mark.parametrize("data", [b"", b"[" * 100_000, b'{"minutes": 1e400}', b'{"minutes": "\xff"}'])
+def test_a_damaged_record_of_a_search_is_refused(tmp_path, data):
+    path = tmp_path / "search.json"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"search\.json is no record of a search: .* start without --resume"):
+        _read(path)
