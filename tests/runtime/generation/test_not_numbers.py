@@ -22,6 +22,7 @@ from adalink.runtime.generation import token_chooser
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.runtime.generation.token_chooser import TokenChooser
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.storage.adapter import make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 
 ROW = [5, 6, 7, 8]
@@ -40,7 +41,7 @@ def spoilt(family: str, how: str) -> Any:
         if how == "nan":
             weight_of(model)[0, 0] = float("nan")
         else:
-            weight_of(model).mul_({"overflow": 3e38, "norm": 1e20}[how] / weight_of(model).abs().max())
+            weight_of(model).div_(weight_of(model).abs().max()).mul_({"overflow": 3e38, "norm": 1e20}[how])
     assert how == "nan" or all(p.isfinite().all() for p in model.parameters())
     return model
 
@@ -103,7 +104,7 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "huge":
             for weight in adapter.weights.values():
                 weight *= np.float32(3e37)
-            adapter = type(adapter)(adapter.config, adapter.weights)
+            adapter = make_adapter(adapter.config, adapter.weights)
         export_adapter(write_adapter(root / name, adapter), root / "deployment")
     return root / "deployment"
 

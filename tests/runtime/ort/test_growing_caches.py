@@ -36,7 +36,7 @@ def test_a_huge_limit_takes_no_memory(tmp_path: Path, family: str, target: str) 
     """Rows stop at the first space or letter, long before."""
     with without_limit(tmp_path / "deployment", family, target) as deployment:
         expected = deployment.generate(PROMPTS, max_new_tokens=30)
-        stops = [row.text[4:7] for row in expected]
+        stops = [text for row in expected if (text := row.text[4:7])]
         for limit in (10**9, 10**30):
             results = deployment.generate(PROMPTS, max_new_tokens=limit, stop=stops)
             assert [row.finish_reason for row in results] == ["stop"] * 3
