@@ -126,7 +126,7 @@ class SamplingParams:
         scaled -= scaled.max()
         # Very small temperatures overflow to minus infinity for all but the likeliest token, as intended.
         with np.errstate(over="ignore"):
-            scaled /= self.temperature
+            scaled /= 1.0 if self.temperature is None else self.temperature
         if self.top_k and self.top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
         weights = np.exp(scaled)
