@@ -102,9 +102,8 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = {"rank": 4, "activation": "identity", "bias": False, "scope": "all"}
         adapter = random_adapter(base.fingerprint, base.hidden_size, seed, **settings)
         if name == "huge":
-            for weight in adapter.weights.values():
-                weight *= np.float32(3e37)
-            adapter = make_adapter(adapter.config, adapter.weights)
+            weights = {key: weight * np.float32(3e37) for key, weight in adapter.weights.items()}
+            adapter = make_adapter(adapter.config, weights)
         export_adapter(write_adapter(root / name, adapter), root / "deployment")
     return root / "deployment"
 
