@@ -173,7 +173,7 @@ class InputProcessor:
         limits = [base.max_positions, self._capacity]
         if base.kind != "encoder-decoder":
             limits = [None if limit is None else limit - positions for limit in limits]
-        return max(1, min(wanted, *(limit for limit in limits if limit is not None)))
+        return max(1, min([wanted, *(limit for limit in limits if limit is not None)]))
 
     def _tokenize(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
         """Token ids of a checked prompt; ``images`` is its number of images."""

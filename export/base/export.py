@@ -147,10 +147,8 @@ def export_base(
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
-        for line in report(base.generation):
+        for line in report(base.generation, described.generation):
             progress(line)
-        if base.generation is None and described.generation is not None:
-            progress("the base was written by an older kit without generation defaults, and stays without them")
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")
         current = writer.current

@@ -104,10 +104,15 @@ def _describe(config: Any, kind: str, vocab_size: int) -> GenerationDefaults:
     return defaults
 
 
-def report(defaults: GenerationDefaults | None) -> list[str]:
-    """Lines for the user: what is applied by default, and what is not."""
+def report(defaults: GenerationDefaults | None, described: GenerationDefaults | None) -> list[str]:
+    """Lines for the user: what is applied by default, and what is not.
+
+    Args:
+        defaults: those of the deployment's base.
+        described: those of the checkpoint, which a base of an older kit lacks.
+    """
     if defaults is None:
-        return []
+        return [] if described is None else ["the base is of an older kit without generation defaults, and stays so"]
     lines = []
     if applied := defaults.applied():
         shown = ", ".join(f"{name}={_short(value)}" for name, value in applied.items())

@@ -56,7 +56,7 @@ class SequenceBiasProcessor:
         biases: token ids of each sequence, at least one, and its number; minus infinity bans it.
     """
 
-    biases: Iterable[tuple[tuple[int, ...], float]]
+    biases: Iterable[tuple[Sequence[int], float]]
     _following: dict[tuple[int, ...], dict[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

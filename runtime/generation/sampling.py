@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ class SamplingParams:
         self._check_vocabulary(vocab_size)
         if defaults is None or not self.base_defaults:
             return replace(self, temperature=self.temperature or 0.0)
-        filled: dict[str, object] = {}
+        filled: dict[str, Any] = {}
         for field in fields(self):
             if getattr(self, field.name) is None and field.name not in ("temperature", "seed", "sequence_bias"):
                 filled[field.name] = getattr(defaults, field.name)
@@ -106,7 +107,7 @@ class SamplingParams:
             filled["temperature"] = sampled if defaults.do_sample else 0.0
         if self.min_length is not None and self.min_new_tokens is None:  # the request's own limit counts
             filled["min_new_tokens"] = 0
-        return replace(self, **filled)  # type: ignore[arg-type]
+        return replace(self, **filled)
 
     def generators(self, batch: int) -> list[np.random.Generator]:
         """One random stream for each row."""
@@ -126,7 +127,7 @@ class SamplingParams:
         scaled -= scaled.max()
         # Very small temperatures overflow to minus infinity for all but the likeliest token, as intended.
         with np.errstate(over="ignore"):
-            scaled /= self.temperature
+            scaled /= 1.0 if self.temperature is None else self.temperature
         if self.top_k and self.top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
         weights = np.exp(scaled)

@@ -40,7 +40,7 @@ def describe(kind: str = "decoder", **settings: Any) -> GenerationDefaults:
 
 def test_nothing_is_asked_for_by_default() -> None:
     assert describe() == GenerationDefaults()
-    assert report(describe()) == []
+    assert report(describe(), describe()) == []
     assert describe_generation(FAMILIES["bert"](), "encoder", VOCAB) is None
 
 
@@ -92,7 +92,7 @@ def test_length_of_an_encoder_decoder_counts_its_start() -> None:
 def test_what_is_not_applied_is_named(settings: dict[str, Any], names: tuple[str, ...]) -> None:
     found = describe(**settings)
     assert found.not_applied == names
-    assert any("not applied: " + ", ".join(names) in line for line in report(found)) == bool(names)
+    assert any("not applied: " + ", ".join(names) in line for line in report(found, found)) == bool(names)
 
 
 @pytest.mark.parametrize(
