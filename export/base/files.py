@@ -93,7 +93,7 @@ def describe_base(
         generation=describe_generation(model, architecture.kind, rows),
         token_types=_token_types(model, architecture),
         tokenizer_types="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
-        special_tokens=_special_tokens(tokenizer),
+        special_tokens=special_tokens(tokenizer),
     )
 
 
@@ -126,7 +126,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str | tuple[str, ...]] | None:
+def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str | tuple[str, ...]] | None:
     """Special tokens by name, those that transformers gives to chat templates; ``None`` without a tokenizer."""
     if tokenizer is None:
         return None

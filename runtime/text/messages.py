@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -16,6 +16,8 @@ from adalink.runtime.request import check_text
 # One message, such as {"role": "user", "content": "Hello"}.
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
+# One conversation, or several.
+Messages = Conversation | Sequence[Conversation]
 
 # Names of a message's reasoning; templates read the first, those of older models the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -79,7 +81,16 @@ def check_conversation(messages: Any, name: str = "messages") -> list[dict[str, 
     return [_check_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
 
 
-def is_batch(messages: Any) -> bool:
+def as_options(chat: Any) -> ChatOptions | None:
+    """The options that ``chat`` stands for, ``None`` without a chat template; raises ``RequestError``."""
+    if isinstance(chat, ChatOptions):
+        return chat
+    if not isinstance(chat, bool):
+        raise RequestError(f"chat is {chat!r:.80}, expected true, false or ChatOptions")
+    return ChatOptions() if chat else None
+
+
+def is_batch(messages: Messages) -> TypeGuard[Sequence[Conversation]]:
     """Whether these are several conversations, rather than the messages of one."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes)) and bool(messages)
     return is_list and isinstance(messages[0], Sequence) and not isinstance(messages[0], (str, bytes))
