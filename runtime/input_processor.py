@@ -29,7 +29,7 @@ from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
-from adalink.runtime.text.messages import ChatOptions, Messages, as_options, images_of, is_batch
+from adalink.runtime.text.messages import ChatOptions, Messages, as_options, images_of, split_batch
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
 from adalink.runtime.vision.tower import OpenVision
@@ -131,7 +131,7 @@ class InputProcessor:
         """
         if prompts is not None:
             raise RequestError("give either prompts or messages, not both")
-        conversations = messages if is_batch(messages) else [messages]
+        conversations = split_batch(messages)
         encoded, inside = [], []
         for row, conversation in enumerate(conversations):
             try:

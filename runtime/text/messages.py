@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
@@ -90,10 +90,11 @@ def as_options(chat: Any) -> ChatOptions | None:
     return ChatOptions() if chat else None
 
 
-def is_batch(messages: Messages) -> TypeGuard[Sequence[Conversation]]:
-    """Whether these are several conversations, rather than the messages of one."""
+def split_batch(messages: Any) -> list[Conversation]:
+    """The conversations of a batch, of which a list of messages is one; they are not checked yet."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes)) and bool(messages)
-    return is_list and isinstance(messages[0], Sequence) and not isinstance(messages[0], (str, bytes))
+    is_batch = is_list and isinstance(messages[0], Sequence) and not isinstance(messages[0], (str, bytes))
+    return list(messages) if is_batch else [messages]
 
 
 def images_of(messages: Conversation, name: str = "messages") -> list[Any]:

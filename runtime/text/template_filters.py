@@ -98,6 +98,7 @@ def _priced(function: Function, pay: Function, more: Function | None = None) -> 
 
     @wraps(function)  # with that mark
     def priced(*given: Any, **kwargs: Any) -> Any:
+        current().spend(2 * ELEMENT_COST)
         args = tuple(counted(arg) if isinstance(arg, Iterator) else arg for arg in given[leading:])
         for arg in (*args, *kwargs.values()):
             pay(arg)

@@ -129,6 +129,7 @@ def binary(symbol: str, left: Any, right: Any, plain: Callable[[Any, Any], Any])
 def compare(left: Any, symbol: str, right: Any) -> Any:
     """Result of a comparison, or of ``in``."""
     budget = current()
+    budget.spend(2 * ELEMENT_COST)
     if symbol not in ("in", "notin"):
         budget.spend(min(size := size_of(left, budget.left), size_of(right, size)))
     elif isinstance(right, str):

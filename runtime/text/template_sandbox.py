@@ -65,6 +65,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - names of kwargs
         """Call what a template may call; raises ``SecurityError`` for anything else."""
+        charge(16 * NODE_COST)
         if isinstance(__obj, BuiltinMethodType) or (isinstance(__obj, MethodType) and isinstance(__obj.__self__, str)):
             named = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # less Jinja's own
             args = pay_method(__obj.__self__, __obj.__name__, args, named)
@@ -115,7 +116,7 @@ class _Format:
     def __call__(self, *args: Any, **kwargs: Any) -> str:
         """The formatted text."""
         if self._is_map:
-            args, kwargs = (), args[0]
+            (kwargs,), args = args, ()
         return BoundedFormatter(self._environment).vformat(self._text, args, kwargs)
 
 
@@ -132,7 +133,7 @@ class _Generation(Extension):
 
     def render_body(self, caller: Callable[[], str]) -> str:
         """The text of the block."""
-        return caller()
+        return str(caller())
 
 
 class _Pricing(NodeTransformer):

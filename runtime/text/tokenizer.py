@@ -78,8 +78,9 @@ class Tokenizer:
                 f"text_pair cannot be used: this deployment of {base.name} was written by a kit without token types; "
                 "export the base again, into another folder"
             )
-        texts = [check_text(text), *([] if text_pair is None else [check_text(text_pair, "text_pair")])]
-        encoding = self._tokenizer.encode(*texts)
+        pair = None if text_pair is None else check_text(text_pair, "text_pair")
+        with tokenizer_errors(RequestError, f"{base.tokenizer} cannot encode this text of {len(text)} characters"):
+            encoding = self._tokenizer.encode(check_text(text), pair)
         ids, types = list(encoding.ids), list(encoding.type_ids)
         return ids, types if base.takes_token_types and base.tokenizer_types else [0] * len(ids)
 

@@ -1,5 +1,7 @@
 """Chat templates in the forms that model families publish, shortened to what makes each of them special."""
 
+# ruff: noqa: E501 - long lines as they are published
+
 from __future__ import annotations
 
 from typing import Any

@@ -277,7 +277,7 @@ def _encode(
 
 def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[list[int], list[int]]:
     """Token ids and token types of a row; raises ``RequestError``."""
-    tokenizer, types = deployment.tokenizer, []
+    tokenizer, types = deployment.tokenizer, list[int]()
     if row.messages is not None:
         if deployment.manifest.base.kind == "encoder":
             raise RequestError(f"{deployment.manifest.base.name} is an encoder: give texts, not messages")

@@ -55,8 +55,7 @@ def render(source: str) -> str:
         _NESTED + "{{ [1].index(ns.v) }}",
         _NESTED + "{{ raise_exception(ns.v) }}",
         _NESTED + "{% for i in [1] %}{{ loop.changed(ns.v) }}{{ loop.changed(ns.v) }}{% endfor %}",
-        "{% set ns = namespace(v=['a'], w=['a']) %}{% for i in range(200) %}{% set ns.v = [ns.v, ns.v] %}"
-        "{% set ns.w = [ns.w, ns.w] %}{% endfor %}{{ ns.v == ns.w }}",
+        _DOUBLE.format("['a'], w=['a']", "[ns.v, ns.v] %}{% set ns.w = [ns.w, ns.w]") + "{{ ns.v == ns.w }}",
         "{{ 'a'.ljust(10 ** 9) }}",
         "{{ 'a'.zfill(10 ** 9) }}",
         "{{ 'a\t'.expandtabs(10 ** 9) }}",
@@ -142,7 +141,8 @@ def test_the_sandbox_is_jinjas_immutable_one() -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{{ 1 < 2 < 3 }}{{ 1 < 3 < 2 }}{{ 'e' in messages[0].content }}{{ 'x' not in messages[0] }}", "TrueFalseTrueTrue"),
+        ("{{ 1 < 2 < 3 }}{{ 1 < 3 < 2 }}{{ 'e' in messages[0].content }}", "TrueFalseTrue"),
+        ("{{ 'x' not in messages[0] }}{{ 'role' in messages[0] }}{{ 2 in (1, 2) }}", "TrueTrueTrue"),
         ("{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}", "role=assistant;content=hi;"),
         ("{{ messages[::-1] | map(attribute='content') | join(', ') }}", "hi, hello"),
         ("{% for x in [[1, [2]], [3]] recursive %}{{ loop(x) if x is sequence else x }}{% endfor %}", "123"),
@@ -155,10 +155,10 @@ def test_the_sandbox_is_jinjas_immutable_one() -> None:
         ("{% set j = joiner(', ') %}{% for i in range(3) %}{{ j() }}{{ i }}{% endfor %}", "0, 1, 2"),
         ("{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.cycle('a', 'b') }}{% endfor %}", "1/2a2/2b"),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% else %}none{% endfor %}", "hello"),
-        ("{% macro f(a, b='x') %}{{ a }}{{ b }}{{ caller() if caller }}{% endmacro %}{{ f(1) }}"
-         "{% call f(2) %}c{% endcall %}", "1x2xc"),
+        ("{% macro f(a, b='x') %}{{ a }}{{ b }}{% endmacro %}{{ f(1) }}{{ f(2, b='y') }}", "1x2y"),
+        ("{% macro f(a) %}{{ a }}{{ caller() }}{% endmacro %}{% call f(2) %}c{% endcall %}", "2c"),
         ("{{ messages | groupby('role') | map('first') | list }}", "['assistant', 'user']"),
-        ("{{ 'a,b' | replace(',', ';') | indent(2) | trim | title }}{{ 5.26 | round(1) }}{{ '12' | int + 1 }}", "A;B5.313"),
+        ("{{ 'a,b' | replace(',', ' ') | indent(2) | trim | title }}{{ 5.26 | round(1) }}{{ '12' | int }}", "A B5.312"),
         ("{% block b %}{{ bos_token }}{% endblock %}{{ self.b() }}", "<s><s>"),
     ],
 )  # fmt: skip
