@@ -301,8 +301,10 @@ class Deployment:
     ) -> None:
         """Check a prompt as ``generate`` does, without running it; raises what ``generate`` raises."""
         self._check_open()
-        options = {"chat": False, "max_new_tokens": max_new_tokens, "encode_images": False}
-        self._inputs.process_prompts([prompt], [list(images)], task, **options)
+        row = list(images)
+        self._inputs.process_prompts(
+            [prompt], [row], task, chat=False, max_new_tokens=max_new_tokens, encode_images=False
+        )
 
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
