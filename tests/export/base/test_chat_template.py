@@ -10,7 +10,7 @@ from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.base.export import export_base
-from adalink.runtime import Deployment, ModelError
+from adalink.runtime import ChatOptions, Deployment, ModelError, RequestError
 from adalink.runtime.storage.manifest_io import read_manifest
 
 
@@ -49,3 +49,23 @@ def test_a_template_that_cannot_be_compiled_is_found_at_export(tmp_path: Path, t
     with pytest.raises(ModelError, match=f"the chat template of the tokenizer .*{message}.*; or correct chat_template"):
         export_base(FAMILIES["llama"](), tmp_path / "deployment", tokenizer=tokenizer)
     assert not (tmp_path / "deployment" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("default", "rag"), ("tool_use",)])
+def test_of_several_templates_the_one_for_tools_is_used_with_tools(tmp_path: Path, names: tuple[str, ...]) -> None:
+    tokenizer = make_tokenizer()
+    sources = {name: f"\n  {{% if 1 %}}\n{name} {{{{ messages[0].content }}}}\n{{% endif %}}\n \n" for name in names}
+    tokenizer.chat_template = sources
+    export_base(FAMILIES["llama"](), tmp_path / "deployment", tokenizer=tokenizer)
+    messages, tools = [{"role": "user", "content": "hi"}], [{"type": "function", "function": {"name": "f"}}]
+    with Deployment.open(tmp_path / "deployment") as deployment:
+        for given in (None, tools):
+            if given is None and "default" not in names:
+                with pytest.raises(RequestError, match="a chat template for tools alone"):
+                    deployment.tokenizer.render_messages(messages)
+                continue
+            expected = tokenizer.apply_chat_template(messages, tools=given, tokenize=False)
+            assert (
+                deployment.tokenizer.render_messages(messages, ChatOptions(tools=given, add_generation_prompt=False))
+                == expected
+            )
