@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from adalink.runtime.generation.sampling import SamplingParams
     from adalink.runtime.generation.sequence import Generation
     from adalink.runtime.receipt import Receipt
+    from adalink.runtime.text.messages import ChatOptions
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
+            "ChatOptions": "adalink.runtime.text.messages",
             "Deployment": "adalink.runtime.deployment",
             "Generation": "adalink.runtime.generation.sequence",
             "Receipt": "adalink.runtime.receipt",
@@ -44,6 +46,7 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "BusyError",
+    "ChatOptions",
     "ConfigError",
     "ContractError",
     "DataError",

@@ -34,6 +34,7 @@ from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_variant
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskRegistry
+from adalink.runtime.text.messages import ChatOptions, Messages
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import Images
 from adalink.runtime.vision.tower import OpenVision
@@ -225,21 +226,24 @@ class Deployment:
 
     def generate(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None = None,
         *,
+        messages: Messages | None = None,
         images: Images = None,
         tasks: Tasks = None,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
         stop: str | Sequence[str] | None = (),
         stream: Stream | None = None,
-        chat: bool = False,
+        chat: bool | ChatOptions = False,
         draft_tokens: int | None = None,
     ) -> list[Generation]:
         """Generate a continuation of each prompt, all in one batch.
 
         Args:
-            prompts: texts, or token ids.
+            prompts: texts, or token ids; or else
+            messages: one conversation, a list of messages such as ``{"role": "user", "content": "Hello"}``, or a list
+                of conversations, in the model's chat template. A content may be a list of parts, as in OpenAI's API.
             images: for each prompt a list of its images, or ``None``. A prompt has one placeholder, such as
                 ``<image>``, for each image; PaliGemma's may omit them, then images come first. An image is a path, the
                 bytes of a file, a Pillow image or a uint8 array (`adalink.runtime.vision.images`).
@@ -249,7 +253,8 @@ class Deployment:
             sampling: how tokens are chosen; by default as the base's ``generation_config.json`` says, else greedily.
             stop: texts that end a row; they are left out of its text.
             stream: called with the row and each new piece of its text.
-            chat: apply the model's chat template, each prompt being a user message.
+            chat: apply the model's chat template, each prompt being a user message. ``ChatOptions`` says how, also for
+                ``messages``.
             draft_tokens: most draft tokens of a pass (`adalink.runtime.generation.speculative_decoding`), for a single
                 prompt or the last one left; needs ``--target onnxruntime-cpu``. By default 8 in float32, where the text
                 is the same; else 0, since a pass over several tokens then rounds otherwise.
@@ -267,6 +272,8 @@ class Deployment:
         check_kind(sampling, "sampling", SamplingParams, "SamplingParams or None")
         params = (sampling or SamplingParams()).resolve(base.generation, base.vocab_size)
         drafts = draft_limit(draft_tokens, base, self.variant)
+        if messages is not None:
+            prompts, images, chat = self._inputs.encode_messages(prompts, messages, images, chat)
         batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
         limit = batch.max_new_tokens
         tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)

@@ -29,6 +29,7 @@ from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
+from adalink.runtime.text.messages import ChatOptions, Messages, as_options, images_of, split_batch
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.vision.placeholders import ImageEmbeds, Images, check_expanded, check_images, expand
 from adalink.runtime.vision.tower import OpenVision
@@ -86,11 +87,11 @@ class InputProcessor:
 
     def process_prompts(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None,
         images: Images,
         tasks: Tasks,
         *,
-        chat: bool,
+        chat: bool | ChatOptions,
         max_new_tokens: int | None,
         encode_images: bool = True,
     ) -> PromptBatch:
@@ -125,6 +126,30 @@ class InputProcessor:
         check_length(max(positions, limit) if is_separate else positions + limit, base)
         embeds = self._vision.embed(prepared) if encode_images and any(row_images) else None
         return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout, limit)
+
+    def encode_messages(
+        self, prompts: Prompts | None, messages: Messages, images: Images, chat: bool | ChatOptions
+    ) -> tuple[list[list[int]], Images, bool]:
+        """Prompts, images and ``chat`` of ``process_prompts`` for conversations; arguments are those of ``generate``.
+
+        Raises:
+            RequestError: a conversation is wrong, or images are in the messages and beside them.
+        """
+        if prompts is not None:
+            raise RequestError("give either prompts or messages, not both")
+        conversations = split_batch(messages)
+        encoded, inside = [], []
+        for row, conversation in enumerate(conversations):
+            try:
+                encoded.append(self.tokenizer.encode_messages(conversation, as_options(chat)))
+                inside.append(images_of(conversation))
+            except RequestError as error:
+                raise RequestError(f"conversation {row}: {error}" if len(conversations) > 1 else str(error)) from error
+        if not any(inside):
+            return encoded, images, False
+        if images is not None:
+            raise RequestError("give images either in the messages or in images, not in both")
+        return encoded, inside, False
 
     def process_arrays(
         self,
@@ -175,10 +200,12 @@ class InputProcessor:
             limits = [None if limit is None else limit - positions for limit in limits]
         return max(1, min([wanted, *(limit for limit in limits if limit is not None)]))
 
-    def _tokenize(self, prompt: str | list[int], chat: bool, images: int) -> list[int]:
+    def _tokenize(self, prompt: str | list[int], chat: bool | ChatOptions, images: int) -> list[int]:
         """Token ids of a checked prompt; ``images`` is its number of images."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt, images)
+            if options := as_options(chat):
+                return self.tokenizer.encode_chat(prompt, options)
+            return self.tokenizer.encode(prompt, images)
         if chat:
             raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")
         return prompt

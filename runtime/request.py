@@ -120,7 +120,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_prompts(prompts: Prompts, base: Base) -> list[str | list[int]]:
+def check_prompts(prompts: Prompts | None, base: Base) -> list[str | list[int]]:
     """The prompts of a batch, each a text or token ids; raises ``RequestError``."""
     items = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
     if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:

@@ -93,7 +93,7 @@ def describe_base(
         generation=describe_generation(model, architecture.kind, rows),
         token_types=_token_types(model, architecture),
         tokenizer_types="token_type_ids" in getattr(tokenizer, "model_input_names", ()),
-        special_tokens=_special_tokens(tokenizer),
+        special_tokens=special_tokens(tokenizer),
     )
 
 
@@ -121,12 +121,21 @@ def _token_types(model: PreTrainedModel, architecture: Architecture) -> int:
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """The tokenizer's chat template, the one named ``default`` where it has several."""
+    """The tokenizer's chat template; of several, ``default``, and ``tool_use`` where there are tools."""
     template = getattr(tokenizer, "chat_template", None)
-    return template.get("default") if isinstance(template, dict) else template
+    if not isinstance(template, dict):
+        return template
+    default, with_tools = template.get("default"), template.get("tool_use")
+    if with_tools is None:
+        return default
+    if default is None:
+        default = "{{ raise_exception('this model has a chat template for tools alone') }}"
+    # Jinja drops a template's last line end, and line ends and spaces beside a tag: an empty text keeps those inside.
+    parts = [f"{{{{ '' }}}}{part.removesuffix(chr(10))}{{{{ '' }}}}" for part in (with_tools, default)]
+    return f"{{% if tools is not none %}}{parts[0]}{{% else %}}{parts[1]}{{% endif %}}"
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str | tuple[str, ...]] | None:
+def special_tokens(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str | tuple[str, ...]] | None:
     """Special tokens by name, those that transformers gives to chat templates; ``None`` without a tokenizer."""
     if tokenizer is None:
         return None

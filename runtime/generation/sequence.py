@@ -43,7 +43,8 @@ class SequenceState:
         self.prompt = prompt
         self._index = index
         self._text = TextStream(tokenizer)
-        self._stops, self._marks = (stops.texts, stops.marks) if isinstance(stops, StopTexts) else (stops, {})
+        stops = stops if isinstance(stops, StopTexts) else StopTexts(tuple(stops))
+        self._stops, self._marks = stops.texts, stops.marks
         # The text with a mark for each special token of a stop text; all positions count in it.
         self._searched = ""
         self._eos = eos

@@ -17,6 +17,8 @@ from adalink.runtime.storage.decoding import decode_json
 # One message, such as {"role": "user", "content": "Hello"}.
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
+# One conversation, or several.
+Messages = Conversation | Sequence[Conversation]
 
 # Names of a message's reasoning; templates read the first, those of older models the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -80,10 +82,20 @@ def check_conversation(messages: Any, name: str = "messages") -> list[dict[str, 
     return [_check_message(message, f"{name}[{index}]") for index, message in enumerate(messages)]
 
 
-def is_batch(messages: Any) -> bool:
-    """Whether these are several conversations, rather than the messages of one."""
+def as_options(chat: Any) -> ChatOptions | None:
+    """The options that ``chat`` stands for, ``None`` without a chat template; raises ``RequestError``."""
+    if isinstance(chat, ChatOptions):
+        return chat
+    if not isinstance(chat, bool):
+        raise RequestError(f"chat is {chat!r:.80}, expected true, false or ChatOptions")
+    return ChatOptions() if chat else None
+
+
+def split_batch(messages: Any) -> list[Conversation]:
+    """The conversations of a batch, of which a list of messages is one; they are not checked yet."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes)) and bool(messages)
-    return is_list and isinstance(messages[0], Sequence) and not isinstance(messages[0], (str, bytes))
+    is_batch = is_list and isinstance(messages[0], Sequence) and not isinstance(messages[0], (str, bytes))
+    return list(messages) if is_batch else [messages]
 
 
 def images_of(messages: Conversation, name: str = "messages") -> list[Any]:

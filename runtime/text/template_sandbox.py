@@ -1,8 +1,8 @@
 """Sandbox of chat templates: Jinja's immutable sandbox, with a budget for every step.
 
 A template comes with a checkpoint and is a program. Jinja's sandbox keeps it from Python's internals and from changing
-what it is given. Here its syntax tree is rewritten before it is compiled, so that each loop, call, comparison and output
-pays from a budget first. Constants are not folded, since that would compute outside of the budget.
+what it is given. Here its syntax tree is rewritten before it is compiled, so that each loop, call, comparison and
+output pays from a budget first. Constants are not folded, since that would compute outside of the budget.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from jinja2.utils import Joiner
 from jinja2.visitor import NodeTransformer
 
 from adalink.runtime.text.template_budget import NODE_COST, charge, glanced, measured
+from adalink.runtime.text.template_filters import make_filters, make_tests
 from adalink.runtime.text.template_operations import (
     BoundedFormatter,
     TemplateDict,
     TemplateNamespace,
     binary,
     compare,
-    make_filters,
-    make_tests,
     now,
     pay_method,
     refuse,
@@ -66,6 +65,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - names of kwargs
         """Call what a template may call; raises ``SecurityError`` for anything else."""
+        charge(16 * NODE_COST)
         if isinstance(__obj, BuiltinMethodType) or (isinstance(__obj, MethodType) and isinstance(__obj.__self__, str)):
             named = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # less Jinja's own
             args = pay_method(__obj.__self__, __obj.__name__, args, named)
@@ -116,7 +116,7 @@ class _Format:
     def __call__(self, *args: Any, **kwargs: Any) -> str:
         """The formatted text."""
         if self._is_map:
-            args, kwargs = (), args[0]
+            (kwargs,), args = args, ()
         return BoundedFormatter(self._environment).vformat(self._text, args, kwargs)
 
 
@@ -133,11 +133,28 @@ class _Generation(Extension):
 
     def render_body(self, caller: Callable[[], str]) -> str:
         """The text of the block."""
-        return caller()
+        return str(caller())
 
 
 class _Pricing(NodeTransformer):
     """Rewrites a template so that it pays for what it does."""
+
+    def __init__(self) -> None:
+        self._rules: dict[type[nodes.Node], Callable[..., nodes.Node]] = {
+            nodes.For: self._price_loop,
+            nodes.Macro: self._price_body,
+            nodes.CallBlock: self._price_body,
+            nodes.Block: self._price_body,
+            nodes.Output: self._price_output,
+            nodes.Compare: self._price_comparison,
+            nodes.Concat: self._price_concatenation,
+            nodes.Getitem: self._price_slice,
+            nodes.Pair: self._price_pair,
+        }
+
+    def get_visitor(self, node: nodes.Node) -> Callable[..., nodes.Node] | None:
+        """The rule for a node, if there is one."""
+        return self._rules.get(type(node))
 
     def rewrite(self, template: nodes.Template) -> nodes.Template:
         """The same template with prices; raises ``TemplateSyntaxError`` for tags that chat templates cannot have."""
@@ -147,21 +164,19 @@ class _Pricing(NodeTransformer):
         _charge_body(template)
         return template
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
+    def _price_loop(self, node: nodes.For) -> nodes.Node:
         """A loop pays for each round and each test."""
         self.generic_visit(node)
         if node.test is not None:
             node.test = nodes.And(_price(node.test), node.test)
         return _charge_body(node)
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+    def _price_body(self, node: nodes.Macro) -> nodes.Node:
         """A macro pays for each call."""
         self.generic_visit(node)
         return _charge_body(node)
 
-    visit_CallBlock = visit_Block = visit_Macro
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+    def _price_output(self, node: nodes.Output) -> nodes.Node:
         """Text of the template becomes a value, which pays for being written."""
         self.generic_visit(node)
         node.nodes = [
@@ -170,7 +185,7 @@ class _Pricing(NodeTransformer):
         ]
         return node
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+    def _price_comparison(self, node: nodes.Compare) -> nodes.Node:
         """A comparison pays for the smaller side; one with a short constant costs no more than a node."""
         self.generic_visit(node)
         compared, left = list[nodes.Expr](), node.expr
@@ -182,20 +197,20 @@ class _Pricing(NodeTransformer):
             result = nodes.And(result, following, lineno=node.lineno)
         return result
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    def _price_concatenation(self, node: nodes.Concat) -> nodes.Node:
         """``~`` pays for each part."""
         self.generic_visit(node)
         node.nodes = [_call(_MEASURE, part) for part in node.nodes]
         return node
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+    def _price_slice(self, node: nodes.Getitem) -> nodes.Node:
         """A slice pays for what it copies."""
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             node.node = _call(_GLANCE, node.node)
         return node
 
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+    def _price_pair(self, node: nodes.Pair) -> nodes.Node:
         """The key of a dictionary is read as a whole."""
         self.generic_visit(node)
         if not isinstance(node.key, nodes.Const):

@@ -79,17 +79,18 @@ class Tokenizer:
                 "export the base again, into another folder"
             )
         pair = None if text_pair is None else check_text(text_pair, "text_pair")
-        encoding = self._tokenizer.encode(check_text(text), pair)
+        with tokenizer_errors(RequestError, f"{base.tokenizer} cannot encode this text of {len(text)} characters"):
+            encoding = self._tokenizer.encode(check_text(text), pair)
         ids, types = list(encoding.ids), list(encoding.type_ids)
         return ids, types if base.takes_token_types and base.tokenizer_types else [0] * len(ids)
 
-    def encode_chat(self, message: str) -> list[int]:
+    def encode_chat(self, message: str, options: ChatOptions | None = None) -> list[int]:
         """Token ids of one user message in the model's chat template, ready for the reply.
 
         Raises:
             RequestError: the model has no template, the template refuses, or the message holds half a character.
         """
-        return self._encode(self.render_chat(message), add_special_tokens=False)
+        return self._encode(self.render_chat(message, options), add_special_tokens=False)
 
     def encode_messages(self, messages: Conversation, options: ChatOptions | None = None) -> list[int]:
         """Token ids of a conversation in the model's chat template.
@@ -105,13 +106,13 @@ class Tokenizer:
         """
         return self._encode(self.render_messages(messages, options), add_special_tokens=False)
 
-    def render_chat(self, message: str) -> str:
+    def render_chat(self, message: str, options: ChatOptions | None = None) -> str:
         """One user message in the model's chat template.
 
         Templates of vision models often expect a list of texts and images, and ignore a string. They get the message as
         such a list, with an image for each placeholder.
         """
-        return self.render_messages([{"role": "user", "content": check_text(message)}])
+        return self.render_messages([{"role": "user", "content": check_text(message)}], options)
 
     def render_messages(self, messages: Conversation, options: ChatOptions | None = None) -> str:
         """A conversation in the model's chat template, as transformers' ``apply_chat_template`` writes it.

@@ -15,6 +15,7 @@ import click
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
+from adalink.tools.common.conversations import is_rows, read_conversations
 from adalink.tools.common.options import is_given, make_options
 from adalink.tools.common.rows import BadRows
 from adalink.tools.common.rows import PromptRow as PromptRow
@@ -41,7 +42,8 @@ class RunOptions:
         deployment: the folder.
         text: the prompt; or else
         text_file: the file that holds it; or else
-        jsonl: rows with prompts. Without any of the three, the prompt is standard input.
+        jsonl: rows with prompts; or else
+        messages: a conversation, or rows with conversations. Without any of the four, the prompt is standard input.
         images: images of the one prompt.
         text_pair: second text of the one prompt, for encoders.
         on_error: ``"stop"`` or ``"skip"``: what a bad row of ``jsonl`` does.
@@ -58,6 +60,7 @@ class RunOptions:
     text: str | None
     text_file: Path | None
     jsonl: Path | None
+    messages: Path | None
     images: tuple[Path, ...]
     text_pair: str | None
     on_error: str
@@ -68,6 +71,11 @@ class RunOptions:
     full_check: bool
     as_json: bool
     settings: Mapping[str, Any]
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the input is a file with a prompt or conversation a line."""
+        return self.jsonl is not None or (self.messages is not None and is_rows(self.messages))
 
 
 @click.command(short_help="Generate text, or hidden states, with a deployment.")
@@ -90,11 +98,16 @@ class RunOptions:
     help='Rows {"prompt", "task", "images", "text_pair"}, as batches; paths of images start at the file\'s folder.',
 )
 @click.option(
+    "--messages",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A conversation in the model's chat template, as JSON in the form of OpenAI's API; .jsonl: one a line.",
+)
+@click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="A bad row of --jsonl: answer nothing, or answer the others and exit with 2.",
+    help="A bad row of a JSONL file: answer nothing, or answer the others and exit with 2.",
 )
 @click.option("--text-pair", metavar="TEXT", help="The second text of a pair, for encoders.")
 @click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
@@ -139,6 +152,7 @@ def command(**values: Any) -> None:
       adalink run ./deployment "The capital of France is"
       printf 'Text: oil prices rose again\\nTopic:' | adalink run ./deployment --task topics
       cat letter.txt | adalink run ./deployment --chat --max-new-tokens 200
+      adalink run ./deployment --messages chat.json
       adalink run ./deployment --jsonl rows.jsonl --task topics > answers.jsonl
       adalink run ./deployment "<image> What is this?" --image cat.jpg
     """  # noqa: D301
@@ -154,17 +168,20 @@ def run(options: RunOptions) -> None:
     """
     from adalink.runtime.deployment import Deployment
 
-    if sum(source is not None for source in (options.text, options.text_file, options.jsonl)) > 1:
-        raise click.UsageError("give one of TEXT, --file and --jsonl")
-    if options.images and options.jsonl is not None:
-        raise click.UsageError("--image is for one prompt: name the images of --jsonl in its rows")
-    if options.jsonl is None and is_given("on_error"):
-        raise click.UsageError("--on-error is for the rows of --jsonl: leave it out")
-    if options.text_pair is not None and options.jsonl is not None:
+    sources = (options.text, options.text_file, options.jsonl, options.messages)
+    if sum(source is not None for source in sources) > 1:
+        raise click.UsageError("give one of TEXT, --file, --jsonl and --messages")
+    if options.images and (options.jsonl or options.messages) is not None:
+        raise click.UsageError("--image is for one prompt: name the images of --jsonl or --messages in its rows")
+    if not options.has_rows and is_given("on_error"):
+        raise click.UsageError("--on-error is for the rows of --jsonl and --messages: leave it out")
+    if options.text_pair is not None and (options.jsonl or options.messages) is not None:
         raise click.UsageError("--text-pair is for one prompt: name the pairs of --jsonl in its rows")
-    bad = BadRows(skip=options.on_error == "skip" and options.jsonl is not None)
+    bad = BadRows(skip=options.on_error == "skip" and options.has_rows)
     if options.jsonl is not None:
         rows = read_rows(options.jsonl, options.task, bad)
+    elif options.messages is not None:
+        rows = read_conversations(options.messages, options.task, bad)
     else:
         prompt = _prompt(options.text, options.text_file)
         rows = [PromptRow(prompt, options.task, options.images, text_pair=options.text_pair)]
@@ -197,7 +214,7 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, op
     settings["sampling"] = _sampling(deployment, settings)
     rows, encoded = _encode(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
     ids = [row_ids for row_ids, _ in encoded]
-    is_empty = options.jsonl is None and not options.as_json
+    is_empty = not options.has_rows and not options.as_json
     streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
     for entry in bad.among(rows, _generate(deployment, rows, ids, _write if streaming else None, settings)):
         if streaming:
@@ -265,6 +282,10 @@ def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[lis
     """Token ids and token types of a row; raises ``RequestError``."""
     tokenizer = deployment.tokenizer
     types: list[int] = []
+    if row.messages is not None:
+        if deployment.manifest.base.kind == "encoder":
+            raise RequestError(f"{deployment.manifest.base.name} is an encoder: give texts, not messages")
+        return tokenizer.encode_messages(row.messages, row.chat), types
     if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
         ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
     else:
@@ -292,8 +313,9 @@ def _generate(
             origin = batch[0].origin
             raise RequestError(f"{origin} and on: {error}" if origin else str(error)) from error
         for row, result in zip(batch, results, strict=True):
-            image_paths = {"images": list(map(str, row.images))} if row.images else {}
-            yield {"prompt": row.prompt, "task": row.task, **image_paths, **asdict(result)}
+            image_paths = {"images": list(map(str, row.images))} if row.images and row.messages is None else {}
+            prompt = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
+            yield {**prompt, "task": row.task, **image_paths, **asdict(result)}
 
 
 def _embed(

@@ -11,20 +11,26 @@ from typing import Any, NamedTuple
 from adalink.runtime.errors import AdaLinkError, DataError, RequestError
 from adalink.runtime.request import check_text
 from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.text.messages import ChatOptions
 
 _FIELDS = ("prompt", "task", "images", "text_pair")
 _EXPECTED = '{"prompt": text, "task": name or null}'
 
 
 class PromptRow(NamedTuple):
-    """A prompt with its task, its images, the second text of its pair, and its file and line if any."""
+    """A prompt with its task, its images, the second text of its pair, and its file and line if any.
+
+    A conversation has ``messages`` and options of the chat template instead of a prompt.
+    """
 
     prompt: str
     task: str | None
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | bytes, ...] = ()
     origin: str | None = None
     text_pair: str | None = None
     line: int = 0
+    messages: list[dict[str, Any]] | None = None
+    chat: ChatOptions | None = None
 
 
 class BadRows:

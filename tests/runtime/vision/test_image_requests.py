@@ -27,6 +27,7 @@ GRID = GRIDS[0]
 LLAVA: Refused = [
     (["no"], [[A]], r"prompt 0 has 0 placeholders \(token 36\) and 1 images: write one placeholder for each image"),
     (["@@"], [[A]], "prompt 0 has 2 placeholders"),
+    (["@" * 10], [[A]], "prompt 0 has 10 placeholders .* and 1 images: .* all 9 positions"),
     (["@"], None, "prompt 0 has 1 placeholders .* and 0 images"),
     (["a", "@"], [None, None], "prompt 1 has 1 placeholders .* and 0 images"),
     (["@"], [[A, B]], "prompt 0 has 1 placeholders .* and 2 images"),
@@ -65,6 +66,7 @@ PATCH: Refused = [
     (["@"], [[b"rubbish"]], r"images\[0\]\[0\] is not an image that Pillow can read"),
     (["@" * 18], [[GRID] * 18], "the sequence would have .* positions, .* at most 256"),
     (["@"], [[np.zeros((2, 500, 3), np.uint8)]], "the image is 500 x 2 pixels, expected the longer edge"),
+    (["@" * 16], [[GRID]], "prompt 0 has 16 placeholders .* and 1 images: .* all 15 positions"),
     ([[IMAGE_TOKEN] * 7 + [5] + [IMAGE_TOKEN] * 8], [[GRID]], "row 0: the placeholders of image 0 do not stand"),
 ]
 REFUSED = {
@@ -95,10 +97,14 @@ def test_request_that_cannot_be_answered_is_refused(
         ("llava", [[5, 6], [IMAGE_TOKEN, 6]], [None, [A]], "row 1 has 1", "9 placeholders"),
         *((name, [[TILE_IMAGE_TOKEN] * 4], [[A]], "row 0 has 4", "40 placeholders, 4") for name in TILES),
         ("paligemma", [[PREFIX_IMAGE_TOKEN, 6]], [[A]], "row 0 has 1", "9 placeholders"),
+        ("llava", [[IMAGE_TOKEN] * 10], [[A]], "row 0 has 10", "9 placeholders"),
+        *((name, [[TILE_IMAGE_TOKEN] * 41], [[A]], "row 0 has 41", "40 placeholders, 4") for name in TILES),
+        ("paligemma", [[PREFIX_IMAGE_TOKEN] * 18], [[A]], "row 0 has 18", "9 placeholders"),
+        *((name, [[IMAGE_TOKEN] * 16], [[GRID]], "row 0 has 16", "15 placeholders") for name in PATCH_DEPLOYMENTS),
         *((name, [[IMAGE_TOKEN] * 4], [[GRID]], "row 0 has 4", "15 placeholders, 1 for") for name in PATCH_DEPLOYMENTS),
     ],
 )
-def test_run_with_too_few_placeholders_is_refused(
+def test_run_with_too_few_or_many_placeholders_is_refused(
     vision_cases: VisionCases, name: str, ids: Any, images: Any, given: str, expected: str
 ) -> None:
     with pytest.raises(RequestError, match=f"{given} placeholders .* and 1 images: expected {expected}"):

@@ -1,0 +1,79 @@
+"""Conversations from a file: one as JSON, or one a line as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.text.messages import ChatOptions, check_conversation, images_of
+from adalink.tools.common.rows import BadRows, PromptRow
+
+_EXPECTED = '{"messages": [{"role": "user", "content": text}, ...]}'
+_FIELDS = {"messages", "task", "tools", "documents", "chat_template_kwargs"}
+_FLAGS = {"add_generation_prompt", "continue_final_message"}
+
+
+def is_rows(path: Path) -> bool:
+    """Whether a file holds a conversation a line, rather than one conversation."""
+    return path.suffix == ".jsonl"
+
+
+def read_conversations(path: Path, task: str | None, bad: BadRows) -> list[PromptRow]:
+    """Conversations of a file, in the form of OpenAI's chat API.
+
+    Args:
+        path: a list of messages, or an object with ``messages`` and optionally ``tools``, ``documents``,
+            ``chat_template_kwargs``, ``add_generation_prompt``, ``continue_final_message`` and ``task``; in a file
+            ``.jsonl``, one of them a line. Paths of images start at the file's folder.
+        task: for conversations that name none.
+        bad: takes lines that are no such conversation.
+
+    Raises:
+        DataError: the file, or a conversation in it, has another form; the message names the line.
+    """
+    if not is_rows(path):
+        return [_check(_read_json(path), task, path, 0)]
+    rows = []
+    for number, value in read_jsonl(path, _EXPECTED, json.loads, bad.add):
+        try:
+            rows.append(_check(value, task, path, number))
+        except DataError as error:
+            bad.add(number, error)
+    return rows
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not JSON: {error}; expected {_EXPECTED}; a conversation a line is for .jsonl"
+        ) from error
+
+
+def _check(value: Any, task: str | None, path: Path, line: int) -> PromptRow:
+    """A row of one conversation; raises ``DataError``."""
+    origin = f"{path}:{line}" if line else str(path)
+    row = {"messages": value} if isinstance(value, list) else value
+    if not isinstance(row, dict) or "messages" not in row:
+        raise DataError(f"{origin}: expected {_EXPECTED}, received {json.dumps(value)[:80]}")
+    if unknown := sorted(row.keys() - _FIELDS - _FLAGS):
+        raise DataError(f"{origin}: field {unknown[0]!r} is not known; expected {sorted(_FIELDS | _FLAGS)}")
+    row_task = row.get("task", task)
+    if row_task is not None and not isinstance(row_task, str):
+        raise DataError(f"{origin}: task is {row_task!r}, expected a name or null")
+    flags = {name: row[name] for name in _FLAGS if name in row}
+    options = ChatOptions(row.get("tools"), row.get("documents"), row.get("chat_template_kwargs") or {}, **flags)
+    try:
+        check_conversation(row["messages"])
+        options.variables()
+        images = images_of(row["messages"])
+    except RequestError as error:
+        raise DataError(f"{origin}: {error}") from error
+    files = tuple(path.parent / image if isinstance(image, str) else image for image in images)
+    return PromptRow("", row_task, files, origin, line=line, messages=row["messages"], chat=options)
