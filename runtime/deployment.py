@@ -1,4 +1,7 @@
-"""An open deployment: one engine, many tasks."""
+"""An open deployment: one engine, many tasks.
+
+The file is long because ``Deployment`` holds all that programs call, and documents it.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.tokenizer_digest import tokenizer_digest
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
-from adalink.training.models.loading import base_fingerprint, display_name, embedding_matrix, max_positions
+from adalink.training.models.loading import base_fingerprint, embedding_matrix, max_positions
+from adalink.training.models.source import display_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -34,8 +34,9 @@ from adalink.training.device import precision_warning, resolve_device
 from adalink.training.evaluation import exact_match
 from adalink.training.method.attach import attach
 from adalink.training.method.initialization import find_directions, follow_directions
-from adalink.training.models.loading import base_fingerprint, display_name, load_base, load_tokenizer
+from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer
 from adalink.training.models.prefix_lm import prompt_form
+from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
 from adalink.training.search.search import candidate_config, search
 from adalink.training.settings import LoopOptions

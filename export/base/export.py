@@ -84,14 +84,9 @@ def export_base(
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision.tower import describe_images, language_model, write_vision
-    from adalink.training.models.loading import (
-        base_fingerprint,
-        display_name,
-        find_image_processor,
-        load_checkpoint,
-        weights_digest,
-    )
+    from adalink.training.models.loading import base_fingerprint, find_image_processor, load_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
+    from adalink.training.models.source import display_name
 
     _check_request(dtype, target, quantization, modalities)
     variant = quantization or target

@@ -156,7 +156,8 @@ def describe_adapter(folder: Path) -> Description:
 def describe_model(spec: str) -> Description:
     """Describe a base model, with the fingerprint that its adapters carry; raises ``ModelError``."""
     from adalink.tools.common.quiet import quiet_libraries
-    from adalink.training.models.loading import base_fingerprint, display_name, input_embedding, load_checkpoint
+    from adalink.training.models.loading import base_fingerprint, input_embedding, load_checkpoint
+    from adalink.training.models.source import display_name
 
     with quiet_libraries():
         checkpoint = load_checkpoint(spec)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from array import array
-from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.errors import DataError
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
+from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
 from adalink.tools.common.conversations import is_rows, read_conversations
 from adalink.tools.common.options import is_given, make_options
 from adalink.tools.common.rows import BadRows
@@ -25,13 +25,9 @@ from adalink.tools.common.terminal_text import echo_generated
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
-_BATCH_ROWS = 8
 # Options of `SamplingParams`; the second group only chooses what is sampled from.
 _SAMPLING = ("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 _FILTERS = ("top_k", "top_p", "min_p")
-
-# Four bytes a token: all rows are encoded before the first is answered.
-TokenIds: TypeAlias = "array[int]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,19 +200,19 @@ def _print_states(deployment: Deployment, rows: list[PromptRow], bad: BadRows, o
         raise click.UsageError(
             f"{unused[0]} is for generating, and {deployment.manifest.base.name} is an encoder: leave it out"
         )
-    rows, encoded = _encode(deployment, rows, bad)
-    for entry in bad.among(rows, _embed(deployment, rows, encoded)):
+    rows, encoded = encode_rows(deployment, rows, bad)
+    for entry in bad.among(rows, embed_rows(deployment, rows, encoded)):
         click.echo(json.dumps(entry))
 
 
 def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
     settings = dict(options.settings)
     settings["sampling"] = _sampling(deployment, settings)
-    rows, encoded = _encode(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
+    rows, encoded = encode_rows(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
     ids = [row_ids for row_ids, _ in encoded]
     is_empty = not options.has_rows and not options.as_json
     streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
-    for entry in bad.among(rows, _generate(deployment, rows, ids, _write if streaming else None, settings)):
+    for entry in bad.among(rows, generate_rows(deployment, rows, ids, _write if streaming else None, settings)):
         if streaming:
             click.echo()
         else:
@@ -250,84 +246,6 @@ def _prompt(text: str | None, path: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path or 'standard input'}: cannot be read as UTF-8 text: {error}") from error
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
-
-
-def _encode(
-    deployment: Deployment, rows: list[PromptRow], bad: BadRows, *, chat: bool = False, new_tokens: int | None = 0
-) -> tuple[list[PromptRow], list[tuple[TokenIds, TokenIds]]]:
-    """Rows that can be answered, and token ids and token types of each, before any is answered.
-
-    Args:
-        deployment: the deployment.
-        rows: the rows.
-        bad: takes rows that cannot be answered, or raises their error.
-        chat: whether prompts go into the chat template.
-        new_tokens: tokens that each row may generate.
-    """
-    good, encoded = [], []
-    for row in rows:
-        try:
-            ids, types = _encode_row(deployment, row, chat)
-            if row.line:
-                deployment.check_prompt(ids, row.images, row.task, new_tokens)
-        except RequestError as error:
-            bad.add(row.line, RequestError(f"{row.origin}: {error}") if row.origin else error)
-        else:
-            good.append(row)
-            encoded.append((array("i", ids), array("i", types)))
-    return good, encoded
-
-
-def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[list[int], list[int]]:
-    """Token ids and token types of a row; raises ``RequestError``."""
-    tokenizer = deployment.tokenizer
-    types: list[int] = []
-    if row.messages is not None:
-        if deployment.manifest.base.kind == "encoder":
-            raise RequestError(f"{deployment.manifest.base.name} is an encoder: give texts, not messages")
-        return tokenizer.encode_messages(row.messages, row.chat), types
-    if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
-        ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
-    else:
-        ids = tokenizer.encode_chat(row.prompt) if chat else tokenizer.encode(row.prompt, len(row.images))
-    if not ids:
-        raise RequestError("the prompt has no tokens: give it some text")
-    return ids, types
-
-
-def _generate(
-    deployment: Deployment,
-    rows: list[PromptRow],
-    ids: list[TokenIds],
-    stream: Callable[[int, str], None] | None,
-    settings: Mapping[str, Any],
-) -> Iterator[dict[str, Any]]:
-    """One result for each row, in order; rows of different tasks share a batch."""
-    for start in range(0, len(rows), _BATCH_ROWS):
-        batch = rows[start : start + _BATCH_ROWS]
-        tasks, images = [row.task for row in batch], [row.images for row in batch]
-        prompts = ids[start : start + _BATCH_ROWS]
-        try:
-            results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
-        except RequestError as error:
-            origin = batch[0].origin
-            raise RequestError(f"{origin} and on: {error}" if origin else str(error)) from error
-        for row, result in zip(batch, results, strict=True):
-            image_paths = {"images": list(map(str, row.images))} if row.images and row.messages is None else {}
-            prompt = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
-            yield {**prompt, "task": row.task, **image_paths, **asdict(result)}
-
-
-def _embed(
-    deployment: Deployment, rows: list[PromptRow], encoded: list[tuple[TokenIds, TokenIds]]
-) -> Iterator[dict[str, Any]]:
-    for row, (ids, types) in zip(rows, encoded, strict=True):
-        outputs = deployment.run(
-            input_ids=[ids.tolist()], images=[row.images], tasks=row.task, token_type_ids=[types.tolist()]
-        )
-        pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
-        mean = outputs["last_hidden_state"][0].mean(axis=0).tolist()
-        yield {"prompt": row.prompt, **pair, "task": row.task, "tokens": len(ids), "mean": mean}
 
 
 def _write(row: int, piece: str) -> None:

@@ -24,7 +24,8 @@ from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import worst_of
 from adalink.tools.parity.noise_floor import Outputs
-from adalink.tools.parity.reference import Pixels, Reference
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference_images import Pixels
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:

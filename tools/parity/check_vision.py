@@ -19,7 +19,8 @@ from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.preprocess import read_preprocessor
 from adalink.tools.parity.check_outputs import worst_of
 from adalink.tools.parity.noise_floor import TYPICAL_PERCENTILE, limit_of
-from adalink.tools.parity.reference import Pixels, Reference
+from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference_images import Pixels
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:

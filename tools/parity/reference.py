@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,18 +25,15 @@ from adalink.tools.parity.gguf_tokens import GgufTokens
 from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
 from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels, position_maps
 from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
+from adalink.tools.parity.reference_images import Pixels, image_features, pixel_tensors
 from adalink.tools.parity.report import Check
 from adalink.tools.parity.soft_prompt_reference import InputSide, without_input_side
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from adalink.training.data.rows import Example
-
-# Images by the names of a model's inputs: float32 `pixel_values` in the shape that it takes, and what goes with them.
-Pixels = Mapping[str, "npt.NDArray[Any]"]
 
 
 class Reference:
@@ -54,7 +51,8 @@ class Reference:
             ModelError: it cannot be loaded.
             ContractError: it is another model than the deployment's.
         """
-        from adalink.training.models.loading import base_fingerprint, display_name, load_base, weights_digest
+        from adalink.training.models.loading import base_fingerprint, load_base, weights_digest
+        from adalink.training.models.source import display_name
 
         self.base = base
         self._spec, self._assumed = spec, assume_pretokenizer
@@ -91,7 +89,7 @@ class Reference:
     @cached_property
     def gguf_tokens(self) -> GgufTokens | None:
         """Tokens by llama.cpp's rules; ``None`` for a checkpoint that is no GGUF file with byte-level BPE."""
-        from adalink.training.models.loading import gguf_file
+        from adalink.training.models.source import gguf_file
 
         path = gguf_file(self._spec)
         tokens = None if path is None else GgufTokens(path, self._assumed)
@@ -226,7 +224,7 @@ class Reference:
             single, double = (
                 [
                     np.asarray(embeds.double().numpy().reshape(-1, embeds.shape[-1]))
-                    for embeds in _image_features(model, _tensors(model, pixels))
+                    for embeds in image_features(model, pixel_tensors(model, pixels))
                 ]
                 for model in (self._model, self._exact)
             )
@@ -282,7 +280,7 @@ class Reference:
         from adalink.training.models.prefix_lm import prompt_inputs
 
         row, input_side = torch.tensor([ids]), self._input_side
-        images = {} if pixels is None else _tensors(model, pixels)
+        images = {} if pixels is None else pixel_tensors(model, pixels)
         if "image_grid_thw" in images:  # from embeddings alone the model cannot count its positions
             is_image = (row == model.config.image_token_id).int()
             images["position_ids"] = model.base_model.get_rope_index(row, is_image, images["image_grid_thw"])[0]
@@ -311,23 +309,6 @@ class Reference:
                 }
             name = "logits" if self.base.kind == "decoder" else "last_hidden_state"
             return {name: _float64(getattr(model(**inputs, **images), name))[soft_tokens:]}
-
-
-def _image_features(model: Any, images: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Image features, one tensor for each image; for tiles one for each row, whatever the version of transformers."""
-    features: Any = model.get_image_features(**images).pooler_output
-    values = images["pixel_values"]
-    if values.ndim == 5 and len(features) != len(values):  # until 5.20 a tensor for each tile, without tiles of zeros
-        counts = (values != 0).flatten(2).any(dim=2).sum(dim=1).tolist()
-        features = features.split(counts)
-    return list(features)
-
-
-def _tensors(model: Any, pixels: Pixels) -> dict[str, torch.Tensor]:
-    import torch
-
-    tensors = {name: torch.from_numpy(values) for name, values in pixels.items()}
-    return tensors | {"pixel_values": tensors["pixel_values"].to(model.dtype)}
 
 
 def _float64(tensor: torch.Tensor) -> Float64:

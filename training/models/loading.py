@@ -5,7 +5,6 @@ A base is a Hugging Face folder, a GGUF file (or a folder whose only model file 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,10 @@ from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
 from adalink.training.models.accounting import account_for_tensors
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
+from adalink.training.models.source import Source, display_name, find_source, gguf_file
 from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
-    INDEX_FILE,
-    PICKLED_SUFFIXES,
     WeightFiles,
-    check_pointers,
     fetch_weights,
     find_weight_files,
     refuse_adapter,
@@ -32,21 +29,7 @@ if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
 
 DTYPES = ("float32", "float16", "bfloat16")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Location of a base: ``origin`` for transformers, and ``gguf_file`` inside it for that format."""
-
-    origin: str
-    gguf_file: str | None = None
-
-    def options(self) -> dict[str, str | bool]:
-        # Never run a checkpoint's own code; without this setting transformers may ask on a terminal.
-        options: dict[str, str | bool] = {"trust_remote_code": False}
-        return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
 
 @dataclass(frozen=True)
@@ -87,7 +70,7 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    source = _find(spec)
+    source = find_source(spec)
     path = gguf_file(spec)
     gguf = None if path is None else CheckedGguf(path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -133,7 +116,7 @@ def checkpoint_folder(spec: str | Path) -> Path | None:
     Raises:
         ModelError: there is no such base.
     """
-    return _weights_folder(_find(spec))
+    return _weights_folder(find_source(spec))
 
 
 def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) -> PreTrainedTokenizerBase:
@@ -150,7 +133,7 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
     """
     from transformers import AutoTokenizer
 
-    source = _find(spec)
+    source = find_source(spec)
     if assume_pretokenizer is not None and source.gguf_file is None:
         raise ConfigError(
             f"base model {display_name(spec)} is no GGUF file and brings its own pre-tokenizer: leave "
@@ -167,12 +150,6 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
             "Expected tokenizer.json beside the weights, or a GGUF file that carries one"
         ) from error
-
-
-def gguf_file(spec: str | Path) -> Path | None:
-    """The GGUF file that a base is loaded from; ``None`` for another kind. Raises ``ModelError`` as ``load_base``."""
-    source = _find(spec)
-    return None if source.gguf_file is None else Path(source.origin) / source.gguf_file
 
 
 def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
@@ -251,64 +228,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return positions
 
 
-def display_name(spec: str | Path) -> str:
-    """Display name of a base: folder name or file stem of a local one, else the hub id; never a machine's path.
-
-    A folder with one GGUF file and no other model has the name of that file.
-    """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        ggufs = list(path.glob("*.gguf"))
-        is_gguf = len(ggufs) == 1 and not (path / "config.json").exists()
-        return ggufs[0].stem if is_gguf else path.resolve().name
-    if path.is_file() or path.suffix == ".gguf":
-        return path.stem
-    return str(spec) if _HUB_ID.fullmatch(str(spec)) else path.name
-
-
-def _find(spec: str | Path) -> _Source:
-    """Resolve ``spec``; refuses checkpoints that cannot be loaded without unpickling."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(
-                f"base model {path.name} is a {path.suffix or 'plain'} file; expected a .gguf file, a model folder or "
-                "a hub id"
-            )
-        check_pointers(path, path.name)
-        return _Source(str(path.parent), path.name)
-    if path.is_dir():
-        return _find_in_folder(path)
-    if not _HUB_ID.fullmatch(str(spec)):
-        raise ModelError(f"base model {spec}: no such file or folder, and not a hub id such as 'org/name'")
-    return _Source(str(spec))
-
-
-def _find_in_folder(folder: Path) -> _Source:
-    check_pointers(folder, display_name(folder))
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
-    ggufs = [name for name in files if name.endswith(".gguf")]
-    if "config.json" in files and any(name.endswith(".safetensors") or name == INDEX_FILE for name in files):
-        return _Source(str(folder))
-    if len(ggufs) == 1:
-        return _Source(str(folder), ggufs[0])
-    if len(ggufs) > 1:
-        raise ModelError(
-            f"base model folder {folder.name} holds {len(ggufs)} GGUF files; name one of them: {', '.join(ggufs)}"
-        )
-    if pickled := [name for name in files if name.endswith(PICKLED_SUFFIXES)]:
-        raise ModelError(
-            f"base model folder {folder.name} has only pickled weights ({pickled[0]}), which can run code and are "
-            "never loaded; convert them with save_pretrained(folder) to safetensors"
-        )
-    raise ModelError(
-        f"base model folder {folder.name} is not a model: expected config.json and *.safetensors, or one .gguf file; "
-        f"found {', '.join(files[:5]) or 'nothing'}"
-    )
-
-
 def _account(
-    source: _Source, files: WeightFiles | None, model: PreTrainedModel, info: dict[str, Any], name: str
+    source: Source, files: WeightFiles | None, model: PreTrainedModel, info: dict[str, Any], name: str
 ) -> list[str]:
     """Account for the tensors of a checkpoint that is loaded; those of a hub id may have come meanwhile."""
     files = files or _weight_files(source, name)
@@ -317,7 +238,7 @@ def _account(
     return account_for_tensors(files, model, info, name)
 
 
-def _weight_files(source: _Source, name: str) -> WeightFiles | None:
+def _weight_files(source: Source, name: str) -> WeightFiles | None:
     """Checked weight files of a base; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
     if (Path(source.origin) / ADAPTER_CONFIG).exists():  # which transformers attaches to a GGUF file as well
         refuse_adapter(name)
@@ -325,7 +246,7 @@ def _weight_files(source: _Source, name: str) -> WeightFiles | None:
     return None if folder is None else find_weight_files(folder, name)
 
 
-def _weights_folder(source: _Source) -> Path | None:
+def _weights_folder(source: Source) -> Path | None:
     """Folder of the safetensors; ``None`` for a GGUF file, and for a hub id whose files cannot be had."""
     if source.gguf_file is not None:
         return None

@@ -2,8 +2,7 @@
 
 Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) on held-out rows of the training data. Every candidate is
 trained for a few steps, the better half for twice as many from scratch, and so on. A trial is a complete short training
-with its own warm-up and decay, so it is a small version of the final one. All trials share one loaded base, and use the
-same rows in the same order.
+with its own warm-up and decay. All trials share one loaded base, and use the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -312,9 +311,8 @@ def _read(path: Path) -> SearchRecord:
     try:
         return decode_json(path.read_bytes(), SearchRecord)
     except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(
-            f"{path} is no record of a search: {error}; remove {path.parent} and start without --resume"
-        ) from error
+        repair = f"remove {path.parent} and start without --resume"
+        raise ConfigError(f"{path} is no record of a search: {error}; {repair}") from error
 
 
 def _write(path: Path, record: SearchRecord) -> None:

@@ -16,7 +16,8 @@ from helpers.tiny_tokenizer import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from adalink.runtime.errors import ModelError
-from adalink.training.models.loading import base_fingerprint, display_name, load_base, load_tokenizer, max_positions
+from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
+from adalink.training.models.source import display_name
 
 
 @pytest.fixture

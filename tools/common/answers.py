@@ -1,0 +1,98 @@
+"""Answers to rows of prompts: all are encoded and checked first, then run in batches."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from adalink.runtime.errors import RequestError
+from adalink.tools.common.rows import BadRows, PromptRow
+
+if TYPE_CHECKING:
+    from adalink.runtime.deployment import Deployment
+
+_BATCH_ROWS = 8
+
+# Four bytes a token: all rows are encoded before the first is answered.
+TokenIds: TypeAlias = "array[int]"
+
+
+def encode_rows(
+    deployment: Deployment, rows: list[PromptRow], bad: BadRows, *, chat: bool = False, new_tokens: int | None = 0
+) -> tuple[list[PromptRow], list[tuple[TokenIds, TokenIds]]]:
+    """Rows that can be answered, and token ids and token types of each, before any is answered.
+
+    Args:
+        deployment: the deployment.
+        rows: the rows.
+        bad: takes rows that cannot be answered, or raises their error.
+        chat: whether prompts go into the chat template.
+        new_tokens: tokens that each row may generate.
+    """
+    good, encoded = [], []
+    for row in rows:
+        try:
+            ids, types = _encode_row(deployment, row, chat)
+            if row.line:
+                deployment.check_prompt(ids, row.images, row.task, new_tokens)
+        except RequestError as error:
+            bad.add(row.line, RequestError(f"{row.origin}: {error}") if row.origin else error)
+        else:
+            good.append(row)
+            encoded.append((array("i", ids), array("i", types)))
+    return good, encoded
+
+
+def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[list[int], list[int]]:
+    """Token ids and token types of a row; raises ``RequestError``."""
+    tokenizer = deployment.tokenizer
+    types: list[int] = []
+    if row.messages is not None:
+        if deployment.manifest.base.kind == "encoder":
+            raise RequestError(f"{deployment.manifest.base.name} is an encoder: give texts, not messages")
+        return tokenizer.encode_messages(row.messages, row.chat), types
+    if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
+        ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
+    else:
+        ids = tokenizer.encode_chat(row.prompt) if chat else tokenizer.encode(row.prompt, len(row.images))
+    if not ids:
+        raise RequestError("the prompt has no tokens: give it some text")
+    return ids, types
+
+
+def generate_rows(
+    deployment: Deployment,
+    rows: list[PromptRow],
+    ids: list[TokenIds],
+    stream: Callable[[int, str], None] | None,
+    settings: Mapping[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """One result for each row, in order; rows of different tasks share a batch."""
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch = rows[start : start + _BATCH_ROWS]
+        tasks, images = [row.task for row in batch], [row.images for row in batch]
+        prompts = ids[start : start + _BATCH_ROWS]
+        try:
+            results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
+        except RequestError as error:
+            origin = batch[0].origin
+            raise RequestError(f"{origin} and on: {error}" if origin else str(error)) from error
+        for row, result in zip(batch, results, strict=True):
+            image_paths = {"images": list(map(str, row.images))} if row.images and row.messages is None else {}
+            prompt = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
+            yield {**prompt, "task": row.task, **image_paths, **asdict(result)}
+
+
+def embed_rows(
+    deployment: Deployment, rows: list[PromptRow], encoded: list[tuple[TokenIds, TokenIds]]
+) -> Iterator[dict[str, Any]]:
+    """The mean hidden state of each row, in order, shape ``(d,)``."""
+    for row, (ids, types) in zip(rows, encoded, strict=True):
+        outputs = deployment.run(
+            input_ids=[ids.tolist()], images=[row.images], tasks=row.task, token_type_ids=[types.tolist()]
+        )
+        pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
+        mean = outputs["last_hidden_state"][0].mean(axis=0).tolist()
+        yield {"prompt": row.prompt, **pair, "task": row.task, "tokens": len(ids), "mean": mean}
