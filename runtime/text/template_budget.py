@@ -24,7 +24,7 @@ DEADLINE_S = 10.0
 # Python's own limit for whole numbers that become texts is 4300 digits.
 _INTEGER_BITS = 1 << 13
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _current: ContextVar[Budget | None] = ContextVar("template_budget", default=None)
 
 
