@@ -24,7 +24,8 @@ DEADLINE_S = 10.0
 # Python's own limit for whole numbers that become texts is 4300 digits.
 _INTEGER_BITS = 1 << 13
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+# With a length, and elements that are parts of them.
+_SEQUENCES: tuple[type[Any], ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 _current: ContextVar[Budget | None] = ContextVar("template_budget", default=None)
 
 
@@ -99,7 +100,7 @@ def size_of(value: Any, most: int) -> int:
         if isinstance(item, dict):
             waiting.extend(item)
             waiting.extend(item.values())
-        elif isinstance(item, (list, tuple, *_VIEWS)):
+        elif isinstance(item, _SEQUENCES):
             waiting.extend(item)
     return total
 
@@ -108,7 +109,7 @@ def shallow_size(value: Any) -> int:
     """Size of a value in bytes without the parts of its elements."""
     if isinstance(value, str):
         return value.__sizeof__()
-    if isinstance(value, (list, tuple, dict, range, *_VIEWS)):
+    if isinstance(value, (dict, range)) or isinstance(value, _SEQUENCES):
         return ELEMENT_COST * (1 + len(value))
     return ELEMENT_COST + value.bit_length() // 8 if isinstance(value, int) else ELEMENT_COST
 

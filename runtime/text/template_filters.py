@@ -65,7 +65,7 @@ def make_filters() -> dict[str, Function]:
 
 def make_tests() -> dict[str, Function]:
     """The tests of chat templates, by name."""
-    named = tests.TESTS
+    named: dict[str, Any] = dict(tests.TESTS)  # Jinja's own type is narrower than what is called
     made = {name: named[name] for name in _PLAIN_TESTS}
     made |= {name: _priced(named[name], measured) for name in ("lower", "upper", "filter", "test")}
     made |= {name: _priced(named[name], _number) for name in ("divisibleby", "even", "odd")}

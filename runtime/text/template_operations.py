@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import SandboxedFormatter, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedFormatter
 from jinja2.utils import Namespace
 
 from adalink.runtime.text.template_budget import (

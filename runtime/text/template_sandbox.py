@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import BuiltinMethodType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateSyntaxError, Undefined, nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Joiner
 from jinja2.visitor import NodeTransformer
 
@@ -52,7 +53,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         )
         priced = {_CHARGE: charge, _COMPARE: compare, _MEASURE: measured, _GLANCE: glanced}
         self.filters = make_filters() | priced
-        self.tests = make_tests()
+        self.tests = cast(dict[str, Any], make_tests())
         self.globals = {
             "range": self.globals["range"],  # the sandbox's own, of a limited length
             "joiner": Joiner,
@@ -221,8 +222,9 @@ class _Pricing(NodeTransformer):
 @pass_context
 def _as_text(context: Context, value: Any) -> str:
     """The text of a value that is written."""
-    text = measured(value) if isinstance(value, str) else str(measured(value))
-    return text if text is value else glanced(text)
+    text = value if isinstance(value, str) else str(measured(value))
+    glanced(text)
+    return text
 
 
 def _call(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Expr:
