@@ -167,7 +167,7 @@ def test_altered_vision_file_is_not_used(vision_deployment: VisionDeployment, fi
             r"cuts images into tiles of \(\(16, 16\), 4\), the manifest has tokens for \(\(16, 16\), 3\)",
         ),
         ("llava", '"resample": 3', '"resample": 99', "resample is 99, expected 0 to 5"),
-        ("llava", '"crop": [', '"crop": [1', "gives pictures of .*, the manifest says"),
+        ("llava", '"crop": [\n    ', '"crop": [\n    1', "gives pictures of .*, the manifest says"),
         (
             "qwen2_5_vl",
             '"edge": 4',

@@ -268,7 +268,7 @@ def test_documented_formats_are_read(format_name: str) -> None:
         np.testing.assert_array_equal(read, np.asarray(image.convert("RGB")))
 
 
-@pytest.mark.parametrize("format_name", ["EPS", "TIFF", "PPM", "PCX", "TGA", "ICO", "JPEG2000", "PDF", "IM"])
+@pytest.mark.parametrize("format_name", ["EPS", "TIFF", "PPM", "PCX", "TGA", "ICO", "JPEG2000", "PDF"])
 def test_other_formats_are_refused(format_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow starts Ghostscript for EPS."""
     stream = BytesIO()
