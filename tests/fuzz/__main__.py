@@ -143,6 +143,17 @@ def mutants(report: Path | None, part: str) -> None:
     )
 
 
+@main.command()
+@click.argument("reports", nargs=-1, type=click.Path(path_type=Path))
+def page(reports: tuple[Path, ...]) -> None:
+    """Take the figures of REPORTS into the page on reliability, and write its tables again."""
+    from fuzz.page import take, write_page
+
+    for path in reports:
+        take(json.loads(path.read_text(encoding="utf-8")))
+    write_page()
+
+
 def _bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=Console(stderr=True))

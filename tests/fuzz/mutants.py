@@ -226,6 +226,8 @@ def is_caught(mutant: Mutant) -> tuple[bool, str]:
                 shutil.copy(REPOSITORY / name, root / name)
         path = root / mutant.path
         text = path.read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.path} does not hold the text of the fault {mutant.name!r} once")
         path.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.test],

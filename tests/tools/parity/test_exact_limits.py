@@ -177,10 +177,11 @@ def compute(adapter: Adapter, x: Array, slope: float = 0.0) -> Array:
 
 @pytest.fixture(scope="module")
 def adapter() -> Adapter:
-    """A ReLU whose first unit is dead for every unit vector: its weights show for negative ones alone."""
+    """A ReLU whose first unit is dead for every unit vector, and its second for every negative one."""
     made = random_adapter(FINGERPRINT, WIDTH, 3, rank=4, activation="relu", bias=False, scope="all")
     weights = {name: value.copy() for name, value in made.weights.items()}
-    weights["text.down.weight"][0] = -np.abs(weights["text.down.weight"][0]) - 0.1
+    for unit, sign in enumerate((-1, 1)):
+        weights["text.down.weight"][unit] = sign * (np.abs(weights["text.down.weight"][unit]) + 0.1)
     return make_adapter(made.config, weights)
 
 
