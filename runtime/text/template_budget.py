@@ -26,6 +26,7 @@ _INTEGER_BITS = 1 << 13
 
 # With a length, and elements that are parts of them.
 _SEQUENCES: tuple[type[Any], ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+_SIZED: tuple[type[Any], ...] = (*_SEQUENCES, dict, range)
 _current: ContextVar[Budget | None] = ContextVar("template_budget", default=None)
 
 
@@ -109,7 +110,7 @@ def shallow_size(value: Any) -> int:
     """Size of a value in bytes without the parts of its elements."""
     if isinstance(value, str):
         return value.__sizeof__()
-    if isinstance(value, (dict, range)) or isinstance(value, _SEQUENCES):
+    if isinstance(value, _SIZED):
         return ELEMENT_COST * (1 + len(value))
     return ELEMENT_COST + value.bit_length() // 8 if isinstance(value, int) else ELEMENT_COST
 
