@@ -165,7 +165,7 @@ def test_every_prompt_is_tokenized_once(folder, tmp_path, monkeypatch, options):
 
     for name in ("encode", "encode_chat"):
         monkeypatch.setattr(Tokenizer, name, counted(name))
-    monkeypatch.setattr(Tokenizer, "render_chat", lambda self, message: f"user: {message}")
+    monkeypatch.setattr(Tokenizer, "render_chat", lambda self, message, options: f"user: {message}")
     prompts = [f"{'abc'[row % 3]} {row}" for row in range(11)]
     rows = [{"prompt": prompt, "task": "alpha"} for prompt in prompts]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
