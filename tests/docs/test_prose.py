@@ -89,7 +89,7 @@ def test_guides_and_concepts_are_all_there():
         *("train", "export", "run", "many-tasks", "images", "quantize", "nvidia", "update-a-task", "verify-in-ci")
     }
     assert names_in("concepts") == {"how-it-works", "parity", "file-formats", "when-it-is-enough"}
-    assert names_in("project") == {"stability", "studies"}
+    assert names_in("project") == {"reliability", "stability", "studies"}
 
 
 def test_long_sentences_are_found():

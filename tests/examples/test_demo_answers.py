@@ -35,7 +35,7 @@ class Parrot:
     tasks: tuple[str, ...] = ("topics",)
     tokenizer: Tokens = field(default_factory=Tokens)
 
-    def generate(self, prompts, tasks, max_new_tokens):
+    def generate(self, prompts, tasks, max_new_tokens, sampling):
         names = [tasks] * len(prompts) if tasks is None or isinstance(tasks, str) else tasks
         replies = [self.replies.get((name, text), ("?", "length")) for name, text in zip(names, prompts, strict=True)]
         return [Generation(text, (1,), reason, 3) for text, reason in replies]
@@ -76,8 +76,8 @@ def test_mixed_batch_that_differs_is_shown(capsys):
     class Forgetful(Parrot):
         """Planted: in a mixed batch the last row is answered by the base."""
 
-        def generate(self, prompts, tasks, max_new_tokens):
-            replies = super().generate(prompts, tasks, max_new_tokens)
+        def generate(self, prompts, tasks, max_new_tokens, sampling):
+            replies = super().generate(prompts, tasks, max_new_tokens, sampling)
             return [*replies[:-1], Generation("lost", (1,), "stop", 3)] if isinstance(tasks, list) else replies
 
     show_answers(Forgetful(REPLIES), ROWS, "test", lambda line: None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.jsonl import read_jsonl
 from adalink.runtime.text.messages import ChatOptions, check_conversation, images_of
 from adalink.tools.common.rows import BadRows, PromptRow
@@ -37,7 +38,7 @@ def read_conversations(path: Path, task: str | None, bad: BadRows) -> list[Promp
     if not is_rows(path):
         return [_check(_read_json(path), task, path, 0)]
     rows = []
-    for number, value in read_jsonl(path, _EXPECTED, json.loads, bad.add):
+    for number, value in read_jsonl(path, _EXPECTED, _decode, bad.add):
         try:
             rows.append(_check(value, task, path, number))
         except DataError as error:
@@ -45,12 +46,16 @@ def read_conversations(path: Path, task: str | None, bad: BadRows) -> list[Promp
     return rows
 
 
+def _decode(text: bytes | str) -> Any:
+    return decode_json(text, object)
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return _decode(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSON file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
             f"{path}: not JSON: {error}; expected {_EXPECTED}; a conversation a line is for .jsonl"
         ) from error

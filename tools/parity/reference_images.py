@@ -15,7 +15,7 @@ Pixels = Mapping[str, "npt.NDArray[Any]"]
 
 def image_features(model: Any, images: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
     """Image features, one tensor for each image; for tiles one for each row, whatever the version of transformers."""
-    features: Any = model.getimage_features(**images).pooler_output
+    features: Any = model.get_image_features(**images).pooler_output
     values = images["pixel_values"]
     if values.ndim == 5 and len(features) != len(values):  # until 5.20 a tensor for each tile, without tiles of zeros
         counts = (values != 0).flatten(2).any(dim=2).sum(dim=1).tolist()

@@ -74,9 +74,12 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     path = gguf_file(spec)
     gguf = None if path is None else CheckedGguf(path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    files = _weight_files(source, display_name(spec))
+    is_local = Path(source.origin).is_dir()
+    files = _weight_files(source, display_name(spec)) if is_local else None
     try:
         config = AutoConfig.from_pretrained(source.origin, **source.options())
+        if not is_local:  # a hub that cannot be reached has said so by now
+            files = _weight_files(source, display_name(spec))
         if gguf is not None:
             gguf.repair(config)
         safetensors = {} if source.gguf_file else {"use_safetensors": True}
