@@ -33,11 +33,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_input_gives_anything_but_an_answer_or_a_typed_error(corpus: Path, tmp_path: Path) -> None:
-    totals = campaign.run(corpus, tmp_path / "work", inputs=200, names=QUICK, keep=tmp_path / "failed")
+    totals = campaign.run(corpus, tmp_path / "work", inputs=150, names=QUICK, keep=tmp_path / "failed")
     assert totals.failures == []
-    assert totals.inputs == 200
+    assert totals.inputs == 150
     assert totals.counts.keys() == set(QUICK)
-    assert totals.of("typed") > 80
+    assert totals.of("typed") > 60
     assert totals.of("same") > 5
     assert totals.of("accepted") > 5
 

@@ -103,8 +103,25 @@ def test_every_field_changes_the_name(base, entry, change):
     assert msgspec.convert(msgspec.to_builtins(run), Run).file_name == run.file_name
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("kind", ["adalink", "lora", "full", "prompt-tuning"])
+# Each method on one family; the others cost a minute more and are for the long run.
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("llama", "adalink"), ("bert", "lora"), ("llama", "prompt-tuning")),
+        *(
+            pytest.param(family, kind, marks=pytest.mark.slow)
+            for family, kind in (
+                *(
+                    ("bert", "adalink"),
+                    ("llama", "lora"),
+                    ("llama", "full"),
+                    ("bert", "full"),
+                    ("bert", "prompt-tuning"),
+                ),
+            )
+        ),
+    ],
+)
 def test_steps_in_bfloat16_and_scores_in_float32(entry, tmp_path, monkeypatch, family, kind):
     base = str(write_base(tmp_path / "base", family))
     found, forward = {"step": set(), "scoring": set()}, torch.nn.Linear.forward

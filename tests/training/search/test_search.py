@@ -163,6 +163,7 @@ def test_interrupted_and_gone_on_with_is_as_uninterrupted(model, monkeypatch, tm
         assert clock.passes == 0
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_loses(model, clock, tmp_path, monkeypatch):
     row_losses = TrainableAdapters.row_losses
 
