@@ -58,7 +58,9 @@ def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("replaced", "sign", "ending", "code"), [
     ("stay_with_second_seed", r"\[ .* min\]", signal.SIGINT, 130),
     ("stay_with_second_seed", r"\[ .* min\]", signal.SIGKILL, -signal.SIGKILL),
-    pytest.param("stay_or_fail", "the runs that are under way are finished first", signal.SIGINT, 130, marks=pytest.mark.slow),
+    pytest.param(
+        "stay_or_fail", "the runs that are under way are finished first", signal.SIGINT, 130, marks=pytest.mark.slow
+    ),
 ], ids=["Ctrl-C", "killed", "Ctrl-C after a failure"])  # fmt: skip
 def test_workers_end_with_the_study(places, tmp_path, replaced, sign, ending, code):
     """Ctrl-C, which reaches every process of a terminal, is a line; and a study that is killed leaves none waiting.
