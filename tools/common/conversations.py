@@ -64,9 +64,9 @@ def _read_json(path: Path) -> Any:
 def _check(value: Any, task: str | None, path: Path, line: int) -> PromptRow:
     """A row of one conversation; raises ``DataError``."""
     origin = f"{path}:{line}" if line else str(path)
-    row = {"messages": value} if isinstance(value, list) else value
-    if not isinstance(row, dict) or "messages" not in row:
+    if not isinstance(value, list) and not (isinstance(value, dict) and "messages" in value):
         raise DataError(f"{origin}: expected {_EXPECTED}, received {json.dumps(value)[:80]}")
+    row: dict[str, Any] = dict(value) if isinstance(value, dict) else {"messages": value}
     if unknown := sorted(row.keys() - _FIELDS - _FLAGS):
         raise DataError(f"{origin}: field {unknown[0]!r} is not known; expected {sorted(_FIELDS | _FLAGS)}")
     row_task = row.get("task", task)
