@@ -57,7 +57,9 @@ def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("replaced", "sign", "ending", "code"), [
     ("stay_with_second_seed", r"\[ .* min\]", signal.SIGINT, 130),
-    ("stay_with_second_seed", r"\[ .* min\]", signal.SIGKILL, -signal.SIGKILL),
+    pytest.param(
+        "stay_with_second_seed", r"\[ .* min\]", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow
+    ),
     pytest.param(
         "stay_or_fail", "the runs that are under way are finished first", signal.SIGINT, 130, marks=pytest.mark.slow
     ),

@@ -127,6 +127,7 @@ def test_too_slow_for_three_candidates_is_an_error(model, clock, tmp_path):
         look(model, tmp_path, clock, progress=slow_down)
 
 
+@pytest.mark.slow
 def test_interrupted_and_gone_on_with_is_as_uninterrupted(model, monkeypatch, tmp_path):
     space = SearchSettings(minutes=3, rates=(1e-6, 2e-2, 1e-4), ranks=(16, 4), activations=("identity",))
     names = ("whole", "parts")
