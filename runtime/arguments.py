@@ -19,9 +19,18 @@ def check_whole(value: Any, name: str, least: int) -> None:
 def check_path(value: Any, name: str) -> Path:
     """A path of a file or folder; raises ``RequestError``."""
     raw = value.__fspath__() if isinstance(value, os.PathLike) else value
-    if not isinstance(raw, str) or "\0" in raw:
+    if not isinstance(raw, str) or "\0" in raw or not _can_be_encoded(raw):
         raise RequestError(f"{name} is {value!r:.80}, expected a path: a text or a pathlib.Path")
     return Path(raw)
+
+
+def _can_be_encoded(path: str) -> bool:
+    """Whether the system can take a path: half a character has no bytes."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_name(value: Any, name: str) -> str:

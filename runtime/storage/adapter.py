@@ -6,6 +6,7 @@ Training writes it, export reads it, and a deployment has a copy beside each tas
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 def read_folder(folder: str | Path) -> tuple[bytes, Bytes]:
     """Bytes of the two files of an adapter folder, the kit's or PEFT's; raises ``AdapterError``."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise AdapterError(f"adapter {folder}: no such folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"adapter {folder}: {WEIGHTS_FILE} is missing{_whereabouts(folder)}")

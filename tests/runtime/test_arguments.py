@@ -12,7 +12,7 @@ from helpers.runtime import Tiny
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
 
-PATHS = (5, None, [], b"folder", "fol\0der", object())
+PATHS = (5, None, [], b"folder", "fol\0der", "\ud800", object())
 NAMES = (5, [], {}, b"alpha", np.int64(3), object())
 WHOLE = ("1", 1.5, True, [], object())
 

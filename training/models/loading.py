@@ -145,7 +145,9 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
     try:
         if source.gguf_file is not None:
             return load_gguf_tokenizer(Path(source.origin) / source.gguf_file, assume_pretokenizer)
-        return AutoTokenizer.from_pretrained(source.origin, **source.options())
+        tokenizer = AutoTokenizer.from_pretrained(source.origin, **source.options())
+        tokenizer("a")  # settings of a wrong type show when they are used
+        return tokenizer
     except AdaLinkError:
         raise
     except Exception as error:  # as in load_base

@@ -295,6 +295,8 @@ def test_git_lfs_pointers(tmp_path: Path, name: str) -> None:
 def test_no_folder_and_missing_field(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such folder"):
         read_adapter(tmp_path / "nothing")
+    with pytest.raises(AdapterError, match="no such folder"):
+        read_adapter("a" * 5000)
     write(tmp_path, make())
     fields = json.loads((tmp_path / CONFIG_FILE).read_text())
     del fields["rank"]

@@ -91,6 +91,13 @@ def test_tokenizer(folder):
         load_tokenizer(folder)
 
 
+def test_tokenizer_setting_of_a_wrong_type_is_refused_when_loaded(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "many"}))
+    with pytest.raises(ModelError, match="no usable tokenizer: TypeError"):
+        load_tokenizer(folder)
+
+
 class _Payload:
     """Unpickling this makes a file."""
 
