@@ -99,6 +99,11 @@ def test_refuses_extra_tensors(tmp_path, name):
         load_base(llama(tmp_path, tensors={name: EXTRA}))
 
 
+def test_refuses_more_layers_than_it_holds_before_it_makes_them(tmp_path):
+    with pytest.raises(ModelError, match="say 1000000 layers and it holds tensors of 2; expected as many"):
+        load_base(llama(tmp_path, metadata={"llama.block_count": 1_000_000}))
+
+
 def test_refuses_unknown_architecture(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_models.llama(), "starcoder2")
     with pytest.raises(ModelError, match="its architecture is 'starcoder2', expected one of gemma3, gpt2, llama"):

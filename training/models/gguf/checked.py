@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader, read_header
 from adalink.training.models.gguf.metadata import repair_config
-from adalink.training.models.gguf.tensors import check_tensors
+from adalink.training.models.gguf.tensors import check_layers, check_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +42,7 @@ class CheckedGguf:
     def repair(self, config: Any) -> None:
         """Put right, in place, the config that transformers made; raises ``ModelError`` for what it cannot take."""
         repair_config(self.header, self._path, config)
+        check_layers(self.header, config.num_hidden_layers)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Check the loaded model's tensors, and give it the file's end tokens and recommended sampling.

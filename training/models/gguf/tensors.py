@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_layers(header: GgufHeader, layers: int) -> None:
+    """Check that a file has tensors of all the layers that it says, before a model of that many is made.
+
+    Raises:
+        ModelError: it has those of fewer.
+    """
+    found = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if len(found) < layers:
+        raise ModelError(
+            f"base model {header.name}: its metadata say {layers} layers and it holds tensors of {len(found)}; "
+            "expected as many: download the file again"
+        )
+
+
 def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
     """Check that every tensor of a file belongs to a weight of the model.
 
