@@ -25,8 +25,6 @@ what was received, what was expected and the repair.
 
 from __future__ import annotations
 
-import msgspec
-
 __all__ = [
     "AdaLinkError",
     "AdapterError",
@@ -117,7 +115,3 @@ class BackendError(AdaLinkError):
 
 class BackendUnavailableError(BackendError):
     """The engine's package or device is not on this machine."""
-
-
-# msgspec raises these for bytes that are not the expected JSON: not JSON, another type, nested too deeply.
-NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)

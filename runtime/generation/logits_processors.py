@@ -66,7 +66,6 @@ class SequenceBiasProcessor:
         self._lengths = sorted({len(prefix) for prefix in self._following})
 
     @implements(LogitsProcessor)
-    @implements(LogitsProcessor)
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         total: dict[int, np.float32] = {}
         for length in self._lengths:
@@ -86,7 +85,6 @@ class RepetitionPenaltyProcessor:
     _read: int = 0
 
     @implements(LogitsProcessor)
-    @implements(LogitsProcessor)
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         self._seen.update(dict.fromkeys(sequence[self._read :]))
         self._read = len(sequence)
@@ -103,7 +101,6 @@ class NoRepeatNgramProcessor:
     _following: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
     _read: int = 0
 
-    @implements(LogitsProcessor)
     @implements(LogitsProcessor)
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         for end in range(max(self._read, self.size - 1), len(sequence)):
@@ -122,7 +119,6 @@ class MinLengthProcessor:
     end_ids: tuple[int, ...]
 
     @implements(LogitsProcessor)
-    @implements(LogitsProcessor)
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         if len(sequence) < self.length:
             scores[list(self.end_ids)] = -np.inf
@@ -135,7 +131,6 @@ class ForcedTokenProcessor:
     length: int
     token_ids: tuple[int, ...]
 
-    @implements(LogitsProcessor)
     @implements(LogitsProcessor)
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         if len(sequence) == self.length:
@@ -150,7 +145,6 @@ class SuppressTokensProcessor:
     token_ids: tuple[int, ...]
     length: int | None = None
 
-    @implements(LogitsProcessor)
     @implements(LogitsProcessor)
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         if self.length is None or len(sequence) == self.length:

@@ -13,7 +13,6 @@ from adalink.runtime.storage.decoding import decode_json
 RECORD_FILE = "engine.json"
 PLAN_FILE = "engine.plan"
 VISION_FILE = "vision.plan"
-CACHES = ("in-place", "growing")
 
 
 class VisionRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -66,7 +66,7 @@ def collect_inputs(
         texts = sorted(prompts, key=len)[:_GENERATIONS]
     if deployment.manifest.base.vision is None:
         longest = longest_prompt(deployment, 0)
-        labelled = collect_labelled_rows(report, deployment, against, prompts, rows, longest)
+        labelled = collect_labelled_rows(report, deployment, reference, prompts, rows, longest)
         return ParityInputs(rows, texts, labelled=labelled)
     progress("pixel values and the vision tower")
     return ParityInputs(rows, texts, *_make_image_prompts(report, deployment, reference, against, rows))

@@ -11,6 +11,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.storage.manifest import Base
 from adalink.tools.parity.position_labels import PositionLabels
 from adalink.tools.parity.prompts import fit
+from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Report, at_most
 
 
@@ -37,16 +38,22 @@ class LabelledRows:
 def collect_labelled_rows(
     report: Report,
     deployment: Deployment,
-    against: str,
+    reference: Reference,
     prompts: list[str] | None,
     rows: list[list[int]],
     longest: int,
 ) -> list[LabelledRows]:
     """Pairs of texts for an encoder, and rows of several modalities for a base that takes embeddings of others.
 
-    Arguments are those of ``collect_pairs``.
+    Args:
+        report: gets the check of pairs.
+        deployment: the deployment to verify.
+        reference: the base model in PyTorch.
+        prompts: texts; ``None`` without a tokenizer.
+        rows: token ids of single texts.
+        longest: most tokens of a row.
     """
-    collected = [collect_pairs(report, deployment, against, prompts, rows, longest)]
+    collected = [_collect_pairs(report, deployment, reference, prompts, rows, longest)]
     base = deployment.manifest.base
     if len(base.modalities) > 1 and base.vision is None:
         collected.append(_mixed_modalities(base, rows))
@@ -62,28 +69,17 @@ def _mixed_modalities(base: Base, rows: list[list[int]]) -> LabelledRows:
     return LabelledRows("modalities", rows, labels)
 
 
-def collect_pairs(
+def _collect_pairs(
     report: Report,
     deployment: Deployment,
-    against: str,
+    reference: Reference,
     prompts: list[str] | None,
     rows: list[list[int]],
     longest: int,
 ) -> LabelledRows | None:
     """Rows of several segments, and the check of how the deployment makes them from texts.
 
-    Where the tokenizer gives no types, the rows have seeded ones.
-
-    Args:
-        report: gets the check.
-        deployment: the deployment to verify.
-        against: the base model.
-        prompts: texts; ``None`` without a tokenizer.
-        rows: token ids of single texts.
-        longest: most tokens of a row.
-
-    Returns:
-        The rows; ``None`` for a base that tells no segments apart.
+    Where the tokenizer gives no types, the rows have seeded ones. ``None`` for a base that tells no segments apart.
     """
     base = deployment.manifest.base
     if base.kind != "encoder":
@@ -91,7 +87,7 @@ def collect_pairs(
     if base.token_types is None:
         report.skipped.append("pairs of texts: the deployment was written by a kit without token types")
         return None
-    encoded = [] if prompts is None else _encode_pairs(report, deployment, against, prompts, longest)
+    encoded = [] if prompts is None else _encode_pairs(report, deployment, reference, prompts, longest)
     if not base.takes_token_types:
         return None
     seeded = _seeded_types(base, rows)
@@ -100,12 +96,10 @@ def collect_pairs(
 
 
 def _encode_pairs(
-    report: Report, deployment: Deployment, against: str, prompts: list[str], longest: int
+    report: Report, deployment: Deployment, reference: Reference, prompts: list[str], longest: int
 ) -> list[tuple[list[int], list[int]]]:
     """Ids and types of each prompt with the one before it, compared with the model's own tokenizer."""
-    from adalink.training.models.loading import load_tokenizer
-
-    theirs, ours = load_tokenizer(against), deployment.tokenizer.encode_pair
+    theirs, ours = reference.tokenizer, deployment.tokenizer.encode_pair
     pairs, differing = [], []
     for index, text in enumerate(prompts):
         first, second = _fitting_pair(text, prompts[index - 1], ours, longest)

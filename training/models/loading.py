@@ -14,7 +14,7 @@ from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
 from adalink.training.models.accounting import account_for_tensors
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
-from adalink.training.models.source import Source, display_name, find_source, gguf_file
+from adalink.training.models.source import Source, display_name, find_source
 from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
     WeightFiles,
@@ -71,8 +71,7 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     source = find_source(spec)
-    path = gguf_file(spec)
-    gguf = None if path is None else CheckedGguf(path)
+    gguf = None if source.gguf_path is None else CheckedGguf(source.gguf_path)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     is_local = Path(source.origin).is_dir()
     files = _weight_files(source, display_name(spec)) if is_local else None
@@ -143,8 +142,8 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
             "--assume-pretokenizer out"
         )
     try:
-        if source.gguf_file is not None:
-            return load_gguf_tokenizer(Path(source.origin) / source.gguf_file, assume_pretokenizer)
+        if source.gguf_path is not None:
+            return load_gguf_tokenizer(source.gguf_path, assume_pretokenizer)
         tokenizer = AutoTokenizer.from_pretrained(source.origin, **source.options())
         tokenizer("a")  # settings of a wrong type show when they are used
         return tokenizer

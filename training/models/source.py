@@ -19,6 +19,11 @@ class Source:
     origin: str
     gguf_file: str | None = None
 
+    @property
+    def gguf_path(self) -> Path | None:
+        """The GGUF file; ``None`` for another kind."""
+        return None if self.gguf_file is None else Path(self.origin) / self.gguf_file
+
     def options(self) -> dict[str, str | bool]:
         """Arguments of transformers' loaders."""
         # Never run a checkpoint's own code; without this setting transformers may ask on a terminal.
@@ -46,8 +51,7 @@ def find_source(spec: str | Path) -> Source:
 
 def gguf_file(spec: str | Path) -> Path | None:
     """The GGUF file that a base is loaded from; ``None`` for another kind. Raises ``ModelError`` as ``load_base``."""
-    source = find_source(spec)
-    return None if source.gguf_file is None else Path(source.origin) / source.gguf_file
+    return find_source(spec).gguf_path
 
 
 def display_name(spec: str | Path) -> str:
