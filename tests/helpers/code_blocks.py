@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from helpers.warm_python import WarmPython
 
 from adalink.tools.cli import main
 
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(.*?)\s*-->")
 _FENCE = re.compile(r"^(?P<indent> *)(?P<mark>`{3,})(?P<language>[\w+-]*).*$")
 _SEPARATORS = {";", "&&", "||", "|", "&", "do", "then", "("}
+_IMPORTS = ("onnxruntime", "torch", "transformers.models.llama.modeling_llama", "transformers.trainer")
 _RUN = """
 import json, sys
 names = {"__name__": "__main__"}
@@ -75,19 +76,30 @@ def find_blocks(page: str, text: str) -> list[Block]:
     return blocks
 
 
-def run_blocks(blocks: list[Block], folder: Path) -> str:
-    """Run Python blocks in order, in one namespace and one process of its own; returns what they print.
+class BlockRunner:
+    """Runs the Python blocks of a page in order, in one namespace and a process of its own; close it in the end.
 
-    Raises:
-        AssertionError: one fails; the message has its traceback with the page's lines.
+    Pages run with PyTorch and transformers imported already, which a page of two lines would take five seconds for.
     """
-    command = [sys.executable, "-W", "error::DeprecationWarning:adalink", "-c", _RUN]
-    given = json.dumps([(block.page, block.line, block.code) for block in blocks])
-    ran = subprocess.run(
-        command, cwd=folder, env=_environment(), input=given, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+
+    def __init__(self) -> None:
+        self._command = [sys.executable, "-W", "error::DeprecationWarning:adalink"]
+        self._python = WarmPython(_IMPORTS, self._command[1:])
+
+    def run(self, blocks: list[Block], folder: Path) -> str:
+        """Run blocks in a folder; returns what they print.
+
+        Raises:
+            AssertionError: one fails; the message has its traceback with the page's lines.
+        """
+        given = json.dumps([(block.page, block.line, block.code) for block in blocks])
+        ran = self._python.run([*self._command, "-c", _RUN], cwd=folder, env=_environment(), input=given)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    def close(self) -> None:
+        """End what stays of the runner."""
+        self._python.close()
 
 
 def _environment() -> dict[str, str]:
