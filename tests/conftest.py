@@ -1,10 +1,25 @@
 """What every test shares: nothing is remembered in the home of whoever runs the tests."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 import pytest
+from helpers.warm_python import WarmPython
+
+_IMPORTS = ("onnxruntime", "torch", "transformers.models.llama.modeling_llama", "transformers.trainer")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_memory(tmp_path_factory):
+def own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def warm_torch() -> Iterator[WarmPython]:
+    """Processes of their own, with PyTorch and transformers imported and nothing of the kit."""
+    python = WarmPython(_IMPORTS)
+    yield python
+    python.close()

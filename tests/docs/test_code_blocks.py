@@ -16,7 +16,7 @@ import shutil
 
 import click
 import pytest
-from helpers.code_blocks import Block, BlockRunner, check_command, command_lines, find_blocks
+from helpers.code_blocks import Block, check_command, command_lines, find_blocks, run_blocks
 from helpers.paths import REPOSITORY
 from helpers.tiny_deployments import make_deployment
 
@@ -51,13 +51,6 @@ def wrong_command_lines(blocks):
     return wrong
 
 
-@pytest.fixture(scope="module")
-def runner():
-    runner = BlockRunner()
-    yield runner
-    runner.close()
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
@@ -79,11 +72,11 @@ def workplace(world, tmp_path):
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: str(page.relative_to(REPOSITORY))
 )
-def test_python_blocks_run(page, workplace, runner):
+def test_python_blocks_run(page, workplace, warm_torch):
     blocks = python_blocks(page)
     if any("export_base(" in block.code for block in blocks):
         shutil.rmtree(workplace / "deployment")
-    runner.run(blocks, workplace)
+    run_blocks(blocks, workplace, warm_torch)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES], ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -96,10 +89,10 @@ def test_command_lines_of_all_pages_are_found():
     assert {("train",), ("export",), ("run",), ("verify",), ("inspect",), ("doctor",)} <= found
 
 
-def test_failing_python_block_is_named_with_its_line(tmp_path, runner):
+def test_failing_python_block_is_named_with_its_line(tmp_path, warm_torch):
     page = "# Title\n\n```python\nx = 1\n```\n\nText.\n\n```python\nx += 1\nassert x == 3, x\n```\n"
     with pytest.raises(AssertionError, match=r'File "page\.md", line 11(.|\n)*AssertionError: 2'):
-        runner.run(find_blocks("page.md", page), tmp_path)
+        run_blocks(find_blocks("page.md", page), tmp_path, warm_torch)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from adalink.tools.cli import main
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(.*?)\s*-->")
 _FENCE = re.compile(r"^(?P<indent> *)(?P<mark>`{3,})(?P<language>[\w+-]*).*$")
 _SEPARATORS = {";", "&&", "||", "|", "&", "do", "then", "("}
-_IMPORTS = ("onnxruntime", "torch", "transformers.models.llama.modeling_llama", "transformers.trainer")
 _RUN = """
-import json, sys
+import json, sys, warnings
+warnings.filterwarnings("error", category=DeprecationWarning, module=r"adalink\\Z")
 names = {"__name__": "__main__"}
 for page, line, code in json.load(sys.stdin):
     exec(compile("\\n" * line + code, page, "exec"), names)
@@ -76,30 +76,16 @@ def find_blocks(page: str, text: str) -> list[Block]:
     return blocks
 
 
-class BlockRunner:
-    """Runs the Python blocks of a page in order, in one namespace and a process of its own; close it in the end.
+def run_blocks(blocks: list[Block], folder: Path, python: WarmPython) -> str:
+    """Run Python blocks in order, in one namespace and one process of its own; returns what they print.
 
-    Pages run with PyTorch and transformers imported already, which a page of two lines would take five seconds for.
+    Raises:
+        AssertionError: one fails; the message has its traceback with the page's lines.
     """
-
-    def __init__(self) -> None:
-        self._command = [sys.executable, "-W", "error::DeprecationWarning:adalink"]
-        self._python = WarmPython(_IMPORTS, self._command[1:])
-
-    def run(self, blocks: list[Block], folder: Path) -> str:
-        """Run blocks in a folder; returns what they print.
-
-        Raises:
-            AssertionError: one fails; the message has its traceback with the page's lines.
-        """
-        given = json.dumps([(block.page, block.line, block.code) for block in blocks])
-        ran = self._python.run([*self._command, "-c", _RUN], cwd=folder, env=_environment(), input=given)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
-
-    def close(self) -> None:
-        """End what stays of the runner."""
-        self._python.close()
+    given = json.dumps([(block.page, block.line, block.code) for block in blocks])
+    ran = python.run([sys.executable, "-c", _RUN], cwd=folder, env=_environment(), input=given)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 def _environment() -> dict[str, str]:

@@ -25,6 +25,7 @@ def perform(request):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.path[1:1] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     kind, program, *arguments = request["program"]
     sys.argv = [kind, *arguments]
@@ -83,7 +84,7 @@ class WarmPython:
         self,
         command: Sequence[str],
         *,
-        input: str = "",  # noqa: A002 - as subprocess.run names it
+        input: str = "",
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         **_: bool,

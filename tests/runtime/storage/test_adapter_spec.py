@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 from helpers.paths import REPOSITORY
+from helpers.warm_python import WarmPython
 
 from adalink.runtime.storage.adapter import AdapterConfig
 from adalink.runtime.storage.adapter_spec import AdapterSpec, MethodSpec, settings_at_default, settings_of
@@ -21,15 +21,10 @@ from adalink.training.method.config import AdaLinkConfig
 PACKAGES = ("runtime", "training", "export", "tools")
 
 
-def test_new_setting_reaches_every_file_by_one_line(tmp_path: Path) -> None:
+def test_new_setting_reaches_every_file_by_one_line(tmp_path: Path, warm_torch: WarmPython) -> None:
     paths = os.pathsep.join(str(REPOSITORY / folder) for folder in ("src", "tests"))
-    result = subprocess.run(
-        [sys.executable, "-m", "helpers.new_setting", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-        check=False,
-    )
+    command = [sys.executable, "-m", "helpers.new_setting", str(tmp_path)]
+    result = warm_torch.run(command, env=os.environ | {"PYTHONPATH": paths})
     assert result.returncode == 0, result.stderr
     silent, telling = json.loads(result.stdout.splitlines()[-1])
     everywhere = ("report", "loaded", "config", "manifest", "inspect deployment", "inspect adapter")

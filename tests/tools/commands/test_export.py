@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from helpers.runtime import random_adapter, write_adapter
 from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
+from helpers.warm_python import WarmPython
 from safetensors.numpy import save_file
 
 from adalink.runtime.storage.integrity import verify_files
@@ -191,15 +192,11 @@ def test_help_has_an_example(verb: tuple[str, ...]) -> None:
     assert f"adalink {verb[0]}" in shown.stdout
 
 
-def test_error_shows_its_message_alone_and_nothing_is_left(tmp_path: Path) -> None:
+def test_error_shows_its_message_alone_and_nothing_is_left(tmp_path: Path, warm_torch: WarmPython) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    result = subprocess.run(
-        [sys.executable, "-m", "adalink.tools", "export", "base", tmp_path / "model", "--out", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    result = warm_torch.run([sys.executable, "-m", "adalink.tools", "export", "base", model, "--out", out])
     assert result.returncode == 2
     assert "pickled weights" in result.stderr
     assert "Traceback" not in result.stderr

@@ -58,8 +58,8 @@ def call_here(work, monkeypatch):
     return lambda out, *extra, **options: CliRunner().invoke(main, arguments(out, *extra, **options))
 
 
-def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work):
-    done = call(work, "adapter", "--max-steps", "6", "--json")
+def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work, warm_torch):
+    done = warm_torch.run(command("adapter", "--max-steps", "6", "--json"), cwd=work)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     adapter = read_adapter(work / "adapter")

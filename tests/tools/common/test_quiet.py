@@ -1,6 +1,5 @@
 """No progress bar of a library gets into a log: not in this process, not in a study's workers."""
 
-import subprocess
 import sys
 
 import pytest
@@ -32,7 +31,7 @@ def test_gguf_bar_is_for_terminals_and_comes_back(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("isatty", [False, True])
-def test_workers_of_a_study_show_none(isatty):
+def test_workers_of_a_study_show_none(isatty, warm_torch):
     code = (
         "import sys\n"
         "from transformers import modeling_gguf_pytorch_utils as gguf\n"
@@ -42,8 +41,8 @@ def test_workers_of_a_study_show_none(isatty):
         "schedule._begin_worker(1)\n"
         "list(gguf.tqdm(range(3), desc='Converting'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr == ""
+    done = warm_torch.run([sys.executable, "-c", code])
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_inspect_of_a_model_says_nothing_but_its_result(tmp_path):
