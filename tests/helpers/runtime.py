@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 from helpers.tiny_models import FAMILIES, VOCAB_SIZE
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
+from adalink.runtime.storage import stamp
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -135,3 +138,12 @@ def build(family: str, root: Path, modalities: tuple[str, ...] = ("text",)) -> T
             adapters[task] = random_adapter(base.fingerprint, base.hidden_size, seed, **settings)
             export_adapter(write_adapter(root / "adapters" / task, adapters[task]), folder)
     return Tiny(folder, model, adapters, root / "adapters")
+
+
+def let_files_settle(patch: pytest.MonkeyPatch) -> None:
+    """Wait until files count as left alone, with a margin of 50 ms for 2 s.
+
+    No one can set the change time of a file back; disks of today tell changes apart that are 10 ms from each other.
+    """
+    patch.setattr(stamp, "_SETTLED_NS", 50_000_000)
+    time.sleep(0.1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.runtime import let_files_settle
 
 from adalink.runtime import Deployment
 from adalink.runtime.errors import IntegrityError
@@ -25,7 +25,7 @@ def settled(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """A deployment whose files are older than the margin, and a memory of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copy = Path(shutil.copytree(llama.folder, tmp_path / "copy"))
-    time.sleep(2.1)  # no one can set the change time of a file back
+    let_files_settle(monkeypatch)
     return copy
 
 

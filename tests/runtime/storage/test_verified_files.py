@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.runtime import let_files_settle
 
 from adalink.export.writer import remove_task
 from adalink.runtime import Deployment
@@ -26,7 +26,7 @@ def copy(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(llama.folder, tmp_path / "copy"))
     if request.param == "older":
-        time.sleep(2.1)  # no one can set the change time of a file back
+        let_files_settle(monkeypatch)
         Deployment.open(folder).close()  # its digests are known
     return folder
 
