@@ -38,7 +38,7 @@ def run(workplace, *arguments):
     return CliRunner().invoke(command, [*map(str, options)])
 
 
-def test_whole_path_then_reuse_then_change(workplace):
+def test_whole_path_then_reuse_then_change_then_anew(workplace):
     root, _, examples = workplace
     first = run(workplace)
     assert first.exit_code == 0, first.output
@@ -67,9 +67,6 @@ def test_whole_path_then_reuse_then_change(workplace):
     assert third.stderr.count("reused") == 2 + HAS_RTX
     assert {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")} == base
 
-
-def test_fresh_starts_anew(workplace):
-    assert run(workplace).exit_code == 0
     again = run(workplace, "--fresh")
     assert again.exit_code == 0, again.output
     assert "reused" not in again.stderr

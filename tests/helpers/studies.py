@@ -17,7 +17,6 @@ from transformers import modeling_gguf_pytorch_utils
 
 from adalink.runtime.errors import DataError
 from studies.commands import main
-from studies.experiment.run import perform
 from studies.experiment.run_settings import Run
 
 LABELS = {"a": "ant", "b": "bee", "c": "cow"}
@@ -152,7 +151,7 @@ def fail_first_rate(run: Run, *arguments: Any) -> dict[str, Any]:
     if run.lr == 1e-2:
         raise DataError("planted")
     time.sleep(1)
-    return perform(run, *arguments)
+    return made_result(run, 0.5, "AdaLink 8")
 
 
 PARAMETERS = {"AdaLink 8": 768, "AdaLink 16": 1536, "LoRA 2": 400, "none": 0}

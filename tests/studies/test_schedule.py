@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import select
@@ -22,6 +23,19 @@ from studies.plan import Estimates, make_cells
 from studies.schedule import do_runs
 
 
+@pytest.fixture(scope="module")
+def warm_workers():
+    """Workers are forked from a fresh process that has their imports, in place of doing those themselves.
+
+    The tests of Ctrl-C start them as a study does.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.studies", "studies.schedule"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule.multiprocessing, "get_context", lambda method: context)
+        yield
+
+
 def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch):
     study, count, real = write_study(places, tmp_path), [0], schedule.perform
 
@@ -37,7 +51,7 @@ def test_an_interrupted_study_keeps_what_was_done(places, tmp_path, monkeypatch)
     assert not list((tmp_path / "out" / "runs").glob(".*"))
 
 
-def test_processes_give_what_one_process_gives(done, tmp_path):
+def test_processes_give_what_one_process_gives(done, tmp_path, warm_workers):
     study = read_study(done[0])
     cells, lines, finished = make_cells(study), [], {}
     assert do_runs(cells, tmp_path, finished, jobs=2, progress=lines.append)
@@ -49,7 +63,7 @@ def test_processes_give_what_one_process_gives(done, tmp_path):
         assert ours[name]["result"]["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def test_a_killed_process_is_told(done, tmp_path, monkeypatch):
+def test_a_killed_process_is_told(done, tmp_path, monkeypatch, warm_workers):
     monkeypatch.setattr(schedule, "perform", die)
     with pytest.raises(BackendError, match=r"a worker process was killed, .*use fewer --jobs"):
         do_runs(make_cells(read_study(done[0])), tmp_path, {}, jobs=2)
@@ -104,7 +118,7 @@ def test_workers_end_with_the_study(places, tmp_path, replaced, sign, ending, co
         assert said.splitlines()[-1] == "Interrupted."  # and no word of semaphores that were left
 
 
-def test_a_failed_run_does_not_lose_what_runs_beside_it(done, tmp_path, monkeypatch):
+def test_a_failed_run_does_not_lose_what_runs_beside_it(done, tmp_path, monkeypatch, warm_workers):
     monkeypatch.setattr(schedule, "perform", fail_first_rate)
     finished = {}
     with pytest.raises(DataError, match="planted"):
