@@ -9,11 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.runtime import random_adapter, write_adapter
-from helpers.tiny_models import FAMILIES
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.base.export import export_base
 from adalink.export.deployment_lock import LOCK_FILE
 from adalink.export.writer import STAGING_FOLDER, open_writer, remove_task
 from adalink.runtime.errors import DeploymentError
@@ -29,22 +26,6 @@ FOREIGN = {
     "tasks/todo/list.txt": "a user's list",
 }
 NAMES = (LOCK_FILE, STAGING_FOLDER, MANIFEST_FILE, "base", "engines", "tasks")
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A deployment with the task ``topics``, and beside it an adapter."""
-    root = tmp_path_factory.mktemp("pristine")
-    fingerprint = export_base(FAMILIES["llama"](), root / "deployment").base.fingerprint
-    settings = {"rank": 4, "activation": "gelu", "bias": True, "scope": "all"}
-    write_adapter(root / "adapter", random_adapter(fingerprint, 48, 0, **settings))
-    export_adapter(root / "adapter", root / "deployment", name="topics")
-    return root
-
-
-@pytest.fixture
-def root(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "root")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -107,7 +88,7 @@ def test_deployments_of_earlier_kits_are_written_to(root: Path, lock: str | None
         (folder / STAGING_FOLDER / "x").write_bytes(b"staged")
     before = plant(folder)
     remove_task(folder, "topics")
-    assert export_adapter(root / "adapter", folder, name="topics").tasks.keys() == {"topics"}
+    assert export_adapter(root / "one", folder, name="topics").tasks.keys() == {"topics"}
     assert {name: files(folder)[name] for name in FOREIGN} == {name: before[name] for name in FOREIGN}
     assert not (folder / STAGING_FOLDER).exists()
 
@@ -117,7 +98,7 @@ def test_writers_leave_foreign_files_alone(root: Path) -> None:
     before = plant(folder)
     (folder / "tasks" / "topics.2").mkdir()
     (folder / "tasks" / "topics.2" / "draft").write_text("kept")
-    manifest = export_adapter(root / "adapter", folder, name="topics", replace=True)
+    manifest = export_adapter(root / "one", folder, name="topics", replace=True)
     assert manifest.tasks["topics"].graph == "tasks/topics.3/adapter.onnx"
     remove_task(folder, "topics")
     kept = {name: data for name, data in before.items() if not name.startswith("tasks/topics")}
@@ -217,7 +198,7 @@ def test_journal_reaches_nothing_outside(root: Path, path: str) -> None:
         (root / name).write_text("kept")
     with (folder / LOCK_FILE).open("ab") as stream:
         stream.write(b'{"path":"%s","sha256":""}\n{"path":"\xff"}\nnoise\n{"path":"base/em' % path.encode())
-    export_adapter(root / "adapter", folder, name="topics")
+    export_adapter(root / "one", folder, name="topics")
     assert (root / "outside").read_text() == (folder / "README.md").read_text() == "kept"
     verify_files(folder, read_manifest(folder))
 
@@ -236,7 +217,7 @@ def test_link_out_of_the_deployment_is_refused_by_name(root: Path, name: str, *,
     place.symlink_to(outside)
     before = files(root)
     with pytest.raises(DeploymentError, match=rf"{name} is a link to"):
-        export_adapter(root / "adapter", folder, name="second")
+        export_adapter(root / "one", folder, name="second")
     assert files(root) == before
 
 
@@ -246,7 +227,7 @@ def test_link_below_a_folder_is_not_gone_through(root: Path) -> None:
     (folder / "tasks" / "topics").rename(outside)
     (folder / "tasks" / "topics").symlink_to(outside)
     before = files(outside)
-    manifest = export_adapter(root / "adapter", folder, name="topics", replace=True)
+    manifest = export_adapter(root / "one", folder, name="topics", replace=True)
     assert manifest.tasks["topics"].graph.startswith("tasks/topics.2/")
     assert files(outside) == before
 
@@ -254,7 +235,7 @@ def test_link_below_a_folder_is_not_gone_through(root: Path) -> None:
 def test_deployment_may_itself_be_a_link(root: Path) -> None:
     link = root / "link"
     link.symlink_to(root / "deployment")
-    assert "second" in export_adapter(root / "adapter", link, name="second").tasks
+    assert "second" in export_adapter(root / "one", link, name="second").tasks
     assert link.is_symlink()
 
 

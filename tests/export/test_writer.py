@@ -14,7 +14,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from helpers.runtime import random_adapter, write_adapter
 from helpers.tiny_models import FAMILIES
 
 from adalink.export import writer as writers
@@ -27,23 +26,6 @@ from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import MANIFEST_FILE
 from adalink.runtime.storage.manifest_io import read_manifest
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A deployment with the task ``topics``, and beside it two adapters ``one`` and ``two``."""
-    root = tmp_path_factory.mktemp("pristine")
-    fingerprint = export_base(FAMILIES["llama"](), root / "deployment").base.fingerprint
-    for seed, name in enumerate(("one", "two")):
-        settings = {"rank": 4, "activation": "gelu", "bias": True, "scope": "all"}
-        write_adapter(root / name, random_adapter(fingerprint, 48, seed, **settings))
-    export_adapter(root / "one", root / "deployment", name="topics")
-    return root
-
-
-@pytest.fixture
-def root(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "root")
 
 
 def contents(folder: Path) -> dict[str, str]:
