@@ -54,7 +54,8 @@ while line := sys.stdin.readline():
             os.dup2(file.fileno(), number)
         code = perform(request)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            if not stream.closed:
+                stream.flush()
         os._exit(code or 0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     texts = []
@@ -105,7 +106,9 @@ class WarmPython:
         }
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        code, stdout, stderr = json.loads(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, f"the process that gives copies of itself ended: {server.wait()}"
+        code, stdout, stderr = json.loads(answer)
         return subprocess.CompletedProcess(command, code, stdout, stderr)
 
     def _serve(self, environment: dict[str, str]) -> subprocess.Popen[str]:
