@@ -17,6 +17,7 @@ import pytest
 from fuzz import campaign, kills, page, threads
 from fuzz.corpus import make_corpus
 from fuzz.kinds import KINDS, generator_of
+from fuzz.mutations import VALUES, mutate_json
 from fuzz.outcomes import BAD, observe
 from helpers.paths import REPOSITORY
 
@@ -48,6 +49,15 @@ def test_an_input_is_made_again_from_its_seed(name: str, corpus: Path, tmp_path:
     assert made[0] == made[1]
     assert any(files != made[0] for files in made[2:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_does_not_depend_on_those_made_before_it() -> None:
+    """A value from the list was once changed in place, until it held itself and nothing could be made of it."""
+    data, seeds = b'{"a": [1, {"b": 2}], "c": "d"}', range(1000)
+    before = repr(VALUES)
+    made = [mutate_json(generator_of("", seed), data) for seed in seeds]
+    assert [mutate_json(generator_of("", seed), data) for seed in seeds] == made
+    assert repr(VALUES) == before
 
 
 def raise_bug() -> Any:
