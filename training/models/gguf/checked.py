@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,11 @@ class CheckedGguf:
     def header(self) -> GgufHeader:
         """The file's header; raises ``ModelError``."""
         return read_header(self._path)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the tensors have together."""
+        return sum(math.prod(place.shape) for place in self.header.tensors.values())
 
     def repair(self, config: Any) -> None:
         """Put right, in place, the config that transformers made; raises ``ModelError`` for what it cannot take."""
