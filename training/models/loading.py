@@ -20,6 +20,7 @@ from adalink.training.models.source import Source, display_name, find_source
 from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
     WeightFiles,
+    check_config,
     fetch_weights,
     find_weight_files,
     refuse_adapter,
@@ -78,6 +79,8 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     is_local = Path(source.origin).is_dir()
     files = _weight_files(source, display_name(spec)) if is_local else None
     try:
+        if gguf is not None:
+            gguf.check()
         config = AutoConfig.from_pretrained(source.origin, **source.options())
         if not is_local:  # a hub that cannot be reached has said so by now
             files = _weight_files(source, display_name(spec))
@@ -147,7 +150,9 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
         )
     try:
         if source.gguf_path is not None:
+            CheckedGguf(source.gguf_path).check()
             return load_gguf_tokenizer(source.gguf_path, assume_pretokenizer)
+        check_config(Path(source.origin), display_name(spec))
         tokenizer = AutoTokenizer.from_pretrained(source.origin, **source.options())
         tokenizer("a")  # settings of a wrong type show when they are used
         return tokenizer

@@ -22,29 +22,32 @@ if TYPE_CHECKING:
 _COUNT = re.compile(r"(^|_)(layers?|blocks?|depths?|labels)$")
 # So many of anything cost nothing. Some configs count what a model does not have.
 _FREE_COUNT = 1000
+# Where nothing says how many there are: lists that are made at once.
+_LIST_LIMIT = 100_000
 # Tables and heads that are tied later are made apart first: of T5 and its like, four of one size.
 _MADE_FACTOR = 8
 # Of numbers in memory. A pooler may be missing; of much more than the files hold, the rest would be random.
 _FILLED_FACTOR = 2
 
 
-def check_counts(config: Mapping[str, Any], tensors: int, name: str) -> None:
+def check_counts(config: Mapping[str, Any], tensors: int | None, name: str) -> None:
     """Check the counts of a config, and of its parts, before anything is made of it.
 
     Args:
         config: fields of ``config.json``.
-        tensors: how many tensors the weight files hold.
+        tensors: how many tensors the weight files hold; ``None`` where only the tokenizer is wanted.
         name: display name of the model, for errors.
 
     Raises:
         ModelError: it counts more layers than there are tensors.
     """
+    limit = _LIST_LIMIT if tensors is None else max(tensors, _FREE_COUNT)
     for field, value in _fields(config):
-        is_count = isinstance(value, int) and _COUNT.search(field)
-        if is_count and value > max(tensors, _FREE_COUNT):
+        if isinstance(value, int) and _COUNT.search(field) and value > limit:
+            held = "" if tensors is None else f", and the weight files hold {tensors} tensors"
             raise ModelError(
-                f"base model {name}: config.json says {field} {value:.4g}, and the weight files hold {tensors} tensors;"
-                " expected no more than these: correct config.json, or download the checkpoint again"
+                f"base model {name}: config.json says {field} {value:.4g}{held}; expected at most {limit}: correct "
+                "config.json, or download the checkpoint again"
             )
 
 

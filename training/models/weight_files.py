@@ -101,6 +101,13 @@ def refuse_adapter(name: str) -> NoReturn:
     )
 
 
+def check_config(folder: Path, name: str) -> None:
+    """Check the counts of a ``config.json`` without its weights, if there is one; raises ``ModelError``."""
+    path = folder / "config.json"
+    if path.is_file():
+        check_counts(_read_json(path, name), None, name)
+
+
 def fetch_weights(hub_id: str) -> Path | None:
     """Fetch config and weights of a hub id; returns their folder in the cache, ``None`` if they cannot be had.
 

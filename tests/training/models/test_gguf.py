@@ -99,9 +99,13 @@ def test_refuses_extra_tensors(tmp_path, name):
         load_base(llama(tmp_path, tensors={name: EXTRA}))
 
 
-def test_refuses_more_layers_than_it_holds_before_it_makes_them(tmp_path):
-    with pytest.raises(ModelError, match="say 1000000 layers and it holds tensors of 2; expected as many"):
-        load_base(llama(tmp_path, metadata={"llama.block_count": 1_000_000}))
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # of gemma3 the config itself makes a list of them
+@pytest.mark.parametrize("layers", [1_000_000, 2**32 - 1])
+def test_refuses_more_layers_than_it_holds_before_it_makes_them(tmp_path, architecture, layers):
+    metadata = {f"{architecture}.block_count": layers}
+    path = write_gguf(tmp_path / "tiny.gguf", FAMILIES[architecture](), architecture, metadata=metadata)
+    with pytest.raises(ModelError, match=f"say {layers} layers and it holds tensors of 2; expected as many"):
+        load_base(path)
 
 
 def test_refuses_unknown_architecture(tmp_path):

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.tiny_ggufs import write_gguf
+from helpers.tiny_ggufs import tokenizer_metadata, write_gguf
+from helpers.tiny_tokenizer import make_tokenizer
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from adalink.runtime.errors import ModelError
-from adalink.training.models.loading import load_base
+from adalink.training.models.loading import load_base, load_tokenizer
 from adalink.training.models.size_limit import check_counts, limit_model_size
 
 LAYER_COUNTS = {
@@ -78,6 +79,19 @@ def test_absurd_sizes(family: str, field: str, size: int, tmp_path: Path, made: 
     with pytest.raises(ModelError, match=r"numbers, and the weight files hold|cannot load it: RuntimeError: Storage"):
         load_base(folder)
     assert len(made) < 60
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_tokenizer_beside_millions_of_layers(family: str, tmp_path: Path) -> None:
+    """To load it, transformers reads the config too."""
+    make_tokenizer().save_pretrained(tmp_path)
+    save(family, tmp_path, num_hidden_layers=2**32)
+    with pytest.raises(ModelError, match=r"config.json says num_hidden_layers 4.295e\+09; expected at most 100000"):
+        load_tokenizer(tmp_path)
+    metadata = tokenizer_metadata() | {f"{family}.block_count": 2**32 - 1}
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_models.FAMILIES[family](), family, metadata=metadata)
+    with pytest.raises(ModelError, match="say 4294967295 layers and it holds tensors of 2"):
+        load_tokenizer(path)
 
 
 def test_a_gguf_file_of_absurd_sizes(tmp_path: Path) -> None:
