@@ -77,6 +77,25 @@ def test_folder_that_is_swapped_after_the_last_check(root: Path, monkeypatch: py
     assert (folder / MANIFEST_FILE).read_bytes() == old
 
 
+def test_folder_that_is_swapped_while_it_is_open(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the opening of the folder and the move: the file comes into the folder that was opened."""
+    folder, outside = root / "deployment", []
+    real = deployment_paths.os.replace
+
+    def late(*paths: Any, **options: Any) -> None:
+        if not outside:
+            outside.append((swap(folder / "tasks"), contents(folder / "tasks")))
+        real(*paths, **options)
+
+    monkeypatch.setattr(deployment_paths.os, "replace", late)
+    with pytest.raises(DeploymentError, match="tasks is a link to"):
+        export_adapter(root / "adapter", folder, name="second")
+    monkeypatch.undo()
+    ((target, before),) = outside
+    assert contents(target) == before
+    assert any((folder / "aside" / "second").iterdir())
+
+
 def test_file_that_is_removed_below_a_swapped_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is swapped while it is open; the file that was looked at is removed, not the one outside."""
     folder, outside = root / "deployment", []

@@ -128,7 +128,8 @@ def threads(corpus: Path, seed: int, report: Path | None, count: int, each: int)
 @click.option("--name", "part", default="", help="A part of the faults' names; all by default.")
 def mutants(report: Path | None, part: str) -> None:
     """Put known faults into copies of the source; the test of each must fail."""
-    from fuzz.mutants import MUTANTS, is_caught
+    from fuzz.mutant import is_caught
+    from fuzz.mutants import MUTANTS
 
     chosen = [mutant for mutant in MUTANTS if part in mutant.name]
     with _bar() as bar:

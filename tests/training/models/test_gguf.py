@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import tiny_models
 from helpers.tiny_ggufs import write_gguf
 
@@ -97,6 +98,13 @@ def test_takes_neutral_keys(tmp_path, metadata):
 def test_refuses_extra_tensors(tmp_path, name):
     with pytest.raises(ModelError, match=rf"1 of its 21 tensors would be dropped, the first '{name}'"):
         load_base(llama(tmp_path, tensors={name: EXTRA}))
+
+
+def test_refuses_layers_that_it_does_not_hold_before_the_config_is_made(tmp_path, monkeypatch):
+    path = llama(tmp_path, metadata={"llama.block_count": 3})
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *args, **options: pytest.fail("it was made"))
+    with pytest.raises(ModelError, match="say 3 layers and it holds tensors of 2"):
+        load_base(path)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # of gemma3 the config itself makes a list of them

@@ -61,6 +61,13 @@ def test_millions_of_layers(family: str, count: int, tmp_path: Path, made: list[
     assert not made
 
 
+def test_hundreds_of_thousands_of_layers(tmp_path: Path) -> None:
+    """As many as a config can still make a list of."""
+    folder = save("gemma3", tmp_path / "tiny", num_hidden_layers=300_000)
+    with pytest.raises(ModelError, match=r"num_hidden_layers 3e\+05, and the weight files hold \d+ tensors"):
+        load_base(folder)
+
+
 @pytest.mark.parametrize("family", LAYER_COUNTS)
 def test_hundreds_of_layers(family: str, tmp_path: Path, made: list[str]) -> None:
     """Counts that the first check lets pass; some of the layers are made until they outgrow the files."""
