@@ -148,11 +148,16 @@ def mutants(report: Path | None, part: str) -> None:
 @main.command()
 @click.argument("reports", nargs=-1, type=click.Path(path_type=Path))
 def page(reports: tuple[Path, ...]) -> None:
-    """Take the figures of REPORTS into the page on reliability, and write its tables again."""
-    from fuzz.page import take, write_page
+    """Take the figures of REPORTS into the page on reliability, and write its tables again.
 
-    for path in reports:
-        take(json.loads(path.read_text(encoding="utf-8")))
+    Several reports of inputs are added up.
+    """
+    from fuzz.page import add, take, write_page
+
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in reports]
+    inputs = [report for report in read if "classes" in report]
+    for report in [*([add(inputs)] if inputs else []), *(report for report in read if "classes" not in report)]:
+        take(report)
     write_page()
 
 

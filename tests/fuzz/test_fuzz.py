@@ -159,6 +159,19 @@ def test_page_shows_the_committed_figures() -> None:
     assert {f"`{name}`" for name in KINDS} <= set(re.findall(r"`[^`\n]+`", text.partition("## What may happen")[0]))
 
 
+def test_reports_of_inputs_are_added() -> None:
+    classes = dict.fromkeys(campaign.CLASSES, 0)
+    first = {"seed": 5, "inputs": 3, "seconds": 1.5, "classes": classes | {"typed": 3}, "failures": []}
+    then = {"seed": 8, "inputs": 2, "seconds": 2.5, "classes": classes | {"same": 1, "hang": 1}, "failures": [{}]}
+    kinds = {"file": {"inputs": 2, "typed": 2, "slowest_ms": 9}, "hf": {"inputs": 1, "typed": 1, "slowest_ms": 4}}
+    more = {"file": {"inputs": 2, "same": 1, "hang": 1, "slowest_ms": 7}}
+    found = page.add([first | {"kinds": kinds}, then | {"kinds": more}])
+    assert (found["seed"], found["inputs"], found["seconds"], found["failures"]) == (5, 5, 4.0, [{}])
+    assert found["classes"] == classes | {"typed": 3, "same": 1, "hang": 1}
+    assert found["kinds"]["file"] == {"inputs": 4, "typed": 2, "same": 1, "hang": 1, "slowest_ms": 9}
+    assert found["kinds"]["hf"] == kinds["hf"]
+
+
 def test_figures_of_a_failed_run_say_so() -> None:
     kind = {"inputs": 3, "typed": 1, "untyped": 2, "slowest_ms": 7}
     classes = dict.fromkeys(campaign.CLASSES, 0) | {"typed": 1, "untyped": 2}
