@@ -150,14 +150,17 @@ def mutants(report: Path | None, part: str) -> None:
 def page(reports: tuple[Path, ...]) -> None:
     """Take the figures of REPORTS into the page on reliability, and write its tables again.
 
-    Several reports of inputs are added up.
+    Several reports of inputs, or of kills, are added up.
     """
-    from fuzz.page import add, take, write_page
+    from fuzz.page import add, add_kills, take, write_page
 
     read = [json.loads(path.read_text(encoding="utf-8")) for path in reports]
-    inputs = [report for report in read if "classes" in report]
-    for report in [*([add(inputs)] if inputs else []), *(report for report in read if "classes" not in report)]:
-        take(report)
+    for mark, together in (("classes", add), ("changes", add_kills)):
+        if parts := [report for report in read if mark in report]:
+            take(together(parts))
+    for report in read:
+        if not {"classes", "changes"} & report.keys():
+            take(report)
     write_page()
 
 

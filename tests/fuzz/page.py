@@ -49,6 +49,20 @@ def add(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def add_kills(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of kills out of several."""
+    changes: dict[str, Counter[str]] = {}
+    for report in reports:
+        for name, counts in report["changes"].items():
+            changes.setdefault(name, Counter()).update(counts)
+    return {
+        "kills": sum(report["kills"] for report in reports),
+        "seconds": sum(report["seconds"] for report in reports),
+        "changes": {name: dict(counts) for name, counts in changes.items()},
+        "faults": [fault for report in reports for fault in report["faults"]],
+    }
+
+
 def tables(figures: dict[str, Any]) -> str:
     """The page's measured part."""
     parts = []

@@ -172,6 +172,13 @@ def test_reports_of_inputs_are_added() -> None:
     assert found["kinds"]["hf"] == kinds["hf"]
 
 
+def test_reports_of_kills_are_added() -> None:
+    one = {"kills": 3, "seconds": 1.0, "changes": {"base": {"before": 2, "after": 1, "too late": 4}}, "faults": []}
+    found = page.add_kills([one, one | {"kills": 1, "changes": {"engine": {"before": 1}}, "faults": [{}]}])
+    changes = {"base": {"before": 2, "after": 1, "too late": 4}, "engine": {"before": 1}}
+    assert found == {"kills": 4, "seconds": 2.0, "changes": changes, "faults": [{}]}
+
+
 def test_figures_of_a_failed_run_say_so() -> None:
     kind = {"inputs": 3, "typed": 1, "untyped": 2, "slowest_ms": 7}
     classes = dict.fromkeys(campaign.CLASSES, 0) | {"typed": 1, "untyped": 2}
