@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock, JournalEntry, hold_lock, read_own_lock
+from adalink.export.deployment_paths import link_error, move_file, parents_of, remove_file, set_mode
 from adalink.runtime.errors import DeploymentError, UnknownTaskError, WriteError
 from adalink.runtime.storage.atomic import sync, write_through
 from adalink.runtime.storage.digest import digest_file
@@ -47,7 +48,7 @@ class DeploymentWriter:
         self._staging = folder / STAGING_FOLDER
         paths = current.paths_in_use() if current else set()
         # Case-folded: some file systems ignore case.
-        self._used_folders = {parent.casefold() for path in paths for parent in _folders_of(path)}
+        self._used_folders = {parent.casefold() for path in paths for parent in parents_of(path)}
 
     @property
     def manifest(self) -> Manifest:
@@ -102,20 +103,18 @@ class DeploymentWriter:
         # Some libraries write files that only their owner may read; a deployment's have the mode of any new file.
         mode = stat.S_IMODE(pending.stat().st_mode)
         for path in staged.values():
-            path.chmod(mode)
+            set_mode(path, mode)
         _sync_all(staged.values())
         for relative in staged:
             _check_free(self.folder, relative)
         self._lock.record(JournalEntry(relative, record.sha256) for relative, record in records.items())
         self._lock.record(JournalEntry(relative) for relative in sorted(kept.keys() - files.keys()))
-        for relative, path in staged.items():
-            final = self.folder / relative
-            final.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(final)
+        for relative in staged:
+            move_file(self.folder, f"{STAGING_FOLDER}/{relative}", relative)
         # A new folder is on the disk once its parent is flushed.
-        folders = {self.folder / parent for relative in staged for parent in _folders_of(relative)}
+        folders = {self.folder / parent for relative in staged for parent in parents_of(relative)}
         _sync_all(sorted({self.folder, *folders}))
-        pending.replace(self.folder / MANIFEST_FILE)
+        move_file(self.folder, f"{STAGING_FOLDER}/{MANIFEST_FILE}", MANIFEST_FILE)
         sync(self.folder)
         return manifest
 
@@ -143,19 +142,19 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
         with hold_lock(folder, has_manifest=current is not None) as lock:
             _refuse_links(folder)
             # Read again: the manifest may have changed before the lock was held.
-            current = read_manifest(folder) if current or (folder / MANIFEST_FILE).exists() else None
+            current = _read_own(folder) if current or (folder / MANIFEST_FILE).exists() else None
             staging = _clear_staging(folder, lock)
             _remove_unused(folder, current, lock)
             try:
                 lock.record([JournalEntry(STAGING_FOLDER)])
-                staging.mkdir()
+                staging.mkdir(mode=0o700)  # nobody else puts a link into it
                 yield DeploymentWriter(folder, current, lock)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
                 # The manifest on the disk decides, not this process's view of it. Files that cannot be removed do no
                 # harm: nothing refers to them, and the next writer tries again.
                 with suppress(OSError):
-                    _remove_unused(folder, read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None, lock)
+                    _remove_unused(folder, _read_own(folder) if (folder / MANIFEST_FILE).exists() else None, lock)
                     lock.clear()
     except OSError as error:
         where = error.filename or folder
@@ -183,7 +182,8 @@ def _check_new(folder: Path) -> None:
 def _refuse_links(folder: Path) -> None:
     """What a writer writes to lies in the folder itself; raises ``DeploymentError`` for a link. The folder may be one.
 
-    This finds links that lie there. It is no defence against someone who changes the folder at the same time.
+    This finds links that lie there, and says so before any work is done. A link that is put there later is found where
+    it would be gone through: see ``adalink.export.deployment_paths``.
     """
     for name in (LOCK_FILE, STAGING_FOLDER, MANIFEST_FILE, *_OWNED_FOLDERS):
         _refuse_link(folder / name)
@@ -191,15 +191,17 @@ def _refuse_links(folder: Path) -> None:
 
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
-        raise DeploymentError(
-            f"{path} is a link to {path.readlink()}: a deployment is changed only where its files lie themselves; "
-            "replace the link by what it leads to"
-        )
+        raise link_error(path)
+
+
+def _read_own(folder: Path) -> Manifest:
+    """The manifest that lies in the folder itself; raises as ``read_manifest`` does."""
+    return read_manifest(folder, follow_links=False)
 
 
 def _check_free(folder: Path, relative: str) -> None:
     """Check that a new file overwrites nothing and goes through no link; raises ``DeploymentError``."""
-    for parent in _folders_of(relative):
+    for parent in parents_of(relative):
         _refuse_link(folder / parent)
     if os.path.lexists(folder / relative):
         raise DeploymentError(
@@ -218,15 +220,12 @@ def _clear_staging(folder: Path, lock: DeploymentLock) -> Path:
     return staging
 
 
-def _folders_of(path: str) -> Iterator[str]:
-    """Every folder that a relative path lies in."""
-    while "/" in path:
-        path = path.rpartition("/")[0]
-        yield path
-
-
 def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    """Files below a folder; raises ``DeploymentError`` for a link among them."""
+    paths = sorted(folder.rglob("*")) if folder.is_dir() else []
+    for path in paths:
+        _refuse_link(path)
+    return [path for path in paths if path.is_file()]
 
 
 def _remove_unused(folder: Path, manifest: Manifest | None, lock: DeploymentLock) -> None:
@@ -239,20 +238,7 @@ def _remove_unused(folder: Path, manifest: Manifest | None, lock: DeploymentLock
         parts = entry.path.split("/")
         if entry.path in used or len(parts) < 2 or parts[0] not in _OWNED_FOLDERS or {"", ".", ".."} & set(parts):
             continue
-        folders = [folder / parent for parent in _folders_of(entry.path)]
-        if any(path.is_symlink() for path in folders):
-            continue
-        path = folder / entry.path
-        if _is_file(path) and entry.sha256 in ("", digest_file(path)):
-            path.unlink()
-        for parent in folders:
-            with suppress(OSError):  # it holds other files
-                parent.rmdir()
-
-
-def _is_file(path: Path) -> bool:
-    """Whether a file lies here itself, not a link to one."""
-    return not path.is_symlink() and path.is_file()
+        remove_file(folder, entry.path, entry.sha256)
 
 
 def _sync_all(paths: Collection[Path]) -> None:

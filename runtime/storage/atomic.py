@@ -13,7 +13,8 @@ from typing import BinaryIO
 from adalink.runtime.errors import WriteError
 
 # Windows has neither links to worry about nor these two flags.
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_PLAIN = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_NEW_FILE, _ANY_FILE = _PLAIN | os.O_EXCL, _PLAIN | os.O_TRUNC
 
 
 def replace_file(
@@ -53,8 +54,8 @@ def replace_file(
 
 
 def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
-    """Write a file directly, flushed to the disk if ``durable``; raises ``OSError``."""
-    with path.open("wb") as stream:
+    """Write a file directly, flushed to the disk if ``durable``; raises ``OSError``, also for a link."""
+    with os.fdopen(os.open(path, _ANY_FILE, 0o666), "wb") as stream:
         _write(stream, data, durable=durable)
 
 

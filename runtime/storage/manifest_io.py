@@ -55,8 +55,12 @@ def decode_manifest(data: bytes, origin: str = MANIFEST_FILE) -> Manifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, *, follow_links: bool = True) -> Manifest:
     """Read a deployment's manifest.
+
+    Args:
+        folder: the deployment.
+        follow_links: whether ``manifest.json`` may be a link.
 
     Raises:
         DeploymentError: there is no such folder, or it holds no manifest.
@@ -64,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        with open_regular(path) as stream:
+        with open_regular(path, follow_links=follow_links) as stream:
             data = stream.read(_MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError as error:
         what = "holds no manifest.json" if folder.is_dir() else "does not exist"

@@ -35,10 +35,11 @@ def is_settled(stamp: Stamp, since_ns: int | None = None) -> bool:
     return max(stamp[3:]) < (time.time_ns() if since_ns is None else since_ns) - _SETTLED_NS
 
 
-def open_regular(path: Path) -> FileIO:
+def open_regular(path: Path, *, follow_links: bool = True) -> FileIO:
     """Open a file for unbuffered reading; raises ``OSError``, also for a folder, a device or a pipe."""
+    links = 0 if follow_links else getattr(os, "O_NOFOLLOW", 0)
     # A pipe that nobody writes to would otherwise wait for ever.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, os.O_RDONLY | links | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):

@@ -34,7 +34,7 @@ def main() -> None:
 @_corpus_option
 @_seed_option
 @_json_option
-@click.option("--seconds", default=600.0, help="Stop after this time.")
+@click.option("--seconds", type=float, help="Stop after this time; 600 seconds if no number of inputs is given.")
 @click.option("--inputs", type=int, help="Stop after so many inputs.")
 @click.option("--jobs", default=1, help="Worker processes.")
 @click.option(
@@ -45,7 +45,7 @@ def inputs(
     corpus: Path,
     seed: int,
     report: Path | None,
-    seconds: float,
+    seconds: float | None,
     inputs: int | None,
     jobs: int,
     names: tuple[str, ...],
@@ -54,14 +54,15 @@ def inputs(
     """Mutate inputs of every kind."""
     _corpus(corpus)
     with _bar() as bar, tempfile.TemporaryDirectory(prefix="fuzz-") as work:
-        shown = bar.add_task("inputs", total=inputs or int(seconds))
+        seconds = 600.0 if seconds is None and inputs is None else seconds
+        shown = bar.add_task("inputs", total=inputs or int(seconds or 0))
 
         def progress(totals: Totals) -> None:
             bad = sum(totals.of(name) for name in BAD)
             done = totals.inputs if inputs else int(totals.seconds)
             bar.update(shown, completed=done, description=f"{totals.inputs} inputs, {bad} failed")
 
-        limits = {"seconds": None if inputs else seconds, "inputs": inputs, "jobs": jobs, "names": names}
+        limits = {"seconds": seconds, "inputs": inputs, "jobs": jobs, "names": names}
         totals = run(corpus.resolve(), Path(work), seed=seed, **limits, keep=keep, progress=progress)
     _end(totals.as_json(), report, failed=any(totals.of(name) for name in (*BAD, "harness")))
 
@@ -128,7 +129,8 @@ def threads(corpus: Path, seed: int, report: Path | None, count: int, each: int)
 @click.option("--name", "part", default="", help="A part of the faults' names; all by default.")
 def mutants(report: Path | None, part: str) -> None:
     """Put known faults into copies of the source; the test of each must fail."""
-    from fuzz.mutants import MUTANTS, is_caught
+    from fuzz.mutant import is_caught
+    from fuzz.mutants import MUTANTS
 
     chosen = [mutant for mutant in MUTANTS if part in mutant.name]
     with _bar() as bar:
@@ -146,11 +148,19 @@ def mutants(report: Path | None, part: str) -> None:
 @main.command()
 @click.argument("reports", nargs=-1, type=click.Path(path_type=Path))
 def page(reports: tuple[Path, ...]) -> None:
-    """Take the figures of REPORTS into the page on reliability, and write its tables again."""
-    from fuzz.page import take, write_page
+    """Take the figures of REPORTS into the page on reliability, and write its tables again.
 
-    for path in reports:
-        take(json.loads(path.read_text(encoding="utf-8")))
+    Several reports of inputs, or of kills, are added up.
+    """
+    from fuzz.page import add, add_kills, take, write_page
+
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in reports]
+    for mark, together in (("classes", add), ("changes", add_kills)):
+        if parts := [report for report in read if mark in report]:
+            take(together(parts))
+    for report in read:
+        if not {"classes", "changes"} & report.keys():
+            take(report)
     write_page()
 
 

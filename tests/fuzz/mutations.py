@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 from numpy.random import Generator
@@ -85,6 +86,11 @@ VALUES: tuple[Any, ...] = (
 
 def pick(rng: Generator, choices: Sequence[Any]) -> Any:
     return choices[int(rng.integers(len(choices)))]
+
+
+def new_value(rng: Generator) -> Any:
+    """A value of its own: the next mutation may change it in place, and ``VALUES`` must stay as they are."""
+    return deepcopy(pick(rng, VALUES))
 
 
 def flip_bits(rng: Generator, data: bytes) -> bytes:
@@ -196,10 +202,12 @@ def _near(rng: Generator, value: Any) -> Any:
             ),
         )
     if isinstance(value, list):
-        return pick(rng, (value[:-1], value + value, value[::-1], [value], value[:1], [*value, pick(rng, VALUES)]))
+        return pick(
+            rng, (value[:-1], value + deepcopy(value), value[::-1], [value], value[:1], [*value, new_value(rng)])
+        )
     if isinstance(value, dict):
         return pick(rng, (list(value.items()), list(value), {**value, "unknown": 1}, {"": value}))
-    return pick(rng, VALUES)
+    return new_value(rng)
 
 
 def mutate_value(rng: Generator, root: Any) -> None:
@@ -222,7 +230,7 @@ def mutate_value(rng: Generator, root: Any) -> None:
     elif action <= 5:
         container[key] = _near(rng, container[key])
     else:
-        container[key] = pick(rng, VALUES)
+        container[key] = new_value(rng)
 
 
 def _holds(value: Any, other: Any) -> bool:

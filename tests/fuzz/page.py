@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from fuzz.outcomes import BAD, GOOD
@@ -26,6 +28,39 @@ def take(report: dict[str, Any]) -> None:
     if "failures" in report:
         report = report | {"failures": len(report["failures"])}
     FIGURES.write_text(json.dumps(read_figures() | {part: report}, indent=2) + "\n", encoding="utf-8")
+
+
+def add(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of inputs out of several: a run that was stopped, and those that went on with the next seeds."""
+    names = sorted({name for report in reports for name in report["kinds"]})
+    kinds: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for report in reports:
+        for name, kind in report["kinds"].items():
+            slowest = max(kinds[name]["slowest_ms"], kind["slowest_ms"])
+            kinds[name].update(kind)
+            kinds[name]["slowest_ms"] = slowest
+    return {
+        "seed": min(report["seed"] for report in reports),
+        "inputs": sum(report["inputs"] for report in reports),
+        "seconds": sum(report["seconds"] for report in reports),
+        "classes": {name: sum(report["classes"][name] for report in reports) for name in reports[0]["classes"]},
+        "kinds": {name: dict(kinds[name]) for name in names},
+        "failures": [failure for report in reports for failure in report["failures"]],
+    }
+
+
+def add_kills(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of kills out of several."""
+    changes: dict[str, Counter[str]] = {}
+    for report in reports:
+        for name, counts in report["changes"].items():
+            changes.setdefault(name, Counter()).update(counts)
+    return {
+        "kills": sum(report["kills"] for report in reports),
+        "seconds": sum(report["seconds"] for report in reports),
+        "changes": {name: dict(counts) for name, counts in changes.items()},
+        "faults": [fault for report in reports for fault in report["faults"]],
+    }
 
 
 def tables(figures: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import pytest
 from fuzz import campaign, kills, page, threads
 from fuzz.corpus import make_corpus
 from fuzz.kinds import KINDS, generator_of
+from fuzz.mutations import VALUES, mutate_json
 from fuzz.outcomes import BAD, observe
 from helpers.paths import REPOSITORY
 
@@ -48,6 +49,15 @@ def test_an_input_is_made_again_from_its_seed(name: str, corpus: Path, tmp_path:
     assert made[0] == made[1]
     assert any(files != made[0] for files in made[2:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_input_does_not_depend_on_those_made_before_it() -> None:
+    """A value from the list was once changed in place, until it held itself and nothing could be made of it."""
+    data, seeds = b'{"a": [1, {"b": 2}], "c": "d"}', range(1000)
+    before = repr(VALUES)
+    made = [mutate_json(generator_of("", seed), data) for seed in seeds]
+    assert [mutate_json(generator_of("", seed), data) for seed in seeds] == made
+    assert repr(VALUES) == before
 
 
 def raise_bug() -> Any:
@@ -147,6 +157,26 @@ def test_page_shows_the_committed_figures() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert f"{page.BEGIN}\n\n{page.tables(page.read_figures())}\n\n{page.END}" in text
     assert {f"`{name}`" for name in KINDS} <= set(re.findall(r"`[^`\n]+`", text.partition("## What may happen")[0]))
+
+
+def test_reports_of_inputs_are_added() -> None:
+    classes = dict.fromkeys(campaign.CLASSES, 0)
+    first = {"seed": 5, "inputs": 3, "seconds": 1.5, "classes": classes | {"typed": 3}, "failures": []}
+    then = {"seed": 8, "inputs": 2, "seconds": 2.5, "classes": classes | {"same": 1, "hang": 1}, "failures": [{}]}
+    kinds = {"file": {"inputs": 2, "typed": 2, "slowest_ms": 9}, "hf": {"inputs": 1, "typed": 1, "slowest_ms": 4}}
+    more = {"file": {"inputs": 2, "same": 1, "hang": 1, "slowest_ms": 7}}
+    found = page.add([first | {"kinds": kinds}, then | {"kinds": more}])
+    assert (found["seed"], found["inputs"], found["seconds"], found["failures"]) == (5, 5, 4.0, [{}])
+    assert found["classes"] == classes | {"typed": 3, "same": 1, "hang": 1}
+    assert found["kinds"]["file"] == {"inputs": 4, "typed": 2, "same": 1, "hang": 1, "slowest_ms": 9}
+    assert found["kinds"]["hf"] == kinds["hf"]
+
+
+def test_reports_of_kills_are_added() -> None:
+    one = {"kills": 3, "seconds": 1.0, "changes": {"base": {"before": 2, "after": 1, "too late": 4}}, "faults": []}
+    found = page.add_kills([one, one | {"kills": 1, "changes": {"engine": {"before": 1}}, "faults": [{}]}])
+    changes = {"base": {"before": 2, "after": 1, "too late": 4}, "engine": {"before": 1}}
+    assert found == {"kills": 4, "seconds": 2.0, "changes": changes, "faults": [{}]}
 
 
 def test_figures_of_a_failed_run_say_so() -> None:

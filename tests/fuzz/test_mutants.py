@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fuzz.mutants import MUTANTS, Mutant, is_caught
+from fuzz.mutant import Mutant, is_caught
+from fuzz.mutants import MUTANTS
 from helpers.paths import REPOSITORY
 
 

@@ -208,7 +208,7 @@ def test_a_crash_at_any_moment_leaves_old_or_new(model, folder, tmp_path):
     newer = make(model, seed=6)
     old, new = read_adapter(folder).digest, newer.digest
     seen = set()
-    for moment in range(1, 12):
+    for moment in range(1, 20):
         child = os.fork()
         if child == 0:
             _die_at(moment)

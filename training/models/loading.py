@@ -5,6 +5,7 @@ A base is a Hugging Face folder, a GGUF file (or a folder whose only model file 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
 from adalink.training.models.accounting import account_for_tensors
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
+from adalink.training.models.size_limit import limit_model_size
 from adalink.training.models.source import Source, display_name, find_source
 from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
     WeightFiles,
+    check_config,
     fetch_weights,
     find_weight_files,
     refuse_adapter,
@@ -76,20 +79,24 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     is_local = Path(source.origin).is_dir()
     files = _weight_files(source, display_name(spec)) if is_local else None
     try:
+        if gguf is not None:
+            gguf.check()
         config = AutoConfig.from_pretrained(source.origin, **source.options())
         if not is_local:  # a hub that cannot be reached has said so by now
             files = _weight_files(source, display_name(spec))
         if gguf is not None:
             gguf.repair(config)
         safetensors = {} if source.gguf_file else {"use_safetensors": True}
-        model, info = _auto_class(config).from_pretrained(
-            source.origin,
-            config=config,
-            dtype=torch_dtype,
-            output_loading_info=True,
-            **source.options(),
-            **safetensors,
-        )
+        stored = gguf.numbers if gguf is not None else files.numbers if files is not None else None
+        with nullcontext() if stored is None else limit_model_size(stored, display_name(spec)):
+            model, info = _auto_class(config).from_pretrained(
+                source.origin,
+                config=config,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                **source.options(),
+                **safetensors,
+            )
     except AdaLinkError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
@@ -143,7 +150,9 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
         )
     try:
         if source.gguf_path is not None:
+            CheckedGguf(source.gguf_path).check()
             return load_gguf_tokenizer(source.gguf_path, assume_pretokenizer)
+        check_config(Path(source.origin), display_name(spec))
         tokenizer = AutoTokenizer.from_pretrained(source.origin, **source.options())
         tokenizer("a")  # settings of a wrong type show when they are used
         return tokenizer

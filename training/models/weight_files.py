@@ -7,12 +7,14 @@ Only safetensors are ever read. The rule is that of transformers: ``model.safete
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.lfs import find_pointer
+from adalink.training.models.size_limit import check_counts
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,11 +32,13 @@ class WeightFiles:
         tensors: path of the file of each tensor.
         others: weight files that no tensor is taken from, relative to the folder.
         has_own_head: whether ``config.json`` says that the head has a matrix of its own.
+        numbers: how many numbers the tensors have together.
     """
 
     tensors: dict[str, Path]
     others: tuple[str, ...] = ()
     has_own_head: bool = False
+    numbers: int = 0
 
 
 def find_weight_files(folder: Path, name: str) -> WeightFiles:
@@ -46,7 +50,7 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
 
     Raises:
         ModelError: a file is missing, truncated, pickled or outside the folder, an adapter lies beside the weights,
-            or the weights are quantised.
+            the weights are quantised, or the config counts more layers than they can fill.
     """
     if (folder / ADAPTER_CONFIG).exists():  # also in the cache of a hub id
         refuse_adapter(name)
@@ -60,14 +64,17 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
             )
     paths = _weight_paths(folder, name, config)
     tensors: dict[str, Path] = {}
+    numbers = 0
     for path in paths:
-        for tensor in _tensor_names(path, name):
+        for tensor, size in _tensor_sizes(path, name).items():
             if tensor in tensors:
                 raise ModelError(
                     f"base model {name}: tensor {tensor!r} is in {tensors[tensor].name} and in {path.name}; expected "
                     "one: remove the file that is not the model's"
                 )
             tensors[tensor] = path
+            numbers += size
+    check_counts(config, len(tensors), name)
     others = tuple(
         path.relative_to(folder).as_posix()
         for path in sorted((*folder.glob("*.safetensors"), *_module_files(folder)))
@@ -75,7 +82,7 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
     )
     parts = (config, config.get("text_config"))
     has_own_head = any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
-    return WeightFiles(tensors, others, has_own_head)
+    return WeightFiles(tensors, others, has_own_head, numbers)
 
 
 def check_pointers(path: Path, name: str) -> None:
@@ -92,6 +99,13 @@ def refuse_adapter(name: str) -> NoReturn:
         "where peft is installed; merge it first (PeftModel.merge_and_unload(), then save_pretrained into a new "
         "folder), or move the adapter's files away"
     )
+
+
+def check_config(folder: Path, name: str) -> None:
+    """Check the counts of a ``config.json`` without its weights, if there is one; raises ``ModelError``."""
+    path = folder / "config.json"
+    if path.is_file():
+        check_counts(_read_json(path, name), None, name)
 
 
 def fetch_weights(hub_id: str) -> Path | None:
@@ -152,7 +166,7 @@ def _shards(folder: Path, name: str) -> list[Path]:
     """Paths of the shards that the index names."""
     weight_map = _weight_map(folder / INDEX_FILE, name)
     paths = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
-    held = {shard: _tensor_names(path, name) for shard, path in paths.items() if path.is_file()}
+    held = {shard: _tensor_sizes(path, name) for shard, path in paths.items() if path.is_file()}
     for tensor, shard in weight_map.items():
         if shard in held and tensor not in held[shard]:
             raise ModelError(
@@ -190,13 +204,13 @@ def _check_shard(shard: Any, name: str, where: str) -> None:
         )
 
 
-def _tensor_names(path: Path, name: str) -> set[str]:
-    """Names of the tensors of a safetensors file, whose header is checked; raises ``ModelError``."""
+def _tensor_sizes(path: Path, name: str) -> dict[str, int]:
+    """How many numbers each tensor of a safetensors file has, whose header is checked; raises ``ModelError``."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            return {tensor: math.prod(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
             f"base model {name}: {path.name} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from adalink.runtime.errors import RequestError
@@ -139,6 +140,15 @@ def test_ways_out_of_the_sandbox_are_closed(source: str) -> None:
     with pytest.raises(RequestError, match=r"chat_template.jinja"):
         ChatTemplate(source, "chat_template.jinja", {}).render(messages)
     assert messages == MESSAGES
+
+
+def test_functions_that_no_rule_prices_cannot_be_called() -> None:
+    """Jinja's own sandbox would call them."""
+    with (
+        template_budget.limited(template_budget.Budget(100)),
+        pytest.raises(SecurityError, match="cannot call a function"),
+    ):
+        TemplateSandbox().from_string("{{ f() }}").render(f=lambda: "called")
 
 
 def test_the_sandbox_is_jinjas_immutable_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import tiny_models
 from helpers.tiny_ggufs import write_gguf
 
@@ -99,9 +100,20 @@ def test_refuses_extra_tensors(tmp_path, name):
         load_base(llama(tmp_path, tensors={name: EXTRA}))
 
 
-def test_refuses_more_layers_than_it_holds_before_it_makes_them(tmp_path):
-    with pytest.raises(ModelError, match="say 1000000 layers and it holds tensors of 2; expected as many"):
-        load_base(llama(tmp_path, metadata={"llama.block_count": 1_000_000}))
+def test_refuses_layers_that_it_does_not_hold_before_the_config_is_made(tmp_path, monkeypatch):
+    path = llama(tmp_path, metadata={"llama.block_count": 3})
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *args, **options: pytest.fail("it was made"))
+    with pytest.raises(ModelError, match="say 3 layers and it holds tensors of 2"):
+        load_base(path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # of gemma3 the config itself makes a list of them
+@pytest.mark.parametrize("layers", [1_000_000, 2**32 - 1])
+def test_refuses_more_layers_than_it_holds_before_it_makes_them(tmp_path, architecture, layers):
+    metadata = {f"{architecture}.block_count": layers}
+    path = write_gguf(tmp_path / "tiny.gguf", FAMILIES[architecture](), architecture, metadata=metadata)
+    with pytest.raises(ModelError, match=f"say {layers} layers and it holds tensors of 2; expected as many"):
+        load_base(path)
 
 
 def test_refuses_unknown_architecture(tmp_path):

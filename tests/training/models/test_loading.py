@@ -157,7 +157,7 @@ def test_code_in_a_checkpoint_is_never_run(folder, tmp_path):
         ([], r"is not a model: expected config.json .* found nothing"),
         (["notes.txt"], r"found notes.txt"),
         (["a.gguf", "b.gguf"], r"holds 2 GGUF files; name one of them: a.gguf, b.gguf"),
-        (["a.gguf"], r"transformers cannot load it"),
+        (["a.gguf"], r"is no complete GGUF file: it does not begin with 'GGUF'"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path, files, message):

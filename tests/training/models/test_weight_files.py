@@ -10,6 +10,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from adalink.runtime.errors import ModelError
+from adalink.training.models import loading
 from adalink.training.models.loading import load_base, load_checkpoint, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -69,6 +70,21 @@ def test_pickled_shards_beside_a_safetensors_file(single):
     weight_map = {"model.norm.weight": "pytorch_model-00001-of-00001.bin"}
     (single / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     with pytest.raises(ModelError, match=r"neither model.safetensors nor .*pytorch_model-00001.*never loaded"):
+        load_base(single)
+
+
+def test_pickled_weights_that_come_after_the_check_are_not_loaded(single, monkeypatch):
+    """The check has seen safetensors; transformers must not take what lies there by then."""
+    find = loading.find_weight_files
+
+    def late(folder, name):
+        found = find(folder, name)
+        torch.save(load_file(single / "model.safetensors"), single / "pytorch_model.bin")
+        (single / "model.safetensors").unlink()
+        return found
+
+    monkeypatch.setattr(loading, "find_weight_files", late)
+    with pytest.raises(ModelError, match=r"transformers cannot load it: .*model\.safetensors"):
         load_base(single)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ _SAMPLING_TUNING = ("sequence", "xtc_threshold", "mirostat_tau", "mirostat_eta",
 
 
 class CheckedGguf:
-    """A GGUF file while its model is loaded: ``repair`` its config, load the model, then ``finish`` it."""
+    """A GGUF file: ``check`` it, ``repair`` the config made of it, load the model, then ``finish`` that."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,6 +39,18 @@ class CheckedGguf:
     def header(self) -> GgufHeader:
         """The file's header; raises ``ModelError``."""
         return read_header(self._path)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the tensors have together."""
+        return sum(math.prod(place.shape) for place in self.header.tensors.values())
+
+    def check(self) -> None:
+        """Check what the file says before anything is made of it; raises ``ModelError``."""
+        header = self.header
+        layers = header.metadata.get(f"{header.architecture}.block_count")
+        if isinstance(layers, int):
+            check_layers(header, layers)
 
     def repair(self, config: Any) -> None:
         """Put right, in place, the config that transformers made; raises ``ModelError`` for what it cannot take."""
