@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader, read_header
 from adalink.training.models.gguf.metadata import repair_config
+from adalink.training.models.gguf.t5 import check_t5_head
 from adalink.training.models.gguf.tensors import check_layers, check_tensors
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class CheckedGguf:
     def repair(self, config: Any) -> None:
         """Put right, in place, the config that transformers made; raises ``ModelError`` for what it cannot take."""
         repair_config(self.header, self._path, config)
-        check_layers(self.header, config.num_hidden_layers)
+        check_layers(self.header, config)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Check the loaded model's tensors, and give it the file's end tokens and recommended sampling.
@@ -81,7 +82,9 @@ class CheckedGguf:
 
     def _check_head(self, model: PreTrainedModel) -> None:
         """A model that shares its embeddings with its head has no other head in the file."""
-        if "output.weight" in self.header.tensors and model.config.tie_word_embeddings:
+        if self.header.architecture == "t5":
+            check_t5_head(self.header, model)
+        elif "output.weight" in self.header.tensors and model.config.tie_word_embeddings:
             raise ModelError(
                 f"base model {self.header.name}: its tensor 'output.weight' would be dropped, as a "
                 f"{type(model).__name__} takes the embeddings for its head: export the original checkpoint instead"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader
 from adalink.training.models.gguf.metadata import ROPE_TENSOR
+from adalink.training.models.gguf.t5 import UNUSED_TENSOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,18 +15,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_layers(header: GgufHeader, layers: int) -> None:
+def check_layers(header: GgufHeader, config: Any) -> None:
     """Check that a file has tensors of all the layers that it says, before a model of that many is made.
+
+    Args:
+        header: the file's header.
+        config: the config of the model.
 
     Raises:
         ModelError: it has those of fewer.
     """
-    found = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
-    if len(found) < layers:
-        raise ModelError(
-            f"base model {header.name}: its metadata say {layers} layers and it holds tensors of {len(found)}; "
-            "expected as many: download the file again"
-        )
+    stacks = {"blk.": config.num_hidden_layers}
+    if config.is_encoder_decoder:
+        stacks = {"enc.blk.": config.num_hidden_layers, "dec.blk.": config.num_decoder_layers}
+    for prefix, layers in stacks.items():
+        found = {name.removeprefix(prefix).split(".")[0] for name in header.tensors if name.startswith(prefix)}
+        if len(found) < layers:
+            raise ModelError(
+                f"base model {header.name}: its metadata say {layers} layers and it holds tensors of {len(found)}; "
+                "expected as many: download the file again"
+            )
 
 
 def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
@@ -38,6 +47,8 @@ def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
         ModelError: a tensor belongs to none.
     """
     used = set(_names(header.architecture, model)) | {ROPE_TENSOR}  # that one is a setting, `metadata` takes it
+    if header.architecture == "t5":
+        used.add(UNUSED_TENSOR)
     if unused := [name for name in header.tensors if name not in used]:
         raise ModelError(
             f"base model {header.name}: {len(unused)} of its {len(header.tensors)} tensors would be dropped, the first "

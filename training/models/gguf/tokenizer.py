@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.training.models.gguf.header import read_header
 from adalink.training.models.gguf.pretokenizer import apply_pretokenizer, find_pretokenizer
+from adalink.training.models.gguf.unigram import CHARSMAP, UNIGRAM, UNIGRAM_KEYS, repair_unigram
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def load_gguf_tokenizer(path: Path, assumed: str | None = None) -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
-    metadata = read_header(path, arrays=(_TOKENS, _KINDS)).metadata
+    metadata = read_header(path, arrays=(_TOKENS, _KINDS, f"tokenizer.{CHARSMAP}")).metadata
     _check_keys(path.name, metadata)
     kind = None
     options: dict[str, Any] = {}
@@ -62,6 +63,8 @@ def load_gguf_tokenizer(path: Path, assumed: str | None = None) -> PreTrainedTok
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False, **options)
     if kind is not None:
         apply_pretokenizer(tokenizer, kind)
+    elif metadata.get("tokenizer.ggml.model") == UNIGRAM:
+        repair_unigram(path.name, metadata, tokenizer)
     elif metadata.get("tokenizer.ggml.add_space_prefix") is False:
         _drop_space_prefix(path.name, tokenizer)
     _repair_vocabulary(metadata, tokenizer)
@@ -71,9 +74,10 @@ def load_gguf_tokenizer(path: Path, assumed: str | None = None) -> PreTrainedTok
 
 def _check_keys(file: str, metadata: dict[str, Any]) -> None:
     """Refuse a key of the tokenizer that would be dropped; raises ``ModelError``."""
+    used = (*_USED, *(UNIGRAM_KEYS if metadata.get("tokenizer.ggml.model") == UNIGRAM else ()))
     for full, value in metadata.items():
         key = full.removeprefix("tokenizer.")
-        if key == full or key in _USED or key in _UNUSED or key.startswith("chat_template."):
+        if key == full or key in used or key in _UNUSED or key.startswith("chat_template."):
             continue
         if key not in _NEUTRAL or value != _NEUTRAL[key]:
             raise ModelError(
