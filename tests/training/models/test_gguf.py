@@ -108,6 +108,9 @@ def test_refuses_unknown_architecture(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", tiny_models.llama(), "starcoder2")
     with pytest.raises(ModelError, match="its architecture is 'starcoder2', expected one of gemma3, gpt2, llama"):
         load_base(path)
+    path = write_gguf(tmp_path / "gemma.gguf", tiny_models.llama(), "gemma")
+    with pytest.raises(ModelError, match="gemma"):
+        load_base(path)
 
 
 # Rotary scalings, as a transformers config says them. The originals are built from it, the files from the other words.
@@ -177,3 +180,10 @@ def test_takes_recommended_sampling(tmp_path):
 def test_ends_at_all_end_tokens(tmp_path):
     metadata = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
     assert load_base(llama(tmp_path, metadata=metadata)).generation_config.eos_token_id == [2, 5, 6]
+
+
+def test_is_saved_as_a_plain_checkpoint(tmp_path):
+    """Its weights are plain numbers, though transformers marks the model as quantised."""
+    model = load_base(llama(tmp_path))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load_base(tmp_path / "saved")), logits(model))

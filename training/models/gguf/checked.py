@@ -53,6 +53,7 @@ class CheckedGguf:
         """
         check_tensors(self.header, model)
         self._check_head(model)
+        _unmark(model)
         metadata = self.header.metadata
         ends = [metadata[f"tokenizer.ggml.{name}"] for name in _ENDS if f"tokenizer.ggml.{name}" in metadata]
         if model.generation_config is None:
@@ -89,3 +90,12 @@ class CheckedGguf:
                 f"base model {self.header.name}: its tensor 'output.weight' would be dropped, as a "
                 f"{type(model).__name__} takes the embeddings for its head: export the original checkpoint instead"
             )
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """Take off the marks of a quantised model: its weights are plain numbers, and it can be saved as such."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
