@@ -254,7 +254,7 @@ class Deployment:
             max_new_tokens: most new tokens of a prompt, which must fit the model behind prompt and soft prompt; by
                 default the base's own limit, else 64, or as many as fit.
             sampling: how tokens are chosen; by default as the base's ``generation_config.json`` says, else greedily.
-            stop: texts that end a row; they are left out of its text. By default the base's own, an empty list for none.
+            stop: texts that end a row, left out of its text; by default the base's own, an empty list for none.
             stream: called with the row and each new piece of its text.
             chat: apply the model's chat template, each prompt being a user message. ``ChatOptions`` says how, also for
                 ``messages``.
