@@ -105,15 +105,14 @@ def _describe(config: Any, kind: str, vocab_size: int) -> GenerationDefaults:
     return defaults
 
 
-def report(defaults: GenerationDefaults | None, described: GenerationDefaults | None) -> list[str]:
+def report(defaults: GenerationDefaults | None) -> list[str]:
     """Lines for the user: what is applied by default, and what is not.
 
     Args:
-        defaults: those of the deployment's base.
-        described: those of the checkpoint, which a base of an older kit lacks.
+        defaults: those of the deployment's base; ``None`` for one without.
     """
     if defaults is None:
-        return [] if described is None else ["the base is of an older kit without generation defaults, and stays so"]
+        return []
     lines = []
     if applied := defaults.applied():
         shown = ", ".join(f"{name}={_short(value)}" for name, value in applied.items())

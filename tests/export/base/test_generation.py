@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers.runtime import reseal
 from helpers.tiny_deployments import make_model_folder
 from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
@@ -40,7 +39,7 @@ def describe(kind: str = "decoder", **settings: Any) -> GenerationDefaults:
 
 def test_nothing_is_asked_for_by_default() -> None:
     assert describe() == GenerationDefaults()
-    assert report(describe(), describe()) == []
+    assert report(describe()) == []
     assert describe_generation(FAMILIES["bert"](), "encoder", VOCAB) is None
 
 
@@ -93,7 +92,7 @@ def test_length_of_an_encoder_decoder_counts_its_start() -> None:
 def test_what_is_not_applied_is_named(settings: dict[str, Any], names: tuple[str, ...]) -> None:
     found = describe(**settings)
     assert found.not_applied == names
-    assert any("not applied: " + ", ".join(names) in line for line in report(found, found)) == bool(names)
+    assert any("not applied: " + ", ".join(names) in line for line in report(found)) == bool(names)
 
 
 @pytest.mark.parametrize(
@@ -143,17 +142,6 @@ def test_export_records_and_says_it(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ContractError, match="another generation_config than"):
         export_base(folder, tmp_path / "deployment", target="portable")
-
-
-def test_a_base_of_an_older_kit_stays_without(tmp_path: Path) -> None:
-    model: Any = FAMILIES["llama"]()
-    export_base(model, tmp_path, tokenizer=make_tokenizer())
-    reseal(tmp_path, base=msgspec.structs.replace(read_manifest(tmp_path).base, generation=None))
-    model.generation_config.repetition_penalty = 1.2
-    lines: list[str] = []
-    manifest = export_base(model, tmp_path, tokenizer=make_tokenizer(), target="portable", progress=lines.append)
-    assert manifest.base.generation is None
-    assert any("older kit without generation defaults" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,10 @@ EXTRA = np.ones((48, 48), np.float32)
         ({"llama.attention.clamp_kqv": 8.0}, r"llama.attention.clamp_kqv would be dropped"),
         ({"llama.attention.max_alibi_bias": 8.0}, r"llama.attention.max_alibi_bias would be dropped"),
         ({"llama.residual_scale": 0.5}, r"llama.residual_scale would be dropped"),
-        ({"llama.vocab_size": 97}, r"transformers cannot load it: RuntimeError: .*mismatched_sizes|not of the shape that its"),
+        (
+            {"llama.vocab_size": 97},
+            r"transformers cannot load it: RuntimeError: .*mismatched_sizes|not of the shape that its",
+        ),
         ({"llama.new.setting": 1}, r"llama.new.setting would be dropped: it is 1, and no such setting is known"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, r"scaling.type is 'longrope'"),
         ({"llama.rope.scaling.attn_factor": 1.5}, r"attn_factor 1.5; expected none, linear or yarn"),
