@@ -191,7 +191,7 @@ def test_tied_matrices(tmp_path, family):
 
 @pytest.mark.parametrize("saved_by", [4, 5])
 def test_a_head_of_its_own(tmp_path, saved_by):
-    """As of T5 1.1, whose class ties the head unless both matrices are in the files; two releases say it in two ways."""
+    """As of T5 1.1, whose class ties the head unless both matrices are in the files; releases say it in two ways."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     settings = FAMILIES["t5"]().config.to_dict() | {"tie_word_embeddings": False, "scale_decoder_outputs": False}
