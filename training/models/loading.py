@@ -101,11 +101,6 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     if getattr(model, "_hf_peft_config_loaded", False):
         refuse_adapter(display_name(spec))
     unused = [] if source.gguf_file else _account(source, files, model, info, display_name(spec))
-    if wrong := info.get("mismatched_keys"):  # releases of transformers before 5.23 make them up in GGUF files
-        raise ModelError(
-            f"base model {display_name(spec)}: {len(wrong)} weights are not of the shape that its configuration says, "
-            f"such as {sorted(map(str, wrong))[0]}, and would be random; expected weights and settings of one model"
-        )
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
         raise ModelError(

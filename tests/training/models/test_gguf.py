@@ -62,7 +62,7 @@ EXTRA = np.ones((48, 48), np.float32)
         ({"llama.residual_scale": 0.5}, r"llama.residual_scale would be dropped"),
         (
             {"llama.vocab_size": 97},
-            r"transformers cannot load it: RuntimeError: .*mismatched_sizes|not of the shape that its",
+            r"transformers cannot load it: RuntimeError: .*mismatched_sizes|and the metadata say",
         ),
         ({"llama.new.setting": 1}, r"llama.new.setting would be dropped: it is 1, and no such setting is known"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, r"scaling.type is 'longrope'"),

@@ -10,7 +10,7 @@ from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader, read_header
 from adalink.training.models.gguf.metadata import repair_config
 from adalink.training.models.gguf.t5 import check_t5_head
-from adalink.training.models.gguf.tensors import check_layers, check_tensors
+from adalink.training.models.gguf.tensors import check_layers, check_shapes, check_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +52,7 @@ class CheckedGguf:
             ModelError: a tensor of the file was dropped, or it recommends sampling that transformers does not know.
         """
         check_tensors(self.header, model)
+        check_shapes(self.header, model)
         self._check_head(model)
         _unmark(model)
         metadata = self.header.metadata

@@ -57,6 +57,24 @@ def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
         )
 
 
+def check_shapes(header: GgufHeader, model: PreTrainedModel) -> None:
+    """Check that weights have the shapes that the metadata say; transformers before 5.23 takes others without a word.
+
+    Raises:
+        ModelError: a tensor has another shape.
+    """
+    import torch
+
+    with torch.device("meta"):
+        expected = {name: weight.shape for name, weight in type(model)(model.config).state_dict().items()}
+    for name, weight in model.state_dict().items():
+        if weight.shape != expected[name]:
+            raise ModelError(
+                f"base model {header.name}: the tensor of {name} has shape {tuple(weight.shape)}, and the metadata say "
+                f"{tuple(expected[name])}; expected the metadata of these tensors: download the file again"
+            )
+
+
 def _names(architecture: str, model: PreTrainedModel) -> Iterator[str]:
     """GGUF names of all weights of a model, by the table of the ``gguf`` package."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
