@@ -21,9 +21,9 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.loop import decode
 from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.generation.sequence import Generation, SequenceState, Stream
+from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, stops_behind
 from adalink.runtime.generation.speculative_decoding import draft_limit
-from adalink.runtime.generation.stop_texts import check_stops, mark_stops
+from adalink.runtime.generation.stop_texts import mark_stops, resolve_stops
 from adalink.runtime.generation.token_chooser import make_choosers
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
@@ -236,7 +236,7 @@ class Deployment:
         tasks: Tasks = None,
         max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
-        stop: str | Sequence[str] | None = (),
+        stop: str | Sequence[str] | None = None,
         stream: Stream | None = None,
         chat: bool | ChatOptions = False,
         draft_tokens: int | None = None,
@@ -254,7 +254,7 @@ class Deployment:
             max_new_tokens: most new tokens of a prompt, which must fit the model behind prompt and soft prompt; by
                 default the base's own limit, else 64, or as many as fit.
             sampling: how tokens are chosen; by default as the base's ``generation_config.json`` says, else greedily.
-            stop: texts that end a row; they are left out of its text.
+            stop: texts that end a row, left out of its text; by default the base's own, an empty list for none.
             stream: called with the row and each new piece of its text.
             chat: apply the model's chat template, each prompt being a user message. ``ChatOptions`` says how, also for
                 ``messages``.
@@ -268,12 +268,14 @@ class Deployment:
             BackendError: the engine refused, or its logits are not numbers.
         """
         self._check_open()
-        base, stops = self.manifest.base, check_stops(stop)
+        base = self.manifest.base
         if base.kind == "encoder":
             raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
         check_kind(stream, "stream", Callable, "a function of a row and a text, or None")
         check_kind(sampling, "sampling", SamplingParams, "SamplingParams or None")
-        params = (sampling or SamplingParams()).resolve(base.generation, base.vocab_size)
+        sampling = sampling or SamplingParams()
+        stops = resolve_stops(stop, base.generation, base_defaults=sampling.base_defaults)
+        params = sampling.resolve(base.generation, base.vocab_size)
         drafts = draft_limit(draft_tokens, base, self.variant)
         if messages is not None:
             prompts, images, chat = self._inputs.encode_messages(prompts, messages, images, chat)
@@ -281,7 +283,11 @@ class Deployment:
         limit = batch.max_new_tokens
         tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)
         marked = mark_stops(stops, tokenizer.special_ids if stops else {})
-        rows = [SequenceState(row, ids, tokenizer, marked, eos, stream) for row, ids in enumerate(batch.tokens)]
+        own = stop is None and base.kind == "decoder"  # as in transformers, the base's may begin in the prompt
+        rows = [
+            SequenceState(row, ids, tokenizer, stops_behind(ids, tokenizer, marked) if own else marked, eos, stream)
+            for row, ids in enumerate(batch.tokens)
+        ]
         choosers = make_choosers(params, base, batch.tokens, limit, tasks)
         state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, limit)
         try:

@@ -15,6 +15,7 @@ from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
+from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
@@ -135,14 +136,16 @@ def export_base(
                 raise DeploymentError(
                     f"deployment {out} already has a base variant {variant!r}: pass --replace to write it again"
                 )
-            base = writer.current.base
+            base = take_up(writer.current.base, described)
+            for line in name_missing(base, described):
+                progress(line)
         else:
             progress("writing embeddings, tokenizer and bank")
             write_common(writer, base, loaded, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
-        for line in report(base.generation, described.generation):
+        for line in report(base.generation):
             progress(line)
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")

@@ -97,6 +97,7 @@ def _describe(config: Any, kind: str, vocab_size: int) -> GenerationDefaults:
         forced_eos_token_ids=_ids(config.forced_eos_token_id, vocab_size),
         suppress_tokens=_ids(config.suppress_tokens, vocab_size),
         begin_suppress_tokens=_ids(config.begin_suppress_tokens, vocab_size),
+        stop_strings=_texts(config.stop_strings),
         not_applied=_not_applied(config, kind),
     )
     if negative := [token for token in token_ids_of(defaults) if token < 0]:
@@ -104,15 +105,14 @@ def _describe(config: Any, kind: str, vocab_size: int) -> GenerationDefaults:
     return defaults
 
 
-def report(defaults: GenerationDefaults | None, described: GenerationDefaults | None) -> list[str]:
+def report(defaults: GenerationDefaults | None) -> list[str]:
     """Lines for the user: what is applied by default, and what is not.
 
     Args:
-        defaults: those of the deployment's base.
-        described: those of the checkpoint, which a base of an older kit lacks.
+        defaults: those of the deployment's base; ``None`` for one without.
     """
     if defaults is None:
-        return [] if described is None else ["the base is of an older kit without generation defaults, and stays so"]
+        return []
     lines = []
     if applied := defaults.applied():
         shown = ", ".join(f"{name}={_short(value)}" for name, value in applied.items())
@@ -153,6 +153,15 @@ def _ids(value: Any, vocab_size: int) -> tuple[int, ...]:
     """One id or several as a tuple, without those beyond the vocabulary."""
     values: Iterable[Any] = () if value is None else [value] if isinstance(value, int) else list(value)
     return tuple(dict.fromkeys(int(token) for token in values if token < vocab_size))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or several as a tuple; raises ``ModelError``."""
+    texts = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+    for text in texts:
+        if not isinstance(text, str) or not text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ModelError(f"generation_config.json: stop_strings holds {text!r}, expected texts: correct it")
+    return tuple(dict.fromkeys(texts))
 
 
 def _biases(value: Any) -> list[tuple[Any, Any]]:

@@ -44,7 +44,7 @@ class SequenceState:
         self._index = index
         self._text = TextStream(tokenizer)
         stops = stops if isinstance(stops, StopTexts) else StopTexts(tuple(stops))
-        self._stops, self._marks = stops.texts, stops.marks
+        self._stops, self._heads, self._marks = stops.texts, stops.heads, stops.marks
         # The text with a mark for each special token of a stop text; all positions count in it.
         self._searched = ""
         self._eos = eos
@@ -81,6 +81,8 @@ class SequenceState:
     def _find_stop(self) -> None:
         """Search the text not yet streamed for a stop text; streamed text never begins one."""
         starts = [start for stop in self._stops if (start := self._searched.find(stop, self._sent)) >= 0]
+        if self._sent == 0 and any(self._searched.startswith(head) for head in self._heads):
+            starts = [0]
         if starts:
             self._end = min(starts)
             self.finish_reason = "stop"
@@ -91,10 +93,25 @@ class SequenceState:
         end = len(text) if self._end is None else self._end
         if self.finish_reason is None:
             end -= max((_overlap(text, stop) for stop in self._stops), default=0)
+            if any(head.startswith(text) for head in self._heads):
+                end = 0
         if end > self._sent:
             if self._stream is not None and (piece := without_marks(text[self._sent : end])):
                 self._stream(self._index, piece)
             self._sent = end
+
+
+def stops_behind(prompt: Sequence[int], tokenizer: Tokenizer, stops: StopTexts) -> StopTexts:
+    """Stop texts of a row, of which some may begin in its prompt."""
+    longest = max(map(len, stops.texts), default=0)
+    if not longest:
+        return stops
+    text, tail = TextStream(tokenizer), ""
+    others = set(tokenizer.special_ids.values()) - stops.marks.keys()
+    for token in prompt[-4 * longest :]:  # no token is shorter than a byte; a character has at most four
+        piece = text.push(token)
+        tail = "" if token in others else tail + piece + stops.marks.get(token, "")
+    return stops.behind(tail + text.finish())
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.request import check_text
+from adalink.runtime.storage.generation_schema import GenerationDefaults
 
 # Halves of characters: no decoded text and no checked stop text holds one.
 _FIRST_MARK, _MARKS = 0xD800, 0x0800
@@ -24,10 +25,19 @@ class StopTexts:
     Attributes:
         texts: texts to look for, with a mark for each special token.
         marks: mark of each special token that a text holds, by its id.
+        heads: endings of texts that the prompt begins; they count at the start of the generated text.
     """
 
     texts: tuple[str, ...]
     marks: Mapping[int, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+
+    def behind(self, prompt: str) -> StopTexts:
+        """These stop texts behind a prompt whose last characters may begin one, with marks for special tokens."""
+        heads = [
+            text[size:] for text in self.texts for size in range(1, len(text)) if prompt.endswith(text[:size])
+        ]  # fmt: skip
+        return replace(self, heads=tuple(dict.fromkeys(heads)))
 
 
 def without_marks(text: str) -> str:
@@ -45,6 +55,24 @@ def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if "" in stops:
         raise RequestError("stop holds an empty text, which would end every row at once: leave it out")
     return tuple(check_text(text, "a stop text") for text in stops)
+
+
+def resolve_stops(
+    stop: str | Sequence[str] | None, defaults: GenerationDefaults | None, *, base_defaults: bool = True
+) -> tuple[str, ...]:
+    """Stop texts of a request, checked; where it names none, the base's.
+
+    Args:
+        stop: the request's; an empty list for none at all, ``None`` for those of the base.
+        defaults: the base's generation defaults; ``None`` if it has none.
+        base_defaults: whether the request wants them.
+
+    Raises:
+        RequestError: a stop text is empty, or no text.
+    """
+    if stop is None and defaults is not None and base_defaults:
+        return defaults.stop_strings
+    return check_stops(stop)
 
 
 def mark_stops(stops: Sequence[str], special_ids: Mapping[str, int]) -> StopTexts:

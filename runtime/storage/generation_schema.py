@@ -39,6 +39,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         suppress_tokens: tokens that never occur.
         begin_suppress_tokens: tokens that are never the first.
         max_new_tokens: most new tokens of a prompt.
+        stop_strings: texts that end a row.
         not_applied: settings of the checkpoint that the runtime does not apply, each as ``name=value``.
     """
 
@@ -58,6 +59,7 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     max_new_tokens: int | None = None
+    stop_strings: tuple[str, ...] = ()
     not_applied: tuple[str, ...] = ()
 
     def applied(self) -> dict[str, object]:
@@ -115,5 +117,6 @@ def check_generation(generation: GenerationDefaults, vocab_size: int, demand: De
         demand(0 <= token < vocab_size, "$.base.generation", token, "ids in the vocabulary")
     sequences = (*(entry.token_ids for entry in generation.sequence_bias), *generation.bad_words_ids)
     demand(all(sequences), "$.base.generation", sequences, "sequences of at least one token")
+    demand(all(generation.stop_strings), "$.base.generation.stop_strings", generation.stop_strings, "no empty text")
     for entry in generation.sequence_bias:
         demand(math.isfinite(entry.bias), "$.base.generation.sequence_bias", entry.bias, "finite numbers")

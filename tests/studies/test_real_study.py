@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from helpers.paths import REPOSITORY
 
 from studies.commands import main
+from studies.experiment import run
 from studies.experiment.settings import read_study
 from studies.plan import make_cells, open_runs, waiting
 from studies.report.summary import summarize
@@ -45,16 +46,27 @@ pytestmark = [
 ]
 
 
+def as_transformers_reads_it(path):
+    """The tokenizer of a GGUF file with which the decoder studies ran: split by GPT-2's expression."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
 @pytest.mark.parametrize("name", ["decoder", "encoder", "one-rate"])
-def test_committed_runs_are_those_of_the_summary_and_can_be_gone_on_with(name):
-    """Same weights, same rows, same settings on this machine: nothing would be done again."""
+def test_committed_runs_are_those_of_the_summary_and_can_be_gone_on_with(name, monkeypatch):
+    """Same weights, same tokens, same rows, same settings on this machine: nothing would be done again."""
     studies = REPOSITORY / "studies"
+    run.open_base.cache_clear()
+    if name != "encoder":
+        monkeypatch.setattr(run, "load_tokenizer", as_transformers_reads_it)
     study, finished = read_study(studies / "files" / f"{name}.toml"), read_runs(studies / "results" / name)
     cells = make_cells(study)
     assert not list(open_runs(cells, finished))
     assert not waiting(cells, finished)
     committed = json.loads((studies / "results" / name / "summary.json").read_text())
     assert json.loads(json.dumps(summarize(study, cells, finished))) == committed
+    run.open_base.cache_clear()
 
 
 def test_real_bases_on_real_text(tmp_path):

@@ -51,6 +51,7 @@ def describe_deployment(folder: Path) -> Description:
     """Describe a deployment, after comparing every file with its digest; raises ``DeploymentError``."""
     from adalink.runtime.storage.integrity import verify_files
     from adalink.runtime.storage.manifest_io import read_manifest
+    from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
     from adalink.tools.commands.inspect_engine import describe_engine
 
     manifest = read_manifest(folder)
@@ -72,6 +73,9 @@ def describe_deployment(folder: Path) -> Description:
             "max_positions": base.max_positions,
             "modalities": list(base.modalities),
             "tokenizer": base.tokenizer,
+            "tokenizer_digest": deployed_tokenizer_digest(folder, manifest) or None,
+            "token_types": base.token_types,
+            "tokenizer_types": base.tokenizer_types,
             "chat_template": base.chat_template,
             **_describe_generation(base),
             "unused_tensors": list(base.unused_tensors),
@@ -144,6 +148,7 @@ def describe_adapter(folder: Path) -> Description:
         "kind": "adapter",
         "base": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
+        "tokenizer_digest": config.tokenizer_digest or None,
         "hidden_size": config.hidden_size,
         **describe_settings(config, MethodSpec),
         "parameters": sum(weight.size for weight in adapter.weights.values()),

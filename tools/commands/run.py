@@ -123,7 +123,12 @@ class RunOptions:
 @click.option("--no-repeat-ngram-size", type=int, help="N-grams of this size occur once, prompt included; 0 is off.")
 @click.option("--min-new-tokens", type=int, help="No end token before so many new tokens.")
 @click.option("--ignore-generation-config", is_flag=True, help="Nothing by default from the base's generation config.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End at this text. May be repeated.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End at this text, instead of the base's own stop texts. May be repeated.",
+)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option(
     "--draft-tokens",
@@ -208,6 +213,7 @@ def _print_states(deployment: Deployment, rows: list[PromptRow], bad: BadRows, o
 def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
     settings = dict(options.settings)
     settings["sampling"] = _sampling(deployment, settings)
+    settings["stop"] = settings["stop"] or None  # the base's own
     rows, encoded = encode_rows(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
     ids = [row_ids for row_ids, _ in encoded]
     is_empty = not options.has_rows and not options.as_json

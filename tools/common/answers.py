@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -70,10 +70,13 @@ def generate_rows(
     settings: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """One result for each row, in order; rows of different tasks share a batch."""
-    for start in range(0, len(rows), _BATCH_ROWS):
-        batch = rows[start : start + _BATCH_ROWS]
+    size = batch_rows(
+        deployment, _BATCH_ROWS, [len(row) for row in ids], max((len(row.images) for row in rows), default=0)
+    )
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
         tasks, images = [row.task for row in batch], [row.images for row in batch]
-        prompts = ids[start : start + _BATCH_ROWS]
+        prompts = ids[start : start + size]
         try:
             results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
         except RequestError as error:
@@ -83,6 +86,25 @@ def generate_rows(
             image_paths = {"images": list(map(str, row.images))} if row.images and row.messages is None else {}
             prompt = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
             yield {**prompt, "task": row.task, **image_paths, **asdict(result)}
+
+
+def batch_rows(deployment: Deployment, most: int, lengths: Sequence[int], images: int = 0) -> int:
+    """Rows of a batch that the engine takes.
+
+    Args:
+        deployment: the deployment.
+        most: rows where the engine takes any number.
+        lengths: token ids of each prompt.
+        images: images of a prompt at most.
+    """
+    profile, base = deployment.profile, deployment.manifest.base
+    if profile is None:
+        return most
+    most = min(most, profile.batch.max)
+    if base.bidirectional_prompt and lengths:  # such prompts go in at once
+        positions = 0 if base.vision is None else images * (base.vision.tokens_per_image or 0)
+        most = min(most, profile.logits_capacity // (max(lengths) + positions))
+    return max(1, most)
 
 
 def embed_rows(

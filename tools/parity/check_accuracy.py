@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
+from adalink.tools.common.answers import batch_rows
 from adalink.tools.common.environment import available_cores
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.torch_threads import torch_threads
@@ -64,8 +65,9 @@ def deployed_accuracy(deployment: Deployment, task: str, rows: list[TrainingRow]
     longest = max(len(encode(row.completion)) for row in rows) + 1
     by_length = sorted(rows, key=lambda row: len(encode(row.prompt)))
     right = 0
-    for start in range(0, len(by_length), _BATCH_ROWS):
-        batch = by_length[start : start + _BATCH_ROWS]
+    size = batch_rows(deployment, _BATCH_ROWS, [len(encode(row.prompt)) for row in rows])
+    for start in range(0, len(by_length), size):
+        batch = by_length[start : start + size]
         prompts = [row.prompt for row in batch]
         # As the reference generates, and training measures: without the base's own sampling and penalties.
         replies = deployment.generate(prompts, tasks=task, max_new_tokens=longest, sampling=PLAIN_GREEDY)

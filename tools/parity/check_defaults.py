@@ -71,7 +71,11 @@ def _generated(reference: Reference, ids: list[int], asked: GenerationDefaults) 
     try:
         prompt = torch.tensor([ids])
         output = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), return_dict_in_generate=True, output_scores=True
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            return_dict_in_generate=True,
+            output_scores=True,
+            **({"tokenizer": reference.tokenizer} if asked.stop_strings else {}),
         )
     finally:
         model.generation_config = original

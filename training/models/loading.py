@@ -154,7 +154,7 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
             return load_gguf_tokenizer(source.gguf_path, assume_pretokenizer)
         check_config(Path(source.origin), display_name(spec))
         tokenizer = AutoTokenizer.from_pretrained(source.origin, **source.options())
-        tokenizer("a")  # settings of a wrong type show when they are used
+        _try_tokenizer(tokenizer)
         return tokenizer
     except AdaLinkError:
         raise
@@ -163,6 +163,21 @@ def load_tokenizer(spec: str | Path, *, assume_pretokenizer: str | None = None) 
             f"base model {display_name(spec)}: no usable tokenizer: {type(error).__name__}: {error}. "
             "Expected tokenizer.json beside the weights, or a GGUF file that carries one"
         ) from error
+
+
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encode a text, since settings of a wrong type show when they are used; padding and truncation stay as they are.
+
+    Raises:
+        Exception: whatever the tokenizer raises.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
+    tokenizer("a")  # which switches both off
+    if backend is not None and truncation is not None:
+        backend.enable_truncation(**truncation)
+    if backend is not None and padding is not None:
+        backend.enable_padding(**padding)
 
 
 def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:

@@ -81,7 +81,9 @@ def find_weight_files(folder: Path, name: str) -> WeightFiles:
         if path not in paths
     )
     parts = (config, config.get("text_config"))
-    has_own_head = any(isinstance(part, dict) and part.get("tie_word_embeddings") is False for part in parts)
+    # The second is how transformers 5 writes T5 1.1, whose class ties the head unless both matrices are there.
+    fields = ("tie_word_embeddings", "scale_decoder_outputs")
+    has_own_head = any(isinstance(part, dict) and part.get(field) is False for part in parts for field in fields)
     return WeightFiles(tensors, others, has_own_head, numbers)
 
 

@@ -107,7 +107,8 @@ def test_minilm_agrees_with_pytorch_on_real_text(tmp_path: Path) -> None:
     with torch.no_grad():
         embeds = model.get_input_embeddings()(batch.input_ids).numpy()
     graph = tmp_path / "deployment" / manifest.variants["onnxruntime-cpu"].graph
-    feeds = {"inputs_embeds": embeds, "attention_mask": batch.attention_mask.numpy()}
+    feeds = {"inputs_embeds": embeds}
+    feeds |= {name: batch[name].numpy() for name in ("attention_mask", "token_type_ids")}
     hidden = ort.InferenceSession(str(graph)).run(["last_hidden_state"], feeds)[0]
     for row, text in enumerate(TEXTS):
         inputs = tokenizer(text, return_tensors="pt")

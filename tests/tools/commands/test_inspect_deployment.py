@@ -7,11 +7,15 @@ import pytest
 from click.testing import CliRunner
 from helpers.runtime import reseal
 from helpers.tiny_deployments import make_deployment, make_model_folder
+from helpers.tiny_models import FAMILIES
+from helpers.tiny_tokenizer import make_pair_tokenizer
 
+from adalink.export.base.export import export_base
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
-from adalink.training.models.loading import base_fingerprint, load_base
+from adalink.training.adapter_io import digest_tokenizer
+from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,27 @@ def test_generation_defaults(place):
     reseal(folder, base=msgspec.structs.replace(base, generation=None))
     assert "generation_defaults" not in json.loads(run(folder, "--json").stdout)["base"]
     reseal(folder, base=base)
+
+
+def test_tokens_and_their_types(place, tmp_path):
+    """Those of a base of an older kit: the digest from its file, and no word of types."""
+    model, folder = place
+    base, digest = read_manifest(folder).base, digest_tokenizer(load_tokenizer(model))
+    for changes, types in (({}, 1), (OLDER, None)):
+        reseal(folder, base=msgspec.structs.replace(base, **changes))
+        found = json.loads(run(folder, "--json").stdout)["base"]
+        assert (found["tokenizer_digest"], found["token_types"]) == (digest, types)
+        rows = [line.split("│") for line in run(folder).stdout.splitlines()]
+        shown = {row[1].strip(): row[2].strip() for row in rows if len(row) > 2}
+        assert shown["base.token_types"] == str(types)
+        assert digest.startswith(shown["base.tokenizer_digest"])
+    reseal(folder, base=base)
+    export_base(FAMILIES["bert"](), tmp_path / "pairs", tokenizer=make_pair_tokenizer())
+    found = json.loads(run(tmp_path / "pairs", "--json").stdout)["base"]
+    assert (found["token_types"], found["tokenizer_types"]) == (2, True)
+
+
+OLDER = {"token_types": None, "tokenizer_types": False, "tokenizer_digest": ""}
 
 
 def _names(manifest):

@@ -11,13 +11,19 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from helpers.host_device import HostBackend
 from helpers.tiny_deployments import make_deployment
 from helpers.tiny_models import FAMILIES
-from helpers.tiny_tokenizer import make_pair_tokenizer
+from helpers.tiny_tokenizer import make_pair_tokenizer, make_tokenizer
 
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.options import OpenOptions
+from adalink.runtime.profile import Profile, ShapeRange
+from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
+from adalink.tools.common import answers
+from adalink.tools.common.rows import BadRows, PromptRow
 
 TEXTS = ("Is it late?", "yes, 9-30.")
 # A line of a file, and what is said of it.
@@ -134,3 +140,32 @@ def test_check_prompt_is_what_generate_would_refuse(folder: Path) -> None:
         deployment.check_prompt([5, 6, 7], task="alpha", max_new_tokens=61)
         with pytest.raises(ValueError, match="would have 65 positions"):
             deployment.check_prompt([5, 6, 7], task="alpha", max_new_tokens=62)
+
+
+def test_batches_are_as_large_as_the_engine_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled engine's profile, on the host, takes fewer rows than a batch has elsewhere."""
+    folder = tmp_path / "out"
+    export_base(FAMILIES["gpt2"](), folder, target="portable", tokenizer=make_tokenizer())
+    rows, settings = [PromptRow(f"row {row}", None) for row in range(10)], {"max_new_tokens": 3}
+    generate, sizes = Deployment.generate, []
+
+    def counted(self: Deployment, prompts: Any, **options: Any) -> Any:
+        sizes.append(len(prompts))
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(Deployment, "generate", counted)
+
+    def answered(deployment: Deployment) -> list[str]:
+        sizes.clear()
+        ids = [row for row, _ in answers.encode_rows(deployment, rows, BadRows(skip=False))[1]]
+        return [entry["text"] for entry in answers.generate_rows(deployment, rows, ids, None, settings)]
+
+    with Deployment.open(folder) as deployment:
+        expected = answered(deployment)
+        assert sizes == [8, 2]
+    for most, batches in ((1, [1] * 10), (3, [3, 3, 3, 1]), (20, [8, 2])):
+        profile = Profile(batch=ShapeRange(1, 1, most), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 12, 55))
+        backend = HostBackend(profile, in_place=False)
+        with Deployment(folder, read_manifest(folder), backend, OpenOptions("portable")) as deployment:
+            assert answered(deployment) == expected
+            assert sizes == batches

@@ -20,6 +20,7 @@ from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Report
 
 SETTINGS = {"repetition_penalty": 1.4, "min_new_tokens": 5, "suppress_tokens": [30, 40], "num_beams": 3}
+SETTINGS |= {"stop_strings": ["never there"]}
 
 
 class Case:
@@ -57,7 +58,13 @@ def test_right_defaults_pass(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"repetition_penalty": None}, {"repetition_penalty": 1.1}, {"no_repeat_ngram_size": 1}]
+    "changes",
+    [
+        {"repetition_penalty": None},
+        {"repetition_penalty": 1.1},
+        {"no_repeat_ngram_size": 1},
+        {"stop_strings": tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")},
+    ],
 )
 def test_wrong_defaults_fail(case: Case, changes: dict[str, Any]) -> None:
     (check,) = case.report(**changes).checks

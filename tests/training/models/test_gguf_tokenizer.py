@@ -140,6 +140,14 @@ def test_sentencepiece_begins_with_bos(tmp_path, flag, first):
     )
 
 
+def test_sentencepiece_ends_with_eos(tmp_path):
+    loaded = load_tokenizer(
+        sentencepiece(tmp_path, **{f"tokenizer.ggml.add_{end}_token": True for end in ("bos", "eos")})
+    )
+    assert list(loaded("ab")["input_ids"]) == [1, SENTENCEPIECE.index("▁ab"), 2]
+    assert list(loaded("ab", "ab")["input_ids"])[-1] == 2
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

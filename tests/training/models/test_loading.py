@@ -91,6 +91,17 @@ def test_tokenizer(folder):
         load_tokenizer(folder)
 
 
+def test_tokenizer_keeps_padding_and_truncation(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    path.write_text(json.dumps(content))
+    loaded = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
+    assert (loaded["truncation"], loaded["padding"]) == (content["truncation"], content["padding"])
+
+
 def test_tokenizer_setting_of_a_wrong_type_is_refused_when_loaded(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "many"}))

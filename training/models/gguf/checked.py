@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader, read_header
 from adalink.training.models.gguf.metadata import repair_config
-from adalink.training.models.gguf.tensors import check_layers, check_tensors
+from adalink.training.models.gguf.t5 import check_t5_head
+from adalink.training.models.gguf.tensors import check_layers, check_shapes, check_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class CheckedGguf:
     def repair(self, config: Any) -> None:
         """Put right, in place, the config that transformers made; raises ``ModelError`` for what it cannot take."""
         repair_config(self.header, self._path, config)
-        check_layers(self.header, config.num_hidden_layers)
+        check_layers(self.header, config)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Check the loaded model's tensors, and give it the file's end tokens and recommended sampling.
@@ -64,7 +65,9 @@ class CheckedGguf:
             ModelError: a tensor of the file was dropped, or it recommends sampling that transformers does not know.
         """
         check_tensors(self.header, model)
+        check_shapes(self.header, model)
         self._check_head(model)
+        _unmark(model)
         metadata = self.header.metadata
         ends = [metadata[f"tokenizer.ggml.{name}"] for name in _ENDS if f"tokenizer.ggml.{name}" in metadata]
         if model.generation_config is None:
@@ -94,8 +97,19 @@ class CheckedGguf:
 
     def _check_head(self, model: PreTrainedModel) -> None:
         """A model that shares its embeddings with its head has no other head in the file."""
-        if "output.weight" in self.header.tensors and model.config.tie_word_embeddings:
+        if self.header.architecture == "t5":
+            check_t5_head(self.header, model)
+        elif "output.weight" in self.header.tensors and model.config.tie_word_embeddings:
             raise ModelError(
                 f"base model {self.header.name}: its tensor 'output.weight' would be dropped, as a "
                 f"{type(model).__name__} takes the embeddings for its head: export the original checkpoint instead"
             )
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """Take off the marks of a quantised model: its weights are plain numbers, and it can be saved as such."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False

@@ -15,9 +15,10 @@ from typing import Any
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader, read_float32
 from adalink.training.models.gguf.rope import ROPE_KEYS, head_width, rope_parameters
+from adalink.training.models.gguf.t5 import repair_t5
 
 # GGUF architectures whose every key and tensor is known here.
-ARCHITECTURES = ("gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
+ARCHITECTURES = ("gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3", "t5")
 ROPE_TENSOR = "rope_freqs.weight"
 _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
 # Keys about the file, its making and its tensors' layout, which do not change what the model computes.
@@ -45,14 +46,17 @@ class _Key:
 
 _KEYS = {
     "block_count": _Key(("num_hidden_layers",)),
-    "context_length": _Key(("max_position_embeddings",), is_set=True),
+    "decoder_block_count": _Key(("num_decoder_layers",), is_set=True),
+    "decoder_start_token_id": _Key(("decoder_start_token_id",), is_set=True),
+    "context_length": _Key(("max_position_embeddings", "n_positions"), is_set=True),
     "embedding_length": _Key(("hidden_size",)),
-    "feed_forward_length": _Key(("intermediate_size", "n_inner"), is_set=True),
+    "feed_forward_length": _Key(("intermediate_size", "n_inner", "d_ff"), is_set=True),
     "vocab_size": _Key(("vocab_size",)),
     "attention.head_count": _Key(("num_attention_heads",)),
     "attention.head_count_kv": _Key(("num_key_value_heads", "num_attention_heads")),
     "attention.layer_norm_rms_epsilon": _Key(_EPSILONS, is_set=True),
     "attention.layer_norm_epsilon": _Key(_EPSILONS, is_set=True),
+    "attention.relative_buckets_count": _Key(("relative_attention_num_buckets",), is_set=True),
     "attention.causal": _Key(neutral=(True,)),
     "attention.clamp_kqv": _Key(neutral=(0.0,)),
     "attention.max_alibi_bias": _Key(neutral=(0.0,)),
@@ -89,6 +93,8 @@ def repair_config(header: GgufHeader, path: Path, config: Any) -> None:
             "settings of others would be dropped when it is loaded; export the original checkpoint instead"
         )
     _check_namespaces(header)
+    if architecture == "t5":
+        repair_t5(header, config)
     prefix = f"{architecture}."
     keys = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     rope = {key.removeprefix("rope."): keys.pop(key) for key in list(keys) if key.removeprefix("rope.") in ROPE_KEYS}
@@ -144,7 +150,7 @@ def _take_heads(file: str, keys: dict[str, Any], config: Any) -> None:
 def _take_attention(file: str, architecture: str, keys: dict[str, Any], config: Any) -> None:
     """The scale and the window of attention, which model classes have in different ways."""
     scale = keys.pop("attention.scale", None)
-    expected = 1 / math.sqrt(head_width(config))
+    expected = 1.0 if architecture == "t5" else 1 / math.sqrt(head_width(config))
     if hasattr(config, "query_pre_attn_scalar"):
         by_heads = (architecture, config.num_hidden_layers) in _SCALED_BY_HEADS
         config.query_pre_attn_scalar = (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader
 from adalink.training.models.gguf.metadata import ROPE_TENSOR
+from adalink.training.models.gguf.t5 import UNUSED_TENSOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,18 +15,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_layers(header: GgufHeader, layers: int) -> None:
+def check_layers(header: GgufHeader, config: Any) -> None:
     """Check that a file has tensors of all the layers that it says, before a model of that many is made.
+
+    Args:
+        header: the file's header.
+        config: the config of the model.
 
     Raises:
         ModelError: it has those of fewer.
     """
-    found = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
-    if len(found) < layers:
-        raise ModelError(
-            f"base model {header.name}: its metadata say {layers} layers and it holds tensors of {len(found)}; "
-            "expected as many: download the file again"
-        )
+    stacks = {"blk.": config.num_hidden_layers}
+    if config.is_encoder_decoder:
+        stacks = {"enc.blk.": config.num_hidden_layers, "dec.blk.": config.num_decoder_layers}
+    for prefix, layers in stacks.items():
+        found = {name.removeprefix(prefix).split(".")[0] for name in header.tensors if name.startswith(prefix)}
+        if len(found) < layers:
+            raise ModelError(
+                f"base model {header.name}: its metadata say {layers} layers and it holds tensors of {len(found)}; "
+                "expected as many: download the file again"
+            )
 
 
 def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
@@ -38,12 +47,32 @@ def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
         ModelError: a tensor belongs to none.
     """
     used = set(_names(header.architecture, model)) | {ROPE_TENSOR}  # that one is a setting, `metadata` takes it
+    if header.architecture == "t5":
+        used.add(UNUSED_TENSOR)
     if unused := [name for name in header.tensors if name not in used]:
         raise ModelError(
             f"base model {header.name}: {len(unused)} of its {len(header.tensors)} tensors would be dropped, the first "
             f"{unused[0]!r}; expected those of a {type(model).__name__} alone: merge adapters into the model before it "
             "is converted, or export the original checkpoint instead"
         )
+
+
+def check_shapes(header: GgufHeader, model: PreTrainedModel) -> None:
+    """Check that weights have the shapes that the metadata say; transformers before 5.23 takes others without a word.
+
+    Raises:
+        ModelError: a tensor has another shape.
+    """
+    import torch
+
+    with torch.device("meta"):
+        expected = {name: weight.shape for name, weight in type(model)(model.config).state_dict().items()}
+    for name, weight in model.state_dict().items():
+        if weight.shape != expected[name]:
+            raise ModelError(
+                f"base model {header.name}: the tensor of {name} has shape {tuple(weight.shape)}, and the metadata say "
+                f"{tuple(expected[name])}; expected the metadata of these tensors: download the file again"
+            )
 
 
 def _names(architecture: str, model: PreTrainedModel) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.training.models.gguf.header import read_header
 from adalink.training.models.gguf.pretokenizer import apply_pretokenizer, find_pretokenizer
+from adalink.training.models.gguf.unigram import CHARSMAP, UNIGRAM, UNIGRAM_KEYS, repair_unigram
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def load_gguf_tokenizer(path: Path, assumed: str | None = None) -> PreTrainedTok
     """
     from transformers import AutoTokenizer
 
-    metadata = read_header(path, arrays=(_TOKENS, _KINDS)).metadata
+    metadata = read_header(path, arrays=(_TOKENS, _KINDS, f"tokenizer.{CHARSMAP}")).metadata
     _check_keys(path.name, metadata)
     kind = None
     options: dict[str, Any] = {}
@@ -62,8 +63,12 @@ def load_gguf_tokenizer(path: Path, assumed: str | None = None) -> PreTrainedTok
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False, **options)
     if kind is not None:
         apply_pretokenizer(tokenizer, kind)
-    elif metadata.get("tokenizer.ggml.add_space_prefix") is False:
-        _drop_space_prefix(path.name, tokenizer)
+    elif metadata.get("tokenizer.ggml.model") == UNIGRAM:
+        repair_unigram(path.name, metadata, tokenizer)
+    elif metadata.get("tokenizer.ggml.model") == _SENTENCEPIECE:
+        if metadata.get("tokenizer.ggml.add_space_prefix") is False:
+            _drop_space_prefix(path.name, tokenizer)
+        _add_ends(metadata, tokenizer)
     _repair_vocabulary(metadata, tokenizer)
     _check_vocabulary(path.name, metadata, tokenizer)
     return tokenizer
@@ -71,15 +76,40 @@ def load_gguf_tokenizer(path: Path, assumed: str | None = None) -> PreTrainedTok
 
 def _check_keys(file: str, metadata: dict[str, Any]) -> None:
     """Refuse a key of the tokenizer that would be dropped; raises ``ModelError``."""
+    used = (*_USED, *(UNIGRAM_KEYS if metadata.get("tokenizer.ggml.model") == UNIGRAM else ()))
     for full, value in metadata.items():
         key = full.removeprefix("tokenizer.")
-        if key == full or key in _USED or key in _UNUSED or key.startswith("chat_template."):
+        if key == full or key in used or key in _UNUSED or key.startswith("chat_template."):
             continue
         if key not in _NEUTRAL or value != _NEUTRAL[key]:
             raise ModelError(
                 f"base model {file}: its metadata key {full} would be dropped, and texts get other tokens than it "
                 "says; expected keys that are known: export the original checkpoint instead, or convert it again"
             )
+
+
+def _add_ends(metadata: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Begin and end texts as the file says, by llama.cpp's defaults; transformers before 5.23 drops both flags."""
+    from tokenizers.processors import TemplateProcessing
+
+    flags = {"bos": ("add_bos_token", True), "eos": ("add_eos_token", False)}
+    added = {
+        name: metadata[f"tokenizer.ggml.{name}_token_id"]
+        for name, (flag, default) in flags.items()
+        if metadata.get(f"tokenizer.ggml.{flag}", default) and f"tokenizer.ggml.{name}_token_id" in metadata
+    }
+    backend = tokenizer.backend_tokenizer
+    inner = backend.encode("a", add_special_tokens=False).ids
+    bos, eos = ([added[name]] if name in added else [] for name in ("bos", "eos"))
+    if backend.encode("a").ids == [*bos, *inner, *eos]:
+        return
+    spelled = {index: metadata[_TOKENS][index] for index in (*bos, *eos)}
+    single = [*(spelled[index] for index in bos), "$A", *(spelled[index] for index in eos)]
+    backend.post_processor = TemplateProcessing(
+        single=single,
+        pair=[*single, *(part.replace("$A", "$B:1") for part in single)],
+        special_tokens=[(token, index) for index, token in spelled.items()],
+    )
 
 
 def _drop_space_prefix(file: str, tokenizer: PreTrainedTokenizerBase) -> None:
