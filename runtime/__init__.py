@@ -16,7 +16,9 @@ from adalink.runtime.errors import (
     IntegrityError,
     ManifestError,
     ModelError,
+    QueueFullError,
     RequestError,
+    RequestTimeoutError,
     UnknownTaskError,
     WriteError,
 )
@@ -24,6 +26,8 @@ from adalink.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.generation.handle import Handle, TextPiece
+    from adalink.runtime.generation.request import Request
     from adalink.runtime.generation.sampling import SamplingParams
     from adalink.runtime.generation.sequence import Generation
     from adalink.runtime.receipt import Receipt
@@ -35,8 +39,11 @@ else:
             "ChatOptions": "adalink.runtime.text.messages",
             "Deployment": "adalink.runtime.deployment",
             "Generation": "adalink.runtime.generation.sequence",
+            "Handle": "adalink.runtime.generation.handle",
             "Receipt": "adalink.runtime.receipt",
+            "Request": "adalink.runtime.generation.request",
             "SamplingParams": "adalink.runtime.generation.sampling",
+            "TextPiece": "adalink.runtime.generation.handle",
         },
     )
 
@@ -54,12 +61,17 @@ __all__ = [
     "DeploymentError",
     "Generation",
     "GraphError",
+    "Handle",
     "IntegrityError",
     "ManifestError",
     "ModelError",
+    "QueueFullError",
     "Receipt",
+    "Request",
     "RequestError",
+    "RequestTimeoutError",
     "SamplingParams",
+    "TextPiece",
     "UnknownTaskError",
     "WriteError",
 ]

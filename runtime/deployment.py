@@ -19,12 +19,10 @@ from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
-from adalink.runtime.generation.loop import decode
+from adalink.runtime.generation.handle import Handle
+from adalink.runtime.generation.request import Request
 from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, stops_behind
-from adalink.runtime.generation.speculative_decoding import draft_limit
-from adalink.runtime.generation.stop_texts import mark_stops, resolve_stops
-from adalink.runtime.generation.token_chooser import make_choosers
+from adalink.runtime.generation.sequence import Generation, Stream
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
@@ -39,6 +37,7 @@ from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.text.messages import ChatOptions, Messages
 from adalink.runtime.text.tokenizer import Tokenizer
+from adalink.runtime.text_generator import TextGenerator
 from adalink.runtime.vision.placeholders import Images
 from adalink.runtime.vision.tower import OpenVision
 
@@ -70,7 +69,8 @@ class Deployment:
         self._tasks = TaskRegistry(path, manifest, backend, options.task_memory_bytes)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options.prefix_cache_bytes)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
-        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine)
+        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
+        self._generator = TextGenerator(manifest, self.variant, self._inputs, self._runner, options)
         self._is_closed = False
 
     @classmethod
@@ -85,6 +85,9 @@ class Deployment:
         task_memory_bytes: int | None = None,
         prefix_cache_bytes: int = 0,
         image_cache_bytes: int = IMAGE_CACHE_BYTES,
+        slots: int | None = None,
+        context: int | None = None,
+        queue_limit: int | None = None,
     ) -> Deployment:
         """Verify the base's files against the manifest and open its engine, once.
 
@@ -99,6 +102,9 @@ class Deployment:
             task_memory_bytes: limit of loaded adapter weights; none by default.
             prefix_cache_bytes: size of the prefix cache; 0 turns it off.
             image_cache_bytes: size of the cache of image embeddings; 0 turns it off.
+            slots: most requests that decode together; 64 by default.
+            context: most positions of a request; memory for all slots is then taken once.
+            queue_limit: most requests that wait; any number by default.
 
         Raises:
             RequestError: an option is out of range or no such value, or the base does not support a prefix cache.
@@ -107,7 +113,17 @@ class Deployment:
             GraphError: a graph refers to files that the manifest does not list with it.
         """
         begun, folder = time.perf_counter(), check_path(path, "path")
-        options = OpenOptions(variant, threads, full_check, task_memory_bytes, prefix_cache_bytes, image_cache_bytes)
+        options = OpenOptions(
+            variant,
+            threads,
+            full_check,
+            task_memory_bytes,
+            prefix_cache_bytes,
+            image_cache_bytes,
+            slots,
+            context,
+            queue_limit,
+        )
         manifest = read_manifest(folder)
         opened = open_backend(check_name(backend, "backend"), threads)
         name = choose_variant(manifest, opened.name, variant)
@@ -127,8 +143,9 @@ class Deployment:
         self.close()
 
     def close(self) -> None:
-        """Free the engine; later calls that compute or load anything raise ``RequestError``."""
+        """Free the engine; requests under way and later ones raise ``RequestError``."""
         self._is_closed = True
+        self._generator.scheduler.close()
         self._runner.close()
         self._vision.close()
 
@@ -241,7 +258,7 @@ class Deployment:
         chat: bool | ChatOptions = False,
         draft_tokens: int | None = None,
     ) -> list[Generation]:
-        """Generate a continuation of each prompt, all in one batch.
+        """Generate a continuation of each prompt, together; ``submit`` and wait.
 
         Args:
             prompts: texts, or token ids; or else
@@ -268,33 +285,31 @@ class Deployment:
             BackendError: the engine refused, or its logits are not numbers.
         """
         self._check_open()
-        base = self.manifest.base
-        if base.kind == "encoder":
-            raise RequestError(f"{base.name} is an encoder and generates no text: call run()")
         check_kind(stream, "stream", Callable, "a function of a row and a text, or None")
-        check_kind(sampling, "sampling", SamplingParams, "SamplingParams or None")
-        sampling = sampling or SamplingParams()
-        stops = resolve_stops(stop, base.generation, base_defaults=sampling.base_defaults)
-        params = sampling.resolve(base.generation, base.vocab_size)
-        drafts = draft_limit(draft_tokens, base, self.variant)
-        if messages is not None:
-            prompts, images, chat = self._inputs.encode_messages(prompts, messages, images, chat)
-        batch = self._inputs.process_prompts(prompts, images, tasks, chat=chat, max_new_tokens=max_new_tokens)
-        limit = batch.max_new_tokens
-        tokenizer, eos = self.tokenizer, frozenset(base.eos_token_ids)
-        marked = mark_stops(stops, tokenizer.special_ids if stops else {})
-        own = stop is None and base.kind == "decoder"  # as in transformers, the base's may begin in the prompt
-        rows = [
-            SequenceState(row, ids, tokenizer, stops_behind(ids, tokenizer, marked) if own else marked, eos, stream)
-            for row, ids in enumerate(batch.tokens)
-        ]
-        choosers = make_choosers(params, base, batch.tokens, limit, tasks)
-        state, embedder, mapping = self._runner.start(batch.inputs, batch.layout, limit)
-        try:
-            decode(state, embedder, mapping, rows, choosers, limit, drafts)
-        finally:
-            state.close()
-        return [row.finish() for row in rows]
+        settings = Request(
+            max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, chat=chat, draft_tokens=draft_tokens
+        )
+        return self._generator.generate(prompts, messages, images, tasks, settings, stream)
+
+    def submit(self, request: Request) -> Handle:
+        """Run one request beside all others; it joins the running batch at the next step.
+
+        Engines on graphs with a cache in place (``--target onnxruntime-cpu``) take requests at any step. Others answer
+        what waits together as one batch.
+
+        Args:
+            request: prompt, task and settings.
+
+        Returns:
+            A handle: iterate over it for the text as it comes, with ``for`` or ``async for``, or call ``result()``.
+
+        Raises:
+            QueueFullError: ``queue_limit`` requests wait already.
+            RequestError: as for ``generate``.
+        """
+        self._check_open()
+        check_kind(request, "request", Request, "a Request")
+        return self._generator.submit(request)
 
     def check_prompt(
         self,

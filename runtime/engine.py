@@ -6,7 +6,7 @@ implements these protocols and changes no caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -105,14 +105,6 @@ class Engine(Protocol):
         ...
 
 
-class ResumableDecodeState(DecodeState, Protocol):
-    """A decode state whose KV cache can be copied into a prefix cache."""
-
-    def states(self, row: int, length: int) -> Array:
-        """A copy of the cached keys and values of a row's first tokens, as ``ResumableEngine.resume`` takes them."""
-        ...
-
-
 @runtime_checkable
 class SpeculativeDecodeState(DecodeState, Protocol):
     """A decode state that verifies several draft tokens of its only row in one pass."""
@@ -136,23 +128,60 @@ class SpeculativeDecodeState(DecodeState, Protocol):
         ...
 
 
-@runtime_checkable
-class ResumableEngine(Protocol):
-    """An engine that can continue a prompt from a cached prefix."""
+class SlotState(SpeculativeDecodeState, Protocol):
+    """A decode state that new rows join between two steps (continuous batching)."""
 
-    def resume(
-        self, feeds: Mapping[str, EngineInput], max_new_tokens: int, known: Sequence[Array | None]
-    ) -> ResumableDecodeState:
-        """Prefill as ``Engine.start`` does, computing only what is not cached.
+    def begin(self, states: Array | None) -> None:
+        """Append a row without tokens, or after a cached prefix.
 
         Args:
-            feeds: as for ``Engine.start``.
-            max_new_tokens: likewise.
-            known: for each row the cached keys and values of its first ``n`` tokens, shape
-                ``(2 * layers, kv_heads, n, head_dim)``, or ``None``; ``n`` is less than the row's length.
+            states: keys and values of the row's first ``n`` tokens, shape ``(2 * layers, kv_heads, n, head_dim)``, as
+                ``states`` returns them; or ``None``.
+
+        Raises:
+            RequestError: there is no memory for it.
+        """
+        ...
+
+    def extend(self, feeds: Mapping[str, EngineInput], start: int, stop: int) -> None:
+        """Run the next positions of the last row's prompt; its ``logits`` are then those after the last of them.
+
+        Args:
+            feeds: the whole prompt, as for ``Engine.start``, a batch of one row.
+            start: positions that the row has already.
+            stop: positions that it has afterwards.
 
         Raises:
             BackendError: the engine refused.
+        """
+        ...
+
+    def adopt(self, state: Any) -> None:
+        """Append the rows of another decode state of the same engine, with caches and logits.
+
+        Raises:
+            RequestError: there is no memory for them.
+        """
+        ...
+
+    def states(self, row: int, length: int) -> Array:
+        """A copy of the cached keys and values of a row's first tokens, as ``begin`` takes them."""
+        ...
+
+
+@runtime_checkable
+class SlotEngine(Protocol):
+    """An engine whose batch takes new rows at any step."""
+
+    def open_slots(self, slots: int, capacity: int) -> SlotState:
+        """An empty batch; ``Engine.start`` gives one with rows.
+
+        Args:
+            slots: rows that fit before buffers grow.
+            capacity: tokens of a row, prompt and generated ones, that fit before buffers grow.
+
+        Raises:
+            RequestError: there is no memory for the KV cache.
         """
         ...
 

@@ -14,7 +14,9 @@ The tree::
     │   ├── BusyError            another process is changing the deployment
     │   └── WriteError           the disk refused: full, read-only, no permission
     ├── RequestError             a call that cannot be answered: token id out of range, wrong dtype, too long
-    │   └── UnknownTaskError     a task of that name is not deployed
+    │   ├── UnknownTaskError     a task of that name is not deployed
+    │   ├── QueueFullError       too many requests wait already
+    │   └── RequestTimeoutError  the deadline of a request has passed
     ├── DataError                a training or evaluation file is wrong; the message names the line
     └── BackendError             an engine refused
         └── BackendUnavailableError   the engine's package or device is not on this machine
@@ -39,7 +41,9 @@ __all__ = [
     "IntegrityError",
     "ManifestError",
     "ModelError",
+    "QueueFullError",
     "RequestError",
+    "RequestTimeoutError",
     "UnknownTaskError",
     "WriteError",
 ]
@@ -103,6 +107,14 @@ class RequestError(AdaLinkError, ValueError):
 
 class UnknownTaskError(RequestError):
     """A task of that name is not deployed."""
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait already; the same request may be answered later."""
+
+
+class RequestTimeoutError(RequestError):
+    """The deadline of a request has passed before its end."""
 
 
 class DataError(AdaLinkError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Engine
 from adalink.runtime.errors import IntegrityError, RequestError
-from adalink.runtime.generation.padding import pad
+from adalink.runtime.generation.prompt import Prompt
 from adalink.runtime.request import (
     Prompts,
     Tasks,
@@ -38,31 +37,23 @@ from adalink.runtime.vision.tower import OpenVision
 MAX_NEW_TOKENS = 64
 
 
-@dataclass(frozen=True, eq=False)
-class PromptBatch:
-    """Prompts of a batch, ready for the engine.
-
-    Attributes:
-        tokens: token ids of each prompt, with a placeholder for every position of an image.
-        inputs: the token ids as one padded array, with adapters and image embeddings.
-        layout: positions after the soft prompts are prepended.
-        max_new_tokens: most new tokens of each prompt.
-    """
-
-    tokens: list[list[int]]
-    inputs: BatchInputs
-    layout: SoftPromptLayout
-    max_new_tokens: int
-
-
 class InputProcessor:
     """Makes batches for one deployment; safe for several threads."""
 
-    def __init__(self, path: Path, manifest: Manifest, tasks: TaskRegistry, vision: OpenVision, engine: Engine) -> None:
-        """``engine`` takes the batches."""
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        tasks: TaskRegistry,
+        vision: OpenVision,
+        engine: Engine,
+        context: int | None = None,
+    ) -> None:
+        """``engine`` takes the batches; ``context`` is the most positions of a prompt and its reply."""
         self._path, self._manifest, self._base = path, manifest, manifest.base
         self._tasks, self._vision, self._padding_side = tasks, vision, engine.padding_side
         self._capacity = None if engine.profile is None else engine.profile.capacity
+        self._context = context
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
 
@@ -94,8 +85,8 @@ class InputProcessor:
         chat: bool | ChatOptions,
         max_new_tokens: int | None,
         encode_images: bool = True,
-    ) -> PromptBatch:
-        """Make a batch of prompts: tokenise, preprocess images, pad, prepend soft prompts, encode images.
+    ) -> list[Prompt]:
+        """Tokenise and check prompts, and encode their images.
 
         Args:
             prompts: as in ``Deployment.generate``, which raises what this does.
@@ -109,23 +100,25 @@ class InputProcessor:
         if max_new_tokens is not None:
             check_whole(max_new_tokens, "max_new_tokens", 0 if base.kind == "encoder" else 1)
         texts = check_prompts(prompts, base)
-        mapping = self._tasks.resolve(tasks, len(texts))
+        row_tasks = self._tasks.resolve_rows(tasks, len(texts))
         row_images = check_images(images, len(texts), base)
         tokens = [self._tokenize(text, chat, len(row)) for text, row in zip(texts, row_images, strict=True)]
         prepared = self._vision.prepare(row_images) if any(row_images) else [[] for _ in texts]
         tokens = [expand(prompt, prepared[row], row, base) for row, prompt in enumerate(tokens)]
-        for index, prompt in enumerate(tokens):
+        lengths, limits = [], []
+        for index, (prompt, (_, mapping)) in enumerate(zip(tokens, row_tasks, strict=True)):
             if not prompt:
                 raise RequestError(f"prompt {index} has no tokens: give it some text")
-        padded, mask = pad(tokens, base.pad_token_id, self._padding_side)
-        ids = check_input_ids(padded, base)
-        layout = SoftPromptLayout(mask, mapping.soft_prompts(len(mask)), self._padding_side)
-        positions = layout.mask.shape[1]
-        limit = self._limit(max_new_tokens, positions)
-        is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
-        check_length(max(positions, limit) if is_separate else positions + limit, base)
-        embeds = self._vision.embed(prepared) if encode_images and any(row_images) else None
-        return PromptBatch(tokens, BatchInputs(ids, None, None, mapping, embeds), layout, limit)
+            check_input_ids([prompt], base)
+            lengths.append(sum(len(vectors.vectors) for vectors in mapping.soft_prompts(1) if vectors is not None))
+            limits.append(self._limit(max_new_tokens, lengths[-1] + len(prompt)))
+        embeds = self._vision.embed(prepared) if encode_images and any(row_images) else [[] for _ in tokens]
+        return [
+            Prompt(prompt, task, mapping, row_embeds, length, limit)
+            for prompt, (task, mapping), row_embeds, length, limit in zip(
+                tokens, row_tasks, embeds, lengths, limits, strict=True
+            )
+        ]
 
     def encode_messages(
         self, prompts: Prompts | None, messages: Messages, images: Images, chat: bool | ChatOptions
@@ -190,15 +183,27 @@ class InputProcessor:
         return layout
 
     def _limit(self, max_new_tokens: int | None, positions: int) -> int:
-        """Most new tokens after ``positions`` of prompts: the request's, else the base's default as far as it fits."""
-        if max_new_tokens is not None:
-            return max_new_tokens
+        """Most new tokens after a prompt of ``positions``; raises ``RequestError`` if prompt and reply do not fit.
+
+        It is the request's, else the base's default as far as it fits.
+        """
         base, generation = self._base, self._base.generation
-        wanted = (generation and generation.max_new_tokens) or MAX_NEW_TOKENS
-        limits = [base.max_positions, self._capacity]
-        if base.kind != "encoder-decoder":
-            limits = [None if limit is None else limit - positions for limit in limits]
-        return max(1, min([wanted, *(limit for limit in limits if limit is not None)]))
+        is_separate = base.kind == "encoder-decoder"  # encoder and decoder number positions separately
+        limit = max_new_tokens
+        if limit is None:
+            wanted = (generation and generation.max_new_tokens) or MAX_NEW_TOKENS
+            taken = 0 if is_separate else positions
+            bounds = (base.max_positions, self._capacity, self._context)
+            limits = [bound - taken for bound in bounds if bound is not None]
+            limit = max(1, min([wanted, *limits]))
+        total = max(positions, limit) if is_separate else positions + limit
+        check_length(total, base)
+        if self._context is not None and total > self._context:
+            raise RequestError(
+                f"prompt and reply would have {total} positions, the deployment was opened with context="
+                f"{self._context}: shorten the prompt, ask for fewer new tokens, or open it with a larger context"
+            )
+        return limit
 
     def _tokenize(self, prompt: str | list[int], chat: bool | ChatOptions, images: int) -> list[int]:
         """Token ids of a checked prompt; ``images`` is its number of images."""

@@ -10,17 +10,18 @@ import numpy.typing as npt
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
-from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, ResumableEngine
+from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, SlotEngine
 from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
+from adalink.runtime.generation.prompt import PromptBatch
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import Manifest, Variant
 from adalink.runtime.storage.vision_base import vision_base
-from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.vision.mrope import grid_positions
 from adalink.runtime.vision.placeholders import merge, prompt_cache_keys
@@ -31,6 +32,8 @@ class ModelRunner:
 
     Attributes:
         engine: the base's engine; of an encoder-decoder, the encoder's.
+        slot_engine: the same engine if rows may join its batch at any step, else ``None``.
+        prefixes: the prefix cache, if it is on.
     """
 
     def __init__(
@@ -43,10 +46,12 @@ class ModelRunner:
         self._table = open_table(locate(path, self._base.embeddings), self._base)
         self.engine = self._build(backend, variant.graph, "base")
         self._decoder = self._build(backend, variant.decoder_graph, "decoder") if variant.decoder_graph else None
-        self._prefixes: tuple[PrefixCache, ResumableEngine] | None = None
-        if prefix_cache_bytes and self._decoder is None and isinstance(self.engine, ResumableEngine):
-            self._prefixes = PrefixCache(prefix_cache_bytes), self.engine
-        elif prefix_cache_bytes:
+        self.slot_engine: SlotEngine | None = None
+        # A prompt that attends in both directions is read at once.
+        if self._decoder is None and isinstance(self.engine, SlotEngine) and not self._base.bidirectional_prompt:
+            self.slot_engine = self.engine
+        self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        if self.prefixes is not None and self.slot_engine is None:
             self.close()
             if self._base.bidirectional_prompt:
                 raise RequestError(
@@ -64,7 +69,7 @@ class ModelRunner:
         """Forward pass over whole sequences with their soft prompts; see ``Deployment.run``."""
         if decoder_input_ids is not None and self._decoder is None:
             raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
-        output = self.engine.run(self._feeds(inputs, layout))
+        output = self.engine.run(self.feeds(inputs, layout))
         if self._base.kind == "decoder":
             return {"logits": layout.strip(output)}
         result = {"last_hidden_state": layout.strip(output)}
@@ -80,31 +85,42 @@ class ModelRunner:
         embeds, modality = self._base_embeddings(inputs)
         return embedder.apply(embeds, inputs.tasks, modality)
 
-    def start(
-        self, inputs: BatchInputs, layout: SoftPromptLayout, max_new_tokens: int
-    ) -> tuple[DecodeState, InputEmbedder, AdapterMapping]:
+    @property
+    def embedder(self) -> InputEmbedder:
+        """The input embedder of generated tokens."""
+        return self.engine.embedder if self._decoder is None else self._decoder.embedder
+
+    def start(self, batch: PromptBatch, max_new_tokens: int) -> DecodeState:
         """Prefill: run the prompts and keep their KV cache.
 
         Args:
-            inputs: token ids of the prompts, padded on the engine's side.
-            layout: positions after the soft prompts are prepended.
+            batch: the prompts, padded on the engine's side.
             max_new_tokens: most decode steps that may follow.
 
-        Returns:
-            The decode state of the batch, and the embedder and adapter mapping of generated tokens.
+        Raises:
+            RequestError: the engine takes no batch of this shape.
+            BackendError: the engine refused, or an encoder's states are not numbers.
         """
-        embedder, feeds = self.engine.embedder, self._feeds(inputs, layout)
-        if self._decoder is not None:
-            first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
-            states = {"last_hidden_state": self.engine.run(feeds)}
-            check_outputs(states, layout.mask, (), is_decoder=False)
-            decoder_feeds = _decoder_feeds(self._decoder, first, states["last_hidden_state"], layout.mask)
-            return self._decoder.start(decoder_feeds, max_new_tokens), self._decoder.embedder, NO_ADAPTER
-        tasks = embedder.for_decoding(inputs.tasks)
-        if self._prefixes is None:
-            return self.engine.start(feeds, max_new_tokens), embedder, tasks
-        prompts = self._cache_keys(inputs, layout)
-        return self._resume(*self._prefixes, feeds, prompts, inputs.tasks, max_new_tokens), embedder, tasks
+        feeds, layout = self.feeds(batch.inputs, batch.layout), batch.layout
+        if self._decoder is None:
+            return self.engine.start(feeds, max_new_tokens)
+        first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
+        states = {"last_hidden_state": self.engine.run(feeds)}
+        check_outputs(states, layout.mask, (), is_decoder=False)
+        decoder_feeds = _decoder_feeds(self._decoder, first, states["last_hidden_state"], layout.mask)
+        return self._decoder.start(decoder_feeds, max_new_tokens)
+
+    def prefix_key(self, batch: PromptBatch) -> tuple[PrefixKey, Array]:
+        """Prefix cache key of a batch of one prompt, and of each of its positions: soft prompt, tokens, images."""
+        inputs, layout = batch.inputs, batch.layout
+        assert inputs.ids is not None
+        adapter = ("", "")
+        if inputs.images is not None:
+            adapter = inputs.tasks.adapters(1, self._base.modalities.index("image"))[0]
+        images = () if inputs.images is None else inputs.images[0]
+        text = prompt_cache_keys(inputs.ids[0], images, adapter[0], self._base.vision)
+        key = PrefixKey(self._base.fingerprint, *inputs.tasks.adapters(1)[0])
+        return key, np.concatenate([layout.cache_keys(0), text])
 
     def receipt(self, tasks: Mapping[str, Sequence[str]]) -> Receipt:
         """See ``Deployment.receipt``; ``tasks`` has the files of each loaded task of the deployment."""
@@ -124,7 +140,7 @@ class ModelRunner:
         self._builds += 1
         return backend.open_engine(locate(self._path, graph), self._base, role, self._table)
 
-    def _feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
+    def feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> dict[str, EngineInput]:
         """Engine inputs for whole rows; a soft prompt is of token type 0, as in training."""
         types = {} if inputs.types is None else {"token_type_ids": layout.place(inputs.types)}
         if layout.is_empty:
@@ -152,38 +168,6 @@ class ModelRunner:
         if inputs.images is not None:
             embeds, modality = merge(embeds, inputs.ids, inputs.images, vision_base(self._base))
         return embeds, modality
-
-    def _cache_keys(self, inputs: BatchInputs, layout: SoftPromptLayout) -> list[Array]:
-        """Prefix cache keys of each prompt's positions: soft prompts, tokens, adapted images."""
-        assert inputs.ids is not None
-        batch, images = len(inputs.ids), inputs.images
-        adapters = [("", "")] * batch
-        if images is not None:
-            adapters = inputs.tasks.adapters(batch, self._base.modalities.index("image"))
-        keys = []
-        for row, (ids, mask) in enumerate(zip(inputs.ids, layout.text_mask, strict=True)):
-            row_images = () if images is None else images[row]
-            text = prompt_cache_keys(ids[mask != 0], row_images, adapters[row][0], self._base.vision)
-            keys.append(np.concatenate([layout.cache_keys(row), text]))
-        return keys
-
-    def _resume(
-        self,
-        prefixes: PrefixCache,
-        engine: ResumableEngine,
-        feeds: dict[str, EngineInput],
-        prompts: list[Array],
-        tasks: AdapterMapping,
-        max_new_tokens: int,
-    ) -> DecodeState:
-        """Prefill after the longest cached prefix of each prompt, and cache the new states."""
-        keys = [PrefixKey(self._base.fingerprint, *adapter) for adapter in tasks.adapters(len(prompts))]
-        known = [prefixes.find(key, prompt) for key, prompt in zip(keys, prompts, strict=True)]
-        state = engine.resume(feeds, max_new_tokens, known)
-        for row, (key, prompt, cached) in enumerate(zip(keys, prompts, known, strict=True)):
-            if cached is None or cached.shape[2] < len(prompt) - 1:
-                prefixes.add(key, prompt, state.states(row, len(prompt)))
-        return state
 
     def _run_decoder(self, decoder: Engine, decoder_input_ids: npt.ArrayLike, states: Array, mask: Array) -> Array:
         ids = check_input_ids(decoder_input_ids, self._base, "decoder_input_ids")

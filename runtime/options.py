@@ -24,6 +24,10 @@ class OpenOptions:
         prefix_cache_bytes: size of the prefix cache. ``generate`` continues from the longest prefix that a prompt
             shares with an earlier one under the same adapter. 0 turns it off.
         image_cache_bytes: size of the cache of image embeddings, which all tasks share; 0 turns it off.
+        slots: most requests that decode together; 64 by default. Further ones wait for a place.
+        context: most positions of a request, prompt and reply together. Memory for ``slots`` of them is taken once and
+            kept. By default the base's own limit holds, and memory follows the requests.
+        queue_limit: most requests that wait; further ones are refused. Any number by default.
 
     Raises:
         RequestError: a value is of a wrong type, or a number is less than 1, that of a cache less than 0.
@@ -35,12 +39,15 @@ class OpenOptions:
     task_memory_bytes: int | None = None
     prefix_cache_bytes: int = 0
     image_cache_bytes: int = IMAGE_CACHE_BYTES
+    slots: int | None = None
+    context: int | None = None
+    queue_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.variant is not None:
             check_name(self.variant, "variant")
         check_flag(self.full_check, "full_check")
-        for name in ("threads", "task_memory_bytes"):
+        for name in ("threads", "task_memory_bytes", "slots", "context", "queue_limit"):
             if getattr(self, name) is not None:
                 check_whole(getattr(self, name), name, 1)
         for name in ("prefix_cache_bytes", "image_cache_bytes"):

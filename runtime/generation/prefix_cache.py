@@ -72,7 +72,9 @@ class PrefixCache:
             return states[:, :, :length]
 
     def add(self, key: PrefixKey, tokens: Array, states: Array) -> None:
-        """Cache the states of a prompt, unless they alone exceed the budget.
+        """Cache the states of a prompt, or of a prompt with its reply, unless they alone exceed the budget.
+
+        They take the place of those of its beginning alone.
 
         Args:
             key: base and adapter of the prompt.
@@ -83,6 +85,9 @@ class PrefixCache:
             return
         name = (key, tokens.tobytes())
         with self._lock:
+            for other in [other for other in self._kept.entries if other[0] == key and other != name]:
+                if name[1].startswith(other[1]):
+                    self._kept.pop(other)
             self._kept.put(name, states, states.nbytes)
 
 

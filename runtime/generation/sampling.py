@@ -27,7 +27,7 @@ class SamplingParams:
         temperature: 0 is greedy decoding; higher values flatten the distribution. Without a default of the base: 0.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p (nucleus sampling, arXiv 1904.09751).
-        seed: makes sampling reproducible; row ``i`` of a batch draws from the stream ``(seed, i)``.
+        seed: makes sampling reproducible; row ``i`` of a call draws from the stream ``(seed, i)``, wherever it runs.
         min_p: keep tokens of at least this share of the likeliest one's probability (arXiv 2407.01082); 0 keeps all.
         repetition_penalty: above 1, makes tokens of the prompt and text less likely (arXiv 1909.05858); 1 is off.
         no_repeat_ngram_size: n-grams of this size occur once, prompt included; 0 is off.
@@ -108,11 +108,6 @@ class SamplingParams:
         if self.min_length is not None and self.min_new_tokens is None:  # the request's own limit counts
             filled["min_new_tokens"] = 0
         return replace(self, **filled)
-
-    def generators(self, batch: int) -> list[np.random.Generator]:
-        """One random stream for each row."""
-        seed = int(np.random.default_rng().integers(1 << 63)) if self.seed is None else self.seed
-        return [np.random.default_rng([seed, row]) for row in range(batch)]
 
     def choose(self, logits: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
         """Next token from the logits of one position, shape ``(vocab,)``."""

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adalink.runtime.generation.stop_texts import StopTexts, without_marks
 from adalink.runtime.text.tokenizer import TextStream, Tokenizer
 
 Stream = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities at one generated token, natural logarithms of the model's own distribution.
+
+    Attributes:
+        token_id: the generated token.
+        logprob: its log probability.
+        top: token ids and log probabilities of the likeliest tokens, in falling order.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -18,14 +33,18 @@ class Generation:
     Attributes:
         text: the generated text, without the prompt.
         token_ids: its tokens, without the end token; tokens of a stop text are included, although the text omits it.
-        finish_reason: ``"stop"`` for an end token or stop text, ``"length"`` at ``max_new_tokens``.
+        finish_reason: ``"stop"`` for an end token or stop text, ``"length"`` at ``max_new_tokens``, ``"cancelled"``.
         prompt_tokens: number of tokens of the prompt.
+        logprobs: log probabilities at each of ``token_ids``; empty if the request did not ask for them.
+        cached_tokens: positions of the prompt that came from the prefix cache; not compared.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class SequenceState:
@@ -68,15 +87,30 @@ class SequenceState:
                 self._find_stop()
         self._send()
 
-    def finish(self) -> Generation:
-        """The result; a row without an end stopped at ``max_new_tokens``."""
+    def cancel(self) -> None:
+        """End the row here; text that may begin a stop text is kept."""
+        if self.finish_reason is None:
+            self._searched += self._text.finish()
+            self.finish_reason = "cancelled"
+            self._send()
+
+    def finish(self, logprobs: Sequence[TokenLogprobs] = (), cached_tokens: int = 0) -> Generation:
+        """The result; a row without an end stopped at ``max_new_tokens``.
+
+        Args:
+            logprobs: at each chosen token; those of an end token are left out.
+            cached_tokens: positions of the prompt that came from the prefix cache.
+        """
         if self.finish_reason is None:
             self._searched += self._text.finish()
             self._find_stop()
             self.finish_reason = self.finish_reason or "length"
             self._send()
         text = without_marks(self._searched[: self._end])
-        return Generation(text, tuple(self.token_ids), self.finish_reason, len(self.prompt))
+        tokens = tuple(self.token_ids)
+        return Generation(
+            text, tokens, self.finish_reason, len(self.prompt), tuple(logprobs[: len(tokens)]), cached_tokens
+        )
 
     def _find_stop(self) -> None:
         """Search the text not yet streamed for a stop text; streamed text never begins one."""

@@ -10,16 +10,10 @@ computes the same for several tokens as for one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from adalink.runtime.arguments import check_whole
-from adalink.runtime.arrays import Array
-from adalink.runtime.engine import InputEmbedder, SpeculativeDecodeState
-from adalink.runtime.generation.sequence import SequenceState
 from adalink.runtime.storage.manifest import Base, Variant
-from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 DRAFT_TOKENS = 8
 _LONGEST_MATCH = 3
@@ -81,35 +75,3 @@ class PromptLookup:
         """Adapt the draft length: ``accepted`` of the last ``drafted`` tokens were right."""
         if drafted:
             self._length = min(self._max_draft_tokens, 2 * self._length if accepted == drafted else accepted + 1)
-
-
-def decode_speculatively(
-    state: SpeculativeDecodeState,
-    embedder: InputEmbedder,
-    tasks: AdapterMapping,
-    row: SequenceState,
-    choose: Callable[[Array], int],
-    tokens_left: int,
-    draft_tokens: int,
-) -> None:
-    """Speculative decoding of a single row until its end, or for ``tokens_left`` more tokens.
-
-    Prompt lookup drafts tokens, and one pass verifies them. Tokens and random numbers are those of single-token steps:
-    ``choose`` is asked for each token only after those before it, so logits processors see the accepted text alone.
-    """
-    lookup = PromptLookup((*row.prompt, *row.token_ids), draft_tokens)
-    logits, draft = state.logits, list[int]()
-    while True:
-        for accepted, scores in enumerate(logits):
-            token = choose(scores)
-            row.push(token)
-            tokens_left -= 1
-            if row.finish_reason is not None or not tokens_left:
-                return
-            lookup.push(token)
-            if accepted == len(draft) or token != draft[accepted]:
-                break
-        state.rollback(len(draft) - accepted)
-        lookup.update(len(draft), accepted)
-        draft = lookup.draft(tokens_left - 1)
-        logits = state.verify(embedder.lookup(np.array([[token, *draft]]), tasks))

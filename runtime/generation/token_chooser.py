@@ -9,8 +9,9 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
-from adalink.runtime.finite import all_equal, not_numbers, row_label
+from adalink.runtime.finite import all_equal, not_numbers
 from adalink.runtime.generation.logits_processors import LogitsProcessor, RowLimits, make_processors
+from adalink.runtime.generation.prompt import Prompt
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.storage.manifest import Base
 
@@ -96,26 +97,27 @@ class TokenChooser:
         return f"for new token {len(self._sequence) - self._begin + 1}"
 
 
-def make_choosers(
+def make_chooser(
     params: SamplingParams,
+    processors: Sequence[LogitsProcessor],
     base: Base,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    tasks: str | Sequence[str | None] | None,
-) -> list[TokenChooser]:
-    """A chooser for each row of a batch.
+    prompt: Prompt,
+    end_ids: tuple[int, ...],
+    generator: np.random.Generator,
+    label: str,
+) -> TokenChooser:
+    """The chooser of one row.
 
     Args:
         params: resolved sampling parameters.
+        processors: logits processors of the caller's, which come last.
         base: the contract.
-        prompts: token ids of each row's prompt.
-        max_new_tokens: most new tokens of a row.
-        tasks: the request's, for messages.
+        prompt: the row's prompt.
+        end_ids: tokens that end the row.
+        generator: the row's random stream.
+        label: what errors call the row.
     """
-    choosers = []
-    for row, (prompt, generator) in enumerate(zip(prompts, params.generators(len(prompts)), strict=True)):
-        start = base.decoder_start_token_id
-        sequence = [start] if base.kind == "encoder-decoder" and start is not None else list(prompt)
-        processors = make_processors(params, RowLimits(base.eos_token_ids, len(sequence), max_new_tokens))
-        choosers.append(TokenChooser(params, processors, sequence, generator, row_label(row, tasks)))
-    return choosers
+    start = base.decoder_start_token_id
+    sequence = [start] if base.kind == "encoder-decoder" and start is not None else list(prompt.token_ids)
+    made = make_processors(params, RowLimits(end_ids, len(sequence), prompt.max_new_tokens))
+    return TokenChooser(params, [*made, *processors], sequence, generator, label)

@@ -7,28 +7,19 @@ and the cache, whose input and output share an address. A step writes a few numb
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import (
-    DecodeState,
-    Engine,
-    InputEmbedder,
-    ResumableDecodeState,
-    ResumableEngine,
-    SpeculativeDecodeState,
-)
+from adalink.runtime.engine import DecodeState, Engine, InputEmbedder, SlotEngine, SlotState, SpeculativeDecodeState
 from adalink.runtime.errors import RequestError
+from adalink.runtime.generation.admission import FIRST_TOKENS
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
-
-# New tokens for which a cache has room at first.
-FIRST_TOKENS = 4096
 
 
 class StaticCacheEngine:
@@ -65,32 +56,15 @@ class StaticCacheEngine:
 
     @implements(Engine)
     def start(self, feeds: Mapping[str, Array], max_new_tokens: int) -> StaticCacheDecodeState:
-        state, embeds, positions, _ = self._allocate(feeds, max_new_tokens)
-        state.prefill(embeds, positions)
-        return state
-
-    @implements(ResumableEngine)
-    def resume(
-        self, feeds: Mapping[str, Array], max_new_tokens: int, known: Sequence[Array | None]
-    ) -> StaticCacheDecodeState:
-        state, embeds, positions, lengths = self._allocate(feeds, max_new_tokens)
-        if any(states is not None for states in known):
-            for row, states in enumerate(known):
-                row_tokens = slice(row, row + 1), slice(lengths[row])
-                state.resume(row, embeds[row_tokens], positions[row_tokens], states)
-        else:
-            state.prefill(embeds, positions)
-        return state
-
-    def _allocate(
-        self, feeds: Mapping[str, Array], max_new_tokens: int
-    ) -> tuple[StaticCacheDecodeState, Array, Array, Array]:
-        """A decode state before prefill, with left-aligned embeddings and position ids, and row lengths."""
         embeds, positions, lengths = _at_left(feeds)
         # Larger when that many tokens have come: few rows use their whole limit, which may be any number.
-        capacity = embeds.shape[1] + min(max_new_tokens, FIRST_TOKENS)
-        state = StaticCacheDecodeState(self._session, self._signature, lengths, positions_after(positions), capacity)
-        return state, embeds, positions, lengths
+        state = self.open_slots(len(embeds), embeds.shape[1] + min(max_new_tokens, FIRST_TOKENS))
+        state.prefill(embeds, positions, lengths)
+        return state
+
+    @implements(SlotEngine)
+    def open_slots(self, slots: int, capacity: int) -> StaticCacheDecodeState:
+        return StaticCacheDecodeState(self._session, self._signature, slots, capacity)
 
     @implements(Engine)
     def close(self) -> None:
@@ -98,56 +72,71 @@ class StaticCacheEngine:
 
 
 class StaticCacheDecodeState:
-    """See ``adalink.runtime.engine.DecodeState``. Active rows come first in its buffers, dropped rows last."""
+    """See ``adalink.runtime.engine.SlotState``. Rows come first in its buffers, free slots last."""
 
-    def __init__(
-        self, session: GuardedSession, signature: Signature, lengths: Array, following: Array, capacity: int
-    ) -> None:
-        """Allocate all buffers.
+    def __init__(self, session: GuardedSession, signature: Signature, slots: int, capacity: int) -> None:
+        """Allocate all buffers, without a row.
 
         Args:
             session: the graph's session.
             signature: the graph's signature.
-            lengths: tokens of each row's prompt, int32 with shape ``(batch,)``.
-            following: position ids of the tokens that follow, int64 with shape ``(batch, 1)`` or ``(batch, 1, axes)``.
+            slots: rows that fit at first.
             capacity: tokens of a row, prompt and generated tokens together, that fit the cache at first.
         """
-        batch = len(lengths)
         heads, head_dim = signature.cache_shape
         self._session = session
         self._signature = signature
-        self._lengths = lengths
+        self._alive = 0
+        self._lengths = np.zeros(slots, np.int32)
         # Positions beyond a row's length are never read and stay uninitialised.
-        self._cache = _empty((len(signature.past), batch, heads, capacity, head_dim), signature.dtype)
-        self._logits = np.empty((batch, signature.vocab_size), signature.dtype)
-        self._logits_indices = np.arange(batch)
-        self._positions = following - 1  # a step adds 1
-        self._alive = batch
-        self._used = int(lengths.max())  # of the longest row there ever was
+        self._cache = _empty((len(signature.past), slots, heads, capacity, head_dim), signature.dtype)
+        self._logits = np.empty((slots, signature.vocab_size), signature.dtype)
+        self._logits_indices = np.arange(slots)
+        # Position ids of each row's last token; the shape of one is known with the first row.
+        self._positions = np.zeros((slots, 1), np.int64)
         # Bound calls: a decode step for the current number of rows, and a verification for each number of tokens.
         self._step: _Bound | None = None
         self._verifications: dict[int, _Bound] = {}
 
-    def prefill(self, inputs_embeds: Array, positions: Array) -> None:
-        """Prefill: run the prompts, shape ``(batch, longest, d)``, each row left-aligned."""
+    def prefill(self, inputs_embeds: Array, positions: Array, lengths: Array) -> None:
+        """Prefill: run prompts of shape ``(batch, longest, d)``, left-aligned, in a state without rows."""
         batch, longest = inputs_embeds.shape[:2]
-        last = self._logits_indices * longest + self._lengths - 1
-        self._run(self._bind(slice(batch), inputs_embeds, positions, last, self._logits))
+        self._append(lengths, positions_after(positions) - 1)
+        last = self._logits_indices[:batch] * longest + lengths - 1
+        self._run(self._bind(slice(batch), inputs_embeds, positions, last, self._logits[:batch]))
 
-    def resume(self, row: int, inputs_embeds: Array, positions: Array, states: Array | None) -> None:
-        """Prefill one row, shape ``(1, length, d)``, after its cached states.
-
-        With a filled cache, the operator takes several tokens of a single row only. So each row is one call.
-        """
-        known = 0
+    @implements(SlotState)
+    def begin(self, states: Array | None) -> None:
+        self._append(np.zeros(1, np.int32), self._positions[:1])
         if states is not None:
-            known = states.shape[2]
-            self._cache[:, row, :, :known] = states
-        rest, rest_positions = (np.ascontiguousarray(array[:, known:]) for array in (inputs_embeds, positions))
-        row_slice = slice(row, row + 1)
-        self._run(self._bind(row_slice, rest, rest_positions, np.array([rest.shape[1] - 1]), self._logits[row_slice]))
+            length = states.shape[2]
+            self._make_room(length)
+            self._cache[:, self._alive - 1, :, :length] = states
+            self._lengths[self._alive - 1] = length
 
-    @implements(ResumableDecodeState)
+    @implements(SlotState)
+    def extend(self, feeds: Mapping[str, Array], start: int, stop: int) -> None:
+        embeds, positions, _ = _at_left(feeds)
+        row = self._alive - 1
+        self._make_room(stop - start)
+        if positions.ndim != self._positions.ndim:
+            self._positions = np.zeros((len(self._lengths), 1, *positions.shape[2:]), np.int64)
+        self._lengths[row] = stop
+        self._positions[row] = positions_after(positions[:, :stop])[0] - 1
+        piece, numbers = (np.ascontiguousarray(array[:, start:stop]) for array in (embeds, positions))
+        rows = slice(row, row + 1)
+        self._run(self._bind(rows, piece, numbers, np.array([stop - start - 1]), self._logits[rows]))
+
+    @implements(SlotState)
+    def adopt(self, state: StaticCacheDecodeState) -> None:
+        first, count = self._alive, state._alive
+        self._append(state._lengths[:count], state._positions[:count])
+        self._make_room(0)
+        rows, longest = slice(first, first + count), state._lengths[:count].max()
+        self._cache[:, rows, :, :longest] = state._cache[:, :count, :, :longest]
+        self._logits[rows] = state._logits[:count]
+
+    @implements(SlotState)
     def states(self, row: int, length: int) -> Array:
         return self._cache[:, row, :, :length].copy()
 
@@ -188,7 +177,6 @@ class StaticCacheDecodeState:
 
     def rollback(self, count: int) -> None:
         """See ``adalink.runtime.engine.SpeculativeDecodeState``: positions beyond a row's length are never read."""
-        self._used -= count
         self._positions[0] -= count
         self._lengths[0] -= count
 
@@ -204,15 +192,34 @@ class StaticCacheDecodeState:
     def close(self) -> None:
         """See ``adalink.runtime.engine.DecodeState``; memory is freed with the object."""
 
+    def _append(self, lengths: Array, positions: Array) -> None:
+        """Append rows with these lengths and position ids of their last tokens; slots are doubled where they end."""
+        first, alive = self._alive, self._alive + len(lengths)
+        slots = len(self._lengths)
+        if positions.ndim != self._positions.ndim:  # the first rows
+            self._positions = np.zeros((slots, 1, *positions.shape[2:]), np.int64)
+        if alive > slots:
+            self._grow(max(alive, 2 * slots), self._cache.shape[3])
+        self._lengths[first:alive], self._positions[first:alive] = lengths, positions
+        self._alive = alive
+
     def _make_room(self, count: int) -> None:
         """Double the cache where ``count`` more tokens of a row do not fit; calls are bound anew."""
-        capacity, self._used = self._cache.shape[3], self._used + count
-        if self._used <= capacity:
-            return
-        shape = (*self._cache.shape[:3], max(self._used, 2 * capacity), self._cache.shape[4])
-        larger = _empty(shape, self._cache.dtype)
-        larger[:, :, :, :capacity] = self._cache
-        self._cache, self._step = larger, None
+        capacity = self._cache.shape[3]
+        needed = int(self._lengths[: self._alive].max()) + count
+        if needed > capacity:
+            self._grow(len(self._lengths), max(needed, 2 * capacity))
+
+    def _grow(self, slots: int, capacity: int) -> None:
+        """Move all rows into larger buffers."""
+        alive, used = self._alive, min(capacity, self._cache.shape[3])
+        layers, _, heads, _, head_dim = self._cache.shape
+        larger = _empty((layers, slots, heads, capacity, head_dim), self._cache.dtype)
+        larger[:, :alive, :, :used] = self._cache[:, :alive, :, :used]
+        self._cache = larger
+        self._lengths, self._positions = _longer(self._lengths, slots), _longer(self._positions, slots)
+        self._logits, self._logits_indices = _longer(self._logits, slots), np.arange(slots)
+        self._step = None
         self._verifications.clear()
 
     def _bind(
@@ -260,6 +267,13 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
             f"no memory for a KV cache of {shape[1]} rows of {shape[3]} tokens ({size_gb:.1f} GB): send fewer rows, "
             "shorter prompts, or ask for fewer new tokens"
         ) from error
+
+
+def _longer(array: Array, rows: int) -> Array:
+    """A copy of an array with ``rows`` rows, zeros at the end."""
+    longer = np.zeros((rows, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer
 
 
 def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:

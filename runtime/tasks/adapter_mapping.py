@@ -211,6 +211,20 @@ def mix(members: Iterable[tuple[AdapterMapping, Array]]) -> AdapterMapping:
     return AdapterMapping(groups, deltas=deltas, prompts=prompts)
 
 
+def combine(rows: Sequence[AdapterMapping]) -> AdapterMapping:
+    """The mapping of a batch, from the mapping of each row's task for a whole batch.
+
+    Rows of one task share one object, which is kept as it is for a batch of that task alone.
+    """
+    if all(alone is rows[0] for alone in rows):
+        return rows[0]
+    members: dict[int, tuple[AdapterMapping, list[int]]] = {}
+    for row, alone in enumerate(rows):
+        if alone is not NO_ADAPTER:
+            members.setdefault(id(alone), (alone, []))[1].append(row)
+    return mix((alone, np.array(numbers)) for alone, numbers in members.values())
+
+
 def task_groups(adapter: Adapter, modalities: Sequence[str], graph: SharedAdapterGraph) -> list[AdapterGroup]:
     """Adapter groups of a batch of one task; their weights are views of the adapter's.
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from adalink.runtime.engine import Backend, SharedAdapterGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
 from adalink.runtime.logs import get_logger
@@ -20,7 +18,7 @@ from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
-from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, mix, task_groups
+from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, combine, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 
@@ -114,18 +112,22 @@ class TaskRegistry:
         """
         if tasks is None or isinstance(tasks, str):
             return NO_ADAPTER if tasks is None else self.get(tasks).value
+        return combine([alone for _, alone in self.resolve_rows(tasks, batch)])
+
+    def resolve_rows(self, tasks: Tasks, batch: int) -> list[tuple[str | None, AdapterMapping]]:
+        """For each row its task's name and the mapping of a batch of that task alone; raises as ``resolve``.
+
+        Rows of one task share one object.
+        """
+        if tasks is None or isinstance(tasks, str):
+            return [(tasks, self.resolve(tasks, batch))] * batch
         rows: list[str | None] = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         if not all(name is None or isinstance(name, str) for name in rows):
             raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
         if len(rows) != batch:
             raise RequestError(f"tasks has {len(rows)} entries for {batch} rows: give one name, or one for each row")
-        if rows.count(rows[0]) == batch:
-            return self.resolve(rows[0], batch)
-        members: dict[str, list[int]] = {}
-        for row, name in enumerate(rows):
-            if name is not None:
-                members.setdefault(name, []).append(row)
-        return mix((self.get(name).value, np.array(row_numbers)) for name, row_numbers in members.items())
+        alone = {name: self.get(name).value for name in dict.fromkeys(rows) if name is not None}
+        return [(name, NO_ADAPTER if name is None else alone[name]) for name in rows]
 
     def _hold(self, name: str, mapping: AdapterMapping, size_bytes: int) -> Held[AdapterMapping]:
         """Hold a task's weights, and unload others beyond the budget; the caller holds the lock."""

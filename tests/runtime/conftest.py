@@ -54,13 +54,14 @@ def vision_deployment(vision_deployments: VisionDeployments) -> VisionDeployment
 
 @pytest.fixture
 def resumed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many positions were known of each row that was run by itself."""
+    """How many positions were known of each prompt that went on from the prefix cache."""
     counts: list[int] = []
-    resume = StaticCacheDecodeState.resume
+    begin = StaticCacheDecodeState.begin
 
-    def note(self: StaticCacheDecodeState, row: int, embeds: Any, positions: Any, states: Any) -> None:
-        counts.append(0 if states is None else states.shape[2])
-        resume(self, row, embeds, positions, states)
+    def note(self: StaticCacheDecodeState, states: Any) -> None:
+        if states is not None:
+            counts.append(states.shape[2])
+        begin(self, states)
 
-    monkeypatch.setattr(StaticCacheDecodeState, "resume", note)
+    monkeypatch.setattr(StaticCacheDecodeState, "begin", note)
     return counts

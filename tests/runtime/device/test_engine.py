@@ -230,34 +230,30 @@ def test_memory_is_given_back(llama: Tiny, host: HostBackend) -> None:
     assert all(executor.is_closed for executor in host.plans.opened)
 
 
-def test_closing_waits_for_calls_that_run(llama: Tiny, host: HostBackend) -> None:
-    """A deployment closed from the middle of a generation: it ends with what it began, and then all memory goes."""
+def test_closing_ends_requests_and_frees_all_memory(llama: Tiny, host: HostBackend) -> None:
+    """A deployment closed from the middle of a generation: the request fails, and all memory goes."""
     with opened(llama, host) as deployment:
-        prompt = deployment.tokenizer.encode("oil")
         pieces: list[str] = []
 
-        def close_once(row: int, text: str) -> None:
+        def close(row: int, text: str) -> None:
             pieces.append(text)
-            if len(pieces) == 1:
-                deployment.close()
-                assert host.device.allocated_bytes > 0
+            deployment.close()
 
-        result = deployment.generate(["oil"], tasks="alpha", max_new_tokens=8, stream=close_once)[0]
-        assert list(result.token_ids) == llama.greedy(prompt, "alpha", 8)
-        assert len(pieces) > 1
         for call in (
+            lambda: deployment.generate(["oil"], tasks="alpha", max_new_tokens=50, stream=close),
             lambda: deployment.generate(["oil"], max_new_tokens=2),
             lambda: deployment.input_embeddings([[5]]),
         ):
             with pytest.raises(RequestError, match="closed: open it again"):
                 call()
+    assert pieces
     assert host.device.allocated_bytes == 0
 
 
 def test_requests_outside_the_profile_are_refused(llama: Tiny, bert: Tiny) -> None:
     with opened(llama, HostBackend(PROFILE)) as deployment:
-        with pytest.raises(RequestError, match=r"inputs_embeds: 4 rows.* takes 1 to 3.*--profile batch=1:2:4"):
-            deployment.generate(["a"] * 4, max_new_tokens=3)
+        alone = deployment.generate(["a"], max_new_tokens=3)
+        assert deployment.generate(["a"] * 4, max_new_tokens=3) == alone * 4, "4 rows, 3 at a time"
         with pytest.raises(RequestError, match=r"attention_mask: 6\d positions.*takes 1 to 56.*--profile past=0:8:6"):
             deployment.generate(["oil"], max_new_tokens=59)
     narrow = Profile(batch=ShapeRange(1, 1, 1), seq=ShapeRange(3, 4, 5), past=None)

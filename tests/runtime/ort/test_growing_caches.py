@@ -15,6 +15,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import RequestError
+from adalink.runtime.generation import admission
 from adalink.runtime.ort import dynamic_cache, static_cache
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -55,25 +56,29 @@ def test_growth_changes_nothing(
         settings: dict[str, Any] = {"max_new_tokens": 40, "draft_tokens": draft_tokens}
         expected = deployment.generate(PROMPTS, **settings), deployment.generate(PROMPTS[:1], **settings)
         for room in (1, 3):
-            monkeypatch.setattr(static_cache, "FIRST_TOKENS", room)
+            make_small(monkeypatch, room)
             monkeypatch.setattr(dynamic_cache, "_GROWTH", room)
             found = deployment.generate(PROMPTS, **settings), deployment.generate(PROMPTS[:1], **settings)
             assert found == expected
 
 
+def make_small(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """A cache has room for so few new tokens at first."""
+    for module in (static_cache, admission):
+        monkeypatch.setattr(module, "FIRST_TOKENS", tokens)
+
+
 def test_a_cache_that_is_not_copied_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with without_limit(tmp_path / "deployment", "llama", "onnxruntime-cpu") as deployment:
         expected = deployment.generate(PROMPTS, max_new_tokens=20)
-        monkeypatch.setattr(static_cache, "FIRST_TOKENS", 2)
-        make_room = StaticCacheDecodeState._make_room
+        make_small(monkeypatch, 2)
+        grow = StaticCacheDecodeState._grow
 
-        def forget(self: StaticCacheDecodeState, count: int) -> None:
-            before = self._cache
-            make_room(self, count)
-            if self._cache is not before:
-                self._cache[:] = 0
+        def forget(self: StaticCacheDecodeState, slots: int, capacity: int) -> None:
+            grow(self, slots, capacity)
+            self._cache[:] = 0
 
-        monkeypatch.setattr(StaticCacheDecodeState, "_make_room", forget)
+        monkeypatch.setattr(StaticCacheDecodeState, "_grow", forget)
         assert deployment.generate(PROMPTS, max_new_tokens=20) != expected
 
 

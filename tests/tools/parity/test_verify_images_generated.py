@@ -9,9 +9,9 @@ from helpers.vision_deployments import build_vision_deployment
 from helpers.vision_families import FAMILIES
 
 from adalink.runtime import deployment as deployment_module
-from adalink.runtime import model_runner
+from adalink.runtime import model_runner, text_generator
 from adalink.runtime.device.vision import DeviceVision
-from adalink.runtime.model_runner import ModelRunner
+from adalink.runtime.generation.row import Row
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
@@ -108,13 +108,10 @@ def test_images_given_to_each_others_rows(clean, monkeypatch):
 
 
 def test_tokens_that_are_not_adapted_behind_images(clean, monkeypatch):
-    start = ModelRunner.start
+    def plain(prompt, make_sequence, chooser, tasks, options):
+        return Row(prompt, make_sequence, chooser, NO_ADAPTER if prompt.images else tasks, options)
 
-    def plain(self, inputs, layout, max_new_tokens):
-        state, embedder, tasks = start(self, inputs, layout, max_new_tokens)
-        return state, embedder, tasks if inputs.images is None else NO_ADAPTER
-
-    monkeypatch.setattr(ModelRunner, "start", plain)
+    monkeypatch.setattr(text_generator, "Row", plain)
     found = failures(*clean)
     assert {f"{label}/images/decode-logits" for label in ("task/words", "task/both", "mixed")} <= found
     own = ("task/words/images/", "task/both/images/", "mixed/images/", "mixed/ends/images/")

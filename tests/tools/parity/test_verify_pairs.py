@@ -61,12 +61,12 @@ def test_clean_pairs_pass(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPa
 
 
 def test_types_that_are_not_fed(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    true = ModelRunner._feeds
+    true = ModelRunner.feeds
 
     def feeds(self: ModelRunner, *arguments: Any) -> dict[str, Any]:
         return {name: value for name, value in true(self, *arguments).items() if name != "token_type_ids"}
 
-    monkeypatch.setattr(ModelRunner, "_feeds", feeds)
+    monkeypatch.setattr(ModelRunner, "feeds", feeds)
     assert failures(*clean, monkeypatch) == PAIRS
 
 

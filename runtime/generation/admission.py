@@ -1,0 +1,307 @@
+"""Admission: which waiting prompts are read before the next decode step.
+
+A step of the running batch waits for what is read before it. Between two steps at most ``STEP_TOKENS`` positions of
+prompts are read, so that nobody's text stops for long; a longer prompt is read in pieces. While no row decodes, larger
+pieces are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.batch_inputs import BatchInputs
+from adalink.runtime.engine import DecodeState, Engine, EngineInput, InputEmbedder, SlotEngine, SlotState
+from adalink.runtime.errors import RequestError
+from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
+from adalink.runtime.generation.prompt import PromptBatch, collate
+from adalink.runtime.generation.row import Row
+from adalink.runtime.generation.running_batch import RunningBatch
+from adalink.runtime.generation.waiting_queue import WaitingQueue
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
+
+# Positions of prompts that are read between two decode steps, and while no row decodes.
+STEP_TOKENS, IDLE_TOKENS = 64, 2048
+# Positions of a single pass over prompts: attention's memory grows with their square.
+PASS_TOKENS = 512
+# Rows of a batch where nobody says; and new tokens for which a cache has room at first.
+DEFAULT_SLOTS, FIRST_TOKENS = 64, 4096
+
+
+class Runner(Protocol):
+    """What reads prompts; see ``adalink.runtime.model_runner.ModelRunner``."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that reads prompts."""
+        ...
+
+    @property
+    def slot_engine(self) -> SlotEngine | None:
+        """The same engine, if rows may join its batch at any step."""
+        ...
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """The prefix cache, if it is on."""
+        ...
+
+    @property
+    def embedder(self) -> InputEmbedder:
+        """The input embedder of generated tokens."""
+        ...
+
+    def feeds(self, inputs: BatchInputs, layout: SoftPromptLayout) -> Mapping[str, EngineInput]:
+        """The engine's inputs for whole prompts."""
+        ...
+
+    def start(self, batch: PromptBatch, max_new_tokens: int) -> DecodeState:
+        """Read prompts and keep their KV cache."""
+        ...
+
+    def prefix_key(self, batch: PromptBatch) -> tuple[PrefixKey, Array]:
+        """Prefix cache key of a batch of one prompt, and of each of its positions."""
+        ...
+
+
+class Admission(Protocol):
+    """Reads waiting prompts into the running batch."""
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt has been read in part."""
+        ...
+
+    def admit(self, batch: RunningBatch, waiting: WaitingQueue) -> None:
+        """Read prompts that wait, and add their rows to the batch; rows whose prompts cannot be read fail."""
+        ...
+
+    def leave(self, batch: RunningBatch, row: Row, index: int) -> None:
+        """A row leaves the batch: keep what later prompts can use."""
+        ...
+
+    def close(self) -> list[Row]:
+        """Forget what has been read in part; returns its rows."""
+        ...
+
+
+class ClosedAdmission:
+    """For engines that take no new rows between steps: the next batch begins when the last row has ended."""
+
+    is_reading = False
+
+    def __init__(self, runner: Runner, base: Base, slots: int | None) -> None:
+        self._runner, self._base = runner, base
+        profile = runner.engine.profile
+        limits = [slots or DEFAULT_SLOTS] + ([] if profile is None else [profile.batch.max])
+        self._slots = min(limits)
+        self._capacity = None if profile is None or base.kind == "encoder-decoder" else profile.capacity
+
+    def admit(self, batch: RunningBatch, waiting: WaitingQueue) -> None:
+        """See ``Admission.admit``."""
+        if batch.rows:
+            return
+        rows: list[Row] = []
+        longest = budget = 0
+        while len(rows) < self._slots and (row := waiting.take()) is not None:
+            longest, budget = max(longest, row.prompt.length), max(budget, row.prompt.max_new_tokens)
+            if rows and self._capacity is not None and longest + budget > self._capacity:
+                waiting.put_back(row)  # each fits alone, but not side by side
+                break
+            rows.append(row)
+        if rows:
+            self._start(batch, rows, waiting)
+
+    def leave(self, batch: RunningBatch, row: Row, index: int) -> None:
+        """See ``Admission.leave``: nothing can be used again."""
+
+    def close(self) -> list[Row]:
+        """See ``Admission.close``."""
+        return []
+
+    def _start(self, batch: RunningBatch, rows: list[Row], waiting: WaitingQueue) -> None:
+        prompts = [row.prompt for row in rows]
+        try:
+            collated = collate(prompts, self._base.pad_token_id, self._runner.engine.padding_side)
+            state = self._runner.start(collated, max(prompt.max_new_tokens for prompt in prompts))
+        except Exception as error:
+            if isinstance(error, RequestError) and len(rows) > 1:  # the engine takes fewer such rows at once
+                for row in reversed(rows[1:]):
+                    waiting.put_back(row)
+                self._start(batch, rows[:1], waiting)
+            else:
+                fail_all(rows, error)
+            return
+        batch.close()
+        batch.add(rows, state)
+
+
+class SlotAdmission:
+    """For engines whose batch takes new rows at any step."""
+
+    def __init__(self, runner: Runner, engine: SlotEngine, base: Base, slots: int | None, capacity: int | None) -> None:
+        """``slots`` and ``capacity`` are those of ``Scheduler``."""
+        self._runner, self._engine, self._base = runner, engine, base
+        self._slots = slots or DEFAULT_SLOTS
+        self._capacity = capacity
+        self._reading: _Reading | None = None
+        self._is_others_turn = False
+
+    @property
+    def is_reading(self) -> bool:
+        """See ``Admission.is_reading``."""
+        return self._reading is not None
+
+    def admit(self, batch: RunningBatch, waiting: WaitingQueue) -> None:
+        """See ``Admission.admit``."""
+        if self._capacity is not None and not batch.has_state:
+            batch.open(self._engine.open_slots(self._slots, self._capacity))
+        left = STEP_TOKENS if batch.rows else IDLE_TOKENS
+        # Where others wait behind a long prompt, they come first every second time.
+        self._is_others_turn = not self._is_others_turn and len(waiting) > 0
+        if self._reading is not None and not self._is_others_turn:
+            left -= self._read_on(batch, left)
+        together: list[Row] = []
+        while left > 0 and len(batch.rows) + len(together) + self.is_reading < self._slots:
+            row = waiting.take()
+            if row is None:
+                break
+            if row.prompt.length <= min(PASS_TOKENS, max(left, STEP_TOKENS)) and not self._begins_in_cache(row):
+                together.append(row)
+                left -= row.prompt.length
+            elif self._reading is None:
+                self._reading = self._begin(row, batch)
+                left -= self._read_on(batch, left)
+            else:
+                waiting.put_back(row)
+                break
+        self._read_together(batch, together)
+
+    def leave(self, batch: RunningBatch, row: Row, index: int) -> None:
+        """See ``Admission.leave``: the next turn of a chat begins with this prompt and its reply."""
+        prefixes = self._runner.prefixes
+        # Under the scope "prompt" a token of a reply has other keys and values than the same token of a prompt.
+        if prefixes is None or row.handle.is_failed or not row.run_tokens or row.prefix_key.scope == "prompt":
+            return
+        keys = np.concatenate([row.prefix_positions, np.array(row.run_tokens, np.int64)])
+        prefixes.add(row.prefix_key, keys, batch.states(index, len(keys)))
+
+    def close(self) -> list[Row]:
+        """See ``Admission.close``."""
+        reading, self._reading = self._reading, None
+        return [] if reading is None else [reading.row]
+
+    def _begins_in_cache(self, row: Row) -> bool:
+        """Whether the prefix cache knows the prompt's beginning; notes what it knows."""
+        prefixes = self._runner.prefixes
+        if prefixes is None:
+            return False
+        row.prefix_key, row.prefix_positions = self._runner.prefix_key(self._collate([row]))
+        row.prefix = prefixes.find(row.prefix_key, row.prefix_positions)
+        return row.prefix is not None
+
+    def _begin(self, row: Row, batch: RunningBatch) -> _Reading | None:
+        """Begin to read a prompt by itself; ``None`` if it cannot be read."""
+        try:
+            collated = self._collate([row])
+            room = 0 if batch.has_state else min(row.prompt.max_new_tokens, FIRST_TOKENS)
+            state = self._engine.open_slots(1, row.prompt.length + room)
+            state.begin(row.prefix)
+            done = 0 if row.prefix is None else row.prefix.shape[2]
+            row.cached_tokens, row.prefix = done, None
+            return _Reading(row, self._runner.feeds(collated.inputs, collated.layout), state, done)
+        except Exception as error:
+            row.fail(error)
+            return None
+
+    def _read_on(self, batch: RunningBatch, most: int) -> int:
+        """Read the next piece of the prompt that is being read; returns its positions."""
+        reading = self._reading
+        if reading is None:
+            return 0
+        row, length = reading.row, reading.row.prompt.length
+        if row.stop_if_over():
+            self._reading = None
+            return 0
+        rest = length - reading.done
+        most = max(1, min(most, PASS_TOKENS))
+        # Pieces of about one length: a pass over a few positions takes as long as a decode step.
+        size = -(-rest // -(-rest // most))
+        try:
+            reading.state.extend(reading.feeds, reading.done, reading.done + size)
+            reading.done += size
+            if reading.done == length:
+                self._reading = None
+                self._keep_prompt(row, reading.state, 0)
+                batch.add([row], reading.state)
+        except Exception as error:
+            self._reading = None
+            row.fail(error)
+        return size
+
+    def _read_together(self, batch: RunningBatch, rows: list[Row]) -> None:
+        """Read whole prompts, those of similar lengths in one pass."""
+        groups = by_length(rows)
+        if len(groups) > 1 and not batch.has_state:
+            capacity = max(row.prompt.length + min(row.prompt.max_new_tokens, FIRST_TOKENS) for row in rows)
+            batch.open(self._engine.open_slots(len(rows), capacity))
+        for group in groups:
+            room = 1 if batch.has_state else max(row.prompt.max_new_tokens for row in group)
+            try:
+                state = self._runner.start(self._collate(group), room)
+                for index, row in enumerate(group):
+                    self._keep_prompt(row, state, index)
+                batch.add(group, state)
+            except Exception as error:
+                fail_all(group, error)
+
+    def _keep_prompt(self, row: Row, state: DecodeState, index: int) -> None:
+        """Keep a prompt's keys and values for later prompts."""
+        if self._runner.prefixes is not None and len(row.prefix_positions) > row.cached_tokens + 1:
+            slots: SlotState = state  # type: ignore[assignment]  # what a ``SlotEngine`` starts
+            states = slots.states(index, len(row.prefix_positions))
+            self._runner.prefixes.add(row.prefix_key, row.prefix_positions, states)
+
+    def _collate(self, rows: Sequence[Row]) -> PromptBatch:
+        return collate([row.prompt for row in rows], self._base.pad_token_id, self._runner.engine.padding_side)
+
+
+@dataclass
+class _Reading:
+    """A prompt that has been read in part, in a decode state of its own.
+
+    Attributes:
+        row: its row.
+        feeds: the engine's inputs for the whole prompt.
+        state: a decode state with its row alone.
+        done: positions that have been read.
+    """
+
+    row: Row
+    feeds: Mapping[str, EngineInput]
+    state: SlotState
+    done: int
+
+
+def by_length(rows: Sequence[Row]) -> list[list[Row]]:
+    """Groups of rows that lose little by padding: no prompt is much shorter than the longest of its group."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: row.prompt.length):
+        group = groups[-1] if groups else []
+        fits = group and row.prompt.length <= group[0].prompt.length * 5 // 4 + 8
+        if fits and row.prompt.length * (len(group) + 1) <= IDLE_TOKENS:
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def fail_all(rows: Sequence[Row], error: BaseException) -> None:
+    """End rows with one error."""
+    for row in rows:
+        row.fail(error)
