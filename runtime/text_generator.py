@@ -104,7 +104,8 @@ class TextGenerator:
         tokenizer = self._inputs.tokenizer
         marked = mark_stops(stops, tokenizer.special_ids if stops else {})
         ends = (*base.eos_token_ids, *settings.stop_token_ids)
-        is_base_stop = settings.stop is None and base.kind == "decoder"  # as in transformers, it may begin in the prompt
+        # As in transformers, a stop text of the base's may begin in the prompt.
+        is_base_stop = settings.stop is None and base.kind == "decoder"
         rows = []
         for index, prompt in enumerate(checked):
             options = RowOptions(prompt.task, row_label(index, names), drafts, settings.logprobs, deadline)

@@ -50,13 +50,16 @@ class CheckedGguf:
         """Check what the file says before anything is made of it; raises ``ModelError``."""
         header = self.header
         layers = header.metadata.get(f"{header.architecture}.block_count")
+        decoder_layers = header.metadata.get(f"{header.architecture}.decoder_block_count")
         if isinstance(layers, int):
-            check_layers(header, layers)
+            check_layers(header, layers, decoder_layers if isinstance(decoder_layers, int) else None)
 
     def repair(self, config: Any) -> None:
         """Put right, in place, the config that transformers made; raises ``ModelError`` for what it cannot take."""
         repair_config(self.header, self._path, config)
-        check_layers(self.header, config)
+        check_layers(
+            self.header, config.num_hidden_layers, config.num_decoder_layers if config.is_encoder_decoder else None
+        )
 
     def finish(self, model: PreTrainedModel) -> None:
         """Check the loaded model's tensors, and give it the file's end tokens and recommended sampling.

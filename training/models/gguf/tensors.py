@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ModelError
 from adalink.training.models.gguf.header import GgufHeader
@@ -15,24 +15,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_layers(header: GgufHeader, config: Any) -> None:
+def check_layers(header: GgufHeader, layers: int, decoder_layers: int | None = None) -> None:
     """Check that a file has tensors of all the layers that it says, before a model of that many is made.
 
     Args:
         header: the file's header.
-        config: the config of the model.
+        layers: how many layers the metadata say; of an encoder-decoder, its encoder's.
+        decoder_layers: those of an encoder-decoder's decoder.
 
     Raises:
         ModelError: it has those of fewer.
     """
-    stacks = {"blk.": config.num_hidden_layers}
-    if config.is_encoder_decoder:
-        stacks = {"enc.blk.": config.num_hidden_layers, "dec.blk.": config.num_decoder_layers}
-    for prefix, layers in stacks.items():
+    stacks = {"blk.": layers} if decoder_layers is None else {"enc.blk.": layers, "dec.blk.": decoder_layers}
+    for prefix, count in stacks.items():
         found = {name.removeprefix(prefix).split(".")[0] for name in header.tensors if name.startswith(prefix)}
-        if len(found) < layers:
+        if len(found) < count:
             raise ModelError(
-                f"base model {header.name}: its metadata say {layers} layers and it holds tensors of {len(found)}; "
+                f"base model {header.name}: its metadata say {count} layers and it holds tensors of {len(found)}; "
                 "expected as many: download the file again"
             )
 
