@@ -1,1 +1,1 @@
-"""Servers under load, side by side: the kit's, llama.cpp's, and one process a task (``python -m benchmarks.serving``)."""
+"""Servers under load, side by side: the kit's and llama.cpp's (``python -m benchmarks.serving``)."""
