@@ -83,7 +83,8 @@ def _address(process: subprocess.Popen[str], log: Path) -> tuple[str, int]:
             continue
         if isinstance(message, Mapping) and "address" in message:
             parts = urlsplit(message["address"])
-            assert parts.hostname is not None and parts.port is not None
+            assert parts.hostname is not None
+            assert parts.port is not None
             return parts.hostname, parts.port
     raise MeasurementError(f"{process.args} ended before it listened; see {log}")
 
