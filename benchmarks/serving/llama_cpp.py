@@ -120,7 +120,7 @@ def run_server(options: argparse.Namespace) -> None:
         parameters.lora_adapters = adapters
         parameters.lora_init_without_apply = True
     server = xllamacpp.Server(parameters)
-    print(json.dumps({"address": server.listening_address}), flush=True)
+    print(json.dumps({"url": server.listening_address}), flush=True)
     sys.stdin.read()
     del server
     time.sleep(0.1)

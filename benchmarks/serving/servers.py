@@ -81,8 +81,8 @@ def _address(process: subprocess.Popen[str], log: Path) -> tuple[str, int]:
             message = json.loads(line)
         except ValueError:
             continue
-        if isinstance(message, Mapping) and "address" in message:
-            parts = urlsplit(message["address"])
+        if isinstance(message, Mapping) and "url" in message:
+            parts = urlsplit(message["url"])
             assert parts.hostname is not None
             assert parts.port is not None
             return parts.hostname, parts.port
