@@ -130,13 +130,30 @@ class ChatSession:
     @property
     def _least(self) -> int:
         """Tokens that a reply can count on."""
-        limit = self._deployment.manifest.base.max_positions
-        return self._most if limit is None else min(self._most, max(1, limit // _REPLY_SHARE))
+        limits = [limit for limit in (self._deployment.manifest.base.max_positions, self._capacity) if limit]
+        return min([self._most, *(max(1, limit // _REPLY_SHARE) for limit in limits)])
+
+    @property
+    def _capacity(self) -> int | None:
+        """Positions of a compiled engine; ``None`` if the model's own limit is the only one."""
+        profile = self._deployment.profile
+        return None if profile is None or self._deployment.manifest.base.kind != "decoder" else profile.capacity
 
     def _check(self, messages: list[dict[str, str]]) -> Callable[[int], None]:
         """What raises ``RequestError`` if a reply of so many tokens does not fit behind the conversation."""
-        token_ids = self._deployment.tokenizer.encode_messages(messages)
-        return lambda tokens: self._deployment.check_prompt(token_ids, (), self.task, tokens)
+        token_ids, capacity = self._deployment.tokenizer.encode_messages(messages), self._capacity
+        task = None if self.task is None else self._deployment.manifest.tasks.get(self.task)
+        positions = len(token_ids) + (0 if task is None else task.soft_tokens)
+
+        def check(tokens: int) -> None:
+            self._deployment.check_prompt(token_ids, (), self.task, tokens)
+            if capacity is not None and positions + tokens > capacity:
+                raise RequestError(
+                    f"the conversation has {positions} positions and the reply {tokens}, this engine takes {capacity}: "
+                    "shorten the message, or ask for fewer new tokens"
+                )
+
+        return check
 
 
 def _messages(system: str | None, turns: list[tuple[str, str]], text: str) -> list[dict[str, str]]:
