@@ -25,8 +25,8 @@ from adalink.tools.common.terminal_text import echo, echo_generated, printable
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest
 
-# A reply and what was before it: 256 MiB are about 12,000 positions of a small model in float32.
-_CACHE_BYTES = 256 << 20
+# A limit, not taken at once. A position of SmolLM2-135M takes 46 kB in float32, one of a model of 1B some 130 kB.
+_CACHE_BYTES = 1 << 30
 _FILTERS = ("top_k", "top_p", "min_p")
 _HELP = """\
 /task          list the tasks
