@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ _HELP = """\
 /base          let the base model answer, without a task
 /system TEXT   set the system message; without TEXT, remove it
 /clear         forget the conversation
+/reload        take up what 'adalink export adapter' and 'adalink remove' have changed in the folder
 /help          show this
 /quit          leave, as Ctrl-D does
 Ctrl-C ends a reply and keeps what came. A message that begins with / is written with two: //"""
@@ -229,6 +230,9 @@ def _obey(session: ChatSession, name: str, argument: str) -> bool:
     elif name == "/clear":
         session.clear()
         echo("the conversation is forgotten", err=True)
+    elif name == "/reload":
+        changes = [f"{what} {', '.join(names)}" for what, names in asdict(session.reload()).items() if names]
+        echo("; ".join(changes) or "nothing has changed", err=True)
     elif name == "/system":
         session.use_system(argument or None)
         echo("the system message is set" if argument else "there is no system message", err=True)

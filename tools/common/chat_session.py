@@ -13,6 +13,7 @@ from adalink.runtime.generation.sampling import SamplingParams
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
     from adalink.runtime.generation.handle import Handle
+    from adalink.runtime.tasks.task_changes import Reload
 
 # Share of the model's positions that a reply can count on, unless it is limited to fewer tokens.
 _REPLY_SHARE = 4
@@ -81,6 +82,10 @@ class ChatSession:
     def tasks(self) -> tuple[str, ...]:
         """Names of the deployed tasks."""
         return self._deployment.tasks
+
+    def reload(self) -> Reload:
+        """Take up tasks that have changed in the folder; see ``Deployment.reload``."""
+        return self._deployment.reload()
 
     def use_task(self, name: str | None) -> None:
         """Let another task answer from now on; raises ``UnknownTaskError``."""

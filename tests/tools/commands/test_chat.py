@@ -109,6 +109,24 @@ def test_commands_change_task_system_and_history(folder: Path) -> None:
     assert all(name in shown for name in ("/task", "/base", "/system", "/clear", "/quit", "Ctrl-C"))
 
 
+def test_a_task_that_changes_in_the_folder_is_taken_up(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "deployment"))
+    expected = [Reference(copy).reply("Hi", task) for task in ("alpha", "beta")]
+    load = ChatSession.use_task
+
+    def load_and_change(self: ChatSession, name: str | None) -> None:
+        load(self, name)
+        if not (copy / "tasks/new").exists():
+            for task in ("alpha", "new"):
+                export_adapter(folder.parent / "beta", copy, name=task, replace=True)
+
+    monkeypatch.setattr(ChatSession, "use_task", load_and_change)
+    result = chat(copy, "Hi\n/clear\n/reload\nHi\n/reload", "--task", "alpha")
+    assert result.stdout.splitlines() == expected
+    assert "\nadded new; replaced alpha\n" in result.stderr
+    assert result.stderr.endswith("\nnothing has changed\n")
+
+
 def test_options_of_sampling_reach_the_deployment(folder: Path) -> None:
     sampling = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=3)
     expected = Reference(folder).reply("Hi", sampling=sampling)
