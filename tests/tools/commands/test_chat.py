@@ -351,9 +351,7 @@ def test_errors_and_ctrl_c_leave_the_prompt(folder: Path) -> None:
     terminal.wait("> ")
     terminal.type("/task gamma\n")
     terminal.wait("Error: task 'gamma' is not deployed[^\n]*\r\n> ")
-    terminal.type("half a line")
-    terminal.wait("half a line")
-    # Python's readline does not see a Ctrl-C that comes just before it waits for a key.
+    # Python's readline misses a Ctrl-C that comes just before it waits for a key, until the next one.
     terminal.type_until("\x03", "/quit or Ctrl-D leaves\r\n> ")
     terminal.type("Hi\n")
     expected = Reference(folder).reply("Hi", max_new_tokens=2)
