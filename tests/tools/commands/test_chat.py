@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -284,6 +285,9 @@ class Terminal:
     def __init__(self, folder: Path, *options: str, seconds: float = 0.0, patch: str = "") -> None:
         script = SCRIPT.format(seconds=seconds, arguments=["chat", str(folder), *options], patch=patch)
         self.leader, follower = pty.openpty()
+        settings = termios.tcgetattr(follower)
+        settings[3] |= termios.NOFLSH  # Ctrl-C discards no text that was not read yet
+        termios.tcsetattr(follower, termios.TCSANOW, settings)
         environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
         streams = {"stdin": follower, "stdout": follower, "stderr": follower}
         self.process = subprocess.Popen(
