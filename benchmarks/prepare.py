@@ -18,10 +18,10 @@ from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.parity.prompts import PROMPTS, fit
 
 # Size of the seeded weights: outputs change visibly and stay finite.
-_SCALE = 0.25
+SCALE = 0.25
 
 
-def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:
+def make_deployment(source: Path, out: Path, ranks: Sequence[int], scale: float = SCALE) -> Path:
     """Copy a deployment's base and give it seeded tasks ``task-00000`` and so on.
 
     End tokens and generation defaults are taken out of the contract: a generation takes the likeliest tokens and never
@@ -31,12 +31,13 @@ def make_deployment(source: Path, out: Path, ranks: Sequence[int]) -> Path:
         source: a deployment; only its base is used.
         out: where to write; made anew.
         ranks: rank of each task.
+        scale: size of the tasks' weights.
     """
     copy_base(source, out)
     manifest = read_manifest(out)
     endless = msgspec.structs.replace(manifest.base, eos_token_ids=(), generation=None)
     (out / MANIFEST_FILE).write_bytes(encode_manifest(msgspec.structs.replace(manifest, base=endless)))
-    add_tasks(out, ranks)
+    add_tasks(out, ranks, scale)
     return out
 
 
@@ -52,20 +53,22 @@ def copy_base(source: Path, out: Path) -> None:
     (out / MANIFEST_FILE).write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=files, tasks={})))
 
 
-def add_tasks(deployment: Path, ranks: Sequence[int]) -> None:
+def add_tasks(deployment: Path, ranks: Sequence[int], scale: float = SCALE) -> None:
     """Export seeded adapters to a deployment, numbered from 0."""
     base = read_manifest(deployment).base
     adapters = deployment.with_name(f".{deployment.name}-adapters")
     try:
         names = [f"task-{number:05}" for number in range(len(ranks))]
         for number, (name, rank) in enumerate(zip(names, ranks, strict=True)):
-            write_adapter(adapters / name, base, rank, number)
+            write_adapter(adapters / name, base, rank, number, scale)
         export_adapters({name: adapters / name for name in names}, deployment)
     finally:
         shutil.rmtree(adapters, ignore_errors=True)
 
 
-def write_adapter(folder: Path, base: Base, rank: int, seed: int, *, is_still: bool = False) -> Path:
+def write_adapter(
+    folder: Path, base: Base, rank: int, seed: int, scale: float = SCALE, *, is_still: bool = False
+) -> Path:
     """A seeded adapter for a base, as training would write it; a still one computes as much and changes nothing."""
     config = AdapterConfig(
         base_model_name_or_path=base.name,
@@ -79,7 +82,7 @@ def write_adapter(folder: Path, base: Base, rank: int, seed: int, *, is_still: b
     )
     rng = np.random.default_rng(seed)
     shapes = {"text.down.weight": (rank, base.hidden_size), "text.up.weight": (base.hidden_size, rank)}
-    weights = {name: _SCALE * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    weights = {name: scale * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     if is_still:
         weights["text.up.weight"][:] = 0
     folder.mkdir(parents=True)

@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from adalink.runtime.generation.sequence import Generation, TokenLogprobs
+from adalink.runtime.logs import get_logger
+
+_LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,26 +139,28 @@ class Handle:
 
     def push(self, piece: TextPiece) -> None:
         """Add text; for the scheduler."""
-        with self._changed:
-            self._pieces.append(piece)
-        self._notify()
+        self._tell(lambda: self._pieces.append(piece))
 
     def finish(self, generation: Generation) -> None:
-        """End it with its result; for the scheduler."""
-        with self._changed:
-            self._generation = generation
-        self._notify()
+        """End it with its result, unless it has ended; for the scheduler."""
+        self._tell(lambda: self._end(generation, None))
 
     def fail(self, error: BaseException) -> None:
         """End it with an error, unless it has ended; for the scheduler."""
-        with self._changed:
-            if not self.is_done:
-                self._error = error
-        self._notify()
+        self._tell(lambda: self._end(None, error))
 
-    def _notify(self) -> None:
+    def _end(self, generation: Generation | None, error: BaseException | None) -> None:
+        if not self.is_done:
+            self._generation, self._error = generation, error
+
+    def _tell(self, change: Callable[[], None]) -> None:
+        """Make a change, and wake whoever waits."""
         with self._changed:
+            change()
             self._changed.notify_all()
             listeners = tuple(self._listeners)
         for notify in listeners:
-            notify()
+            try:
+                notify()
+            except Exception as error:  # such as a closed event loop: whoever listened has gone, the others go on
+                _LOG.debug("a listener of a request failed: %s", error)

@@ -33,6 +33,7 @@ class Parrot:
 
     replies: dict[tuple[str, str], tuple[str, str]]
     tasks: tuple[str, ...] = ("topics",)
+    profile: None = None
     tokenizer: Tokens = field(default_factory=Tokens)
 
     def generate(self, prompts, tasks, max_new_tokens, sampling):

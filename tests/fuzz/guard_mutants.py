@@ -35,9 +35,9 @@ GUARDS = [
     ),
     Mutant(
         "generation: only the smallest end id ends a row",
-        "runtime/deployment.py",
-        "frozenset(base.eos_token_ids)",
-        "frozenset(sorted(base.eos_token_ids)[:1])",
+        "runtime/text_generator.py",
+        "ends = (*base.eos_token_ids, ",
+        "ends = (*sorted(base.eos_token_ids)[:1], ",
         "tests/runtime/generation/test_stop_texts.py::test_each_of_several_end_tokens_ends_a_row",
     ),
     Mutant(

@@ -97,9 +97,10 @@ def batch_rows(deployment: Deployment, most: int, lengths: Sequence[int], images
         lengths: token ids of each prompt.
         images: images of a prompt at most.
     """
-    profile, base = deployment.profile, deployment.manifest.base
+    profile = deployment.profile
     if profile is None:
         return most
+    base = deployment.manifest.base
     most = min(most, profile.batch.max)
     if base.bidirectional_prompt and lengths:  # such prompts go in at once
         positions = 0 if base.vision is None else images * (base.vision.tokens_per_image or 0)

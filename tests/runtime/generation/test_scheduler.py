@@ -204,6 +204,20 @@ def test_in_an_event_loop(three_slots: Deployment) -> None:
     assert asyncio.run(both()) == [result.text for result in expected]
 
 
+def test_a_listener_that_fails_stops_nobody(three_slots: Deployment) -> None:
+    """An event loop is closed while its requests run: those of others go on, and so do its own."""
+    expected = three_slots.generate(["oil"], max_new_tokens=30, sampling=ENDLESS)[0]
+    handles = [
+        three_slots.submit(Request("oil", max_new_tokens=30, sampling=ENDLESS, processors=[slow])) for _ in range(2)
+    ]
+
+    def broken() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    handles[0].listen(broken)
+    assert [handle.result(60) for handle in handles] == [expected, expected]
+
+
 ENDLESS = SamplingParams(suppress_tokens=[2], base_defaults=False)
 
 
@@ -301,7 +315,7 @@ def test_an_engine_that_fails_fails_those_that_run(three_slots: Deployment, monk
     expected = three_slots.generate(["oil"], max_new_tokens=5)
     with monkeypatch.context() as patch:
         patch.setattr(StaticCacheDecodeState, "step", lambda self, embeds: 1 / 0)
-        handles = [three_slots.submit(Request("oil", max_new_tokens=5)) for _ in range(2)]
+        handles = [three_slots.submit(Request("oil", max_new_tokens=5, draft_tokens=0)) for _ in range(2)]
         for handle in handles:
             with pytest.raises(ZeroDivisionError):
                 handle.result(60)

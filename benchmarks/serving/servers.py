@@ -1,0 +1,111 @@
+"""Servers under test: how each is started and asked, one at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from benchmarks.process import REPOSITORY, MeasurementError
+
+START_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server.
+
+    Attributes:
+        name: key in the results.
+        label: for tables.
+        command: starts it; it prints its address as JSON, and ends when its standard input does or when terminated.
+        tasks: ``"model"`` if a request names its task as the model, ``"lora"`` if as llama.cpp's LoRA, ``None`` for
+            the base alone.
+    """
+
+    name: str
+    label: str
+    command: tuple[str, ...]
+    tasks: str | None
+
+    def body(self, prompt: str, task: int, new_tokens: int) -> dict[str, Any]:
+        """A request for exactly ``new_tokens`` tokens, chosen greedily."""
+        body: dict[str, Any] = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "model": "base"}
+        if self.tasks == "model":
+            return {**body, "model": f"task-{task:05}"}
+        body |= {"ignore_eos": True, "cache_prompt": False}
+        if self.tasks == "lora":
+            body["lora"] = [{"id": task, "scale": 1.0}]
+        return body
+
+
+@contextmanager
+def running(server: Server, log: Path) -> Iterator[tuple[tuple[str, int], int]]:
+    """Start a server; gives its address and process id, and ends it afterwards.
+
+    Raises:
+        MeasurementError: it does not start.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            server.command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        watchdog = threading.Timer(START_TIMEOUT_S, process.kill)
+        watchdog.start()
+        try:
+            address = _address(process, log)
+            watchdog.cancel()
+            yield address, process.pid
+        finally:
+            watchdog.cancel()
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _address(process: subprocess.Popen[str], log: Path) -> tuple[str, int]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, Mapping) and "url" in message:
+            parts = urlsplit(message["url"])
+            assert parts.hostname is not None
+            assert parts.port is not None
+            return parts.hostname, parts.port
+    raise MeasurementError(f"{process.args} ended before it listened; see {log}")
+
+
+def memory_mb(pid: int) -> float:
+    """Resident memory of a process in MB; NaN where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return float("nan")
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS")), float("nan"))
+
+
+def kit(deployment: Path, variant: str, slots: int) -> tuple[str, ...]:
+    """The command of the kit's server."""
+    options = ("--variant", variant, "--slots", str(slots), "--context", "2048", "--port", "0", "--json")
+    return (sys.executable, "-m", "adalink.tools", "serve", str(deployment), *options)
+
+
+def llama_cpp(python: Path, models: Path, name: str, loras: int, slots: int) -> tuple[str, ...]:
+    """The command of llama.cpp's server with so many LoRAs."""
+    command = (str(python), "-m", "benchmarks.serving.llama_cpp", "serve", "--model", str(models / f"{name}.gguf"))
+    command += ("--slots", str(slots))
+    return command + (("--lora", *(str(models / f"lora-{n}.gguf") for n in range(loras))) if loras else ())
