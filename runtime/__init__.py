@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adalink.runtime.generation.sampling import SamplingParams
     from adalink.runtime.generation.sequence import Generation
     from adalink.runtime.receipt import Receipt
+    from adalink.runtime.tasks.task_changes import Reload
     from adalink.runtime.text.messages import ChatOptions
 else:
     __getattr__, __dir__ = lazy_exports(
@@ -41,6 +42,7 @@ else:
             "Generation": "adalink.runtime.generation.sequence",
             "Handle": "adalink.runtime.generation.handle",
             "Receipt": "adalink.runtime.receipt",
+            "Reload": "adalink.runtime.tasks.task_changes",
             "Request": "adalink.runtime.generation.request",
             "SamplingParams": "adalink.runtime.generation.sampling",
             "TextPiece": "adalink.runtime.generation.handle",
@@ -67,6 +69,7 @@ __all__ = [
     "ModelError",
     "QueueFullError",
     "Receipt",
+    "Reload",
     "Request",
     "RequestError",
     "RequestTimeoutError",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
-from adalink.runtime.arguments import check_kind, check_name, check_path
+from adalink.runtime.arguments import check_flag, check_kind, check_name, check_path
 from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
@@ -35,6 +35,8 @@ from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_variant
 from adalink.runtime.storage.vision_schema import Grid
 from adalink.runtime.tasks.registry import TaskRegistry
+from adalink.runtime.tasks.reloader import TaskReloader
+from adalink.runtime.tasks.task_changes import Reload
 from adalink.runtime.text.messages import ChatOptions, Messages
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.runtime.text_generator import TextGenerator
@@ -52,7 +54,6 @@ class Deployment:
 
     Attributes:
         path: the folder.
-        manifest: its manifest, read when it was opened.
         variant: the base variant that the engine runs.
 
     Example::
@@ -64,9 +65,9 @@ class Deployment:
     def __init__(self, path: Path, manifest: Manifest, backend: Backend, options: OpenOptions | None = None) -> None:
         options = options or OpenOptions()
         self.path = path
-        self.manifest = manifest
         self.variant = manifest.variants[choose_variant(manifest, backend.name, options.variant)]
         self._tasks = TaskRegistry(path, manifest, backend, options.task_memory_bytes)
+        self._reloader = TaskReloader(path, self._tasks, self.variant, full_check=options.full_check)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options.prefix_cache_bytes)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
         self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
@@ -148,6 +149,11 @@ class Deployment:
         self._generator.scheduler.close()
         self._runner.close()
         self._vision.close()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its manifest, as it was opened with or last reloaded."""
+        return self._tasks.manifest
 
     @property
     def images_encoded(self) -> int:
@@ -333,14 +339,16 @@ class Deployment:
         """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         self._tasks.unload(check_name(name, "name"))
 
-    def add_task(self, path: str | Path, name: str | None = None) -> str:
+    def add_task(self, path: str | Path, name: str | None = None, *, replace: bool = False) -> str:
         """Add a task from an adapter folder, in this process only; the deployment folder is not changed.
 
-        The adapter is read now. If it is unloaded, its next use reads the same folder again.
+        The adapter is read now. If it is unloaded, its next use reads the same folder again. A request takes the old
+        adapter or the new one whole, and ends with the one it began with.
 
         Args:
             path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
             name: the task's name; the folder's by default.
+            replace: whether a task of that name may exist; it is then replaced.
 
         Returns:
             The task's name.
@@ -348,18 +356,34 @@ class Deployment:
         Raises:
             AdapterError: the folder is not a complete adapter.
             ContractError: the adapter belongs to another base.
-            RequestError: a task of that name exists.
+            RequestError: a task of that name exists, and ``replace`` is false.
         """
         self._check_open()
-        return self._tasks.add(check_path(path, "path"), None if name is None else check_name(name, "name"))
+        check_flag(replace, "replace")
+        named = None if name is None else check_name(name, "name")
+        return self._tasks.add(check_path(path, "path"), named, replace=replace)
 
     def remove_task(self, name: str) -> None:
         """Remove a task, in this process only; raises ``UnknownTaskError``."""
         self._tasks.remove(check_name(name, "name"))
 
+    def reload(self) -> Reload:
+        """Take up what ``adalink export adapter`` and ``adalink remove`` have changed in the folder, without a pause.
+
+        Requests under way end with the weights they began with. Tasks of ``add_task`` stay, also before one of that
+        name in the folder. Files are verified at their first use, as after ``open``; tasks that were in memory are
+        loaded now. After an error nothing has changed.
+
+        Raises:
+            ContractError: the base in the folder is another one: open the deployment again.
+            DeploymentError: the folder is no deployment any more, or (``ManifestError``, ``IntegrityError``) damaged.
+        """
+        self._check_open()
+        return self._reloader.reload()
+
     def receipt(self) -> Receipt:
         """Receipt: engines built so far, and files of the base and of loaded tasks read again; see ``Receipt``."""
-        return self._runner.receipt(self._tasks.loaded())
+        return self._runner.receipt(*self._tasks.loaded())
 
     def _check_open(self) -> None:
         if self._is_closed:

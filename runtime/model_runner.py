@@ -122,12 +122,17 @@ class ModelRunner:
         key = PrefixKey(self._base.fingerprint, *inputs.tasks.adapters(1)[0])
         return key, np.concatenate([layout.cache_keys(0), text])
 
-    def receipt(self, tasks: Mapping[str, Sequence[str]]) -> Receipt:
-        """See ``Deployment.receipt``; ``tasks`` has the files of each loaded task of the deployment."""
+    def receipt(self, manifest: Manifest, tasks: Mapping[str, Sequence[str]]) -> Receipt:
+        """See ``Deployment.receipt``.
+
+        Args:
+            manifest: the manifest of the tasks; its base is the one that runs.
+            tasks: the files of each loaded task of it.
+        """
         expected = 1 if self._decoder is None else 2
         vision = self._base.vision
         paths = (*self._variant.files, self._base.embeddings, *(vision.all_files if vision else ()))
-        return make_receipt(self._path, self._manifest, paths, self._builds, expected, tasks)
+        return make_receipt(self._path, manifest, paths, self._builds, expected, tasks)
 
     def close(self) -> None:
         """Free the engines' memory."""

@@ -48,7 +48,7 @@ def make_receipt(
 
     Args:
         folder: the deployment.
-        manifest: its manifest, as it was when the deployment was opened.
+        manifest: its manifest, as it was when the deployment was opened or last reloaded.
         paths: files of the base.
         engine_builds: see ``Receipt``.
         expected_builds: see ``Receipt``.

@@ -13,7 +13,11 @@ from helpers.paths import REPOSITORY
 from adalink.runtime import errors
 
 PUBLIC = {
-    "adalink.runtime": {"Deployment", "Generation", "Receipt", "SamplingParams", "ChatOptions", *errors.__all__},
+    "adalink.runtime": {
+        *("Deployment", "Request", "Handle", "TextPiece", "Generation", "SamplingParams", "ChatOptions"),
+        *("Reload", "Receipt"),
+        *errors.__all__,
+    },
     "adalink.training": {"AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"},
     "adalink.export": {"export_adapter", "export_base", "export_engine"},
 }

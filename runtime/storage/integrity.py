@@ -23,7 +23,7 @@ def locate(folder: Path, relative: str) -> Path:
         resolved = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise IntegrityError(
-            f"{path}: the manifest lists this file, but it cannot be found: export it again, or reopen the "
+            f"{path}: the manifest lists this file, but it cannot be found: export it again, or reload the "
             "deployment if another process has just replaced it"
         ) from error
     if not resolved.is_relative_to(root):
@@ -40,7 +40,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise IntegrityError(
-            f"{path} cannot be read: {error.strerror}; make it readable, export it again, or reopen the deployment if "
+            f"{path} cannot be read: {error.strerror}; make it readable, export it again, or reload the deployment if "
             "another process has just replaced it"
         ) from error
 

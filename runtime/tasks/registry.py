@@ -21,6 +21,7 @@ from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, combine, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
+from adalink.runtime.tasks.task_changes import Reload, compare_tasks, is_replaced
 
 _LOG = get_logger(__name__)
 
@@ -38,7 +39,7 @@ class TaskRegistry:
 
     A task's weights are loaded once, at its first use; those of the deployment are mapped from their file. Beyond
     ``memory_bytes``, the least recently used task is unloaded, and its next use loads it again. A running call keeps
-    the weights it started with.
+    the weights it started with. Tasks change all at once: a call sees those before or those after a change.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, memory_bytes: int | None = None) -> None:
@@ -48,18 +49,24 @@ class TaskRegistry:
         self._tasks: dict[str, Task | AddedTask] = dict(manifest.tasks)
         self._loaded: LruTable[str, AdapterMapping] = LruTable(memory_bytes, _log_unloaded)
         self._graphs: dict[str, SharedAdapterGraph] = {}
+        self._version = 0  # counts changes of several tasks at once
         self._lock = threading.RLock()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest whose tasks these are."""
+        return self._manifest
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tasks, sorted."""
         return tuple(sorted(self._tasks))
 
-    def loaded(self) -> dict[str, tuple[str, ...]]:
-        """Files of each task of the deployment whose weights are in memory."""
+    def loaded(self) -> tuple[Manifest, dict[str, tuple[str, ...]]]:
+        """The manifest, and the files of each task of it whose weights are in memory."""
         with self._lock:
-            tasks = {name: self._tasks[name] for name in self._loaded.entries}
-        return {name: task.files for name, task in sorted(tasks.items()) if isinstance(task, Task)}
+            manifest, tasks = self._manifest, {name: self._tasks[name] for name in self._loaded.entries}
+        return manifest, {name: task.files for name, task in sorted(tasks.items()) if isinstance(task, Task)}
 
     def get(self, name: str) -> Held[AdapterMapping]:
         """The mapping of a batch of this task alone, with the size of its weights; loads the task if necessary.
@@ -71,12 +78,13 @@ class TaskRegistry:
         if loaded is None:
             with self._lock:
                 self._check_known(name)
-                loaded = table.entries.get(name) or self._hold(name, *self._load(self._tasks[name]))
+                task = self._tasks[name]
+                loaded = table.entries.get(name) or self._hold(name, *self._load(task, self._manifest))
         loaded.last_used = next(table.clock)  # as ``table.get`` does, without a call: this is in every request's way
         return loaded
 
-    def add(self, folder: Path, name: str | None) -> str:
-        """Register an adapter folder in this process; raises ``ContractError`` if it belongs to another base."""
+    def add(self, folder: Path, name: str | None, *, replace: bool = False) -> str:
+        """Register an adapter folder in this process; see ``Deployment.add_task``."""
         name = folder.name if name is None else name
         check_task_name(name)
         adapter = read_adapter(folder)
@@ -86,17 +94,41 @@ class TaskRegistry:
         )
         loaded = self._prepare(adapter)
         with self._lock:
-            if name in self._tasks:
-                raise RequestError(f"task {name!r} is deployed already: remove it first or choose another name")
-            self._tasks[name] = AddedTask(folder.resolve(), adapter.digest)
+            if name in self._tasks and not replace:
+                raise RequestError(
+                    f"task {name!r} is deployed already: choose another name, remove it first, or pass replace=True"
+                )
+            self._tasks = {**self._tasks, name: AddedTask(folder.resolve(), adapter.digest)}
             self._hold(name, *loaded)
         return name
+
+    def reload(self, manifest: Manifest) -> Reload:
+        """Take up the tasks of a newer manifest of the same base, all at once; those of ``add`` stay.
+
+        Replaced tasks whose weights are in memory are loaded first, so that no request waits for them. If one cannot be
+        loaded, its error is raised and nothing has changed. For one thread at a time.
+        """
+        _, loaded = self.loaded()
+        names = [name for name in loaded if is_replaced(name, self._manifest, manifest)]
+        ready = {name: self._load(manifest.tasks[name], manifest) for name in names}
+        with self._lock:
+            added = {name: task for name, task in self._tasks.items() if isinstance(task, AddedTask)}
+            tasks: dict[str, Task | AddedTask] = {**manifest.tasks, **added}
+            changes = compare_tasks(self._tasks, tasks, self._manifest, manifest)
+            for name in (*changes.removed, *changes.replaced):
+                self._loaded.pop(name)
+            self._tasks, self._manifest = tasks, manifest
+            for name in changes.replaced:
+                if name in ready:
+                    self._hold(name, *ready[name])
+            self._version += 1
+        return changes
 
     def remove(self, name: str) -> None:
         """Remove a task; raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
-            del self._tasks[name]
+            self._tasks = {key: task for key, task in self._tasks.items() if key != name}
             self._loaded.pop(name)
 
     def unload(self, name: str) -> None:
@@ -117,7 +149,7 @@ class TaskRegistry:
     def resolve_rows(self, tasks: Tasks, batch: int) -> list[tuple[str | None, AdapterMapping]]:
         """For each row its task's name and the mapping of a batch of that task alone; raises as ``resolve``.
 
-        Rows of one task share one object.
+        Rows of one task share one object. All are of the tasks before a reload, or all of those after it.
         """
         if tasks is None or isinstance(tasks, str):
             return [(tasks, self.resolve(tasks, batch))] * batch
@@ -126,7 +158,11 @@ class TaskRegistry:
             raise RequestError(f"tasks is {tasks!r}, expected a name, a list with one for each row, or None")
         if len(rows) != batch:
             raise RequestError(f"tasks has {len(rows)} entries for {batch} rows: give one name, or one for each row")
-        alone = {name: self.get(name).value for name in dict.fromkeys(rows) if name is not None}
+        while True:
+            version = self._version
+            alone = {name: self.get(name).value for name in dict.fromkeys(rows) if name is not None}
+            if version == self._version:
+                break
         return [(name, NO_ADAPTER if name is None else alone[name]) for name in rows]
 
     def _hold(self, name: str, mapping: AdapterMapping, size_bytes: int) -> Held[AdapterMapping]:
@@ -141,15 +177,15 @@ class TaskRegistry:
                 f"task {name!r} is not deployed here; deployed are: {', '.join(self.names) or 'none'}"
             )
 
-    def _read(self, task: Task | AddedTask) -> Adapter:
+    def _read(self, task: Task | AddedTask, manifest: Manifest) -> Adapter:
         """Read a task's adapter and check that it is the registered one."""
         if isinstance(task, AddedTask):
             adapter, origin, digest = read_adapter(task.folder), str(task.folder), task.digest
         else:
-            config = read_verified(self._folder, self._manifest, task.config)
-            weights = map_verified(self._folder, self._manifest, task.weights)
+            config = read_verified(self._folder, manifest, task.config)
+            weights = map_verified(self._folder, manifest, task.weights)
             adapter, origin, digest = decode_adapter(config, weights, task.config), task.config, task.adapter_digest
-        base = self._manifest.base
+        base = manifest.base
         if adapter.digest != digest or adapter.config.base_fingerprint != base.fingerprint:
             raise ContractError(
                 f"{origin}: adapter {adapter.digest} for {adapter.config.base_fingerprint}, expected was {digest} for "
@@ -157,14 +193,14 @@ class TaskRegistry:
             )
         return adapter
 
-    def _load(self, task: Task | AddedTask) -> tuple[AdapterMapping, int]:
+    def _load(self, task: Task | AddedTask, manifest: Manifest) -> tuple[AdapterMapping, int]:
         """A task ready to run, and its size in bytes."""
-        adapter = self._read(task)
+        adapter = self._read(task, manifest)
         if isinstance(task, AddedTask) or task.fold is None:
             return self._prepare(adapter)
-        data = map_verified(self._folder, self._manifest, task.fold.path)
+        data = map_verified(self._folder, manifest, task.fold.path)
         try:
-            fold = view_fold(task.fold.kind, data, adapter, self._manifest.base)
+            fold = view_fold(task.fold.kind, data, adapter, manifest.base)
         except ValueError as error:
             raise IntegrityError(f"{task.fold.path}: {error}. Export the adapter again") from error
         return self._prepare(adapter, fold, data.nbytes)

@@ -20,6 +20,7 @@ ONE_LINE = re.compile(r"Error: .*pip install (-\S+ )*'adalink-kit\[[a-z,-]+\]'\n
 WORKS = {
     "run",
     "run jsonl",
+    "chat",
     "remove",
     "bench",
     "inspect deployment",
@@ -46,6 +47,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
     return {
         "run": ["run", folder, "Hello", "--task", "alpha", "--max-new-tokens", "2", "--threads", "1"],
         "run jsonl": ["run", folder, "--jsonl", rows, "--max-new-tokens", "2", "--threads", "1"],
+        "chat": ["chat", folder, "--task", "alpha", "--threads", "1"],
         "inspect deployment": ["inspect", folder],
         "inspect adapter": ["inspect", adapter],
         "inspect model": ["inspect", model],

@@ -19,7 +19,7 @@ def command(deployment: Path, task: str | None, variant: str | None, as_json: bo
     """Remove TASK, or one form of the base, from DEPLOYMENT.
 
     Removing a task touches no byte under base/ or engines/; removing a graph or an engine touches no task. A deployment
-    that is open goes on with what it has loaded.
+    that is open goes on with what it has loaded, until it is told to reload.
 
     \b
     Example:
