@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 # Options of `SamplingParams`; the second group only chooses what is sampled from.
-_SAMPLING = ("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+_SAMPLING = (
+    *("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+)
 _FILTERS = ("top_k", "top_p", "min_p")
 
 
@@ -72,6 +75,18 @@ class RunOptions:
     def has_rows(self) -> bool:
         """Whether the input is a file with a prompt or conversation a line."""
         return self.jsonl is not None or (self.messages is not None and is_rows(self.messages))
+
+
+def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[int, float] | None:
+    """Token ids and their numbers; raises ``click.BadParameter``."""
+    biases = {}
+    for value in values:
+        try:
+            token, number = value.split("=")
+            biases[int(token)] = float(number)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r}: expected a token id and a number, such as 7=-2.5") from error
+    return biases or None
 
 
 @click.command(short_help="Generate text, or hidden states, with a deployment.")
@@ -120,6 +135,15 @@ class RunOptions:
 @click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature.")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the prompt and text get less likely.")
+@click.option("--presence-penalty", type=float, help="Above 0, generated tokens get less likely; -2 to 2.")
+@click.option("--frequency-penalty", type=float, help="The same for each time that they occurred.")
+@click.option(
+    "--logit-bias",
+    multiple=True,
+    metavar="ID=NUMBER",
+    callback=_biases,
+    help="Add a number, -100 to 100, to the logit of a token id. May be repeated.",
+)
 @click.option("--no-repeat-ngram-size", type=int, help="N-grams of this size occur once, prompt included; 0 is off.")
 @click.option("--min-new-tokens", type=int, help="No end token before so many new tokens.")
 @click.option("--ignore-generation-config", is_flag=True, help="Nothing by default from the base's generation config.")
