@@ -13,7 +13,10 @@ from helpers.paths import REPOSITORY
 from adalink.runtime import errors
 
 PUBLIC = {
-    "adalink.runtime": {"Deployment", "Generation", "Receipt", "SamplingParams", "ChatOptions", *errors.__all__},
+    "adalink.runtime": {
+        *("ChatOptions", "Deployment", "Generation", "Handle", "Receipt", "Request", "SamplingParams"),
+        *("StructuredOutput", "TextPiece", *errors.__all__),
+    },
     "adalink.training": {"AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"},
     "adalink.export": {"export_adapter", "export_base", "export_engine"},
 }
