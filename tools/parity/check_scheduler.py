@@ -50,6 +50,8 @@ class JoinedRows:
         engine: tuple[Backend, str],
         prompts: Sequence[str | list[int]],
         tasks: Sequence[str | None],
+        *,
+        compare_alone: bool = False,
     ) -> None:
         """Generate the rows.
 
@@ -58,6 +60,7 @@ class JoinedRows:
             engine: the backend, and the name of the variant.
             prompts: texts or token ids, taken in turn.
             tasks: the task of each row.
+            compare_alone: whether each row is generated alone too, for ``agreement``.
         """
         backend, variant = engine
         # As in ``Generator``: without end tokens and the base's defaults.
@@ -72,12 +75,12 @@ class JoinedRows:
             self._drawn = _draw(len(tasks))
             self._failed: list[str] = []
             self._submit(opened, chosen, tasks)
-            self._same = [_is_as_alone(opened, task, row) for task, row in self.rows]
+            self._same = [_is_as_alone(opened, task, row) for task, row in self.rows] if compare_alone else []
         self._verdicts: list[Verdict] = []
 
     @property
     def agreement(self) -> float:
-        """Share of the rows whose tokens are those of the row alone."""
+        """Share of the rows whose tokens are those of the row alone; 0 unless they were compared."""
         return sum(self._same) / len(self._drawn)
 
     def judge(self, task: str | None, reference: Reference, generator: Generator, typical: float) -> None:
@@ -99,7 +102,7 @@ class JoinedRows:
         recorders = [_Recorder(drawn.cancelled_at) for drawn in self._drawn]
         step = 0
 
-        def tick(_: Array, __: Sequence[int]) -> None:
+        def tick(scores: Array, sequence: Sequence[int]) -> None:
             nonlocal step
             for prompt, task, drawn, recorder in zip(prompts, tasks, self._drawn, recorders, strict=True):
                 if drawn.joins_at == step:

@@ -138,7 +138,8 @@ def verify(
             rows = inputs.rows if options.text is None else text_rows(options.text, deployment, quick)
             report.cost = measure_cost(deployment, reference, rows)
             if inputs.texts is not None:
-                rows_joined = JoinedRows(deployment, (opened, form), inputs.texts, mixed_tasks(deployment))
+                tasks = mixed_tasks(deployment)
+                rows_joined = JoinedRows(deployment, (opened, form), inputs.texts, tasks, compare_alone=True)
                 report.cost[_AS_ALONE] = {"float32": np.nan, "weights": np.nan, "deployed": rows_joined.agreement}
             if options.max_perplexity_increase is not None:
                 report.checks.append(check_cost(report.cost, options.max_perplexity_increase))
