@@ -98,7 +98,9 @@ class TextGenerator:
         settings.check(base.vocab_size)
         sampling = settings.sampling or SamplingParams()
         params = sampling.resolve(base.generation, base.vocab_size)
-        stops = resolve_stops(settings.stop, base.generation, base_defaults=sampling.base_defaults)
+        # Neither the base's stop texts nor its forced end may cut a structured text, and call it complete.
+        has_defaults = sampling.base_defaults and settings.structured is None
+        stops = resolve_stops(settings.stop, base.generation, base_defaults=has_defaults)
         drafts = draft_limit(settings.draft_tokens, base, self._variant)
         if messages is not None:
             prompts, images, chat = self._inputs.encode_messages(prompts, messages, images, chat)
@@ -113,7 +115,7 @@ class TextGenerator:
         ends = (*base.eos_token_ids, *settings.stop_token_ids)
         # As in transformers, a stop text of the base's may begin in the prompt.
         is_base_stop = settings.stop is None and base.kind == "decoder"
-        if settings.structured is not None:  # a forced end would cut the text, and call it complete
+        if settings.structured is not None:
             params = replace(params, forced_eos_token_ids=None)
         rows = []
         for index, prompt in enumerate(checked):

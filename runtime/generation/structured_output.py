@@ -20,11 +20,12 @@ class StructuredOutput:
     """What the text of a request must be; exactly one of the fields. The extra ``structured`` brings llguidance.
 
     vLLM's ``structured_outputs`` has the same. The text is complete where ``finish_reason`` is ``"stop"``. The budget,
-    stop texts, cancelling and deadlines may cut it.
+    stop texts of the request, cancelling and deadlines may cut it.
 
     Attributes:
         json_schema: JSON of this schema, as a mapping or as its text. There is no white space between the parts, and
-            properties come in the schema's order. Keywords that cannot be enforced, such as ``not``, are refused.
+            properties come in the schema's order. Keywords that cannot be enforced, such as ``not``, are refused. A
+            name that the schema leaves free may come twice; most readers take the last.
         regex: the whole text matches this regular expression, without look-around.
         grammar: the text is of this grammar, in llguidance's form of Lark.
         choices: the text is one of these.
@@ -77,11 +78,30 @@ def _schema_text(schema: object) -> str:
             raise RequestError(f"json_schema is {schema!r:.80}, expected an object")
         # To the standard an unknown keyword; to llguidance, leave to let through what it cannot enforce.
         kept = {name: value for name, value in schema.items() if name != "x-guidance"}
+        _check_free_names(kept)
         return json.dumps(kept, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"json_schema cannot be read as JSON: {error}") from error
+
+
+def _check_free_names(schema: object) -> None:
+    """Refuse a least number of properties whose names are free: one name twice would count as two."""
+    if isinstance(schema, Mapping):
+        least = schema.get("minProperties")
+        is_free = schema.get("additionalProperties") is not False or "patternProperties" in schema
+        if isinstance(least, (int, float)) and least > 1 and is_free:
+            raise RequestError(
+                f"json_schema has minProperties {least} with names that are free, which cannot be enforced: name the "
+                'properties, and set "additionalProperties" to false'
+            )
+        for name, value in schema.items():
+            if name not in ("const", "enum", "default", "examples"):
+                _check_free_names(value)
+    elif isinstance(schema, (list, tuple)):
+        for value in schema:
+            _check_free_names(value)
 
 
 def _choices_text(choices: object) -> str:

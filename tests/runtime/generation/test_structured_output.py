@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from helpers.json_schemas import draw_schema, is_valid
@@ -21,6 +22,7 @@ from adalink.runtime.errors import BackendUnavailableError, RequestError
 from adalink.runtime.generation import grammar
 from adalink.runtime.generation.grammar import GrammarProcessor
 from adalink.runtime.generation.speculative_decoding import PromptLookup
+from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest_io import read_manifest
 
 # As many as the other tiny tokenizer has, with braces.
@@ -177,6 +179,17 @@ def test_the_end_is_where_the_text_is_complete(opened: Deployment) -> None:
     assert opened.submit(forced).result(60).finish_reason == "length"
 
 
+def test_stop_texts_of_the_base_do_not_cut_it(folder: Path, tmp_path: Path) -> None:
+    """Those of the request do."""
+    with_stops = shutil.copytree(folder, tmp_path / "deployment")
+    base = read_manifest(with_stops).base
+    reseal(with_stops, base=msgspec.structs.replace(base, generation=GenerationDefaults(stop_strings=("ea",))))
+    output = StructuredOutput(choices=["wheat"])
+    with Deployment.open(with_stops, threads=1) as opened:
+        assert opened.submit(ask(opened, output)).result(60).text == "wheat"
+        assert opened.submit(ask(opened, output, stop=["ea"])).result(60).text == "wh"
+
+
 def test_what_no_token_can_write(opened: Deployment) -> None:
     with pytest.raises(RequestError, match="no token of the vocabulary goes on with the text"):
         opened.submit(ask(opened, StructuredOutput(choices=["é"]))).result(60)
@@ -225,6 +238,10 @@ def test_grammars_are_compiled_once(opened: Deployment, monkeypatch: pytest.Monk
         ({"json_schema": "{"}, "json_schema cannot be read as JSON"),
         ({"json_schema": {"enum": [float("nan")]}}, "json_schema cannot be read as JSON"),
         ({"json_schema": {"enum": [object()]}}, "json_schema cannot be read as JSON"),
+        (
+            {"json_schema": {"items": {"minProperties": 2, "type": "object"}}},
+            "minProperties 2 with names",
+        ),
         ({"json_schema": {"enum": ["a" * 50_000]}}, "json_schema has 500.. characters, expected at most 50000"),
     ],
 )
