@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,26 +114,28 @@ class GrammarProcessor:
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
         if len(sequence) < self._read:  # a forced first token is no text
             return
-        for token in sequence[self._read :]:
-            self._matcher.consume_token(token)
+        allowed = self._allowed(sequence[self._read :])[: len(scores)]
         self._read = len(sequence)
-        allowed = self._allowed(len(scores))
         scores[: len(allowed)][~allowed] = -np.inf
         scores[len(allowed) :] = -np.inf
 
-    def _allowed(self, size: int) -> npt.NDArray[np.bool_]:
-        """Which tokens may follow; raises ``RequestError``."""
+    def _allowed(self, new: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Which tokens may follow after new ones; raises ``RequestError``."""
         matcher, mask = self._matcher, self._mask
-        if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if matcher.is_error():
-            raise _error("structured output", matcher.get_error())
+        with _panics("structured output"):
+            for token in new:
+                matcher.consume_token(token)
+            if not matcher.is_error():
+                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            if matcher.is_error():
+                raise _error("structured output", matcher.get_error())
+            is_complete = matcher.is_accepting()
         allowed = np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
         allowed[self._bans.never] = False
-        if self._read == self._begin:
+        if self._read == self._begin and not new:
             allowed[self._bans.not_first] = False
-        allowed[self._bans.ends] = matcher.is_accepting()
-        return allowed[:size]
+        allowed[self._bans.ends] = is_complete
+        return allowed
 
 
 def _compile(output: StructuredOutput, tokens: LLTokenizer) -> LLMatcher:
@@ -141,7 +144,8 @@ def _compile(output: StructuredOutput, tokens: LLTokenizer) -> LLMatcher:
 
     def compile_it() -> None:
         try:
-            made.append(_make_matcher(output, tokens))
+            with _panics(output.kind):
+                made.append(_make_matcher(output, tokens))
         except Exception as error:
             made.append(error)
 
@@ -187,6 +191,19 @@ def _make_matcher(output: StructuredOutput, tokens: LLTokenizer) -> LLMatcher:
     if matcher.is_error():
         raise _error(output.kind, matcher.get_error())
     return matcher
+
+
+@contextmanager
+def _panics(what: str) -> Iterator[None]:
+    """Make a ``RequestError`` of a panic in llguidance, which is no ``Exception`` and would end the thread."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _error(what, str(error)) from error
 
 
 def _literal(text: str) -> str:

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,7 +22,7 @@ from helpers.tiny_tokenizer import SPECIALS, make_tokenizer
 from adalink.runtime import Deployment, Request, SamplingParams, StructuredOutput
 from adalink.runtime.errors import BackendUnavailableError, RequestError
 from adalink.runtime.generation import grammar
-from adalink.runtime.generation.grammar import GrammarProcessor
+from adalink.runtime.generation.grammar import GrammarProcessor, Grammars
 from adalink.runtime.generation.speculative_decoding import PromptLookup
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -269,6 +271,29 @@ def test_bad_settings_are_named(settings: dict[str, Any], wording: str) -> None:
 def test_what_cannot_be_enforced_is_refused(opened: Deployment, settings: dict[str, Any], wording: str) -> None:
     with pytest.raises(RequestError, match=wording):
         opened.submit(ask(opened, StructuredOutput(**settings)))
+
+
+class PanicException(BaseException):
+    """As PyO3's, which is no ``Exception``."""
+
+
+def test_a_panic_fails_the_request_alone(opened: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*given: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    request = ask(opened, StructuredOutput(regex="[a-c]{3}"))
+    expected = opened.submit(request).result(60)
+    processors: list[GrammarProcessor] = []
+    original = Grammars.processor
+    monkeypatch.setattr(Grammars, "processor", lambda *given: (processors.append(original(*given)), processors[-1])[1])  # type: ignore[arg-type]
+    other = opened.submit(ask(opened, StructuredOutput(regex="[a-c]{9}"), processors=[lambda *given: time.sleep(0.01)]))
+    processors[0]._matcher = SimpleNamespace(is_error=panic, consume_token=panic)  # type: ignore[assignment]
+    with pytest.raises(RequestError, match="structured output cannot be enforced: index out of bounds"):
+        other.result(60)
+    assert opened.submit(request).result(60) == expected
+    monkeypatch.setattr(grammar, "_make_matcher", panic)
+    with pytest.raises(RequestError, match="regex cannot be enforced: index out of bounds"):
+        opened.submit(ask(opened, StructuredOutput(regex="never compiled")))
 
 
 def test_chains_of_references_end_no_process(opened: Deployment) -> None:
