@@ -14,9 +14,8 @@ from adalink.runtime import errors
 
 PUBLIC = {
     "adalink.runtime": {
-        *("Deployment", "Request", "Handle", "TextPiece", "Generation", "SamplingParams", "ChatOptions"),
-        *("Reload", "Receipt"),
-        *errors.__all__,
+        *("ChatOptions", "Deployment", "Generation", "Handle", "Receipt", "Reload", "Request", "SamplingParams"),
+        *("StructuredOutput", "TextPiece", *errors.__all__),
     },
     "adalink.training": {"AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"},
     "adalink.export": {"export_adapter", "export_base", "export_engine"},
