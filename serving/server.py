@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError
@@ -50,18 +51,7 @@ def serve(
     options = options or ServeOptions()
     app = make_app(deployment, options)
     with bind(host, port, is_open=allow_without_key or bool(options.api_keys)) as listener:
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            lifespan="off",
-            timeout_graceful_shutdown=_LAST_SECONDS,
-            **h11_settings(options.header_seconds, HEADER_BYTES),
-        )
-        DrainingServer(config, app.state.gateway, on_listen).run([listener])
+        DrainingServer(app, on_listen).run([listener])
 
 
 def bind(host: str, port: int, *, is_open: bool) -> socket.socket:
@@ -98,11 +88,27 @@ def bind(host: str, port: int, *, is_open: bool) -> socket.socket:
 class DrainingServer(uvicorn.Server):
     """A server that refuses new requests and lets running ones end before it stops listening."""
 
-    def __init__(
-        self, config: uvicorn.Config, gateway: Gateway, on_listen: Callable[[str, int], None] | None = None
-    ) -> None:
-        """``on_listen`` is called with address and port once requests are taken."""
-        super().__init__(config)
+    def __init__(self, app: Starlette, on_listen: Callable[[str, int], None] | None = None) -> None:
+        """Prepare to serve.
+
+        Args:
+            app: what ``make_app`` gave.
+            on_listen: called with address and port once requests are taken.
+        """
+        gateway: Gateway = app.state.gateway
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="off",
+                timeout_graceful_shutdown=_LAST_SECONDS,
+                **h11_settings(gateway.options.header_seconds, HEADER_BYTES),
+            )
+        )
         self._gateway, self._on_listen = gateway, on_listen
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -117,14 +123,20 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: end in order. A further SIGINT: end the running requests now."""
-        if self._loop is None:
-            self.should_exit = True
-            return
         is_again = self._gateway.is_draining and sig == signal.SIGINT
-        self._loop.call_soon_threadsafe(self._end_now if is_again else self.drain)
+        self._soon(self._end_now if is_again else self._begin_to_drain)
 
     def drain(self) -> None:
-        """End once running requests have ended, or ``drain_seconds`` have passed; for the event loop's thread."""
+        """End once running requests have ended, or ``drain_seconds`` have passed; for any thread."""
+        self._soon(self._begin_to_drain)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(call)
+
+    def _begin_to_drain(self) -> None:
         if self._draining is None:
             self._gateway.is_draining = True
             _LOG.info("the server ends: %d requests under way", self._gateway.in_flight)
