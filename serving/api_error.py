@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -26,6 +27,10 @@ _KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+# A field at the beginning of the runtime's message, by a name that requests have too.
+_FIELD = re.compile(
+    r"(?:messages|tools|documents|stop|stop_token_ids|seed|temperature|top_p|top_k|min_p)(?:[\[.]\S*)?(?= )"
+)
 # Seconds after which a refused request may come again.
 RETRY_SECONDS = 1
 
@@ -82,7 +87,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, RequestTimeoutError):
         return ApiError(504, str(error), code="timeout")
     if isinstance(error, RequestError):
-        return ApiError(400, str(error))
+        field = _FIELD.match(str(error))
+        return ApiError(400, str(error), field[0] if field else None)
     if isinstance(error, BackendUnavailableError):
         _LOG.error("a request needs what is not installed: %s", error)
         return ApiError(501, "this server lacks what the request needs; its log names it", code="not_installed")

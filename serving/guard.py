@@ -55,7 +55,7 @@ class Guard:
         """Raise ``ApiError`` for a request without a key (401), or while the server ends (503)."""
         if self._keys:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            given = key.strip().encode("utf-8", "replace")
+            given = key.strip().encode("latin-1")  # the bytes that were sent
             # All are compared, so that the time does not tell which one is near.
             matches = [hmac.compare_digest(given, known) for known in self._keys]
             if scheme.lower() != "bearer" or not any(matches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import signal
 import socket
@@ -133,7 +134,8 @@ class DrainingServer(uvicorn.Server):
     def _soon(self, call: Callable[[], None]) -> None:
         if self._loop is None:
             self.should_exit = True
-        else:
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(call)
 
     def _begin_to_drain(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,15 @@ from adalink.runtime import Deployment
 from adalink.serving import ServeOptions, make_app
 from adalink.serving.gateway import Gateway
 from adalink.serving.server import DrainingServer, bind
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 5) -> float:
+    """Seconds until something holds."""
+    begun = time.perf_counter()
+    while not holds():
+        assert time.perf_counter() - begun < seconds
+        time.sleep(0.002)
+    return time.perf_counter() - begun
 
 
 @dataclass
