@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
-from functools import cached_property, partial
-from typing import Any, TypeVar
-
-import anyio
-import anyio.to_thread
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, RequestError
@@ -21,7 +20,6 @@ from adalink.serving.options import IMAGE_BODY_BYTES, TEXT_BODY_BYTES, ServeOpti
 from adalink.serving.running_choices import RunningChoices
 from adalink.serving.token_texts import TokenTexts
 
-T = TypeVar("T")
 # Threads that read requests: their templates, tokens and images. More would only wait for each other.
 _THREADS = 4
 
@@ -54,7 +52,7 @@ class Gateway:
         )
         self._ended_by: ApiError | None = None
         self._active: set[RunningChoices] = set()
-        self._limiter = anyio.CapacityLimiter(_THREADS)
+        self._threads = ThreadPoolExecutor(_THREADS, "adalink-requests")
 
     @property
     def base(self) -> Base:
@@ -93,7 +91,7 @@ class Gateway:
 
     async def in_thread(self, call: Any, *arguments: Any) -> Any:
         """Run what computes beside the event loop."""
-        return await anyio.to_thread.run_sync(partial(call, *arguments), limiter=self._limiter)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     async def submit(self, requests: Sequence[Request], model: str) -> RunningChoices:
         """Submit the choices of one HTTP request, all or none; raises what ``Deployment.submit`` raises."""

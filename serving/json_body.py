@@ -5,10 +5,10 @@ The decoder bounds the depth of what it reads; the runtime bounds that of messag
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any, TypeVar
 
-import anyio
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -50,16 +50,20 @@ async def read_body(request: Request, limit: int, seconds: float) -> bytes:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limit:
         raise too_large
-    chunks, size = [], 0
-    with anyio.move_on_after(seconds) as scope:
+
+    async def collect() -> bytes:
+        chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
             if size > limit:
                 raise too_large
             chunks.append(chunk)
-    if scope.cancelled_caught:
-        raise ApiError(408, f"the body has not come within {seconds:g} s", headers=close)
-    return b"".join(chunks)
+        return b"".join(chunks)
+
+    try:
+        return await asyncio.wait_for(collect(), seconds)
+    except asyncio.TimeoutError as error:
+        raise ApiError(408, f"the body has not come within {seconds:g} s", headers=close) from error
 
 
 def decode_body(body: bytes, kind: type[T]) -> T:

@@ -61,9 +61,6 @@ def test_health_needs_no_key(strict: Served) -> None:
 
 def test_large_body_is_413(strict: Served) -> None:
     body = b'{"prompt": "' + b"a" * 3000
-    head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer one\r\nContent-Type: application/json\r\n"
-    )
     # Said beforehand, the body is not even read.
     assert raw(strict.port, HEAD + b"Content-Length: 99999999999\r\n\r\n").startswith(b"HTTP/1.1 413")
     chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body)
@@ -71,9 +68,6 @@ def test_large_body_is_413(strict: Served) -> None:
 
 
 def test_slow_body_is_408(strict: Served) -> None:
-    head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer one\r\nContent-Type: application/json\r\n"
-    )
     answer = raw(strict.port, HEAD + b'Content-Length: 100\r\n\r\n{"model":')
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"0.3 s" in answer
