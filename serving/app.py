@@ -13,6 +13,7 @@ from adalink.serving.gateway import Gateway
 from adalink.serving.generating import chat_completions, completions
 from adalink.serving.guard import Guard, http_error
 from adalink.serving.health import live, metrics, ready
+from adalink.serving.inference import infer, model_metadata, model_ready, server_metadata
 from adalink.serving.models import list_models, show_model
 from adalink.serving.options import ServeOptions
 from adalink.serving.tokenizing import detokenize, tokenize
@@ -36,6 +37,12 @@ def make_app(deployment: Deployment, options: ServeOptions | None = None) -> Sta
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/v2", server_metadata),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+        Route("/v2/models/{model:path}/infer", infer, methods=["POST"]),
+        Route("/v2/models/{model:path}/ready", model_ready),
+        Route("/v2/models/{model:path}", model_metadata),
         Route("/health", live),
         Route("/health/live", live),
         Route("/health/ready", ready),

@@ -15,7 +15,7 @@ from adalink.serving.generating import error_response
 from adalink.serving.json_body import JsonResponse
 
 # What load balancers ask, which have no key.
-_HEALTH = ("/health", "/health/live", "/health/ready")
+_HEALTH = ("/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 
 
 class Guard:
