@@ -34,6 +34,7 @@ class Gateway:
         started: when it was made, in seconds since 1970.
         is_draining: whether new requests are refused, since the server ends.
         in_flight: HTTP requests under way, health checks aside.
+        held_bytes: bytes of their bodies.
     """
 
     def __init__(self, deployment: Deployment, options: ServeOptions) -> None:
@@ -41,7 +42,7 @@ class Gateway:
         self.deployment, self.options = deployment, options
         self.started = int(time.time())
         self.is_draining = False
-        self.in_flight = 0
+        self.in_flight = self.held_bytes = 0
         if self.base_name in deployment.tasks:
             raise ConfigError(
                 f"task {self.base_name!r} has the name of the base model, so that the name says no longer who answers: "
@@ -69,6 +70,11 @@ class Gateway:
         """Most bytes of a request's body."""
         default = TEXT_BODY_BYTES if self.base.vision is None else IMAGE_BODY_BYTES
         return self.options.body_bytes or default
+
+    @property
+    def bodies_bytes(self) -> int:
+        """Most bytes of the bodies of all requests under way."""
+        return self.options.bodies_bytes or 16 * self.body_bytes
 
     @property
     def max_positions(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -17,6 +18,8 @@ from adalink.serving.json_body import JsonResponse
 # What load balancers ask, which have no key.
 _HEALTH = ("/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 
+_CLOSE = {"Connection": "close"}
+
 
 class Guard:
     """ASGI middleware before all endpoints; counts the requests under way."""
@@ -30,7 +33,17 @@ class Guard:
         if scope["type"] != "http" or scope["path"] in _HEALTH:
             await self._app(scope, receive, send)
             return
-        has_started = False
+        has_started, held = False, 0
+
+        async def receive_bounded() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held += size
+            self._gateway.held_bytes += size
+            if size and self._gateway.held_bytes > self._gateway.bodies_bytes:
+                raise ApiError(503, "too many large requests are under way: try again later", headers=_CLOSE)
+            return message
 
         async def note_start(message: Message) -> None:
             nonlocal has_started
@@ -40,7 +53,7 @@ class Guard:
         self._gateway.in_flight += 1
         try:
             self._check(HttpRequest(scope))
-            await self._app(scope, receive, note_start)
+            await self._app(scope, receive_bounded, note_start)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -50,9 +63,16 @@ class Guard:
             await error_response(failed)(scope, receive, send)
         finally:
             self._gateway.in_flight -= 1
+            self._gateway.held_bytes -= held
 
     def _check(self, request: HttpRequest) -> None:
-        """Raise ``ApiError`` for a request without a key (401), or while the server ends (503)."""
+        """Raise ``ApiError``: the wrong host (403), no key (401), or the server ends (503)."""
+        if self._gateway.options.checks_host and not is_local(request.headers.get("host", "")):
+            raise ApiError(
+                403,
+                "the header Host is neither localhost nor an address: ask by address, or let the server ask for a key",
+                code="wrong_host",
+            )
         if self._keys:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             given = key.strip().encode("latin-1")  # the bytes that were sent
@@ -67,7 +87,19 @@ class Guard:
                     headers=headers,
                 )
         if self._gateway.is_draining and request.scope["path"] != "/metrics":
-            raise ApiError(503, "the server ends", code="shutting_down", headers={"Connection": "close"})
+            raise ApiError(503, "the server ends", code="shutting_down", headers=_CLOSE)
+
+
+def is_local(host: str) -> bool:
+    """Whether a header ``Host`` is ``localhost`` or an address, with or without a port."""
+    name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+    if name.lower() == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def http_error(request: HttpRequest, error: Exception) -> JsonResponse:

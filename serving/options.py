@@ -23,10 +23,13 @@ class ServeOptions:
         api_keys: keys of which each request must bear one; none for an open server.
         tasks_folder: folder of adapter folders that ``/v1/load_lora_adapter`` may add; ``None`` turns it off.
         body_bytes: most bytes of a request's body; by default 32 MiB where the base takes images, else 8 MiB.
+        bodies_bytes: most bytes of the bodies of all requests under way; by default 16 times ``body_bytes``.
         body_seconds: most seconds from a request's headers to the end of its body.
         header_seconds: most seconds until a request's headers have come.
         request_seconds: most seconds of a request, waiting included; then it is answered with 504. ``None``: any.
         drain_seconds: most seconds that running requests get at shutdown.
+        checks_host: refuse requests for another host than ``localhost`` or an address. A page of another site can make
+            its name point at this machine, and would then ask as one of ours.
         slots: requests that decode together, as the deployment was opened; for ``/metrics``.
         context: most positions of a request, as the deployment was opened; for ``/v1/models``.
 
@@ -37,16 +40,19 @@ class ServeOptions:
     api_keys: tuple[str, ...] = ()
     tasks_folder: Path | None = None
     body_bytes: int | None = None
+    bodies_bytes: int | None = None
     body_seconds: float = 60.0
     header_seconds: float = 20.0
     request_seconds: float | None = None
     drain_seconds: float = 30.0
+    checks_host: bool = False
     slots: int = 64
     context: int | None = None
 
     def __post_init__(self) -> None:
-        if self.body_bytes is not None:
-            check_whole(self.body_bytes, "body_bytes", 1)
+        for name in ("body_bytes", "bodies_bytes"):
+            if getattr(self, name) is not None:
+                check_whole(getattr(self, name), name, 1)
         check_whole(self.slots, "slots", 1)
         if not all(self.api_keys):
             raise ConfigError("api_keys holds an empty key: every request would bear it")

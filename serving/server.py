@@ -8,6 +8,7 @@ import ipaddress
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 
 import uvicorn
@@ -50,6 +51,7 @@ def serve(
         ConfigError: the address cannot be listened on, or would be open to others without a key.
     """
     options = options or ServeOptions()
+    options = replace(options, checks_host=options.checks_host or not (allow_without_key or options.api_keys))
     app = make_app(deployment, options)
     with bind(host, port, is_open=allow_without_key or bool(options.api_keys)) as listener:
         DrainingServer(app, on_listen).run([listener])

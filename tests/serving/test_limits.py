@@ -9,10 +9,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers.served import Served, serve_in_thread
+from helpers.served import Served, serve_in_thread, wait_for
 
 from adalink.runtime import ConfigError, Deployment
 from adalink.serving import ServeOptions, make_app
+from adalink.serving.guard import is_local
 from adalink.serving.server import bind
 from adalink.tools.commands.serve import read_keys
 
@@ -83,7 +84,10 @@ def test_slow_headers_end_the_connection(strict: Served, data: bytes) -> None:
 def test_slow_second_request_ends_the_connection(strict: Served) -> None:
     with socket.create_connection(("127.0.0.1", strict.port), timeout=3) as connection:
         connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200")
         begun = time.perf_counter()
         connection.sendall(b"GET /health")
         assert connection.recv(65536) == b""
@@ -153,3 +157,38 @@ def test_task_with_the_name_of_the_base_is_refused(opened: Deployment, monkeypat
     monkeypatch.setattr(Deployment, "tasks", property(lambda self: (self.manifest.base.name,)))
     with pytest.raises(ConfigError, match="name of the base"):
         make_app(opened)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        *(("localhost", True), ("LOCALHOST:8000", True), ("127.0.0.1:8000", True), ("[::1]:8000", True)),
+        *(
+            ("evil.example", False),
+            ("localhost.evil.example:8000", False),
+            ("127.0.0.1.evil.example", False),
+            ("", False),
+        ),
+    ],
+)
+def test_names_of_other_sites_are_refused(opened: Deployment, host: str, is_ours: bool) -> None:
+    assert is_local(host) == is_ours
+    if host:
+        with serve_in_thread(opened, checks_host=True) as server:
+            answer = httpx.get(f"{server.url}/v1/models", headers={"Host": host})
+            assert answer.status_code == (200 if is_ours else 403)
+
+
+def test_bodies_together_are_bounded(opened: Deployment) -> None:
+    limits = {"body_bytes": 1500, "bodies_bytes": 2000}
+    with serve_in_thread(opened, **limits) as server:
+        body = b'{"model": "beta", "prompt": "' + b"a" * 1200
+        head = HEAD + b"Content-Length: 1400\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as first:
+            first.sendall(head + body)  # and the rest never comes
+            wait_for(lambda: server.gateway.held_bytes > 1000)
+            refused = raw(server.port, head + body)
+            assert refused.startswith(b"HTTP/1.1 503")
+            assert b"etry-after" in refused or b"etry-After" in refused
+        wait_for(lambda: server.gateway.held_bytes == 0)
+        assert server.post("/v1/completions", {"model": "beta", "prompt": "a", "max_tokens": 2}).status_code == 200
