@@ -18,6 +18,7 @@ PUBLIC = {
         *("StructuredOutput", "TextPiece", *errors.__all__),
     },
     "adalink.training": {"AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"},
+    "adalink.serving": {"ServeOptions", "make_app", "serve"},
     "adalink.export": {"export_adapter", "export_base", "export_engine"},
 }
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "optimum", "tokenizers"}
@@ -44,7 +45,8 @@ def test_public_names_are_exactly_these(package: str) -> None:
 def test_import_loads_nothing_heavy(package: str) -> None:
     code = f"import {package}, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
     assert run(code) == "[]"
-    use = {"adalink.training": "attach", "adalink.export": "export_base", "adalink.runtime": "Deployment"}[package]
+    uses = {"adalink.training": "attach", "adalink.export": "export_base", "adalink.runtime": "Deployment"}
+    use = {**uses, "adalink.serving": "ServeOptions"}[package]
     assert run(f"from {package} import {use}; print({use}.__name__)") == use
 
 
