@@ -75,7 +75,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("tool_choice", {"type": "function", "function": {"name": "look"}}),
     ("chat_template", "{{ messages }}"),
     ("use_beam_search", True),
-    ("guided_regex", "a*"),
+    ("truncate_prompt_tokens", 5),
 ]
 
 
