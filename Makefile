@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
-EXTRAS ?= cpu,vision,export,train,study,dev,bench
+EXTRAS ?= cpu,vision,serve,structured,export,train,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 WORKERS ?= 2
@@ -14,7 +14,7 @@ PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 
-.PHONY: help demo test test-slow test-gpu fuzz lint docs format bench study vision models clean
+.PHONY: help demo test test-slow test-gpu fuzz lint docs format bench bench-serving study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -80,6 +80,11 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: they are reported as such"
 	$(RUN)/python -m benchmarks.run --deployment $(DEMO)/deployment --peers-python $(PEERS)/bin/python \
 		$(if $(QUICK),--quick --out build/bench/quick-report,--readme README.md)
+
+bench-serving: demo ## measure the kit's server beside llama.cpp's, 16 tasks (25 minutes; QUICK=1: 6 minutes)
+	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: the kit is measured alone"
+	$(RUN)/python -m benchmarks.serving --deployment $(DEMO)/deployment --out build/bench/serving.json \
+		$(if $(wildcard $(PEERS)/installed),--peers-python $(PEERS)/bin/python) $(if $(QUICK),--quick)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
 	$(RUN)/python -m studies run studies/files/reduced.toml --out build/study --jobs 2 --minutes 88

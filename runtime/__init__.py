@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adalink.runtime.generation.request import Request
     from adalink.runtime.generation.sampling import SamplingParams
     from adalink.runtime.generation.sequence import Generation
+    from adalink.runtime.generation.structured_output import StructuredOutput
     from adalink.runtime.receipt import Receipt
     from adalink.runtime.tasks.task_changes import Reload
     from adalink.runtime.text.messages import ChatOptions
@@ -45,6 +46,7 @@ else:
             "Reload": "adalink.runtime.tasks.task_changes",
             "Request": "adalink.runtime.generation.request",
             "SamplingParams": "adalink.runtime.generation.sampling",
+            "StructuredOutput": "adalink.runtime.generation.structured_output",
             "TextPiece": "adalink.runtime.generation.handle",
         },
     )
@@ -74,6 +76,7 @@ __all__ = [
     "RequestError",
     "RequestTimeoutError",
     "SamplingParams",
+    "StructuredOutput",
     "TextPiece",
     "UnknownTaskError",
     "WriteError",

@@ -166,6 +166,16 @@ class Deployment:
         return self._tasks.names
 
     @property
+    def running(self) -> int:
+        """Requests that decode now."""
+        return self._generator.scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place in the running batch."""
+        return self._generator.scheduler.waiting
+
+    @property
     def profile(self) -> Profile | None:
         """Shapes that the engine takes; ``None`` if any."""
         return self._runner.engine.profile

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import queue
 import secrets
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import row_label
+from adalink.runtime.generation.grammar import Grammars
 from adalink.runtime.generation.handle import Handle
+from adalink.runtime.generation.logits_processors import LogitsProcessor
+from adalink.runtime.generation.prompt import Prompt
 from adalink.runtime.generation.request import Request
 from adalink.runtime.generation.row import Row, RowOptions
 from adalink.runtime.generation.sampling import SamplingParams
@@ -20,7 +25,7 @@ from adalink.runtime.generation.scheduler import Scheduler
 from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, stops_behind
 from adalink.runtime.generation.speculative_decoding import draft_limit
 from adalink.runtime.generation.stop_texts import mark_stops, resolve_stops
-from adalink.runtime.generation.token_chooser import make_chooser
+from adalink.runtime.generation.token_chooser import make_chooser, sequence_begin
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import OpenOptions
@@ -42,6 +47,8 @@ class TextGenerator:
         self, manifest: Manifest, variant: Variant, inputs: InputProcessor, runner: ModelRunner, options: OpenOptions
     ) -> None:
         self._base, self._variant, self._inputs = manifest.base, variant, inputs
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
         self.scheduler = Scheduler(
             runner, manifest.base, slots=options.slots, capacity=options.context, queue_limit=options.queue_limit
         )
@@ -91,7 +98,9 @@ class TextGenerator:
         settings.check(base.vocab_size)
         sampling = settings.sampling or SamplingParams()
         params = sampling.resolve(base.generation, base.vocab_size)
-        stops = resolve_stops(settings.stop, base.generation, base_defaults=sampling.base_defaults)
+        # Neither the base's stop texts nor its forced end may cut a structured text, and call it complete.
+        has_defaults = sampling.base_defaults and settings.structured is None
+        stops = resolve_stops(settings.stop, base.generation, base_defaults=has_defaults)
         drafts = draft_limit(settings.draft_tokens, base, self._variant)
         if messages is not None:
             prompts, images, chat = self._inputs.encode_messages(prompts, messages, images, chat)
@@ -106,16 +115,31 @@ class TextGenerator:
         ends = (*base.eos_token_ids, *settings.stop_token_ids)
         # As in transformers, a stop text of the base's may begin in the prompt.
         is_base_stop = settings.stop is None and base.kind == "decoder"
+        if settings.structured is not None:
+            params = replace(params, forced_eos_token_ids=None)
         rows = []
         for index, prompt in enumerate(checked):
             options = RowOptions(prompt.task, row_label(index, names), drafts, settings.logprobs, deadline)
             generator = np.random.default_rng([seed, settings.choice + index])
-            chooser = make_chooser(params, settings.processors, base, prompt, ends, generator, options.label)
+            processors = [*self._grammar(settings, params, prompt, ends), *settings.processors]
+            chooser = make_chooser(params, processors, base, prompt, ends, generator, options.label)
             texts = stops_behind(prompt.token_ids, tokenizer, marked) if is_base_stop else marked
             make_sequence = partial(SequenceState, index, prompt.token_ids, tokenizer, texts, frozenset(ends))
             generated = NO_ADAPTER if base.kind == "encoder-decoder" else prompt.tasks
             rows.append(Row(prompt, make_sequence, chooser, generated, options))
         return rows
+
+    def _grammar(
+        self, settings: Request, params: SamplingParams, prompt: Prompt, ends: Sequence[int]
+    ) -> list[LogitsProcessor]:
+        """The processor of a row's structured output, if the request has one."""
+        if settings.structured is None:
+            return []
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self._inputs.tokenizer, self._base)
+        begin = sequence_begin(self._base, prompt, params)
+        return [self._grammars.processor(settings.structured, begin, ends)]
 
 
 def _pass_on(handles: Sequence[Handle], stream: Stream) -> None:

@@ -13,7 +13,7 @@ from helpers.paths import REPOSITORY
 
 grimp = pytest.importorskip("grimp", reason="import-linter, which pyproject.toml asks for from Python 3.11 on")
 
-PACKAGES = ("runtime", "training", "export", "tools")
+PACKAGES = ("runtime", "serving", "training", "export", "tools")
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 # Where an import is planted, what it says, and the contract that it breaks.
 PLANTED = (
@@ -23,11 +23,23 @@ PLANTED = (
     ("runtime/deployment.py", "from adalink.runtime.ort.backend import OnnxRuntimeBackend", "only backends imports"),
     ("runtime/device/pool.py", "from adalink.runtime.trt.api import Api", "inside runtime: deployment ->"),
     ("runtime/new_room.py", "x = 1", "inside runtime: deployment ->"),
-    ("training/device.py", "from adalink.export.writer import open_writer", "tools -> export -> training -> runtime"),
+    (
+        "training/device.py",
+        "from adalink.export.writer import open_writer",
+        "tools -> {export -> training, serving} -> runtime",
+    ),
     ("export/writer.py", "from adalink.training.settings import TrainSettings", "export uses of training only"),
     ("training/models/loading.py", "from adalink.training.settings import TrainSettings", "training.models stands al"),
     ("export/vision/tower.py", "from adalink.export.base.files import describe_base", "inside export: {base, engine}"),
     ("training/checkpoints.py", "from adalink.training.search.search import search", "inside training: run ->"),
+    ("serving/options.py", "from adalink.training.settings import TrainSettings", "serving uses runtime alone"),
+    ("serving/metrics.py", "from adalink.serving.gateway import Gateway", "inside serving: server -> app"),
+    ("serving/new_room.py", "x = 1", "inside serving: server -> app"),
+    (
+        "runtime/options.py",
+        "from adalink.serving.options import ServeOptions",
+        "tools -> {export -> training, serving}",
+    ),
     ("tools/parity/suite.py", "from adalink.tools.bench.measure import measure", "inside tools: cli -> commands"),
 )
 FORMS = {

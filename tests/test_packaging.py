@@ -1,4 +1,4 @@
-"""The wheel holds every module of the four folders, and nothing else."""
+"""The wheel holds every module of the five folders, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from helpers.paths import REPOSITORY
 
-PACKAGES = ("training", "export", "runtime", "tools")
+PACKAGES = ("training", "export", "runtime", "serving", "tools")
 
 
 def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from adalink.runtime import errors
 
 PUBLIC = {
     "adalink.runtime": {
-        *("Deployment", "Request", "Handle", "TextPiece", "Generation", "SamplingParams", "ChatOptions"),
-        *("Reload", "Receipt"),
-        *errors.__all__,
+        *("ChatOptions", "Deployment", "Generation", "Handle", "Receipt", "Reload", "Request", "SamplingParams"),
+        *("StructuredOutput", "TextPiece", *errors.__all__),
     },
     "adalink.training": {"AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"},
+    "adalink.serving": {"ServeOptions", "make_app", "serve"},
     "adalink.export": {"export_adapter", "export_base", "export_engine"},
 }
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "optimum", "tokenizers"}
@@ -45,7 +45,8 @@ def test_public_names_are_exactly_these(package: str) -> None:
 def test_import_loads_nothing_heavy(package: str) -> None:
     code = f"import {package}, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
     assert run(code) == "[]"
-    use = {"adalink.training": "attach", "adalink.export": "export_base", "adalink.runtime": "Deployment"}[package]
+    uses = {"adalink.training": "attach", "adalink.export": "export_base", "adalink.runtime": "Deployment"}
+    use = {**uses, "adalink.serving": "ServeOptions"}[package]
     assert run(f"from {package} import {use}; print({use}.__name__)") == use
 
 

@@ -16,6 +16,7 @@ VERBS = {
     "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
     "chat": "Chat with a deployment in the terminal.",
+    "serve": "Serve a deployment behind OpenAI's API, every task a model.",
     "verify": "Prove that a deployment computes what PyTorch computes.",
     "bench": "Measure what a task costs beside the base model.",
     "inspect": "Explain a deployment, adapter, model, ONNX file or engine.",

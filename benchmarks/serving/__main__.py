@@ -1,6 +1,6 @@
 """Measure servers side by side on SmolLM2: requests of 16 tasks, prompts of mixed lengths, 48 new tokens each.
 
-python -m benchmarks.serving --deployment DIR --model GGUF --peers-python PYTHON [--quick] [--out FILE]
+python -m benchmarks.serving --deployment DIR [--peers-python PYTHON] [--quick] [--out FILE]
 
 Servers take turns, one at a time; every round starts each anew. A ratio is the median of the rounds' own ratios.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
 import sys
 from datetime import date
@@ -22,8 +20,10 @@ import numpy as np
 
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.tools.common.environment import describe_environment
 from adalink.tools.common.report_file import write_json
-from benchmarks.prepare import make_deployment
+from benchmarks.gpu import smollm2
+from benchmarks.prepare import copy_base, make_deployment
 from benchmarks.process import MeasurementError, run, run_json
 from benchmarks.serving.load import Answer, ask, closed_loop, open_loop, summarise
 from benchmarks.serving.prompts import LONG_PROMPT, mixed_prompts
@@ -38,8 +38,8 @@ SCALE = 0.02
 def main() -> None:
     """Prepare, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--deployment", type=Path, required=True, help="has the base in float32 and int4")
-    parser.add_argument("--model", type=Path, required=True, help="the same checkpoint as a GGUF file")
+    parser.add_argument("--deployment", type=Path, required=True, help="has the base in float32, as the demo makes it")
+    parser.add_argument("--model", type=Path, help="the same checkpoint as a GGUF file; SmolLM2 without it")
     parser.add_argument("--peers-python", type=Path, help="Python with xllamacpp and gguf; without it the kit alone")
     parser.add_argument("--build", type=Path, default=Path("build/bench/serving"))
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round, under 6 minutes")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
+    options.model = options.model or Path(smollm2())
     servers = prepare(options)
     measured: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
     closed: dict[str, list[float]] = {"fp32": [], "int4": []}
@@ -62,8 +63,7 @@ def main() -> None:
     report = {
         "date": date.today().isoformat(),
         "command": "python -m benchmarks.serving " + ("--quick" if options.quick else f"--rounds {rounds}"),
-        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "python": platform.python_version(),
+        "environment": describe_environment(),
         "setting": {"tasks": TASKS, "rank": RANK, "new_tokens": NEW_TOKENS, "slots": SLOTS, "rounds": rounds},
         "labels": {server.name: server.label for server in servers},
         "servers": measured,
@@ -80,8 +80,13 @@ def prepare(options: argparse.Namespace) -> list[Server]:
     build: Path = options.build
     deployment, models = build / "deployment", build / "llama.cpp"
     if not deployment.is_dir():
-        say("making the deployment of 16 tasks")
-        make_deployment(options.deployment, deployment, [RANK] * TASKS, SCALE)
+        say("making a deployment of 16 tasks, and its base in 4 bits")
+        base = build / "base"
+        copy_base(options.deployment, base)
+        if "int4" not in read_manifest(base).variants:
+            export = [sys.executable, "-m", "adalink.tools", "export", "base", options.model, "--out", base]
+            run([*export, "--quantize", "int4"], 600, build / "int4.log")
+        make_deployment(base, deployment, [RANK] * TASKS, SCALE)
     servers = [
         Server("kit-fp32", "AdaLink Kit, float32", kit(deployment, "onnxruntime-cpu", SLOTS), "model"),
         Server("kit-int4", "AdaLink Kit, int4", kit(deployment, "int4", SLOTS), "model"),
@@ -92,7 +97,8 @@ def prepare(options: argparse.Namespace) -> list[Server]:
         say("making the models of llama.cpp")
         adapters = build / "adapters.npz"
         np.savez(adapters, **adapter_weights(deployment))
-        command = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", options.model]
+        source = options.model if options.model.is_file() else next(options.model.glob("*.gguf"))
+        command = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", source]
         run([*command, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
     for name, label in (("f32", "llama.cpp, F32"), ("q4_0", "llama.cpp, Q4_0")):
         for loras, suffix in ((TASKS, ", 16 LoRAs"), (0, ", no adapter")):

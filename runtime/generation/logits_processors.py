@@ -1,5 +1,8 @@
 """Logits processors: penalties and bans, in the order and with the arithmetic of transformers.
 
+Those that transformers lacks are OpenAI's, at vLLM's place: biases before the repetition penalty, the presence and
+frequency penalties behind it.
+
 A processor changes the logits of one row for its next token. What it knows of the row is the sequence so far: prompt
 and generated tokens of a decoder, start token and generated tokens of an encoder-decoder. Soft prompts and images have
 no token ids beyond their placeholders, and count as nothing else.
@@ -7,7 +10,7 @@ no token ids beyond their placeholders, and count as nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -94,6 +97,50 @@ class RepetitionPenaltyProcessor:
 
 
 @dataclass
+class LogitBiasProcessor:
+    """Adds a number to the logit of a token, as ``logit_bias`` of OpenAI's API."""
+
+    biases: Mapping[int, float]
+
+    def __post_init__(self) -> None:
+        self._tokens = np.fromiter(self.biases, np.int64, len(self.biases))
+        self._numbers = np.fromiter(self.biases.values(), np.float32, len(self.biases))
+
+    @implements(LogitsProcessor)
+    def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
+        scores[self._tokens] += self._numbers
+
+
+@dataclass
+class OccurrencePenaltyProcessor:
+    """Takes OpenAI's frequency and presence penalties from the logits of generated tokens; the prompt does not count.
+
+    Args:
+        presence: taken once.
+        frequency: taken for each occurrence.
+        begin: length of the sequence before its first new token.
+    """
+
+    presence: float
+    frequency: float
+    begin: int
+    _counts: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._read = self.begin
+
+    @implements(LogitsProcessor)
+    def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
+        for token in sequence[self._read :]:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        self._read = len(sequence)
+        tokens = np.fromiter(self._counts, np.int64, len(self._counts))
+        counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+        scores[tokens] -= counts * np.float32(self.frequency)
+        scores[tokens] -= np.float32(self.presence)
+
+
+@dataclass
 class NoRepeatNgramProcessor:
     """Bans every token that would complete an n-gram of the sequence a second time."""
 
@@ -161,9 +208,14 @@ def make_processors(params: SamplingParams, limits: RowLimits) -> list[LogitsPro
     made: list[LogitsProcessor] = []
     if params.sequence_bias:
         made.append(SequenceBiasProcessor(params.sequence_bias))
+    if params.logit_bias:
+        made.append(LogitBiasProcessor(params.logit_bias))
     if params.repetition_penalty not in (None, 1):
         assert params.repetition_penalty is not None
         made.append(RepetitionPenaltyProcessor(params.repetition_penalty))
+    presence, frequency = params.presence_penalty or 0.0, params.frequency_penalty or 0.0
+    if presence or frequency:
+        made.append(OccurrencePenaltyProcessor(presence, frequency, limits.begin))
     if params.no_repeat_ngram_size:
         made.append(NoRepeatNgramProcessor(params.no_repeat_ngram_size))
     ends = {(token,) for token in limits.end_ids}  # banned alone, they would never end a row: left out

@@ -10,6 +10,7 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.logits_processors import LogitsProcessor
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.stop_texts import check_stops
+from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import is_number
 from adalink.runtime.text.messages import ChatOptions, Conversation
 from adalink.runtime.vision.images import ImageInput
@@ -34,6 +35,7 @@ class Request:
         logprobs: how many of the likeliest tokens are reported at each generated token, with the chosen one's log
             probability; ``None`` reports nothing. Penalties, bans and temperature do not count in them.
         processors: logits processors of the caller's, after those of ``sampling``; they serve this request alone.
+        structured: what the text must be, such as JSON of a schema; vLLM's ``structured_outputs``.
         choice: with one seed, each choice draws other random numbers: that of ``generate`` is the row.
         timeout: seconds until it ends with ``RequestTimeoutError``, waiting included.
         draft_tokens: most draft tokens of a pass, while no other request runs.
@@ -50,6 +52,7 @@ class Request:
     chat: bool | ChatOptions = False
     logprobs: int | None = None
     processors: Sequence[LogitsProcessor] = ()
+    structured: StructuredOutput | None = None
     choice: int = 0
     timeout: float | None = None
     draft_tokens: int | None = None
@@ -57,6 +60,7 @@ class Request:
     def check(self, vocab_size: int) -> None:
         """Check what no other part checks; raises ``RequestError``."""
         check_kind(self.sampling, "sampling", SamplingParams, "SamplingParams or None")
+        check_kind(self.structured, "structured", StructuredOutput, "a StructuredOutput or None")
         check_stops(self.stop)
         if self.logprobs is not None:
             check_whole(self.logprobs, "logprobs", 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,6 +16,11 @@ from adalink.runtime.storage.generation_schema import GenerationDefaults, range_
 
 _WHOLE = ("top_k", "no_repeat_ngram_size", "min_length", "min_new_tokens")
 _RATIOS = ("top_p", "min_p", "repetition_penalty")
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+# Limits of OpenAI's API: of the penalties, and of a bias.
+_MOST_PENALTY, _MOST_BIAS = 2, 100
+# No checkpoint has defaults of these, or one of another form.
+_NO_DEFAULT = ("temperature", "seed", "sequence_bias", "logit_bias", *_PENALTIES)
 _ID_LISTS = ("forced_eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
 
 
@@ -39,6 +44,9 @@ class SamplingParams:
         forced_eos_token_ids: one of these is the last token within ``max_new_tokens``.
         suppress_tokens: token ids that never occur.
         begin_suppress_tokens: token ids that are never the first.
+        presence_penalty: taken once from the logit of every generated token, -2 to 2; 0 is off. OpenAI's, as the next:
+        frequency_penalty: taken from the logit of a generated token each time it occurred, -2 to 2; 0 is off.
+        logit_bias: numbers, -100 to 100, which are added to the logits of token ids; -100 all but bans a token.
         base_defaults: whether fields left ``None`` are the base's; ``False`` turns them off.
     """
 
@@ -57,6 +65,9 @@ class SamplingParams:
     forced_eos_token_ids: Sequence[int] | None = None
     suppress_tokens: Sequence[int] | None = None
     begin_suppress_tokens: Sequence[int] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
     base_defaults: bool = True
 
     def __post_init__(self) -> None:
@@ -82,6 +93,11 @@ class SamplingParams:
             if not isinstance(entry, Sequence) or len(entry) != 2 or not is_number(entry[1]) or np.isnan(entry[1]):
                 raise RequestError(f"sequence_bias holds {entry!r:.80}, expected pairs of token ids and a number")
             _check_ids(entry[0], "sequence_bias", least=1)
+        for name in _PENALTIES:
+            if (value := getattr(self, name)) is not None:
+                _check_within(value, name, _MOST_PENALTY)
+        if self.logit_bias is not None:
+            _check_biases(self.logit_bias)
 
     def resolve(self, defaults: GenerationDefaults | None, vocab_size: int) -> SamplingParams:
         """These parameters with the base's defaults filled in; what is still ``None`` is off.
@@ -98,7 +114,7 @@ class SamplingParams:
             return replace(self, temperature=self.temperature or 0.0)
         filled: dict[str, Any] = {}
         for field in fields(self):
-            if getattr(self, field.name) is None and field.name not in ("temperature", "seed", "sequence_bias"):
+            if getattr(self, field.name) is None and field.name not in _NO_DEFAULT:
                 filled[field.name] = getattr(defaults, field.name)
         if self.sequence_bias is None:
             filled["sequence_bias"] = tuple((entry.token_ids, entry.bias) for entry in defaults.sequence_bias)
@@ -141,6 +157,7 @@ class SamplingParams:
         lists = [(name, getattr(self, name) or ()) for name in _ID_LISTS]
         lists += [("bad_words_ids", entry) for entry in self.bad_words_ids or ()]
         lists += [("sequence_bias", entry[0]) for entry in self.sequence_bias or ()]
+        lists += [("logit_bias", tuple(self.logit_bias or ()))]
         lists += [("forced_bos_token_id", () if self.forced_bos_token_id is None else (self.forced_bos_token_id,))]
         for name, ids in lists:
             if bad := [token for token in ids if token >= vocab_size]:
@@ -163,6 +180,21 @@ def _check_ids(value: object, name: str, least: int = 0) -> None:
         raise RequestError(f"{name} is {value!r:.80}, expected a list of {'at least one token id' if least else 'ids'}")
     for token in value:
         check_whole(token, name, 0)
+
+
+def _check_within(value: object, name: str, most: float) -> None:
+    """Check a number of at most ``most``, and at least its negative; raises ``RequestError``."""
+    if not is_number(value) or not -most <= value <= most:  # type: ignore[operator]  # a number by then
+        raise RequestError(f"{name} is {value!r:.80}, expected a number from -{most} to {most}")
+
+
+def _check_biases(biases: object) -> None:
+    """Check biases of token ids; raises ``RequestError``."""
+    if not isinstance(biases, Mapping):
+        raise RequestError(f"logit_bias is {biases!r:.80}, expected a mapping of token ids to numbers")
+    for token, bias in biases.items():
+        check_whole(token, "logit_bias, a token id,", 0)
+        _check_within(bias, f"logit_bias of token {token}", _MOST_BIAS)
 
 
 # As accuracy is measured in training: the likeliest token each time, whatever the checkpoint's own settings.

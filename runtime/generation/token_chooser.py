@@ -78,7 +78,8 @@ class TokenChooser:
             process(scores, self._sequence)
         if scores.max() == -np.inf:
             raise RequestError(
-                f"{self._label}: bad words, suppressed tokens and the like ban every token {self._where}: allow some"
+                f"{self._label}: bad words, suppressed tokens and the like, or the structured output, ban every token "
+                f"{self._where}: allow some"
             )
         return scores
 
@@ -95,6 +96,12 @@ class TokenChooser:
     @property
     def _where(self) -> str:
         return f"for new token {len(self._sequence) - self._begin + 1}"
+
+
+def sequence_begin(base: Base, prompt: Prompt, params: SamplingParams) -> int:
+    """Length of a row's sequence before the first token of its text: behind a forced first token."""
+    begin = 1 if base.kind == "encoder-decoder" and base.decoder_start_token_id is not None else len(prompt.token_ids)
+    return begin + (begin == 1 and params.forced_bos_token_id is not None)
 
 
 def make_chooser(

@@ -41,6 +41,18 @@ class Tokenizer:
             added = self._tokenizer.get_added_tokens_decoder()
         return {str(token.content): int(token_id) for token_id, token in added.items() if token.special}
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of its tokens: one more than the highest id."""
+        with tokenizer_errors(
+            IntegrityError, f"{self._base.tokenizer} has no table of its tokens; export the base again"
+        ):
+            return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def to_json(self) -> str:
+        """Its ``tokenizer.json``, without padding and truncation."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, images: int = 0) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model's tokenizer or processor adds.
 
@@ -57,6 +69,10 @@ class Tokenizer:
         if form is None:
             return self._encode(text, add_special_tokens=True)
         return self._encode(form.format(text, images), add_special_tokens=False)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it; raises ``RequestError``."""
+        return self._encode(check_text(text), add_special_tokens=False)
 
     def encode_pair(self, text: str, text_pair: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids and token types of a text or a pair of texts, as the model's tokenizer makes them.
@@ -184,6 +200,11 @@ class Tokenizer:
         """Text of token ids, without special tokens."""
         with tokenizer_errors(IntegrityError, f"{self._base.tokenizer} cannot decode tokens; export the base again"):
             return str(self._tokenizer.decode(token_ids))
+
+    def decode_batch(self, rows: list[list[int]]) -> list[str]:
+        """Text of each row of token ids, without special tokens."""
+        with tokenizer_errors(IntegrityError, f"{self._base.tokenizer} cannot decode tokens; export the base again"):
+            return list(self._tokenizer.decode_batch(rows))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         with tokenizer_errors(

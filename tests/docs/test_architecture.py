@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.paths import REPOSITORY
 
-FOLDERS = ("runtime", "training", "export", "tools")
+FOLDERS = ("runtime", "serving", "training", "export", "tools")
 ROOMS = "docs/concepts/how-it-works.md"
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")),

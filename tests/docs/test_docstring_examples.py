@@ -9,7 +9,7 @@ import types
 import pytest
 from helpers.paths import REPOSITORY
 
-FOLDERS = ("runtime", "training", "export", "tools")
+FOLDERS = ("runtime", "serving", "training", "export", "tools")
 MODULES = sorted(
     "adalink." + ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
     for folder in FOLDERS

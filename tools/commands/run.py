@@ -13,6 +13,7 @@ import click
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import check_text
 from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
 from adalink.tools.common.conversations import is_rows, read_conversations
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
 
 # Options of `SamplingParams`; the second group only chooses what is sampled from.
-_SAMPLING = ("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+_SAMPLING = (
+    *("temperature", "seed", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+)
 _FILTERS = ("top_k", "top_p", "min_p")
 
 
@@ -72,6 +76,18 @@ class RunOptions:
     def has_rows(self) -> bool:
         """Whether the input is a file with a prompt or conversation a line."""
         return self.jsonl is not None or (self.messages is not None and is_rows(self.messages))
+
+
+def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[int, float] | None:
+    """Token ids and their numbers; raises ``click.BadParameter``."""
+    biases = {}
+    for value in values:
+        try:
+            token, number = value.split("=")
+            biases[int(token)] = float(number)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r}: expected a token id and a number, such as 7=-2.5") from error
+    return biases or None
 
 
 @click.command(short_help="Generate text, or hidden states, with a deployment.")
@@ -120,6 +136,21 @@ class RunOptions:
 @click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature.")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the prompt and text get less likely.")
+@click.option("--presence-penalty", type=float, help="Above 0, generated tokens get less likely; -2 to 2.")
+@click.option("--frequency-penalty", type=float, help="The same for each time that they occurred.")
+@click.option(
+    "--logit-bias",
+    multiple=True,
+    metavar="ID=NUMBER",
+    callback=_biases,
+    help="Add a number, -100 to 100, to the logit of a token id. May be repeated.",
+)
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The text is JSON of the schema in this file; needs the extra `structured`.",
+)
+@click.option("--regex", metavar="TEXT", help="The text matches this regular expression; likewise.")
 @click.option("--no-repeat-ngram-size", type=int, help="N-grams of this size occur once, prompt included; 0 is off.")
 @click.option("--min-new-tokens", type=int, help="No end token before so many new tokens.")
 @click.option("--ignore-generation-config", is_flag=True, help="Nothing by default from the base's generation config.")
@@ -214,6 +245,7 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, op
     settings = dict(options.settings)
     settings["sampling"] = _sampling(deployment, settings)
     settings["stop"] = settings["stop"] or None  # the base's own
+    settings["structured"] = _structured(settings.pop("json_schema"), settings.pop("regex"))
     rows, encoded = encode_rows(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
     ids = [row_ids for row_ids, _ in encoded]
     is_empty = not options.has_rows and not options.as_json
@@ -236,6 +268,15 @@ def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParam
     return params
 
 
+def _structured(schema: Path | None, regex: str | None) -> StructuredOutput | None:
+    """What the texts must be; raises ``DataError`` for a file that cannot be read."""
+    if schema is not None and regex is not None:
+        raise click.UsageError("give one of --json-schema and --regex")
+    if regex is not None:
+        return StructuredOutput(regex=regex)
+    return None if schema is None else StructuredOutput(json_schema=_read(schema))
+
+
 def _passed_options(settings: Container[str]) -> list[str]:
     """The options among ``settings`` that were passed, rather than left at their defaults."""
     options = click.get_current_context().command.params
@@ -247,11 +288,16 @@ def _prompt(text: str | None, path: Path | None) -> str:
         return check_text(text, "TEXT")
     if path is None and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no prompt: give TEXT, --file, --jsonl, or text on standard input")
+    read = _read(path)
+    return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
+
+
+def _read(path: Path | None) -> str:
+    """The text of a file, or of standard input; raises ``DataError``."""
     try:
-        read = sys.stdin.read().removeprefix("\ufeff") if path is None else path.read_text(encoding="utf-8-sig")
+        return sys.stdin.read().removeprefix("\ufeff") if path is None else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path or 'standard input'}: cannot be read as UTF-8 text: {error}") from error
-    return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 
 
 def _write(row: int, piece: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def print_report(report: Report) -> None:
     print_table("Parity with PyTorch", ("", "check", "measured", "limit", "detail"), rows)
     if report.cost:
         sides = ("float32", "weights", "deployed")
-        lines = [(name, *(f"{row[side]:.5g}" for side in sides)) for name, row in report.cost.items()]
+        lines = [(name, *map(_figure, (row[side] for side in sides))) for name, row in report.cost.items()]
         print_table("Cost of quantising", ("", "float32", "quantised weights", "as deployed"), lines)
     for line in report.skipped:
         echo(f"Not checked: {line}")
@@ -161,6 +162,11 @@ def print_report(report: Report) -> None:
         echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
     else:
         echo(f"All {len(report.checks)} checks passed.")
+
+
+def _figure(value: float) -> str:
+    """A figure of the cost; nothing where there is none."""
+    return "" if math.isnan(value) else f"{value:.5g}"
 
 
 def _read_text(path: Path) -> str:

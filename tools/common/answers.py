@@ -12,6 +12,7 @@ from adalink.tools.common.rows import BadRows, PromptRow
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.generation.sequence import Generation
 
 _BATCH_ROWS = 8
 
@@ -78,7 +79,11 @@ def generate_rows(
         tasks, images = [row.task for row in batch], [row.images for row in batch]
         prompts = ids[start : start + size]
         try:
-            results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **settings)
+            if settings.get("structured") is None:
+                plain = {name: value for name, value in settings.items() if name != "structured"}
+                results = deployment.generate(prompts, images=images, tasks=tasks, stream=stream, **plain)
+            else:
+                results = _generate_structured(deployment, prompts, batch, stream, settings)
         except RequestError as error:
             origin = batch[0].origin
             raise RequestError(f"{origin} and on: {error}" if origin else str(error)) from error
@@ -86,6 +91,27 @@ def generate_rows(
             image_paths = {"images": list(map(str, row.images))} if row.images and row.messages is None else {}
             prompt = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
             yield {**prompt, "task": row.task, **image_paths, **asdict(result)}
+
+
+def _generate_structured(
+    deployment: Deployment,
+    prompts: list[TokenIds],
+    rows: list[PromptRow],
+    stream: Callable[[int, str], None] | None,
+    settings: Mapping[str, Any],
+) -> list[Generation]:
+    """Results of rows whose texts must have a form, which ``generate`` does not take."""
+    from adalink.runtime.generation.request import Request
+
+    handles = [
+        deployment.submit(Request(ids, images=row.images, task=row.task, choice=index, **settings))
+        for index, (ids, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
+    for index, handle in enumerate(handles if stream is not None else ()):
+        for piece in handle:
+            assert stream is not None
+            stream(index, piece.text)
+    return [handle.result() for handle in handles]
 
 
 def batch_rows(deployment: Deployment, most: int, lengths: Sequence[int], images: int = 0) -> int:

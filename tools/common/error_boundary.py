@@ -24,8 +24,11 @@ _EXTRAS = {
     "ml_dtypes": "export",
     "optimum": "export",
     "peft": "study",
+    "prometheus_client": "serve",
+    "starlette": "serve",
     "torch": "export",
     "transformers": "export",
+    "uvicorn": "serve",
 }
 # Verb -> the extra that brings all it needs.
 _EXTRA_OF_VERB = {"train": "train", "verify": "cpu,export,train"}

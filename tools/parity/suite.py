@@ -37,6 +37,7 @@ from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
+from adalink.tools.parity.check_scheduler import JoinedRows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
 from adalink.tools.parity.inputs import ParityInputs, collect_inputs
 from adalink.tools.parity.reference import Reference
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow
 
 Progress = Callable[[str], None]
+
+# Of rows that join a running batch. Less than 1 is no error: what rounded activations give depends on the batch.
+_AS_ALONE = "rows with the tokens of each alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,10 @@ def verify(
             progress("the cost of quantising")
             rows = inputs.rows if options.text is None else text_rows(options.text, deployment, quick)
             report.cost = measure_cost(deployment, reference, rows)
+            if inputs.texts is not None:
+                tasks = mixed_tasks(deployment)
+                rows_joined = JoinedRows(deployment, (opened, form), inputs.texts, tasks, compare_alone=True)
+                report.cost[_AS_ALONE] = {"float32": np.nan, "weights": np.nan, "deployed": rows_joined.agreement}
             if options.max_perplexity_increase is not None:
                 report.checks.append(check_cost(report.cost, options.max_perplexity_increase))
             for name, examples in tested.items():
@@ -250,7 +258,10 @@ def _check_outputs(
     compared_kinds: dict[tuple[str, str | None], Comparison] = {}
     generator = None if texts is None else Generator(deployment, *engine)
     batches: list[Batch] = []
+    joined: JoinedRows | None = None
     if generator is not None and texts is not None:
+        progress("rows that join a running batch")
+        joined = JoinedRows(deployment, engine, texts, mixed_tasks(deployment))
         batches.append(Batch(generator, texts, mixed_tasks(deployment)))
         if (generated := inputs.generated_images) is not None:
             batches.append(Batch(generator, generated.prompts, mixed_tasks(deployment), generated))
@@ -276,6 +287,8 @@ def _check_outputs(
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
                 typical = (compared_images[task] if batch.has_images else comparison).typical["logits"]
                 report.checks += batch.check(label, task, reference, typical)
+            if joined is not None and generator is not None:
+                joined.judge(task, reference, generator, comparison.typical["logits"])
     for task in deployment.tasks:
         if takes_text := "text" in deployment.manifest.tasks[task].modalities:
             report.checks += check_control(task, compared[None], compared[task])
@@ -286,6 +299,7 @@ def _check_outputs(
             report.checks += check_control(f"{task}/images", compared_images[None], compared_images[task])
     progress("one batch of mixed tasks against single rows")
     report.checks += check_mixed_outputs(deployment, rows, compared)
+    report.checks += [] if joined is None else joined.checks()
     for batch in batches:
         report.checks += batch.check_mixed()
         if not batch.ends_apart:

@@ -80,14 +80,26 @@ def test_sampling_and_stops_reach_the_deployment(folder):
         {"repetition_penalty": 1.6},
         {"no_repeat_ngram_size": 2},
         {"min_new_tokens": 12},
+        {"presence_penalty": 2, "frequency_penalty": 2},
+        {"presence_penalty": -2, "logit_bias": {20: 3.5, 33: -1}},
         {"temperature": 1.0, "min_p": 0.2, "seed": 5},
     ],
 )
 def test_penalties_reach_the_deployment(folder, how):
     with Deployment.open(folder) as deployment:
         expected = deployment.generate(["Hello 12"], max_new_tokens=12, sampling=SamplingParams(**how))[0].text
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
+        if "presence_penalty" in how:
+            assert expected != deployment.generate(["Hello 12"], max_new_tokens=12)[0].text
+    biases = [f"--logit-bias={token}={bias}" for token, bias in how.get("logit_bias", {}).items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in how.items() if name != "logit_bias"] + biases
     assert run(folder, "Hello 12", "--max-new-tokens", 12, *options).stdout == expected + "\n"
+
+
+@pytest.mark.parametrize("bias", ["7", "x=1", "7=", "7=1=2"])
+def test_biases_that_are_none(folder, bias):
+    result = run(folder, "x", "--logit-bias", bias)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"'{bias}': expected a token id and a number, such as 7=-2.5" in result.stderr.replace("\n", " ")
 
 
 def test_generation_config_is_the_default(tmp_path):

@@ -24,7 +24,7 @@ def run(*arguments):
 
 
 # Of a text base with two tasks, from a folder whose generation config says nothing.
-CHECKS = 46
+CHECKS = 49
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,7 @@ def test_cost_is_attributed_and_may_be_limited(clean):
     assert len({perplexity[side] for side in ("float32", "weights", "deployed")}) == 3
     assert report.cost["kl"]["float32"] == 0 < report.cost["kl"]["weights"] < 1
     assert report.cost["top1"]["float32"] == 1
+    assert 0 < report.cost["rows with the tokens of each alone"]["deployed"] <= 1
     increase = 100 * (perplexity["deployed"] / perplexity["float32"] - 1)
     (check,) = (check for check in report.checks if check.name == "quantization/perplexity")
     assert check.measured == pytest.approx(increase)

@@ -17,16 +17,18 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
+from adalink.runtime.errors import BackendError
 from adalink.runtime.generation.running_batch import RunningBatch
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import adapter_mapping as bank
 from adalink.runtime.tasks.registry import TaskRegistry
-from adalink.tools.parity import swap_worker
+from adalink.tools.parity import check_scheduler, swap_worker
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.tools.parity.swap_worker import run_fresh
 
+SCHEDULER = {"scheduler/decode-logits", "scheduler/generation", "scheduler/failed-rows"}
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu"}}
 
 
@@ -136,7 +138,46 @@ def test_a_row_that_takes_anothers_place_keeps_what_was_there(deployment, monkey
         monkeypatch.setattr(StaticCacheDecodeState, "drop", drop)
     else:
         monkeypatch.setattr(RunningBatch, "_mapping", in_first_order)
-    assert failures(*deployment) == {"mixed/ends/decode-logits", "mixed/ends/generation"}
+    found = failures(*deployment)
+    assert found - SCHEDULER == {"mixed/ends/decode-logits", "mixed/ends/generation"}
+    assert found & SCHEDULER
+
+
+@pytest.mark.parametrize("fault", ["place", "length", "logits"])
+def test_a_row_that_joins_a_running_batch_is_taken_wrongly(deployment, monkeypatch, fault):
+    """Only there does a row change from the state that read its prompt into another."""
+    adopt = StaticCacheDecodeState.adopt
+
+    def planted(self, state):
+        if fault == "length":
+            state._lengths[0] -= 1
+        adopt(self, state)
+        if fault == "place":
+            self._cache[:, self._alive - 1] = self._cache[:, 0]
+        elif fault == "logits":
+            self.logits[-1] = self.logits[0]
+
+    monkeypatch.setattr(StaticCacheDecodeState, "adopt", planted)
+    found = failures(*deployment)
+    assert found
+    assert found <= SCHEDULER
+
+
+@pytest.mark.parametrize("fails_at", [3, 17])
+def test_a_running_batch_that_fails_is_a_failed_check(deployment, monkeypatch, fails_at):
+    """Of the row that others join, and later: no error of ``verify`` itself."""
+    calls = []
+
+    def fail(scores, sequence):
+        calls.append(sequence)
+        if len(calls) >= fails_at:
+            raise BackendError("the engine refused")
+
+    record = check_scheduler._Recorder.__call__
+    monkeypatch.setattr(
+        check_scheduler._Recorder, "__call__", lambda self, *given: (record(self, *given), fail(*given))[0]
+    )
+    assert "scheduler/failed-rows" in failures(*deployment)
 
 
 def test_two_tasks_swapped(deployment):
@@ -217,7 +258,7 @@ def test_rows_of_the_stacked_bank_exchanged(tmp_path, monkeypatch):
     stack_wrongly(monkeypatch, exchange)
     found = failures(model, folder)
     assert {"mixed/decode-logits", "mixed/generation"} <= found
-    assert all(name.startswith("mixed/") for name in found)
+    assert all(name.startswith(("mixed/", "scheduler/")) for name in found)
 
 
 def test_padding_of_a_smaller_rank_that_is_not_zero(tmp_path, monkeypatch):
@@ -233,7 +274,7 @@ def test_padding_of_a_smaller_rank_that_is_not_zero(tmp_path, monkeypatch):
         weights["up"].swapaxes(1, 2)[padded] = 0.01
 
     stack_wrongly(monkeypatch, fill)
-    assert failures(model, folder) == {"mixed/decode-logits", "mixed/ends/decode-logits"}
+    assert failures(model, folder) - SCHEDULER == {"mixed/decode-logits", "mixed/ends/decode-logits"}
 
 
 def test_adapter_applied_only_to_the_prompt(deployment, monkeypatch):

@@ -1,17 +1,21 @@
 """Parity on the real models: SmolLM2 with the trained example adapters, MiniLM with a seeded one."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from helpers.json_schemas import draw_schema, is_valid
 from helpers.paths import REPOSITORY
 from helpers.tiny_deployments import seeded_adapter, write_adapter
 from onnx import numpy_helper
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
+from adalink.runtime import Deployment, Request, StructuredOutput
 from adalink.runtime.storage.adapter import make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.check_adapter import check_weights, through_graph
@@ -45,6 +49,33 @@ def test_smollm2_with_the_example_adapters(smollm2):
     report = verify(folder, str(model), {name: ADAPTERS / name for name in tasks}, VerifyOptions(quick=True))
     assert [check for check in report.checks if not check.passed] == []
     assert report.receipt["engine_builds_during_swaps"] == 0
+
+
+def test_smollm2_writes_what_it_is_told_to(smollm2):
+    """JSON of drawn schemas and an expression, of the base and of a task, in one batch."""
+    _, folder = smollm2
+    outputs = [StructuredOutput(json_schema=draw_schema(np.random.default_rng(seed))) for seed in range(12)]
+    outputs += [StructuredOutput(regex="[A-Z][a-z]{2,9}, [0-9]{4}"), StructuredOutput(choices=["grain", "crude oil"])]
+    with Deployment.open(folder) as deployment:
+        requests = [
+            Request("Text: corn fell.\nTopic:", task=task, structured=output, max_new_tokens=64, draft_tokens=drafts)
+            for output in outputs
+            for task, drafts in ((None, 0), ("reuters-r8", 8))
+        ]
+        together = [handle.result(600) for handle in [deployment.submit(request) for request in requests]]
+        alone = [deployment.submit(request).result(600) for request in requests]
+    assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+    complete = 0
+    for request, result in zip(requests, alone, strict=True):
+        if result.finish_reason == "stop":
+            output, complete = request.structured, complete + 1
+            if output.json_schema is not None:
+                assert is_valid(json.loads(result.text), output.json_schema), (output, result.text)
+            elif output.regex is not None:
+                assert re.fullmatch(output.regex, result.text)
+            else:
+                assert result.text in output.choices
+    assert complete > 20
 
 
 @pytest.mark.parametrize("part", ["text.down.weight", "text.up.weight"])

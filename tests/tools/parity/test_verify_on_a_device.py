@@ -133,7 +133,11 @@ def test_rows_whose_tasks_are_exchanged_are_found(outcome, monkeypatch):
 def test_a_cache_that_does_not_move_with_its_row_is_found(outcome, monkeypatch, kind):
     monkeypatch.setattr(kind, "move", lambda self, queue, source, target: None)
     found = failures(outcome("llama", PROFILE, in_place=kind is cache.StaticDeviceCache))
-    assert found == {"mixed/ends/decode-logits", "mixed/ends/generation"}
+    assert {name for name in found if not name.startswith("scheduler/")} == {
+        "mixed/ends/decode-logits",
+        "mixed/ends/generation",
+    }
+    assert "scheduler/decode-logits" in found
 
 
 @pytest.mark.parametrize("source", ["ids", "embeds"])

@@ -1,0 +1,86 @@
+"""Metrics for Prometheus: load now, and counts and times by task. The base model goes by its own name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from adalink.runtime.generation.sequence import Generation
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BETWEEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """Metrics of one server, in a registry of their own; safe for several threads."""
+
+    def __init__(self, running: Callable[[], int], waiting: Callable[[], int], tasks: Callable[[], int], slots: int):
+        """``running``, ``waiting`` and ``tasks`` give the values of now; ``slots`` is the most that decode together."""
+        self._registry = registry = CollectorRegistry()
+        for name, what, value in (
+            ("adalink_requests_running", "Requests that decode now.", running),
+            ("adalink_requests_waiting", "Requests that wait for a slot.", waiting),
+            ("adalink_slots", "Most requests that decode together.", lambda: slots),
+            ("adalink_tasks", "Tasks that can be used: adapters, beside the base model.", tasks),
+        ):
+            Gauge(name, what, registry=registry).set_function(value)
+        by_task, both = ("task",), ("task", "outcome")
+        self._generated = Counter("adalink_generated_tokens", "Tokens generated.", by_task, registry=registry)
+        self._prompt = Counter("adalink_prompt_tokens", "Tokens of prompts.", by_task, registry=registry)
+        self._cached = Counter(
+            "adalink_cached_tokens", "Positions of prompts from the prefix cache.", by_task, registry=registry
+        )
+        self._requests = Counter("adalink_requests", "Requests by how they ended.", both, registry=registry)
+        self._first = Histogram(
+            "adalink_time_to_first_token_seconds",
+            "From submission to the first token.",
+            by_task,
+            buckets=_FIRST_BUCKETS,
+            registry=registry,
+        )
+        self._between = Histogram(
+            "adalink_time_between_tokens_seconds",
+            "Between two tokens of a choice.",
+            by_task,
+            buckets=_BETWEEN_BUCKETS,
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def count_request(self, task: str, outcome: str) -> None:
+        """Count a request that has ended, by how."""
+        self._requests.labels(task, outcome).inc()
+
+    def count_prompt(self, task: str, generation: Generation) -> None:
+        """Count a prompt, once for all choices."""
+        self._prompt.labels(task).inc(generation.prompt_tokens)
+
+    def count_choice(self, task: str, generation: Generation) -> None:
+        """Count the tokens of a choice that has ended."""
+        self._generated.labels(task).inc(len(generation.token_ids))
+        self._cached.labels(task).inc(generation.cached_tokens)
+
+    def stopwatch(self, task: str) -> Stopwatch:
+        """Times one choice from now on."""
+        return Stopwatch(self._first.labels(task), self._between.labels(task))
+
+
+class Stopwatch:
+    """Times the tokens of one choice."""
+
+    def __init__(self, first: Histogram, between: Histogram) -> None:
+        self._first, self._between = first, between
+        self._last, self._has_begun = time.perf_counter(), False
+
+    def lap(self) -> None:
+        """A token has come."""
+        now = time.perf_counter()
+        (self._between if self._has_begun else self._first).observe(now - self._last)
+        self._last, self._has_begun = now, True

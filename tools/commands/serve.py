@@ -1,0 +1,182 @@
+"""``adalink serve``: a deployment behind OpenAI's API, every task a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adalink.runtime.errors import ConfigError
+from adalink.tools.common.options import make_options
+from adalink.tools.common.terminal_text import echo
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeCommandOptions:
+    """Options of ``adalink serve``; see ``Deployment.open`` and ``adalink.serving.options``."""
+
+    deployment: Path
+    host: str
+    port: int
+    backend: str
+    variant: str | None
+    threads: int | None
+    slots: int
+    context: int | None
+    queue: int
+    prefix_cache: int
+    api_key_file: Path | None
+    allow_without_key: bool
+    tasks_folder: Path | None
+    body_limit: int | None
+    timeout: float | None
+    drain: float
+    as_json: bool
+
+
+@click.command(short_help="Serve a deployment behind OpenAI's API, every task a model.")
+@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
+)
+@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
+@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@click.option(
+    "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode together."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Most positions of a request; memory for all slots is then taken once. By default it follows the requests.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Requests that wait for a slot; further ones are answered with 503.",
+)
+@click.option(
+    "--prefix-cache",
+    metavar="MIB",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Size of the prefix cache: the next turn of a chat reads only what is new.",
+)
+@click.option(
+    "--api-key-file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with a key a line; each request must bear one.",
+)
+@click.option("--allow-without-key", is_flag=True, help="Listen on an address that others reach, without a key.")
+@click.option(
+    "--tasks-folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Let clients add adapter folders inside this one as tasks, and remove tasks.",
+)
+@click.option(
+    "--body-limit",
+    metavar="MIB",
+    type=click.IntRange(min=1),
+    help="Largest body of a request; by default 32 where the base takes images, else 8.",
+)
+@click.option(
+    "--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), help="Longest request, with waiting."
+)
+@click.option(
+    "--drain",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    help="Longest wait for running requests at SIGTERM or Ctrl-C.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line that says where it listens.")
+def command(**values: Any) -> None:
+    """Serve the deployment in DIR behind OpenAI's API until Ctrl-C or SIGTERM.
+
+    The base and each task are models. Needs the extra `serve`. Without a key it listens on loopback addresses only.
+
+    \b
+    Example:
+      adalink serve ./deployment
+      adalink serve ./deployment --host 0.0.0.0 --api-key-file keys.txt --slots 32 --variant int4
+    """  # noqa: D301
+    run(make_options(ServeCommandOptions, values))
+
+
+def run(options: ServeCommandOptions) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        AdaLinkError: the deployment, the address or the key file cannot be used.
+    """
+    from adalink.runtime.deployment import Deployment
+    from adalink.serving.options import ServeOptions
+    from adalink.serving.server import serve
+
+    keys = () if options.api_key_file is None else read_keys(options.api_key_file)
+    settings = ServeOptions(
+        api_keys=keys,
+        tasks_folder=_folder(options.tasks_folder),
+        body_bytes=None if options.body_limit is None else options.body_limit << 20,
+        request_seconds=options.timeout,
+        drain_seconds=options.drain,
+        slots=options.slots,
+        context=options.context,
+    )
+    with Deployment.open(
+        options.deployment,
+        options.backend,
+        variant=options.variant,
+        threads=options.threads,
+        prefix_cache_bytes=options.prefix_cache << 20,
+        slots=options.slots,
+        context=options.context,
+        queue_limit=options.queue,
+    ) as deployment:
+
+        def announce(host: str, port: int) -> None:
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            models = [deployment.manifest.base.name, *deployment.tasks]
+            if options.as_json:
+                click.echo(json.dumps({"url": url, "host": host, "port": port, "models": models}))
+            else:
+                echo(f"serving {', '.join(models)} at {url}/v1")
+
+        serve(
+            deployment,
+            options.host,
+            options.port,
+            settings,
+            allow_without_key=options.allow_without_key,
+            on_listen=announce,
+        )
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """Keys of a file, one a line; raises ``ConfigError`` if there are none or the file cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ConfigError(f"{path} holds no key: write one a line")
+    return keys
+
+
+def _folder(path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    if not path.is_dir():
+        raise ConfigError(f"--tasks-folder {path} is no folder")
+    return path.resolve()
