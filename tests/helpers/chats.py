@@ -17,11 +17,11 @@ from adalink.runtime.storage.manifest_io import read_manifest
 LENGTH, POSITIONS = 5, 256
 
 
-def make_chat_deployment(root: Path) -> Path:
+def make_chat_deployment(root: Path, **settings: Any) -> Path:
     """A model of 256 positions with the tasks "alpha" and "beta", whose adapters lie beside the deployment."""
     model, folder = FAMILIES["mistral"](), root / "deployment"
     model.config.max_position_embeddings = POSITIONS  # its position embeddings are rotary, so there is no table of them
-    export_base(model, folder, tokenizer=make_tokenizer())
+    export_base(model, folder, tokenizer=make_tokenizer(), **settings)
     fingerprint = read_manifest(folder).base.fingerprint
     for seed, task in enumerate(("alpha", "beta")):
         adapter = random_adapter(fingerprint, 48, seed, rank=4, activation="gelu", bias=True, scope="all")

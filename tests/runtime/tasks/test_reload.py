@@ -66,6 +66,15 @@ def test_a_task_not_in_memory_is_read_at_its_first_use(versions: Versions, opene
     assert tokens(opened, "alpha") == versions.expected("alpha", 1)
 
 
+def test_a_replaced_task_in_memory_is_loaded_with_the_reload(versions: Versions, opened: Deployment) -> None:
+    """So no request waits for it, and none fails where the next writer has taken its files away."""
+    tokens(opened, "alpha")
+    versions.export(1, "alpha")
+    opened.reload()
+    versions.export(2, "alpha")
+    assert tokens(opened, "alpha") == versions.expected("alpha", 1)
+
+
 def test_requests_under_way_end_with_the_weights_they_began_with(versions: Versions, opened: Deployment) -> None:
     done: list[Reload] = []
 

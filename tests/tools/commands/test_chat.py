@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from click.testing import CliRunner, Result
-from helpers.chats import LENGTH, POSITIONS, Reference
+from helpers.chats import LENGTH, POSITIONS, Reference, make_chat_deployment
 from helpers.tiny_deployments import make_deployment
 
 from adalink.export.adapter.export import export_adapter
@@ -19,7 +19,7 @@ from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.storage.manifest_io import encode_manifest, read_manifest
 from adalink.tools.cli import main
-from adalink.tools.common.chat_session import ChatSession
+from adalink.tools.common.chat_session import ChatSession, Turn
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,22 @@ def test_a_turn_reads_only_what_is_new(opened: Deployment) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": session.turns[0][1]}]
     known = opened.tokenizer.encode_messages(messages[:1])
     assert cached[1] >= len(known) + LENGTH - 1
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "portable"])
+def test_the_prefix_cache_is_on_where_the_engine_allows_it(tmp_path: Path, monkeypatch: Any, target: str) -> None:
+    folder, cached = make_chat_deployment(tmp_path, target=target), list[int]()
+    keep = ChatSession.keep
+
+    def note(self: ChatSession, turn: Turn, reply: str) -> None:
+        cached.append(turn.handle.result().cached_tokens)
+        keep(self, turn, reply)
+
+    monkeypatch.setattr(ChatSession, "keep", note)
+    reference = Reference(folder)
+    assert chat(folder, "Hi\nBye").stdout.splitlines() == [reference.reply("Hi"), reference.reply("Bye")]
+    assert cached[0] == 0
+    assert (cached[1] > 10) == (target == "onnxruntime-cpu")
 
 
 def test_the_oldest_turns_go_when_the_context_ends(chat_folder: Path, opened: Deployment) -> None:
