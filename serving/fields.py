@@ -44,6 +44,7 @@ class GenerateFields(msgspec.Struct, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: dict[str, Any] | None = None
     user: str | None = None
     # vLLM's
     top_k: Annotated[int, Meta(ge=-1)] | None = None
@@ -51,19 +52,18 @@ class GenerateFields(msgspec.Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     stop_token_ids: list[Count] | None = None
     min_tokens: Count | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # Known, and refused when they ask for something: see `adalink.serving.unsupported`.
     best_of: int | None = None
-    response_format: dict[str, Any] | None = None
     ignore_eos: bool | None = None
     use_beam_search: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
 
 
 class ChatFields(GenerateFields, kw_only=True):

@@ -11,6 +11,7 @@ from adalink.runtime.storage.manifest import Base
 from adalink.serving.api_error import ApiError
 from adalink.serving.conversations import chat_options, check_parts
 from adalink.serving.fields import MOST_CHOICES, ChatFields, CompletionFields, GenerateFields
+from adalink.serving.structured import structured_output
 from adalink.serving.unsupported import refuse_unsupported
 
 
@@ -60,6 +61,7 @@ def _with_settings(
         sampling=_sampling(fields, base),
         stop=fields.stop or None,  # the base's own
         stop_token_ids=fields.stop_token_ids or (),
+        structured=structured_output(fields),
         timeout=seconds,
     )
 
@@ -74,12 +76,22 @@ def _sampling(fields: GenerateFields, base: Base) -> SamplingParams:
         seed=fields.seed,
         repetition_penalty=fields.repetition_penalty,
         min_new_tokens=fields.min_tokens,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        logit_bias=_biases(fields.logit_bias),
     )
     has_top_p = fields.top_p is not None and fields.top_p < 1
     filters = has_top_p or (fields.top_k or 0) > 0 or (fields.min_p or 0) > 0
     if fields.temperature is None and filters and not params.resolve(base.generation, base.vocab_size).temperature:
         return replace(params, temperature=1.0)
     return params
+
+
+def _biases(biases: dict[str, float] | None) -> dict[int, float] | None:
+    """Biases by token id, which JSON writes as texts."""
+    if wrong := [token for token in biases or () if not (token.isascii() and token.isdecimal() and len(token) < 10)]:
+        raise ApiError(400, f"logit_bias has {wrong[0]!r:.40}, expected token ids", "logit_bias")
+    return {int(token): bias for token, bias in biases.items()} if biases else None
 
 
 def _for_choices(requests: Sequence[Request], count: int) -> list[Request]:

@@ -9,21 +9,12 @@ from adalink.serving.fields import GenerateFields
 
 # Field -> values that ask for nothing, beside null and leaving it out.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "best_of": (),
     "ignore_eos": (False,),
     "use_beam_search": (False,),
     "add_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "echo": (False,),
     "suffix": ("",),
     "functions": ([],),
