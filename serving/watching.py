@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.logs import get_logger
-from adalink.runtime.storage.manifest_io import MANIFEST_FILE
+from adalink.runtime.storage.manifest import MANIFEST_FILE
 from adalink.serving.gateway import Gateway
 
 _LOG = get_logger(__name__)
