@@ -17,11 +17,12 @@ from adalink.serving.generating import read_fields
 
 
 async def load_adapter(request: HttpRequest) -> PlainTextResponse:
-    """``POST /v1/load_lora_adapter``: add a task from a folder inside the tasks folder."""
+    """``POST /v1/load_lora_adapter``: add a task from a folder inside the tasks folder.
+
+    ``load_inplace`` replaces a task of that name; requests under way end with the adapter they began with.
+    """
     gateway: Gateway = request.app.state.gateway
     fields: LoadFields = await read_fields(request, gateway, LoadFields)
-    if fields.load_inplace:
-        raise ApiError(400, "load_inplace is not supported here: unload the task first", "load_inplace")
     await gateway.in_thread(_load, gateway, fields)
     return PlainTextResponse(f"Success: LoRA adapter '{fields.lora_name}' added successfully.")
 
@@ -38,12 +39,13 @@ async def unload_adapter(request: HttpRequest) -> PlainTextResponse:
 
 def _load(gateway: Gateway, fields: LoadFields) -> None:
     _check_name(fields.lora_name, "lora_name")
-    if fields.lora_name == gateway.base_name or fields.lora_name in gateway.deployment.tasks:
+    replace = fields.load_inplace or False
+    if fields.lora_name == gateway.base_name or (fields.lora_name in gateway.deployment.tasks and not replace):
         raise ApiError(400, f"the model {fields.lora_name!r} exists already: choose another name", "lora_name")
     assert gateway.options.tasks_folder is not None
     folder = _resolve(gateway.options.tasks_folder, fields.lora_path)
     try:
-        gateway.deployment.add_task(folder, fields.lora_name)
+        gateway.deployment.add_task(folder, fields.lora_name, replace=replace)
     except AdaLinkError as error:
         # The client knows the adapter by its name in the folder, and needs to know no more.
         message = str(error).replace(str(folder), fields.lora_path).replace(str(folder.parent), "")

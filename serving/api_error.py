@@ -29,7 +29,7 @@ _KINDS = {
 }
 # A field at the beginning of the runtime's message, by a name that requests have too.
 _FIELD = re.compile(
-    r"(?:messages|tools|documents|stop|stop_token_ids|seed|temperature|top_p|top_k|min_p)(?:[\[.]\S*)?(?= )"
+    r"(?:messages|tools|documents|stop|stop_token_ids|seed|temperature|top_p|top_k|min_p|logit_bias)(?:[\[.]\S*)?(?= )"
 )
 # Seconds after which a refused request may come again.
 RETRY_SECONDS = 1

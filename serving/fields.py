@@ -52,11 +52,11 @@ class GenerateFields(msgspec.Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     stop_token_ids: list[Count] | None = None
     min_tokens: Count | None = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # Known, and refused when they ask for something: see `adalink.serving.unsupported`.
     best_of: int | None = None
     ignore_eos: bool | None = None

@@ -78,7 +78,7 @@ async def infer(request: HttpRequest) -> JsonResponse:
 
 
 def _infer(gateway: Gateway, name: str, task: str | None, fields: InferFields) -> bytes:
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Array] = {}
     for index, tensor in enumerate(fields.inputs):
         where = f"inputs[{index}]"
         if tensor.name not in _input_names(gateway) or tensor.name in arrays:
@@ -88,7 +88,13 @@ def _infer(gateway: Gateway, name: str, task: str | None, fields: InferFields) -
         raise ApiError(400, "inputs has no input_ids", "inputs")
     names = _asked_outputs(gateway, fields)
     _check_size(gateway, arrays, names)
-    outputs = gateway.deployment.run(tasks=task, **arrays)
+    outputs = gateway.deployment.run(
+        input_ids=arrays["input_ids"],
+        attention_mask=arrays.get("attention_mask"),
+        token_type_ids=arrays.get("token_type_ids"),
+        decoder_input_ids=arrays.get("decoder_input_ids"),
+        tasks=task,
+    )
     tensors = [_as_tensor(one, outputs[one]) for one in names or outputs]
     answer = {"model_name": name, "model_version": "1", "outputs": tensors}
     return msgspec.json.encode({**answer, "id": fields.id} if fields.id is not None else answer)

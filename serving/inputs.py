@@ -78,7 +78,7 @@ def _sampling(fields: GenerateFields, base: Base) -> SamplingParams:
         min_new_tokens=fields.min_tokens,
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
-        logit_bias=_logit_bias(fields.logit_bias),
+        logit_bias=_biases(fields.logit_bias),
     )
     has_top_p = fields.top_p is not None and fields.top_p < 1
     filters = has_top_p or (fields.top_k or 0) > 0 or (fields.min_p or 0) > 0
@@ -87,13 +87,11 @@ def _sampling(fields: GenerateFields, base: Base) -> SamplingParams:
     return params
 
 
-def _logit_bias(biases: dict[str, float] | None) -> dict[int, float] | None:
-    """OpenAI's biases by token ids, which are texts in JSON; raises ``ApiError`` (400)."""
-    if biases is None:
-        return None
-    if wrong := [token for token in biases if not (token.isascii() and token.isdigit()) or len(token) > 9]:
+def _biases(biases: dict[str, float] | None) -> dict[int, float] | None:
+    """Biases by token id, which JSON writes as texts."""
+    if wrong := [token for token in biases or () if not (token.isascii() and token.isdecimal() and len(token) < 10)]:
         raise ApiError(400, f"logit_bias has {wrong[0]!r:.40}, expected token ids", "logit_bias")
-    return {int(token): bias for token, bias in biases.items()}
+    return {int(token): bias for token, bias in biases.items()} if biases else None
 
 
 def _for_choices(requests: Sequence[Request], count: int) -> list[Request]:

@@ -27,6 +27,8 @@ class ServeOptions:
         body_seconds: most seconds from a request's headers to the end of its body.
         header_seconds: most seconds until a request's headers have come.
         request_seconds: most seconds of a request, waiting included; then it is answered with 504. ``None``: any.
+        watch_seconds: how often the deployment folder is looked at for tasks that were exported or removed; ``None``:
+            never.
         drain_seconds: most seconds that running requests get at shutdown.
         checks_host: refuse requests for another host than ``localhost`` or an address. A page of another site can make
             its name point at this machine, and would then ask as one of ours.
@@ -44,6 +46,7 @@ class ServeOptions:
     body_seconds: float = 60.0
     header_seconds: float = 20.0
     request_seconds: float | None = None
+    watch_seconds: float | None = None
     drain_seconds: float = 30.0
     checks_host: bool = False
     slots: int = 64
@@ -56,7 +59,7 @@ class ServeOptions:
         check_whole(self.slots, "slots", 1)
         if not all(self.api_keys):
             raise ConfigError("api_keys holds an empty key: every request would bear it")
-        for name in ("body_seconds", "header_seconds", "request_seconds", "drain_seconds"):
+        for name in ("body_seconds", "header_seconds", "request_seconds", "watch_seconds", "drain_seconds"):
             value = getattr(self, name)
             if value is not None and (not is_number(value) or not 0 <= value < float("inf")):
                 raise ConfigError(f"{name} is {value!r}, expected a number of seconds of at least 0")

@@ -22,6 +22,7 @@ from adalink.serving.app import make_app
 from adalink.serving.gateway import Gateway
 from adalink.serving.options import HEADER_BYTES, ServeOptions
 from adalink.serving.protocol import h11_settings
+from adalink.serving.watching import watch
 
 _LOG = get_logger(__name__)
 # Seconds in which ended requests must have sent their last event; connections that do not read are cut then.
@@ -115,11 +116,20 @@ class DrainingServer(uvicorn.Server):
         self._gateway, self._on_listen = gateway, on_listen
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening; see ``uvicorn.Server.shutdown``."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen; see ``uvicorn.Server.startup``."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        if self._gateway.options.watch_seconds is not None:
+            self._watching = asyncio.ensure_future(watch(self._gateway, self._gateway.options.watch_seconds))
         if self._on_listen is not None:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_listen(host, port)

@@ -18,6 +18,7 @@ from adalink.runtime import Deployment
 def folder(llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     shutil.copytree(llama.sources / "beta", folder / "new")
+    shutil.copytree(llama.sources / "alpha", folder / "other")
     write_adapter(
         folder / "foreign",
         random_adapter("sha256:" + "0" * 64, 48, 3, rank=2, activation="silu", bias=True, scope="all"),
@@ -49,6 +50,11 @@ def test_added_task_answers_until_it_is_removed(open_to_tasks: Served) -> None:
     assert reply.choices[0].text == wanted
     again = load(server, "gamma", "new")
     assert (again.status_code, again.json()["error"]["param"]) == (400, "lora_name")
+    other = {"lora_name": "gamma", "lora_path": "other", "load_inplace": True}
+    assert server.post("/v1/load_lora_adapter", other).status_code == 200
+    wanted = server.deployment.generate(["wheat"], tasks="alpha", max_new_tokens=8)[0].text
+    reply = server.openai.completions.create(model="gamma", prompt="wheat", max_tokens=8)
+    assert reply.choices[0].text == wanted
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "gamma"}).status_code == 200
     gone = server.post("/v1/completions", {"model": "gamma", "prompt": "wheat"})
     assert gone.status_code == 404
@@ -79,7 +85,9 @@ def test_names_are_those_of_tasks(open_to_tasks: Served, name: str) -> None:
 
 def test_base_is_neither_replaced_nor_removed(open_to_tasks: Served) -> None:
     server = open_to_tasks
-    assert load(server, server.base, "new").status_code == 400
+    for inplace in (False, True):
+        body = {"lora_name": server.base, "lora_path": "new", "load_inplace": inplace}
+        assert server.post("/v1/load_lora_adapter", body).status_code == 400
     assert server.post("/v1/unload_lora_adapter", {"lora_name": server.base}).status_code == 400
 
 

@@ -75,7 +75,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("tool_choice", {"type": "function", "function": {"name": "look"}}),
     ("chat_template", "{{ messages }}"),
     ("use_beam_search", True),
-    ("truncate_prompt_tokens", 5),
 ]
 
 
@@ -89,7 +88,7 @@ def test_unsupported_field_is_refused(served: Served, field: str, value: Any) ->
 
 def test_what_asks_for_nothing_passes() -> None:
     common: dict[str, Any] = {"model": "m", "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}}
-    common |= {"best_of": 1, "response_format": {"type": "text"}, "ignore_eos": False}
+    common |= {"best_of": 1, "ignore_eos": False}
     refuse_unsupported(ChatFields(messages=[], tool_choice="auto", add_special_tokens=False, **common))
     refuse_unsupported(CompletionFields(prompt="", add_special_tokens=True, suffix="", echo=False, **common))
 

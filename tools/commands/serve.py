@@ -13,6 +13,9 @@ from adalink.runtime.errors import ConfigError
 from adalink.tools.common.options import make_options
 from adalink.tools.common.terminal_text import echo
 
+# Time between two looks at the folder.
+_WATCH_SECONDS = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeCommandOptions:
@@ -31,6 +34,7 @@ class ServeCommandOptions:
     api_key_file: Path | None
     allow_without_key: bool
     tasks_folder: Path | None
+    watch: bool
     body_limit: int | None
     timeout: float | None
     drain: float
@@ -82,6 +86,7 @@ class ServeCommandOptions:
     type=click.Path(path_type=Path),
     help="Let clients add adapter folders inside this one as tasks, and remove tasks.",
 )
+@click.option("--watch", is_flag=True, help="Take up tasks that are exported into DIR or removed there.")
 @click.option(
     "--body-limit",
     metavar="MIB",
@@ -129,6 +134,7 @@ def run(options: ServeCommandOptions) -> None:
         tasks_folder=_folder(options.tasks_folder),
         body_bytes=None if options.body_limit is None else options.body_limit << 20,
         request_seconds=options.timeout,
+        watch_seconds=_WATCH_SECONDS if options.watch else None,
         drain_seconds=options.drain,
         slots=options.slots,
         context=options.context,
