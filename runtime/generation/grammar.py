@@ -116,7 +116,7 @@ class GrammarProcessor:
             return
         allowed = self._allowed(sequence[self._read :])[: len(scores)]
         self._read = len(sequence)
-        scores[: len(allowed)][~allowed] = -np.inf
+        np.copyto(scores[: len(allowed)], np.float32(-np.inf), where=~allowed)  # faster than an index of booleans
         scores[len(allowed) :] = -np.inf
 
     def _allowed(self, new: Sequence[int]) -> npt.NDArray[np.bool_]:
