@@ -63,19 +63,20 @@ class Grammars:
             BackendError: llguidance cannot read the tokenizer.
         """
         with self._lock:
-            if self._tokens is None:
-                self._tokens = make_tokens(self._tokenizer, self._base)
-                self._not_first = stripped_tokens(self._tokens, self._tokenizer)
+            tokens = self._tokens
+            if tokens is None:
+                tokens = self._tokens = make_tokens(self._tokenizer, self._base)
+                self._not_first = stripped_tokens(tokens, self._tokenizer)
             key = output.kind, output.source
             compiled = self._compiled.get(key)
             if compiled is None:
-                compiled = _compile(output, self._tokens)
+                compiled = _compile(output, tokens)
                 self._compiled.put(key, compiled)
             matcher = compiled.deep_copy()
         named = output.grammar or ""
         never = [token for text, token in self._tokenizer.special_ids.items() if text not in named]
         bans = Bans(list(end_ids), never, self._not_first)
-        return GrammarProcessor(matcher, self._tokens.vocab_size, begin, bans)
+        return GrammarProcessor(matcher, tokens.vocab_size, begin, bans)
 
 
 @dataclass(frozen=True)
