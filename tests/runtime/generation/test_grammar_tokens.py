@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from adalink.runtime import StructuredOutput
 from adalink.runtime.errors import BackendError, RequestError
-from adalink.runtime.generation import grammar_tokens
+from adalink.runtime.generation import grammar, grammar_tokens
 from adalink.runtime.generation.grammar import Grammars
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.text.tokenizer import TextStream, Tokenizer
@@ -111,6 +112,130 @@ def test_texts_of_drawn_schemas_are_valid(make: Any, kind: str) -> None:
             assert is_valid(json.loads(text), schema), (schema, text)
             complete += 1
     assert complete > 15
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+SMALL = {"type": "integer", "minimum": 0, "maximum": 9}
+# Each keyword that is enforced, with a check of what it means.
+KEYWORDS: dict[str, tuple[dict[str, Any], Any]] = {
+    "const": ({"const": {"a": [1, "x"]}}, lambda value: value == {"a": [1, "x"]}),
+    "pattern": ({"type": "string", "pattern": "^b[0-9]{2}$"}, lambda value: re.search("^b[0-9]{2}$", value)),
+    "pattern and length": (
+        {"type": "string", "pattern": "^[ab]+$", "maxLength": 3, "minLength": 2},
+        lambda value: re.search("^[ab]{2,3}$", value),
+    ),
+    "exclusive": ({"type": "number", "exclusiveMinimum": 0, "maximum": 1.5}, lambda value: 0 < value <= 1.5),
+    "multiple": ({**SMALL, "multipleOf": 3}, lambda value: is_int(value) and value % 3 == 0 and 0 <= value <= 9),
+    "map": (
+        {"type": "object", "additionalProperties": SMALL, "maxProperties": 2},
+        lambda value: len(value) <= 2 and all(is_int(item) and 0 <= item <= 9 for item in value.values()),
+    ),
+    "tuple": (
+        {"type": "array", "prefixItems": [{"type": "boolean"}, {"type": "null"}], "items": SMALL, "minItems": 2},
+        lambda value: isinstance(value[0], bool) and value[1] is None and all(map(is_int, value[2:])),
+    ),
+    "one of": (
+        {"oneOf": [SMALL, {"type": "string", "maxLength": 2}]},
+        lambda value: is_int(value) or (isinstance(value, str) and len(value) <= 2),
+    ),
+    "all of": ({"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 6}]}, lambda value: 3 <= value <= 6),
+    "types": ({"type": ["boolean", "null"]}, lambda value: value is None or isinstance(value, bool)),
+    "date": ({"type": "string", "format": "date"}, lambda value: re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", value)),
+    "names by pattern": (
+        {"type": "object", "patternProperties": {"^x[0-9]$": SMALL}, "additionalProperties": False},
+        lambda value: all(re.search("^x[0-9]$", name) and is_int(item) for name, item in value.items()),
+    ),
+    "itself": (
+        {
+            "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}, "maxItems": 1}},
+            "$ref": "#/$defs/t",
+        },
+        lambda value: set(json.dumps(value)) == {"[", "]"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_keywords_mean_what_the_standard_says(make: Any, name: str) -> None:
+    schema, check = KEYWORDS[name]
+    tokenizer, base = make(byte_level())
+    grammars = Grammars(tokenizer, base)
+    texts = [write(grammars, tokenizer, base, StructuredOutput(json_schema=schema), seed) for seed in range(12)]
+    complete = [text for text in texts if text is not None]
+    assert complete
+    assert all(check(json.loads(text)) for text in complete), complete
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True},
+        {"oneOf": [{"type": "integer", "maximum": 5}, {"type": "integer", "minimum": 3}]},
+        {"if": {"type": "string"}, "then": {"maxLength": 2}},
+        {"type": "object", "dependentRequired": {"a": ["b"]}},
+        {"type": "array", "contains": {"type": "integer"}},
+        {"type": "object", "propertyNames": {"pattern": "^a$"}},
+        {"type": "object", "unevaluatedProperties": False},
+    ],
+)
+def test_keywords_that_cannot_be_enforced_are_refused(make: Any, schema: dict[str, Any]) -> None:
+    tokenizer, base = make(byte_level())
+    with pytest.raises(RequestError, match="json_schema cannot be enforced"):
+        Grammars(tokenizer, base).processor(StructuredOutput(json_schema=schema), 1, [2])
+
+
+def test_a_lenient_compiler_would_show(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "_JSON_OPTIONS", {"whitespace_flexible": False, "lenient": True})
+    tokenizer, base = make(byte_level())
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 3, "uniqueItems": True}
+    text = write(Grammars(tokenizer, base), tokenizer, base, StructuredOutput(json_schema=schema), 0)
+    assert len(set(json.loads(str(text)))) < 3
+
+
+PIECES = (
+    *(
+        "a",
+        "é",
+        "🙂",
+        "\n",
+        "\\",
+        '"',
+        "/",
+        "start: ",
+        "[1-2]",
+        "%json {",
+        "%ignore ",
+        "{2,5}",
+        "{1000,}",
+        "(",
+        ")",
+        "|",
+    ),
+    *("|", "*", "+", "?", "~", ".", "^", "$", "[^a]", "\\d", "(?i)", "(?P<x>", "->", "<s>", "[stop=", "\x00", "}", ","),
+)
+
+
+def test_hostile_sources_are_refused_or_followed(make: Any) -> None:
+    """A few hundred texts of pieces, each within a second: a processor, or an error that names the field."""
+    tokenizer, base = make(byte_level())
+    grammars = Grammars(tokenizer, base)
+    rng, outcomes = np.random.default_rng(5), {"refused": 0, "followed": 0}
+    for number in range(300):
+        text = "".join(PIECES[index] for index in rng.integers(0, len(PIECES), rng.integers(1, 9)))
+        kind = ("regex", "grammar", "choices")[number % 3]
+        settings: Any = {kind: [text] if kind == "choices" else ("start: " + text if number % 2 else text)}
+        begun = time.perf_counter()
+        try:
+            processor = grammars.processor(StructuredOutput(**settings), 1, [2])
+            processor(np.zeros(base.vocab_size, np.float32), [1])
+            outcomes["followed"] += 1
+        except RequestError:
+            outcomes["refused"] += 1
+        assert time.perf_counter() - begun < 5
+    assert min(outcomes.values()) > 50
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -221,6 +221,10 @@ def test_grammars_are_compiled_once(opened: Deployment, monkeypatch: pytest.Monk
         request = ask(opened, StructuredOutput(regex=pattern))
         assert opened.submit(request).result(60).text == pattern
     assert [output.regex for output in compiled] == ["ab", "abc"]
+    for number in range(200):  # as many as are kept: the first ones are not
+        opened.submit(ask(opened, StructuredOutput(choices=[f"x{number}"])))
+    opened.submit(ask(opened, StructuredOutput(regex="ab"))).result(60)
+    assert len(compiled) == 203
 
 
 @pytest.mark.parametrize(
