@@ -26,7 +26,7 @@ from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 
 # Positions of prompts that are read between two decode steps, and while no row decodes.
-STEP_TOKENS, IDLE_TOKENS = 64, 2048
+STEP_TOKENS, IDLE_TOKENS = 80, 2048
 # Positions of a single pass over prompts: attention's memory grows with their square.
 PASS_TOKENS = 512
 # Rows of a batch where nobody says; and new tokens for which a cache has room at first.
