@@ -78,7 +78,7 @@ async def infer(request: HttpRequest) -> JsonResponse:
 
 
 def _infer(gateway: Gateway, name: str, task: str | None, fields: InferFields) -> bytes:
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Any] = {}
     for index, tensor in enumerate(fields.inputs):
         where = f"inputs[{index}]"
         if tensor.name not in _input_names(gateway) or tensor.name in arrays:

@@ -96,10 +96,10 @@ def prepare(options: argparse.Namespace) -> list[Server]:
     if not (models / f"lora-{TASKS - 1}.gguf").is_file():
         say("making the models of llama.cpp")
         adapters = build / "adapters.npz"
-        np.savez(adapters, **adapter_weights(deployment))
+        np.savez(adapters, allow_pickle=False, **adapter_weights(deployment))
         source = options.model if options.model.is_file() else next(options.model.glob("*.gguf"))
-        command = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", source]
-        run([*command, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
+        make = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", source]
+        run([*make, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
     for name, label in (("f32", "llama.cpp, F32"), ("q4_0", "llama.cpp, Q4_0")):
         for loras, suffix in ((TASKS, ", 16 LoRAs"), (0, ", no adapter")):
             command = llama_cpp(options.peers_python, models.resolve(), name, loras, SLOTS)
@@ -108,7 +108,7 @@ def prepare(options: argparse.Namespace) -> list[Server]:
     return servers
 
 
-def adapter_weights(deployment: Path) -> dict[str, np.ndarray]:
+def adapter_weights(deployment: Path) -> dict[str, Any]:
     """Weights of all tasks, by number."""
     weights = {}
     for number, name in enumerate(sorted(read_manifest(deployment).tasks)):

@@ -104,7 +104,7 @@ def finish(writer: Any) -> None:
 
 def run_server(options: argparse.Namespace) -> None:
     """Serve until standard input ends."""
-    import xllamacpp
+    import xllamacpp  # pyright: ignore[reportMissingImports]  # in the peers' environment alone
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(options.model)

@@ -86,7 +86,7 @@ def _address(process: subprocess.Popen[str], log: Path) -> tuple[str, int]:
             assert parts.hostname is not None
             assert parts.port is not None
             return parts.hostname, parts.port
-    raise MeasurementError(f"{process.args} ended before it listened; see {log}")
+    raise MeasurementError(f"{process.args!r} ended before it listened; see {log}")
 
 
 def memory_mb(pid: int) -> float:
@@ -106,6 +106,7 @@ def kit(deployment: Path, variant: str, slots: int) -> tuple[str, ...]:
 
 def llama_cpp(python: Path, models: Path, name: str, loras: int, slots: int) -> tuple[str, ...]:
     """The command of llama.cpp's server with so many LoRAs."""
-    command = (str(python), "-m", "benchmarks.serving.llama_cpp", "serve", "--model", str(models / f"{name}.gguf"))
-    command += ("--slots", str(slots))
-    return command + (("--lora", *(str(models / f"lora-{n}.gguf") for n in range(loras))) if loras else ())
+    command = [str(python), "-m", "benchmarks.serving.llama_cpp", "serve", "--model", str(models / f"{name}.gguf")]
+    command += ["--slots", str(slots)]
+    command += ["--lora", *(str(models / f"lora-{n}.gguf") for n in range(loras))] if loras else []
+    return tuple(command)
