@@ -30,6 +30,7 @@ class RunningChoices:
         self.is_left = False
         self._handles = handles
         self._wake = asyncio.Event()
+        self._wants_pieces = False
         self._loop = asyncio.get_running_loop()
         for handle, token_came in zip(handles, lap, strict=True):
             handle.listen(partial(self._notify, handle, token_came))
@@ -52,6 +53,8 @@ class RunningChoices:
             AdaLinkError: a choice failed; the others are cancelled.
         """
         left = set(range(len(self._handles)))
+        self._wants_pieces = True
+        self._wake.set()  # what came before has woken nobody
         while left:
             await self._wake.wait()
             self._wake.clear()
@@ -98,8 +101,11 @@ class RunningChoices:
 
     def _notify(self, handle: Handle, token_came: Callable[[], None]) -> None:
         """In the thread that generates, so nothing may fail here."""
-        if not handle.is_done:
+        is_done = handle.is_done
+        if not is_done:
             token_came()
+            if not self._wants_pieces:
+                return
         try:
             self._loop.call_soon_threadsafe(self._wake.set)
         except RuntimeError:  # the loop is closed: nobody waits any more
