@@ -43,7 +43,7 @@ def test_whole_path_then_reuse_then_change_then_anew(workplace):
     first = run(workplace)
     assert first.exit_code == 0, first.output
     assert "reused" not in first.stderr
-    for text in ("Answers of one engine", "All 46 checks passed", "engine_builds_during_swaps", "decode_ratio"):
+    for text in ("Answers of one engine", "All 49 checks passed", "engine_builds_during_swaps", "decode_ratio"):
         assert text in first.stdout
     with Deployment.open(root / "out/deployment") as deployment:
         assert deployment.tasks == ("alpha", "beta")
@@ -57,7 +57,7 @@ def test_whole_path_then_reuse_then_change_then_anew(workplace):
     second = run(workplace)
     assert second.exit_code == 0, second.output
     assert second.stderr.count("reused") == 4 + HAS_RTX  # base, two tasks, parity, engine
-    assert "All 46 checks passed" in second.stdout
+    assert "All 49 checks passed" in second.stdout
 
     # Another adapter under the same name: that task and parity are made anew, the base is not.
     shutil.rmtree(examples / "adapters/beta")

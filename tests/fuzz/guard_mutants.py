@@ -99,22 +99,22 @@ GUARDS = [
     Mutant(
         "tasks: loaded without the lock",
         _TASKS,
-        "            with self._lock:\n                self._check_known(name)\n                loaded",
-        "            if True:\n                self._check_known(name)\n                loaded",
+        "            with self._lock:\n                self._check_known(name)\n                task",
+        "            if True:\n                self._check_known(name)\n                task",
         f"{_THREADS}test_task_is_loaded_once",
     ),
     Mutant(
         "tasks: added without the lock",
         _TASKS,
-        "        with self._lock:\n            if name in self._tasks:",
-        "        if True:\n            if name in self._tasks:",
+        "        with self._lock:\n            if name in self._tasks and",
+        "        if True:\n            if name in self._tasks and",
         f"{_THREADS}test_name_is_added_by_one_thread_alone",
     ),
     Mutant(
         "tasks: removed without the lock",
         _TASKS,
-        "        with self._lock:\n            self._check_known(name)\n            del",
-        "        if True:\n            self._check_known(name)\n            del",
+        "        with self._lock:\n            self._check_known(name)\n            self._tasks = ",
+        "        if True:\n            self._check_known(name)\n            self._tasks = ",
         f"{_THREADS}test_name_is_removed_by_one_thread_alone",
     ),
     Mutant(

@@ -48,6 +48,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "run": ["run", folder, "Hello", "--task", "alpha", "--max-new-tokens", "2", "--threads", "1"],
         "run jsonl": ["run", folder, "--jsonl", rows, "--max-new-tokens", "2", "--threads", "1"],
         "chat": ["chat", folder, "--task", "alpha", "--threads", "1"],
+        "serve": ["serve", folder, "--port", "0"],
         "inspect deployment": ["inspect", folder],
         "inspect adapter": ["inspect", adapter],
         "inspect model": ["inspect", model],

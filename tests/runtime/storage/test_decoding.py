@@ -77,6 +77,7 @@ ALLOWED = {
     "runtime/storage/decoding.py": "the one reader",
     "runtime/storage/safetensors.py": "headers may repeat names, which only Python's json lets through to be found",
     "runtime/storage/jsonl.py": "the reader of lines",
+    "runtime/generation/structured_output.py": "a schema of the caller's, where whatever goes wrong is converted",
     "tools/common/rows.py": "decodes lines for the reader of lines, which converts every error",
     "studies/experiment/sources.py": "likewise",
     "training/data/rows.py": "likewise",
