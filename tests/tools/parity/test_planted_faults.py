@@ -128,6 +128,7 @@ def test_a_row_that_takes_anothers_place_keeps_what_was_there(deployment, monkey
 
     def drop(self, row):
         self._alive -= 1
+        self._cache[:, row, :, self._lengths[row] :] = 0  # memory that was never written may hold anything
         self._lengths[row], self._positions[row] = self._lengths[self._alive], self._positions[self._alive]
 
     def in_first_order(self):
