@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path("build/bench/serving"))
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one short round, under 6 minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round: of the other servers only how fast they are"
+    )
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     options.model = options.model or Path(smollm2())
@@ -56,6 +58,7 @@ def main() -> None:
             say(f"round {number + 1} of {rounds}: {server.label}")
             try:
                 measured[server.name].append(measure(server, options.build, is_quick=options.quick))
+                write_json(options.build / "measured.json", measured)  # of a run that is interrupted
             except MeasurementError as error:
                 say(f"  not measured: {error}")
         for name, variant in (("fp32", "onnxruntime-cpu"), ("int4", "int4")):
@@ -120,7 +123,7 @@ def adapter_weights(deployment: Path) -> dict[str, Any]:
 
 def measure(server: Server, build: Path, *, is_quick: bool) -> dict[str, Any]:
     """Start a server and measure it with 1, 4 and 16 users, requests that come by themselves, and a long prompt."""
-    per_user = 2 if is_quick else 4
+    per_user = 1 if is_quick else 4
     prompts = mixed_prompts(USERS[-1] * per_user)
     figures: dict[str, Any] = {}
     with running(server, build / f"{server.name}.log") as (address, pid):
@@ -129,9 +132,12 @@ def measure(server: Server, build: Path, *, is_quick: bool) -> dict[str, Any]:
         for users in USERS:
             bodies = [
                 server.body(prompt, index % TASKS, NEW_TOKENS)
-                for index, prompt in enumerate(prompts[: users * per_user])
+                for index, prompt in enumerate(prompts[: max(2, users * per_user)])
             ]
             figures[f"users-{users}"] = summarise(*asyncio.run(closed_loop(address, users, bodies)), NEW_TOKENS)
+        figures["memory_mb"] = memory_mb(pid)
+        if is_quick and server.tasks != "model":
+            return figures  # others take minutes for the rest
         if server.tasks is not None:
             same = [server.body(prompt, 0, NEW_TOKENS) for prompt in prompts]
             figures["one-task-16"] = summarise(*asyncio.run(closed_loop(address, USERS[-1], same)), NEW_TOKENS)

@@ -1,8 +1,8 @@
 """Admission: which waiting prompts are read before the next decode step.
 
-A step of the running batch waits for what is read before it. Between two steps at most ``STEP_TOKENS`` positions of
-prompts are read, so that nobody's text stops for long; a longer prompt is read in pieces. While no row decodes, larger
-pieces are read.
+A step of the running batch waits for what is read before it. Between two steps about ``STEP_TOKENS`` positions of
+prompts are read, so that nobody's text stops for long; a longer prompt is read in pieces. Where more rows wait than
+decode, more is read; while no row decodes, larger pieces are.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ class SlotAdmission:
         """See ``Admission.admit``."""
         if self._capacity is not None and not batch.has_state:
             batch.open(self._engine.open_slots(self._slots, self._capacity))
-        left = STEP_TOKENS if batch.rows else IDLE_TOKENS
+        # The more wait for each row that decodes, the more are read at once: a step over few rows is a waste.
+        left = STEP_TOKENS * (1 + len(waiting) // len(batch.rows)) if batch.rows else IDLE_TOKENS
+        left = min(left, IDLE_TOKENS)
         # Where others wait behind a long prompt, they come first every second time.
         self._is_others_turn = not self._is_others_turn and len(waiting) > 0
         if self._reading is not None and not self._is_others_turn:
