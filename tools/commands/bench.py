@@ -6,15 +6,14 @@ from pathlib import Path
 
 import click
 
+from adalink.tools.common.options import engine_options
 from adalink.tools.common.report_file import ReportFile, write_json
 
 
 @click.command(short_help="Measure what a task costs beside the base model.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--task", metavar="NAME", help="The task to measure; the first by name without it.")
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
-@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@engine_options
 @click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
 def command(
     deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, json_file: Path | None

@@ -19,7 +19,7 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.chat_session import ChatSession
 from adalink.tools.common.interrupts import Interrupts
-from adalink.tools.common.options import is_given, make_options
+from adalink.tools.common.options import engine_options, is_given, make_options, sampling_options
 from adalink.tools.common.terminal_text import echo, echo_generated, printable
 
 if TYPE_CHECKING:
@@ -76,19 +76,9 @@ class ChatSettings:
     show_default=True,
     help="Tokens of a reply at most; fewer where the model's context ends.",
 )
-@click.option(
-    "--temperature",
-    type=float,
-    help="0 takes the likeliest token. By default as the base's generation config says, else 0.",
-)
-@click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature.")
-@click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature.")
-@click.option("--seed", type=int, help="Make sampling repeatable.")
+@sampling_options
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the conversation get less likely.")
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
-@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@engine_options
 def command(**values: Any) -> None:
     """Chat with the deployment in DIR, in its model's chat template.
 

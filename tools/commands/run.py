@@ -17,7 +17,7 @@ from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import check_text
 from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
 from adalink.tools.common.conversations import is_rows, read_conversations
-from adalink.tools.common.options import is_given, make_options
+from adalink.tools.common.options import engine_options, is_given, make_options, sampling_options
 from adalink.tools.common.rows import BadRows
 from adalink.tools.common.rows import PromptRow as PromptRow
 from adalink.tools.common.rows import read_rows as read_rows
@@ -126,15 +126,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), help="Tokens at most; by default the base's own limit, else 64."
 )
-@click.option(
-    "--temperature",
-    type=float,
-    help="0 takes the likeliest token. By default as the base's generation config says, else 0.",
-)
-@click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature.")
-@click.option("--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature.")
-@click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature.")
-@click.option("--seed", type=int, help="Make sampling repeatable.")
+@sampling_options
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the prompt and text get less likely.")
 @click.option("--presence-penalty", type=float, help="Above 0, generated tokens get less likely; -2 to 2.")
 @click.option("--frequency-penalty", type=float, help="The same for each time that they occurred.")
@@ -167,9 +159,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
     help="Speculative decoding of a single prompt: most draft tokens verified in one forward pass; 0 turns it off. By "
     "default 8 in float32, and 0 where it might change the text.",
 )
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
-@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@engine_options
 @click.option("--full-check", is_flag=True, help="Read every file again, also those known to be unchanged.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each result.")
 def command(**values: Any) -> None:

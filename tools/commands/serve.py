@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import ConfigError
-from adalink.tools.common.options import make_options
+from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
 
 # Time between two looks at the folder.
@@ -47,9 +47,7 @@ class ServeCommandOptions:
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
 )
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
-@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@engine_options
 @click.option(
     "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode together."
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,12 +13,44 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Of every verb that reads the tokenizer of a base model.
 assume_pretokenizer_option = click.option(
     "--assume-pretokenizer",
     metavar="NAME",
     help="How a GGUF file that does not say it splits texts before BPE, by llama.cpp's name, such as gpt-2 or smollm.",
+)
+
+
+def engine_options(command: F) -> F:
+    """``--backend``, ``--variant`` and ``--threads``: of every verb that opens a deployment to run it."""
+    command = click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")(command)
+    command = click.option(
+        "--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default."
+    )(command)
+    return click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")(command)
+
+
+def sampling_options(command: F) -> F:
+    """How tokens are drawn: of every verb that generates text."""
+    for option in reversed(_SAMPLING_OPTIONS):
+        command = option(command)
+    return command
+
+
+_SAMPLING_OPTIONS = (
+    click.option(
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest token. By default as the base's generation config says, else 0.",
+    ),
+    click.option("--top-k", type=int, help="Sample from the k likeliest tokens, 0 for all; with a temperature."),
+    click.option(
+        "--top-p", type=float, help="Sample from the likeliest tokens of this probability; with a temperature."
+    ),
+    click.option("--min-p", type=float, help="Sample from tokens of this share of the best one; with a temperature."),
+    click.option("--seed", type=int, help="Make sampling repeatable."),
 )
 
 
