@@ -97,7 +97,7 @@ class Scheduler:
                 self._turn()
             except BaseException as error:  # whoever waits is told, whatever it was
                 _LOG.warning("a decode step failed: %s", error)
-                fail_all([*self._batch.close(), *self._admission.close()], error)
+                self._end_running(error)
 
     def _turn(self) -> None:
         """Read waiting prompts, run one step, and let the rows go that have ended."""
@@ -118,11 +118,14 @@ class Scheduler:
         self._admission.leave(self._batch, row, index)
         row.finish()
 
+    def _end_running(self, error: BaseException) -> None:
+        """End the rows that decode or are being read; those that wait go on."""
+        fail_all([*self._batch.close(), *self._admission.close()], error)
+
     def _end_all(self, error: RequestError) -> None:
-        rows = [*self._batch.close(), *self._admission.close()]
+        self._end_running(error)
         while (row := self._waiting.take()) is not None:
-            rows.append(row)
-        fail_all(rows, error)
+            row.fail(error)
 
 
 def _is_ended(row: Row) -> bool:
