@@ -83,8 +83,10 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 
 bench-serving: demo ## measure the kit's server beside llama.cpp's, 16 tasks (25 minutes; QUICK=1: 6 minutes)
 	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: the kit is measured alone"
-	$(RUN)/python -m benchmarks.serving --deployment $(DEMO)/deployment --out build/bench/serving.json \
-		$(if $(wildcard $(PEERS)/installed),--peers-python $(PEERS)/bin/python) $(if $(QUICK),--quick)
+	$(RUN)/python -m benchmarks.serving --deployment $(DEMO)/deployment \
+		$(if $(wildcard $(PEERS)/installed),--peers-python $(PEERS)/bin/python) \
+		$(if $(QUICK),--quick --out build/bench/serving.json,--out benchmarks/results/serving.json)
+	$(if $(QUICK),,$(RUN)/python -m benchmarks.serving.report)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
 	$(RUN)/python -m studies run studies/files/reduced.toml --out build/study --jobs 2 --minutes 88
