@@ -15,6 +15,7 @@ VERBS = {
     "export": "Export a base model, adapters and engines into a deployment.",
     "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
+    "embed": "Embed texts with an encoder, as sentence-transformers does.",
     "chat": "Chat with a deployment in the terminal.",
     "serve": "Serve a deployment behind OpenAI's API, every task a model.",
     "verify": "Prove that a deployment computes what PyTorch computes.",

@@ -35,6 +35,7 @@ from adalink.tools.parity.check_batches import STEPS, Batch
 from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_scheduler import JoinedRows
@@ -253,6 +254,7 @@ def _check_outputs(
     rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
     if texts is not None:
         check_defaults(report, deployment, reference, rows)
+    check_pooling_settings(report, deployment, reference)
     compared: dict[str | None, Comparison] = {}
     compared_images: dict[str | None, Comparison] = {}
     compared_kinds: dict[tuple[str, str | None], Comparison] = {}
@@ -271,6 +273,7 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
+            report.checks += check_pooling(label, task, deployment, reference, inputs.pooled, comparison)
             if image_prompts is not None:
                 progress(f"{label}: outputs on {len(image_prompts.rows)} prompts with images")
                 compared_images[task] = compare_outputs(

@@ -29,6 +29,16 @@ _OLD_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_LOADING = {"trust_remote_code", "torch_dtype", "dtype", "attn_implementation", "add_pooling_layer"}
+# Arguments of loaders that change no vector, or that are read here.
+_HARMLESS = {
+    "model_args": _LOADING,
+    "model_kwargs": _LOADING,
+    "config_args": {"trust_remote_code"},
+    "config_kwargs": {"trust_remote_code"},
+    "tokenizer_args": {"trust_remote_code", "model_max_length"},
+    "processor_kwargs": {"trust_remote_code", "model_max_length"},
+}
 # What tokenizers without a limit have as one.
 _NO_LIMIT = 1 << 40
 
@@ -52,7 +62,11 @@ def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | Non
     paths = [str(module.get("path", "")) for module in modules]
     if kinds[:1] != ["Transformer"] or paths[0] not in ("", "."):
         return Pooling(unsupported=f"module 0 of {MODULES_FILE} is {modules[0].get('type')} in {paths[0]!r}")
-    modes, include_prompt, normalize = (), True, False
+    transformer: dict[str, Any] = next((found for name in _TRANSFORMER_FILES if (found := files.read(name))), {})
+    if reason := _unsupported_input(transformer):
+        return Pooling(unsupported=reason)
+    modes: tuple[str, ...] = ()
+    include_prompt, normalize = True, False
     for number, (kind, path) in enumerate(zip(kinds[1:], paths[1:], strict=True), 1):
         settings = files.read(f"{path}/config.json") or {}
         if kind == "Pooling" and not modes:
@@ -63,7 +77,6 @@ def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | Non
             return Pooling(unsupported=f"module {number} of {MODULES_FILE} is {modules[number].get('type')}")
     if not modes:
         return Pooling(unsupported=f"{MODULES_FILE} has no Pooling")
-    transformer = next((found for name in _TRANSFORMER_FILES if (found := files.read(name))), {})
     prompts = files.read(_SETTINGS_FILE) or {}
     return Pooling(
         modes=modes,
@@ -136,9 +149,26 @@ def _modes(settings: dict[str, Any], config: Any, name: str) -> tuple[str, ...]:
     return modes
 
 
+def _unsupported_input(transformer: dict[str, Any]) -> str:
+    """What the settings of the first module ask for that the runtime does not do, in words; empty if nothing."""
+    if (task := transformer.get("transformer_task", "feature-extraction")) != "feature-extraction":
+        return f"its transformer_task is {task}"
+    forms = transformer.get("modality_config", {"text": {}})
+    if set(forms) != {"text"}:  # texts go into the chat template where there is "message"
+        return f"its modality_config takes {', '.join(forms)} rather than text alone"
+    output = forms["text"].get("method_output_name", "last_hidden_state")
+    if output != "last_hidden_state" or transformer.get("module_output_name", "token_embeddings") != "token_embeddings":
+        return f"it pools {output} as {transformer.get('module_output_name')}"
+    for name, harmless in _HARMLESS.items():
+        if extra := sorted(set(transformer.get(name) or {}) - harmless):
+            return f"its {name} have {', '.join(extra)}"
+    return ""
+
+
 def _max_tokens(transformer: dict[str, Any], tokenizer: Any, config: Any) -> int | None:
     """Tokens to which texts are cut: the files' own, else the least of the tokenizer's and the model's."""
-    limit = transformer.get("max_seq_length")
+    arguments = (transformer.get("tokenizer_args") or {}) | (transformer.get("processor_kwargs") or {})
+    limit = arguments.get("model_max_length", transformer.get("max_seq_length"))
     if limit is None:
         positions = getattr(config, "max_position_embeddings", -1)
         limits = [getattr(tokenizer, "model_max_length", None), None if positions == -1 else positions]
