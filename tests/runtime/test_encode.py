@@ -19,9 +19,10 @@ from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
-from adalink.runtime import Deployment, RequestError
+from adalink.runtime import ContractError, Deployment, RequestError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
+from adalink.tools.commands.inspect import describe_deployment
 from adalink.training.adapter_io import load_adapter
 from adalink.training.models.loading import load_base, load_tokenizer
 from adalink.training.models.sentence_files import read_pooling
@@ -152,6 +153,22 @@ def test_settings_that_would_give_other_vectors(
     pooling = read_pooling(checkpoint, load_tokenizer(checkpoint), load_base(checkpoint).config)
     assert pooling is not None
     assert message in pooling.unsupported
+
+
+def test_further_variants_keep_the_pooling(encoder: Path, plain: Path, tmp_path: Path) -> None:
+    """One of a deployment that an older kit wrote takes it up; another one is refused."""
+    mean = save_sentence_encoder(tmp_path / "mean", encoder, PLAIN)
+    cls = save_sentence_encoder(tmp_path / "cls", encoder, {"pooling_mode": "cls"})
+    out = shutil.copytree(plain, tmp_path / "out")
+    base = export_base(mean, out, target="portable").base
+    assert base.pooling is not None
+    assert base.pooling.modes == ("mean",)
+    with pytest.raises(ContractError, match="with another pooling"):
+        export_base(cls, out, target="portable", replace=True)
+    assert export_base(encoder, out, target="portable", replace=True).base.pooling == base.pooling
+    described = describe_deployment(out)["base"]
+    assert isinstance(described, dict)
+    assert described["pooling"]["modes"] == ("mean",)
 
 
 @pytest.fixture(scope="module")

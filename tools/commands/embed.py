@@ -62,7 +62,7 @@ def command(**values: Any) -> None:
     """Print the embedding of TEXT, or of each row of a file, by the encoder in DIR.
 
     How states become a vector, how long texts are cut and which prompt goes before them is what the model's own
-    sentence-transformers files say; `adalink inspect` shows it.
+    sentence-transformers files say. `adalink inspect` shows it.
 
     \b
     Example:
