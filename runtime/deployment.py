@@ -40,6 +40,7 @@ from adalink.runtime.tasks.reloader import TaskReloader
 from adalink.runtime.tasks.task_changes import Reload
 from adalink.runtime.text.messages import ChatOptions, Messages
 from adalink.runtime.text.tokenizer import Tokenizer
+from adalink.runtime.text_classifier import Classification, TextClassifier, Texts
 from adalink.runtime.text_encoder import TextEncoder
 from adalink.runtime.text_generator import TextGenerator
 from adalink.runtime.vision.placeholders import Images
@@ -75,6 +76,7 @@ class Deployment:
         self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
         self._generator = TextGenerator(manifest, self.variant, self._inputs, self._runner, options)
         self._encoder = TextEncoder(manifest.base, self._inputs, self._runner)
+        self._classifier = TextClassifier(manifest.base, self._inputs, self._encoder)
         self._is_closed = False
 
     @classmethod
@@ -284,6 +286,28 @@ class Deployment:
         """
         self._check_open()
         return self._encoder.encode(texts, tasks, prompt, pooling, normalize)
+
+    @property
+    def text_classifier(self) -> TextClassifier:
+        """What ``classify`` does, step by step: for programs that need scores."""
+        self._check_open()
+        return self._classifier
+
+    def classify(self, texts: Texts, tasks: Tasks) -> list[Classification]:
+        """Labels of texts, by tasks that were trained on rows with labels.
+
+        A text is cut to the length that the rows of the training could have; the result says so.
+
+        Args:
+            texts: texts, or pairs of texts.
+            tasks: one task for all texts, or one for each: their heads may differ in kind and size.
+
+        Raises:
+            RequestError: a task has no head, or a text has no tokens.
+            UnknownTaskError: a task is not deployed.
+            BackendError: the engine refused, or its states are not numbers.
+        """
+        return self.text_classifier.classify(texts, tasks)
 
     def encode_images(self, pixel_values: Array, grid: Grid | None = None) -> Array:
         """Image embeddings of the vision tower, before any adapter; not cached.

@@ -17,13 +17,13 @@ from adalink.runtime.finite import check_outputs
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
+from adalink.runtime.pooling import pool
 from adalink.runtime.request import Prompts, Tasks, check_length, check_prompts
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.pooling_schema import POOLING_MODES, Pooling
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping, combine
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
-from adalink.runtime.text.pooling import pool
 from adalink.runtime.text.truncation import CutText
 
 _LOG = get_logger(__name__)

@@ -175,6 +175,11 @@ class Base(_Strict, frozen=True, kw_only=True):
         return self.token_types is not None and self.token_types > 1
 
     @property
+    def has_hidden_states(self) -> bool:
+        """Whether graphs give hidden states; a decoder's give logits."""
+        return self.kind != "decoder"
+
+    @property
     def takes_soft_prompts(self) -> bool:
         """Whether soft prompts can be prepended; not where positions follow the image grid."""
         return self.vision is None or self.vision.patches is None

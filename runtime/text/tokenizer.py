@@ -87,20 +87,26 @@ class Tokenizer:
                 holds half a character.
         """
         base = self._base
-        if text_pair is not None and base.kind != "encoder":
-            raise RequestError(
-                f"text_pair is for encoders, and {base.name} is not one: write both texts into the prompt"
-            )
-        if text_pair is not None and base.token_types is None:
-            raise RequestError(
-                f"text_pair cannot be used: this deployment of {base.name} was written by a kit without token types; "
-                "export the base again, into another folder"
-            )
+        if text_pair is not None:
+            self.check_pair()
         pair = None if text_pair is None else check_text(text_pair, "text_pair")
         with tokenizer_errors(RequestError, f"{base.tokenizer} cannot encode this text of {len(text)} characters"):
             encoding = self._tokenizer.encode(check_text(text), pair)
         ids, types = list(encoding.ids), list(encoding.type_ids)
         return ids, types if base.takes_token_types and base.tokenizer_types else [0] * len(ids)
+
+    def check_pair(self) -> None:
+        """Check that the base takes pairs of texts; raises ``RequestError``."""
+        base = self._base
+        if base.kind != "encoder":
+            raise RequestError(
+                f"text_pair is for encoders, and {base.name} is not one: write both texts into the prompt"
+            )
+        if base.token_types is None:
+            raise RequestError(
+                f"text_pair cannot be used: this deployment of {base.name} was written by a kit without token types; "
+                "export the base again, into another folder"
+            )
 
     def encode_cut(
         self,

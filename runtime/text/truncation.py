@@ -22,14 +22,14 @@ class CutText:
         ids: token ids, special tokens included.
         types: token type of each.
         offsets: of each token the first character and the one behind the last; ``(0, 0)`` for special tokens.
-        sequences: 0 for tokens of the first text, 1 for those of the second, ``None`` for special tokens.
+        words: number of each token's word in its text; ``None`` for special tokens.
         is_cut: whether tokens were left out.
     """
 
     ids: list[int]
     types: list[int]
     offsets: list[tuple[int, int]]
-    sequences: list[int | None]
+    words: list[int | None]
     is_cut: bool
 
 
@@ -71,9 +71,7 @@ def _shares(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def _as_cut(encoding: Encoding, *, is_cut: bool) -> CutText:
-    return CutText(
-        list(encoding.ids), list(encoding.type_ids), list(encoding.offsets), list(encoding.sequence_ids), is_cut
-    )
+    return CutText(list(encoding.ids), list(encoding.type_ids), list(encoding.offsets), list(encoding.word_ids), is_cut)
 
 
 def lower_cased(tokenizer: FastTokenizer) -> FastTokenizer:
