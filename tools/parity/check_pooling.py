@@ -106,7 +106,7 @@ def _reference_vector(
     outputs = reference.outputs(ids, decoder_row(deployment, 0))
     states = outputs.values["last_hidden_state"]
     errors = reference.limit(outputs.noise["last_hidden_state"], typical)[:, None] * np.ones_like(states)
-    vectors, bounds = zip(*(_pool(mode, states, errors, first) for mode in pooling.modes), strict=True)
+    vectors, bounds = zip(*(pool_with_error(mode, states, errors, first) for mode in pooling.modes), strict=True)
     vector, bound = np.concatenate(vectors), np.concatenate(bounds)
     if pooling.normalize:
         length, error = float(np.linalg.norm(vector)), float(np.linalg.norm(bound))
@@ -116,8 +116,15 @@ def _reference_vector(
     return vector, bound + _ROUNDING * np.maximum(np.abs(vector), bound) + 1e-30
 
 
-def _pool(mode: str, states: Float64, errors: Float64, first: int) -> tuple[Float64, Float64]:
-    """One pooling and its bound, for ``states`` and ``errors`` of shape ``(tokens, d)``."""
+def pool_with_error(mode: str, states: Float64, errors: Float64, first: int) -> tuple[Float64, Float64]:
+    """One pooling and its bound.
+
+    Args:
+        mode: one of ``adalink.runtime.storage.pooling_schema.POOLING_MODES``.
+        states: shape ``(tokens, d)``.
+        errors: the largest error of each of them, likewise.
+        first: the first token that is pooled.
+    """
     count = len(states)
     kept = (np.arange(count) >= first).astype(np.float64)
     if mode == "max":
