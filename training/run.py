@@ -122,6 +122,12 @@ def train(
     progress(f"loading {display_name(base)}")
     tokenizer = load_tokenizer(base, assume_pretokenizer=assume_pretokenizer)
     model = load_base(base)
+    if not model.can_generate():
+        raise ModelError(
+            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: an encoder "
+            'takes rows with labels, {"text": "...", "label": "..."}; or use adalink.training.method.attach in a loop '
+            "of your own"
+        )
     has_images = any(row.images for row in (*rows, *eval_rows))
     images = TrainingImages(base, model, tokenizer) if has_images else None
     encoding = (None if images is None else images.tokens, prompt_form(model, tokenizer))
@@ -139,12 +145,6 @@ def train(
         last = last_checkpoint(checkpoints, record)
     else:
         check_fresh(checkpoints)
-    if not model.can_generate():
-        raise ModelError(
-            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: an encoder "
-            'takes rows with labels, {"text": "...", "label": "..."}; or use adalink.training.method.attach in a loop '
-            "of your own"
-        )
     collate = collator(model, tokenizer, images)
     model.to(trainer_arguments(checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)
