@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,17 @@ class Classification:
     spans: tuple[Span, ...] = ()
     tokens: int = 0
     truncated: bool = False
+
+    def as_record(self) -> dict[str, Any]:
+        """The fields that a task of its kind fills, by name, as JSON values."""
+        ends = {"tokens": self.tokens, "truncated": self.truncated}
+        if self.value is not None:
+            return {"value": self.value, **ends}
+        if self.label is not None:
+            return {"label": self.label, "probabilities": self.probabilities, **ends}
+        if self.probabilities:
+            return {"labels": list(self.labels), "probabilities": self.probabilities, **ends}
+        return {"spans": [asdict(span) for span in self.spans], **ends}
 
 
 class TextClassifier:

@@ -17,10 +17,11 @@ from adalink.serving.fields import EmbeddingFields
 from adalink.serving.gateway import Gateway
 from adalink.serving.generating import outcome_of, read_fields
 from adalink.serving.inputs import split_prompts
-from adalink.serving.json_body import JsonResponse
+from adalink.serving.json_body import ClientDisconnect, JsonResponse
+from adalink.serving.pieces import in_pieces
 
-# Most texts of a request, as with OpenAI, and texts between two looks at whether the client is still there.
-MOST_TEXTS, _TEXTS_AT_ONCE = 2048, 64
+# Most texts of a request, as with OpenAI.
+MOST_TEXTS = 2048
 
 
 async def embeddings(request: HttpRequest) -> JsonResponse:
@@ -32,14 +33,11 @@ async def embeddings(request: HttpRequest) -> JsonResponse:
         choice = gateway.deployment.text_encoder.choose(fields.pooling, fields.normalize)
         _check_dimensions(fields, gateway.deployment.text_encoder.width(choice[0]))
         encoded: list[EncodedText] = await gateway.in_thread(_tokenize, gateway, fields, task)
-        pieces = []
-        for start in range(0, len(encoded), _TEXTS_AT_ONCE):
-            if await request.is_disconnected():
-                gateway.metrics.count_request(fields.model, "cancelled")
-                return JsonResponse(b"{}")  # nobody reads it
-            batch = encoded[start : start + _TEXTS_AT_ONCE]
-            pieces.append(await gateway.in_thread(gateway.deployment.text_encoder.pool, batch, choice))
+        pieces = [piece async for piece in in_pieces(request, encoded, gateway.deployment.text_encoder.pool, choice)]
         answer: bytes = await gateway.in_thread(_render, fields, encoded, np.concatenate(pieces))
+    except ClientDisconnect:
+        gateway.metrics.count_request(fields.model, "cancelled")
+        return JsonResponse(b"{}")  # nobody reads it
     except Exception as error:
         failed = as_api_error(error)
         gateway.metrics.count_request(fields.model, outcome_of(failed))

@@ -111,6 +111,14 @@ class EmbeddingFields(msgspec.Struct, kw_only=True):
     normalize: bool | None = None
 
 
+class ClassifyFields(msgspec.Struct, kw_only=True):
+    """A request for ``/v1/classify``: a text, or a list of texts and of pairs of texts."""
+
+    model: Name
+    input: str | list[str | list[str]]
+    user: str | None = None
+
+
 class TokenizeFields(msgspec.Struct, kw_only=True):
     """A request for ``/tokenize``, as vLLM has it."""
 

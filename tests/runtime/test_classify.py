@@ -122,9 +122,8 @@ def test_spans_follow_the_tags_of_words() -> None:
     for position, number in enumerate(numbers):
         is_first = number is not None and number != numbers[position - 1]
         scores[position, labels.index(tags[number]) if is_first and number is not None else 1] = 0.75
-    assert [
-        (span.label, span.text, span.probability) for span in read_spans(text, offsets, numbers, labels, scores)
-    ] == [
+    spans = read_spans(text, offsets, numbers, labels, scores)
+    assert [(span.label, span.text, span.probability) for span in spans] == [
         ("PER", "Anna Lee", 0.75),
         ("PER", "Bob", 0.75),
         ("LOC", "New York", 0.75),

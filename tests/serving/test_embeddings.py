@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import torch
 from helpers.runtime import random_adapter, write_adapter
 from helpers.sentences import TEXTS, save_encoder, save_sentence_encoder, sentence_embeddings
-from helpers.served import Served, serve_in_thread
+from helpers.served import Served, serve_in_thread, wait_for
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
-from adalink.serving import embeddings
+from adalink.serving import pieces
 from adalink.training.adapter_io import load_adapter
 from adalink.training.models.loading import load_base, load_tokenizer
 
@@ -149,12 +150,8 @@ def test_requests_are_counted(encoder: Served) -> None:
 
 def test_a_client_that_leaves_ends_the_work(encoder: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two pieces of a long request."""
-    monkeypatch.setattr(embeddings, "_TEXTS_AT_ONCE", 1)
-    import httpx
-
+    monkeypatch.setattr(pieces, "_TEXTS_AT_ONCE", 1)
     body = {"model": "topics", "input": ["a b c d e f g"] * 2000}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(encoder.url + "/v1/embeddings", json=body, timeout=0.2)
-    from helpers.served import wait_for
-
     wait_for(lambda: encoder.metric("adalink_requests_total", task="topics", outcome="cancelled") == 1)

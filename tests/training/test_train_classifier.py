@@ -138,7 +138,7 @@ def test_base_is_not_changed_and_rows_repeat(base: Path, tmp_path: Path) -> None
     settings = TrainSettings(max_steps=12, batch_size=4, max_length=20, device="cpu", save_steps=5)
     first = train(base, data, data, tmp_path / "first", CONFIG, settings)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     from transformers import TrainerCallback
@@ -146,9 +146,9 @@ def test_base_is_not_changed_and_rows_repeat(base: Path, tmp_path: Path) -> None
     class Interrupt(TrainerCallback):  # type: ignore[misc]  # transformers has no types for it
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             if state.global_step == 7:
-                raise Stop
+                raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(base, data, data, tmp_path / "second", CONFIG, settings, loop=LoopOptions(callbacks=(Interrupt(),)))
     second = train(base, data, data, tmp_path / "second", CONFIG, settings, loop=LoopOptions(resume=True))
     assert second["adapter_digest"] == first["adapter_digest"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def classify(options: ClassifyOptions) -> None:
                 for line in _lines(result):
                     echo(line)
             else:
-                echo(json.dumps({"text": row.text, "task": row.task, **_as_json(result)}, ensure_ascii=False))
+                echo(json.dumps({"text": row.text, "task": row.task, **result.as_record()}, ensure_ascii=False))
         if cut:
             echo(f"{cut} of {len(rows)} texts were longer than those of their training may be, and were cut", err=True)
 
@@ -117,17 +117,6 @@ def _results(deployment: Deployment, rows: list[TextRow]) -> Iterator[tuple[Text
             scores = classifier.scores(batch)
             for row, text, values in zip(rows[start:], batch, scores, strict=False):
                 yield row, text.read(values)
-
-
-def _as_json(result: Classification) -> dict[str, Any]:
-    """The fields that a task of its kind fills."""
-    entry = {name: value for name, value in asdict(result).items() if name not in ("label", "value")}
-    if result.label is not None:
-        return {"label": result.label, **{name: entry[name] for name in ("probabilities", "tokens", "truncated")}}
-    if result.value is not None:
-        return {"value": result.value, **{name: entry[name] for name in ("tokens", "truncated")}}
-    names = ("labels", "probabilities") if result.probabilities else ("spans",)
-    return {name: entry[name] for name in (*names, "tokens", "truncated")}
 
 
 def _lines(result: Classification) -> list[str]:
