@@ -5,7 +5,6 @@ The tokenizer's own settings are not touched, so that it stays safe for several 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,9 +78,9 @@ def lower_cased(tokenizer: FastTokenizer) -> FastTokenizer:
     from tokenizers import Tokenizer
     from tokenizers.normalizers import Lowercase, Sequence
 
-    settings = json.loads(tokenizer.to_str())["normalizer"]
-    steps = (settings or {}).get("normalizers", [settings] if settings else [])
-    if any(step["type"] == "Lowercase" for step in steps):
+    normalizer = tokenizer.normalizer
+    steps = normalizer if isinstance(normalizer, Sequence) else [normalizer]
+    if any(isinstance(step, Lowercase) for step in steps):
         return tokenizer
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.normalizer = Sequence([Lowercase(), *([copy.normalizer] if copy.normalizer is not None else [])])

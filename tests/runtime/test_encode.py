@@ -19,7 +19,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
-from adalink.runtime import ContractError, Deployment, RequestError
+from adalink.runtime import ContractError, Deployment, ModelError, RequestError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.commands.inspect import describe_deployment
@@ -153,6 +153,26 @@ def test_settings_that_would_give_other_vectors(
     pooling = read_pooling(checkpoint, load_tokenizer(checkpoint), load_base(checkpoint).config)
     assert pooling is not None
     assert message in pooling.unsupported
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", "[", "modules.json cannot be read"),
+        ("modules.json", '{"type": "x"}', "modules.json cannot be read"),
+        ("modules.json", '[{"type": "x"}, {"type": "x", "path": "../y"}]', "folder in it"),
+        ("sentence_bert_config.json", '{"max_seq_length": "9"}', "max_seq_length"),
+        ("1_Pooling/config.json", '{"pooling_mode": "median"}', "pooling mode is"),
+        ("1_Pooling/config.json", '{"embedding_dimension": 9}', "for 9 numbers"),
+        ("config_sentence_transformers.json", '{"prompts": ["a"]}', "prompts"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "passage"}', "no prompt 'passage'"),
+    ],
+)
+def test_files_that_cannot_be_read(encoder: Path, tmp_path: Path, file: str, content: str, message: str) -> None:
+    checkpoint = save_sentence_encoder(tmp_path / "tiny", encoder, PLAIN)
+    (checkpoint / file).write_text(content)
+    with pytest.raises(ModelError, match=message):
+        read_pooling(checkpoint, load_tokenizer(checkpoint), load_base(checkpoint).config)
 
 
 def test_further_variants_keep_the_pooling(encoder: Path, plain: Path, tmp_path: Path) -> None:

@@ -79,9 +79,33 @@ def check_head(
             first = f"text {index}: {fault}" if not wrong else first
             wrong += 1
     return [
+        check_weights(task, adapter, deployment),
         at_most(f"task/{task}/head", ratio, 1.0, detail),
         at_most(f"task/{task}/head-labels", wrong, 0, f"of {len(texts)} texts; first: {first}"),
     ]
+
+
+def check_weights(task: str, adapter: Adapter, deployment: Deployment) -> Check:
+    """Unit vectors through the head as the deployment has loaded it: each weight stands alone.
+
+    A bound that holds for sums of ``d`` states cannot see every small change of one weight.
+    """
+    loaded = deployment.text_classifier.prepare(["a"], task)[0].head
+    weight, bias = adapter.weights[HEAD_WEIGHT].astype(np.float64), adapter.weights[HEAD_BIAS].astype(np.float64)
+    ratio, detail = 0.0, ""
+    for column in range(weight.shape[1]):
+        for sign in (1.0, -1.0):
+            states = np.zeros((1, weight.shape[1]), np.float32)
+            states[0, column] = sign
+            received = loaded.scores(states).reshape(-1)
+            expected = sign * weight[:, column] + bias
+            bound = 2 * UNIT_ROUNDOFF["float32"] * (np.abs(weight[:, column]) + np.abs(bias)) + 1e-30
+            if received.shape != expected.shape:
+                return at_most(f"adapter/{task}/head-weights", np.inf, 1.0, f"{received.shape}, not {expected.shape}")
+            worst = float(np.nan_to_num(np.abs(received - expected) / bound, nan=np.inf).max())
+            if not worst <= ratio:
+                ratio, detail = worst, f"; worst: {sign:+g} times unit vector {column}"
+    return at_most(f"adapter/{task}/head-weights", ratio, 1.0, f"measured / bound over the unit vectors{detail}")
 
 
 def is_head_alone(task: Task) -> bool:
@@ -156,9 +180,9 @@ def _fault_in_answer(
     if wrong or len(said.probabilities) != len(head.labels):
         return f"probabilities of {', '.join(wrong) or 'other labels'}"
     if head.problem_type == MULTI_LABEL:
-        theirs = {label for label, score in zip(head.labels, scores, strict=True) if score >= 0}
+        positive = {label for label, score in zip(head.labels, scores, strict=True) if score >= 0}
         unsure = {label for label, score in zip(head.labels, scores, strict=True) if abs(score) <= slack}
-        return "" if set(said.labels) - unsure == theirs - unsure else f"{said.labels}, PyTorch {sorted(theirs)}"
+        return "" if set(said.labels) - unsure == positive - unsure else f"{said.labels}, PyTorch {sorted(positive)}"
     return ""
 
 

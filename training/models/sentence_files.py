@@ -6,14 +6,18 @@ nothing, and a module that the runtime does not have is named.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from adalink.runtime.errors import ModelError
+from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.pooling_schema import POOLING_MODES, Pooling
 from adalink.training.models.source import display_name, find_source
 from adalink.training.models.weight_files import fetch_file
+
+T = TypeVar("T")
 
 MODULES_FILE = "modules.json"
 _SETTINGS_FILE = "config_sentence_transformers.json"
@@ -21,14 +25,9 @@ _TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_OLD_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+_VECTOR, _STATES = "sentence_embedding", "last_hidden_state"
+# Prompts that every model has, if only as empty ones.
+_EMPTY_PROMPTS = ("query", "document")
 _LOADING = {"trust_remote_code", "torch_dtype", "dtype", "attn_implementation", "add_pooling_layer"}
 # Arguments of loaders that change no vector, or that are read here.
 _HARMLESS = {
@@ -43,6 +42,64 @@ _HARMLESS = {
 _NO_LIMIT = 1 << 40
 
 
+class _Module(msgspec.Struct):
+    """An entry of ``modules.json``."""
+
+    type: str
+    path: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The class without its package, which releases move; the whole name of a class of others."""
+        return self.type.rpartition(".")[2] if self.type.startswith("sentence_transformers.") else self.type
+
+
+class _Transformer(msgspec.Struct):
+    """Settings of the first module."""
+
+    max_seq_length: int | None = None
+    do_lower_case: bool | None = None
+    transformer_task: str = "feature-extraction"
+    modality_config: dict[str, dict[str, Any]] | None = None
+    module_output_name: str = "token_embeddings"
+    model_args: dict[str, Any] | None = None
+    model_kwargs: dict[str, Any] | None = None
+    config_args: dict[str, Any] | None = None
+    config_kwargs: dict[str, Any] | None = None
+    tokenizer_args: dict[str, Any] | None = None
+    processor_kwargs: dict[str, Any] | None = None
+
+
+class _PoolingModule(msgspec.Struct):
+    """Settings of a pooling module; flags are those of releases before 5.0, in their order of concatenation."""
+
+    pooling_mode_cls_token: bool | None = None
+    pooling_mode_max_tokens: bool | None = None
+    pooling_mode_mean_tokens: bool | None = None
+    pooling_mode_mean_sqrt_len_tokens: bool | None = None
+    pooling_mode_weightedmean_tokens: bool | None = None
+    pooling_mode_lasttoken: bool | None = None
+    pooling_mode: str | list[str] | None = None
+    include_prompt: bool = True
+    embedding_dimension: int | None = None
+    word_embedding_dimension: int | None = None
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes; the mean where none is named, as in sentence-transformers."""
+        if self.pooling_mode is not None:
+            return (self.pooling_mode,) if isinstance(self.pooling_mode, str) else tuple(self.pooling_mode)
+        flags = self.__struct_fields__[: len(POOLING_MODES)]
+        return tuple(mode for flag, mode in zip(flags, POOLING_MODES, strict=True) if getattr(self, flag)) or ("mean",)
+
+
+class _Settings(msgspec.Struct):
+    """Settings of the whole model."""
+
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+
+
 def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | None:
     """How a checkpoint pools; ``None`` if it has no ``modules.json``.
 
@@ -52,45 +109,47 @@ def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | Non
         config: its transformers configuration.
 
     Raises:
-        ModelError: a file is no JSON, or a setting has no such value.
+        ModelError: a file is no JSON of its form, or a setting has no such value.
     """
     files = _SentenceFiles(spec)
-    modules = files.read(MODULES_FILE)
+    modules = files.read(MODULES_FILE, list[_Module])
     if modules is None:
         return None
-    kinds = [_kind(module, files.name) for module in modules]
-    paths = [str(module.get("path", "")) for module in modules]
-    if kinds[:1] != ["Transformer"] or paths[0] not in ("", "."):
-        return Pooling(unsupported=f"module 0 of {MODULES_FILE} is {modules[0].get('type')} in {paths[0]!r}")
-    transformer: dict[str, Any] = next((found for name in _TRANSFORMER_FILES if (found := files.read(name))), {})
-    if reason := _unsupported_input(transformer):
-        return Pooling(unsupported=reason)
+    transformer = next((read for name in _TRANSFORMER_FILES if (read := files.read(name, _Transformer))), None)
+    transformer = transformer or _Transformer()
     modes: tuple[str, ...] = ()
     include_prompt, normalize = True, False
-    for number, (kind, path) in enumerate(zip(kinds[1:], paths[1:], strict=True), 1):
-        settings = files.read(f"{path}/config.json") or {}
-        if kind == "Pooling" and not modes:
-            modes, include_prompt = _modes(settings, config, files.name), bool(settings.get("include_prompt", True))
-        elif kind == "Normalize" and modes and settings.get("module_input_name", _VECTOR) == _VECTOR:
-            normalize = True
-        elif kind != "Dropout":  # which does nothing but in training
-            return Pooling(unsupported=f"module {number} of {MODULES_FILE} is {modules[number].get('type')}")
-    if not modes:
-        return Pooling(unsupported=f"{MODULES_FILE} has no Pooling")
-    prompts = files.read(_SETTINGS_FILE) or {}
+    reason = _unsupported_input(modules, transformer)
+    for number, module in enumerate(modules[1:], 1):
+        path = files.inside(module.path, "config.json")
+        if module.kind == "Pooling" and not modes:
+            pooling = files.read(path, _PoolingModule) or _PoolingModule()
+            modes, include_prompt = _check_modes(pooling, config, files.name), pooling.include_prompt
+        elif module.kind == "Normalize" and modes:
+            settings = files.read(path, dict[str, Any]) or {}
+            normalize = settings.get("module_input_name", _VECTOR) == _VECTOR
+            reason = reason or ("" if normalize else f"module {number} of {MODULES_FILE} normalizes something else")
+        elif module.kind != "Dropout":  # which does nothing but in training
+            reason = reason or f"module {number} of {MODULES_FILE} is {module.type}"
+    if reason or not modes:
+        return Pooling(unsupported=reason or f"{MODULES_FILE} has no Pooling")
+    settings = files.read(_SETTINGS_FILE, _Settings) or _Settings()
+    prompts = {name: text or "" for name, text in (settings.prompts or {}).items()}
+    default = settings.default_prompt_name
+    if default in _EMPTY_PROMPTS:
+        prompts.setdefault(default, "")
+    if default is not None and default not in prompts:
+        raise ModelError(f"base model {files.name}: {_SETTINGS_FILE} has no prompt {default!r}, which is its default")
     return Pooling(
         modes=modes,
         normalize=normalize,
         include_prompt=include_prompt,
         max_tokens=_max_tokens(transformer, tokenizer, config),
         truncate_left=getattr(tokenizer, "truncation_side", "right") == "left",
-        lower_case=bool(transformer.get("do_lower_case", False)),
-        prompts={str(name): str(text or "") for name, text in (prompts.get("prompts") or {}).items()},
-        default_prompt=prompts.get("default_prompt_name"),
+        lower_case=bool(transformer.do_lower_case),
+        prompts=prompts,
+        default_prompt=default,
     )
-
-
-_VECTOR = "sentence_embedding"
 
 
 class _SentenceFiles:
@@ -99,78 +158,61 @@ class _SentenceFiles:
     def __init__(self, spec: str | Path) -> None:
         self._source, self.name = find_source(spec), display_name(spec)
 
-    def read(self, path: str) -> Any:
+    def inside(self, folder: str, file: str) -> str:
+        """Path of a file in a folder of the checkpoint; raises ``ModelError`` for one outside."""
+        if folder.startswith("/") or "\\" in folder or ".." in folder.split("/"):
+            raise ModelError(f"base model {self.name}: {MODULES_FILE} has the path {folder!r}, expected a folder in it")
+        return f"{folder}/{file}" if folder else file
+
+    def read(self, path: str, kind: type[T]) -> T | None:
         """The content of a file; ``None`` if there is none. Raises ``ModelError``."""
         folder = Path(self._source.origin)
-        file: Path | None = folder / path
-        if not folder.is_dir():
-            file = fetch_file(self._source.origin, path)
+        file = folder / path if folder.is_dir() else fetch_file(self._source.origin, path)
         if file is None or not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"base model {self.name}: {path} is no JSON: {error}") from error
-        kind = list if path == MODULES_FILE else dict
-        if not isinstance(content, kind) or not content or (kind is list and not all(map(_is_dict, content))):
-            if content == {}:
-                return {}
-            raise ModelError(f"base model {self.name}: {path} holds {str(content)[:60]}, expected a {kind.__name__}")
-        return content
+            return decode_json(file.read_bytes(), kind)
+        except (OSError, msgspec.DecodeError) as error:
+            raise ModelError(f"base model {self.name}: {path} cannot be read: {error}; correct or remove it") from error
 
 
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
-
-
-def _kind(module: dict[str, Any], name: str) -> str:
-    """Class of a module of sentence-transformers without its package, which releases move; else its whole name."""
-    path = str(module.get("path", ""))
-    if path.startswith("/") or "\\" in path or ".." in path.split("/"):
-        raise ModelError(
-            f"base model {name}: {MODULES_FILE} has the path {path!r}, expected a folder of the checkpoint"
-        )
-    kind = str(module.get("type"))
-    return kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind
-
-
-def _modes(settings: dict[str, Any], config: Any, name: str) -> tuple[str, ...]:
-    """The modes of a pooling module; the mean where it names none, as in sentence-transformers."""
-    modes = settings.get("pooling_mode")
-    if modes is None:
-        modes = [mode for flag, mode in _OLD_FLAGS.items() if settings.get(flag)] or ["mean"]
-    modes = (modes,) if isinstance(modes, str) else tuple(modes)
-    if not modes or not set(modes) <= set(POOLING_MODES):
-        raise ModelError(f"base model {name}: the pooling mode is {modes}, expected some of {', '.join(POOLING_MODES)}")
-    width = settings.get("embedding_dimension", settings.get("word_embedding_dimension"))
-    expected = getattr(config, "hidden_size", None)
-    if width is not None and expected is not None and width != expected:
-        raise ModelError(f"base model {name}: its pooling is for {width} numbers, the model's states have {expected}")
-    return modes
-
-
-def _unsupported_input(transformer: dict[str, Any]) -> str:
-    """What the settings of the first module ask for that the runtime does not do, in words; empty if nothing."""
-    if (task := transformer.get("transformer_task", "feature-extraction")) != "feature-extraction":
-        return f"its transformer_task is {task}"
-    forms = transformer.get("modality_config", {"text": {}})
+def _unsupported_input(modules: list[_Module], transformer: _Transformer) -> str:
+    """What the first module asks for that the runtime does not do, in words; empty if nothing."""
+    first = modules[0] if modules else _Module("nothing")
+    if first.kind != "Transformer" or first.path not in ("", "."):
+        return f"module 0 of {MODULES_FILE} is {first.type} in {first.path!r}"
+    if transformer.transformer_task != "feature-extraction":
+        return f"its transformer_task is {transformer.transformer_task}"
+    forms = transformer.modality_config or {"text": {}}
     if set(forms) != {"text"}:  # texts go into the chat template where there is "message"
         return f"its modality_config takes {', '.join(forms)} rather than text alone"
-    output = forms["text"].get("method_output_name", "last_hidden_state")
-    if output != "last_hidden_state" or transformer.get("module_output_name", "token_embeddings") != "token_embeddings":
-        return f"it pools {output} as {transformer.get('module_output_name')}"
+    output = forms["text"].get("method_output_name", _STATES)
+    if output != _STATES or transformer.module_output_name != "token_embeddings":
+        return f"it pools {output} as {transformer.module_output_name}"
     for name, harmless in _HARMLESS.items():
-        if extra := sorted(set(transformer.get(name) or {}) - harmless):
+        if extra := sorted(set(getattr(transformer, name) or {}) - harmless):
             return f"its {name} have {', '.join(extra)}"
     return ""
 
 
-def _max_tokens(transformer: dict[str, Any], tokenizer: Any, config: Any) -> int | None:
+def _check_modes(pooling: _PoolingModule, config: Any, name: str) -> tuple[str, ...]:
+    """The modes of a pooling module; raises ``ModelError`` if there is no such one, or for another width."""
+    modes = pooling.modes
+    if not modes or not set(modes) <= set(POOLING_MODES) or len(set(modes)) < len(modes):
+        raise ModelError(f"base model {name}: the pooling mode is {modes}, expected some of {', '.join(POOLING_MODES)}")
+    width = pooling.embedding_dimension or pooling.word_embedding_dimension
+    expected = getattr(config, "hidden_size", None)
+    if None not in (width, expected) and width != expected:
+        raise ModelError(f"base model {name}: its pooling is for {width} numbers, the model's states have {expected}")
+    return modes
+
+
+def _max_tokens(transformer: _Transformer, tokenizer: Any, config: Any) -> int | None:
     """Tokens to which texts are cut: the files' own, else the least of the tokenizer's and the model's."""
-    arguments = (transformer.get("tokenizer_args") or {}) | (transformer.get("processor_kwargs") or {})
-    limit = arguments.get("model_max_length", transformer.get("max_seq_length"))
+    arguments = {**(transformer.tokenizer_args or {}), **(transformer.processor_kwargs or {})}
+    limit = arguments.get("model_max_length", transformer.max_seq_length)
     if limit is None:
         positions = getattr(config, "max_position_embeddings", -1)
         limits = [getattr(tokenizer, "model_max_length", None), None if positions == -1 else positions]
         limit = min((value for value in limits if value is not None), default=None)
-    return int(limit) if limit is not None and limit < _NO_LIMIT else None
+    return int(limit) if isinstance(limit, (int, float)) and 1 <= limit < _NO_LIMIT else None

@@ -19,6 +19,7 @@ from adalink.runtime.text import truncation
 from adalink.tools.parity import suite
 
 HEADS = [name for name, settings in TASKS.items() if "head" in settings]
+WEIGHTS = {f"adapter/{name}/head-weights" for name in HEADS}
 SCORES, LABELS = {f"task/{name}/head" for name in HEADS}, {f"task/{name}/head-labels" for name in HEADS}
 
 
@@ -79,7 +80,21 @@ def test_scores_that_are_wrong(clean: tuple[Path, Path], monkeypatch: pytest.Mon
     scores, expected = FAULTS[fault]
     monkeypatch.setattr(TaskHead, "scores", scores)
     found = failures(clean, monkeypatch)
-    assert expected <= found <= expected | LABELS
+    assert expected <= found <= expected | LABELS | WEIGHTS
+    assert fault == "another pooling" or len(found & WEIGHTS) >= 4
+
+
+def test_smallest_weight_by_a_hundredth(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by the unit vectors, which real widths need: few of the tiny model's scores change enough."""
+
+    def scores(head: TaskHead, states: Any) -> Any:
+        weight = head.weight.copy()
+        weight.flat[np.abs(weight).argmin()] *= np.float32(1.01)
+        return TRUE_SCORES(replace(head, weight=weight), states)
+
+    monkeypatch.setattr(TaskHead, "scores", scores)
+    found = failures(clean, monkeypatch)
+    assert WEIGHTS <= found < WEIGHTS | SCORES
 
 
 def test_texts_cut_a_token_later(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
