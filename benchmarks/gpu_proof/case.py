@@ -133,40 +133,6 @@ class Case:
         return ids
 
 
-def compare_with_pytorch(record: Record, plan: Plan, deployment: Deployment, against: Path) -> None:
-    """Logits of prompts against PyTorch in float32, on the same GPU where there is one; base and two tasks."""
-    import torch
-
-    from adalink.tools.parity.prompts import choose_prompts
-    from adalink.training.adapter_io import load_adapter
-    from adalink.training.models.loading import load_base
-
-    place = "cuda" if plan.has_gpu else "cpu"
-    model = load_base(against).to(place)  # type: ignore[arg-type]
-    rows = [deployment.tokenizer.encode(text)[:_PROMPT] for text in choose_prompts(quick=True)]
-    found: dict[str, object] = {"reference": f"PyTorch {torch.__version__}, float32, {place}"}
-    for task in (None, *deployment.tasks[:2]):
-        worst, largest, agreeing, total = 0.0, 0.0, 0, 0
-        for ids in rows:
-            logits = deployment.run(input_ids=[ids], tasks=task)["logits"][0].astype(np.float32)
-            with torch.no_grad():
-                inputs = torch.tensor([ids], device=place)
-                if task is None:
-                    expected = model(input_ids=inputs).logits[0].float().cpu().numpy()
-                else:
-                    folder = (deployment.path / deployment.manifest.tasks[task].config).parent
-                    with load_adapter(folder, model):
-                        expected = model(input_ids=inputs).logits[0].float().cpu().numpy()
-            worst = max(worst, float(np.abs(logits - expected).max()))
-            largest = max(largest, float(np.abs(expected).max()))
-            agreeing += int((logits.argmax(axis=1) == expected.argmax(axis=1)).sum())
-            total += len(ids)
-        found[task or "base"] = {
-            "largest_deviation": worst, "largest_logit": largest, "top1_agreeing": agreeing, "positions": total
-        }  # fmt: skip
-    record.figure("pytorch", found)
-
-
 @contextmanager
 def counted_records() -> Iterator[list[int]]:
     """Count the decode steps that become CUDA graphs while the block runs."""

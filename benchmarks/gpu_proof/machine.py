@@ -41,18 +41,22 @@ def _torch() -> dict[str, object]:
 
 def _ceilings() -> dict[str, float]:
     """Bytes read and written a second, and bfloat16 operations a second: medians on random data."""
+    return {"copy_gigabytes_per_second": _copy_rate(), "bfloat16_teraflops": _product_rate()}
+
+
+def _copy_rate() -> float:
     import torch
 
     source = torch.randn(_COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
-    copied = _median_seconds(torch, lambda: target.copy_(source))
-    del source, target
+    return 2 * _COPY_BYTES / _median_seconds(torch, lambda: target.copy_(source)) / 1e9
+
+
+def _product_rate() -> float:
+    import torch
+
     left, right = (torch.randn(_SIZE, _SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    multiplied = _median_seconds(torch, lambda: left @ right)
-    return {
-        "copy_gigabytes_per_second": 2 * _COPY_BYTES / copied / 1e9,
-        "bfloat16_teraflops": 2 * _SIZE**3 / multiplied / 1e12,
-    }
+    return 2 * _SIZE**3 / _median_seconds(torch, lambda: left @ right) / 1e12
 
 
 def _median_seconds(torch: Any, work: Any) -> float:

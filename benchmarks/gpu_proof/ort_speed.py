@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.gpu_proof.case import Case
-from benchmarks.gpu_proof.ort import host_swap, stand_in, wide_backend
+from benchmarks.gpu_proof.ort import stand_in, wide_backend
 from benchmarks.gpu_proof.record import Record
 from benchmarks.gpu_proof.step import Plan
+from benchmarks.gpu_proof.swap import host_swap
 from benchmarks.gpu_proof.timing import microseconds
 
 

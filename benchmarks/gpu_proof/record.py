@@ -6,7 +6,8 @@ import json
 import math
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,44 @@ class Record:
             "notes": [],
         }
         self._section = "figures"
+        self._part = ""
+        self._errors: list[BaseException] = []
         self.save()
 
     def rehearse(self) -> None:
         """From now on figures are those of a stand-in: they go into ``rehearsal``, and no target is judged."""
         self._section = "rehearsal"
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Report figures under a name of their own; an error in the block costs this part alone."""
+        self._part = name
+        try:
+            yield
+        except Exception as error:
+            self._errors.append(error)
+            self.figure("failed", last_of(error))
+        finally:
+            self._part = ""
+
     def figure(self, name: str, value: object) -> None:
         """Report a figure, or a mapping or list of them."""
-        self.content[self._section][name] = value
-        self.save()
+        self.figures({name: value})
 
     def figures(self, values: Mapping[str, object]) -> None:
         """Report several figures."""
-        self.content[self._section] |= values
+        section = self.content[self._section]
+        if self._part:
+            section = section.setdefault(self._part, {})
+        section |= values
         self.save()
 
     def target(self, name: str, measured: float, limit: float) -> None:
         """Judge a figure: it is met up to and including ``limit``. Nothing fails if it is not."""
         if self._section == "figures":
+            shown = f"{self._part}: {name}" if self._part else name
             met = bool(measured <= limit)
-            self.content["targets"].append({"name": name, "measured": measured, "limit": limit, "met": met})
+            self.content["targets"].append({"name": shown, "measured": measured, "limit": limit, "met": met})
         self.save()
 
     def note(self, text: str) -> None:
@@ -71,10 +89,15 @@ class Record:
 
     def fail(self, error: BaseException) -> None:
         """The step raised: its traceback, and the last line of it as the reason."""
-        lines = "".join(traceback.format_exception(error))
-        last = traceback.format_exception_only(error)[-1].strip()
+        errors = [*self._errors, error]
+        lines = "\n".join("".join(traceback.format_exception(one)) for one in errors)
         self.content["traceback"] = lines[-_TRACEBACK_CHARACTERS:]
-        self.finish(FAILED, f"{last} ({_place(error)})")
+        self.finish(FAILED, "; ".join(map(last_of, errors)))
+
+    def check_parts(self) -> None:
+        """Raise the first error of a part, so that the step is not taken for one that passed."""
+        if self._errors:
+            raise self._errors.pop()
 
     def save(self) -> None:
         """Write the file whole."""
@@ -109,6 +132,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def last_of(error: BaseException) -> str:
+    """The last line of an error's traceback, and where it was raised."""
+    return f"{traceback.format_exception_only(error)[-1].strip()[:400]} ({_place(error)})"
 
 
 def _place(error: BaseException) -> str:

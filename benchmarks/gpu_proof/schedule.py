@@ -58,6 +58,7 @@ STEPS = (
     Step("ort-speed", "ONNX Runtime CUDA: swaps, decode, batch of 32", f"{_PACKAGE}.ort_speed", 90, needs="bases"),
     Step("device", "device front end and CUDA graphs", f"{_PACKAGE}.device_engine", 75, needs="bases"),
     Step("tensorrt-rtx", "TensorRT-RTX: plans on this GPU", f"{_PACKAGE}.tensorrt_rtx", 90, needs="bases"),
+    Step("rtx-portable", "TensorRT-RTX: a portable plan", f"{_PACKAGE}.tensorrt_rtx_portable", 60, needs="bases"),
     Step("rtx-plugin", "TensorRT-RTX in ONNX Runtime", f"{_PACKAGE}.rtx_plugin", 60, needs="bases"),
     Step("tensorrt", "TensorRT, where its libraries are", f"{_PACKAGE}.tensorrt_engine", 90, needs="bases"),
     Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_PACKAGE}.training", 90, 15, needs="bases"),

@@ -78,11 +78,13 @@ def main() -> None:
         plan = Plan(options.work, options.full, not reason, time.monotonic() + options.limit)
         if not reason or not getattr(module, "NEEDS_GPU", True):
             module.run(record, plan)
+            record.check_parts()
             record.finish(PASSED)
             return
         if options.rehearse:
             record.rehearse()
             module.run(record, plan)
+            record.check_parts()
         record.finish(NO_DEVICE, reason)
     except NotHereError as error:
         record.finish(MISSING, str(error))

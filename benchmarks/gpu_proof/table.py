@@ -19,9 +19,8 @@ def lines_of(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{'step':{width}}  {'status':9}  seconds  why"]
     for name in names:
         step = steps[name]
-        lines.append(
-            f"{name:{width}}  {step['status']:9}  {step.get('seconds', 0.0):7.1f}  {step['reason'][:_REASON_CHARACTERS]}"
-        )
+        seconds, reason = step.get("seconds", 0.0), step["reason"][:_REASON_CHARACTERS]
+        lines.append(f"{name:{width}}  {step['status']:9}  {seconds:7.1f}  {reason}")
     targets = [(name, target) for name in names for target in steps[name].get("targets", [])]
     for name, target in sorted(targets, key=lambda pair: bool(pair[1]["met"])):
         said = "met" if target["met"] else "NOT MET"
