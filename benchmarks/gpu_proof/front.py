@@ -75,12 +75,22 @@ class CudaPlans:
 
     largest_rank, largest_slots = RANK, SLOTS
 
-    def __init__(self, graphs: Graphs, profile: Profile, *, shares_stream: bool) -> None:
+    def __init__(
+        self,
+        graphs: Graphs,
+        profile: Profile,
+        *,
+        shares_stream: bool,
+        provider: str = "CUDAExecutionProvider",
+        place: str = "cuda",
+    ) -> None:
+        """Open nothing yet; ``provider`` and ``place`` of its memory are others in tests."""
         import onnxruntime
 
         self.profile = profile
         self._ort: ModuleType = onnxruntime
         self._graphs, self._shares_stream = graphs, shares_stream
+        self._provider, self._place = provider, place
         self._sessions: dict[tuple[str, int], Any] = {}
 
     def executor(self, name: str, profile: int, arena: DeviceArena) -> OnnxRuntimeExecutor:
@@ -90,8 +100,8 @@ class CudaPlans:
             self._sessions[name, stream] = self._open(name, stream)
         session = self._sessions[name, stream]
         if not self._shares_stream:
-            return OnnxRuntimeExecutor(session, self._ort, name, "cuda", before=arena.queue.wait)
-        return StreamExecutor(session, self._ort, name, "cuda")
+            return OnnxRuntimeExecutor(session, self._ort, name, self._place, before=arena.queue.wait)
+        return StreamExecutor(session, self._ort, name, self._place)
 
     def close(self) -> None:
         """Free the sessions."""
@@ -100,11 +110,11 @@ class CudaPlans:
     def _open(self, name: str, stream: int) -> ort.InferenceSession:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
-        provider = {"device_id": "0", "use_tf32": "0"}
-        if stream:
-            provider["user_compute_stream"] = str(stream)
-        session = open_session(self._ort, name, self._graphs[name], options, [("CUDAExecutionProvider", provider)])
-        if session.get_providers()[0] != "CUDAExecutionProvider":
+        settings = {"device_id": "0", "use_tf32": "0"} if self._place == "cuda" else {}
+        if stream and settings:
+            settings["user_compute_stream"] = str(stream)
+        session = open_session(self._ort, name, self._graphs[name], options, [(self._provider, settings)])
+        if session.get_providers()[0] != self._provider:
             raise BackendError(f"{name}: ONNX Runtime fell back to {session.get_providers()[0]}")
         return session
 

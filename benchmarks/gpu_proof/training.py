@@ -34,12 +34,14 @@ def run(record: Record, plan: Plan) -> None:
     record.figure("batch", {"rows": rows, "tokens": tokens, "precision": "bfloat16", "base": plan.large.name})
     for name, method in METHODS.items():
         with record.part(name), method(base) as (model, parameters):
-            record.figures(measure(plan, model, parameters, ids, 0.25))
+            found = measure(plan, model, parameters, ids, 0.25)
+            record.figures(found)
+            record.target("last loss over the first", found["last_loss"] / found["first_loss"], 1.0)
     with record.part("adalink train"):
         record.figures(train_with_the_kit(plan))
 
 
-def measure(plan: Plan, model: Any, parameters: list[Any], ids: Any, share: float) -> dict[str, object]:
+def measure(plan: Plan, model: Any, parameters: list[Any], ids: Any, share: float) -> dict[str, Any]:
     """Steps a second after a warm-up, losses, and the peak of the GPU's memory."""
     optimizer = torch.optim.AdamW(parameters, lr=_LR)
     on_gpu = ids.device.type == "cuda"
@@ -58,7 +60,6 @@ def measure(plan: Plan, model: Any, parameters: list[Any], ids: Any, share: floa
         if len(times) >= 2 and time.monotonic() > ends:
             break
     median = sorted(times)[len(times) // 2]
-    assert losses[-1] < losses[0], f"the loss did not fall: {losses[0]:.4f} to {losses[-1]:.4f}"
     return {
         "trained_parameters": sum(parameter.numel() for parameter in parameters),
         "steps": len(times),
