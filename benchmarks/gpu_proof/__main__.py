@@ -26,6 +26,7 @@ from benchmarks.gpu_proof.wheels import install, read_list
 
 SCHEMA = 1
 _WHEEL_SECONDS = 90.0
+_WORK = Path(__file__).parents[2] / "build" / "gpu-proof"
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="folder of wheels or pieces; without it nothing is installed")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--work", type=Path, help="folder of bases, deployments and logs; OUT's work by default")
+    parser.add_argument("--work", type=Path, default=_WORK, help="folder of all else; build/gpu-proof by default")
     parser.add_argument("--minutes", type=float, default=12.0, help="time for everything")
     parser.add_argument("--steps", nargs="+", metavar="NAME", choices=[step.name for step in STEPS], help="only these")
     parser.add_argument("--tiny", action="store_true", help="tiny bases, to see that the script works")
@@ -49,7 +50,7 @@ def main() -> None:
 
 def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> dict[str, Any]:
     """Install and run the steps; returns the report."""
-    begun, work = time.monotonic(), (options.work or options.out / "work").resolve()
+    begun, work = time.monotonic(), options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     site = work / "site"

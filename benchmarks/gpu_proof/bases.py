@@ -144,7 +144,11 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     known = written["model"]["vocab"]
     known |= {f"<|unused_{number}|>": number for number in range(len(known), vocabulary)}
     (folder / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": _SPECIALS[1], "eos_token": _SPECIALS[2]}
+    settings: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": _SPECIALS[1],
+        "eos_token": _SPECIALS[2],
+    }
     settings |= {"pad_token": _SPECIALS[2], "model_max_length": 8192, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -99,8 +99,8 @@ def train_cells(base: Any, cells: list[Cell], seeds: Any, ids: Any, steps: int) 
         logits = base(inputs_embeds=embeds, use_cache=False).logits[:, :-1]
         targets = ids.flatten(0, 1)[:, 1:]
         each = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        means = each.unflatten(0, ids.shape[:2]).mean(dim=(1, 2))
-        means.sum().backward()
+        means = each.view(*ids.shape[:2], -1).mean(dim=(1, 2))
+        torch.autograd.backward(means.sum())
         optimizer.step()
         optimizer.zero_grad()
         losses = means.detach().cpu()  # waits for the GPU

@@ -89,7 +89,7 @@ def try_memory(device: Device) -> dict[str, object]:
     for address in addresses:
         device.free(address)
     queue.close()
-    found = {"new_is_zero": is_zero, "comes_back": bool(np.array_equal(sent, received))}
+    found: dict[str, object] = {"new_is_zero": is_zero, "comes_back": bool(np.array_equal(sent, received))}
     assert all(found.values()), found
     return found
 
@@ -117,7 +117,11 @@ def try_recording(device: Device) -> dict[str, object]:
         replay()
         queue.wait()
         same.append(bool(np.array_equal(sent, received)))
-    found = {"executed_while_recorded": was_executed, "replays_right": sum(same), "replays": len(same)}
+    found: dict[str, object] = {
+        "executed_while_recorded": was_executed,
+        "replays_right": sum(same),
+        "replays": len(same),
+    }
     assert not was_executed, found
     assert all(same), found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.gpu_proof.case import Case
 from benchmarks.gpu_proof.deployments import deploy
-from benchmarks.gpu_proof.ort import stand_in, wide_backend
+from benchmarks.gpu_proof.ort import wide_backend
 from benchmarks.gpu_proof.record import Record
 from benchmarks.gpu_proof.step import Plan
 
@@ -13,10 +13,9 @@ def run(record: Record, plan: Plan) -> None:
     """Export, then steps of 1 and 32 rows."""
     folder = plan.work / "deployment-large"
     record.figure("export_seconds", deploy(plan.large, folder, "float16"))
-    with wide_backend(stand_in("onnxruntime-cuda", plan)) as backend:
-        case = Case(record, plan, folder, backend)
-        with case.deployment:
-            case.mixed_answers(8)
-            case.decode(1, 0.4)
-            case.decode(32, 0.6)
-            case.first_token(0.6)
+    case = Case(record, plan, folder, wide_backend("onnxruntime-cuda", plan))
+    with case.deployment:
+        case.mixed_answers(8)
+        case.decode(1, 0.4)
+        case.decode(32, 0.6)
+        case.first_token(0.6)

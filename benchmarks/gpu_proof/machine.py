@@ -31,10 +31,11 @@ def run(record: Record, plan: Plan) -> None:
 def _torch() -> dict[str, object]:
     import torch
 
+    backends: Any = torch.backends
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": backends.cudnn.version(),
         "sees_gpu": torch.cuda.is_available(),
     }
 

@@ -1,37 +1,31 @@
-"""ONNX Runtime's CUDA provider as the kit opens it, with a profile that takes 32 rows."""
+"""ONNX Runtime's providers on a GPU as the kit opens them, with a profile that takes 32 rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from adalink.runtime.backends import open_backend
 from adalink.runtime.engine import Backend
-from adalink.runtime.profile import parse_profile
+from adalink.runtime.ort.gpu_backend import OnnxRuntimeGpuBackend
+from adalink.runtime.profile import Profile, parse_profile
 from adalink.runtime.storage.manifest import Base
 from benchmarks.gpu_proof.step import Plan
 
 PROFILE = "batch=1:8:32,seq=1:128:1024,past=0:512:2047"
-CPU = "onnxruntime-cpu"
+_CPU = "onnxruntime-cpu"
 
 
-def stand_in(backend: str, plan: Plan) -> str:
-    """The backend, or the CPU's in a rehearsal."""
-    return backend if plan.has_gpu else CPU
+class WideBackend(OnnxRuntimeGpuBackend):
+    """The kit's backend; its engines take ``PROFILE``."""
 
-
-@contextmanager
-def wide_backend(name: str) -> Iterator[Backend]:
-    """The backend; while the block runs, engines of ONNX Runtime on a GPU open with ``PROFILE``."""
-    from adalink.runtime.ort import gpu_backend
-
-    right = gpu_backend.default_profile
-
-    def wide(base: Base) -> object:
+    def profile_of(self, base: Base) -> Profile:
+        """See ``OnnxRuntimeGpuBackend``."""
         return parse_profile(PROFILE, base)
 
-    gpu_backend.default_profile = wide  # type: ignore[assignment]
-    try:
-        yield open_backend(name)
-    finally:
-        gpu_backend.default_profile = right
+
+def wide_backend(name: str, plan: Plan) -> Backend:
+    """The backend, or in a rehearsal the CPU's."""
+    return WideBackend(name) if plan.has_gpu else open_backend(_CPU)
+
+
+def stand_in(name: str, plan: Plan) -> str:
+    """The backend's name, or in a rehearsal the CPU's."""
+    return name if plan.has_gpu else _CPU

@@ -19,6 +19,11 @@ _REPOSITORY = Path(__file__).parents[2]
 PAGE = _REPOSITORY / "docs" / "guides" / "nvidia.md"
 RESULTS = _REPOSITORY / "benchmarks" / "results"
 _WIDTH = 120
+# Whose versions are named.
+_VERSIONS = {
+    *("onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
+    *("tensorrt", "tensorrt-rtx-cu13-bindings", "torch"),
+}
 _SAID = {
     PASSED: "ran",
     FAILED: "failed",
@@ -60,23 +65,9 @@ def section(run: tuple[str, Mapping[str, Any]] | None) -> str:
         return "\n".join(_nothing())
     name, report = run
     steps = report["steps"]
-    lines = [
-        *_wrapped(_where(name, report)),
-        "",
-        *table(["step", "what it tries", "how it went", "figures"], _rows(steps)),
-    ]
-    targets = [(step, target) for step, result in steps.items() for target in result.get("targets", [])]
-    if targets:
-        rows = [
-            [
-                step,
-                target["name"],
-                _number(target["measured"]),
-                f"{target['limit']:g}",
-                "yes" if target["met"] else "**no**",
-            ]
-            for step, target in targets
-        ]
+    columns = ["step", "what it tries", "how it went", "figures"]
+    lines = [*_wrapped(_where(name, report)), "", *table(columns, _rows(steps))]
+    if rows := [_target(step, target) for step, result in steps.items() for target in result.get("targets", [])]:
         lines += ["", *table(["step", "target", "measured", "at most", "met"], rows)]
     faults = [(step, result) for step, result in steps.items() if result["status"] in (FAILED, CRASHED, TIMED_OUT)]
     if faults:
@@ -126,20 +117,11 @@ def _where(name: str, report: Mapping[str, Any]) -> str:
     gpus = figures.get("gpus", {})
     devices = ", ".join(f"{gpu['name']} (`{gpu['capability']}`)" for gpu in gpus.get("devices", [])) or "no GPU"
     packages = figures.get("environment", {}).get("packages", {})
-    versions = ", ".join(f"{package} {version}" for package, version in packages.items() if package in _PACKAGES)
+    versions = ", ".join(f"{package} {version}" for package, version in packages.items() if package in _VERSIONS)
     return (
         f"Run on {report['date']}: {devices}, driver for CUDA {gpus.get('driver')}. Packages: {versions}. "
         f"All of it is in [{name}](../../benchmarks/results/{name})."
     )
-
-
-_PACKAGES = (
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx-cu13-bindings",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
-    "torch",
-)
 
 
 def _rows(steps: Mapping[str, Any]) -> list[list[str]]:
@@ -150,6 +132,11 @@ def _rows(steps: Mapping[str, Any]) -> list[list[str]]:
         said = _SAID.get(result["status"], result["status"])
         rows.append([f"`{name}`", known.get(name, ""), said, _cell("; ".join(_shown(result.get("figures", {}))))])
     return rows
+
+
+def _target(step: str, target: Mapping[str, Any]) -> list[str]:
+    met = "yes" if target["met"] else "**no**"
+    return [f"`{step}`", _cell(target["name"]), _number(target["measured"]), f"{target['limit']:g}", met]
 
 
 def _shown(figures: Mapping[str, Any]) -> Iterator[str]:

@@ -24,11 +24,10 @@ def run(record: Record, plan: Plan) -> None:
 def try_provider(record: Record, plan: Plan, backend: str) -> None:
     """Open, compare with PyTorch, time."""
     name = stand_in(backend, plan)
-    with wide_backend(name) as opened:
-        case = Case(record, plan, plan.deployment("float32"), opened)
-        with case.deployment as deployment:
-            compare_with_pytorch(record, plan, deployment, plan.small)
-            case.mixed_answers(8)
-            case.decode(1, 0.4)
-            case.swaps(0.4, host_swap(deployment, name))
-            case.decode(32, 0.6)
+    case = Case(record, plan, plan.deployment("float32"), wide_backend(name, plan))
+    with case.deployment as deployment:
+        compare_with_pytorch(record, plan, deployment, plan.small)
+        case.mixed_answers(8)
+        case.decode(1, 0.4)
+        case.swaps(0.4, host_swap(deployment, name))
+        case.decode(32, 0.6)

@@ -61,6 +61,7 @@ STEPS = (
     Step("rtx-portable", "TensorRT-RTX: a portable plan", f"{_PACKAGE}.tensorrt_rtx_portable", 60, needs="bases"),
     Step("rtx-plugin", "TensorRT-RTX in ONNX Runtime", f"{_PACKAGE}.rtx_plugin", 60, needs="bases"),
     Step("tensorrt", "TensorRT, where its libraries are", f"{_PACKAGE}.tensorrt_engine", 90, needs="bases"),
+    Step("tests", "tests that need a GPU", f"{_PACKAGE}.gpu_tests", 90, 15),
     Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_PACKAGE}.training", 90, 15, needs="bases"),
     Step("cells", "many configurations in one batch", f"{_PACKAGE}.cells", 75, needs="bases"),
     Step("large", "the base of 1B parameters, float16", f"{_PACKAGE}.large", 120, 40, needs="bases"),
@@ -157,7 +158,10 @@ def judge(ended: Ended, record: dict[str, Any] | None) -> dict[str, Any]:
     if ended.code is None and result["status"] == RUNNING:
         result |= {"status": TIMED_OUT, "reason": f"ended after {ended.seconds:.0f} s; it was at {where or 'no line'}"}
     elif result["status"] == RUNNING:
-        result |= {"status": CRASHED, "reason": f"{_ending(ended.code)}: {where or last_line(ended.stderr)}"}
+        result |= {
+            "status": CRASHED,
+            "reason": f"{_ending(ended.code)}: {where or last_line(ended.stderr or ended.stdout)}",
+        }
     elif ended.code != 0:
         result["notes"] = [*result["notes"], f"after its last report it ended with {_ending(ended.code)}: {where}"]
     return result | {"stdout": ended.stdout, "stderr": ended.stderr}
