@@ -82,7 +82,7 @@ def update(page: Path = PAGE, run: tuple[str, Mapping[str, Any]] | None = None) 
     Raises:
         ValueError: the marks are not there.
     """
-    page.write_text(_replaced(page.read_text(encoding="utf-8"), section(run)), encoding="utf-8")
+    page.write_text(replaced(page.read_text(encoding="utf-8"), section(run)), encoding="utf-8")
 
 
 def written(page: Path = PAGE) -> str:
@@ -95,7 +95,8 @@ def written(page: Path = PAGE) -> str:
     return part
 
 
-def _replaced(text: str, part: str) -> str:
+def replaced(text: str, part: str) -> str:
+    """A page with another part between the marks; raises ``ValueError`` without them."""
     before, _, rest = text.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:

@@ -64,7 +64,7 @@ STEPS = (
     Step("tests", "tests that need a GPU", f"{_PACKAGE}.gpu_tests", 90, 15),
     Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_PACKAGE}.training", 90, 15, needs="bases"),
     Step("cells", "many configurations in one batch", f"{_PACKAGE}.cells", 75, needs="bases"),
-    Step("large", "the base of 1B parameters, float16", f"{_PACKAGE}.large", 120, 40, needs="bases"),
+    Step("large", "the base of 1B parameters, float16", f"{_PACKAGE}.large", 150, 60, needs="bases"),
 )
 
 

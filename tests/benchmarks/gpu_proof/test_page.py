@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_proof import checklist
 from benchmarks.gpu_proof.page import BEGIN, END, latest, section, update, written
 from benchmarks.gpu_proof.record import STATUSES
 from benchmarks.gpu_proof.schedule import STEPS
+from benchmarks.gpu_proof.wheels import read_list
 
 
 def make_report(**steps: Any) -> dict[str, Any]:
@@ -23,6 +25,28 @@ def make_report(**steps: Any) -> dict[str, Any]:
 def test_the_page_is_current() -> None:
     """After a change: python -m benchmarks.gpu_proof.page."""
     assert written() == section(latest())
+
+
+def test_the_checklist_is_current() -> None:
+    """After a change: python -m benchmarks.gpu_proof.checklist."""
+    assert written(checklist.PAGE) == checklist.current()
+
+
+def test_the_checklist_has_every_piece_and_every_step() -> None:
+    text = checklist.current()
+    for wheel in read_list():
+        assert all(f"`{part.file}` | {part.size:,} | `{part.sha256[:16]}`" in text for part in wheel.parts)
+    assert all(f"| `{step.name}` |" in text for step in STEPS)
+
+
+def test_a_rehearsals_times_are_kept(tmp_path: Path) -> None:
+    step = {"status": "no device", "reason": "", "figures": {}, "seconds": 3.25}
+    checklist.keep(
+        make_report(cells=step, wheels=step) | {"steps": {"cells": step, "wheels": step}}, tmp_path / "r.json"
+    )
+    kept = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert kept["seconds"] == {"cells": 3.25}
+    assert "| `cells` | many configurations in one batch | 75 | 3.2 |" in checklist.section(read_list(), kept)
 
 
 def test_without_a_run_nothing_is_claimed() -> None:
