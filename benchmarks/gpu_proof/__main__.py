@@ -3,7 +3,7 @@
 python -m benchmarks.gpu_proof --wheels DIR --out DIR --minutes 12
 
 Writes ``gpu-proof.json`` and ``gpu-proof.txt`` into OUT: two files, whole at any moment. Steps that no longer fit into
-the minutes are left out and named. It ends with code 0 whatever the steps did.
+the minutes are left out and named; with ``--go-on`` a further call runs them. It ends with code 0 whatever they did.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_proof.record import FAILED, PASSED, SKIPPED
+from benchmarks.gpu_proof.record import FAILED, PASSED, SKIPPED, read_json
 from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, step_environment
 from benchmarks.gpu_proof.table import lines_of
 from benchmarks.gpu_proof.wheels import install, read_list
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=_WORK, help="folder of all else; build/gpu-proof by default")
     parser.add_argument("--minutes", type=float, default=12.0, help="time for everything")
     parser.add_argument("--steps", nargs="+", metavar="NAME", choices=[step.name for step in STEPS], help="only these")
+    parser.add_argument("--go-on", action="store_true", help="run what the last call in this work folder left out")
     parser.add_argument("--tiny", action="store_true", help="tiny bases, to see that the script works")
     parser.add_argument("--rehearse", action="store_true", help="run steps on stand-ins where there is no GPU")
     options = parser.parse_args()
@@ -55,13 +56,15 @@ def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> di
     options.out.mkdir(parents=True, exist_ok=True)
     site = work / "site"
     driver = Driver(
-        options.out / "gpu-proof.json",
+        (options.out / "gpu-proof.json", work / "gpu-proof.json"),
         work,
         deadline,
         step_environment(site, work),
         is_full=not options.tiny,
         rehearses=options.rehearse,
     )
+    last = read_json(work / "gpu-proof.json") if options.go_on else None
+    driver.go_on(last or {})
     driver.describe(
         schema=SCHEMA,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -71,7 +74,8 @@ def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> di
         minutes=options.minutes,
         is_full=not options.tiny,
     )
-    driver.note("wheels", install_wheels(options.wheels, work, driver))
+    if not driver.has("wheels"):
+        driver.note("wheels", install_wheels(options.wheels, work, driver))
     driver.run(steps)
     driver.describe(seconds=round(time.monotonic() - begun, 1))
     return driver.content

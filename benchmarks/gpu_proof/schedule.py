@@ -73,7 +73,7 @@ class Driver:
 
     def __init__(
         self,
-        report: Path,
+        reports: Sequence[Path],
         work: Path,
         deadline: float,
         environment: Mapping[str, str],
@@ -84,7 +84,7 @@ class Driver:
         """Prepare.
 
         Args:
-            report: the JSON file of the whole run.
+            reports: files that the report of the whole run is written to.
             work: folder of what steps share, of their own reports and logs.
             deadline: when all must be done, by ``time.monotonic``.
             environment: of the steps.
@@ -92,7 +92,7 @@ class Driver:
             rehearses: whether steps run on stand-ins where there is no GPU.
         """
         self.content: dict[str, Any] = {"steps": {}}
-        self._report, self._work, self._deadline = report, work, deadline
+        self._reports, self._work, self._deadline = tuple(reports), work, deadline
         self._environment = environment
         self._flags = [*(["--full"] if is_full else []), *(["--rehearse"] if rehearses else [])]
 
@@ -101,10 +101,20 @@ class Driver:
         self.content |= values
         self.save()
 
+    def go_on(self, last: Mapping[str, Any]) -> None:
+        """Take over the steps of an earlier report, but for those that were left out."""
+        steps = {name: step for name, step in last.get("steps", {}).items() if step["status"] != SKIPPED}
+        self.content["steps"] |= steps
+
+    def has(self, name: str) -> bool:
+        """Whether a step has a result."""
+        return name in self.content["steps"]
+
     def run(self, steps: Sequence[Step]) -> None:
-        """Run the steps; none of them can stop the others."""
+        """Run the steps that have no result yet; none of them can stop the others."""
         for step in steps:
-            self.note(step.name, self._run(step))
+            if not self.has(step.name):
+                self.note(step.name, self._run(step))
 
     def note(self, name: str, result: Mapping[str, Any]) -> None:
         """Keep a step's result."""
@@ -114,7 +124,11 @@ class Driver:
 
     def save(self) -> None:
         """Write the report."""
-        write_json(self._report, self.content)
+        self._write(self.content)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        for path in self._reports:
+            write_json(path, content)
 
     @property
     def seconds_left(self) -> float:
@@ -145,7 +159,7 @@ class Driver:
         def merge() -> None:
             if time.monotonic() - last[0] > _MERGE_SECONDS:
                 last[0] = time.monotonic()
-                write_json(self._report, {**self.content, "running": read_json(record)})
+                self._write({**self.content, "running": read_json(record)})
 
         return merge
 

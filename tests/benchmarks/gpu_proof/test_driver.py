@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers.paths import REPOSITORY
 
 from benchmarks.gpu_proof.record import Record, read_json
 from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, step_environment
@@ -29,6 +31,16 @@ PLANTED = {
 }
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process still runs after a few seconds."""
+    status = Path(f"/proc/{pid}/status")
+    for _ in range(100):
+        if not status.exists() or "zombie" in status.read_text(encoding="utf-8"):
+            return False
+        time.sleep(0.05)
+    return True
+
+
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
     for name, body in PLANTED.items():
@@ -36,7 +48,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
         (tmp_path / f"planted_{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     work = tmp_path / "work"
-    return Driver(tmp_path / "report.json", work, time.monotonic() + 60, step_environment(None, work), is_full=False)
+    return Driver([tmp_path / "report.json"], work, time.monotonic() + 60, step_environment(None, work), is_full=False)
 
 
 def step(name: str, limit: float = 30.0, needs: str | None = None) -> Step:
@@ -82,6 +94,43 @@ def test_steps_that_no_longer_fit_are_left_out_and_named(driver: Driver) -> None
     assert "it needs 20 s or more" in found["good"]["reason"]
 
 
+def test_a_second_call_runs_what_the_first_left_out(driver: Driver) -> None:
+    first = {"good": {"status": "skipped", "reason": ""}, "wrong": {"status": "failed", "reason": "before"}}
+    driver.go_on({"steps": first})
+    driver.run([step("wrong"), step("good")])
+    steps = driver.content["steps"]
+    assert {name: steps[name]["status"] for name in steps} == {"wrong": "failed", "good": "passed"}
+    assert steps["wrong"]["reason"] == "before"
+
+
+def test_a_driver_that_is_told_to_stop_ends_its_step(tmp_path: Path) -> None:
+    """Without this the step would go on beside whatever comes next; what was reported is in the file."""
+    code = (
+        "import signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from benchmarks.gpu_proof.schedule import Driver, Step, step_environment\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"work = Path({str(tmp_path)!r})\n"
+        "driver = Driver([work / 'report.json'], work, time.monotonic() + 60, step_environment(None, work))\n"
+        "driver.run([Step('hang', 'planted', 'planted_hang', 60)])\n"
+    )
+    text = "import os, time\nNEEDS_GPU = False\n\n\ndef run(record, plan):\n"
+    text += "    record.figure('pid', os.getpid())\n    time.sleep(600)\n"
+    (tmp_path / "planted_hang.py").write_text(text, encoding="utf-8")
+    paths = os.pathsep.join([str(tmp_path), str(REPOSITORY), str(REPOSITORY / "src")])
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    record, pid = tmp_path / "records" / "hang.json", None
+    for _ in range(200):
+        pid = ((read_json(record) or {}).get("figures") or {}).get("pid")
+        if pid is not None:
+            break
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    assert pid is not None
+    assert not is_running(pid)
+
+
 def test_a_step_is_left_out_where_what_it_needs_failed(driver: Driver) -> None:
     driver.run([step("wrong"), step("good", needs="wrong")])
     assert driver.content["steps"]["good"]["reason"] == "it needs the step wrong: failed"
@@ -94,13 +143,7 @@ def test_children_of_a_step_end_with_it(driver: Driver, tmp_path: Path) -> None:
     text = f"NEEDS_GPU = False\n\n\ndef run(record, plan):\n    {body}\n"
     (tmp_path / "planted_child.py").write_text(text, encoding="utf-8")
     driver.run([step("child")])
-    pid = driver.content["steps"]["child"]["figures"]["pid"]
-    status = Path(f"/proc/{pid}/status")
-    for _ in range(100):
-        if not status.exists() or "zombie" in status.read_text():
-            return
-        time.sleep(0.05)
-    pytest.fail(f"process {pid} still runs, with parent {os.getpid()}")
+    assert not is_running(driver.content["steps"]["child"]["figures"]["pid"])
 
 
 def test_the_table_has_failures_first_and_targets_last(driver: Driver) -> None:

@@ -103,7 +103,7 @@ def test_damage_costs_its_own_wheel(
     path.write_bytes(path.read_bytes()[:100])
     monkeypatch.setattr(command, "read_list", lambda: locked)
     work = tmp_path / "work"
-    driver = Driver(tmp_path / "report.json", work, time.monotonic() + 60, step_environment(None, work))
+    driver = Driver([tmp_path / "report.json"], work, time.monotonic() + 60, step_environment(None, work))
     result = command.install_wheels(out, work, driver)
     assert result["status"] == "failed"
     assert result["reason"].startswith("planted_one: failed: planted_one-1.0-py3-none-any.whl.part1: 100 bytes")
@@ -163,6 +163,6 @@ def test_the_committed_versions_are_allowed_by_the_project() -> None:
 
 def test_a_run_without_wheels_uses_what_is_here(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    driver = Driver(tmp_path / "report.json", work, time.monotonic() + 60, {})
+    driver = Driver([tmp_path / "report.json"], work, time.monotonic() + 60, {})
     result = command.install_wheels(None, work, driver)
     assert result["status"] == "skipped"
