@@ -37,7 +37,7 @@ class Case:
         """Open it; ``open_seconds`` and the profile are reported."""
         self._record, self._plan = record, plan
         self._starts: list[float] = []
-        self._rounds, self._steps = (_ROUNDS, _STEPS) if plan.is_full else (3, 6)
+        self._rounds, self._steps, self._prompt = (_ROUNDS, _STEPS, _PROMPT) if plan.is_full else (3, 6, 24)
         begun = time.perf_counter()
         manifest = read_manifest(folder)
         # No token ends a generation before its budget, and each is the likeliest.
@@ -56,7 +56,7 @@ class Case:
             "task": lambda: self._timed([self._ids(0)], self._tasks[0], 1),
         }
         found = in_turns(sides, self._rounds, share * self._plan.seconds_left)
-        self._record.figure(f"first_token_{_PROMPT}", milliseconds(found, "base"))
+        self._record.figure(f"first_token_{self._prompt}", milliseconds(found, "base"))
 
     def decode(self, rows: int, share: float) -> None:
         """Milliseconds of a decode step: the base, one task for all rows, and a task for each row."""
@@ -129,7 +129,7 @@ class Case:
 
     def _ids(self, seed: int) -> list[int]:
         size = self.deployment.manifest.base.vocab_size
-        ids: list[int] = np.random.default_rng(seed).integers(3, size, _PROMPT).tolist()
+        ids: list[int] = np.random.default_rng(seed).integers(3, size, self._prompt).tolist()
         return ids
 
 

@@ -108,4 +108,4 @@ def train_cells(base: Any, cells: list[Cell], seeds: Any, ids: Any, steps: int) 
         losses = means.detach().cpu()  # waits for the GPU
         if number >= _WARM:
             times.append(time.perf_counter() - begun)
-    return losses.tolist(), sorted(times)[len(times) // 2]
+    return losses.tolist(), sorted(times)[len(times) // 2] if times else 0.0

@@ -24,7 +24,7 @@ def compare_with_pytorch(record: Record, plan: Plan, deployment: Deployment, aga
     from adalink.tools.parity.prompts import choose_prompts
     from adalink.training.models.loading import load_base
 
-    place = "cuda" if plan.has_gpu else "cpu"
+    place = "cuda" if plan.has_gpu and torch.cuda.is_available() else "cpu"
     model: Any = load_base(against)
     model = model.to(place)
     models = model, copy.deepcopy(model).double()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from adalink.runtime.device.protocols import Device
-from adalink.runtime.profile import Profile, parse_profile
+from adalink.runtime.profile import parse_profile
 from adalink.runtime.storage.manifest_io import read_manifest
 from benchmarks.gpu_proof.case import Case
 from benchmarks.gpu_proof.compare import compare_with_pytorch
-from benchmarks.gpu_proof.front import RANK, SLOTS, CudaPlans, FrontBackend, Graphs
+from benchmarks.gpu_proof.front import RANK, SLOTS, CudaPlans, FrontBackend
 from benchmarks.gpu_proof.ort import PROFILE
 from benchmarks.gpu_proof.record import Record
 from benchmarks.gpu_proof.step import Plan
@@ -23,7 +25,7 @@ from benchmarks.gpu_proof.timing import microseconds
 from benchmarks.process import REPOSITORY
 
 _NUMBERS = 1 << 20
-_SMALL_PROFILE = "batch=1:8:32,seq=1:32:256,past=0:256:511"
+_SMALL_PROFILE = "batch=1:8:32,seq=1:32:64,past=0:64:255"
 
 
 def run(record: Record, plan: Plan) -> None:
@@ -57,19 +59,19 @@ def _try_engine(record: Record, plan: Plan, backend: FrontBackend, device: Devic
 
 
 def open_device(plan: Plan) -> tuple[Device, Callable[..., Any]]:
-    """The GPU and what makes sessions on it; in a rehearsal main memory, as the tests have it."""
+    """The GPU and what makes sessions on it; in a rehearsal a stand-in of the tests, CUDA's runtime on main memory."""
     if plan.has_gpu:
         from adalink.runtime.device.cuda import CudaDevice
 
         return CudaDevice("onnxruntime-cuda"), CudaPlans
     sys.path.append(str(REPOSITORY / "tests"))
-    from helpers.host_device import HostDevice, HostPlans  # type: ignore[import-not-found]
-
-    def make_plans(graphs: Graphs, profile: Profile, *, shares_stream: bool) -> Any:
-        return HostPlans(graphs, profile, rank=RANK, slots=SLOTS)
-
-    device: Device = HostDevice()
-    return device, make_plans
+    if find_spec("cuda.bindings") is not None:
+        lazy: Any = import_module("helpers.lazy_cuda")
+        cuda = lazy.LazyCuda()
+        return lazy.lazy_device(cuda), lambda graphs, profile, shares_stream: lazy.LazyPlans(cuda, graphs, profile)
+    host: Any = import_module("helpers.host_device")
+    plans = partial(host.HostPlans, rank=RANK, slots=SLOTS)
+    return host.HostDevice(), lambda graphs, profile, shares_stream: plans(graphs, profile)
 
 
 def try_memory(device: Device) -> dict[str, object]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from adalink.export.engine.export import export_engine
 from adalink.runtime.backends import open_backend
+from adalink.runtime.device.cuda import CudaDevice
 from adalink.runtime.device.gpus import find_gpus
+from adalink.runtime.device.protocols import Device
+from adalink.runtime.engine import Backend
 from adalink.runtime.errors import BackendUnavailableError
-from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.trt.api import TENSORRT_BACKENDS, load_api
 from adalink.runtime.trt.record import read_record
 from benchmarks.gpu_proof.case import Case
@@ -48,20 +51,32 @@ def try_plan(record: Record, plan: Plan, backend: str, dtype: str, target: str, 
         }
     )
     try:
-        case = Case(record, plan, folder, open_backend(backend))
+        opened, device = open_backend(backend), CudaDevice(backend)
     except BackendUnavailableError as error:
         if plan.has_gpu:
             raise
         record.figure("opening", str(error))
-        assert backend in read_manifest(folder).variants
         return
-    with case.deployment as deployment:
-        from adalink.runtime.device.cuda import CudaDevice
+    run_plan(record, plan, folder, (opened, device), share)
 
+
+def run_plan(record: Record, plan: Plan, folder: Path, engine: tuple[Backend, Device], share: float) -> None:
+    """Open, compare with PyTorch and time.
+
+    Args:
+        record: gets the figures.
+        plan: what the step was told.
+        folder: the deployment.
+        engine: the backend, and a device for a pool of weights of its own.
+        share: of the time that is left.
+    """
+    backend, device = engine
+    case = Case(record, plan, folder, backend)
+    with case.deployment as deployment:
         compare_with_pytorch(record, plan, deployment, plan.small)
         case.mixed_answers(8)
         case.decode(1, 0.3 * share)
-        case.swaps(0.5 * share, device_swap(deployment, CudaDevice(backend)))
+        case.swaps(0.5 * share, device_swap(deployment, device))
         case.decode(32, 0.5 * share)
         case.first_token(0.5 * share)
         case.receipt()

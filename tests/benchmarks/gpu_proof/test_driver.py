@@ -57,7 +57,7 @@ def step(name: str, limit: float = 30.0, needs: str | None = None) -> Step:
 
 def test_each_fault_costs_one_step_and_is_named(driver: Driver, tmp_path: Path) -> None:
     names = ["hang", "crash", "leave", "wrong", "parts", "late", "good"]
-    driver.run([step(name, 3.0 if name == "hang" else 30.0) for name in names])
+    driver.run([step(name, 1.5 if name == "hang" else 30.0) for name in names])
     found = driver.content["steps"]
     assert {name: found[name]["status"] for name in names} == {
         "hang": "timed out",
@@ -87,7 +87,7 @@ def test_each_fault_costs_one_step_and_is_named(driver: Driver, tmp_path: Path) 
 
 def test_steps_that_no_longer_fit_are_left_out_and_named(driver: Driver) -> None:
     driver._deadline = time.monotonic() + 8
-    driver.run([step("hang", 2.0), Step("good", "planted", "planted_good", 30, least_s=20)])
+    driver.run([step("hang", 1.0), Step("good", "planted", "planted_good", 30, least_s=20)])
     found = driver.content["steps"]
     assert found["hang"]["status"] == "timed out"
     assert found["good"]["status"] == "skipped"
