@@ -14,7 +14,7 @@ PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 
-.PHONY: help demo test test-slow test-gpu fuzz lint docs format bench bench-serving study vision models clean
+.PHONY: help demo test test-slow test-gpu gpu-wheels fuzz lint docs format bench bench-serving study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -51,6 +51,9 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
+
+gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (521 MB, in pieces)
+	$(RUN)/python -m benchmarks.gpu_proof.wheels fetch --out build/gpu-wheels
 
 fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, with THREADS=64 as many threads
 	PYTHONPATH=tests $(RUN)/python -m fuzz inputs --seconds $(SECONDS) --jobs $(WORKERS) --json build/fuzz/inputs.json

@@ -21,8 +21,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.environment import describe_environment
 from adalink.tools.common.report_file import write_json
-from benchmarks.gpu import smollm2
-from benchmarks.prepare import copy_base, make_deployment
+from benchmarks.prepare import copy_base, make_deployment, smollm2
 from benchmarks.process import MeasurementError, run, run_json
 from benchmarks.serving.measure import NEW_TOKENS, SLOTS, TASKS, measure
 from benchmarks.serving.prompts import mixed_prompts
