@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,7 +79,9 @@ class Row:
         self.prefix_key = PrefixKey("", "", "")
         self.prefix_positions: Array = np.zeros(0, np.int64)
         self.prefix: Array | None = None
-        self._sequence = make_sequence(self._send)
+        # A row that holds itself would stay in memory until the garbage collector looks through everything.
+        send = weakref.WeakMethod(self._send)
+        self._sequence = make_sequence(lambda index, text: _call(send, index, text))
         self._chooser = chooser
         self._lookup: PromptLookup | None = None
         self._chosen: list[int] = []
@@ -164,6 +167,12 @@ class Row:
             new, scores = token_ids[self._sent :], self._logprobs[self._sent : len(token_ids)]
             self._sent = len(token_ids)
             self.handle.push(TextPiece(text, tuple(new), tuple(scores)))
+
+
+def _call(method: weakref.WeakMethod[Callable[[int, str], None]], index: int, text: str) -> None:
+    send = method()
+    assert send is not None  # the row itself asks
+    send(index, text)
 
 
 def token_logprobs(logits: Array, token: int, count: int) -> TokenLogprobs:
