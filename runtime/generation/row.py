@@ -80,8 +80,8 @@ class Row:
         self.prefix_positions: Array = np.zeros(0, np.int64)
         self.prefix: Array | None = None
         # A row that holds itself would stay in memory until the garbage collector looks through everything.
-        send = weakref.WeakMethod(self._send)
-        self._sequence = make_sequence(lambda index, text: _call(send, index, text))
+        own = weakref.ref(self)
+        self._sequence = make_sequence(lambda _, text: _send(own, text))
         self._chooser = chooser
         self._lookup: PromptLookup | None = None
         self._chosen: list[int] = []
@@ -138,7 +138,7 @@ class Row:
         if self.handle.is_done:
             return
         generation = self._sequence.finish(self._logprobs, self.cached_tokens)
-        self._send(0, "")
+        self.send("")
         self.handle.finish(generation)
 
     def fail(self, error: BaseException) -> None:
@@ -160,7 +160,7 @@ class Row:
             )
         return self._is_ended
 
-    def _send(self, _: int, text: str) -> None:
+    def send(self, text: str) -> None:
         """Give new text to the handle, with the tokens since the last."""
         token_ids = self._sequence.token_ids
         if text or len(token_ids) > self._sent:
@@ -169,10 +169,10 @@ class Row:
             self.handle.push(TextPiece(text, tuple(new), tuple(scores)))
 
 
-def _call(method: weakref.WeakMethod[Callable[[int, str], None]], index: int, text: str) -> None:
-    send = method()
-    assert send is not None  # the row itself asks
-    send(index, text)
+def _send(own: weakref.ref[Row], text: str) -> None:
+    row = own()
+    assert row is not None  # the row itself asks
+    row.send(text)
 
 
 def token_logprobs(logits: Array, token: int, count: int) -> TokenLogprobs:
