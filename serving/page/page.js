@@ -5,10 +5,13 @@ const MOST_STREAMS = 5; // browsers keep six connections to a server: one is lef
 const MOST_ODDS = 5; // first tokens that are shown
 const FILTER_FROM = 13; // models
 const KEY = "adalink-key";
+const CUT = "The answer was cut off before its end.";
 
-const find = (id) => document.getElementById(id);
-const copy = (id) => find(id).content.firstElementChild.cloneNode(true);
-const make = (tag, text = "", values = {}) => Object.assign(document.createElement(tag), { textContent: text }, values);
+const $ = (id) => document.getElementById(id);
+const say = (id, words) => ($(id).textContent = words);
+const show = (id, isShown) => ($(id).hidden = !isShown);
+const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
+const make = (tag, textContent, values) => Object.assign(document.createElement(tag), { textContent, ...values });
 const checked = (name) => Array.from(document.querySelectorAll(`[name=${name}]:checked`), (box) => box.value);
 const isChat = () => checked("mode")[0] === "chat";
 const sentence = (words) => words[0].toUpperCase() + words.slice(1) + (/[.!?]$/.test(words) ? "" : ".");
@@ -20,17 +23,17 @@ let image; // {name, url, bitmap} of the next prompt
 let histories = new Map(); // model -> messages
 const running = new Set(); // answers under way
 
-// The server: requests, its load, keys
+// The server: requests, load, key
 
 async function request(path, options) {
   const key = sessionStorage.getItem(KEY);
-  const headers = { ...(options.body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers }).catch((error) => {
     throw error.name === "TypeError" ? new Problem("The server does not answer. Is it still running?") : error;
   });
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  if (response.status === 401) askKey(key ? "The server does not know this key." : "");
+  if (response.status === 401) askKey(key && "The server does not know this key.");
   const retry = response.headers.get("Retry-After");
   const words = error?.message || `the server answered ${response.status} ${response.statusText}`;
   throw new Problem(sentence(words) + (retry ? ` Try again in ${retry} s.` : ""));
@@ -43,42 +46,41 @@ async function poll() {
   if (isPolling || document.hidden) return;
   isPolling = true;
   try {
-    const response = await request("page/state", { signal: AbortSignal.timeout(10000) });
-    showState(await response.json());
+    showState(await (await request("page/state", { signal: AbortSignal.timeout(10000) })).json());
   } catch (error) {
     last = null;
-    find("offline").textContent = error instanceof Problem ? error.message : "The server takes long to answer.";
+    say("offline", error instanceof Problem ? error.message : "The server takes long to answer.");
   }
-  find("load").hidden = !last;
-  find("offline").hidden = !!last;
+  show("load", last);
+  show("offline", !last);
   isPolling = false;
-  if (!find("key-dialog").open) timer = setTimeout(poll, 1000);
+  if (!$("key-dialog").open) timer = setTimeout(poll, 1000);
 }
 
 function showState(state) {
   const now = { tokens: state.tokens, at: performance.now() };
-  find("rate").textContent = last ? Math.round((1000 * (now.tokens - last.tokens)) / (now.at - last.at)) : 0;
+  say("rate", last ? Math.round((1000 * (now.tokens - last.tokens)) / (now.at - last.at)) : 0);
   last = now;
-  for (const name of ["running", "waiting", "slots"]) find(name).textContent = state[name];
-  find("bar").style.width = `${(100 * state.running) / state.slots}%`;
+  for (const name of ["running", "waiting", "slots"]) say(name, state[name]);
+  $("bar").style.width = `${(100 * state.running) / state.slots}%`;
   const before = server;
   server = state;
-  if (String(state.models) !== String(before?.models)) showModels(before ? checked("model") : [state.base, state.models[1]]);
+  if (String(state.models) !== String(before?.models)) showModels(before ? checked("model") : state.models.slice(0, 2));
   if (!before) showForm();
 }
 
 function askKey(problem) {
-  find("change-key").hidden = false;
-  find("key-problem").textContent = problem;
-  if (!find("key-dialog").open) find("key-dialog").showModal();
+  show("change-key", true);
+  say("key-problem", problem ?? "");
+  if (!$("key-dialog").open) $("key-dialog").showModal();
 }
 
-find("change-key").onclick = () => askKey("");
-find("key-dialog").onsubmit = (event) => {
+$("change-key").onclick = () => askKey();
+$("key-dialog").onsubmit = (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, find("key").value.trim());
-  find("key").value = "";
-  find("key-dialog").close();
+  sessionStorage.setItem(KEY, $("key").value.trim());
+  $("key").value = "";
+  $("key-dialog").close();
   poll();
 };
 document.onvisibilitychange = () => {
@@ -89,136 +91,126 @@ document.onvisibilitychange = () => {
 // Models and the form
 
 function showModels(chosen) {
-  const { base, models } = server;
-  find("chips").replaceChildren(
-    ...models.map((name) => {
-      const chip = make("label", "", { className: name === base ? "base" : "" });
-      chip.append(make("input", "", { type: "checkbox", name: "model", value: name, checked: chosen.includes(name) }), make("span", name));
-      return chip;
-    }),
-  );
-  find("filter").hidden = models.length < FILTER_FROM;
+  const chips = server.models.map((name, at) => {
+    const chip = make("label", "", { className: at ? "" : "base" });
+    const box = make("input", "", { type: "checkbox", name: "model", value: name, checked: chosen.includes(name) });
+    chip.append(box, make("span", name));
+    return chip;
+  });
+  $("chips").replaceChildren(...chips);
+  show("filter", chips.length >= FILTER_FROM);
 }
 
 function showForm() {
   const { base, kind, generates, chats } = server;
-  find("base").textContent = base;
+  say("base", base);
   document.title = `${base} · AdaLink`;
   if (!generates) {
-    const [title, text, call] = find("api-only").children;
-    const isEncoder = kind === "encoder";
-    title.textContent = isEncoder ? `${base} is an encoder` : `${base} has no tokenizer`;
-    text.textContent = `It ${isEncoder ? "gives the states of a text and writes none" : "takes token ids"}. Ask it through the API:`;
-    call.textContent = `POST ${new URL(`v2/models/${encodeURIComponent(base)}/infer`, document.baseURI)}`;
-    find("api-only").hidden = false;
-    return;
+    say("title", `${base} ${kind === "encoder" ? "is an encoder: it generates no text" : "has no tokenizer"}`);
+    say("call", `POST ${new URL(`v2/models/${encodeURIComponent(base)}/infer`, document.baseURI)}`);
+    return show("api-only", true);
   }
-  for (const id of ["models", "empty", "composer"]) find(id).hidden = false;
-  find("modes").hidden = !chats;
+  for (const id of ["models", "empty", "composer"]) show(id, true);
+  show("modes", chats);
   if (!chats) document.querySelector("[value=plain]").checked = true;
   showMode();
-  find("prompt").focus();
+  $("prompt").focus();
 }
 
 function showMode() {
-  find("system-field").hidden = !isChat();
-  find("choose").hidden = !server.sees || !isChat();
+  show("system-field", isChat());
+  show("choose", server.sees && isChat());
   if (!isChat()) setImage();
 }
 
-function openSettings(isOpen) {
-  find("settings").hidden = !isOpen;
-  find("toggle").ariaExpanded = isOpen;
+function showSettings(isOpen) {
+  show("settings", isOpen);
+  $("toggle").ariaExpanded = isOpen;
 }
 
-find("modes").onchange = showMode;
-find("toggle").onclick = () => openSettings(find("settings").hidden);
-find("filter").oninput = ({ target }) => {
-  for (const chip of find("chips").children) chip.hidden = !chip.textContent.includes(target.value);
+$("modes").onchange = showMode;
+$("toggle").onclick = () => showSettings($("settings").hidden);
+$("filter").oninput = () => {
+  for (const chip of $("chips").children) chip.hidden = !chip.textContent.includes($("filter").value);
 };
 
-find("file").onchange = async ({ target }) => {
-  const [file] = target.files;
+$("file").onchange = async () => {
+  const [file] = $("file").files;
   if (!file) return;
-  find("problem").textContent = "";
+  say("problem", "");
   try {
     if (file.size * 1.4 > server.body_bytes) throw new Problem(`${file.name} is larger than this server takes.`);
+    const reader = new FileReader();
     const url = await new Promise((resolve, reject) => {
-      const reader = Object.assign(new FileReader(), { onload: () => resolve(reader.result), onerror: reject });
-      reader.readAsDataURL(file);
+      Object.assign(reader, { onload: () => resolve(reader.result), onerror: reject }).readAsDataURL(file);
     });
     setImage({ name: file.name, url, bitmap: await createImageBitmap(file, { resizeHeight: 160 }) });
   } catch (error) {
-    find("problem").textContent = error instanceof Problem ? error.message : `${file.name} is no image that this browser can read.`;
+    say("problem", error instanceof Problem ? error.message : `${file.name} is no image that this browser can read.`);
   }
-  target.value = "";
+  $("file").value = "";
 };
-find("image").querySelector("button").onclick = () => {
+$("remove").onclick = () => {
   setImage();
-  find("file").focus();
+  $("file").focus();
 };
 
 function setImage(value) {
   image = value;
-  find("image").hidden = !image;
-  if (!image) return;
-  draw(find("image").querySelector("canvas"));
-  find("image").querySelector("span").textContent = image.name;
+  show("image", image);
+  if (image) $("image").firstElementChild.replaceWith(drawing());
+  say("image-name", image?.name);
 }
 
-function draw(canvas) {
-  Object.assign(canvas, { width: image.bitmap.width, height: image.bitmap.height, role: "img", ariaLabel: image.name });
-  canvas.getContext("2d").drawImage(image.bitmap, 0, 0);
+function drawing() {
+  const { name, bitmap } = image;
+  const canvas = make("canvas", "", { width: bitmap.width, height: bitmap.height, role: "img", ariaLabel: name });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
   return canvas;
 }
 
 // Asking
 
-find("composer").onsubmit = (event) => {
+$("composer").onsubmit = async (event) => {
   event.preventDefault();
   const models = checked("model");
-  const text = find("prompt").value;
-  const fields = [find("max_tokens"), find("temperature")];
+  const text = $("prompt").value;
+  const fields = [$("max_tokens"), $("temperature")];
   const wrong = fields.find((field) => !field.validity.valid);
-  find("problem").textContent =
+  const problem =
     (running.size && "Answers are still coming: wait for them, or stop them.") ||
     (!models.length && "Choose at least one model.") ||
     (!text.trim() && !image && "Write a prompt first.") ||
-    (wrong && `${wrong.labels[0].innerText.trim()}: ${wrong.validationMessage}`) ||
-    "";
-  if (find("problem").textContent) {
-    if (wrong) openSettings(true);
-    (wrong ?? find("prompt")).focus();
-    return;
+    (wrong && `${wrong.labels[0].innerText.trim()}: ${wrong.validationMessage}`);
+  say("problem", problem || "");
+  if (problem) {
+    if (wrong) showSettings(true);
+    return (wrong ?? $("prompt")).focus();
   }
   const turn = {
     text,
     isChat: isChat(),
-    system: find("system").value.trim(),
+    system: $("system").value.trim(),
     content: image ? [{ type: "text", text }, { type: "image_url", image_url: { url: image.url } }] : text,
     settings: Object.fromEntries(fields.filter((field) => field.value).map((field) => [field.id, Number(field.value)])),
   };
   const section = copy("turn");
-  section.children[1].textContent = text;
-  if (image) section.children[1].after(draw(make("canvas")));
   const answers = models.map((model) => new Answer(model, turn));
+  section.children[1].textContent = text;
+  if (image) section.children[1].after(drawing());
   section.lastElementChild.append(...answers.map((answer) => answer.card));
-  find("turns").append(section);
-  find("prompt").value = "";
-  find("empty").hidden = true;
-  find("restart").hidden = false;
+  $("turns").append(section);
+  $("prompt").value = "";
   setImage();
+  show("empty", false);
+  show("restart", true);
   section.scrollIntoView();
-  for (const answer of answers) answer.ask();
+  await Promise.all(answers.map((answer) => answer.ask()));
+  if (answers.every((answer) => answer.reason === "failed")) $("prompt").value ||= text;
 };
 
 const queue = []; // answers that wait for a connection
 let streams = 0;
-
-async function connect() {
-  if (streams < MOST_STREAMS) streams += 1;
-  else await new Promise((resolve) => queue.push(resolve));
-}
 
 class Answer {
   constructor(model, turn) {
@@ -242,40 +234,47 @@ class Answer {
   }
 
   async ask() {
-    this.show("waits for a connection");
-    await connect();
+    this.tell("waits for a connection");
+    if (streams < MOST_STREAMS) streams += 1;
+    else await new Promise((resolve) => queue.push(resolve));
     try {
       this.control.signal.throwIfAborted();
-      this.show("reads the prompt");
+      this.tell("reads the prompt");
       await this.stream();
     } catch (error) {
       this.reason = error.name === "AbortError" ? "stopped" : "failed";
-      this.part(".bad").hidden = this.reason === "stopped";
-      this.part(".bad").textContent = error instanceof Problem ? error.message : "The answer was cut off before its end.";
+      if (this.reason === "failed") this.part(".bad").textContent = error instanceof Problem ? error.message : CUT;
     }
-    (queue.shift() ?? (() => (streams -= 1)))();
+    if (queue.length) queue.shift()();
+    else streams -= 1;
     this.end();
   }
 
-  async stream() {
-    const { text, settings, isChat } = this.turn;
-    const body = isChat ? { messages: this.messages(), logprobs: true, top_logprobs: MOST_ODDS } : { prompt: text, logprobs: MOST_ODDS };
-    const common = { model: this.model, stream: true, stream_options: { include_usage: true }, ...settings };
-    this.begun = performance.now();
-    const response = await request(isChat ? "v1/chat/completions" : "v1/completions", {
-      method: "POST",
-      body: JSON.stringify({ ...common, ...body }),
-      signal: this.control.signal,
-    });
-    let data;
-    for await (data of events(response.body)) if (data !== "[DONE]") this.take(JSON.parse(data));
-    if (data !== "[DONE]") throw new Problem("The answer was cut off before its end.");
+  messages() {
+    return [...(this.histories.get(this.model) ?? []), { role: "user", content: this.turn.content }];
   }
 
-  messages() {
-    const { system, content } = this.turn;
-    const first = system ? [{ role: "system", content: system }] : [];
-    return [...first, ...(this.histories.get(this.model) ?? []), { role: "user", content }];
+  async stream() {
+    const { text, system, settings, isChat } = this.turn;
+    const body = { model: this.model, stream: true, stream_options: { include_usage: true }, ...settings };
+    if (isChat) {
+      const messages = [...(system ? [{ role: "system", content: system }] : []), ...this.messages()];
+      Object.assign(body, { messages, logprobs: true, top_logprobs: MOST_ODDS });
+    } else Object.assign(body, { prompt: text, logprobs: MOST_ODDS });
+    this.begun = performance.now();
+    const options = { method: "POST", body: JSON.stringify(body), signal: this.control.signal };
+    const response = await request(isChat ? "v1/chat/completions" : "v1/completions", options);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let held = ""; ; ) {
+      const { done, value } = await reader.read();
+      if (done) throw new Problem(CUT);
+      const events = (held + value).split("\n\n");
+      held = events.pop();
+      for (const event of events) {
+        if (event === "data: [DONE]") return;
+        this.take(JSON.parse(event.slice(6)));
+      }
+    }
   }
 
   take({ error, choices, usage }) {
@@ -283,7 +282,7 @@ class Answer {
     this.tokens = usage?.completion_tokens ?? this.tokens;
     for (const { delta, text, logprobs, finish_reason } of choices) {
       this.reason = finish_reason;
-      const count = (logprobs?.content ?? logprobs?.tokens ?? []).length;
+      const count = (logprobs?.content ?? logprobs?.tokens)?.length;
       if (count) {
         this.last = performance.now();
         if (!this.first) {
@@ -293,55 +292,44 @@ class Answer {
         this.tokens += count;
       }
       this.text.appendData(delta?.content ?? text ?? "");
-      this.show();
+      this.tell();
     }
   }
 
-  show(words) {
-    const facts = [];
-    if (this.first) facts.push(`first token ${time(this.first - this.begun)}`, `${this.tokens} tokens`);
-    const rate = (1000 * (this.tokens - this.early)) / (this.last - this.first);
-    if (rate > 0 && rate < Infinity) facts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`);
-    if (words) facts.push(words);
-    this.part(".stats").textContent = facts.map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
+  tell(words) {
+    const { tokens, begun, first, early, last } = this;
+    const rate = (1000 * (tokens - early)) / (last - first);
+    const facts = [
+      first && `first token ${((first - begun) / 1000).toFixed(2)} s`,
+      first && `${tokens} token${tokens === 1 ? "" : "s"}`,
+      rate > 0 && rate < Infinity && `${rate.toFixed(1)} tokens/s`,
+      words,
+    ];
+    this.part(".stats").textContent = facts.filter(Boolean).map((fact) => fact.replaceAll(" ", "\u00a0")).join("\u00a0· ");
   }
 
   end() {
-    const { model, turn, reason } = this;
+    const { model, turn, reason, histories } = this;
     const text = this.text.data;
-    const isOver = reason === "stop" || reason === "length";
     running.delete(this);
     showRunning();
     this.card.ariaBusy = "false";
     this.part(".stop").hidden = true;
-    this.show(reason === "length" ? "token limit" : reason === "stop" ? "" : reason);
+    this.tell({ length: "token limit", stop: text ? "" : "0 tokens" }[reason] ?? reason);
     if (turn.isChat && text && reason !== "failed") {
-      const messages = [{ role: "user", content: turn.content }, { role: "assistant", content: text }];
-      this.histories.set(model, [...(this.histories.get(model) ?? []), ...messages]);
+      histories.set(model, [...this.messages(), { role: "assistant", content: text }]);
     }
-    if (isOver && !text) {
+    if (reason === "stop" && !text) {
       const hint = turn.isChat ? " A task that was trained on plain texts answers in the form “Plain”." : "";
       this.part(".text").append(make("em", `The model ended at once.${hint}`));
     }
-    announce(`${model}: ${this.part(".text").textContent} ${isOver ? "" : reason}. ${this.part(".bad").textContent}`);
+    // Screen readers read an answer once, when it is complete.
+    $("news").append(make("p", `${model}, ${reason}: ${this.part(".text").textContent} ${this.part(".bad").textContent}`));
+    if ($("news").children.length > MOST_STREAMS) $("news").firstChild.remove();
   }
 }
 
-const time = (ms) => (ms < 999.5 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
-
-// Data of server-sent events.
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let held = ""; ; ) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const pieces = (held + value).split("\n\n");
-    held = pieces.pop();
-    for (const piece of pieces) yield piece.replace("data: ", "");
-  }
-}
-
-// The first token and [token, log probability] of it and its alternatives, of a chat or of a plain prompt.
+// The first token, and [token, log probability] of it and of its alternatives; of a chat or of a plain prompt.
 function firstOdds({ content, tokens, token_logprobs, top_logprobs }) {
   const [chosen, logprob] = content ? [content[0].token, content[0].logprob] : [tokens[0], token_logprobs[0]];
   const odds = content ? content[0].top_logprobs.map((top) => [top.token, top.logprob]) : Object.entries(top_logprobs[0]);
@@ -351,50 +339,43 @@ function firstOdds({ content, tokens, token_logprobs, top_logprobs }) {
 
 // A foldable list of probabilities. Labels of a task go in here too, with another title.
 function showOdds(details, title, chosen, odds) {
+  const items = odds.map(([text, logprob]) => {
+    const share = `${(100 * Math.exp(logprob)).toFixed(1)}%`;
+    const item = make("li", "", { className: text === chosen ? "chosen" : "" });
+    const track = make("span", "", { className: "track" });
+    track.appendChild(make("i")).style.width = share;
+    item.append(make("code", text.replaceAll(" ", "␣").replaceAll("\n", "⏎")), track, make("span", share));
+    return item;
+  });
   details.firstElementChild.textContent = title;
-  details.lastElementChild.replaceChildren(
-    ...odds.map(([text, logprob]) => {
-      const percent = 100 * Math.exp(logprob);
-      const item = make("li", "", { className: text === chosen ? "chosen" : "" });
-      const track = make("span", "", { className: "track" });
-      track.appendChild(make("i")).style.width = `${percent}%`;
-      item.append(make("code", text.replaceAll(" ", "␣").replaceAll("\n", "⏎")), track, make("span", `${percent.toFixed(1)} %`));
-      return item;
-    }),
-  );
+  details.lastElementChild.replaceChildren(...items);
   details.hidden = false;
-}
-
-// Screen readers read an answer once, when it is complete.
-function announce(words) {
-  find("news").append(make("p", words));
-  if (find("news").children.length > MOST_STREAMS) find("news").firstChild.remove();
 }
 
 // Stopping and beginning anew
 
 function showRunning() {
-  if (!running.size && document.activeElement === find("stop-all")) find("prompt").focus();
-  find("stop-all").hidden = !running.size;
-  find("send").hidden = !!running.size;
+  if (!running.size && document.activeElement === $("stop-all")) $("prompt").focus();
+  show("stop-all", running.size);
+  show("send", !running.size);
 }
 
 function stopAll() {
   for (const answer of running) answer.stop();
 }
 
-find("stop-all").onclick = stopAll;
-find("restart").onclick = () => {
+$("stop-all").onclick = stopAll;
+$("restart").onclick = () => {
   stopAll();
   histories = new Map();
-  find("turns").replaceChildren();
-  find("restart").hidden = true;
-  find("empty").hidden = false;
-  find("prompt").focus();
+  $("turns").replaceChildren();
+  show("restart", false);
+  show("empty", true);
+  $("prompt").focus();
 };
 document.onkeydown = (event) => {
-  if (event.key === "Escape" && !find("key-dialog").open) stopAll();
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && find("composer").contains(event.target)) find("composer").requestSubmit();
+  if (event.key === "Escape" && !$("key-dialog").open) stopAll();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("composer").contains(event.target)) $("composer").requestSubmit();
 };
 
 poll();
