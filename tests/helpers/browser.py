@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,26 +43,23 @@ def open_browser() -> Iterator[Browser]:
         browser.close()
 
 
-@dataclass
 class Tab:
-    """An open page of a server.
+    """A page of a server in a browser, which notes what it asks for and what it complains about.
 
     Attributes:
-        page: Playwright's page.
+        page: Playwright's page, which several tests may use one after the other.
         url: the server's address.
         addresses: of every request that the page made.
         complaints: errors of the console and of scripts.
     """
 
-    page: Page
-    url: str
-    addresses: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.page.on("request", lambda request: self.addresses.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.url = page, url
+        self.addresses: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", self._note_request)
+        page.on("pageerror", self._note_error)
+        page.on("console", self._note_line)
 
     def open(self) -> Tab:
         """Load the page and wait for its form."""
@@ -71,20 +67,36 @@ class Tab:
         self.page.wait_for_selector("#chips label")
         return self
 
+    def leave(self) -> None:
+        """Go elsewhere, so that all requests end, and check that the page asked its server alone and had no errors."""
+        self.page.goto("about:blank")
+        self.page.unroute_all()
+        self.page.remove_listener("request", self._note_request)
+        self.page.remove_listener("pageerror", self._note_error)
+        self.page.remove_listener("console", self._note_line)
+        assert [address for address in self.addresses if not address.startswith(self.url)] == []
+        assert self.complaints == []
+
     def choose(self, *models: str) -> None:
         """Choose these models and no others."""
-        for box in self.page.locator("#chips input").all():
-            box.set_checked(box.get_attribute("value") in models)
+        self.page.evaluate(
+            "models => document.querySelectorAll('#chips input').forEach((box) => {"
+            "box.checked = models.includes(box.value) })",
+            models,
+        )
 
     def send(self, text: str, *, chat: bool = True, **settings: Any) -> None:
-        """Ask, with ``max_tokens``, ``temperature`` and ``system`` where given."""
-        if settings and self.page.locator("#settings").is_hidden():
-            self.page.click("#toggle")
-        self.page.check(f"[value={'chat' if chat else 'plain'}]")
-        for name, value in settings.items():
-            self.page.fill(f"#{name}", str(value))
-        self.page.fill("#prompt", text)
-        self.page.click("#send")
+        """Ask, with ``max_tokens``, ``temperature`` and ``system`` where given; quicker than by mouse and keys."""
+        self.page.check(f"[value={'chat' if chat else 'plain'}]") if self.is_chat() != chat else None
+        self.page.evaluate(
+            "values => { for (const id in values) document.getElementById(id).value = values[id];"
+            "document.querySelector('#composer').requestSubmit() }",
+            {"prompt": text, **{name: str(value) for name, value in settings.items()}},
+        )
+
+    def is_chat(self) -> bool:
+        """Whether prompts go through the chat template."""
+        return bool(self.page.evaluate("document.querySelector('[value=chat]').checked"))
 
     def answer(self, model: str) -> Locator:
         """The last answer of a model."""
@@ -112,9 +124,16 @@ class Tab:
         """Width of the whole document, beyond the window too."""
         return int(self.page.evaluate("document.documentElement.scrollWidth"))
 
-    def foreign(self) -> list[str]:
-        """Requests that left the server."""
-        return [address for address in self.addresses if not address.startswith(f"{self.url}/")]
+    def _note_request(self, request: Any) -> None:
+        if request.url != "about:blank":
+            self.addresses.append(request.url)
+
+    def _note_error(self, error: Any) -> None:
+        self.complaints.append(str(error))
+
+    def _note_line(self, message: Any) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
 
 
 def events(*chunks: Any, end: str = "data: [DONE]\n\n") -> dict[str, Any]:
@@ -149,9 +168,10 @@ def plant(tab: Tab, good: str, bad: str) -> Tab:
     """Open the page with a fault in its script."""
 
     def change(route: Any) -> None:
-        response = route.fetch()
-        assert response.text().count(good) == 1
-        route.fulfill(response=response, body=response.text().replace(good, bad))
+        text = route.fetch().text()
+        assert text.count(good) == 1
+        headers = {"Content-Type": "text/javascript", "Cache-Control": "no-store"}
+        route.fulfill(body=text.replace(good, bad), headers=headers)
 
     tab.page.route("**/page.js", change)
     return tab.open()

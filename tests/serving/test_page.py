@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,8 @@ def test_answers_are_those_of_generate(tab: Tab, served: Served, chat: bool) -> 
     assert len({tab.text(name) for name in names}) == 3
 
 
-def test_answer_under_the_wrong_name_is_found(new_tab: Callable[..., Tab], served: Served) -> None:
-    tab = plant(new_tab(), "model: this.model, stream", "model: 'beta', stream")
+def test_answer_under_the_wrong_name_is_found(blank: Tab, served: Served) -> None:
+    tab = plant(blank, "model: this.model, stream", "model: 'beta', stream")
     tab.choose("alpha")
     tab.send(PROMPT, max_tokens=20)
     messages = [{"role": "user", "content": PROMPT}]
@@ -75,8 +75,9 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield server
 
 
-def test_next_turn_has_the_turns_before_and_the_system_prompt(new_tab: Callable[..., Tab], chatting: Served) -> None:
-    tab, generate = new_tab(chatting.url).open(), chatting.deployment.generate
+def test_next_turn_has_the_turns_before_and_the_system_prompt(blank: Tab, chatting: Served) -> None:
+    blank.url, generate = chatting.url, chatting.deployment.generate
+    tab = blank.open()
     tasks = {chatting.base: None, "beta": "beta"}
     tab.choose(*tasks)
     messages: dict[str, list[Any]] = {name: [{"role": "system", "content": "Be brief."}] for name in tasks}
@@ -116,8 +117,8 @@ def test_stop_frees_the_slot(tab: Tab, served: Served, slow_steps: None) -> None
     assert tab.page.evaluate("document.activeElement.id") == "prompt"
 
 
-def test_stop_that_frees_no_slot_is_found(new_tab: Callable[..., Tab], served: Served, slow_steps: None) -> None:
-    tab = plant(new_tab(), "signal: this.control.signal }", "}")
+def test_stop_that_frees_no_slot_is_found(blank: Tab, served: Served, slow_steps: None) -> None:
+    tab = plant(blank, "signal: this.control.signal }", "}")
     tab.choose("alpha")
     tab.send("wheat", chat=False, max_tokens=50)
     wait_for(lambda: served.deployment.running == 1)

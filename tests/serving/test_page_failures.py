@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,13 +31,13 @@ def test_hostile_answers_stay_text(tab: Tab, served: Served, plain: bool) -> Non
 @pytest.mark.parametrize(
     "good", ['this.text.appendData(delta?.content ?? text ?? "")', "section.children[1].textContent = text"]
 )
-def test_html_that_is_written_is_found(new_tab: Callable[..., Tab], served: Served, good: str) -> None:
+def test_html_that_is_written_is_found(blank: Tab, served: Served, good: str) -> None:
     bad = (
         "this.part('.text').innerHTML += delta.content"
         if "append" in good
         else good.replace("textContent", "innerHTML")
     )
-    tab = plant(new_tab(), good, bad)
+    tab = plant(blank, good, bad)
     route_answer(tab, HOSTILE)
     tab.choose(served.base)
     tab.send(HOSTILE)
@@ -61,83 +60,82 @@ def test_refusal_of_the_server_is_shown(tab: Tab, served: Served) -> None:
     tab.complaints.clear()
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (events(piece("part"), end=""), "The answer was cut off before its end."),
-        (events(piece("part"), {"error": {"message": HOSTILE}}, end=""), f"{HOSTILE}."),
-        ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "The server answered 502 Bad Gateway."),
-        (
-            {"status": 503, "headers": {"Retry-After": "3"}, "body": '{"error": {"message": "the queue is full"}}'},
-            "The queue is full. Try again in 3 s.",
-        ),
-        (None, "The server does not answer. Is it still running?"),
-    ],
-    ids=["cut", "error in the stream", "proxy", "full", "gone"],
-)
-def test_failure_is_said_in_words(tab: Tab, answer: dict[str, Any] | None, words: str) -> None:
-    tab.page.route("**/v1/**", lambda route: route.abort() if answer is None else route.fulfill(**answer))
+FAILURES: list[tuple[dict[str, Any] | None, str]] = [
+    (events(piece("part"), end=""), "The answer was cut off before its end."),
+    (events(piece("part"), {"error": {"message": HOSTILE}}, end=""), f"{HOSTILE}."),
+    ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "The server answered 502 Bad Gateway."),
+    (
+        {"status": 503, "headers": {"Retry-After": "3"}, "body": '{"error": {"message": "the queue is full"}}'},
+        "The queue is full. Try again in 3 s.",
+    ),
+    (None, "The server does not answer. Is it still running?"),
+]
+
+
+def test_failures_are_said_in_words(tab: Tab) -> None:
+    answers = [answer for answer, _ in FAILURES]
+    tab.page.route("**/v1/**", lambda route: route.fulfill(**answers[0]) if answers[0] else route.abort())
     tab.choose("alpha")
-    tab.send(PROMPT)
-    assert tab.problem("alpha") == words
-    assert tab.answer("alpha").locator(".stats").inner_text().endswith("failed")
+    for _, words in FAILURES:
+        tab.send(PROMPT)
+        assert tab.problem("alpha") == words
+        assert tab.answer("alpha").locator(".stats").inner_text().endswith("failed")
+        answers.pop(0)
     assert_all_is_text(tab)
     tab.complaints.clear()
 
 
-def test_stream_that_is_cut_without_a_word_is_found(new_tab: Callable[..., Tab]) -> None:
-    tab = plant(new_tab(), "if (done) throw new Problem(CUT);", "if (done) return;")
+def test_stream_that_is_cut_without_a_word_is_found(blank: Tab) -> None:
+    tab = plant(blank, "if (done) throw new Problem(CUT);", "if (done) return;")
     tab.page.route("**/v1/**", lambda route: route.fulfill(**events(piece("part"), end="")))
     tab.send(PROMPT)
     tab.wait()
     assert tab.page.locator("article .bad").first.text_content() == ""
 
 
-@pytest.mark.parametrize(
-    ("models", "text", "settings", "words"),
-    [
+def test_wrong_input_is_said_before_it_is_sent(tab: Tab) -> None:
+    for models, text, settings, words in (
         ([], PROMPT, {}, "Choose at least one model."),
         (["alpha"], " ", {}, "Write a prompt first."),
         (["alpha"], PROMPT, {"temperature": "-1"}, "Temperature: "),
-        (["alpha"], PROMPT, {"max_tokens": "0"}, "Max tokens: "),
-    ],
-)
-def test_wrong_input_is_said_before_it_is_sent(
-    tab: Tab, models: list[str], text: str, settings: dict[str, str], words: str
-) -> None:
-    tab.choose(*models)
-    tab.send(text, **settings)
-    assert words in tab.page.locator("#problem").inner_text()
+        (["alpha"], PROMPT, {"temperature": "", "max_tokens": "0"}, "Max tokens: "),
+    ):
+        tab.choose(*models)
+        tab.send(text, **settings)
+        assert words in tab.page.locator("#problem").inner_text()
+    assert tab.page.locator("#settings").is_visible()
+    assert tab.page.evaluate("document.activeElement.id") == "max_tokens"
     assert tab.page.locator("article").count() == 0
 
 
 # Keys and load
 
 
-def test_key_is_asked_for_and_kept_in_this_tab_alone(new_tab: Callable[..., Tab], opened: Deployment) -> None:
+def test_key_is_asked_for_and_kept_in_this_tab_alone(blank: Tab, browser: Any, opened: Deployment) -> None:
     with serve_in_thread(opened, api_keys=("secret",)) as server:
-        tab = new_tab(server.url)
-        tab.page.goto(server.url)
-        for key, is_right in (("wrong", False), ("secret", True)):
-            tab.page.wait_for_selector("#key-dialog[open]")
-            tab.page.fill("#key", key)
-            tab.page.keyboard.press("Enter")
-            selector = "#chips label" if is_right else "#key-problem:has-text('does not know this key')"
-            tab.page.wait_for_selector(selector)
-        tab.choose("alpha")
-        tab.send(PROMPT, max_tokens=4)
-        assert tab.text("alpha")
+        blank.url = server.url
+        page = blank.page
+        page.goto(server.url)
+        for key, then in (("wrong", "#key-problem:has-text('does not know this key')"), ("secret", "#chips label")):
+            page.wait_for_selector("#key-dialog[open]")
+            page.fill("#key", key)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(then)
+        blank.choose("alpha")
+        blank.send(PROMPT, max_tokens=4)
+        assert blank.text("alpha")
         kept = "[JSON.stringify(sessionStorage), localStorage.length, document.cookie]"
-        assert tab.page.evaluate(kept) == ['{"adalink-key":"secret"}', 0, ""]
-        assert "secret" not in tab.page.content() + "".join(tab.addresses)
-        tab.page.reload()
-        tab.page.wait_for_selector("#chips label")
-        other = new_tab(server.url)
-        other.page.goto(server.url)
-        other.page.wait_for_selector("#key-dialog[open]")
-    for each in (tab, other):
-        assert all("401" in text or "ERR_" in text for text in each.complaints)
-        each.complaints.clear()
+        assert page.evaluate(kept) == ['{"adalink-key":"secret"}', 0, ""]
+        assert "secret" not in page.content() + "".join(blank.addresses)
+        page.reload()
+        page.wait_for_selector("#chips label")
+        other = page.context.new_page()
+        other.goto(server.url)
+        other.wait_for_selector("#key-dialog[open]")
+        other.close()
+        page.goto("about:blank")
+    assert all("401" in text for text in blank.complaints)
+    blank.complaints.clear()
 
 
 def test_load_is_shown(tab: Tab, served: Served, slow_steps: None) -> None:
@@ -151,24 +149,32 @@ def test_load_is_shown(tab: Tab, served: Served, slow_steps: None) -> None:
     tab.wait()
 
 
-def test_load_is_not_read_while_the_tab_is_hidden(new_tab: Callable[..., Tab]) -> None:
-    tab = new_tab()
+HIDE = """hidden => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
+def polls(tab: Tab, hidden: bool) -> int:
+    """How often the page asks for the load in four seconds of its clock."""
+    tab.page.evaluate(HIDE, hidden)
+    tab.page.wait_for_load_state("networkidle")
+    before = len(tab.addresses)
+    for _ in range(4):
+        tab.page.clock.run_for(1100)
+        tab.page.evaluate("fetch('health/live')")  # time for what is under way
+    return sum("page/state" in address for address in tab.addresses[before:])
+
+
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_load_is_not_read_while_the_tab_is_hidden(browser: Any, served: Served, is_planted: bool) -> None:
+    tab = Tab(browser.new_page(), served.url)  # its clock stays changed
     tab.page.clock.install()
-    tab.open()
-
-    def polls(hidden: bool) -> int:
-        tab.page.evaluate(
-            "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
-            "document.dispatchEvent(new Event('visibilitychange')); }",
-            hidden,
-        )
-        tab.page.wait_for_load_state("networkidle")
-        before = len(tab.addresses)
-        for _ in range(4):
-            tab.page.clock.run_for(1100)
-            tab.page.evaluate("fetch('health/live')")  # time for what is under way
-        return sum("page/state" in address for address in tab.addresses[before:])
-
-    assert polls(hidden=False) in (3, 4)
-    assert polls(hidden=True) == 0
-    assert polls(hidden=False) in (3, 4)
+    if is_planted:
+        plant(tab, "if (isPolling || document.hidden)", "if (isPolling)")
+    else:
+        tab.open()
+    assert polls(tab, hidden=False) in (3, 4)
+    assert (polls(tab, hidden=True) > 0) == is_planted
+    assert polls(tab, hidden=False) in (3, 4)
+    tab.page.close()

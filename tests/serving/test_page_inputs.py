@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -42,8 +42,9 @@ def change_state(tab: Tab, **changes: Any) -> None:
     tab.page.route("**/page/state", change)
 
 
-def test_image_from_disk_is_seen_as_by_generate(new_tab: Callable[..., Tab], seeing: Served) -> None:
-    tab = new_tab(seeing.url).open()
+def test_image_from_disk_is_seen_as_by_generate(blank: Tab, seeing: Served) -> None:
+    blank.url = seeing.url
+    tab = blank.open()
     tab.choose(seeing.base, "asked")
     answers = []
     for seed in (1, 2):
@@ -61,8 +62,9 @@ def test_image_from_disk_is_seen_as_by_generate(new_tab: Callable[..., Tab], see
     assert len(set(answers)) == 2
 
 
-def test_what_is_no_image_is_said(new_tab: Callable[..., Tab], seeing: Served) -> None:
-    tab = new_tab(seeing.url)
+def test_what_is_no_image_is_said(blank: Tab, seeing: Served) -> None:
+    tab = blank
+    tab.url = seeing.url
     change_state(tab, body_bytes=1400)
     tab.open()
     choose_image(tab, b"no image", "notes.txt")
@@ -72,8 +74,9 @@ def test_what_is_no_image_is_said(new_tab: Callable[..., Tab], seeing: Served) -
     assert tab.page.locator("#image").is_hidden()
 
 
-def test_image_can_be_removed_and_goes_with_chats_alone(new_tab: Callable[..., Tab], seeing: Served) -> None:
-    tab = new_tab(seeing.url).open()
+def test_image_can_be_removed_and_goes_with_chats_alone(blank: Tab, seeing: Served) -> None:
+    blank.url = seeing.url
+    tab = blank.open()
     for leave in (lambda: tab.page.click("#remove"), lambda: tab.page.check("[value=plain]")):
         choose_image(tab, png(1))
         tab.page.wait_for_selector("#image canvas[width]")
@@ -88,8 +91,8 @@ def test_base_that_does_not_see_takes_no_image(tab: Tab) -> None:
     assert tab.page.locator("#choose").is_hidden()
 
 
-def test_encoder_is_said_to_generate_nothing(new_tab: Callable[..., Tab], served: Served) -> None:
-    tab = new_tab()
+def test_encoder_is_said_to_generate_nothing(blank: Tab, served: Served) -> None:
+    tab = blank
     change_state(tab, kind="encoder", generates=False)
     tab.page.goto(tab.url)
     tab.page.wait_for_selector("#api-only")
@@ -99,8 +102,8 @@ def test_encoder_is_said_to_generate_nothing(new_tab: Callable[..., Tab], served
     assert [tab.page.locator(name).is_visible() for name in ("#composer", "#models", "#empty")] == [False] * 3
 
 
-def test_base_without_a_chat_template_is_asked_plainly(new_tab: Callable[..., Tab], served: Served) -> None:
-    tab = new_tab()
+def test_base_without_a_chat_template_is_asked_plainly(blank: Tab, served: Served) -> None:
+    tab = blank
     change_state(tab, chats=False)
     tab.open()
     assert tab.page.locator("#modes").is_hidden()
@@ -110,9 +113,9 @@ def test_base_without_a_chat_template_is_asked_plainly(new_tab: Callable[..., Ta
     assert tab.text("alpha") == served.deployment.generate([PROMPT], tasks="alpha")[0].text
 
 
-def test_sixth_answer_waits_for_a_connection_and_then_streams(new_tab: Callable[..., Tab]) -> None:
+def test_sixth_answer_waits_for_a_connection_and_then_streams(blank: Tab) -> None:
     names = [f"task-{index}" for index in range(20)]
-    tab, held = new_tab(), list[Any]()
+    tab, held = blank, list[Any]()
 
     def hold(route: Any) -> None:
         held.append(route)
@@ -136,8 +139,8 @@ def test_sixth_answer_waits_for_a_connection_and_then_streams(new_tab: Callable[
     assert tab.page.locator(".text").all_inner_texts() == [f"answer {done}" for done in range(7)]
 
 
-def test_models_that_come_and_go_are_offered(new_tab: Callable[..., Tab], served: Served) -> None:
-    tab = new_tab().open()
+def test_models_that_come_and_go_are_offered(blank: Tab, served: Served) -> None:
+    tab = blank.open()
     tab.choose("beta", "double")
     change_state(tab, models=[served.base, "beta", "new"])
     tab.page.wait_for_selector("#chips label:has-text('new')")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 from helpers.browser import Tab, route_answer
 from helpers.served import Served
 
@@ -12,6 +9,7 @@ PROMPT = "Hello"
 
 
 def test_everything_that_has_the_focus_shows_it(tab: Tab) -> None:
+    tab.page.click("#toggle")
     tab.send(PROMPT, max_tokens=2)
     tab.wait()
     tab.page.click("#prompt")
@@ -74,6 +72,7 @@ CONTRAST = """() => {
 def fill(tab: Tab, served: Served) -> None:
     """Bring the page to show everything it has: answers, probabilities, settings and a problem."""
     tab.choose(served.base, "alpha")
+    tab.page.click("#toggle")
     tab.send(PROMPT, max_tokens=3)
     tab.wait()
     for summary in tab.page.locator("summary").all():
@@ -82,49 +81,49 @@ def fill(tab: Tab, served: Served) -> None:
     assert tab.page.locator("#problem").is_visible()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_is_that_of_wcag_aa(new_tab: Callable[..., Tab], served: Served, scheme: str) -> None:
-    tab = new_tab(color_scheme=scheme).open()
+def test_contrast_is_that_of_wcag_aa_in_both_schemes(tab: Tab, served: Served) -> None:
     fill(tab, served)
-    ratios = tab.page.evaluate(CONTRAST)
-    assert {"Send", "You", "Settings", "AdaLink", "Write a prompt", "First token", "Write a prompt first."} <= {
-        text for _, text in ratios
-    }
-    assert [(text, round(ratio, 2)) for ratio, text in ratios if ratio < 4.5] == []
+    grounds = set()
+    for scheme in ("light", "dark"):
+        tab.page.emulate_media(color_scheme=scheme)
+        ratios = tab.page.evaluate(CONTRAST)
+        assert {"Send", "You", "Settings", "AdaLink", "Write a prompt", "First token", "Write a prompt first."} <= {
+            text for _, text in ratios
+        }
+        assert [(text, round(ratio, 2)) for ratio, text in ratios if ratio < 4.5] == []
+        grounds.add(tab.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert len(grounds) == 2
+    tab.page.emulate_media(color_scheme="light")
     tab.page.evaluate("document.documentElement.style.setProperty('--soft', '#808080')")
     assert min(ratio for ratio, _ in tab.page.evaluate(CONTRAST)) < 4.5
 
 
-def test_schemes_differ(new_tab: Callable[..., Tab]) -> None:
-    grounds = [
-        new_tab(color_scheme=scheme).open().page.evaluate("getComputedStyle(document.body).backgroundColor")
-        for scheme in ("light", "dark")
-    ]
-    assert len(set(grounds)) == 2
+def test_window_that_is_narrow_needs_no_sideways_scrolling(tab: Tab, served: Served) -> None:
+    widths = (320, 400, 800)
 
+    def measured() -> list[int]:
+        found = []
+        for width in widths:
+            tab.page.set_viewport_size({"width": width, "height": 800})
+            found.append(tab.width())
+        return found
 
-@pytest.mark.parametrize("width", [320, 400, 800])
-def test_window_that_is_narrow_needs_no_sideways_scrolling(
-    new_tab: Callable[..., Tab], served: Served, width: int
-) -> None:
-    tab = new_tab(width=width).open()
-    assert tab.width() == width
-    tab.choose(served.base, "alpha")
+    assert measured() == list(widths)
     route_answer(tab, "W" * 300 + " " + "word " * 30)
     tab.send("W" * 300)
     fill(tab, served)
-    assert tab.width() == width
+    assert measured() == list(widths)
     tab.page.evaluate("document.querySelector('.answers').style.width = '500vw'")
-    assert tab.width() > width
+    assert min(measured()) > max(widths)
 
 
-def test_answers_stand_side_by_side_where_there_is_room(new_tab: Callable[..., Tab], served: Served) -> None:
+def test_answers_stand_side_by_side_where_there_is_room(tab: Tab, served: Served) -> None:
+    tab.choose(served.base, *served.deployment.tasks)
+    tab.send(PROMPT, max_tokens=2)
+    tab.wait()
     columns = {}
     for width in (400, 1400):
-        tab = new_tab(width=width).open()
-        tab.choose(served.base, *served.deployment.tasks)
-        tab.send(PROMPT, max_tokens=2)
-        tab.wait()
+        tab.page.set_viewport_size({"width": width, "height": 800})
         boxes = [article.bounding_box() for article in tab.page.locator("article").all()]
         columns[width] = len({round(box["x"]) for box in boxes if box})
     assert columns == {400: 1, 1400: 5}
@@ -146,13 +145,11 @@ def test_screen_readers_read_an_answer_once_when_it_is_complete(tab: Tab, served
     assert tab.page.locator("#turns :is([role=alert], [role=log])").count() == 0
 
 
-@pytest.mark.parametrize(("motion", "moves"), [("reduce", False), ("no-preference", True)])
-def test_nothing_moves_for_who_wants_no_motion(new_tab: Callable[..., Tab], motion: str, moves: bool) -> None:
-    tab = new_tab(reduced_motion=motion).open()
+def test_nothing_moves_for_who_wants_no_motion(tab: Tab) -> None:
     tab.page.route("**/v1/**", lambda route: None)  # the answer never comes
     tab.choose("alpha")
     tab.send(PROMPT)
-    found = tab.page.evaluate("document.getAnimations().filter((one) => one.playState === 'running').length")
-    assert (found > 0) == moves
-    tab.page.keyboard.press("Escape")
-    tab.wait()
+    for motion, moves in (("no-preference", True), ("reduce", False)):
+        tab.page.emulate_media(reduced_motion=motion)
+        running = tab.page.evaluate("document.getAnimations().filter((one) => one.playState === 'running').length")
+        assert (running > 0) == moves
