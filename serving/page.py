@@ -54,7 +54,6 @@ async def state(request: HttpRequest) -> JsonResponse:
         "generates": base.kind != "encoder" and base.tokenizer is not None,
         "chats": base.chat_template is not None,
         "sees": base.vision is not None,
-        "body_bytes": gateway.body_bytes,
         "running": deployment.running,
         "waiting": deployment.waiting,
         "slots": gateway.options.slots,

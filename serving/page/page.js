@@ -3,7 +3,6 @@
 
 const MOST_STREAMS = 5; // browsers keep six connections to a server: one is left for the load
 const MOST_ODDS = 5; // first tokens that are shown
-const FILTER_FROM = 13; // models
 const KEY = "adalink-key";
 const CUT = "The answer was cut off before its end.";
 
@@ -32,19 +31,20 @@ async function request(path, options) {
     throw error.name === "TypeError" ? new Problem("The server does not answer. Is it still running?") : error;
   });
   if (response.ok) return response;
+  if (response.status === 401) {
+    askKey(key && "The server does not know this key.");
+    throw new Problem("This server asks for an API key.");
+  }
   const { error } = await response.json().catch(() => ({}));
-  if (response.status === 401) askKey(key && "The server does not know this key.");
   const retry = response.headers.get("Retry-After");
   const words = error?.message || `the server answered ${response.status} ${response.statusText}`;
   throw new Problem(sentence(words) + (retry ? ` Try again in ${retry} s.` : ""));
 }
 
-let timer, isPolling, last;
+let timer, last;
 
 async function poll() {
-  clearTimeout(timer);
-  if (isPolling || document.hidden) return;
-  isPolling = true;
+  if (document.hidden) return;
   try {
     showState(await (await request("page/state", { signal: AbortSignal.timeout(10000) })).json());
   } catch (error) {
@@ -53,7 +53,7 @@ async function poll() {
   }
   show("load", last);
   show("offline", !last);
-  isPolling = false;
+  clearTimeout(timer);
   if (!$("key-dialog").open) timer = setTimeout(poll, 1000);
 }
 
@@ -98,7 +98,7 @@ function showModels(chosen) {
     return chip;
   });
   $("chips").replaceChildren(...chips);
-  show("filter", chips.length >= FILTER_FROM);
+  show("filter", chips.length > 12);
 }
 
 function showForm() {
@@ -139,14 +139,13 @@ $("file").onchange = async () => {
   if (!file) return;
   say("problem", "");
   try {
-    if (file.size * 1.4 > server.body_bytes) throw new Problem(`${file.name} is larger than this server takes.`);
     const reader = new FileReader();
     const url = await new Promise((resolve, reject) => {
       Object.assign(reader, { onload: () => resolve(reader.result), onerror: reject }).readAsDataURL(file);
     });
     setImage({ name: file.name, url, bitmap: await createImageBitmap(file, { resizeHeight: 160 }) });
-  } catch (error) {
-    say("problem", error instanceof Problem ? error.message : `${file.name} is no image that this browser can read.`);
+  } catch {
+    say("problem", `${file.name} is no image that this browser can read.`);
   }
   $("file").value = "";
 };
@@ -187,11 +186,12 @@ $("composer").onsubmit = async (event) => {
     if (wrong) showSettings(true);
     return (wrong ?? $("prompt")).focus();
   }
+  const sent = image;
   const turn = {
     text,
     isChat: isChat(),
     system: $("system").value.trim(),
-    content: image ? [{ type: "text", text }, { type: "image_url", image_url: { url: image.url } }] : text,
+    content: sent ? [{ type: "text", text }, { type: "image_url", image_url: { url: sent.url } }] : text,
     settings: Object.fromEntries(fields.filter((field) => field.value).map((field) => [field.id, Number(field.value)])),
   };
   const section = copy("turn");
@@ -206,7 +206,9 @@ $("composer").onsubmit = async (event) => {
   show("restart", true);
   section.scrollIntoView();
   await Promise.all(answers.map((answer) => answer.ask()));
-  if (answers.every((answer) => answer.reason === "failed")) $("prompt").value ||= text;
+  if (answers.some((answer) => answer.reason !== "failed") || $("prompt").value || image) return;
+  $("prompt").value = text; // to be sent again
+  setImage(sent);
 };
 
 const queue = []; // answers that wait for a connection
