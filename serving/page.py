@@ -9,6 +9,7 @@ import hashlib
 import re
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -54,6 +55,8 @@ async def state(request: HttpRequest) -> JsonResponse:
         "generates": base.kind != "encoder" and base.tokenizer is not None,
         "chats": base.chat_template is not None,
         "sees": base.vision is not None,
+        # Where to ask a base that generates no text.
+        "api": f"v2/models/{quote(gateway.base_name, safe='')}/infer",
         "running": deployment.running,
         "waiting": deployment.waiting,
         "slots": gateway.options.slots,

@@ -59,7 +59,7 @@ async function poll() {
 
 function showState(state) {
   const now = { tokens: state.tokens, at: performance.now() };
-  say("rate", last ? Math.round((1000 * (now.tokens - last.tokens)) / (now.at - last.at)) : 0);
+  say("rate", last ? Math.max(0, Math.round((1000 * (now.tokens - last.tokens)) / (now.at - last.at))) : 0);
   last = now;
   for (const name of ["running", "waiting", "slots"]) say(name, state[name]);
   $("bar").style.width = `${(100 * state.running) / state.slots}%`;
@@ -76,6 +76,7 @@ function askKey(problem) {
 }
 
 $("change-key").onclick = () => askKey();
+$("key-dialog").onclose = () => last && poll();
 $("key-dialog").onsubmit = (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, $("key").value.trim());
@@ -102,12 +103,12 @@ function showModels(chosen) {
 }
 
 function showForm() {
-  const { base, kind, generates, chats } = server;
+  const { base, kind, generates, chats, api } = server;
   say("base", base);
   document.title = `${base} · AdaLink`;
   if (!generates) {
     say("title", `${base} ${kind === "encoder" ? "is an encoder: it generates no text" : "has no tokenizer"}`);
-    say("call", `POST ${new URL(`v2/models/${encodeURIComponent(base)}/infer`, document.baseURI)}`);
+    say("call", `POST ${new URL(api, document.baseURI)}`);
     return show("api-only", true);
   }
   for (const id of ["models", "empty", "composer"]) show(id, true);
@@ -174,8 +175,8 @@ $("composer").onsubmit = async (event) => {
   event.preventDefault();
   const models = checked("model");
   const text = $("prompt").value;
-  const fields = [$("max_tokens"), $("temperature")];
-  const wrong = fields.find((field) => !field.validity.valid);
+  const numbers = [$("max_tokens"), $("temperature")];
+  const wrong = numbers.find((field) => !field.validity.valid);
   const problem =
     (running.size && "Answers are still coming: wait for them, or stop them.") ||
     (!models.length && "Choose at least one model.") ||
@@ -187,13 +188,14 @@ $("composer").onsubmit = async (event) => {
     return (wrong ?? $("prompt")).focus();
   }
   const sent = image;
+  const system = $("system").value.trim();
   const turn = {
-    text,
     isChat: isChat(),
-    system: $("system").value.trim(),
     content: sent ? [{ type: "text", text }, { type: "image_url", image_url: { url: sent.url } }] : text,
-    settings: Object.fromEntries(fields.filter((field) => field.value).map((field) => [field.id, Number(field.value)])),
+    system: system ? [{ role: "system", content: system }] : [],
+    fields: isChat() ? { logprobs: true, top_logprobs: MOST_ODDS } : { prompt: text, logprobs: MOST_ODDS },
   };
+  for (const { id, value } of numbers) if (value) turn.fields[id] = Number(value);
   const section = copy("turn");
   const answers = models.map((model) => new Answer(model, turn));
   section.children[1].textContent = text;
@@ -257,12 +259,9 @@ class Answer {
   }
 
   async stream() {
-    const { text, system, settings, isChat } = this.turn;
-    const body = { model: this.model, stream: true, stream_options: { include_usage: true }, ...settings };
-    if (isChat) {
-      const messages = [...(system ? [{ role: "system", content: system }] : []), ...this.messages()];
-      Object.assign(body, { messages, logprobs: true, top_logprobs: MOST_ODDS });
-    } else Object.assign(body, { prompt: text, logprobs: MOST_ODDS });
+    const { isChat, system, fields } = this.turn;
+    const body = { ...fields, model: this.model, stream: true, stream_options: { include_usage: true } };
+    if (isChat) body.messages = [...system, ...this.messages()];
     this.begun = performance.now();
     const options = { method: "POST", body: JSON.stringify(body), signal: this.control.signal };
     const response = await request(isChat ? "v1/chat/completions" : "v1/completions", options);

@@ -174,7 +174,9 @@ def test_load_is_not_read_while_the_tab_is_hidden(browser: Any, served: Served, 
         plant(tab, "if (document.hidden) return;", "")
     else:
         tab.open()
-    assert polls(tab, hidden=False) in (3, 4)
+    assert 3 <= polls(tab, hidden=False) <= 5
     assert (polls(tab, hidden=True) > 0) == is_planted
-    assert polls(tab, hidden=False) in (3, 4)
+    for hidden in (False, True, False, True):
+        tab.page.evaluate(HIDE, hidden)
+    assert 3 <= polls(tab, hidden=False) <= 5  # and not once for each time that the tab came into view
     tab.page.close()

@@ -125,6 +125,8 @@ def test_state_says_models_and_what_they_take(served: Served, encoder: Served) -
     assert (state["generates"], state["chats"], state["sees"]) == (True, True, False)
     state = encoder.get("/page/state").json()
     assert (state["kind"], state["generates"]) == ("encoder", False)
+    ids = {"name": "input_ids", "shape": [1, 2], "datatype": "INT64", "data": [5, 9]}
+    assert encoder.post(f"/{state['api']}", {"inputs": [ids]}).status_code == 200
 
 
 def test_state_counts_tokens_while_they_come(served: Served, slow_steps: None) -> None:
