@@ -87,7 +87,8 @@ class Tab:
 
     def send(self, text: str, *, chat: bool = True, **settings: Any) -> None:
         """Ask, with ``max_tokens``, ``temperature`` and ``system`` where given; quicker than by mouse and keys."""
-        self.page.check(f"[value={'chat' if chat else 'plain'}]") if self.is_chat() != chat else None
+        if self.is_chat() != chat:
+            self.page.check(f"[value={'chat' if chat else 'plain'}]")
         self.page.evaluate(
             "values => { for (const id in values) document.getElementById(id).value = values[id];"
             "document.querySelector('#composer').requestSubmit() }",
@@ -118,7 +119,14 @@ class Tab:
 
     def until(self, script: str, seconds: float = 8) -> None:
         """Wait until an expression is true in the page; Playwright's own way is an ``eval``, which the page forbids."""
-        wait_for(lambda: bool(self.page.evaluate(script)), seconds)
+
+        def holds() -> bool:
+            if self.page.evaluate(script):
+                return True
+            self.page.wait_for_timeout(10)  # time for the page itself
+            return False
+
+        wait_for(holds, seconds)
 
     def width(self) -> int:
         """Width of the whole document, beyond the window too."""

@@ -48,6 +48,18 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunningBatch, "can_speculate", property(no_drafts))
 
 
+@pytest.fixture
+def very_slow_steps(slow_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of at least 80 ms: time for a browser to act in the middle of an answer."""
+    step = RunningBatch.step
+
+    def slow(self: RunningBatch) -> None:
+        time.sleep(0.06)
+        step(self)
+
+    monkeypatch.setattr(RunningBatch, "step", slow)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with open_browser() as browser:

@@ -59,7 +59,7 @@ def test_first_token_has_the_probabilities_of_pytorch(tab: Tab, served: Served, 
 
 def test_answer_streams(tab: Tab, served: Served, slow_steps: None) -> None:
     tab.choose(served.base)
-    tab.send("wheat", chat=False, max_tokens=40)
+    tab.send("wheat", chat=False, max_tokens=55)
     tab.until("document.querySelector('.text').textContent.length > 2")
     begun = tab.answer(served.base).locator(".text").text_content() or ""
     assert tab.page.locator("[aria-busy=true]").count() == 1
@@ -100,7 +100,7 @@ def test_next_turn_has_the_turns_before_and_the_system_prompt(blank: Tab, chatti
 # Stopping
 
 
-def test_stop_frees_the_slot(tab: Tab, served: Served, slow_steps: None) -> None:
+def test_stop_frees_the_slot(tab: Tab, served: Served, very_slow_steps: None) -> None:
     tab.choose("alpha", "beta")
     tab.send("wheat", chat=False, max_tokens=50)
     wait_for(lambda: served.deployment.running == 2)
@@ -120,7 +120,7 @@ def test_stop_frees_the_slot(tab: Tab, served: Served, slow_steps: None) -> None
 def test_stop_that_frees_no_slot_is_found(blank: Tab, served: Served, slow_steps: None) -> None:
     tab = plant(blank, "signal: this.control.signal }", "}")
     tab.choose("alpha")
-    tab.send("wheat", chat=False, max_tokens=50)
+    tab.send("wheat", chat=False, max_tokens=35)
     wait_for(lambda: served.deployment.running == 1)
     tab.page.click("#stop-all")
     with pytest.raises(AssertionError):
@@ -128,7 +128,7 @@ def test_stop_that_frees_no_slot_is_found(blank: Tab, served: Served, slow_steps
     tab.wait()
 
 
-def test_keyboard_alone_does_it_all(tab: Tab, served: Served, slow_steps: None) -> None:
+def test_keyboard_alone_does_it_all(tab: Tab, served: Served, very_slow_steps: None) -> None:
     keys = tab.page.keyboard
     assert tab.page.evaluate("document.activeElement.id") == "prompt"
     for _ in range(len(served.deployment.tasks) + 1):

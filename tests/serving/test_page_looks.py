@@ -135,7 +135,7 @@ def test_screen_readers_read_an_answer_once_when_it_is_complete(tab: Tab, served
         "window.read = []; new MutationObserver((all) => all.forEach((one) => one.addedNodes.forEach("
         "(node) => window.read.push(node.textContent)))).observe(document.querySelector('#news'), { childList: true })"
     )
-    tab.send("wheat", chat=False, max_tokens=12)
+    tab.send("wheat", chat=False, max_tokens=50)
     tab.until("document.querySelector('.text').textContent.length > 1")
     assert tab.page.evaluate("window.read.length") == 0
     assert tab.page.locator("article[aria-busy=true]").count() == 1
