@@ -9,6 +9,8 @@ from starlette.routing import Route
 
 from adalink.runtime.deployment import Deployment
 from adalink.serving.adapters import load_adapter, unload_adapter
+from adalink.serving.classifying import classify
+from adalink.serving.embeddings import embeddings
 from adalink.serving.gateway import Gateway
 from adalink.serving.generating import chat_completions, completions
 from adalink.serving.guard import Guard, http_error
@@ -36,6 +38,8 @@ def make_app(deployment: Deployment, options: ServeOptions | None = None) -> Sta
         Route("/v1/models/{model:path}", show_model),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/v1/classify", classify, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/v2", server_metadata),

@@ -66,7 +66,11 @@ class Metrics:
 
     def count_prompt(self, task: str, generation: Generation) -> None:
         """Count a prompt, once for all choices."""
-        self._prompt.labels(task).inc(generation.prompt_tokens)
+        self.count_prompt_tokens(task, generation.prompt_tokens)
+
+    def count_prompt_tokens(self, task: str, tokens: int) -> None:
+        """Count tokens that were read."""
+        self._prompt.labels(task).inc(tokens)
 
     def count_choice(self, task: str, generation: Generation) -> None:
         """Count the tokens of a choice that has ended."""

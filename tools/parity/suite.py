@@ -34,7 +34,9 @@ from adalink.tools.parity.check_adapter import (
 from adalink.tools.parity.check_batches import STEPS, Batch
 from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
+from adalink.tools.parity.check_head import check_head, is_head_alone
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_scheduler import JoinedRows
@@ -253,6 +255,7 @@ def _check_outputs(
     rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
     if texts is not None:
         check_defaults(report, deployment, reference, rows)
+    check_pooling_settings(report, deployment, reference)
     compared: dict[str | None, Comparison] = {}
     compared_images: dict[str | None, Comparison] = {}
     compared_kinds: dict[tuple[str, str | None], Comparison] = {}
@@ -271,6 +274,9 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
+            report.checks += check_pooling(label, task, deployment, reference, inputs.pooled, comparison)
+            if task is not None:
+                report.checks += check_head(task, folders[task], deployment, reference, inputs.pooled, comparison)
             if image_prompts is not None:
                 progress(f"{label}: outputs on {len(image_prompts.rows)} prompts with images")
                 compared_images[task] = compare_outputs(
@@ -290,6 +296,8 @@ def _check_outputs(
             if joined is not None and generator is not None:
                 joined.judge(task, reference, generator, comparison.typical["logits"])
     for task in deployment.tasks:
+        if is_head_alone(deployment.manifest.tasks[task]):
+            continue
         if takes_text := "text" in deployment.manifest.tasks[task].modalities:
             report.checks += check_control(task, compared[None], compared[task])
         for kind in (kind for kind in inputs.labelled if takes_text or not kind.is_text):

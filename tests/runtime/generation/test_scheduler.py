@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -20,7 +22,7 @@ from adalink.runtime import Deployment, Generation, Handle, Request, SamplingPar
 from adalink.runtime.errors import QueueFullError, RequestError, RequestTimeoutError, UnknownTaskError
 from adalink.runtime.generation import admission
 from adalink.runtime.generation.running_batch import RunningBatch
-from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState, StaticCacheEngine
 from adalink.runtime.tasks.adapter_mapping import combine
 
 TASKS = [None, "alpha", "beta", "prompted", "double"]
@@ -168,6 +170,33 @@ def test_faults_would_show(
     requests += [(3, Request(PROMPTS[1], task="alpha", max_new_tokens=12))]
     expected += [llama.greedy(encode(PROMPTS[1]), "alpha", 12)]
     assert [list(handle.result(60).token_ids) for handle in submit_at(three_slots, requests)] != expected
+
+
+def test_prompts_read_alone_share_memory_until_the_batch_is_idle(
+    llama: Any, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[StaticCacheDecodeState]] = []
+    plain = StaticCacheEngine.open_slots
+
+    def counted(engine: StaticCacheEngine, slots: int, capacity: int) -> StaticCacheDecodeState:
+        state = plain(engine, slots, capacity)
+        made.append(weakref.ref(state))
+        return state
+
+    long, longer = "crude oil, 1987", "crude oil, 1987, and then wheat"
+    with Deployment.open(llama.folder, threads=1) as opened:
+        alone = [opened.generate([text], max_new_tokens=4, sampling=ENDLESS)[0] for text in (long, longer)]
+        monkeypatch.setattr(StaticCacheEngine, "open_slots", counted)
+        # One after the other: the second begins when the first has been read.
+        handles = submit_at(
+            opened,
+            [(at, Request(text, max_new_tokens=4, sampling=ENDLESS)) for at, text in ((1, long), (9, long), (17, longer))],
+        )
+        texts = [handle.result(60) for handle in handles]
+    assert texts == [alone[0], alone[0], alone[1]]
+    assert len(made) == 3  # the batch, the first prompt's and the larger one's: the second used the first's
+    gc.collect()
+    assert not any(reference() for reference in made)
 
 
 def test_the_seed_belongs_to_the_request(llama: Any, three_slots: Deployment) -> None:
