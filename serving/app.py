@@ -18,6 +18,7 @@ from adalink.serving.health import live, metrics, ready
 from adalink.serving.inference import infer, model_metadata, model_ready, server_metadata
 from adalink.serving.models import list_models, show_model
 from adalink.serving.options import ServeOptions
+from adalink.serving.page import PAGE_ADDRESSES, page_routes
 from adalink.serving.tokenizing import detokenize, tokenize
 
 
@@ -55,9 +56,12 @@ def make_app(deployment: Deployment, options: ServeOptions | None = None) -> Sta
     if gateway.options.tasks_folder is not None:
         routes.append(Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]))
         routes.append(Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]))
+    if gateway.options.page:
+        routes += page_routes()
+    keyless = PAGE_ADDRESSES if gateway.options.page else frozenset[str]()
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, gateway=gateway)],
+        middleware=[Middleware(Guard, gateway=gateway, keyless=keyless)],
         exception_handlers={HTTPException: http_error},
     )
     app.state.gateway = gateway

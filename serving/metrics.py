@@ -50,6 +50,12 @@ class Metrics:
             registry=registry,
         )
 
+    @property
+    def tokens(self) -> int:
+        """Tokens generated since the start, those of running requests included."""
+        samples = (sample for each in (self._first, self._between) for sample in next(iter(each.collect())).samples)
+        return int(sum(sample.value for sample in samples if sample.name.endswith("_count")))
+
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
