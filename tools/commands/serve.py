@@ -123,6 +123,7 @@ def run(options: ServeCommandOptions) -> None:
         AdaLinkError: the deployment, the address or the key file cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.serving.keys import read_keys
     from adalink.serving.options import ServeOptions
     from adalink.serving.server import serve
 
@@ -164,18 +165,6 @@ def run(options: ServeCommandOptions) -> None:
             allow_without_key=options.allow_without_key,
             on_listen=announce,
         )
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """Keys of a file, one a line; raises ``ConfigError`` if there are none or the file cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys:
-        raise ConfigError(f"{path} holds no key: write one a line")
-    return keys
 
 
 def _folder(path: Path | None) -> Path | None:
