@@ -99,6 +99,7 @@ class ReplicaOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "max_queued_requests": self.queue,
             "graceful_shutdown_timeout_s": self.drain,
             "graceful_shutdown_wait_loop_s": 0.5,
+            "health_check_period_s": 5,
         }
 
 

@@ -13,8 +13,13 @@ from adalink.serving.api_error import ApiError
 from adalink.serving.generating import error_response
 
 _LOG = get_logger(__name__)
-# Statuses that a proxy answers by itself, with a bare text.
-_PROXY_STATUSES = (408, 429, 500, 503)
+# What a proxy answers by itself, with a bare text.
+_REFUSALS = {
+    408: ("the request took longer than the proxy's limit", "timeout"),
+    429: ("the queue is full: try again later", "queue_full"),
+    503: ("the queue is full: try again later", "queue_full"),
+}
+_PROXY_STATUSES = (*_REFUSALS, 500)
 
 
 def middlewares() -> list[Middleware]:
@@ -84,12 +89,14 @@ class _Answer:
 
 
 def _lost() -> ApiError:
-    return ApiError(503, "the replica that answered was lost: ask again", code="replica_lost")
+    return ApiError(503, "the replica that was to answer is lost: ask again", code="replica_lost")
 
 
 def _refusal(status: int, text: bytes) -> ApiError:
-    """The error of a proxy's own answer; a 500 is a bug of a replica, whose text may tell paths."""
+    """The error of a proxy's own answer; the text of a 500 may tell paths."""
     if status == 500:
         return ApiError(500, "the proxy could not answer; its log says why", code="internal_error")
-    code = {408: "timeout", 429: "queue_full", 503: "queue_full"}[status]
-    return ApiError(status, text.decode("utf-8", "replace")[:200] or "the proxy refused the request", code=code)
+    if status == 503 and b"backpressure" not in text:
+        return ApiError(503, "no replica can answer now: try again later", code="unavailable")
+    message, code = _REFUSALS[status]
+    return ApiError(status, message, code=code)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 from pathlib import Path
 
 from ray import serve
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from adalink.runtime.deployment import Deployment
-from adalink.serving.api_error import ApiError
 from adalink.serving.app import make_app
 from adalink.serving.gateway import Gateway
-from adalink.serving.generating import error_response
 from adalink.serving.keys import read_keys
 from adalink.serving.options import ServeOptions
 from adalink.serving.ray.metrics import RayExport
 from adalink.serving.ray.options import ReplicaOptions
+from adalink.serving.ray.replica_app import ReplicaApp
 from adalink.serving.watching import watch
 
 # Time between two looks at the folder.
@@ -61,7 +59,8 @@ class Replica:
         self._background = [asyncio.ensure_future(RayExport(self._gateway.metrics).keep_pushing())]
         if self._is_watching:
             self._background.append(asyncio.ensure_future(watch(self._gateway, _WATCH_SECONDS)))
-        return ReplicaApp(app, is_open=self._is_open)
+        name = serve.get_replica_context().replica_id.unique_id
+        return ReplicaApp(app, name, is_open=self._is_open)
 
     async def check_health(self) -> None:
         """Ready for requests; Ray Serve replaces a replica that raises here, or whose event loop stands still.
@@ -83,38 +82,3 @@ class Replica:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._gateway.in_thread(self._deployment.close)
-
-
-class ReplicaApp:
-    """The server's application as one of several: without what would be true of this replica alone."""
-
-    def __init__(self, app: ASGIApp, *, is_open: bool) -> None:
-        """``is_open`` says whether clients of other machines are answered."""
-        self._app, self._is_open = app, is_open
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (self._app if refusal is None else error_response(refusal))(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        if not self._is_open and not _is_loopback(scope.get("client")):
-            return ApiError(
-                403,
-                "without a key only clients on the proxy's own machine are answered: give the argument api_key_file, "
-                "or allow_without_key=true",
-                code="key_needed",
-            )
-        if scope["path"] == "/metrics":
-            message = "each replica counts for itself: Ray exports the metrics of all of them, see its port for metrics"
-            return ApiError(404, message, code="not_here")
-        return None
-
-
-def _is_loopback(client: tuple[str, int] | None) -> bool:
-    if not client:
-        return False
-    try:
-        return ipaddress.ip_address(client[0]).is_loopback
-    except ValueError:
-        return False
