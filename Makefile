@@ -33,6 +33,11 @@ $(VENV)/tensorrt-rtx: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check $(PIN) --editable '.[tensorrt-rtx]'
 	@touch $@
 
+# Ray Serve: 80 MB to download, 240 MB on the disk, and some 50 packages.
+$(VENV)/ray: $(VENV)/installed
+	$(RUN)/python -m pip install --disable-pip-version-check $(PIN) --editable '.[ray]'
+	@touch $@
+
 $(VENV)/docs: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
@@ -46,7 +51,7 @@ test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" \
 		$(if $(filter 1,$(COVERAGE)),--cov --cov-report=term)
 
-test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
+test-slow: $(VENV)/models $(VENV)/tensorrt-rtx $(VENV)/ray ## the tests on real models
 	$(RUN)/python -m pytest -m "slow"
 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU

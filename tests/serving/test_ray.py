@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'"),
 ]
 
-PROMPTS = ["Q", "wheat", "crude oil, 1987", "a bank raised its rates"]
+PROMPTS = ["oil", "7", "crude oil, 1987"]  # each task continues them otherwise
 TOKENS = 40
 
 
@@ -42,7 +42,7 @@ def expected(folder: Path) -> dict[tuple[str, str], str]:
             for prompt in PROMPTS:
                 name = task or deployment.manifest.base.name
                 texts[name, prompt] = deployment.generate([prompt], tasks=task, max_new_tokens=TOKENS)[0].text
-    assert len(set(texts.values())) > len(PROMPTS)  # a wrong task would be seen
+    assert len(set(texts.values())) == len(texts)  # a wrong task would be seen
     return texts
 
 
@@ -95,9 +95,9 @@ def test_task_of_the_shared_folder_appears_on_both(
     assert len(models_of_replicas(two)) == 2
     answered = dict.fromkeys(models_of_replicas(two), 0)
     for _ in range(40):
-        body = {"model": "later", "prompt": "wheat", "max_tokens": TOKENS}
+        body = {"model": "later", "prompt": "oil", "max_tokens": TOKENS}
         answer = httpx.post(f"{two.url}/v1/completions", json=body, timeout=20)
-        assert answer.json()["choices"][0]["text"] == expected["beta", "wheat"]
+        assert answer.json()["choices"][0]["text"] == expected["beta", "oil"]
         answered[answer.headers["x-adalink-replica"]] += 1
     assert min(answered.values()) > 0
     wait_for(lambda: requests_by_replica(two, "later") == answered, 40)
