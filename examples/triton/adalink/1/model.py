@@ -13,7 +13,7 @@ from adalink.runtime import AdaLinkError, Deployment, QueueFullError, Request, R
 
 
 class TritonPythonModel:
-    """Triton makes one. It calls ``execute`` for each request without waiting for earlier ones, and then ``finalize``."""
+    """Triton makes one, calls ``execute`` for each request without waiting for earlier ones, then ``finalize``."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the deployment that the parameters of ``config.pbtxt`` name."""
