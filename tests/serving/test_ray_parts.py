@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
+import yaml
+from helpers.code_blocks import check_command
+from helpers.paths import REPOSITORY
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -94,6 +98,28 @@ def test_builder_binds_a_replica() -> None:
     assert (bound.name, bound.num_replicas, bound.max_queued_requests) == ("AdaLink", 2, 256)
     assert bound.ray_actor_options["num_cpus"] == 3
     assert bound.init_args == (ReplicaOptions(deployment="/d", replicas=2, threads=3),)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own classes
+def test_examples_of_yaml_are_taken() -> None:
+    config = yaml.safe_load((REPOSITORY / "examples/ray/serve.yaml").read_text())
+    (application,) = config["applications"]
+    options = read_options(application["args"])
+    scaling = application["deployments"][0]["autoscaling_config"]
+    assert {key: scaling[key] for key in ("min_replicas", "max_replicas", "target_ongoing_requests")} == (
+        options.deployment_options["autoscaling_config"]
+    )
+    assert application["import_path"] == "adalink.serving.ray:app"
+    if find_spec("ray") is not None:
+        from ray.serve.schema import ServeDeploySchema
+
+        ServeDeploySchema.model_validate(config)
+    (container,) = yaml.safe_load((REPOSITORY / "examples/kserve/inference-service.yaml").read_text())["spec"][
+        "predictor"
+    ]["containers"]
+    program, *words = [*container["command"], *container["args"]]
+    assert program == "adalink"
+    check_command(words)
 
 
 def test_replica_answers_its_own_machine_without_a_key(opened: Deployment) -> None:
