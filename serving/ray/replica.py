@@ -35,12 +35,12 @@ class Replica:
             api_keys=keys,
             body_bytes=None if options.body_limit is None else options.body_limit << 20,
             request_seconds=options.timeout,
+            watch_seconds=_WATCH_SECONDS if options.watch else None,
             drain_seconds=options.drain,
             checks_host=not self._is_open,
             slots=options.slots,
             context=options.context,
         )
-        self._is_watching = options.watch
         self._deployment = Deployment.open(
             options.deployment,
             options.backend,
@@ -57,8 +57,8 @@ class Replica:
         app = make_app(self._deployment, self._options)
         self._gateway: Gateway = app.state.gateway
         self._background = [asyncio.ensure_future(RayExport(self._gateway.metrics).keep_pushing())]
-        if self._is_watching:
-            self._background.append(asyncio.ensure_future(watch(self._gateway, _WATCH_SECONDS)))
+        if self._options.watch_seconds is not None:
+            self._background.append(asyncio.ensure_future(watch(self._gateway, self._options.watch_seconds)))
         name = serve.get_replica_context().replica_id.unique_id
         return ReplicaApp(app, name, is_open=self._is_open)
 

@@ -12,6 +12,7 @@ import click
 from adalink.runtime.errors import ConfigError
 from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verbose import warnings_to_stderr
 
 # Time between two looks at the folder.
 _WATCH_SECONDS = 1.0
@@ -138,16 +139,19 @@ def run(options: ServeCommandOptions) -> None:
         slots=options.slots,
         context=options.context,
     )
-    with Deployment.open(
-        options.deployment,
-        options.backend,
-        variant=options.variant,
-        threads=options.threads,
-        prefix_cache_bytes=options.prefix_cache << 20,
-        slots=options.slots,
-        context=options.context,
-        queue_limit=options.queue,
-    ) as deployment:
+    with (
+        warnings_to_stderr(),
+        Deployment.open(
+            options.deployment,
+            options.backend,
+            variant=options.variant,
+            threads=options.threads,
+            prefix_cache_bytes=options.prefix_cache << 20,
+            slots=options.slots,
+            context=options.context,
+            queue_limit=options.queue,
+        ) as deployment,
+    ):
 
         def announce(host: str, port: int) -> None:
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
