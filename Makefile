@@ -57,10 +57,11 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx $(VENV)/ray ## the tests on real 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
-fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, with THREADS=64 as many threads
+fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, THREADS=64 as many threads, SOAK=600 a server under load for as long
 	PYTHONPATH=tests $(RUN)/python -m fuzz inputs --seconds $(SECONDS) --jobs $(WORKERS) --json build/fuzz/inputs.json
 	$(if $(KILLS),PYTHONPATH=tests $(RUN)/python -m fuzz kills --kills $(KILLS) --json build/fuzz/kills.json)
 	$(if $(THREADS),PYTHONPATH=tests $(RUN)/python -m fuzz threads --threads $(THREADS) --json build/fuzz/threads.json)
+	$(if $(SOAK),PYTHONPATH=tests $(RUN)/python -m fuzz soak --seconds $(SOAK) --json build/fuzz/soak.json)
 
 lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
 	$(RUN)/ruff check .
