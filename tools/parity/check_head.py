@@ -7,7 +7,7 @@ with the error ``e``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ _ROUNDING = 1e-9
 
 
 def check_head(
-    task: str,
-    folder: Path,
+    task: str | None,
+    folders: Mapping[str, Path],
     deployment: Deployment,
     reference: Reference,
     prompts: Sequence[str],
@@ -48,17 +48,19 @@ def check_head(
     """Compare what a task with a head says with PyTorch; nothing for a task without.
 
     Args:
-        task: the task; its adapter is attached to the reference.
-        folder: its adapter folder.
+        task: the task, whose adapter is attached to the reference; ``None`` for the base.
+        folders: adapter folder of each task.
         deployment: the deployment.
         reference: PyTorch.
         prompts: texts.
         compared: the states of the same task, for the typical noise.
     """
-    adapter = read_adapter(folder)
-    head = adapter.config.head
-    if head is None or not prompts:
+    if task is None or deployment.manifest.tasks[task].head is None or not prompts:
         return []
+    adapter = read_adapter(folders[task])
+    head = adapter.config.head
+    if head is None:
+        return [at_most(f"task/{task}/head", np.inf, 1.0, f"{folders[task]} has no head, the deployed task has one")]
     ratio, wrong, detail, first = 0.0, 0, "no text could be compared", "none"
     texts = _texts(prompts, head, deployment)
     for index, text in enumerate(texts):
