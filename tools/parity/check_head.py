@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
+from adalink.export.adapter.head_graph import check_head_graph
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.adapter import Adapter, read_adapter
@@ -26,6 +27,7 @@ from adalink.runtime.storage.head_spec import (
     TOKENS,
     Head,
 )
+from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Task
 from adalink.tools.parity.check_outputs import Comparison, decoder_row
 from adalink.tools.parity.check_pooling import pool_with_error
@@ -82,6 +84,7 @@ def check_head(
             wrong += 1
     return [
         check_weights(task, adapter, deployment),
+        _check_graph(task, adapter, deployment),
         at_most(f"task/{task}/head", ratio, 1.0, detail),
         at_most(f"task/{task}/head-labels", wrong, 0, f"of {len(texts)} texts; first: {first}"),
     ]
@@ -108,6 +111,19 @@ def check_weights(task: str, adapter: Adapter, deployment: Deployment) -> Check:
             if not worst <= ratio:
                 ratio, detail = worst, f"; worst: {sign:+g} times unit vector {column}"
     return at_most(f"adapter/{task}/head-weights", ratio, 1.0, f"measured / bound over the unit vectors{detail}")
+
+
+def _check_graph(task: str, adapter: Adapter, deployment: Deployment) -> Check:
+    """The head as other hosts run it: seeded states of several lengths through its own graph."""
+    name, path = f"adapter/{task}/head-graph", deployment.manifest.tasks[task].head_graph
+    if path is None:
+        return at_most(name, np.inf, 1.0, "the task has no graph of its head: export the adapter again")
+    try:
+        graph = read_graph(deployment.path, deployment.manifest, path)
+        ratio = check_head_graph(graph, adapter, deployment.manifest.base.embedding_dtype)
+    except AdaLinkError as error:
+        return at_most(name, np.inf, 1.0, str(error))
+    return at_most(name, ratio, 1.0, "measured / bound of its scores")
 
 
 def is_head_alone(task: Task) -> bool:
