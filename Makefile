@@ -52,7 +52,7 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
-gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (521 MB, in pieces)
+gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (623 MB, in pieces)
 	$(RUN)/python -m benchmarks.gpu_proof.wheels fetch --out build/gpu-wheels
 
 fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, with THREADS=64 as many threads

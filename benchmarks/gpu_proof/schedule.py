@@ -64,6 +64,8 @@ STEPS = (
     Step("tests", "tests that need a GPU", f"{_PACKAGE}.gpu_tests", 90, 15),
     Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_PACKAGE}.training", 90, 15, needs="bases"),
     Step("cells", "many configurations in one batch", f"{_PACKAGE}.cells", 75, needs="bases"),
+    Step("study", "the full study's learning rates, on real texts", f"{_PACKAGE}.study_rows", 120, 40, needs="bases"),
+    Step("real", "SmolLM2 with the example adapters: verify", f"{_PACKAGE}.real", 150, 60),
     Step("large", "the base of 1B parameters, float16", f"{_PACKAGE}.large", 150, 60, needs="bases"),
 )
 
