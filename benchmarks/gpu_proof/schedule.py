@@ -95,7 +95,7 @@ class Driver:
         """
         self.content: dict[str, Any] = {"steps": {}}
         self._reports, self._work, self._deadline = tuple(reports), work, deadline
-        self._environment = environment
+        self._environment, self._size = environment, "full" if is_full else "tiny"
         self._flags = [*(["--full"] if is_full else []), *(["--rehearse"] if rehearses else [])]
 
     def describe(self, **values: object) -> None:
@@ -104,7 +104,9 @@ class Driver:
         self.save()
 
     def go_on(self, last: Mapping[str, Any]) -> None:
-        """Take over the steps of an earlier report, but for those that were left out."""
+        """Take over the steps of an earlier report of the same sizes, but for those that were left out."""
+        if last.get("is_full") != self.content.get("is_full"):
+            return
         steps = {name: step for name, step in last.get("steps", {}).items() if step["status"] != SKIPPED}
         self.content["steps"] |= steps
 
@@ -150,7 +152,7 @@ class Driver:
         record = self._work / "records" / f"{step.name}.json"
         record.unlink(missing_ok=True)
         command = [sys.executable, "-m", f"{_PACKAGE}.step", step.module, "--record", str(record)]
-        command += ["--work", str(self._work), "--limit", f"{0.9 * limit:.1f}", *self._flags]
+        command += ["--work", str(self._work / self._size), "--limit", f"{0.9 * limit:.1f}", *self._flags]
         ended = run_limited(command, limit, self._environment, self._work / "logs" / step.name, self._merger(record))
         return begun_with | {"limit_seconds": limit} | judge(ended, read_json(record))
 

@@ -96,7 +96,10 @@ def test_steps_that_no_longer_fit_are_left_out_and_named(driver: Driver) -> None
 
 def test_a_second_call_runs_what_the_first_left_out(driver: Driver) -> None:
     first = {"good": {"status": "skipped", "reason": ""}, "wrong": {"status": "failed", "reason": "before"}}
-    driver.go_on({"steps": first})
+    driver.describe(is_full=False)
+    driver.go_on({"steps": {"good": {"status": "passed", "reason": ""}}, "is_full": True})
+    assert not driver.has("good"), "sizes of another run were taken over"
+    driver.go_on({"steps": first, "is_full": False})
     driver.run([step("wrong"), step("good")])
     steps = driver.content["steps"]
     assert {name: steps[name]["status"] for name in steps} == {"wrong": "failed", "good": "passed"}

@@ -78,7 +78,7 @@ def test_a_plan_is_judged_as_on_a_gpu(rehearsed: tuple[dict[str, Any], str, Path
         pytest.skip("cuda-bindings is not installed")
     from helpers.lazy_cuda import LazyCuda, LazyPlans, lazy_device
 
-    plan = Plan(rehearsed[2] / "work", is_full=False, has_gpu=True, ends_at=time.monotonic() + 20)
+    plan = Plan(rehearsed[2] / "work" / "tiny", is_full=False, has_gpu=True, ends_at=time.monotonic() + 20)
     record, cuda = Record(tmp_path / "record.json"), LazyCuda()
     folder = plan.deployment("float32")
     profile = parse_profile(_SMALL_PROFILE, read_manifest(folder).base)
