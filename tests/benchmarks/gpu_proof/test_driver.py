@@ -184,3 +184,12 @@ def test_steps_come_in_the_order_of_their_value() -> None:
     ]
     assert [name for name in names if name in wanted] == wanted
     assert all(step.needs is None or names.index(step.needs) < names.index(step.name) for step in STEPS)
+
+
+def test_the_driver_needs_the_standard_library_alone() -> None:
+    """It runs before anything is installed; ``-S`` leaves installed packages out."""
+    code = "import benchmarks.gpu_proof.__main__"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
