@@ -28,6 +28,7 @@ _REPOSITORY = Path(__file__).parents[2]
 # Kept for the last report, and for the rest of the machine to close.
 _RESERVE_SECONDS = 4.0
 _MERGE_SECONDS = 5.0
+_TOOLKIT = Path("/usr/local/cuda/lib64")
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,10 @@ def step_environment(site: Path | None, work: Path) -> dict[str, str]:
 
 
 def cuda_folders() -> list[Path]:
-    """Folders of NVIDIA's packages for Python that hold libraries."""
+    """Folders of NVIDIA's packages for Python that hold libraries; then the toolkit's, if there is one."""
     found: list[Path] = []
     for entry in map(Path, sys.path):
         root = entry / "nvidia"
         if root.is_dir():
             found += sorted({library.parent for library in root.glob("*/lib/*.so*")})
-    return found
+    return found + [folder for folder in (_TOOLKIT,) if folder.is_dir()]

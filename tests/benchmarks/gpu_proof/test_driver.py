@@ -13,7 +13,7 @@ import pytest
 from helpers.paths import REPOSITORY
 
 from benchmarks.gpu_proof.record import Record, read_json
-from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, step_environment
+from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, cuda_folders, step_environment
 from benchmarks.gpu_proof.table import lines_of
 
 # Modules of planted steps: what `run` does.
@@ -165,6 +165,19 @@ def test_figures_that_are_no_numbers_become_null(tmp_path: Path) -> None:
     assert found is not None
     assert found["figures"] == {"ratio": None}
     assert found["targets"] == [{"name": "never met", "measured": None, "limit": 1.0, "met": False}]
+
+
+def test_cuda_is_looked_for_in_pythons_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both layouts of NVIDIA's packages: one folder for CUDA 13, one a library before."""
+    for folder in ("cu13", "cudnn", "empty"):
+        (tmp_path / "nvidia" / folder / "lib").mkdir(parents=True)
+    for file in ("cu13/lib/libcublas.so.13", "cudnn/lib/libcudnn.so.9"):
+        (tmp_path / "nvidia" / file).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "none")])
+    found = [folder for folder in cuda_folders() if folder.is_relative_to(tmp_path)]
+    assert found == [tmp_path / "nvidia" / "cu13" / "lib", tmp_path / "nvidia" / "cudnn" / "lib"]
+    path = step_environment(None, tmp_path)["LD_LIBRARY_PATH"]
+    assert path.startswith(f"{found[0]}{os.pathsep}{found[1]}")
 
 
 def test_steps_come_in_the_order_of_their_value() -> None:
