@@ -57,7 +57,7 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx $(VENV)/ray ## the tests on real 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
-gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (521 MB, in pieces)
+gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (623 MB, in pieces)
 	$(RUN)/python -m benchmarks.gpu_proof.wheels fetch --out build/gpu-wheels
 
 fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, THREADS=64 as many threads, SOAK=600 a server under load for as long
