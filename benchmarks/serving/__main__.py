@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from datetime import date
@@ -56,7 +57,7 @@ def main() -> None:
             say(f"round {number + 1} of {rounds}: {server.label}")
             try:
                 measured[server.name].append(measure(server, options.build, is_quick=options.quick))
-                write_json(options.build / "measured.json", measured)  # of a run that is interrupted
+                write_json(options.build / "measured.json", _finite(measured))  # of a run that is interrupted
             except MeasurementError as error:
                 say(f"  not measured: {error}")
         for name, variant in (("fp32", "onnxruntime-cpu"), ("int4", "int4")):
@@ -79,7 +80,7 @@ def main() -> None:
         "ratios": ratios(measured, closed),
     }
     if options.out:
-        write_json(options.out, report)
+        write_json(options.out, _finite(report))
     show(report)
 
 
@@ -139,6 +140,15 @@ def closed_batch(build: Path, variant: str) -> float:
     except MeasurementError as error:
         say(f"  closed batch not measured: {error}")
         return float("nan")
+
+
+def _finite(value: Any) -> Any:
+    """The same with ``None`` for what was not measured."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(text: str) -> None:

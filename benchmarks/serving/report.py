@@ -31,7 +31,7 @@ Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def ratios(measured: Rounds, closed: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Medians of the rounds' own ratios; NaN for what was not measured."""
+    """Medians of the rounds' own ratios, of what was measured."""
 
     def speeds(name: str, part: str) -> list[float]:
         return [figures[part]["tok_s"] for figures in measured.get(name, []) if part in figures]
@@ -58,7 +58,7 @@ def ratios(measured: Rounds, closed: Mapping[str, Sequence[float]]) -> dict[str,
             result[f"{precision}: p99 between tokens while a long prompt joins over p50 {base}"] = _ratio(
                 [figures["during_ms_p99"] for figures in long], [figures[f"{base}_ms_p50"] for figures in long]
             )
-    return result
+    return {name: value for name, value in result.items() if not math.isnan(value)}
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
@@ -110,7 +110,7 @@ def section(report: Mapping[str, Any]) -> str:
         f"{found[f'{precision}: 16 users over llama.cpp with LoRAs']:.1f} and "
         f"{found[f'{precision}: 16 users over llama.cpp without']:.1f} times in {precision}"
         for precision in PANELS
-        if not math.isnan(found[f"{precision}: 16 users over llama.cpp with LoRAs"])
+        if f"{precision}: 16 users over llama.cpp with LoRAs" in found
     ]
     prose = (
         f"Servers of SmolLM2-135M, {report['environment']['cpu']}, {setting['threads']} threads: each request has one "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,8 @@ def test_ratios_are_medians_of_each_rounds_own(measured: dict[str, Any]) -> None
 
 
 def test_what_was_not_measured_has_no_figure(measured: dict[str, Any]) -> None:
-    assert math.isnan(measured["ratios"]["4 bit: 16 users over llama.cpp without"])
-    assert math.isnan(measured["ratios"]["4 bit: server over closed batch"])
+    assert "4 bit: 16 users over llama.cpp without" not in measured["ratios"]
+    assert "4 bit: server over closed batch" not in measured["ratios"]
     assert [row[0] for row in rows(measured)] == ["KIT-FP32", "LLAMA-F32-LORA", "LLAMA-F32", "KIT-INT4"]
 
 
