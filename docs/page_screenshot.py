@@ -54,7 +54,7 @@ def ask(page: Page) -> None:
     for box in page.locator("#chips input").all():
         name = box.get_attribute("value")
         box.set_checked(name == TASK or box.locator("xpath=..").get_attribute("class") == "base")
-    page.check("[value=plain]")
+    page.check("#plain")
     page.click("#toggle")
     page.fill("#max_tokens", "24")
     page.click("#toggle")
