@@ -33,6 +33,11 @@ $(VENV)/tensorrt-rtx: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check $(PIN) --editable '.[tensorrt-rtx]'
 	@touch $@
 
+# Ray Serve: 80 MB to download, 240 MB on the disk, and some 50 packages.
+$(VENV)/ray: $(VENV)/installed
+	$(RUN)/python -m pip install --disable-pip-version-check $(PIN) --editable '.[ray]'
+	@touch $@
+
 $(VENV)/docs: $(VENV)/installed
 	$(RUN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
@@ -46,19 +51,20 @@ test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" \
 		$(if $(filter 1,$(COVERAGE)),--cov --cov-report=term)
 
-test-slow: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests on real models
+test-slow: $(VENV)/models $(VENV)/tensorrt-rtx $(VENV)/ray ## the tests on real models
 	$(RUN)/python -m pytest -m "slow"
 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
-gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (521 MB, in pieces)
+gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (623 MB, in pieces)
 	$(RUN)/python -m benchmarks.gpu_proof.wheels fetch --out build/gpu-wheels
 
-fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, with THREADS=64 as many threads
+fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, THREADS=64 as many threads, SOAK=600 a server under load for as long
 	PYTHONPATH=tests $(RUN)/python -m fuzz inputs --seconds $(SECONDS) --jobs $(WORKERS) --json build/fuzz/inputs.json
 	$(if $(KILLS),PYTHONPATH=tests $(RUN)/python -m fuzz kills --kills $(KILLS) --json build/fuzz/kills.json)
 	$(if $(THREADS),PYTHONPATH=tests $(RUN)/python -m fuzz threads --threads $(THREADS) --json build/fuzz/threads.json)
+	$(if $(SOAK),PYTHONPATH=tests $(RUN)/python -m fuzz soak --seconds $(SOAK) --json build/fuzz/soak.json)
 
 lint: $(VENV)/installed ## ruff, import contracts, mypy and pyright (with Python 3.11 or later: NumPy's annotations for 3.10 are older ones)
 	$(RUN)/ruff check .

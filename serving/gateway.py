@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.errors import ConfigError, RequestError
+from adalink.runtime.errors import ConfigError, IntegrityError, RequestError
 from adalink.runtime.generation.handle import Handle
 from adalink.runtime.generation.request import Request
 from adalink.runtime.storage.manifest import Base
@@ -22,6 +22,8 @@ from adalink.serving.token_texts import TokenTexts
 
 # Threads that read requests: their templates, tokens and images. More would only wait for each other.
 _THREADS = 4
+# How often a request is tried while its task's files change in a watched folder.
+_TRIES = 3
 
 
 class Gateway:
@@ -99,10 +101,23 @@ class Gateway:
         """Run what computes beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
+    async def with_tasks(self, call: Any, *arguments: Any) -> Any:
+        """Run what uses tasks beside the event loop, with tasks as the folder has them now where it is watched.
+
+        A task that was replaced or removed there has lost its files before the next look at the folder.
+        """
+        tries = 1 if self.options.watch_seconds is None else _TRIES
+        for _ in range(tries - 1):
+            try:
+                return await self.in_thread(call, *arguments)
+            except IntegrityError:
+                await self.in_thread(self.deployment.reload)
+        return await self.in_thread(call, *arguments)
+
     async def submit(self, requests: Sequence[Request], model: str) -> RunningChoices:
         """Submit the choices of one HTTP request, all or none; raises what ``Deployment.submit`` raises."""
         stopwatches = [self.metrics.stopwatch(model) for _ in requests]
-        handles = await self.in_thread(_submit_all, self.deployment, requests)
+        handles = await self.with_tasks(_submit_all, self.deployment, requests)
         running = RunningChoices(handles, [stopwatch.lap for stopwatch in stopwatches])
         self._active.add(running)
         if self._ended_by is not None:

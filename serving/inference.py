@@ -73,7 +73,7 @@ async def infer(request: HttpRequest) -> JsonResponse:
     name = request.path_params["model"]
     task = gateway.task_of(name)
     fields: InferFields = await read_fields(request, gateway, InferFields)
-    answer: bytes = await gateway.in_thread(_infer, gateway, name, task, fields)
+    answer: bytes = await gateway.with_tasks(_infer, gateway, name, task, fields)
     return JsonResponse(answer)
 
 

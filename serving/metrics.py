@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 
 from adalink.runtime.generation.sequence import Generation
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-_FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_BETWEEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+# Names and bounds of the histograms.
+FIRST, BETWEEN = "adalink_time_to_first_token_seconds", "adalink_time_between_tokens_seconds"
+FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BETWEEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class Metrics:
-    """Metrics of one server, in a registry of their own; safe for several threads."""
+    """Metrics of one server, in a registry of their own; safe for several threads.
+
+    Attributes:
+        also_observe: is told each time of a histogram: its name, the task, and seconds; in the thread that generates.
+    """
 
     def __init__(self, running: Callable[[], int], waiting: Callable[[], int], tasks: Callable[[], int], slots: int):
         """``running``, ``waiting`` and ``tasks`` give the values of now; ``slots`` is the most that decode together."""
+        self.also_observe: Callable[[str, str, float], None] | None = None
         self._registry = registry = CollectorRegistry()
         for name, what, value in (
             ("adalink_requests_running", "Requests that decode now.", running),
@@ -36,17 +45,17 @@ class Metrics:
         )
         self._requests = Counter("adalink_requests", "Requests by how they ended.", both, registry=registry)
         self._first = Histogram(
-            "adalink_time_to_first_token_seconds",
+            FIRST,
             "From submission to the first token.",
             by_task,
-            buckets=_FIRST_BUCKETS,
+            buckets=FIRST_BUCKETS,
             registry=registry,
         )
         self._between = Histogram(
-            "adalink_time_between_tokens_seconds",
+            BETWEEN,
             "Between two tokens of a choice.",
             by_task,
-            buckets=_BETWEEN_BUCKETS,
+            buckets=BETWEEN_BUCKETS,
             registry=registry,
         )
 
@@ -59,6 +68,10 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics with their values of now."""
+        return self._registry.collect()
 
     def count_request(self, task: str, outcome: str) -> None:
         """Count a request that has ended, by how."""
@@ -79,18 +92,25 @@ class Metrics:
 
     def stopwatch(self, task: str) -> Stopwatch:
         """Times one choice from now on."""
-        return Stopwatch(self._first.labels(task), self._between.labels(task))
+        return Stopwatch(self._observers(self._first, FIRST, task), self._observers(self._between, BETWEEN, task))
+
+    def _observers(self, histogram: Histogram, name: str, task: str) -> list[Callable[[float], None]]:
+        observers: list[Callable[[float], None]] = [histogram.labels(task).observe]
+        if self.also_observe is not None:
+            observers.append(partial(self.also_observe, name, task))
+        return observers
 
 
 class Stopwatch:
     """Times the tokens of one choice."""
 
-    def __init__(self, first: Histogram, between: Histogram) -> None:
+    def __init__(self, first: list[Callable[[float], None]], between: list[Callable[[float], None]]) -> None:
         self._first, self._between = first, between
         self._last, self._has_begun = time.perf_counter(), False
 
     def lap(self) -> None:
         """A token has come."""
         now = time.perf_counter()
-        (self._between if self._has_begun else self._first).observe(now - self._last)
+        for observe in self._between if self._has_begun else self._first:
+            observe(now - self._last)
         self._last, self._has_begun = now, True

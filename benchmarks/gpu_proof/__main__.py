@@ -55,6 +55,7 @@ def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> di
     work.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     site = work / "site"
+    last = read_json(work / "gpu-proof.json") if options.go_on else None
     driver = Driver(
         (options.out / "gpu-proof.json", work / "gpu-proof.json"),
         work,
@@ -63,8 +64,6 @@ def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> di
         is_full=not options.tiny,
         rehearses=options.rehearse,
     )
-    last = read_json(work / "gpu-proof.json") if options.go_on else None
-    driver.go_on(last or {})
     driver.describe(
         schema=SCHEMA,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -74,6 +73,7 @@ def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> di
         minutes=options.minutes,
         is_full=not options.tiny,
     )
+    driver.go_on(last or {})
     if not driver.has("wheels"):
         driver.note("wheels", install_wheels(options.wheels, work, driver))
     driver.run(steps)

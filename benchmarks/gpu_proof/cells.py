@@ -48,8 +48,16 @@ def run(record: Record, plan: Plan) -> None:
     generator = torch.Generator().manual_seed(6)
     ids = torch.randint(3, base.config.vocab_size, (len(cells), rows, tokens), generator=generator).to(place)
     record.figure("cells", [cell.name for cell in cells])
-    losses, seconds = train_cells(base, cells, range(len(cells)), ids, steps)
-    record.figures({"batch_rows": len(cells) * rows, "step_seconds_together": seconds})
+    while True:
+        try:
+            losses, seconds = train_cells(base, cells, range(len(cells)), ids, steps)
+            break
+        except torch.OutOfMemoryError:
+            if len(cells) == 1:
+                raise
+            cells, ids = cells[: len(cells) // 2], ids[: len(cells) // 2]
+        torch.cuda.empty_cache()
+    record.figures({"at_once": len(cells), "batch_rows": len(cells) * rows, "step_seconds_together": seconds})
     chosen = [0, len(cells) // 2, len(cells) - 1][:_COMPARED]
     alone = {index: train_cells(base, [cells[index]], [index], ids[index : index + 1], steps) for index in chosen}
     deviation = max(abs(losses[index] - alone[index][0][0]) for index in chosen)

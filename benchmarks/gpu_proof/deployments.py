@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adalink.export.base.export import export_base
 from adalink.runtime.storage.manifest import MANIFEST_FILE
+from adalink.runtime.storage.manifest_io import read_manifest
 from benchmarks.gpu_proof.bases import SHAPES, write_base
 from benchmarks.gpu_proof.record import Record
 from benchmarks.gpu_proof.step import Plan
@@ -34,5 +35,6 @@ def deploy(base: Path, deployment: Path, dtype: str, tasks: int = TASKS) -> floa
     begun = time.perf_counter()
     if not (deployment / MANIFEST_FILE).exists():
         export_base(base, deployment, dtype=dtype, target="portable")
+    if not read_manifest(deployment).tasks:
         add_tasks(deployment, [RANK] * tasks)
     return time.perf_counter() - begun

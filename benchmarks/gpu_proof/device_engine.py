@@ -65,7 +65,7 @@ def open_device(plan: Plan) -> tuple[Device, Callable[..., Any]]:
 
         return CudaDevice("onnxruntime-cuda"), CudaPlans
     sys.path.append(str(REPOSITORY / "tests"))
-    if find_spec("cuda.bindings") is not None:
+    if find_spec("cuda") is not None and find_spec("cuda.bindings") is not None:
         lazy: Any = import_module("helpers.lazy_cuda")
         cuda = lazy.LazyCuda()
         return lazy.lazy_device(cuda), lambda graphs, profile, shares_stream: lazy.LazyPlans(cuda, graphs, profile)

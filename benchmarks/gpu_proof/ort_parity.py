@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adalink.tools.parity.report import Check
 from adalink.tools.parity.suite import VerifyOptions, verify
 from benchmarks.gpu_proof.deployments import PARITY_TASKS, RANK
@@ -16,10 +18,13 @@ def run(record: Record, plan: Plan) -> None:
     deployment = plan.work / "deployment-parity"
     copy_base(plan.deployment("float32"), deployment)
     add_tasks(deployment, [RANK] * PARITY_TASKS)
+    report_checks(record, plan, deployment, str(plan.small))
+
+
+def report_checks(record: Record, plan: Plan, deployment: Path, against: str) -> None:
+    """Verify a deployment on ONNX Runtime's CUDA provider, or in a rehearsal on the CPU."""
     options = VerifyOptions(backend=stand_in("onnxruntime-cuda", plan), quick=True)
-    report = verify(
-        deployment, str(plan.small), {}, options, progress=lambda line: record.figure("verify_was_at", line)
-    )
+    report = verify(deployment, against, {}, options, progress=lambda line: record.figure("verify_was_at", line))
     failed = [check for check in report.checks if not check.passed]
     record.figures(
         {

@@ -14,7 +14,7 @@ from pathlib import Path
 _TAIL_CHARACTERS = 4000
 _POLL_SECONDS = 0.1
 # At SIGABRT, Python's faulthandler writes where each thread is; then the process is ended.
-_ABORT_SECONDS = 3.0
+_ABORT_SECONDS, _KILL_SECONDS = 3.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def run_limited(
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_ABORT_SECONDS)
             _signal(process, signal.SIGKILL)  # what it left running goes too
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # one that a driver holds cannot even be killed
+                process.wait(_KILL_SECONDS)
     return Ended(code, seconds, *(_tail(path) for path in paths))
 
 

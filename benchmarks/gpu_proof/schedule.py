@@ -28,6 +28,7 @@ _REPOSITORY = Path(__file__).parents[2]
 # Kept for the last report, and for the rest of the machine to close.
 _RESERVE_SECONDS = 4.0
 _MERGE_SECONDS = 5.0
+_TOOLKIT = Path("/usr/local/cuda/lib64")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ STEPS = (
     Step("tests", "tests that need a GPU", f"{_PACKAGE}.gpu_tests", 90, 15),
     Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_PACKAGE}.training", 90, 15, needs="bases"),
     Step("cells", "many configurations in one batch", f"{_PACKAGE}.cells", 75, needs="bases"),
+    Step("study", "the full study's learning rates, on real texts", f"{_PACKAGE}.study_rows", 120, 40, needs="bases"),
+    Step("real", "SmolLM2 with the example adapters: verify", f"{_PACKAGE}.real", 150, 60),
     Step("large", "the base of 1B parameters, float16", f"{_PACKAGE}.large", 150, 60, needs="bases"),
 )
 
@@ -93,7 +96,7 @@ class Driver:
         """
         self.content: dict[str, Any] = {"steps": {}}
         self._reports, self._work, self._deadline = tuple(reports), work, deadline
-        self._environment = environment
+        self._environment, self._size = environment, "full" if is_full else "tiny"
         self._flags = [*(["--full"] if is_full else []), *(["--rehearse"] if rehearses else [])]
 
     def describe(self, **values: object) -> None:
@@ -102,7 +105,9 @@ class Driver:
         self.save()
 
     def go_on(self, last: Mapping[str, Any]) -> None:
-        """Take over the steps of an earlier report, but for those that were left out."""
+        """Take over the steps of an earlier report of the same sizes, but for those that were left out."""
+        if last.get("is_full") != self.content.get("is_full"):
+            return
         steps = {name: step for name, step in last.get("steps", {}).items() if step["status"] != SKIPPED}
         self.content["steps"] |= steps
 
@@ -148,7 +153,7 @@ class Driver:
         record = self._work / "records" / f"{step.name}.json"
         record.unlink(missing_ok=True)
         command = [sys.executable, "-m", f"{_PACKAGE}.step", step.module, "--record", str(record)]
-        command += ["--work", str(self._work), "--limit", f"{0.9 * limit:.1f}", *self._flags]
+        command += ["--work", str(self._work / self._size), "--limit", f"{0.9 * limit:.1f}", *self._flags]
         ended = run_limited(command, limit, self._environment, self._work / "logs" / step.name, self._merger(record))
         return begun_with | {"limit_seconds": limit} | judge(ended, read_json(record))
 
@@ -208,10 +213,10 @@ def step_environment(site: Path | None, work: Path) -> dict[str, str]:
 
 
 def cuda_folders() -> list[Path]:
-    """Folders of NVIDIA's packages for Python that hold libraries."""
+    """Folders of NVIDIA's packages for Python that hold libraries; then the toolkit's, if there is one."""
     found: list[Path] = []
     for entry in map(Path, sys.path):
         root = entry / "nvidia"
         if root.is_dir():
             found += sorted({library.parent for library in root.glob("*/lib/*.so*")})
-    return found
+    return found + [folder for folder in (_TOOLKIT,) if folder.is_dir()]

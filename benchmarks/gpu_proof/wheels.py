@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.gpu_proof.process import last_line, run_limited
 
 LIST = Path(__file__).with_name("wheels.json")
-# A piece and the checkout together stay below 64 MiB.
+# Of a piece, and of a load.
 PART_BYTES = 50_000_000
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 _PYTHON = "312"

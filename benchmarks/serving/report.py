@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -109,14 +110,18 @@ def section(report: Mapping[str, Any]) -> str:
         f"{found[f'{precision}: 16 users over llama.cpp with LoRAs']:.1f} and "
         f"{found[f'{precision}: 16 users over llama.cpp without']:.1f} times in {precision}"
         for precision in PANELS
+        if not math.isnan(found[f"{precision}: 16 users over llama.cpp with LoRAs"])
     ]
     prose = (
         f"Servers of SmolLM2-135M, {report['environment']['cpu']}, {setting['threads']} threads: each request has one "
         f"of {setting['tasks']} tasks, prompts have 14 to 450 tokens, answers {setting['new_tokens']}; medians of "
         f"{setting['rounds']} alternating rounds, {report['date']} ([method](benchmarks/README.md#servers)). "
-        f"With 16 users the kit's tokens/s are, over llama.cpp with LoRAs and over llama.cpp without any adapter, "
-        f"{'; '.join(said)}."
     )
+    if said:
+        prose += (
+            "With 16 users the kit's tokens/s are, over llama.cpp with LoRAs and over llama.cpp without any adapter, "
+        )
+        prose += f"{'; '.join(said)}."
     wrapped = textwrap.wrap(prose, 120, break_long_words=False, break_on_hyphens=False)
     plot = f"![Tokens per second against users]({PLOT.as_posix()})"
     return "\n".join([*wrapped, "", *table(HEAD, rows(report)), "", plot])

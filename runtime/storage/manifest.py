@@ -254,6 +254,7 @@ class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.storage.adapter.Adapter.digest`).
         fold: the folded task, if it was exported with one.
+        head_graph: path of the graph of its head, for other hosts; ``None`` without a head.
     """
 
     graph: str
@@ -261,11 +262,13 @@ class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: str
     adapter_digest: str
     fold: Fold | None = None
+    head_graph: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of the task's files."""
-        paths = (self.graph, self.config, self.weights)
+        paths: tuple[str, ...] = (self.graph, self.config, self.weights)
+        paths = paths if self.head_graph is None else (*paths, self.head_graph)
         return paths if self.fold is None else (*paths, self.fold.path)
 
 

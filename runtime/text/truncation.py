@@ -6,7 +6,9 @@ The tokenizer's own settings are not touched, so that it stays safe for several 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from adalink.runtime.storage.decoding import decode_json
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -78,9 +80,8 @@ def lower_cased(tokenizer: FastTokenizer) -> FastTokenizer:
     from tokenizers import Tokenizer
     from tokenizers.normalizers import Lowercase, Sequence
 
-    normalizer = tokenizer.normalizer
-    steps = normalizer if isinstance(normalizer, Sequence) else [normalizer]
-    if any(isinstance(step, Lowercase) for step in steps):
+    settings = decode_json(tokenizer.to_str(), dict[str, Any])["normalizer"] or {}
+    if any(step["type"] == "Lowercase" for step in settings.get("normalizers", [settings] if settings else [])):
         return tokenizer
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.normalizer = Sequence([Lowercase(), *([copy.normalizer] if copy.normalizer is not None else [])])

@@ -1,4 +1,4 @@
-"""``PYTHONPATH=tests python -m fuzz``: mutated inputs, kills and threads, by hand (``make fuzz``)."""
+"""``PYTHONPATH=tests python -m fuzz``: mutated inputs, kills, threads and a soak, by hand (``make fuzz``)."""
 
 from __future__ import annotations
 
@@ -122,6 +122,28 @@ def threads(corpus: Path, seed: int, report: Path | None, count: int, each: int)
     _corpus(corpus)
     figures = run_threads(corpus / "text" / "deployment", threads=count, each=each, seed=seed)
     _end(figures, report, failed=bool(figures["differing"]))
+
+
+@main.command()
+@_corpus_option
+@_seed_option
+@_json_option
+@click.option("--seconds", default=600.0, help="How long.")
+@click.option("--clients", default=64, help="Clients that ask at once.")
+def soak(corpus: Path, seed: int, report: Path | None, seconds: float, clients: int) -> None:
+    """Serve clients that come, leave and are killed, while tasks change; watch the server's memory."""
+    from fuzz.soak import MOST_GROWN_KB, Soak, run_soak
+
+    _corpus(corpus)
+    with _bar() as bar, tempfile.TemporaryDirectory(prefix="soak-") as work:
+        shown = bar.add_task("soak", total=int(seconds))
+
+        def progress(found: Soak) -> None:
+            what = f"{sum(found.counts.values())} answers, {len(found.wrong)} wrong"
+            bar.update(shown, completed=int(found.samples[-1][0]), description=what)
+
+        found = run_soak(corpus.resolve() / "text", Path(work), seconds, clients, seed, progress)
+    _end(found.as_json(), report, failed=bool(found.wrong) or found.grown_kb > MOST_GROWN_KB)
 
 
 @main.command()

@@ -14,8 +14,8 @@ from helpers.served import Served, serve_in_thread, wait_for
 from adalink.runtime import ConfigError, Deployment
 from adalink.serving import ServeOptions, make_app
 from adalink.serving.guard import is_local
+from adalink.serving.keys import read_keys
 from adalink.serving.server import bind
-from adalink.tools.commands.serve import read_keys
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer one\r\n"
 HEAD += b"Content-Type: application/json\r\n"

@@ -43,3 +43,27 @@ def test_changes_of_the_folder_are_taken_up(watching: Served, llama: Tiny, caplo
     (folder / "manifest.json").write_text("{}")
     wait_for(lambda: any("cannot be taken up" in message for message in caplog.messages))
     assert text(watching, "beta") == wanted["beta"]
+
+
+@pytest.mark.parametrize("seconds", [60, None])
+def test_task_that_lost_its_files_before_the_next_look(llama: Tiny, tmp_path: Path, seconds: float | None) -> None:
+    """Other processes replace and remove tasks that were never used here, so that their files were never opened."""
+    folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
+    for name in ("gone", "new"):
+        export_adapter(llama.sources / "alpha", folder, name=name)
+    with Deployment.open(folder, threads=1) as deployment, serve_in_thread(deployment, watch_seconds=seconds) as server:
+        wanted = text(server, "beta")
+        remove_task(folder, "gone")
+        for source in ("alpha", "beta"):
+            export_adapter(llama.sources / source, folder, name="new", replace=True)
+        body = {"prompt": "wheat", "max_tokens": 8}
+        statuses = {
+            name: server.post("/v1/completions", {"model": name, **body}).status_code for name in ("gone", "new")
+        }
+        if seconds is None:  # nothing is taken up that was not asked for
+            assert statuses == {"gone": 500, "new": 500}
+        else:
+            assert statuses == {"gone": 404, "new": 200}
+            assert text(server, "new") == wanted
+            tensor = {"name": "input_ids", "datatype": "INT64", "shape": [1, 2], "data": [5, 6]}
+            assert server.post("/v2/models/new/infer", {"inputs": [tensor]}).status_code == 200

@@ -12,6 +12,7 @@ import click
 from adalink.runtime.errors import ConfigError
 from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verbose import warnings_to_stderr
 
 # Time between two looks at the folder.
 _WATCH_SECONDS = 1.0
@@ -125,6 +126,7 @@ def run(options: ServeCommandOptions) -> None:
         AdaLinkError: the deployment, the address or the key file cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.serving.keys import read_keys
     from adalink.serving.options import ServeOptions
     from adalink.serving.server import serve
 
@@ -140,16 +142,19 @@ def run(options: ServeCommandOptions) -> None:
         context=options.context,
         page=not options.no_page,
     )
-    with Deployment.open(
-        options.deployment,
-        options.backend,
-        variant=options.variant,
-        threads=options.threads,
-        prefix_cache_bytes=options.prefix_cache << 20,
-        slots=options.slots,
-        context=options.context,
-        queue_limit=options.queue,
-    ) as deployment:
+    with (
+        warnings_to_stderr(),
+        Deployment.open(
+            options.deployment,
+            options.backend,
+            variant=options.variant,
+            threads=options.threads,
+            prefix_cache_bytes=options.prefix_cache << 20,
+            slots=options.slots,
+            context=options.context,
+            queue_limit=options.queue,
+        ) as deployment,
+    ):
 
         def announce(host: str, port: int) -> None:
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -169,18 +174,6 @@ def run(options: ServeCommandOptions) -> None:
             allow_without_key=options.allow_without_key,
             on_listen=announce,
         )
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """Keys of a file, one a line; raises ``ConfigError`` if there are none or the file cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys:
-        raise ConfigError(f"{path} holds no key: write one a line")
-    return keys
 
 
 def _folder(path: Path | None) -> Path | None:

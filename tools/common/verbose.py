@@ -34,6 +34,21 @@ def log_to_stderr(verbosity: int) -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def warnings_to_stderr() -> Iterator[None]:
+    """Show warnings and errors of the log on stderr until the block ends, where ``--verbose`` does not show all."""
+    logger, handler = logging.getLogger(_ROOT), _StderrHandler(logging.WARNING)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    if any(isinstance(other, _StderrHandler) for other in logger.handlers):
+        yield
+        return
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 class _StderrHandler(logging.Handler):
     """Writes to the current ``sys.stderr``, which a progress bar replaces."""
 

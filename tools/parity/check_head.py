@@ -7,13 +7,14 @@ with the error ``e``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
+from adalink.export.adapter.head_graph import check_head_graph
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.adapter import Adapter, read_adapter
@@ -26,6 +27,7 @@ from adalink.runtime.storage.head_spec import (
     TOKENS,
     Head,
 )
+from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Task
 from adalink.tools.parity.check_outputs import Comparison, decoder_row
 from adalink.tools.parity.check_pooling import pool_with_error
@@ -38,8 +40,8 @@ _ROUNDING = 1e-9
 
 
 def check_head(
-    task: str,
-    folder: Path,
+    task: str | None,
+    folders: Mapping[str, Path],
     deployment: Deployment,
     reference: Reference,
     prompts: Sequence[str],
@@ -48,17 +50,19 @@ def check_head(
     """Compare what a task with a head says with PyTorch; nothing for a task without.
 
     Args:
-        task: the task; its adapter is attached to the reference.
-        folder: its adapter folder.
+        task: the task, whose adapter is attached to the reference; ``None`` for the base.
+        folders: adapter folder of each task.
         deployment: the deployment.
         reference: PyTorch.
         prompts: texts.
         compared: the states of the same task, for the typical noise.
     """
-    adapter = read_adapter(folder)
-    head = adapter.config.head
-    if head is None or not prompts:
+    if task is None or deployment.manifest.tasks[task].head is None or not prompts:
         return []
+    adapter = read_adapter(folders[task])
+    head = adapter.config.head
+    if head is None:
+        return [at_most(f"task/{task}/head", np.inf, 1.0, f"{folders[task]} has no head, the deployed task has one")]
     ratio, wrong, detail, first = 0.0, 0, "no text could be compared", "none"
     texts = _texts(prompts, head, deployment)
     for index, text in enumerate(texts):
@@ -80,6 +84,7 @@ def check_head(
             wrong += 1
     return [
         check_weights(task, adapter, deployment),
+        _check_graph(task, adapter, deployment),
         at_most(f"task/{task}/head", ratio, 1.0, detail),
         at_most(f"task/{task}/head-labels", wrong, 0, f"of {len(texts)} texts; first: {first}"),
     ]
@@ -106,6 +111,19 @@ def check_weights(task: str, adapter: Adapter, deployment: Deployment) -> Check:
             if not worst <= ratio:
                 ratio, detail = worst, f"; worst: {sign:+g} times unit vector {column}"
     return at_most(f"adapter/{task}/head-weights", ratio, 1.0, f"measured / bound over the unit vectors{detail}")
+
+
+def _check_graph(task: str, adapter: Adapter, deployment: Deployment) -> Check:
+    """The head as other hosts run it: seeded states of several lengths through its own graph."""
+    name, path = f"adapter/{task}/head-graph", deployment.manifest.tasks[task].head_graph
+    if path is None:
+        return at_most(name, np.inf, 1.0, "the task has no graph of its head: export the adapter again")
+    try:
+        graph = read_graph(deployment.path, deployment.manifest, path)
+        ratio = check_head_graph(graph, adapter, deployment.manifest.base.embedding_dtype)
+    except AdaLinkError as error:
+        return at_most(name, np.inf, 1.0, str(error))
+    return at_most(name, ratio, 1.0, "measured / bound of its scores")
 
 
 def is_head_alone(task: Task) -> bool:

@@ -126,8 +126,7 @@ def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | Non
             pooling = files.read(path, _PoolingModule) or _PoolingModule()
             modes, include_prompt = _check_modes(pooling, config, files.name), pooling.include_prompt
         elif module.kind == "Normalize" and modes:
-            settings = files.read(path, dict[str, Any]) or {}
-            normalize = settings.get("module_input_name", _VECTOR) == _VECTOR
+            normalize = (files.read(path, dict[str, Any]) or {}).get("module_input_name", _VECTOR) == _VECTOR
             reason = reason or ("" if normalize else f"module {number} of {MODULES_FILE} normalizes something else")
         elif module.kind != "Dropout":  # which does nothing but in training
             reason = reason or f"module {number} of {MODULES_FILE} is {module.type}"

@@ -13,7 +13,7 @@ import pytest
 from helpers.paths import REPOSITORY
 
 from benchmarks.gpu_proof.record import Record, read_json
-from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, step_environment
+from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, cuda_folders, step_environment
 from benchmarks.gpu_proof.table import lines_of
 
 # Modules of planted steps: what `run` does.
@@ -96,7 +96,10 @@ def test_steps_that_no_longer_fit_are_left_out_and_named(driver: Driver) -> None
 
 def test_a_second_call_runs_what_the_first_left_out(driver: Driver) -> None:
     first = {"good": {"status": "skipped", "reason": ""}, "wrong": {"status": "failed", "reason": "before"}}
-    driver.go_on({"steps": first})
+    driver.describe(is_full=False)
+    driver.go_on({"steps": {"good": {"status": "passed", "reason": ""}}, "is_full": True})
+    assert not driver.has("good"), "sizes of another run were taken over"
+    driver.go_on({"steps": first, "is_full": False})
     driver.run([step("wrong"), step("good")])
     steps = driver.content["steps"]
     assert {name: steps[name]["status"] for name in steps} == {"wrong": "failed", "good": "passed"}
@@ -164,6 +167,19 @@ def test_figures_that_are_no_numbers_become_null(tmp_path: Path) -> None:
     assert found["targets"] == [{"name": "never met", "measured": None, "limit": 1.0, "met": False}]
 
 
+def test_cuda_is_looked_for_in_pythons_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both layouts of NVIDIA's packages: one folder for CUDA 13, one a library before."""
+    for folder in ("cu13", "cudnn", "empty"):
+        (tmp_path / "nvidia" / folder / "lib").mkdir(parents=True)
+    for file in ("cu13/lib/libcublas.so.13", "cudnn/lib/libcudnn.so.9"):
+        (tmp_path / "nvidia" / file).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "none")])
+    found = [folder for folder in cuda_folders() if folder.is_relative_to(tmp_path)]
+    assert found == [tmp_path / "nvidia" / "cu13" / "lib", tmp_path / "nvidia" / "cudnn" / "lib"]
+    path = step_environment(None, tmp_path)["LD_LIBRARY_PATH"]
+    assert path.startswith(f"{found[0]}{os.pathsep}{found[1]}")
+
+
 def test_steps_come_in_the_order_of_their_value() -> None:
     names = [step.name for step in STEPS]
     assert len(names) == len(set(names))
@@ -181,3 +197,12 @@ def test_steps_come_in_the_order_of_their_value() -> None:
     ]
     assert [name for name in names if name in wanted] == wanted
     assert all(step.needs is None or names.index(step.needs) < names.index(step.name) for step in STEPS)
+
+
+def test_the_driver_needs_the_standard_library_alone() -> None:
+    """It runs before anything is installed; ``-S`` leaves installed packages out."""
+    code = "import benchmarks.gpu_proof.__main__"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

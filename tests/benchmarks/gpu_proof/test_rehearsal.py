@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +73,10 @@ def test_a_short_rehearsal_answers_no_device(rehearsed: tuple[dict[str, Any], st
 
 def test_a_plan_is_judged_as_on_a_gpu(rehearsed: tuple[dict[str, Any], str, Path], tmp_path: Path) -> None:
     """What follows once a plan opens, which no rehearsal reaches: here the device front end on a stand-in for CUDA."""
-    if find_spec("cuda.bindings") is None:
-        pytest.skip("cuda-bindings is not installed")
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
     from helpers.lazy_cuda import LazyCuda, LazyPlans, lazy_device
 
-    plan = Plan(rehearsed[2] / "work", is_full=False, has_gpu=True, ends_at=time.monotonic() + 20)
+    plan = Plan(rehearsed[2] / "work" / "tiny", is_full=False, has_gpu=True, ends_at=time.monotonic() + 20)
     record, cuda = Record(tmp_path / "record.json"), LazyCuda()
     folder = plan.deployment("float32")
     profile = parse_profile(_SMALL_PROFILE, read_manifest(folder).base)

@@ -154,7 +154,9 @@ def test_the_committed_list_is_whole() -> None:
 def test_the_committed_versions_are_allowed_by_the_project() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [text for group in project["optional-dependencies"].values() for text in group]
-    asked = [Requirement(text) for text in (*project["dependencies"], *extras)]
+    models = (REPOSITORY / "examples" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    examples = [line for line in models if line and not line.startswith("#")]
+    asked = [Requirement(text) for text in (*project["dependencies"], *extras, *examples)]
     for wheel in read_list():
         ranges = [entry.specifier for entry in asked if canonicalize_name(entry.name) == canonicalize_name(wheel.name)]
         assert ranges, f"{wheel.name} is no dependency"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from adalink.runtime import Deployment, Generation, Handle, Request, SamplingParams
 from adalink.runtime.errors import QueueFullError, RequestError, RequestTimeoutError, UnknownTaskError
 from adalink.runtime.generation import admission
+from adalink.runtime.generation.row import Row
 from adalink.runtime.generation.running_batch import RunningBatch
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState, StaticCacheEngine
 from adalink.runtime.tasks.adapter_mapping import combine
@@ -190,7 +191,10 @@ def test_prompts_read_alone_share_memory_until_the_batch_is_idle(
         # One after the other: the second begins when the first has been read.
         handles = submit_at(
             opened,
-            [(at, Request(text, max_new_tokens=4, sampling=ENDLESS)) for at, text in ((1, long), (9, long), (17, longer))],
+            [
+                (at, Request(text, max_new_tokens=4, sampling=ENDLESS))
+                for at, text in ((1, long), (9, long), (17, longer))
+            ],
         )
         texts = [handle.result(60) for handle in handles]
     assert texts == [alone[0], alone[0], alone[1]]
@@ -271,6 +275,34 @@ def test_cancelling_frees_the_slot(three_slots: Deployment) -> None:
     assert 0 < len(cut.token_ids) < 50
     assert given_up.result(60) == Generation("", (), "cancelled", 5)
     assert {len(handle.result(60).token_ids) for handle in (running[0], running[2])} == {50}
+
+
+@pytest.mark.parametrize("ending", ["whole", "streamed", "cancelled", "awaited"])
+def test_ended_requests_wait_for_no_garbage_collector(three_slots: Deployment, ending: str) -> None:
+    request = Request("oil", task="alpha", max_new_tokens=4, sampling=ENDLESS)
+    gc.collect()
+    gc.disable()
+    try:
+        handles = [three_slots.submit(request) for _ in range(9)]
+        if ending == "cancelled":
+            handles[0].cancel()
+        for handle in handles:
+            if ending == "streamed":
+                assert list(handle)
+            elif ending == "awaited":
+                asyncio.run(_read(handle))
+            handle.result(60)
+        three_slots.generate(["oil"], max_new_tokens=1)  # the scheduler's thread has let the others go
+        left = [weakref.ref(handle) for handle in handles]
+        del handle, handles
+        assert [reference() for reference in left] == [None] * 9
+        assert sum(type(thing) is Row for thing in gc.get_objects()) <= 1  # the last one's, as its thread ends
+    finally:
+        gc.enable()
+
+
+async def _read(handle: Handle) -> list[Any]:
+    return [piece async for piece in handle]
 
 
 def test_deadlines_count_waiting(three_slots: Deployment) -> None:

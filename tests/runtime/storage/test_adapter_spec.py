@@ -74,7 +74,7 @@ def test_a_manifest_written_before_later_settings_opens() -> None:
     older = files | {"rank": 2, "activation": "gelu", "modalities": ["text"], "scope": "all"}
     task = msgspec.json.decode(json.dumps(older), type=Task)
     assert (task.soft_tokens, task.input, task.head, task.fold) == (0, "embeddings", None, None)
-    later = {"soft_tokens": 0, "input": "embeddings", "head": None, "fold": None}
+    later = {"soft_tokens": 0, "input": "embeddings", "head": None, "fold": None, "head_graph": None}
     assert (
         msgspec.json.encode(task, order="sorted")
         == json.dumps(older | later, sort_keys=True, separators=(",", ":")).encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +12,66 @@ import numpy as np
 import pytest
 from helpers.heads import TASKS, make_head_deployment
 
-from adalink.runtime import text_classifier
+from adalink.runtime import Deployment, text_classifier
 from adalink.runtime.tasks import head as head_module
 from adalink.runtime.tasks.head import TaskHead
 from adalink.runtime.text import truncation
 from adalink.tools.parity import suite
+from adalink.tools.parity.check_head import check_head
+from adalink.tools.parity.check_outputs import Comparison, compare_outputs
+from adalink.tools.parity.reference import Reference
 
 HEADS = [name for name, settings in TASKS.items() if "head" in settings]
 WEIGHTS = {f"adapter/{name}/head-weights" for name in HEADS}
 SCORES, LABELS = {f"task/{name}/head" for name in HEADS}, {f"task/{name}/head-labels" for name in HEADS}
 
 
+@dataclass
+class Verified:
+    """A deployment, its model, and what the heads' checks need of PyTorch, computed once."""
+
+    model: Path
+    folder: Path
+    reference: Reference
+    compared: dict[str, Comparison]
+    prompts: list[str]
+
+    def failures(self) -> set[str]:
+        """Failed checks of heads, with the deployment opened anew."""
+        failed: set[str] = set()
+        with Deployment.open(self.folder, threads=1) as deployment:
+            for name in HEADS:
+                adapter = (self.folder / deployment.manifest.tasks[name].config).parent
+                with self.reference.adapted(adapter):
+                    checks = check_head(
+                        name, {name: adapter}, deployment, self.reference, self.prompts, self.compared[name]
+                    )
+                failed |= {check.name for check in checks if not check.passed}
+        return failed
+
+
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Verified:
     model, folder, _ = make_head_deployment(tmp_path_factory.mktemp("heads"))
-    return model, folder
+    prompts = ["the price of corn fell in 3 months", "oil", "two words, at least"]
+    with Deployment.open(folder, threads=1) as deployment:
+        reference = Reference(model, deployment.manifest.base)
+        rows = [deployment.tokenizer.encode(prompt) for prompt in prompts]
+        compared = {}
+        for name in HEADS:
+            with reference.adapted((folder / deployment.manifest.tasks[name].config).parent):
+                compared[name] = compare_outputs(name, deployment, reference, name, rows)
+    return Verified(model, folder, reference, compared, prompts)
 
 
-def outcome(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> suite.Report:
+def test_clean_heads_pass(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the whole of verify, and in the part that the planted faults go through."""
     monkeypatch.setattr(suite, "check_swaps", lambda *_: ([], {}))  # fresh processes, of which this is not about
-    return suite.verify(clean[1], str(clean[0]), {}, suite.VerifyOptions(threads=1, quick=True))
-
-
-def failures(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    return {check.name for check in outcome(clean, monkeypatch).checks if not check.passed}
-
-
-def test_clean_heads_pass(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    report = outcome(clean, monkeypatch)
+    report = suite.verify(clean.folder, str(clean.model), {}, suite.VerifyOptions(threads=1, quick=True))
     assert [check for check in report.checks if not check.passed] == []
-    assert {check.name for check in report.checks} >= SCORES | LABELS
+    assert {check.name for check in report.checks} >= WEIGHTS | SCORES | LABELS
     assert not [check.name for check in report.checks if check.name.startswith("control/frozen")]
+    assert clean.failures() == set()
 
 
 TRUE_SCORES = TaskHead.scores
@@ -76,15 +105,15 @@ def pooled_otherwise(spec: Any) -> Any:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_scores_that_are_wrong(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_scores_that_are_wrong(clean: Verified, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     scores, expected = FAULTS[fault]
     monkeypatch.setattr(TaskHead, "scores", scores)
-    found = failures(clean, monkeypatch)
+    found = clean.failures()
     assert expected <= found <= expected | LABELS | WEIGHTS
     assert fault == "another pooling" or len(found & WEIGHTS) >= 4
 
 
-def test_smallest_weight_by_a_hundredth(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smallest_weight_by_a_hundredth(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the unit vectors, which real widths need: few of the tiny model's scores change enough."""
 
     def scores(head: TaskHead, states: Any) -> Any:
@@ -93,23 +122,24 @@ def test_smallest_weight_by_a_hundredth(clean: tuple[Path, Path], monkeypatch: p
         return TRUE_SCORES(replace(head, weight=weight), states)
 
     monkeypatch.setattr(TaskHead, "scores", scores)
-    found = failures(clean, monkeypatch)
-    assert WEIGHTS <= found < WEIGHTS | SCORES
+    found = clean.failures()
+    assert found >= WEIGHTS
+    assert len(found & SCORES) < len(SCORES)
 
 
-def test_texts_cut_a_token_later(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_cut_a_token_later(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
     true = truncation._shares
     monkeypatch.setattr(truncation, "_shares", lambda first, second, room: true(first, second, room + 1))
-    assert failures(clean, monkeypatch) >= SCORES
+    assert clean.failures() >= SCORES
 
 
-def test_pairs_cut_otherwise(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_cut_otherwise(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first text alone, rather than the longer one."""
     monkeypatch.setattr(truncation, "_shares", lambda first, second, room: (min(first, room), room - min(first, room)))
-    assert failures(clean, monkeypatch) >= ALL_BUT_TOKENS
+    assert clean.failures() >= ALL_BUT_TOKENS
 
 
-def test_head_of_another_task(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_of_another_task(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
     true = head_module.head_of
     first: list[TaskHead] = []
 
@@ -121,10 +151,10 @@ def test_head_of_another_task(clean: tuple[Path, Path], monkeypatch: pytest.Monk
         return head
 
     monkeypatch.setattr("adalink.runtime.tasks.registry.head_of", head_of)
-    assert failures(clean, monkeypatch) & SCORES in ({"task/topics/head"}, {"task/frozen/head"})
+    assert clean.failures() & SCORES in ({"task/topics/head"}, {"task/frozen/head"})
 
 
-def test_names_of_labels_exchanged(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_labels_exchanged(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores are right."""
     true = text_classifier.PreparedText.read
 
@@ -137,24 +167,22 @@ def test_names_of_labels_exchanged(clean: tuple[Path, Path], monkeypatch: pytest
         return true(replace(self, head=replace(self.head, spec=msgspec.structs.replace(spec, labels=labels))), scores)
 
     monkeypatch.setattr(text_classifier.PreparedText, "read", read)
-    assert failures(clean, monkeypatch) == LABELS - {"task/rating/head-labels"}
+    assert clean.failures() == LABELS - {"task/rating/head-labels"}
 
 
-def test_spans_a_character_late(clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_a_character_late(clean: Verified, monkeypatch: pytest.MonkeyPatch) -> None:
     true = text_classifier.read_spans
 
     def read_spans(*given: Any) -> Any:
         return tuple(replace(span, start=span.start + 1) for span in true(*given))
 
     monkeypatch.setattr(text_classifier, "read_spans", read_spans)
-    assert failures(clean, monkeypatch) == {"task/names/head-labels"}
+    assert clean.failures() == {"task/names/head-labels"}
 
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])
-def test_probabilities_of_another_kind(
-    clean: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
+def test_probabilities_of_another_kind(clean: Verified, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     true = getattr(text_classifier, function)
     monkeypatch.setattr(text_classifier, function, lambda scores: true(scores * 1.1))
     names = {"softmax": {"topics", "frozen"}, "sigmoid": {"colours"}}[function]
-    assert failures(clean, monkeypatch) == {f"task/{name}/head-labels" for name in names}
+    assert clean.failures() == {f"task/{name}/head-labels" for name in names}
