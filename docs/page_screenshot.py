@@ -32,7 +32,7 @@ def main(deployment: str, *options: str) -> None:
         try:
             url = json.loads(server.stdout.readline())["page"]
             browser = playwright.chromium.launch(executable_path=find_chromium())
-            page = browser.new_page(viewport={"width": 1000, "height": 720}, device_scale_factor=2)
+            page = browser.new_page(viewport={"width": 1000, "height": 740}, device_scale_factor=2)
             page.goto(url)
             ask(page)  # the first time is slower
             page.click("#restart")
@@ -54,7 +54,7 @@ def ask(page: Page) -> None:
     for box in page.locator("#chips input").all():
         name = box.get_attribute("value")
         box.set_checked(name == TASK or box.locator("xpath=..").get_attribute("class") == "base")
-    page.check("[value=plain]")
+    page.check("#plain")
     page.click("#toggle")
     page.fill("#max_tokens", "24")
     page.click("#toggle")

@@ -48,12 +48,15 @@ async def state(request: HttpRequest) -> JsonResponse:
     """``GET /page/state``: the models, what they take, and the load of now. ``tokens`` counts since the start."""
     gateway: Gateway = request.app.state.gateway
     deployment, base = gateway.deployment, gateway.base
+    # Tasks of an encoder may have labels; one that has none says so when it is asked.
+    classifies = base.kind == "encoder" and base.tokenizer is not None and bool(deployment.tasks)
     answer: dict[str, Any] = {
         "base": gateway.base_name,
-        "models": [gateway.base_name, *deployment.tasks],
+        "models": list(deployment.tasks) if classifies else [gateway.base_name, *deployment.tasks],
         "kind": base.kind,
         "generates": base.kind != "encoder" and base.tokenizer is not None,
-        "chats": base.chat_template is not None,
+        "classifies": classifies,
+        "chats": base.kind != "encoder" and base.chat_template is not None,
         "sees": base.vision is not None,
         # Where to ask a base that generates no text.
         "api": f"v2/models/{quote(gateway.base_name, safe='')}/infer",

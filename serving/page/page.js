@@ -7,13 +7,14 @@ const KEY = "adalink-key";
 const CUT = "The answer was cut off before its end.";
 
 const $ = (id) => document.getElementById(id);
+const [dialog, prompt] = [$("key-dialog"), $("prompt")];
+const now = () => performance.now();
 const say = (id, words) => ($(id).textContent = words);
 const show = (id, isShown) => ($(id).hidden = !isShown);
 const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
 const make = (tag, textContent, values) => Object.assign(document.createElement(tag), { textContent, ...values });
 const checked = (name) => Array.from(document.querySelectorAll(`[name=${name}]:checked`), (box) => box.value);
 const isChat = () => checked("mode")[0] === "chat";
-const sentence = (words) => words[0].toUpperCase() + words.slice(1) + (/[.!?]$/.test(words) ? "" : ".");
 
 class Problem extends Error {}
 
@@ -21,8 +22,6 @@ let server; // what page/state says
 let image; // {name, url, bitmap} of the next prompt
 let histories = new Map(); // model -> messages
 const running = new Set(); // answers under way
-
-// The server: requests, load, key
 
 async function request(path, options) {
   const key = sessionStorage.getItem(KEY);
@@ -36,9 +35,7 @@ async function request(path, options) {
     throw new Problem("This server asks for an API key.");
   }
   const { error } = await response.json().catch(() => ({}));
-  const retry = response.headers.get("Retry-After");
-  const words = error?.message || `the server answered ${response.status} ${response.statusText}`;
-  throw new Problem(sentence(words) + (retry ? ` Try again in ${retry} s.` : ""));
+  throw new Problem(error?.message || `The server answered ${response.status} ${response.statusText}.`);
 }
 
 let timer, last;
@@ -54,13 +51,13 @@ async function poll() {
   show("load", last);
   show("offline", !last);
   clearTimeout(timer);
-  if (!$("key-dialog").open) timer = setTimeout(poll, 1000);
+  if (!dialog.open) timer = setTimeout(poll, 1000);
 }
 
 function showState(state) {
-  const now = { tokens: state.tokens, at: performance.now() };
-  say("rate", last ? Math.max(0, Math.round((1000 * (now.tokens - last.tokens)) / (now.at - last.at))) : 0);
-  last = now;
+  const { tokens } = state;
+  say("rate", last ? Math.round((1000 * (tokens - last.tokens)) / (now() - last.at)) : 0);
+  last = { tokens, at: now() };
   for (const name of ["running", "waiting", "slots"]) say(name, state[name]);
   $("bar").style.width = `${(100 * state.running) / state.slots}%`;
   const before = server;
@@ -72,16 +69,16 @@ function showState(state) {
 function askKey(problem) {
   show("change-key", true);
   say("key-problem", problem ?? "");
-  if (!$("key-dialog").open) $("key-dialog").showModal();
+  if (!dialog.open) dialog.showModal();
 }
 
 $("change-key").onclick = () => askKey();
-$("key-dialog").onclose = () => last && poll();
-$("key-dialog").onsubmit = (event) => {
+dialog.onclose = () => last && poll();
+dialog.onsubmit = (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, $("key").value.trim());
   $("key").value = "";
-  $("key-dialog").close();
+  dialog.close();
   poll();
 };
 document.onvisibilitychange = () => {
@@ -89,11 +86,9 @@ document.onvisibilitychange = () => {
   poll();
 };
 
-// Models and the form
-
 function showModels(chosen) {
-  const chips = server.models.map((name, at) => {
-    const chip = make("label", "", { className: at ? "" : "base" });
+  const chips = server.models.map((name) => {
+    const chip = make("label", "", { className: name === server.base ? "base" : "" });
     const box = make("input", "", { type: "checkbox", name: "model", value: name, checked: chosen.includes(name) });
     chip.append(box, make("span", name));
     return chip;
@@ -103,19 +98,19 @@ function showModels(chosen) {
 }
 
 function showForm() {
-  const { base, kind, generates, chats, api } = server;
+  const { base, generates, classifies, chats, api } = server;
   say("base", base);
   document.title = `${base} · AdaLink`;
-  if (!generates) {
-    say("title", `${base} ${kind === "encoder" ? "is an encoder: it generates no text" : "has no tokenizer"}`);
+  if (!generates && !classifies) {
     say("call", `POST ${new URL(api, document.baseURI)}`);
     return show("api-only", true);
   }
   for (const id of ["models", "empty", "composer"]) show(id, true);
   show("modes", chats);
-  if (!chats) document.querySelector("[value=plain]").checked = true;
+  show("toggle", generates);
+  if (!chats) $("plain").checked = true;
   showMode();
-  $("prompt").focus();
+  prompt.focus();
 }
 
 function showMode() {
@@ -169,12 +164,10 @@ function drawing() {
   return canvas;
 }
 
-// Asking
-
 $("composer").onsubmit = async (event) => {
   event.preventDefault();
   const models = checked("model");
-  const text = $("prompt").value;
+  const text = prompt.value;
   const numbers = [$("max_tokens"), $("temperature")];
   const wrong = numbers.find((field) => !field.validity.valid);
   const problem =
@@ -185,7 +178,7 @@ $("composer").onsubmit = async (event) => {
   say("problem", problem || "");
   if (problem) {
     if (wrong) showSettings(true);
-    return (wrong ?? $("prompt")).focus();
+    return (wrong ?? prompt).focus();
   }
   const sent = image;
   const system = $("system").value.trim();
@@ -202,14 +195,14 @@ $("composer").onsubmit = async (event) => {
   if (image) section.children[1].after(drawing());
   section.lastElementChild.append(...answers.map((answer) => answer.card));
   $("turns").append(section);
-  $("prompt").value = "";
+  prompt.value = "";
   setImage();
   show("empty", false);
   show("restart", true);
   section.scrollIntoView();
   await Promise.all(answers.map((answer) => answer.ask()));
-  if (answers.some((answer) => answer.reason !== "failed") || $("prompt").value || image) return;
-  $("prompt").value = text; // to be sent again
+  if (answers.some((answer) => answer.reason !== "failed") || prompt.value || image) return;
+  prompt.value = text; // to be sent again
   setImage(sent);
 };
 
@@ -244,7 +237,7 @@ class Answer {
     try {
       this.control.signal.throwIfAborted();
       this.tell("reads the prompt");
-      await this.stream();
+      await (server.classifies ? this.classify() : this.stream());
     } catch (error) {
       this.reason = error.name === "AbortError" ? "stopped" : "failed";
       if (this.reason === "failed") this.part(".bad").textContent = error instanceof Problem ? error.message : CUT;
@@ -258,13 +251,26 @@ class Answer {
     return [...(this.histories.get(this.model) ?? []), { role: "user", content: this.turn.content }];
   }
 
+  post(path, body) {
+    this.begun = now();
+    return request(path, { method: "POST", body: JSON.stringify({ model: this.model, ...body }), signal: this.control.signal });
+  }
+
+  async classify() {
+    const response = await this.post("v1/classify", { input: this.turn.content });
+    const { label, labels, value, spans, probabilities, truncated } = (await response.json()).data[0];
+    const found = labels ?? spans?.map((span) => `${span.label}: ${span.text}`) ?? [label ?? value];
+    this.text.data = found.join("\n") || "none";
+    this.reason = `${((now() - this.begun) / 1000).toFixed(2)} s${truncated ? " · text was cut" : ""}`;
+    const odds = Object.entries(probabilities ?? {}).map(([name, share]) => [name, share, found.includes(name)]);
+    if (odds.length) showOdds(this.part("details"), "Labels", odds).open = true;
+  }
+
   async stream() {
     const { isChat, system, fields } = this.turn;
-    const body = { ...fields, model: this.model, stream: true, stream_options: { include_usage: true } };
+    const body = { ...fields, stream: true, stream_options: { include_usage: true } };
     if (isChat) body.messages = [...system, ...this.messages()];
-    this.begun = performance.now();
-    const options = { method: "POST", body: JSON.stringify(body), signal: this.control.signal };
-    const response = await request(isChat ? "v1/chat/completions" : "v1/completions", options);
+    const response = await this.post(isChat ? "v1/chat/completions" : "v1/completions", body);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let held = ""; ; ) {
       const { done, value } = await reader.read();
@@ -279,16 +285,16 @@ class Answer {
   }
 
   take({ error, choices, usage }) {
-    if (error) throw new Problem(sentence(error.message));
+    if (error) throw new Problem(error.message);
     this.tokens = usage?.completion_tokens ?? this.tokens;
     for (const { delta, text, logprobs, finish_reason } of choices) {
       this.reason = finish_reason;
       const count = (logprobs?.content ?? logprobs?.tokens)?.length;
       if (count) {
-        this.last = performance.now();
+        this.last = now();
         if (!this.first) {
           [this.first, this.early] = [this.last, count];
-          showOdds(this.part("details"), "First token", ...firstOdds(logprobs));
+          showOdds(this.part("details"), "First token", firstOdds(logprobs));
         }
         this.tokens += count;
       }
@@ -326,37 +332,36 @@ class Answer {
     }
     // Screen readers read an answer once, when it is complete.
     $("news").append(make("p", `${model}, ${reason}: ${this.part(".text").textContent} ${this.part(".bad").textContent}`));
-    if ($("news").children.length > MOST_STREAMS) $("news").firstChild.remove();
   }
 }
 
-// The first token, and [token, log probability] of it and of its alternatives; of a chat or of a plain prompt.
+// Odds of the first token of a chat or of a plain prompt: [token, probability, whether it was chosen].
 function firstOdds({ content, tokens, token_logprobs, top_logprobs }) {
-  const [chosen, logprob] = content ? [content[0].token, content[0].logprob] : [tokens[0], token_logprobs[0]];
-  const odds = content ? content[0].top_logprobs.map((top) => [top.token, top.logprob]) : Object.entries(top_logprobs[0]);
-  if (!odds.some(([text]) => text === chosen)) odds.push([chosen, logprob]);
-  return [chosen, odds.sort((one, other) => other[1] - one[1])];
+  const [first] = content ?? [{ token: tokens?.[0], logprob: token_logprobs?.[0] }];
+  const odds = new Map(content ? first.top_logprobs.map((top) => [top.token, top.logprob]) : Object.entries(top_logprobs[0]));
+  odds.set(first.token, first.logprob);
+  const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎");
+  return Array.from(odds, ([text, logprob]) => [visible(text), Math.exp(logprob), text === first.token]);
 }
 
-// A foldable list of probabilities. Labels of a task go in here too, with another title.
-function showOdds(details, title, chosen, odds) {
-  const items = odds.map(([text, logprob]) => {
-    const share = `${(100 * Math.exp(logprob)).toFixed(1)}%`;
-    const item = make("li", "", { className: text === chosen ? "chosen" : "" });
+// A foldable list of probabilities.
+function showOdds(details, title, odds) {
+  const items = odds.sort((one, other) => other[1] - one[1]).slice(0, 10).map(([text, probability, isChosen]) => {
+    const share = `${(100 * probability).toFixed(1)}%`;
+    const item = make("li", "", { className: isChosen ? "chosen" : "" });
     const track = make("span", "", { className: "track" });
     track.appendChild(make("i")).style.width = share;
-    item.append(make("code", text.replaceAll(" ", "␣").replaceAll("\n", "⏎")), track, make("span", share));
+    item.append(make("code", text), track, make("span", share));
     return item;
   });
   details.firstElementChild.textContent = title;
   details.lastElementChild.replaceChildren(...items);
   details.hidden = false;
+  return details;
 }
 
-// Stopping and beginning anew
-
 function showRunning() {
-  if (!running.size && document.activeElement === $("stop-all")) $("prompt").focus();
+  if (!running.size && document.activeElement === $("stop-all")) prompt.focus();
   show("stop-all", running.size);
   show("send", !running.size);
 }
@@ -372,10 +377,10 @@ $("restart").onclick = () => {
   $("turns").replaceChildren();
   show("restart", false);
   show("empty", true);
-  $("prompt").focus();
+  prompt.focus();
 };
 document.onkeydown = (event) => {
-  if (event.key === "Escape" && !$("key-dialog").open) stopAll();
+  if (event.key === "Escape" && !dialog.open) stopAll();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && $("composer").contains(event.target)) $("composer").requestSubmit();
 };
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.paths import REPOSITORY
 from helpers.served import wait_for
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Tab:
         self.page.remove_listener("pageerror", self._note_error)
         self.page.remove_listener("console", self._note_line)
         assert [address for address in self.addresses if not address.startswith(self.url)] == []
-        assert self.complaints == []
+        assert not self.complaints, self.complaints
 
     def choose(self, *models: str) -> None:
         """Choose these models and no others."""
@@ -88,7 +89,7 @@ class Tab:
     def send(self, text: str, *, chat: bool = True, **settings: Any) -> None:
         """Ask, with ``max_tokens``, ``temperature`` and ``system`` where given; quicker than by mouse and keys."""
         if self.is_chat() != chat:
-            self.page.check(f"[value={'chat' if chat else 'plain'}]")
+            self.page.check(f"[name=mode][value={'chat' if chat else 'plain'}]")
         self.page.evaluate(
             "values => { for (const id in values) document.getElementById(id).value = values[id];"
             "document.querySelector('#composer').requestSubmit() }",
@@ -97,7 +98,7 @@ class Tab:
 
     def is_chat(self) -> bool:
         """Whether prompts go through the chat template."""
-        return bool(self.page.evaluate("document.querySelector('[value=chat]').checked"))
+        return bool(self.page.evaluate("document.querySelector('[name=mode][value=chat]').checked"))
 
     def answer(self, model: str) -> Locator:
         """The last answer of a model."""
@@ -141,7 +142,7 @@ class Tab:
 
     def _note_line(self, message: Any) -> None:
         if message.type == "error":
-            self.complaints.append(message.text)
+            self.complaints.append(f"{message.text} {message.location.get('url')}")
 
 
 def events(*chunks: Any, end: str = "data: [DONE]\n\n") -> dict[str, Any]:
@@ -174,12 +175,8 @@ def assert_all_is_text(tab: Tab) -> None:
 
 def plant(tab: Tab, good: str, bad: str) -> Tab:
     """Open the page with a fault in its script."""
-
-    def change(route: Any) -> None:
-        text = route.fetch().text()
-        assert text.count(good) == 1
-        headers = {"Content-Type": "text/javascript", "Cache-Control": "no-store"}
-        route.fulfill(body=text.replace(good, bad), headers=headers)
-
-    tab.page.route("**/page.js", change)
+    text = (REPOSITORY / "serving/page/page.js").read_text(encoding="utf-8")
+    assert text.count(good) == 1
+    headers = {"Content-Type": "text/javascript", "Cache-Control": "no-store"}
+    tab.page.route("**/page.js", lambda route: route.fulfill(body=text.replace(good, bad), headers=headers))
     return tab.open()

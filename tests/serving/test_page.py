@@ -34,7 +34,7 @@ def test_answers_are_those_of_generate(tab: Tab, served: Served, chat: bool) -> 
 
 
 def test_answer_under_the_wrong_name_is_found(blank: Tab, served: Served) -> None:
-    tab = plant(blank, "model: this.model, stream", "model: 'beta', stream")
+    tab = plant(blank, "model: this.model, ...body", "model: 'beta', ...body")
     tab.choose("alpha")
     tab.send(PROMPT, max_tokens=20)
     messages = [{"role": "user", "content": PROMPT}]

@@ -122,9 +122,10 @@ def test_state_says_models_and_what_they_take(served: Served, encoder: Served) -
     assert answer.headers["cache-control"] == "no-store"
     assert state["models"] == [model["id"] for model in served.get("/v1/models").json()["data"]]
     assert (state["base"], state["kind"], state["slots"]) == (served.base, "decoder", 8)
-    assert (state["generates"], state["chats"], state["sees"]) == (True, True, False)
+    assert (state["generates"], state["classifies"], state["chats"], state["sees"]) == (True, False, True, False)
     state = encoder.get("/page/state").json()
-    assert (state["kind"], state["generates"]) == ("encoder", False)
+    assert (state["kind"], state["generates"], state["classifies"]) == ("encoder", False, True)
+    assert state["models"] == list(encoder.deployment.tasks)
     ids = {"name": "input_ids", "shape": [1, 2], "datatype": "INT64", "data": [5, 9]}
     assert encoder.post(f"/{state['api']}", {"inputs": [ids]}).status_code == 200
 

@@ -7,7 +7,8 @@ from io import BytesIO
 from typing import Any
 
 import pytest
-from helpers.browser import Tab, events, piece
+from helpers.browser import Tab, events, piece, plant
+from helpers.heads import make_head_deployment
 from helpers.served import Served, serve_in_thread, wait_for
 from helpers.vision_deployments import build_vision_deployment, picture
 
@@ -74,7 +75,7 @@ def test_what_is_no_image_is_said(blank: Tab, seeing: Served) -> None:
 def test_image_can_be_removed_and_goes_with_chats_alone(blank: Tab, seeing: Served) -> None:
     blank.url = seeing.url
     tab = blank.open()
-    for leave in (lambda: tab.page.click("#remove"), lambda: tab.page.check("[value=plain]")):
+    for leave in (lambda: tab.page.click("#remove"), lambda: tab.page.check("#plain")):
         choose_image(tab, png(1))
         tab.page.wait_for_selector("#image canvas[width]")
         leave()
@@ -88,15 +89,58 @@ def test_base_that_does_not_see_takes_no_image(tab: Tab) -> None:
     assert tab.page.locator("#choose").is_hidden()
 
 
-def test_encoder_is_said_to_generate_nothing(blank: Tab, served: Served) -> None:
+def test_encoder_without_tasks_is_said_to_generate_nothing(blank: Tab, served: Served) -> None:
     tab = blank
     change_state(tab, kind="encoder", generates=False)
     tab.page.goto(tab.url)
     tab.page.wait_for_selector("#api-only")
-    assert tab.page.locator("#title").inner_text() == f"{served.base} is an encoder: it generates no text"
+    assert "This base generates no text" in tab.page.locator("#api-only").inner_text()
     assert tab.page.locator("#call").inner_text() == f"POST {served.url}/v2/models/{served.base}/infer"
     assert tab.page.locator("#load").is_visible()
     assert [tab.page.locator(name).is_visible() for name in ("#composer", "#models", "#empty")] == [False] * 3
+
+
+@pytest.fixture(scope="module")
+def labelling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    _, folder, _ = make_head_deployment(tmp_path_factory.mktemp("heads"))
+    with Deployment.open(folder, threads=1) as deployment, serve_in_thread(deployment) as server:
+        yield server
+
+
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_labels_have_the_probabilities_of_classify(blank: Tab, labelling: Served, is_planted: bool) -> None:
+    blank.url = labelling.url
+    tab = plant(blank, "model: this.model, ...body", "model: 'frozen', ...body") if is_planted else blank.open()
+    assert [tab.page.locator(name).is_visible() for name in ("#modes", "#toggle", "#choose")] == [False] * 3
+    names = ["topics", "colours"]
+    tab.choose(*names)
+    tab.send("oil", chat=False)
+    shown, wanted = [], []
+    for name in names:
+        text = tab.text(name)
+        rows = [row.split() for row in tab.answer(name).locator("li").all_inner_texts()]
+        chosen = tab.answer(name).locator("li.chosen").all_inner_texts()
+        shown.append((text, {label: float(share.rstrip("%")) for label, share in rows}, len(chosen)))
+        (result,) = labelling.deployment.classify(["oil"], name)
+        labels = [result.label] if result.label else list(result.labels)
+        shares = {label: 100 * share for label, share in result.probabilities.items()}
+        wanted.append(("\n".join(labels) or "none", pytest.approx(shares, abs=0.06), len(labels)))
+    assert (shown == wanted) != is_planted
+
+
+def test_numbers_spans_and_cut_texts_are_shown(blank: Tab, labelling: Served) -> None:
+    blank.url = labelling.url
+    tab, text = blank.open(), "the price of corn fell in 3 months " * 3
+    tab.choose("rating", "names", "plain")
+    tab.send(text, chat=False)
+    rating, names = (labelling.deployment.classify([text], name)[0] for name in ("rating", "names"))
+    assert rating.value is not None
+    assert float(tab.text("rating")) == pytest.approx(rating.value, abs=1e-5)
+    assert tab.text("names") == ("\n".join(f"{span.label}: {span.text}" for span in names.spans) or "none")
+    stats = tab.answer("rating").locator(".stats").inner_text().replace("\u00a0", " ")
+    assert ("text was cut" in stats) == rating.truncated is True
+    assert "task 'plain' has no labels" in tab.problem("plain")
+    tab.complaints.clear()
 
 
 def test_base_without_a_chat_template_is_asked_plainly(blank: Tab, served: Served) -> None:
