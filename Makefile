@@ -14,7 +14,7 @@ PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 
-.PHONY: help demo test test-slow test-gpu fuzz lint docs format bench bench-serving study vision models clean
+.PHONY: help demo test test-slow test-gpu gpu-wheels fuzz lint docs format bench bench-serving study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -57,6 +57,9 @@ test-slow: $(VENV)/models $(VENV)/tensorrt-rtx $(VENV)/ray ## the tests on real 
 test-gpu: $(VENV)/models $(VENV)/tensorrt-rtx ## the tests that need an NVIDIA GPU
 	$(RUN)/python -m pytest -m "gpu"
 
+gpu-wheels: $(VENV)/installed ## fetch the wheels for a machine with a GPU and no network into build/gpu-wheels (623 MB, in pieces)
+	$(RUN)/python -m benchmarks.gpu_proof.wheels fetch --out build/gpu-wheels
+
 fuzz: $(VENV)/installed ## mutated inputs for SECONDS=600, in WORKERS=2 processes; with KILLS=1000 as many kills of a writer, THREADS=64 as many threads, SOAK=600 a server under load for as long
 	PYTHONPATH=tests $(RUN)/python -m fuzz inputs --seconds $(SECONDS) --jobs $(WORKERS) --json build/fuzz/inputs.json
 	$(if $(KILLS),PYTHONPATH=tests $(RUN)/python -m fuzz kills --kills $(KILLS) --json build/fuzz/kills.json)
@@ -89,8 +92,10 @@ bench: demo ## measure the kit beside its peers (40 minutes; QUICK=1: a few), dr
 
 bench-serving: demo ## measure the kit's server beside llama.cpp's, 16 tasks (25 minutes; QUICK=1: 6 minutes)
 	@$(MAKE) $(PEERS)/installed || echo "the peers could not be installed: the kit is measured alone"
-	$(RUN)/python -m benchmarks.serving --deployment $(DEMO)/deployment --out build/bench/serving.json \
-		$(if $(wildcard $(PEERS)/installed),--peers-python $(PEERS)/bin/python) $(if $(QUICK),--quick)
+	$(RUN)/python -m benchmarks.serving --deployment $(DEMO)/deployment \
+		$(if $(wildcard $(PEERS)/installed),--peers-python $(PEERS)/bin/python) \
+		$(if $(QUICK),--quick --out build/bench/serving.json,--out benchmarks/results/serving.json)
+	$(if $(QUICK),,$(RUN)/python -m benchmarks.serving.report)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
 	$(RUN)/python -m studies run studies/files/reduced.toml --out build/study --jobs 2 --minutes 88

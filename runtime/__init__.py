@@ -34,11 +34,14 @@ if TYPE_CHECKING:
     from adalink.runtime.receipt import Receipt
     from adalink.runtime.tasks.task_changes import Reload
     from adalink.runtime.text.messages import ChatOptions
+    from adalink.runtime.text.spans import Span
+    from adalink.runtime.text_classifier import Classification
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "ChatOptions": "adalink.runtime.text.messages",
+            "Classification": "adalink.runtime.text_classifier",
             "Deployment": "adalink.runtime.deployment",
             "Generation": "adalink.runtime.generation.sequence",
             "Handle": "adalink.runtime.generation.handle",
@@ -46,6 +49,7 @@ else:
             "Reload": "adalink.runtime.tasks.task_changes",
             "Request": "adalink.runtime.generation.request",
             "SamplingParams": "adalink.runtime.generation.sampling",
+            "Span": "adalink.runtime.text.spans",
             "StructuredOutput": "adalink.runtime.generation.structured_output",
             "TextPiece": "adalink.runtime.generation.handle",
         },
@@ -58,6 +62,7 @@ __all__ = [
     "BackendUnavailableError",
     "BusyError",
     "ChatOptions",
+    "Classification",
     "ConfigError",
     "ContractError",
     "DataError",
@@ -76,6 +81,7 @@ __all__ = [
     "RequestError",
     "RequestTimeoutError",
     "SamplingParams",
+    "Span",
     "StructuredOutput",
     "TextPiece",
     "UnknownTaskError",

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import numpy.typing as npt
 
 from adalink.runtime.arguments import check_flag, check_kind, check_name, check_path
@@ -39,6 +40,8 @@ from adalink.runtime.tasks.reloader import TaskReloader
 from adalink.runtime.tasks.task_changes import Reload
 from adalink.runtime.text.messages import ChatOptions, Messages
 from adalink.runtime.text.tokenizer import Tokenizer
+from adalink.runtime.text_classifier import Classification, TextClassifier, Texts
+from adalink.runtime.text_encoder import TextEncoder
 from adalink.runtime.text_generator import TextGenerator
 from adalink.runtime.vision.placeholders import Images
 from adalink.runtime.vision.tower import OpenVision
@@ -72,6 +75,8 @@ class Deployment:
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
         self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
         self._generator = TextGenerator(manifest, self.variant, self._inputs, self._runner, options)
+        self._encoder = TextEncoder(manifest.base, self._inputs, self._runner)
+        self._classifier = TextClassifier(manifest.base, self._inputs, self._encoder)
         self._is_closed = False
 
     @classmethod
@@ -242,6 +247,67 @@ class Deployment:
         self._check_open()
         inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
         return self._runner.engine.embedder.read(self._runner.input_embeddings(inputs))
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """What ``encode`` does, step by step: for programs that need tokens and vectors."""
+        self._check_open()
+        return self._encoder
+
+    def encode(
+        self,
+        texts: Prompts,
+        tasks: Tasks = None,
+        *,
+        prompt: str | None = None,
+        pooling: str | Sequence[str] | None = None,
+        normalize: bool | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Embeddings of texts: an encoder's states, pooled as in sentence-transformers.
+
+        Defaults are those of the checkpoint's own sentence-transformers files. As there, a text that is longer than
+        they allow is cut; a warning in the log counts such texts.
+
+        Args:
+            texts: texts, or token ids, special tokens included, which get no prompt and are never cut.
+            tasks: one task for all texts, or one for each; ``None`` is the base model.
+            prompt: put before each text; by default the files' own default prompt, ``""`` for none.
+            pooling: one or several of ``"cls"``, ``"max"``, ``"mean"``, ``"mean_sqrt_len_tokens"``,
+                ``"weightedmean"`` and ``"lasttoken"``; the vectors of several are concatenated.
+            normalize: whether vectors are divided by their length.
+
+        Returns:
+            float32 with shape ``(texts, width)``; ``width`` is ``d`` times the number of poolings.
+
+        Raises:
+            RequestError: the base is a decoder, it says no pooling and none is given, a text has no tokens, or it is
+                longer than the model takes and nothing says where to cut.
+            BackendError: the engine refused, or its states are not numbers.
+        """
+        self._check_open()
+        return self._encoder.encode(texts, tasks, prompt, pooling, normalize)
+
+    @property
+    def text_classifier(self) -> TextClassifier:
+        """What ``classify`` does, step by step: for programs that need scores."""
+        self._check_open()
+        return self._classifier
+
+    def classify(self, texts: Texts, tasks: Tasks) -> list[Classification]:
+        """Labels of texts, by tasks that were trained on rows with labels.
+
+        A text is cut to the length that the rows of the training could have; the result says so.
+
+        Args:
+            texts: texts, or pairs of texts.
+            tasks: one task for all texts, or one for each: their heads may differ in kind and size.
+
+        Raises:
+            RequestError: a task has no head, or a text has no tokens.
+            UnknownTaskError: a task is not deployed.
+            BackendError: the engine refused, or its states are not numbers.
+        """
+        return self.text_classifier.classify(texts, tasks)
 
     def encode_images(self, pixel_values: Array, grid: Grid | None = None) -> Array:
         """Image embeddings of the vision tower, before any adapter; not cached.

@@ -52,7 +52,12 @@ def check_image_embeds(embeds: Array) -> Array:
 
 
 def check_outputs(
-    outputs: dict[str, Array], mask: Array, tasks: str | Sequence[str | None] | None, *, is_decoder: bool
+    outputs: dict[str, Array],
+    mask: Array,
+    tasks: str | Sequence[str | None] | None,
+    *,
+    is_decoder: bool,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, Array]:
     """Check the outputs of whole sequences at the positions of tokens; padding may hold anything.
 
@@ -61,6 +66,7 @@ def check_outputs(
         mask: 1 for tokens of the input, shape ``(batch, seq)``.
         tasks: the request's.
         is_decoder: whether the logits are at the positions of ``mask``; else they are at a decoder's, all tokens.
+        rows: places of these rows in the request; by default they are all of it.
 
     Returns:
         The outputs.
@@ -76,7 +82,8 @@ def check_outputs(
             is_bad &= mask != 0
         if is_bad.any():
             row, position = (int(index) for index in np.argwhere(is_bad)[0])
-            value, label, where = float(worst[row, position]), row_label(row, tasks), f"at position {position}"
+            value, where = float(worst[row, position]), f"at position {position}"
+            label = row_label(row if rows is None else rows[row], tasks)
             what = "logits" if is_logits else "hidden states"
             fault = all_equal if math.isfinite(value) else not_numbers
             raise fault(what, value, label, where)

@@ -26,6 +26,7 @@ from adalink.runtime.request import (
 )
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.text.messages import ChatOptions, Messages, as_options, images_of, split_batch
@@ -174,6 +175,10 @@ class InputProcessor:
         mapping = self._tasks.resolve(tasks, len(ids))
         types = check_token_types(token_type_ids, (ids.shape[0], ids.shape[1]), self._base)
         return BatchInputs(ids, None, indices, mapping, self._embed_images(ids, images), types)
+
+    def resolve_rows(self, tasks: Tasks, batch: int) -> list[tuple[str | None, AdapterMapping]]:
+        """See ``TaskRegistry.resolve_rows``."""
+        return self._tasks.resolve_rows(tasks, batch)
 
     def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
         """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long."""

@@ -120,21 +120,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def check_prompts(prompts: Prompts | None, base: Base) -> list[str | list[int]]:
-    """The prompts of a batch, each a text or token ids; raises ``RequestError``."""
+def check_prompts(prompts: Prompts | None, base: Base, what: str = "prompt") -> list[str | list[int]]:
+    """The prompts of a batch, or other texts, each a text or token ids; raises ``RequestError``."""
     items = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
     if isinstance(items, (str, bytes)) or not isinstance(items, Sequence) or not items:
-        raise RequestError(f"prompts is {items!r:.80}, expected a list with at least one text or list of token ids")
+        raise RequestError(f"{what}s is {items!r:.80}, expected a list with at least one text or list of token ids")
     checked: list[str | list[int]] = []
     for row, prompt in enumerate(items):
-        name = f"prompt {row}"
+        name = f"{what} {row}"
         if isinstance(prompt, str):
             checked.append(check_text(prompt, name))
             continue
         ids = _as_array(prompt, name)
         if ids.ndim != 1:
             raise RequestError(
-                f"{name} is {prompt!r:.80}, expected a text or a list of token ids: [[5, 6, 7]] is one prompt of three"
+                f"{name} is {prompt!r:.80}, expected a text or a list of token ids: [[5, 6, 7]] is one {what} of three"
             )
         checked.append(check_input_ids(ids[None], base, name)[0].tolist() if ids.size else [])
     return checked

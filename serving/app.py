@@ -9,6 +9,8 @@ from starlette.routing import Route
 
 from adalink.runtime.deployment import Deployment
 from adalink.serving.adapters import load_adapter, unload_adapter
+from adalink.serving.classifying import classify
+from adalink.serving.embeddings import embeddings
 from adalink.serving.gateway import Gateway
 from adalink.serving.generating import chat_completions, completions
 from adalink.serving.guard import Guard, http_error
@@ -16,6 +18,7 @@ from adalink.serving.health import live, metrics, ready
 from adalink.serving.inference import infer, model_metadata, model_ready, server_metadata
 from adalink.serving.models import list_models, show_model
 from adalink.serving.options import ServeOptions
+from adalink.serving.page import PAGE_ADDRESSES, page_routes
 from adalink.serving.tokenizing import detokenize, tokenize
 
 
@@ -35,6 +38,8 @@ def make_app(deployment: Deployment, options: ServeOptions | None = None) -> Sta
         Route("/v1/models/{model:path}", show_model),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/v1/classify", classify, methods=["POST"]),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/v2", server_metadata),
@@ -51,9 +56,12 @@ def make_app(deployment: Deployment, options: ServeOptions | None = None) -> Sta
     if gateway.options.tasks_folder is not None:
         routes.append(Route("/v1/load_lora_adapter", load_adapter, methods=["POST"]))
         routes.append(Route("/v1/unload_lora_adapter", unload_adapter, methods=["POST"]))
+    if gateway.options.page:
+        routes += page_routes()
+    keyless = PAGE_ADDRESSES if gateway.options.page else frozenset[str]()
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, gateway=gateway)],
+        middleware=[Middleware(Guard, gateway=gateway, keyless=keyless)],
         exception_handlers={HTTPException: http_error},
     )
     app.state.gateway = gateway

@@ -6,7 +6,7 @@ names it. ``null`` is the same as leaving a field out.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -95,6 +95,28 @@ class CompletionFields(GenerateFields, kw_only=True):
     logprobs: Logprobs | None = None
     echo: bool | None = None
     suffix: str | None = None
+
+
+class EmbeddingFields(msgspec.Struct, kw_only=True):
+    """A request for ``/v1/embeddings``; ``pooling`` and ``normalize`` are those of ``Deployment.encode``."""
+
+    model: Name
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = None
+    user: str | None = None
+    # vLLM's: -1 cuts a long text to what the model's files allow.
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=-1)] | None = None
+    pooling: str | list[str] | None = None
+    normalize: bool | None = None
+
+
+class ClassifyFields(msgspec.Struct, kw_only=True):
+    """A request for ``/v1/classify``: a text, or a list of texts and of pairs of texts."""
+
+    model: Name
+    input: str | list[str | list[str]]
+    user: str | None = None
 
 
 class TokenizeFields(msgspec.Struct, kw_only=True):

@@ -71,7 +71,7 @@ async def _answer(gateway: Gateway, fields: GenerateFields, form: AnswerForm, pr
         running = await gateway.submit(prepare(), fields.model)
     except Exception as error:
         failed = as_api_error(error)
-        gateway.metrics.count_request(fields.model, _outcome(failed))
+        gateway.metrics.count_request(fields.model, outcome_of(failed))
         raise failed from error
     return Answer(gateway, fields, form, running)
 
@@ -83,7 +83,8 @@ def _wants_usage(fields: GenerateFields) -> bool:
     return options is not None and bool(options.include_usage)
 
 
-def _outcome(error: ApiError) -> str:
+def outcome_of(error: ApiError) -> str:
+    """How a request has ended, for the metrics."""
     return "shutdown" if error.code == "shutting_down" else _OUTCOMES.get(error.status, "error")
 
 
@@ -106,7 +107,7 @@ class Answer:
             outcome = "cancelled" if self._running.is_left else "ok"
         except Exception as error:
             failed = as_api_error(error)
-            outcome = _outcome(failed)
+            outcome = outcome_of(failed)
             if self._has_started:
                 await send(_body(_event_bytes(failed.body), more=False))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from collections.abc import Set
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -24,8 +25,9 @@ _CLOSE = {"Connection": "close"}
 class Guard:
     """ASGI middleware before all endpoints; counts the requests under way."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
-        self._app, self._gateway = app, gateway
+    def __init__(self, app: ASGIApp, gateway: Gateway, keyless: Set[str] = frozenset()) -> None:
+        """``keyless`` are further paths that need no key: files that hold no secret."""
+        self._app, self._gateway, self._keyless = app, gateway, keyless
         self._keys = [key.encode() for key in gateway.options.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +75,7 @@ class Guard:
                 "the header Host is neither localhost nor an address: ask by address, or let the server ask for a key",
                 code="wrong_host",
             )
-        if self._keys:
+        if self._keys and request.scope["path"] not in self._keyless:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             given = key.strip().encode("latin-1")  # the bytes that were sent
             # All are compared, so that the time does not tell which one is near.

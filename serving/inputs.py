@@ -44,7 +44,7 @@ def completion_requests(fields: CompletionFields, base: Base, task: str | None, 
         RequestError: a setting is out of range.
     """
     refuse_unsupported(fields)
-    prompts, count = _prompts(fields.prompt), fields.n or 1
+    prompts, count = split_prompts(fields.prompt, "prompt"), fields.n or 1
     if len(prompts) * count > MOST_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts by {count} choices are more than {MOST_CHOICES}", "prompt")
     plain = Request(max_new_tokens=fields.max_tokens, logprobs=fields.logprobs)
@@ -105,14 +105,14 @@ def _one_of(fields: ChatFields) -> int | None:
     return fields.max_completion_tokens or fields.max_tokens
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts that OpenAI's field ``prompt`` stands for: one or several, as texts or token ids."""
+def split_prompts(prompt: str | list[str | int | list[int]], field: str) -> list[str | list[int]]:
+    """The prompts that a field of OpenAI's stands for: one or several, as texts or token ids; raises ``ApiError``."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(entry) for entry in prompt}
     if len(kinds) != 1:
         what = "empty" if not kinds else "a mixture"
-        raise ApiError(400, f"prompt is {what}, expected a text, texts, token ids, or lists of token ids", "prompt")
+        raise ApiError(400, f"{field} is {what}, expected a text, texts, token ids, or lists of token ids", field)
     if kinds == {int}:
         return [[entry for entry in prompt if isinstance(entry, int)]]
     return [entry for entry in prompt if not isinstance(entry, int)]

@@ -59,6 +59,12 @@ class Metrics:
             registry=registry,
         )
 
+    @property
+    def tokens(self) -> int:
+        """Tokens generated since the start, those of running requests included."""
+        samples = (sample for each in (self._first, self._between) for sample in next(iter(each.collect())).samples)
+        return int(sum(sample.value for sample in samples if sample.name.endswith("_count")))
+
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
@@ -73,7 +79,11 @@ class Metrics:
 
     def count_prompt(self, task: str, generation: Generation) -> None:
         """Count a prompt, once for all choices."""
-        self._prompt.labels(task).inc(generation.prompt_tokens)
+        self.count_prompt_tokens(task, generation.prompt_tokens)
+
+    def count_prompt_tokens(self, task: str, tokens: int) -> None:
+        """Count tokens that were read."""
+        self._prompt.labels(task).inc(tokens)
 
     def count_choice(self, task: str, generation: Generation) -> None:
         """Count the tokens of a choice that has ended."""

@@ -34,6 +34,7 @@ class ServeOptions:
             its name point at this machine, and would then ask as one of ours.
         slots: requests that decode together, as the deployment was opened; for ``/metrics``.
         context: most positions of a request, as the deployment was opened; for ``/v1/models``.
+        page: whether there is a page at ``/``, which asks several models at once in a browser.
 
     Raises:
         ConfigError: a value is out of range.
@@ -51,6 +52,7 @@ class ServeOptions:
     checks_host: bool = False
     slots: int = 64
     context: int | None = None
+    page: bool = True
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "bodies_bytes"):

@@ -11,10 +11,12 @@ from adalink.tools.common.verbose import log_to_stderr
 
 # Verb -> its one-line summary, so that `adalink --help` imports none of them. A test compares them with the verbs' own.
 VERBS = {
-    "train": "Train an adapter on prompt and completion rows.",
+    "train": "Train an adapter on rows of prompts, or of texts with labels.",
     "export": "Export a base model, adapters and engines into a deployment.",
     "remove": "Remove a task, a graph or an engine from a deployment.",
     "run": "Generate text, or hidden states, with a deployment.",
+    "embed": "Embed texts with an encoder, as sentence-transformers does.",
+    "classify": "Classify texts by tasks that were trained with labels.",
     "chat": "Chat with a deployment in the terminal.",
     "serve": "Serve a deployment behind OpenAI's API, every task a model.",
     "verify": "Prove that a deployment computes what PyTorch computes.",

@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from adalink.training.method.attach import attach
     from adalink.training.method.config import AdaLinkConfig
     from adalink.training.run import train
-    from adalink.training.settings import TrainSettings
+    from adalink.training.settings import HeadSettings, TrainSettings
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "AdaLinkConfig": "adalink.training.method.config",
+            "HeadSettings": "adalink.training.settings",
             "TrainSettings": "adalink.training.settings",
             "attach": "adalink.training.method.attach",
             "load_adapter": "adalink.training.adapter_io",
@@ -23,4 +24,4 @@ else:
         },
     )
 
-__all__ = ["AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"]
+__all__ = ["AdaLinkConfig", "HeadSettings", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"]

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from adalink.runtime.errors import AdapterError, WriteError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
@@ -118,7 +116,7 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
             f"adapter {folder} has a table of token ids, expected one that acts on embeddings: what trained it loads it"
         )
     attached = attach(model, AdaLinkConfig(**settings_of(config, MethodSpec)))
-    attached.adapters.load_state_dict({name: torch.from_numpy(weight) for name, weight in adapter.weights.items()})
+    attached.load_weights(adapter.weights)
     attached.adapters.eval()
     return attached
 
@@ -132,6 +130,7 @@ class _ModelBase:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.name = f"this {type(model).__name__}"
+        self.has_hidden_states = not model.can_generate() or bool(model.config.is_encoder_decoder)
         self.fingerprint = base_fingerprint(model)
         self.vocab_size, self.hidden_size = embedding_matrix(model).shape
         self.max_positions = max_positions(model)

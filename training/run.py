@@ -28,18 +28,21 @@ from adalink.training.checkpoints import (
     restore,
     step_of,
 )
+from adalink.training.classifier_run import train_classifier
 from adalink.training.data.images import TrainingImages, digest_images
+from adalink.training.data.labelled_rows import has_labels
 from adalink.training.data.rows import check_positions, encode_rows, read_rows
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.evaluation import exact_match
 from adalink.training.method.attach import attach
+from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer
 from adalink.training.models.prefix_lm import prompt_form
 from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
 from adalink.training.search.search import candidate_config, search
-from adalink.training.settings import LoopOptions
+from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
 
 if TYPE_CHECKING:
@@ -48,8 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adalink.training.data.rows import Example
-    from adalink.training.method.config import AdaLinkConfig
-    from adalink.training.settings import SearchSettings, TrainSettings
+    from adalink.training.settings import SearchSettings
     from adalink.training.trainer import Collate
 
 REPORT_FILE = "training.json"
@@ -64,6 +66,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     space: SearchSettings | None = None,
+    head: HeadSettings | None = None,
     loop: LoopOptions | None = None,
     assume_pretokenizer: str | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +85,8 @@ def train(
         settings: settings of the training run; ``TrainSettings()`` by default.
         space: learning rates, ranks and activations to search first, on rows held out of ``data``; they replace those
             of ``config`` and ``settings``. The winner is trained on all rows.
+        head: settings of a task with labels: rows have texts and labels then, and the base is an encoder
+            (``adalink.training.data.labelled_rows``). By default what the rows look like decides.
         loop: options that do not change the adapter: resumption, callbacks, progress.
         assume_pretokenizer: see ``load_tokenizer``.
 
@@ -92,6 +97,10 @@ def train(
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
     config, settings, loop = config or AdaLinkConfig(), settings or TrainSettings(), loop or LoopOptions()
+    if head is not None or has_labels(data):
+        if space is not None or assume_pretokenizer is not None:
+            raise ConfigError("rows with labels take neither a search nor a GGUF file: leave --search out")
+        return train_classifier(base, data, eval_data, out, config, settings, head or HeadSettings(), loop)
     progress = loop.progress
     out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
     check_target(out)
@@ -113,6 +122,12 @@ def train(
     progress(f"loading {display_name(base)}")
     tokenizer = load_tokenizer(base, assume_pretokenizer=assume_pretokenizer)
     model = load_base(base)
+    if not model.can_generate():
+        raise ModelError(
+            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: an encoder "
+            'takes rows with labels, {"text": "...", "label": "..."}; or use adalink.training.method.attach in a loop '
+            "of your own"
+        )
     has_images = any(row.images for row in (*rows, *eval_rows))
     images = TrainingImages(base, model, tokenizer) if has_images else None
     encoding = (None if images is None else images.tokens, prompt_form(model, tokenizer))
@@ -130,11 +145,6 @@ def train(
         last = last_checkpoint(checkpoints, record)
     else:
         check_fresh(checkpoints)
-    if not model.can_generate():
-        raise ModelError(
-            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: train takes "
-            "decoders and encoder-decoders; for encoders use adalink.training.method.attach in a loop of your own"
-        )
     collate = collator(model, tokenizer, images)
     model.to(trainer_arguments(checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)

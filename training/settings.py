@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ConfigError
+from adalink.runtime.storage.head_spec import PROBLEM_TYPES
+from adalink.runtime.storage.pooling_schema import POOLING_MODES
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -97,6 +99,34 @@ class SearchSettings:
                 "a search was asked for and nothing is left to choose: leave out at least one of --lr, --rank and "
                 "--activation, or --search"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """Settings of a task with labels, beside those of the method and of the run.
+
+    Attributes:
+        problem_type: one of ``adalink.runtime.storage.head_spec.PROBLEM_TYPES``; by default what the rows look like.
+        pooling: one of ``adalink.runtime.storage.pooling_schema.POOLING_MODES``; by default what the base's own
+            sentence-transformers files say, else the mean.
+        lr: peak learning rate of the head.
+        alone: whether the head is trained alone, on the states of the unchanged base: rank 0.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    problem_type: str | None = None
+    pooling: str | None = None
+    lr: float = 1e-2
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("problem_type", PROBLEM_TYPES), ("pooling", POOLING_MODES)):
+            if (value := getattr(self, name)) not in (None, *known):
+                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if not 0.0 < self.lr < 1.0:
+            raise ConfigError(f"lr of the head is {self.lr!r}, expected more than 0 and less than 1")
 
 
 @dataclass(frozen=True, kw_only=True)

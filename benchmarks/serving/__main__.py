@@ -8,9 +8,8 @@ Servers take turns, one at a time; every round starts each anew. A ratio is the 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import statistics
+import os
 import sys
 from datetime import date
 from pathlib import Path
@@ -22,15 +21,14 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.environment import describe_environment
 from adalink.tools.common.report_file import write_json
-from benchmarks.gpu import smollm2
-from benchmarks.prepare import copy_base, make_deployment
+from benchmarks.prepare import copy_base, make_deployment, smollm2
 from benchmarks.process import MeasurementError, run, run_json
-from benchmarks.serving.load import Answer, ask, closed_loop, open_loop, summarise
-from benchmarks.serving.prompts import LONG_PROMPT, mixed_prompts
-from benchmarks.serving.servers import Server, kit, llama_cpp, memory_mb, running
+from benchmarks.serving.measure import NEW_TOKENS, SLOTS, TASKS, measure
+from benchmarks.serving.prompts import mixed_prompts
+from benchmarks.serving.report import ratios, show
+from benchmarks.serving.servers import Server, kit, llama_cpp
 
-TASKS, RANK, NEW_TOKENS, SLOTS = 16, 16, 48, 16
-USERS = (1, 4, 16)
+RANK = 16
 # Weights so small that texts stay English: draft tokens are then as often right as in use.
 SCALE = 0.02
 
@@ -67,7 +65,14 @@ def main() -> None:
         "date": date.today().isoformat(),
         "command": "python -m benchmarks.serving " + ("--quick" if options.quick else f"--rounds {rounds}"),
         "environment": describe_environment(),
-        "setting": {"tasks": TASKS, "rank": RANK, "new_tokens": NEW_TOKENS, "slots": SLOTS, "rounds": rounds},
+        "setting": {
+            "tasks": TASKS,
+            "rank": RANK,
+            "new_tokens": NEW_TOKENS,
+            "slots": SLOTS,
+            "threads": os.cpu_count(),
+            "rounds": rounds,
+        },
         "labels": {server.name: server.label for server in servers},
         "servers": measured,
         "closed_batch_tok_s": closed,
@@ -121,59 +126,6 @@ def adapter_weights(deployment: Path) -> dict[str, Any]:
     return weights
 
 
-def measure(server: Server, build: Path, *, is_quick: bool) -> dict[str, Any]:
-    """Start a server and measure it with 1, 4 and 16 users, requests that come by themselves, and a long prompt."""
-    per_user = 1 if is_quick else 4
-    prompts = mixed_prompts(USERS[-1] * per_user)
-    figures: dict[str, Any] = {}
-    with running(server, build / f"{server.name}.log") as (address, pid):
-        warm = [server.body(prompts[0], 0, 4)]
-        asyncio.run(closed_loop(address, 1, warm))
-        for users in USERS:
-            bodies = [
-                server.body(prompt, index % TASKS, NEW_TOKENS)
-                for index, prompt in enumerate(prompts[: max(2, users * per_user)])
-            ]
-            figures[f"users-{users}"] = summarise(*asyncio.run(closed_loop(address, users, bodies)), NEW_TOKENS)
-        figures["memory_mb"] = memory_mb(pid)
-        if is_quick and server.tasks != "model":
-            return figures  # others take minutes for the rest
-        if server.tasks is not None:
-            same = [server.body(prompt, 0, NEW_TOKENS) for prompt in prompts]
-            figures["one-task-16"] = summarise(*asyncio.run(closed_loop(address, USERS[-1], same)), NEW_TOKENS)
-        rate = figures["users-16"]["tok_s"] / NEW_TOKENS * 0.6
-        bodies = [server.body(prompt, index % TASKS, NEW_TOKENS) for index, prompt in enumerate(prompts)]
-        figures["poisson"] = summarise(*asyncio.run(open_loop(address, max(rate, 0.05), bodies, 1)), NEW_TOKENS)
-        figures["poisson"]["rate"] = rate
-        figures["long-prompt"] = asyncio.run(join_long_prompt(server, address, prompts))
-        figures["memory_mb"] = memory_mb(pid)
-    return figures
-
-
-async def join_long_prompt(server: Server, address: tuple[str, int], prompts: list[str]) -> dict[str, float]:
-    """Times between tokens of 8 users while a prompt of about 1,000 tokens joins, and before."""
-    running_users = [asyncio.create_task(ask(address, server.body(prompts[n], n, 160))) for n in range(8)]
-    await asyncio.sleep(3)
-    long: Answer = await ask(address, server.body(LONG_PROMPT, 8, 2))
-    answers = await asyncio.gather(*running_users)
-    end = long.tokens[0] if long.tokens else float("nan")
-    gaps = {"before": [], "during": []}  # type: dict[str, list[float]]
-    for answer in answers:
-        for begun, ended in zip(answer.tokens, answer.tokens[1:], strict=False):
-            if begun > long.sent - 2 and ended < long.sent:
-                gaps["before"].append(ended - begun)
-            elif ended > long.sent and begun < end:
-                gaps["during"].append(ended - begun)
-    result = {"errors": float(sum(answer.error is not None for answer in [*answers, long]))}
-    result["first_ms"] = (end - long.sent) * 1000
-    for name, values in gaps.items():
-        for percentile in (50, 99):
-            result[f"{name}_ms_p{percentile}"] = (
-                float(np.percentile(values, percentile)) * 1000 if values else float("nan")
-            )
-    return result
-
-
 def closed_batch(build: Path, variant: str) -> float:
     """Tokens/s of the closed batch of 16 prompts; NaN if it cannot be measured."""
     deployment = build / "deployment"
@@ -187,47 +139,6 @@ def closed_batch(build: Path, variant: str) -> float:
     except MeasurementError as error:
         say(f"  closed batch not measured: {error}")
         return float("nan")
-
-
-def ratios(measured: dict[str, list[dict[str, Any]]], closed: dict[str, list[float]]) -> dict[str, float]:
-    """Medians of the rounds' own ratios."""
-
-    def speeds(name: str, part: str) -> list[float]:
-        return [figures[part]["tok_s"] for figures in measured.get(name, []) if part in figures]
-
-    def median(above: list[float], below: list[float]) -> float:
-        pairs = [top / bottom for top, bottom in zip(above, below, strict=False) if bottom]
-        return statistics.median(pairs) if pairs else float("nan")
-
-    result = {}
-    for own, other in (("fp32", "f32"), ("int4", "q4_0")):
-        for users in (1, 16):
-            ours = speeds(f"kit-{own}", f"users-{users}")
-            result[f"{own}: {users} users over llama.cpp with LoRAs"] = median(
-                ours, speeds(f"llama-{other}-lora", f"users-{users}")
-            )
-            result[f"{own}: {users} users over llama.cpp without"] = median(
-                ours, speeds(f"llama-{other}", f"users-{users}")
-            )
-        ours = speeds(f"kit-{own}", "users-16")
-        result[f"{own}: 16 tasks over one task"] = median(ours, speeds(f"kit-{own}", "one-task-16"))
-        result[f"{own}: server over closed batch"] = median(ours, closed[own])
-    return result
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print the table and the ratios."""
-    print(f"\n{'server':32} {'1 user':>8} {'4 users':>8} {'16 users':>8} {'first ms':>9} {'between':>8} {'MB':>7}")
-    for name, rounds in report["servers"].items():
-        if rounds:
-            speeds = [statistics.median(figures[f"users-{users}"]["tok_s"] for figures in rounds) for users in USERS]
-            first = statistics.median(figures["users-16"]["first_ms_p50"] for figures in rounds)
-            between = statistics.median(figures["users-16"]["between_ms_p50"] for figures in rounds)
-            memory = statistics.median(figures["memory_mb"] for figures in rounds)
-            numbers = " ".join(f"{speed:8.1f}" for speed in speeds)
-            print(f"{report['labels'][name]:32} {numbers} {first:9.0f} {between:8.1f} {memory:7.0f}")
-    for name, value in report["ratios"].items():
-        print(f"{name:48} {value:6.2f}")
 
 
 def say(text: str) -> None:

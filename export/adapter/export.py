@@ -10,6 +10,7 @@ import numpy as np
 
 from adalink.export.adapter.check import check_ids_table, check_in_bank, check_task_graph
 from adalink.export.adapter.folding import FOLD_FILES, check_foldable, fold_task
+from adalink.export.adapter.head_graph import build_head_graph, check_head_graph
 from adalink.export.adapter.peft import convert_peft
 from adalink.export.adapter.session import OpenGraph
 from adalink.export.adapter.task_graph import build_task_graph
@@ -33,7 +34,7 @@ from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 
-GRAPH_FILE = "adapter.onnx"
+GRAPH_FILE, HEAD_FILE = "adapter.onnx", "head.onnx"
 _CHECKED_ROWS = 64
 
 
@@ -169,12 +170,19 @@ class _Exporter:
             folded = Fold(kind=fold, path=f"{folder}/{FOLD_FILES[fold]}")
             bank, base = self._bank_graph(adapter.config.activation_key), self._manifest.base
             self._writer.stage(folded.path).write_bytes(fold_task(fold, adapter, base, self._table, bank))
+        head_graph = None
+        if adapter.config.head is not None:
+            head = build_head_graph(adapter, task, self._dtype).SerializeToString(deterministic=True)
+            check_head_graph(head, adapter, self._dtype)
+            head_graph = f"{folder}/{HEAD_FILE}"
+            self._writer.stage(head_graph).write_bytes(head)
         return Task(
             graph=f"{folder}/{GRAPH_FILE}",
             config=f"{folder}/{CONFIG_FILE}",
             weights=f"{folder}/{WEIGHTS_FILE}",
             adapter_digest=adapter.digest,
             fold=folded,
+            head_graph=head_graph,
             **settings_of(adapter.config),
         )
 

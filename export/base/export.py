@@ -16,6 +16,7 @@ from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
 from adalink.export.base.older_base import name_missing, take_up
+from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
@@ -87,6 +88,7 @@ def export_base(
     from adalink.export.vision.tower import describe_images, language_model, write_vision
     from adalink.training.models.loading import base_fingerprint, find_image_processor, load_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
+    from adalink.training.models.sentence_files import read_pooling
     from adalink.training.models.source import display_name
 
     _check_request(dtype, target, quantization, modalities)
@@ -99,9 +101,10 @@ def export_base(
         if unused:
             progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
+        pooling = read_pooling(model, tokenizer, loaded.config)
     else:
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
-        unused = ()
+        unused, pooling = (), None
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
     if architecture.bidirectional_prompt and quantization is not None:
@@ -126,7 +129,7 @@ def export_base(
     loaded = _in_dtype(loaded, dtype)
     with open_writer(out, create=True) as writer:
         base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
-        base = described = msgspec.structs.replace(base, unused_tensors=unused)
+        base = described = msgspec.structs.replace(base, unused_tensors=unused, pooling=pooling)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
             _check_same_base(writer.current.base, base, Path(out))
@@ -145,7 +148,7 @@ def export_base(
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
-        for line in report(base.generation):
+        for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
         progress("hashing and committing")

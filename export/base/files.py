@@ -197,7 +197,7 @@ def check_common(
     tokenizer: PreTrainedTokenizerBase | None,
     preprocessor: Preprocessor | None,
 ) -> None:
-    """Refuse a model whose tokenizer, chat template, special tokens, generation config or image processor differ.
+    """Refuse a model whose tokenizer, templates, special tokens, generation config, pooling or image processor differ.
 
     A model without a tokenizer is not compared: the deployment's tokenizer stays.
 
@@ -220,6 +220,8 @@ def check_common(
     same = {name: getattr(current, name) == getattr(new, name) for name in ("bos_token_id", "decoder_start_token_id")}
     # Older kits recorded none; the base stays as it is.
     same["generation_config"] = current.generation is None or current.generation == new.generation
+    # Files that say nothing leave the base as it is.
+    same["pooling"] = None in (current.pooling, new.pooling) or current.pooling == new.pooling
     if tokenizer is None:
         ends = current.eos_token_ids if current.tokenizer is None else current.eos_token_ids[: len(new.eos_token_ids)]
         same["eos_token_ids"] = ends == new.eos_token_ids

@@ -8,7 +8,7 @@ from adalink.runtime.storage.manifest import Base
 
 
 def take_up(base: Base, described: Base) -> Base:
-    """The base of a deployment with facts that change no result: tensors left out, and the tokenizer's digest.
+    """The base of a deployment with facts that change no result: tensors left out, the tokenizer's digest, pooling.
 
     Args:
         base: the base of the deployment, whose tokenizer is that of the model.
@@ -20,7 +20,10 @@ def take_up(base: Base, described: Base) -> Base:
     if base.tokenizer is not None and not digest:
         digest = described.tokenizer_digest
     return msgspec.structs.replace(
-        base, unused_tensors=base.unused_tensors or described.unused_tensors, tokenizer_digest=digest
+        base,
+        unused_tensors=base.unused_tensors or described.unused_tensors,
+        tokenizer_digest=digest,
+        pooling=base.pooling or described.pooling,
     )
 
 

@@ -1,8 +1,8 @@
 """Admission: which waiting prompts are read before the next decode step.
 
 A step of the running batch waits for what is read before it. Between two steps about ``STEP_TOKENS`` positions of
-prompts are read, so that nobody's text stops for long; a longer prompt is read in pieces. Where more rows wait than
-decode, more is read; while no row decodes, larger pieces are.
+prompts are read, so that nobody's text stops for long; a longer prompt is read in pieces. The more rows wait, the more
+is read, up to one pass; while no row decodes, larger pieces are.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 
 # Positions of prompts that are read between two decode steps, and while no row decodes.
-STEP_TOKENS, IDLE_TOKENS = 80, 2048
-# Positions of a single pass over prompts: attention's memory grows with their square.
+STEP_TOKENS, IDLE_TOKENS = 48, 2048
+# Positions of a single pass over prompts: attention's memory grows with their square, and rows that decode wait for it.
 PASS_TOKENS = 512
 # Rows of a batch where nobody says; and new tokens for which a cache has room at first.
 DEFAULT_SLOTS, FIRST_TOKENS = 64, 4096
@@ -150,6 +150,7 @@ class SlotAdmission:
         self._slots = slots or DEFAULT_SLOTS
         self._capacity = capacity
         self._reading: _Reading | None = None
+        self._spare: _Spare | None = None
         self._is_others_turn = False
 
     @property
@@ -161,9 +162,10 @@ class SlotAdmission:
         """See ``Admission.admit``."""
         if self._capacity is not None and not batch.has_state:
             batch.open(self._engine.open_slots(self._slots, self._capacity))
-        # The more wait for each row that decodes, the more are read at once: a step over few rows is a waste.
-        left = STEP_TOKENS * (1 + len(waiting) // len(batch.rows)) if batch.rows else IDLE_TOKENS
-        left = min(left, IDLE_TOKENS)
+        # A step takes about as long over few rows as over many, and short passes are slow ones: where rows wait,
+        # tokens a second are won by reading more.
+        behind = max(len(waiting) + self.is_reading - 1, 0)
+        left = min(STEP_TOKENS * (1 + 2 * behind), PASS_TOKENS) if batch.rows else IDLE_TOKENS
         # Where others wait behind a long prompt, they come first every second time.
         self._is_others_turn = not self._is_others_turn and len(waiting) > 0
         if self._reading is not None and not self._is_others_turn:
@@ -195,7 +197,7 @@ class SlotAdmission:
 
     def close(self) -> list[Row]:
         """See ``Admission.close``."""
-        reading, self._reading = self._reading, None
+        reading, self._reading, self._spare = self._reading, None, None
         return [] if reading is None else [reading.row]
 
     def _begins_in_cache(self, row: Row) -> bool:
@@ -211,8 +213,7 @@ class SlotAdmission:
         """Begin to read a prompt by itself; ``None`` if it cannot be read."""
         try:
             collated = self._collate([row])
-            room = 0 if batch.has_state else min(row.prompt.max_new_tokens, FIRST_TOKENS)
-            state = self._engine.open_slots(1, row.prompt.length + room)
+            state = self._open_one(row, batch)
             state.begin(row.prefix)
             done = 0 if row.prefix is None else row.prefix.shape[2]
             row.cached_tokens, row.prefix = done, None
@@ -220,6 +221,18 @@ class SlotAdmission:
         except Exception as error:
             row.fail(error)
             return None
+
+    def _open_one(self, row: Row, batch: RunningBatch) -> SlotState:
+        """A decode state for a prompt that is read by itself: the one of the prompt before, where it is large enough.
+
+        Memory that is used for the first time costs more than to read a piece of a prompt.
+        """
+        length, spare = row.prompt.length, self._spare
+        self._spare = None
+        if batch.has_state and spare is not None and spare.capacity >= length:
+            return spare.state
+        room = 0 if batch.has_state else min(row.prompt.max_new_tokens, FIRST_TOKENS)  # it becomes the batch's
+        return self._engine.open_slots(1, _spare_capacity(length + room))
 
     def _read_on(self, batch: RunningBatch, most: int) -> int:
         """Read the next piece of the prompt that is being read; returns its positions."""
@@ -240,7 +253,9 @@ class SlotAdmission:
             if reading.done == length:
                 self._reading = None
                 self._keep_prompt(row, reading.state, 0)
-                batch.add([row], reading.state)
+                if batch.add([row], reading.state):
+                    reading.state.drop(0)
+                    self._spare = _Spare(reading.state, _spare_capacity(length))
         except Exception as error:
             self._reading = None
             row.fail(error)
@@ -258,7 +273,8 @@ class SlotAdmission:
                 state = self._runner.start(self._collate(group), room)
                 for index, row in enumerate(group):
                     self._keep_prompt(row, state, index)
-                batch.add(group, state)
+                if batch.add(group, state):
+                    state.close()
             except Exception as error:
                 fail_all(group, error)
 
@@ -288,6 +304,24 @@ class _Reading:
     feeds: Mapping[str, EngineInput]
     state: SlotState
     done: int
+
+
+@dataclass
+class _Spare:
+    """A decode state without a row, for the next prompt that is read by itself.
+
+    Attributes:
+        state: the decode state.
+        capacity: positions for which it has memory, at least.
+    """
+
+    state: SlotState
+    capacity: int
+
+
+def _spare_capacity(length: int) -> int:
+    """Positions of a decode state for prompts of about this length: whole passes."""
+    return -(-length // PASS_TOKENS) * PASS_TOKENS
 
 
 def by_length(rows: Sequence[Row]) -> list[list[Row]]:

@@ -114,7 +114,8 @@ class Handle:
                 await wake.wait()
                 wake.clear()
         finally:
-            self._listeners.remove(notify)
+            with self._changed:
+                self._listeners = [listener for listener in self._listeners if listener is not notify]
         piece = self.take()
         if piece is None:
             raise StopAsyncIteration
@@ -123,7 +124,8 @@ class Handle:
     def listen(self, notify: Callable[[], None]) -> None:
         """Call ``notify``, in the thread that generates, at each piece and at the end; at once if there is one."""
         with self._changed:
-            self._listeners.append(notify)
+            if not self.is_done:
+                self._listeners.append(notify)
             is_late = bool(self._pieces) or self.is_done
         if is_late:
             notify()
@@ -159,6 +161,8 @@ class Handle:
             change()
             self._changed.notify_all()
             listeners = tuple(self._listeners)
+            if self.is_done:  # they may hold this handle
+                self._listeners = []
         for notify in listeners:
             try:
                 notify()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,7 +79,9 @@ class Row:
         self.prefix_key = PrefixKey("", "", "")
         self.prefix_positions: Array = np.zeros(0, np.int64)
         self.prefix: Array | None = None
-        self._sequence = make_sequence(self._send)
+        # A row that holds itself would stay in memory until the garbage collector looks through everything.
+        own = weakref.ref(self)
+        self._sequence = make_sequence(lambda _, text: _send(own, text))
         self._chooser = chooser
         self._lookup: PromptLookup | None = None
         self._chosen: list[int] = []
@@ -135,7 +138,7 @@ class Row:
         if self.handle.is_done:
             return
         generation = self._sequence.finish(self._logprobs, self.cached_tokens)
-        self._send(0, "")
+        self.send("")
         self.handle.finish(generation)
 
     def fail(self, error: BaseException) -> None:
@@ -157,13 +160,19 @@ class Row:
             )
         return self._is_ended
 
-    def _send(self, _: int, text: str) -> None:
+    def send(self, text: str) -> None:
         """Give new text to the handle, with the tokens since the last."""
         token_ids = self._sequence.token_ids
         if text or len(token_ids) > self._sent:
             new, scores = token_ids[self._sent :], self._logprobs[self._sent : len(token_ids)]
             self._sent = len(token_ids)
             self.handle.push(TextPiece(text, tuple(new), tuple(scores)))
+
+
+def _send(own: weakref.ref[Row], text: str) -> None:
+    row = own()
+    assert row is not None  # the row itself asks
+    row.send(text)
 
 
 def token_logprobs(logits: Array, token: int, count: int) -> TokenLogprobs:

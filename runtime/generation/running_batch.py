@@ -43,24 +43,28 @@ class RunningBatch:
         # Checked once: the protocol check takes about 10 µs, too much for a step.
         self._speculative = state if isinstance(state, SpeculativeDecodeState) else None
 
-    def add(self, rows: Sequence[Row], state: DecodeState) -> None:
+    def add(self, rows: Sequence[Row], state: DecodeState) -> bool:
         """Add rows whose prompts ``state`` has read, and choose their first tokens.
+
+        Returns:
+            Whether ``state`` was copied and is the caller's again; if not, it is the batch's own.
 
         Raises:
             RequestError: there is no memory for them; the batch is as before.
         """
+        is_copied = self._state is not None and self._state is not state
         if self._state is None:
             self.open(state)
-        elif self._state is not state:
+        elif is_copied:
             slots: SlotState = self._state  # type: ignore[assignment]  # only such engines have two states at once
             slots.adopt(state)
-            state.close()
         self.rows += rows
         self._tasks = None
         assert self._state is not None
         logits = self._state.logits
         for index in range(len(self.rows) - len(rows), len(self.rows)):
             self.rows[index].choose(logits[index])
+        return is_copied
 
     def step(self) -> None:
         """Run the chosen token of every row, and choose the next ones; raises ``BackendError``."""

@@ -91,6 +91,7 @@ class Scheduler:
                 if not (self._batch.rows or self._admission.is_reading or len(self._waiting)):
                     if not self._keeps_state:
                         self._batch.close()
+                        self._admission.close()
                     self._thread = None
                     return
             try:

@@ -79,11 +79,14 @@ class OnnxRuntimeGpuBackend:
         if self.name != CUDA and base.embedding_dtype == "float32":
             # A float32 base means float32, and these providers have no option for it: NVIDIA's libraries read this.
             os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
-        # The vision tower stays on the CPU, which takes any number of images.
-        device, profile = CudaDevice(self.name), msgspec.structs.replace(default_profile(base), images=None)
+        device, profile = CudaDevice(self.name), self.profile_of(base)
         session = self._session(graph, base, profile)
         plans = OnnxRuntimePlans(session, self._ort, str(graph), profile)
         return DeviceEngine(device, plans, base, embedder=PreEmbedded(table))
+
+    def profile_of(self, base: Base) -> Profile:
+        """Shapes that an engine takes; without images, since the vision tower stays on the CPU and takes any number."""
+        return msgspec.structs.replace(default_profile(base), images=None)
 
     def open_bank(self, activation_key: str, graph: bytes, base: Base) -> OnnxSharedAdapterGraph:
         """See ``adalink.runtime.engine.Backend``: on the CPU, in one thread."""

@@ -18,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of, settings_at_default, show_rank
 from adalink.runtime.storage.decoding import decode_json
+from adalink.runtime.storage.head_spec import HEAD_BIAS, HEAD_WEIGHT
 from adalink.runtime.storage.lfs import find_pointer
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
@@ -98,6 +99,9 @@ def weight_shapes(config: AdapterConfig, vocab_size: int = 0) -> dict[str, tuple
         vocab_size: rows of its token table, for ``input`` ``"ids"``.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    if config.head is not None:
+        labels = len(config.head.labels)
+        shapes |= {HEAD_WEIGHT: (labels, config.hidden_size), HEAD_BIAS: (labels,)}
     if config.soft_tokens:
         shapes[SOFT_PROMPT_NAME] = (config.soft_tokens, config.hidden_size)
     if config.input == "ids":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from adalink.runtime.errors import ConfigError
+from adalink.runtime.storage.head_spec import Head, fault_in_head
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 # Activation and bias of an adapter; one shared adapter graph for each (docs/concepts/file-formats.md).
@@ -33,13 +34,14 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rank: width ``r`` of the bottleneck, or one for each modality: ``{"text": 16, "image": 64}``; 0 for a soft
-            prompt alone.
+            prompt or a head alone.
         activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
         modalities: names of the adapted modalities; each has separate weights.
         soft_tokens: length of the soft prompt, which is prepended to the sequence and skips the bottleneck.
         input: input of the bottleneck: ``"embeddings"``, ``x + up(act(down(x)))``; or token ``"ids"``,
             ``x + up(table[id])``.
+        head: labels and pooling of a task on an encoder; ``None`` without.
     """
 
     rank: Rank
@@ -48,6 +50,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     modalities: tuple[str, ...]
     soft_tokens: int = 0
     input: str = "embeddings"
+    head: Head | None = None
 
     @property
     def prepended_positions(self) -> int:
@@ -74,7 +77,8 @@ class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
         if self.rank == 0 and not (is_empty and self.input == "embeddings"):
             raise ConfigError(
                 f"rank is 0 with activation {self.activation!r}, bias {self.bias} and input {self.input!r}, expected "
-                "'identity', no bias and input 'embeddings': a soft prompt alone has activation 'identity' and no bias"
+                "'identity', no bias and input 'embeddings': a soft prompt or a head alone has activation 'identity' "
+                "and no bias"
             )
         if self.input == "ids" and not (is_empty and self.modalities == ("text",)):
             raise ConfigError(
@@ -106,8 +110,10 @@ def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | Non
     if not _is_whole(soft_tokens) or not 0 <= soft_tokens <= MOST_SOFT_TOKENS:
         expected = f"a whole number from 0 to {MOST_SOFT_TOKENS}"
         return Fault("soft_tokens", f"soft_tokens is {soft_tokens!r}, expected {expected}")
-    if message := _fault_in_rank(rank, modalities, soft_tokens, hidden_size):
+    if message := _fault_in_rank(rank, modalities, bool(soft_tokens or spec.head), hidden_size):
         return Fault("rank", message)
+    if spec.head is not None and (message := fault_in_head(spec.head)):
+        return Fault("head", message)
     for field, known in (("activation", ACTIVATIONS), ("scope", SCOPES), ("input", INPUTS)):
         if (value := getattr(spec, field)) not in known:
             return Fault(field, f"{field} is {value!r}, expected one of {', '.join(known)}")
@@ -160,6 +166,8 @@ def show_setting(value: object) -> str:
     """A setting as text: ``text=16,image=64`` for one by modality, ``text,image`` for several names."""
     if isinstance(value, dict):
         return ",".join(f"{name}={item}" for name, item in value.items())
+    if isinstance(value, msgspec.Struct):
+        return msgspec.json.encode(value).decode()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -167,11 +175,11 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], soft_tokens: int, hidden_size: int | None) -> str | None:
+def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], may_be_0: bool, hidden_size: int | None) -> str | None:
     ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
-    least = 0 if soft_tokens and not isinstance(rank, dict) else 1
+    least = 0 if may_be_0 and not isinstance(rank, dict) else 1
     if any(not _is_whole(width) or width < least for width in ranks):
-        hint = "" if soft_tokens else "; 0 is for adapters with a soft prompt"
+        hint = "" if may_be_0 else "; 0 is for adapters with a soft prompt or a head"
         expected = f"a whole number of at least {least}" if hidden_size is None else f"{least} to {hidden_size}"
         return f"rank is {rank!r}, expected {expected}, or one for each modality{hint}"
     if isinstance(rank, dict) and rank.keys() != set(modalities):

@@ -54,6 +54,11 @@ class AdapterBase(Protocol):
         """Whether soft prompts can be prepended."""
         ...
 
+    @property
+    def has_hidden_states(self) -> bool:
+        """Whether it gives hidden states, on which heads act."""
+        ...
+
 
 def check_adapter(
     adapter: Adapter,
@@ -93,6 +98,11 @@ def check_adapter(
         raise ContractError(
             f"{origin} has hidden_size {config.hidden_size}, {what} has {base.hidden_size}: "
             "its adapter_config.json does not describe this base; train it again"
+        )
+    if config.head is not None and not base.has_hidden_states:
+        raise ContractError(
+            f"{origin} has a head, which acts on the hidden states of an encoder, and {what} is a decoder: use it with "
+            "the encoder that it was trained on"
         )
     check_tokenizer(adapter, tokenizer_digest, origin, what)
     _check_soft_prompt(adapter, base, origin, what)

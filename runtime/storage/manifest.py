@@ -8,6 +8,7 @@ import msgspec
 
 from adalink.runtime.storage.adapter_spec import AdapterSpec
 from adalink.runtime.storage.generation_schema import GenerationDefaults
+from adalink.runtime.storage.pooling_schema import Pooling
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -135,6 +136,8 @@ class Base(_Strict, frozen=True, kw_only=True):
         tokenizer_types: whether the checkpoint's tokenizer gives the token types of a text; if not, all are 0.
         unused_tensors: tensors and files of the checkpoint that are left out on purpose, such as a classifier, with
             ``*`` for the number of a layer; empty also in deployments of older kits, which did not look.
+        pooling: how an encoder's states become a vector by default; ``None`` where the checkpoint does not say, and in
+            deployments of older kits.
     """
 
     name: str
@@ -164,11 +167,17 @@ class Base(_Strict, frozen=True, kw_only=True):
     tokenizer_types: bool = False
     special_tokens: dict[str, str | tuple[str, ...]] | None = None
     unused_tensors: tuple[str, ...] = ()
+    pooling: Pooling | None = None
 
     @property
     def takes_token_types(self) -> bool:
         """Whether graphs have the input ``token_type_ids``."""
         return self.token_types is not None and self.token_types > 1
+
+    @property
+    def has_hidden_states(self) -> bool:
+        """Whether graphs give hidden states; a decoder's give logits."""
+        return self.kind != "decoder"
 
     @property
     def takes_soft_prompts(self) -> bool:
@@ -245,6 +254,7 @@ class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
         weights: path of its ``adapter_model.safetensors``.
         adapter_digest: digest of the adapter (`adalink.runtime.storage.adapter.Adapter.digest`).
         fold: the folded task, if it was exported with one.
+        head_graph: path of the graph of its head, for other hosts; ``None`` without a head.
     """
 
     graph: str
@@ -252,11 +262,13 @@ class Task(AdapterSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: str
     adapter_digest: str
     fold: Fold | None = None
+    head_graph: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of the task's files."""
-        paths = (self.graph, self.config, self.weights)
+        paths: tuple[str, ...] = (self.graph, self.config, self.weights)
+        paths = paths if self.head_graph is None else (*paths, self.head_graph)
         return paths if self.fold is None else (*paths, self.fold.path)
 
 

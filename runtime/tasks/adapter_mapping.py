@@ -16,6 +16,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.engine import SharedAdapterGraph
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.tasks.folding import Folded
+from adalink.runtime.tasks.head import TaskHead
 from adalink.runtime.tasks.soft_prompt import SoftPrompt
 
 
@@ -60,7 +61,7 @@ class TokenEmbeddingDelta:
 class AdapterMapping:
     """The adapters of one batch, fixed for its lifetime: adding or removing tasks does not affect it."""
 
-    __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights")
+    __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights", "head")
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class AdapterMapping:
         *,
         deltas: Sequence[TokenEmbeddingDelta] = (),
         prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
+        head: TaskHead | None = None,
     ) -> None:
         """Define the mapping.
 
@@ -77,7 +79,9 @@ class AdapterMapping:
             fold: the task on text, precomputed for every token; only for a batch of one task.
             deltas: token embedding deltas.
             prompts: soft prompts with their rows; ``None`` for all rows.
+            head: the task's head; only for a batch of one task.
         """
+        self.head = head
         self._groups = tuple(groups)
         self._fold = fold
         self._deltas = tuple(deltas)

@@ -20,6 +20,7 @@ from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, combine, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
+from adalink.runtime.tasks.head import head_of
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 from adalink.runtime.tasks.task_changes import Reload, compare_tasks, is_replaced
 
@@ -214,7 +215,8 @@ class TaskRegistry:
             else []
         )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
-        return AdapterMapping(groups, fold, deltas=deltas, prompts=prompts), adapter.size_bytes + fold_bytes
+        mapping = AdapterMapping(groups, fold, deltas=deltas, prompts=prompts, head=head_of(adapter))
+        return mapping, adapter.size_bytes + fold_bytes
 
     def _graph(self, activation_key: str) -> SharedAdapterGraph:
         """The shared adapter graph of one activation and bias, opened at its first use."""

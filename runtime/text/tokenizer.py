@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from adalink.runtime.request import check_text
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.text.fast_tokenizer import tokenizer_errors
 from adalink.runtime.text.messages import ChatOptions, Conversation, check_conversation, count_images
+from adalink.runtime.text.truncation import CutText, encode_cut, lower_cased
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastTokenizer
@@ -85,20 +87,58 @@ class Tokenizer:
                 holds half a character.
         """
         base = self._base
-        if text_pair is not None and base.kind != "encoder":
-            raise RequestError(
-                f"text_pair is for encoders, and {base.name} is not one: write both texts into the prompt"
-            )
-        if text_pair is not None and base.token_types is None:
-            raise RequestError(
-                f"text_pair cannot be used: this deployment of {base.name} was written by a kit without token types; "
-                "export the base again, into another folder"
-            )
+        if text_pair is not None:
+            self.check_pair()
         pair = None if text_pair is None else check_text(text_pair, "text_pair")
         with tokenizer_errors(RequestError, f"{base.tokenizer} cannot encode this text of {len(text)} characters"):
             encoding = self._tokenizer.encode(check_text(text), pair)
         ids, types = list(encoding.ids), list(encoding.type_ids)
         return ids, types if base.takes_token_types and base.tokenizer_types else [0] * len(ids)
+
+    def check_pair(self) -> None:
+        """Check that the base takes pairs of texts; raises ``RequestError``."""
+        base = self._base
+        if base.kind != "encoder":
+            raise RequestError(
+                f"text_pair is for encoders, and {base.name} is not one: write both texts into the prompt"
+            )
+        if base.token_types is None:
+            raise RequestError(
+                f"text_pair cannot be used: this deployment of {base.name} was written by a kit without token types; "
+                "export the base again, into another folder"
+            )
+
+    def encode_cut(
+        self,
+        text: str,
+        text_pair: str | None = None,
+        *,
+        limit: int | None,
+        left: bool = False,
+        lower_case: bool = False,
+    ) -> CutText:
+        """Tokens of a text or a pair, cut to ``limit`` tokens as transformers cuts them; types as ``encode_pair``.
+
+        Args:
+            text: the text.
+            text_pair: the second text of a pair.
+            limit: most tokens, special tokens included; ``None`` for no limit.
+            left: whether the beginning is cut off, rather than the end.
+            lower_case: whether the text is lower-cased first.
+
+        Raises:
+            RequestError: a text holds half a character, or the tokenizer cannot encode it.
+        """
+        base = self._base
+        pair = None if text_pair is None else check_text(text_pair, "text_pair")
+        with tokenizer_errors(RequestError, f"{base.tokenizer} cannot encode this text of {len(text)} characters"):
+            tokenizer = self._lower_cased if lower_case else self._tokenizer
+            cut = encode_cut(tokenizer, check_text(text), pair, limit, left=left)
+        return cut if base.takes_token_types and base.tokenizer_types else replace(cut, types=[0] * len(cut.ids))
+
+    @cached_property
+    def _lower_cased(self) -> FastTokenizer:
+        return lower_cased(self._tokenizer)
 
     def encode_chat(self, message: str, options: ChatOptions | None = None) -> list[int]:
         """Token ids of one user message in the model's chat template, ready for the reply.

@@ -87,10 +87,10 @@ def names_in(folder):
 def test_guides_and_concepts_are_all_there():
     assert names_in("guides") == {
         *("train", "export", "run", "many-tasks", "serve", "images", "quantize", "nvidia", "update-a-task"),
-        *("verify-in-ci", "more-machines"),
+        *("verify-in-ci", "classify", "more-machines"),
     }
     assert names_in("concepts") == {"how-it-works", "parity", "file-formats", "when-it-is-enough"}
-    assert names_in("project") == {"reliability", "stability", "studies"}
+    assert names_in("project") == {"gpu-proof", "reliability", "stability", "studies"}
 
 
 def test_long_sentences_are_found():

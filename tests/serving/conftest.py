@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers.browser import Tab, open_browser
 from helpers.runtime import Tiny, build
 from helpers.served import Served, serve_in_thread
 
@@ -45,3 +46,43 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(RunningBatch, "step", slow)
     monkeypatch.setattr(RunningBatch, "can_speculate", property(no_drafts))
+
+
+@pytest.fixture
+def very_slow_steps(slow_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of at least 80 ms: time for a browser to act in the middle of an answer."""
+    step = RunningBatch.step
+
+    def slow(self: RunningBatch) -> None:
+        time.sleep(0.06)
+        step(self)
+
+    monkeypatch.setattr(RunningBatch, "step", slow)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser: Any) -> Any:
+    """One page of a browser for all tests of a module, since a new one takes a quarter of a second."""
+    page = browser.new_context(reduced_motion="reduce").new_page()
+    page.set_default_timeout(8000)
+    return page
+
+
+@pytest.fixture
+def blank(shared_page: Any, served: Served) -> Iterator[Tab]:
+    """A tab that has not loaded its page yet."""
+    shared_page.set_viewport_size({"width": 1000, "height": 800})
+    tab = Tab(shared_page, served.url)
+    yield tab
+    tab.leave()
+
+
+@pytest.fixture
+def tab(blank: Tab) -> Tab:
+    return blank.open()

@@ -78,6 +78,7 @@ def describe_deployment(folder: Path) -> Description:
             "tokenizer_types": base.tokenizer_types,
             "chat_template": base.chat_template,
             **_describe_generation(base),
+            **({} if base.pooling is None else {"pooling": to_builtins(base.pooling)}),
             "unused_tensors": list(base.unused_tensors),
         },
         **({} if base.vision is None else {"vision": _describe_vision(folder, manifest, base.vision)}),

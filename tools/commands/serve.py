@@ -39,6 +39,7 @@ class ServeCommandOptions:
     body_limit: int | None
     timeout: float | None
     drain: float
+    no_page: bool
     as_json: bool
 
 
@@ -103,6 +104,7 @@ class ServeCommandOptions:
     show_default=True,
     help="Longest wait for running requests at SIGTERM or Ctrl-C.",
 )
+@click.option("--no-page", is_flag=True, help="Leave out the page at /, which asks several models at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line that says where it listens.")
 def command(**values: Any) -> None:
     """Serve the deployment in DIR behind OpenAI's API until Ctrl-C or SIGTERM.
@@ -138,6 +140,7 @@ def run(options: ServeCommandOptions) -> None:
         drain_seconds=options.drain,
         slots=options.slots,
         context=options.context,
+        page=not options.no_page,
     )
     with (
         warnings_to_stderr(),
@@ -157,9 +160,11 @@ def run(options: ServeCommandOptions) -> None:
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             models = [deployment.manifest.base.name, *deployment.tasks]
             if options.as_json:
-                click.echo(json.dumps({"url": url, "host": host, "port": port, "models": models}))
+                page = None if options.no_page else f"{url}/"
+                click.echo(json.dumps({"url": url, "host": host, "port": port, "models": models, "page": page}))
             else:
-                echo(f"serving {', '.join(models)} at {url}/v1")
+                page = "" if options.no_page else f", with a page at {url}/"
+                echo(f"serving {', '.join(models)} at {url}/v1{page}")
 
         serve(
             deployment,

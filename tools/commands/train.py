@@ -13,6 +13,8 @@ import click
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
+from adalink.runtime.storage.head_spec import PROBLEM_TYPES
+from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options
 from adalink.tools.common.terminal_text import echo
@@ -22,6 +24,7 @@ from adalink.training.settings import (
     PRECISIONS,
     RATES,
     SEARCHED_INIT,
+    HeadSettings,
     LoopOptions,
     SearchSettings,
     TrainSettings,
@@ -41,6 +44,10 @@ class TrainOptions:
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
+        pooling: of a task with labels, as the three that follow: see ``HeadSettings``.
+        problem_type: likewise.
+        head_lr: likewise.
+        head_alone: likewise.
         assume_pretokenizer: see ``load_tokenizer``.
         resume: go on with an interrupted run.
         as_json: print the whole report.
@@ -69,6 +76,10 @@ class TrainOptions:
     device: str
     precision: str
     minutes: float | None
+    pooling: str | None
+    problem_type: str | None
+    head_lr: float
+    head_alone: bool
     assume_pretokenizer: str | None
     resume: bool
     as_json: bool
@@ -104,6 +115,14 @@ class TrainOptions:
             save_steps=self.save_steps,
         )
 
+    def head(self) -> HeadSettings | None:
+        """Settings of a task with labels; ``None`` where no option asks for one. Raises ``ConfigError``."""
+        if not any(map(is_given, ("pooling", "problem_type", "head_lr", "head_alone"))):
+            return None
+        return HeadSettings(
+            problem_type=self.problem_type, pooling=self.pooling, lr=self.head_lr, alone=self.head_alone
+        )
+
     def search(self, config: AdaLinkConfig) -> SearchSettings | None:
         """What a search may choose from: all that the command line leaves open. Raises ``ConfigError``."""
         if self.minutes is None:
@@ -123,7 +142,7 @@ class TrainOptions:
 _METHOD = AdaLinkConfig()
 
 
-@click.command(name="train", short_help="Train an adapter on prompt and completion rows.")
+@click.command(name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
 @click.option("--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL rows to learn from.")
 @click.option("--eval", "eval_data", required=True, type=click.Path(path_type=Path), help="JSONL rows to measure on.")
@@ -191,17 +210,38 @@ _METHOD = AdaLinkConfig()
     metavar="MINUTES",
     help="First choose rate, rank and activation, those of them that are not given, within this time.",
 )
+@click.option(
+    "--pooling",
+    type=click.Choice(POOLING_MODES),
+    show_default="the base's own, else mean",
+    help="For rows with labels: how the states of a text become one.",
+)
+@click.option(
+    "--problem-type",
+    type=click.Choice(PROBLEM_TYPES),
+    show_default="what the rows look like",
+    help="For rows with labels.",
+)
+@click.option(
+    "--head-lr", default=HeadSettings.lr, show_default=True, help="Highest learning rate of the head, likewise."
+)
+@click.option("--head-alone", is_flag=True, help="Likewise: train no bottleneck, only a head on the base's states.")
 @assume_pretokenizer_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(**values: Any) -> None:
-    """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion.
+    """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion, or of text and labels.
 
     Each line of the JSONL files is {"prompt": "...", "completion": "..."}; the loss is on the completion only. For a
     base that takes images a line may have "images": ["a.png"] too, paths from the file's own folder, with one
     placeholder in the prompt for each, which PaliGemma may do without. OUT gets the adapter and training.json: data
     digests, settings, loss curve, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints
     lie in OUT.checkpoints until the run is done.
+
+    For an encoder a line is {"text": "...", "label": "..."}, and the adapter gets a head. "text_pair" makes it a pair.
+    A label with a decimal point is a regression. {"text", "labels": [...]} has several labels. {"text", "spans":
+    [{"start", "end", "label"}]}, or {"tokens", "tags"} in BIO, label parts of a text. Longer texts are cut to
+    --max-length. `adalink classify` gives the labels.
 
     --search holds out a tenth of the rows of --data (16 to 200 of them) and trains candidates on the others: all for a
     few steps, the better half for twice as many, and so on, as many as the machine can do in that time. The one with
@@ -213,6 +253,7 @@ def command(**values: Any) -> None:
       adalink train --base ./SmolLM2-135M-Instruct --data train.jsonl --eval eval.jsonl --out ./adapters/topics
       adalink train ... --search 30                                  # choose rate, rank and activation
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
+      adalink train --base ./all-MiniLM-L6-v2 --data train.jsonl --eval eval.jsonl --out ./adapters/intent
     """  # noqa: D301
     train_adapter(make_options(TrainOptions, values))
 
@@ -239,11 +280,16 @@ def train_adapter(options: TrainOptions) -> None:
             config,
             settings,
             space=space,
+            head=options.head(),
             loop=loop,
             assume_pretokenizer=options.assume_pretokenizer,
         )
     if options.as_json:
         click.echo(json.dumps(report, indent=2))
+        return
+    if "evaluation" in report:
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["evaluation"].items())
+        echo(f"adapter {options.out}: {shown} on {report['data']['eval']['rows']} eval rows")
         return
     accuracy = report["exact_match"]
     echo(

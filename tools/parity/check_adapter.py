@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.adapter.error_bound import Float64
+from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF, Float64
 from adalink.export.adapter.session import OpenGraph
 from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
@@ -26,6 +26,8 @@ from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from adalink.tools.parity.reference import Reference
 
 # Embeddings (1, tokens, d) in the base's dtype, their modality, and their token ids (1, tokens) if any -> adapted
 # embeddings.
@@ -79,6 +81,18 @@ def check_vocabulary(name: str, path: str, adapt: Adapt, deployment: Deployment,
     token = _token_text(deployment, row)
     detail = f"measured / bound over {base.vocab_size} tokens; worst: token {row}{token}, component {column}"
     return at_most(f"adapter/{name}/{path}-vocabulary", ratio, 1.0, detail)
+
+
+def check_table(deployment: Deployment, reference: Reference) -> Check:
+    """The deployment's embedding table equals the outputs of the model's embedding module, rounded to its dtype."""
+    base = deployment.manifest.base
+    expected = reference.embedding_table()
+    received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
+    allowed = np.zeros(())
+    if base.embedding_dtype != "float32":  # one rounding, and one more of the scale that some models multiply by
+        allowed = 2 * UNIT_ROUNDOFF[base.embedding_dtype] * np.abs(expected) + UNDERFLOW[base.embedding_dtype]
+    excess = float((np.abs(received - expected) - allowed).max())
+    return at_most("base/embeddings", max(excess, 0.0), 0.0, "deviation from the module's own output beyond rounding")
 
 
 def check_fold(name: str, fold: str, deployment: Deployment, adapter: Adapter) -> Check:

@@ -38,6 +38,7 @@ class ParityInputs:
         image_prompts: prompts with images to run; ``None`` for a base of text alone, and where images leave no room.
         generated_images: prompts with images to generate from; likewise.
         labelled: rows with labels of their positions, of each kind that the base takes.
+        pooled: texts to embed; empty for a decoder, and without a tokenizer.
     """
 
     rows: list[list[int]]
@@ -45,6 +46,7 @@ class ParityInputs:
     image_prompts: ImagePrompts | None = None
     generated_images: ImagePrompts | None = None
     labelled: Sequence[LabelledRows] = ()
+    pooled: Sequence[str] = ()
 
 
 def collect_inputs(
@@ -67,7 +69,8 @@ def collect_inputs(
     if deployment.manifest.base.vision is None:
         longest = longest_prompt(deployment, 0)
         labelled = collect_labelled_rows(report, deployment, reference, prompts, rows, longest)
-        return ParityInputs(rows, texts, labelled=labelled)
+        has_states = deployment.manifest.base.kind != "decoder"
+        return ParityInputs(rows, texts, labelled=labelled, pooled=prompts or () if has_states else ())
     progress("pixel values and the vision tower")
     return ParityInputs(rows, texts, *_make_image_prompts(report, deployment, reference, against, rows))
 

@@ -20,6 +20,7 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.pooling_schema import Pooling
 from adalink.tools.parity.check_checkpoint import check_files
 from adalink.tools.parity.gguf_tokens import GgufTokens
 from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
@@ -85,6 +86,14 @@ class Reference:
         from adalink.training.models.loading import load_tokenizer
 
         return load_tokenizer(self._spec, assume_pretokenizer=self._assumed)
+
+    @cached_property
+    def pooling(self) -> Pooling | None:
+        """How the checkpoint's own files pool, read anew; raises ``ModelError``."""
+        from adalink.training.models.sentence_files import read_pooling
+
+        tokenizer = None if self.base.tokenizer is None else self.tokenizer
+        return read_pooling(self._spec, tokenizer, self._model.config)
 
     @cached_property
     def gguf_tokens(self) -> GgufTokens | None:

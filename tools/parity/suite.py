@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
@@ -25,23 +24,25 @@ from adalink.tools.parity.check_adapter import (
     check_contract,
     check_fold,
     check_soft_prompt,
+    check_table,
     check_vocabulary,
     check_weights,
     through_bank,
     through_graph,
-    to_float64,
 )
 from adalink.tools.parity.check_batches import STEPS, Batch
 from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
+from adalink.tools.parity.check_head import check_head, is_head_alone
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
+from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.check_scheduler import JoinedRows
 from adalink.tools.parity.check_swap import check_mixed_outputs, check_swaps, mixed_tasks
 from adalink.tools.parity.inputs import ParityInputs, collect_inputs
 from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.report import Check, Report, at_most
+from adalink.tools.parity.report import Report
 from adalink.tools.parity.torch_threads import torch_threads
 from adalink.tools.parity.unrounded_backend import ExactActivations
 
@@ -119,7 +120,7 @@ def verify(
         _check_adapters(report, deployment, sources, progress)
         report.checks += reference.file_checks
         progress("embedding table and tokenizer")
-        report.checks.append(_check_table(deployment, reference))
+        report.checks.append(check_table(deployment, reference))
         inputs = collect_inputs(report, deployment, reference, against, quick, progress)
         opened: Backend = open_backend(backend, threads)
         if not is_quantized:
@@ -228,18 +229,6 @@ def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str
             report.checks.append(check_fold(name, task.fold.kind, deployment, adapter))
 
 
-def _check_table(deployment: Deployment, reference: Reference) -> Check:
-    """The deployment's embedding table equals the outputs of the model's embedding module, rounded to its dtype."""
-    base = deployment.manifest.base
-    expected = reference.embedding_table()
-    received = to_float64(deployment.input_embeddings(np.arange(base.vocab_size)[None])[0], base.embedding_dtype)
-    allowed = np.zeros(())
-    if base.embedding_dtype != "float32":  # one rounding, and one more of the scale that some models multiply by
-        allowed = 2 * UNIT_ROUNDOFF[base.embedding_dtype] * np.abs(expected) + UNDERFLOW[base.embedding_dtype]
-    excess = float((np.abs(received - expected) - allowed).max())
-    return at_most("base/embeddings", max(excess, 0.0), 0.0, "deviation from the module's own output beyond rounding")
-
-
 def _check_outputs(
     report: Report,
     deployment: Deployment,
@@ -253,6 +242,7 @@ def _check_outputs(
     rows, texts, image_prompts = inputs.rows, inputs.texts, inputs.image_prompts
     if texts is not None:
         check_defaults(report, deployment, reference, rows)
+    check_pooling_settings(report, deployment, reference)
     compared: dict[str | None, Comparison] = {}
     compared_images: dict[str | None, Comparison] = {}
     compared_kinds: dict[tuple[str, str | None], Comparison] = {}
@@ -271,6 +261,8 @@ def _check_outputs(
         with reference.adapted(None if task is None else folders[task]):
             compared[task] = comparison = compare_outputs(label, deployment, reference, task, rows)
             report.checks += comparison.checks
+            report.checks += check_pooling(label, task, deployment, reference, inputs.pooled, comparison)
+            report.checks += check_head(task, folders, deployment, reference, inputs.pooled, comparison)
             if image_prompts is not None:
                 progress(f"{label}: outputs on {len(image_prompts.rows)} prompts with images")
                 compared_images[task] = compare_outputs(
@@ -290,6 +282,8 @@ def _check_outputs(
             if joined is not None and generator is not None:
                 joined.judge(task, reference, generator, comparison.typical["logits"])
     for task in deployment.tasks:
+        if is_head_alone(deployment.manifest.tasks[task]):
+            continue
         if takes_text := "text" in deployment.manifest.tasks[task].modalities:
             report.checks += check_control(task, compared[None], compared[task])
         for kind in (kind for kind in inputs.labelled if takes_text or not kind.is_text):

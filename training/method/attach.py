@@ -63,6 +63,8 @@ class AdaLinkModel:
         vocab_size: size ``V`` of the vocabulary.
         adapters: one ``AdaLink`` per modality, none for rank 0; beside them the parameter ``soft_prompt`` of shape
             ``(n, d)``, if there is one. On the device of the embedding.
+        head: from ``d`` numbers to a score for each label; ``None`` without ``config.head``. Nothing calls it here: see
+            ``adalink.training.classifier``.
     """
 
     def __init__(self, model: PreTrainedModel, config: AdaLinkConfig) -> None:
@@ -98,6 +100,7 @@ class AdaLinkModel:
             vectors = draw_soft_prompt(embedding, self.vocab_size, config.soft_tokens)
             self._soft_prompt = SoftPromptHooks(model, vectors)
             self.adapters.register_parameter(SOFT_PROMPT_NAME, vectors)
+        self.head = None if config.head is None else _new_head(matrix, len(config.head.labels))
         self._prompt_mask: torch.Tensor | None = None
         self._modality: torch.Tensor | None = None
         self._labels: torch.Tensor | None = None
@@ -132,11 +135,24 @@ class AdaLinkModel:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters, for an optimizer."""
-        return self.adapters.parameters()
+        yield from self.adapters.parameters()
+        if self.head is not None:
+            yield from self.head.parameters()
 
     def weights(self) -> Weights:
-        """A float32 copy of the adapters' weights by tensor name, such as ``text.down.weight``."""
-        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.adapters.state_dict().items()}
+        """A float32 copy of the trained weights by tensor name, such as ``text.down.weight``."""
+        tensors = dict(self.adapters.state_dict())
+        if self.head is not None:
+            tensors |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
+
+    def load_weights(self, weights: Weights) -> None:
+        """Take over weights as ``weights`` gives them."""
+        tensors = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+        head = {name.removeprefix("head."): tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
+        self.adapters.load_state_dict(tensors)
+        if self.head is not None:
+            self.head.load_state_dict(head)
 
     @contextmanager
     def positions(
@@ -280,6 +296,14 @@ def attach(model: PreTrainedModel, config: AdaLinkConfig) -> AdaLinkModel:
         ConfigError: the rank exceeds the embedding's width.
     """
     return AdaLinkModel(model, config)
+
+
+def _new_head(matrix: torch.Tensor, labels: int) -> nn.Linear:
+    """A head whose scores are all 0, on the device of the embedding matrix."""
+    head = nn.Linear(matrix.shape[1], labels, device=matrix.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def _check_modality(modality: torch.Tensor, count: int) -> None:

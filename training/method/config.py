@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from msgspec import structs
+from msgspec import structs, to_builtins
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import MethodSpec, Rank
@@ -61,5 +61,7 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
             )
 
     def as_record(self) -> dict[str, Any]:
-        """All settings by name, for reports."""
-        return {name: value for name, value in structs.asdict(self).items() if name != "input"}
+        """All settings by name, for reports; a head only if there is one."""
+        record = {name: value for name, value in structs.asdict(self).items() if name != "input"}
+        head = record.pop("head")
+        return record if head is None else {**record, "head": to_builtins(head)}

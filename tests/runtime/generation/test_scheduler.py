@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from adalink.runtime import Deployment, Generation, Handle, Request, SamplingParams
 from adalink.runtime.errors import QueueFullError, RequestError, RequestTimeoutError, UnknownTaskError
 from adalink.runtime.generation import admission
+from adalink.runtime.generation.row import Row
 from adalink.runtime.generation.running_batch import RunningBatch
-from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState, StaticCacheEngine
 from adalink.runtime.tasks.adapter_mapping import combine
 
 TASKS = [None, "alpha", "beta", "prompted", "double"]
@@ -170,6 +173,36 @@ def test_faults_would_show(
     assert [list(handle.result(60).token_ids) for handle in submit_at(three_slots, requests)] != expected
 
 
+def test_prompts_read_alone_share_memory_until_the_batch_is_idle(
+    llama: Any, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[StaticCacheDecodeState]] = []
+    plain = StaticCacheEngine.open_slots
+
+    def counted(engine: StaticCacheEngine, slots: int, capacity: int) -> StaticCacheDecodeState:
+        state = plain(engine, slots, capacity)
+        made.append(weakref.ref(state))
+        return state
+
+    long, longer = "crude oil, 1987", "crude oil, 1987, and then wheat"
+    with Deployment.open(llama.folder, threads=1) as opened:
+        alone = [opened.generate([text], max_new_tokens=4, sampling=ENDLESS)[0] for text in (long, longer)]
+        monkeypatch.setattr(StaticCacheEngine, "open_slots", counted)
+        # One after the other: the second begins when the first has been read.
+        handles = submit_at(
+            opened,
+            [
+                (at, Request(text, max_new_tokens=4, sampling=ENDLESS))
+                for at, text in ((1, long), (9, long), (17, longer))
+            ],
+        )
+        texts = [handle.result(60) for handle in handles]
+    assert texts == [alone[0], alone[0], alone[1]]
+    assert len(made) == 3  # the batch, the first prompt's and the larger one's: the second used the first's
+    gc.collect()
+    assert not any(reference() for reference in made)
+
+
 def test_the_seed_belongs_to_the_request(llama: Any, three_slots: Deployment) -> None:
     """Alone, in a batch, joining late: the same text. Another choice: another text."""
     request = Request("wheat", task="alpha", max_new_tokens=10, sampling=SamplingParams(1.5, seed=7))
@@ -242,6 +275,34 @@ def test_cancelling_frees_the_slot(three_slots: Deployment) -> None:
     assert 0 < len(cut.token_ids) < 50
     assert given_up.result(60) == Generation("", (), "cancelled", 5)
     assert {len(handle.result(60).token_ids) for handle in (running[0], running[2])} == {50}
+
+
+@pytest.mark.parametrize("ending", ["whole", "streamed", "cancelled", "awaited"])
+def test_ended_requests_wait_for_no_garbage_collector(three_slots: Deployment, ending: str) -> None:
+    request = Request("oil", task="alpha", max_new_tokens=4, sampling=ENDLESS)
+    gc.collect()
+    gc.disable()
+    try:
+        handles = [three_slots.submit(request) for _ in range(9)]
+        if ending == "cancelled":
+            handles[0].cancel()
+        for handle in handles:
+            if ending == "streamed":
+                assert list(handle)
+            elif ending == "awaited":
+                asyncio.run(_read(handle))
+            handle.result(60)
+        three_slots.generate(["oil"], max_new_tokens=1)  # the scheduler's thread has let the others go
+        left = [weakref.ref(handle) for handle in handles]
+        del handle, handles
+        assert [reference() for reference in left] == [None] * 9
+        assert sum(type(thing) is Row for thing in gc.get_objects()) <= 1  # the last one's, as its thread ends
+    finally:
+        gc.enable()
+
+
+async def _read(handle: Handle) -> list[Any]:
+    return [piece async for piece in handle]
 
 
 def test_deadlines_count_waiting(three_slots: Deployment) -> None:

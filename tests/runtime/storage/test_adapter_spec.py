@@ -62,18 +62,19 @@ def test_every_holder_inherits_the_settings(kind: type[AdapterSpec]) -> None:
 def test_settings_of_leaves_out_what_a_holder_adds() -> None:
     config = AdaLinkConfig(rank={"text": 2, "image": 3}, modalities=("text", "image"), dropout=0.5, soft_tokens=4)
     known = {"activation": "identity", "scope": "all", "modalities": ("text", "image"), "input": "embeddings"}
+    known |= {"head": None}
     settings = {"rank": {"text": 2, "image": 3}, "soft_tokens": 4, **known}
     assert settings_of(config) == settings
     assert settings_of(config, MethodSpec) == settings | {"bias": False}
-    assert settings_at_default(config) == {"input"}
+    assert settings_at_default(config) == {"input", "head"}
 
 
 def test_a_manifest_written_before_later_settings_opens() -> None:
     files = {"graph": "a", "config": "b", "weights": "c", "adapter_digest": "d"}
     older = files | {"rank": 2, "activation": "gelu", "modalities": ["text"], "scope": "all"}
     task = msgspec.json.decode(json.dumps(older), type=Task)
-    assert (task.soft_tokens, task.input, task.fold) == (0, "embeddings", None)
-    later = {"soft_tokens": 0, "input": "embeddings", "fold": None}
+    assert (task.soft_tokens, task.input, task.head, task.fold) == (0, "embeddings", None, None)
+    later = {"soft_tokens": 0, "input": "embeddings", "head": None, "fold": None, "head_graph": None}
     assert (
         msgspec.json.encode(task, order="sorted")
         == json.dumps(older | later, sort_keys=True, separators=(",", ":")).encode()

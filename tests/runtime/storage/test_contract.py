@@ -25,6 +25,7 @@ class FakeBase:
     max_positions: int | None = 8
     modalities: tuple[str, ...] | None = ("text",)
     takes_soft_prompts: bool = True
+    has_hidden_states: bool = True
 
 
 def make(value: float = 1.0, **changes: Any) -> Adapter:

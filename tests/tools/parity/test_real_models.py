@@ -10,6 +10,7 @@ import onnx
 import pytest
 from helpers.json_schemas import draw_schema, is_valid
 from helpers.paths import REPOSITORY
+from helpers.sentences import sentence_embeddings
 from helpers.tiny_deployments import seeded_adapter, write_adapter
 from onnx import numpy_helper
 
@@ -19,6 +20,7 @@ from adalink.runtime import Deployment, Request, StructuredOutput
 from adalink.runtime.storage.adapter import make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.check_adapter import check_weights, through_graph
+from adalink.tools.parity.prompts import PROMPTS
 from adalink.tools.parity.suite import VerifyOptions, verify
 
 pytestmark = pytest.mark.slow
@@ -107,4 +109,7 @@ def test_minilm(tmp_path):
     export_adapter(write_adapter(tmp_path / "gentle", make_adapter(adapter.config, small)), tmp_path / "deployment")
     report = verify(tmp_path / "deployment", str(model), {}, VerifyOptions(threads=1))
     assert [check for check in report.checks if not check.passed] == []
-    assert any(check.name == "control/gentle/last_hidden_state" for check in report.checks)
+    names = {check.name for check in report.checks}
+    assert {"control/gentle/last_hidden_state", "base/pooling", "task/gentle/pooling"} <= names
+    with Deployment.open(tmp_path / "deployment") as deployment:
+        assert deployment.encode(PROMPTS) == pytest.approx(sentence_embeddings(model, list(PROMPTS)), abs=1e-6)

@@ -1,0 +1,72 @@
+"""`/v1/classify` through real sockets, against `Deployment.classify`, which is compared with PyTorch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers.heads import make_head_deployment
+from helpers.served import Served, serve_in_thread
+
+from adalink.runtime import Deployment
+
+TEXTS = ["oil", "the price of corn fell in 3 months", "a long text " * 12]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    _, folder, _ = make_head_deployment(tmp_path_factory.mktemp("heads"))
+    with Deployment.open(folder, threads=1) as deployment, serve_in_thread(deployment) as server:
+        yield server
+
+
+@pytest.mark.parametrize("task", ["topics", "colours", "rating", "names", "frozen"])
+def test_answers_are_those_of_the_deployment(encoder: Served, task: str) -> None:
+    pairs: list[Any] = [] if task == "names" else [["oil", "corn"]]
+    answer = encoder.post("/v1/classify", {"model": task, "input": [*TEXTS, *pairs]}).json()
+    wanted = encoder.deployment.classify([*TEXTS, *map(tuple, pairs)], task)
+    assert answer["model"] == task
+    assert answer["usage"]["total_tokens"] == sum(one.tokens for one in wanted)
+    for index, (entry, one) in enumerate(zip(answer["data"], wanted, strict=True)):
+        expected = one.as_record()
+        assert entry == {"object": "classification", "index": index, **approximate(expected)}
+
+
+def approximate(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: approximate(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [approximate(item) for item in value]
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+
+
+def test_one_text_alone(encoder: Served) -> None:
+    (entry,) = encoder.post("/v1/classify", {"model": "topics", "input": "oil"}).json()["data"]
+    assert entry["label"] in entry["probabilities"]
+    assert sum(entry["probabilities"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "message"),
+    [
+        ({"model": "plain"}, 400, "task 'plain' has no labels"),
+        ({"model": "tiny"}, 400, "the base model has no labels"),
+        ({"model": "nobody"}, 404, "nobody"),
+        ({"input": []}, 400, "input has 0 texts"),
+        ({"input": ["a"] * 2049}, 400, "input has 2049 texts"),
+        ({"input": [["a"]]}, 400, "input[0] has 1 texts"),
+        ({"input": [5]}, 400, "input"),
+        ({"model": "names", "input": [["a", "b"]]}, 400, "is a pair"),
+    ],
+)
+def test_wrong_requests(encoder: Served, changes: dict[str, Any], status: int, message: str) -> None:
+    answer = encoder.post("/v1/classify", {"model": "topics", "input": "a", **changes})
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_decoder_has_no_labels(served: Served) -> None:
+    answer = served.post("/v1/classify", {"model": "alpha", "input": "a"})
+    assert answer.status_code == 400
+    assert "is a decoder" in answer.json()["error"]["message"]

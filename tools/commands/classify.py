@@ -1,0 +1,133 @@
+"""``adalink classify``: labels of texts, by tasks that were trained on rows with labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adalink.runtime.errors import RequestError
+from adalink.runtime.request import check_text
+from adalink.tools.common.options import engine_options, make_options
+from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.text_rows import TextRow, read_texts
+
+if TYPE_CHECKING:
+    from adalink.runtime.deployment import Deployment
+    from adalink.runtime.text_classifier import Classification
+
+# Texts between two lines of progress.
+_TEXTS_AT_ONCE = 256
+# Likeliest labels that are shown without --json.
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions:
+    """Options of ``adalink classify``; see ``Deployment.open`` and ``Deployment.classify``."""
+
+    deployment: Path
+    text: str | None
+    text_pair: str | None
+    jsonl: Path | None
+    task: str | None
+    backend: str
+    variant: str | None
+    threads: int | None
+    as_json: bool
+
+
+@click.command(short_help="Classify texts by tasks that were trained with labels.")
+@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option("--text-pair", metavar="TEXT", help="The second text of a pair.")
+@click.option(
+    "--jsonl",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='Rows {"text", "text_pair", "task"}; one JSON line for each.',
+)
+@click.option("--task", metavar="NAME", help="The task. Rows of --jsonl may name their own.")
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each text.")
+def command(**values: Any) -> None:
+    """Print what a task says of TEXT, or of each row of a file: labels with probabilities, a number, or spans.
+
+    Spans have the first character and the one behind the last. A text that is longer than those of the training may be
+    is cut, and the result says so.
+
+    \b
+    Example:
+      adalink classify ./deployment "oil prices rose again" --task topics
+      adalink classify ./deployment --jsonl rows.jsonl --task topics > labels.jsonl
+    """  # noqa: D301
+    classify(make_options(ClassifyOptions, values))
+
+
+def classify(options: ClassifyOptions) -> None:
+    """Print labels on stdout.
+
+    Raises:
+        click.UsageError: neither a text nor rows, or both.
+        AdaLinkError: a text, a task or the deployment cannot be used.
+    """
+    from adalink.runtime.deployment import Deployment
+
+    if (options.text is None) == (options.jsonl is None):
+        raise click.UsageError("give either TEXT or --jsonl")
+    if options.text_pair is not None and options.jsonl is not None:
+        raise click.UsageError("--text-pair is for one text: name the pairs of --jsonl in its rows")
+    if options.jsonl is not None:
+        rows = read_texts(options.jsonl, options.task)
+    else:
+        rows = [TextRow(check_text(options.text or "", "TEXT"), options.text_pair, options.task, "")]
+    with Deployment.open(
+        options.deployment, options.backend, variant=options.variant, threads=options.threads
+    ) as deployment:
+        cut = 0
+        for row, result in _results(deployment, rows):
+            cut += result.truncated
+            if options.jsonl is None and not options.as_json:
+                for line in _lines(result):
+                    echo(line)
+            else:
+                echo(json.dumps({"text": row.text, "task": row.task, **result.as_record()}, ensure_ascii=False))
+        if cut:
+            echo(f"{cut} of {len(rows)} texts were longer than those of their training may be, and were cut", err=True)
+
+
+def _results(deployment: Deployment, rows: list[TextRow]) -> Iterator[tuple[TextRow, Classification]]:
+    """A result for each row, in order; all rows are tokenised and checked before the first is run."""
+    from adalink.tools.common.console import progress_bar
+
+    classifier = deployment.text_classifier
+    texts = [row.text if row.text_pair is None else (row.text, row.text_pair) for row in rows]
+    try:
+        prepared = classifier.prepare(texts, [row.task for row in rows])
+    except RequestError as error:
+        raise type(error)(f"{rows[0].origin.rpartition(':')[0]}: {error}" if rows[0].origin else str(error)) from error
+    with progress_bar() as progress:
+        for start in range(0, len(rows), _TEXTS_AT_ONCE):
+            if len(rows) > _TEXTS_AT_ONCE:
+                progress(f"classifying: {start} of {len(rows)} texts", start / len(rows))
+            batch = prepared[start : start + _TEXTS_AT_ONCE]
+            scores = classifier.scores(batch)
+            for row, text, values in zip(rows[start:], batch, scores, strict=False):
+                yield row, text.read(values)
+
+
+def _lines(result: Classification) -> list[str]:
+    """A result for people."""
+    if result.value is not None:
+        return [f"{result.value:.6g}"]
+    if not result.probabilities:
+        spans = [f"{span.start}-{span.end} {span.label} {span.probability:.3f}: {span.text}" for span in result.spans]
+        return spans or ["no span"]
+    ranked = sorted(result.probabilities.items(), key=lambda pair: -pair[1])
+    if result.label is not None:
+        return [f"{share:.3f} {label}" for label, share in ranked[:_SHOWN]]
+    chosen = [f"{share:.3f} {label}" for label, share in ranked if label in result.labels]
+    return chosen or [f"no label; the likeliest: {ranked[0][1]:.3f} {ranked[0][0]}"]

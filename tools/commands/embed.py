@@ -1,0 +1,121 @@
+"""``adalink embed``: vectors of texts by an encoder, pooled as the model's own files say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adalink.runtime.errors import RequestError
+from adalink.runtime.request import check_text
+from adalink.runtime.storage.pooling_schema import POOLING_MODES
+from adalink.tools.common.options import engine_options, make_options
+from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.text_rows import TextRow, read_texts
+
+if TYPE_CHECKING:
+    from adalink.runtime.deployment import Deployment
+
+# Texts between two lines of progress.
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """Options of ``adalink embed``; see ``Deployment.open`` and ``Deployment.encode``."""
+
+    deployment: Path
+    text: str | None
+    jsonl: Path | None
+    task: str | None
+    prompt_name: str | None
+    pooling: tuple[str, ...]
+    normalize: bool | None
+    backend: str
+    variant: str | None
+    threads: int | None
+    as_json: bool
+
+
+@click.command(short_help="Embed texts with an encoder, as sentence-transformers does.")
+@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option(
+    "--jsonl", type=click.Path(path_type=Path, dir_okay=False), help='Rows {"text", "task"}; one JSON line for each.'
+)
+@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
+@click.option("--prompt-name", metavar="NAME", help="One of the model's own prompts, such as query.")
+@click.option(
+    "--pooling",
+    type=click.Choice(POOLING_MODES),
+    multiple=True,
+    help="How states become a vector, instead of the model's own way. May be repeated: the vectors are joined.",
+)
+@click.option("--normalize/--no-normalize", default=None, help="Whether vectors have length 1, instead of likewise.")
+@engine_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each text.")
+def command(**values: Any) -> None:
+    """Print the embedding of TEXT, or of each row of a file, by the encoder in DIR.
+
+    How states become a vector, how long texts are cut and which prompt goes before them is what the model's own
+    sentence-transformers files say. `adalink inspect` shows it.
+
+    \b
+    Example:
+      adalink embed ./deployment "oil prices rose again" --task topics
+      adalink embed ./deployment --jsonl rows.jsonl > vectors.jsonl
+    """  # noqa: D301
+    embed(make_options(EmbedOptions, values))
+
+
+def embed(options: EmbedOptions) -> None:
+    """Print vectors on stdout.
+
+    Raises:
+        click.UsageError: neither a text nor rows, or both.
+        AdaLinkError: a text, or the deployment, cannot be used.
+    """
+    from adalink.runtime.deployment import Deployment
+
+    if (options.text is None) == (options.jsonl is None):
+        raise click.UsageError("give either TEXT or --jsonl")
+    if options.jsonl is not None:
+        rows = read_texts(options.jsonl, options.task)
+    else:
+        rows = [TextRow(check_text(options.text or "", "TEXT"), None, options.task, "")]
+    if paired := [row.origin for row in rows if row.text_pair is not None]:
+        raise RequestError(f"{paired[0]}: a pair of texts has no embedding: leave text_pair out")
+    with Deployment.open(
+        options.deployment, options.backend, variant=options.variant, threads=options.threads
+    ) as deployment:
+        cut = 0
+        for entry in _entries(deployment, rows, options):
+            cut += entry["truncated"]
+            is_plain = options.jsonl is None and not options.as_json
+            echo(" ".join(map(str, entry["embedding"])) if is_plain else json.dumps(entry, ensure_ascii=False))
+        if cut:
+            limit = deployment.manifest.base.pooling and deployment.manifest.base.pooling.max_tokens
+            echo(f"{cut} of {len(rows)} texts were longer than {limit} tokens, and were cut", err=True)
+
+
+def _entries(deployment: Deployment, rows: list[TextRow], options: EmbedOptions) -> Iterator[dict[str, Any]]:
+    """A result for each row, in order; all rows are tokenised and checked before the first is run."""
+    from adalink.tools.common.console import progress_bar
+
+    encoder = deployment.text_encoder
+    choice = encoder.choose(options.pooling or None, options.normalize)
+    prompt = None if options.prompt_name is None else encoder.prompt_named(options.prompt_name)
+    encoded = encoder.tokenize([row.text for row in rows], [row.task for row in rows], prompt)
+    with progress_bar() as progress:
+        for start in range(0, len(rows), _TEXTS_AT_ONCE):
+            if len(rows) > _TEXTS_AT_ONCE:
+                progress(f"embedding: {start} of {len(rows)} texts", start / len(rows))
+            batch = encoded[start : start + _TEXTS_AT_ONCE]
+            vectors = encoder.pool(batch, choice)
+            for row, text, vector in zip(rows[start:], batch, vectors.tolist(), strict=False):
+                tokens = {"tokens": len(text.ids), "truncated": text.is_cut}
+                yield {"text": row.text, "task": row.task, **tokens, "embedding": vector}

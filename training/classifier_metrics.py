@@ -1,0 +1,103 @@
+"""How well a head does on rows with labels: accuracy, F1 and errors, beside the simplest answer there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from adalink.runtime.arrays import Array
+from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
+from adalink.runtime.text.spans import read_spans
+from adalink.runtime.text_classifier import sigmoid, softmax
+from adalink.training.classifier import LabelledExample
+from adalink.training.data.labelled_rows import LabelledRow
+
+Found: TypeAlias = "Sequence[set[Any]]"
+
+
+def measure(
+    head: Head,
+    rows: Sequence[LabelledRow],
+    examples: Sequence[LabelledExample],
+    scores: Sequence[Array],
+    training: Sequence[LabelledRow],
+) -> dict[str, float]:
+    """Metrics by name, the one to look at first.
+
+    Args:
+        head: the head.
+        rows: rows with labels.
+        examples: their tokens.
+        scores: the head's scores of each row.
+        training: the rows of the training, for the answer that needs no text.
+    """
+    if head.problem_type == REGRESSION:
+        return _measure_numbers([float(row[0]) for row in scores], [row.value for row in rows], training)
+    if head.problem_type == SINGLE_LABEL:
+        wanted = [{row.labels[0]} for row in rows]
+        found = [{head.labels[int(row.argmax())]} for row in scores]
+        commonest = Counter(row.labels[0] for row in training).most_common(1)[0][0]
+        majority = _share([commonest in labels for labels in wanted])
+        return {
+            "accuracy": _share([one == other for one, other in zip(found, wanted, strict=True)]),
+            "macro_f1": _macro_f1(found, wanted),
+            "majority_accuracy": majority,
+        }
+    if head.problem_type == MULTI_LABEL:
+        wanted = [set(row.labels) for row in rows]
+        found = [{head.labels[number] for number in np.flatnonzero(sigmoid(row) >= 0.5)} for row in scores]
+        exact = _share([one == other for one, other in zip(found, wanted, strict=True)])
+        return {"micro_f1": _f1(found, wanted), "macro_f1": _macro_f1(found, wanted), "exact_match": exact}
+    spans: list[set[Any]] = [{(span.start, span.end, span.label) for span in row.spans} for row in rows]
+    read: list[set[Any]] = [
+        {
+            (span.start, span.end, span.label)
+            for span in read_spans(row.text, example.offsets, example.words, head.labels, softmax(row_scores))
+        }
+        for row, example, row_scores in zip(rows, examples, scores, strict=True)
+    ]
+    return {"span_f1": _f1(read, spans), "span_macro_f1": _macro_f1(read, spans, kind=lambda span: span[2])}
+
+
+def _measure_numbers(
+    found: Sequence[float], wanted: Sequence[float], training: Sequence[LabelledRow]
+) -> dict[str, float]:
+    ours, theirs = np.array(found), np.array(wanted)
+    spread = ours.std() * theirs.std()
+    correlation = float(((ours - ours.mean()) * (theirs - theirs.mean())).mean() / spread) if spread else 0.0
+    baseline = theirs - np.mean([row.value for row in training])
+    return {
+        "mean_squared_error": float(((ours - theirs) ** 2).mean()),
+        "mean_absolute_error": float(np.abs(ours - theirs).mean()),
+        "pearson": correlation,
+        "mean_squared_error_of_the_mean": float((baseline**2).mean()),
+    }
+
+
+def _share(values: Sequence[bool]) -> float:
+    return float(np.mean(values))
+
+
+def _f1(found: Found, wanted: Found) -> float:
+    """F1 over all answers together; 1 where there is nothing to find and nothing is found."""
+    right = sum(len(one & other) for one, other in zip(found, wanted, strict=True))
+    total = sum(map(len, found)) + sum(map(len, wanted))
+    return 2 * right / total if total else 1.0
+
+
+def _macro_f1(found: Found, wanted: Found, kind: Any = lambda label: label) -> float:
+    """Mean F1 of the kinds of answers."""
+    kinds = sorted({kind(one) for answers in (*found, *wanted) for one in answers})
+    if not kinds:
+        return 1.0
+    return float(
+        np.mean(
+            [
+                _f1(*([{one for one in answers if kind(one) == name} for answers in side] for side in (found, wanted)))
+                for name in kinds
+            ]
+        )
+    )
