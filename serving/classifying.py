@@ -24,7 +24,7 @@ async def classify(request: HttpRequest) -> JsonResponse:
     classifier = gateway.deployment.text_classifier
     try:
         texts = _texts(fields.input)
-        prepared: list[PreparedText] = await gateway.in_thread(classifier.prepare, texts, task)
+        prepared: list[PreparedText] = await gateway.with_tasks(classifier.prepare, texts, task)
         scores = [row async for rows in in_pieces(request, prepared, classifier.scores) for row in rows]
         results = [text.read(row) for text, row in zip(prepared, scores, strict=True)]
     except ClientDisconnect:

@@ -32,7 +32,7 @@ async def embeddings(request: HttpRequest) -> JsonResponse:
     try:
         choice = gateway.deployment.text_encoder.choose(fields.pooling, fields.normalize)
         _check_dimensions(fields, gateway.deployment.text_encoder.width(choice[0]))
-        encoded: list[EncodedText] = await gateway.in_thread(_tokenize, gateway, fields, task)
+        encoded: list[EncodedText] = await gateway.with_tasks(_tokenize, gateway, fields, task)
         pieces = [piece async for piece in in_pieces(request, encoded, gateway.deployment.text_encoder.pool, choice)]
         answer: bytes = await gateway.in_thread(_render, fields, encoded, np.concatenate(pieces))
     except ClientDisconnect:

@@ -28,5 +28,5 @@ async def in_pieces(
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         if await request.is_disconnected():
             raise ClientDisconnect
-        result: T = await gateway.in_thread(compute, texts[start : start + _TEXTS_AT_ONCE], *arguments)
+        result: T = await gateway.with_tasks(compute, texts[start : start + _TEXTS_AT_ONCE], *arguments)
         yield result

