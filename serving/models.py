@@ -24,7 +24,13 @@ async def show_model(request: HttpRequest) -> JsonResponse:
 
 
 def _describe(gateway: Gateway, task: str | None) -> dict[str, Any]:
-    """A model; ``root`` and ``parent`` name the base, as for fine-tuned models."""
+    """A model; ``root`` and ``parent`` name the base, as for fine-tuned models.
+
+    A task of the deployment with labels has ``problem_type`` and ``labels`` too.
+    """
+    entry = None if task is None else gateway.deployment.manifest.tasks.get(task)
+    head = None if entry is None else entry.head
+    labels = {} if head is None else {"problem_type": head.problem_type, "labels": list(head.labels)}
     return {
         "id": gateway.base_name if task is None else task,
         "object": "model",
@@ -33,4 +39,5 @@ def _describe(gateway: Gateway, task: str | None) -> dict[str, Any]:
         "root": gateway.base_name,
         "parent": None if task is None else gateway.base_name,
         "max_model_len": gateway.max_positions,
+        **labels,
     }

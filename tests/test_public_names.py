@@ -15,9 +15,11 @@ from adalink.runtime import errors
 PUBLIC = {
     "adalink.runtime": {
         *("ChatOptions", "Deployment", "Generation", "Handle", "Receipt", "Reload", "Request", "SamplingParams"),
-        *("StructuredOutput", "TextPiece", *errors.__all__),
+        *("Classification", "Span", "StructuredOutput", "TextPiece", *errors.__all__),
     },
-    "adalink.training": {"AdaLinkConfig", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"},
+    "adalink.training": {
+        *("AdaLinkConfig", "HeadSettings", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"),
+    },
     "adalink.serving": {"ServeOptions", "make_app", "serve"},
     "adalink.export": {"export_adapter", "export_base", "export_engine"},
 }

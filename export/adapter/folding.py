@@ -39,7 +39,8 @@ def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None
             "whose inputs are the rows of the embedding table; export it without --fold"
         )
     if adapter.config.input == "ids" or not adapter.config.rank:
-        what = "looks token ids up" if adapter.config.rank else "is a soft prompt alone"
+        alone = "is a soft prompt alone" if adapter.config.soft_tokens else "is a head alone"
+        what = "looks token ids up" if adapter.config.rank else alone
         raise ConfigError(f"{origin} {what}: there is nothing to compute ahead; export it without --fold")
     if fold == "rank" and base.embedding_dtype == "bfloat16":
         raise ConfigError(f"{base.name} has bfloat16 embeddings, which numpy cannot add to: fold {origin} to a table")

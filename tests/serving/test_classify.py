@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from helpers.heads import make_head_deployment
 from helpers.served import Served, serve_in_thread
@@ -70,3 +73,29 @@ def test_decoder_has_no_labels(served: Served) -> None:
     answer = served.post("/v1/classify", {"model": "alpha", "input": "a"})
     assert answer.status_code == 400
     assert "is a decoder" in answer.json()["error"]["message"]
+
+
+def test_models_say_their_labels(encoder: Served) -> None:
+    entry = encoder.get("/v1/models/topics").json()
+    assert (entry["problem_type"], entry["labels"]) == ("single_label_classification", ["oil", "grain", "trade"])
+    assert "labels" not in encoder.get("/v1/models/plain").json()
+
+
+ODD: list[Any] = [
+    *(None, True, -1, 0, 2**70, 1e308, "", "\0", "\udc80", "a" * 9000),
+    *([], [[]], [None], ["a", 5], [[5, "a"]], {}, [""], [[""]]),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/embeddings"])
+def test_odd_fields_get_typed_answers(encoder: Served, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    body = {"model": "topics", "input": "oil", "pooling": "mean"}
+    fields = (*body, "encoding_format", "dimensions", "normalize", "truncate_prompt_tokens", "user")
+    with caplog.at_level(logging.ERROR, "adalink"):
+        for name in fields:
+            for value in ODD:
+                content = json.dumps({**body, name: value})
+                answer = httpx.post(encoder.url + path, content=content, headers={"Content-Type": "application/json"})
+                assert answer.status_code in (200, 400, 404), (name, value, answer.text)
+                assert answer.status_code == 200 or answer.json()["error"]["message"]
+    assert not caplog.records

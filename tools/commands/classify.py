@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adalink.runtime.errors import RequestError
 from adalink.runtime.request import check_text
 from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.text_rows import TextRow, read_texts
+from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
-    from adalink.runtime.text_classifier import Classification
+    from adalink.runtime.text_classifier import Classification, PreparedText
 
 # Texts between two lines of progress.
 _TEXTS_AT_ONCE = 256
@@ -104,11 +103,12 @@ def _results(deployment: Deployment, rows: list[TextRow]) -> Iterator[tuple[Text
     from adalink.tools.common.console import progress_bar
 
     classifier = deployment.text_classifier
-    texts = [row.text if row.text_pair is None else (row.text, row.text_pair) for row in rows]
-    try:
-        prepared = classifier.prepare(texts, [row.task for row in rows])
-    except RequestError as error:
-        raise type(error)(f"{rows[0].origin.rpartition(':')[0]}: {error}" if rows[0].origin else str(error)) from error
+
+    def prepare(some: Sequence[TextRow]) -> Sequence[PreparedText]:
+        texts = [row.text if row.text_pair is None else (row.text, row.text_pair) for row in some]
+        return classifier.prepare(texts, [row.task for row in some])
+
+    prepared = prepare_rows(rows, prepare)
     with progress_bar() as progress:
         for start in range(0, len(rows), _TEXTS_AT_ONCE):
             if len(rows) > _TEXTS_AT_ONCE:

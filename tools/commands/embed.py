@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from adalink.runtime.request import check_text
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.text_rows import TextRow, read_texts
+from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.text_encoder import EncodedText
 
 # Texts between two lines of progress.
 _TEXTS_AT_ONCE = 256
@@ -109,7 +110,11 @@ def _entries(deployment: Deployment, rows: list[TextRow], options: EmbedOptions)
     encoder = deployment.text_encoder
     choice = encoder.choose(options.pooling or None, options.normalize)
     prompt = None if options.prompt_name is None else encoder.prompt_named(options.prompt_name)
-    encoded = encoder.tokenize([row.text for row in rows], [row.task for row in rows], prompt)
+
+    def tokenize(some: Sequence[TextRow]) -> Sequence[EncodedText]:
+        return encoder.tokenize([row.text for row in some], [row.task for row in some], prompt)
+
+    encoded = prepare_rows(rows, tokenize)
     with progress_bar() as progress:
         for start in range(0, len(rows), _TEXTS_AT_ONCE):
             if len(rows) > _TEXTS_AT_ONCE:

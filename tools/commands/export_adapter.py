@@ -97,6 +97,9 @@ def adapter(
         method = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
         echo(f"task {task} is in {out}: {method}{soft}, scope {entry.scope}")
         echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")
+        if entry.head is not None:
+            kind = entry.head.problem_type.replace("_", " ")
+            echo(f"  {entry.head_graph}: {kind}, {len(entry.head.labels)} labels; adalink classify gives them")
     if len(folders) > _MOST_LISTED:
         echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
     if trade is not None:

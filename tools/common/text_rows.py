@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
 from adalink.runtime.storage.jsonl import read_jsonl
+
+T = TypeVar("T")
 
 _FIELDS = ("text", "text_pair", "task")
 _EXPECTED = '{"text": text, "task": name or null}'
@@ -36,6 +39,19 @@ def read_texts(path: Path, task: str | None) -> list[TextRow]:
         DataError: a line is not such a row; the message names it.
     """
     return [_check_row(row, task, f"{path}:{number}") for number, row in read_jsonl(path, _EXPECTED, json.loads)]
+
+
+def prepare_rows(rows: Sequence[TextRow], prepare: Callable[[Sequence[TextRow]], Sequence[T]]) -> Sequence[T]:
+    """What ``prepare`` makes of all rows; its ``RequestError`` names the line of the first row that is at fault."""
+    try:
+        return prepare(rows)
+    except RequestError as error:
+        for row in rows if rows[0].origin else ():
+            try:
+                prepare([row])
+            except RequestError as own:
+                raise type(own)(f"{row.origin}: {str(own).removeprefix('text 0: ')}") from error
+        raise
 
 
 def _check_row(row: Any, task: str | None, origin: str) -> TextRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,11 @@ import msgspec
 import numpy as np
 import pytest
 from helpers.heads import TASKS, make_head_deployment
+from helpers.host_device import HostBackend
 
+from adalink.export.base.export import export_base
 from adalink.runtime import Deployment, text_classifier
+from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.tasks import head as head_module
 from adalink.runtime.tasks.head import TaskHead
 from adalink.runtime.text import truncation
@@ -186,3 +190,25 @@ def test_probabilities_of_another_kind(clean: Verified, monkeypatch: pytest.Monk
     monkeypatch.setattr(text_classifier, function, lambda scores: true(scores * 1.1))
     names = {"softmax": {"topics", "frozen"}, "sigmoid": {"colours"}}[function]
     assert clean.failures() == {f"task/{name}/head-labels" for name in names}
+
+
+def test_heads_on_a_device(clean: Verified, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind an engine whose memory stays on a device, and which takes few rows at a time."""
+    folder = shutil.copytree(clean.folder, tmp_path / "out")
+    export_base(clean.model, folder, target="portable")
+    profile = Profile(batch=ShapeRange(1, 2, 4), seq=ShapeRange(1, 8, 64), past=None)
+    monkeypatch.setattr("adalink.runtime.deployment.open_backend", lambda *_: HostBackend(profile))
+    texts, tasks = (
+        [f"{number} texts of some length " * (1 + number % 2) for number in range(11)],
+        [*HEADS, *HEADS, None],
+    )
+    with Deployment.open(folder, variant="portable") as deployment:
+        assert deployment.profile is not None
+        got = deployment.text_classifier.scores(deployment.text_classifier.prepare(texts[:10], tasks[:10]))
+        vectors = deployment.encode(texts, tasks, pooling="mean")
+    monkeypatch.undo()
+    with Deployment.open(clean.folder, threads=1) as deployment:
+        wanted = deployment.text_classifier.scores(deployment.text_classifier.prepare(texts[:10], tasks[:10]))
+        assert vectors == pytest.approx(deployment.encode(texts, tasks, pooling="mean"), abs=2e-5)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
