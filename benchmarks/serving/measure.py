@@ -16,7 +16,7 @@ from benchmarks.serving.servers import Server, memory_mb, running
 TASKS, NEW_TOKENS, SLOTS = 16, 48, 16
 USERS = (1, 4, 16)
 # Times that the requests of one closed batch are sent at once; requests of a user.
-_BURSTS, _PER_USER = 3, 3
+_BURSTS, _PER_USER = 3, 2
 
 
 def measure(server: Server, build: Path, *, is_quick: bool) -> dict[str, Any]:
