@@ -10,7 +10,8 @@ import threading
 from collections.abc import Sequence
 
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.admission import Admission, ClosedAdmission, Runner, SlotAdmission, fail_all
+from adalink.runtime.generation.admission import Admission, Runner, SlotAdmission, fail_all
+from adalink.runtime.generation.closed_admission import ClosedAdmission
 from adalink.runtime.generation.row import Row
 from adalink.runtime.generation.running_batch import RunningBatch
 from adalink.runtime.generation.waiting_queue import WaitingQueue
