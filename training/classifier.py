@@ -79,9 +79,9 @@ def _target(
     targets = [_IGNORED] * len(offsets)
     seen: set[tuple[int, int]] = set()
     for position, ((start, end), word) in enumerate(zip(offsets, words, strict=True)):
-        if word is None or start == end:
-            continue
         start += len(row.text[start:end]) - len(row.text[start:end].lstrip())
+        if word is None or start >= end:  # special tokens, and white space that is a token of its own
+            continue
         span = next((span for span in row.spans if span.start < end and start < span.end), None)
         if span is None:
             targets[position] = index[OUTSIDE]

@@ -54,11 +54,12 @@ def build_head_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
     nodes.append(helper.make_node("Add", ["products", HEAD_BIAS], [SCORES_NAME]))
     outputs = [helper.make_tensor_value_info(SCORES_NAME, TensorProto.FLOAT, rows)]
     if head.problem_type != REGRESSION:
-        how = "Sigmoid" if head.problem_type == MULTI_LABEL else "Softmax"
-        axis = {} if how == "Sigmoid" else {"axis": -1}
-        nodes.append(helper.make_node(how, [SCORES_NAME], [PROBABILITIES_NAME], **axis))
+        if head.problem_type == MULTI_LABEL:
+            nodes.append(helper.make_node("Sigmoid", [SCORES_NAME], [PROBABILITIES_NAME]))
+        else:
+            nodes.append(helper.make_node("Softmax", [SCORES_NAME], [PROBABILITIES_NAME], axis=-1))
         outputs.append(helper.make_tensor_value_info(PROBABILITIES_NAME, TensorProto.FLOAT, rows))
-    constants = {
+    constants: dict[str, Array] = {
         HEAD_WEIGHT: np.ascontiguousarray(adapter.weights[HEAD_WEIGHT].T),
         HEAD_BIAS: adapter.weights[HEAD_BIAS],
         "sequence_axis": np.array([1], np.int64),

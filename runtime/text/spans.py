@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.storage.head_spec import OUTSIDE
+
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese: tokenizers take a whole sentence for a word.
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ def read_spans(
 ) -> tuple[Span, ...]:
     """Spans of a text, in order.
 
-    A word has the tag of its first token. ``I`` goes on with a span of its kind, and begins one where there is none.
+    A word has the tag of its first token that is not white space; in scripts without spaces between words each token
+    has its own. ``I`` goes on with a span of its kind, and begins one where there is none.
 
     Args:
         text: the text.
@@ -54,9 +61,10 @@ def read_spans(
             opened.clear()
 
     for position, ((start, end), word) in enumerate(zip(offsets, words, strict=True)):
-        if word is None or start == end:
+        start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokenizers count the space before
+        if word is None or start >= end:
             continue
-        if word != last_word:
+        if word != last_word or _WITHOUT_SPACES.match(text[start]):
             best = int(scores[position].argmax())
             tag, share = labels[best], float(scores[position, best])
             if tag == OUTSIDE or tag.startswith("B-") or tag[2:] != kind:
@@ -64,7 +72,6 @@ def read_spans(
             last_word = word
         if tag != OUTSIDE:
             kind = tag[2:]
-            start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokenizers count the space before
             opened.append((start, end, share))
     close()
     return tuple(spans)

@@ -5,7 +5,7 @@ The tokenizer's own settings are not touched, so that it stays safe for several 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.storage.decoding import decode_json
@@ -53,11 +53,21 @@ def encode_cut(
     second = None if text_pair is None else tokenizer.encode(text_pair, add_special_tokens=False)
     room = max(0, limit - tokenizer.num_special_tokens_to_add(second is not None))
     lengths = _shares(len(first.ids), 0 if second is None else len(second.ids), room)
-    side = "left" if left else "right"
-    first.truncate(lengths[0], direction=side)
+    # Of the uncut text: some post-processors trim offsets, and would trim those of a cut one twice.
+    offsets = [pair for pair, special in zip(whole.offsets, whole.special_tokens_mask, strict=True) if not special]
+    pieces = [offsets[: len(first.ids)], offsets[len(first.ids) :]]
+    kept = [pair for piece, length in zip(pieces, lengths, strict=True) for pair in _cut(piece, length, left=left)]
+    first.truncate(lengths[0], direction="left" if left else "right")
     if second is not None:
-        second.truncate(lengths[1], direction=side)
-    return _as_cut(tokenizer.post_process(first, second, add_special_tokens=True), is_cut=True)
+        second.truncate(lengths[1], direction="left" if left else "right")
+    cut = tokenizer.post_process(first, second, add_special_tokens=True)
+    remaining = iter(kept)
+    places = [(0, 0) if special else next(remaining) for special in cut.special_tokens_mask]
+    return replace(_as_cut(cut, is_cut=True), offsets=places)
+
+
+def _cut(pairs: list[tuple[int, int]], length: int, *, left: bool) -> list[tuple[int, int]]:
+    return pairs[len(pairs) - length :] if left else pairs[:length]
 
 
 def _shares(first: int, second: int, room: int) -> tuple[int, int]:

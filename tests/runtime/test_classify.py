@@ -131,6 +131,18 @@ def test_spans_follow_the_tags_of_words() -> None:
     ]
     assert spans[0] == Span("PER", 0, 8, "Anna Lee", 0.75)
     assert read_spans(" a", [(0, 2)], [0], labels, np.array([[0, 1, 0, 0, 0]])) == (Span("LOC", 1, 2, "a", 1.0),)
+    # A space that is a token of its own begins no word.
+    scores = np.array([[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]])
+    assert read_spans(" a", [(0, 1), (1, 2)], [0, 0], labels, scores) == (Span("LOC", 1, 2, "a", 1.0),)
+
+
+def test_spans_in_scripts_without_spaces() -> None:
+    """A tokenizer takes the whole sentence for one word."""
+    text, labels = "安倍は東京に住む", LABELS[TOKENS]
+    offsets, tags = [(0, 2), (2, 3), (3, 4), (4, 5), (5, 8)], ["B-PER", "O", "B-LOC", "I-LOC", "O"]
+    scores = np.array([np.eye(5)[labels.index(tag)] for tag in tags])
+    spans = read_spans(text, offsets, [0] * 5, labels, scores)
+    assert [(span.label, span.text) for span in spans] == [("PER", "安倍"), ("LOC", "東京")]
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,48 @@ def test_files_that_cannot_be_read(encoder: Path, tmp_path: Path, file: str, con
         read_pooling(checkpoint, load_tokenizer(checkpoint), load_base(checkpoint).config)
 
 
+@pytest.mark.parametrize(
+    ("missing", "unreachable", "expected"),
+    [
+        ((), (), ""),
+        (("2_Normalize/config.json",), ("2_Normalize/config.json",), ""),  # of older releases, which wrote none
+        (("1_Pooling/config.json",), (), "1_Pooling/config.json is missing"),
+        (("sentence_bert_config.json",), (), ""),
+        (("sentence_bert_config.json",), ("sentence_bert_config.json",), "sentence_bert_config.json cannot be fetched"),
+        (("modules.json",), ("modules.json",), None),
+    ],
+)
+def test_files_on_a_hub(
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: tuple[str, ...],
+    unreachable: tuple[str, ...],
+    expected: str | None,
+) -> None:
+    """A file that cannot be fetched now is not taken for one that does not exist."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    checkpoint = save_sentence_encoder(tmp_path / "tiny", encoder, PLAIN, normalize=True)
+
+    def fetch(hub_id: str, file: str) -> str:
+        assert hub_id == "org/tiny"
+        if file in unreachable:
+            raise LocalEntryNotFoundError(file)
+        if file in missing or not (checkpoint / file).is_file():
+            raise EntryNotFoundError(file)
+        return str(checkpoint / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    pooling = read_pooling("org/tiny", load_tokenizer(checkpoint), load_base(checkpoint).config)
+    if expected is None:
+        assert pooling is None
+        return
+    assert pooling is not None
+    assert pooling.unsupported.startswith(expected)
+    assert bool(pooling.modes) == (not expected)
+
+
 def test_further_variants_keep_the_pooling(encoder: Path, plain: Path, tmp_path: Path) -> None:
     """One of a deployment that an older kit wrote takes it up; another one is refused."""
     mean = save_sentence_encoder(tmp_path / "mean", encoder, PLAIN)

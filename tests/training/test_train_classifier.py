@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.heads import LABELS, make_head
 from helpers.sentences import save_encoder, save_sentence_encoder
 from helpers.tiny_deployments import make_model_folder
 
@@ -21,6 +22,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
 from adalink.tools.cli import main
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
+from adalink.training.classifier import _target
 from adalink.training.classifier_metrics import measure
 from adalink.training.data.labelled_rows import LabelledRow, LabelledSpan, read_labelled_rows
 from adalink.training.settings import LoopOptions
@@ -275,8 +277,6 @@ def test_forms_of_rows(tmp_path: Path) -> None:
 
 
 def test_metrics() -> None:
-    from helpers.heads import make_head
-
     head = make_head(SINGLE_LABEL)
     rows = [LabelledRow(text="a", labels=(label,), line=1) for label in ("oil", "oil", "grain", "trade")]
     scores = [np.eye(3)[number] for number in (0, 1, 1, 2)]
@@ -294,3 +294,12 @@ def test_metrics() -> None:
     assert got["mean_absolute_error"] == pytest.approx(1 / 3)
     assert got["pearson"] == pytest.approx(np.corrcoef([1, 2, 6], [1, 3, 6])[0, 1])
     assert got["mean_squared_error_of_the_mean"] == pytest.approx(14 / 3)
+
+
+def test_white_space_tokens_have_no_tag() -> None:
+    """As in SentencePiece, where a space may be a token of its own, or belong to the word behind it."""
+    row = LabelledRow(text="in New York", spans=(LabelledSpan(3, 11, "LOC"),), line=1)
+    offsets = [(0, 0), (0, 2), (2, 3), (3, 6), (6, 11), (0, 0)]
+    index = {label: number for number, label in enumerate(LABELS[TOKENS])}
+    target = _target(row, make_head(TOKENS), index, offsets, [None, 0, 1, 1, 2, None])
+    assert target == [-100, 0, -100, index["B-LOC"], index["I-LOC"], -100]

@@ -15,7 +15,6 @@ from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.pooling_schema import POOLING_MODES, Pooling
 from adalink.training.models.source import display_name, find_source
-from adalink.training.models.weight_files import fetch_file
 
 T = TypeVar("T")
 
@@ -123,16 +122,23 @@ def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | Non
     for number, module in enumerate(modules[1:], 1):
         path = files.inside(module.path, "config.json")
         if module.kind == "Pooling" and not modes:
-            pooling = files.read(path, _PoolingModule) or _PoolingModule()
+            pooling = files.read(path, _PoolingModule)
+            if pooling is None:
+                reason = reason or f"{path} is missing"
+                continue
             modes, include_prompt = _check_modes(pooling, config, files.name), pooling.include_prompt
         elif module.kind == "Normalize" and modes:
-            normalize = (files.read(path, dict[str, Any]) or {}).get("module_input_name", _VECTOR) == _VECTOR
+            normalize = (files.read(path, dict[str, Any], is_default=True) or {}).get(
+                "module_input_name", _VECTOR
+            ) == _VECTOR
             reason = reason or ("" if normalize else f"module {number} of {MODULES_FILE} normalizes something else")
         elif module.kind != "Dropout":  # which does nothing but in training
             reason = reason or f"module {number} of {MODULES_FILE} is {module.type}"
+    settings = files.read(_SETTINGS_FILE, _Settings) or _Settings()
+    if files.out_of_reach:
+        reason = reason or f"{files.out_of_reach[0]} cannot be fetched now"
     if reason or not modes:
         return Pooling(unsupported=reason or f"{MODULES_FILE} has no Pooling")
-    settings = files.read(_SETTINGS_FILE, _Settings) or _Settings()
     prompts = {name: text or "" for name, text in (settings.prompts or {}).items()}
     default = settings.default_prompt_name
     if default in _EMPTY_PROMPTS:
@@ -152,10 +158,16 @@ def read_pooling(spec: str | Path, tokenizer: Any, config: Any) -> Pooling | Non
 
 
 class _SentenceFiles:
-    """JSON files of a checkpoint, local or on a hub."""
+    """JSON files of a checkpoint, local or on a hub.
+
+    Attributes:
+        name: display name of the checkpoint.
+        out_of_reach: files of a hub id of which nobody knows whether they exist, since the hub cannot be reached.
+    """
 
     def __init__(self, spec: str | Path) -> None:
         self._source, self.name = find_source(spec), display_name(spec)
+        self.out_of_reach: list[str] = []
 
     def inside(self, folder: str, file: str) -> str:
         """Path of a file in a folder of the checkpoint; raises ``ModelError`` for one outside."""
@@ -163,16 +175,38 @@ class _SentenceFiles:
             raise ModelError(f"base model {self.name}: {MODULES_FILE} has the path {folder!r}, expected a folder in it")
         return f"{folder}/{file}" if folder else file
 
-    def read(self, path: str, kind: type[T]) -> T | None:
-        """The content of a file; ``None`` if there is none. Raises ``ModelError``."""
+    def read(self, path: str, kind: type[T], *, is_default: bool = False) -> T | None:
+        """The content of a file; ``None`` if there is none.
+
+        Args:
+            path: the file.
+            kind: its form.
+            is_default: whether a file that is out of reach says nothing that matters.
+
+        Raises:
+            ModelError: it has another form.
+        """
         folder = Path(self._source.origin)
-        file = folder / path if folder.is_dir() else fetch_file(self._source.origin, path)
+        file = folder / path if folder.is_dir() else self._fetch(path, is_default or path == MODULES_FILE)
         if file is None or not file.is_file():
             return None
         try:
             return decode_json(file.read_bytes(), kind)
         except (OSError, msgspec.DecodeError) as error:
             raise ModelError(f"base model {self.name}: {path} cannot be read: {error}; correct or remove it") from error
+
+    def _fetch(self, path: str, is_default: bool) -> Path | None:
+        """A file of a hub id, from the cache or the network."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self._source.origin, path))
+        except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+            is_known = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if not is_known and not is_default:
+                self.out_of_reach.append(path)
+            return None
 
 
 def _unsupported_input(modules: list[_Module], transformer: _Transformer) -> str:
