@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.gpu_proof.record import FAILED, PASSED, SKIPPED, read_json
 from benchmarks.gpu_proof.schedule import STEPS, Driver, Step, step_environment
 from benchmarks.gpu_proof.table import lines_of
-from benchmarks.gpu_proof.wheels import install, read_list
+from benchmarks.gpu_proof.wheels import install, name_the_kit, read_list
 
 SCHEMA = 1
 _WHEEL_SECONDS = 90.0
@@ -74,6 +74,7 @@ def prove(options: argparse.Namespace, steps: list[Step], deadline: float) -> di
         is_full=not options.tiny,
     )
     driver.go_on(last or {})
+    name_the_kit(site)
     if not driver.has("wheels"):
         driver.note("wheels", install_wheels(options.wheels, work, driver))
     driver.run(steps)

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import onnxruntime
+from packaging.version import Version
 
 from adalink.runtime.device.protocols import Device
 from adalink.runtime.profile import parse_profile
@@ -25,6 +27,8 @@ from benchmarks.gpu_proof.timing import microseconds
 from benchmarks.process import REPOSITORY
 
 _NUMBERS = 1 << 20
+# The first version with the operator that writes a cache in place.
+_TENSOR_SCATTER = Version("1.24")
 _SMALL_PROFILE = "batch=1:8:32,seq=1:32:64,past=0:64:255"
 
 
@@ -42,6 +46,9 @@ def run(record: Record, plan: Plan) -> None:
     }
     profile = parse_profile(PROFILE if plan.is_full else _SMALL_PROFILE, _base(plan))
     for name, (in_place, shares_stream, share) in ways.items():
+        if in_place and Version(onnxruntime.__version__) < _TENSOR_SCATTER:
+            record.note(f"{name}: ONNX Runtime {onnxruntime.__version__} has no TensorScatter, {_TENSOR_SCATTER} has")
+            continue
         with record.part(name):
             plans = partial(make_plans, shares_stream=shares_stream)
             backend = FrontBackend(device, plans, profile, in_place=in_place)

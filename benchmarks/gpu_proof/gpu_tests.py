@@ -45,5 +45,8 @@ def run(record: Record, plan: Plan) -> None:
     code = pytest.main([*command, *(str(tests / name) for name in _FILES)], plugins=[outcomes])
     record.figure("exit_code", int(code))
     if int(code) not in (0, _NO_TESTS):
-        first = next(iter(outcomes.failed.items()), ("no test", "pytest itself failed"))
-        raise AssertionError(f"{len(outcomes.failed)} tests failed, the first is {first[0]}: {first[1][-300:]}")
+        name, told = next(iter(outcomes.failed.items()), ("no test", "pytest itself failed"))
+        errors = [line.removeprefix("E").strip() for line in told.splitlines() if line.startswith("E ")]
+        raise AssertionError(
+            f"{len(outcomes.failed)} tests failed, the first is {name}: {(errors or [told])[-1][:300]}"
+        )

@@ -84,7 +84,7 @@ class Record:
 
     def finish(self, status: str, reason: str = "") -> None:
         """Say how the step ended."""
-        self.content |= {"status": status, "reason": reason}
+        self.content |= {"status": status, "reason": " ".join(reason.split())}
         self.save()
 
     def fail(self, error: BaseException) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks.gpu_proof.process import last_line, run_limited
 
 LIST = Path(__file__).with_name("wheels.json")
+_REPOSITORY = Path(__file__).parents[2]
 # Of a piece, and of a load.
 PART_BYTES = 50_000_000
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -99,6 +101,17 @@ def install(wheels: Sequence[Wheel], folder: Path, work: Path, environment: Mapp
         except (WheelError, OSError) as error:
             found[wheel.name] = f"failed: {error}"
     return found
+
+
+def name_the_kit(site: Path) -> None:
+    """Write the kit's own metadata: it runs from the checkout, and exports record its version."""
+    project = (_REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^version = "(.+)"$', project, flags=re.MULTILINE)
+    version = found[1] if found else "0"
+    folder = site / f"adalink_kit-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata_text = f"Metadata-Version: 2.1\nName: adalink-kit\nVersion: {version}\n"
+    (folder / "METADATA").write_text(metadata_text, encoding="utf-8")
 
 
 def machines_own(wheel: Wheel) -> str | None:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,17 @@ from packaging.utils import canonicalize_name
 from benchmarks.gpu_proof import __main__ as command
 from benchmarks.gpu_proof import wheels
 from benchmarks.gpu_proof.schedule import Driver, step_environment
-from benchmarks.gpu_proof.wheels import Piece, Wheel, WheelError, find_or_join, install, lock, machines_own, read_list
+from benchmarks.gpu_proof.wheels import (
+    Piece,
+    Wheel,
+    WheelError,
+    find_or_join,
+    install,
+    lock,
+    machines_own,
+    name_the_kit,
+    read_list,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -125,6 +136,14 @@ def test_what_is_not_there_is_no_fault(pieces: tuple[list[Wheel], Path], tmp_pat
     locked, _ = pieces
     (tmp_path / "empty").mkdir()
     assert set(install(locked, tmp_path / "empty", tmp_path / "work", {}, 60).values()) == {"not there"}
+
+
+def test_the_kit_has_metadata_where_it_is_not_installed(tmp_path: Path) -> None:
+    """It runs from a checkout; without metadata every export fails."""
+    name_the_kit(tmp_path)
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (found.metadata["Name"], found.version) == (project["name"], project["version"])
 
 
 def test_the_machines_own_package_is_taken_where_it_will_do() -> None:
