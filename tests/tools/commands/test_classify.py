@@ -61,7 +61,7 @@ def test_pairs_and_rows_of_mixed_tasks(folder: Path, opened: Deployment, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "either TEXT or --jsonl"),
+        ((), "either TEXT or --rows"),
         (("a",), "the base model has no labels"),
         (("a", "--task", "plain"), "task 'plain' has no labels"),
         (("a", "--task", "nobody"), "not deployed"),
