@@ -18,7 +18,6 @@ from transformers import set_seed
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
-from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.head_spec import REGRESSION, TOKENS, Head
 from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
 from adalink.training.checkpoints import (
@@ -32,7 +31,8 @@ from adalink.training.checkpoints import (
 )
 from adalink.training.classifier import LabelCollator, LabelledExample, TrainableClassifier, encode_labelled
 from adalink.training.classifier_metrics import measure
-from adalink.training.data.labelled_rows import check_labels, find_labels, read_labelled_rows
+from adalink.training.data.labelled_rows import check_labels, find_labels
+from adalink.training.data.run_rows import read_labelled
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
@@ -42,6 +42,7 @@ from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
 from adalink.training.trainer import trainer_arguments
 
 if TYPE_CHECKING:
+    from adalink.runtime.rows.source import RowSource
     from adalink.training.method.config import AdaLinkConfig
 
 REPORT_FILE = "training.json"
@@ -49,8 +50,8 @@ REPORT_FILE = "training.json"
 
 def train_classifier(
     base: str | Path,
-    data: str | Path,
-    eval_data: str | Path,
+    data: RowSource,
+    eval_data: RowSource | None,
     out: str | Path,
     config: AdaLinkConfig,
     settings: TrainSettings,
@@ -70,33 +71,30 @@ def train_classifier(
         raise ConfigError(
             "init is 'gradient', which needs completions: choose kaiming or centered for rows with labels"
         )
-    kind, rows = read_labelled_rows(data, options.problem_type)
-    _, eval_rows = read_labelled_rows(eval_data, kind)
-    labels = find_labels(kind, rows, data)
+    kind, rows, eval_rows, files = read_labelled(data, eval_data, options.problem_type, settings.seed, loop.progress)
+    labels = find_labels(kind, rows, data.path)
     loop.progress(f"loading {display_name(base)}")
     tokenizer, model = load_tokenizer(base), load_base(base)
     if model.can_generate() and not model.config.is_encoder_decoder:
         raise ModelError(
             f"base model {display_name(base)} is a {type(model).__name__}, a decoder: rows with labels are for "
-            'encoders; give it rows {"prompt": "...", "completion": "..."}'
+            'encoders; give it rows {"prompt": "...", "completion": "..."}, or make them with --template'
         )
     prepended = 0 if options.alone else config.prepended_positions
     head = _make_head(base, tokenizer, model, (kind, labels), settings, options, prepended)
-    check_labels(head, eval_rows, eval_data)
+    eval_file = (eval_data or data).path
+    check_labels(head, eval_rows, eval_file)
     alone = {"rank": 0, "activation": "identity", "bias": False, "dropout": 0.0, "init": "kaiming", "soft_tokens": 0}
     config = msgspec.structs.replace(config, head=head, **(alone if options.alone else {}))
     examples, eval_examples = (encode_labelled(some, tokenizer, head) for some in (rows, eval_rows))
-    for some, origin in ((examples, data), (eval_examples, eval_data)):
+    for some, origin in ((examples, data.path), (eval_examples, eval_file)):
         if cut := sum(example.is_cut for example in some):
             loop.progress(f"{origin}: {cut} of {len(some)} texts are longer than {head.max_tokens} tokens, and are cut")
     record: dict[str, Any] = {
         "base": display_name(base),
         "method": config.as_record(),
         "settings": {**asdict(settings), "head_lr": options.lr},
-        "data": {
-            name: {"file": Path(path).name, "sha256": digest_file(Path(path)), "rows": len(some)}
-            for name, path, some in (("train", data, rows), ("eval", eval_data, eval_rows))
-        },
+        "data": files,
         "base_fingerprint": base_fingerprint(model),
         "tokenizer_digest": digest_tokenizer(tokenizer),
     }

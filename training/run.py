@@ -17,7 +17,7 @@ import torch
 from transformers import set_seed
 
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
-from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.rows.source import RowSource
 from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
@@ -31,7 +31,8 @@ from adalink.training.checkpoints import (
 from adalink.training.classifier_run import train_classifier
 from adalink.training.data.images import TrainingImages, digest_images
 from adalink.training.data.labelled_rows import has_labels
-from adalink.training.data.rows import check_positions, encode_rows, read_rows
+from adalink.training.data.rows import check_positions, encode_rows
+from adalink.training.data.run_rows import check_files, read_prompts
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.evaluation import exact_match
 from adalink.training.method.attach import attach
@@ -59,8 +60,8 @@ REPORT_FILE = "training.json"
 
 def train(
     base: str | Path,
-    data: str | Path,
-    eval_data: str | Path,
+    data: str | Path | RowSource,
+    eval_data: str | Path | RowSource | None,
     out: str | Path,
     config: AdaLinkConfig | None = None,
     settings: TrainSettings | None = None,
@@ -78,8 +79,10 @@ def train(
 
     Args:
         base: the base model, as for ``load_base``.
-        data: JSONL rows to train on.
-        eval_data: JSONL rows for the exact-match accuracy of base and adapter.
+        data: rows to train on, in any form that ``adalink.runtime.rows.table`` reads; with names of columns and a
+            template of prompts as a ``RowSource``.
+        eval_data: rows for the exact-match accuracy of base and adapter; a path's rows have columns and template of
+            ``data``. ``None`` holds a fifth of ``data`` out, seeded by ``settings.seed``.
         out: adapter folder to write or replace.
         config: settings of the method; ``AdaLinkConfig()`` by default.
         settings: settings of the training run; ``TrainSettings()`` by default.
@@ -97,7 +100,10 @@ def train(
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
     config, settings, loop = config or AdaLinkConfig(), settings or TrainSettings(), loop or LoopOptions()
-    if head is not None or has_labels(data):
+    data = RowSource.of(data)
+    eval_data = data.at(eval_data) if isinstance(eval_data, str | Path) else eval_data
+    check_files(data, eval_data)
+    if head is not None or (data.template is None and has_labels(data)):
         if space is not None or assume_pretokenizer is not None:
             raise ConfigError("rows with labels take neither a search nor a GGUF file: leave --search out")
         return train_classifier(base, data, eval_data, out, config, settings, head or HeadSettings(), loop)
@@ -106,15 +112,12 @@ def train(
     check_target(out)
     if warning := precision_warning(resolve_device(settings.device), settings.precision):
         progress(warning)
-    rows, eval_rows = read_rows(data), read_rows(eval_data)
+    rows, eval_rows, files = read_prompts(data, eval_data, settings.seed, progress)
     record: dict[str, Any] = {
         "base": display_name(base),
         "method": config.as_record(),
         "settings": asdict(settings),
-        "data": {
-            "train": {"file": Path(data).name, "sha256": digest_file(Path(data)), "rows": len(rows)},
-            "eval": {"file": Path(eval_data).name, "sha256": digest_file(Path(eval_data)), "rows": len(eval_rows)},
-        },
+        "data": files,
     }
     if space is not None:
         record["search"] = asdict(space)
@@ -131,9 +134,10 @@ def train(
     has_images = any(row.images for row in (*rows, *eval_rows))
     images = TrainingImages(base, model, tokenizer) if has_images else None
     encoding = (None if images is None else images.tokens, prompt_form(model, tokenizer))
-    examples = encode_rows(rows, tokenizer, settings.max_length, data, *encoding)
-    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_data, *encoding)
-    for encoded, origin in ((examples, data), (eval_examples, eval_data)):
+    eval_file = (eval_data or data).path
+    examples = encode_rows(rows, tokenizer, settings.max_length, data.path, *encoding)
+    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_file, *encoding)
+    for encoded, origin in ((examples, data.path), (eval_examples, eval_file)):
         check_positions(encoded, model, config.prepended_positions, origin)
     record["base_fingerprint"] = base_fingerprint(model)
     record["tokenizer_digest"] = digest_tokenizer(tokenizer)

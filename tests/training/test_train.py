@@ -345,7 +345,7 @@ def test_rows_fill_the_positions_of_a_base_and_go_no_further(data, tmp_path):
     rows[0]["prompt"] += "a"
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
     for files in ((tmp_path / "long.jsonl", full), (full, tmp_path / "long.jsonl")):
-        with pytest.raises(DataError, match=r"long\.jsonl: row 2 takes 65 positions, 4 of them the soft prompt's, and"):
+        with pytest.raises(DataError, match=r"long\.jsonl:2 takes 65 positions, 4 of them the soft prompt's, and"):
             train(tmp_path / "tiny", *files, tmp_path / "other", method, settings)
     assert not (tmp_path / "other.checkpoints").exists()
 

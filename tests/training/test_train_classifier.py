@@ -213,7 +213,7 @@ def test_command_line_from_rows_to_labels(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"text": "a"}', "fields are text, expected text and label"),
+        ('{"text": "a"}', "columns are text, expected text and label"),
         ('{"text": " ", "label": "x"}', "the text is empty"),
         ('{"text": "a", "label": "x", "labels": ["y"]}', "expected text and label"),
         ('{"text": "a", "labels": ["x", "x"]}', "expected different names"),
@@ -225,7 +225,10 @@ def test_command_line_from_rows_to_labels(base: Path, tmp_path: Path) -> None:
         ),
         ('{"tokens": ["a"], "tags": []}', "1 tokens and 0 tags"),
         ('{"tokens": ["a"], "tags": ["PER"]}', "tag 'PER', expected 'O'"),
-        ('{"text": "a", "label": "x", "extra": 1}', "unknown field `extra`"),
+        (
+            '{"text": "a", "label": "x", "text_pairs": 1}',
+            "did you mean 'text_pair'",
+        ),
         ('{"text": "a", "label": "x"}', "1 labels, expected at least 2"),
         ('{"tokens": ["a"], "tags": ["O"]}', "no row has a span"),
         ("\n".join(json.dumps({"text": "a", "label": f"text {n}"}) for n in range(12)), "12 labels in 12 rows"),

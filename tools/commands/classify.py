@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.request import check_text
-from adalink.tools.common.options import engine_options, make_options
+from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
+from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
 
@@ -33,6 +35,7 @@ class ClassifyOptions:
     text: str | None
     text_pair: str | None
     jsonl: Path | None
+    columns: tuple[str, ...]
     task: str | None
     backend: str
     variant: str | None
@@ -44,12 +47,9 @@ class ClassifyOptions:
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option("--text-pair", metavar="TEXT", help="The second text of a pair.")
-@click.option(
-    "--jsonl",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help='Rows {"text", "text_pair", "task"}; one JSON line for each.',
-)
-@click.option("--task", metavar="NAME", help="The task. Rows of --jsonl may name their own.")
+@rows_option("Rows with text, text_pair, task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
+@map_option
+@click.option("--task", metavar="NAME", help="The task. Rows of a file may name their own.")
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each text.")
 def command(**values: Any) -> None:
@@ -61,7 +61,7 @@ def command(**values: Any) -> None:
     \b
     Example:
       adalink classify ./deployment "oil prices rose again" --task topics
-      adalink classify ./deployment --jsonl rows.jsonl --task topics > labels.jsonl
+      adalink classify ./deployment --rows rows.csv --map text=body --task topics > labels.jsonl
     """  # noqa: D301
     classify(make_options(ClassifyOptions, values))
 
@@ -76,11 +76,11 @@ def classify(options: ClassifyOptions) -> None:
     from adalink.runtime.deployment import Deployment
 
     if (options.text is None) == (options.jsonl is None):
-        raise click.UsageError("give either TEXT or --jsonl")
+        raise click.UsageError("give either TEXT or --rows")
     if options.text_pair is not None and options.jsonl is not None:
-        raise click.UsageError("--text-pair is for one text: name the pairs of --jsonl in its rows")
+        raise click.UsageError("--text-pair is for one text: name the pairs of --rows in its rows")
     if options.jsonl is not None:
-        rows = read_texts(options.jsonl, options.task)
+        rows = read_texts(RowSource(options.jsonl, read_columns(options.columns)), options.task)
     else:
         rows = [TextRow(check_text(options.text or "", "TEXT"), options.text_pair, options.task, "")]
     with Deployment.open(
@@ -93,7 +93,8 @@ def classify(options: ClassifyOptions) -> None:
                 for line in _lines(result):
                     echo(line)
             else:
-                echo(json.dumps({"text": row.text, "task": row.task, **result.as_record()}, ensure_ascii=False))
+                answer = {"text": row.text, "task": row.task, **result.as_record()}
+                echo(json.dumps(with_extras(answer, row.extras), ensure_ascii=False))
         if cut:
             echo(f"{cut} of {len(rows)} texts were longer than those of their training may be, and were cut", err=True)
 

@@ -12,8 +12,10 @@ import click
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.request import check_text
+from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
-from adalink.tools.common.options import engine_options, make_options
+from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
+from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
 
@@ -32,6 +34,7 @@ class EmbedOptions:
     deployment: Path
     text: str | None
     jsonl: Path | None
+    columns: tuple[str, ...]
     task: str | None
     prompt_name: str | None
     pooling: tuple[str, ...]
@@ -45,10 +48,9 @@ class EmbedOptions:
 @click.command(short_help="Embed texts with an encoder, as sentence-transformers does.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
-@click.option(
-    "--jsonl", type=click.Path(path_type=Path, dir_okay=False), help='Rows {"text", "task"}; one JSON line for each.'
-)
-@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
+@rows_option("Rows with text and task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
+@map_option
+@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of a file may name their own.")
 @click.option("--prompt-name", metavar="NAME", help="One of the model's own prompts, such as query.")
 @click.option(
     "--pooling",
@@ -68,7 +70,7 @@ def command(**values: Any) -> None:
     \b
     Example:
       adalink embed ./deployment "oil prices rose again" --task topics
-      adalink embed ./deployment --jsonl rows.jsonl > vectors.jsonl
+      adalink embed ./deployment --rows rows.csv --map text=body > vectors.jsonl
     """  # noqa: D301
     embed(make_options(EmbedOptions, values))
 
@@ -83,9 +85,9 @@ def embed(options: EmbedOptions) -> None:
     from adalink.runtime.deployment import Deployment
 
     if (options.text is None) == (options.jsonl is None):
-        raise click.UsageError("give either TEXT or --jsonl")
+        raise click.UsageError("give either TEXT or --rows")
     if options.jsonl is not None:
-        rows = read_texts(options.jsonl, options.task)
+        rows = read_texts(RowSource(options.jsonl, read_columns(options.columns)), options.task)
     else:
         rows = [TextRow(check_text(options.text or "", "TEXT"), None, options.task, "")]
     if paired := [row.origin for row in rows if row.text_pair is not None]:
@@ -123,4 +125,4 @@ def _entries(deployment: Deployment, rows: list[TextRow], options: EmbedOptions)
             vectors = encoder.pool(batch, choice)
             for row, text, vector in zip(rows[start:], batch, vectors.tolist(), strict=False):
                 tokens = {"tokens": len(text.ids), "truncated": text.is_cut}
-                yield {"text": row.text, "task": row.task, **tokens, "embedding": vector}
+                yield with_extras({"text": row.text, "task": row.task, **tokens, "embedding": vector}, row.extras)

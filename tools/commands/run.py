@@ -15,11 +15,20 @@ from adalink.runtime.errors import DataError
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import check_text
+from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
 from adalink.tools.common.conversations import is_rows, read_conversations
-from adalink.tools.common.options import engine_options, is_given, make_options, sampling_options
-from adalink.tools.common.rows import BadRows
-from adalink.tools.common.rows import PromptRow as PromptRow
+from adalink.tools.common.options import (
+    engine_options,
+    is_given,
+    make_options,
+    map_option,
+    rows_option,
+    sampling_options,
+    template_option,
+)
+from adalink.tools.common.prompt_rows import BadRows
+from adalink.tools.common.prompt_rows import PromptRow as PromptRow
 from adalink.tools.common.rows import read_rows as read_rows
 from adalink.tools.common.terminal_text import echo_generated
 
@@ -42,7 +51,7 @@ class RunOptions:
         deployment: the folder.
         text: the prompt; or else
         text_file: the file that holds it; or else
-        jsonl: rows with prompts; or else
+        jsonl: rows with prompts, whose ``columns`` and ``template`` are as in ``RowSource``; or else
         messages: a conversation, or rows with conversations. Without any of the four, the prompt is standard input.
         images: images of the one prompt.
         text_pair: second text of the one prompt, for encoders.
@@ -60,6 +69,8 @@ class RunOptions:
     text: str | None
     text_file: Path | None
     jsonl: Path | None
+    columns: tuple[str, ...]
+    template: str | None
     messages: Path | None
     images: tuple[Path, ...]
     text_pair: str | None
@@ -104,11 +115,12 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
     type=click.Path(path_type=Path, dir_okay=False),
     help="An image for the prompt's next placeholder, such as <image>. May be repeated.",
 )
-@click.option(
-    "--jsonl",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help='Rows {"prompt", "task", "images", "text_pair"}, as batches; paths of images start at the file\'s folder.',
+@rows_option(
+    "Rows with prompt, task, images, text_pair or messages, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from "
+    "standard input. Paths of images start at the file's folder."
 )
+@map_option
+@template_option
 @click.option(
     "--messages",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -119,10 +131,10 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
     type=click.Choice(["stop", "skip"]),
     default="stop",
     show_default=True,
-    help="A bad row of a JSONL file: answer nothing, or answer the others and exit with 2.",
+    help="A bad row of a file: answer nothing, or answer the others and exit with 2.",
 )
 @click.option("--text-pair", metavar="TEXT", help="The second text of a pair, for encoders.")
-@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of --jsonl may name their own.")
+@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of a file may name their own.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), help="Tokens at most; by default the base's own limit, else 64."
 )
@@ -175,7 +187,8 @@ def command(**values: Any) -> None:
       printf 'Text: oil prices rose again\\nTopic:' | adalink run ./deployment --task topics
       cat letter.txt | adalink run ./deployment --chat --max-new-tokens 200
       adalink run ./deployment --messages chat.json
-      adalink run ./deployment --jsonl rows.jsonl --task topics > answers.jsonl
+      adalink run ./deployment --rows rows.jsonl --task topics > answers.jsonl
+      adalink run ./deployment --rows rows.csv --template "Text: {text} Topic:" --task topics > answers.jsonl
       adalink run ./deployment "<image> What is this?" --image cat.jpg
     """  # noqa: D301
     run(make_options(RunOptions, values, rest="settings"))
@@ -192,16 +205,17 @@ def run(options: RunOptions) -> None:
 
     sources = (options.text, options.text_file, options.jsonl, options.messages)
     if sum(source is not None for source in sources) > 1:
-        raise click.UsageError("give one of TEXT, --file, --jsonl and --messages")
+        raise click.UsageError("give one of TEXT, --file, --rows and --messages")
     if options.images and (options.jsonl or options.messages) is not None:
-        raise click.UsageError("--image is for one prompt: name the images of --jsonl or --messages in its rows")
+        raise click.UsageError("--image is for one prompt: name the images of --rows or --messages in its rows")
     if not options.has_rows and is_given("on_error"):
-        raise click.UsageError("--on-error is for the rows of --jsonl and --messages: leave it out")
+        raise click.UsageError("--on-error is for the rows of --rows and --messages: leave it out")
     if options.text_pair is not None and (options.jsonl or options.messages) is not None:
-        raise click.UsageError("--text-pair is for one prompt: name the pairs of --jsonl in its rows")
+        raise click.UsageError("--text-pair is for one prompt: name the pairs of --rows in its rows")
     bad = BadRows(skip=options.on_error == "skip" and options.has_rows)
     if options.jsonl is not None:
-        rows = read_rows(options.jsonl, options.task, bad)
+        source = RowSource(options.jsonl, read_columns(options.columns), options.template)
+        rows = read_rows(source, options.task, bad)
     elif options.messages is not None:
         rows = read_conversations(options.messages, options.task, bad)
     else:
@@ -277,7 +291,7 @@ def _prompt(text: str | None, path: Path | None) -> str:
     if text is not None:
         return check_text(text, "TEXT")
     if path is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise click.UsageError("no prompt: give TEXT, --file, --jsonl, or text on standard input")
+        raise click.UsageError("no prompt: give TEXT, --file, --rows, or text on standard input")
     read = _read(path)
     return check_text(read, "standard input" if path is None else str(path)).removesuffix("\n")
 

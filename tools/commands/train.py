@@ -12,11 +12,18 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import ConfigError
+from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
-from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options
+from adalink.tools.common.options import (
+    assume_pretokenizer_option,
+    is_given,
+    make_options,
+    map_option,
+    template_option,
+)
 from adalink.tools.common.terminal_text import echo
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import (
@@ -38,7 +45,9 @@ class TrainOptions:
     Attributes:
         base: model folder, GGUF file or hub id.
         data: rows to learn from.
-        eval_data: rows to measure on.
+        eval_data: rows to measure on; ``None`` to hold some of ``data`` out.
+        columns: names of the rows' columns, as ``NAME=COLUMN,...``.
+        template: how a prompt is made of columns.
         out: the adapter folder.
         ranks: one number, or ``MODALITY=NUMBER`` for each modality.
         modalities: what is adapted; text alone if none is named.
@@ -57,7 +66,9 @@ class TrainOptions:
 
     base: str
     data: Path
-    eval_data: Path
+    eval_data: Path | None
+    columns: tuple[str, ...]
+    template: str | None
     out: Path
     ranks: tuple[str, ...]
     activation: str
@@ -144,8 +155,18 @@ _METHOD = AdaLinkConfig()
 
 @click.command(name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
 @click.option("--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL rows to learn from.")
-@click.option("--eval", "eval_data", required=True, type=click.Path(path_type=Path), help="JSONL rows to measure on.")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="Rows to learn from: JSONL, JSON, CSV, TSV, Parquet."
+)
+@click.option(
+    "--eval",
+    "eval_data",
+    type=click.Path(path_type=Path),
+    show_default="a fifth of --data, by --seed, each label's share",
+    help="Rows to measure on.",
+)
+@map_option
+@template_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
 @click.option(
     "--rank",
@@ -232,13 +253,14 @@ _METHOD = AdaLinkConfig()
 def command(**values: Any) -> None:
     """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion, or of text and labels.
 
-    Each line of the JSONL files is {"prompt": "...", "completion": "..."}; the loss is on the completion only. For a
-    base that takes images a line may have "images": ["a.png"] too, paths from the file's own folder, with one
+    Each row has the columns prompt and completion; the loss is on the completion only. Rows with messages, the last of
+    which is the reply, go through the model's chat template. For a
+    base that takes images a row may have images, ["a.png"], too, paths from the file's own folder, with one
     placeholder in the prompt for each, which PaliGemma may do without. OUT gets the adapter and training.json: data
     digests, settings, loss curve, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints
     lie in OUT.checkpoints until the run is done.
 
-    For an encoder a line is {"text": "...", "label": "..."}, and the adapter gets a head. "text_pair" makes it a pair.
+    For an encoder a row has text and label, and the adapter gets a head. "text_pair" makes it a pair.
     A label with a decimal point is a regression. {"text", "labels": [...]} has several labels. {"text", "spans":
     [{"start", "end", "label"}]}, or {"tokens", "tags"} in BIO, label parts of a text. Longer texts are cut to
     --max-length. `adalink classify` gives the labels.
@@ -251,6 +273,7 @@ def command(**values: Any) -> None:
     \b
     Examples:
       adalink train --base ./SmolLM2-135M-Instruct --data train.jsonl --eval eval.jsonl --out ./adapters/topics
+      adalink train ... --data news.csv --map text=body,label=topic --template "Text: {text} Topic:"
       adalink train ... --search 30                                  # choose rate, rank and activation
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
       adalink train --base ./all-MiniLM-L6-v2 --data train.jsonl --eval eval.jsonl --out ./adapters/intent
@@ -265,6 +288,7 @@ def train_adapter(options: TrainOptions) -> None:
         AdaLinkError: an option, the rows, the base or the adapter folder cannot be used.
     """
     config = options.method()
+    source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.training.run import train
@@ -274,7 +298,7 @@ def train_adapter(options: TrainOptions) -> None:
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         report = train(
             options.base,
-            options.data,
+            source,
             options.eval_data,
             options.out,
             config,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adalink.runtime.errors import RequestError
-from adalink.tools.common.rows import BadRows, PromptRow
+from adalink.tools.common.prompt_rows import BadRows, PromptRow, with_extras
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -90,7 +90,7 @@ def generate_rows(
         for row, result in zip(batch, results, strict=True):
             image_paths = {"images": list(map(str, row.images))} if row.images and row.messages is None else {}
             prompt = {"prompt": row.prompt} if row.messages is None else {"messages": row.messages}
-            yield {**prompt, "task": row.task, **image_paths, **asdict(result)}
+            yield with_extras({**prompt, "task": row.task, **image_paths, **asdict(result)}, row.extras)
 
 
 def _generate_structured(
@@ -144,4 +144,5 @@ def embed_rows(
         )
         pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
         mean = outputs["last_hidden_state"][0].mean(axis=0).tolist()
-        yield {"prompt": row.prompt, **pair, "task": row.task, "tokens": len(ids), "mean": mean}
+        answer = {"prompt": row.prompt, **pair, "task": row.task, "tokens": len(ids), "mean": mean}
+        yield with_extras(answer, row.extras)

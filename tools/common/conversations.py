@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.rows.jsonl import read_jsonl
 from adalink.runtime.storage.decoding import decode_json
-from adalink.runtime.storage.jsonl import read_jsonl
 from adalink.runtime.text.messages import ChatOptions, check_conversation, images_of
-from adalink.tools.common.rows import BadRows, PromptRow
+from adalink.tools.common.prompt_rows import BadRows, PromptRow
 
 _EXPECTED = '{"messages": [{"role": "user", "content": text}, ...]}'
 _FIELDS = {"messages", "task", "tools", "documents", "chat_template_kwargs"}
 _FLAGS = {"add_generation_prompt", "continue_final_message"}
+CONVERSATION_FIELDS = _FIELDS | _FLAGS
 
 
 def is_rows(path: Path) -> bool:
@@ -63,7 +64,22 @@ def _read_json(path: Path) -> Any:
 
 def _check(value: Any, task: str | None, path: Path, line: int) -> PromptRow:
     """A row of one conversation; raises ``DataError``."""
-    origin = f"{path}:{line}" if line else str(path)
+    return check_conversation_row(value, task, path.parent, f"{path}:{line}" if line else str(path), line)
+
+
+def check_conversation_row(value: Any, task: str | None, folder: Path, origin: str, line: int) -> PromptRow:
+    """A row of one conversation.
+
+    Args:
+        value: the messages, or an object that has them, as in ``read_conversations``.
+        task: for a conversation that names none.
+        folder: where paths of images start.
+        origin: its file and place, for messages.
+        line: its line, 0 for the only conversation of a file.
+
+    Raises:
+        DataError: it is no conversation.
+    """
     if not isinstance(value, list) and not (isinstance(value, dict) and "messages" in value):
         raise DataError(f"{origin}: expected {_EXPECTED}, received {json.dumps(value)[:80]}")
     row: dict[str, Any] = dict(value) if isinstance(value, dict) else {"messages": value}
@@ -80,5 +96,5 @@ def _check(value: Any, task: str | None, path: Path, line: int) -> PromptRow:
         images = images_of(row["messages"])
     except RequestError as error:
         raise DataError(f"{origin}: {error}") from error
-    files = tuple(path.parent / image if isinstance(image, str) else image for image in images)
+    files = tuple(folder / image if isinstance(image, str) else image for image in images)
     return PromptRow("", row_task, files, origin, line=line, messages=row["messages"], chat=options)

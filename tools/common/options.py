@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -30,6 +31,43 @@ def engine_options(command: F) -> F:
         "--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default."
     )(command)
     return click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")(command)
+
+
+def map_option(command: F) -> F:
+    """``--map``: of every verb that reads rows."""
+    return click.option(
+        "--map",
+        "columns",
+        multiple=True,
+        metavar="NAME=COLUMN,...",
+        help="Which columns of the rows are text, label and so on, such as text=body,label=topic.",
+    )(command)
+
+
+def template_option(command: F) -> F:
+    """``--template``: of every verb that reads rows with prompts."""
+    return click.option(
+        "--template",
+        metavar="TEXT",
+        help="Make prompts of columns, such as 'Text: {text} Topic:'; a label becomes the completion.",
+    )(command)
+
+
+def rows_option(help_text: str) -> Callable[[F], F]:
+    """``--rows``, also named ``--jsonl``: a file of rows to answer."""
+
+    def add(command: F) -> F:
+        option = click.option(
+            "--rows",
+            "--jsonl",
+            "jsonl",
+            metavar="FILE",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help=help_text,
+        )
+        return option(command)
+
+    return add
 
 
 def sampling_options(command: F) -> F:

@@ -1,16 +1,16 @@
-"""Texts from the rows of a JSON-lines file, for the verbs that answer without generating."""
+"""Texts from the rows of a file, for the verbs that answer without generating."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
-from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.table import Row, read_table
 
 T = TypeVar("T")
 
@@ -19,26 +19,28 @@ _EXPECTED = '{"text": text, "task": name or null}'
 
 
 class TextRow(NamedTuple):
-    """A text, the second text of its pair, its task, and where it stands."""
+    """A text, the second text of its pair, its task, where it stands, and the other columns of its row."""
 
     text: str
     text_pair: str | None
     task: str | None
     origin: str
+    extras: Mapping[str, Any] | None = None
 
 
-def read_texts(path: Path, task: str | None) -> list[TextRow]:
-    """Texts and tasks of a JSON-lines file.
+def read_texts(source: RowSource | Path, task: str | None) -> list[TextRow]:
+    """Texts and tasks of a file.
 
     Args:
-        path: rows ``{"text": str, "text_pair": str | null, "task": str | null}``; all but the text may be left out.
-            Other fields are not read, but one that is nearly a row's own is refused.
+        source: rows ``{"text": str, "text_pair": str | null, "task": str | null}`` in any form that
+            ``adalink.runtime.rows.table`` reads; all but the text may be left out. Other fields are carried along, but
+            one that is nearly a row's own is refused.
         task: for rows that name none.
 
     Raises:
-        DataError: a line is not such a row; the message names it.
+        DataError: a row has another form; the message names it.
     """
-    return [_check_row(row, task, f"{path}:{number}") for number, row in read_jsonl(path, _EXPECTED, json.loads)]
+    return [_check_row(row, task) for row in read_table(source, _EXPECTED)]
 
 
 def prepare_rows(rows: Sequence[TextRow], prepare: Callable[[Sequence[TextRow]], Sequence[T]]) -> Sequence[T]:
@@ -54,19 +56,20 @@ def prepare_rows(rows: Sequence[TextRow], prepare: Callable[[Sequence[TextRow]],
         raise
 
 
-def _check_row(row: Any, task: str | None, origin: str) -> TextRow:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise DataError(f"{origin}: expected {_EXPECTED}, received {json.dumps(row)[:80]}")
-    for name in row.keys() - set(_FIELDS):
+def _check_row(row: Row, task: str | None) -> TextRow:
+    fields, origin = row.fields, row.origin
+    text = row.text("text", _EXPECTED)
+    extras = row.extras(_FIELDS)
+    for name in extras:
         if meant := get_close_matches(name.lower(), _FIELDS, 1, cutoff=0.85):
             raise DataError(f"{origin}: field {name!r} is none of a row's: did you mean {meant[0]!r}?")
-    pair, row_task = row.get("text_pair"), row.get("task", task)
+    pair, row_task = fields.get("text_pair"), fields.get("task", task)
     for name, value in (("text_pair", pair), ("task", row_task)):
         if value is not None and not isinstance(value, str):
             raise DataError(f"{origin}: {name} is {value!r:.80}, expected a text or null")
     try:
-        check_text(row["text"], "text")
+        check_text(text, "text")
         check_text(pair or "", "text_pair")
     except RequestError as error:
         raise DataError(f"{origin}: {error}") from error
-    return TextRow(row["text"], pair, row_task, origin)
+    return TextRow(text, pair, row_task, origin, extras)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,16 @@ from typing import Any
 import msgspec
 
 from adalink.runtime.errors import DataError
+from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.table import Row, is_text, origin_of, read_table
 from adalink.runtime.storage.head_spec import MULTI_LABEL, OUTSIDE, REGRESSION, SINGLE_LABEL, TOKENS, Head
-from adalink.runtime.storage.jsonl import read_jsonl
 
 _EXPECTED = '{"text": "...", "label": "..."}'
 # More labels than rows for each are texts, not labels.
 _FEWEST_ROWS = 1.5
+_NAMES = ("text", "text_pair", "label", "labels", "spans", "tokens", "tags")
+_LABELS = {"text", "label", "labels", "tokens", "tags", "spans"}
+_NUMBER = re.compile(r"\s*[-+]?\d+(\.\d*)?([eE][-+]?\d+)?\s*", re.ASCII)
 
 
 class LabelledSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,8 +37,8 @@ class LabelledSpan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     label: str
 
 
-class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line, in any of its forms."""
+class _Row(msgspec.Struct, frozen=True):
+    """One row, in any of its forms."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -53,7 +58,7 @@ class LabelledRow(msgspec.Struct, frozen=True, kw_only=True):
         labels: its labels: exactly one of a task with one label.
         value: the number of a regression.
         spans: parts of the text, in order, none overlapping.
-        line: its line in the file.
+        line: its place in the file.
     """
 
     text: str
@@ -64,33 +69,59 @@ class LabelledRow(msgspec.Struct, frozen=True, kw_only=True):
     line: int
 
 
-def has_labels(path: str | Path) -> bool:
-    """Whether the first row of a file has labels rather than a prompt and a completion; raises ``DataError``."""
-    fields = {"text", "label", "labels", "tokens", "tags", "spans"}
-    for _, row in read_jsonl(Path(path), f'{{"prompt": "...", "completion": "..."}} or {_EXPECTED}', _decode):
-        return isinstance(row, dict) and bool(fields & row.keys())
+def has_labels(source: str | Path | RowSource) -> bool:
+    """Whether the first row of a file has a text or labels, and no prompt; raises ``DataError``."""
+    source = RowSource.of(source)
+    for row in read_table(source, f'{{"prompt": "...", "completion": "..."}} or {_EXPECTED}'):
+        return not {"prompt", "messages"} & row.fields.keys() and bool(_LABELS & row.fields.keys())
     return False
 
 
-def _decode(line: str) -> Any:
-    return msgspec.json.decode(line)
-
-
-def read_labelled_rows(path: str | Path, problem_type: str | None = None) -> tuple[str, list[LabelledRow]]:
+def read_labelled_rows(
+    source: str | Path | RowSource, problem_type: str | None = None
+) -> tuple[str, list[LabelledRow]]:
     """Rows of a file, and their problem type.
 
     Args:
-        path: the file; every row has the same form.
+        source: the file, in any form that ``adalink.runtime.rows.table`` reads; every row has the same columns. Others
+            than those above are not used, but one whose name is nearly that of a column which the row lacks is refused.
         problem_type: one of ``adalink.runtime.storage.head_spec.PROBLEM_TYPES``; by default what the rows look like. A
-            label that is a number with a point is one of a regression, a whole number names a class.
+            label that is a number with a point is one of a regression, a whole number names a class. In CSV it is a
+            regression where all labels are numbers and one has a point.
 
     Raises:
-        DataError: a line is no such row; the message names it.
+        DataError: a row has another form; the message names its place.
     """
-    decode = msgspec.json.Decoder(_Row).decode
-    rows = list(read_jsonl(Path(path), _EXPECTED, decode))
-    kind = problem_type or _problem_type([row for _, row in rows])
-    return kind, [_check_row(row, kind, f"{path}:{line}", line) for line, row in rows]
+    source = RowSource.of(source)
+    rows = [(_read_row(row), row.line) for row in read_table(source, _EXPECTED)]
+    if is_text(source.path) and (problem_type == REGRESSION or (problem_type is None and _are_decimal(rows))):
+        rows = [(_with_number(row, origin_of(source.path, line)), line) for row, line in rows]
+    kind = problem_type or _problem_type([row for row, _ in rows])
+    return kind, [_check_row(row, kind, origin_of(source.path, line), line) for row, line in rows]
+
+
+def _read_row(row: Row) -> _Row:
+    row.extras(_NAMES)
+    try:
+        return msgspec.convert({name: row.fields[name] for name in _NAMES if name in row.fields}, _Row)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{row.origin}: {error}; expected {_EXPECTED}") from error
+
+
+def _are_decimal(rows: Sequence[tuple[_Row, int]]) -> bool:
+    """Whether all labels of a CSV file are numbers, and one has a point."""
+    labels = [row.label for row, _ in rows]
+    return all(isinstance(label, str) and _NUMBER.fullmatch(label) for label in labels) and any(
+        "." in str(label) for label in labels
+    )
+
+
+def _with_number(row: _Row, origin: str) -> _Row:
+    if not isinstance(row.label, str):
+        return row
+    if not _NUMBER.fullmatch(row.label):
+        raise DataError(f"{origin}: label is {row.label!r}, expected a number, as in other rows: a regression")
+    return msgspec.structs.replace(row, label=float(row.label))
 
 
 def _problem_type(rows: Sequence[_Row]) -> str:
@@ -112,13 +143,15 @@ def _check_row(row: _Row, kind: str, origin: str, line: int) -> LabelledRow:
     }[kind]
     if given not in forms or (kind == TOKENS and row.text_pair is not None):
         expected = " or ".join(" and ".join(sorted(form, reverse=True)) for form in forms)
-        raise DataError(f"{origin}: fields are {', '.join(sorted(given)) or 'none'}, expected {expected} as for {kind}")
+        raise DataError(
+            f"{origin}: columns are {', '.join(sorted(given)) or 'none'}, expected {expected} as for {kind}"
+        )
     if kind == TOKENS:
         text, spans = (row.text or "", row.spans or []) if row.tokens is None else _join(row, origin)
         return LabelledRow(text=_text(text, origin), spans=_check_spans(text, spans, origin), line=line)
     text = _text(row.text or "", origin)
     if kind == REGRESSION:
-        if not isinstance(row.label, (int, float)) or isinstance(row.label, bool) or abs(row.label) > 1e30:
+        if not isinstance(row.label, (int, float)) or isinstance(row.label, bool) or not abs(row.label) < 1e30:
             raise DataError(f"{origin}: label is {row.label!r}, expected a number, as in other rows: a regression")
         return LabelledRow(text=text, text_pair=row.text_pair, value=float(row.label), line=line)
     names = row.labels or [] if kind == MULTI_LABEL else [_name(row.label, origin)]
@@ -206,6 +239,6 @@ def check_labels(head: Head, rows: Sequence[LabelledRow], origin: str | Path) ->
         names = [f"B-{span.label}" for span in row.spans] if head.problem_type == TOKENS else list(row.labels)
         if unknown := sorted(set(names) - known):
             raise DataError(
-                f"{origin}:{row.line}: label {unknown[0].removeprefix('B-')!r} is in no row of the training: remove "
-                "the row, or add such rows there"
+                f"{origin_of(Path(origin), row.line)}: label {unknown[0].removeprefix('B-')!r} is in no row of the "
+                "training: remove the row, or add such rows there"
             )

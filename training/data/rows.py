@@ -1,4 +1,4 @@
-"""Training rows: text-to-text rows from JSONL, their token ids, and batches of them.
+"""Training rows: text-to-text rows of a file, their token ids, and batches of them.
 
 A row is its prompt, its completion and the end token, as plain text. A deployment tokenizes the same prompt to the same
 ids.
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
 
-from adalink.runtime.errors import DataError, ModelError
-from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.errors import DataError, ModelError, RequestError
+from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.table import Row, origin_of, read_table
+from adalink.runtime.text.messages import check_conversation, images_of
 from adalink.training.models.loading import max_positions
 
 if TYPE_CHECKING:
@@ -24,19 +26,31 @@ if TYPE_CHECKING:
     from adalink.runtime.storage.vision_schema import PromptForm
 
 IGNORED_LABEL = -100
+_EXPECTED = '{"prompt": "...", "completion": "..."}'
+_FIELDS = ("prompt", "completion", "images")
 
 
-class TrainingRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a JSONL file; ``images`` are paths relative to the file's folder."""
+class TrainingRow(msgspec.Struct, frozen=True):
+    """One row of a file.
+
+    Attributes:
+        prompt: the prompt; empty for a conversation.
+        completion: what is learned.
+        images: paths relative to the file's folder.
+        messages: a conversation before its reply, which is ``completion``.
+        line: its place in the file; 0 for a row of no file.
+    """
 
     prompt: str
     completion: str
     images: tuple[str, ...] = ()
+    messages: list[dict[str, Any]] | None = None
+    line: int = 0
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row; ``target`` ends with the end token.
+    """Token ids of one row; ``target`` ends with the end token; ``where`` is its file and place.
 
     The prompt has one placeholder for each position of an image.
     """
@@ -44,6 +58,7 @@ class Example:
     prompt: list[int]
     target: list[int]
     images: tuple[Path, ...] = ()
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,19 +74,54 @@ class ImageTokens:
     image_tokens: Callable[[Path], list[int]]
 
 
-def read_rows(path: str | Path) -> list[TrainingRow]:
-    """Read rows ``{"prompt": str, "completion": str}``, optionally with ``"images": [path, ...]``; skip empty lines.
+def read_rows(source: str | Path | RowSource) -> list[TrainingRow]:
+    """Read rows with ``prompt`` and ``completion``, optionally ``images``; or ``messages``, the last one the reply.
+
+    The file has any form that ``adalink.runtime.rows.table`` reads. Other columns are not used, but one whose name is
+    nearly that of a column which the row lacks is refused.
 
     Raises:
-        DataError: the file is missing, has no row, or a line is not such a row; the message names the line.
+        DataError: the file is missing, has no row, or a row has another form; the message names the place.
     """
-    rows = []
-    decode = msgspec.json.Decoder(TrainingRow).decode
-    for number, row in read_jsonl(Path(path), '{"prompt": "...", "completion": "..."}', decode):
-        if not row.prompt or not row.completion:
-            raise DataError(f"{path}:{number}: an empty prompt or completion: both need text; remove the row")
-        rows.append(row)
-    return rows
+    return [_training_row(row) for row in read_table(source, _EXPECTED)]
+
+
+def _training_row(row: Row) -> TrainingRow:
+    """A row; raises ``DataError``."""
+    fields = row.fields
+    row.extras(_FIELDS if "messages" not in fields or "prompt" in fields else ("messages", "images"))
+    if "messages" in fields and "prompt" not in fields:
+        return _conversation(row)
+    if "prompt" not in fields and "text" in fields and "label" in fields:
+        raise DataError(
+            f"{row.origin}: text and label, expected {_EXPECTED}: say how a prompt is made of them, such as "
+            "--template 'Text: {text} Topic:'"
+        )
+    prompt, completion = row.text("prompt", _EXPECTED), row.text("completion", _EXPECTED)
+    if not prompt or not completion:
+        raise DataError(f"{row.origin}: an empty prompt or completion: both need text; remove the row")
+    try:
+        images = msgspec.convert(fields.get("images") or [], tuple[str, ...])
+    except msgspec.ValidationError as error:
+        raise DataError(f"{row.origin}: images: {error}; expected a list of paths") from error
+    return TrainingRow(prompt, completion, images, line=row.line)
+
+
+def _conversation(row: Row) -> TrainingRow:
+    """A conversation whose last message is the reply to learn; raises ``DataError``."""
+    try:
+        messages = check_conversation(row.fields["messages"])
+    except RequestError as error:
+        raise DataError(f"{row.origin}: {error}") from error
+    reply = messages[-1]
+    if reply["role"] != "assistant" or not isinstance(reply.get("content"), str) or not reply["content"].strip():
+        raise DataError(
+            f"{row.origin}: the last message is {reply.get('role')}'s, expected the assistant's with a text, which is "
+            "what is learned"
+        )
+    if len(messages) < 2 or images_of(messages):
+        raise DataError(f"{row.origin}: expected a message before the reply, and texts alone in training rows")
+    return TrainingRow("", reply["content"], messages=messages[:-1], line=row.line)
 
 
 def encode_rows(
@@ -102,12 +152,15 @@ def encode_rows(
     end = end_token(tokenizer)
     examples = []
     for number, row in enumerate(rows, start=1):
-        if form is None:
+        where = origin_of(Path(origin), row.line) if row.line else f"{origin}: row {number}"
+        if row.messages is not None:
+            prompt = _encode_messages(row.messages, tokenizer, where)
+        elif form is None:
             prompt = list(tokenizer(row.prompt)["input_ids"])
         else:
             text = form.format(row.prompt, len(row.images))
             prompt = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        paths = _image_paths(row, prompt, images, f"{origin}: row {number}", Path(origin).parent)
+        paths = _image_paths(row, prompt, images, where, Path(origin).parent)
         if images is not None:
             remaining = iter(paths)
             prompt = [
@@ -118,11 +171,22 @@ def encode_rows(
         target = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], end]
         if len(prompt) + len(target) > max_length:
             raise DataError(
-                f"{origin}: row {number} has {len(prompt) + len(target)} tokens, expected at most {max_length}: "
+                f"{where} has {len(prompt) + len(target)} tokens, expected at most {max_length}: "
                 "shorten its prompt or raise --max-length"
             )
-        examples.append(Example(prompt, target, paths))
+        examples.append(Example(prompt, target, paths, where))
     return examples
+
+
+def _encode_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    """Token ids of a conversation up to the beginning of its reply, as a deployment has it; raises ``DataError``."""
+    if not tokenizer.chat_template:
+        raise DataError(f"{where} has messages, and the base has no chat template: give prompts and completions")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise DataError(f"{where}: the chat template refuses the messages: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def check_positions(examples: Sequence[Example], model: PreTrainedModel, prepended: int, origin: str | Path) -> None:
@@ -143,8 +207,9 @@ def check_positions(examples: Sequence[Example], model: PreTrainedModel, prepend
         length = max(prompt, target) if model.config.is_encoder_decoder else prompt + target
         if limit is not None and length > limit:
             with_soft = f", {prepended} of them the soft prompt's" if prepended else ""
+            place = example.where or f"{origin}: row {number}"
             raise DataError(
-                f"{origin}: row {number} takes {length} positions{with_soft}, and {type(model).__name__} has {limit}: "
+                f"{place} takes {length} positions{with_soft}, and {type(model).__name__} has {limit}: "
                 "shorten its prompt or remove the row"
             )
 

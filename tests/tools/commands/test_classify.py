@@ -70,7 +70,7 @@ def test_the_line_at_fault_is_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "either TEXT or --jsonl"),
+        ((), "either TEXT or --rows"),
         (("a",), "the base model has no labels"),
         (("a", "--task", "plain"), "task 'plain' has no labels"),
         (("a", "--task", "nobody"), "not deployed"),

@@ -70,8 +70,8 @@ def test_rows_of_a_file(folder: Path, opened: Deployment, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "either TEXT or --jsonl"),
-        (("a", "--jsonl", "rows.jsonl"), "either TEXT or --jsonl"),
+        ((), "either TEXT or --rows"),
+        (("a", "--jsonl", "rows.jsonl"), "either TEXT or --rows"),
         (("a", "--prompt-name", "passage"), "its prompts are: document, query"),
         (("a", "--task", "nobody"), "not deployed"),
     ],

@@ -229,7 +229,7 @@ def test_streams_on_a_terminal(folder, expected):
         ('{"prompt": "x", "image": "a.png"}', ":2: field 'image' is none of a row's: did you mean 'images'?"),
         ('{"prompt": ' + "[" * 100_000, ":2: not JSON"),
         ('{"prompt": "x", "task": ' + "1" * 5000 + "}", ":2: not JSON"),
-        (r'{"prompt": "a\ud800"}', r":2: prompt holds '\ud800' at character 1"),
+        (r'{"prompt": "a\ud800"}', r":2: not JSON: it holds \ud800, half of a character"),
     ],
 )
 def test_bad_row_is_named(folder, tmp_path, line, message):

@@ -37,7 +37,7 @@ BAD_LINES = {
     '{"prompt": "x", "images": ["none.png"]}': "takes no images",
     '{"prompt": "x", "text_pair": 3}': "text_pair is 3, expected a text",
     '{"prompt": "x", "text_pair": "y"}': "text_pair is for encoders",
-    r'{"prompt": "x", "text_pair": "\ud800"}': "text_pair holds",
+    r'{"prompt": "x", "text_pair": "\ud800"}': r"not JSON: it holds \ud800, half of a character",
 }
 
 
@@ -127,7 +127,7 @@ def test_wrong_use_of_pairs(pairs: tuple[Any, Path], folder: Path, tmp_path: Pat
         ([folder, "x", "--text-pair", "y"], "text_pair is for encoders"),
         ([pairs[1], "--jsonl", rows, "--text-pair", "y"], "--text-pair is for one prompt"),
         ([pairs[1], "x" * 40, "--text-pair", "y" * 40], "the sequence would have 83 positions"),
-        ([folder, "x", "--on-error", "skip"], "--on-error is for the rows of --jsonl"),
+        ([folder, "x", "--on-error", "skip"], "--on-error is for the rows of --rows"),
         ([pairs[1], "x", "--text-pair", "y", "--on-error", "later"], "'later' is not one of 'stop', 'skip'"),
     ):
         result = run(*arguments)

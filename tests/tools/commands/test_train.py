@@ -19,6 +19,10 @@ from adalink.tools.cli import main
 
 FILES = ["--base", "b", "--data", "d", "--eval", "e", "--out", "o"]
 BOTH = ["--modality", "text", "--modality", "image"]
+NO_SPACES = (
+    "warning: rows.jsonl: 9 of 9 completions begin without a space behind their prompts (such as 'aaa'): most "
+    "tokenizers expect ' a'"
+)
 REPORT: dict[str, object] = {}
 
 SETTINGS = [
@@ -70,6 +74,8 @@ def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work, wa
     assert "Warning" not in done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith("{'")]
     assert said == [
+        NO_SPACES,
+        "warning: rows.jsonl: 9 of 9 eval rows have prompts of training rows: what is measured there is memory",
         "loading tiny-llama",
         "exact match of the base on 9 eval rows",
         "training on 9 rows, 6 steps",

@@ -32,24 +32,33 @@ def write(tmp_path, *lines):
 def test_reads_rows(tmp_path):
     line = json.dumps({"prompt": "é\u2028x", "completion": "日本"}, ensure_ascii=False)
     path = write(tmp_path, GOOD, "", line)
-    assert read_rows(path) == [TrainingRow("2+2=", "4"), TrainingRow("é\u2028x", "日本")]
+    assert read_rows(path) == [TrainingRow("2+2=", "4", line=1), TrainingRow("é\u2028x", "日本", line=3)]
 
 
 def test_a_byte_order_mark_is_left_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8-sig")
-    assert read_rows(tmp_path / "rows.jsonl") == [TrainingRow("2+2=", "4")]
+    assert read_rows(tmp_path / "rows.jsonl") == [TrainingRow("2+2=", "4", line=1)]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", r"rows.jsonl:2: .*truncated.*expected \{\"prompt\""),
-        ('{"prompt": "a"}', r"rows.jsonl:2: .*missing required field `completion`"),
-        ('{"prompt": 1, "completion": "b"}', r"rows.jsonl:2: .*Expected `str`, got `int` - at `\$.prompt`"),
-        ('{"prompt": "a", "completion": "b", "weight": 2}', r"rows.jsonl:2: .*unknown field `weight`"),
+        ('{"prompt": "a"}', r"rows.jsonl:2: .*there is no column 'completion'; there are prompt: .*--map completion="),
+        ('{"prompt": 1, "completion": "b"}', r"rows.jsonl:2: prompt is 1, expected a text"),
+        (
+            '{"prompt": "a", "completion": "b", "image": ["a.png"]}',
+            r"rows.jsonl:2: field 'image' .*mean 'images'",
+        ),
+        ('{"prompt": "a", "Completion": "b"}', r"rows.jsonl:2: field 'Completion' .*did you mean 'completion'"),
+        ('{"text": "a", "label": "b"}', r"rows.jsonl:2: text and label, .*--template 'Text: \{text\} Topic:'"),
+        (
+            '{"messages": [{"role": "user", "content": "b"}]}',
+            r"rows.jsonl:2: the last message is user's, expected",
+        ),
         ('{"prompt": "", "completion": "b"}', r"rows.jsonl:2: an empty prompt"),
         ('{"prompt": "a", "completion": ""}', r"rows.jsonl:2: an empty prompt or completion"),
-        ("[1]", r"rows.jsonl:2: .*Expected `object`, got `array`"),
+        ("[1]", r"rows.jsonl:2: expected \{.*, received \[1\]"),
     ],
 )
 def test_wrong_line_is_named(tmp_path, line, message):

@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from adalink.runtime.errors import DataError
+from adalink.runtime.rows.lines import name_of, read_lines
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ def read_jsonl(
     Only a line feed ends a line: JSON texts may contain other Unicode separators.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file, in UTF-8; ``-`` for standard input.
         expected: form of a line, such as ``'{"prompt": "..."}'``, for messages.
         decode: decodes a line into a row; raises as ``json.loads`` or ``msgspec`` does.
         skip: called with number and error of a line of another form, which is left out; without it the error is raised.
@@ -32,18 +33,12 @@ def read_jsonl(
     Raises:
         DataError: the file cannot be read or has no rows, or a line has another form; the message names it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; expected a JSONL file") from error
     is_empty = True
-    for number, line in enumerate(lines, start=1):
+    for number, line in read_lines(path, "a JSONL file"):
         if line.strip():
             is_empty = False
             try:
-                row = _decode(line, f"{path}:{number}", expected, decode)
+                row = decode_line(line, f"{name_of(path)}:{number}", expected, decode)
             except DataError as error:
                 if skip is None:
                     raise
@@ -51,10 +46,10 @@ def read_jsonl(
                 continue
             yield number, row
     if is_empty:
-        raise DataError(f"{path} holds no rows; expected lines {expected}")
+        raise DataError(f"{name_of(path)} holds no rows; expected lines {expected}")
 
 
-def _decode(line: str, origin: str, expected: str, decode: Callable[[str], T]) -> T:
+def decode_line(line: str, origin: str, expected: str, decode: Callable[[str], T]) -> T:
     """The row of one line; raises ``DataError``."""
     try:
         return decode(line)

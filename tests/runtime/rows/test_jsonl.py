@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.rows.jsonl import read_jsonl
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
