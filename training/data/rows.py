@@ -16,6 +16,7 @@ import torch
 
 from adalink.runtime.errors import DataError, ModelError
 from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.storage.label_spec import LabelSet, fault_in_labels
 from adalink.training.models.loading import max_positions
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from adalink.runtime.storage.vision_schema import PromptForm
 
 IGNORED_LABEL = -100
+# Completions are labels where there are few of them, each of several rows.
+_MOST_LABELS, _FEWEST_ROWS = 100, 4
 
 
 class TrainingRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +75,26 @@ def read_rows(path: str | Path) -> list[TrainingRow]:
             raise DataError(f"{path}:{number}: an empty prompt or completion: both need text; remove the row")
         rows.append(row)
     return rows
+
+
+def find_labels(rows: Sequence[TrainingRow]) -> LabelSet | None:
+    """The labels of rows whose completions are labels: at most 100, of four rows each in the mean; else ``None``."""
+    completions = sorted({row.completion for row in rows})
+    if len(completions) > _MOST_LABELS or len(rows) < _FEWEST_ROWS * len(completions) or any(r.images for r in rows):
+        return None
+    labels = LabelSet(completions=tuple(completions))
+    return None if fault_in_labels(labels) else labels
+
+
+def check_labels(rows: Sequence[TrainingRow], labels: LabelSet, origin: str | Path) -> None:
+    """Check that completions are labels; raises ``DataError``."""
+    known = set(labels.completions)
+    for number, row in enumerate(rows, start=1):
+        if row.completion not in known:
+            raise DataError(
+                f"{origin}: row {number} has the completion {row.completion!r:.80}, expected one of the labels "
+                f"{str(labels.completions)[:80]}: they are given as they are in the rows, leading space included"
+            )
 
 
 def encode_rows(
