@@ -83,7 +83,7 @@ class TextClassifier:
 
     def prepare(
         self, texts: Texts, tasks: Tasks, labels: Sequence[str] | None = None, calibration: str | None = None
-    ) -> list[PreparedText] | list[PreparedPrompt]:
+    ) -> list[PreparedText | PreparedPrompt]:
         """Tokens of each text, with a head cut as in the task's training; raises ``RequestError``."""
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
             raise RequestError(f"texts is {texts!r:.80}, expected a list of texts, or of pairs of texts")
@@ -125,7 +125,7 @@ class TextClassifier:
 
     def _prepare_prompts(
         self, texts: Texts, tasks: Tasks, labels: Sequence[str] | None, calibration: str | None
-    ) -> list[PreparedPrompt]:
+    ) -> list[PreparedText | PreparedPrompt]:
         prompts: list[str] = []
         for index, text in enumerate(texts):
             if isinstance(text, (tuple, list)):
@@ -137,7 +137,7 @@ class TextClassifier:
         rows = self._scorer.prepare(prompts, tasks, _label_set(labels), calibration)
         return [PreparedPrompt(row) for row in rows]
 
-    def scores(self, prepared: Sequence[PreparedText] | Sequence[PreparedPrompt]) -> list[npt.NDArray[np.float64]]:
+    def scores(self, prepared: Sequence[PreparedText | PreparedPrompt]) -> list[npt.NDArray[np.float64]]:
         """Scores of each text's labels, before they become probabilities: see ``TaskHead`` and ``LabelScorer``."""
         texts = [text for text in prepared if isinstance(text, PreparedText)]
         if len(texts) != len(prepared):

@@ -117,7 +117,7 @@ def generate_rows(deployment: Deployment, rows: Sequence[EvalRow], task: str | N
     prompts = [row.text for row in rows]
     limit = 1 + max(len(deployment.tokenizer.encode_plain(row.expected)) for row in rows)
     for prompt in prompts:
-        deployment.check_prompt(prompt, task=task, max_new_tokens=limit)
+        deployment.check_prompt(deployment.tokenizer.encode(prompt), task=task, max_new_tokens=limit)
 
     def generate(some: list[str]) -> list[tuple[str, bool, int]]:
         made = deployment.generate(some, tasks=task, max_new_tokens=limit, sampling=_GREEDY, stop=[])

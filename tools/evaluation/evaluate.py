@@ -90,7 +90,7 @@ def make_report(deployment: Deployment, data: Path, tasks: Sequence[TaskReport])
         best = max(tasks, key=lambda one: one.accuracy.value)
         below = [one for one in tasks if one.reference is not None and _comparison(one.reference) != "it is better"]
         doubt = f" {len(below)} of them are not shown to be better than their reference." if below else ""
-        verdict = f"{len(tasks)} evaluated; the best is {name_of(best)}: {best.verdict}{doubt}"
+        verdict = f"{len(tasks)} evaluated. The best: {best.verdict}{doubt}"
     return Report(
         verdict=verdict,
         base=deployment.manifest.base.name,
@@ -128,12 +128,8 @@ def _reference(
         theirs, name = np.array([row.label == commonest for row in rows]), f"always {commonest!r}"
     else:
         return None
-    return Reference(
-        name=name,
-        accuracy=float(theirs.mean()),
-        gain=gain(answers.right, theirs),
-        p_value=mcnemar(answers.right, theirs),
-    )
+    difference, p_value = gain(answers.right, theirs), mcnemar(answers.right, theirs)
+    return Reference(name=name, accuracy=float(theirs.mean()), gain=difference, p_value=p_value)
 
 
 def _wrong(rows: Sequence[EvalRow], answers: Answers) -> list[WrongRow]:

@@ -51,7 +51,7 @@ def mcnemar(ours: Flags, theirs: Flags) -> float:
     """Two-sided p-value of McNemar's exact test on right answers to the same rows."""
     first, second = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     rows, fewer = first + second, min(first, second)
-    return min(1.0, 2 * sum(math.comb(rows, count) for count in range(fewer + 1)) / 2**rows)
+    return min(1.0, 2 * sum(math.comb(rows, count) for count in range(fewer + 1)) / (1 << rows))
 
 
 def majority(expected: Sequence[str]) -> str:
