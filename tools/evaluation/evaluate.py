@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.digest import digest_file
@@ -80,7 +81,7 @@ def evaluate_task(
         wrong=_wrong(rows, answers),
         verdict="",
     )
-    return _with_verdict(report)
+    return replace(report, verdict=make_verdict(report))
 
 
 def make_report(deployment: Deployment, data: Path, tasks: Sequence[TaskReport]) -> Report:
@@ -149,15 +150,14 @@ def _wrong(rows: Sequence[EvalRow], answers: Answers) -> list[WrongRow]:
     return sorted(wrong, key=lambda row: -(row.probability or 0.0))
 
 
-def _with_verdict(report: TaskReport) -> TaskReport:
-    from msgspec.structs import replace
-
+def make_verdict(report: TaskReport) -> str:
+    """What a report says, in a sentence."""
     accuracy, reference = report.accuracy, report.reference
     said = f"{name_of(report)} is right on {percent(accuracy.value)} of {report.rows} rows"
     said += f" ({percent(accuracy.low)} to {percent(accuracy.high)})"
     if reference is not None:
         said += f", {reference.name} on {percent(reference.accuracy)}: {_comparison(reference)}"
-    return replace(report, verdict=f"{said}.")
+    return f"{said}."
 
 
 def _comparison(reference: Reference) -> str:

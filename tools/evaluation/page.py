@@ -26,7 +26,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 16px/1.5 system-ui
   color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
 h1 { font-size: 1.35rem; line-height: 1.35; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 h3 { font-size: 1rem; margin: 0 0 0.25rem; } p, figcaption { margin: 0.25rem 0; }
-figcaption, .quiet { color: var(--quiet); font-size: 0.9rem; }
+figcaption, p.quiet { color: var(--quiet); font-size: 0.9rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; min-width: 0; } svg { display: block; width: 100%; max-width: 32rem; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .quiet { fill: var(--quiet); }
@@ -38,8 +38,9 @@ svg .mark { stroke: var(--mark); stroke-dasharray: 4 2; stroke-width: 2; }
 .key.first { background: var(--first); } .key.second { background: var(--second); }
 .key.mark { background: var(--mark); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }
-th, td { text-align: left; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-.number { text-align: right; white-space: nowrap; } .text { min-width: 12rem; }
+th, td { text-align: left; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: break-word; max-width: 24rem; }
+.number { text-align: right; white-space: nowrap; } .text { min-width: 14rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: 0.75rem 0; }
 """
 
@@ -47,14 +48,16 @@ summary { cursor: pointer; margin: 0.75rem 0; }
 def render_page(report: Report) -> str:
     """The page as HTML; all that rows, models and files say is escaped."""
     many = "" if len(report.tasks) == 1 else _comparison(report.tasks)
+    tasks = "".join(_task(task, "" if task.verdict == report.verdict else task.verdict) for task in report.tasks)
+    verdict = escape(report.verdict).replace(" %", "&nbsp;%")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>Evaluation of {escape(report.base)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(report.verdict)}</h1>"
+        f"<h1>{verdict}</h1>"
         f'<p class="quiet">{escape(report.base)}, rows of {escape(report.data)}. Intervals are of 95 % confidence.</p>'
-        f"{many}{''.join(map(_task, report.tasks))}"
+        f"{many}{tasks}"
         f'<p class="quiet">Rows: sha256 {escape(report.data_sha256)}. Written by adalink eval, AdaLink Kit '
         f"{escape(report.kit_version)}.</p></body></html>\n"
     )
@@ -84,7 +87,7 @@ def _accuracy_figure(tasks: Sequence[TaskReport]) -> str:
     return _figure("Accuracy", accuracy_chart(tasks), f"With its interval{mark}.")
 
 
-def _task(task: TaskReport) -> str:
+def _task(task: TaskReport, verdict: str) -> str:
     pictures, tables = [_accuracy_figure([task])], ""
     notes = []
     if task.labels is not None:
@@ -96,7 +99,7 @@ def _task(task: TaskReport) -> str:
     noted = "".join(f"<li>{escape(note)}</li>" for note in notes)
     speed = task.speed
     return (
-        f"<h2>{escape(name_of(task))}</h2><p>{escape(task.verdict)}</p>{f'<ul>{noted}</ul>' if noted else ''}"
+        f"<h2>{escape(name_of(task))}</h2><p>{escape(verdict)}</p>{f'<ul>{noted}</ul>' if noted else ''}"
         f'<div class="pictures">{"".join(pictures)}</div>{tables}{_wrong_rows(task)}'
         f"<p>One row alone takes {speed.median_ms:.1f} ms in the median ({speed.p95_ms:.1f} ms for 95 %). All rows "
         f"together: {speed.rows_per_second:.1f} rows and {speed.tokens_per_second:.0f} tokens a second.</p>"
@@ -109,7 +112,7 @@ def _label_figures(labels: LabelMeasures) -> list[str]:
         _figure(
             "Labels",
             class_chart(labels),
-            '<span class="key first"></span> precision: share of right answers among those that say it. '
+            '<span class="key first"></span> precision: share of right answers among those that say it.<br>'
             f'<span class="key second"></span> recall: share of its rows that are found.{shown}',
         ),
         _figure(

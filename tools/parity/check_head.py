@@ -29,6 +29,7 @@ from adalink.runtime.storage.head_spec import (
 )
 from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Task
+from adalink.runtime.text_classifier import PreparedText
 from adalink.tools.parity.check_outputs import Comparison, decoder_row
 from adalink.tools.parity.check_pooling import pool_with_error
 from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels
