@@ -25,6 +25,7 @@ from adalink.runtime.generation.request import Request
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.sequence import Generation, Stream
 from adalink.runtime.input_processor import InputProcessor
+from adalink.runtime.label_scorer import LabelScorer
 from adalink.runtime.logs import get_logger
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
@@ -76,7 +77,8 @@ class Deployment:
         self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
         self._generator = TextGenerator(manifest, self.variant, self._inputs, self._runner, options)
         self._encoder = TextEncoder(manifest.base, self._inputs, self._runner)
-        self._classifier = TextClassifier(manifest.base, self._inputs, self._encoder)
+        scorer = LabelScorer(manifest.base, self._inputs, self._runner)
+        self._classifier = TextClassifier(manifest.base, self._inputs, self._encoder, scorer)
         self._is_closed = False
 
     @classmethod
@@ -293,21 +295,34 @@ class Deployment:
         self._check_open()
         return self._classifier
 
-    def classify(self, texts: Texts, tasks: Tasks) -> list[Classification]:
+    def classify(
+        self,
+        texts: Texts,
+        tasks: Tasks = None,
+        *,
+        labels: Sequence[str] | None = None,
+        calibration: str | None = None,
+    ) -> list[Classification]:
         """Labels of texts, by tasks that were trained on rows with labels.
 
-        A text is cut to the length that the rows of the training could have; the result says so.
+        On an encoder the task's head says the label. A text is cut to the length that the rows of the training could
+        have; the result says so. On a base that generates, texts are prompts, as in training. The probability of a
+        label is its share among the labels, by the log-likelihood of its tokens and an end token after the prompt. No
+        other label is ever given, and a prompt that is too long is an error.
 
         Args:
             texts: texts, or pairs of texts.
-            tasks: one task for all texts, or one for each: their heads may differ in kind and size.
+            tasks: one task for all texts, or one for each: their labels may differ.
+            labels: for a base that generates, completions to choose from; by default those of the task's training.
+            calibration: likewise, a prompt without content, such as ``"Text: N/A Topic:"``. What the task says of it
+                is divided out of the probabilities.
 
         Raises:
-            RequestError: a task has no head, or a text has no tokens.
+            RequestError: a task has no head and no labels, a text has no tokens, or a prompt is too long.
             UnknownTaskError: a task is not deployed.
             BackendError: the engine refused, or its states are not numbers.
         """
-        return self.text_classifier.classify(texts, tasks)
+        return self.text_classifier.classify(texts, tasks, labels, calibration)
 
     def encode_images(self, pixel_values: Array, grid: Grid | None = None) -> Array:
         """Image embeddings of the vision tower, before any adapter; not cached.

@@ -1,4 +1,7 @@
-"""Text classifier: texts to labels, by the heads of their tasks. Mixed tasks share the engine's batches."""
+"""Text classifier: texts to labels, by the heads of their tasks, or by how likely their labels are as text.
+
+Tasks with heads share the engine's batches. On a base that generates, each prompt is read once for all its labels.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from adalink.runtime.arguments import check_kind
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.input_processor import InputProcessor
+from adalink.runtime.label_scorer import LabelledPrompt, LabelScorer
 from adalink.runtime.request import Tasks, check_length, check_text
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
+from adalink.runtime.storage.label_spec import LabelSet, fault_in_labels
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 from adalink.runtime.tasks.head import TaskHead
@@ -66,21 +71,29 @@ class Classification:
 class TextClassifier:
     """Classifies texts with one base; safe for several threads."""
 
-    def __init__(self, base: Base, inputs: InputProcessor, encoder: TextEncoder) -> None:
-        self._base, self._inputs, self._encoder = base, inputs, encoder
+    def __init__(self, base: Base, inputs: InputProcessor, encoder: TextEncoder, scorer: LabelScorer) -> None:
+        self._base, self._inputs, self._encoder, self._scorer = base, inputs, encoder, scorer
 
-    def classify(self, texts: Texts, tasks: Tasks) -> list[Classification]:
+    def classify(
+        self, texts: Texts, tasks: Tasks, labels: Sequence[str] | None = None, calibration: str | None = None
+    ) -> list[Classification]:
         """See ``Deployment.classify``."""
-        prepared = self.prepare(texts, tasks)
+        prepared = self.prepare(texts, tasks, labels, calibration)
         return [text.read(scores) for text, scores in zip(prepared, self.scores(prepared), strict=True)]
 
-    def prepare(self, texts: Texts, tasks: Tasks) -> list[PreparedText]:
-        """Tokens of each text, cut as in the task's training; raises ``RequestError``."""
-        if not self._base.has_hidden_states:
-            raise RequestError(f"{self._base.name} is a decoder: classify() is for tasks with a head on an encoder")
+    def prepare(
+        self, texts: Texts, tasks: Tasks, labels: Sequence[str] | None = None, calibration: str | None = None
+    ) -> list[PreparedText | PreparedPrompt]:
+        """Tokens of each text, with a head cut as in the task's training; raises ``RequestError``."""
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
             raise RequestError(f"texts is {texts!r:.80}, expected a list of texts, or of pairs of texts")
+        if not len(texts):
+            return []
         rows = self._inputs.resolve_rows(tasks, len(texts))
+        if self._base.kind != "encoder" and not any(mapping.head for _, mapping in rows):
+            return self._prepare_prompts(texts, tasks, labels, calibration)
+        if labels is not None or calibration is not None:
+            raise RequestError("labels and calibration are for tasks that say labels as text: this one has a head")
         return [
             self._prepare(index, text, task, mapping)
             for index, (text, (task, mapping)) in enumerate(zip(texts, rows, strict=True))
@@ -110,8 +123,28 @@ class TextClassifier:
         check_length(len(cut.ids) + soft, self._base)
         return PreparedText(first, cut, head, EncodedText(cut.ids, cut.types, task, mapping, cut.is_cut))
 
-    def scores(self, prepared: Sequence[PreparedText]) -> list[npt.NDArray[np.float64]]:
-        """Scores by each text's head, before they become probabilities: see ``TaskHead.scores``."""
+    def _prepare_prompts(
+        self, texts: Texts, tasks: Tasks, labels: Sequence[str] | None, calibration: str | None
+    ) -> list[PreparedText | PreparedPrompt]:
+        prompts: list[str] = []
+        for index, text in enumerate(texts):
+            if isinstance(text, (tuple, list)):
+                raise RequestError(
+                    f"text {index} is a pair, and {self._base.name} takes prompts: write both texts into one"
+                )
+            check_kind(text, f"text {index}", str, "a text")
+            prompts.append(check_text(text, f"text {index}"))
+        rows = self._scorer.prepare(prompts, tasks, _label_set(labels), calibration)
+        return [PreparedPrompt(row) for row in rows]
+
+    def scores(self, prepared: Sequence[PreparedText | PreparedPrompt]) -> list[npt.NDArray[np.float64]]:
+        """Scores of each text's labels, before they become probabilities: see ``TaskHead`` and ``LabelScorer``."""
+        texts = [text for text in prepared if isinstance(text, PreparedText)]
+        if len(texts) != len(prepared):
+            return self._scorer.scores([text.labelled for text in prepared if isinstance(text, PreparedPrompt)])
+        return self._head_scores(texts)
+
+    def _head_scores(self, prepared: Sequence[PreparedText]) -> list[npt.NDArray[np.float64]]:
         scores: list[npt.NDArray[np.float64]] = [np.empty(0)] * len(prepared)
         for index, states in self._encoder.states([text.encoded for text in prepared]):
             scores[index] = prepared[index].head.scores(states)
@@ -149,6 +182,32 @@ class PreparedText:
             return Classification(labels=labels, probabilities=probabilities, tokens=tokens, truncated=truncated)
         label = spec.labels[int(scores.argmax())]
         return Classification(label=label, probabilities=probabilities, tokens=tokens, truncated=truncated)
+
+
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt on its way to its labels, on a base that generates."""
+
+    labelled: LabelledPrompt
+
+    def read(self, scores: Array) -> Classification:
+        """What the scores of its labels say."""
+        names = self.labelled.labels.names
+        probabilities = dict(zip(names, softmax(scores).tolist(), strict=True))
+        tokens = len(self.labelled.prompt.token_ids)
+        return Classification(label=names[int(scores.argmax())], probabilities=probabilities, tokens=tokens)
+
+
+def _label_set(labels: Sequence[str] | None) -> LabelSet | None:
+    """Labels of a request; raises ``RequestError``."""
+    if labels is None:
+        return None
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise RequestError(f"labels are {labels!r:.80}, expected a list of texts")
+    made = LabelSet(completions=tuple(labels))
+    if fault := fault_in_labels(made):
+        raise RequestError(fault)
+    return made
 
 
 def softmax(scores: Array) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from adalink.runtime.text_classifier import Classification, PreparedText
+from adalink.runtime.text_classifier import Classification, PreparedPrompt, PreparedText
 from adalink.serving.api_error import ApiError, as_api_error
 from adalink.serving.embeddings import MOST_TEXTS
 from adalink.serving.fields import ClassifyFields
@@ -24,7 +24,7 @@ async def classify(request: HttpRequest) -> JsonResponse:
     classifier = gateway.deployment.text_classifier
     try:
         texts = _texts(fields.input)
-        prepared: list[PreparedText] = await gateway.with_tasks(classifier.prepare, texts, task)
+        prepared: list[PreparedText | PreparedPrompt] = await gateway.with_tasks(classifier.prepare, texts, task)
         scores = [row async for rows in in_pieces(request, prepared, classifier.scores) for row in rows]
         results = [text.read(row) for text, row in zip(prepared, scores, strict=True)]
     except ClientDisconnect:

@@ -17,6 +17,7 @@ VERBS = {
     "run": "Generate text, or hidden states, with a deployment.",
     "embed": "Embed texts with an encoder, as sentence-transformers does.",
     "classify": "Classify texts by tasks that were trained with labels.",
+    "eval": "Measure tasks on rows that say what is right.",
     "chat": "Chat with a deployment in the terminal.",
     "serve": "Serve a deployment behind OpenAI's API, every task a model.",
     "verify": "Prove that a deployment computes what PyTorch computes.",

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from transformers import set_seed
 
@@ -31,7 +32,7 @@ from adalink.training.checkpoints import (
 from adalink.training.classifier_run import train_classifier
 from adalink.training.data.images import TrainingImages, digest_images
 from adalink.training.data.labelled_rows import has_labels
-from adalink.training.data.rows import check_positions, encode_rows
+from adalink.training.data.rows import check_labels, check_positions, encode_rows, find_labels
 from adalink.training.data.run_rows import check_files, read_prompts
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.evaluation import exact_match
@@ -84,7 +85,8 @@ def train(
         eval_data: rows for the exact-match accuracy of base and adapter; a path's rows have columns and template of
             ``data``. ``None`` holds a fifth of ``data`` out, seeded by ``settings.seed``.
         out: adapter folder to write or replace.
-        config: settings of the method; ``AdaLinkConfig()`` by default.
+        config: settings of the method; ``AdaLinkConfig()`` by default. Its ``labels`` are those of the completions
+            by default, where they are few.
         settings: settings of the training run; ``TrainSettings()`` by default.
         space: learning rates, ranks and activations to search first, on rows held out of ``data``; they replace those
             of ``config`` and ``settings``. The winner is trained on all rows.
@@ -113,6 +115,11 @@ def train(
     if warning := precision_warning(resolve_device(settings.device), settings.precision):
         progress(warning)
     rows, eval_rows, files = read_prompts(data, eval_data, settings.seed, progress)
+    if config.labels is not None:
+        check_labels(rows, config.labels, data.path)
+    elif labels := find_labels(rows):
+        config = msgspec.structs.replace(config, labels=labels)
+        progress(f"completions are {len(labels.names)} labels: {', '.join(labels.names):.200}")
     record: dict[str, Any] = {
         "base": display_name(base),
         "method": config.as_record(),

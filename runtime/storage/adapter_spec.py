@@ -13,6 +13,7 @@ import msgspec
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.head_spec import Head, fault_in_head
+from adalink.runtime.storage.label_spec import LabelSet, fault_in_labels
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 # Activation and bias of an adapter; one shared adapter graph for each (docs/concepts/file-formats.md).
@@ -42,6 +43,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
         input: input of the bottleneck: ``"embeddings"``, ``x + up(act(down(x)))``; or token ``"ids"``,
             ``x + up(table[id])``.
         head: labels and pooling of a task on an encoder; ``None`` without.
+        labels: labels of a task whose completions are labels; ``None`` without.
     """
 
     rank: Rank
@@ -51,6 +53,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     soft_tokens: int = 0
     input: str = "embeddings"
     head: Head | None = None
+    labels: LabelSet | None = None
 
     @property
     def prepended_positions(self) -> int:
@@ -114,6 +117,11 @@ def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | Non
         return Fault("rank", message)
     if spec.head is not None and (message := fault_in_head(spec.head)):
         return Fault("head", message)
+    if spec.labels is not None:
+        if message := fault_in_labels(spec.labels):
+            return Fault("labels", message)
+        if spec.head is not None:
+            return Fault("labels", "labels are beside a head, which has its own: expected one of the two")
     for field, known in (("activation", ACTIVATIONS), ("scope", SCOPES), ("input", INPUTS)):
         if (value := getattr(spec, field)) not in known:
             return Fault(field, f"{field} is {value!r}, expected one of {', '.join(known)}")

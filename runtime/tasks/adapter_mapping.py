@@ -15,6 +15,7 @@ import numpy as np
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import SharedAdapterGraph
 from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.tasks.folding import Folded
 from adalink.runtime.tasks.head import TaskHead
 from adalink.runtime.tasks.soft_prompt import SoftPrompt
@@ -61,7 +62,7 @@ class TokenEmbeddingDelta:
 class AdapterMapping:
     """The adapters of one batch, fixed for its lifetime: adding or removing tasks does not affect it."""
 
-    __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights", "head")
+    __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights", "head", "labels")
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class AdapterMapping:
         deltas: Sequence[TokenEmbeddingDelta] = (),
         prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
         head: TaskHead | None = None,
+        labels: LabelSet | None = None,
     ) -> None:
         """Define the mapping.
 
@@ -80,8 +82,9 @@ class AdapterMapping:
             deltas: token embedding deltas.
             prompts: soft prompts with their rows; ``None`` for all rows.
             head: the task's head; only for a batch of one task.
+            labels: likewise, the labels that it says as text.
         """
-        self.head = head
+        self.head, self.labels = head, labels
         self._groups = tuple(groups)
         self._fold = fold
         self._deltas = tuple(deltas)

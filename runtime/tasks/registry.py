@@ -215,7 +215,9 @@ class TaskRegistry:
             else []
         )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
-        mapping = AdapterMapping(groups, fold, deltas=deltas, prompts=prompts, head=head_of(adapter))
+        mapping = AdapterMapping(
+            groups, fold, deltas=deltas, prompts=prompts, head=head_of(adapter), labels=config.labels
+        )
         return mapping, adapter.size_bytes + fold_bytes
 
     def _graph(self, activation_key: str) -> SharedAdapterGraph:

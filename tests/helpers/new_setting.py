@@ -18,7 +18,7 @@ from helpers.paths import REPOSITORY
 
 MODULE = "adalink.runtime.storage.adapter_spec"
 LAST = '    input: str = "embeddings"\n'
-NEW = "    labels: int = 0\n"
+NEW = "    flavour: int = 0\n"
 
 
 class OneMoreLine(MetaPathFinder, Loader):
@@ -35,7 +35,7 @@ class OneMoreLine(MetaPathFinder, Loader):
         exec(source.replace(LAST, LAST + NEW), module.__dict__)
 
 
-def arrivals(root: Path, labels: int) -> dict[str, object]:
+def arrivals(root: Path, flavour: int) -> dict[str, object]:
     """Train nothing, but save, load, export and describe an adapter with that setting."""
     import onnx
     from helpers.tiny_models import FAMILIES
@@ -48,22 +48,22 @@ def arrivals(root: Path, labels: int) -> dict[str, object]:
     from adalink.training.method.attach import attach
     from adalink.training.method.config import AdaLinkConfig
 
-    model, folder, deployment = FAMILIES["llama"](), root / str(labels), root / "deployment"
-    config = AdaLinkConfig(rank=2, labels=labels)
+    model, folder, deployment = FAMILIES["llama"](), root / str(flavour), root / "deployment"
+    config = AdaLinkConfig(rank=2, flavour=flavour)
     with attach(model, config) as attached:
         save_adapter(folder, to_adapter(attached, "tiny"))
     with load_adapter(folder, model) as attached:
-        loaded = attached.config.labels
+        loaded = attached.config.flavour
     task = export_adapter(folder, deployment, name="task", replace=True).tasks["task"]
     metadata = {entry.key: entry.value for entry in onnx.load(deployment / task.graph).metadata_props}
     return {
-        "report": config.as_record()["labels"],
+        "report": config.as_record()["flavour"],
         "loaded": loaded,
-        "config": json.loads((folder / "adapter_config.json").read_text()).get("labels"),
-        "manifest": json.loads((deployment / "manifest.json").read_text())["tasks"]["task"]["labels"],
-        "metadata": metadata.get("labels"),
-        "inspect deployment": describe(str(deployment))["tasks"]["task"]["labels"],
-        "inspect adapter": describe(str(folder))["labels"],
+        "config": json.loads((folder / "adapter_config.json").read_text()).get("flavour"),
+        "manifest": json.loads((deployment / "manifest.json").read_text())["tasks"]["task"]["flavour"],
+        "metadata": metadata.get("flavour"),
+        "inspect deployment": describe(str(deployment))["tasks"]["task"]["flavour"],
+        "inspect adapter": describe(str(folder))["flavour"],
         "parity": check_contract("task", task, read_adapter(root / "0")).detail,
     }
 
@@ -75,4 +75,4 @@ if __name__ == "__main__":
     from adalink.export.base.export import export_base
 
     export_base(FAMILIES["llama"](), Path(sys.argv[1]) / "deployment")
-    print(json.dumps([arrivals(Path(sys.argv[1]), labels) for labels in (0, 7)]))
+    print(json.dumps([arrivals(Path(sys.argv[1]), flavour) for flavour in (0, 7)]))

@@ -69,10 +69,10 @@ def test_wrong_requests(encoder: Served, changes: dict[str, Any], status: int, m
     assert message in answer.json()["error"]["message"]
 
 
-def test_decoder_has_no_labels(served: Served) -> None:
+def test_task_has_no_labels(served: Served) -> None:
     answer = served.post("/v1/classify", {"model": "alpha", "input": "a"})
     assert answer.status_code == 400
-    assert "is a decoder" in answer.json()["error"]["message"]
+    assert "has no labels" in answer.json()["error"]["message"]
 
 
 def test_models_say_their_labels(encoder: Served) -> None:

@@ -15,6 +15,7 @@ from adalink.runtime.errors import ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
+from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
 from adalink.tools.common.options import (
@@ -53,6 +54,7 @@ class TrainOptions:
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
+        labels: completions that are labels; none to find them in the rows.
         pooling: of a task with labels, as the three that follow: see ``HeadSettings``.
         problem_type: likewise.
         head_lr: likewise.
@@ -87,6 +89,7 @@ class TrainOptions:
     device: str
     precision: str
     minutes: float | None
+    labels: tuple[str, ...]
     pooling: str | None
     problem_type: str | None
     head_lr: float
@@ -111,6 +114,7 @@ class TrainOptions:
             soft_tokens=self.soft_tokens,
             modalities=self.modalities or _METHOD.modalities,
             init=init,
+            labels=LabelSet(completions=self.labels) if self.labels else None,
         )
 
     def training(self, config: AdaLinkConfig) -> TrainSettings:
@@ -230,6 +234,13 @@ _METHOD = AdaLinkConfig()
     type=click.FloatRange(min=0, min_open=True),
     metavar="MINUTES",
     help="First choose rate, rank and activation, those of them that are not given, within this time.",
+)
+@click.option(
+    "--labels",
+    multiple=True,
+    metavar="TEXT",
+    show_default="all completions, if few",
+    help="A completion that is a label, as in the rows; repeat it for each. `adalink classify` chooses from them.",
 )
 @click.option(
     "--pooling",

@@ -30,6 +30,7 @@ from adalink.runtime.storage.head_spec import (
 )
 from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Task
+from adalink.runtime.text_classifier import PreparedText
 from adalink.tools.parity.check_outputs import Comparison, decoder_row
 from adalink.tools.parity.check_pooling import pool_with_error
 from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels
@@ -98,7 +99,9 @@ def check_weights(task: str, adapter: Adapter, deployment: Deployment) -> Check:
 
     A bound that holds for sums of ``d`` states cannot see every small change of one weight.
     """
-    loaded = deployment.text_classifier.prepare(["a"], task)[0].head
+    (prepared,) = deployment.text_classifier.prepare(["a"], task)
+    assert isinstance(prepared, PreparedText)
+    loaded = prepared.head
     weight, bias = adapter.weights[HEAD_WEIGHT].astype(np.float64), adapter.weights[HEAD_BIAS].astype(np.float64)
     ratio, detail = 0.0, ""
     for column in range(weight.shape[1]):

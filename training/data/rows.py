@@ -17,6 +17,7 @@ import torch
 from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.rows.table import Row, origin_of, read_table
+from adalink.runtime.storage.label_spec import LabelSet, fault_in_labels
 from adalink.runtime.text.messages import check_conversation, images_of
 from adalink.training.models.loading import max_positions
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 _EXPECTED = '{"prompt": "...", "completion": "..."}'
 _FIELDS = ("prompt", "completion", "images")
+# Completions are labels where there are few of them, each of several rows.
+_MOST_LABELS, _FEWEST_ROWS = 100, 4
 
 
 class TrainingRow(msgspec.Struct, frozen=True):
@@ -122,6 +125,27 @@ def _conversation(row: Row) -> TrainingRow:
     if len(messages) < 2 or images_of(messages):
         raise DataError(f"{row.origin}: expected a message before the reply, and texts alone in training rows")
     return TrainingRow("", reply["content"], messages=messages[:-1], line=row.line)
+
+
+def find_labels(rows: Sequence[TrainingRow]) -> LabelSet | None:
+    """The labels of rows whose completions are labels: at most 100, of four rows each in the mean; else ``None``."""
+    completions = sorted({row.completion for row in rows})
+    is_few = len(completions) <= _MOST_LABELS and len(rows) >= _FEWEST_ROWS * len(completions)
+    if not is_few or any(row.images or row.messages for row in rows):
+        return None
+    labels = LabelSet(completions=tuple(completions))
+    return None if fault_in_labels(labels) else labels
+
+
+def check_labels(rows: Sequence[TrainingRow], labels: LabelSet, origin: str | Path) -> None:
+    """Check that completions are labels; raises ``DataError``."""
+    known = set(labels.completions)
+    for number, row in enumerate(rows, start=1):
+        if row.completion not in known:
+            raise DataError(
+                f"{origin}: row {row.line or number} has the completion {row.completion!r:.80}, expected one of the labels "
+                f"{str(labels.completions)[:80]}: they are given as they are in the rows, leading space included"
+            )
 
 
 def encode_rows(

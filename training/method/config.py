@@ -61,7 +61,7 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
             )
 
     def as_record(self) -> dict[str, Any]:
-        """All settings by name, for reports; a head only if there is one."""
+        """All settings by name, for reports; head and labels only if there are some."""
         record = {name: value for name, value in structs.asdict(self).items() if name != "input"}
-        head = record.pop("head")
-        return record if head is None else {**record, "head": to_builtins(head)}
+        parts = {name: record.pop(name) for name in ("head", "labels")}
+        return record | {name: to_builtins(part) for name, part in parts.items() if part is not None}

@@ -28,10 +28,10 @@ def test_new_setting_reaches_every_file_by_one_line(tmp_path: Path, warm_torch: 
     assert result.returncode == 0, result.stderr
     silent, telling = json.loads(result.stdout.splitlines()[-1])
     everywhere = ("report", "loaded", "config", "manifest", "inspect deployment", "inspect adapter")
-    assert "labels is 7, the adapter's 0" in telling.pop("parity")
+    assert "flavour is 7, the adapter's 0" in telling.pop("parity")
     assert telling == dict.fromkeys(everywhere, 7) | {"metadata": "7"}
     # Where it says nothing, digests and graphs stay as they were before there was such a setting.
-    assert "labels" not in silent.pop("parity")
+    assert "flavour" not in silent.pop("parity")
     assert silent == dict.fromkeys(everywhere, 0) | {"config": None, "metadata": None}
 
 
@@ -62,11 +62,11 @@ def test_every_holder_inherits_the_settings(kind: type[AdapterSpec]) -> None:
 def test_settings_of_leaves_out_what_a_holder_adds() -> None:
     config = AdaLinkConfig(rank={"text": 2, "image": 3}, modalities=("text", "image"), dropout=0.5, soft_tokens=4)
     known = {"activation": "identity", "scope": "all", "modalities": ("text", "image"), "input": "embeddings"}
-    known |= {"head": None}
+    known |= {"head": None, "labels": None}
     settings = {"rank": {"text": 2, "image": 3}, "soft_tokens": 4, **known}
     assert settings_of(config) == settings
     assert settings_of(config, MethodSpec) == settings | {"bias": False}
-    assert settings_at_default(config) == {"input", "head"}
+    assert settings_at_default(config) == {"input", "head", "labels"}
 
 
 def test_a_manifest_written_before_later_settings_opens() -> None:
@@ -74,7 +74,7 @@ def test_a_manifest_written_before_later_settings_opens() -> None:
     older = files | {"rank": 2, "activation": "gelu", "modalities": ["text"], "scope": "all"}
     task = msgspec.json.decode(json.dumps(older), type=Task)
     assert (task.soft_tokens, task.input, task.head, task.fold) == (0, "embeddings", None, None)
-    later = {"soft_tokens": 0, "input": "embeddings", "head": None, "fold": None, "head_graph": None}
+    later = {"soft_tokens": 0, "input": "embeddings", "head": None, "labels": None, "fold": None, "head_graph": None}
     assert (
         msgspec.json.encode(task, order="sorted")
         == json.dumps(older | later, sort_keys=True, separators=(",", ":")).encode()
