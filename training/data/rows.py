@@ -142,8 +142,9 @@ def check_labels(rows: Sequence[TrainingRow], labels: LabelSet, origin: str | Pa
     known = set(labels.completions)
     for number, row in enumerate(rows, start=1):
         if row.completion not in known:
+            place = row.line or number
             raise DataError(
-                f"{origin}: row {row.line or number} has the completion {row.completion!r:.80}, expected one of the labels "
+                f"{origin}: row {place} has the completion {row.completion!r:.80}, expected one of the labels "
                 f"{str(labels.completions)[:80]}: they are given as they are in the rows, leading space included"
             )
 
