@@ -110,7 +110,7 @@ class Data(_Entry, frozen=True, kw_only=True):
 
     Attributes:
         name: one of ``SOURCES``, or, with a folder, any name.
-        folder: ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with lines ``{"text": str, "label": str}``.
+        folder: with ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``, or others of ``folder_rows``.
         template: what a decoder is given for a row of the folder.
         words: how many words of a text are kept.
         test_rows: how many rows of test are scored; ``None`` for all.
@@ -220,7 +220,7 @@ def _check(study: Study, path: Path) -> None:
         elif data.folder is None and data.name not in SOURCES:
             raise ConfigError(
                 f"{field}.name is {data.name!r}, expected one of {', '.join(SOURCES)}, or a `folder` with "
-                "train.jsonl, validation.jsonl and test.jsonl"
+                "train.jsonl, validation.jsonl and test.jsonl, or .csv and others"
             )
         elif data.folder is None and data.template != DEFAULT_TEMPLATE:
             raise ConfigError(

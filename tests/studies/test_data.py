@@ -91,7 +91,10 @@ def test_digest_tells_text_label_order_and_wording_apart():
     ("lines", "message"),
     [
         ('{"text": "a"}', r"train\.jsonl:1: .*expected"),
-        ('\n{"text": "a", "label": "x", "more": 1}', r"train\.jsonl:2: .*`more`"),
+        (
+            '\n{"text": "a", "label": "x", "texts": 1}\n{"label": "x", "texts": 1}',
+            r":3: .*did you mean 'text'",
+        ),
         ("", r"train.jsonl holds no rows"),
     ],
 )

@@ -12,7 +12,7 @@ import click
 
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
+from adalink.tools.common.options import engine_options, make_options, map_option, require_rows, rows_option
 from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
@@ -77,6 +77,7 @@ def classify(options: ClassifyOptions) -> None:
 
     if (options.text is None) == (options.jsonl is None):
         raise click.UsageError("give either TEXT or --rows")
+    require_rows(options.jsonl is not None, "columns")
     if options.text_pair is not None and options.jsonl is not None:
         raise click.UsageError("--text-pair is for one text: name the pairs of --rows in its rows")
     if options.jsonl is not None:

@@ -14,7 +14,7 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
-from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
+from adalink.tools.common.options import engine_options, make_options, map_option, require_rows, rows_option
 from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
@@ -86,6 +86,7 @@ def embed(options: EmbedOptions) -> None:
 
     if (options.text is None) == (options.jsonl is None):
         raise click.UsageError("give either TEXT or --rows")
+    require_rows(options.jsonl is not None, "columns")
     if options.jsonl is not None:
         rows = read_texts(RowSource(options.jsonl, read_columns(options.columns)), options.task)
     else:

@@ -23,6 +23,7 @@ from adalink.tools.common.options import (
     is_given,
     make_options,
     map_option,
+    require_rows,
     rows_option,
     sampling_options,
     template_option,
@@ -212,6 +213,7 @@ def run(options: RunOptions) -> None:
         raise click.UsageError("--on-error is for the rows of --rows and --messages: leave it out")
     if options.text_pair is not None and (options.jsonl or options.messages) is not None:
         raise click.UsageError("--text-pair is for one prompt: name the pairs of --rows in its rows")
+    require_rows(options.jsonl is not None, "columns", "template")
     bad = BadRows(skip=options.on_error == "skip" and options.has_rows)
     if options.jsonl is not None:
         source = RowSource(options.jsonl, read_columns(options.columns), options.template)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import DataError
-from adalink.tools.common.options import assume_pretokenizer_option, make_options
+from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.options import (
+    assume_pretokenizer_option,
+    make_options,
+    map_option,
+    require_rows,
+    template_option,
+)
 from adalink.tools.common.report_file import ReportFile, write_json
 from adalink.tools.common.terminal_text import echo
 
@@ -34,6 +41,8 @@ class VerifyCommand:
     text_file: Path | None
     max_perplexity_increase: float | None
     task_rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    template: str | None
     assume_pretokenizer: str | None
     json_file: Path | None
 
@@ -69,8 +78,10 @@ class VerifyCommand:
     "task_rows",
     multiple=True,
     metavar="NAME=FILE",
-    help="JSONL rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
+    help="Rows as for 'adalink train': exact match of task NAME before and after quantising. May be repeated.",
 )
+@map_option
+@template_option
 @assume_pretokenizer_option
 @click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
 def command(**values: Any) -> None:
@@ -104,6 +115,9 @@ def verify_deployment(arguments: VerifyCommand) -> None:
     started = time.monotonic()
     with quiet_libraries():
         adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
+        task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
+        require_rows(bool(task_rows), "columns", "template")
+        columns = read_columns(arguments.columns)
         options = VerifyOptions(
             backend=arguments.backend,
             variant=arguments.variant,
@@ -111,7 +125,7 @@ def verify_deployment(arguments: VerifyCommand) -> None:
             quick=arguments.quick,
             text=None if arguments.text_file is None else _read_text(arguments.text_file),
             max_perplexity_increase=arguments.max_perplexity_increase,
-            task_rows=_parse_pairs(arguments.task_rows, "--rows", "NAME=FILE"),
+            task_rows={name: RowSource(path, columns, arguments.template) for name, path in task_rows.items()},
             assume_pretokenizer=arguments.assume_pretokenizer,
         )
         report = verify(

@@ -53,6 +53,14 @@ def template_option(command: F) -> F:
     )(command)
 
 
+def require_rows(has_rows: bool, *parameters: str) -> None:
+    """Refuse ``--map`` and ``--template`` where there are no rows; raises ``click.UsageError``."""
+    if not has_rows and (given := [name for name in parameters if is_given(name)]):
+        raise click.UsageError(
+            f"{'--map' if given[0] == 'columns' else '--template'} is for the rows of --rows: leave it out"
+        )
+
+
 def rows_option(help_text: str) -> Callable[[F], F]:
     """``--rows``, also named ``--jsonl``: a file of rows to answer."""
 

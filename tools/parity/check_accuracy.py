@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.tools.common.answers import batch_rows
@@ -61,14 +63,20 @@ def measure_accuracy(
 
 def deployed_accuracy(deployment: Deployment, task: str, rows: list[TrainingRow]) -> float:
     """Share of ``rows`` whose reply is the row's completion and then an end token."""
-    encode = deployment.tokenizer.encode
-    longest = max(len(encode(row.completion)) for row in rows) + 1
-    by_length = sorted(rows, key=lambda row: len(encode(row.prompt)))
+    tokenizer = deployment.tokenizer
+    longest = max(len(tokenizer.encode(row.completion)) for row in rows) + 1
+    encoded = [
+        tokenizer.encode(row.prompt)
+        if row.messages is None
+        else tokenizer.encode_messages(msgspec.json.decode(row.messages))
+        for row in rows
+    ]
+    by_length = sorted(zip(encoded, rows, strict=True), key=lambda pair: len(pair[0]))
     right = 0
-    size = batch_rows(deployment, _BATCH_ROWS, [len(encode(row.prompt)) for row in rows])
+    size = batch_rows(deployment, _BATCH_ROWS, list(map(len, encoded)))
     for start in range(0, len(by_length), size):
-        batch = by_length[start : start + size]
-        prompts = [row.prompt for row in batch]
+        prompts = [ids for ids, _ in by_length[start : start + size]]
+        batch = [row for _, row in by_length[start : start + size]]
         # As the reference generates, and training measures: without the base's own sampling and penalties.
         replies = deployment.generate(prompts, tasks=task, max_new_tokens=longest, sampling=PLAIN_GREEDY)
         right += sum(

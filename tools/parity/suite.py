@@ -14,6 +14,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
 from adalink.runtime.options import OpenOptions
+from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
@@ -66,7 +67,7 @@ class VerifyOptions:
         quick: fewer prompts.
         text: text to measure the cost of quantising on; the prompts by default.
         max_perplexity_increase: limit on the perplexity of a quantised base, in percent of float32's.
-        task_rows: JSONL files of prompts and completions by task, for exact match with a quantised base.
+        task_rows: files of prompts and completions by task, for exact match with a quantised base.
         assume_pretokenizer: see ``load_tokenizer``.
     """
 
@@ -76,7 +77,7 @@ class VerifyOptions:
     quick: bool = False
     text: str | None = None
     max_perplexity_increase: float | None = None
-    task_rows: Mapping[str, Path] = field(default_factory=dict)
+    task_rows: Mapping[str, RowSource | Path] = field(default_factory=dict)
     assume_pretokenizer: str | None = None
 
 
@@ -173,7 +174,9 @@ def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> di
     return {name: adapters.get(name, copies[name]) for name in deployment.tasks}
 
 
-def _read_task_rows(deployment: Deployment, form: str, files: Mapping[str, Path]) -> dict[str, list[TrainingRow]]:
+def _read_task_rows(
+    deployment: Deployment, form: str, files: Mapping[str, RowSource | Path]
+) -> dict[str, list[TrainingRow]]:
     """The rows of each task; ``form`` is the variant's name, for messages."""
     from adalink.training.data.rows import read_rows
 

@@ -19,8 +19,8 @@ def warn_of_prompts(rows: Sequence[TrainingRow], eval_rows: Sequence[TrainingRow
             f"{len(joined)} of {len(rows)} completions begin without a space behind their prompts (such as "
             f"{example.prompt[-12:] + example.completion[:12]!r}): most tokenizers expect ' {example.completion[:12]}'"
         )
-    keys = [_key(row) for row in rows]
-    warnings += _warn_of_doubles(keys, [_key(row) for row in eval_rows], "prompts")
+    keys = [prompt_key(row) for row in rows]
+    warnings += _warn_of_doubles(keys, [prompt_key(row) for row in eval_rows], "prompts")
     answers: dict[object, str] = {}
     told = [row.completion for row in rows]
     if differing := sum(answers.setdefault(key, answer) != answer for key, answer in zip(keys, told, strict=True)):
@@ -51,10 +51,7 @@ def label_key(row: LabelledRow) -> tuple[str, str | None]:
 
 def prompt_key(row: TrainingRow) -> tuple[object, ...]:
     """What makes two rows the same prompt."""
-    return row.prompt, row.images, str(row.messages)
-
-
-_key = prompt_key
+    return row.prompt, row.images, row.messages
 
 
 def _is_joined(row: TrainingRow) -> bool:

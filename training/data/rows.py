@@ -33,22 +33,34 @@ _FIELDS = ("prompt", "completion", "images")
 _MOST_LABELS, _FEWEST_ROWS = 100, 4
 
 
-class TrainingRow(msgspec.Struct, frozen=True):
-    """One row of a file.
+class TrainingRow(msgspec.Struct, frozen=True, eq=False):
+    """One row of a file. Rows are equal where their content is, wherever they stand.
 
     Attributes:
         prompt: the prompt; empty for a conversation.
         completion: what is learned.
         images: paths relative to the file's folder.
-        messages: a conversation before its reply, which is ``completion``.
+        messages: a conversation before its reply, which is ``completion``, as JSON.
         line: its place in the file; 0 for a row of no file.
     """
 
     prompt: str
     completion: str
     images: tuple[str, ...] = ()
-    messages: list[dict[str, Any]] | None = None
+    messages: str | None = None
     line: int = 0
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All but the place."""
+        conversation = {} if self.messages is None else {"messages": self.messages}
+        return {"prompt": self.prompt, "completion": self.completion, "images": self.images, **conversation}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TrainingRow) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash((self.prompt, self.completion, self.images, self.messages))
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def _conversation(row: Row) -> TrainingRow:
         )
     if len(messages) < 2 or images_of(messages):
         raise DataError(f"{row.origin}: expected a message before the reply, and texts alone in training rows")
-    return TrainingRow("", reply["content"], messages=messages[:-1], line=row.line)
+    return TrainingRow("", reply["content"], messages=msgspec.json.encode(messages[:-1]).decode(), line=row.line)
 
 
 def find_labels(rows: Sequence[TrainingRow]) -> LabelSet | None:
@@ -203,12 +215,12 @@ def encode_rows(
     return examples
 
 
-def _encode_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def _encode_messages(messages: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
     """Token ids of a conversation up to the beginning of its reply, as a deployment has it; raises ``DataError``."""
     if not tokenizer.chat_template:
         raise DataError(f"{where} has messages, and the base has no chat template: give prompts and completions")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(msgspec.json.decode(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it may raise anything
         raise DataError(f"{where}: the chat template refuses the messages: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

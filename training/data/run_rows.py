@@ -10,10 +10,10 @@ from adalink.runtime.rows.lines import STANDARD_INPUT
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.head_spec import SINGLE_LABEL
+from adalink.training.data.held_out import Split, describe_split, hold_out, pick
 from adalink.training.data.labelled_rows import LabelledRow, read_labelled_rows
 from adalink.training.data.row_warnings import label_key, prompt_key, warn_of_labels, warn_of_prompts
 from adalink.training.data.rows import TrainingRow, read_rows
-from adalink.training.data.split import Split, describe_split, pick, split_rows
 
 Progress = Callable[[str], None]
 Files = dict[str, dict[str, Any]]
@@ -38,7 +38,7 @@ def read_prompts(
         eval_rows = read_rows(eval_data)
     else:
         labels = [row.completion for row in rows]
-        split = split_rows([prompt_key(row) for row in rows], labels, seed)
+        split = hold_out([prompt_key(row) for row in rows], labels, seed)
         progress(describe_split(split, labels))
         rows, eval_rows = pick(rows, split.train), pick(rows, split.held_out)
     for line in warn_of_prompts(rows, eval_rows):
@@ -56,7 +56,7 @@ def read_labelled(
         eval_rows = read_labelled_rows(eval_data, kind)[1]
     else:
         labels = [row.labels if kind == SINGLE_LABEL else () for row in rows]
-        split = split_rows([label_key(row) for row in rows], labels, seed)
+        split = hold_out([label_key(row) for row in rows], labels, seed)
         progress(describe_split(split, labels))
         rows, eval_rows = pick(rows, split.train), pick(rows, split.held_out)
     for line in warn_of_labels(rows, eval_rows):

@@ -129,7 +129,7 @@ def search(
             minutes=space.minutes,
             learned_rows=len(learned),
             validation_rows=len(held),
-            validation_sha256=digest_bytes(msgspec.json.encode([rows[i] for i in held])),
+            validation_sha256=digest_bytes(msgspec.json.encode([rows[i].content for i in held])),
             loss_before=loss_before,
             step_seconds=step_seconds,
             validation_seconds=validation_seconds,

@@ -32,12 +32,13 @@ def write(tmp_path, *lines):
 def test_reads_rows(tmp_path):
     line = json.dumps({"prompt": "é\u2028x", "completion": "日本"}, ensure_ascii=False)
     path = write(tmp_path, GOOD, "", line)
-    assert read_rows(path) == [TrainingRow("2+2=", "4", line=1), TrainingRow("é\u2028x", "日本", line=3)]
+    assert [row.line for row in read_rows(path)] == [1, 3]
+    assert read_rows(path) == [TrainingRow("2+2=", "4"), TrainingRow("é\u2028x", "日本")]
 
 
 def test_a_byte_order_mark_is_left_out(tmp_path):
     (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8-sig")
-    assert read_rows(tmp_path / "rows.jsonl") == [TrainingRow("2+2=", "4", line=1)]
+    assert read_rows(tmp_path / "rows.jsonl") == [TrainingRow("2+2=", "4")]
 
 
 @pytest.mark.parametrize(

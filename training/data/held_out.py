@@ -46,7 +46,7 @@ class Split:
         }
 
 
-def split_rows(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -> Split:
+def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -> Split:
     """Hold a fifth of the rows out.
 
     Equal texts stay together, so that none is both learned and measured. A label with a single text is not held out.
