@@ -125,7 +125,7 @@ def test_conversations_are_encoded_as_by_transformers(decoder: Path, tmp_path: P
 
 def test_wrong_use(decoder: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", [{"text": row["body"], "label": row["topic"]} for row in news()])
-    with pytest.raises(ModelError, match="a decoder: .*--template"):
+    with pytest.raises(ModelError, match=r"a decoder: .*--template"):
         train(decoder, path, None, tmp_path / "out", CONFIG, SETTINGS)
     with pytest.raises(DataError, match="save standard input as a file"):
         train(decoder, "-", None, tmp_path / "out", CONFIG, SETTINGS)
