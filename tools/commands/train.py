@@ -17,13 +17,7 @@ from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
-from adalink.tools.common.options import (
-    assume_pretokenizer_option,
-    is_given,
-    make_options,
-    map_option,
-    template_option,
-)
+from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
 from adalink.tools.common.rank_option import read_rank
 from adalink.tools.common.terminal_text import echo
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
