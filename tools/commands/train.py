@@ -13,18 +13,13 @@ import click
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES, Rank
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
-from adalink.tools.common.options import (
-    assume_pretokenizer_option,
-    is_given,
-    make_options,
-    map_option,
-    template_option,
-)
+from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
+from adalink.tools.common.rank_option import read_rank
 from adalink.tools.common.terminal_text import echo
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import (
@@ -100,7 +95,7 @@ class TrainOptions:
 
     def method(self) -> AdaLinkConfig:
         """The settings of the method; raises ``ConfigError``."""
-        rank = _read_rank(self.ranks)
+        rank = read_rank(self.ranks)
         init = self.init
         if init is None:  # without a bottleneck there is nothing to start
             searched = self.minutes is not None and self.lr is None and rank != 0
@@ -331,19 +326,3 @@ def train_adapter(options: TrainOptions) -> None:
         f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )
-
-
-def _read_rank(texts: tuple[str, ...]) -> Rank:
-    """``("16",)``, or ``("text=16", "image=64")``; raises ``ConfigError``."""
-    named = [text.partition("=") for text in texts]
-    try:
-        if len(texts) == 1 and not named[0][1]:
-            return int(texts[0])
-        ranks = {name: int(number) for name, _, number in named}
-    except ValueError as error:
-        raise ConfigError(
-            f"--rank is {' '.join(texts)}, expected one number, or MODALITY=NUMBER for each modality"
-        ) from error
-    if len(ranks) < len(texts):
-        raise ConfigError(f"--rank is {' '.join(texts)}, expected each modality once")
-    return ranks

@@ -56,7 +56,7 @@ def test_few_texts(count: int) -> None:
 
 
 def test_one_text_cannot_be_split() -> None:
-    with pytest.raises(DataError, match="all rows have one text, .*give --eval"):
+    with pytest.raises(DataError, match=r"all rows have one text, .*give --eval"):
         hold_out(["a"] * 9, ["b"] * 9, 0)
 
 
@@ -93,10 +93,11 @@ def test_warning_of_a_missing_space(prompt: str, completion: str, is_warned: boo
     warnings = warn_of_prompts([TrainingRow(prompt, completion)], [])
     assert bool(warnings) == is_warned
     if is_warned:
-        assert warnings == [
+        (line,) = warnings
+        assert line == (
             "1 of 1 completions begin without a space behind their prompts (such as 'Topic:oil'): most tokenizers "
             "expect ' oil'"
-        ]
+        )
 
 
 def test_warnings_of_prompts() -> None:
