@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 RUN     = $(VENV)/bin
-EXTRAS ?= cpu,vision,serve,structured,export,train,study,dev,bench
+EXTRAS ?= cpu,vision,serve,structured,export,train,eval,study,dev,bench
 DEMO   ?= build/demo
 PEERS  ?= build/peers
 WORKERS ?= 2

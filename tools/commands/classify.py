@@ -19,7 +19,7 @@ from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
-    from adalink.runtime.text_classifier import Classification, PreparedText
+    from adalink.runtime.text_classifier import Classification, PreparedPrompt, PreparedText
 
 # Texts between two lines of progress.
 _TEXTS_AT_ONCE = 256
@@ -41,6 +41,8 @@ class ClassifyOptions:
     variant: str | None
     threads: int | None
     as_json: bool
+    labels: tuple[str, ...]
+    calibration: str | None
 
 
 @click.command(short_help="Classify texts by tasks that were trained with labels.")
@@ -50,13 +52,25 @@ class ClassifyOptions:
 @rows_option("Rows with text, text_pair, task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
 @map_option
 @click.option("--task", metavar="NAME", help="The task. Rows of a file may name their own.")
+@click.option(
+    "--labels",
+    multiple=True,
+    metavar="TEXT",
+    help="On a decoder, a completion to choose from; repeat it for each. The task's own without it.",
+)
+@click.option(
+    "--calibrate",
+    "calibration",
+    metavar="TEXT",
+    help="Likewise, a prompt without content: what the task says of it is divided out of the probabilities.",
+)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each text.")
 def command(**values: Any) -> None:
     """Print what a task says of TEXT, or of each row of a file: labels with probabilities, a number, or spans.
 
     Spans have the first character and the one behind the last. A text that is longer than those of the training may be
-    is cut, and the result says so.
+    is cut, and the result says so. On a decoder TEXT is a prompt, as in training, and labels are its completions.
 
     \b
     Example:
@@ -88,7 +102,7 @@ def classify(options: ClassifyOptions) -> None:
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:
         cut = 0
-        for row, result in _results(deployment, rows):
+        for row, result in _results(deployment, rows, options):
             cut += result.truncated
             if options.jsonl is None and not options.as_json:
                 for line in _lines(result):
@@ -100,15 +114,17 @@ def classify(options: ClassifyOptions) -> None:
             echo(f"{cut} of {len(rows)} texts were longer than those of their training may be, and were cut", err=True)
 
 
-def _results(deployment: Deployment, rows: list[TextRow]) -> Iterator[tuple[TextRow, Classification]]:
+def _results(
+    deployment: Deployment, rows: list[TextRow], options: ClassifyOptions
+) -> Iterator[tuple[TextRow, Classification]]:
     """A result for each row, in order; all rows are tokenised and checked before the first is run."""
     from adalink.tools.common.console import progress_bar
 
     classifier = deployment.text_classifier
 
-    def prepare(some: Sequence[TextRow]) -> Sequence[PreparedText]:
+    def prepare(some: Sequence[TextRow]) -> Sequence[PreparedText | PreparedPrompt]:
         texts = [row.text if row.text_pair is None else (row.text, row.text_pair) for row in some]
-        return classifier.prepare(texts, [row.task for row in some])
+        return classifier.prepare(texts, [row.task for row in some], options.labels or None, options.calibration)
 
     prepared = prepare_rows(rows, prepare)
     with progress_bar() as progress:

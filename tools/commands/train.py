@@ -49,11 +49,7 @@ class TrainOptions:
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
-        labels: completions that are labels; none to find them in the rows.
         pooling: of a task with labels, as the three that follow: see ``HeadSettings``.
-        problem_type: likewise.
-        head_lr: likewise.
-        head_alone: likewise.
         assume_pretokenizer: see ``load_tokenizer``.
         resume: go on with an interrupted run.
         as_json: print the whole report.
@@ -234,8 +230,7 @@ _METHOD = AdaLinkConfig()
     "--labels",
     multiple=True,
     metavar="TEXT",
-    show_default="all completions, if few",
-    help="A completion that is a label, as in the rows; repeat it for each. `adalink classify` chooses from them.",
+    help="A completion that is a label, for `adalink classify`; repeat it for each. By default all, if few.",
 )
 @click.option(
     "--pooling",
