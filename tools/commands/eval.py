@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import RequestError
-from adalink.tools.common.options import make_options
+from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.options import make_options, map_option, template_option
 from adalink.tools.common.report_file import ReportFile, write_json
 
 
@@ -19,6 +20,8 @@ class EvalOptions:
 
     deployment: Path
     data: Path
+    columns: tuple[str, ...]
+    template: str | None
     tasks: tuple[str, ...]
     against: str | None
     variants: tuple[str, ...]
@@ -31,7 +34,14 @@ class EvalOptions:
 
 @click.command(name="eval", short_help="Measure tasks on rows that say what is right.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path, dir_okay=False), help="JSONL rows, see below.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Rows as JSONL, JSON, CSV, TSV or Parquet, see below.",
+)
+@map_option
+@template_option
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="A task; may be repeated. All tasks without it.")
 @click.option(
     "--against",
@@ -59,7 +69,7 @@ class EvalOptions:
 def command(**values: Any) -> None:
     """Measure how often tasks of the deployment DIR are right, and what it is worth.
 
-    Lines of --data are {"text": "...", "label": "..."}, or {"prompt": "...", "completion": "..."}. A task with labels
+    Rows of --data are {"text": "...", "label": "..."}, or {"prompt": "...", "completion": "..."}. A task with labels
     is right if it gives the label. Other tasks generate text greedily, and are right if that is the completion. The
     verdict comes first: accuracy with its interval of 95 % confidence, and the reference on the same rows. --json and
     --html have all of it: precision and recall of each label, confusions, calibration, wrong rows, times.
@@ -91,7 +101,7 @@ def evaluate(options: EvalOptions) -> None:
     from adalink.tools.evaluation.terminal import print_report
 
     check_installed()
-    rows = read_eval_rows(options.data)
+    rows = read_eval_rows(RowSource(options.data, read_columns(options.columns), options.template))
     reports = []
     with progress_bar() as progress:
         for variant in options.variants or (None,):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,9 +59,6 @@ def _check_row(row: Row, task: str | None) -> TextRow:
     fields, origin = row.fields, row.origin
     text = row.text("text", _EXPECTED)
     extras = row.extras(_FIELDS)
-    for name in extras:
-        if meant := get_close_matches(name.lower(), _FIELDS, 1, cutoff=0.85):
-            raise DataError(f"{origin}: field {name!r} is none of a row's: did you mean {meant[0]!r}?")
     pair, row_task = fields.get("text_pair"), fields.get("task", task)
     for name, value in (("text_pair", pair), ("task", row_task)):
         if value is not None and not isinstance(value, str):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
-from adalink.runtime.storage.jsonl import read_jsonl
+from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.table import read_table
 
 _EXPECTED = '{"text": "...", "label": "..."} or {"prompt": "...", "completion": "..."}'
 
@@ -27,19 +27,17 @@ class EvalRow(NamedTuple):
         return self.expected.strip()
 
 
-def read_eval_rows(path: Path) -> list[EvalRow]:
-    """Rows of a file; fields beside those are not read.
+def read_eval_rows(source: RowSource | Path) -> list[EvalRow]:
+    """Rows of a file in any form that ``adalink.runtime.rows.table`` reads; other columns are not used.
 
     Raises:
-        DataError: a line is no such row; the message names it.
+        DataError: a row has another form; the message names it.
     """
-    return [_check(row, f"{path}:{number}", number) for number, row in read_jsonl(path, _EXPECTED, json.loads)]
+    return [_check(row.fields, row.origin, row.line) for row in read_table(source, _EXPECTED)]
 
 
-def _check(row: Any, origin: str, line: int) -> EvalRow:
-    if not isinstance(row, dict):
-        raise DataError(f"{origin}: expected {_EXPECTED}, received {json.dumps(row)[:80]}")
-    for text, answer in (("text", "label"), ("prompt", "completion")):
+def _check(row: dict[str, Any], origin: str, line: int) -> EvalRow:
+    for text, answer in (("prompt", "completion"), ("text", "label")):
         if text in row and answer in row:
             return _read(row, text, answer, origin, line)
     if "text" in row and (kind := next((name for name in ("labels", "spans") if name in row), None)):
