@@ -80,7 +80,7 @@ class Row:
         self.prefix_positions: Array = np.zeros(0, np.int64)
         self.prefix: Array | None = None
         # A row that holds itself would stay in memory until the garbage collector looks through everything.
-        own = weakref.ref(self)
+        own: weakref.ref[Row] = weakref.ref(self)
         self._sequence = make_sequence(lambda _, text: _send(own, text))
         self._chooser = chooser
         self._lookup: PromptLookup | None = None
