@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from adalink.runtime.errors import BackendUnavailableError, DataError
+from adalink.runtime.storage.decoding import decode_json
 
 _ROWS_AT_ONCE = 1024
 
@@ -58,7 +59,7 @@ def _plain(row: dict[str, Any], names: dict[str, list[str]], origin: str) -> dic
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Names of classes of each column with class labels."""
     try:
-        features = msgspec.json.decode(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        features = decode_json(metadata.get(b"huggingface", b"{}"), dict[str, Any])["info"]["features"]
         return {
             name: list(map(str, feature["names"]))
             for name, feature in features.items()

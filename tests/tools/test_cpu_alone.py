@@ -20,6 +20,7 @@ ONE_LINE = re.compile(r"Error: .*pip install (-\S+ )*'adalink-kit\[[a-z,-]+\]'\n
 WORKS = {
     "run",
     "run jsonl",
+    "classify",
     "chat",
     "remove",
     "bench",
@@ -55,6 +56,21 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "inspect onnx": ["inspect", folder / "tasks/alpha/adapter.onnx"],
         "doctor": ["doctor", "--json"],
         "doctor footprint": ["doctor", "--footprint", "--json"],
+        "classify": [
+            "classify",
+            folder,
+            "Hello",
+            "--labels",
+            "a",
+            "--labels",
+            "b",
+            "--task",
+            "alpha",
+            "--threads",
+            "1",
+        ],
+        "embed": ["embed", folder, "Hello", "--threads", "1"],
+        "eval": ["eval", folder, "--data", rows, "--task", "alpha", "--threads", "1"],
         "bench": ["bench", folder, "--task", "alpha", "--threads", "1"],
         "verify": ["verify", folder, "--against", model, "--quick"],
         "train": ["train", "--base", model, "--data", rows, "--eval", rows, "--out", root / "trained"],
@@ -96,7 +112,10 @@ def test_every_verb_works_or_names_the_extra(made: tuple[Path, Path, Path], tmp_
     for name, (code, _, stderr, error) in results.items():
         assert error is None, (name, error)
         assert "Traceback" not in stderr, name
-        if name in WORKS:
+        if name == "embed":  # the base is no encoder, and the package that it needs is there
+            assert (code, stderr.count("\n")) == (2, 1), stderr
+            assert "pip install" not in stderr
+        elif name in WORKS:
             assert code == 0, (name, stderr)
         else:
             assert code == 2, (name, stderr)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
+from adalink.runtime.storage.decoding import decode_json
+from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.common.answers import batch_rows
 from adalink.tools.common.environment import available_cores
 from adalink.tools.parity.reference import Reference
@@ -61,22 +61,22 @@ def measure_accuracy(
     return {"float32": exact, "weights": dequantized, "deployed": deployed_accuracy(deployment, task, rows)}
 
 
+def _conversation(tokenizer: Tokenizer, messages: str) -> Sequence[int]:
+    return tokenizer.encode_messages(decode_json(messages, list[dict[str, Any]]))
+
+
 def deployed_accuracy(deployment: Deployment, task: str, rows: list[TrainingRow]) -> float:
     """Share of ``rows`` whose reply is the row's completion and then an end token."""
     tokenizer = deployment.tokenizer
     longest = max(len(tokenizer.encode(row.completion)) for row in rows) + 1
-    encoded = [
-        tokenizer.encode(row.prompt)
-        if row.messages is None
-        else tokenizer.encode_messages(msgspec.json.decode(row.messages))
-        for row in rows
-    ]
-    by_length = sorted(zip(encoded, rows, strict=True), key=lambda pair: len(pair[0]))
+    prompts_of = [row.prompt if row.messages is None else _conversation(tokenizer, row.messages) for row in rows]
+    lengths = [len(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts_of]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     right = 0
-    size = batch_rows(deployment, _BATCH_ROWS, list(map(len, encoded)))
-    for start in range(0, len(by_length), size):
-        prompts = [ids for ids, _ in by_length[start : start + size]]
-        batch = [row for _, row in by_length[start : start + size]]
+    size = batch_rows(deployment, _BATCH_ROWS, lengths)
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        prompts, batch = [prompts_of[place] for place in places], [rows[place] for place in places]
         # As the reference generates, and training measures: without the base's own sampling and penalties.
         replies = deployment.generate(prompts, tasks=task, max_new_tokens=longest, sampling=PLAIN_GREEDY)
         right += sum(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 _EXPECTED = '{"prompt": "...", "completion": "..."}'
 _FIELDS = ("prompt", "completion", "images")
+_REFUSED = ("videos", "audio", "audios")
 # Completions are labels where there are few of them, each of several rows.
 _MOST_LABELS, _FEWEST_ROWS = 100, 4
 
@@ -104,6 +105,9 @@ def read_rows(source: str | Path | RowSource) -> list[TrainingRow]:
 def _training_row(row: Row) -> TrainingRow:
     """A row; raises ``DataError``."""
     fields = row.fields
+    for name in _REFUSED:
+        if name in fields:
+            raise DataError(f"{row.origin}: {name} cannot be learned from, images can: remove the column")
     row.extras(_FIELDS if "messages" not in fields or "prompt" in fields else ("messages", "images"))
     if "messages" in fields and "prompt" not in fields:
         return _conversation(row)

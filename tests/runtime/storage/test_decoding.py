@@ -76,7 +76,7 @@ def test_a_missing_field_keeps_its_path() -> None:
 ALLOWED = {
     "runtime/storage/decoding.py": "the one reader",
     "runtime/storage/safetensors.py": "headers may repeat names, which only Python's json lets through to be found",
-    "runtime/storage/jsonl.py": "the reader of lines",
+    "runtime/rows/jsonl.py": "the reader of lines",
     "runtime/generation/structured_output.py": "a schema of the caller's, where whatever goes wrong is converted",
     "tools/common/rows.py": "decodes lines for the reader of lines, which converts every error",
     "tools/common/text_rows.py": "likewise",

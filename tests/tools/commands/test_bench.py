@@ -48,7 +48,8 @@ def test_report(folder, tmp_path):
     assert (environment["task"], environment["threads"]) == ("beta", 1)
     medians = environment["medians_ms"]
     # The median of the rounds' ratios, which the ratio of the medians is near, and not its inverse or another's.
-    assert values["decode_ratio"] == pytest.approx(medians["decode_task_ms"] / medians["decode_base_ms"], rel=0.3)
+    near = medians["decode_task_ms"] / medians["decode_base_ms"]
+    assert near / 3 < values["decode_ratio"] < near * 3
 
 
 def test_a_slow_task_shows(folder, monkeypatch):

@@ -70,7 +70,7 @@ class Terminal:
                 return self.wait(pattern, seconds=1)
         return self.wait(pattern)
 
-    def wait(self, pattern: str, seconds: float = 30) -> str:
+    def wait(self, pattern: str, seconds: float = 90) -> str:
         """What is shown up to and with a match of ``pattern``, from the end of the last one."""
         ends = time.monotonic() + seconds
         while not (found := re.search(pattern, self.shown, re.DOTALL)):
