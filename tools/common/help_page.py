@@ -43,6 +43,8 @@ def _walk(path: tuple[str, ...], command: click.Command) -> Iterator[tuple[tuple
 
 
 def _context(path: tuple[str, ...], command: click.Command) -> click.Context:
+    if hasattr(command, "_help_option"):
+        command._help_option = None  # click keeps the one of the first context, which may have had other names
     return click.Context(
         command,
         info_name=" ".join(("adalink", *path)),
