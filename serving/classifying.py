@@ -7,13 +7,13 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from adalink.runtime.text_classifier import Classification, PreparedPrompt, PreparedText
-from adalink.serving.api_error import ApiError, as_api_error
+from adalink.serving.api_error import ApiError
 from adalink.serving.embeddings import MOST_TEXTS
 from adalink.serving.fields import ClassifyFields
 from adalink.serving.gateway import Gateway
-from adalink.serving.generating import outcome_of, read_fields
-from adalink.serving.json_body import ClientDisconnect, JsonResponse
-from adalink.serving.pieces import in_pieces
+from adalink.serving.generating import read_fields
+from adalink.serving.json_body import JsonResponse
+from adalink.serving.pieces import counted, in_pieces
 
 
 async def classify(request: HttpRequest) -> JsonResponse:
@@ -21,21 +21,16 @@ async def classify(request: HttpRequest) -> JsonResponse:
     gateway: Gateway = request.app.state.gateway
     fields: ClassifyFields = await read_fields(request, gateway, ClassifyFields)
     task = gateway.task_of(fields.model)
+    return await counted(gateway, fields.model, _answer(request, gateway, fields, task))
+
+
+async def _answer(request: HttpRequest, gateway: Gateway, fields: ClassifyFields, task: str | None) -> JsonResponse:
     classifier = gateway.deployment.text_classifier
-    try:
-        texts = _texts(fields.input)
-        prepared: list[PreparedText | PreparedPrompt] = await gateway.with_tasks(classifier.prepare, texts, task)
-        scores = [row async for rows in in_pieces(request, prepared, classifier.scores) for row in rows]
-        results = [text.read(row) for text, row in zip(prepared, scores, strict=True)]
-    except ClientDisconnect:
-        gateway.metrics.count_request(fields.model, "cancelled")
-        return JsonResponse(b"{}")  # nobody reads it
-    except Exception as error:
-        failed = as_api_error(error)
-        gateway.metrics.count_request(fields.model, outcome_of(failed))
-        raise failed from error
+    texts = _texts(fields.input)
+    prepared: list[PreparedText | PreparedPrompt] = await gateway.with_tasks(classifier.prepare, texts, task)
+    scores = [row async for rows in in_pieces(request, prepared, classifier.scores) for row in rows]
+    results = [text.read(row) for text, row in zip(prepared, scores, strict=True)]
     tokens = sum(result.tokens for result in results)
-    gateway.metrics.count_request(fields.model, "ok")
     gateway.metrics.count_prompt_tokens(fields.model, tokens)
     entries = [_describe(index, result) for index, result in enumerate(results)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -12,13 +12,13 @@ from starlette.requests import Request as HttpRequest
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.text_encoder import EncodedText
-from adalink.serving.api_error import ApiError, as_api_error
+from adalink.serving.api_error import ApiError
 from adalink.serving.fields import EmbeddingFields
 from adalink.serving.gateway import Gateway
-from adalink.serving.generating import outcome_of, read_fields
+from adalink.serving.generating import read_fields
 from adalink.serving.inputs import split_prompts
-from adalink.serving.json_body import ClientDisconnect, JsonResponse
-from adalink.serving.pieces import in_pieces
+from adalink.serving.json_body import JsonResponse
+from adalink.serving.pieces import counted, in_pieces
 
 # Most texts of a request, as with OpenAI.
 MOST_TEXTS = 2048
@@ -29,20 +29,16 @@ async def embeddings(request: HttpRequest) -> JsonResponse:
     gateway: Gateway = request.app.state.gateway
     fields: EmbeddingFields = await read_fields(request, gateway, EmbeddingFields)
     task = gateway.task_of(fields.model)
-    try:
-        choice = gateway.deployment.text_encoder.choose(fields.pooling, fields.normalize)
-        _check_dimensions(fields, gateway.deployment.text_encoder.width(choice[0]))
-        encoded: list[EncodedText] = await gateway.with_tasks(_tokenize, gateway, fields, task)
-        pieces = [piece async for piece in in_pieces(request, encoded, gateway.deployment.text_encoder.pool, choice)]
-        answer: bytes = await gateway.in_thread(_render, fields, encoded, np.concatenate(pieces))
-    except ClientDisconnect:
-        gateway.metrics.count_request(fields.model, "cancelled")
-        return JsonResponse(b"{}")  # nobody reads it
-    except Exception as error:
-        failed = as_api_error(error)
-        gateway.metrics.count_request(fields.model, outcome_of(failed))
-        raise failed from error
-    gateway.metrics.count_request(fields.model, "ok")
+    return await counted(gateway, fields.model, _answer(request, gateway, fields, task))
+
+
+async def _answer(request: HttpRequest, gateway: Gateway, fields: EmbeddingFields, task: str | None) -> JsonResponse:
+    encoder = gateway.deployment.text_encoder
+    choice = encoder.choose(fields.pooling, fields.normalize)
+    _check_dimensions(fields, encoder.width(choice[0]))
+    encoded: list[EncodedText] = await gateway.with_tasks(_tokenize, gateway, fields, task)
+    pieces = [piece async for piece in in_pieces(request, encoded, encoder.pool, choice)]
+    answer: bytes = await gateway.in_thread(_render, fields, encoded, np.concatenate(pieces))
     gateway.metrics.count_prompt_tokens(fields.model, _count_tokens(encoded))
     return JsonResponse(answer)
 

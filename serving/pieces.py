@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from adalink.serving.api_error import as_api_error
 from adalink.serving.gateway import Gateway
-from adalink.serving.json_body import ClientDisconnect
+from adalink.serving.generating import outcome_of
+from adalink.serving.json_body import ClientDisconnect, JsonResponse
 
 T = TypeVar("T")
 
@@ -30,3 +32,22 @@ async def in_pieces(
             raise ClientDisconnect
         result: T = await gateway.with_tasks(compute, texts[start : start + _TEXTS_AT_ONCE], *arguments)
         yield result
+
+
+async def counted(gateway: Gateway, model: str, answer: Awaitable[JsonResponse]) -> JsonResponse:
+    """An answer of such a request; how it ended is counted.
+
+    Raises:
+        ApiError: it failed.
+    """
+    try:
+        response = await answer
+    except ClientDisconnect:
+        gateway.metrics.count_request(model, "cancelled")
+        return JsonResponse(b"{}")  # nobody reads it
+    except Exception as error:
+        failed = as_api_error(error)
+        gateway.metrics.count_request(model, outcome_of(failed))
+        raise failed from error
+    gateway.metrics.count_request(model, "ok")
+    return response
