@@ -10,19 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adalink.runtime.request import check_text
-from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.options import engine_options, make_options, map_option, require_rows, rows_option
+from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
 from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
+from adalink.tools.common.text_rows import TextRow, answer_rows, given_texts, prepare_rows
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
     from adalink.runtime.text_classifier import Classification, PreparedPrompt, PreparedText
 
-# Texts between two lines of progress.
-_TEXTS_AT_ONCE = 256
 # Likeliest labels that are shown without --json.
 _SHOWN = 5
 
@@ -89,15 +85,7 @@ def classify(options: ClassifyOptions) -> None:
     """
     from adalink.runtime.deployment import Deployment
 
-    if (options.text is None) == (options.jsonl is None):
-        raise click.UsageError("give either TEXT or --rows")
-    require_rows(options.jsonl is not None, "columns")
-    if options.text_pair is not None and options.jsonl is not None:
-        raise click.UsageError("--text-pair is for one text: name the pairs of --rows in its rows")
-    if options.jsonl is not None:
-        rows = read_texts(RowSource(options.jsonl, read_columns(options.columns)), options.task)
-    else:
-        rows = [TextRow(check_text(options.text or "", "TEXT"), options.text_pair, options.task, "")]
+    rows = given_texts(options.text, options.jsonl, options.columns, options.task, options.text_pair)
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:
@@ -118,8 +106,6 @@ def _results(
     deployment: Deployment, rows: list[TextRow], options: ClassifyOptions
 ) -> Iterator[tuple[TextRow, Classification]]:
     """A result for each row, in order; all rows are tokenised and checked before the first is run."""
-    from adalink.tools.common.console import progress_bar
-
     classifier = deployment.text_classifier
 
     def prepare(some: Sequence[TextRow]) -> Sequence[PreparedText | PreparedPrompt]:
@@ -127,14 +113,8 @@ def _results(
         return classifier.prepare(texts, [row.task for row in some], options.labels or None, options.calibration)
 
     prepared = prepare_rows(rows, prepare)
-    with progress_bar() as progress:
-        for start in range(0, len(rows), _TEXTS_AT_ONCE):
-            if len(rows) > _TEXTS_AT_ONCE:
-                progress(f"classifying: {start} of {len(rows)} texts", start / len(rows))
-            batch = prepared[start : start + _TEXTS_AT_ONCE]
-            scores = classifier.scores(batch)
-            for row, text, values in zip(rows[start:], batch, scores, strict=False):
-                yield row, text.read(values)
+    for row, text, values in answer_rows(rows, prepared, classifier.scores, "classifying"):
+        yield row, text.read(values)
 
 
 def _lines(result: Classification) -> list[str]:

@@ -11,20 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import RequestError
-from adalink.runtime.request import check_text
-from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
-from adalink.tools.common.options import engine_options, make_options, map_option, require_rows, rows_option
+from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
 from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.text_rows import TextRow, prepare_rows, read_texts
+from adalink.tools.common.text_rows import TextRow, answer_rows, given_texts, prepare_rows
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
     from adalink.runtime.text_encoder import EncodedText
-
-# Texts between two lines of progress.
-_TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +79,7 @@ def embed(options: EmbedOptions) -> None:
     """
     from adalink.runtime.deployment import Deployment
 
-    if (options.text is None) == (options.jsonl is None):
-        raise click.UsageError("give either TEXT or --rows")
-    require_rows(options.jsonl is not None, "columns")
-    if options.jsonl is not None:
-        rows = read_texts(RowSource(options.jsonl, read_columns(options.columns)), options.task)
-    else:
-        rows = [TextRow(check_text(options.text or "", "TEXT"), None, options.task, "")]
+    rows = given_texts(options.text, options.jsonl, options.columns, options.task)
     if paired := [row.origin for row in rows if row.text_pair is not None]:
         raise RequestError(f"{paired[0]}: a pair of texts has no embedding: leave text_pair out")
     with Deployment.open(
@@ -108,8 +97,6 @@ def embed(options: EmbedOptions) -> None:
 
 def _entries(deployment: Deployment, rows: list[TextRow], options: EmbedOptions) -> Iterator[dict[str, Any]]:
     """A result for each row, in order; all rows are tokenised and checked before the first is run."""
-    from adalink.tools.common.console import progress_bar
-
     encoder = deployment.text_encoder
     choice = encoder.choose(options.pooling or None, options.normalize)
     prompt = None if options.prompt_name is None else encoder.prompt_named(options.prompt_name)
@@ -118,12 +105,11 @@ def _entries(deployment: Deployment, rows: list[TextRow], options: EmbedOptions)
         return encoder.tokenize([row.text for row in some], [row.task for row in some], prompt)
 
     encoded = prepare_rows(rows, tokenize)
-    with progress_bar() as progress:
-        for start in range(0, len(rows), _TEXTS_AT_ONCE):
-            if len(rows) > _TEXTS_AT_ONCE:
-                progress(f"embedding: {start} of {len(rows)} texts", start / len(rows))
-            batch = encoded[start : start + _TEXTS_AT_ONCE]
-            vectors = encoder.pool(batch, choice)
-            for row, text, vector in zip(rows[start:], batch, vectors.tolist(), strict=False):
-                tokens = {"tokens": len(text.ids), "truncated": text.is_cut}
-                yield with_extras({"text": row.text, "task": row.task, **tokens, "embedding": vector}, row.extras)
+
+    def pool(batch: Sequence[EncodedText]) -> Sequence[list[float]]:
+        vectors: list[list[float]] = encoder.pool(batch, choice).tolist()
+        return vectors
+
+    for row, text, vector in answer_rows(rows, encoded, pool, "embedding"):
+        tokens = {"tokens": len(text.ids), "truncated": text.is_cut}
+        yield with_extras({"text": row.text, "task": row.task, **tokens, "embedding": vector}, row.extras)

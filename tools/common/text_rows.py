@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import click
+
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
-from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.rows.table import Row, read_table
+from adalink.tools.common.options import require_rows
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+# Texts between two lines of progress.
+_TEXTS_AT_ONCE = 256
 
 _FIELDS = ("text", "text_pair", "task")
 _EXPECTED = '{"text": text, "task": name or null}'
@@ -40,6 +47,39 @@ def read_texts(source: RowSource | Path, task: str | None) -> list[TextRow]:
         DataError: a row has another form; the message names it.
     """
     return [_check_row(row, task) for row in read_table(source, _EXPECTED)]
+
+
+def given_texts(
+    text: str | None, rows: Path | None, columns: tuple[str, ...], task: str | None, text_pair: str | None = None
+) -> list[TextRow]:
+    """The text of a command line, or those of its ``--rows``.
+
+    Raises:
+        click.UsageError: neither a text nor rows, or both, ``--map`` without rows, or a pair with them.
+        AdaLinkError: a text or a row cannot be used.
+    """
+    if (text is None) == (rows is None):
+        raise click.UsageError("give either TEXT or --rows")
+    require_rows(rows is not None, "columns")
+    if text_pair is not None and rows is not None:
+        raise click.UsageError("--text-pair is for one text: name the pairs of --rows in its rows")
+    if rows is not None:
+        return read_texts(RowSource(rows, read_columns(columns)), task)
+    return [TextRow(check_text(text or "", "TEXT"), text_pair, task, "")]
+
+
+def answer_rows(
+    rows: Sequence[TextRow], prepared: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]], doing: str
+) -> Iterator[tuple[TextRow, T, R]]:
+    """Each row with what was prepared of it and its result, in order, with progress on long files."""
+    from adalink.tools.common.console import progress_bar
+
+    with progress_bar() as progress:
+        for start in range(0, len(rows), _TEXTS_AT_ONCE):
+            if len(rows) > _TEXTS_AT_ONCE:
+                progress(f"{doing}: {start} of {len(rows)} texts", start / len(rows))
+            batch = prepared[start : start + _TEXTS_AT_ONCE]
+            yield from zip(rows[start:], batch, compute(batch), strict=False)
 
 
 def prepare_rows(rows: Sequence[TextRow], prepare: Callable[[Sequence[TextRow]], Sequence[T]]) -> Sequence[T]:
