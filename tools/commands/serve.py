@@ -31,6 +31,7 @@ class ServeCommandOptions:
     slots: int
     context: int | None
     queue: int
+    connections: int
     prefix_cache: int
     api_key_file: Path | None
     allow_without_key: bool
@@ -64,6 +65,9 @@ class ServeCommandOptions:
     default=256,
     show_default=True,
     help="Requests that wait for a slot; further ones are answered with 503.",
+)
+@click.option(
+    "--connections", type=click.IntRange(min=1), default=512, show_default=True, help="Most open connections."
 )
 @click.option(
     "--prefix-cache",
@@ -138,6 +142,7 @@ def run(options: ServeCommandOptions) -> None:
         request_seconds=options.timeout,
         watch_seconds=_WATCH_SECONDS if options.watch else None,
         drain_seconds=options.drain,
+        connections=options.connections,
         slots=options.slots,
         context=options.context,
         page=not options.no_page,
