@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs="+", metavar="NAME", help="these alone, as the results name them")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
-    options.model = options.model or Path(smollm2())
+    options.model = options.model or next(Path(smollm2()).glob("*.gguf"))
     servers = [server for server in prepare(options) if options.servers is None or server.name in options.servers]
     measured: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
     closed: dict[str, list[float]] = {"fp32": [], "int4": []}
@@ -111,8 +111,7 @@ def prepare(options: argparse.Namespace) -> list[Server]:
         say("making the models of llama.cpp")
         adapters = build / "adapters.npz"
         np.savez(adapters, allow_pickle=False, **adapter_weights(deployment))
-        source = options.model if options.model.is_file() else next(options.model.glob("*.gguf"))
-        make = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", source]
+        make = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", options.model]
         run([*make, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
     for name, label in (("f32", "llama.cpp, F32"), ("q4_0", "llama.cpp, Q4_0")):
         for loras, suffix in ((TASKS, ", 16 LoRAs"), (0, ", no adapter")):
