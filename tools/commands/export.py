@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +10,20 @@ import click
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
-from adalink.tools.common.options import assume_pretokenizer_option
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import SAMPLE_TEXT, say_next
+from adalink.tools.common.options import assume_pretokenizer_option, out_option
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import VerbGroup
 
 if TYPE_CHECKING:
-    from adalink.runtime.storage.manifest import Vision
+    from adalink.runtime.storage.manifest import Manifest, Vision
 
 _QUANTIZATIONS = ("int4", "int8")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 
 
-@click.group(name="export", short_help="Export a base model, adapters and engines into a deployment.")
+@click.group(cls=VerbGroup, name="export", short_help="Export a base model, adapters and engines into a deployment.")
 def command() -> None:
     """Export a base model, adapters and engines into a deployment.
 
@@ -42,7 +44,7 @@ command.add_command(engine)
 
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@out_option("The deployment folder.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the weights.")
 @click.option(
     "--target",
@@ -62,7 +64,7 @@ command.add_command(engine)
 )
 @assume_pretokenizer_option
 @click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_options("Print the result as JSON.")
 def base(
     model: str,
     out: Path,
@@ -72,7 +74,7 @@ def base(
     modalities: tuple[str, ...],
     assume_pretokenizer: str | None,
     replace: bool,
-    as_json: bool,
+    output: JsonOutput,
 ) -> None:
     """Export MODEL as the base of a deployment.
 
@@ -121,8 +123,7 @@ def base(
         result["unused_tensors"] = list(manifest.base.unused_tensors)
     if vision is not None:
         result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
+    if output.give(result):
         return
     echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
     echo(f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}")
@@ -134,6 +135,17 @@ def base(
     echo(f"  fingerprint {manifest.base.fingerprint}")
     if manifest.base.unused_tensors:
         echo(f"  left out of the checkpoint: {', '.join(manifest.base.unused_tensors)}")
+    _say_next(model, out, manifest, quantization or target)
+
+
+def _say_next(model: str, out: Path, manifest: Manifest, variant: str) -> None:
+    """What to do with a base; a further form of it is measured first."""
+    if len(manifest.variants) > 1 or variant != "onnxruntime-cpu":
+        say_next("verify", out, "--against", model, "--variant", variant)
+    elif manifest.tasks:
+        say_next("verify", out, "--against", model)
+    else:
+        say_next("embed" if manifest.base.kind == "encoder" else "run", out, SAMPLE_TEXT)
 
 
 def _unit(vision: Vision) -> str:
