@@ -61,7 +61,8 @@ def command(
     if backend == "onnxruntime-cpu":
         say("start-up")
         metrics += measure_startup(deployment, threads, variant)
-    if output.give({"environment": environment, "metrics": metrics}):
-        return
-    print_report(f"{bench.model}, task {bench.task}", metrics, medians, bench.tokens, bench.rows)
-    say_next("serve", deployment, "--backend", backend, "--variant", variant)
+    output.give(
+        {"environment": environment, "metrics": metrics},
+        lambda: print_report(f"{bench.model}, task {bench.task}", metrics, medians, bench.tokens, bench.rows),
+    )
+    say_next("serve", deployment, "--variant", variant, output=output)

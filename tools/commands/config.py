@@ -16,6 +16,7 @@ from adalink.tools.common.near_names import did_you_mean
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb, config_path, name_variables
+from adalink.tools.common.verbose import say
 
 _LOCAL_FILE = "adalink.toml"
 
@@ -64,21 +65,23 @@ def command(output: JsonOutput) -> None:
         "settings": [asdict(setting) for setting in settings],
         "unknown_variables": [name for name, _ in unknown],
     }
-    if output.give(report):
-        return
+    output.give(report, lambda: _show(file, settings))
+    for name, near in unknown:
+        say(f"note: {name} is no variable of adalink{near}")
+    if Path(_LOCAL_FILE).is_file() and given is None:
+        say(f"note: {_LOCAL_FILE} of this folder is not read by itself")
+        say_next("--config", _LOCAL_FILE, "config", output=output)
+    else:
+        say_next("doctor", output=output)
+
+
+def _show(file: Path | None, settings: list[Setting]) -> None:
     echo(f"configuration file: {file or f'none; yours would be {user_file()}'}")
     for setting in settings:
         hidden = "" if setting.is_used else ", which the environment overrides"
         echo(f"adalink {setting.verb} --{setting.option}: {setting.value!r}, from {setting.source}{hidden}")
     if not settings:
         echo("no default is set")
-    for name, near in unknown:
-        echo(f"note: {name} is no variable of adalink{near}", err=True)
-    if Path(_LOCAL_FILE).is_file() and given is None:
-        echo(f"note: {_LOCAL_FILE} of this folder is not read by itself", err=True)
-        say_next("--config", _LOCAL_FILE, "config", output=output)
-    else:
-        say_next("doctor", output=output)
 
 
 def _settings(root: click.Context, given: Path | None) -> tuple[Path | None, list[Setting]]:

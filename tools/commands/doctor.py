@@ -74,9 +74,7 @@ def command(footprint: bool, output: JsonOutput) -> None:
         _show_footprint(output)
         return
     findings = diagnose()
-    if output.give(findings):
-        return
-    _show_findings(findings)
+    output.give(findings, lambda: _show_findings(findings))
 
 
 def _show_findings(findings: dict[str, Any]) -> None:
@@ -99,13 +97,16 @@ def _show_findings(findings: dict[str, Any]) -> None:
 
 
 def _show_footprint(output: JsonOutput) -> None:
-    from adalink.tools.common.console import print_table
     from adalink.tools.doctor.footprint import measure_footprint
 
     packages = measure_footprint()
     total = sum(int(str(entry["bytes"])) for entry in packages)
-    if output.give({"packages": packages, "total_bytes": total}):
-        return
+    output.give({"packages": packages, "total_bytes": total}, lambda: _print_footprint(packages, total))
+
+
+def _print_footprint(packages: list[dict[str, object]], total: int) -> None:
+    from adalink.tools.common.console import print_table
+
     rows = [(entry["package"], entry["version"], f"{int(str(entry['bytes'])) / 1e6:.1f}") for entry in packages]
     print_table("Footprint of the runtime", ("package", "version", "MB"), [*rows, ("total", "", f"{total / 1e6:.1f}")])
 

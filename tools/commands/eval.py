@@ -22,7 +22,7 @@ from adalink.tools.common.options import (
     variant_option,
 )
 from adalink.tools.common.report_file import ReportFile
-from adalink.tools.common.verb import Verb, given_arguments
+from adalink.tools.common.verb import Verb, typed_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def command(**values: Any) -> None:
     options = make_options(EvalOptions, values)
     evaluate(options)
     if options.html is None:
-        say_next("eval", *given_arguments(), "--html", "report.html", output=options.output)
+        say_next("eval", *typed_words(click.get_current_context()), "--html", "report.html", output=options.output)
     else:
         say_next("serve", options.deployment, output=options.output)
 
@@ -140,8 +140,7 @@ def evaluate(options: EvalOptions) -> None:
                     for task in tasks
                 ]
                 report = make_report(deployment, options.data, reports)
-    if not options.output.give(to_builtins(report)):
-        print_report(report)
+    options.output.give(to_builtins(report), lambda: print_report(report))
     if options.html is not None:
         page = render_page(report).encode()
         replace_file(options.html, page, repair="choose a writable place with --html", private=True)

@@ -90,10 +90,16 @@ def adapter(
     # On a backend that is not here nothing can be timed; the files are the same.
     can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"
     trade = fold_trade(out, manifest, next(iter(folders))) if can_run else None
-    tasks = [_described(manifest, task) for task in folders]
-    if output.give({"deployment": str(out), "tasks": tasks, **({"fold_trade": trade} if trade else {})}):
-        return
-    for task in list(folders)[:_MOST_LISTED]:
+    result = {"deployment": str(out), "tasks": [_described(manifest, task) for task in folders]}
+    if trade is not None:
+        result["fold_trade"] = trade
+    output.give(result, lambda: _show(out, manifest, list(folders), trade))
+    first = next(iter(folders))
+    say_next(_verb(manifest, first), out, SAMPLE_TEXT, "--task", first, output=output)
+
+
+def _show(out: Path, manifest: Manifest, tasks: list[str], trade: dict[str, float] | None) -> None:
+    for task in tasks[:_MOST_LISTED]:
         entry = manifest.tasks[task]
         soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
         method = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
@@ -102,15 +108,14 @@ def adapter(
         if entry.head is not None:
             kind = entry.head.problem_type.replace("_", " ")
             echo(f"  {entry.head_graph}: {kind}, {len(entry.head.labels)} labels; adalink classify gives them")
-    if len(folders) > _MOST_LISTED:
-        echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
-    if trade is not None:
+    if len(tasks) > _MOST_LISTED:
+        echo(f"and {len(tasks) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
+    fold = manifest.tasks[tasks[0]].fold
+    if trade is not None and fold is not None:
         echo(
-            f"folded ({fold}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
+            f"folded ({fold.kind}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
             f"weights; one token takes {trade['fold_us']:.1f} µs, through the graph {trade['graph_us']:.1f} µs"
         )
-    first = next(iter(folders))
-    say_next(_verb(manifest, first), out, SAMPLE_TEXT, "--task", first)
 
 
 def _verb(manifest: Manifest, task: str) -> str:

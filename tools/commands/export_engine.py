@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,10 @@ from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import task_option, variant_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Manifest
+    from adalink.runtime.trt.record import EngineRecord
 
 _BACKENDS = ("tensorrt", "tensorrt-rtx")
 
@@ -99,11 +104,15 @@ def engine(
         "vision": to_builtins(record.vision),
         "tasks": sorted(record.tasks),
     }
-    if output.give(result):
-        return
-    echo(f"{manifest.base.name} is an engine {variant_name!r} in {deployment}")
+    output.give(result, lambda: _show(deployment, manifest, variant_name, record))
+    say_next("bench", deployment, "--backend", backend, "--variant", variant_name, output=output)
+
+
+def _show(deployment: Path, manifest: Manifest, name: str, record: EngineRecord) -> None:
+    built = manifest.variants[name]
+    echo(f"{manifest.base.name} is an engine {name!r} in {deployment}")
     echo(
-        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
+        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {record.backend} "
         f"{record.version} for {', '.join(record.target)}"
     )
     if record.vision is not None:
@@ -113,4 +122,3 @@ def engine(
         )
     echo(f"  profile {record.profile}")
     echo(f"  {len(record.embedders)} embedders, for every task of rank {record.embedder_rank} or less")
-    say_next("bench", deployment, "--backend", backend, "--variant", variant_name)

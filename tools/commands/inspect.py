@@ -11,6 +11,7 @@ from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
+from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.terminal_text import echo
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
     from adalink.runtime.storage.manifest import Base, Manifest, Task, Vision
+    from adalink.training.models.hub_access import HubAccess
 
 Description = dict[str, object]
 
@@ -231,8 +233,9 @@ def _type(value: onnx.ValueInfoProto) -> str:
 
 @click.command(cls=Verb, short_help="Explain a deployment, adapter, model, ONNX file or engine.")
 @click.argument("target")
+@hub_options
 @json_options("Print the description as JSON.")
-def command(target: str, output: JsonOutput) -> None:
+def command(target: str, access: HubAccess, output: JsonOutput) -> None:
     """Explain TARGET: a deployment, an adapter folder, a base model, an ONNX file or a compiled engine.
 
     A deployment's files are compared with their digests; a model is loaded to compute its fingerprint. Of an engine's
@@ -245,24 +248,26 @@ def command(target: str, output: JsonOutput) -> None:
       adalink inspect ./deployment/tasks/topics/adapter.onnx
       adalink inspect ./deployment/engines/tensorrt-rtx/engine.plan
     """  # noqa: D301
-    description = describe(target)
-    if output.give(description):
-        return
+    from adalink.training.models.hub_access import hub_access
+
+    with hub_access(target, access):
+        description = describe(target)
+    output.give(description, lambda: _show(target, description))
+    say_next(*_next(target, description), output=output)
+
+
+def _show(target: str, description: Description) -> None:
     from adalink.tools.common.console import print_fields
 
     echo(f"{target}: {description['kind']}")
     print_fields({name: value for name, value in description.items() if name != "kind"}, indent=2)
-    _say_next(target, description)
 
 
-def _say_next(target: str, description: Description) -> None:
+def _next(target: str, description: Description) -> tuple[str, ...]:
     """What to do with what was described."""
-    kind, tasks = description["kind"], description.get("tasks")
-    if kind == "adapter":
-        say_next("export", "adapter", target, "--out", "deployment")
-    elif kind == "model":
-        say_next("export", "base", target, "--out", "deployment")
-    elif kind == "deployment":
-        say_next("bench" if tasks else "serve", target)
-    else:
-        say_next("doctor")
+    kind = description["kind"]
+    if kind in ("adapter", "model"):
+        return "export", "adapter" if kind == "adapter" else "base", target, "--out", "deployment"
+    if kind == "deployment":
+        return "bench" if description["tasks"] else "serve", target
+    return ("doctor",)

@@ -39,7 +39,8 @@ def command(deployment: Path, task: str | None, variant: str | None, output: Jso
     else:
         assert variant is not None
         what, removed, left = "variant", variant, sorted(remove_variant(deployment, variant).variants)
-    if output.give({"deployment": str(deployment), "removed": removed, f"{what}s": left}):
-        return
-    echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}")
-    say_next("inspect", deployment)
+    output.give(
+        {"deployment": str(deployment), "removed": removed, f"{what}s": left},
+        lambda: echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}"),
+    )
+    say_next("inspect", deployment, output=output)

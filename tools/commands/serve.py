@@ -162,9 +162,12 @@ def run(options: ServeCommandOptions) -> None:
             models = [deployment.manifest.base.name, *deployment.tasks]
             page = None if options.no_page else f"{url}/"
             report = {"url": url, "host": host, "port": port, "models": models, "page": page}
-            if not options.output.give(report, one_line=True):
+
+            def show() -> None:
                 echo(f"serving {', '.join(models)} at {url}/v1{f', with a page at {page}' if page else ''}")
                 say(f"next: curl {url}/v1/models")
+
+            options.output.give(report, show, one_line=True)
 
         serve(
             deployment,

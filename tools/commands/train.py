@@ -17,6 +17,7 @@ from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
+from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
@@ -24,6 +25,7 @@ from adalink.tools.common.rank_option import read_rank
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
+from adalink.training.models.hub_access import HubAccess, hub_access
 from adalink.training.settings import (
     DEVICES,
     PRECISIONS,
@@ -41,7 +43,7 @@ class TrainOptions:
     """Options of ``adalink train``, by the names of its parameters.
 
     Attributes:
-        base: model folder, GGUF file or hub id.
+        base: model folder, GGUF file or hub id, which ``access`` is for.
         data: rows to learn from.
         eval_data: rows to measure on; ``None`` to hold some of ``data`` out.
         columns: names of the rows' columns, as ``NAME=COLUMN,...``.
@@ -60,6 +62,7 @@ class TrainOptions:
     """
 
     base: str
+    access: HubAccess
     data: Path
     eval_data: Path | None
     columns: tuple[str, ...]
@@ -168,6 +171,7 @@ _DEPLOYMENT = "deployment"
     show_default="a fifth of --data, by --seed, each label's share",
     help="Rows to measure on.",
 )
+@hub_options
 @map_option
 @template_option
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
@@ -309,7 +313,7 @@ def train_adapter(options: TrainOptions) -> None:
 
     loop = LoopOptions(resume=options.resume, progress=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
     # The Trainer logs to stdout, which is for the result.
-    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+    with hub_access(options.base, options.access), contextlib.redirect_stdout(sys.stderr), quiet_libraries():
         report = train(
             options.base,
             source,
@@ -322,14 +326,17 @@ def train_adapter(options: TrainOptions) -> None:
             loop=loop,
             assume_pretokenizer=options.assume_pretokenizer,
         )
-    if options.output.give(report):
-        return
+    options.output.give(report, lambda: _show(options.out, report))
+
+
+def _show(out: Path, report: dict[str, Any]) -> None:
+    rows = report["data"]["eval"]["rows"]
     if "evaluation" in report:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["evaluation"].items())
-        echo(f"adapter {options.out}: {shown} on {report['data']['eval']['rows']} eval rows")
+        echo(f"adapter {out}: {shown} on {rows} eval rows")
         return
     accuracy = report["exact_match"]
     echo(
-        f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
+        f"adapter {out}: exact match {accuracy['adapter']:.1%} on {rows} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )

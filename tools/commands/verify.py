@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import (
@@ -22,6 +23,9 @@ from adalink.tools.common.options import (
     template_option,
 )
 from adalink.tools.common.verb import Verb
+
+if TYPE_CHECKING:
+    from adalink.training.models.hub_access import HubAccess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class VerifyCommand:
     columns: tuple[str, ...]
     template: str | None
     assume_pretokenizer: str | None
+    access: HubAccess
     output: JsonOutput
 
 
@@ -80,6 +85,7 @@ class VerifyCommand:
 @map_option
 @template_option
 @assume_pretokenizer_option
+@hub_options
 @json_options("Print the report as JSON.")
 def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
@@ -116,9 +122,10 @@ def verify_deployment(arguments: VerifyCommand) -> bool:
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.parity.suite import VerifyOptions, verify
     from adalink.tools.parity.terminal import print_report
+    from adalink.training.models.hub_access import hub_access
 
     started = time.monotonic()
-    with quiet_libraries():
+    with hub_access(arguments.against, arguments.access), quiet_libraries():
         adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
         task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
         require_rows(bool(task_rows), "columns", "template")
@@ -147,8 +154,7 @@ def verify_deployment(arguments: VerifyCommand) -> bool:
         "threads": arguments.threads,
         "against": Path(arguments.against).name,
     }
-    if not arguments.output.give(report.as_json(environment)):
-        print_report(report)
+    arguments.output.give(report.as_json(environment), lambda: print_report(report))
     return report.passed
 
 

@@ -29,19 +29,24 @@ class JsonOutput:
     on_stdout: bool = False
     file: Path | None = None
 
-    def give(self, report: Mapping[str, Any], *, one_line: bool = False) -> bool:
-        """Print and write a report as asked for; returns whether stdout has it, and is to have nothing else.
+    def give(self, report: Mapping[str, Any], show: Callable[[], object], *, one_line: bool = False) -> None:
+        """Print a report on stdout, as JSON or for people, and then write its file.
 
-        Numbers that are not finite become ``null``. Raises ``WriteError``.
+        Args:
+            report: what there is to say; numbers that are not finite become ``null``.
+            show: prints it for people; not called with ``--json``.
+            one_line: print the JSON in one line.
+
+        Raises:
+            WriteError: the file cannot be written; stdout has the report.
         """
-        if not self.on_stdout and self.file is None:
-            return False
         text = json.dumps(_finite(report), indent=None if one_line else 2, allow_nan=False) + "\n"
-        if self.file is not None:
-            write_text(self.file, text)
         if self.on_stdout:
             click.echo(text, nl=False)
-        return self.on_stdout
+        else:
+            show()
+        if self.file is not None:
+            write_text(self.file, text)
 
     @contextmanager
     def lines(self) -> Iterator[Callable[[Mapping[str, Any]], str]]:

@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from adalink.tools.common.verb import typed_words
+
 # adalink.runtime.backends.BACKENDS, whose package would bring numpy along; a test compares them.
 BACKENDS = (
     "onnxruntime-cpu",
@@ -39,13 +41,17 @@ def complete_backends(ctx: click.Context, option: click.Parameter, incomplete: s
 
 
 def _manifest(ctx: click.Context) -> dict[str, Any]:
-    """The manifest as it lies there, unchecked: what is offered is only typed. Empty where it cannot be read."""
-    folder = ctx.params.get("deployment")
-    try:
-        manifest: dict[str, Any] = json.loads((Path(folder).expanduser() / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
-        return {}
-    return manifest
+    """The manifest of the first deployment among the words that are typed, unchecked; empty without one.
+
+    Not of the parsed arguments: there are none while an option still lacks its value.
+    """
+    for word in typed_words(ctx):
+        try:
+            manifest: dict[str, Any] = json.loads((Path(word).expanduser() / "manifest.json").read_text("utf-8"))
+        except (OSError, ValueError, RuntimeError):
+            continue
+        return manifest
+    return {}
 
 
 def _starting(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:

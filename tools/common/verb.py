@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from adalink.tools.common.config_file import VARIABLE, defaults_for, option_key
+from adalink.tools.common.hub_options import join_hub_options
 from adalink.tools.common.json_output import join_json_options
 from adalink.tools.common.near_names import did_you_mean
 from adalink.tools.common.verbose import verbosity
@@ -40,7 +41,10 @@ class _CommonOptions(click.Command):
 
 
 class Verb(_CommonOptions):
-    """A command with ``--config``, ``-v`` and ``-q``; of ``json_options`` its function takes ``output``."""
+    """A command with ``--config``, ``-v`` and ``-q``.
+
+    Its function takes ``output`` where it has ``json_options``, and ``access`` where it has ``hub_options``.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line; an old ``--json FILE`` is told what it is called now."""
@@ -58,6 +62,7 @@ class Verb(_CommonOptions):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, as quietly as its options say."""
         join_json_options(ctx.params)
+        join_hub_options(ctx.params)
         if ctx.meta.get(_IS_QUIET) and ctx.meta.get(_LEVEL):
             raise click.UsageError("give one of --verbose and --quiet")
         with verbosity(-1 if ctx.meta.get(_IS_QUIET) else ctx.meta.get(_LEVEL, 0)):
@@ -79,9 +84,9 @@ class VerbGroup(_CommonOptions, click.Group):
         raise click.UsageError(f"No such command {name!r}{did_you_mean(name, self.list_commands(ctx))}", ctx)
 
 
-def given_arguments() -> list[str]:
-    """The words of the running verb's command line, as they were typed."""
-    words: list[str] = click.get_current_context().meta[_ARGUMENTS]
+def typed_words(ctx: click.Context) -> list[str]:
+    """The words of a verb's command line, as they were typed."""
+    words: list[str] = ctx.meta[_ARGUMENTS]
     return words
 
 
@@ -136,7 +141,7 @@ def _take_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     if path is not None:
         ctx.meta[_CONFIG] = path
     if not ctx.resilient_parsing and not isinstance(ctx.command, click.Group):
-        _, ctx.default_map = defaults_for(ctx, config_path(ctx))
+        ctx.meta[_CONFIG], ctx.default_map = defaults_for(ctx, config_path(ctx))
 
 
 def _take_level(ctx: click.Context, _: click.Parameter, level: int | None) -> None:
@@ -156,4 +161,4 @@ def _say_source(error: click.BadParameter) -> None:
     if source is ParameterSource.ENVIRONMENT:
         error.message += f" (from the environment variable {option.envvar})"
     elif source is ParameterSource.DEFAULT_MAP:
-        error.message += f" (from the configuration file: {option_key(option)})"
+        error.message += f" (from {ctx.meta[_CONFIG]}: {option_key(option)})"

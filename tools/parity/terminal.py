@@ -15,7 +15,7 @@ _VERDICT, _FIGURES = 6, 22
 
 def print_report(report: Report) -> None:
     """Print a report for people on stdout; details of failed checks, and with ``-v`` of all, and the receipt."""
-    echo(_verdict(report))
+    print_wrapped(_verdict(report))
     for check in report.checks:
         _print_check(check)
     if report.cost:
@@ -27,7 +27,7 @@ def print_report(report: Report) -> None:
     if is_verbose():
         echo("receipt")
         print_fields(report.receipt, indent=2)
-    echo(_verdict(report))
+    print_wrapped(_verdict(report))
 
 
 def _verdict(report: Report) -> str:
