@@ -52,7 +52,7 @@ def command(output: JsonOutput) -> None:
     \b
     Example:
       adalink config
-      adalink --config adalink.toml config
+      adalink config --config adalink.toml
       adalink config --json
     """  # noqa: D301
     root = click.get_current_context().find_root()
@@ -70,7 +70,7 @@ def command(output: JsonOutput) -> None:
         say(f"note: {name} is no variable of adalink{near}")
     if Path(_LOCAL_FILE).is_file() and given is None:
         say(f"note: {_LOCAL_FILE} of this folder is not read by itself")
-        say_next("--config", _LOCAL_FILE, "config", output=output)
+        say_next("config", "--config", _LOCAL_FILE, output=output)
     else:
         say_next("doctor", output=output)
 
