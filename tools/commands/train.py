@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from adalink.tools.common.options import assume_pretokenizer_option, is_given, m
 from adalink.tools.common.rank_option import read_rank
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import is_quiet
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.models.hub_access import HubAccess, hub_access
 from adalink.training.settings import (
@@ -311,9 +313,11 @@ def train_adapter(options: TrainOptions) -> None:
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.training.run import train
 
-    loop = LoopOptions(resume=options.resume, progress=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
+    show_bar = sys.stderr is not None and sys.stderr.isatty() and not is_quiet()
+    loop = LoopOptions(resume=options.resume, progress=say, show_bar=show_bar)
     # The Trainer logs to stdout, which is for the result.
-    with hub_access(options.base, options.access), contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+    log = contextlib.redirect_stdout(io.StringIO() if is_quiet() else sys.stderr)
+    with hub_access(options.base, options.access), log, quiet_libraries():
         report = train(
             options.base,
             source,
