@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 
 _VARIABLE = "_ADALINK_COMPLETE"
@@ -33,4 +34,4 @@ def command(shell: str) -> None:
     root = click.get_current_context().find_root().command
     completion = kind(root, {}, "adalink", _VARIABLE)
     # Not `source`, which runs bash to learn its version.
-    click.echo(f"# {_HOW[shell]}\n{completion.source_template % completion.source_vars()}")
+    echo(f"# {_HOW[shell]}\n{completion.source_template % completion.source_vars()}")

@@ -90,7 +90,7 @@ def adapter(
     # On a backend that is not here nothing can be timed; the files are the same.
     can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"
     trade = fold_trade(out, manifest, next(iter(folders))) if can_run else None
-    result = {"deployment": str(out), "tasks": [_described(manifest, task) for task in folders]}
+    result: dict[str, object] = {"deployment": str(out), "tasks": [_described(manifest, task) for task in folders]}
     if trade is not None:
         result["fold_trade"] = trade
     output.give(result, lambda: _show(out, manifest, list(folders), trade))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from adalink.tools.common.report_file import ReportFile, write_text
+from adalink.tools.common.terminal_text import echo, json_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,13 +41,13 @@ class JsonOutput:
         Raises:
             WriteError: the file cannot be written; stdout has the report.
         """
-        text = json.dumps(_finite(report), indent=None if one_line else 2, allow_nan=False) + "\n"
+        text = json.dumps(_finite(report), indent=None if one_line else 2, allow_nan=False)
         if self.on_stdout:
-            click.echo(text, nl=False)
+            echo(text)
         else:
             show()
         if self.file is not None:
-            write_text(self.file, text)
+            write_text(self.file, f"{text}\n")
 
     @contextmanager
     def lines(self) -> Iterator[Callable[[Mapping[str, Any]], str]]:
@@ -57,7 +58,7 @@ class JsonOutput:
         kept: list[str] = []
 
         def add(record: Mapping[str, Any]) -> str:
-            line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+            line = json_text(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False))
             if self.file is not None:
                 kept.append(f"{line}\n")
             return line

@@ -36,7 +36,9 @@ class _CommonOptions(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.BadParameter as error:
-            _say_source(error)
+            if source := _source(error):
+                message = f"{error.message} (from {source})"
+                raise click.BadParameter(message, error.ctx, error.param, error.param_hint) from error
             raise
 
 
@@ -54,9 +56,8 @@ class Verb(_CommonOptions):
         except click.UsageError as error:
             is_json = any(word == "--json" or word.startswith("--json=") for word in given)
             if is_json and ("unexpected extra argument" in error.message or "does not take a value" in error.message):
-                error.message = (
-                    f"{error.message.rstrip('.')}. --json prints to standard output; for a file: --json-file FILE"
-                )
+                message = f"{error.message.rstrip('.')}. --json prints to standard output; for a file: --json-file FILE"
+                raise click.UsageError(message, error.ctx) from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -152,13 +153,12 @@ def _take_quiet(ctx: click.Context, _: click.Parameter, is_quiet: bool) -> None:
     ctx.meta[_IS_QUIET] = ctx.meta.get(_IS_QUIET, False) or is_quiet
 
 
-def _say_source(error: click.BadParameter) -> None:
-    """Add to a message where the value comes from, unless it was typed."""
+def _source(error: click.BadParameter) -> str:
+    """Where a wrong value comes from; empty if it was typed, or there is none."""
     ctx, option = error.ctx, error.param
     if ctx is None or not isinstance(option, click.Option) or option.name is None:
-        return
+        return ""
     source = ctx.get_parameter_source(option.name)
     if source is ParameterSource.ENVIRONMENT:
-        error.message += f" (from the environment variable {option.envvar})"
-    elif source is ParameterSource.DEFAULT_MAP:
-        error.message += f" (from {ctx.meta[_CONFIG]}: {option_key(option)})"
+        return f"the environment variable {option.envvar}"
+    return f"{ctx.meta[_CONFIG]}: {option_key(option)}" if source is ParameterSource.DEFAULT_MAP else ""

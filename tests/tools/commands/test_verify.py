@@ -93,7 +93,7 @@ def test_wrong_use_exits_2(mistral, tmp_path):
         ([folder, "--against", model, "--adapter", "gamma=x"], "'gamma' is not deployed"),
         ([folder, "--against", model, "--adapter", "alpha"], "not NAME=FOLDER"),
         ([folder, "--against", model, "--backend", "abacus"], "'abacus'"),
-        ([folder], "Missing option '--against'"),
+        ([folder], "Missing option '-m' / '--against'"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
