@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
+from adalink.runtime.near_names import did_you_mean
 from adalink.tools.common.config_file import VARIABLE, defaults_for, settable, user_file
 from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.near_names import did_you_mean
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb, config_path, name_variables
@@ -85,7 +85,7 @@ def _show(file: Path | None, settings: list[Setting]) -> None:
 
 
 def _settings(root: click.Context, given: Path | None) -> tuple[Path | None, list[Setting]]:
-    """All defaults that are set; raises ``UserError`` for a file that is wrong."""
+    """All defaults that are set; raises ``ConfigError`` for a file that is wrong."""
     file, settings = None, []
     for ctx in _verbs(root):
         file, defaults = defaults_for(ctx, given)

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from adalink.tools.common.error_boundary import UserError
-from adalink.tools.common.near_names import did_you_mean
+from adalink.runtime.errors import ConfigError
+from adalink.runtime.near_names import did_you_mean
 
 VARIABLE = "ADALINK_CONFIG"
 # Secrets do not belong into files, and the others are of the command line alone.
@@ -28,7 +28,7 @@ def user_file() -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Tables of a file, not yet checked; raises ``UserError``."""
+    """Tables of a file, not yet checked; raises ``ConfigError``."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -36,9 +36,11 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}; expected tables such as [run] with lines task = 'x'") from error
+        raise ConfigError(
+            f"{path} is not TOML: {error}; expected tables such as [run] with lines task = 'x'"
+        ) from error
 
 
 def defaults_for(ctx: click.Context, given: Path | None) -> tuple[Path | None, dict[str, Any]]:
@@ -49,7 +51,7 @@ def defaults_for(ctx: click.Context, given: Path | None) -> tuple[Path | None, d
         given: the file that is asked for; ``None`` for the user's own, if it is there.
 
     Raises:
-        UserError: it cannot be read, has a table or an option that there is not, or a value of another kind.
+        ConfigError: it cannot be read, has a table or an option that there is not, or a value of another kind.
     """
     path = given or user_file()
     if given is None and not path.is_file():
@@ -82,27 +84,27 @@ def _words(ctx: click.Context) -> list[str]:
 
 
 def _check_tables(path: Path, ctx: click.Context, table: Mapping[str, Any]) -> None:
-    """Check that a table has tables of verbs and nothing else; raises ``UserError``."""
+    """Check that a table has tables of verbs and nothing else; raises ``ConfigError``."""
     assert isinstance(ctx.command, click.Group)
     verbs, words = ctx.command.list_commands(ctx), _words(ctx)
     for name, entry in table.items():
         title = ".".join((*words, name))
         if name not in verbs:
-            raise UserError(
+            raise ConfigError(
                 f"{path}: {title} is no verb, expected a table of one, such as [{'.'.join((*words, verbs[0]))}]"
                 f"{did_you_mean(name, verbs)}"
             )
         if not isinstance(entry, dict):
-            raise UserError(f"{path}: {title} is {entry!r:.60}, expected a table of options: [{title}]")
+            raise ConfigError(f"{path}: {title} is {entry!r:.60}, expected a table of options: [{title}]")
 
 
 def _checked(where: str, command: click.Command, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     options = settable(command)
     for key, value in table.items():
         if key == "token":
-            raise UserError(f"{where} has a token, which does not belong into a file: set HF_TOKEN instead")
+            raise ConfigError(f"{where} has a token, which does not belong into a file: set HF_TOKEN instead")
         if key not in options:
-            raise UserError(
+            raise ConfigError(
                 f"{where} has {key!r}, expected options by their long names, without dashes in front"
                 f"{did_you_mean(key, options)}"
             )
@@ -112,18 +114,18 @@ def _checked(where: str, command: click.Command, table: Mapping[str, Any]) -> It
 
 
 def _value(where: str, option: click.Option, value: Any) -> Any:
-    """A value as click takes it; raises ``UserError`` for one of another kind."""
+    """A value as click takes it; raises ``ConfigError`` for one of another kind."""
     if option.multiple:
         entries = value if isinstance(value, list) else [value]
         if all(_is_plain(entry) for entry in entries):
             return entries
-        raise UserError(f"{where} is {value!r:.60}, expected a list of texts or numbers")
+        raise ConfigError(f"{where} is {value!r:.60}, expected a list of texts or numbers")
     if option.is_flag:
         if isinstance(value, bool):
             return value
-        raise UserError(f"{where} is {value!r:.60}, expected true or false")
+        raise ConfigError(f"{where} is {value!r:.60}, expected true or false")
     if not _is_plain(value):
-        raise UserError(f"{where} is {value!r:.60}, expected a text or a number")
+        raise ConfigError(f"{where} is {value!r:.60}, expected a text or a number")
     return value
 
 

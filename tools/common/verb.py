@@ -12,10 +12,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from adalink.runtime.near_names import did_you_mean
 from adalink.tools.common.config_file import VARIABLE, defaults_for, option_key
 from adalink.tools.common.hub_options import join_hub_options
 from adalink.tools.common.json_output import join_json_options
-from adalink.tools.common.near_names import did_you_mean
 from adalink.tools.common.verbose import verbosity
 
 # Keys of ``Context.meta``, which a verb shares with its group.
