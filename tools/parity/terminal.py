@@ -6,7 +6,7 @@ import math
 
 from adalink.tools.common.console import line_width, print_fields, print_marked, print_table, print_wrapped
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verbose import is_verbose
+from adalink.tools.common.verbose import is_quiet, is_verbose
 from adalink.tools.parity.report import Check, Report
 
 # Columns of a line beside the check's name.
@@ -14,10 +14,15 @@ _VERDICT, _FIGURES = 6, 22
 
 
 def print_report(report: Report) -> None:
-    """Print a report for people on stdout; details of failed checks, and with ``-v`` of all, and the receipt."""
-    print_wrapped(_verdict(report))
+    """Print a report for people on stdout; details of failed checks, and with ``-v`` of all, and the receipt.
+
+    With ``-q`` the failed checks and one verdict.
+    """
+    if not is_quiet():
+        print_wrapped(_verdict(report))
     for check in report.checks:
-        _print_check(check)
+        if not (is_quiet() and check.passed):
+            _print_check(check)
     if report.cost:
         sides = ("float32", "weights", "deployed")
         lines = [(name, *map(_figure, (row[side] for side in sides))) for name, row in report.cost.items()]

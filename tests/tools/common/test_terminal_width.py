@@ -29,6 +29,10 @@ report.cost["perplexity"] = {"float32": 12.345678, "weights": 12.5, "deployed": 
 print_report(report)
 with verbosity(1):
     print_report(report)
+print("quiet")
+with verbosity(-1):
+    print_report(report)
+print("end")
 entry = {"works": False, "detail": "a reason " * 20, "advice": "", "install": "pip install 'adalink-kit[gpu,tensorrt]'"}
 works = {**entry, "works": True}
 environment = {"platform": "Linux-" + "x" * 40, "packages": {f"package-{n}": "1.2.3" for n in range(20)}}
@@ -93,6 +97,10 @@ def test_lines_fit_the_terminal(columns: int, variables: dict[str, str], widest:
     # With -v the other detail and the receipt.
     assert "a detail" not in "\n".join(lines[: ends[1]])
     assert "a detail" in "\n".join(lines[ends[1] :])
+    # With -q a verdict, and what failed.
+    quiet = lines[lines.index("quiet") + 1 : lines.index("end")]
+    assert [line for line in quiet if line.startswith("pass")] == []
+    assert len([line for line in quiet if line.startswith("1 of 2 checks failed: ")]) == 1
     # A command is whole, on one line; so is a digest.
     assert "pip install 'adalink-kit[gpu,tensorrt]'" in {line.strip() for line in lines}
     assert f"sha256:{'0' * 64}" in {line.strip() for line in lines}
