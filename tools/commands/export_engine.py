@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adalink.tools.common.console import progress_bar
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import task_option, variant_option
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Manifest
+    from adalink.runtime.trt.record import EngineRecord
 
 _BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
-@click.command(name="engine", short_help="Build a TensorRT engine of a deployment's base.")
+@click.command(cls=Verb, name="engine", short_help="Build a TensorRT engine of a deployment's base.")
 @click.argument("deployment", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--backend", required=True, type=click.Choice(_BACKENDS), help="The library that will run it.")
+@click.option("-b", "--backend", required=True, type=click.Choice(_BACKENDS), help="The library that will run it.")
 @click.option(
     "--target",
     default="current",
@@ -31,12 +39,10 @@ _BACKENDS = ("tensorrt", "tensorrt-rtx")
     "images=1:1:4 at a time for a base that takes some; what is left out has a default.",
 )
 @click.option("--name", help="Name of the variant; the backend's without it.")
-@click.option("--variant", help="The portable variant it is built from; without it, the one there is.")
-@click.option(
-    "--task", "tasks", multiple=True, help="A task whose own graph is built too, for other programs; may be repeated."
-)
+@variant_option("The portable variant it is built from; without it, the one there is.")
+@task_option("A task whose own graph is built too, for other programs; may be repeated.", "tasks", multiple=True)
 @click.option("--replace", is_flag=True, help="Build an engine again that is there already.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_options("Print the result as JSON.")
 def engine(
     deployment: Path,
     backend: str,
@@ -46,7 +52,7 @@ def engine(
     variant: str | None,
     tasks: tuple[str, ...],
     replace: bool,
-    as_json: bool,
+    output: JsonOutput,
 ) -> None:
     """Build a TensorRT engine of the base in DEPLOYMENT.
 
@@ -98,12 +104,15 @@ def engine(
         "vision": to_builtins(record.vision),
         "tasks": sorted(record.tasks),
     }
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    echo(f"{manifest.base.name} is an engine {variant_name!r} in {deployment}")
+    output.give(result, lambda: _show(deployment, manifest, variant_name, record))
+    say_next("bench", deployment, "--backend", backend, "--variant", variant_name, output=output)
+
+
+def _show(deployment: Path, manifest: Manifest, name: str, record: EngineRecord) -> None:
+    built = manifest.variants[name]
+    echo(f"{manifest.base.name} is an engine {name!r} in {deployment}")
     echo(
-        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
+        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {record.backend} "
         f"{record.version} for {', '.join(record.target)}"
     )
     if record.vision is not None:

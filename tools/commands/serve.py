@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import ConfigError
+from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verbose import warnings_to_stderr
+from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import say, warnings_to_stderr
 
 # Time between two looks at the folder.
 _WATCH_SECONDS = 1.0
@@ -41,14 +42,14 @@ class ServeCommandOptions:
     timeout: float | None
     drain: float
     no_page: bool
-    as_json: bool
+    output: JsonOutput
 
 
-@click.command(short_help="Serve a deployment behind OpenAI's API, every task a model.")
+@click.command(cls=Verb, short_help="Serve a deployment behind OpenAI's API, every task a model.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
+    "-p", "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
 )
 @engine_options
 @click.option(
@@ -109,7 +110,7 @@ class ServeCommandOptions:
     help="Longest wait for running requests at SIGTERM or Ctrl-C.",
 )
 @click.option("--no-page", is_flag=True, help="Leave out the page at /, which asks several models at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line that says where it listens.")
+@json_options("Print as JSON where it listens, in one line.")
 def command(**values: Any) -> None:
     """Serve the deployment in DIR behind OpenAI's API until Ctrl-C or SIGTERM.
 
@@ -164,12 +165,14 @@ def run(options: ServeCommandOptions) -> None:
         def announce(host: str, port: int) -> None:
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             models = [deployment.manifest.base.name, *deployment.tasks]
-            if options.as_json:
-                page = None if options.no_page else f"{url}/"
-                click.echo(json.dumps({"url": url, "host": host, "port": port, "models": models, "page": page}))
-            else:
-                page = "" if options.no_page else f", with a page at {url}/"
-                echo(f"serving {', '.join(models)} at {url}/v1{page}")
+            page = None if options.no_page else f"{url}/"
+            report = {"url": url, "host": host, "port": port, "models": models, "page": page}
+
+            def show() -> None:
+                echo(f"serving {', '.join(models)} at {url}/v1{f', with a page at {page}' if page else ''}")
+                say(f"next: curl {url}/v1/models")
+
+            options.output.give(report, show, one_line=True)
 
         serve(
             deployment,
