@@ -16,6 +16,7 @@ from adalink.export.engine.targets import CURRENT, resolve_target
 from adalink.export.engine.tensorrt_builder import BuiltPlan, Sizes, build_plan, writes_in_place
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
+from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.profile import Profile, ShapeRange, check_profile, default_profile, parse_profile
 from adalink.runtime.storage.integrity import locate, read_graph, verify_files
 from adalink.runtime.storage.manifest import Base, Manifest, Variant, Vision
@@ -85,7 +86,8 @@ def export_engine(
         shapes = _profile(profile, manifest.base)
         if missing := sorted(set(tasks) - manifest.tasks.keys()):
             known = ", ".join(sorted(manifest.tasks)) or "none"
-            raise UnknownTaskError(f"task {missing[0]!r} is not in {deployment}: deployed are {known}")
+            near = did_you_mean(missing[0], manifest.tasks)
+            raise UnknownTaskError(f"task {missing[0]!r} is not in {deployment}: deployed are {known}{near}")
         resolved, set_target = resolve_target(api, target)
         progress("reading the portable graph", None)
         tower = manifest.base.vision.files if manifest.base.vision else ()

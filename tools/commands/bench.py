@@ -33,6 +33,9 @@ def command(
     Example:
       adalink bench ./deployment --task topics --json bench.json
     """  # noqa: D301
+    from adalink.tools.preflight.deployment import check_deployment
+
+    check_deployment(deployment, [task], backend=backend, variant=variant)
     from adalink.tools.bench.measure import Bench
     from adalink.tools.bench.startup import measure_startup
     from adalink.tools.common.console import print_table, say

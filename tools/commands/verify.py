@@ -111,13 +111,19 @@ def verify_deployment(arguments: VerifyCommand) -> None:
     from adalink.tools.common.environment import describe_environment
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.parity.suite import VerifyOptions, verify
+    from adalink.tools.preflight.deployment import check_deployment
+    from adalink.training.models.source import find_source
 
     started = time.monotonic()
+    adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
+    task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
+    require_rows(bool(task_rows), "columns", "template")
+    columns = read_columns(arguments.columns)
+    check_deployment(
+        arguments.deployment, (*adapters, *task_rows), backend=arguments.backend, variant=arguments.variant
+    )
+    find_source(arguments.against)
     with quiet_libraries():
-        adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
-        task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
-        require_rows(bool(task_rows), "columns", "template")
-        columns = read_columns(arguments.columns)
         options = VerifyOptions(
             backend=arguments.backend,
             variant=arguments.variant,
