@@ -11,6 +11,8 @@ from adalink.tools.common.verbose import log_to_stderr
 
 # Verb -> its one-line summary, so that `adalink --help` imports none of them. A test compares them with the verbs' own.
 VERBS = {
+    "quickstart": "From rows and a model to a measured task, in one command.",
+    "split": "Divide rows into those to learn from and those to test with.",
     "train": "Train an adapter on rows of prompts, or of texts with labels.",
     "export": "Export a base model, adapters and engines into a deployment.",
     "remove": "Remove a task, a graph or an engine from a deployment.",

@@ -54,6 +54,14 @@ def replace_file(
         raise WriteError(f"cannot write {path}: {error.strerror or error}; {repair}") from error
 
 
+def make_folder(folder: Path, *, repair: str = "free space or choose a writable folder") -> None:
+    """Make a folder and those above it, where they are missing; raises ``WriteError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot make {folder}: {error.strerror or error}; {repair}") from error
+
+
 def check_writable(folder: Path, *, repair: str = "free space or choose a writable folder") -> None:
     """Write a small file into a folder, or where it will be made, and remove it: what follows takes minutes.
 
