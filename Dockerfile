@@ -25,7 +25,7 @@ RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     && rm /tmp/constraints.txt \
     && useradd --system --uid 10001 --home-dir /home/adalink --create-home adalink
 ENV PYTHONUNBUFFERED=1
-USER adalink
+USER 10001
 WORKDIR /home/adalink
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from adalink.runtime.device.gpus import find_gpus
@@ -47,12 +48,9 @@ def check_training(
     Raises:
         AdaLinkError: something cannot be used.
     """
-    files = data, None if eval_data is None else data.at(eval_data)
-    check_files(*files)
+    check_files(data, None if eval_data is None else data.at(eval_data))
     labelled = wants_head or (data.template is None and has_labels(data))
-    for source in files:
-        if source is not None and (not source.path.is_file() or source.path.stat().st_size <= _MOST_BYTES):
-            _read(source, labelled, problem_type)
+    _check_rows([data] if eval_data is None else [data, data.at(eval_data)], labelled, problem_type)
     check_base(base, labelled=labelled)
     folder = out.resolve()
     check_target(folder)
@@ -78,9 +76,14 @@ def check_base(base: str, *, labelled: bool) -> None:
         )
 
 
-def _read(source: RowSource, labelled: bool, problem_type: str | None) -> None:
-    if not labelled:
-        read_rows(source)
-        return
-    kind, rows = read_labelled_rows(source, problem_type)
-    find_labels(kind, rows, source.path)
+def _check_rows(sources: Sequence[RowSource], labelled: bool, problem_type: str | None) -> None:
+    """Read the rows to learn from, and those to measure on, unless there are very many."""
+    for place, source in enumerate(sources):
+        if source.path.is_file() and source.path.stat().st_size > _MOST_BYTES:
+            return
+        if not labelled:
+            read_rows(source)
+            continue
+        problem_type, rows = read_labelled_rows(source, problem_type)  # the first file's is that of both
+        if place == 0:
+            find_labels(problem_type, rows, source.path)
