@@ -13,7 +13,11 @@ from adalink.tools.common.verb import VerbGroup
 # What a user wants to do -> its verbs, each with its one-line summary, so that `adalink --help` imports none of them.
 # A test compares them with the verbs' own.
 SECTIONS = {
+    "Begin": {
+        "quickstart": "From rows and a model to a measured task, in one command.",
+    },
     "Make": {
+        "split": "Divide rows into those to learn from and those to test with.",
         "train": "Train an adapter on rows of prompts, or of texts with labels.",
         "export": "Export a base model, adapters and engines into a deployment.",
         "remove": "Remove a task, a graph or an engine from a deployment.",

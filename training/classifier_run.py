@@ -19,11 +19,10 @@ from transformers import set_seed
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
 from adalink.runtime.storage.head_spec import REGRESSION, TOKENS, Head
-from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
+from adalink.training.adapter_io import digest_tokenizer, save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
     begin_checkpoints,
-    check_fresh,
     last_checkpoint,
     removed_if_useless,
     restore,
@@ -38,6 +37,7 @@ from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
 from adalink.training.models.source import display_name
+from adalink.training.run_folder import check_fresh, check_target, checkpoints_of
 from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
 from adalink.training.trainer import trainer_arguments
 
@@ -98,7 +98,7 @@ def train_classifier(
         "base_fingerprint": base_fingerprint(model),
         "tokenizer_digest": digest_tokenizer(tokenizer),
     }
-    checkpoints = out.parent / f"{out.name}.checkpoints"
+    checkpoints = checkpoints_of(out)
     last = None
     if loop.resume:
         last = last_checkpoint(checkpoints, record)

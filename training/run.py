@@ -19,11 +19,10 @@ from transformers import set_seed
 
 from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
 from adalink.runtime.rows.source import RowSource
-from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
+from adalink.training.adapter_io import digest_tokenizer, save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
     begin_checkpoints,
-    check_fresh,
     last_checkpoint,
     removed_if_useless,
     restore,
@@ -43,6 +42,7 @@ from adalink.training.models.loading import base_fingerprint, load_base, load_to
 from adalink.training.models.prefix_lm import prompt_form
 from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
+from adalink.training.run_folder import check_fresh, check_target, checkpoints_of
 from adalink.training.search.search import candidate_config, search
 from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
@@ -150,7 +150,7 @@ def train(
     record["tokenizer_digest"] = digest_tokenizer(tokenizer)
     if images is not None:
         record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
-    checkpoints = out.parent / f"{out.name}.checkpoints"
+    checkpoints = checkpoints_of(out)
     last = None
     if loop.resume:
         last = last_checkpoint(checkpoints, record)

@@ -35,6 +35,9 @@ def command(
     Example:
       adalink bench ./deployment --task topics --json-file bench.json
     """  # noqa: D301
+    from adalink.tools.preflight.deployment import check_deployment
+
+    check_deployment(deployment, [task], backend=backend, variant=variant)
     from adalink.tools.bench.measure import Bench
     from adalink.tools.bench.startup import measure_startup
     from adalink.tools.bench.terminal import print_report

@@ -15,7 +15,6 @@ import click
 from adalink.runtime.errors import AdaLinkError, BackendError, DataError, RequestError
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
-from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.chat_session import ChatSession
 from adalink.tools.common.interrupts import Interrupts
@@ -121,8 +120,11 @@ def run(settings: ChatSettings) -> None:
         AdaLinkError: the deployment cannot chat; from a pipe, also what a turn raises.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
-    manifest = read_manifest(settings.deployment)
+    manifest = check_deployment(
+        settings.deployment, [settings.task], backend=settings.backend, variant=settings.variant
+    )
     _check_can_chat(manifest)
     sampling = _sampling(manifest, settings.sampling)
     with Deployment.open(

@@ -89,8 +89,10 @@ def classify(options: ClassifyOptions) -> None:
         AdaLinkError: a text, a task or the deployment cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task, options.text_pair)
+    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:

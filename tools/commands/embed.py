@@ -83,10 +83,12 @@ def embed(options: EmbedOptions) -> None:
         AdaLinkError: a text, or the deployment, cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task)
     if paired := [row.origin for row in rows if row.text_pair is not None]:
         raise RequestError(f"{paired[0]}: a pair of texts has no embedding: leave text_pair out")
+    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:

@@ -93,11 +93,15 @@ def base(
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
     """  # noqa: D301
     from adalink.export.base.export import export_base
+    from adalink.export.base.request import check_model, check_place, check_settings
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.training.models.hub_access import hub_access
     from adalink.training.models.loading import load_tokenizer
 
+    check_settings(DTYPES[dtype], target, quantization, ("text", *modalities))
+    check_place(out, quantization or target, replace=replace)
     with hub_access(model, access), quiet_libraries():
+        check_model(model, out)
         assumed = None  # the checkpoint brings its own
         if assume_pretokenizer is not None:
             assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)

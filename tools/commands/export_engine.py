@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adalink.tools.common.console import progress_bar
+from adalink.tools.common.console import progress_bar, say
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import task_option, variant_option
@@ -40,6 +41,9 @@ _BACKENDS = ("tensorrt", "tensorrt-rtx")
 )
 @click.option("--name", help="Name of the variant; the backend's without it.")
 @variant_option("The portable variant it is built from; without it, the one there is.")
+@click.option(
+    "--model", metavar="MODEL", help="The base model: its portable graph is exported first, where there is none yet."
+)
 @task_option("A task whose own graph is built too, for other programs; may be repeated.", "tasks", multiple=True)
 @click.option("--replace", is_flag=True, help="Build an engine again that is there already.")
 @json_options("Print the result as JSON.")
@@ -50,6 +54,7 @@ def engine(
     profile: str | None,
     name: str | None,
     variant: str | None,
+    model: str | None,
     tasks: tuple[str, ...],
     replace: bool,
     output: JsonOutput,
@@ -65,6 +70,7 @@ def engine(
     Example:
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable --dtype fp16
       adalink export engine ./deployment --backend tensorrt
+      adalink export engine ./deployment --backend tensorrt --model ./SmolLM2-135M-Instruct
       adalink export engine ./deployment --backend tensorrt-rtx --target sm86,sm89
       adalink export engine ./deployment --backend tensorrt-rtx --profile batch=1:1:4,past=0:256:1023 --replace
     """  # noqa: D301
@@ -73,6 +79,8 @@ def engine(
     from adalink.export.engine.export import export_engine
     from adalink.runtime.trt.record import read_record
 
+    if model is not None:
+        _add_portable_graph(deployment, model, backend, name or backend, tasks, replace=replace)
     with progress_bar() as progress:
         manifest = export_engine(
             deployment,
@@ -122,3 +130,36 @@ def _show(deployment: Path, manifest: Manifest, name: str, record: EngineRecord)
         )
     echo(f"  profile {record.profile}")
     echo(f"  {len(record.embedders)} embedders, for every task of rank {record.embedder_rank} or less")
+
+
+def _add_portable_graph(
+    deployment: Path, model: str, backend: str, engine: str, tasks: Sequence[str], *, replace: bool
+) -> None:
+    """Export the portable graph of a deployment's base, where it has none; what the engine needs is checked before.
+
+    Raises:
+        AdaLinkError: the engine cannot be built, or the model is not that of the deployment.
+    """
+    from adalink.export.base.export import export_base
+    from adalink.export.base.request import check_model
+    from adalink.export.engine.request import check_request, has_portable
+    from adalink.runtime.storage.manifest_io import read_manifest
+    from adalink.runtime.trt.api import load_api
+    from adalink.tools.common.quiet import quiet_libraries
+
+    manifest = read_manifest(deployment)
+    load_api(backend)
+    check_request(deployment, manifest, engine, tasks, replace=replace)
+    if has_portable(manifest):
+        return
+    check_model(model, deployment)
+    base = manifest.base
+    with quiet_libraries():
+        export_base(
+            model,
+            deployment,
+            dtype=base.embedding_dtype,
+            target="portable",
+            modalities=base.modalities,
+            progress=say,
+        )

@@ -212,6 +212,7 @@ def run(options: RunOptions) -> None:
         AdaLinkError: a prompt, or the deployment, cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
     sources = (options.text, options.text_file, options.jsonl, options.messages)
     if sum(source is not None for source in sources) > 1:
@@ -232,6 +233,7 @@ def run(options: RunOptions) -> None:
     else:
         prompt = _prompt(options.text, options.text_file)
         rows = [PromptRow(prompt, options.task, options.images, text_pair=options.text_pair)]
+    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
     with Deployment.open(
         options.deployment,
         options.backend,

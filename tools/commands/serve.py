@@ -134,7 +134,9 @@ def run(options: ServeCommandOptions) -> None:
     from adalink.serving.keys import read_keys
     from adalink.serving.options import ServeOptions
     from adalink.serving.server import serve
+    from adalink.tools.preflight.deployment import check_deployment
 
+    check_deployment(options.deployment, backend=options.backend, variant=options.variant)
     keys = () if options.api_key_file is None else read_keys(options.api_key_file)
     settings = ServeOptions(
         api_keys=keys,

@@ -310,6 +310,19 @@ def train_adapter(options: TrainOptions) -> None:
     config = options.method()
     source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
+    from adalink.tools.preflight.training import check_training
+
+    head = options.head()
+    check_training(
+        options.base,
+        source,
+        options.eval_data,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        wants_head=head is not None,
+        problem_type=options.problem_type,
+    )
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.training.run import train
 
@@ -326,7 +339,7 @@ def train_adapter(options: TrainOptions) -> None:
             config,
             settings,
             space=space,
-            head=options.head(),
+            head=head,
             loop=loop,
             assume_pretokenizer=options.assume_pretokenizer,
         )

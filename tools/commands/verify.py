@@ -122,14 +122,20 @@ def verify_deployment(arguments: VerifyCommand) -> bool:
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.parity.suite import VerifyOptions, verify
     from adalink.tools.parity.terminal import print_report
+    from adalink.tools.preflight.deployment import check_deployment
     from adalink.training.models.hub_access import hub_access
+    from adalink.training.models.source import find_source
 
     started = time.monotonic()
+    adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
+    task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
+    require_rows(bool(task_rows), "columns", "template")
+    columns = read_columns(arguments.columns)
+    check_deployment(
+        arguments.deployment, (*adapters, *task_rows), backend=arguments.backend, variant=arguments.variant
+    )
     with hub_access(arguments.against, arguments.access), quiet_libraries():
-        adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
-        task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
-        require_rows(bool(task_rows), "columns", "template")
-        columns = read_columns(arguments.columns)
+        find_source(arguments.against)
         options = VerifyOptions(
             backend=arguments.backend,
             variant=arguments.variant,
