@@ -18,14 +18,18 @@ from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
+from adalink.tools.common.interrupts import Interrupts
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
 from adalink.tools.common.rank_option import read_rank
+from adalink.tools.common.resumption import resumable
+from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.settings import (
     DEVICES,
     PRECISIONS,
     RATES,
+    REPORTERS,
     SEARCHED_INIT,
     HeadSettings,
     LoopOptions,
@@ -76,6 +80,9 @@ class TrainOptions:
     batch_size: int
     max_length: int
     save_steps: int
+    eval_steps: int | None
+    early_stopping: int | None
+    report_to: str
     seed: int
     device: str
     precision: str
@@ -119,6 +126,8 @@ class TrainOptions:
             device=self.device,
             precision=self.precision,
             save_steps=self.save_steps,
+            eval_steps=self.eval_steps,
+            early_stopping=self.early_stopping,
         )
 
     def head(self) -> HeadSettings | None:
@@ -210,6 +219,25 @@ _METHOD = AdaLinkConfig()
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True, help="Most tokens a row may have.")
 @click.option("--save-steps", default=TrainSettings.save_steps, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--eval-steps",
+    type=click.IntRange(min=0),
+    show_default="a fifth of --max-steps",
+    help="Steps between points of the evaluation curve; 0 for none. They do not change the adapter.",
+)
+@click.option(
+    "--early-stopping",
+    type=click.IntRange(min=1),
+    metavar="PATIENCE",
+    help="End after so many evaluations without a lower loss, on a tenth of the training rows; the best is kept.",
+)
+@click.option(
+    "--report-to",
+    default=LoopOptions.report_to,
+    show_default=True,
+    type=click.Choice(REPORTERS),
+    help="Draw the curves as they come: TensorBoard's files are in OUT.logs.",
+)
 @click.option("--seed", default=TrainSettings.seed, show_default=True, help="Seed of weights, order and dropout.")
 @click.option("--device", default=TrainSettings.device, show_default=True, type=click.Choice(DEVICES))
 @click.option(
@@ -255,11 +283,11 @@ def command(**values: Any) -> None:
     """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion, or of text and labels.
 
     Each row has the columns prompt and completion; the loss is on the completion only. Rows with messages, the last of
-    which is the reply, go through the model's chat template. For a
-    base that takes images a row may have images, ["a.png"], too, paths from the file's own folder, with one
-    placeholder in the prompt for each, which PaliGemma may do without. OUT gets the adapter and training.json: data
-    digests, settings, loss curve, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints
-    lie in OUT.checkpoints until the run is done.
+    which is the reply, go through the model's chat template. For a base that takes images a row may have images,
+    ["a.png"], too, paths from the file's own folder, with one placeholder in the prompt for each, which PaliGemma may
+    do without. OUT gets the adapter, the page evaluation.html, a model card and training.json: data digests, settings,
+    curves, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints lie in OUT.checkpoints
+    until the run is done. Ctrl-C saves one, and says which command goes on.
 
     For an encoder a row has text and label, and the adapter gets a head. "text_pair" makes it a pair.
     A label with a decimal point is a regression. {"text", "labels": [...]} has several labels. {"text", "spans":
@@ -292,11 +320,24 @@ def train_adapter(options: TrainOptions) -> None:
     source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
     from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.evaluation.metrics import check_installed
+    from adalink.tools.evaluation.trained import PAGE_FILE, make_page
     from adalink.training.run import train
 
-    loop = LoopOptions(resume=options.resume, progress=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
-    # The Trainer logs to stdout, which is for the result.
-    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+    check_installed("train")
+    interrupts, line = Interrupts(), StepLine()
+    interrupts.call(lambda: line.say("stopping after this step: its checkpoint is saved; Ctrl-C again stops at once"))
+    loop = LoopOptions(
+        resume=options.resume,
+        progress=line.say,
+        show_bar=False,
+        on_step=line.show,
+        stop=interrupts,
+        report_to=options.report_to,
+        extra_files=make_page,
+    )
+    # Libraries log to stdout, which is for the result.
+    with contextlib.redirect_stdout(sys.stderr), quiet_libraries(), resumable(options.out, line):
         report = train(
             options.base,
             source,
@@ -312,6 +353,7 @@ def train_adapter(options: TrainOptions) -> None:
     if options.as_json:
         click.echo(json.dumps(report, indent=2))
         return
+    say(f"evaluation page: {options.out / PAGE_FILE}")
     if "evaluation" in report:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["evaluation"].items())
         echo(f"adapter {options.out}: {shown} on {report['data']['eval']['rows']} eval rows")
