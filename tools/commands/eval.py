@@ -37,7 +37,7 @@ class EvalOptions:
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     help="Rows as JSONL, JSON, CSV, TSV or Parquet, see below.",
 )
 @map_option

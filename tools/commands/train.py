@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from adalink.runtime.errors import ConfigError
+from adalink.runtime.errors import BackendUnavailableError, ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
@@ -324,7 +324,12 @@ def train_adapter(options: TrainOptions) -> None:
     from adalink.tools.evaluation.trained import PAGE_FILE, make_page
     from adalink.training.run import train
 
-    check_installed("train")
+    has_page = True
+    try:
+        check_installed()
+    except BackendUnavailableError as error:
+        has_page = False
+        say(f"no evaluation page: {error}")
     interrupts, line = Interrupts(), StepLine()
     interrupts.call(lambda: line.say("stopping after this step: its checkpoint is saved; Ctrl-C again stops at once"))
     loop = LoopOptions(
@@ -334,7 +339,7 @@ def train_adapter(options: TrainOptions) -> None:
         on_step=line.show,
         stop=interrupts,
         report_to=options.report_to,
-        extra_files=make_page,
+        extra_files=make_page if has_page else lambda outcome: {},
     )
     # Libraries log to stdout, which is for the result.
     with contextlib.redirect_stdout(sys.stderr), quiet_libraries(), resumable(options.out, line):
@@ -353,7 +358,8 @@ def train_adapter(options: TrainOptions) -> None:
     if options.as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    say(f"evaluation page: {options.out / PAGE_FILE}")
+    if has_page:
+        say(f"evaluation page: {options.out / PAGE_FILE}")
     if "evaluation" in report:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["evaluation"].items())
         echo(f"adapter {options.out}: {shown} on {report['data']['eval']['rows']} eval rows")

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.errors import RequestError
+from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.rows.lines import is_standard_input
+from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
-from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.head_spec import REGRESSION
 from adalink.tools.evaluation.answers import Answers, Progress, check_labels, classify_rows, generate_rows, kind_of
 from adalink.tools.evaluation.compare import against_base, against_constant
@@ -40,6 +41,8 @@ def read_task_rows(deployment: Deployment, tasks: Sequence[str], source: RowSour
         RequestError: a task is not deployed, or has no head.
         DataError: a row has another form, or a label that the task never gives.
     """
+    if is_standard_input(source.path):
+        raise DataError("rows are read once for each task: save standard input as a file, and give its name")
     read: dict[str, list[EvalRow]] = {}
     found = {}
     for task in tasks:
@@ -103,7 +106,7 @@ def make_report(deployment: Deployment, data: Path, tasks: Sequence[TaskReport])
         verdict=sum_up(tasks),
         base=deployment.manifest.base.name,
         data=data.name,
-        data_sha256=digest_file(data),
+        data_sha256=digest_rows(data),
         kit_version=version("adalink-kit"),
         tasks=list(tasks),
     )

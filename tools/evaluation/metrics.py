@@ -20,13 +20,13 @@ Flags = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
 
 
-def check_installed(verb: str = "eval") -> None:
+def check_installed() -> None:
     """Check that scikit-learn is there, before anything slow; raises ``BackendUnavailableError``."""
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise BackendUnavailableError(
-            f"adalink {verb} measures with scikit-learn, which is not installed: pip install 'adalink-kit[{verb}]'"
+            "an evaluation measures with scikit-learn, which is not installed: pip install 'adalink-kit[eval]'"
         ) from error
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.rows.lines import STANDARD_INPUT
+from adalink.runtime.rows.lines import is_standard_input
+from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
-from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.head_spec import SINGLE_LABEL
 from adalink.training.data.held_out import VALIDATION_SHARE, Split, describe_split, hold_out, pick
 from adalink.training.data.labelled_rows import LabelledRow, read_labelled_rows
@@ -26,7 +26,7 @@ Files = dict[str, dict[str, Any]]
 
 def check_files(data: RowSource, eval_data: RowSource | None) -> None:
     """Refuse standard input, which can be read once only; raises ``DataError``."""
-    if STANDARD_INPUT in (data.path, eval_data and eval_data.path):
+    if is_standard_input(data.path) or (eval_data is not None and is_standard_input(eval_data.path)):
         raise DataError("training rows are read more than once: save standard input as a file, and give its name")
 
 
@@ -118,6 +118,6 @@ def _part(
 def _record(data: RowSource, eval_data: RowSource | None, rows: Sequence[Any], eval_rows: Sequence[Any]) -> Files:
     files = {}
     for name, source, some in (("train", data, rows), ("eval", eval_data or data, eval_rows)):
-        digest = digest_file(source.path)
+        digest = digest_rows(source.path)
         files[name] = {"file": source.path.name, "sha256": digest, "rows": len(some), **source.as_record()}
     return files
