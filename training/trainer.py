@@ -73,6 +73,34 @@ class TrainableAdapters(nn.Module):
         return logits[:, :-1].float(), labels[:, -kept:]
 
 
+class Trainable(Protocol):
+    """Adapters as a module, on rows of any kind."""
+
+    attached: AdaLinkModel
+
+    def row_losses(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Mean loss over the targets of each row, float32 with shape ``(batch,)``."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """As of a module."""
+        ...
+
+
+@torch.no_grad()
+def mean_loss(
+    module: Trainable, examples: Sequence[Any], collate: Callable[[Any], dict[str, torch.Tensor]], batch_size: int
+) -> float:
+    """Mean over rows of the mean loss over a row's targets, without dropout; uses no random numbers."""
+    module.train(False)
+    device, total = module.attached.model.device, 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size])
+        losses = module.row_losses(**{name: value.to(device) for name, value in batch.items()})
+        total += float(losses.double().sum())
+    return total / len(examples)
+
+
 class Schedule(Protocol):
     """The settings that ``TrainSettings`` and a run of a study share."""
 

@@ -49,7 +49,7 @@ class EvalOptions:
     "-d",
     "--data",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),
     help="Rows as JSONL, JSON, CSV, TSV or Parquet, see below.",
 )
 @map_option
@@ -79,10 +79,11 @@ class EvalOptions:
 def command(**values: Any) -> None:
     """Measure how often tasks of the deployment DIR are right, and what it is worth.
 
-    Rows of --data are {"text": "...", "label": "..."}, or {"prompt": "...", "completion": "..."}. A task with labels
-    is right if it gives the label. Other tasks generate text greedily, and are right if that is the completion. The
-    verdict comes first: accuracy with its interval of 95 % confidence, and the reference on the same rows. --json and
-    --html have all of it: precision and recall of each label, confusions, calibration, wrong rows, times.
+    Rows of --data are those of a training: {"text": "...", "label": "..."}, or {"prompt": "...", "completion": "..."},
+    with images if the base sees. A task with labels is right if it gives the label. Other tasks generate text greedily,
+    and are right if that is the completion. Several labels, spans and numbers have measures of their own. The verdict
+    comes first: the figure with its interval of 95 % confidence, and the reference on the same rows. --json and --html
+    have all of it: precision and recall of each label, confusions, calibration, wrong rows, times.
 
     \b
     Example:
@@ -109,17 +110,16 @@ def evaluate(options: EvalOptions) -> None:
     from adalink.runtime.deployment import Deployment
     from adalink.runtime.storage.atomic import replace_file
     from adalink.tools.common.console import progress_bar
-    from adalink.tools.evaluation.evaluate import evaluate_task, make_report
+    from adalink.tools.evaluation.evaluate import evaluate_task, make_report, read_task_rows
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.page import render_page
-    from adalink.tools.evaluation.rows import read_eval_rows
     from adalink.tools.evaluation.terminal import print_report
     from adalink.tools.preflight.deployment import check_deployment
 
+    check_installed()
     for variant in options.variants or (None,):
         check_deployment(options.deployment, options.tasks, backend=options.backend, variant=variant)
-    rows = read_eval_rows(RowSource(options.data, read_columns(options.columns), options.template))
-    check_installed()
+    source = RowSource(options.data, read_columns(options.columns), options.template)
     reports = []
     with progress_bar() as progress:
         for variant in options.variants or (None,):
@@ -134,13 +134,12 @@ def evaluate(options: EvalOptions) -> None:
                         deployment,
                         task,
                         variant or names[0],
-                        rows,
-                        options.data,
+                        asked,
                         progress,
                         against=options.against,
                         calibration=options.calibration,
                     )
-                    for task in tasks
+                    for task, asked in read_task_rows(deployment, tasks, source).items()
                 ]
                 report = make_report(deployment, options.data, reports)
     options.output.give(to_builtins(report), lambda: print_report(report))

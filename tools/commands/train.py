@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from adalink.runtime.errors import ConfigError
+from adalink.runtime.errors import BackendUnavailableError, ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
@@ -19,10 +19,13 @@ from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
 from adalink.tools.common.hub_options import hub_options
+from adalink.tools.common.interrupts import Interrupts
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
 from adalink.tools.common.rank_option import read_rank
+from adalink.tools.common.resumption import resumable
+from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 from adalink.tools.common.verbose import is_quiet
@@ -32,6 +35,7 @@ from adalink.training.settings import (
     DEVICES,
     PRECISIONS,
     RATES,
+    REPORTERS,
     SEARCHED_INIT,
     HeadSettings,
     LoopOptions,
@@ -83,6 +87,9 @@ class TrainOptions:
     batch_size: int
     max_length: int
     save_steps: int
+    eval_steps: int | None
+    early_stopping: int | None
+    report_to: str
     seed: int
     device: str
     precision: str
@@ -126,6 +133,8 @@ class TrainOptions:
             device=self.device,
             precision=self.precision,
             save_steps=self.save_steps,
+            eval_steps=self.eval_steps,
+            early_stopping=self.early_stopping,
         )
 
     def head(self) -> HeadSettings | None:
@@ -224,6 +233,25 @@ _DEPLOYMENT = "deployment"
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True, help="Most tokens a row may have.")
 @click.option("--save-steps", default=TrainSettings.save_steps, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--eval-steps",
+    type=click.IntRange(min=0),
+    show_default="a fifth of --max-steps",
+    help="Steps between points of the evaluation curve; 0 for none. They do not change the adapter.",
+)
+@click.option(
+    "--early-stopping",
+    type=click.IntRange(min=1),
+    metavar="PATIENCE",
+    help="End after so many evaluations without a lower loss, on a tenth of the training rows; the best is kept.",
+)
+@click.option(
+    "--report-to",
+    default=LoopOptions.report_to,
+    show_default=True,
+    type=click.Choice(REPORTERS),
+    help="Draw the curves as they come: TensorBoard's files are in OUT.logs.",
+)
 @click.option("--seed", default=TrainSettings.seed, show_default=True, help="Seed of weights, order and dropout.")
 @click.option("--device", default=TrainSettings.device, show_default=True, type=click.Choice(DEVICES))
 @click.option(
@@ -269,11 +297,11 @@ def command(**values: Any) -> None:
     """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion, or of text and labels.
 
     Each row has the columns prompt and completion; the loss is on the completion only. Rows with messages, the last of
-    which is the reply, go through the model's chat template. For a
-    base that takes images a row may have images, ["a.png"], too, paths from the file's own folder, with one
-    placeholder in the prompt for each, which PaliGemma may do without. OUT gets the adapter and training.json: data
-    digests, settings, loss curve, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints
-    lie in OUT.checkpoints until the run is done.
+    which is the reply, go through the model's chat template. For a base that takes images a row may have images,
+    ["a.png"], too, paths from the file's own folder, with one placeholder in the prompt for each, which PaliGemma may
+    do without. OUT gets the adapter, the page evaluation.html, a model card and training.json: data digests, settings,
+    curves, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints lie in OUT.checkpoints
+    until the run is done. Ctrl-C saves one, and says which command goes on.
 
     For an encoder a row has text and label, and the adapter gets a head. "text_pair" makes it a pair.
     A label with a decimal point is a regression. {"text", "labels": [...]} has several labels. {"text", "spans":
@@ -324,13 +352,30 @@ def train_adapter(options: TrainOptions) -> None:
         problem_type=options.problem_type,
     )
     from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.evaluation.metrics import check_installed
+    from adalink.tools.evaluation.trained import PAGE_FILE, make_page
     from adalink.training.run import train
 
-    show_bar = sys.stderr is not None and sys.stderr.isatty() and not is_quiet()
-    loop = LoopOptions(resume=options.resume, progress=say, show_bar=show_bar)
-    # The Trainer logs to stdout, which is for the result.
+    has_page = True
+    try:
+        check_installed()
+    except BackendUnavailableError as error:
+        has_page = False
+        say(f"no evaluation page: {error}")
+    interrupts, line = Interrupts(), StepLine()
+    interrupts.call(lambda: line.say("stopping after this step: its checkpoint is saved; Ctrl-C again stops at once"))
+    loop = LoopOptions(
+        resume=options.resume,
+        progress=line.say,
+        show_bar=False,
+        on_step=line.show,
+        stop=interrupts,
+        report_to=options.report_to,
+        extra_files=make_page if has_page else lambda outcome: {},
+    )
+    # Libraries log to stdout, which is for the result.
     log = contextlib.redirect_stdout(io.StringIO() if is_quiet() else sys.stderr)
-    with hub_access(options.base, options.access), log, quiet_libraries():
+    with hub_access(options.base, options.access), log, quiet_libraries(), resumable(options.out, line):
         report = train(
             options.base,
             source,
@@ -343,6 +388,8 @@ def train_adapter(options: TrainOptions) -> None:
             loop=loop,
             assume_pretokenizer=options.assume_pretokenizer,
         )
+    if has_page:
+        say(f"evaluation page: {options.out / PAGE_FILE}")
     options.output.give(report, lambda: _show(options.out, report))
 
 

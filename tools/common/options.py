@@ -109,7 +109,7 @@ def rows_option(help_text: str) -> Callable[[F], F]:
             "--jsonl",
             "jsonl",
             metavar="FILE",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=click.Path(path_type=Path),
             help=help_text,
         )
         return option(command)
