@@ -129,13 +129,7 @@ class TrainableClassifier(nn.Module):
 
     def scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Float32 scores, ``(batch, labels)``, or ``(batch, seq, labels)`` of tokens."""
-        model = self.attached.model
-        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-        states = encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
-        features = (
-            states if self.spec.problem_type == TOKENS else pool_states(states, attention_mask, self.spec.pooling)
-        )
-        scores: torch.Tensor = self.head(features)
+        scores: torch.Tensor = self.head(features(self.attached.model, self.spec, input_ids, attention_mask, **inputs))
         return scores
 
     def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -146,6 +140,15 @@ class TrainableClassifier(nn.Module):
         if kind == MULTI_LABEL:
             return {"loss": functional.binary_cross_entropy_with_logits(scores, labels)}
         return {"loss": functional.cross_entropy(scores.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED)}
+
+
+def features(
+    model: Any, head: Head, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """What a head takes, float32: pooled states, ``(batch, d)``, or those of each token, ``(batch, seq, d)``."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    states = encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
+    return states if head.problem_type == TOKENS else pool_states(states, attention_mask, head.pooling)
 
 
 def pool_states(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:

