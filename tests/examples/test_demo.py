@@ -100,7 +100,7 @@ def test_whole_path_then_reuse_then_change_then_anew(workplace, classifiers):
     assert third.stderr.count("reused") == 2 + HAS_RTX + 4
     assert {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")} == base
 
-    again = run(workplace, "--fresh")
+    again = run(workplace, "--encoder", classifiers, "--fresh")
     assert again.exit_code == 0, again.output
     assert "reused" not in again.stderr
 
