@@ -32,25 +32,35 @@ def find_classifiers(examples: Path) -> list[Path]:
     return sorted(path.parent for path in examples.glob("classifiers/adapters/*/adapter_config.json"))
 
 
-def show_classifiers(
-    out: Path, model: str | None, adapters: Sequence[Path], progress: Progress, *, fresh: bool
-) -> bool:
+def find_encoder(model: str | None) -> Path | None:
+    """Folder of the encoder: ``model``, or MiniLM as its package installs it; ``None`` if that is not installed.
+
+    Raises:
+        ModelError: ``model`` is no folder.
+    """
+    if model is not None:
+        if not Path(model).is_dir():
+            raise ModelError(f"{model}: no such folder; the classifiers need a local encoder")
+        return Path(model)
+    try:
+        return find_minilm()
+    except ModelError as error:
+        click.echo(f"Classifiers are not shown: {error}\n")
+        return None
+
+
+def show_classifiers(out: Path, source: Path, adapters: Sequence[Path], progress: Progress, *, fresh: bool) -> bool:
     """Export an encoder and its tasks into ``out``, classify test rows, and verify; returns whether parity passed.
 
     Args:
         out: folder of the deployment and of what was done before.
-        model: folder of the encoder; all-MiniLM-L6-v2 as its package installs it for ``None``.
+        source: folder of the encoder.
         adapters: folders of the tasks.
         progress: gets a line at each step.
         fresh: forget what an earlier run did.
     """
     from adalink.runtime.deployment import Deployment
 
-    try:
-        source = find_minilm() if model is None else Path(model)
-    except ModelError as error:
-        click.echo(f"Classifiers: not shown: {error}")
-        return True
     out.mkdir(parents=True, exist_ok=True)
     state, deployment = DemoState(out, source, fresh=fresh), out / "deployment"
     export_all(deployment, source, list(adapters), state, progress)

@@ -57,7 +57,7 @@ def command(out: Path, model: str | None, examples: Path, encoder: str | None, f
     from adalink.tools.common.console import say
     from adalink.tools.common.quiet import quiet_libraries
     from examples.demo.checks import show_bench, show_parity
-    from examples.demo.classifiers import find_classifiers, show_classifiers
+    from examples.demo.classifiers import find_classifiers, find_encoder, show_classifiers
     from examples.demo.engine import build_engine
     from examples.demo.export import export_all
     from examples.demo.rows import read_demo_rows
@@ -69,6 +69,7 @@ def command(out: Path, model: str | None, examples: Path, encoder: str | None, f
         say(f"[{time.monotonic() - started:5.1f} s] {line}")
 
     adapters, classifiers = find_adapters(examples), find_classifiers(examples)
+    encoder_source = find_encoder(encoder) if classifiers else None
     rows = read_demo_rows(examples / _ROWS_FILE)
     source = find_model(model)
     try:
@@ -76,7 +77,7 @@ def command(out: Path, model: str | None, examples: Path, encoder: str | None, f
     except OSError as error:
         raise WriteError(f"cannot make {out}: {error.strerror}; choose a writable place with --out") from error
     deployment = out / "deployment"
-    say_plan(source, adapters, classifiers)
+    say_plan(source, adapters, classifiers if encoder_source else [])
     state = DemoState(out, source, fresh=fresh)
     with quiet_libraries():
         export_all(deployment, source, adapters, state, progress)
@@ -88,8 +89,8 @@ def command(out: Path, model: str | None, examples: Path, encoder: str | None, f
                 progress(f"engine: it does not run here: {error}")
         passed = show_parity(deployment, source, state, progress)
         show_bench(deployment, progress)
-        if classifiers:
-            passed &= show_classifiers(out / "encoder", encoder, classifiers, progress, fresh=fresh)
+        if encoder_source is not None:
+            passed &= show_classifiers(out / "encoder", encoder_source, classifiers, progress, fresh=fresh)
     progress("done" if passed else "done, but parity failed")
     say_next(deployment, examples, adapters)
     if not passed:

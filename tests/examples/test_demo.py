@@ -116,13 +116,14 @@ def test_a_folder_of_somebody_else_is_left_alone(workplace):
     assert precious.read_text() == "mine"
 
 
-def test_wrong_places_are_named(workplace, tmp_path):
+def test_wrong_places_are_named(workplace, classifiers, tmp_path):
     *_, examples = workplace
     (tmp_path / "file").write_text("")
     for arguments, message in (
         (["--out", tmp_path / "file" / "demo"], "file/demo: Not a directory; choose a writable place with --out"),
         (["--examples", tmp_path / "nowhere"], "holds no adapter folders"),
         (["--model", tmp_path / "nowhere"], "no such file or folder"),
+        (["--encoder", tmp_path / "nowhere"], "no such folder; the classifiers need a local encoder"),
     ):
         result = run(workplace, *arguments)
         assert result.exit_code == 2
