@@ -61,7 +61,8 @@ def label_vectors(
         one, other = (head.labels[int(place)] for place in alike.nonzero()[0])
         raise ModelError(f"the base embeds labels {one!r} and {other!r} alike: give them other names, or train a head")
     length = _embed(model, examples, collate, head).norm(dim=1).mean()
-    return vectors * (_SCALE / length)
+    scaled: torch.Tensor = vectors * (_SCALE / length)
+    return scaled
 
 
 def place(attached: AdaLinkModel, vectors: torch.Tensor) -> None:

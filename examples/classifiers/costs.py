@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def memory_of_models(models: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return measured | {str(COUNTS[2]): {"bytes": round(many + each * (COUNTS[2] - COUNTS[1])), "measured": False}}
 
 
-def latencies(kit: Path, tasks: Sequence[str], models: dict[str, Sequence[Path]], text: str) -> dict[str, float]:
+def latencies(kit: Path, tasks: Sequence[str], models: Mapping[str, Sequence[Path]], text: str) -> dict[str, float]:
     """Milliseconds for one text under all tasks, one thread, medians of alternating rounds.
 
     Args:

@@ -207,4 +207,4 @@ def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
         return np.asarray(fitted.decision_function(vectors))[0]
     scores = np.full((len(vectors), len(head.labels)), -1e9)
     scores[:, fitted.classes_] = fitted.predict_log_proba(vectors)
-    return scores if head.problem_type == TOKENS else scores[0]
+    return scores if head.problem_type == TOKENS else np.asarray(scores[0])

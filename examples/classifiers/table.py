@@ -1,6 +1,6 @@
 """Tables of the four-task proof, from its results: ``python -m examples.classifiers.table``.
 
-They are written between the marks of README.md, ``examples/classifiers/README.md`` and ``docs/guides/classify.md``.
+They stand between the marks of three pages: see ``sections``.
 """
 
 from __future__ import annotations
@@ -81,6 +81,17 @@ def cost_table(results: Mapping[str, Any]) -> list[str]:
     )
 
 
+def short_table(results: Mapping[str, Any]) -> list[str]:
+    """A row a method: means of the main measures, and the most telling costs."""
+    titles = ["", *(f"`{name}`" for name in TASKS), "bytes a task", "memory, 400 tasks", "a text, 4 tasks"]
+    rows = []
+    for method, title in METHODS.items():
+        means = [statistics.mean(figures(results, name, method, task.metric)) for name, task in TASKS.items()]
+        size, _, _, memory, latency, _ = _costs(results, method)
+        rows.append([title, *(f"{value:.1f}" for value in means), size, memory, latency])
+    return _table(titles, rows)
+
+
 def _costs(results: Mapping[str, Any], method: str) -> list[str]:
     sizes, memory = results["task_bytes"].get(method), results["memory"].get(method, {})
     seconds = [run["train_seconds"] for run in results["runs"] if run["method"] == method]
@@ -123,13 +134,22 @@ def replace(path: Path, lines: Sequence[str]) -> None:
     path.write_text("\n".join([before + BEGIN, *lines, END + after]), encoding="utf-8")
 
 
+def sections(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Lines of each page, by its path."""
+    accuracy, cost = accuracy_table(results), cost_table(results)
+    details = ["", *accuracy, "", *macro_table(results), "", *gains(results), "", *cost, ""]
+    return {
+        "README.md": short_table(results),
+        "docs/guides/classify.md": ["", *accuracy, "", *cost, ""],
+        "examples/classifiers/README.md": details,
+    }
+
+
 def main() -> None:
     """Write all tables."""
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
-    accuracy, cost = accuracy_table(results), cost_table(results)
-    replace(HERE / "README.md", ["", *accuracy, "", *macro_table(results), "", *gains(results), "", *cost])
-    for page in ("README.md", "docs/guides/classify.md"):
-        replace(HERE.parents[1] / page, accuracy if page == "README.md" else [*accuracy, "", *cost])
+    for page, lines in sections(results).items():
+        replace(HERE.parents[1] / page, lines)
 
 
 if __name__ == "__main__":
