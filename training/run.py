@@ -94,8 +94,16 @@ def train(
     eval_data = data.at(eval_data) if isinstance(eval_data, str | Path) else eval_data
     check_files(data, eval_data)
     if head is not None or (data.template is None and has_labels(data)):
-        if space is not None or assume_pretokenizer is not None:
-            raise ConfigError("rows with labels take neither a search nor a GGUF file: leave --search out")
+        if space is not None:
+            raise ConfigError(
+                f"a search of {space.minutes:g} minutes was asked for, and rows have labels: a search chooses for "
+                "prompts and completions alone. Leave --search out; --lr, --head-lr, --rank and --activation choose"
+            )
+        if assume_pretokenizer is not None:
+            raise ConfigError(
+                f"the pre-tokenizer is {assume_pretokenizer!r}, which is for GGUF files, and rows with labels take an "
+                "encoder's folder: leave --assume-pretokenizer out"
+            )
         return train_classifier(base, data, eval_data, out, config, settings, head or HeadSettings(), loop)
     run = TrainingRun(base, out, settings, loop)
     rows = read_prompts(data, eval_data, settings, loop.progress)

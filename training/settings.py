@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adalink.training.outcome import Outcome
 
 DEVICES = ("auto", "cpu", "cuda")
+HEADS = ("linear", "none")
 PRECISIONS = ("float32", "bfloat16")
 # Learning rates to try for each init, the best one at rank 64 first, and the best init for a searched rate.
 # Measured: docs/concepts/when-it-is-enough.md.
@@ -138,6 +139,7 @@ class HeadSettings:
         problem_type: one of ``adalink.runtime.storage.head_spec.PROBLEM_TYPES``; by default what the rows look like.
         pooling: one of ``adalink.runtime.storage.pooling_schema.POOLING_MODES``; by default what the base's own
             sentence-transformers files say, else the mean.
+        kind: ``"linear"``, a head that is trained; or ``"none"``, the label whose text the base embeds nearest.
         lr: peak learning rate of the head.
         alone: whether the head is trained alone, on the states of the unchanged base: rank 0.
 
@@ -147,6 +149,7 @@ class HeadSettings:
 
     problem_type: str | None = None
     pooling: str | None = None
+    kind: str = "linear"
     lr: float = 1e-2
     alone: bool = False
 
@@ -154,6 +157,8 @@ class HeadSettings:
         for name, known in (("problem_type", PROBLEM_TYPES), ("pooling", POOLING_MODES)):
             if (value := getattr(self, name)) not in (None, *known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if self.kind not in HEADS:
+            raise ConfigError(f"head is {self.kind!r}, expected one of {', '.join(HEADS)}")
         if not 0.0 < self.lr < 1.0:
             raise ConfigError(f"lr of the head is {self.lr!r}, expected more than 0 and less than 1")
 

@@ -258,8 +258,10 @@ def test_decoders_and_searches_are_refused(base: Path, tmp_path: Path) -> None:
     decoder = make_model_folder(tmp_path / "llama", "llama")
     with pytest.raises(ModelError, match="a decoder: rows with labels are for encoders"):
         train(decoder, data, data, tmp_path / "out", CONFIG, QUICK)
-    with pytest.raises(ConfigError, match="--search"):
+    with pytest.raises(ConfigError, match=r"search of 1 minutes .* Leave --search out"):
         train(base, data, data, tmp_path / "out", CONFIG, QUICK, space=SearchSettings(minutes=1))
+    with pytest.raises(ConfigError, match="leave --assume-pretokenizer out"):
+        train(base, data, data, tmp_path / "out", CONFIG, QUICK, assume_pretokenizer="gpt-2")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(ModelError, match="an encoder takes rows with labels"):
         train(base, prompts, prompts, tmp_path / "out", CONFIG, QUICK)

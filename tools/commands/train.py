@@ -14,10 +14,9 @@ import click
 from adalink.runtime.errors import BackendUnavailableError, ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
-from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.label_spec import LabelSet
-from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
+from adalink.tools.common.head_options import head_options
 from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.interrupts import Interrupts
 from adalink.tools.common.json_output import JsonOutput, json_options
@@ -59,7 +58,7 @@ class TrainOptions:
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
-        pooling: of a task with labels, as the three that follow: see ``HeadSettings``.
+        pooling: of a task with labels, as the four that follow: see ``HeadSettings``.
         assume_pretokenizer: see ``load_tokenizer``.
         resume: go on with an interrupted run.
         output: where the whole report goes as JSON.
@@ -97,6 +96,7 @@ class TrainOptions:
     labels: tuple[str, ...]
     pooling: str | None
     problem_type: str | None
+    head_kind: str
     head_lr: float
     head_alone: bool
     assume_pretokenizer: str | None
@@ -139,10 +139,14 @@ class TrainOptions:
 
     def head(self) -> HeadSettings | None:
         """Settings of a task with labels; ``None`` where no option asks for one. Raises ``ConfigError``."""
-        if not any(map(is_given, ("pooling", "problem_type", "head_lr", "head_alone"))):
+        if not any(map(is_given, ("pooling", "problem_type", "head_kind", "head_lr", "head_alone"))):
             return None
         return HeadSettings(
-            problem_type=self.problem_type, pooling=self.pooling, lr=self.head_lr, alone=self.head_alone
+            problem_type=self.problem_type,
+            pooling=self.pooling,
+            kind=self.head_kind,
+            lr=self.head_lr,
+            alone=self.head_alone,
         )
 
     def search(self, config: AdaLinkConfig) -> SearchSettings | None:
@@ -274,22 +278,7 @@ _DEPLOYMENT = "deployment"
     metavar="TEXT",
     help="A completion that is a label, for `adalink classify`; repeat it for each. By default all, if few.",
 )
-@click.option(
-    "--pooling",
-    type=click.Choice(POOLING_MODES),
-    show_default="the base's own, else mean",
-    help="For rows with labels: how the states of a text become one.",
-)
-@click.option(
-    "--problem-type",
-    type=click.Choice(PROBLEM_TYPES),
-    show_default="what the rows look like",
-    help="For rows with labels.",
-)
-@click.option(
-    "--head-lr", default=HeadSettings.lr, show_default=True, help="Highest learning rate of the head, likewise."
-)
-@click.option("--head-alone", is_flag=True, help="Likewise: train no bottleneck, only a head on the base's states.")
+@head_options
 @assume_pretokenizer_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
 @json_options("Print the report as JSON.")
