@@ -24,9 +24,9 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.head_spec import MULTI_LABEL, SINGLE_LABEL, TOKENS, Head
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.adapter_io import save_adapter, to_adapter
-from adalink.training.classifier import LabelCollator, TrainableClassifier, encode_labelled, features
+from adalink.training.classifier import LabelCollator, LabelledExample, TrainableClassifier, encode_labelled, features
 from adalink.training.classifier_metrics import measure
-from adalink.training.classifier_run import predict
+from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.models.loading import load_base, load_tokenizer
@@ -90,7 +90,7 @@ def train_own_model(base: Path, rows: dict[str, Path], method: str, seed: int, o
         weights = attached.weights()
     if out is not None:
         _export(model if tuned is None else tuned.merge_and_unload(), tokenizer, head, weights, out)
-    metrics = measure(head, parts["test"], examples["test"], scores, parts["train"])
+    metrics = _measure(head, parts, examples, "test", scores)
     return {"metrics": metrics, "train_seconds": round(seconds, 1)}
 
 
@@ -112,6 +112,18 @@ def _read(rows: dict[str, Path]) -> tuple[Head, dict[str, list[LabelledRow]]]:
     pooling = "" if kind == TOKENS else "mean"
     head = Head(problem_type=kind, labels=labels, pooling=pooling, max_tokens=LENGTH)
     return head, {split: read_labelled_rows(path, kind)[1] for split, path in rows.items()}
+
+
+def _measure(
+    head: Head,
+    parts: dict[str, list[LabelledRow]],
+    examples: dict[str, list[LabelledExample]],
+    split: str,
+    scores: Sequence[Array],
+) -> dict[str, float]:
+    """Metrics of the scores that a head gives for a split."""
+    said = classify_examples(head, parts[split], examples[split], scores)
+    return measure(head, parts[split], said, parts["train"])
 
 
 def _with_lora(model: Any) -> Any:
@@ -165,13 +177,13 @@ def train_logistic(base: Path, rows: dict[str, Path], seed: int) -> Result:
     for strength in _STRENGTHS:
         fitted = _fit(vectors["train"], examples["train"], head, strength, seed)
         scores = [_scores(fitted, some, head) for some in vectors["eval"]]
-        value = measure(head, parts["eval"], examples["eval"], scores, parts["train"])[metric]
+        value = _measure(head, parts, examples, "eval", scores)[metric]
         if best is None or value > best[0]:
             best = value, strength, fitted
     assert best is not None
     seconds = time.process_time() - begun
     scores = [_scores(best[2], some, head) for some in vectors["test"]]
-    metrics = measure(head, parts["test"], examples["test"], scores, parts["train"])
+    metrics = _measure(head, parts, examples, "test", scores)
     return {"metrics": metrics, "train_seconds": round(seconds, 1), "strength": best[1]}
 
 
@@ -204,7 +216,8 @@ def _fit(vectors: Sequence[Array], examples: Sequence[Any], head: Head, strength
 def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
     """Scores as a head gives them; a label that training has none of has the lowest."""
     if head.problem_type == MULTI_LABEL:
-        return np.asarray(fitted.decision_function(vectors))[0]
+        decided: Array = np.asarray(fitted.decision_function(vectors))[0]
+        return decided
     scores = np.full((len(vectors), len(head.labels)), -1e9)
     scores[:, fitted.classes_] = fitted.predict_log_proba(vectors)
     return scores if head.problem_type == TOKENS else np.asarray(scores[0])
