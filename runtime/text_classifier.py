@@ -6,7 +6,7 @@ Tasks with heads share the engine's batches. On a base that generates, each prom
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.label_scorer import LabelledPrompt, LabelScorer
 from adalink.runtime.request import Tasks, check_length, check_text
-from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
+from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS, Head
 from adalink.runtime.storage.label_spec import LabelSet, fault_in_labels
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
@@ -169,19 +169,32 @@ class PreparedText:
 
     def read(self, scores: Array) -> Classification:
         """What scores of its head say."""
-        spec, tokens, truncated = self.head.spec, len(self.cut.ids), self.cut.is_cut
-        if spec.problem_type == REGRESSION:
-            return Classification(value=float(scores[0]), tokens=tokens, truncated=truncated)
-        if spec.problem_type == TOKENS:
-            spans = read_spans(self.text, self.cut.offsets, self.cut.words, spec.labels, softmax(scores))
-            return Classification(spans=spans, tokens=tokens, truncated=truncated)
-        shares = softmax(scores) if spec.problem_type == SINGLE_LABEL else sigmoid(scores)
-        probabilities = dict(zip(spec.labels, shares.tolist(), strict=True))
-        if spec.problem_type == MULTI_LABEL:
-            labels = tuple(label for label, share in probabilities.items() if share >= _THRESHOLD)
-            return Classification(labels=labels, probabilities=probabilities, tokens=tokens, truncated=truncated)
-        label = spec.labels[int(scores.argmax())]
-        return Classification(label=label, probabilities=probabilities, tokens=tokens, truncated=truncated)
+        said = read_scores(self.head.spec, scores, self.text, self.cut.offsets, self.cut.words)
+        return replace(said, tokens=len(self.cut.ids), truncated=self.cut.is_cut)
+
+
+def read_scores(
+    spec: Head, scores: Array, text: str, offsets: Sequence[tuple[int, int]], words: Sequence[int | None]
+) -> Classification:
+    """What scores of a head say of a text.
+
+    Args:
+        spec: the head.
+        scores: one for each label, or ``(tokens, labels)``.
+        text: the text; of a pair, the first one.
+        offsets: of each token the first character and the one behind the last.
+        words: number of each token's word; ``None`` for special tokens.
+    """
+    if spec.problem_type == REGRESSION:
+        return Classification(value=float(scores[0]))
+    if spec.problem_type == TOKENS:
+        return Classification(spans=read_spans(text, offsets, words, spec.labels, softmax(scores)))
+    shares = softmax(scores) if spec.problem_type == SINGLE_LABEL else sigmoid(scores)
+    probabilities = dict(zip(spec.labels, shares.tolist(), strict=True))
+    if spec.problem_type == MULTI_LABEL:
+        labels = tuple(label for label, share in probabilities.items() if share >= _THRESHOLD)
+        return Classification(labels=labels, probabilities=probabilities)
+    return Classification(label=spec.labels[int(scores.argmax())], probabilities=probabilities)
 
 
 @dataclass(frozen=True)

@@ -133,13 +133,29 @@ class TrainableClassifier(nn.Module):
         return scores
 
     def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The loss of a batch of ``LabelCollator``."""
+        """The loss of a batch of ``LabelCollator``: its mean over rows, or over tokens with a tag."""
+        losses = self._losses(labels, inputs)
+        if self.spec.problem_type != TOKENS:
+            return {"loss": losses.mean()}
+        return {"loss": losses.sum() / (labels != _IGNORED).sum()}
+
+    @torch.no_grad()
+    def row_losses(self, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Loss of each row, of tokens the mean; float32 with shape ``(batch,)``; arguments as ``forward``'s."""
+        losses = self._losses(labels, inputs)
+        return losses if losses.ndim == 1 else losses.sum(dim=1) / (labels != _IGNORED).sum(dim=1).clamp(min=1)
+
+    def _losses(self, labels: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Losses with shape ``(batch,)``, or ``(batch, seq)`` of tokens, 0 for those without a tag."""
         scores, kind = self.scores(**inputs), self.spec.problem_type
         if kind == REGRESSION:
-            return {"loss": functional.mse_loss(scores[:, 0], labels.float())}
+            return functional.mse_loss(scores[:, 0], labels.float(), reduction="none")
         if kind == MULTI_LABEL:
-            return {"loss": functional.binary_cross_entropy_with_logits(scores, labels)}
-        return {"loss": functional.cross_entropy(scores.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED)}
+            return functional.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(dim=1)
+        losses = functional.cross_entropy(
+            scores.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+        )
+        return losses.view(labels.shape)
 
 
 def features(

@@ -8,37 +8,30 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from adalink.runtime.arrays import Array
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
-from adalink.runtime.text.spans import read_spans
-from adalink.runtime.text_classifier import sigmoid, softmax
-from adalink.training.classifier import LabelledExample
+from adalink.runtime.text_classifier import Classification
 from adalink.training.data.labelled_rows import LabelledRow
 
 Found: TypeAlias = "Sequence[set[Any]]"
 
 
 def measure(
-    head: Head,
-    rows: Sequence[LabelledRow],
-    examples: Sequence[LabelledExample],
-    scores: Sequence[Array],
-    training: Sequence[LabelledRow],
+    head: Head, rows: Sequence[LabelledRow], said: Sequence[Classification], training: Sequence[LabelledRow]
 ) -> dict[str, float]:
     """Metrics by name, the one to look at first.
 
     Args:
         head: the head.
         rows: rows with labels.
-        examples: their tokens.
-        scores: the head's scores of each row.
+        said: what the head says of each row.
         training: the rows of the training, for the answer that needs no text.
     """
     if head.problem_type == REGRESSION:
-        return _measure_numbers([float(row[0]) for row in scores], [row.value for row in rows], training)
+        numbers = [0.0 if one.value is None else one.value for one in said]
+        return _measure_numbers(numbers, [row.value for row in rows], training)
     if head.problem_type == SINGLE_LABEL:
         wanted = [{row.labels[0]} for row in rows]
-        found = [{head.labels[int(row.argmax())]} for row in scores]
+        found = [{one.label} for one in said]
         commonest = Counter(row.labels[0] for row in training).most_common(1)[0][0]
         majority = _share([commonest in labels for labels in wanted])
         return {
@@ -47,18 +40,11 @@ def measure(
             "majority_accuracy": majority,
         }
     if head.problem_type == MULTI_LABEL:
-        wanted = [set(row.labels) for row in rows]
-        found = [{head.labels[number] for number in np.flatnonzero(sigmoid(row) >= 0.5)} for row in scores]
-        exact = _share([one == other for one, other in zip(found, wanted, strict=True)])
-        return {"micro_f1": _f1(found, wanted), "macro_f1": _macro_f1(found, wanted), "exact_match": exact}
+        wanted, several = [set(row.labels) for row in rows], [set(one.labels) for one in said]
+        exact = _share([one == other for one, other in zip(several, wanted, strict=True)])
+        return {"micro_f1": _f1(several, wanted), "macro_f1": _macro_f1(several, wanted), "exact_match": exact}
     spans: list[set[Any]] = [{(span.start, span.end, span.label) for span in row.spans} for row in rows]
-    read: list[set[Any]] = [
-        {
-            (span.start, span.end, span.label)
-            for span in read_spans(row.text, example.offsets, example.words, head.labels, softmax(row_scores))
-        }
-        for row, example, row_scores in zip(rows, examples, scores, strict=True)
-    ]
+    read: list[set[Any]] = [{(span.start, span.end, span.label) for span in one.spans} for one in said]
     return {"span_f1": _f1(read, spans), "span_macro_f1": _macro_f1(read, spans, kind=lambda span: span[2])}
 
 

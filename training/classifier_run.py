@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,36 +13,28 @@ import torch
 from transformers import set_seed
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
+from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.runtime.storage.head_spec import REGRESSION, TOKENS, Head
-from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
-from adalink.training.checkpoints import (
-    CheckpointTrainer,
-    begin_checkpoints,
-    check_fresh,
-    last_checkpoint,
-    removed_if_useless,
-    restore,
-    step_of,
-)
+from adalink.runtime.text_classifier import Classification, read_scores
+from adalink.training.adapter_io import digest_tokenizer
 from adalink.training.classifier import LabelCollator, LabelledExample, TrainableClassifier, encode_labelled
 from adalink.training.classifier_metrics import measure
-from adalink.training.data.labelled_rows import check_labels, find_labels
-from adalink.training.data.run_rows import read_labelled
-from adalink.training.device import precision_warning, resolve_device
+from adalink.training.data.held_out import pick
+from adalink.training.data.labelled_rows import LabelledRow, check_labels, find_labels
+from adalink.training.data.run_rows import RunRows, read_labelled
+from adalink.training.eval_curve import spread
 from adalink.training.label_texts import check_label_texts, label_vectors, place
+from adalink.training.loop import Lesson, TrainingRun
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
-from adalink.training.models.source import display_name
+from adalink.training.outcome import ClassifiedRows
 from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
-from adalink.training.trainer import trainer_arguments
+from adalink.training.trainer import mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
     from adalink.runtime.rows.source import RowSource
     from adalink.training.method.config import AdaLinkConfig
-
-REPORT_FILE = "training.json"
 
 
 def train_classifier(
@@ -64,54 +52,49 @@ def train_classifier(
     Raises:
         AdaLinkError: data, base, settings or target folder cannot be used.
     """
-    out = Path(out).resolve()
-    check_target(out)
-    if warning := precision_warning(resolve_device(settings.device), settings.precision):
-        loop.progress(warning)
+    run = TrainingRun(base, out, settings, loop)
     if config.init == "gradient" and not options.alone:
         raise ConfigError(
             "init is 'gradient', which needs completions: choose kaiming or centered for rows with labels"
         )
-    kind, rows, eval_rows, files = read_labelled(data, eval_data, options.problem_type, settings.seed, loop.progress)
-    labels = find_labels(kind, rows, data.path)
+    kind, rows = read_labelled(data, eval_data, options.problem_type, settings, loop.progress)
+    labels = find_labels(kind, rows.training, data.path)
     if options.kind == "none":
         has_bottleneck = isinstance(config.rank, dict) or config.rank > 0
         check_label_texts(kind, has_adapter=not options.alone and (has_bottleneck or config.soft_tokens > 0))
-    loop.progress(f"loading {display_name(base)}")
+    loop.progress(f"loading {run.base}")
     tokenizer, model = load_tokenizer(base), load_base(base)
     if model.can_generate() and not model.config.is_encoder_decoder:
         raise ModelError(
-            f"base model {display_name(base)} is a {type(model).__name__}, a decoder: rows with labels are for "
+            f"base model {run.base} is a {type(model).__name__}, a decoder: rows with labels are for "
             'encoders; give it rows {"prompt": "...", "completion": "..."}, or make them with --template'
         )
     prepended = 0 if options.alone else config.prepended_positions
     head = _make_head(base, tokenizer, model, (kind, labels), settings, options, prepended)
-    eval_file = (eval_data or data).path
-    check_labels(head, eval_rows, eval_file)
+    check_labels(head, rows.measured, (eval_data or data).path)
     alone = {"rank": 0, "activation": "identity", "bias": False, "dropout": 0.0, "init": "kaiming", "soft_tokens": 0}
     config = msgspec.structs.replace(config, head=head, **(alone if options.alone else {}))
-    examples, eval_examples = (encode_labelled(some, tokenizer, head) for some in (rows, eval_rows))
-    for some, origin in ((examples, data.path), (eval_examples, eval_file)):
-        if cut := sum(example.is_cut for example in some):
+
+    def encode(some: Sequence[LabelledRow], origin: Path) -> list[LabelledExample]:
+        encoded = encode_labelled(some, tokenizer, head)
+        if cut := sum(example.is_cut for example in encoded):
             loop.progress(f"{origin}: {cut} of {len(some)} texts are longer than {head.max_tokens} tokens, and are cut")
-    record: dict[str, Any] = {
-        "base": display_name(base),
-        "method": config.as_record(),
-        "settings": {**asdict(settings), "head": options.kind, "head_lr": options.lr},
-        "data": files,
-        "base_fingerprint": base_fingerprint(model),
-        "tokenizer_digest": digest_tokenizer(tokenizer),
-    }
-    checkpoints = out.parent / f"{out.name}.checkpoints"
-    last = None
-    if loop.resume:
-        last = last_checkpoint(checkpoints, record)
-    else:
-        check_fresh(checkpoints)
-        begin_checkpoints(checkpoints, record)
-    model.to(trainer_arguments(checkpoints, settings).device)
-    start = time.perf_counter()
-    with removed_if_useless(checkpoints):
+        return encoded
+
+    examples, validation = encode(rows.learned, data.path), encode(rows.validation, data.path)
+    eval_examples = encode(rows.measured, (eval_data or data).path)
+    run.find_checkpoint(
+        {
+            "base": run.base,
+            "method": config.as_record(),
+            "settings": {**settings.as_record(), "head": options.kind, "head_lr": options.lr},
+            "data": rows.record,
+            "base_fingerprint": base_fingerprint(model),
+            "tokenizer_digest": digest_tokenizer(tokenizer),
+        }
+    )
+    model.to(trainer_arguments(run.checkpoints, settings).device)
+    with run.begin():
         collate = LabelCollator(head, _pad_token(tokenizer))
         vectors = None if options.kind == "linear" else label_vectors(model, tokenizer, head, examples, collate)
         set_seed(settings.seed)
@@ -119,31 +102,47 @@ def train_classifier(
             if vectors is not None:
                 place(attached, vectors)
             module = TrainableClassifier(attached)
-            scaled, mean, spread = _standardized(examples) if kind == REGRESSION else (examples, 0.0, 1.0)
-            loop.progress(f"training on {len(rows)} rows with {len(labels)} labels, {settings.max_steps} steps")
-            history = _train(module, scaled, collate, settings, options, checkpoints, last, loop)
-            if kind == REGRESSION:
-                _unscale(module, mean, spread)
-            attached.adapters.eval()
-            try:
-                adapter = to_adapter(attached, display_name(base), tokenizer)
-            except AdapterError:
-                shutil.rmtree(checkpoints)  # it cannot be resumed
-                raise
-            loop.progress(f"measuring on {len(eval_rows)} eval rows")
+            scale = Scale.of(examples) if kind == REGRESSION else Scale()
+            loop.progress(f"training on {len(examples)} rows with {len(labels)} labels, {settings.max_steps} steps")
+            watched = _watch(rows, validation, eval_examples)
+
+            def measure_beside() -> dict[str, float]:
+                loss = mean_loss(module, scale.apply(watched.examples), collate, settings.batch_size)
+                if kind == REGRESSION:  # the head gives scaled numbers until the end
+                    return {"loss": loss}
+                scores = predict(module, watched.examples, collate, settings.batch_size)
+                said = classify_examples(head, watched.rows, watched.examples, scores)
+                name, value = next(iter(measure(head, watched.rows, said, rows.learned).items()))
+                return {"loss": loss, name: value}
+
+            lesson = Lesson(
+                module, scale.apply(examples), collate, measure_beside, _optimizer(module, settings, options)
+            )
+            history = run.train(lesson, settings)
+            scale.unscale(module)
+            adapter = run.make_adapter(attached, tokenizer)
+            loop.progress(f"measuring on {len(rows.measured)} eval rows")
             scores = predict(module, eval_examples, collate, settings.batch_size)
-            evaluation = measure(head, eval_rows, eval_examples, scores, rows)
-    report = {
-        "kit_version": version("adalink-kit"),
-        **record,
-        "adapter_digest": adapter.digest,
-        "loss_curve": [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
-        "evaluation": evaluation,
-        "wall_seconds": round(time.perf_counter() - start, 1),
-    }
-    save_adapter(out, adapter, {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()})
-    shutil.rmtree(checkpoints)
-    return report
+            said = classify_examples(head, rows.measured, eval_examples, scores)
+    evaluation = measure(head, rows.measured, said, rows.learned)
+    return run.finish(adapter, history, {"evaluation": evaluation}, ClassifiedRows(rows.measured, said, head))
+
+
+class _Watched(NamedTuple):
+    """Rows of the evaluation curve, and their tokens."""
+
+    rows: list[LabelledRow]
+    examples: list[LabelledExample]
+
+
+def _watch(
+    rows: RunRows[LabelledRow], validation: list[LabelledExample], eval_examples: list[LabelledExample]
+) -> _Watched:
+    """The rows held out to decide by, else some of the eval rows."""
+    if validation:
+        return _Watched(rows.validation, validation)
+    numbers = spread(len(eval_examples))
+    return _Watched(pick(rows.measured, numbers), pick(eval_examples, numbers))
 
 
 def _make_head(
@@ -176,23 +175,33 @@ def _pad_token(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
-def _standardized(examples: Sequence[LabelledExample]) -> tuple[list[LabelledExample], float, float]:
-    """Examples whose numbers have mean 0 and spread 1, and what they had."""
-    values = np.array([example.target for example in examples], np.float64)
-    mean, spread = float(values.mean()), float(values.std())
-    if spread == 0.0:
-        raise DataError(f"all rows have the number {mean}: there is nothing to learn")
-    scaled = [
-        replace(example, target=float(value)) for example, value in zip(examples, (values - mean) / spread, strict=True)
-    ]
-    return scaled, mean, spread
+@dataclass(frozen=True)
+class Scale:
+    """How a regression's numbers are scaled in training: to mean 0 and spread 1."""
 
+    mean: float = 0.0
+    spread: float = 1.0
 
-@torch.no_grad()
-def _unscale(module: TrainableClassifier, mean: float, spread: float) -> None:
-    """Let the head give the rows' own numbers."""
-    module.head.weight.mul_(spread)
-    module.head.bias.mul_(spread).add_(mean)
+    @classmethod
+    def of(cls, examples: Sequence[LabelledExample]) -> Scale:
+        """The scale of these numbers; raises ``DataError`` where all are one."""
+        values = np.array([example.target for example in examples], np.float64)
+        mean, spread = float(values.mean()), float(values.std())
+        if spread == 0.0:
+            raise DataError(f"all rows have the number {mean}: there is nothing to learn")
+        return cls(mean, spread)
+
+    def apply(self, examples: Sequence[LabelledExample]) -> Sequence[LabelledExample]:
+        """Examples with scaled numbers."""
+        if self == Scale():
+            return examples
+        return [replace(one, target=(float(one.target) - self.mean) / self.spread) for one in examples]  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def unscale(self, module: TrainableClassifier) -> None:
+        """Let the head give the rows' own numbers."""
+        module.head.weight.mul_(self.spread)
+        module.head.bias.mul_(self.spread).add_(self.mean)
 
 
 @torch.no_grad()
@@ -211,33 +220,22 @@ def predict(
     return scores
 
 
-def _train(
-    module: TrainableClassifier,
-    examples: Sequence[LabelledExample],
-    collate: LabelCollator,
-    settings: TrainSettings,
-    options: HeadSettings,
-    checkpoints: Path,
-    last: Path | None,
-    loop: LoopOptions,
-) -> list[dict[str, Any]]:
-    """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
-    if last is not None and step_of(last) == settings.max_steps:
-        return restore(module, last)  # the Trainer would go one step further
+def classify_examples(
+    head: Head, rows: Sequence[LabelledRow], examples: Sequence[LabelledExample], scores: Sequence[Array]
+) -> list[Classification]:
+    """What scores of a head say of each row."""
+    return [
+        replace(
+            read_scores(head, values, row.text, example.offsets, example.words),
+            tokens=len(example.ids),
+            truncated=example.is_cut,
+        )
+        for row, example, values in zip(rows, examples, scores, strict=True)
+    ]
+
+
+def _optimizer(module: TrainableClassifier, settings: TrainSettings, options: HeadSettings) -> torch.optim.Optimizer:
+    """AdamW with a rate of its own for the head."""
     rates = ((module.adapters, settings.lr), (module.head, options.lr))
     learned = [([one for one in part.parameters() if one.requires_grad], lr) for part, lr in rates]
-    groups = [{"params": parameters, "lr": lr} for parameters, lr in learned if parameters]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    trainer = CheckpointTrainer(
-        model=module,
-        args=trainer_arguments(
-            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not loop.show_bar
-        ),
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=list(loop.callbacks),
-        optimizers=(optimizer, None),
-    )
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    history: list[dict[str, Any]] = trainer.state.log_history
-    return history
+    return torch.optim.AdamW([{"params": some, "lr": lr} for some, lr in learned if some], weight_decay=0.0)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from adalink.training.data.rows import end_token
 from adalink.training.models.loading import max_positions
 from adalink.training.models.prefix_lm import prompt_inputs
+from adalink.training.outcome import Reply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ def _greedy_generation(model: PreTrainedModel, end: int) -> Iterator[None]:
         model.generation_config = original
 
 
-def exact_match(
+def greedy_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -88,8 +89,8 @@ def exact_match(
     images: TrainingImages | None = None,
     *,
     prepended: int = 0,
-) -> float:
-    """Share of examples whose greedy reply is the expected text, spaces at its ends aside, and then ends.
+) -> list[Reply]:
+    """Greedy replies to examples: right if they are the expected text, spaces at its ends aside, and then end.
 
     Args:
         model: a base, with or without an adapter attached.
@@ -117,11 +118,28 @@ def exact_match(
     for number, steps in enumerate(max_new_tokens):
         if steps < longest:
             (replies[number],) = answer([number], max(1, steps))
-    return sum(
-        reply[-1] == end and _text(tokenizer, reply) == _text(tokenizer, example.target)
-        for reply, example in ((replies[number], example) for number, example in enumerate(examples))
-    ) / len(examples)
+    return [_reply(tokenizer, replies[number], example.target, end) for number, example in enumerate(examples)]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids[:-1])).strip()
+def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], target: list[int], end: int) -> Reply:
+    ends = ids[-1] == end
+    text, expected = (str(tokenizer.decode(some)).strip() for some in (ids[:-1] if ends else ids, target[:-1]))
+    return Reply(text, ends and text == expected)
+
+
+def share_right(replies: Sequence[Reply]) -> float:
+    """Exact-match accuracy: the share of replies that are right."""
+    return sum(reply.is_right for reply in replies) / len(replies)
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    batch_size: int,
+    images: TrainingImages | None = None,
+    *,
+    prepended: int = 0,
+) -> float:
+    """Share of examples whose greedy reply is right; see ``greedy_replies``."""
+    return share_right(greedy_replies(model, tokenizer, examples, batch_size, images, prepended=prepended))

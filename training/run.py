@@ -5,58 +5,46 @@ The Trainer's module holds the adapters alone, so a checkpoint is adapters and o
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 from transformers import set_seed
 
-from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelError
+from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.runtime.rows.source import RowSource
-from adalink.training.adapter_io import check_target, digest_tokenizer, save_adapter, to_adapter
-from adalink.training.checkpoints import (
-    CheckpointTrainer,
-    begin_checkpoints,
-    check_fresh,
-    last_checkpoint,
-    removed_if_useless,
-    restore,
-    step_of,
-)
+from adalink.training.adapter_io import digest_tokenizer
 from adalink.training.classifier_run import train_classifier
+from adalink.training.data.held_out import pick
 from adalink.training.data.images import TrainingImages, digest_images
 from adalink.training.data.labelled_rows import has_labels
 from adalink.training.data.rows import check_labels, check_positions, encode_rows, find_labels
 from adalink.training.data.run_rows import check_files, read_prompts
-from adalink.training.device import precision_warning, resolve_device
-from adalink.training.evaluation import exact_match
+from adalink.training.eval_curve import spread
+from adalink.training.evaluation import greedy_replies, share_right
+from adalink.training.loop import Lesson, TrainingRun
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer
 from adalink.training.models.prefix_lm import prompt_form
-from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
+from adalink.training.outcome import RepliedRows
 from adalink.training.search.search import candidate_config, search
 from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
-from adalink.training.trainer import TrainableAdapters, collator, trainer_arguments
+from adalink.training.trainer import TrainableAdapters, collator, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from transformers import PreTrainedModel
 
-    from adalink.training.data.rows import Example
+    from adalink.training.data.rows import Example, TrainingRow
+    from adalink.training.outcome import Reply
     from adalink.training.settings import SearchSettings
-    from adalink.training.trainer import Collate
-
-REPORT_FILE = "training.json"
 
 
 def train(
@@ -72,7 +60,7 @@ def train(
     loop: LoopOptions | None = None,
     assume_pretokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter and write its folder, with a report in ``training.json``.
+    """Train an adapter and write its folder, with a report in ``training.json`` and a model card in ``README.md``.
 
     The same arguments on the same machine and versions give the same adapter, also when interrupted and resumed. With a
     search this holds once its trials are done: time decides how many there are. Checkpoints and trials are kept in
@@ -117,108 +105,96 @@ def train(
                 "encoder's folder: leave --assume-pretokenizer out"
             )
         return train_classifier(base, data, eval_data, out, config, settings, head or HeadSettings(), loop)
-    progress = loop.progress
-    out = Path(out).resolve()  # "x/.." has no name of its own, and nothing beside it
-    check_target(out)
-    if warning := precision_warning(resolve_device(settings.device), settings.precision):
-        progress(warning)
-    rows, eval_rows, files = read_prompts(data, eval_data, settings.seed, progress)
-    if config.labels is not None:
-        check_labels(rows, config.labels, data.path)
-    elif labels := find_labels(rows):
-        config = msgspec.structs.replace(config, labels=labels)
-        progress(f"completions are {len(labels.names)} labels: {', '.join(labels.names):.200}")
+    run = TrainingRun(base, out, settings, loop)
+    rows = read_prompts(data, eval_data, settings, loop.progress)
+    config = _with_labels(config, rows.training, data.path, loop)
     record: dict[str, Any] = {
-        "base": display_name(base),
+        "base": run.base,
         "method": config.as_record(),
-        "settings": asdict(settings),
-        "data": files,
+        "settings": settings.as_record(),
+        "data": rows.record,
     }
     if space is not None:
         record["search"] = asdict(space)
     # The model determines the prompt form and how many positions an image takes up.
-    progress(f"loading {display_name(base)}")
+    loop.progress(f"loading {run.base}")
     tokenizer = load_tokenizer(base, assume_pretokenizer=assume_pretokenizer)
     model = load_base(base)
     if not model.can_generate():
         raise ModelError(
-            f"base model {display_name(base)} is a {type(model).__name__}, which cannot generate text: an encoder "
+            f"base model {run.base} is a {type(model).__name__}, which cannot generate text: an encoder "
             'takes rows with labels, {"text": "...", "label": "..."}; or use adalink.training.method.attach in a loop '
             "of your own"
         )
-    has_images = any(row.images for row in (*rows, *eval_rows))
+    has_images = any(row.images for row in (*rows.training, *rows.measured))
     images = TrainingImages(base, model, tokenizer) if has_images else None
-    encoding = (None if images is None else images.tokens, prompt_form(model, tokenizer))
-    eval_file = (eval_data or data).path
-    examples = encode_rows(rows, tokenizer, settings.max_length, data.path, *encoding)
-    eval_examples = encode_rows(eval_rows, tokenizer, settings.max_length, eval_file, *encoding)
-    for encoded, origin in ((examples, data.path), (eval_examples, eval_file)):
+
+    def encode(some: Sequence[TrainingRow], origin: Path) -> list[Example]:
+        form = prompt_form(model, tokenizer)
+        tokens = None if images is None else images.tokens
+        encoded = encode_rows(some, tokenizer, settings.max_length, origin, tokens, form)
         check_positions(encoded, model, config.prepended_positions, origin)
+        return encoded
+
+    examples, validation = encode(rows.learned, data.path), encode(rows.validation, data.path)
+    eval_examples = encode(rows.measured, (eval_data or data).path)
     record["base_fingerprint"] = base_fingerprint(model)
     record["tokenizer_digest"] = digest_tokenizer(tokenizer)
     if images is not None:
-        record["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
-    checkpoints = out.parent / f"{out.name}.checkpoints"
-    last = None
-    if loop.resume:
-        last = last_checkpoint(checkpoints, record)
-    else:
-        check_fresh(checkpoints)
+        digest = digest_images([*examples, *validation])
+        record["images"] = {"train": digest, "eval": digest_images(eval_examples)}
+    run.find_checkpoint(record)
     collate = collator(model, tokenizer, images)
-    model.to(trainer_arguments(checkpoints, settings).device)
+    model.to(trainer_arguments(run.checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)
-    _check_first_batch(model, first, collate(examples[: settings.batch_size]), display_name(base))
-    if not loop.resume:
-        begin_checkpoints(checkpoints, record)
-    with removed_if_useless(checkpoints):
+    _check_first_batch(model, first, collate(examples[: settings.batch_size]), run.base)
+    parts: dict[str, Any] = {}
+
+    def reply(some: AdaLinkConfig | None) -> list[Reply]:
+        loop.progress(f"exact match of the {'base' if some is None else 'adapter'} on {len(rows.measured)} eval rows")
+        prepended = 0 if some is None else some.prepended_positions
+        return greedy_replies(model, tokenizer, eval_examples, settings.batch_size, images, prepended=prepended)
+
+    with run.begin():
         if space is not None:
             try:
-                config, settings, record["search"] = search(
-                    model, rows, examples, collate, config, settings, space, checkpoints, progress=progress
-                )
+                config, settings, parts["search"] = search(
+                    model, rows.learned, examples, collate, config, settings, space, run.checkpoints,
+                    progress=loop.progress,
+                )  # fmt: skip
             except (ConfigError, DataError):
-                shutil.rmtree(checkpoints)  # it cannot be resumed
+                shutil.rmtree(run.checkpoints)  # it cannot be resumed
                 raise
-        start = time.perf_counter()
-        progress(f"exact match of the base on {len(eval_rows)} eval rows")
-        accuracy = {"base": exact_match(model, tokenizer, eval_examples, settings.batch_size, images)}
+        base_replies = reply(None)
         set_seed(settings.seed)
         with attach(model, config) as attached:
             module = TrainableAdapters(attached)
-            if config.init == "gradient" and last is None:
+            if config.init == "gradient" and run.last is None:
                 size, seed = settings.batch_size, settings.seed
                 directions = find_directions(module, attached, examples, collate, batch_size=size, seed=seed)
                 follow_directions(attached, directions)
-            progress(f"training on {len(rows)} rows, {settings.max_steps} steps")
-            history = _train(module, examples, collate, settings, checkpoints, last, loop)
-            attached.adapters.eval()
-            try:
-                adapter = to_adapter(attached, display_name(base), tokenizer)
-            except AdapterError:
-                shutil.rmtree(checkpoints)  # as above
-                raise
-            progress(f"exact match of the adapter on {len(eval_rows)} eval rows")
-            accuracy["adapter"] = exact_match(
-                model,
-                tokenizer,
-                eval_examples,
-                settings.batch_size,
-                images,
-                prepended=config.prepended_positions,
+            loop.progress(f"training on {len(examples)} rows, {settings.max_steps} steps")
+            watched = validation or pick(eval_examples, spread(len(eval_examples)))
+            lesson = Lesson(
+                module, examples, collate, lambda: {"loss": mean_loss(module, watched, collate, settings.batch_size)}
             )
-    report = {
-        "kit_version": version("adalink-kit"),
-        **record,
-        "method": config.as_record(),
-        "settings": asdict(settings),
-        "adapter_digest": adapter.digest,
-        "loss_curve": [{"step": entry["step"], "loss": entry["loss"]} for entry in history if "loss" in entry],
-        "exact_match": accuracy,
-        "wall_seconds": round(time.perf_counter() - start, 1),
-    }
-    save_adapter(out, adapter, {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()})
-    shutil.rmtree(checkpoints)
-    return report
+            history = run.train(lesson, settings)
+            adapter = run.make_adapter(attached, tokenizer)
+            replies = reply(config)
+    parts |= {"method": config.as_record(), "settings": settings.as_record()}
+    parts["exact_match"] = {"base": share_right(base_replies), "adapter": share_right(replies)}
+    labels = None if config.labels is None else config.labels.names
+    return run.finish(adapter, history, parts, RepliedRows(rows.measured, replies, base_replies, labels))
+
+
+def _with_labels(config: AdaLinkConfig, rows: Sequence[TrainingRow], origin: Path, loop: LoopOptions) -> AdaLinkConfig:
+    """The settings with the labels of the rows, where they are few; raises ``DataError`` if they have others."""
+    if config.labels is not None:
+        check_labels(rows, config.labels, origin)
+    elif labels := find_labels(rows):
+        config = msgspec.structs.replace(config, labels=labels)
+        loop.progress(f"completions are {len(labels.names)} labels: {', '.join(labels.names):.200}")
+    return config
 
 
 def _check_first_batch(
@@ -242,29 +218,3 @@ def _check_first_batch(
             f"base model {name} has a loss of {float(losses.mean())} on the first rows, before any training; expected "
             "a finite one: its weights hold NaN or overflow"
         )
-
-
-def _train(
-    module: TrainableAdapters,
-    examples: Sequence[Example],
-    collate: Collate,
-    settings: TrainSettings,
-    checkpoints: Path,
-    last: Path | None,
-    loop: LoopOptions,
-) -> list[dict[str, Any]]:
-    """Train to the end, from ``last`` if there is one; returns the Trainer's log."""
-    if last is not None and step_of(last) == settings.max_steps:
-        return restore(module, last)  # the Trainer would go one step further
-    trainer = CheckpointTrainer(
-        model=module,
-        args=trainer_arguments(
-            checkpoints, settings, save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=not loop.show_bar
-        ),
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=list(loop.callbacks),
-    )
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    history: list[dict[str, Any]] = trainer.state.log_history
-    return history

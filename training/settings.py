@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from adalink.training.method.config import Init
+    from adalink.training.outcome import Outcome
 
 DEVICES = ("auto", "cpu", "cuda")
 HEADS = ("linear", "none")
@@ -26,6 +27,8 @@ RATES: dict[Init, tuple[float, ...]] = {
     "gradient": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 SEARCHED_INIT: Init = "gradient"
+REPORTERS = ("none", "tensorboard", "wandb")
+_CURVE_POINTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,10 @@ class TrainSettings:
         precision: precision of the products in a step: ``"float32"``, or ``"bfloat16"`` by autocast. Weights, the
             adapter's own arithmetic, the loss, the optimizer state and all measurements are float32 in both.
         save_steps: steps between checkpoints.
+        eval_steps: steps between two points of the evaluation curve, 0 for none; by default a fifth of ``max_steps``.
+            It does not change the adapter.
+        early_stopping: evaluations without a lower loss after which the run ends. The adapter is then the best of all
+            evaluations, on a tenth of the training rows, which are not learned. ``None`` for all steps and all rows.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -55,6 +62,8 @@ class TrainSettings:
     device: str = "auto"
     precision: str = "float32"
     save_steps: int = 50
+    eval_steps: int | None = None
+    early_stopping: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lr < 1.0:
@@ -68,6 +77,26 @@ class TrainSettings:
             raise ConfigError(f"device is {self.device!r}, expected one of {', '.join(DEVICES)}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.eval_steps is not None and self.eval_steps < 0:
+            raise ConfigError(f"eval_steps is {self.eval_steps!r}, expected at least 0")
+        if self.early_stopping is not None and (self.early_stopping < 1 or self.eval_steps == 0):
+            raise ConfigError(
+                f"early_stopping is {self.early_stopping!r} with eval_steps {self.eval_steps!r}, expected at least 1, "
+                "and evaluations to stop by"
+            )
+
+    @property
+    def curve_steps(self) -> int:
+        """Steps between two points of the evaluation curve; 0 for none."""
+        return max(1, self.max_steps // _CURVE_POINTS) if self.eval_steps is None else self.eval_steps
+
+    def as_record(self) -> dict[str, Any]:
+        """All settings by name, for reports and checkpoints; those of evaluations only where they are given."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("eval_steps", "early_stopping") or value is not None
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +170,55 @@ class LoopOptions:
     Attributes:
         resume: resume from the last trial or checkpoint of an interrupted run with the same settings.
         callbacks: additional Trainer callbacks.
-        progress: callback, called with one line per step of the run.
-        show_bar: whether the Trainer draws a progress bar; without one it prints a line now and then.
+        progress: callback, called with one line per part of the run.
+        show_bar: whether the Trainer draws a progress bar.
+        on_step: callback, called after each step.
+        stop: entered for the steps; once it is set, the run saves a checkpoint after the step, and is interrupted.
+        report_to: one of ``REPORTERS``: where the Trainer sends its curves. TensorBoard's files are in ``OUT.logs``.
+        extra_files: makes more files for the adapter folder, by name.
     """
 
     resume: bool = False
     callbacks: Sequence[TrainerCallback] = ()
     progress: Callable[[str], None] = lambda line: None
     show_bar: bool = True
+    on_step: Callable[[StepProgress], None] | None = None
+    stop: Stop | None = None
+    report_to: str = "none"
+    extra_files: Callable[[Outcome], Mapping[str, bytes]] = lambda outcome: {}
+
+
+class Stop(Protocol):
+    """A context manager that tells whether a run is asked to stop."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it is."""
+        ...
+
+    def __enter__(self) -> Stop:
+        """Begin to listen."""
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        """End it."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """Where a run is.
+
+    Attributes:
+        step: steps done.
+        steps: steps in all.
+        loss: the last mean training loss; ``None`` before the first.
+        evaluation: the last point of the evaluation curve, by name; empty before the first.
+        seconds_left: by the mean step of this process.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    evaluation: Mapping[str, float]
+    seconds_left: float

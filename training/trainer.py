@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from adalink.training.data.rows import IGNORED_LABEL, end_token, pad_decoder, pad_encoder_decoder
+from adalink.training.data.batches import IGNORED_LABEL, pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import end_token
 from adalink.training.models.prefix_lm import prompt_inputs
 
 if TYPE_CHECKING:
@@ -70,6 +71,34 @@ class TrainableAdapters(nn.Module):
         with self.attached.positions(prompt_mask=~is_target):
             logits = base(**inputs, use_cache=False, logits_to_keep=kept + 1).logits
         return logits[:, :-1].float(), labels[:, -kept:]
+
+
+class Trainable(Protocol):
+    """Adapters as a module, on rows of any kind."""
+
+    attached: AdaLinkModel
+
+    def row_losses(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Mean loss over the targets of each row, float32 with shape ``(batch,)``."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """As of a module."""
+        ...
+
+
+@torch.no_grad()
+def mean_loss(
+    module: Trainable, examples: Sequence[Any], collate: Callable[[Any], dict[str, torch.Tensor]], batch_size: int
+) -> float:
+    """Mean over rows of the mean loss over a row's targets, without dropout; uses no random numbers."""
+    module.train(False)
+    device, total = module.attached.model.device, 0.0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size])
+        losses = module.row_losses(**{name: value.to(device) for name, value in batch.items()})
+        total += float(losses.double().sum())
+    return total / len(examples)
 
 
 class Schedule(Protocol):

@@ -11,14 +11,18 @@ from typing import IO
 
 from adalink.runtime.errors import DataError
 
-STANDARD_INPUT = Path("-")
 _MARK = b"\xef\xbb\xbf"
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
+def is_standard_input(path: Path) -> bool:
+    """Whether a path is ``-``, or ``-`` with an end that tells the form of rows, such as ``-.csv``."""
+    return path.stem == "-" and path.parent == Path()
+
+
 def name_of(path: Path) -> str:
     """What messages call a file."""
-    return "standard input" if path == STANDARD_INPUT else str(path)
+    return "standard input" if is_standard_input(path) else str(path)
 
 
 def read_lines(path: Path, kind: str) -> Iterator[tuple[int, str]]:
@@ -27,7 +31,7 @@ def read_lines(path: Path, kind: str) -> Iterator[tuple[int, str]]:
     Only a line feed ends a line: texts may contain other Unicode separators. One line at a time is held.
 
     Args:
-        path: the file; ``-`` for standard input.
+        path: the file; ``-`` or ``-.csv`` for standard input.
         kind: what the file should be, such as ``"a JSONL file"``, for messages.
 
     Raises:
@@ -44,7 +48,7 @@ def read_lines(path: Path, kind: str) -> Iterator[tuple[int, str]]:
 
 
 def _open(path: Path) -> AbstractContextManager[IO[bytes]]:
-    if path != STANDARD_INPUT:
+    if not is_standard_input(path):
         return path.open("rb")
     if sys.stdin is None:
         raise DataError("standard input is closed: give it rows, or name a file")

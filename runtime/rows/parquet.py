@@ -1,8 +1,9 @@
-"""Parquet files, with the library ``pyarrow``."""
+"""Parquet and Arrow files, with the library ``pyarrow``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,44 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         BackendUnavailableError: ``pyarrow`` is not installed.
         DataError: the file cannot be read.
     """
+    with _refusals(path, "a Parquet file"):
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(path) as file:
+            yield from _rows(file.schema_arrow, file.iter_batches(_ROWS_AT_ONCE), path)
+
+
+def read_arrow(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of an Arrow file as ``Dataset.save_to_disk`` writes it; as ``read_parquet``."""
+    with _refusals(path, "an Arrow file of Dataset.save_to_disk"):
+        from pyarrow.ipc import open_stream
+
+        with path.open("rb") as file, open_stream(file) as stream:
+            yield from _rows(stream.schema, stream, path)
+
+
+@contextmanager
+def _refusals(path: Path, expected: str) -> Iterator[None]:
     try:
         import pyarrow
-        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise BackendUnavailableError(
             f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow, which 'adalink-kit[train]' "
             "has too, or save the rows as JSONL or CSV"
         ) from error
     try:
-        with ParquetFile(path) as file:
-            names = _class_names(file.schema_arrow.metadata or {})
-            number = 0
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, _plain(row, names, f"{path}: row {number}")
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: cannot be read: {reason}; expected a Parquet file") from error
+        raise DataError(f"{path}: cannot be read: {reason}; expected {expected}") from error
+
+
+def _rows(schema: Any, batches: Iterable[Any], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    names, number = _class_names(schema.metadata or {}), 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield number, _plain(row, names, f"{path}: row {number}")
 
 
 def _plain(row: dict[str, Any], names: dict[str, list[str]], origin: str) -> dict[str, Any]:

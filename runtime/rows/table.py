@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ import msgspec
 from adalink.runtime.errors import DataError
 from adalink.runtime.rows.delimited import read_delimited
 from adalink.runtime.rows.jsonl import decode_line, read_jsonl
-from adalink.runtime.rows.lines import STANDARD_INPUT, name_of
-from adalink.runtime.rows.parquet import read_parquet
+from adalink.runtime.rows.lines import name_of
+from adalink.runtime.rows.parquet import read_arrow, read_parquet
+from adalink.runtime.rows.shards import find_shards
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.decoding import decode_json
 
@@ -82,8 +84,9 @@ def read_table(source: RowSource | Path | str, expected: str, skip: Skip | None 
     """Rows of a file, in order.
 
     The end of the name tells the form: ``.csv``; ``.tsv`` or ``.tab``; ``.parquet`` or ``.pq``; ``.json``, a list or
-    one row a line. Any other name, and standard input, has one JSON object a line. Cells of CSV are texts, but for
-    lists such as ``images``, which are JSON; an empty cell leaves an optional column out.
+    one row a line. Any other name has one JSON object a line. ``-`` is standard input, and ``-.csv`` and ``-.tsv`` are
+    CSV from there. A folder is a data set (``adalink.runtime.rows.shards``). Cells of CSV are texts, but for lists such
+    as ``images``, which are JSON; an empty cell leaves an optional column out.
 
     Args:
         source: the file, with names of columns and a template.
@@ -125,11 +128,14 @@ def is_text(path: Path) -> bool:
 
 
 def _is_numbered(path: Path) -> bool:
-    return path.suffix.lower() in _PARQUET or (path.suffix.lower() == ".json" and _begins_a_list(path))
+    suffix = path.suffix.lower()
+    return suffix in _PARQUET or find_shards(path) is not None or (suffix == ".json" and _begins_a_list(path))
 
 
 def _values(path: Path, expected: str, skip: Skip) -> Iterator[tuple[int, Any]]:
     """Place and values of each row."""
+    if (shards := find_shards(path)) is not None:
+        return _number(chain.from_iterable(map(_read_shard, shards)))
     if path.suffix.lower() in _PARQUET:
         return read_parquet(path)
     if is_text(path):
@@ -137,6 +143,15 @@ def _values(path: Path, expected: str, skip: Skip) -> Iterator[tuple[int, Any]]:
     if _is_numbered(path):
         return _read_list(path, expected, skip)
     return read_jsonl(path, expected, _decode, skip)
+
+
+def _read_shard(path: Path) -> Iterator[tuple[int, Any]]:
+    return read_arrow(path) if path.suffix.lower() == ".arrow" else read_parquet(path)
+
+
+def _number(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Rows of several files, with one count."""
+    return ((number, values) for number, (_, values) in enumerate(rows, start=1))
 
 
 def _decode(text: str) -> Any:
@@ -208,4 +223,4 @@ def _read_cells(fields: dict[str, Any], origin: str) -> None:
                 ) from error
 
 
-__all__ = ["STANDARD_INPUT", "Row", "RowSource", "is_text", "origin_of", "read_table"]
+__all__ = ["Row", "RowSource", "is_text", "origin_of", "read_table"]

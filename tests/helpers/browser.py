@@ -22,6 +22,59 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FILES = ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 
 
+# Ratio of the luminances of each visible text and what is behind it, as WCAG 2 defines it: [ratio, text].
+CONTRAST = """() => {
+  const parse = (color) => {
+    const [red, green, blue, alpha] = color.match(/[0-9.]+/g).map(Number);
+    return [red, green, blue, alpha ?? 1];
+  };
+  const linear = (one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4;
+  const luminance = (color) => {
+    const [red, green, blue] = color.map((one) => linear(one / 255));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const behind = (element) => {
+    for (let one = element; one; one = one.parentElement) {
+      const color = parse(getComputedStyle(one).backgroundColor);
+      if (color[3] === 1) return color;
+    }
+  };
+  // In a picture: the rectangles under the middle of a text, laid over each other.
+  const drawn = (text) => {
+    const box = text.getBoundingClientRect();
+    const [x, y] = [(box.left + box.right) / 2, (box.top + box.bottom) / 2];
+    let ground = behind(text.closest("svg"));
+    for (const shape of text.closest("svg").querySelectorAll("rect")) {
+      const { left, right, top, bottom } = shape.getBoundingClientRect();
+      if (left > x || x > right || top > y || y > bottom) continue;
+      const style = getComputedStyle(shape);
+      const [color, share] = [parse(style.fill), Number(style.fillOpacity)];
+      ground = ground.map((one, place) => place < 3 ? one + share * (color[place] - one) : 1);
+    }
+    return ground;
+  };
+  const ratio = (one, other) => {
+    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest("#news")) continue;
+    const isDrawn = element instanceof SVGTextElement;
+    if (element instanceof SVGElement && !isDrawn) continue;
+    const ink = parse(isDrawn ? getComputedStyle(element).fill : getComputedStyle(element).color);
+    found.push([ratio(ink, isDrawn ? drawn(element) : behind(element)), walker.currentNode.data.trim()]);
+  }
+  for (const field of document.querySelectorAll("[placeholder]")) {
+    if (!field.checkVisibility()) continue;
+    found.push([ratio(parse(getComputedStyle(field, "::placeholder").color), behind(field)), field.placeholder]);
+  }
+  return found;
+}"""
+
+
 def find_chromium() -> str | None:
     """Path of an installed Chromium or Chrome; ``None`` without one."""
     if named := os.environ.get("CHROMIUM"):

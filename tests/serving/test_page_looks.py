@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.browser import Tab, route_answer
+from helpers.browser import CONTRAST, Tab, route_answer
 from helpers.served import Served
 
 PROMPT = "Hello"
@@ -30,42 +30,6 @@ FOCUS = """() => {
   const places = [element, element.nextElementSibling, element.closest(".box")].filter(Boolean);
   const name = ["radio", "checkbox"].includes(element.type) ? element.value : element.id || element.tagName;
   return [name, element === document.body || places.some(isOutlined)];
-}"""
-
-
-# Ratio of the luminances of each visible text and what is behind it, as WCAG 2 defines it: [ratio, text].
-CONTRAST = """() => {
-  const parse = (color) => {
-    const [red, green, blue, alpha] = color.match(/[0-9.]+/g).map(Number);
-    return [red, green, blue, alpha ?? 1];
-  };
-  const linear = (one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4;
-  const luminance = (color) => {
-    const [red, green, blue] = color.map((one) => linear(one / 255));
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-  };
-  const behind = (element) => {
-    for (let one = element; one; one = one.parentElement) {
-      const color = parse(getComputedStyle(one).backgroundColor);
-      if (color[3] === 1) return color;
-    }
-  };
-  const ratio = (one, other) => {
-    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
-    return (high + 0.05) / (low + 0.05);
-  };
-  const found = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest("#news")) continue;
-    found.push([ratio(parse(getComputedStyle(element).color), behind(element)), walker.currentNode.data.trim()]);
-  }
-  for (const field of document.querySelectorAll("[placeholder]")) {
-    if (!field.checkVisibility()) continue;
-    found.push([ratio(parse(getComputedStyle(field, "::placeholder").color), behind(field)), field.placeholder]);
-  }
-  return found;
 }"""
 
 

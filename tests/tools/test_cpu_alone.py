@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from helpers.code_blocks import check_command
 from helpers.installed import modules_without, run_hidden
 from helpers.tiny_deployments import make_deployment
 
@@ -28,7 +30,11 @@ WORKS = {
     "inspect adapter",
     "doctor",
     "doctor footprint",
+    "config",
+    "completion",
 }
+# Of these the answer is JSON, or a script.
+SAYS_NOTHING_NEXT = {"doctor", "doctor footprint", "completion"}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,8 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "inspect onnx": ["inspect", folder / "tasks/alpha/adapter.onnx"],
         "doctor": ["doctor", "--json"],
         "doctor footprint": ["doctor", "--footprint", "--json"],
+        "config": ["config"],
+        "completion": ["completion", "bash"],
         "classify": [
             "classify",
             folder,
@@ -117,6 +125,7 @@ def test_every_verb_works_or_names_the_extra(made: tuple[Path, Path, Path], tmp_
             assert "pip install" not in stderr
         elif name in WORKS:
             assert code == 0, (name, stderr)
+            check_next(name, stderr)
         else:
             assert code == 2, (name, stderr)
             assert ONE_LINE.fullmatch(stderr), (name, stderr)
@@ -124,6 +133,16 @@ def test_every_verb_works_or_names_the_extra(made: tuple[Path, Path, Path], tmp_
     assert [name for name, entry in backends.items() if entry["works"]] == ["onnxruntime-cpu"]
     assert "train]" in results["train"][2]
     assert not (tmp_path / "other").exists()
+
+
+def check_next(name: str, stderr: str) -> None:
+    """The last line is a command that the kit takes."""
+    words = shlex.split((stderr.splitlines() or [""])[-1])
+    if name in SAYS_NOTHING_NEXT:
+        assert words[:1] != ["next:"]
+    else:
+        assert words[:2] == ["next:", "adalink"], (name, stderr)
+        check_command(words[2:])
 
 
 def test_a_package_that_is_not_known_is_named_too(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

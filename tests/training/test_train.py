@@ -18,7 +18,7 @@ from adalink.runtime.errors import AdapterError, ConfigError, DataError, ModelEr
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.training.adapter_io import load_adapter
-from adalink.training.evaluation import exact_match
+from adalink.training.evaluation import greedy_replies
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.run import train
@@ -169,9 +169,9 @@ def test_a_run_interrupted_after_its_last_step_makes_no_other(finished, base, da
         looks.append(arguments)
         if len(looks) == 2:
             raise KeyboardInterrupt
-        return exact_match(*arguments, **options)
+        return greedy_replies(*arguments, **options)
 
-    monkeypatch.setattr("adalink.training.run.exact_match", stopped)
+    monkeypatch.setattr("adalink.training.run.greedy_replies", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(base, data, tmp_path / "out")
     count = _Count()
@@ -261,7 +261,9 @@ def test_a_method_that_does_not_fit_is_refused_at_once(data, tmp_path, monkeypat
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
-    monkeypatch.setattr("adalink.training.run.exact_match", lambda *_: pytest.fail("the base was measured first"))
+    monkeypatch.setattr(
+        "adalink.training.run.greedy_replies", lambda *_, **__: pytest.fail("the base was measured first")
+    )
     with pytest.raises(error, match=message):
         run(tmp_path / "tiny", data, tmp_path / "out", AdaLinkConfig(**{"rank": 16, **method}))
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

@@ -19,7 +19,8 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime import ConfigError, DataError, Deployment, ModelError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
+from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS, Head
+from adalink.runtime.text_classifier import Classification, read_scores
 from adalink.tools.cli import main
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.classifier import _target
@@ -281,20 +282,22 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     assert rows[0].spans == (LabelledSpan(0, 8, "LOC"), LabelledSpan(12, 15, "SIZE"))
 
 
+def said_of(head: Head, scores: Sequence[Any]) -> list[Classification]:
+    return [read_scores(head, np.asarray(one, np.float64), "a", [], []) for one in scores]
+
+
 def test_metrics() -> None:
     head = make_head(SINGLE_LABEL)
     rows = [LabelledRow(text="a", labels=(label,), line=1) for label in ("oil", "oil", "grain", "trade")]
-    scores = [np.eye(3)[number] for number in (0, 1, 1, 2)]
-    got = measure(head, rows, [], scores, rows)
+    got = measure(head, rows, said_of(head, [np.eye(3)[number] for number in (0, 1, 1, 2)]), rows)
     assert got == pytest.approx({"accuracy": 0.75, "macro_f1": (2 / 3 + 2 / 3 + 1) / 3, "majority_accuracy": 0.5})
     head = make_head(MULTI_LABEL)
     rows = [LabelledRow(text="a", labels=labels, line=1) for labels in (("red", "blue"), (), ("red",))]
-    scores = [np.array([1, -1, -1, 1, -1]), np.array([-1.0] * 5), np.array([1, -1, -1, -1, -1])]
-    got = measure(head, rows, [], scores, rows)
+    got = measure(head, rows, said_of(head, [[1, -1, -1, 1, -1], [-1] * 5, [1, -1, -1, -1, -1]]), rows)
     assert got == pytest.approx({"micro_f1": 2 * 2 / 6, "macro_f1": (1 + 0 + 0) / 3, "exact_match": 2 / 3})
     head = make_head(REGRESSION)
     rows = [LabelledRow(text="a", value=value, line=1) for value in (1.0, 2.0, 6.0)]
-    got = measure(head, rows, [], [np.array([value]) for value in (1.0, 3.0, 6.0)], rows)
+    got = measure(head, rows, said_of(head, [[1.0], [3.0], [6.0]]), rows)
     assert got["mean_squared_error"] == pytest.approx(1 / 3)
     assert got["mean_absolute_error"] == pytest.approx(1 / 3)
     assert got["pearson"] == pytest.approx(np.corrcoef([1, 2, 6], [1, 3, 6])[0, 1])

@@ -20,8 +20,9 @@ from PIL import Image
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.adapter_io import load_adapter
+from adalink.training.data.batches import pad_decoder
 from adalink.training.data.images import TrainingImages
-from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, read_rows
+from adalink.training.data.rows import TrainingRow, encode_rows, read_rows
 from adalink.training.evaluation import exact_match
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig

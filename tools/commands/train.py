@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +11,30 @@ from typing import Any
 
 import click
 
-from adalink.runtime.errors import ConfigError
+from adalink.runtime.errors import BackendUnavailableError, ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.tools.common.console import say
 from adalink.tools.common.head_options import head_options
+from adalink.tools.common.hub_options import hub_options
+from adalink.tools.common.interrupts import Interrupts
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
 from adalink.tools.common.rank_option import read_rank
+from adalink.tools.common.resumption import resumable
+from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import is_quiet
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
+from adalink.training.models.hub_access import HubAccess, hub_access
 from adalink.training.settings import (
     DEVICES,
     PRECISIONS,
     RATES,
+    REPORTERS,
     SEARCHED_INIT,
     HeadSettings,
     LoopOptions,
@@ -38,7 +48,7 @@ class TrainOptions:
     """Options of ``adalink train``, by the names of its parameters.
 
     Attributes:
-        base: model folder, GGUF file or hub id.
+        base: model folder, GGUF file or hub id, which ``access`` is for.
         data: rows to learn from.
         eval_data: rows to measure on; ``None`` to hold some of ``data`` out.
         columns: names of the rows' columns, as ``NAME=COLUMN,...``.
@@ -51,12 +61,13 @@ class TrainOptions:
         pooling: of a task with labels, as the four that follow: see ``HeadSettings``.
         assume_pretokenizer: see ``load_tokenizer``.
         resume: go on with an interrupted run.
-        as_json: print the whole report.
+        output: where the whole report goes as JSON.
 
     The others are fields of ``AdaLinkConfig`` and ``TrainSettings``, where they are described and checked.
     """
 
     base: str
+    access: HubAccess
     data: Path
     eval_data: Path | None
     columns: tuple[str, ...]
@@ -75,6 +86,9 @@ class TrainOptions:
     batch_size: int
     max_length: int
     save_steps: int
+    eval_steps: int | None
+    early_stopping: int | None
+    report_to: str
     seed: int
     device: str
     precision: str
@@ -87,7 +101,7 @@ class TrainOptions:
     head_alone: bool
     assume_pretokenizer: str | None
     resume: bool
-    as_json: bool
+    output: JsonOutput
 
     def method(self) -> AdaLinkConfig:
         """The settings of the method; raises ``ConfigError``."""
@@ -119,6 +133,8 @@ class TrainOptions:
             device=self.device,
             precision=self.precision,
             save_steps=self.save_steps,
+            eval_steps=self.eval_steps,
+            early_stopping=self.early_stopping,
         )
 
     def head(self) -> HeadSettings | None:
@@ -150,12 +166,18 @@ class TrainOptions:
 
 
 _METHOD = AdaLinkConfig()
+# Where examples put a deployment.
+_DEPLOYMENT = "deployment"
 
 
-@click.command(name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
-@click.option("--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
+@click.command(cls=Verb, name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
+@click.option("-m", "--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Rows to learn from: JSONL, JSON, CSV, TSV, Parquet."
+    "-d",
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Rows to learn from: JSONL, JSON, CSV, TSV, Parquet.",
 )
 @click.option(
     "--eval",
@@ -164,9 +186,10 @@ _METHOD = AdaLinkConfig()
     show_default="a fifth of --data, by --seed, each label's share",
     help="Rows to measure on.",
 )
+@hub_options
 @map_option
 @template_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
 @click.option(
     "--rank",
     "ranks",
@@ -214,6 +237,25 @@ _METHOD = AdaLinkConfig()
 @click.option("--batch-size", default=TrainSettings.batch_size, show_default=True, help="Rows a step.")
 @click.option("--max-length", default=TrainSettings.max_length, show_default=True, help="Most tokens a row may have.")
 @click.option("--save-steps", default=TrainSettings.save_steps, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--eval-steps",
+    type=click.IntRange(min=0),
+    show_default="a fifth of --max-steps",
+    help="Steps between points of the evaluation curve; 0 for none. They do not change the adapter.",
+)
+@click.option(
+    "--early-stopping",
+    type=click.IntRange(min=1),
+    metavar="PATIENCE",
+    help="End after so many evaluations without a lower loss, on a tenth of the training rows; the best is kept.",
+)
+@click.option(
+    "--report-to",
+    default=LoopOptions.report_to,
+    show_default=True,
+    type=click.Choice(REPORTERS),
+    help="Draw the curves as they come: TensorBoard's files are in OUT.logs.",
+)
 @click.option("--seed", default=TrainSettings.seed, show_default=True, help="Seed of weights, order and dropout.")
 @click.option("--device", default=TrainSettings.device, show_default=True, type=click.Choice(DEVICES))
 @click.option(
@@ -239,16 +281,16 @@ _METHOD = AdaLinkConfig()
 @head_options
 @assume_pretokenizer_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_options("Print the report as JSON.")
 def command(**values: Any) -> None:
     """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion, or of text and labels.
 
     Each row has the columns prompt and completion; the loss is on the completion only. Rows with messages, the last of
-    which is the reply, go through the model's chat template. For a
-    base that takes images a row may have images, ["a.png"], too, paths from the file's own folder, with one
-    placeholder in the prompt for each, which PaliGemma may do without. OUT gets the adapter and training.json: data
-    digests, settings, loss curve, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints
-    lie in OUT.checkpoints until the run is done.
+    which is the reply, go through the model's chat template. For a base that takes images a row may have images,
+    ["a.png"], too, paths from the file's own folder, with one placeholder in the prompt for each, which PaliGemma may
+    do without. OUT gets the adapter, the page evaluation.html, a model card and training.json: data digests, settings,
+    curves, and exact-match accuracy of the base and of the adapter on the eval rows. Checkpoints lie in OUT.checkpoints
+    until the run is done. Ctrl-C saves one, and says which command goes on.
 
     For an encoder a row has text and label, and the adapter gets a head. "text_pair" makes it a pair.
     A label with a decimal point is a regression. {"text", "labels": [...]} has several labels. {"text", "spans":
@@ -268,7 +310,12 @@ def command(**values: Any) -> None:
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
       adalink train --base ./all-MiniLM-L6-v2 --data train.jsonl --eval eval.jsonl --out ./adapters/intent
     """  # noqa: D301
-    train_adapter(make_options(TrainOptions, values))
+    options = make_options(TrainOptions, values)
+    train_adapter(options)
+    if Path(_DEPLOYMENT, "manifest.json").is_file():
+        say_next("export", "adapter", options.out, "--out", _DEPLOYMENT, output=options.output)
+    else:
+        say_next("export", "base", options.base, "--out", _DEPLOYMENT, output=options.output)
 
 
 def train_adapter(options: TrainOptions) -> None:
@@ -280,12 +327,44 @@ def train_adapter(options: TrainOptions) -> None:
     config = options.method()
     source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
+    from adalink.tools.preflight.training import check_training
+
+    head = options.head()
+    check_training(
+        options.base,
+        source,
+        options.eval_data,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        wants_head=head is not None,
+        problem_type=options.problem_type,
+    )
     from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.evaluation.metrics import check_installed
+    from adalink.tools.evaluation.trained import PAGE_FILE, make_page
     from adalink.training.run import train
 
-    loop = LoopOptions(resume=options.resume, progress=say, show_bar=sys.stderr is not None and sys.stderr.isatty())
-    # The Trainer logs to stdout, which is for the result.
-    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
+    has_page = True
+    try:
+        check_installed()
+    except BackendUnavailableError as error:
+        has_page = False
+        say(f"no evaluation page: {error}")
+    interrupts, line = Interrupts(), StepLine()
+    interrupts.call(lambda: line.say("stopping after this step: its checkpoint is saved; Ctrl-C again stops at once"))
+    loop = LoopOptions(
+        resume=options.resume,
+        progress=line.say,
+        show_bar=False,
+        on_step=line.show,
+        stop=interrupts,
+        report_to=options.report_to,
+        extra_files=make_page if has_page else lambda outcome: {},
+    )
+    # Libraries log to stdout, which is for the result.
+    log = contextlib.redirect_stdout(io.StringIO() if is_quiet() else sys.stderr)
+    with hub_access(options.base, options.access), log, quiet_libraries(), resumable(options.out, line):
         report = train(
             options.base,
             source,
@@ -294,19 +373,23 @@ def train_adapter(options: TrainOptions) -> None:
             config,
             settings,
             space=space,
-            head=options.head(),
+            head=head,
             loop=loop,
             assume_pretokenizer=options.assume_pretokenizer,
         )
-    if options.as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
+    if has_page:
+        say(f"evaluation page: {options.out / PAGE_FILE}")
+    options.output.give(report, lambda: _show(options.out, report))
+
+
+def _show(out: Path, report: dict[str, Any]) -> None:
+    rows = report["data"]["eval"]["rows"]
     if "evaluation" in report:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["evaluation"].items())
-        echo(f"adapter {options.out}: {shown} on {report['data']['eval']['rows']} eval rows")
+        echo(f"adapter {out}: {shown} on {rows} eval rows")
         return
     accuracy = report["exact_match"]
     echo(
-        f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
+        f"adapter {out}: exact match {accuracy['adapter']:.1%} on {rows} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )

@@ -16,6 +16,11 @@ class Interrupts:
         self._call: Callable[[], None] | None = None
         self._before: Callable[[int, FrameType | None], object] | int | None = None
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there has been one."""
+        return self._is_set
+
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._handle)

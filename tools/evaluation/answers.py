@@ -12,13 +12,14 @@ import numpy as np
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.storage.head_spec import SINGLE_LABEL
-from adalink.tools.evaluation.metrics import Numbers
+from adalink.runtime.storage.head_spec import SINGLE_LABEL, TOKENS
+from adalink.tools.evaluation.metrics import Flags, Numbers
 from adalink.tools.evaluation.report import Speed
-from adalink.tools.evaluation.rows import EvalRow
+from adalink.tools.evaluation.rows import TEXT, Answer, EvalRow
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.text_classifier import Classification
 
 Progress = Callable[[str, "float | None"], None]
 
@@ -32,53 +33,53 @@ class Answers:
     """Answers to rows.
 
     Attributes:
-        given: the answer to each row: a label, or text.
-        right: whether it is right.
-        confidence: probability of each label; ``None`` for text.
+        given: the answer to each row.
+        right: whether it is right; of numbers, whether it is exactly the row's.
+        confidence: probability of each label; ``None`` for other answers.
         cut: texts that were cut.
-        speed: how fast they came.
+        speed: how fast they came; ``None`` where that says nothing.
     """
 
-    given: list[str]
-    right: np.ndarray
-    confidence: Numbers | None
-    cut: int
-    speed: Speed
+    given: list[Answer]
+    right: Flags
+    confidence: Numbers | None = None
+    cut: int = 0
+    speed: Speed | None = None
 
 
-def labels_of(deployment: Deployment, task: str) -> tuple[str, ...] | None:
-    """Names of a task's labels; ``None`` for a task that gives text.
+def kind_of(deployment: Deployment, task: str) -> tuple[str, tuple[str, ...]]:
+    """What a task gives, as in ``TaskReport``, and the names of its labels.
 
     Raises:
-        RequestError: it labels parts of texts, gives numbers or several labels.
+        RequestError: it is not deployed, or has no head.
     """
     settings = deployment.manifest.tasks.get(task)
     if settings is None:
         known = ", ".join(deployment.tasks) or "none"
         raise RequestError(f"task {task!r} is not deployed; the deployment's tasks are: {known}")
     if settings.head is not None:
-        if settings.head.problem_type != SINGLE_LABEL:
-            raise RequestError(
-                f"task {task!r} is of {settings.head.problem_type}, and one label or text is evaluated here: its "
-                "training.json has its measures"
-            )
-        return settings.head.labels
+        labels = settings.head.labels
+        kind = settings.head.problem_type
+        return kind, tuple(label[2:] for label in labels if label.startswith("B-")) if kind == TOKENS else labels
     if settings.labels is not None:
-        return settings.labels.names
+        return SINGLE_LABEL, settings.labels.names
     if deployment.manifest.base.kind == "encoder":
         raise RequestError(f"task {task!r} has no head: train it on rows with labels to evaluate it")
-    return None
+    return TEXT, ()
 
 
-def check_labels(rows: Sequence[EvalRow], labels: Sequence[str], task: str, origin: object) -> None:
+def check_labels(rows: Sequence[EvalRow], kind: str, labels: Sequence[str], task: str, origin: object) -> None:
     """Check that a task can be right on every row; raises ``DataError``."""
     known = set(labels)
     for row in rows:
-        if row.label not in known:
-            raise DataError(
-                f"{origin}:{row.line}: label {row.label!r:.80} is none of task {task!r}, which has "
-                f"{', '.join(labels):.200}: correct the row, or train the task with such rows"
-            )
+        items = row.expected.items
+        names = [item if isinstance(item, str) else item[2] for item in items]
+        for label in sorted(names) if kind != SINGLE_LABEL else [row.expected.text]:
+            if label not in known:
+                raise DataError(
+                    f"{origin}:{row.line}: label {label!r:.80} is none of task {task!r}, which has "
+                    f"{', '.join(labels):.200}: correct the row, or train the task with such rows"
+                )
 
 
 def classify_rows(
@@ -90,7 +91,7 @@ def classify_rows(
     labels: Sequence[str] | None = None,
     calibration: str | None = None,
 ) -> Answers:
-    """Labels of rows; ``labels`` and ``calibration`` as ``Deployment.classify`` takes them."""
+    """What a classifier says of rows; ``labels`` and ``calibration`` as ``Deployment.classify`` takes them."""
     texts = [row.text if row.text_pair is None else (row.text, row.text_pair) for row in rows]
     classifier = deployment.text_classifier
     classifier.prepare(texts, task, labels, calibration)  # every row is checked before the first is run
@@ -102,37 +103,53 @@ def classify_rows(
     tokens = sum(result.tokens for result in results)
     one = partial(deployment.classify, tasks=task, labels=labels, calibration=calibration)
     alone = [_milliseconds(partial(one, [text])) for text in texts[:_ALONE]]
-    given = [str(result.label) for result in results]
-    return Answers(
-        given,
-        np.array([answer == row.label for answer, row in zip(given, rows, strict=True)]),
-        np.array([result.probabilities[answer] for result, answer in zip(results, given, strict=True)]),
-        sum(result.truncated for result in results),
-        _speed(alone, seconds, len(rows), tokens),
-    )
+    return answers_of(rows, results, _speed(alone, seconds, len(rows), tokens))
+
+
+def answers_of(rows: Sequence[EvalRow], said: Sequence[Classification], speed: Speed | None = None) -> Answers:
+    """Classifications of rows as answers."""
+    given = [_answer(one) for one in said]
+    confidence = None
+    if all(one.label is not None for one in said):
+        confidence = np.array([one.probabilities[one.label or ""] for one in said])
+    right = np.array([answer == row.expected for answer, row in zip(given, rows, strict=True)])
+    return Answers(given, right, confidence, sum(one.truncated for one in said), speed)
+
+
+def _answer(said: Classification) -> Answer:
+    if said.value is not None:
+        return Answer(value=said.value)
+    if said.label is not None:
+        return Answer(said.label)
+    if said.probabilities:
+        return Answer(items=frozenset(said.labels))
+    return Answer(items=frozenset((span.start, span.end, span.label) for span in said.spans))
 
 
 def generate_rows(deployment: Deployment, rows: Sequence[EvalRow], task: str | None, progress: Progress) -> Answers:
     """Greedy text for rows: right if it is the completion, spaces at its ends aside, and ends there."""
-    prompts = [row.text for row in rows]
-    limit = 1 + max(len(deployment.tokenizer.encode_plain(row.expected)) for row in rows)
-    for prompt in prompts:
-        deployment.check_prompt(deployment.tokenizer.encode(prompt), task=task, max_new_tokens=limit)
+    limit = 1 + max(len(deployment.tokenizer.encode_plain(row.completion)) for row in rows)
+    for row in rows:
+        ids = deployment.tokenizer.encode(row.text)
+        deployment.check_prompt(ids, row.images, task=task, max_new_tokens=limit)
 
-    def generate(some: list[str]) -> list[tuple[str, bool, int]]:
-        made = deployment.generate(some, tasks=task, max_new_tokens=limit, sampling=_GREEDY, stop=[])
+    def generate(some: Sequence[EvalRow]) -> list[tuple[str, bool, int]]:
+        images = [list(row.images) or None for row in some] if any(row.images for row in some) else None
+        made = deployment.generate(
+            [row.text for row in some], tasks=task, images=images, max_new_tokens=limit, sampling=_GREEDY, stop=[]
+        )
         return [(one.text, one.finish_reason == "stop", one.prompt_tokens + len(one.token_ids)) for one in made]
 
     start, results = time.perf_counter(), []
-    for first in range(0, len(prompts), _AT_ONCE):
-        progress(f"answering with {task or 'the base'}: {first} of {len(prompts)} rows", first / len(prompts))
-        results += generate(prompts[first : first + _AT_ONCE])
+    for first in range(0, len(rows), _AT_ONCE):
+        progress(f"answering with {task or 'the base'}: {first} of {len(rows)} rows", first / len(rows))
+        results += generate(rows[first : first + _AT_ONCE])
     seconds = time.perf_counter() - start
-    alone = [_milliseconds(partial(generate, [prompt])) for prompt in prompts[:_ALONE]]
-    right = [ends and text.strip() == row.label for (text, ends, _), row in zip(results, rows, strict=True)]
+    alone = [_milliseconds(partial(generate, [row])) for row in rows[:_ALONE]]
+    given = [Answer(text.strip()) for text, _, _ in results]
+    right = [ends and answer == row.expected for answer, (_, ends, _), row in zip(given, results, rows, strict=True)]
     tokens = sum(count for _, _, count in results)
-    speed = _speed(alone, seconds, len(rows), tokens)
-    return Answers([text for text, _, _ in results], np.array(right), None, 0, speed)
+    return Answers(given, np.array(right), speed=_speed(alone, seconds, len(rows), tokens))
 
 
 def _milliseconds(work: Callable[[], object]) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adalink.tools.common.terminal_text import printable
-from adalink.tools.evaluation.report import CalibrationBin, LabelMeasures, TaskReport
+from adalink.tools.evaluation.report import CalibrationBin, ItemMeasures, LabelMeasures, TaskReport
+from adalink.tools.evaluation.verdict import main_measure
 
 # All pictures are 360 units wide: legible on a phone, where a unit is a pixel.
 _WIDTH, _LEFT, _RIGHT = 360, 112, 350
-_MOST_LABELS = 12
+MOST_LABELS = 12
 
 
 def escape(text: str) -> str:
@@ -19,40 +20,40 @@ def escape(text: str) -> str:
     return html.escape(printable(text), quote=True)
 
 
-def accuracy_chart(tasks: Sequence[TaskReport]) -> str:
+def measure_chart(tasks: Sequence[TaskReport]) -> str:
     """A bar for each task with its interval, and a mark where its reference is."""
     parts = []
     for index, task in enumerate(tasks):
         top = 8 + index * 44
-        accuracy = task.accuracy
+        _, measure = main_measure(task)
         middle = top + 14
         parts.append(f'<text x="0" y="{top + 10}">{_cut(task.task, 16)}</text>')
         parts.append(f'<text x="0" y="{top + 25}" class="quiet">{_cut(task.variant, 16)}</text>')
-        parts.append(_bar(accuracy.value, top, 28))
-        low, high = _x(accuracy.low), _x(accuracy.high)
+        parts.append(_bar(measure.value, top, 28))
+        low, high = _x(measure.low), _x(measure.high)
         parts.append(f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10"/>')
         if task.reference is not None:
-            where = _x(task.reference.accuracy)
+            where = _x(task.reference.value)
             parts.append(f'<path class="mark" d="M{where:.1f} {top - 4}v36"/>')
     height = 8 + len(tasks) * 44
-    return _svg("".join(parts) + _axis(height), height + 20, "Accuracy of each task, its interval and its reference")
+    return svg("".join(parts) + _axis(height), height + 20, "Share of each task, its interval and its reference")
 
 
-def class_chart(measures: LabelMeasures) -> str:
+def class_chart(measures: LabelMeasures | ItemMeasures) -> str:
     """Two bars for each label: precision and recall; the commonest labels only."""
     parts = []
-    shown = measures.classes[:_MOST_LABELS]
+    shown = measures.classes[:MOST_LABELS]
     for index, one in enumerate(shown):
         top = 4 + index * 30
         parts.append(f'<text x="0" y="{top + 15}">{_cut(one.label, 16)}</text>')
         parts.append(_bar(one.precision, top, 10) + _bar(one.recall, top + 12, 10, "second"))
     height = 4 + len(shown) * 30
-    return _svg("".join(parts) + _axis(height), height + 20, "Precision and recall of each label")
+    return svg("".join(parts) + _axis(height), height + 20, "Precision and recall of each label")
 
 
 def confusion_chart(measures: LabelMeasures) -> str:
     """Rows by label (down) and answer (across), shaded by the share of the label's rows; the commonest labels only."""
-    names = [one.label for one in measures.classes[:_MOST_LABELS]]
+    names = [one.label for one in measures.classes[:MOST_LABELS]]
     cell = (_RIGHT - _LEFT) / len(names)
     height = min(cell, 40)
     top = 20
@@ -78,7 +79,7 @@ def confusion_chart(measures: LabelMeasures) -> str:
                 parts.append(
                     f'<text x="{x + cell / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle">{count}</text>'
                 )
-    return _svg("".join(parts), top + len(names) * height + 4, "Rows by label and answer")
+    return svg("".join(parts), top + len(names) * height + 4, "Rows by label and answer")
 
 
 def reliability_chart(bins: Sequence[CalibrationBin]) -> str:
@@ -97,10 +98,11 @@ def reliability_chart(bins: Sequence[CalibrationBin]) -> str:
         parts.append(
             f'<text x="{left + size * share / 100}" y="{top + size + 18}" text-anchor="middle">{share} %</text>'
         )
-    return _svg("".join(parts), top + size + 26, "Right answers by probability")
+    return svg("".join(parts), top + size + 26, "Right answers by probability")
 
 
-def _svg(content: str, height: float, title: str) -> str:
+def svg(content: str, height: float, title: str) -> str:
+    """A picture of 360 units in width; ``title`` is for who does not see it."""
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{title}"><title>{title}</title>'
         f"{content}</svg>"

@@ -14,7 +14,7 @@ from adalink.tools.evaluation.report import CalibrationBin, ClassMeasures, Estim
 
 # Standard deviations of a two-sided interval of 95 %.
 _Z = 1.959963984540054
-_RESAMPLES, _SEED, _BINS = 2000, 0, 10
+RESAMPLES, SEED, _BINS = 2000, 0, 10
 
 Flags = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.float64]
@@ -26,7 +26,7 @@ def check_installed() -> None:
         import sklearn  # noqa: F401
     except ImportError as error:
         raise BackendUnavailableError(
-            "adalink eval measures with scikit-learn, which is not installed: pip install 'adalink-kit[eval]'"
+            "an evaluation measures with scikit-learn, which is not installed: pip install 'adalink-kit[eval]'"
         ) from error
 
 
@@ -41,8 +41,8 @@ def wilson(right: int, rows: int) -> Estimate:
 def gain(ours: Flags, theirs: Flags) -> Estimate:
     """Difference of two accuracies on the same rows, with a seeded, paired bootstrap interval."""
     difference = ours.astype(np.float64) - theirs.astype(np.float64)
-    rng = np.random.default_rng(_SEED)
-    means = [difference[rng.integers(0, len(ours), len(ours))].mean() for _ in range(_RESAMPLES)]
+    rng = np.random.default_rng(SEED)
+    means = [difference[rng.integers(0, len(ours), len(ours))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(value=float(difference.mean()), low=float(low), high=float(high))
 
@@ -60,13 +60,13 @@ def majority(expected: Sequence[str]) -> str:
     return min(counts, key=lambda label: (-counts[label], label))
 
 
-def measure_labels(expected: Sequence[str], answers: Sequence[str], confidence: Numbers) -> LabelMeasures:
+def measure_labels(expected: Sequence[str], answers: Sequence[str], confidence: Numbers | None) -> LabelMeasures:
     """Measures of answers that are labels.
 
     Args:
         expected: the right label of each row.
         answers: the label that was given.
-        confidence: its probability, shape ``(rows,)``.
+        confidence: its probability, shape ``(rows,)``; ``None`` where answers have none.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -81,7 +81,7 @@ def measure_labels(expected: Sequence[str], answers: Sequence[str], confidence: 
         for name, p, r, f in zip(names, precision, recall, f1, strict=True)
     ]
     right = np.array([one == other for one, other in zip(expected, answers, strict=True)])
-    error, bins = calibration(right, confidence)
+    error, bins = (None, []) if confidence is None else calibration(right, confidence)
     return LabelMeasures(
         macro_f1=_macro_f1(confusion, float(np.mean(f1))),
         classes=classes,
@@ -93,8 +93,8 @@ def measure_labels(expected: Sequence[str], answers: Sequence[str], confidence: 
 
 def _macro_f1(confusion: npt.NDArray[np.int64], value: float) -> Estimate:
     """The mean F1 with a seeded bootstrap interval: rows are drawn anew from the cells of the confusion matrix."""
-    rng, rows = np.random.default_rng(_SEED), int(confusion.sum())
-    drawn = rng.multinomial(rows, confusion.ravel() / rows, size=_RESAMPLES).reshape(-1, *confusion.shape)
+    rng, rows = np.random.default_rng(SEED), int(confusion.sum())
+    drawn = rng.multinomial(rows, confusion.ravel() / rows, size=RESAMPLES).reshape(-1, *confusion.shape)
     right = np.diagonal(drawn, axis1=1, axis2=2)
     total = drawn.sum(axis=1) + drawn.sum(axis=2)
     occurs = total > 0

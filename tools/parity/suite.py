@@ -13,6 +13,7 @@ from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
+from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import Adapter, read_adapter
@@ -210,6 +211,7 @@ def _require_tasks(deployment: Deployment, names: Iterable[str]) -> None:
     if unknown := sorted(set(names) - set(deployment.tasks)):
         raise UnknownTaskError(
             f"task {unknown[0]!r} is not deployed here; deployed are: {', '.join(deployment.tasks) or 'none'}"
+            f"{did_you_mean(unknown[0], deployment.tasks)}"
         )
 
 

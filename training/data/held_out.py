@@ -15,6 +15,8 @@ from adalink.runtime.errors import DataError
 T = TypeVar("T")
 
 SHARE = 0.2
+# Of the training rows that are left, where evaluations decide when a run ends.
+VALIDATION_SHARE = 0.1
 # Completions are labels where a distinct one has at least so many rows in the mean.
 _FEWEST_ROWS_A_LABEL = 4
 
@@ -28,26 +30,28 @@ class Split:
         held_out: numbers of the others.
         seed: of the lot.
         stratified: whether every label has its share.
+        share: of the rows that are held out.
     """
 
     train: tuple[int, ...]
     held_out: tuple[int, ...]
     seed: int
     stratified: bool
+    share: float = SHARE
 
     def as_record(self) -> dict[str, Any]:
         """What a report says of it: with the same file, seed and share the rows are the same."""
         numbers = " ".join(map(str, self.held_out)).encode()
         return {
             "seed": self.seed,
-            "share": SHARE,
+            "share": self.share,
             "stratified": self.stratified,
             "row_numbers_sha256": hashlib.sha256(numbers).hexdigest(),
         }
 
 
-def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -> Split:
-    """Hold a fifth of the rows out.
+def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int, share: float = SHARE) -> Split:
+    """Hold some of the rows out.
 
     Equal texts stay together, so that none is both learned and measured. A label with a single text is not held out.
 
@@ -55,6 +59,7 @@ def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -
         texts: the text of each row.
         labels: its label, or what stands for it; where they are nearly all different, all rows are one group.
         seed: of the lot.
+        share: of the rows to hold out.
 
     Raises:
         DataError: there are too few texts.
@@ -71,7 +76,7 @@ def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -
     rng = np.random.default_rng(seed)
     held_out: list[int] = []
     for _, texts_of_label in sorted(groups.items(), key=lambda item: item[1][0]):
-        wanted = SHARE * sum(map(len, texts_of_label))
+        wanted = share * sum(map(len, texts_of_label))
         for index in rng.permutation(len(texts_of_label))[: len(texts_of_label) - 1]:
             if wanted < 0.5:
                 break
@@ -81,7 +86,7 @@ def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int) -
         held_out = list(rows_of.values())[int(rng.integers(len(rows_of)))]
     chosen = set(held_out)
     train = tuple(number for number in range(len(texts)) if number not in chosen)
-    return Split(train, tuple(sorted(chosen)), seed, stratified)
+    return Split(train, tuple(sorted(chosen)), seed, stratified, share)
 
 
 def describe_split(split: Split, labels: Sequence[Hashable]) -> str:

@@ -2,73 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.rows.lines import STANDARD_INPUT
+from adalink.runtime.rows.lines import is_standard_input
+from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
-from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.head_spec import SINGLE_LABEL
-from adalink.training.data.held_out import Split, describe_split, hold_out, pick
+from adalink.training.data.held_out import VALIDATION_SHARE, Split, describe_split, hold_out, pick
 from adalink.training.data.labelled_rows import LabelledRow, read_labelled_rows
 from adalink.training.data.row_warnings import label_key, prompt_key, warn_of_labels, warn_of_prompts
 from adalink.training.data.rows import TrainingRow, read_rows
 
+if TYPE_CHECKING:
+    from adalink.training.settings import TrainSettings
+
+R = TypeVar("R")
 Progress = Callable[[str], None]
 Files = dict[str, dict[str, Any]]
 
 
 def check_files(data: RowSource, eval_data: RowSource | None) -> None:
     """Refuse standard input, which can be read once only; raises ``DataError``."""
-    if STANDARD_INPUT in (data.path, eval_data and eval_data.path):
+    if is_standard_input(data.path) or (eval_data is not None and is_standard_input(eval_data.path)):
         raise DataError("training rows are read more than once: save standard input as a file, and give its name")
 
 
+@dataclass(frozen=True)
+class RunRows(Generic[R]):
+    """The rows of a run.
+
+    Attributes:
+        learned: rows to learn from.
+        measured: rows to measure on at the end.
+        validation: rows by which the run ends early, out of those to learn from; empty where it does not.
+        record: the files' part of the report.
+    """
+
+    learned: list[R]
+    measured: list[R]
+    validation: list[R]
+    record: Files
+
+    @property
+    def training(self) -> list[R]:
+        """All rows that play a part in the training."""
+        return [*self.learned, *self.validation]
+
+
 def read_prompts(
-    data: RowSource, eval_data: RowSource | None, seed: int, progress: Progress
-) -> tuple[list[TrainingRow], list[TrainingRow], Files]:
-    """Rows with prompts to learn from and to measure on, and the files' part of the report.
+    data: RowSource, eval_data: RowSource | None, settings: TrainSettings, progress: Progress
+) -> RunRows[TrainingRow]:
+    """Rows with prompts.
 
     Raises:
         DataError: a row has another form, or there are too few.
     """
-    rows, split = read_rows(data), None
-    if eval_data is not None:
-        eval_rows = read_rows(eval_data)
-    else:
-        labels = [row.completion for row in rows]
-        split = hold_out([prompt_key(row) for row in rows], labels, seed)
-        progress(describe_split(split, labels))
-        rows, eval_rows = pick(rows, split.train), pick(rows, split.held_out)
-    for line in warn_of_prompts(rows, eval_rows):
+    rows = read_rows(data)
+    eval_rows = None if eval_data is None else read_rows(eval_data)
+    parted = _part(data, eval_data, rows, eval_rows, prompt_key, lambda row: row.completion, settings, progress)
+    for line in warn_of_prompts(parted.training, parted.measured):
         progress(f"warning: {data.path}: {line}")
-    return rows, eval_rows, _record(data, eval_data, rows, eval_rows, split)
+    return parted
 
 
 def read_labelled(
-    data: RowSource, eval_data: RowSource | None, problem_type: str | None, seed: int, progress: Progress
-) -> tuple[str, list[LabelledRow], list[LabelledRow], Files]:
-    """The same for rows with labels, and their problem type first."""
+    data: RowSource,
+    eval_data: RowSource | None,
+    problem_type: str | None,
+    settings: TrainSettings,
+    progress: Progress,
+) -> tuple[str, RunRows[LabelledRow]]:
+    """Rows with labels, and their problem type first; raises as ``read_prompts``."""
     kind, rows = read_labelled_rows(data, problem_type)
-    split = None
-    if eval_data is not None:
-        eval_rows = read_labelled_rows(eval_data, kind)[1]
-    else:
-        labels = [row.labels if kind == SINGLE_LABEL else () for row in rows]
-        split = hold_out([label_key(row) for row in rows], labels, seed)
+    eval_rows = None if eval_data is None else read_labelled_rows(eval_data, kind)[1]
+
+    def label(row: LabelledRow) -> Hashable:
+        return row.labels if kind == SINGLE_LABEL else ()
+
+    parted = _part(data, eval_data, rows, eval_rows, label_key, label, settings, progress)
+    for line in warn_of_labels(parted.training, parted.measured):
+        progress(f"warning: {data.path}: {line}")
+    return kind, parted
+
+
+def _part(
+    data: RowSource,
+    eval_data: RowSource | None,
+    rows: list[R],
+    eval_rows: list[R] | None,
+    key: Callable[[R], Hashable],
+    label: Callable[[R], Hashable],
+    settings: TrainSettings,
+    progress: Progress,
+) -> RunRows[R]:
+    """Hold rows out of those to learn from: to measure on where there are no others, and to end the run by."""
+    splits: dict[str, Split] = {}
+    if eval_rows is None:
+        labels = [label(row) for row in rows]
+        splits["split"] = split = hold_out([key(row) for row in rows], labels, settings.seed)
         progress(describe_split(split, labels))
         rows, eval_rows = pick(rows, split.train), pick(rows, split.held_out)
-    for line in warn_of_labels(rows, eval_rows):
-        progress(f"warning: {data.path}: {line}")
-    return kind, rows, eval_rows, _record(data, eval_data, rows, eval_rows, split)
+    record = _record(data, eval_data, rows, eval_rows)
+    validation: list[R] = []
+    if settings.early_stopping is not None:
+        labels = [label(row) for row in rows]
+        splits["validation"] = split = hold_out([key(row) for row in rows], labels, settings.seed, VALIDATION_SHARE)
+        rows, validation = pick(rows, split.train), pick(rows, split.held_out)
+        progress(f"early stopping: {len(validation)} of the training rows are held out to decide by")
+    return RunRows(rows, eval_rows, validation, record | {name: split.as_record() for name, split in splits.items()})
 
 
-def _record(
-    data: RowSource, eval_data: RowSource | None, rows: Sequence[Any], eval_rows: Sequence[Any], split: Split | None
-) -> Files:
+def _record(data: RowSource, eval_data: RowSource | None, rows: Sequence[Any], eval_rows: Sequence[Any]) -> Files:
     files = {}
     for name, source, some in (("train", data, rows), ("eval", eval_data or data, eval_rows)):
-        digest = digest_file(source.path)
+        digest = digest_rows(source.path)
         files[name] = {"file": source.path.name, "sha256": digest, "rows": len(some), **source.as_record()}
-    return files if split is None else {**files, "split": split.as_record()}
+    return files

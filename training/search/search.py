@@ -36,7 +36,7 @@ from adalink.training.search.plan import (
     rank_trials,
     split_rows,
 )
-from adalink.training.trainer import TrainableAdapters, trainer_arguments
+from adalink.training.trainer import TrainableAdapters, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -213,13 +213,7 @@ class _Trials:
 
     def validate(self, module: TrainableAdapters) -> float:
         """Mean over the held-out rows of the mean loss over a completion's tokens."""
-        module.eval()
-        total = 0.0
-        for start in range(0, len(self._held), self._settings.batch_size):
-            batch = self._collate(self._held[start : start + self._settings.batch_size])
-            inputs = {name: value.to(self._model.device) for name, value in batch.items()}
-            total += float(module.row_losses(**inputs).double().sum())
-        return total / len(self._held)
+        return mean_loss(module, self._held, self._collate, self._settings.batch_size)
 
 
 def _measure(trials: _Trials, candidate: Candidate, clock: Callable[[], float]) -> tuple[float, float, float]:

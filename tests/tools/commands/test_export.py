@@ -212,5 +212,5 @@ def test_export_of_a_base_says_nothing_but_its_own_progress(checkpoint: Path, tm
         check=True,
     )
     assert [line.split()[0] for line in result.stderr.splitlines()] == [
-        "loading", "writing", "tracing", "fusing", "hashing"
+        "loading", "writing", "tracing", "fusing", "hashing", "next:"
     ]  # fmt: skip

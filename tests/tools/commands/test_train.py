@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work, wa
     assert report["base"] == "tiny-llama"
     assert "\r" not in done.stderr
     assert "Warning" not in done.stderr
-    said = [line for line in done.stderr.splitlines() if not line.startswith("{'")]
+    steps = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    said = [line for line in done.stderr.splitlines() if line not in steps]
     assert said == [
         NO_SPACES,
         "warning: rows.jsonl: 9 of 9 eval rows have prompts of training rows: what is measured there is memory",
@@ -81,7 +83,8 @@ def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work, wa
         "training on 9 rows, 6 steps",
         "exact match of the adapter on 9 eval rows",
     ]
-    assert done.stderr.count("{'loss': ") == 6
+    assert [line.split(",")[0] for line in steps] == [f"step {number} of 6" for number in range(1, 7)]
+    assert re.fullmatch(r"step 4 of 6, loss [0-9.]+, eval loss [0-9.]+, 0:0[0-9] left", steps[3])
 
 
 def test_prints_one_line_without_json(call_here):

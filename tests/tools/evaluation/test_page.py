@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from adalink.tools.evaluation.evaluate import make_verdict
 from adalink.tools.evaluation.metrics import gain, measure_labels, wilson
 from adalink.tools.evaluation.page import render_page
 from adalink.tools.evaluation.report import Reference, Report, Speed, TaskReport, WrongRow
+from adalink.tools.evaluation.verdict import make_verdict
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u202e\x1b[2J</title></style>"
 _VOID = {"meta", "br", "path", "rect", "circle"}
@@ -52,15 +52,15 @@ def made(count: int = 1, names: tuple[str, ...] = ("oil", "tea")) -> Report:
     task = TaskReport(
         task="topics",
         variant="int4",
-        kind="labels",
+        kind="single_label_classification",
         rows=len(expected),
         cut=1,
         accuracy=wilson(int(right.sum()), len(right)),
         labels=measure_labels(expected, answers, np.linspace(0.3, 1.0, len(expected))),
-        reference=Reference(name="always", accuracy=float(always.mean()), gain=gain(right, always), p_value=0.01),
+        reference=Reference(name="always", value=float(always.mean()), gain=gain(right, always), p_value=0.01),
         speed=Speed(median_ms=1.0, p95_ms=2.0, rows_per_second=3.0, tokens_per_second=4.0),
         wrong=[WrongRow(line=1, text="a", expected="b", answer="c", probability=0.5)],
-        verdict="",
+        notes=["1 texts were cut"],
     )
     task = replace(task, verdict=make_verdict(task))
     shared = {"base": "tiny", "data": "rows.jsonl", "data_sha256": "sha256:0", "kit_version": "1"}

@@ -1,0 +1,128 @@
+"""``adalink quickstart``: from rows and a model to a deployment with a measured task, in one command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adalink.runtime.errors import ConfigError
+from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.console import say
+from adalink.tools.common.options import make_options, map_option, template_option
+from adalink.tools.common.terminal_text import echo
+
+# What the steps need beside the runtime, the extra `cpu,eval,export,train`.
+_PACKAGES = ("onnxruntime", "torch", "transformers", "accelerate", "onnx", "optimum", "sklearn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions:
+    """Options of ``adalink quickstart``, by the names of its parameters; see ``--help``."""
+
+    model: str
+    rows: Path
+    out: Path
+    task: str | None
+    columns: tuple[str, ...]
+    template: str | None
+    max_steps: int | None
+    seed: int
+    as_json: bool
+
+
+@click.command(short_help="From rows and a model to a measured task, in one command.")
+@click.argument("model")
+@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for all of it.")
+@click.option("--task", metavar="NAME", help="Name of the task; that of the file ROWS by default.")
+@map_option
+@template_option
+@click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps; those of `adalink train` by default.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the split and the training.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(**values: Any) -> None:
+    """Train, deploy, verify and evaluate a task on MODEL from ROWS.
+
+    MODEL is a Hugging Face folder, a GGUF file or a hub id. On an encoder, ROWS has the columns text and label. On a
+    decoder it has prompt and completion, or text and label: --template says how a prompt is made of them.
+
+    Six steps follow each other: export base, split, train, export adapter, verify, eval. Each is shown as the command
+    that repeats it. A step that is done is not done again, also after Ctrl-C. With other ROWS and the same OUT a
+    further task joins the deployment, and the base is not exported again.
+
+    \b
+    Example:
+      adalink quickstart ./all-MiniLM-L6-v2 news.csv --map text=body,label=topic --out ./news
+      adalink quickstart ./SmolLM2-135M-Instruct news.csv --template "Text: {text} Topic:" --out ./news
+    """  # noqa: D301
+    start(make_options(QuickstartOptions, values))
+
+
+def start(options: QuickstartOptions) -> None:
+    """Do the steps, and print the verdict on stdout.
+
+    Raises:
+        AdaLinkError: rows, model or folder cannot be used.
+        click.exceptions.Exit: a step failed; with its exit code.
+    """
+    from adalink.tools.preflight.training import check_training
+    from adalink.tools.quickstart.run import run_steps
+    from adalink.tools.quickstart.state import State
+    from adalink.tools.quickstart.steps import Places, choose_template, make_steps, name_task
+
+    _check_packages()
+    places = Places(options.out, name_task(options.task, options.rows))
+    state = State(options.out)
+    source = RowSource(options.rows, read_columns(options.columns), options.template)
+    source = replace(source, template=choose_template(options.model, source))
+    check_training(options.model, source, None, places.adapter, resume=True)
+    training = () if options.max_steps is None else ("--max-steps", str(options.max_steps))
+    steps = make_steps(options.model, source, places, options.seed, training)
+    if (before := state.command_of(steps[1].name)[1:2]) not in ((), (str(options.rows),)):
+        raise ConfigError(
+            f"task {places.task!r} in {options.out} was made of {before[0]}: give another name with --task"
+        )
+    places.page.parent.mkdir(parents=True, exist_ok=True)
+    done = run_steps(steps, state, _call, say)
+    report = json.loads(places.evaluation.read_bytes())
+    verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
+    text = (source.template or "TEXT").replace("{text}", "TEXT")
+    following = shlex.join(("adalink", verb, str(places.deployment), text, "--task", places.task))
+    if options.as_json:
+        result = {
+            "verdict": report["verdict"],
+            "deployment": str(places.deployment),
+            "task": places.task,
+            "page": str(places.page),
+            "evaluation": report,
+            "steps": [one._asdict() for one in done],
+            "next": following,
+        }
+        click.echo(json.dumps(result, indent=2))
+        return
+    echo(report["verdict"])
+    echo(f"page: {places.page}")
+    echo(f"next: {following}")
+
+
+def _call(words: Sequence[str]) -> tuple[int, str]:
+    """Run a command of this program; returns its exit code and what it printed on stdout."""
+    program, output = click.get_current_context().find_root().command, io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = program.main(list(words), prog_name="adalink", standalone_mode=False)
+    return code or 0, output.getvalue()
+
+
+def _check_packages() -> None:
+    """Find a missing package before minutes of work, not after them; raises ``ModuleNotFoundError``."""
+    if missing := next((name for name in _PACKAGES if find_spec(name) is None), None):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)

@@ -1,0 +1,49 @@
+"""What is called after each step of a run: progress, and the end on request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from adalink.training.eval_curve import eval_curve
+from adalink.training.settings import StepProgress
+
+if TYPE_CHECKING:
+    from adalink.training.settings import Stop
+
+
+class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers has no types for it
+    """Tells where the run is."""
+
+    def __init__(self, on_step: Callable[[StepProgress], None]) -> None:
+        self._on_step = on_step
+        self._start, self._first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer."""
+        self._start, self._first = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer."""
+        step, steps = state.global_step, args.max_steps
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        points = eval_curve(state.log_history)
+        mean = (time.monotonic() - self._start) / max(1, step - self._first)
+        measured = {name: value for name, value in points[-1].items() if name != "step"} if points else {}
+        self._on_step(StepProgress(step, steps, losses[-1] if losses else None, measured, mean * (steps - step)))
+
+
+class StopAfterStep(TrainerCallback):  # type: ignore[misc]  # as above
+    """Saves a checkpoint and ends the run after the step in which it is asked to."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self.has_stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Called by the Trainer."""
+        if self._stop.is_set:
+            control.should_save = control.should_training_stop = self.has_stopped = True
