@@ -26,7 +26,7 @@ from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.adapter_io import save_adapter, to_adapter
 from adalink.training.classifier import LabelCollator, TrainableClassifier, encode_labelled, features
 from adalink.training.classifier_metrics import measure
-from adalink.training.classifier_run import predict
+from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.models.loading import load_base, load_tokenizer
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Name -> peak learning rate of what is trained beside the head: for most data sets of studies/results/encoder the best.
 RATES = {"adalink": 1e-2, "lora": 1e-2, "full": 3e-4}
 RANK, LORA_RANK, LENGTH = 16, 8, 64
-SETTINGS = TrainSettings(max_steps=100, batch_size=16, max_length=LENGTH, device="cpu", save_steps=10_000)
+SETTINGS = TrainSettings(max_steps=100, batch_size=16, max_length=LENGTH, device="cpu", save_steps=10_000, eval_steps=0)
 _STRENGTHS = (1.0, 10.0, 100.0)
 
 Result = dict[str, Any]
@@ -90,8 +90,8 @@ def train_own_model(base: Path, rows: dict[str, Path], method: str, seed: int, o
         weights = attached.weights()
     if out is not None:
         _export(model if tuned is None else tuned.merge_and_unload(), tokenizer, head, weights, out)
-    metrics = measure(head, parts["test"], examples["test"], scores, parts["train"])
-    return {"metrics": metrics, "train_seconds": round(seconds, 1)}
+    said = classify_examples(head, parts["test"], examples["test"], scores)
+    return {"metrics": measure(head, parts["test"], said, parts["train"]), "train_seconds": round(seconds, 1)}
 
 
 class _OwnModel(TrainableClassifier):
@@ -164,14 +164,12 @@ def train_logistic(base: Path, rows: dict[str, Path], seed: int) -> Result:
     best: tuple[float, float, Any] | None = None
     for strength in _STRENGTHS:
         fitted = _fit(vectors["train"], examples["train"], head, strength, seed)
-        scores = [_scores(fitted, some, head) for some in vectors["eval"]]
-        value = measure(head, parts["eval"], examples["eval"], scores, parts["train"])[metric]
+        value = _measure(fitted, vectors["eval"], examples["eval"], parts["eval"], head)[metric]
         if best is None or value > best[0]:
             best = value, strength, fitted
     assert best is not None
     seconds = time.process_time() - begun
-    scores = [_scores(best[2], some, head) for some in vectors["test"]]
-    metrics = measure(head, parts["test"], examples["test"], scores, parts["train"])
+    metrics = _measure(best[2], vectors["test"], examples["test"], parts["test"], head)
     return {"metrics": metrics, "train_seconds": round(seconds, 1), "strength": best[1]}
 
 
@@ -199,6 +197,14 @@ def _fit(vectors: Sequence[Array], examples: Sequence[Any], head: Head, strength
         return OneVsRestClassifier(model).fit(inputs, np.array([one.target for one in examples]))
     targets = np.concatenate([np.atleast_1d(one.target) for one in examples])
     return model.fit(inputs[targets >= 0], targets[targets >= 0])
+
+
+def _measure(
+    fitted: Any, vectors: Sequence[Array], examples: Sequence[Any], rows: Sequence[LabelledRow], head: Head
+) -> dict[str, float]:
+    """Measures on rows; the commonest label, which no one looks at here, is that of these rows."""
+    scores = [_scores(fitted, some, head) for some in vectors]
+    return measure(head, rows, classify_examples(head, rows, examples, scores), rows)
 
 
 def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
