@@ -24,7 +24,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.head_spec import MULTI_LABEL, SINGLE_LABEL, TOKENS, Head
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.adapter_io import save_adapter, to_adapter
-from adalink.training.classifier import LabelCollator, LabelledExample, TrainableClassifier, encode_labelled, features
+from adalink.training.classifier import LabelCollator, TrainableClassifier, encode_labelled, features
 from adalink.training.classifier_metrics import measure
 from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Name -> peak learning rate of what is trained beside the head: for most data sets of studies/results/encoder the best.
 RATES = {"adalink": 1e-2, "lora": 1e-2, "full": 3e-4}
 RANK, LORA_RANK, LENGTH = 16, 8, 64
-SETTINGS = TrainSettings(max_steps=100, batch_size=16, max_length=LENGTH, device="cpu", save_steps=10_000)
+SETTINGS = TrainSettings(max_steps=100, batch_size=16, max_length=LENGTH, device="cpu", save_steps=10_000, eval_steps=0)
 _STRENGTHS = (1.0, 10.0, 100.0)
 
 Result = dict[str, Any]
@@ -90,8 +90,8 @@ def train_own_model(base: Path, rows: dict[str, Path], method: str, seed: int, o
         weights = attached.weights()
     if out is not None:
         _export(model if tuned is None else tuned.merge_and_unload(), tokenizer, head, weights, out)
-    metrics = _measure(head, parts, examples, "test", scores)
-    return {"metrics": metrics, "train_seconds": round(seconds, 1)}
+    said = classify_examples(head, parts["test"], examples["test"], scores)
+    return {"metrics": measure(head, parts["test"], said, parts["train"]), "train_seconds": round(seconds, 1)}
 
 
 class _OwnModel(TrainableClassifier):
@@ -112,18 +112,6 @@ def _read(rows: dict[str, Path]) -> tuple[Head, dict[str, list[LabelledRow]]]:
     pooling = "" if kind == TOKENS else "mean"
     head = Head(problem_type=kind, labels=labels, pooling=pooling, max_tokens=LENGTH)
     return head, {split: read_labelled_rows(path, kind)[1] for split, path in rows.items()}
-
-
-def _measure(
-    head: Head,
-    parts: dict[str, list[LabelledRow]],
-    examples: dict[str, list[LabelledExample]],
-    split: str,
-    scores: Sequence[Array],
-) -> dict[str, float]:
-    """Metrics of the scores that a head gives for a split."""
-    said = classify_examples(head, parts[split], examples[split], scores)
-    return measure(head, parts[split], said, parts["train"])
 
 
 def _with_lora(model: Any) -> Any:
@@ -176,14 +164,12 @@ def train_logistic(base: Path, rows: dict[str, Path], seed: int) -> Result:
     best: tuple[float, float, Any] | None = None
     for strength in _STRENGTHS:
         fitted = _fit(vectors["train"], examples["train"], head, strength, seed)
-        scores = [_scores(fitted, some, head) for some in vectors["eval"]]
-        value = _measure(head, parts, examples, "eval", scores)[metric]
+        value = _measure(fitted, vectors["eval"], examples["eval"], parts["eval"], head)[metric]
         if best is None or value > best[0]:
             best = value, strength, fitted
     assert best is not None
     seconds = time.process_time() - begun
-    scores = [_scores(best[2], some, head) for some in vectors["test"]]
-    metrics = _measure(head, parts, examples, "test", scores)
+    metrics = _measure(best[2], vectors["test"], examples["test"], parts["test"], head)
     return {"metrics": metrics, "train_seconds": round(seconds, 1), "strength": best[1]}
 
 
@@ -213,11 +199,18 @@ def _fit(vectors: Sequence[Array], examples: Sequence[Any], head: Head, strength
     return model.fit(inputs[targets >= 0], targets[targets >= 0])
 
 
+def _measure(
+    fitted: Any, vectors: Sequence[Array], examples: Sequence[Any], rows: Sequence[LabelledRow], head: Head
+) -> dict[str, float]:
+    """Measures on rows; the commonest label, which no one looks at here, is that of these rows."""
+    scores = [_scores(fitted, some, head) for some in vectors]
+    return measure(head, rows, classify_examples(head, rows, examples, scores), rows)
+
+
 def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
     """Scores as a head gives them; a label that training has none of has the lowest."""
     if head.problem_type == MULTI_LABEL:
-        decided: Array = np.asarray(fitted.decision_function(vectors))[0]
-        return decided
+        return np.asarray(fitted.decision_function(vectors))[0]
     scores = np.full((len(vectors), len(head.labels)), -1e9)
     scores[:, fitted.classes_] = fitted.predict_log_proba(vectors)
     return scores if head.problem_type == TOKENS else np.asarray(scores[0])
