@@ -30,6 +30,7 @@ from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer
 from adalink.training.models.prefix_lm import prompt_form
+from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
 from adalink.training.outcome import RepliedRows
 from adalink.training.search.search import candidate_config, search
@@ -105,56 +106,43 @@ def train(
                 "encoder's folder: leave --assume-pretokenizer out"
             )
         return train_classifier(base, data, eval_data, out, config, settings, head or HeadSettings(), loop)
+    return _train_on_prompts(base, data, eval_data, out, config, settings, space, loop, assume_pretokenizer)
+
+
+def _train_on_prompts(
+    base: str | Path,
+    data: RowSource,
+    eval_data: RowSource | None,
+    out: str | Path,
+    config: AdaLinkConfig,
+    settings: TrainSettings,
+    space: SearchSettings | None,
+    loop: LoopOptions,
+    assume_pretokenizer: str | None,
+) -> dict[str, Any]:
+    """See ``train``."""
     run = TrainingRun(base, out, settings, loop)
     rows = read_prompts(data, eval_data, settings, loop.progress)
     config = _with_labels(config, rows.training, data.path, loop)
-    record: dict[str, Any] = {
-        "base": run.base,
-        "method": config.as_record(),
-        "settings": settings.as_record(),
-        "data": rows.record,
-    }
+    has_images = any(row.images for row in (*rows.training, *rows.measured))
+    loop.progress(f"loading {run.base}")
+    decoder = _Decoder(base, settings, config.prepended_positions, assume_pretokenizer, has_images=has_images)
+    model = decoder.model
+    examples, validation = decoder.encode(rows.learned, data.path), decoder.encode(rows.validation, data.path)
+    eval_examples = decoder.encode(rows.measured, (eval_data or data).path)
+    record = {"base": run.base, "method": config.as_record(), "settings": settings.as_record(), "data": rows.record}
     if space is not None:
         record["search"] = asdict(space)
-    # The model determines the prompt form and how many positions an image takes up.
-    loop.progress(f"loading {run.base}")
-    tokenizer = load_tokenizer(base, assume_pretokenizer=assume_pretokenizer)
-    model = load_base(base)
-    if not model.can_generate():
-        raise ModelError(
-            f"base model {run.base} is a {type(model).__name__}, which cannot generate text: an encoder "
-            'takes rows with labels, {"text": "...", "label": "..."}; or use adalink.training.method.attach in a loop '
-            "of your own"
-        )
-    has_images = any(row.images for row in (*rows.training, *rows.measured))
-    images = TrainingImages(base, model, tokenizer) if has_images else None
-
-    def encode(some: Sequence[TrainingRow], origin: Path) -> list[Example]:
-        form = prompt_form(model, tokenizer)
-        tokens = None if images is None else images.tokens
-        encoded = encode_rows(some, tokenizer, settings.max_length, origin, tokens, form)
-        check_positions(encoded, model, config.prepended_positions, origin)
-        return encoded
-
-    examples, validation = encode(rows.learned, data.path), encode(rows.validation, data.path)
-    eval_examples = encode(rows.measured, (eval_data or data).path)
-    record["base_fingerprint"] = base_fingerprint(model)
-    record["tokenizer_digest"] = digest_tokenizer(tokenizer)
-    if images is not None:
+    record |= {"base_fingerprint": base_fingerprint(model), "tokenizer_digest": digest_tokenizer(decoder.tokenizer)}
+    if has_images:
         digest = digest_images([*examples, *validation])
         record["images"] = {"train": digest, "eval": digest_images(eval_examples)}
     run.find_checkpoint(record)
-    collate = collator(model, tokenizer, images)
+    collate = collator(model, decoder.tokenizer, decoder.images)
     model.to(trainer_arguments(run.checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)
     _check_first_batch(model, first, collate(examples[: settings.batch_size]), run.base)
     parts: dict[str, Any] = {}
-
-    def reply(some: AdaLinkConfig | None) -> list[Reply]:
-        loop.progress(f"exact match of the {'base' if some is None else 'adapter'} on {len(rows.measured)} eval rows")
-        prepended = 0 if some is None else some.prepended_positions
-        return greedy_replies(model, tokenizer, eval_examples, settings.batch_size, images, prepended=prepended)
-
     with run.begin():
         if space is not None:
             try:
@@ -165,7 +153,8 @@ def train(
             except (ConfigError, DataError):
                 shutil.rmtree(run.checkpoints)  # it cannot be resumed
                 raise
-        base_replies = reply(None)
+        loop.progress(f"exact match of the base on {len(eval_examples)} eval rows")
+        base_replies = decoder.reply(eval_examples, prepended=0)
         set_seed(settings.seed)
         with attach(model, config) as attached:
             module = TrainableAdapters(attached)
@@ -174,17 +163,55 @@ def train(
                 directions = find_directions(module, attached, examples, collate, batch_size=size, seed=seed)
                 follow_directions(attached, directions)
             loop.progress(f"training on {len(examples)} rows, {settings.max_steps} steps")
-            watched = validation or pick(eval_examples, spread(len(eval_examples)))
-            lesson = Lesson(
-                module, examples, collate, lambda: {"loss": mean_loss(module, watched, collate, settings.batch_size)}
-            )
+            watched, size = validation or pick(eval_examples, spread(len(eval_examples))), settings.batch_size
+            lesson = Lesson(module, examples, collate, lambda: {"loss": mean_loss(module, watched, collate, size)})
             history = run.train(lesson, settings)
-            adapter = run.make_adapter(attached, tokenizer)
-            replies = reply(config)
+            adapter = run.make_adapter(attached, decoder.tokenizer)
+            loop.progress(f"exact match of the adapter on {len(eval_examples)} eval rows")
+            replies = decoder.reply(eval_examples, prepended=config.prepended_positions)
     parts |= {"method": config.as_record(), "settings": settings.as_record()}
     parts["exact_match"] = {"base": share_right(base_replies), "adapter": share_right(replies)}
     labels = None if config.labels is None else config.labels.names
     return run.finish(adapter, history, parts, RepliedRows(rows.measured, replies, base_replies, labels))
+
+
+class _Decoder:
+    """A base that generates text, and its rows' tokens."""
+
+    def __init__(
+        self,
+        base: str | Path,
+        settings: TrainSettings,
+        prepended: int,
+        assume_pretokenizer: str | None,
+        *,
+        has_images: bool,
+    ) -> None:
+        """Load it; raises ``ModelError``, also for a base that cannot generate."""
+        self.tokenizer = load_tokenizer(base, assume_pretokenizer=assume_pretokenizer)
+        self.model = load_base(base)
+        if not self.model.can_generate():
+            raise ModelError(
+                f"base model {display_name(base)} is a {type(self.model).__name__}, which cannot generate text: an "
+                'encoder takes rows with labels, {"text": "...", "label": "..."}; or use '
+                "adalink.training.method.attach in a loop of your own"
+            )
+        self._settings, self._prepended = settings, prepended
+        # The model determines the prompt form and how many positions an image takes up.
+        self.images = TrainingImages(base, self.model, self.tokenizer) if has_images else None
+        self._form = prompt_form(self.model, self.tokenizer)
+
+    def encode(self, rows: Sequence[TrainingRow], origin: Path) -> list[Example]:
+        """Tokens of rows; raises ``DataError``."""
+        tokens = None if self.images is None else self.images.tokens
+        examples = encode_rows(rows, self.tokenizer, self._settings.max_length, origin, tokens, self._form)
+        check_positions(examples, self.model, self._prepended, origin)
+        return examples
+
+    def reply(self, examples: Sequence[Example], *, prepended: int) -> list[Reply]:
+        """Greedy replies, behind so many positions of an adapter."""
+        size = self._settings.batch_size
+        return greedy_replies(self.model, self.tokenizer, examples, size, self.images, prepended=prepended)
 
 
 def _with_labels(config: AdaLinkConfig, rows: Sequence[TrainingRow], origin: Path, loop: LoopOptions) -> AdaLinkConfig:

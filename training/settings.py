@@ -11,6 +11,8 @@ from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from transformers import TrainerCallback
 
     from adalink.training.method.config import Init
@@ -196,11 +198,13 @@ class Stop(Protocol):
         """Whether it is."""
         ...
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> object:
         """Begin to listen."""
         ...
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         """End it."""
         ...
 

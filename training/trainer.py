@@ -78,7 +78,7 @@ class Trainable(Protocol):
 
     attached: AdaLinkModel
 
-    def row_losses(self, **batch: torch.Tensor) -> torch.Tensor:
+    def row_losses(self, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Mean loss over the targets of each row, float32 with shape ``(batch,)``."""
         ...
 

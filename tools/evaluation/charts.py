@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unicodedata import east_asian_width
 
 from adalink.tools.common.terminal_text import printable
 from adalink.tools.evaluation.report import CalibrationBin, ItemMeasures, LabelMeasures, TaskReport
@@ -27,8 +28,8 @@ def measure_chart(tasks: Sequence[TaskReport]) -> str:
         top = 8 + index * 44
         _, measure = main_measure(task)
         middle = top + 14
-        parts.append(f'<text x="0" y="{top + 10}">{_cut(task.task, 16)}</text>')
-        parts.append(f'<text x="0" y="{top + 25}" class="quiet">{_cut(task.variant, 16)}</text>')
+        parts.append(f'<text x="0" y="{top + 10}">{_cut(task.task, _LEFT - 4)}</text>')
+        parts.append(f'<text x="0" y="{top + 25}" class="quiet">{_cut(task.variant, _LEFT - 4)}</text>')
         parts.append(_bar(measure.value, top, 28))
         low, high = _x(measure.low), _x(measure.high)
         parts.append(f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10"/>')
@@ -45,7 +46,7 @@ def class_chart(measures: LabelMeasures | ItemMeasures) -> str:
     shown = measures.classes[:MOST_LABELS]
     for index, one in enumerate(shown):
         top = 4 + index * 30
-        parts.append(f'<text x="0" y="{top + 15}">{_cut(one.label, 16)}</text>')
+        parts.append(f'<text x="0" y="{top + 15}">{_cut(one.label, _LEFT - 4)}</text>')
         parts.append(_bar(one.precision, top, 10) + _bar(one.recall, top + 12, 10, "second"))
     height = 4 + len(shown) * 30
     return svg("".join(parts) + _axis(height), height + 20, "Precision and recall of each label")
@@ -61,7 +62,7 @@ def confusion_chart(measures: LabelMeasures) -> str:
     for row, name in enumerate(names):
         total = sum(measures.confusion[row])
         y = top + row * height
-        parts.append(f'<text x="0" y="{y + height / 2 + 4:.1f}">{_cut(name, 14)}</text>')
+        parts.append(f'<text x="0" y="{y + height / 2 + 4:.1f}">{_cut(name, _LEFT - 24)}</text>')
         parts.append(f'<text x="{_LEFT + (row + 0.5) * cell:.1f}" y="14" text-anchor="middle">{row + 1}</text>')
         parts.append(
             f'<text x="{_LEFT - 4}" y="{y + height / 2 + 4:.1f}" text-anchor="end" class="quiet">{row + 1}</text>'
@@ -127,6 +128,18 @@ def _x(share: float) -> float:
     return _LEFT + share * (_RIGHT - _LEFT)
 
 
-def _cut(text: str, most: int) -> str:
+def _cut(text: str, most: float) -> str:
+    """As much of a text as fits, in units of 12 px type; a browser cannot do this in a picture."""
     flat = " ".join(printable(text).split())
-    return escape(flat if len(flat) <= most else f"{flat[: most - 1]}…")
+    widths = [_letter_width(letter) for letter in flat]
+    if sum(widths) <= most:
+        return escape(flat)
+    room = most - _letter_width("…")
+    kept = next(count for count in range(len(flat) + 1) if sum(widths[: count + 1]) > room)
+    return escape(f"{flat[:kept].rstrip()}…")
+
+
+def _letter_width(letter: str) -> float:
+    if not letter.isascii():
+        return 12.5 if east_asian_width(letter) in "WF" else 8.5
+    return 12.0 if letter in "mwMW@%" else 9.0 if letter.isupper() else 3.8 if letter in "iljtfr.,:;'|! " else 7.2

@@ -93,10 +93,10 @@ def evaluate_task(
         return classify_rows(deployment, rows, name, progress, labels=labels, calibration=calibration)
 
     answers = answer(task)
-    if against == BASE:
-        reference = against_base(answers, answer(None, settings.labels and settings.labels.completions))
-    else:
-        reference = against_constant(kind, rows, answers)
+    if against != BASE:
+        return make_task_report(task, variant, kind, rows, answers, against_constant(kind, rows, answers))
+    labels = None if settings.labels is None else settings.labels.completions
+    reference = against_base(answers, answer(None, labels))
     return make_task_report(task, variant, kind, rows, answers, reference)
 
 

@@ -51,7 +51,7 @@ def sign_flip(ours: Numbers, theirs: Numbers) -> float:
     difference = theirs - ours
     rng, least = np.random.default_rng(SEED), abs(difference.sum()) * (1 - 1e-12)
     flipped = [abs((difference * rng.choice((-1.0, 1.0), len(difference))).sum()) for _ in range(RESAMPLES)]
-    return (1 + sum(total >= least for total in flipped)) / (1 + RESAMPLES)
+    return float(1 + sum(total >= least for total in flipped)) / (1 + RESAMPLES)
 
 
 def _means(values: Numbers) -> list[float]:

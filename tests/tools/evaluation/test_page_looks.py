@@ -56,8 +56,8 @@ def test_contrast_is_that_of_wcag_aa_in_both_schemes(page: Any, kind: str) -> No
         assert [(text, round(ratio, 2)) for ratio, text in ratios if ratio < 4.5] == []
         grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(grounds) == 2
-    page.evaluate("document.documentElement.style.setProperty('--ink', '#808080')")
-    page.evaluate("document.documentElement.style.setProperty('--quiet', '#808080')")
+    page.evaluate("document.documentElement.style.setProperty('--ink', '#707070')")
+    page.evaluate("document.documentElement.style.setProperty('--quiet', '#707070')")
     assert min(ratio for ratio, _ in page.evaluate(CONTRAST)) < 4.5
 
 
