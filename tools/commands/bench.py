@@ -23,13 +23,15 @@ def command(
     """Measure what a task costs beside the base model, with the deployment in DIR.
 
     With and without the task take turns in one process, after a warm-up, with Python's garbage collector off; each
-    ratio is one of medians. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.
+    ratio is one of medians. An engine whose profile takes fewer than 32 rows is measured with as many as it takes.
+    Close other programs first.
+
+    The names in the JSON. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.
     swap_hot_us: switch between two loaded tasks and adapt one token. task_load_ms: read, check and open a task whose
     files have left the page cache. mixed_batch_ratio: a decode step of 32 rows with 32 tasks against one task.
     task_bytes: resident memory that one more task takes. open_ratio: opening the deployment against creating ONNX
     Runtime's session of the same graph. import_ms: the runtime beyond numpy and onnxruntime (both on onnxruntime-cpu
-    alone). An engine whose profile takes fewer than 32 rows is measured with as many as it takes. Close other programs
-    first.
+    alone).
 
     \b
     Example:

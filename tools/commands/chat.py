@@ -20,7 +20,7 @@ from adalink.tools.common.chat_session import ChatSession
 from adalink.tools.common.interrupts import Interrupts
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import engine_options, is_typed, make_options, sampling_options, task_option
+from adalink.tools.common.options import engine_options, make_options, sampling_options, task_option, typed_options
 from adalink.tools.common.terminal_text import echo, echo_generated, printable
 from adalink.tools.common.verb import Verb
 
@@ -164,10 +164,9 @@ def _check_can_chat(manifest: Manifest) -> None:
 
 def _sampling(manifest: Manifest, values: Mapping[str, Any]) -> SamplingParams:
     params, base = SamplingParams(**values), manifest.base
-    unused = [name for name in _FILTERS if is_typed(name)]
+    unused = typed_options(_FILTERS)
     if unused and params.resolve(base.generation, base.vocab_size).temperature == 0:
-        option = "--" + unused[0].replace("_", "-")
-        raise click.UsageError(f"{option} needs a --temperature above 0: the likeliest token is taken without one")
+        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     return params
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
-from adalink.tools.common.config_file import option_key
 from adalink.tools.common.conversations import is_rows, read_conversations
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
@@ -30,6 +29,7 @@ from adalink.tools.common.options import (
     sampling_options,
     task_option,
     template_option,
+    typed_options,
 )
 from adalink.tools.common.prompt_rows import BadRows
 from adalink.tools.common.prompt_rows import PromptRow as PromptRow
@@ -249,7 +249,7 @@ def run(options: RunOptions) -> None:
 
 
 def _print_states(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
-    if unused := _passed_options(options.settings):
+    if unused := typed_options(options.settings):
         raise click.UsageError(
             f"{unused[0]} is for generating, and {deployment.manifest.base.name} is an encoder: leave it out"
         )
@@ -284,7 +284,7 @@ def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParam
     params = SamplingParams(**values, base_defaults=not settings.pop("ignore_generation_config"))
     base = deployment.manifest.base
     is_greedy = params.resolve(base.generation, base.vocab_size).temperature == 0
-    if is_greedy and (unused := _passed_options(_FILTERS)):
+    if is_greedy and (unused := typed_options(_FILTERS)):
         raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     return params
 
@@ -296,12 +296,6 @@ def _structured(schema: Path | None, regex: str | None) -> StructuredOutput | No
     if regex is not None:
         return StructuredOutput(regex=regex)
     return None if schema is None else StructuredOutput(json_schema=_read(schema))
-
-
-def _passed_options(settings: Container[str]) -> list[str]:
-    """The options among ``settings`` that were passed, rather than left at their defaults."""
-    options = [one for one in click.get_current_context().command.params if isinstance(one, click.Option)]
-    return [f"--{option_key(option)}" for option in options if option.name in settings and is_typed(option.name)]
 
 
 def _prompt(text: str | None, path: Path | None) -> str:

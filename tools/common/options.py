@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from adalink.tools.common.config_file import option_key
 from adalink.tools.common.shell_completion import complete_backends, complete_tasks, complete_variants
 
 if TYPE_CHECKING:
@@ -157,6 +158,12 @@ def make_options(kind: type[T], values: Mapping[str, Any], rest: str | None = No
 def is_typed(parameter: str) -> bool:
     """Whether an option of the running command is on its command line; a default for all calls is no demand."""
     return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+
+
+def typed_options(parameters: Container[str]) -> list[str]:
+    """Long names of the options among ``parameters`` that are on the command line."""
+    options = [one for one in click.get_current_context().command.params if isinstance(one, click.Option)]
+    return [f"--{option_key(one)}" for one in options if one.name in parameters and is_typed(one.name)]
 
 
 def is_given(parameter: str) -> bool:

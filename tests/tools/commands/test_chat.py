@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_each_line_is_a_turn_that_sees_those_before(chat_folder: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "".join(f"{text}\n" for text in expected))
     assert chat(chat_folder, "\ufeffHi\nBye\n").stdout == "".join(f"{text}\n" for text in expected[:2])
     assert chat(chat_folder, "").stdout == ""
+
+
+def test_replies_as_json_lines_and_in_a_file(chat_folder: Path, tmp_path: Path) -> None:
+    expected = [Reference(chat_folder).reply("Hi", "alpha")]
+    shown = chat(chat_folder, "Hi", "--task", "alpha", "--json-file", tmp_path / "replies.jsonl")
+    assert shown.stdout.splitlines() == expected
+    printed = chat(chat_folder, "Hi", "--task", "alpha", "--json")
+    assert printed.stdout == (tmp_path / "replies.jsonl").read_text()
+    reply = json.loads(printed.stdout)
+    assert [reply["text"]] == expected
+    assert (reply["message"], reply["task"]) == ("Hi", "alpha")
 
 
 def test_commands_change_task_system_and_history(chat_folder: Path) -> None:
