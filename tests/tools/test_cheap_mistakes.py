@@ -16,6 +16,17 @@ from helpers.warm_python import WarmPython
 
 from adalink.runtime.device.gpus import find_gpus
 
+# What is imported once: each process is a copy. If one of these imported a framework, every copy would show it.
+LIGHT = (
+    "adalink.runtime.deployment",
+    "adalink.export.engine.export",
+    "adalink.tools.commands.eval",
+    "adalink.tools.commands.export",
+    "adalink.tools.commands.run",
+    "adalink.tools.parity.suite",
+    "adalink.tools.preflight.training",
+    "adalink.tools.quickstart.steps",
+)
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "sklearn"}
 _RUN = """
 import sys
@@ -51,12 +62,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "export base, there already": (["export", "base", "decoder", "--out", "deployment"], r"pass --replace"),
     "export base, other things": ([*EXPORT, "full"], r"full holds 'file' .* choose an empty folder"),
-    "export base, no folder": ([*EXPORT, "labels.jsonl/x"], r"cannot write in labels.jsonl: .*writable --out"),
+    "export base, no folder": ([*EXPORT, "labels.jsonl/x"], r"cannot write in \S*labels.jsonl: .*writable --out"),
     "export base, type": (["export", "base", "unknown", "--out", "new"], r"model type 'mamba' is not supported"),
     "export base, bare name": (["export", "base", "gpt2", "--out", "new"], r"it is no hub id, which is org/name"),
     "export base, out of reach": (
         ["export", "base", "org/name", "--out", "new"],
-        r"127.0.0.1 cannot be reached .* hf download org/name --local-dir FOLDER\) and pass the folder",
+        r"127.0.0.1 cannot be reached .*hf download org/name --local-dir FOLDER\) and pass the folder",
     ),
     "export adapter, no adapter": (["export", "adapter", "nowhere", "--out", "deployment"], r"nowhere: no such folder"),
     "export adapter, there already": (
@@ -109,7 +120,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def call(workplace: Path) -> Iterator[Call]:
     """Runs a command in a process of its own; gives its exit code, stderr and the packages that it imported."""
-    python = WarmPython(("click", "msgspec", "numpy"))
+    python = WarmPython(LIGHT)
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     path = os.pathsep.join(filter(None, (str(REPOSITORY / "src"), os.environ.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workplace / "cache")}

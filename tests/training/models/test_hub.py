@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,8 +70,12 @@ def test_unreachable_hub_is_named_with_the_way_round(monkeypatch: pytest.MonkeyP
 
 
 def test_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_waiting(*_: object, **__: object) -> None:
+        time.sleep(0.3)
+        raise OSError("too late")
+
     monkeypatch.setattr(hub, "_SECONDS", 0.05)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: __import__("time").sleep(0.5))
+    monkeypatch.setattr(socket, "create_connection", keep_waiting)
     with pytest.raises(ModelError, match=r"cannot be reached \(no connection within 0\.05 s\)"):
         find_source(ID)
 
