@@ -47,6 +47,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "run, task": (["run", "deployment", "x", "--task", "topic"], r"deployed are: topics; did you mean 'topics'\?"),
     "run, variant": (["run", "deployment", "x", "--variant", "onnxruntime-cpi"], r"did you mean 'onnxruntime-cpu'\?"),
     "classify, task": (["classify", "deployment", "x", "--task", "topisc"], r"did you mean 'topics'\?"),
+    "classify, no task": (["classify", "deployment", "x"], r"name a task with --task; deployed are: topics"),
     "embed, backend": (["embed", "deployment", "x", "--backend", "onnxruntime"], r"did you mean 'onnxruntime-cpu'\?"),
     "chat, task": (["chat", "deployment", "--task", "topcs"], r"did you mean 'topics'\?"),
     "serve, no engine": (["serve", "deployment", "--backend", "tensorrt"], r"add one with 'adalink export engine"),
@@ -79,6 +80,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "train, no base": ([*TRAIN, "--base", "./nowhere"], r"base model ./nowhere: there is no such file or folder"),
     "train, an encoder": ([*TRAIN, "--base", "encoder"], r"encoder, which cannot generate .* rows with labels"),
     "train, a decoder": ([*TRAIN, "--data", "labels.jsonl"], r"a decoder.* make them with --template"),
+    "train, columns": ([*TRAIN, "--base", "encoder", "--data", "other.csv"], r"are body, topic.* --map text=COLUMN"),
     "train, checkpoints": ([*TRAIN, "--out", "begun"], r"go on with --resume, or remove that folder"),
     "train, no checkpoints": ([*TRAIN, "--out", "full"], r"full is not empty and holds no adapter_config.json"),
     "train, device": ([*TRAIN, "--device", "cuda"], r"no GPU on this machine: .* take --device cpu"),
@@ -110,6 +112,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(root / "unknown", "mamba", "MambaForCausalLM")
     (root / "prompts.jsonl").write_text(PROMPTS)
     (root / "labels.jsonl").write_text(LABELS)
+    (root / "other.csv").write_text("body,topic\na,b\n")
     (root / "bad.jsonl").write_text(f"{PROMPTS}{{'prompt'}}\n")
     for folder in ("full", "begun.checkpoints"):
         (root / folder).mkdir()

@@ -18,15 +18,13 @@ ID = "org/tiny-1.5"
 
 
 @pytest.fixture(autouse=True)
-def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cache and no network but what a test gives."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub._why_unreachable.cache_clear()
-    yield
-    hub._why_unreachable.cache_clear()
+    monkeypatch.setattr(hub, "_REACHED", set())
 
 
 @pytest.fixture
@@ -54,7 +52,10 @@ def test_cached_id_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_source(ID) == Source(ID)
 
 
-def test_hub_that_answers_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch, listening: int) -> None:
+def test_hub_that_answers_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch, listening: int, closed: int) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed}")
+    with pytest.raises(ModelError, match="cannot be reached"):
+        find_source(ID)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening}")
     assert find_source(ID) == Source(ID)
 
@@ -84,7 +85,7 @@ def test_a_proxy_is_asked_instead(monkeypatch: pytest.MonkeyPatch, listening: in
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening}")
     assert find_source(ID) == Source(ID)
-    hub._why_unreachable.cache_clear()
+    hub._REACHED.clear()
     monkeypatch.setenv("http_proxy", f"127.0.0.1:{closed}")
     with pytest.raises(ModelError, match=r"hub\.invalid cannot be reached"):
         find_source(ID)
