@@ -16,6 +16,17 @@ from helpers.warm_python import WarmPython
 
 from adalink.runtime.device.gpus import find_gpus
 
+# What is imported once: each process is a copy. If one of these imported a framework, every copy would show it.
+LIGHT = (
+    "adalink.runtime.deployment",
+    "adalink.export.engine.export",
+    "adalink.tools.commands.eval",
+    "adalink.tools.commands.export",
+    "adalink.tools.commands.run",
+    "adalink.tools.parity.suite",
+    "adalink.tools.preflight.training",
+    "adalink.tools.quickstart.steps",
+)
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "sklearn"}
 _RUN = """
 import sys
@@ -36,6 +47,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "run, task": (["run", "deployment", "x", "--task", "topic"], r"deployed are: topics; did you mean 'topics'\?"),
     "run, variant": (["run", "deployment", "x", "--variant", "onnxruntime-cpi"], r"did you mean 'onnxruntime-cpu'\?"),
     "classify, task": (["classify", "deployment", "x", "--task", "topisc"], r"did you mean 'topics'\?"),
+    "classify, no task": (["classify", "deployment", "x"], r"name a task with --task; deployed are: topics"),
     "embed, backend": (["embed", "deployment", "x", "--backend", "onnxruntime"], r"did you mean 'onnxruntime-cpu'\?"),
     "chat, task": (["chat", "deployment", "--task", "topcs"], r"did you mean 'topics'\?"),
     "serve, no engine": (["serve", "deployment", "--backend", "tensorrt"], r"add one with 'adalink export engine"),
@@ -51,12 +63,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "export base, there already": (["export", "base", "decoder", "--out", "deployment"], r"pass --replace"),
     "export base, other things": ([*EXPORT, "full"], r"full holds 'file' .* choose an empty folder"),
-    "export base, no folder": ([*EXPORT, "labels.jsonl/x"], r"cannot write in labels.jsonl: .*writable --out"),
+    "export base, no folder": ([*EXPORT, "labels.jsonl/x"], r"cannot write in \S*labels.jsonl: .*writable --out"),
     "export base, type": (["export", "base", "unknown", "--out", "new"], r"model type 'mamba' is not supported"),
     "export base, bare name": (["export", "base", "gpt2", "--out", "new"], r"it is no hub id, which is org/name"),
     "export base, out of reach": (
         ["export", "base", "org/name", "--out", "new"],
-        r"127.0.0.1 cannot be reached .* hf download org/name --local-dir FOLDER\) and pass the folder",
+        r"127.0.0.1 cannot be reached .*hf download org/name --local-dir FOLDER\) and pass the folder",
     ),
     "export adapter, no adapter": (["export", "adapter", "nowhere", "--out", "deployment"], r"nowhere: no such folder"),
     "export adapter, there already": (
@@ -68,6 +80,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "train, no base": ([*TRAIN, "--base", "./nowhere"], r"base model ./nowhere: there is no such file or folder"),
     "train, an encoder": ([*TRAIN, "--base", "encoder"], r"encoder, which cannot generate .* rows with labels"),
     "train, a decoder": ([*TRAIN, "--data", "labels.jsonl"], r"a decoder.* make them with --template"),
+    "train, columns": ([*TRAIN, "--base", "encoder", "--data", "other.csv"], r"are body, topic.* --map text=COLUMN"),
     "train, checkpoints": ([*TRAIN, "--out", "begun"], r"go on with --resume, or remove that folder"),
     "train, no checkpoints": ([*TRAIN, "--out", "full"], r"full is not empty and holds no adapter_config.json"),
     "train, device": ([*TRAIN, "--device", "cuda"], r"no GPU on this machine: .* take --device cpu"),
@@ -99,6 +112,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(root / "unknown", "mamba", "MambaForCausalLM")
     (root / "prompts.jsonl").write_text(PROMPTS)
     (root / "labels.jsonl").write_text(LABELS)
+    (root / "other.csv").write_text("body,topic\na,b\n")
     (root / "bad.jsonl").write_text(f"{PROMPTS}{{'prompt'}}\n")
     for folder in ("full", "begun.checkpoints"):
         (root / folder).mkdir()
@@ -109,7 +123,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def call(workplace: Path) -> Iterator[Call]:
     """Runs a command in a process of its own; gives its exit code, stderr and the packages that it imported."""
-    python = WarmPython(("click", "msgspec", "numpy"))
+    python = WarmPython(LIGHT)
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     path = os.pathsep.join(filter(None, (str(REPOSITORY / "src"), os.environ.get("PYTHONPATH"))))
     environment |= {"PYTHONPATH": path, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workplace / "cache")}

@@ -20,6 +20,7 @@ from adalink.tools.cli import VERBS, main
 ONE_LINE = re.compile(r"Error: .*pip install (-\S+ )*'adalink-kit\[[a-z,-]+\]'\n")
 # What works without any other package. The others say what they need.
 WORKS = {
+    "split",
     "run",
     "run jsonl",
     "classify",
@@ -51,7 +52,10 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
     folder = shutil.copytree(original, root / "deployment")
     (root / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "task": "alpha"}\n')
     rows = root / "rows.jsonl"
+    (root / "two.csv").write_text("text,label\na,x\nb,y\n")
     return {
+        "quickstart": ["quickstart", model, rows, "--out", root / "quick"],
+        "split": ["split", root / "two.csv", "--out", root / "parts"],
         "run": ["run", folder, "Hello", "--task", "alpha", "--max-new-tokens", "2", "--threads", "1"],
         "run jsonl": ["run", folder, "--jsonl", rows, "--max-new-tokens", "2", "--threads", "1"],
         "chat": ["chat", folder, "--task", "alpha", "--threads", "1"],
@@ -132,6 +136,7 @@ def test_every_verb_works_or_names_the_extra(made: tuple[Path, Path, Path], tmp_
     backends = json.loads(results["doctor"][1])["backends"]
     assert [name for name, entry in backends.items() if entry["works"]] == ["onnxruntime-cpu"]
     assert "train]" in results["train"][2]
+    assert "cpu,eval,export,train]" in results["quickstart"][2]
     assert not (tmp_path / "other").exists()
 
 

@@ -92,7 +92,12 @@ def classify(options: ClassifyOptions) -> None:
     from adalink.tools.preflight.deployment import check_deployment
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task, options.text_pair)
-    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    if not options.labels and (unnamed := [row.origin for row in rows if row.task is None]):
+        place = f"{unnamed[0]}: " if unnamed[0] else ""
+        raise click.UsageError(
+            f"{place}name a task with --task; deployed are: {', '.join(sorted(manifest.tasks)) or 'none'}"
+        )
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:

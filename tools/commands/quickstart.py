@@ -74,6 +74,8 @@ def start(options: QuickstartOptions) -> None:
         AdaLinkError: rows, model or folder cannot be used.
         click.exceptions.Exit: a step failed; with its exit code.
     """
+    from adalink.export.base.request import check_model
+    from adalink.runtime.storage.atomic import make_folder
     from adalink.tools.preflight.training import check_training
     from adalink.tools.quickstart.run import run_steps
     from adalink.tools.quickstart.state import State
@@ -85,13 +87,14 @@ def start(options: QuickstartOptions) -> None:
     source = RowSource(options.rows, read_columns(options.columns), options.template)
     source = replace(source, template=choose_template(options.model, source))
     check_training(options.model, source, None, places.adapter, resume=True)
+    check_model(options.model, places.deployment)
     training = () if options.max_steps is None else ("--max-steps", str(options.max_steps))
     steps = make_steps(options.model, source, places, options.seed, training)
     if (before := state.command_of(steps[1].name)[1:2]) not in ((), (str(options.rows),)):
         raise ConfigError(
             f"task {places.task!r} in {options.out} was made of {before[0]}: give another name with --task"
         )
-    places.page.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(places.page.parent, repair="choose a writable --out")
     done = run_steps(steps, state, _call, say)
     report = json.loads(places.evaluation.read_bytes())
     verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"

@@ -8,8 +8,9 @@ from pathlib import Path
 from adalink.runtime.device.gpus import find_gpus
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.table import read_table
 from adalink.runtime.storage.atomic import check_writable
-from adalink.training.data.labelled_rows import find_labels, has_labels, read_labelled_rows
+from adalink.training.data.labelled_rows import EXPECTED, find_labels, has_labels, read_labelled_rows
 from adalink.training.data.rows import read_rows
 from adalink.training.data.run_rows import check_files
 from adalink.training.models.base_kind import find_kind
@@ -49,9 +50,10 @@ def check_training(
         AdaLinkError: something cannot be used.
     """
     check_files(data, None if eval_data is None else data.at(eval_data))
-    labelled = wants_head or (data.template is None and has_labels(data))
+    kind = find_kind(find_source(base))
+    labelled = wants_head or (data.template is None and (has_labels(data) or (kind == "encoder" and _is_strange(data))))
     _check_rows([data] if eval_data is None else [data, data.at(eval_data)], labelled, problem_type)
-    check_base(base, labelled=labelled)
+    _check_kind(kind, display_name(base), labelled=labelled)
     folder = out.resolve()
     check_target(folder)
     if not resume:
@@ -61,17 +63,21 @@ def check_training(
         raise ConfigError(f"device is 'cuda', but there is no GPU on this machine: {reason}; take --device cpu")
 
 
-def check_base(base: str, *, labelled: bool) -> None:
-    """Check that there is such a base, and that it is of the kind that the rows are for; raises ``ModelError``."""
-    kind = find_kind(find_source(base))
+def _is_strange(data: RowSource) -> bool:
+    """Whether the first row has neither prompts nor labels: on an encoder, labels are what is missing."""
+    row = next(iter(read_table(data, EXPECTED)))
+    return not {"prompt", "completion", "messages"} & row.fields.keys()
+
+
+def _check_kind(kind: str | None, name: str, *, labelled: bool) -> None:
+    """Check that a base is of the kind that the rows are for; raises ``ModelError``."""
     if kind == "encoder" and not labelled:
         raise ModelError(
-            f"base model {display_name(base)} is an encoder, which cannot generate text: it takes rows with labels, "
-            '{"text": "...", "label": "..."}'
+            f"base model {name} is an encoder, which cannot generate text: it takes rows with labels, {EXPECTED}"
         )
     if kind == "decoder" and labelled:
         raise ModelError(
-            f"base model {display_name(base)} is a decoder, and rows with labels are for encoders: give it rows "
+            f"base model {name} is a decoder, and rows with labels are for encoders: give it rows "
             '{"prompt": "...", "completion": "..."}, or make them with --template "Text: {text} Label:"'
         )
 

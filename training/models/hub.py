@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -16,6 +15,8 @@ from adalink.runtime.errors import ModelError
 
 # A hub that does not take a connection within this time is out of reach.
 _SECONDS = 3.0
+# Hubs that took a connection.
+_REACHED: set[str] = set()
 
 
 def check_hub(hub_id: str) -> None:
@@ -44,9 +45,10 @@ def check_hub(hub_id: str) -> None:
     )
 
 
-@lru_cache
 def _why_unreachable(endpoint: str) -> str:
-    """Why no connection to the hub, or to the proxy in front of it, can be made; empty if one can."""
+    """Why no connection to the hub, or to the proxy in front of it, can be made; empty if one could."""
+    if endpoint in _REACHED:
+        return ""
     address = urlsplit(endpoint)
     proxy = getproxies().get(address.scheme)
     if proxy and not proxy_bypass(address.hostname or ""):
@@ -58,6 +60,7 @@ def _why_unreachable(endpoint: str) -> str:
             port = address.port or (443 if address.scheme == "https" else 80)
             socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
             reasons.append("")
+            _REACHED.add(endpoint)
         except OSError as error:
             reasons.append(str(error.strerror or error))
 

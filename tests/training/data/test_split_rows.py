@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from adalink.runtime.errors import DataError, WriteError
 from adalink.runtime.rows.source import RowSource
 from adalink.tools.cli import main
+from adalink.training.data.held_out import hold_out
 from adalink.training.data.labelled_rows import read_labelled_rows
 from adalink.training.data.rows import read_rows
-from adalink.training.data.run_rows import read_labelled, read_prompts
 from adalink.training.data.split_rows import split_rows
 
 
@@ -39,11 +39,13 @@ def news(tmp_path: Path) -> Path:
 def test_lot_is_that_of_a_training_without_eval_rows(news: Path, tmp_path: Path) -> None:
     source = RowSource(news, {"text": "body", "label": "topic"})
     files = split_rows(source, tmp_path / "rows", seed=7)
-    _, train, test, _ = read_labelled(source, None, None, 7, lambda line: None)
-    for path, expected in ((files.train, train), (files.test, test)):
-        kind, rows = read_labelled_rows(path)
+    _, rows = read_labelled_rows(source)
+    split = hold_out([(row.text, None) for row in rows], [row.labels for row in rows], 7)
+    for path, numbers in ((files.train, split.train), (files.test, split.held_out)):
+        kind, written = read_labelled_rows(path)
         assert kind == "single_label_classification"
-        assert [(row.text, row.labels) for row in rows] == [(row.text, row.labels) for row in expected]
+        expected = [rows[number] for number in numbers]
+        assert [(row.text, row.labels) for row in written] == [(row.text, row.labels) for row in expected]
     assert Counter(row["label"] for row in contents(files.test)) == {"oil": 4, "grain": 4, "trade": 4}
     assert not {row["text"] for row in contents(files.test)} & {row["text"] for row in contents(files.train)}
     assert contents(files.test)[0].keys() == {"text", "label", "page"}
@@ -53,9 +55,11 @@ def test_lot_is_that_of_a_training_without_eval_rows(news: Path, tmp_path: Path)
 def test_prompts_are_made_by_the_template(news: Path, tmp_path: Path) -> None:
     source = RowSource(news, {"label": "topic"}, "Text: {body} Topic:")
     files = split_rows(source, tmp_path / "rows")
-    train, test, _ = read_prompts(source, None, 0, lambda line: None)
-    assert [row.content for row in read_rows(files.train)] == [row.content for row in train]
-    assert [row.content for row in read_rows(files.test)] == [row.content for row in test]
+    rows = read_rows(source)
+    for path, numbers in ((files.train, files.split.train), (files.test, files.split.held_out)):
+        assert [row.content for row in read_rows(path)] == [rows[number].content for number in numbers]
+    assert rows[1].content["prompt"] == "Text: text 1 Topic:"
+    assert rows[1].completion == " grain"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +18,13 @@ ID = "org/tiny-1.5"
 
 
 @pytest.fixture(autouse=True)
-def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No cache and no network but what a test gives."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    hub._why_unreachable.cache_clear()
-    yield
-    hub._why_unreachable.cache_clear()
+    monkeypatch.setattr(hub, "_REACHED", set())
 
 
 @pytest.fixture
@@ -53,7 +52,10 @@ def test_cached_id_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_source(ID) == Source(ID)
 
 
-def test_hub_that_answers_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch, listening: int) -> None:
+def test_hub_that_answers_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch, listening: int, closed: int) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed}")
+    with pytest.raises(ModelError, match="cannot be reached"):
+        find_source(ID)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening}")
     assert find_source(ID) == Source(ID)
 
@@ -69,8 +71,12 @@ def test_unreachable_hub_is_named_with_the_way_round(monkeypatch: pytest.MonkeyP
 
 
 def test_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_waiting(*_: object, **__: object) -> None:
+        time.sleep(0.3)
+        raise OSError("too late")
+
     monkeypatch.setattr(hub, "_SECONDS", 0.05)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: __import__("time").sleep(0.5))
+    monkeypatch.setattr(socket, "create_connection", keep_waiting)
     with pytest.raises(ModelError, match=r"cannot be reached \(no connection within 0\.05 s\)"):
         find_source(ID)
 
@@ -79,7 +85,7 @@ def test_a_proxy_is_asked_instead(monkeypatch: pytest.MonkeyPatch, listening: in
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening}")
     assert find_source(ID) == Source(ID)
-    hub._why_unreachable.cache_clear()
+    hub._REACHED.clear()
     monkeypatch.setenv("http_proxy", f"127.0.0.1:{closed}")
     with pytest.raises(ModelError, match=r"hub\.invalid cannot be reached"):
         find_source(ID)
