@@ -17,8 +17,11 @@ import click
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.console import say
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import as_a_step, say_next
 from adalink.tools.common.options import make_options, map_option, template_option
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
 
 # What the steps need beside the runtime, the extra `cpu,eval,export,train`.
 _PACKAGES = ("onnxruntime", "torch", "transformers", "accelerate", "onnx", "optimum", "sklearn")
@@ -36,19 +39,21 @@ class QuickstartOptions:
     template: str | None
     max_steps: int | None
     seed: int
-    as_json: bool
+    output: JsonOutput
 
 
-@click.command(short_help="From rows and a model to a measured task, in one command.")
+@click.command(cls=Verb, short_help="From rows and a model to a measured task, in one command.")
 @click.argument("model")
 @click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for all of it.")
-@click.option("--task", metavar="NAME", help="Name of the task; that of the file ROWS by default.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for all of it."
+)
+@click.option("-t", "--task", metavar="NAME", help="Name of the task; that of the file ROWS by default.")
 @map_option
 @template_option
 @click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps; those of `adalink train` by default.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the split and the training.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_options("Print the result as JSON.")
 def command(**values: Any) -> None:
     """Train, deploy, verify and evaluate a task on MODEL from ROWS.
 
@@ -99,28 +104,29 @@ def start(options: QuickstartOptions) -> None:
     report = json.loads(places.evaluation.read_bytes())
     verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
     text = (source.template or "TEXT").replace("{text}", "TEXT")
-    following = shlex.join(("adalink", verb, str(places.deployment), text, "--task", places.task))
-    if options.as_json:
-        result = {
-            "verdict": report["verdict"],
-            "deployment": str(places.deployment),
-            "task": places.task,
-            "page": str(places.page),
-            "evaluation": report,
-            "steps": [one._asdict() for one in done],
-            "next": following,
-        }
-        click.echo(json.dumps(result, indent=2))
-        return
-    echo(report["verdict"])
-    echo(f"page: {places.page}")
-    echo(f"next: {following}")
+    following = (verb, str(places.deployment), text, "--task", places.task)
+    result = {
+        "verdict": report["verdict"],
+        "deployment": str(places.deployment),
+        "task": places.task,
+        "page": str(places.page),
+        "evaluation": report,
+        "steps": [one._asdict() for one in done],
+        "next": shlex.join(("adalink", *following)),
+    }
+
+    def show() -> None:
+        echo(report["verdict"])
+        echo(f"page: {places.page}")
+
+    options.output.give(result, show)
+    say_next(*following, output=options.output)
 
 
 def _call(words: Sequence[str]) -> tuple[int, str]:
     """Run a command of this program; returns its exit code and what it printed on stdout."""
     program, output = click.get_current_context().find_root().command, io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), as_a_step():
         code = program.main(list(words), prog_name="adalink", standalone_mode=False)
     return code or 0, output.getvalue()
 

@@ -118,7 +118,7 @@ def make_steps(model: str, rows: RowSource, places: Places, seed: int, training:
     columns = [word for name, column in rows.columns.items() for word in ("--map", f"{name}={column}")]
     template = [] if rows.template is None else ["--template", rows.template]
     seeded = ["--seed", str(seed)]
-    reports = ["--html", str(places.page), "--json", str(places.evaluation)]
+    reports = ["--html", str(places.page), "--json-file", str(places.evaluation)]
     checkpoints = checkpoints_of(places.adapter)
     return [
         Step(
@@ -146,7 +146,7 @@ def make_steps(model: str, rows: RowSource, places: Places, seed: int, training:
         ),
         Step(
             VERIFY,
-            ("verify", deployment, "--against", model, "--quick", "--json", str(places.parity)),
+            ("verify", deployment, "--against", model, "--quick", "--json-file", str(places.parity)),
             lambda: (stamp(model), read_manifest(places.deployment).digest, digest_file(places.parity)),
         ),
         Step(
