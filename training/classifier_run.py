@@ -25,11 +25,12 @@ from adalink.training.data.run_rows import RunRows, read_labelled
 from adalink.training.eval_curve import spread
 from adalink.training.label_texts import check_label_texts, label_vectors, place
 from adalink.training.loop import Lesson, TrainingRun
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
 from adalink.training.outcome import ClassifiedRows
-from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
+from adalink.training.settings import HeadSettings, TrainSettings
 from adalink.training.trainer import mean_loss, trainer_arguments
 
 if TYPE_CHECKING:

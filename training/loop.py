@@ -27,12 +27,13 @@ from adalink.training.checkpoints import (
 )
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.eval_curve import BestWeights, EvalCurve, eval_curve
+from adalink.training.loop_options import LoopOptions
 from adalink.training.model_card import CARD_FILE, make_card
 from adalink.training.models.source import display_name
 from adalink.training.outcome import ClassifiedRows, Outcome, RepliedRows
 from adalink.training.reporters import check_reporter, make_reporters
 from adalink.training.run_folder import check_fresh, check_target, checkpoints_of
-from adalink.training.settings import LoopOptions, TrainSettings
+from adalink.training.settings import TrainSettings
 from adalink.training.step_callbacks import StepReporter, StopAfterStep
 from adalink.training.trainer import trainer_arguments
 

@@ -25,6 +25,7 @@ from adalink.training.data.run_rows import check_files, read_prompts
 from adalink.training.eval_curve import spread
 from adalink.training.evaluation import greedy_replies, share_right
 from adalink.training.loop import Lesson, TrainingRun
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
@@ -34,7 +35,7 @@ from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
 from adalink.training.outcome import RepliedRows
 from adalink.training.search.search import candidate_config, search
-from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
+from adalink.training.settings import HeadSettings, TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:

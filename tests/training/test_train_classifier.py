@@ -26,7 +26,7 @@ from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.classifier import _target
 from adalink.training.classifier_metrics import measure
 from adalink.training.data.labelled_rows import LabelledRow, LabelledSpan, read_labelled_rows
-from adalink.training.settings import LoopOptions
+from adalink.training.loop_options import LoopOptions
 
 QUICK = TrainSettings(max_steps=120, batch_size=8, max_length=40, lr=3e-3, device="cpu", save_steps=1000)
 CONFIG = AdaLinkConfig(rank=4)

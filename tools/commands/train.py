@@ -28,16 +28,15 @@ from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 from adalink.tools.common.verbose import is_quiet
+from adalink.training.loop_options import REPORTERS, LoopOptions
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.models.hub_access import HubAccess, hub_access
 from adalink.training.settings import (
     DEVICES,
     PRECISIONS,
     RATES,
-    REPORTERS,
     SEARCHED_INIT,
     HeadSettings,
-    LoopOptions,
     SearchSettings,
     TrainSettings,
 )
