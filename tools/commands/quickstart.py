@@ -23,6 +23,7 @@ from adalink.tools.common.options import make_options, map_option, template_opti
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 
+_LARGEST_SEED = (1 << 32) - 1
 # What the steps need beside the runtime, the extra `cpu,eval,export,train`.
 _PACKAGES = ("onnxruntime", "torch", "transformers", "accelerate", "onnx", "optimum", "sklearn")
 
@@ -52,7 +53,9 @@ class QuickstartOptions:
 @map_option
 @template_option
 @click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps; those of `adalink train` by default.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the split and the training.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, _LARGEST_SEED), help="Of the split and the training."
+)
 @json_options("Print the result as JSON.")
 def command(**values: Any) -> None:
     """Train, deploy, verify and evaluate a task on MODEL from ROWS.
@@ -66,8 +69,8 @@ def command(**values: Any) -> None:
 
     \b
     Example:
-      adalink quickstart ./all-MiniLM-L6-v2 news.csv --map text=body,label=topic --out ./news
-      adalink quickstart ./SmolLM2-135M-Instruct news.csv --template "Text: {text} Topic:" --out ./news
+      adalink quickstart ./MiniLM news.csv --map text=body,label=topic --out ./news
+      adalink quickstart ./SmolLM2 news.csv --template "Text: {text} Topic:" --out ./news
     """  # noqa: D301
     start(make_options(QuickstartOptions, values))
 
