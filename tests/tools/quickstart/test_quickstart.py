@@ -61,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     write_rows(root / "my news.csv", 12)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        return root, start("--max-steps", "30", "--json")
+        return root, start("--max-steps", "4", "--json")
 
 
 def test_one_command_leads_to_a_measured_task(made: tuple[Path, Result]) -> None:
@@ -88,7 +88,7 @@ def again(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.chdir(made[0])
     calls = Calls()
     monkeypatch.setattr(quickstart, "_call", calls)
-    start("--max-steps", "30")
+    start("--max-steps", "4")
     return calls
 
 
