@@ -32,7 +32,7 @@ class _CommonOptions(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line; errors say where a value comes from that is not on it."""
         name_variables(ctx)
-        ctx.meta[_ARGUMENTS] = list(args)
+        ctx.meta.setdefault(_ARGUMENTS, list(args))  # the outermost command has all of them
         try:
             return super().parse_args(ctx, args)
         except click.BadParameter as error:
@@ -86,7 +86,7 @@ class VerbGroup(_CommonOptions, click.Group):
 
 
 def typed_words(ctx: click.Context) -> list[str]:
-    """The words of a verb's command line, as they were typed."""
+    """The words of the command line behind the program's name, as they were typed."""
     words: list[str] = ctx.meta[_ARGUMENTS]
     return words
 
