@@ -1,7 +1,7 @@
 """Train and measure four tasks by five methods: ``python -m examples.classifiers`` (an hour of one CPU core).
 
-Finished trainings are kept in ``OUT/runs`` and the costs in ``OUT/costs.json``, so an interrupted run goes on. At the end the adapters of the first
-seed lie in ``examples/classifiers/adapters`` and the figures in ``examples/classifiers/results.json``.
+Finished trainings are kept in ``OUT/runs`` and the costs in ``OUT/costs.json``, so an interrupted run goes on. At the
+end the adapters of the first seed lie in ``examples/classifiers/adapters``, and the figures in ``results.json``.
 ``python -m examples.classifiers.table`` writes the tables.
 """
 
