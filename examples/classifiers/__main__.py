@@ -57,18 +57,12 @@ def train_rates(base: Path, work: Path, task: str, method: str, seed: int) -> li
         rates = rates[:1]
     runs = []
     for lr in rates:
-        name = f"{task}-{method}-{seed}-{lr:g}"
-        kept = work / "runs" / f"{name}.json"
+        run: Run = {"name": f"{task}-{method}-{seed}-{lr:g}", "task": task, "method": method, "seed": seed, "lr": lr}
+        kept = work / "runs" / f"{run['name']}.json"
         if not kept.is_file():
-            say(f"training {name}")
-            run = {
-                "task": task,
-                "method": method,
-                "seed": seed,
-                **train_one(base, work, name, (task, method, lr, seed)),
-            }
-            kept.write_text(json.dumps(run, indent=1))
-        runs.append(json.loads(kept.read_text()))
+            say(f"training {run['name']}")
+            kept.write_text(json.dumps(train_one(base, work, run), indent=1))
+        runs.append({**json.loads(kept.read_text()), **run})
     return runs
 
 
@@ -77,15 +71,15 @@ def _best(runs: Sequence[Run], metric: str) -> Run:
     return runs[0] if len(runs) == 1 else max(runs, key=lambda run: float(run["eval_metrics"][metric]))
 
 
-def train_one(base: Path, work: Path, name: str, run: tuple[str, str, float, int]) -> methods.Result:
+def train_one(base: Path, work: Path, run: Run) -> methods.Result:
     """One training; of seed 0, what is exported lies in ``work/adapters`` and ``work/own``."""
-    task, method, lr, seed = run
-    rows = write_rows(task, seed, work / "rows" / f"{task}-{seed}")
+    method, lr, seed = run["method"], run["lr"], run["seed"]
+    rows = write_rows(run["task"], seed, work / "rows" / f"{run['task']}-{seed}")
     if method == "logistic":
         return methods.train_logistic(base, rows, seed)
     if method in OWN_MODELS:
-        return methods.train_own_model(base, rows, method, lr, seed, None if seed else work / "own" / name)
-    return methods.train_with_kit(base, rows, method, lr, seed, work / "adapters" / name)
+        return methods.train_own_model(base, rows, method, lr, seed, None if seed else work / "own" / run["name"])
+    return methods.train_with_kit(base, rows, method, lr, seed, work / "adapters" / run["name"])
 
 
 class Exported:
