@@ -101,10 +101,10 @@ def evaluate(options: EvalOptions) -> None:
     from adalink.tools.evaluation.terminal import print_report
     from adalink.tools.preflight.deployment import check_deployment
 
+    check_installed()
     for variant in options.variants or (None,):
         check_deployment(options.deployment, options.tasks, backend=options.backend, variant=variant)
     rows = read_eval_rows(RowSource(options.data, read_columns(options.columns), options.template))
-    check_installed()
     reports = []
     with progress_bar() as progress:
         for variant in options.variants or (None,):
