@@ -21,7 +21,7 @@ from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import as_a_step, say_next
 from adalink.tools.common.options import make_options, map_option, template_option
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.common.verb import Verb, words_for_steps
 
 _LARGEST_SEED = (1 << 32) - 1
 # What the steps need beside the runtime, the extra `cpu,eval,export,train`.
@@ -106,7 +106,7 @@ def start(options: QuickstartOptions) -> None:
             f"task {places.task!r} in {options.out} was made of {before[0]}: give another name with --task"
         )
     make_folder(places.page.parent, repair="choose a writable --out")
-    done = run_steps(steps, state, _call, say)
+    done = run_steps(steps, state, _call, say, words_for_steps(click.get_current_context()))
     report = json.loads(places.evaluation.read_bytes())
     verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
     text = (source.template or "TEXT").replace("{text}", "TEXT")

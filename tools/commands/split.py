@@ -8,6 +8,7 @@ import click
 
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import map_option, template_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
@@ -48,3 +49,5 @@ def command(
         echo(f"{files.test}: {counts[1]} rows to test with, by lot (seed {seed}{share})")
 
     output.give({**names, **sizes, "split": files.split.as_record()}, show)
+    data = ("--data", files.train, "--eval", files.test)
+    say_next("train", "--base", "MODEL", *data, "--out", "adapter", output=output)

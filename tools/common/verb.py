@@ -90,6 +90,14 @@ def typed_words(ctx: click.Context) -> list[str]:
     return words
 
 
+def words_for_steps(ctx: click.Context) -> list[str]:
+    """What a verb gives on to the verbs that it runs: ``--config``, ``-v`` and ``-q``, as far as they were typed."""
+    level, typed = _level(ctx), ParameterSource.COMMANDLINE
+    is_typed = any(one.get_parameter_source("config") is typed for one in (ctx, ctx.find_root()))
+    words = ["--config", str(config_path(ctx))] if is_typed else []
+    return [*words, *(["-q"] if level < 0 else [f"-{'v' * level}"] if level else [])]
+
+
 def config_path(ctx: click.Context) -> Path | None:
     """The configuration file that the command line or the environment asks for."""
     path: Path | None = ctx.meta.get(_CONFIG)
