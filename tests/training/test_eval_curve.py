@@ -133,11 +133,9 @@ def test_resumed_early_stopping_is_as_uninterrupted(
     """The best weights are from before the checkpoint; at ``is_over`` the run has ended early, and trains no more."""
     whole = stopped[1]
     last = whole["eval_curve"][-1]["step"]
+    interruption: dict[str, Any] = {"stop": Stop(last)} if is_over else {"callbacks": (Interrupt(last - 1),)}
     with pytest.raises(KeyboardInterrupt):
-        if is_over:
-            run(base, data, tmp_path / "out", STOPPING, stop=Stop(last))
-        else:
-            run(base, data, tmp_path / "out", STOPPING, callbacks=(Interrupt(last - 1),))
+        run(base, data, tmp_path / "out", STOPPING, **interruption)
     assert (tmp_path / f"out.checkpoints/checkpoint-{last}").is_dir() == is_over
     resumed = run(base, data, tmp_path / "out", STOPPING, resume=True)
     for name in ("adapter_digest", "eval_curve", "loss_curve", "best_step"):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shlex
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from adalink.tools.common.next_step import as_a_step, say_next
 from adalink.tools.common.options import make_options, map_option, template_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import is_quiet
 
 _LARGEST_SEED = (1 << 32) - 1
 # What the steps need beside the runtime, the extra `cpu,eval,export,train`.
@@ -106,7 +108,8 @@ def start(options: QuickstartOptions) -> None:
     done = run_steps(steps, state, _call, say)
     report = json.loads(places.evaluation.read_bytes())
     verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
-    text = (source.template or "TEXT").replace("{text}", "TEXT")
+    parts = string.Formatter().parse(source.template or "{text}")
+    text = "".join(literal + (column or "").upper() for literal, column, _, _ in parts)
     following = (verb, str(places.deployment), text, "--task", places.task)
     result = {
         "verdict": report["verdict"],
@@ -129,8 +132,9 @@ def start(options: QuickstartOptions) -> None:
 def _call(words: Sequence[str]) -> tuple[int, str]:
     """Run a command of this program; returns its exit code and what it printed on stdout."""
     program, output = click.get_current_context().find_root().command, io.StringIO()
+    quiet = ["-q"] if is_quiet() else []
     with contextlib.redirect_stdout(output), as_a_step():
-        code = program.main(list(words), prog_name="adalink", standalone_mode=False)
+        code = program.main([*words, *quiet], prog_name="adalink", standalone_mode=False)
     return code or 0, output.getvalue()
 
 

@@ -208,6 +208,11 @@ def _check_spans(text: str, spans: Sequence[LabelledSpan], origin: str) -> tuple
     return ordered
 
 
+def names_of(row: LabelledRow) -> set[str]:
+    """All labels of a row, and those of its spans."""
+    return {*row.labels, *(span.label for span in row.spans)}
+
+
 def find_labels(kind: str, rows: Sequence[LabelledRow], origin: str | Path) -> tuple[str, ...]:
     """The labels of a head for these rows, sorted; whole numbers by their size.
 

@@ -20,6 +20,8 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
 from adalink.tools.commands import quickstart
+from adalink.tools.common.verb import VerbGroup
+from adalink.tools.common.verbose import say
 from adalink.tools.quickstart.run import run_steps
 from adalink.tools.quickstart.state import STATE_FILE, State
 from adalink.tools.quickstart.steps import TEMPLATE, Places, Step, choose_template, make_steps, name_task
@@ -117,6 +119,26 @@ def test_other_rows_take_no_task_of_another_file(made: tuple[Path, Result], monk
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
     assert "task 'my-news' in here was made of my news.csv: give another name with --task" in result.stderr
+
+
+def test_quiet_start_has_quiet_steps() -> None:
+    """A step says something of its own; its answer is taken either way."""
+
+    @click.group(cls=VerbGroup)
+    def root() -> None:
+        pass
+
+    @root.command()
+    def step() -> None:
+        say("on the way")
+        click.echo("answer")
+
+    @root.command()
+    def whole() -> None:
+        assert quickstart._call(["step"]) == (0, "answer\n")
+
+    loud, quiet = (CliRunner().invoke(root, ["whole", *more], catch_exceptions=False) for more in ((), ("-q",)))
+    assert (loud.stderr, quiet.stderr) == ("on the way\n", "")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from helpers.tiny_deployments import make_model_folder
 
 from adalink.runtime.errors import ConfigError
 from adalink.tools.cli import main
-from adalink.training.models.hub_access import HubAccess, hub_access, download_options
+from adalink.training.models.hub_access import HubAccess, download_options, hub_access
 from adalink.training.models.loading import base_fingerprint, checkpoint_folder, load_base, load_tokenizer
 
 HUB_ID, TOKEN = "org/name", "hf_secret-word"
