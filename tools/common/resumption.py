@@ -16,7 +16,7 @@ from adalink.tools.common.verb import typed_words
 from adalink.training.run_folder import checkpoints_of
 
 _INTERRUPTED = 130
-_TOKEN = "--token"  # a secret, which HF_TOKEN is for
+_TOKEN = "--token"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,14 +45,11 @@ def resumable(out: Path, line: StepLine) -> Iterator[None]:
         line.close()
 
 
-def command_again(*more: str) -> str:
-    """The running command as it was typed, with more options, for a shell; a token for the hub is left out."""
+def command_again(option: str) -> str:
+    """The running command as it was typed, with one more option, for a shell; a token is left out."""
     context = click.get_current_context()
-    words: list[str] = []
-    typed = iter(typed_words(context))
-    for word in typed:
-        if word == _TOKEN:
-            next(typed, None)
-        elif not word.startswith(f"{_TOKEN}="):
-            words.append(word)
-    return shlex.join([context.find_root().command_path, *words, *(one for one in more if one not in words)])
+    words = [word for word in typed_words(context) if word != option]
+    for place, word in reversed(list(enumerate(words))):
+        if word == _TOKEN or word.startswith(f"{_TOKEN}="):
+            del words[place : place + (2 if word == _TOKEN else 1)]
+    return shlex.join([context.find_root().command_path, *words, option])
