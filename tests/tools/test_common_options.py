@@ -144,7 +144,7 @@ def test_only_the_users_own_file_is_read_by_itself(probe: Any, tmp_path: Path, m
     ("text", "message"),
     [
         ("[doctor", "is not TOML"),
-        ("[doctr]", "doctr is no verb, expected a table of one, such as [train]; did you mean 'doctor'?"),
+        ("[doctr]", "doctr is no verb, expected a table of one, such as [quickstart]; did you mean 'doctor'?"),
         ("doctor = 3", "doctor is 3, expected a table of options: [doctor]"),
         ("[export]\nout = 'x'", "export.out is no verb, expected a table of one, such as [export.adapter]"),
         ("[doctor]\nmost-token = 3", "[doctor] has 'most-token', expected options by their long names"),

@@ -47,9 +47,8 @@ def resumable(out: Path, line: StepLine) -> Iterator[None]:
 
 def command_again(option: str) -> str:
     """The running command as it was typed, with one more option, for a shell; a token is left out."""
-    context = click.get_current_context()
-    words = [word for word in typed_words(context) if word != option]
+    words = [word for word in typed_words(click.get_current_context()) if word != option]
     for place, word in reversed(list(enumerate(words))):
         if word == _TOKEN or word.startswith(f"{_TOKEN}="):
             del words[place : place + (2 if word == _TOKEN else 1)]
-    return shlex.join([context.find_root().command_path, *words, option])
+    return shlex.join(["adalink", *words, option])

@@ -43,4 +43,4 @@ def test_command_that_goes_on(typed: list[str], named: list[str], tmp_path: Path
     (tmp_path / "out.checkpoints").mkdir()
     result = CliRunner().invoke(interrupted, [word.format(out=tmp_path / "out") for word in typed])
     assert result.exit_code == 130, result.exception
-    assert result.stderr.splitlines()[-1] == "  " + " ".join(["train", *named]).format(out=tmp_path / "out")
+    assert result.stderr.splitlines()[-1] == "  " + " ".join(["adalink", *named]).format(out=tmp_path / "out")
