@@ -76,6 +76,11 @@ def test_every_file_is_of_the_revision(cache: Path) -> None:
     assert checkpoint_folder(HUB_ID) is None  # the block has ended
 
 
+def test_what_comes_next_is_of_the_revision(cache: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", HUB_ID, "--revision", "v2"])
+    assert result.stderr.endswith(f"next: adalink export base {HUB_ID} --out deployment --revision v2\n")
+
+
 def test_revision_that_there_is_not_is_an_error(cache: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", HUB_ID, "--revision", "v3"])
     assert result.exit_code == 2
