@@ -23,7 +23,7 @@ from adalink.training.data.held_out import pick
 from adalink.training.data.labelled_rows import LabelledRow, check_labels, find_labels
 from adalink.training.data.run_rows import RunRows, read_labelled
 from adalink.training.eval_curve import spread
-from adalink.training.loop import Lesson, TrainingRun
+from adalink.training.loop import Lesson, TrainingRun, lot_of
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
@@ -56,7 +56,7 @@ def train_classifier(
         raise ConfigError(
             "init is 'gradient', which needs completions: choose kaiming or centered for rows with labels"
         )
-    kind, rows = read_labelled(data, eval_data, options.problem_type, settings, loop.progress)
+    kind, rows = read_labelled(data, eval_data, options.problem_type, lot_of(settings), loop.progress)
     labels = find_labels(kind, rows.training, data.path)
     loop.progress(f"loading {run.base}")
     tokenizer, model = load_tokenizer(base), load_base(base)

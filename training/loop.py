@@ -26,6 +26,7 @@ from adalink.training.checkpoints import (
     restore,
     step_of,
 )
+from adalink.training.data.run_rows import Lot
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.eval_curve import BestWeights, EvalCurve, eval_curve
 from adalink.training.model_card import CARD_FILE, make_card
@@ -65,6 +66,11 @@ class Lesson:
     collate: Callable[[Any], dict[str, torch.Tensor]]
     measure: Callable[[], dict[str, float]]
     optimizer: torch.optim.Optimizer | None = None
+
+
+def lot_of(settings: TrainSettings) -> Lot:
+    """How the rows of a run are held out."""
+    return Lot(settings.seed, settings.early_stopping is not None)
 
 
 class TrainingRun:

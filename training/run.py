@@ -24,7 +24,7 @@ from adalink.training.data.rows import check_labels, check_positions, encode_row
 from adalink.training.data.run_rows import check_files, read_prompts
 from adalink.training.eval_curve import spread
 from adalink.training.evaluation import greedy_replies, share_right
-from adalink.training.loop import Lesson, TrainingRun
+from adalink.training.loop import Lesson, TrainingRun, lot_of
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
@@ -114,7 +114,7 @@ def _train_on_prompts(
 ) -> dict[str, Any]:
     """See ``train``."""
     run = TrainingRun(base, out, settings, loop)
-    rows = read_prompts(data, eval_data, settings, loop.progress)
+    rows = read_prompts(data, eval_data, lot_of(settings), loop.progress)
     config = _with_labels(config, rows.training, data.path, loop)
     has_images = any(row.images for row in (*rows.training, *rows.measured))
     loop.progress(f"loading {run.base}")
