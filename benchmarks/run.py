@@ -107,7 +107,7 @@ class Bench:
         def make() -> Result:
             self.progress("adalink bench")
             report = self._work / "adalink-bench.json"
-            command = [self._pythons["kit"], "-m", "adalink.tools", "bench", self._source, "--json", report]
+            command = [self._pythons["kit"], "-m", "adalink.tools", "bench", self._source, "--json-file", report]
             run([*command, "--threads", str(self._threads)], _BUILD_TIMEOUT_S, self._logs / "kit.log")
             return dict(json.loads(report.read_text(encoding="utf-8")))
 

@@ -77,11 +77,7 @@ def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = Fals
     text_config = config.get_text_config()
     if getattr(text_config, "hidden_size_per_layer_input", None):
         raise ModelError(f"model type {name!r} cannot be exported behind inputs_embeds: {_NEEDS_TOKEN_IDS}")
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"model type {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}. "
-            "A new one needs an entry in adalink.export.architectures and its parity test"
-        )
+    check_model_type(name)
     architecture = ARCHITECTURES[name]
     if reason := _unexpressible(config, architecture, bidirectional_prompt):
         raise ModelError(f"this {name} model cannot be exported: {reason}")
@@ -91,6 +87,15 @@ def architecture_of(model: PreTrainedModel, *, bidirectional_prompt: bool = Fals
             "loaded with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
         )
     return replace(architecture, bidirectional_prompt=bidirectional_prompt)
+
+
+def check_model_type(name: object) -> None:
+    """Refuse a ``model_type`` that is not in the registry; raises ``ModelError``."""
+    if name not in ARCHITECTURES:
+        raise ModelError(
+            f"model type {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}. "
+            "A new one needs an entry in adalink.export.architectures and its parity test"
+        )
 
 
 def mask_windows(config: PretrainedConfig, architecture: Architecture) -> dict[str, int | None]:

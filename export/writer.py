@@ -22,6 +22,7 @@ import msgspec
 from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock, JournalEntry, hold_lock, read_own_lock
 from adalink.export.deployment_paths import link_error, move_file, parents_of, remove_file, set_mode
 from adalink.runtime.errors import DeploymentError, UnknownTaskError, WriteError
+from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.storage.atomic import sync, write_through
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
@@ -136,7 +137,7 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
     _refuse_links(folder)
     try:
         if create:
-            _check_new(folder)
+            check_new(folder)
             folder.mkdir(parents=True, exist_ok=True)
         current = read_manifest(folder) if not create or (folder / MANIFEST_FILE).exists() else None
         with hold_lock(folder, has_manifest=current is not None) as lock:
@@ -164,8 +165,12 @@ def open_writer(path: str | Path, *, create: bool = False) -> Iterator[Deploymen
         ) from error
 
 
-def _check_new(folder: Path) -> None:
-    """A new deployment goes into an empty folder, or over an interrupted export of this kit."""
+def check_new(folder: Path) -> None:
+    """Check that a folder is a deployment, or can become one: it is empty, or an export was interrupted there.
+
+    Raises:
+        DeploymentError: it is a file, or holds other things.
+    """
     if folder.exists() and not folder.is_dir():
         raise DeploymentError(f"{folder} is a file: choose a folder for the deployment")
     if not folder.is_dir() or (folder / MANIFEST_FILE).exists():
@@ -262,6 +267,7 @@ def remove_task(path: str | Path, name: str) -> Manifest:
         if name not in writer.manifest.tasks:
             raise UnknownTaskError(
                 f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.manifest.tasks)) or 'none'}"
+                f"{did_you_mean(name, writer.manifest.tasks)}"
             )
         tasks = {key: task for key, task in writer.manifest.tasks.items() if key != name}
         return writer.commit(msgspec.structs.replace(writer.manifest, tasks=tasks))
@@ -276,7 +282,9 @@ def remove_variant(path: str | Path, name: str) -> Manifest:
     with open_writer(path) as writer:
         known = ", ".join(sorted(writer.manifest.variants))
         if name not in writer.manifest.variants:
-            raise DeploymentError(f"variant {name!r} is not in {path}: it has {known}")
+            raise DeploymentError(
+                f"variant {name!r} is not in {path}: it has {known}{did_you_mean(name, writer.manifest.variants)}"
+            )
         variants = {key: variant for key, variant in writer.manifest.variants.items() if key != name}
         if not variants:
             raise DeploymentError(f"variant {name!r} is the only one of {path}: export another before you remove it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import BackendUnavailableError, RequestError
+from adalink.runtime.near_names import did_you_mean
 
 BACKENDS = (
     "onnxruntime-cpu",
@@ -27,7 +28,9 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
         RequestError: ``threads`` is given for a backend that has none.
     """
     if name not in BACKENDS:
-        raise BackendUnavailableError(f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}")
+        raise BackendUnavailableError(
+            f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}"
+        )
     if name == "onnxruntime-cpu":
         from adalink.runtime.ort.backend import OnnxRuntimeBackend
 

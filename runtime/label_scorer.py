@@ -58,6 +58,8 @@ class LabelScorer:
 
     def __init__(self, base: Base, inputs: InputProcessor, runner: ModelRunner) -> None:
         self._base, self._inputs, self._runner = base, inputs, runner
+        profile = runner.engine.profile
+        self._rows = _ROWS if profile is None else min(_ROWS, profile.batch.max)
 
     def prepare(
         self, texts: Sequence[str], tasks: Tasks, labels: LabelSet | None, neutral: str | None
@@ -132,8 +134,8 @@ class LabelScorer:
         # From the longest down, so that rows that have ended are the last ones.
         order = sorted(range(len(targets)), key=lambda index: -len(targets[index]))
         scores = np.zeros(len(targets))
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
+        for start in range(0, len(order), self._rows):
+            chosen = order[start : start + self._rows]
             longest = len(targets[chosen[0]])
             state = self._begin(prompt, len(chosen), longest)
             try:

@@ -27,7 +27,9 @@ async def classify(request: HttpRequest) -> JsonResponse:
 async def _answer(request: HttpRequest, gateway: Gateway, fields: ClassifyFields, task: str | None) -> JsonResponse:
     classifier = gateway.deployment.text_classifier
     texts = _texts(fields.input)
-    prepared: list[PreparedText | PreparedPrompt] = await gateway.with_tasks(classifier.prepare, texts, task)
+    prepared: list[PreparedText | PreparedPrompt] = await gateway.with_tasks(
+        classifier.prepare, texts, task, fields.labels, fields.calibration
+    )
     scores = [row async for rows in in_pieces(request, prepared, classifier.scores) for row in rows]
     results = [text.read(row) for text, row in zip(prepared, scores, strict=True)]
     tokens = sum(result.tokens for result in results)

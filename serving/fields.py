@@ -18,6 +18,8 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 # Likeliest tokens of a position, and choices of a request.
 _MOST_LOGPROBS, _MOST_CHOICES = 20, 128
+# Labels that one request may name; each is scored behind every text.
+_MOST_LABELS = 256
 Choices = Annotated[int, Meta(ge=1, le=_MOST_CHOICES)]
 Logprobs = Annotated[int, Meta(ge=0, le=_MOST_LOGPROBS)]
 MOST_CHOICES = _MOST_CHOICES
@@ -112,10 +114,12 @@ class EmbeddingFields(msgspec.Struct, kw_only=True):
 
 
 class ClassifyFields(msgspec.Struct, kw_only=True):
-    """A request for ``/v1/classify``: a text, or a list of texts and of pairs of texts."""
+    """A request for ``/v1/classify``; ``labels`` and ``calibration`` are those of ``Deployment.classify``."""
 
     model: Name
     input: str | list[str | list[str]]
+    labels: Annotated[list[str], Meta(max_length=_MOST_LABELS)] | None = None
+    calibration: str | None = None
     user: str | None = None
 
 

@@ -26,6 +26,9 @@ class ServeOptions:
         bodies_bytes: most bytes of the bodies of all requests under way; by default 16 times ``body_bytes``.
         body_seconds: most seconds from a request's headers to the end of its body.
         header_seconds: most seconds until a request's headers have come.
+        send_seconds: most seconds in which a client takes nothing of an answer; then its connection is cut.
+        connections: most open connections. One more closes the one that has been without a request for longest; where
+            all have one, it is answered with 503.
         request_seconds: most seconds of a request, waiting included; then it is answered with 504. ``None``: any.
         watch_seconds: how often the deployment folder is looked at for tasks that were exported or removed; ``None``:
             never.
@@ -46,6 +49,8 @@ class ServeOptions:
     bodies_bytes: int | None = None
     body_seconds: float = 60.0
     header_seconds: float = 20.0
+    send_seconds: float = 60.0
+    connections: int = 512
     request_seconds: float | None = None
     watch_seconds: float | None = None
     drain_seconds: float = 30.0
@@ -59,9 +64,17 @@ class ServeOptions:
             if getattr(self, name) is not None:
                 check_whole(getattr(self, name), name, 1)
         check_whole(self.slots, "slots", 1)
+        check_whole(self.connections, "connections", 1)
         if not all(self.api_keys):
             raise ConfigError("api_keys holds an empty key: every request would bear it")
-        for name in ("body_seconds", "header_seconds", "request_seconds", "watch_seconds", "drain_seconds"):
+        for name in (
+            "body_seconds",
+            "header_seconds",
+            "send_seconds",
+            "request_seconds",
+            "watch_seconds",
+            "drain_seconds",
+        ):
             value = getattr(self, name)
             if value is not None and (not is_number(value) or not 0 <= value < float("inf")):
                 raise ConfigError(f"{name} is {value!r}, expected a number of seconds of at least 0")

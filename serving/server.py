@@ -20,13 +20,15 @@ from adalink.runtime.logs import get_logger
 from adalink.serving.api_error import ApiError
 from adalink.serving.app import make_app
 from adalink.serving.gateway import Gateway
-from adalink.serving.options import HEADER_BYTES, ServeOptions
+from adalink.serving.options import ServeOptions
 from adalink.serving.protocol import h11_settings
 from adalink.serving.watching import watch
 
 _LOG = get_logger(__name__)
 # Seconds in which ended requests must have sent their last event; connections that do not read are cut then.
 _LAST_SECONDS = 5
+# Most bytes of answers that the system holds for a client. Small, so that a slow reader is told from one that stopped.
+_SEND_BUFFER_BYTES = 256 << 10
 
 
 def serve(
@@ -81,6 +83,7 @@ def bind(host: str, port: int, *, is_open: bool) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)  # each connection's, too
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
@@ -110,7 +113,7 @@ class DrainingServer(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 timeout_graceful_shutdown=_LAST_SECONDS,
-                **h11_settings(gateway.options.header_seconds, HEADER_BYTES),
+                **h11_settings(gateway.options),
             )
         )
         self._gateway, self._on_listen = gateway, on_listen

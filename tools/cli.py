@@ -5,32 +5,51 @@ from __future__ import annotations
 import importlib
 
 import click
+from click.shell_completion import CompletionItem
 
 from adalink.tools.common.error_boundary import BoundaryGroup, UserError
-from adalink.tools.common.verbose import log_to_stderr
+from adalink.tools.common.verb import VerbGroup
 
-# Verb -> its one-line summary, so that `adalink --help` imports none of them. A test compares them with the verbs' own.
-VERBS = {
-    "train": "Train an adapter on rows of prompts, or of texts with labels.",
-    "export": "Export a base model, adapters and engines into a deployment.",
-    "remove": "Remove a task, a graph or an engine from a deployment.",
-    "run": "Generate text, or hidden states, with a deployment.",
-    "embed": "Embed texts with an encoder, as sentence-transformers does.",
-    "classify": "Classify texts by tasks that were trained with labels.",
-    "eval": "Measure tasks on rows that say what is right.",
-    "chat": "Chat with a deployment in the terminal.",
-    "serve": "Serve a deployment behind OpenAI's API, every task a model.",
-    "verify": "Prove that a deployment computes what PyTorch computes.",
-    "bench": "Measure what a task costs beside the base model.",
-    "inspect": "Explain a deployment, adapter, model, ONNX file or engine.",
-    "doctor": "Say which backends work on this machine.",
+# What a user wants to do -> its verbs, each with its one-line summary, so that `adalink --help` imports none of them.
+# A test compares them with the verbs' own.
+SECTIONS = {
+    "Begin": {
+        "quickstart": "From rows and a model to a measured task, in one command.",
+    },
+    "Make": {
+        "split": "Divide rows into those to learn from and those to test with.",
+        "train": "Train an adapter on rows of prompts, or of texts with labels.",
+        "export": "Export a base model, adapters and engines into a deployment.",
+        "remove": "Remove a task, a graph or an engine from a deployment.",
+    },
+    "Run": {
+        "run": "Generate text, or hidden states, with a deployment.",
+        "embed": "Embed texts with an encoder, as sentence-transformers does.",
+        "classify": "Classify texts by tasks that were trained with labels.",
+        "chat": "Chat with a deployment in the terminal.",
+    },
+    "Serve": {
+        "serve": "Serve a deployment behind OpenAI's API, every task a model.",
+    },
+    "Check": {
+        "eval": "Measure tasks on rows that say what is right.",
+        "verify": "Prove that a deployment computes what PyTorch computes.",
+        "bench": "Measure what a task costs beside the base model.",
+        "inspect": "Explain a deployment, adapter, model, ONNX file or engine.",
+        "doctor": "Say which backends work on this machine.",
+    },
+    "Set up": {
+        "config": "Show which defaults of options are set, and where.",
+        "completion": "Print a script that completes commands in a shell.",
+    },
 }
+VERBS = {verb: summary for section in SECTIONS.values() for verb, summary in section.items()}
 
 # Verbs of 0.1.0 that are no part of the package any more -> what to run in a checkout instead.
 _MOVED = {"study": "python -m studies run", "demo": "make demo"}
 
 
-class LazyGroup(BoundaryGroup):
+class LazyGroup(BoundaryGroup, VerbGroup):
     """A group whose verbs live in ``adalink.tools.commands.<verb>:command`` and are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -50,16 +69,21 @@ class LazyGroup(BoundaryGroup):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the verbs without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+        """List the verbs by what they are for, without importing them."""
+        widest = max(map(len, VERBS))
+        for title, verbs in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(verb.ljust(widest), summary) for verb, summary in verbs.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer verbs without importing them, and options."""
+        verbs = [CompletionItem(verb, help=summary) for verb, summary in VERBS.items() if verb.startswith(incomplete)]
+        return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="adalink-kit", prog_name="adalink")
-@click.option("-v", "--verbose", count=True, help="Log events on stderr; -vv logs what caches saved too.")
-@click.pass_context
-def main(ctx: click.Context, verbose: int) -> None:
+def main() -> None:
     """Input-only adapters (AdaLink) for frozen transformers.
 
     Compile the base once, ship every task as a graph of some 100 kB, and prove that both compute what PyTorch
@@ -72,4 +96,3 @@ def main(ctx: click.Context, verbose: int) -> None:
       adalink run ./deployment "Text: oil prices rose again" --task topics
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct
     """  # noqa: D301
-    ctx.with_resource(log_to_stderr(verbose))

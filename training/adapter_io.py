@@ -29,6 +29,7 @@ from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, embedding_matrix, max_positions
 from adalink.training.models.source import display_name
+from adalink.training.run_folder import check_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,19 +135,6 @@ class _ModelBase:
         self.fingerprint = base_fingerprint(model)
         self.vocab_size, self.hidden_size = embedding_matrix(model).shape
         self.max_positions = max_positions(model)
-
-
-def check_target(folder: Path) -> None:
-    """Refuse to replace a folder that is not an adapter, or the current one; raises ``AdapterError``."""
-    if folder.is_dir() and folder.samefile("."):
-        raise AdapterError(
-            f"{folder} is the current folder, and an adapter folder is replaced as a whole: name another, or go to its "
-            "parent and name it there"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise AdapterError(f"{folder} is not empty and holds no {CONFIG_FILE}: it is no adapter; choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"{folder} is a file: choose a folder for the adapter")
 
 
 def _rename_over(staging: Path, folder: Path) -> None:

@@ -40,14 +40,6 @@ class CheckpointTrainer(Trainer):  # type: ignore[misc]  # transformers has no t
             ) from error
 
 
-def check_fresh(folder: Path) -> None:
-    """Refuse to start over an interrupted run's checkpoints; raises ``ConfigError``."""
-    if folder.exists():
-        raise ConfigError(
-            f"{folder} holds the checkpoints of an interrupted run: go on with --resume, or remove that folder"
-        )
-
-
 def begin_checkpoints(folder: Path, record: dict[str, Any]) -> None:
     """Make the checkpoint folder and record the run's settings in it; raises ``WriteError``."""
     repair = "choose a writable --out"

@@ -129,13 +129,7 @@ class TrainableClassifier(nn.Module):
 
     def scores(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Float32 scores, ``(batch, labels)``, or ``(batch, seq, labels)`` of tokens."""
-        model = self.attached.model
-        encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-        states = encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
-        features = (
-            states if self.spec.problem_type == TOKENS else pool_states(states, attention_mask, self.spec.pooling)
-        )
-        scores: torch.Tensor = self.head(features)
+        scores: torch.Tensor = self.head(features(self.attached.model, self.spec, input_ids, attention_mask, **inputs))
         return scores
 
     def forward(self, labels: torch.Tensor, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -162,6 +156,15 @@ class TrainableClassifier(nn.Module):
             scores.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED, reduction="none"
         )
         return losses.view(labels.shape)
+
+
+def features(
+    model: Any, head: Head, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """What a head takes, float32: pooled states, ``(batch, d)``, or those of each token, ``(batch, seq, d)``."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else model
+    states = encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
+    return states if head.problem_type == TOKENS else pool_states(states, attention_mask, head.pooling)
 
 
 def pool_states(states: torch.Tensor, mask: torch.Tensor, mode: str) -> torch.Tensor:

@@ -23,12 +23,14 @@ from adalink.training.data.held_out import pick
 from adalink.training.data.labelled_rows import LabelledRow, check_labels, find_labels
 from adalink.training.data.run_rows import RunRows, read_labelled
 from adalink.training.eval_curve import spread
-from adalink.training.loop import Lesson, TrainingRun, lot_of
+from adalink.training.label_texts import check_label_texts, label_vectors, place
+from adalink.training.loop import Lesson, TrainingRun
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
 from adalink.training.outcome import ClassifiedRows
-from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
+from adalink.training.settings import HeadSettings, TrainSettings
 from adalink.training.trainer import mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
@@ -56,8 +58,11 @@ def train_classifier(
         raise ConfigError(
             "init is 'gradient', which needs completions: choose kaiming or centered for rows with labels"
         )
-    kind, rows = read_labelled(data, eval_data, options.problem_type, lot_of(settings), loop.progress)
+    kind, rows = read_labelled(data, eval_data, options.problem_type, settings, loop.progress)
     labels = find_labels(kind, rows.training, data.path)
+    if options.kind == "none":
+        has_bottleneck = isinstance(config.rank, dict) or config.rank > 0
+        check_label_texts(kind, has_adapter=not options.alone and (has_bottleneck or config.soft_tokens > 0))
     loop.progress(f"loading {run.base}")
     tokenizer, model = load_tokenizer(base), load_base(base)
     if model.can_generate() and not model.config.is_encoder_decoder:
@@ -83,7 +88,7 @@ def train_classifier(
         {
             "base": run.base,
             "method": config.as_record(),
-            "settings": {**settings.as_record(), "head_lr": options.lr},
+            "settings": {**settings.as_record(), "head": options.kind, "head_lr": options.lr},
             "data": rows.record,
             "base_fingerprint": base_fingerprint(model),
             "tokenizer_digest": digest_tokenizer(tokenizer),
@@ -91,10 +96,13 @@ def train_classifier(
     )
     model.to(trainer_arguments(run.checkpoints, settings).device)
     with run.begin():
+        collate = LabelCollator(head, _pad_token(tokenizer))
+        vectors = None if options.kind == "linear" else label_vectors(model, tokenizer, head, examples, collate)
         set_seed(settings.seed)
         with attach(model, config) as attached:
+            if vectors is not None:
+                place(attached, vectors)
             module = TrainableClassifier(attached)
-            collate = LabelCollator(head, _pad_token(tokenizer))
             scale = Scale.of(examples) if kind == REGRESSION else Scale()
             loop.progress(f"training on {len(examples)} rows with {len(labels)} labels, {settings.max_steps} steps")
             watched = _watch(rows, validation, eval_examples)
@@ -229,6 +237,6 @@ def classify_examples(
 
 def _optimizer(module: TrainableClassifier, settings: TrainSettings, options: HeadSettings) -> torch.optim.Optimizer:
     """AdamW with a rate of its own for the head."""
-    groups = [{"params": list(module.adapters.parameters()), "lr": settings.lr}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW([*groups, {"params": list(module.head.parameters()), "lr": options.lr}], weight_decay=0.0)
+    rates = ((module.adapters, settings.lr), (module.head, options.lr))
+    learned = [([one for one in part.parameters() if one.requires_grad], lr) for part, lr in rates]
+    return torch.optim.AdamW([{"params": some, "lr": lr} for some, lr in learned if some], weight_decay=0.0)

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback
 
 from adalink.runtime.errors import AdapterError, ModelError
-from adalink.training.adapter_io import check_target, save_adapter, to_adapter
+from adalink.training.adapter_io import save_adapter, to_adapter
 from adalink.training.checkpoints import (
     CheckpointTrainer,
     begin_checkpoints,
-    check_fresh,
     last_checkpoint,
     removed_if_useless,
     restore,
     step_of,
 )
-from adalink.training.data.run_rows import Lot
 from adalink.training.device import precision_warning, resolve_device
 from adalink.training.eval_curve import BestWeights, EvalCurve, eval_curve
+from adalink.training.loop_options import LoopOptions
 from adalink.training.model_card import CARD_FILE, make_card
 from adalink.training.models.source import display_name
 from adalink.training.outcome import ClassifiedRows, Outcome, RepliedRows
 from adalink.training.reporters import check_reporter, make_reporters
-from adalink.training.settings import LoopOptions, TrainSettings
+from adalink.training.run_folder import check_fresh, check_target, checkpoints_of
+from adalink.training.settings import TrainSettings
 from adalink.training.step_callbacks import StepReporter, StopAfterStep
 from adalink.training.trainer import trainer_arguments
 
@@ -68,11 +68,6 @@ class Lesson:
     optimizer: torch.optim.Optimizer | None = None
 
 
-def lot_of(settings: TrainSettings) -> Lot:
-    """How the rows of a run are held out."""
-    return Lot(settings.seed, settings.early_stopping is not None)
-
-
 class TrainingRun:
     """A run on its way: from the target folder's name to the folder."""
 
@@ -88,7 +83,7 @@ class TrainingRun:
         if warning := precision_warning(resolve_device(settings.device), settings.precision):
             loop.progress(warning)
         self.base = display_name(base)
-        self.checkpoints = self.out.parent / f"{self.out.name}.checkpoints"
+        self.checkpoints = checkpoints_of(self.out)
         self._settings, self._loop = settings, loop
         self._record: dict[str, Any] = {}
         self._start = time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import BackendUnavailableError, ConfigError
-from adalink.training.settings import REPORTERS
+from adalink.training.loop_options import REPORTERS
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -32,7 +32,7 @@ def make_reporters(name: str, folder: Path) -> list[TrainerCallback]:
     """The Trainer's callbacks for a reporter; TensorBoard's files are in ``folder``."""
     if name == "none":
         return []
-    from transformers.integrations import TensorBoardCallback, WandbCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback
 
     if name == "wandb":
         return [WandbCallback()]

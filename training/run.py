@@ -24,7 +24,8 @@ from adalink.training.data.rows import check_labels, check_positions, encode_row
 from adalink.training.data.run_rows import check_files, read_prompts
 from adalink.training.eval_curve import spread
 from adalink.training.evaluation import greedy_replies, share_right
-from adalink.training.loop import Lesson, TrainingRun, lot_of
+from adalink.training.loop import Lesson, TrainingRun
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
@@ -34,7 +35,7 @@ from adalink.training.models.source import display_name
 from adalink.training.models.vision import image_side
 from adalink.training.outcome import RepliedRows
 from adalink.training.search.search import candidate_config, search
-from adalink.training.settings import HeadSettings, LoopOptions, TrainSettings
+from adalink.training.settings import HeadSettings, TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
@@ -95,8 +96,16 @@ def train(
     eval_data = data.at(eval_data) if isinstance(eval_data, str | Path) else eval_data
     check_files(data, eval_data)
     if head is not None or (data.template is None and has_labels(data)):
-        if space is not None or assume_pretokenizer is not None:
-            raise ConfigError("rows with labels take neither a search nor a GGUF file: leave --search out")
+        if space is not None:
+            raise ConfigError(
+                f"a search of {space.minutes:g} minutes was asked for, and rows have labels: a search chooses for "
+                "prompts and completions alone. Leave --search out; --lr, --head-lr, --rank and --activation choose"
+            )
+        if assume_pretokenizer is not None:
+            raise ConfigError(
+                f"the pre-tokenizer is {assume_pretokenizer!r}, which is for GGUF files, and rows with labels take an "
+                "encoder's folder: leave --assume-pretokenizer out"
+            )
         return train_classifier(base, data, eval_data, out, config, settings, head or HeadSettings(), loop)
     return _train_on_prompts(base, data, eval_data, out, config, settings, space, loop, assume_pretokenizer)
 
@@ -114,7 +123,7 @@ def _train_on_prompts(
 ) -> dict[str, Any]:
     """See ``train``."""
     run = TrainingRun(base, out, settings, loop)
-    rows = read_prompts(data, eval_data, lot_of(settings), loop.progress)
+    rows = read_prompts(data, eval_data, settings, loop.progress)
     config = _with_labels(config, rows.training, data.path, loop)
     has_images = any(row.images for row in (*rows.training, *rows.measured))
     loop.progress(f"loading {run.base}")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from transformers import TrainerCallback
-
     from adalink.training.method.config import Init
-    from adalink.training.outcome import Outcome
 
 DEVICES = ("auto", "cpu", "cuda")
+HEADS = ("linear", "none")
 PRECISIONS = ("float32", "bfloat16")
 # Learning rates to try for each init, the best one at rank 64 first, and the best init for a searched rate.
 # Measured: docs/concepts/when-it-is-enough.md.
@@ -28,7 +23,6 @@ RATES: dict[Init, tuple[float, ...]] = {
     "gradient": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 SEARCHED_INIT: Init = "gradient"
-REPORTERS = ("none", "tensorboard", "wandb")
 _CURVE_POINTS = 5
 
 
@@ -140,6 +134,7 @@ class HeadSettings:
         problem_type: one of ``adalink.runtime.storage.head_spec.PROBLEM_TYPES``; by default what the rows look like.
         pooling: one of ``adalink.runtime.storage.pooling_schema.POOLING_MODES``; by default what the base's own
             sentence-transformers files say, else the mean.
+        kind: ``"linear"``, a head that is trained; or ``"none"``, the label whose text the base embeds nearest.
         lr: peak learning rate of the head.
         alone: whether the head is trained alone, on the states of the unchanged base: rank 0.
 
@@ -149,6 +144,7 @@ class HeadSettings:
 
     problem_type: str | None = None
     pooling: str | None = None
+    kind: str = "linear"
     lr: float = 1e-2
     alone: bool = False
 
@@ -156,68 +152,7 @@ class HeadSettings:
         for name, known in (("problem_type", PROBLEM_TYPES), ("pooling", POOLING_MODES)):
             if (value := getattr(self, name)) not in (None, *known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if self.kind not in HEADS:
+            raise ConfigError(f"head is {self.kind!r}, expected one of {', '.join(HEADS)}")
         if not 0.0 < self.lr < 1.0:
             raise ConfigError(f"lr of the head is {self.lr!r}, expected more than 0 and less than 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopOptions:
-    """Options of a training run that change neither the adapter nor the report.
-
-    Attributes:
-        resume: resume from the last trial or checkpoint of an interrupted run with the same settings.
-        callbacks: additional Trainer callbacks.
-        progress: callback, called with one line per part of the run.
-        show_bar: whether the Trainer draws a progress bar.
-        on_step: callback, called after each step.
-        stop: entered for the steps; once it is set, the run saves a checkpoint after the step, and is interrupted.
-        report_to: one of ``REPORTERS``: where the Trainer sends its curves. TensorBoard's files are in ``OUT.logs``.
-        extra_files: makes more files for the adapter folder, by name.
-    """
-
-    resume: bool = False
-    callbacks: Sequence[TrainerCallback] = ()
-    progress: Callable[[str], None] = lambda line: None
-    show_bar: bool = True
-    on_step: Callable[[StepProgress], None] | None = None
-    stop: Stop | None = None
-    report_to: str = "none"
-    extra_files: Callable[[Outcome], Mapping[str, bytes]] = lambda outcome: {}
-
-
-class Stop(Protocol):
-    """A context manager that tells whether a run is asked to stop."""
-
-    @property
-    def is_set(self) -> bool:
-        """Whether it is."""
-        ...
-
-    def __enter__(self) -> object:
-        """Begin to listen."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None:
-        """End it."""
-        ...
-
-
-@dataclass(frozen=True)
-class StepProgress:
-    """Where a run is.
-
-    Attributes:
-        step: steps done.
-        steps: steps in all.
-        loss: the last mean training loss; ``None`` before the first.
-        evaluation: the last point of the evaluation curve, by name; empty before the first.
-        seconds_left: by the mean step of this process.
-    """
-
-    step: int
-    steps: int
-    loss: float | None
-    evaluation: Mapping[str, float]
-    seconds_left: float

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from adalink.training.eval_curve import eval_curve
-from adalink.training.settings import StepProgress
+from adalink.training.loop_options import StepProgress
 
 if TYPE_CHECKING:
-    from adalink.training.settings import Stop
+    from adalink.training.loop_options import Stop
 
 
 class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers has no types for it

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from adalink.training.data.rows import IGNORED_LABEL, end_token, pad_decoder, pad_encoder_decoder
+from adalink.training.data.batches import IGNORED_LABEL, pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import end_token
 from adalink.training.models.prefix_lm import prompt_inputs
 
 if TYPE_CHECKING:

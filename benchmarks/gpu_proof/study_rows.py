@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from adalink.runtime.errors import DataError, ModelError
-from adalink.training.data.rows import IGNORED_LABEL
+from adalink.training.data.batches import IGNORED_LABEL
 from adalink.training.method.adalink import AdaLink
 from benchmarks.gpu_proof.cells import Cell, study_cells
 from benchmarks.gpu_proof.record import NotHereError, Record

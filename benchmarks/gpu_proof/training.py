@@ -105,8 +105,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 
 def train_with_the_kit(plan: Plan) -> dict[str, object]:
     """``adalink train`` on the small base: its own loop, Trainer, checkpoints and evaluation."""
+    from adalink.training.loop_options import LoopOptions
     from adalink.training.run import train
-    from adalink.training.settings import LoopOptions, TrainSettings
+    from adalink.training.settings import TrainSettings
 
     folder = plan.work / "trained"
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from benchmarks.process import MeasurementError, run, run_json
 from benchmarks.serving.measure import NEW_TOKENS, SLOTS, TASKS, measure
 from benchmarks.serving.prompts import mixed_prompts
 from benchmarks.serving.report import ratios, show
-from benchmarks.serving.servers import Server, kit, llama_cpp
+from benchmarks.serving.servers import Server, genai, kit, llama_cpp
 
 RANK = 16
 # Weights so small that texts stay English: draft tokens are then as often right as in use.
@@ -46,10 +46,11 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one short round: of the other servers only how fast they are"
     )
+    parser.add_argument("--servers", nargs="+", metavar="NAME", help="these alone, as the results name them")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
-    options.model = options.model or Path(smollm2())
-    servers = prepare(options)
+    options.model = options.model or next(Path(smollm2()).glob("*.gguf"))
+    servers = [server for server in prepare(options) if options.servers is None or server.name in options.servers]
     measured: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
     closed: dict[str, list[float]] = {"fp32": [], "int4": []}
     for number in range(rounds):
@@ -61,10 +62,14 @@ def main() -> None:
             except MeasurementError as error:
                 say(f"  not measured: {error}")
         for name, variant in (("fp32", "onnxruntime-cpu"), ("int4", "int4")):
-            closed[name].append(closed_batch(options.build, variant))
+            if f"kit-{name}" in measured:
+                closed[name].append(closed_batch(options.build, variant))
     report = {
         "date": date.today().isoformat(),
-        "command": "python -m benchmarks.serving " + ("--quick" if options.quick else f"--rounds {rounds}"),
+        "command": " ".join(
+            ["python -m benchmarks.serving", "--quick" if options.quick else f"--rounds {rounds}"]
+            + (["--servers", *options.servers] if options.servers else [])
+        ),
         "environment": describe_environment(),
         "setting": {
             "tasks": TASKS,
@@ -106,14 +111,30 @@ def prepare(options: argparse.Namespace) -> list[Server]:
         say("making the models of llama.cpp")
         adapters = build / "adapters.npz"
         np.savez(adapters, allow_pickle=False, **adapter_weights(deployment))
-        source = options.model if options.model.is_file() else next(options.model.glob("*.gguf"))
-        make = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", source]
+        make = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", options.model]
         run([*make, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
     for name, label in (("f32", "llama.cpp, F32"), ("q4_0", "llama.cpp, Q4_0")):
         for loras, suffix in ((TASKS, ", 16 LoRAs"), (0, ", no adapter")):
             command = llama_cpp(options.peers_python, models.resolve(), name, loras, SLOTS)
             key = f"llama-{name}{'-lora' if loras else ''}"
             servers.append(Server(key, label + suffix, command, "lora" if loras else None))
+    return [*servers, *genai_servers(options)]
+
+
+def genai_servers(options: argparse.Namespace) -> list[Server]:
+    """Make the models of onnxruntime-genai; returns a server for each that could be made."""
+    folder: Path = options.build / "genai"
+    servers = []
+    for precision in ("fp32", "int4"):
+        name = f"genai-{precision}"
+        make = [options.peers_python, "-m", "benchmarks.peers.make_models", "--model", options.model, "--out", folder]
+        try:
+            run([*make, name], 900, options.build / f"{name}-make.log")
+        except MeasurementError as error:
+            say(f"  {name} could not be made: {error}")
+            continue
+        command = genai(options.peers_python, (folder / name).resolve(), TASKS)
+        servers.append(Server(name, f"onnxruntime-genai, {precision}, {TASKS} processes", command, "process"))
     return servers
 
 

@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plots import KIT_COLOUR, LIMIT_COLOUR, PEER_COLOUR
+from benchmarks.plots import LINES as COLOURS
 from benchmarks.serving.measure import USERS
 from benchmarks.table import table
 
 BEGIN, END = "<!-- measured: written by make bench-serving -->", "<!-- end of measured servers -->"
 STORED = Path("benchmarks/results/serving.json")
 PLOT = Path("benchmarks/results/serving.png")
-# Precision: the kit's server, llama.cpp with the tasks as LoRAs, and without adapters.
+# Precision: the kit's server, and the others in the order of ``PEERS``.
 PANELS = {
-    "float32": ("kit-fp32", "llama-f32-lora", "llama-f32"),
-    "4 bit": ("kit-int4", "llama-q4_0-lora", "llama-q4_0"),
+    "float32": ("kit-fp32", "llama-f32-lora", "llama-f32", "genai-fp32"),
+    "4 bit": ("kit-int4", "llama-q4_0-lora", "llama-q4_0", "genai-int4"),
 }
+PEERS = ("llama.cpp with LoRAs", "llama.cpp without", "onnxruntime-genai, a process a task")
 LINES = (
     (KIT_COLOUR, "o", "AdaLink Kit, 16 tasks"),
     (LIMIT_COLOUR, "s", "llama.cpp, 16 LoRAs"),
     (PEER_COLOUR, "^", "llama.cpp, no adapter"),
+    (COLOURS[1], "v", "onnxruntime-genai, 16 processes"),
 )
 Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -40,15 +43,11 @@ def ratios(measured: Rounds, closed: Mapping[str, Sequence[float]]) -> dict[str,
         return [figures[part] for figures in measured.get(name, []) if part in figures]
 
     result = {}
-    for precision, (kit, loras, plain) in PANELS.items():
+    for precision, (kit, *others) in PANELS.items():
         for users in (1, 16):
-            part = f"users-{users}"
-            result[f"{precision}: {users} users over llama.cpp with LoRAs"] = _ratio(
-                speeds(kit, part), speeds(loras, part)
-            )
-            result[f"{precision}: {users} users over llama.cpp without"] = _ratio(
-                speeds(kit, part), speeds(plain, part)
-            )
+            for peer, other in zip(PEERS, others, strict=True):
+                part = f"users-{users}"
+                result[f"{precision}: {users} users over {peer}"] = _ratio(speeds(kit, part), speeds(other, part))
         result[f"{precision}: 16 tasks over one task"] = _median(values(kit, "sixteen-over-one"))
         result[f"{precision}: server over closed batch"] = _ratio(
             values(kit, "burst"), closed[kit.removeprefix("kit-")]

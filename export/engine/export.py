@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
-from adalink.export.engine.graph import check_buildable, engine_graph
+from adalink.export.engine.graph import engine_graph
 from adalink.export.engine.progress import EngineProgress
+from adalink.export.engine.request import check_request, find_portable
 from adalink.export.engine.targets import CURRENT, resolve_target
 from adalink.export.engine.tensorrt_builder import BuiltPlan, Sizes, build_plan, writes_in_place
 from adalink.export.writer import DeploymentWriter, open_writer
-from adalink.runtime.errors import BackendUnavailableError, ConfigError, DeploymentError, UnknownTaskError
+from adalink.runtime.errors import BackendUnavailableError, ConfigError
 from adalink.runtime.profile import Profile, ShapeRange, check_profile, default_profile, parse_profile
 from adalink.runtime.storage.integrity import locate, read_graph, verify_files
 from adalink.runtime.storage.manifest import Base, Manifest, Variant, Vision
@@ -27,7 +28,6 @@ from adalink.runtime.trt.record import PLAN_FILE, RECORD_FILE, VISION_FILE, Engi
 if TYPE_CHECKING:
     import onnx
 
-_PORTABLE = "portable"
 _LARGEST_RANK, _MOST_SLOTS = 256, 1 << 14
 _LIKELY_SLOTS = _LIKELY_RANK = 16
 _MOST_ELEMENTS = (1 << 31) - 1  # of one tensor
@@ -79,13 +79,9 @@ def export_engine(
     api = load_api(backend)
     with open_writer(deployment) as writer:
         manifest = writer.manifest
-        check_buildable(manifest.base)
-        _check_free(manifest, engine, replace)
-        source = _source(manifest, variant)
+        check_request(Path(deployment), manifest, engine, tasks, replace=replace)
+        source = find_portable(Path(deployment), manifest, variant)
         shapes = _profile(profile, manifest.base)
-        if missing := sorted(set(tasks) - manifest.tasks.keys()):
-            known = ", ".join(sorted(manifest.tasks)) or "none"
-            raise UnknownTaskError(f"task {missing[0]!r} is not in {deployment}: deployed are {known}")
         resolved, set_target = resolve_target(api, target)
         progress("reading the portable graph", None)
         tower = manifest.base.vision.files if manifest.base.vision else ()
@@ -262,38 +258,3 @@ def _profile(requested: Profile | str | None, base: Base) -> Profile:
         )
     check_profile(profile, base)
     return profile
-
-
-def _check_free(manifest: Manifest, name: str, replace: bool) -> None:
-    existing = manifest.variants.get(name)
-    if existing is None:
-        return
-    if not existing.is_compiled:
-        raise DeploymentError(f"variant {name!r} is a graph, not an engine: choose another --name")
-    if not replace:
-        raise DeploymentError(f"the deployment already has an engine {name!r}: pass --replace to build it again")
-
-
-def _source(manifest: Manifest, name: str | None) -> str:
-    """Name of the portable variant to build an engine from."""
-    advice = "add one with 'adalink export base MODEL --out DIR --target portable'"
-    variants = manifest.variants
-    if name is None:
-        portable = sorted(key for key, variant in variants.items() if _is_portable(variant))
-        if not portable:
-            raise DeploymentError(
-                f"the deployment has no portable base graph to build from, only {', '.join(sorted(variants))}: {advice}"
-            )
-        return portable[0]
-    if name not in variants:
-        raise ConfigError(f"variant is {name!r}, expected one of {', '.join(sorted(variants))}")
-    if not _is_portable(variants[name]):
-        variant = variants[name]
-        what = "an engine already" if variant.is_compiled else f"for {variant.target}"
-        what = "quantised with operators of ONNX Runtime" if variant.quantization else what
-        raise ConfigError(f"variant {name!r} is {what}: engines are built from a portable graph; {advice}")
-    return name
-
-
-def _is_portable(variant: Variant) -> bool:
-    return variant.target == _PORTABLE and variant.quantization is None and not variant.is_compiled

@@ -5,12 +5,12 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from adalink.runtime.errors import ConfigError, DataError
+from adalink.runtime.near_names import did_you_mean
 
 # Columns that the kit knows, whatever reads the rows.
 COLUMNS = (
@@ -40,7 +40,9 @@ class RowSource:
     def __post_init__(self) -> None:
         for name in self.columns:
             if name not in COLUMNS:
-                raise ConfigError(f"map names {name!r}, expected one of {', '.join(COLUMNS)}{_meant(name, COLUMNS)}")
+                raise ConfigError(
+                    f"map names {name!r}, expected one of {', '.join(COLUMNS)}{did_you_mean(name, COLUMNS)}"
+                )
         if self.template is not None and not _names(self.template):
             raise ConfigError(f"template is {self.template!r}, expected columns in braces: 'Text: {{text}} Topic:'")
 
@@ -70,7 +72,7 @@ class RowSource:
             if column not in values:
                 raise DataError(
                     f"{origin}: there is no column {column!r}, which --map takes for {name}; there are "
-                    f"{', '.join(values)[:200]}{_meant(column, values)}"
+                    f"{', '.join(values)[:200]}{did_you_mean(column, values)}"
                 )
         used = set(self.columns.values())
         rest = {name: value for name, value in values.items() if name not in used}
@@ -85,7 +87,7 @@ class RowSource:
             if name not in fields and name not in values:
                 raise DataError(
                     f"{origin}: the template names column {name!r}; there are {', '.join({**values, **fields})[:200]}"
-                    f"{_meant(name, {**values, **fields})}"
+                    f"{did_you_mean(name, {**values, **fields})}"
                 )
             filled[name] = _word(fields.get(name, values.get(name)), name, origin)
         prompt = "".join(
@@ -140,8 +142,3 @@ def _word(value: Any, name: str, origin: str) -> str:
     if value is None or isinstance(value, list | dict) or value == "":
         raise DataError(f"{origin}: column {name!r} is {value!r:.60}, expected a text, which the template needs")
     return str(value)
-
-
-def _meant(name: str, known: Any) -> str:
-    meant = get_close_matches(name, list(known), 1)
-    return f": did you mean {meant[0]!r}?" if meant else ""

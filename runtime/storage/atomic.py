@@ -14,6 +14,7 @@ from adalink.runtime.errors import WriteError
 
 # Windows has neither links to worry about nor these two flags.
 _PLAIN = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_PROBE_BYTES = 1 << 16
 _NEW_FILE, _ANY_FILE = _PLAIN | os.O_EXCL, _PLAIN | os.O_TRUNC
 
 
@@ -51,6 +52,31 @@ def replace_file(
             raise
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror or error}; {repair}") from error
+
+
+def make_folder(folder: Path, *, repair: str = "free space or choose a writable folder") -> None:
+    """Make a folder and those above it, where they are missing; raises ``WriteError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot make {folder}: {error.strerror or error}; {repair}") from error
+
+
+def check_writable(folder: Path, *, repair: str = "free space or choose a writable folder") -> None:
+    """Write a small file into a folder, or where it will be made, and remove it: what follows takes minutes.
+
+    Raises:
+        WriteError: the disk refused: full, read-only or without permission.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    probe = there / f".{folder.name}.{os.urandom(4).hex()}"
+    try:
+        try:
+            write_through(probe, bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"cannot write in {there}: {error.strerror or error}; {repair}") from error
 
 
 def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:

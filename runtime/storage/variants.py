@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adalink.runtime.errors import BackendError
+from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.storage.manifest import Manifest
 
 # Backends that run a compiled plan, not a graph.
@@ -28,6 +29,7 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
         raise BackendError(
             f"this deployment has no base variant {name!r}, only {', '.join(sorted(variants))}: choose one of them, or "
             f"add it with 'adalink export base MODEL --out DIR' and --target or --quantize {name}"
+            f"{did_you_mean(name, variants)}"
         )
     if name is not None:
         if backend not in (served := variants[name].backends):

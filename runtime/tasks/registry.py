@@ -10,6 +10,7 @@ from pathlib import Path
 from adalink.runtime.engine import Backend, SharedAdapterGraph
 from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
 from adalink.runtime.logs import get_logger
+from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
@@ -176,6 +177,7 @@ class TaskRegistry:
         if name not in self._tasks:
             raise UnknownTaskError(
                 f"task {name!r} is not deployed here; deployed are: {', '.join(self.names) or 'none'}"
+                f"{did_you_mean(name, self.names)}"
             )
 
     def _read(self, task: Task | AddedTask, manifest: Manifest) -> Adapter:

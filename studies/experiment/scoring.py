@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from adalink.runtime.errors import DataError
-from adalink.training.data.rows import IGNORED_LABEL, Example, pad_decoder
+from adalink.training.data.batches import IGNORED_LABEL, pad_decoder
+from adalink.training.data.rows import Example
 from adalink.training.models.loading import max_positions
 
 if TYPE_CHECKING:

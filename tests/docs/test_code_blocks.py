@@ -100,7 +100,7 @@ def test_failing_python_block_is_named_with_its_line(tmp_path, warm_torch):
     [
         ("adalink export bse MODEL --out deployment", "no such command: adalink export bse"),
         ("adalink run deployment 'text' --tsak topics", "No such option"),
-        ("adalink export base MODEL", "Missing option '--out'"),
+        ("adalink export base MODEL", "Missing option '-o' / '--out'"),
         ("adalink export base MODEL --out deployment --quantize int5", "'int5' is not one of"),
         ("adalink train --base MODEL --data a --eval b --out c --max-steps many", "'many' is not a valid integer"),
         ("adalink remove deployment topics authors", "takes no 'authors'"),

@@ -152,8 +152,21 @@ class _Run:
 
     def go(self, seconds: float) -> None:
         """Keep clients asking and tasks changing."""
-        begun, killed_at, turn = time.monotonic(), 0.0, 0
+        begun = time.monotonic()
         processes = [self._start() for _ in range(_CLIENT_PROCESSES)]
+        try:
+            self._disturb(seconds, begun, processes)
+            for process in processes:
+                process.stop()
+        finally:
+            for process in processes:
+                process.kill()  # else it would ask a server that is no more, for ever
+        self.soak.seconds = time.monotonic() - begun
+        self._sample(self.soak.seconds, processes)
+
+    def _disturb(self, seconds: float, begun: float, processes: list[_Clients]) -> None:
+        """Replace tasks and kill clients until the time is over."""
+        killed_at, turn = 0.0, 0
         while (now := time.monotonic() - begun) < seconds:
             if now >= SAMPLE_SECONDS * len(self.soak.samples):
                 self._sample(now, processes)
@@ -167,10 +180,6 @@ class _Run:
             change_tasks(self.soak, turn, self.url, self.sources, self.folder)
             turn += 1
             time.sleep(0.1)
-        for process in processes:
-            process.stop()
-        self.soak.seconds = time.monotonic() - begun
-        self._sample(self.soak.seconds, processes)
 
     def _start(self) -> _Clients:
         return _Clients(self.url, self.work, max(1, self.soak.clients // _CLIENT_PROCESSES), self.rng)

@@ -65,9 +65,17 @@ print("RESULTS " + json.dumps(results))
 
 def modules_without(extras: Iterable[str]) -> list[str]:
     """Top-level modules that are here, and would not be with these extras alone."""
+    brought = packages_of(extras)
+    return sorted(
+        module for module, names in packages_distributions().items() if not brought & set(map(canonicalize_name, names))
+    )
+
+
+def packages_of(extras: Iterable[str]) -> set[str]:
+    """The kit and all packages that it brings with these extras, as far as they are installed here."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    waiting, brought = [Requirement(line) for line in lines], {canonicalize_name(project["name"])}
+    waiting, brought = [Requirement(line) for line in lines], {str(canonicalize_name(project["name"]))}
     done = set()
     while waiting:
         requirement = waiting.pop()
@@ -81,9 +89,7 @@ def modules_without(extras: Iterable[str]) -> list[str]:
         except PackageNotFoundError:
             continue
         waiting += [replace_marker(line) for line in map(Requirement, needed) if applies(line, wanted)]
-    return sorted(
-        module for module, names in packages_distributions().items() if not brought & set(map(canonicalize_name, names))
-    )
+    return brought
 
 
 def applies(requirement: Requirement, extras: Sequence[str]) -> bool:

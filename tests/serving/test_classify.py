@@ -61,11 +61,48 @@ def test_one_text_alone(encoder: Served) -> None:
         ({"input": [["a"]]}, 400, "input[0] has 1 texts"),
         ({"input": [5]}, 400, "input"),
         ({"model": "names", "input": [["a", "b"]]}, 400, "is a pair"),
+        ({"labels": ["a", "b"]}, 400, "this one has a head"),
+        ({"calibration": "N/A"}, 400, "this one has a head"),
     ],
 )
 def test_wrong_requests(encoder: Served, changes: dict[str, Any], status: int, message: str) -> None:
     answer = encoder.post("/v1/classify", {"model": "topics", "input": "a", **changes})
     assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("calibration", [None, "N/A"])
+def test_labels_of_the_request(served: Served, calibration: str | None) -> None:
+    """On a base that generates: those of the request, and a prompt without content, as `Deployment.classify` has."""
+    labels = [" oil", " oil and gas", " wheat"]
+    body = {"model": "alpha", "input": TEXTS[:2], "labels": labels}
+    answer = served.post("/v1/classify", body | ({"calibration": calibration} if calibration else {})).json()
+    wanted = served.deployment.classify(TEXTS[:2], "alpha", labels=labels, calibration=calibration)
+    for index, (entry, one) in enumerate(zip(answer["data"], wanted, strict=True)):
+        assert entry == {"object": "classification", "index": index, **approximate(one.as_record())}
+    plain = served.deployment.classify(TEXTS[:2], "alpha", labels=labels)
+    differs = [
+        one.probabilities != pytest.approx(other.probabilities, abs=1e-3)
+        for one, other in zip(wanted, plain, strict=True)
+    ]
+    assert differs == [calibration is not None] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": [" oil"]}, "expected 2 to"),
+        ({"labels": ["oil", " oil"]}, "expected 2 to"),
+        ({"labels": ["a", 5]}, "labels"),
+        ({"labels": [str(number) for number in range(257)]}, "labels"),
+        ({"labels": ["a", "b"], "calibration": 5}, "calibration"),
+        ({"labels": ["a", "b"], "calibration": "oil " * 500}, "positions"),
+        ({"input": [["a", "b"]], "labels": ["a", "b"]}, "is a pair"),
+    ],
+)
+def test_wrong_labels(served: Served, changes: dict[str, Any], message: str) -> None:
+    answer = served.post("/v1/classify", {"model": "alpha", "input": "a", **changes})
+    assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
 
 
@@ -90,7 +127,16 @@ ODD: list[Any] = [
 @pytest.mark.parametrize("path", ["/v1/classify", "/v1/embeddings"])
 def test_odd_fields_get_typed_answers(encoder: Served, path: str, caplog: pytest.LogCaptureFixture) -> None:
     body = {"model": "topics", "input": "oil", "pooling": "mean"}
-    fields = (*body, "encoding_format", "dimensions", "normalize", "truncate_prompt_tokens", "user")
+    fields = (
+        *body,
+        "encoding_format",
+        "dimensions",
+        "normalize",
+        "truncate_prompt_tokens",
+        "user",
+        "labels",
+        "calibration",
+    )
     with caplog.at_level(logging.ERROR, "adalink"):
         for name in fields:
             for value in ODD:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -100,6 +101,64 @@ def test_long_answer_is_not_cut_by_the_deadline_of_headers(strict: Served, slow_
     )
     assert answer.json()["usage"]["completion_tokens"] == 30
     assert answer.elapsed.total_seconds() > 0.5
+
+
+def read_slowly(port: int, requests: bytes, before: float, between: float) -> bytes:
+    """What a client takes that waits first, and before each piece; a cut connection ends it."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        connection.settimeout(5)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(requests)
+        time.sleep(before)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1 << 16):
+                answer += piece
+                time.sleep(between)
+        return answer
+
+
+def test_client_that_takes_nothing_is_cut_and_a_slow_one_is_not(opened: Deployment) -> None:
+    """1.5 MB: more than the system's own buffers take."""
+    get = b"GET /page/page.js HTTP/1.1\r\nHost: a\r\n\r\n"
+    requests = get * 100 + b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    with serve_in_thread(opened, send_seconds=0.3) as server:
+        connections = server.server.server_state.connections
+        begun = time.perf_counter()
+        assert read_slowly(server.port, requests, 0, 0.01).count(b"HTTP/1.1 200") == 101
+        assert time.perf_counter() - begun > 0.6  # else it would not have been slow
+        assert read_slowly(server.port, requests, 1, 0).count(b"HTTP/1.1 200") < 90
+        wait_for(lambda: not connections and not server.gateway.in_flight)
+
+
+def test_one_connection_too_many(opened: Deployment, very_slow_steps: None) -> None:
+    """A new one takes the place of the one that was quiet for longest; where all are busy, it is told so."""
+    body = b'{"model": "beta", "prompt": "wheat", "max_tokens": 30, "min_tokens": 30}'
+    busy = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with serve_in_thread(opened, connections=3) as server, contextlib.ExitStack() as stack:
+
+        def connect(data: bytes = b"") -> socket.socket:
+            there = len(server.server.server_state.connections)
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+            one.sendall(data)
+            if there < 3:
+                wait_for(lambda: len(server.server.server_state.connections) > there)
+            return one
+
+        first, second = connect(), connect()
+        working = connect(busy % len(body) + body)
+        wait_for(lambda: server.gateway.in_flight == 1)
+        connect(busy % len(body) + body)
+        assert first.recv(1) == b""  # the oldest of the two quiet ones went
+        connect(busy % len(body) + body)
+        assert second.recv(1) == b""
+        wait_for(lambda: server.gateway.in_flight == 3)
+        refused = server.post("/v1/completions", {})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        assert working.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_large_headers_are_refused(strict: Served) -> None:

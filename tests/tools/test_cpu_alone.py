@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from helpers.code_blocks import check_command
 from helpers.installed import modules_without, run_hidden
 from helpers.tiny_deployments import make_deployment
 
@@ -18,6 +20,7 @@ from adalink.tools.cli import VERBS, main
 ONE_LINE = re.compile(r"Error: .*pip install (-\S+ )*'adalink-kit\[[a-z,-]+\]'\n")
 # What works without any other package. The others say what they need.
 WORKS = {
+    "split",
     "run",
     "run jsonl",
     "classify",
@@ -28,7 +31,11 @@ WORKS = {
     "inspect adapter",
     "doctor",
     "doctor footprint",
+    "config",
+    "completion",
 }
+# Of these the answer is JSON, or a script.
+SAYS_NOTHING_NEXT = {"doctor", "doctor footprint", "completion"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,10 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
     folder = shutil.copytree(original, root / "deployment")
     (root / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "task": "alpha"}\n')
     rows = root / "rows.jsonl"
+    (root / "two.csv").write_text("text,label\na,x\nb,y\n")
     return {
+        "quickstart": ["quickstart", model, rows, "--out", root / "quick"],
+        "split": ["split", root / "two.csv", "--out", root / "parts"],
         "run": ["run", folder, "Hello", "--task", "alpha", "--max-new-tokens", "2", "--threads", "1"],
         "run jsonl": ["run", folder, "--jsonl", rows, "--max-new-tokens", "2", "--threads", "1"],
         "chat": ["chat", folder, "--task", "alpha", "--threads", "1"],
@@ -56,6 +66,8 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "inspect onnx": ["inspect", folder / "tasks/alpha/adapter.onnx"],
         "doctor": ["doctor", "--json"],
         "doctor footprint": ["doctor", "--footprint", "--json"],
+        "config": ["config"],
+        "completion": ["completion", "bash"],
         "classify": [
             "classify",
             folder,
@@ -117,13 +129,25 @@ def test_every_verb_works_or_names_the_extra(made: tuple[Path, Path, Path], tmp_
             assert "pip install" not in stderr
         elif name in WORKS:
             assert code == 0, (name, stderr)
+            check_next(name, stderr)
         else:
             assert code == 2, (name, stderr)
             assert ONE_LINE.fullmatch(stderr), (name, stderr)
     backends = json.loads(results["doctor"][1])["backends"]
     assert [name for name, entry in backends.items() if entry["works"]] == ["onnxruntime-cpu"]
     assert "train]" in results["train"][2]
+    assert "cpu,eval,export,train]" in results["quickstart"][2]
     assert not (tmp_path / "other").exists()
+
+
+def check_next(name: str, stderr: str) -> None:
+    """The last line is a command that the kit takes."""
+    words = shlex.split((stderr.splitlines() or [""])[-1])
+    if name in SAYS_NOTHING_NEXT:
+        assert words[:1] != ["next:"]
+    else:
+        assert words[:2] == ["next:", "adalink"], (name, stderr)
+        check_command(words[2:])
 
 
 def test_a_package_that_is_not_known_is_named_too(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

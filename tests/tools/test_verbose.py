@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.logs import ROOT
 from adalink.tools.cli import main
+from adalink.tools.common.verb import Verb
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,11 @@ def test_verbose_logs_events_on_stderr_and_leaves_stdout_alone(folder: Path) -> 
     command = ("run", folder, "Hello", "--task", "alpha", "--max-new-tokens", 2)
     silent, verbose = run(*command), run("-v", *command)
     assert verbose.stdout == silent.stdout
-    assert silent.stderr == ""
+    silent_stderr = f"next: adalink serve {folder}\n"
+    assert silent.stderr == silent_stderr
     assert f"INFO adalink.runtime.deployment: opened {folder}: variant" in verbose.stderr
     assert "INFO adalink.runtime.tasks.registry: loaded task alpha" in verbose.stderr
-    assert run(*command).stderr == "", "the next command of this process is silent again"
+    assert run(*command).stderr == silent_stderr, "the next command of this process is silent again"
 
 
 @pytest.mark.parametrize(("options", "expected"), [([], ""), (["-v"], "event"), (["-vv"], "event, detail")])
@@ -45,7 +46,7 @@ def test_level_follows_the_count_of_the_option(
         logger.info("event")
         logger.debug("detail")
 
-    monkeypatch.setattr("adalink.tools.commands.doctor.command", click.Command("doctor", callback=body))
+    monkeypatch.setattr("adalink.tools.commands.doctor.command", Verb("doctor", callback=body))
     lines = run(*options, "doctor").stderr.splitlines()
     assert ", ".join(line.rpartition(": ")[2] for line in lines) == expected
 
@@ -56,6 +57,6 @@ def test_failed_verb_leaves_no_handler_and_no_level(monkeypatch: pytest.MonkeyPa
 
     logger = logging.getLogger(ROOT)
     before = logger.level, list(logger.handlers)
-    monkeypatch.setattr("adalink.tools.commands.doctor.command", click.Command("doctor", callback=fail))
+    monkeypatch.setattr("adalink.tools.commands.doctor.command", Verb("doctor", callback=fail))
     assert isinstance(CliRunner().invoke(main, ["-vv", "doctor"]).exception, RuntimeError)
     assert (logger.level, logger.handlers) == before

@@ -24,10 +24,11 @@ from adalink.training.adapter_io import load_adapter
 from adalink.training.data.held_out import VALIDATION_SHARE, hold_out
 from adalink.training.eval_curve import BestWeights, spread
 from adalink.training.loop import TrainingRun
+from adalink.training.loop_options import LoopOptions, StepProgress
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.run import train
-from adalink.training.settings import LoopOptions, StepProgress, TrainSettings
+from adalink.training.settings import TrainSettings
 
 CONFIG = AdaLinkConfig(rank=8, activation="gelu", dropout=0.2)
 SETTINGS = TrainSettings(lr=2e-2, max_steps=8, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=3)

@@ -19,10 +19,11 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.training.adapter_io import load_adapter
 from adalink.training.evaluation import greedy_replies
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.run import train
-from adalink.training.settings import LoopOptions, TrainSettings
+from adalink.training.settings import TrainSettings
 
 CONFIG = AdaLinkConfig(rank=16, activation="gelu", dropout=0.1)
 SETTINGS = TrainSettings(lr=2e-2, max_steps=12, batch_size=4, max_length=24, seed=3, device="cpu", save_steps=5)

@@ -26,7 +26,7 @@ from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.classifier import _target
 from adalink.training.classifier_metrics import measure
 from adalink.training.data.labelled_rows import LabelledRow, LabelledSpan, read_labelled_rows
-from adalink.training.settings import LoopOptions
+from adalink.training.loop_options import LoopOptions
 
 QUICK = TrainSettings(max_steps=120, batch_size=8, max_length=40, lr=3e-3, device="cpu", save_steps=1000)
 CONFIG = AdaLinkConfig(rank=4)
@@ -258,8 +258,10 @@ def test_decoders_and_searches_are_refused(base: Path, tmp_path: Path) -> None:
     decoder = make_model_folder(tmp_path / "llama", "llama")
     with pytest.raises(ModelError, match="a decoder: rows with labels are for encoders"):
         train(decoder, data, data, tmp_path / "out", CONFIG, QUICK)
-    with pytest.raises(ConfigError, match="--search"):
+    with pytest.raises(ConfigError, match=r"search of 1 minutes .* Leave --search out"):
         train(base, data, data, tmp_path / "out", CONFIG, QUICK, space=SearchSettings(minutes=1))
+    with pytest.raises(ConfigError, match="leave --assume-pretokenizer out"):
+        train(base, data, data, tmp_path / "out", CONFIG, QUICK, assume_pretokenizer="gpt-2")
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(ModelError, match="an encoder takes rows with labels"):
         train(base, prompts, prompts, tmp_path / "out", CONFIG, QUICK)

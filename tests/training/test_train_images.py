@@ -20,16 +20,18 @@ from PIL import Image
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.adapter_io import load_adapter
+from adalink.training.data.batches import pad_decoder
 from adalink.training.data.images import TrainingImages
-from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, read_rows
+from adalink.training.data.rows import TrainingRow, encode_rows, read_rows
 from adalink.training.evaluation import exact_match
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.models.patches import read_patching
 from adalink.training.models.prefix_lm import prompt_form, prompt_inputs
 from adalink.training.run import train
-from adalink.training.settings import LoopOptions, TrainSettings
+from adalink.training.settings import TrainSettings
 from adalink.training.trainer import TrainableAdapters, collator
 from studies.experiment.run import open_base
 

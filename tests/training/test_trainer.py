@@ -12,7 +12,8 @@ from helpers.vision_families import disturb
 from torch import nn
 from transformers import Trainer
 
-from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.data.batches import pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import TrainingRow, encode_rows
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import input_embedding

@@ -46,6 +46,7 @@ class Bench:
         model: name of the base.
         task: the task that is measured.
         tokens: length of the prompt.
+        rows: rows of the mixed batch.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Bench:
         self.tokens = min(PREFILL_TOKENS, longest)
         self._share = 1
         profile = self._deployment.profile
-        self._rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.max)
+        self.rows = MIXED_TASKS if profile is None else min(MIXED_TASKS, profile.batch.max)
         self._generates = self._base.kind != "encoder" and self._base.tokenizer is not None
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ class Bench:
             metrics.append(_metric("swap_hot_us_p50", 1e6 * float(np.percentile(switches, 50)), "us"))
             metrics.append(_metric("swap_hot_us_p99", 1e6 * float(np.percentile(switches, 99)), "us"))
             metrics.append(_metric("task_load_ms", 1e3 * float(np.median(load)), "ms"))
-            progress(f"mixed batch of {self._rows} tasks")
+            progress(f"mixed batch of {self.rows} tasks")
             ratio("mixed_batch", self._mixed())
             if growth is not None:
                 metrics.append(_metric("task_bytes", growth, "bytes"))
@@ -154,13 +155,13 @@ class Bench:
 
     def _mixed(self) -> Samples:
         """A batch whose rows have one task each, against the same batch with one task for all."""
-        copies = [self._deployment.add_task(self._folder, f"copy-{index}") for index in range(self._rows)]
+        copies = [self._deployment.add_task(self._folder, f"copy-{index}") for index in range(self.rows)]
         try:
             sides: Sides = {"single": copies[0], "mixed": copies}
             if self._generates:
-                prompts = [self._prompt(_MIXED_PROMPT_TOKENS)] * self._rows
+                prompts = [self._prompt(_MIXED_PROMPT_TOKENS)] * self.rows
                 return self._steps_of(sides, prompts, _MIXED_ROUNDS, _MIXED_STEPS)
-            shape = (self._rows, self.tokens)
+            shape = (self.rows, self.tokens)
             return self._alternate(sides, np.random.default_rng(1).integers(0, self._base.vocab_size, shape))
         finally:
             for name in copies:

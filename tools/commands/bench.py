@@ -6,36 +6,44 @@ from pathlib import Path
 
 import click
 
-from adalink.tools.common.options import engine_options
-from adalink.tools.common.report_file import ReportFile, write_json
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import engine_options, task_option
+from adalink.tools.common.verb import Verb
 
 
-@click.command(short_help="Measure what a task costs beside the base model.")
+@click.command(cls=Verb, short_help="Measure what a task costs beside the base model.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--task", metavar="NAME", help="The task to measure; the first by name without it.")
+@task_option("The task to measure; the first by name without it.")
 @engine_options
-@click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
+@json_options("Print the report as JSON.")
 def command(
-    deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, json_file: Path | None
+    deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, output: JsonOutput
 ) -> None:
     """Measure what a task costs beside the base model, with the deployment in DIR.
 
     With and without the task take turns in one process, after a warm-up, with Python's garbage collector off; each
-    ratio is one of medians. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.
+    ratio is one of medians. An engine whose profile takes fewer than 32 rows is measured with as many as it takes.
+    Close other programs first.
+
+    The names in the JSON. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.
     swap_hot_us: switch between two loaded tasks and adapt one token. task_load_ms: read, check and open a task whose
     files have left the page cache. mixed_batch_ratio: a decode step of 32 rows with 32 tasks against one task.
     task_bytes: resident memory that one more task takes. open_ratio: opening the deployment against creating ONNX
     Runtime's session of the same graph. import_ms: the runtime beyond numpy and onnxruntime (both on onnxruntime-cpu
-    alone). An engine whose profile takes fewer than 32 rows is measured with as many as it takes. Close other programs
-    first.
+    alone).
 
     \b
     Example:
-      adalink bench ./deployment --task topics --json bench.json
+      adalink bench ./deployment --task topics --json-file bench.json
     """  # noqa: D301
+    from adalink.tools.preflight.deployment import check_deployment
+
+    check_deployment(deployment, [task], backend=backend, variant=variant)
     from adalink.tools.bench.measure import Bench
     from adalink.tools.bench.startup import measure_startup
-    from adalink.tools.common.console import print_table, say
+    from adalink.tools.bench.terminal import print_report
+    from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
 
     say("opening the deployment")
@@ -58,8 +66,8 @@ def command(
     if backend == "onnxruntime-cpu":
         say("start-up")
         metrics += measure_startup(deployment, threads, variant)
-    rows = [(metric["name"], f"{metric['value']:.4g}", metric["unit"]) for metric in metrics]
-    print_table(f"{bench.model}, task {bench.task}", ("metric", "value", "unit"), rows)
-    print_table("Medians", ("", "ms"), [(name, f"{value:.3f}") for name, value in medians.items()])
-    if json_file is not None:
-        write_json(json_file, {"environment": environment, "metrics": metrics})
+    output.give(
+        {"environment": environment, "metrics": metrics},
+        lambda: print_report(f"{bench.model}, task {bench.task}", metrics, medians, bench.tokens, bench.rows),
+    )
+    say_next("serve", deployment, "--variant", variant, output=output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ import click
 from adalink.runtime.errors import AdaLinkError, BackendError, DataError, RequestError
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
-from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.chat_session import ChatSession
 from adalink.tools.common.interrupts import Interrupts
-from adalink.tools.common.options import engine_options, is_given, make_options, sampling_options
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import engine_options, make_options, sampling_options, task_option, typed_options
 from adalink.tools.common.terminal_text import echo, echo_generated, printable
+from adalink.tools.common.verb import Verb
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest
@@ -53,6 +55,7 @@ class ChatSettings:
         threads: threads of the engine.
         max_new_tokens: most tokens of a reply.
         sampling: the options of ``SamplingParams``.
+        output: where replies go as JSON.
     """
 
     deployment: Path
@@ -63,13 +66,24 @@ class ChatSettings:
     threads: int | None
     max_new_tokens: int
     sampling: Mapping[str, Any]
+    output: JsonOutput
 
 
-@click.command(short_help="Chat with a deployment in the terminal.")
+@dataclass(frozen=True)
+class _Mode:
+    """How lines come, and how replies go out: as text, or as what ``json_line`` makes of them."""
+
+    is_terminal: bool
+    prints_json: bool
+    json_line: Callable[[Mapping[str, Any]], str]
+
+
+@click.command(cls=Verb, short_help="Chat with a deployment in the terminal.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--task", metavar="NAME", help="The task that answers; the base model without it.")
+@task_option("The task that answers; the base model without it.")
 @click.option("--system", metavar="TEXT", help="The system message.")
 @click.option(
+    "-n",
     "--max-new-tokens",
     type=click.IntRange(min=1),
     default=512,
@@ -79,6 +93,7 @@ class ChatSettings:
 @sampling_options
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the conversation get less likely.")
 @engine_options
+@json_options("Print one JSON line for each reply, when it is whole.")
 def command(**values: Any) -> None:
     """Chat with the deployment in DIR, in its model's chat template.
 
@@ -92,7 +107,9 @@ def command(**values: Any) -> None:
       adalink chat ./deployment --task support --system "Be brief." --temperature 0.7
       printf 'Is corn a grain?\\nAnd rice?\\n' | adalink chat ./deployment
     """  # noqa: D301
-    run(make_options(ChatSettings, values, rest="sampling"))
+    settings = make_options(ChatSettings, values, rest="sampling")
+    run(settings)
+    say_next("serve", settings.deployment, output=settings.output)
 
 
 def run(settings: ChatSettings) -> None:
@@ -103,8 +120,11 @@ def run(settings: ChatSettings) -> None:
         AdaLinkError: the deployment cannot chat; from a pipe, also what a turn raises.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
-    manifest = read_manifest(settings.deployment)
+    manifest = check_deployment(
+        settings.deployment, [settings.task], backend=settings.backend, variant=settings.variant
+    )
     _check_can_chat(manifest)
     sampling = _sampling(manifest, settings.sampling)
     with Deployment.open(
@@ -126,7 +146,8 @@ def run(settings: ChatSettings) -> None:
             with contextlib.suppress(ImportError):
                 importlib.import_module("readline")  # `input` then has a history, and keys that edit
             echo(f"{manifest.base.name}: /help lists commands; Ctrl-C ends a reply, Ctrl-D leaves", err=True)
-        _converse(session, is_terminal=is_terminal)
+        with settings.output.lines() as json_line:
+            _converse(session, _Mode(is_terminal, settings.output.on_stdout, json_line))
 
 
 def _check_can_chat(manifest: Manifest) -> None:
@@ -143,10 +164,9 @@ def _check_can_chat(manifest: Manifest) -> None:
 
 def _sampling(manifest: Manifest, values: Mapping[str, Any]) -> SamplingParams:
     params, base = SamplingParams(**values), manifest.base
-    unused = [name for name in _FILTERS if is_given(name)]
+    unused = typed_options(_FILTERS)
     if unused and params.resolve(base.generation, base.vocab_size).temperature == 0:
-        option = "--" + unused[0].replace("_", "-")
-        raise click.UsageError(f"{option} needs a --temperature above 0: the likeliest token is taken without one")
+        raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     return params
 
 
@@ -161,19 +181,19 @@ def _cache_bytes(manifest: Manifest, settings: ChatSettings) -> int:
     return _CACHE_BYTES if goes_on else 0
 
 
-def _converse(session: ChatSession, *, is_terminal: bool) -> None:
+def _converse(session: ChatSession, mode: _Mode) -> None:
     """Answer lines until they end. In a terminal an error is shown, and the conversation goes on."""
     while True:
         try:
-            line = _read_line(f"{session.task or ''}> ") if is_terminal else _read_piped()
-            if line is None or not _answer(session, line.strip(), is_terminal=is_terminal):
+            line = _read_line(f"{session.task or ''}> ") if mode.is_terminal else _read_piped()
+            if line is None or not _answer(session, line.strip(), mode):
                 break
         except AdaLinkError as error:
-            if not is_terminal:
+            if not mode.is_terminal:
                 raise
             echo(f"Error: {error}", err=True)
         except KeyboardInterrupt:
-            if not is_terminal:
+            if not mode.is_terminal:
                 raise
             echo("\n/quit or Ctrl-D leaves", err=True)
 
@@ -201,13 +221,13 @@ def _read_piped() -> str | None:
     return line.removeprefix("\ufeff") if line else None
 
 
-def _answer(session: ChatSession, text: str, *, is_terminal: bool) -> bool:
+def _answer(session: ChatSession, text: str, mode: _Mode) -> bool:
     """Answer a message, or do what a command says; returns whether the conversation goes on."""
     if text.startswith("/") and not text.startswith("//"):
         name, _, argument = text.partition(" ")
         return _obey(session, name, argument.strip())
     if text:
-        _reply(session, text[1:] if text.startswith("//") else text, is_terminal=is_terminal)
+        _reply(session, text[1:] if text.startswith("//") else text, mode)
     return True
 
 
@@ -237,10 +257,10 @@ def _obey(session: ChatSession, name: str, argument: str) -> bool:
     return True
 
 
-def _reply(session: ChatSession, text: str, *, is_terminal: bool) -> None:
+def _reply(session: ChatSession, text: str, mode: _Mode) -> None:
     """Send a message and print its reply as it comes; in a terminal Ctrl-C ends it."""
     check_text(text, "the message")
-    with Interrupts() if is_terminal else contextlib.nullcontext() as interrupts:
+    with Interrupts() if mode.is_terminal else contextlib.nullcontext() as interrupts:
         turn = session.send(text)
         if interrupts is not None:
             interrupts.call(turn.handle.cancel)
@@ -249,11 +269,16 @@ def _reply(session: ChatSession, text: str, *, is_terminal: bool) -> None:
             echo(f"[{turns} left out: the conversation has outgrown the model's context]", err=True)
         try:
             for piece in turn.handle:
-                echo_generated(piece.text, nl=False)
+                if not mode.prints_json:
+                    echo_generated(piece.text, nl=False)
         finally:
             turn.handle.cancel()  # without effect on a reply that has ended
-            echo_generated("")
+            if not mode.prints_json:
+                echo_generated("")
         generation = turn.handle.result()
+    line = mode.json_line({"message": turn.text, "task": session.task, **asdict(generation)})
+    if mode.prints_json:
+        echo_generated(line)
     session.keep(turn, generation.text)
     if generation.finish_reason == "cancelled":
         echo("[stopped]" if generation.text else "[stopped before any text: this turn is forgotten]", err=True)

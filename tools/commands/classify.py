@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import engine_options, make_options, map_option, rows_option, task_option
 from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.text_rows import TextRow, answer_rows, given_texts, prepare_rows
+from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import say
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -36,18 +39,18 @@ class ClassifyOptions:
     backend: str
     variant: str | None
     threads: int | None
-    as_json: bool
+    output: JsonOutput
     labels: tuple[str, ...]
     calibration: str | None
 
 
-@click.command(short_help="Classify texts by tasks that were trained with labels.")
+@click.command(cls=Verb, short_help="Classify texts by tasks that were trained with labels.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option("--text-pair", metavar="TEXT", help="The second text of a pair.")
 @rows_option("Rows with text, text_pair, task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
 @map_option
-@click.option("--task", metavar="NAME", help="The task. Rows of a file may name their own.")
+@task_option("The task. Rows of a file may name their own.")
 @click.option(
     "--labels",
     multiple=True,
@@ -61,7 +64,7 @@ class ClassifyOptions:
     help="Likewise, a prompt without content: what the task says of it is divided out of the probabilities.",
 )
 @engine_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each text.")
+@json_options("Print one JSON line for each text.")
 def command(**values: Any) -> None:
     """Print what a task says of TEXT, or of each row of a file: labels with probabilities, a number, or spans.
 
@@ -73,7 +76,9 @@ def command(**values: Any) -> None:
       adalink classify ./deployment "oil prices rose again" --task topics
       adalink classify ./deployment --rows rows.csv --map text=body --task topics > labels.jsonl
     """  # noqa: D301
-    classify(make_options(ClassifyOptions, values))
+    options = make_options(ClassifyOptions, values)
+    classify(options)
+    say_next("serve", options.deployment, output=options.output)
 
 
 def classify(options: ClassifyOptions) -> None:
@@ -84,22 +89,28 @@ def classify(options: ClassifyOptions) -> None:
         AdaLinkError: a text, a task or the deployment cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task, options.text_pair)
+    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    if not options.labels and (unnamed := [row.origin for row in rows if row.task is None]):
+        place = f"{unnamed[0]}: " if unnamed[0] else ""
+        raise click.UsageError(
+            f"{place}name a task with --task; deployed are: {', '.join(sorted(manifest.tasks)) or 'none'}"
+        )
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:
         cut = 0
-        for row, result in _results(deployment, rows, options):
-            cut += result.truncated
-            if options.jsonl is None and not options.as_json:
-                for line in _lines(result):
-                    echo(line)
-            else:
+        with options.output.lines() as json_line:
+            for row, result in _results(deployment, rows, options):
+                cut += result.truncated
                 answer = {"text": row.text, "task": row.task, **result.as_record()}
-                echo(json.dumps(with_extras(answer, row.extras), ensure_ascii=False))
+                line = json_line(with_extras(answer, row.extras))
+                is_plain = options.jsonl is None and not options.output.on_stdout
+                echo("\n".join(_lines(result)) if is_plain else line)
         if cut:
-            echo(f"{cut} of {len(rows)} texts were longer than those of their training may be, and were cut", err=True)
+            say(f"{cut} of {len(rows)} texts were longer than those of their training may be, and were cut")
 
 
 def _results(

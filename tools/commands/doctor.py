@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
+
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
 
 # Backend or job -> the extra that brings it.
 BACKEND_EXTRAS = {
@@ -23,7 +26,11 @@ JOB_PACKAGES = {
 }
 
 
-def diagnose() -> dict[str, object]:
+# Of lines below a name.
+_MARGIN = 7
+
+
+def diagnose() -> dict[str, Any]:
     """Try every backend, each in its own process, and look for the packages of training and export."""
     from adalink.tools.common.environment import describe_environment, package_versions
     from adalink.tools.doctor.probe import probe, probe_gpus
@@ -46,10 +53,10 @@ def _install(extra: str) -> str:
     return f"{prefix}pip install 'adalink-kit[{extra}]'"
 
 
-@click.command(short_help="Say which backends work on this machine.")
+@click.command(cls=Verb, short_help="Say which backends work on this machine.")
 @click.option("--footprint", is_flag=True, help="List what the runtime and its packages weigh instead.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(footprint: bool, as_json: bool) -> None:
+@json_options("Print the findings as JSON.")
+def command(footprint: bool, output: JsonOutput) -> None:
     """Say which backends work on this machine.
 
     Each backend is tried for real, in a process of its own: import, providers, and a graph of one node, which
@@ -64,38 +71,42 @@ def command(footprint: bool, as_json: bool) -> None:
       adalink doctor --footprint
     """  # noqa: D301
     if footprint:
-        _show_footprint(as_json)
+        _show_footprint(output)
         return
     findings = diagnose()
-    if as_json:
-        click.echo(json.dumps(findings, indent=2))
-        return
-    from adalink.tools.common.console import print_table
+    output.give(findings, lambda: _show_findings(findings))
 
-    rows = []
+
+def _show_findings(findings: dict[str, Any]) -> None:
+    """A list of backends and jobs; what to do about one that does not work is a line of its own, to be copied."""
+    from adalink.tools.common.console import print_fields, print_marked, print_wrapped
+
     for part in ("backends", "jobs"):
-        entries = findings[part]
-        assert isinstance(entries, dict)
-        for name, entry in entries.items():
-            rows.append((name, "works" if entry["works"] else "no", entry["detail"], _advice(entry)))
-    print_table("Backends and jobs", ("name", "state", "what was seen", "what to do"), rows)
+        echo(part)
+        for name, entry in findings[part].items():
+            print_marked("works" if entry["works"] else "no", f"{'' if entry['works'] else '   '}  {name}")
+            print_wrapped(entry["detail"], indent=_MARGIN)
+            if not entry["works"] and entry["advice"]:
+                print_wrapped(f"to do: {entry['advice']}", indent=_MARGIN)
+            elif not entry["works"]:
+                echo(f"{' ' * _MARGIN}{entry['install']}")
     environment = findings["environment"]
-    assert isinstance(environment, dict)
-    packages = ", ".join(f"{name} {version}" for name, version in environment.pop("packages").items())
-    gpus = findings["gpus"]
-    assert isinstance(gpus, dict)
-    print_table("This machine", ("", ""), [*environment.items(), ("packages", packages), *_gpu_rows(gpus)])
+    packages = [f"{name} {version}" for name, version in environment["packages"].items()]
+    echo("this machine")
+    print_fields({**environment, "packages": packages, **dict(_gpu_rows(findings["gpus"]))}, indent=2)
 
 
-def _show_footprint(as_json: bool) -> None:
-    from adalink.tools.common.console import print_table
+def _show_footprint(output: JsonOutput) -> None:
     from adalink.tools.doctor.footprint import measure_footprint
 
     packages = measure_footprint()
     total = sum(int(str(entry["bytes"])) for entry in packages)
-    if as_json:
-        click.echo(json.dumps({"packages": packages, "total_bytes": total}, indent=2))
-        return
+    output.give({"packages": packages, "total_bytes": total}, lambda: _print_footprint(packages, total))
+
+
+def _print_footprint(packages: list[dict[str, object]], total: int) -> None:
+    from adalink.tools.common.console import print_table
+
     rows = [(entry["package"], entry["version"], f"{int(str(entry['bytes'])) / 1e6:.1f}") for entry in packages]
     print_table("Footprint of the runtime", ("package", "version", "MB"), [*rows, ("total", "", f"{total / 1e6:.1f}")])
 
@@ -108,7 +119,3 @@ def _gpu_rows(gpus: dict[str, Any]) -> list[tuple[str, str]]:
         for number, gpu in enumerate(gpus["devices"])
     ]
     return [("driver", f"serves CUDA {gpus['driver']}"), *rows]
-
-
-def _advice(entry: dict[str, object]) -> object:
-    return "" if entry["works"] else entry["advice"] or entry["install"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,14 @@ import click
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
-from adalink.tools.common.options import engine_options, make_options, map_option, rows_option
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import engine_options, make_options, map_option, rows_option, task_option
 from adalink.tools.common.prompt_rows import with_extras
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.text_rows import TextRow, answer_rows, given_texts, prepare_rows
+from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import say
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -37,15 +40,15 @@ class EmbedOptions:
     backend: str
     variant: str | None
     threads: int | None
-    as_json: bool
+    output: JsonOutput
 
 
-@click.command(short_help="Embed texts with an encoder, as sentence-transformers does.")
+@click.command(cls=Verb, short_help="Embed texts with an encoder, as sentence-transformers does.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @rows_option("Rows with text and task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
 @map_option
-@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of a file may name their own.")
+@task_option("The task; the base model without it. Rows of a file may name their own.")
 @click.option("--prompt-name", metavar="NAME", help="One of the model's own prompts, such as query.")
 @click.option(
     "--pooling",
@@ -55,7 +58,7 @@ class EmbedOptions:
 )
 @click.option("--normalize/--no-normalize", default=None, help="Whether vectors have length 1, instead of likewise.")
 @engine_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each text.")
+@json_options("Print one JSON line for each text.")
 def command(**values: Any) -> None:
     """Print the embedding of TEXT, or of each row of a file, by the encoder in DIR.
 
@@ -67,7 +70,9 @@ def command(**values: Any) -> None:
       adalink embed ./deployment "oil prices rose again" --task topics
       adalink embed ./deployment --rows rows.csv --map text=body > vectors.jsonl
     """  # noqa: D301
-    embed(make_options(EmbedOptions, values))
+    options = make_options(EmbedOptions, values)
+    embed(options)
+    say_next("serve", options.deployment, output=options.output)
 
 
 def embed(options: EmbedOptions) -> None:
@@ -78,21 +83,24 @@ def embed(options: EmbedOptions) -> None:
         AdaLinkError: a text, or the deployment, cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task)
     if paired := [row.origin for row in rows if row.text_pair is not None]:
         raise RequestError(f"{paired[0]}: a pair of texts has no embedding: leave text_pair out")
+    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:
         cut = 0
-        for entry in _entries(deployment, rows, options):
-            cut += entry["truncated"]
-            is_plain = options.jsonl is None and not options.as_json
-            echo(" ".join(map(str, entry["embedding"])) if is_plain else json.dumps(entry, ensure_ascii=False))
+        with options.output.lines() as json_line:
+            for entry in _entries(deployment, rows, options):
+                cut += entry["truncated"]
+                line, is_plain = json_line(entry), options.jsonl is None and not options.output.on_stdout
+                echo(" ".join(map(str, entry["embedding"])) if is_plain else line)
         if cut:
             limit = deployment.manifest.base.pooling and deployment.manifest.base.pooling.max_tokens
-            echo(f"{cut} of {len(rows)} texts were longer than {limit} tokens, and were cut", err=True)
+            say(f"{cut} of {len(rows)} texts were longer than {limit} tokens, and were cut")
 
 
 def _entries(deployment: Deployment, rows: list[TextRow], options: EmbedOptions) -> Iterator[dict[str, Any]]:

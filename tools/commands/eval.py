@@ -10,8 +10,19 @@ import click
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.options import make_options, map_option, template_option
-from adalink.tools.common.report_file import ReportFile, write_json
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import (
+    backend_option,
+    make_options,
+    map_option,
+    task_option,
+    template_option,
+    threads_option,
+    variant_option,
+)
+from adalink.tools.common.report_file import ReportFile
+from adalink.tools.common.verb import Verb, typed_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +40,13 @@ class EvalOptions:
     threads: int | None
     calibration: str | None
     html: Path | None
-    json_path: Path | None
+    output: JsonOutput
 
 
-@click.command(name="eval", short_help="Measure tasks on rows that say what is right.")
+@click.command(cls=Verb, name="eval", short_help="Measure tasks on rows that say what is right.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
+    "-d",
     "--data",
     required=True,
     type=click.Path(path_type=Path),
@@ -42,22 +54,20 @@ class EvalOptions:
 )
 @map_option
 @template_option
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="A task; may be repeated. All tasks without it.")
+@task_option("A task; may be repeated. All tasks without it.", "tasks", multiple=True)
 @click.option(
     "--against",
     type=click.Choice(["base", "majority"]),
     show_default="majority, for labels",
     help="Compare with the base model, or with always the commonest label.",
 )
-@click.option(
-    "--variant",
+@variant_option(
+    "A form of the base, such as int4; may be repeated. One that is not quantised by default.",
     "variants",
     multiple=True,
-    metavar="NAME",
-    help="A form of the base, such as int4; may be repeated. One that is not quantised by default.",
 )
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@backend_option
+@threads_option
 @click.option(
     "--calibrate",
     "calibration",
@@ -65,7 +75,7 @@ class EvalOptions:
     help="A prompt without content: what a task on a decoder says of it is divided out of its probabilities.",
 )
 @click.option("--html", type=ReportFile(), metavar="FILE", help="Write a page for people: one file, for any browser.")
-@click.option("--json", "json_path", type=ReportFile(), metavar="FILE", help="Write the report as JSON.")
+@json_options("Print the report as JSON.")
 def command(**values: Any) -> None:
     """Measure how often tasks of the deployment DIR are right, and what it is worth.
 
@@ -81,7 +91,12 @@ def command(**values: Any) -> None:
       adalink eval ./deployment --data test.jsonl --task topics --against base --html report.html
       adalink eval ./deployment --data test.jsonl --task topics --variant onnxruntime-cpu --variant int4
     """  # noqa: D301
-    evaluate(make_options(EvalOptions, values))
+    options = make_options(EvalOptions, values)
+    evaluate(options)
+    if options.html is None:
+        say_next("eval", *typed_words(click.get_current_context()), "--html", "report.html", output=options.output)
+    else:
+        say_next("serve", options.deployment, output=options.output)
 
 
 def evaluate(options: EvalOptions) -> None:
@@ -99,8 +114,11 @@ def evaluate(options: EvalOptions) -> None:
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.page import render_page
     from adalink.tools.evaluation.terminal import print_report
+    from adalink.tools.preflight.deployment import check_deployment
 
     check_installed()
+    for variant in options.variants or (None,):
+        check_deployment(options.deployment, options.tasks, backend=options.backend, variant=variant)
     source = RowSource(options.data, read_columns(options.columns), options.template)
     reports = []
     with progress_bar() as progress:
@@ -124,9 +142,7 @@ def evaluate(options: EvalOptions) -> None:
                     for task, asked in read_task_rows(deployment, tasks, source).items()
                 ]
                 report = make_report(deployment, options.data, reports)
-    print_report(report)
-    if options.json_path is not None:
-        write_json(options.json_path, to_builtins(report))
+    options.output.give(to_builtins(report), lambda: print_report(report))
     if options.html is not None:
         page = render_page(report).encode()
         replace_file(options.html, page, repair="choose a writable place with --html", private=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +10,22 @@ import click
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
-from adalink.tools.common.options import assume_pretokenizer_option
+from adalink.tools.common.hub_options import hub_options
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import SAMPLE_TEXT, say_next
+from adalink.tools.common.options import assume_pretokenizer_option, out_option
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import VerbGroup
 
 if TYPE_CHECKING:
-    from adalink.runtime.storage.manifest import Vision
+    from adalink.runtime.storage.manifest import Manifest, Variant, Vision
+    from adalink.training.models.hub_access import HubAccess
 
 _QUANTIZATIONS = ("int4", "int8")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 
 
-@click.group(name="export", short_help="Export a base model, adapters and engines into a deployment.")
+@click.group(cls=VerbGroup, name="export", short_help="Export a base model, adapters and engines into a deployment.")
 def command() -> None:
     """Export a base model, adapters and engines into a deployment.
 
@@ -42,7 +46,7 @@ command.add_command(engine)
 
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@out_option("The deployment folder.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the weights.")
 @click.option(
     "--target",
@@ -61,8 +65,9 @@ command.add_command(engine)
     "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
 )
 @assume_pretokenizer_option
+@hub_options
 @click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_options("Print the result as JSON.")
 def base(
     model: str,
     out: Path,
@@ -72,7 +77,8 @@ def base(
     modalities: tuple[str, ...],
     assume_pretokenizer: str | None,
     replace: bool,
-    as_json: bool,
+    access: HubAccess,
+    output: JsonOutput,
 ) -> None:
     """Export MODEL as the base of a deployment.
 
@@ -87,10 +93,15 @@ def base(
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
     """  # noqa: D301
     from adalink.export.base.export import export_base
+    from adalink.export.base.request import check_model, check_place, check_settings
     from adalink.tools.common.quiet import quiet_libraries
+    from adalink.training.models.hub_access import hub_access
     from adalink.training.models.loading import load_tokenizer
 
-    with quiet_libraries():
+    check_settings(DTYPES[dtype], target, quantization, ("text", *modalities))
+    check_place(out, quantization or target, replace=replace)
+    with hub_access(model, access), quiet_libraries():
+        check_model(model, out)
         assumed = None  # the checkpoint brings its own
         if assume_pretokenizer is not None:
             assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
@@ -121,9 +132,12 @@ def base(
         result["unused_tensors"] = list(manifest.base.unused_tensors)
     if vision is not None:
         result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
+    output.give(result, lambda: _show(out, manifest, variant))
+    say_next(*_next(model, out, manifest, quantization or target), output=output)
+
+
+def _show(out: Path, manifest: Manifest, variant: Variant) -> None:
+    vision = manifest.base.vision
     echo(f"{manifest.base.name} ({manifest.base.architecture}, {manifest.base.embedding_dtype}) is in {out}")
     echo(f"  {variant.graph}, {manifest.size_bytes(variant.files) / 1e6:.1f} MB, for {', '.join(variant.backends)}")
     if vision is not None:
@@ -134,6 +148,15 @@ def base(
     echo(f"  fingerprint {manifest.base.fingerprint}")
     if manifest.base.unused_tensors:
         echo(f"  left out of the checkpoint: {', '.join(manifest.base.unused_tensors)}")
+
+
+def _next(model: str, out: Path, manifest: Manifest, variant: str) -> tuple[object, ...]:
+    """What to do with a base; a further form of it, or one that has tasks, is verified first."""
+    if len(manifest.variants) > 1 or variant != "onnxruntime-cpu":
+        return "verify", out, "--against", model, "--variant", variant
+    if manifest.tasks:
+        return "verify", out, "--against", model
+    return "embed" if manifest.base.kind == "encoder" else "run", out, SAMPLE_TEXT
 
 
 def _unit(vision: Vision) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,11 @@ import click
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.adapter_spec import show_rank
 from adalink.tools.common.console import say
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import SAMPLE_TEXT, say_next
+from adalink.tools.common.options import out_option
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest
@@ -23,9 +26,9 @@ _SECONDS_BETWEEN_LINES = 2.0
 _MOST_LISTED = 20
 
 
-@click.command(name="adapter", short_help="Export adapters as tasks of a deployment.")
+@click.command(cls=Verb, name="adapter", short_help="Export adapters as tasks of a deployment.")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The deployment folder.")
+@out_option("The deployment folder.")
 @click.option("--name", help="Name of the task, for one adapter; the adapter folder's by default.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the task's input; the base's by default.")
 @click.option(
@@ -35,7 +38,7 @@ _MOST_LISTED = 20
 )
 @click.option("--assume-base", is_flag=True, help="You know that a PEFT folder was trained for this very base.")
 @click.option("--replace", is_flag=True, help="Take the place of tasks of the same name.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_options("Print the result as JSON.")
 def adapter(
     adapters: tuple[Path, ...],
     out: Path,
@@ -44,7 +47,7 @@ def adapter(
     fold: str | None,
     assume_base: bool,
     replace: bool,
-    as_json: bool,
+    output: JsonOutput,
 ) -> None:
     """Export each ADAPTER, a folder that training or PEFT wrote, as a task of a deployment.
 
@@ -87,11 +90,16 @@ def adapter(
     # On a backend that is not here nothing can be timed; the files are the same.
     can_run = fold is not None and manifest.base.embedding_dtype != "bfloat16"
     trade = fold_trade(out, manifest, next(iter(folders))) if can_run else None
-    if as_json:
-        tasks = [_described(manifest, task) for task in folders]
-        echo(json.dumps({"deployment": str(out), "tasks": tasks, **({"fold_trade": trade} if trade else {})}, indent=2))
-        return
-    for task in list(folders)[:_MOST_LISTED]:
+    result: dict[str, object] = {"deployment": str(out), "tasks": [_described(manifest, task) for task in folders]}
+    if trade is not None:
+        result["fold_trade"] = trade
+    output.give(result, lambda: _show(out, manifest, list(folders), trade))
+    first = next(iter(folders))
+    say_next(_verb(manifest, first), out, SAMPLE_TEXT, "--task", first, output=output)
+
+
+def _show(out: Path, manifest: Manifest, tasks: list[str], trade: dict[str, float] | None) -> None:
+    for task in tasks[:_MOST_LISTED]:
         entry = manifest.tasks[task]
         soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
         method = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
@@ -100,13 +108,21 @@ def adapter(
         if entry.head is not None:
             kind = entry.head.problem_type.replace("_", " ")
             echo(f"  {entry.head_graph}: {kind}, {len(entry.head.labels)} labels; adalink classify gives them")
-    if len(folders) > _MOST_LISTED:
-        echo(f"and {len(folders) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
-    if trade is not None:
+    if len(tasks) > _MOST_LISTED:
+        echo(f"and {len(tasks) - _MOST_LISTED} more; {len(manifest.tasks)} tasks are in {out}")
+    fold = manifest.tasks[tasks[0]].fold
+    if trade is not None and fold is not None:
         echo(
-            f"folded ({fold}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
+            f"folded ({fold.kind}): {trade['fold_bytes'] / 1e6:.2f} MB beside {trade['weights_bytes'] / 1e3:.0f} kB of "
             f"weights; one token takes {trade['fold_us']:.1f} µs, through the graph {trade['graph_us']:.1f} µs"
         )
+
+
+def _verb(manifest: Manifest, task: str) -> str:
+    """The verb that answers by a task."""
+    if manifest.tasks[task].head is not None or manifest.tasks[task].labels is not None:
+        return "classify"
+    return "embed" if manifest.base.kind == "encoder" else "run"
 
 
 def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from adalink.tools.common.console import progress_bar
+from adalink.tools.common.console import progress_bar, say
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import task_option, variant_option
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Manifest
+    from adalink.runtime.trt.record import EngineRecord
 
 _BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
-@click.command(name="engine", short_help="Build a TensorRT engine of a deployment's base.")
+@click.command(cls=Verb, name="engine", short_help="Build a TensorRT engine of a deployment's base.")
 @click.argument("deployment", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--backend", required=True, type=click.Choice(_BACKENDS), help="The library that will run it.")
+@click.option("-b", "--backend", required=True, type=click.Choice(_BACKENDS), help="The library that will run it.")
 @click.option(
     "--target",
     default="current",
@@ -31,12 +40,13 @@ _BACKENDS = ("tensorrt", "tensorrt-rtx")
     "images=1:1:4 at a time for a base that takes some; what is left out has a default.",
 )
 @click.option("--name", help="Name of the variant; the backend's without it.")
-@click.option("--variant", help="The portable variant it is built from; without it, the one there is.")
+@variant_option("The portable variant it is built from; without it, the one there is.")
 @click.option(
-    "--task", "tasks", multiple=True, help="A task whose own graph is built too, for other programs; may be repeated."
+    "--model", metavar="MODEL", help="The base model: its portable graph is exported first, where there is none yet."
 )
+@task_option("A task whose own graph is built too, for other programs; may be repeated.", "tasks", multiple=True)
 @click.option("--replace", is_flag=True, help="Build an engine again that is there already.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_options("Print the result as JSON.")
 def engine(
     deployment: Path,
     backend: str,
@@ -44,9 +54,10 @@ def engine(
     profile: str | None,
     name: str | None,
     variant: str | None,
+    model: str | None,
     tasks: tuple[str, ...],
     replace: bool,
-    as_json: bool,
+    output: JsonOutput,
 ) -> None:
     """Build a TensorRT engine of the base in DEPLOYMENT.
 
@@ -59,6 +70,7 @@ def engine(
     Example:
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable --dtype fp16
       adalink export engine ./deployment --backend tensorrt
+      adalink export engine ./deployment --backend tensorrt --model ./SmolLM2-135M-Instruct
       adalink export engine ./deployment --backend tensorrt-rtx --target sm86,sm89
       adalink export engine ./deployment --backend tensorrt-rtx --profile batch=1:1:4,past=0:256:1023 --replace
     """  # noqa: D301
@@ -67,6 +79,8 @@ def engine(
     from adalink.export.engine.export import export_engine
     from adalink.runtime.trt.record import read_record
 
+    if model is not None:
+        _add_portable_graph(deployment, model, backend, name or backend, tasks, replace=replace)
     with progress_bar() as progress:
         manifest = export_engine(
             deployment,
@@ -98,12 +112,15 @@ def engine(
         "vision": to_builtins(record.vision),
         "tasks": sorted(record.tasks),
     }
-    if as_json:
-        click.echo(json.dumps(result, indent=2))
-        return
-    echo(f"{manifest.base.name} is an engine {variant_name!r} in {deployment}")
+    output.give(result, lambda: _show(deployment, manifest, variant_name, record))
+    say_next("bench", deployment, "--backend", backend, "--variant", variant_name, output=output)
+
+
+def _show(deployment: Path, manifest: Manifest, name: str, record: EngineRecord) -> None:
+    built = manifest.variants[name]
+    echo(f"{manifest.base.name} is an engine {name!r} in {deployment}")
     echo(
-        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {backend} "
+        f"  {built.graph}, {record.plan_bytes / 1e6:.1f} MB, built in {record.build_seconds:.1f} s by {record.backend} "
         f"{record.version} for {', '.join(record.target)}"
     )
     if record.vision is not None:
@@ -113,3 +130,36 @@ def engine(
         )
     echo(f"  profile {record.profile}")
     echo(f"  {len(record.embedders)} embedders, for every task of rank {record.embedder_rank} or less")
+
+
+def _add_portable_graph(
+    deployment: Path, model: str, backend: str, engine: str, tasks: Sequence[str], *, replace: bool
+) -> None:
+    """Export the portable graph of a deployment's base, where it has none; what the engine needs is checked before.
+
+    Raises:
+        AdaLinkError: the engine cannot be built, or the model is not that of the deployment.
+    """
+    from adalink.export.base.export import export_base
+    from adalink.export.base.request import check_model
+    from adalink.export.engine.request import check_request, has_portable
+    from adalink.runtime.storage.manifest_io import read_manifest
+    from adalink.runtime.trt.api import load_api
+    from adalink.tools.common.quiet import quiet_libraries
+
+    manifest = read_manifest(deployment)
+    load_api(backend)
+    check_request(deployment, manifest, engine, tasks, replace=replace)
+    if has_portable(manifest):
+        return
+    check_model(model, deployment)
+    base = manifest.base
+    with quiet_libraries():
+        export_base(
+            model,
+            deployment,
+            dtype=base.embedding_dtype,
+            target="portable",
+            modalities=base.modalities,
+            progress=say,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +11,17 @@ from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
+from adalink.tools.common.hub_options import hub_options
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
 
 if TYPE_CHECKING:
     import onnx
 
     from adalink.runtime.storage.manifest import Base, Manifest, Task, Vision
+    from adalink.training.models.hub_access import HubAccess
 
 Description = dict[str, object]
 
@@ -226,10 +231,11 @@ def _type(value: onnx.ValueInfoProto) -> str:
     return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} ({shape})"
 
 
-@click.command(short_help="Explain a deployment, adapter, model, ONNX file or engine.")
+@click.command(cls=Verb, short_help="Explain a deployment, adapter, model, ONNX file or engine.")
 @click.argument("target")
-@click.option("--json", "as_json", is_flag=True, help="Print the description as JSON.")
-def command(target: str, as_json: bool) -> None:
+@hub_options
+@json_options("Print the description as JSON.")
+def command(target: str, access: HubAccess, output: JsonOutput) -> None:
     """Explain TARGET: a deployment, an adapter folder, a base model, an ONNX file or a compiled engine.
 
     A deployment's files are compared with their digests; a model is loaded to compute its fingerprint. Of an engine's
@@ -242,22 +248,26 @@ def command(target: str, as_json: bool) -> None:
       adalink inspect ./deployment/tasks/topics/adapter.onnx
       adalink inspect ./deployment/engines/tensorrt-rtx/engine.plan
     """  # noqa: D301
-    description = describe(target)
-    if as_json:
-        click.echo(json.dumps(description, indent=2))
-        return
-    from adalink.tools.common.console import print_table
+    from adalink.training.models.hub_access import hub_access
 
-    print_table(f"{target}: {description['kind']}", ("", ""), list(_rows(description)))
+    with hub_access(target, access):
+        description = describe(target)
+    output.give(description, lambda: _show(target, description))
+    say_next(*_next(target, description), output=output)
 
 
-def _rows(description: Description, prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested entries to ``("base.name", "...")`` rows."""
-    rows = []
-    for key, value in description.items():
-        if isinstance(value, dict):
-            rows.extend(_rows(value, f"{prefix}{key}."))
-        elif key != "kind" or prefix:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            rows.append((f"{prefix}{key}", shown))
-    return rows
+def _show(target: str, description: Description) -> None:
+    from adalink.tools.common.console import print_fields
+
+    echo(f"{target}: {description['kind']}")
+    print_fields({name: value for name, value in description.items() if name != "kind"}, indent=2)
+
+
+def _next(target: str, description: Description) -> tuple[str, ...]:
+    """What to do with what was described."""
+    kind = description["kind"]
+    if kind in ("adapter", "model"):
+        return "export", "adapter" if kind == "adapter" else "base", target, "--out", "deployment"
+    if kind == "deployment":
+        return "bench" if description["tasks"] else "serve", target
+    return ("doctor",)

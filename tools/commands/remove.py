@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import variant_option
+from adalink.tools.common.shell_completion import complete_tasks
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
 
 
-@click.command(name="remove", short_help="Remove a task, a graph or an engine from a deployment.")
+@click.command(cls=Verb, name="remove", short_help="Remove a task, a graph or an engine from a deployment.")
 @click.argument("deployment", type=click.Path(path_type=Path))
-@click.argument("task", required=False)
-@click.option("--variant", metavar="NAME", help="Remove this form of the base, such as an engine, instead of a task.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(deployment: Path, task: str | None, variant: str | None, as_json: bool) -> None:
+@click.argument("task", required=False, shell_complete=complete_tasks)
+@variant_option("Remove this form of the base, such as an engine, instead of a task.")
+@json_options("Print the result as JSON.")
+def command(deployment: Path, task: str | None, variant: str | None, output: JsonOutput) -> None:
     """Remove TASK, or one form of the base, from DEPLOYMENT.
 
     Removing a task touches no byte under base/ or engines/; removing a graph or an engine touches no task. A deployment
@@ -35,7 +39,8 @@ def command(deployment: Path, task: str | None, variant: str | None, as_json: bo
     else:
         assert variant is not None
         what, removed, left = "variant", variant, sorted(remove_variant(deployment, variant).variants)
-    if as_json:
-        click.echo(json.dumps({"deployment": str(deployment), "removed": removed, f"{what}s": left}, indent=2))
-        return
-    echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}")
+    output.give(
+        {"deployment": str(deployment), "removed": removed, f"{what}s": left},
+        lambda: echo(f"{what} {removed} is removed from {deployment}; left: {', '.join(left) or 'none'}"),
+    )
+    say_next("inspect", deployment, output=output)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,20 +17,25 @@ from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
 from adalink.tools.common.conversations import is_rows, read_conversations
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import (
     engine_options,
-    is_given,
+    is_typed,
     make_options,
     map_option,
     require_rows,
     rows_option,
     sampling_options,
+    task_option,
     template_option,
+    typed_options,
 )
 from adalink.tools.common.prompt_rows import BadRows
 from adalink.tools.common.prompt_rows import PromptRow as PromptRow
 from adalink.tools.common.rows import read_rows as read_rows
 from adalink.tools.common.terminal_text import echo_generated
+from adalink.tools.common.verb import Verb
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -62,7 +66,7 @@ class RunOptions:
         variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
         full_check: read every file again.
-        as_json: print a JSON line for each result.
+        output: where results go as JSON.
         settings: the other arguments of ``Deployment.generate``.
     """
 
@@ -81,7 +85,7 @@ class RunOptions:
     variant: str | None
     threads: int | None
     full_check: bool
-    as_json: bool
+    output: JsonOutput
     settings: Mapping[str, Any]
 
     @property
@@ -102,7 +106,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
     return biases or None
 
 
-@click.command(short_help="Generate text, or hidden states, with a deployment.")
+@click.command(cls=Verb, short_help="Generate text, or hidden states, with a deployment.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option(
@@ -135,9 +139,12 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
     help="A bad row of a file: answer nothing, or answer the others and exit with 2.",
 )
 @click.option("--text-pair", metavar="TEXT", help="The second text of a pair, for encoders.")
-@click.option("--task", metavar="NAME", help="The task; the base model without it. Rows of a file may name their own.")
+@task_option("The task; the base model without it. Rows of a file may name their own.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), help="Tokens at most; by default the base's own limit, else 64."
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens at most; by default the base's own limit, else 64.",
 )
 @sampling_options
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the prompt and text get less likely.")
@@ -174,7 +181,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
 )
 @engine_options
 @click.option("--full-check", is_flag=True, help="Read every file again, also those known to be unchanged.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line for each result.")
+@json_options("Print one JSON line for each result.")
 def command(**values: Any) -> None:
     """Generate text from TEXT, a file, standard input, or a file of rows, with the deployment in DIR.
 
@@ -192,7 +199,9 @@ def command(**values: Any) -> None:
       adalink run ./deployment --rows rows.csv --template "Text: {text} Topic:" --task topics > answers.jsonl
       adalink run ./deployment "<image> What is this?" --image cat.jpg
     """  # noqa: D301
-    run(make_options(RunOptions, values, rest="settings"))
+    options = make_options(RunOptions, values, rest="settings")
+    run(options)
+    say_next("serve", options.deployment, output=options.output)
 
 
 def run(options: RunOptions) -> None:
@@ -203,13 +212,14 @@ def run(options: RunOptions) -> None:
         AdaLinkError: a prompt, or the deployment, cannot be used.
     """
     from adalink.runtime.deployment import Deployment
+    from adalink.tools.preflight.deployment import check_deployment
 
     sources = (options.text, options.text_file, options.jsonl, options.messages)
     if sum(source is not None for source in sources) > 1:
         raise click.UsageError("give one of TEXT, --file, --rows and --messages")
     if options.images and (options.jsonl or options.messages) is not None:
         raise click.UsageError("--image is for one prompt: name the images of --rows or --messages in its rows")
-    if not options.has_rows and is_given("on_error"):
+    if not options.has_rows and is_typed("on_error"):
         raise click.UsageError("--on-error is for the rows of --rows and --messages: leave it out")
     if options.text_pair is not None and (options.jsonl or options.messages) is not None:
         raise click.UsageError("--text-pair is for one prompt: name the pairs of --rows in its rows")
@@ -223,6 +233,7 @@ def run(options: RunOptions) -> None:
     else:
         prompt = _prompt(options.text, options.text_file)
         rows = [PromptRow(prompt, options.task, options.images, text_pair=options.text_pair)]
+    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
     with Deployment.open(
         options.deployment,
         options.backend,
@@ -238,13 +249,14 @@ def run(options: RunOptions) -> None:
 
 
 def _print_states(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
-    if unused := _passed_options(options.settings):
+    if unused := typed_options(options.settings):
         raise click.UsageError(
             f"{unused[0]} is for generating, and {deployment.manifest.base.name} is an encoder: leave it out"
         )
     rows, encoded = encode_rows(deployment, rows, bad)
-    for entry in bad.among(rows, embed_rows(deployment, rows, encoded)):
-        click.echo(json.dumps(entry))
+    with options.output.lines() as json_line:
+        for entry in bad.among(rows, embed_rows(deployment, rows, encoded)):
+            echo_generated(json_line(entry))
 
 
 def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, options: RunOptions) -> None:
@@ -254,13 +266,16 @@ def _print_texts(deployment: Deployment, rows: list[PromptRow], bad: BadRows, op
     settings["structured"] = _structured(settings.pop("json_schema"), settings.pop("regex"))
     rows, encoded = encode_rows(deployment, rows, bad, chat=settings.pop("chat"), new_tokens=settings["max_new_tokens"])
     ids = [row_ids for row_ids, _ in encoded]
-    is_empty = not options.has_rows and not options.as_json
-    streaming = is_empty and sys.stdout is not None and sys.stdout.isatty()
-    for entry in bad.among(rows, generate_rows(deployment, rows, ids, _write if streaming else None, settings)):
-        if streaming:
-            click.echo()
-        else:
-            echo_generated(entry["text"] if is_empty else json.dumps(entry, ensure_ascii=False))
+    is_plain = not options.has_rows and not options.output.on_stdout
+    streaming = is_plain and sys.stdout is not None and sys.stdout.isatty()
+    answers = generate_rows(deployment, rows, ids, _write if streaming else None, settings)
+    with options.output.lines() as json_line:
+        for entry in bad.among(rows, answers):
+            line = json_line(entry)
+            if streaming:
+                click.echo()
+            else:
+                echo_generated(entry["text"] if is_plain else line)
 
 
 def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParams:
@@ -269,7 +284,7 @@ def _sampling(deployment: Deployment, settings: dict[str, Any]) -> SamplingParam
     params = SamplingParams(**values, base_defaults=not settings.pop("ignore_generation_config"))
     base = deployment.manifest.base
     is_greedy = params.resolve(base.generation, base.vocab_size).temperature == 0
-    if is_greedy and (unused := _passed_options(_FILTERS)):
+    if is_greedy and (unused := typed_options(_FILTERS)):
         raise click.UsageError(f"{unused[0]} needs a --temperature above 0: the likeliest token is taken without one")
     return params
 
@@ -281,12 +296,6 @@ def _structured(schema: Path | None, regex: str | None) -> StructuredOutput | No
     if regex is not None:
         return StructuredOutput(regex=regex)
     return None if schema is None else StructuredOutput(json_schema=_read(schema))
-
-
-def _passed_options(settings: Container[str]) -> list[str]:
-    """The options among ``settings`` that were passed, rather than left at their defaults."""
-    options = click.get_current_context().command.params
-    return [option.opts[0] for option in options if option.name in settings and is_given(option.name)]
 
 
 def _prompt(text: str | None, path: Path | None) -> str:

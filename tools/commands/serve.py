@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import ConfigError
+from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.options import engine_options, make_options
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verbose import warnings_to_stderr
+from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import say, warnings_to_stderr
 
 # Time between two looks at the folder.
 _WATCH_SECONDS = 1.0
@@ -31,6 +32,7 @@ class ServeCommandOptions:
     slots: int
     context: int | None
     queue: int
+    connections: int
     prefix_cache: int
     api_key_file: Path | None
     allow_without_key: bool
@@ -40,14 +42,14 @@ class ServeCommandOptions:
     timeout: float | None
     drain: float
     no_page: bool
-    as_json: bool
+    output: JsonOutput
 
 
-@click.command(short_help="Serve a deployment behind OpenAI's API, every task a model.")
+@click.command(cls=Verb, short_help="Serve a deployment behind OpenAI's API, every task a model.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
+    "-p", "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
 )
 @engine_options
 @click.option(
@@ -64,6 +66,9 @@ class ServeCommandOptions:
     default=256,
     show_default=True,
     help="Requests that wait for a slot; further ones are answered with 503.",
+)
+@click.option(
+    "--connections", type=click.IntRange(min=1), default=512, show_default=True, help="Most open connections."
 )
 @click.option(
     "--prefix-cache",
@@ -105,7 +110,7 @@ class ServeCommandOptions:
     help="Longest wait for running requests at SIGTERM or Ctrl-C.",
 )
 @click.option("--no-page", is_flag=True, help="Leave out the page at /, which asks several models at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line that says where it listens.")
+@json_options("Print as JSON where it listens, in one line.")
 def command(**values: Any) -> None:
     """Serve the deployment in DIR behind OpenAI's API until Ctrl-C or SIGTERM.
 
@@ -129,7 +134,9 @@ def run(options: ServeCommandOptions) -> None:
     from adalink.serving.keys import read_keys
     from adalink.serving.options import ServeOptions
     from adalink.serving.server import serve
+    from adalink.tools.preflight.deployment import check_deployment
 
+    check_deployment(options.deployment, backend=options.backend, variant=options.variant)
     keys = () if options.api_key_file is None else read_keys(options.api_key_file)
     settings = ServeOptions(
         api_keys=keys,
@@ -138,6 +145,7 @@ def run(options: ServeCommandOptions) -> None:
         request_seconds=options.timeout,
         watch_seconds=_WATCH_SECONDS if options.watch else None,
         drain_seconds=options.drain,
+        connections=options.connections,
         slots=options.slots,
         context=options.context,
         page=not options.no_page,
@@ -159,12 +167,14 @@ def run(options: ServeCommandOptions) -> None:
         def announce(host: str, port: int) -> None:
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             models = [deployment.manifest.base.name, *deployment.tasks]
-            if options.as_json:
-                page = None if options.no_page else f"{url}/"
-                click.echo(json.dumps({"url": url, "host": host, "port": port, "models": models, "page": page}))
-            else:
-                page = "" if options.no_page else f", with a page at {url}/"
-                echo(f"serving {', '.join(models)} at {url}/v1{page}")
+            page = None if options.no_page else f"{url}/"
+            report = {"url": url, "host": host, "port": port, "models": models, "page": page}
+
+            def show() -> None:
+                echo(f"serving {', '.join(models)} at {url}/v1{f', with a page at {page}' if page else ''}")
+                say(f"next: curl {url}/v1/models")
+
+            options.output.give(report, show, one_line=True)
 
         serve(
             deployment,

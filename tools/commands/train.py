@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +14,29 @@ import click
 from adalink.runtime.errors import BackendUnavailableError, ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
-from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.label_spec import LabelSet
-from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.common.console import say
+from adalink.tools.common.head_options import head_options
+from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.interrupts import Interrupts
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
 from adalink.tools.common.rank_option import read_rank
 from adalink.tools.common.resumption import resumable
 from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
+from adalink.tools.common.verbose import is_quiet
+from adalink.training.loop_options import REPORTERS, LoopOptions
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
+from adalink.training.models.hub_access import HubAccess, hub_access
 from adalink.training.settings import (
     DEVICES,
     PRECISIONS,
     RATES,
-    REPORTERS,
     SEARCHED_INIT,
     HeadSettings,
-    LoopOptions,
     SearchSettings,
     TrainSettings,
 )
@@ -43,7 +47,7 @@ class TrainOptions:
     """Options of ``adalink train``, by the names of its parameters.
 
     Attributes:
-        base: model folder, GGUF file or hub id.
+        base: model folder, GGUF file or hub id, which ``access`` is for.
         data: rows to learn from.
         eval_data: rows to measure on; ``None`` to hold some of ``data`` out.
         columns: names of the rows' columns, as ``NAME=COLUMN,...``.
@@ -53,15 +57,16 @@ class TrainOptions:
         modalities: what is adapted; text alone if none is named.
         init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
         minutes: time of a search; ``None`` for none.
-        pooling: of a task with labels, as the three that follow: see ``HeadSettings``.
+        pooling: of a task with labels, as the four that follow: see ``HeadSettings``.
         assume_pretokenizer: see ``load_tokenizer``.
         resume: go on with an interrupted run.
-        as_json: print the whole report.
+        output: where the whole report goes as JSON.
 
     The others are fields of ``AdaLinkConfig`` and ``TrainSettings``, where they are described and checked.
     """
 
     base: str
+    access: HubAccess
     data: Path
     eval_data: Path | None
     columns: tuple[str, ...]
@@ -90,11 +95,12 @@ class TrainOptions:
     labels: tuple[str, ...]
     pooling: str | None
     problem_type: str | None
+    head_kind: str
     head_lr: float
     head_alone: bool
     assume_pretokenizer: str | None
     resume: bool
-    as_json: bool
+    output: JsonOutput
 
     def method(self) -> AdaLinkConfig:
         """The settings of the method; raises ``ConfigError``."""
@@ -132,10 +138,14 @@ class TrainOptions:
 
     def head(self) -> HeadSettings | None:
         """Settings of a task with labels; ``None`` where no option asks for one. Raises ``ConfigError``."""
-        if not any(map(is_given, ("pooling", "problem_type", "head_lr", "head_alone"))):
+        if not any(map(is_given, ("pooling", "problem_type", "head_kind", "head_lr", "head_alone"))):
             return None
         return HeadSettings(
-            problem_type=self.problem_type, pooling=self.pooling, lr=self.head_lr, alone=self.head_alone
+            problem_type=self.problem_type,
+            pooling=self.pooling,
+            kind=self.head_kind,
+            lr=self.head_lr,
+            alone=self.head_alone,
         )
 
     def search(self, config: AdaLinkConfig) -> SearchSettings | None:
@@ -155,12 +165,18 @@ class TrainOptions:
 
 
 _METHOD = AdaLinkConfig()
+# Where examples put a deployment.
+_DEPLOYMENT = "deployment"
 
 
-@click.command(name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
-@click.option("--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
+@click.command(cls=Verb, name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
+@click.option("-m", "--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Rows to learn from: JSONL, JSON, CSV, TSV, Parquet."
+    "-d",
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Rows to learn from: JSONL, JSON, CSV, TSV, Parquet.",
 )
 @click.option(
     "--eval",
@@ -169,9 +185,10 @@ _METHOD = AdaLinkConfig()
     show_default="a fifth of --data, by --seed, each label's share",
     help="Rows to measure on.",
 )
+@hub_options
 @map_option
 @template_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Adapter folder to write or replace.")
 @click.option(
     "--rank",
     "ranks",
@@ -260,25 +277,10 @@ _METHOD = AdaLinkConfig()
     metavar="TEXT",
     help="A completion that is a label, for `adalink classify`; repeat it for each. By default all, if few.",
 )
-@click.option(
-    "--pooling",
-    type=click.Choice(POOLING_MODES),
-    show_default="the base's own, else mean",
-    help="For rows with labels: how the states of a text become one.",
-)
-@click.option(
-    "--problem-type",
-    type=click.Choice(PROBLEM_TYPES),
-    show_default="what the rows look like",
-    help="For rows with labels.",
-)
-@click.option(
-    "--head-lr", default=HeadSettings.lr, show_default=True, help="Highest learning rate of the head, likewise."
-)
-@click.option("--head-alone", is_flag=True, help="Likewise: train no bottleneck, only a head on the base's states.")
+@head_options
 @assume_pretokenizer_option
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same settings.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_options("Print the report as JSON.")
 def command(**values: Any) -> None:
     """Train an AdaLink adapter for a frozen MODEL on rows of prompt and completion, or of text and labels.
 
@@ -307,7 +309,12 @@ def command(**values: Any) -> None:
       adalink train ... --search 10 --rank 16 --activation identity  # choose the rate alone
       adalink train --base ./all-MiniLM-L6-v2 --data train.jsonl --eval eval.jsonl --out ./adapters/intent
     """  # noqa: D301
-    train_adapter(make_options(TrainOptions, values))
+    options = make_options(TrainOptions, values)
+    train_adapter(options)
+    if Path(_DEPLOYMENT, "manifest.json").is_file():
+        say_next("export", "adapter", options.out, "--out", _DEPLOYMENT, output=options.output)
+    else:
+        say_next("export", "base", options.base, "--out", _DEPLOYMENT, output=options.output)
 
 
 def train_adapter(options: TrainOptions) -> None:
@@ -319,6 +326,19 @@ def train_adapter(options: TrainOptions) -> None:
     config = options.method()
     source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
+    from adalink.tools.preflight.training import check_training
+
+    head = options.head()
+    check_training(
+        options.base,
+        source,
+        options.eval_data,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        wants_head=head is not None,
+        problem_type=options.problem_type,
+    )
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.trained import PAGE_FILE, make_page
@@ -342,7 +362,8 @@ def train_adapter(options: TrainOptions) -> None:
         extra_files=make_page if has_page else lambda outcome: {},
     )
     # Libraries log to stdout, which is for the result.
-    with contextlib.redirect_stdout(sys.stderr), quiet_libraries(), resumable(options.out, line):
+    log = contextlib.redirect_stdout(io.StringIO() if is_quiet() else sys.stderr)
+    with hub_access(options.base, options.access), log, quiet_libraries(), resumable(options.out, line):
         report = train(
             options.base,
             source,
@@ -351,21 +372,23 @@ def train_adapter(options: TrainOptions) -> None:
             config,
             settings,
             space=space,
-            head=options.head(),
+            head=head,
             loop=loop,
             assume_pretokenizer=options.assume_pretokenizer,
         )
-    if options.as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
     if has_page:
         say(f"evaluation page: {options.out / PAGE_FILE}")
+    options.output.give(report, lambda: _show(options.out, report))
+
+
+def _show(out: Path, report: dict[str, Any]) -> None:
+    rows = report["data"]["eval"]["rows"]
     if "evaluation" in report:
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report["evaluation"].items())
-        echo(f"adapter {options.out}: {shown} on {report['data']['eval']['rows']} eval rows")
+        echo(f"adapter {out}: {shown} on {rows} eval rows")
         return
     accuracy = report["exact_match"]
     echo(
-        f"adapter {options.out}: exact match {accuracy['adapter']:.1%} on {report['data']['eval']['rows']} eval rows "
+        f"adapter {out}: exact match {accuracy['adapter']:.1%} on {rows} eval rows "
         f"(base without it: {accuracy['base']:.1%}); last loss {report['loss_curve'][-1]['loss']:.3f}"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +11,21 @@ import click
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.hub_options import hub_options
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import say_next
 from adalink.tools.common.options import (
     assume_pretokenizer_option,
+    engine_options,
     make_options,
     map_option,
     require_rows,
     template_option,
 )
-from adalink.tools.common.report_file import ReportFile, write_json
-from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
 
 if TYPE_CHECKING:
-    from adalink.tools.parity.report import Report
+    from adalink.training.models.hub_access import HubAccess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,15 @@ class VerifyCommand:
     columns: tuple[str, ...]
     template: str | None
     assume_pretokenizer: str | None
-    json_file: Path | None
+    access: HubAccess
+    output: JsonOutput
 
 
-@click.command(short_help="Prove that a deployment computes what PyTorch computes.")
+@click.command(cls=Verb, short_help="Prove that a deployment computes what PyTorch computes.")
 @click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="MODEL", help="The base model: a folder, a GGUF file or a hub id.")
+@click.option(
+    "-m", "--against", required=True, metavar="MODEL", help="The base model: a folder, a GGUF file or a hub id."
+)
 @click.option(
     "--adapter",
     "adapters",
@@ -57,9 +61,7 @@ class VerifyCommand:
     metavar="NAME=FOLDER",
     help="Compare task NAME with this adapter folder instead of the copy in the deployment. May be repeated.",
 )
-@click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine is verified.")
-@click.option("--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
+@engine_options
 @click.option("--quick", is_flag=True, help="Fewer prompts; every kind of check is still made.")
 @click.option(
     "--text",
@@ -83,7 +85,8 @@ class VerifyCommand:
 @map_option
 @template_option
 @assume_pretokenizer_option
-@click.option("--json", "json_file", type=ReportFile(), help="Also write a JSON report.")
+@hub_options
+@json_options("Print the report as JSON.")
 def command(**values: Any) -> None:
     """Prove that the deployment in DIR computes what PyTorch computes from MODEL.
 
@@ -92,32 +95,47 @@ def command(**values: Any) -> None:
     was rebuilt. Limits are derived (docs/concepts/parity.md), not chosen. A quantised engine is compared with PyTorch
     running the engine's weights, dequantised; a separate table shows the cost of quantising.
 
+    The verdict comes first and last, with a line for each check between. -v adds what each check found, and the
+    receipt.
+
     Exit codes: 0 all checks passed, 1 a check failed, 2 it could not be measured.
 
     \b
     Example:
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct
-      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --quick --json parity.json
+      adalink verify ./deployment --against ./SmolLM2-135M-Instruct --quick --json-file parity.json
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --text book.txt
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --variant int4 --rows topics=test.jsonl
       adalink verify ./deployment --against ./SmolLM2-135M-Instruct --adapter topics=./adapters/topics
     """  # noqa: D301
-    verify_deployment(make_options(VerifyCommand, values))
+    arguments = make_options(VerifyCommand, values)
+    if not verify_deployment(arguments):
+        say_next("inspect", arguments.deployment, output=arguments.output)
+        raise click.exceptions.Exit(1)
+    say_next("bench", arguments.deployment, "--variant", arguments.variant, output=arguments.output)
 
 
-def verify_deployment(arguments: VerifyCommand) -> None:
-    """Verify, print the checks and write the report; raises ``click.exceptions.Exit`` with 1 if one failed."""
+def verify_deployment(arguments: VerifyCommand) -> bool:
+    """Verify, print the checks and write the report; returns whether all passed."""
     from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
     from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.parity.suite import VerifyOptions, verify
+    from adalink.tools.parity.terminal import print_report
+    from adalink.tools.preflight.deployment import check_deployment
+    from adalink.training.models.hub_access import hub_access
+    from adalink.training.models.source import find_source
 
     started = time.monotonic()
-    with quiet_libraries():
-        adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
-        task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
-        require_rows(bool(task_rows), "columns", "template")
-        columns = read_columns(arguments.columns)
+    adapters = _parse_pairs(arguments.adapters, "--adapter", "NAME=FOLDER")
+    task_rows = _parse_pairs(arguments.task_rows, "--rows", "NAME=FILE")
+    require_rows(bool(task_rows), "columns", "template")
+    columns = read_columns(arguments.columns)
+    check_deployment(
+        arguments.deployment, (*adapters, *task_rows), backend=arguments.backend, variant=arguments.variant
+    )
+    with hub_access(arguments.against, arguments.access), quiet_libraries():
+        find_source(arguments.against)
         options = VerifyOptions(
             backend=arguments.backend,
             variant=arguments.variant,
@@ -142,45 +160,8 @@ def verify_deployment(arguments: VerifyCommand) -> None:
         "threads": arguments.threads,
         "against": Path(arguments.against).name,
     }
-    print_report(report)
-    if arguments.json_file is not None:
-        write_json(arguments.json_file, report.as_json(environment))
-    if not report.passed:
-        raise click.exceptions.Exit(1)
-
-
-def print_report(report: Report) -> None:
-    """The checks as a table, then the receipt."""
-    from adalink.tools.common.console import print_table
-
-    rows = [
-        (
-            "pass" if check.passed else "FAIL",
-            check.name,
-            f"{check.measured:.3g}",
-            f"{'> ' if check.name.startswith('control/') else '≤ '}{check.limit:.3g}",
-            check.detail,
-        )
-        for check in report.checks
-    ]
-    print_table("Parity with PyTorch", ("", "check", "measured", "limit", "detail"), rows)
-    if report.cost:
-        sides = ("float32", "weights", "deployed")
-        lines = [(name, *map(_figure, (row[side] for side in sides))) for name, row in report.cost.items()]
-        print_table("Cost of quantising", ("", "float32", "quantised weights", "as deployed"), lines)
-    for line in report.skipped:
-        echo(f"Not checked: {line}")
-    print_table("Receipt", ("", ""), [(key, _shown(value)) for key, value in report.receipt.items()])
-    failed = [check.name for check in report.checks if not check.passed]
-    if failed:
-        echo(f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(failed)}")
-    else:
-        echo(f"All {len(report.checks)} checks passed.")
-
-
-def _figure(value: float) -> str:
-    """A figure of the cost; nothing where there is none."""
-    return "" if math.isnan(value) else f"{value:.5g}"
+    arguments.output.give(report.as_json(environment), lambda: print_report(report))
+    return report.passed
 
 
 def _read_text(path: Path) -> str:
@@ -191,14 +172,6 @@ def _read_text(path: Path) -> str:
     if not text.strip():
         raise DataError(f"{path} holds no text, expected some to measure perplexity on")
     return text
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return " -> ".join(map(str, value))
-    return (
-        "\n".join(f"{key}: {entry}" for key, entry in value.items()) if isinstance(value, dict) else json.dumps(value)
-    )
 
 
 def _parse_pairs(pairs: tuple[str, ...], option: str, form: str) -> dict[str, Path]:

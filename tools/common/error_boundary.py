@@ -25,13 +25,14 @@ _EXTRAS = {
     "optimum": "export",
     "peft": "study",
     "prometheus_client": "serve",
+    "sklearn": "eval",
     "starlette": "serve",
     "torch": "export",
     "transformers": "export",
     "uvicorn": "serve",
 }
 # Verb -> the extra that brings all it needs.
-_EXTRA_OF_VERB = {"train": "train", "verify": "cpu,export,train"}
+_EXTRA_OF_VERB = {"quickstart": "cpu,eval,export,train", "train": "train", "verify": "cpu,export,train"}
 # Modules of the kit and of its checkout: a missing one is a bug.
 _OURS = ("adalink", "benchmarks", "examples", "studies")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
+
+from adalink.tools.common.config_file import option_key
+from adalink.tools.common.shell_completion import complete_backends, complete_tasks, complete_variants
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -26,11 +29,47 @@ assume_pretokenizer_option = click.option(
 
 def engine_options(command: F) -> F:
     """``--backend``, ``--variant`` and ``--threads``: of every verb that opens a deployment to run it."""
-    command = click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")(command)
-    command = click.option(
-        "--variant", metavar="NAME", help="Which form of the base, such as int4; not a quantised one by default."
+    return backend_option(variant_option()(threads_option(command)))
+
+
+def backend_option(command: F) -> F:
+    """``--backend``."""
+    return click.option(
+        "-b",
+        "--backend",
+        default="onnxruntime-cpu",
+        show_default=True,
+        shell_complete=complete_backends,
+        help="Which engine.",
     )(command)
-    return click.option("--backend", default="onnxruntime-cpu", show_default=True, help="Which engine.")(command)
+
+
+def variant_option(
+    help_text: str = "Which form of the base, such as int4; not a quantised one by default.",
+    *names: str,
+    **settings: Any,
+) -> Callable[[F], F]:
+    """``--variant``; ``names`` and ``settings`` are click's."""
+    return click.option(
+        "--variant", *names, metavar="NAME", shell_complete=complete_variants, help=help_text, **settings
+    )
+
+
+def threads_option(command: F) -> F:
+    """``--threads``."""
+    return click.option("-j", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")(command)
+
+
+def task_option(help_text: str, *names: str, **settings: Any) -> Callable[[F], F]:
+    """``--task``; ``names`` and ``settings`` are click's."""
+    return click.option(
+        "-t", "--task", *names, metavar="NAME", shell_complete=complete_tasks, help=help_text, **settings
+    )
+
+
+def out_option(help_text: str) -> Callable[[F], F]:
+    """``--out``, a folder that is written."""
+    return click.option("-o", "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help=help_text)
 
 
 def map_option(command: F) -> F:
@@ -55,7 +94,7 @@ def template_option(command: F) -> F:
 
 def require_rows(has_rows: bool, *parameters: str) -> None:
     """Refuse ``--map`` and ``--template`` where there are no rows; raises ``click.UsageError``."""
-    if not has_rows and (given := [name for name in parameters if is_given(name)]):
+    if not has_rows and (given := [name for name in parameters if is_typed(name)]):
         raise click.UsageError(
             f"{'--map' if given[0] == 'columns' else '--template'} is for the rows of --rows: leave it out"
         )
@@ -66,6 +105,7 @@ def rows_option(help_text: str) -> Callable[[F], F]:
 
     def add(command: F) -> F:
         option = click.option(
+            "-r",
             "--rows",
             "--jsonl",
             "jsonl",
@@ -115,6 +155,17 @@ def make_options(kind: type[T], values: Mapping[str, Any], rest: str | None = No
     return kind(**arguments)
 
 
+def is_typed(parameter: str) -> bool:
+    """Whether an option of the running command is on its command line; a default for all calls is no demand."""
+    return click.get_current_context().get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+
+
+def typed_options(parameters: Container[str]) -> list[str]:
+    """Long names of the options among ``parameters`` that are on the command line."""
+    options = [one for one in click.get_current_context().command.params if isinstance(one, click.Option)]
+    return [f"--{option_key(one)}" for one in options if one.name in parameters and is_typed(one.name)]
+
+
 def is_given(parameter: str) -> bool:
-    """Whether an option of the running command was passed, rather than left at its default."""
+    """Whether an option of the running command has a value of the user's, wherever that stands."""
     return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT

@@ -1,4 +1,4 @@
-"""Writing a report as JSON: whole or not at all."""
+"""Writing a report: whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from adalink.runtime.storage.atomic import replace_file
 
 
 class ReportFile(click.Path):
@@ -27,10 +25,16 @@ class ReportFile(click.Path):
         return path
 
 
-def write_json(path: Path, report: Mapping[str, object], *, option: str = "--json") -> None:
-    """Write ``report``, strictly JSON (no NaN), beside ``path`` and rename it in; raises ``WriteError``.
+def write_json(path: Path, report: Mapping[str, object], *, option: str = "--json-file") -> None:
+    """Write ``report``, strictly JSON (no NaN), as ``write_text`` writes a text."""
+    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n", option=option)
+
+
+def write_text(path: Path, text: str, *, option: str = "--json-file") -> None:
+    """Write ``text`` beside ``path`` and rename it in; raises ``WriteError``.
 
     ``option`` is the one that says where, for the message.
     """
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    from adalink.runtime.storage.atomic import replace_file  # here, because it brings numpy along
+
     replace_file(path, text.encode(), repair=f"choose a writable place with {option}", private=True)

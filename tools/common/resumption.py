@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
+from adalink.training.run_folder import checkpoints_of
 
 _INTERRUPTED = 130
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -30,7 +31,7 @@ def resumable(out: Path, line: StepLine) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         line.close()
-        checkpoints = out.resolve().parent / f"{out.resolve().name}.checkpoints"
+        checkpoints = checkpoints_of(out.resolve())
         if not checkpoints.is_dir():
             echo("Interrupted before the first step: nothing was written.", err=True)
         else:

@@ -7,10 +7,10 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from adalink.tools.common.console import say
+from adalink.tools.common.verbose import is_quiet, say
 
 if TYPE_CHECKING:
-    from adalink.training.settings import StepProgress
+    from adalink.training.loop_options import StepProgress
 
 _SECONDS_BETWEEN = 0.1
 
@@ -19,7 +19,7 @@ class StepLine:
     """The line of one run, on stderr."""
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty() and not is_quiet()
         self._is_open = False
         self._shown_at, self._shown = 0.0, ""
 

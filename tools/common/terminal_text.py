@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     return _IN_NAMES.sub(_escape, text)
 
 
+def json_text(text: str) -> str:
+    """JSON with control characters and bidi controls written as JSON's escapes: a terminal may show it as it is."""
+    return _IN_NAMES.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
 def echo(text: str = "", *, err: bool = False) -> None:
     """Print one line of the kit's own, on stdout or stderr."""
     click.echo(printable(text), err=err)

@@ -1,4 +1,4 @@
-"""``adalink --verbose``: the kit's log on stderr while a verb runs."""
+"""How much a verb says: ``-q`` for errors and the answer alone, ``-v`` for details and the kit's log on stderr."""
 
 from __future__ import annotations
 
@@ -11,27 +11,59 @@ from adalink.tools.common.terminal_text import echo
 _ROOT = "adalink"  # adalink.runtime.logs.ROOT, whose package would bring numpy along
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+# Of the process, since progress comes from threads too.
+_level = 0
+
+
+def is_quiet() -> bool:
+    """Whether the running verb has ``-q``."""
+    return _level < 0
+
+
+def is_verbose() -> bool:
+    """Whether the running verb has ``-v``."""
+    return _level > 0
+
+
+def say(message: str) -> None:
+    """Print one line of progress, or a note, on stderr; nothing with ``-q``."""
+    if not is_quiet():
+        echo(message, err=True)
+
 
 @contextmanager
-def log_to_stderr(verbosity: int) -> Iterator[None]:
-    """Show the log on stderr until the block ends.
+def verbosity(level: int) -> Iterator[None]:
+    """Say less or more until the block ends.
 
     Args:
-        verbosity: 0 for nothing, 1 for events (``INFO``), 2 and more for caches too (``DEBUG``).
+        level: -1 for errors and answers alone, 0 for progress and hints too, 1 for details and the log's events
+            (``INFO``), 2 and more for caches too (``DEBUG``).
     """
-    if verbosity < 1:
+    global _level
+    before, _level = _level, level
+    try:
+        with log_to_stderr(level):
+            yield
+    finally:
+        _level = before
+
+
+@contextmanager
+def log_to_stderr(level: int) -> Iterator[None]:
+    """Show the log on stderr until the block ends, from level 1 on; see ``verbosity``."""
+    if level < 1:
         yield
         return
     logger, handler = logging.getLogger(_ROOT), _StderrHandler()
     handler.setFormatter(logging.Formatter(_FORMAT))
-    level = logger.level
-    logger.setLevel(logging.INFO if verbosity == 1 else logging.DEBUG)
+    before = logger.level
+    logger.setLevel(logging.INFO if level == 1 else logging.DEBUG)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def check_head(
         worst = float(np.nan_to_num(np.abs(received - scores) / bounds, nan=np.inf).max())
         if not worst <= ratio or index == 0:
             ratio, detail = worst, f"measured / bound of the scores of {len(texts)} texts, nearest at text {index}"
-        if fault := _fault_in_answer(said, text, head, encoded, scores, bounds):
+        if fault := fault_in_answer(said, text, head, encoded, scores, bounds):
             first = f"text {index}: {fault}" if not wrong else first
             wrong += 1
     return [
@@ -181,7 +181,7 @@ def _limit(head: Head, adapter: Adapter, deployment: Deployment) -> int:
     return head.max_tokens if positions is None else min(head.max_tokens, positions - adapter.config.soft_tokens)
 
 
-def _fault_in_answer(
+def fault_in_answer(
     said: Any, text: str | tuple[str, str], head: Head, encoded: Any, scores: Float64, bounds: Float64
 ) -> str:
     """What is wrong with an answer, given the scores of PyTorch; empty if nothing, or where two scores are a tie."""

@@ -13,6 +13,7 @@ from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError, UnknownTaskError
+from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import Adapter, read_adapter
@@ -35,6 +36,7 @@ from adalink.tools.parity.check_batches import STEPS, Batch
 from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_head import check_head, is_head_alone
+from adalink.tools.parity.check_labels import check_labels
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
 from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
@@ -209,6 +211,7 @@ def _require_tasks(deployment: Deployment, names: Iterable[str]) -> None:
     if unknown := sorted(set(names) - set(deployment.tasks)):
         raise UnknownTaskError(
             f"task {unknown[0]!r} is not deployed here; deployed are: {', '.join(deployment.tasks) or 'none'}"
+            f"{did_you_mean(unknown[0], deployment.tasks)}"
         )
 
 
@@ -282,6 +285,8 @@ def _check_outputs(
                 progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
                 typical = (compared_images[task] if batch.has_images else comparison).typical["logits"]
                 report.checks += batch.check(label, task, reference, typical)
+            if texts is not None:
+                report.checks += check_labels(task, deployment, reference, texts, comparison.typical["logits"])
             if joined is not None and generator is not None:
                 joined.judge(task, reference, generator, comparison.typical["logits"])
     for task in deployment.tasks:

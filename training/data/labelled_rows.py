@@ -21,7 +21,7 @@ from adalink.runtime.rows.source import RowSource
 from adalink.runtime.rows.table import Row, is_text, origin_of, read_table
 from adalink.runtime.storage.head_spec import MULTI_LABEL, OUTSIDE, REGRESSION, SINGLE_LABEL, TOKENS, Head
 
-_EXPECTED = '{"text": "...", "label": "..."}'
+EXPECTED = '{"text": "...", "label": "..."}'
 # More labels than rows for each are texts, not labels.
 _FEWEST_ROWS = 1.5
 _NAMES = ("text", "text_pair", "label", "labels", "spans", "tokens", "tags")
@@ -72,7 +72,7 @@ class LabelledRow(msgspec.Struct, frozen=True, kw_only=True):
 def has_labels(source: str | Path | RowSource) -> bool:
     """Whether the first row of a file has a text or labels, and no prompt; raises ``DataError``."""
     source = RowSource.of(source)
-    for row in read_table(source, f'{{"prompt": "...", "completion": "..."}} or {_EXPECTED}'):
+    for row in read_table(source, f'{{"prompt": "...", "completion": "..."}} or {EXPECTED}'):
         return not {"prompt", "messages"} & row.fields.keys() and bool(_LABELS & row.fields.keys())
     return False
 
@@ -93,7 +93,7 @@ def read_labelled_rows(
         DataError: a row has another form; the message names its place.
     """
     source = RowSource.of(source)
-    rows = [(_read_row(row), row.line) for row in read_table(source, _EXPECTED)]
+    rows = [(_read_row(row), row.line) for row in read_table(source, EXPECTED)]
     if is_text(source.path) and (problem_type == REGRESSION or (problem_type is None and _are_decimal(rows))):
         rows = [(_with_number(row, origin_of(source.path, line)), line) for row, line in rows]
     kind = problem_type or _problem_type([row for row, _ in rows])
@@ -102,10 +102,12 @@ def read_labelled_rows(
 
 def _read_row(row: Row) -> _Row:
     row.extras(_NAMES)
+    if not _LABELS & row.fields.keys():
+        row.text("text", EXPECTED)  # which says what columns there are
     try:
         return msgspec.convert({name: row.fields[name] for name in _NAMES if name in row.fields}, _Row)
     except msgspec.ValidationError as error:
-        raise DataError(f"{row.origin}: {error}; expected {_EXPECTED}") from error
+        raise DataError(f"{row.origin}: {error}; expected {EXPECTED}") from error
 
 
 def _are_decimal(rows: Sequence[tuple[_Row, int]]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.rows.lines import is_standard_input
@@ -16,6 +16,9 @@ from adalink.training.data.labelled_rows import LabelledRow, read_labelled_rows
 from adalink.training.data.row_warnings import label_key, prompt_key, warn_of_labels, warn_of_prompts
 from adalink.training.data.rows import TrainingRow, read_rows
 
+if TYPE_CHECKING:
+    from adalink.training.settings import TrainSettings
+
 R = TypeVar("R")
 Progress = Callable[[str], None]
 Files = dict[str, dict[str, Any]]
@@ -25,13 +28,6 @@ def check_files(data: RowSource, eval_data: RowSource | None) -> None:
     """Refuse standard input, which can be read once only; raises ``DataError``."""
     if is_standard_input(data.path) or (eval_data is not None and is_standard_input(eval_data.path)):
         raise DataError("training rows are read more than once: save standard input as a file, and give its name")
-
-
-class Lot(NamedTuple):
-    """How rows are held out: the seed of the lot, and whether some are held out to end the run by."""
-
-    seed: int
-    has_validation: bool
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,9 @@ class RunRows(Generic[R]):
         return [*self.learned, *self.validation]
 
 
-def read_prompts(data: RowSource, eval_data: RowSource | None, lot: Lot, progress: Progress) -> RunRows[TrainingRow]:
+def read_prompts(
+    data: RowSource, eval_data: RowSource | None, settings: TrainSettings, progress: Progress
+) -> RunRows[TrainingRow]:
     """Rows with prompts.
 
     Raises:
@@ -64,7 +62,7 @@ def read_prompts(data: RowSource, eval_data: RowSource | None, lot: Lot, progres
     """
     rows = read_rows(data)
     eval_rows = None if eval_data is None else read_rows(eval_data)
-    parted = _part(data, eval_data, rows, eval_rows, prompt_key, lambda row: row.completion, lot, progress)
+    parted = _part(data, eval_data, rows, eval_rows, prompt_key, lambda row: row.completion, settings, progress)
     for line in warn_of_prompts(parted.training, parted.measured):
         progress(f"warning: {data.path}: {line}")
     return parted
@@ -74,7 +72,7 @@ def read_labelled(
     data: RowSource,
     eval_data: RowSource | None,
     problem_type: str | None,
-    lot: Lot,
+    settings: TrainSettings,
     progress: Progress,
 ) -> tuple[str, RunRows[LabelledRow]]:
     """Rows with labels, and their problem type first; raises as ``read_prompts``."""
@@ -84,7 +82,7 @@ def read_labelled(
     def label(row: LabelledRow) -> Hashable:
         return row.labels if kind == SINGLE_LABEL else ()
 
-    parted = _part(data, eval_data, rows, eval_rows, label_key, label, lot, progress)
+    parted = _part(data, eval_data, rows, eval_rows, label_key, label, settings, progress)
     for line in warn_of_labels(parted.training, parted.measured):
         progress(f"warning: {data.path}: {line}")
     return kind, parted
@@ -97,21 +95,21 @@ def _part(
     eval_rows: list[R] | None,
     key: Callable[[R], Hashable],
     label: Callable[[R], Hashable],
-    lot: Lot,
+    settings: TrainSettings,
     progress: Progress,
 ) -> RunRows[R]:
     """Hold rows out of those to learn from: to measure on where there are no others, and to end the run by."""
     splits: dict[str, Split] = {}
     if eval_rows is None:
         labels = [label(row) for row in rows]
-        splits["split"] = split = hold_out([key(row) for row in rows], labels, lot.seed)
+        splits["split"] = split = hold_out([key(row) for row in rows], labels, settings.seed)
         progress(describe_split(split, labels))
         rows, eval_rows = pick(rows, split.train), pick(rows, split.held_out)
     record = _record(data, eval_data, rows, eval_rows)
     validation: list[R] = []
-    if lot.has_validation:
+    if settings.early_stopping is not None:
         labels = [label(row) for row in rows]
-        splits["validation"] = split = hold_out([key(row) for row in rows], labels, lot.seed, VALIDATION_SHARE)
+        splits["validation"] = split = hold_out([key(row) for row in rows], labels, settings.seed, VALIDATION_SHARE)
         rows, validation = pick(rows, split.train), pick(rows, split.held_out)
         progress(f"early stopping: {len(validation)} of the training rows are held out to decide by")
     return RunRows(rows, eval_rows, validation, record | {name: split.as_record() for name, split in splits.items()})

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adalink.runtime.errors import ModelError
+from adalink.runtime.near_names import did_you_mean
+from adalink.training.models.hub import check_hub
+from adalink.training.models.hub_access import hub_options
 from adalink.training.models.weight_files import INDEX_FILE, PICKLED_SUFFIXES, check_pointers
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,17 @@ class Source:
     def options(self) -> dict[str, str | bool]:
         """Arguments of transformers' loaders."""
         # Never run a checkpoint's own code; without this setting transformers may ask on a terminal.
-        options: dict[str, str | bool] = {"trust_remote_code": False}
+        options: dict[str, str | bool] = {"trust_remote_code": False, **hub_options(self.origin)}
         return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
 
 def find_source(spec: str | Path) -> Source:
-    """Resolve ``spec``; raises ``ModelError`` for a checkpoint that cannot be loaded without unpickling."""
+    """Resolve ``spec``.
+
+    Raises:
+        ModelError: there is no such file or folder and no such hub id in reach, or the checkpoint cannot be loaded
+            without unpickling.
+    """
     path = Path(spec).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -45,7 +53,12 @@ def find_source(spec: str | Path) -> Source:
     if path.is_dir():
         return _find_in_folder(path)
     if not _HUB_ID.fullmatch(str(spec)):
-        raise ModelError(f"base model {spec}: no such file or folder, and not a hub id such as 'org/name'")
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"base model {spec}: there is no such file or folder here, and it is no hub id, which is "
+            f"org/name{did_you_mean(path.name, beside)}"
+        )
+    check_hub(str(spec))
     return Source(str(spec))
 
 

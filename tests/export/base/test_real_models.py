@@ -15,7 +15,8 @@ import torch
 from helpers.runtime import random_adapter, write_adapter
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.base.export import TARGETS, export_base
+from adalink.export.base.export import export_base
+from adalink.export.base.request import TARGETS
 from adalink.runtime.backends import open_backend
 from adalink.runtime.storage.integrity import verify_files
 from adalink.training.models.loading import load_base, load_tokenizer

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from adalink.runtime.errors import WriteError
-from adalink.runtime.storage.atomic import replace_file, sync, write_through
+from adalink.runtime.storage.atomic import check_writable, make_folder, replace_file, sync, write_through
 
 OLD, NEW = b"old", b"new, and longer" * 1000
 
@@ -171,3 +171,21 @@ def test_flushes_only_where_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -
     sync(path)
     sync(path.parent)
     assert len(flushed) == 4
+
+
+def test_a_folder_is_tried_before_work_begins(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(path.parent)
+    check_writable(path.parent / "to/be/made")
+    assert unchanged(path)
+    with pytest.raises(WriteError, match=r"cannot write in .*file\.json: Not a directory; choose another"):
+        check_writable(path / "below", repair="choose another")
+    with pytest.raises(WriteError, match=r"cannot make .*below: Not a directory; choose another"):
+        make_folder(path / "below", repair="choose another")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("adalink.runtime.storage.atomic._write", refuse)
+    with pytest.raises(WriteError, match="No space left on device"):
+        check_writable(path.parent)
+    assert unchanged(path)

@@ -36,7 +36,9 @@ def folder(tmp_path_factory):
 
 def test_report(folder, tmp_path):
     path = tmp_path / "bench.json"
-    result = CliRunner().invoke(main, ["bench", str(folder), "--task", "beta", "--threads", "1", "--json", str(path)])
+    result = CliRunner().invoke(
+        main, ["bench", str(folder), "--task", "beta", "--threads", "1", "--json-file", str(path)]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     values = {metric["name"]: metric["value"] for metric in report["metrics"]}
@@ -82,7 +84,7 @@ def test_a_slow_task_shows(folder, monkeypatch):
 def test_encoder_has_no_decode(tmp_path):
     _, folder = make_deployment(tmp_path / "bert", "bert", {"alpha": {"seed": 1}})
     path = tmp_path / "bench.json"
-    result = CliRunner().invoke(main, ["bench", str(folder), "--json", str(path)])
+    result = CliRunner().invoke(main, ["bench", str(folder), "--json-file", str(path)])
     assert result.exit_code == 0, result.output
     names = [metric["name"] for metric in json.loads(path.read_text())["metrics"]]
     assert names == [name for name in NAMES if name != "decode_ratio"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,17 @@ def test_each_line_is_a_turn_that_sees_those_before(chat_folder: Path) -> None:
     assert chat(chat_folder, "").stdout == ""
 
 
+def test_replies_as_json_lines_and_in_a_file(chat_folder: Path, tmp_path: Path) -> None:
+    expected = [Reference(chat_folder).reply("Hi", "alpha")]
+    shown = chat(chat_folder, "Hi", "--task", "alpha", "--json-file", tmp_path / "replies.jsonl")
+    assert shown.stdout.splitlines() == expected
+    printed = chat(chat_folder, "Hi", "--task", "alpha", "--json")
+    assert printed.stdout == (tmp_path / "replies.jsonl").read_text()
+    reply = json.loads(printed.stdout)
+    assert [reply["text"]] == expected
+    assert (reply["message"], reply["task"]) == ("Hi", "alpha")
+
+
 def test_commands_change_task_system_and_history(chat_folder: Path) -> None:
     reference = Reference(chat_folder, "Be kind")
     expected = [
@@ -79,7 +91,7 @@ def test_a_task_that_changes_in_the_folder_is_taken_up(chat_folder: Path, tmp_pa
     result = chat(copy, "Hi\n/clear\n/reload\nHi\n/reload", "--task", "alpha")
     assert result.stdout.splitlines() == expected
     assert "\nadded new; replaced alpha\n" in result.stderr
-    assert result.stderr.endswith("\nnothing has changed\n")
+    assert "\nnothing has changed\n" in result.stderr
 
 
 def test_options_of_sampling_reach_the_deployment(chat_folder: Path) -> None:

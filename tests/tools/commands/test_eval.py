@@ -61,7 +61,7 @@ def read_report(folder: Path) -> Report:
 def test_labels_on_a_decoder(decoder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": LABELS[place % 3], "id": place} for place, text in enumerate(TEXTS)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    files = ("--json", tmp_path / "report.json", "--html", tmp_path / "report.html")
+    files = ("--json-file", tmp_path / "report.json", "--html", tmp_path / "report.html")
     result = evaluate(decoder, "--data", data, "--task", "topics", "--against", "base", *files)
     assert result.exit_code == 0, result.output
     report = read_report(tmp_path)
@@ -94,7 +94,7 @@ def test_text_is_right_only_as_a_whole(decoder: Path, tmp_path: Path) -> None:
         made = deployment.generate(TEXTS, tasks="free", max_new_tokens=12, sampling=greedy, stop=[])
     rows = [{"prompt": text, "completion": f"{one.text} more"} for text, one in zip(TEXTS, made, strict=True)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    result = evaluate(decoder, "--data", data, "--task", "free", "--json", tmp_path / "report.json")
+    result = evaluate(decoder, "--data", data, "--task", "free", "--json-file", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
     (task,) = read_report(tmp_path).tasks
     assert task.accuracy is not None
@@ -107,7 +107,7 @@ def test_heads_beside_each_other(encoder: Path, tmp_path: Path) -> None:
     rows.append({"text": "a very long text with more words " * 5, "text_pair": "oil", "label": "oil"})
     data = write_rows(tmp_path / "rows.jsonl", rows)
     tasks = ("--task", "topics", "--task", "frozen")
-    result = evaluate(encoder, "--data", data, *tasks, "--json", tmp_path / "report.json")
+    result = evaluate(encoder, "--data", data, *tasks, "--json-file", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
     report = read_report(tmp_path)
     assert [one.task for one in report.tasks] == ["topics", "frozen"]
@@ -202,7 +202,7 @@ def evaluate_one(folder: Path, root: Path, task: str, rows: list[dict[str, Any]]
         ({"prompt": "a", "completion": " "}, ("--task", "topics"), "completion is ' ', expected a text"),
         ({"text": "a", "labels": ["b"]}, ("--task", "topics"), "'labels' is for a task of multi_label"),
         ({"text": "a", "label": 0.5}, ("--task", "topics"), "label is 0.5, expected a text"),
-        ({"text": "a", "label": "oil"}, ("--task", "topcis"), "'topcis' is not deployed; the deployment's tasks"),
+        ({"text": "a", "label": "oil"}, ("--task", "topcis"), "did you mean 'topics'?"),
         ({"text": "a", "label": "oil"}, ("--task", "free", "--against", "majority"), "are for labels"),
         ({"text": "a", "label": "oil"}, ("--variant", "int3"), "int3"),
     ],

@@ -17,6 +17,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from helpers.warm_python import WarmPython
 from safetensors.numpy import save_file
 
+from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
@@ -212,5 +213,32 @@ def test_export_of_a_base_says_nothing_but_its_own_progress(checkpoint: Path, tm
         check=True,
     )
     assert [line.split()[0] for line in result.stderr.splitlines()] == [
-        "loading", "writing", "tracing", "fusing", "hashing"
+        "loading", "writing", "tracing", "fusing", "hashing", "next:"
     ]  # fmt: skip
+
+
+def test_engine_gets_the_portable_graph_it_needs(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "deployment"
+    assert adalink("export", "base", checkpoint, "--out", out).exit_code == 0
+    found: list[set[str]] = []
+
+    def build(folder: Path, *_: object, **__: object) -> None:
+        found.append(set(read_manifest(folder).variants))
+        raise ConfigError("the engine itself is built in tests of its own")
+
+    monkeypatch.setattr("adalink.runtime.trt.api.load_api", lambda backend: None)
+    monkeypatch.setattr("adalink.export.engine.export.export_engine", build)
+    words = ("export", "engine", out, "--backend", "tensorrt", "--model")
+    late = adalink(*words, checkpoint, "--task", "gone")
+    assert "task 'gone' is not in" in late.stderr
+    assert "tracing" not in late.stderr
+    other = tmp_path / "other"
+    FAMILIES["gpt2"]().save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    assert "variants share one base and dtype" in adalink(*words, other).stderr
+    assert found == []
+    assert "tracing model.onnx (float32)" in adalink(*words, checkpoint).stderr
+    assert "tracing" not in adalink(*words, checkpoint).stderr
+    assert found == [{"onnxruntime-cpu", "portable"}] * 2

@@ -1,6 +1,7 @@
 """`adalink inspect` on deployments, task graphs, base graphs and models."""
 
 import json
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -65,10 +66,10 @@ def test_tokens_and_their_types(place, tmp_path):
         reseal(folder, base=msgspec.structs.replace(base, **changes))
         found = json.loads(run(folder, "--json").stdout)["base"]
         assert (found["tokenizer_digest"], found["token_types"]) == (digest, types)
-        rows = [line.split("│") for line in run(folder).stdout.splitlines()]
-        shown = {row[1].strip(): row[2].strip() for row in rows if len(row) > 2}
-        assert shown["base.token_types"] == str(types)
-        assert digest.startswith(shown["base.tokenizer_digest"])
+        words = run(folder).stdout.split()
+        shown = dict(pairwise(words))
+        assert shown["token_types"] == ("none" if types is None else str(types))
+        assert shown["tokenizer_digest"] == digest
     reseal(folder, base=base)
     export_base(FAMILIES["bert"](), tmp_path / "pairs", tokenizer=make_pair_tokenizer())
     found = json.loads(run(tmp_path / "pairs", "--json").stdout)["base"]

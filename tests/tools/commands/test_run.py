@@ -207,6 +207,21 @@ def test_json_holds_tokens_and_reason(folder, expected):
     assert answer["prompt_tokens"] == 8
 
 
+def test_json_file_beside_the_text(folder, expected, tmp_path):
+    path, prompt = tmp_path / "answer.jsonl", "Hello 12"
+    shown = run(folder, prompt, "--json-file", path, "-n", 6, "-q")
+    assert (shown.stdout, shown.stderr) == (f"{expected[None]}\n", "")
+    assert path.read_text() == run(folder, prompt, "--json", "-n", 6).stdout
+
+
+def test_json_lines_are_json_whatever_the_prompt_holds(folder):
+    """Control characters and bidi controls, which a terminal is shown as escapes."""
+    prompt = "a\x9b\x7f\u202e"
+    line = run(folder, prompt, "--json", "-n", 1).stdout
+    assert json.loads(line)["prompt"] == prompt
+    assert not set(prompt[1:]) & set(line)
+
+
 def test_streams_on_a_terminal(folder, expected):
     """A real terminal: the same text, and an end of line."""
     leader, follower = pty.openpty()

@@ -35,7 +35,7 @@ def mistral(tmp_path_factory):
 def test_passes_with_a_report(mistral, tmp_path):
     model, folder = mistral
     path = tmp_path / "parity.json"
-    result = run(folder, "--against", model, "--json", path, "--threads", 1)
+    result = run(folder, "--against", model, "--json-file", path, "--threads", 1)
     assert result.exit_code == 0, result.output
     assert f"All {CHECKS} checks passed" in result.stdout
     report = json.loads(path.read_text())
@@ -52,7 +52,7 @@ def test_failed_check_exits_1(mistral, tmp_path):
     model, folder = mistral
     other = write_adapter(tmp_path / "other", seeded_adapter(model, seed=77))
     path = tmp_path / "parity.json"
-    result = run(folder, "--against", model, "--adapter", f"alpha={other}", "--quick", "--json", path)
+    result = run(folder, "--against", model, "--adapter", f"alpha={other}", "--quick", "--json-file", path)
     assert result.exit_code == 1
     assert "FAIL" in result.stdout
     assert "checks failed: adapter/alpha/contract" in result.stdout
@@ -61,7 +61,7 @@ def test_failed_check_exits_1(mistral, tmp_path):
 
 def test_report_without_a_folder_is_refused_before_the_work(mistral, tmp_path):
     model, folder = mistral
-    result = run(folder, "--against", model, "--quick", "--json", tmp_path / "no such folder" / "parity.json")
+    result = run(folder, "--against", model, "--quick", "--json-file", tmp_path / "no such folder" / "parity.json")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "no such folder: choose a writable folder" in result.stderr
 
@@ -72,10 +72,10 @@ def test_report_that_cannot_be_written_exits_2(mistral, tmp_path, monkeypatch):
 
     monkeypatch.setattr(atomic, "_write", refuse)
     model, folder = mistral
-    result = run(folder, "--against", model, "--quick", "--json", tmp_path / "parity.json")
+    result = run(folder, "--against", model, "--quick", "--json-file", tmp_path / "parity.json")
     assert result.exit_code == 2
     assert f"All {CHECKS} checks passed" in result.stdout  # the work is not lost
-    assert "choose a writable place with --json" in result.stderr
+    assert "choose a writable place with --json-file" in result.stderr
 
 
 def test_wrong_use_exits_2(mistral, tmp_path):
@@ -93,7 +93,7 @@ def test_wrong_use_exits_2(mistral, tmp_path):
         ([folder, "--against", model, "--adapter", "gamma=x"], "'gamma' is not deployed"),
         ([folder, "--against", model, "--adapter", "alpha"], "not NAME=FOLDER"),
         ([folder, "--against", model, "--backend", "abacus"], "'abacus'"),
-        ([folder], "Missing option '--against'"),
+        ([folder], "Missing option '-m' / '--against'"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output

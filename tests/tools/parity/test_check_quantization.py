@@ -256,7 +256,7 @@ def test_the_command_shows_what_quantising_costs(clean, tmp_path):
     model, folder = clean
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["verify", str(folder), "--against", str(model), "--variant", "int4", "--quick", "--threads", "1"]
-    arguments += ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "report.json")]
+    arguments += ["--text", str(tmp_path / "text.txt"), "--json-file", str(tmp_path / "report.json")]
     arguments += ["--rows", f"alpha={write_rows(tmp_path / 'rows.jsonl', [('a', 'b')])}"]
     result = CliRunner().invoke(main, [*arguments, "--max-perplexity-increase", "1e6"])
     assert result.exit_code == 0, result.output

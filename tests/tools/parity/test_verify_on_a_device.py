@@ -15,6 +15,7 @@ from adalink.runtime.device import decode_state
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device import kv_cache as cache
 from adalink.runtime.profile import Profile, ShapeRange
+from adalink.runtime.storage.label_spec import LabelSet
 from adalink.tools.parity import suite
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu", "scope": "prompt"}}
@@ -25,8 +26,10 @@ ENCODER = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(2, 8, 64), past=None
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     found = {}
-    for family in ("llama", "bert"):
-        model, folder = make_deployment(tmp_path_factory.mktemp(family), family, TASKS)
+    # More labels than a batch has rows.
+    said = {**TASKS, "beta": {**TASKS["beta"], "labels": LabelSet(completions=(" a", " b", " c and d", " e", " f"))}}
+    for family, tasks in {"llama": said, "bert": TASKS}.items():
+        model, folder = make_deployment(tmp_path_factory.mktemp(family), family, tasks)
         export_base(model, folder, target="portable")
         found[family] = (model, folder)
     return found
@@ -57,6 +60,8 @@ def test_a_decoder_passes_every_level(outcome, in_place):
     assert profile_limits == {f"batch={batch},prompt={prompt}" for batch in (1, 3) for prompt in (1, 16, 60)}
     assert {
         "adapter/alpha/bank-vocabulary",
+        "task/beta/labels",
+        "task/beta/label-answers",
         "mixed/logits",
         "mixed/ends/generation",
         "task/beta/generation",

@@ -10,15 +10,8 @@ from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import DataError, ModelError
-from adalink.training.data.rows import (
-    Example,
-    TrainingRow,
-    check_positions,
-    encode_rows,
-    pad_decoder,
-    pad_encoder_decoder,
-    read_rows,
-)
+from adalink.training.data.batches import pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import Example, TrainingRow, check_positions, encode_rows, read_rows
 
 GOOD = json.dumps({"prompt": "2+2=", "completion": "4"})
 

@@ -14,12 +14,14 @@ from transformers import TrainerCallback
 from adalink.runtime.errors import AdapterError, ConfigError, ModelError, RequestError
 from adalink.runtime.storage.adapter import AdapterConfig, make_adapter, read_adapter
 from adalink.training.adapter_io import load_adapter, save_adapter, to_adapter
-from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder
+from adalink.training.data.batches import pad_decoder
+from adalink.training.data.rows import TrainingRow, encode_rows
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, input_embedding
 from adalink.training.run import train
-from adalink.training.settings import LoopOptions, TrainSettings
+from adalink.training.settings import TrainSettings
 from adalink.training.trainer import TrainableAdapters
 
 N = 5

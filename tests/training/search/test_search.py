@@ -16,7 +16,8 @@ from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.runtime.errors import ConfigError, DataError
-from adalink.training.data.rows import TrainingRow, encode_rows, pad_decoder, pad_encoder_decoder
+from adalink.training.data.batches import pad_decoder, pad_encoder_decoder
+from adalink.training.data.rows import TrainingRow, encode_rows
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.search import search as search_module

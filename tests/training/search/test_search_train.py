@@ -13,10 +13,11 @@ from helpers.tiny_tokenizer import make_tokenizer
 from adalink.runtime.errors import ConfigError, DataError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, encode_rows
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
 from adalink.training.search import search as search_module
-from adalink.training.settings import LoopOptions, SearchSettings, TrainSettings
+from adalink.training.settings import SearchSettings, TrainSettings
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""A hub id is looked for in the cache, then at the hub, which is asked once and briefly; a bare name never is."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from adalink.runtime.errors import ModelError
+from adalink.training.models import hub
+from adalink.training.models.source import Source, find_source
+
+ID = "org/tiny-1.5"
+
+
+@pytest.fixture(autouse=True)
+def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cache and no network but what a test gives."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "_REACHED", set())
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    """Port of something that takes connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def closed() -> int:
+    """Port of nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
+
+
+def test_cached_id_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "hub/models--org--tiny-1.5/snapshots/0a1b"
+    snapshot.mkdir(parents=True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or download it where"):
+        find_source(ID)
+    (snapshot / "config.json").touch()
+    assert find_source(ID) == Source(ID)
+
+
+def test_hub_that_answers_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch, listening: int, closed: int) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed}")
+    with pytest.raises(ModelError, match="cannot be reached"):
+        find_source(ID)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{listening}")
+    assert find_source(ID) == Source(ID)
+
+
+def test_unreachable_hub_is_named_with_the_way_round(monkeypatch: pytest.MonkeyPatch, closed: int) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed}")
+    with pytest.raises(
+        ModelError,
+        match=rf"base model {ID}: there is no such file or folder here, the hub's cache does not hold it, and 127\.0\."
+        rf"0\.1 cannot be reached .*hf download {ID} --local-dir FOLDER",
+    ):
+        find_source(ID)
+
+
+def test_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_waiting(*_: object, **__: object) -> None:
+        time.sleep(0.3)
+        raise OSError("too late")
+
+    monkeypatch.setattr(hub, "_SECONDS", 0.05)
+    monkeypatch.setattr(socket, "create_connection", keep_waiting)
+    with pytest.raises(ModelError, match=r"cannot be reached \(no connection within 0\.05 s\)"):
+        find_source(ID)
+
+
+def test_a_proxy_is_asked_instead(monkeypatch: pytest.MonkeyPatch, listening: int, closed: int) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening}")
+    assert find_source(ID) == Source(ID)
+    hub._REACHED.clear()
+    monkeypatch.setenv("http_proxy", f"127.0.0.1:{closed}")
+    with pytest.raises(ModelError, match=r"hub\.invalid cannot be reached"):
+        find_source(ID)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "./gpt2", "a/b/c", "models/"])
+def test_what_is_no_id_never_goes_to_the_hub(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt-2").mkdir()
+    with pytest.raises(
+        ModelError, match="no such file or folder here, and it is no hub id, which is org/name"
+    ) as error:
+        find_source(name)
+    assert ("did you mean 'gpt-2'?" in str(error.value)) == ("gpt2" in name)

@@ -1,0 +1,143 @@
+"""``adalink quickstart``: from rows and a model to a deployment with a measured task, in one command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adalink.runtime.errors import ConfigError
+from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.tools.common.console import say
+from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.next_step import as_a_step, say_next
+from adalink.tools.common.options import make_options, map_option, template_option
+from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import Verb
+
+_LARGEST_SEED = (1 << 32) - 1
+# What the steps need beside the runtime, the extra `cpu,eval,export,train`.
+_PACKAGES = ("onnxruntime", "torch", "transformers", "accelerate", "onnx", "optimum", "sklearn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions:
+    """Options of ``adalink quickstart``, by the names of its parameters; see ``--help``."""
+
+    model: str
+    rows: Path
+    out: Path
+    task: str | None
+    columns: tuple[str, ...]
+    template: str | None
+    rank: int | None
+    max_steps: int | None
+    seed: int
+    output: JsonOutput
+
+
+@click.command(cls=Verb, short_help="From rows and a model to a measured task, in one command.")
+@click.argument("model")
+@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for all of it."
+)
+@click.option("-t", "--task", metavar="NAME", help="Name of the task; that of the file ROWS by default.")
+@map_option
+@template_option
+@click.option("--rank", type=click.IntRange(min=0), help="Width of the bottleneck; that of `adalink train` by default.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps; those of `adalink train` by default.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, _LARGEST_SEED), help="Of the split and the training."
+)
+@json_options("Print the result as JSON.")
+def command(**values: Any) -> None:
+    """Train, deploy, verify and evaluate a task on MODEL from ROWS.
+
+    MODEL is a Hugging Face folder, a GGUF file or a hub id. On an encoder, ROWS has the columns text and label. On a
+    decoder it has prompt and completion, or text and label: --template says how a prompt is made of them.
+
+    Six steps follow each other: export base, split, train, export adapter, verify, eval. Each is shown as the command
+    that repeats it. A step that is done is not done again, also after Ctrl-C. With other ROWS and the same OUT a
+    further task joins the deployment, and the base is not exported again.
+
+    \b
+    Example:
+      adalink quickstart ./MiniLM news.csv --map text=body,label=topic --out ./news
+      adalink quickstart ./SmolLM2 news.csv --template "Text: {text} Topic:" --out ./news
+    """  # noqa: D301
+    start(make_options(QuickstartOptions, values))
+
+
+def start(options: QuickstartOptions) -> None:
+    """Do the steps, and print the verdict on stdout.
+
+    Raises:
+        AdaLinkError: rows, model or folder cannot be used.
+        click.exceptions.Exit: a step failed; with its exit code.
+    """
+    from adalink.export.base.request import check_model
+    from adalink.runtime.storage.atomic import make_folder
+    from adalink.tools.preflight.training import check_training
+    from adalink.tools.quickstart.run import run_steps
+    from adalink.tools.quickstart.state import State
+    from adalink.tools.quickstart.steps import Places, choose_template, make_steps, name_task
+
+    _check_packages()
+    places = Places(options.out, name_task(options.task, options.rows))
+    state = State(options.out)
+    source = RowSource(options.rows, read_columns(options.columns), options.template)
+    source = replace(source, template=choose_template(options.model, source))
+    check_training(options.model, source, None, places.adapter, resume=True)
+    check_model(options.model, places.deployment)
+    chosen = {"--rank": options.rank, "--max-steps": options.max_steps}
+    training = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
+    steps = make_steps(options.model, source, places, options.seed, training)
+    if (before := state.command_of(steps[1].name)[1:2]) not in ((), (str(options.rows),)):
+        raise ConfigError(
+            f"task {places.task!r} in {options.out} was made of {before[0]}: give another name with --task"
+        )
+    make_folder(places.page.parent, repair="choose a writable --out")
+    done = run_steps(steps, state, _call, say)
+    report = json.loads(places.evaluation.read_bytes())
+    verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
+    text = (source.template or "TEXT").replace("{text}", "TEXT")
+    following = (verb, str(places.deployment), text, "--task", places.task)
+    result = {
+        "verdict": report["verdict"],
+        "deployment": str(places.deployment),
+        "task": places.task,
+        "page": str(places.page),
+        "evaluation": report,
+        "steps": [one._asdict() for one in done],
+        "next": shlex.join(("adalink", *following)),
+    }
+
+    def show() -> None:
+        echo(report["verdict"])
+        echo(f"page: {places.page}")
+
+    options.output.give(result, show)
+    say_next(*following, output=options.output)
+
+
+def _call(words: Sequence[str]) -> tuple[int, str]:
+    """Run a command of this program; returns its exit code and what it printed on stdout."""
+    program, output = click.get_current_context().find_root().command, io.StringIO()
+    with contextlib.redirect_stdout(output), as_a_step():
+        code = program.main(list(words), prog_name="adalink", standalone_mode=False)
+    return code or 0, output.getvalue()
+
+
+def _check_packages() -> None:
+    """Find a missing package before minutes of work, not after them; raises ``ModuleNotFoundError``."""
+    if missing := next((name for name in _PACKAGES if find_spec(name) is None), None):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)

@@ -1,0 +1,58 @@
+"""What the shell offers for an option: tasks, backends and variants of the deployment that is typed already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from adalink.tools.common.verb import typed_words
+
+# adalink.runtime.backends.BACKENDS, whose package would bring numpy along; a test compares them.
+BACKENDS = (
+    "onnxruntime-cpu",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "onnxruntime-tensorrt-rtx",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def complete_tasks(ctx: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the deployment's tasks."""
+    return _starting(incomplete, _manifest(ctx).get("tasks", {}))
+
+
+def complete_variants(ctx: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the deployment's variants."""
+    return _starting(incomplete, _manifest(ctx).get("variants", {}))
+
+
+def complete_backends(ctx: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Backends that the deployment has variants for; all without a deployment."""
+    variants = _manifest(ctx).get("variants", {}).values()
+    return _starting(incomplete, sorted({name for one in variants for name in one["backends"]}) or BACKENDS)
+
+
+def _manifest(ctx: click.Context) -> dict[str, Any]:
+    """The manifest of the first deployment among the words that are typed, unchecked; empty without one.
+
+    Not of the parsed arguments: there are none while an option still lacks its value.
+    """
+    for word in typed_words(ctx):
+        try:
+            manifest: dict[str, Any] = json.loads((Path(word).expanduser() / "manifest.json").read_text("utf-8"))
+        except (OSError, ValueError, RuntimeError):
+            continue
+        return manifest
+    return {}
+
+
+def _starting(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]

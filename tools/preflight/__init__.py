@@ -1,0 +1,1 @@
+"""Cheap mistakes, found before PyTorch or an engine is loaded."""
