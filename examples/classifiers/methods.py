@@ -229,7 +229,7 @@ def _measure(
 def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
     """Scores as a head gives them; a label that training has none of has the lowest."""
     if head.problem_type == MULTI_LABEL:
-        return np.asarray(fitted.decision_function(vectors))[0]
+        return np.asarray(fitted.decision_function(vectors)[0])
     scores = np.full((len(vectors), len(head.labels)), -1e9)
     scores[:, fitted.classes_] = fitted.predict_log_proba(vectors)
-    return scores if head.problem_type == TOKENS else np.asarray(scores[0])
+    return np.asarray(scores if head.problem_type == TOKENS else scores[0])
