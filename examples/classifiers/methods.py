@@ -28,9 +28,9 @@ from adalink.training.classifier import LabelCollator, TrainableClassifier, enco
 from adalink.training.classifier_metrics import measure
 from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
-from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.models.loading import load_base, load_tokenizer
+from adalink.training.settings import LoopOptions
 from adalink.training.trainer import trainer_arguments
 
 if TYPE_CHECKING:
@@ -229,8 +229,7 @@ def _measure(
 def _scores(fitted: Any, vectors: Array, head: Head) -> Array:
     """Scores as a head gives them; a label that training has none of has the lowest."""
     if head.problem_type == MULTI_LABEL:
-        decided: Array = np.asarray(fitted.decision_function(vectors))[0]
-        return decided
+        return np.asarray(fitted.decision_function(vectors)[0])
     scores = np.full((len(vectors), len(head.labels)), -1e9)
     scores[:, fitted.classes_] = fitted.predict_log_proba(vectors)
-    return scores if head.problem_type == TOKENS else np.asarray(scores[0])
+    return np.asarray(scores if head.problem_type == TOKENS else scores[0])

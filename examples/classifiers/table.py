@@ -97,11 +97,11 @@ def _costs(results: Mapping[str, Any], method: str) -> list[str]:
     sizes, memory = results["task_bytes"].get(method), results["memory"].get(method, {})
     seconds = [run["train_seconds"] for run in results["runs"] if run["method"] == method]
     latency = results["latency_ms"].get(_LATENCY.get(method, method))
-    cells = ["" if sizes is None else _bytes(statistics.mean(sizes))]
+    cells = ["-" if sizes is None else _bytes(statistics.mean(sizes))]
     for count in ("4", "40", "400"):
         entry = memory.get(count)
-        cells.append("" if entry is None else _bytes(entry["bytes"]) + ("" if entry["measured"] else " (calculated)"))
-    return [*cells, "" if latency is None else f"{latency:.1f} ms", f"{statistics.mean(seconds):.0f} s"]
+        cells.append("-" if entry is None else _bytes(entry["bytes"]) + ("" if entry["measured"] else " (calculated)"))
+    return [*cells, "-" if latency is None else f"{latency:.1f} ms", f"{statistics.mean(seconds):.0f} s"]
 
 
 def _bytes(value: float) -> str:

@@ -168,8 +168,9 @@ def _keep_level(ctx: click.Context, option: click.Parameter, level: int) -> None
 
 def _level(ctx: click.Context) -> int:
     """How much to say: what the command line says, else the environment, else the file; see ``verbosity``."""
+    said: list[tuple[ParameterSource, int]] = ctx.meta.get(_LEVELS, [])
     for source in _SOURCES:
-        levels: list[int] = [level for origin, level in ctx.meta.get(_LEVELS, ()) if origin is source]
+        levels = [level for origin, level in said if origin is source]
         if min(levels, default=0) < 0 < max(levels, default=0):
             raise click.UsageError("give one of --verbose and --quiet")
         if any(levels):
