@@ -12,7 +12,7 @@ from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
 from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import SAMPLE_TEXT, say_next
+from adalink.tools.common.next_step import SAMPLE_TEXT, say_next, verb_for_texts
 from adalink.tools.common.options import assume_pretokenizer_option, out_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import VerbGroup
@@ -157,7 +157,7 @@ def _next(out: Path, manifest: Manifest, variant: str, against: tuple[object, ..
         return "verify", out, *against, "--variant", variant
     if manifest.tasks:
         return "verify", out, *against
-    return "embed" if manifest.base.kind == "encoder" else "run", out, SAMPLE_TEXT
+    return verb_for_texts(manifest.base), out, SAMPLE_TEXT
 
 
 def _unit(vision: Vision) -> str:
