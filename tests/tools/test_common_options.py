@@ -197,6 +197,9 @@ def test_quiet_leaves_the_answer_alone(probe: Any) -> None:
     assert answer(probe("doctor", ADALINK_DOCTOR_QUIET="1")) == answer(probe("doctor"))
     assert "No such option" in probe("doctor", "--nonesuch", "-q").stderr
     assert "give one of --verbose and --quiet" in probe("-v", "doctor", "-q").stderr
+    loud = probe("-v", "doctor", ADALINK_DOCTOR_QUIET="1")  # the command line wins
+    assert (loud.exit_code, loud.stderr.startswith("progress\n")) == (0, True)
+    assert probe("-q", "doctor", "-q").stderr == ""
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

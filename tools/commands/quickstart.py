@@ -40,6 +40,7 @@ class QuickstartOptions:
     task: str | None
     columns: tuple[str, ...]
     template: str | None
+    rank: int | None
     max_steps: int | None
     seed: int
     output: JsonOutput
@@ -52,6 +53,7 @@ class QuickstartOptions:
 @click.option("-t", "--task", metavar="NAME", help="Name of the task; that of the file ROWS by default.")
 @map_option
 @template_option
+@click.option("--rank", type=click.IntRange(min=0), help="Width of the bottleneck; that of `adalink train` by default.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Optimizer steps; those of `adalink train` by default.")
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, _LARGEST_SEED), help="Of the split and the training."
@@ -96,7 +98,8 @@ def start(options: QuickstartOptions) -> None:
     source = replace(source, template=choose_template(options.model, source))
     check_training(options.model, source, None, places.adapter, resume=True)
     check_model(options.model, places.deployment)
-    training = () if options.max_steps is None else ("--max-steps", str(options.max_steps))
+    chosen = {"--rank": options.rank, "--max-steps": options.max_steps}
+    training = [word for name, value in chosen.items() if value is not None for word in (name, str(value))]
     steps = make_steps(options.model, source, places, options.seed, training)
     if (before := state.command_of(steps[1].name)[1:2]) not in ((), (str(options.rows),)):
         raise ConfigError(

@@ -327,7 +327,9 @@ def train_adapter(options: TrainOptions) -> None:
     source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
     from adalink.tools.preflight.training import check_training
+    from adalink.training.reporters import check_reporter
 
+    check_reporter(options.report_to)
     head = options.head()
     check_training(
         options.base,

@@ -19,7 +19,8 @@ from adalink.tools.common.json_output import join_json_options
 from adalink.tools.common.verbose import verbosity
 
 # Keys of ``Context.meta``, which a verb shares with its group.
-_LEVEL, _IS_QUIET, _CONFIG, _ARGUMENTS = (f"adalink.{name}" for name in ("level", "quiet", "config", "arguments"))
+_LEVELS, _CONFIG, _ARGUMENTS = (f"adalink.{name}" for name in ("levels", "config", "arguments"))
+_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
 
 
 class _CommonOptions(click.Command):
@@ -64,9 +65,7 @@ class Verb(_CommonOptions):
         """Run the command, as quietly as its options say."""
         join_json_options(ctx.params)
         join_hub_options(ctx.params)
-        if ctx.meta.get(_IS_QUIET) and ctx.meta.get(_LEVEL):
-            raise click.UsageError("give one of --verbose and --quiet")
-        with verbosity(-1 if ctx.meta.get(_IS_QUIET) else ctx.meta.get(_LEVEL, 0)):
+        with verbosity(_level(ctx)):
             return super().invoke(ctx)
 
 
@@ -125,7 +124,7 @@ def _make_options() -> list[click.Parameter]:
             ["-v", "--verbose"],
             count=True,
             expose_value=False,
-            callback=_take_level,
+            callback=_take_verbose,
             help="Details, and log events on stderr; -vv logs what caches saved too.",
         ),
         click.Option(
@@ -145,12 +144,30 @@ def _take_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         ctx.meta[_CONFIG], ctx.default_map = defaults_for(ctx, config_path(ctx))
 
 
-def _take_level(ctx: click.Context, _: click.Parameter, level: int | None) -> None:
-    ctx.meta[_LEVEL] = ctx.meta.get(_LEVEL, 0) + (level or 0)
+def _take_verbose(ctx: click.Context, option: click.Parameter, count: int | None) -> None:
+    _keep_level(ctx, option, count or 0)
 
 
-def _take_quiet(ctx: click.Context, _: click.Parameter, is_quiet: bool) -> None:
-    ctx.meta[_IS_QUIET] = ctx.meta.get(_IS_QUIET, False) or is_quiet
+def _take_quiet(ctx: click.Context, option: click.Parameter, is_quiet: bool | None) -> None:
+    _keep_level(ctx, option, -1 if is_quiet else 0)
+
+
+def _keep_level(ctx: click.Context, option: click.Parameter, level: int) -> None:
+    """Note what one option of a verb or of its group says; it may be said before the verb and behind it."""
+    assert option.name is not None
+    ctx.meta.setdefault(_LEVELS, []).append((ctx.get_parameter_source(option.name), level))
+
+
+def _level(ctx: click.Context) -> int:
+    """How much to say: what the command line says, else the environment, else the file; see ``verbosity``."""
+    said: list[tuple[ParameterSource, int]] = ctx.meta.get(_LEVELS, [])
+    for source in _SOURCES:
+        levels = [level for origin, level in said if origin is source]
+        if min(levels, default=0) < 0 < max(levels, default=0):
+            raise click.UsageError("give one of --verbose and --quiet")
+        if any(levels):
+            return max(-1, sum(levels))
+    return 0
 
 
 def _source(error: click.BadParameter) -> str:

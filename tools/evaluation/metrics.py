@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,10 @@ Numbers = npt.NDArray[np.float64]
 
 def check_installed() -> None:
     """Check that scikit-learn is there, before anything slow; raises ``BackendUnavailableError``."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
+    if find_spec("sklearn") is None:
         raise BackendUnavailableError(
             "an evaluation measures with scikit-learn, which is not installed: pip install 'adalink-kit[eval]'"
-        ) from error
+        )
 
 
 def wilson(right: int, rows: int) -> Estimate:

@@ -38,8 +38,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 62rem; font: 16px/1.5 system-ui
 h1 { font-size: 1.35rem; line-height: 1.35; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 h3 { font-size: 1rem; margin: 0 0 0.25rem; } p, figcaption { margin: 0.25rem 0; }
 figcaption, p.quiet { color: var(--quiet); font-size: 0.9rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0; min-width: 0; } svg { display: block; width: 100%; max-width: 32rem; height: auto; }
+.pictures { columns: 22rem; column-gap: 1.5rem; }
+figure { margin: 0 0 1.5rem; break-inside: avoid; } svg { display: block; width: 100%; max-width: 28rem; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .quiet { fill: var(--quiet); }
 svg path { stroke: var(--ink); fill: none; stroke-width: 1.5; } svg .grid { stroke: var(--line); }
 svg .line { fill: none; fill-opacity: 1; stroke-width: 2; } svg .line.first { stroke: var(--first); }
@@ -54,14 +54,18 @@ th, td { text-align: left; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(
   overflow-wrap: break-word; max-width: 24rem; }
 .number { text-align: right; white-space: nowrap; } .text { min-width: 14rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; margin: 0.75rem 0; }
+@media (max-width: 40rem) { .cards thead { display: none; } .cards tr { display: block; padding: 0.5rem 0;
+  border-bottom: 1px solid var(--line); } .cards td { display: block; max-width: none; padding: 0.1rem 0; border: 0;
+  text-align: left; overflow-wrap: anywhere; white-space: normal; }
+  .cards td:empty { display: none; } .cards td::before { content: attr(data-name) ": "; color: var(--quiet); } }
 """
 
 
 def render_page(report: Report) -> str:
     """The page as HTML; all that rows, models and files say is escaped."""
     many = "" if len(report.tasks) == 1 else _comparison(report.tasks)
-    training = "" if report.training is None else _training(report.training)
-    tasks = "".join(_task(task, "" if task.verdict == report.verdict else task.verdict) for task in report.tasks)
+    curves = "" if report.training is None else _curve_figures(report.training)
+    tasks = "".join(_task(task, task.verdict.removeprefix(report.verdict), curves) for task in report.tasks)
     verdict = escape(report.verdict).replace(" %", "&nbsp;%")
     verb = "eval" if report.training is None else "train"
     return (
@@ -71,7 +75,7 @@ def render_page(report: Report) -> str:
         f"<title>Evaluation of {escape(report.base)}</title><style>{_STYLE}</style></head><body>"
         f"<h1>{verdict}</h1>"
         f'<p class="quiet">{escape(report.base)}, rows of {escape(report.data)}. Intervals are of 95 % confidence.</p>'
-        f"{many}{tasks}{training}"
+        f"{many}{tasks}"
         f'<p class="quiet">Rows: {escape(report.data_sha256)}. Written by adalink {verb}, AdaLink Kit '
         f"{escape(report.kit_version)}.</p></body></html>\n"
     )
@@ -89,7 +93,8 @@ def _comparison(tasks: Sequence[TaskReport]) -> str:
         )
         for task in tasks
     ]
-    table = _table(("task", "variant", "result", "macro F1", "reference", "ms a row"), rows, numbers=(2, 3, 5))
+    columns = ("task", "variant", "result", "macro F1", "reference", "ms a row")
+    table = _table(columns, rows, numbers=(2, 3, 5), cards=True)
     return f"<h2>Side by side</h2>{_measure_figure(tasks)}{table}"
 
 
@@ -106,7 +111,7 @@ def _measure_figure(tasks: Sequence[TaskReport]) -> str:
     return _figure(title[:1].upper() + title[1:], measure_chart(shares), f"With its interval{mark}.")
 
 
-def _task(task: TaskReport, verdict: str) -> str:
+def _task(task: TaskReport, verdict: str, curves: str) -> str:
     pictures, tables = [_measure_figure([task])], ""
     if task.labels is not None:
         pictures += _label_figures(task.labels)
@@ -122,7 +127,7 @@ def _task(task: TaskReport, verdict: str) -> str:
     return (
         f"<h2>{escape(name_of(task))}</h2>{f'<p>{escape(verdict)}</p>' if verdict else ''}"
         f"{f'<ul>{noted}</ul>' if noted else ''}"
-        f'<div class="pictures">{"".join(pictures)}</div>{tables}{_wrong_rows(task)}{_speed(task)}'
+        f'<div class="pictures">{"".join(pictures)}{curves}</div>{tables}{_wrong_rows(task)}{_speed(task)}'
     )
 
 
@@ -136,7 +141,7 @@ def _speed(task: TaskReport) -> str:
     )
 
 
-def _training(curves: TrainingCurves) -> str:
+def _curve_figures(curves: TrainingCurves) -> str:
     """Curves of the training."""
     lines = [(kind, points) for kind, points in (("first", curves.loss), ("second", curves.eval_loss)) if points]
     if not lines:
@@ -144,12 +149,12 @@ def _training(curves: TrainingCurves) -> str:
     best = "" if curves.best_step is None else f', <span class="key mark"></span> the best step, {curves.best_step}'
     second = f', <span class="key second"></span> {curves.eval_rows}' if curves.eval_loss else ""
     caption = f'<span class="key first"></span> training rows{second}{best}. Steps across.'
-    figures = _figure("Loss", curve_chart(lines, "Loss by step", curves.best_step), caption)
+    figures = _figure("Loss in training", curve_chart(lines, "Loss by step", curves.best_step), caption)
     if curves.eval_measure:
         name = curves.measure[:1].upper() + curves.measure[1:]
         chart = curve_chart([("second", curves.eval_measure)], f"{escape(name)} by step", curves.best_step)
         figures += _figure(escape(name), chart, f"Of {curves.eval_rows}.")
-    return f'<h2>Training</h2><div class="pictures">{figures}</div>'
+    return figures
 
 
 def _class_figure(measures: LabelMeasures | ItemMeasures) -> str:
@@ -237,12 +242,13 @@ def _wrong_rows(task: TaskReport) -> str:
     if not task.wrong:
         return "<p>No row is wrong.</p>"
     is_number = task.numbers is not None
-    rows = [
-        (str(row.line), _sure(row), _shorten(row.answer), _shorten(row.expected), _shorten(row.text))
-        for row in task.wrong[:_MOST_ROWS]
-    ]
-    columns = ("line", "error" if is_number else "probability", "answer", "expected", "text")
-    table = _table(columns, rows, numbers=(0, 1), text=4)
+    columns = {"line": [str(row.line) for row in task.wrong]}
+    if is_number or task.wrong[0].probability is not None:
+        columns["error" if is_number else "probability"] = [_sure(row) for row in task.wrong]
+    numbers = range(len(columns))
+    columns |= {name: [_shorten(getattr(row, name)) for row in task.wrong] for name in ("answer", "expected", "text")}
+    rows = list(zip(*columns.values(), strict=True))[:_MOST_ROWS]
+    table = _table(list(columns), rows, numbers=numbers, text=len(columns) - 1, cards=True)
     if is_number:
         return f"<details open><summary>The largest errors</summary>{table}</details>"
     order = "" if task.wrong[0].probability is None else ", the most certain first"
@@ -257,17 +263,27 @@ def _sure(row: WrongRow) -> str:
 
 
 def _table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), text: int | None = None
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    numbers: Sequence[int] = (),
+    text: int | None = None,
+    *,
+    cards: bool = False,
 ) -> str:
+    """A table; ``cards`` of one that is a card a row on a phone."""
     kinds = ["number" if place in numbers else "text" if place == text else "" for place in range(len(columns))]
     head = "".join(f'<th class="{kind}">{name}</th>' for kind, name in zip(kinds, columns, strict=True))
     body = "".join(
         "<tr>"
-        + "".join(f'<td class="{kind}">{escape(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))
+        + "".join(
+            f'<td class="{kind}" data-name="{name}">{escape(cell)}</td>'
+            for kind, name, cell in zip(kinds, columns, row, strict=True)
+        )
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "cards" if cards else "plain"
+    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _shorten(text: str) -> str:

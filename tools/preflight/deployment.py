@@ -36,7 +36,7 @@ def check_deployment(
     known = sorted(manifest.tasks)
     if unknown := next((task for task in tasks if task is not None and task not in manifest.tasks), None):
         raise UnknownTaskError(
-            f"task {unknown!r} is not deployed in {folder}; deployed are: {', '.join(known) or 'none'}"
+            f"task {unknown!r} is not deployed here; deployed are: {', '.join(known) or 'none'}"
             f"{did_you_mean(unknown, known)}"
         )
     return manifest

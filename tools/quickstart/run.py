@@ -34,6 +34,7 @@ def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[st
 
     Raises:
         click.exceptions.Exit: a command failed; with its exit code.
+        click.ClickException: a command refused what it was given.
     """
     done = []
     for number, step in enumerate(steps, start=1):
@@ -44,9 +45,13 @@ def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[st
             continue
         say(f"[{number}/{len(steps)}] {command}")
         start = time.monotonic()
-        code, output = call([*step.words, *step.extra()])
+        try:
+            code, output = call([*step.words, *step.extra()])
+        except click.ClickException:
+            say(_goes_on(number))
+            raise
         if code:
-            say(f"{output}step {number} failed: the same quickstart goes on here, once its cause is mended")
+            say(f"{output}{_goes_on(number)}")
             raise click.exceptions.Exit(code)
         seconds = round(time.monotonic() - start, 1)
         state.add(step)
@@ -54,3 +59,7 @@ def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[st
         say(f"  {seconds} s: {said}")
         done.append(Done(command, seconds))
     return done
+
+
+def _goes_on(number: int) -> str:
+    return f"step {number} failed: the same quickstart goes on there, once its cause is mended"

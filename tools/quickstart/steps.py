@@ -50,7 +50,7 @@ class Step:
     def evidence(self) -> Any:
         """What ``proof`` gives, as JSON has it; ``None`` where something is missing."""
         try:
-            return msgspec.to_builtins(self.proof())
+            return msgspec.json.decode(msgspec.json.encode(self.proof()))
         except (AdaLinkError, OSError, KeyError):
             return None
 

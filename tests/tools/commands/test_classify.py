@@ -71,7 +71,7 @@ def test_the_line_at_fault_is_named(folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ((), "either TEXT or --rows"),
-        (("a",), "the base model has no labels"),
+        (("a",), "name a task with --task; deployed are: "),
         (("a", "--task", "plain"), "task 'plain' has no labels"),
         (("a", "--task", "nobody"), "not deployed"),
         (("a", "--task", "names", "--text-pair", "b"), "is a pair"),

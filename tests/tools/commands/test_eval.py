@@ -202,7 +202,7 @@ def evaluate_one(folder: Path, root: Path, task: str, rows: list[dict[str, Any]]
         ({"prompt": "a", "completion": " "}, ("--task", "topics"), "completion is ' ', expected a text"),
         ({"text": "a", "labels": ["b"]}, ("--task", "topics"), "'labels' is for a task of multi_label"),
         ({"text": "a", "label": 0.5}, ("--task", "topics"), "label is 0.5, expected a text"),
-        ({"text": "a", "label": "oil"}, ("--task", "topcis"), "'topcis' is not deployed; the deployment's tasks"),
+        ({"text": "a", "label": "oil"}, ("--task", "topcis"), "did you mean 'topics'?"),
         ({"text": "a", "label": "oil"}, ("--task", "free", "--against", "majority"), "are for labels"),
         ({"text": "a", "label": "oil"}, ("--variant", "int3"), "int3"),
     ],

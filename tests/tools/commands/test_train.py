@@ -128,6 +128,7 @@ def test_wrong_row_is_a_message_and_exit_code_2(work, call_here):
 def test_ranks_of_modalities(monkeypatch, given, rank):
     chosen = []
     monkeypatch.setattr("adalink.training.run.train", lambda *values, **options: chosen.append(values[4]) or REPORT)
+    monkeypatch.setattr("adalink.tools.preflight.training.check_training", lambda *values, **options: None)
     done = CliRunner().invoke(main, ["train", *FILES, *given, "--json"])
     assert done.exit_code == 0, done.stderr
     assert chosen[0].rank == rank

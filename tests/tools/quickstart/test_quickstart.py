@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     write_rows(root / "my news.csv", 12)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        return root, start("--max-steps", "4", "--json")
+        return root, start("--rank", "4", "--max-steps", "4", "--json")
 
 
 def test_one_command_leads_to_a_measured_task(made: tuple[Path, Result]) -> None:
@@ -90,7 +90,7 @@ def again(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.chdir(made[0])
     calls = Calls()
     monkeypatch.setattr(quickstart, "_call", calls)
-    start("--max-steps", "4")
+    start("--rank", "4", "--max-steps", "4")
     return calls
 
 
@@ -161,7 +161,14 @@ def test_a_step_that_fails_is_where_the_next_start_goes_on(tmp_path: Path, steps
     with pytest.raises(click.exceptions.Exit) as failed:
         run_steps(steps, State(out), fail_second, lines.append)
     assert failed.value.exit_code == 1
-    assert lines[-1] == "why\nstep 2 failed: the same quickstart goes on here, once its cause is mended"
+    assert lines[-1] == "why\nstep 2 failed: the same quickstart goes on there, once its cause is mended"
+
+    def refuse(words: Sequence[str]) -> tuple[int, str]:
+        raise click.UsageError("no")
+
+    with pytest.raises(click.UsageError):
+        run_steps(steps, State(out), refuse, lines.append)
+    assert lines[-1] == "step 2 failed: the same quickstart goes on there, once its cause is mended"
     calls = Calls()
     done = run_steps(steps, State(out), calls, lines.append)
     assert [words[1] for words in calls.words] == ["1", "2"]
