@@ -52,8 +52,6 @@ def command_again(option: str) -> str:
     for place, word in reversed(list(enumerate(words))):
         if word == _TOKEN or word.startswith(f"{_TOKEN}="):
             del words[place : place + (2 if word == _TOKEN else 1)]
-    verbs, at = [], context
-    while at.parent is not None:  # the root is called as it was started, perhaps as a script
-        verbs.insert(0, at.info_name or "")
-        at = at.parent
-    return shlex.join(["adalink", *verbs, *words, option])
+    # The path begins with what the root was started as, perhaps a script.
+    verb = context.command_path.removeprefix(context.find_root().command_path).split()
+    return shlex.join(["adalink", *verb, *words, option])
