@@ -48,7 +48,7 @@ class BestWeights(nn.Module):
 
     def is_over(self, history: Iterable[dict[str, Any]], patience: int) -> bool:
         """Whether a Trainer's log has as many evaluations after the best one as ``patience``."""
-        return sum(point["step"] > int(self.step) for point in eval_curve(history)) >= patience
+        return len([point for point in eval_curve(history) if point["step"] > int(self.step)]) >= patience
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -28,9 +28,9 @@ from adalink.training.classifier import LabelCollator, TrainableClassifier, enco
 from adalink.training.classifier_metrics import measure
 from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
+from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.models.loading import load_base, load_tokenizer
-from adalink.training.settings import LoopOptions
 from adalink.training.trainer import trainer_arguments
 
 if TYPE_CHECKING:

@@ -274,7 +274,8 @@ def test_forms_of_rows(tmp_path: Path) -> None:
 
     kind, rows = read({"text": "a", "label": True}, {"text": "b", "label": 3}, {"text": "c", "label": " tin "})
     assert (kind, [row.labels for row in rows]) == (SINGLE_LABEL, [("true",), ("3",), ("tin",)])
-    assert rows_with_labels(rows, kind) == read_eval_rows(tmp_path / "rows.jsonl", kind)  # one label in both
+    trained, evaluated = rows_with_labels(rows, kind), read_eval_rows(tmp_path / "rows.jsonl", kind)
+    assert [row.expected for row in trained] == [row.expected for row in evaluated]
     kind, rows = read({"text": "a", "label": 1}, {"text": "b", "label": 0.5})
     assert (kind, [row.value for row in rows]) == (REGRESSION, [1.0, 0.5])
     assert read({"text": "a", "label": 1}, kind=REGRESSION)[1][0].value == 1.0

@@ -13,10 +13,15 @@ from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.json_output import json_options
 from adalink.tools.common.resumption import resumable
 from adalink.tools.common.step_line import StepLine
-from adalink.tools.common.verb import Verb
+from adalink.tools.common.verb import VerbGroup
 
 
-@click.command(cls=Verb, name="train")
+@click.group(cls=VerbGroup)
+def root() -> None:
+    pass
+
+
+@root.command(name="train")
 @click.option("-o", "--out", type=click.Path(path_type=Path))
 @click.option("--resume", is_flag=True)
 @hub_options
@@ -41,6 +46,6 @@ def interrupted(out: Path, **_: Any) -> None:
 def test_command_that_goes_on(typed: list[str], named: list[str], tmp_path: Path) -> None:
     """Options that verbs share are joined before a verb runs; a token is not shown."""
     (tmp_path / "out.checkpoints").mkdir()
-    result = CliRunner().invoke(interrupted, [word.format(out=tmp_path / "out") for word in typed])
+    result = CliRunner().invoke(root, ["train", *(word.format(out=tmp_path / "out") for word in typed)])
     assert result.exit_code == 130, result.exception
-    assert result.stderr.splitlines()[-1] == "  " + " ".join(["adalink", *named]).format(out=tmp_path / "out")
+    assert result.stderr.splitlines()[-1] == "  " + " ".join(["adalink", "train", *named]).format(out=tmp_path / "out")

@@ -74,7 +74,7 @@ def test_one_command_leads_to_a_measured_task(made: tuple[Path, Result]) -> None
     assert report["next"] == "adalink classify here/deployment TEXT --task my-news"
     for step, verb in zip(report["steps"], VERBS, strict=True):
         assert step["command"].startswith(f"adalink {verb} ")
-    assert all(step["seconds"] > 0 for step in report["steps"])
+    assert all(step["seconds"] >= 0 for step in report["steps"])  # none was done before
     assert report["evaluation"]["tasks"][0]["rows"] == 6
     task = read_manifest(root / "here/deployment").tasks["my-news"]
     assert task.adapter_digest == read_adapter(root / "here/adapters/my-news").digest
