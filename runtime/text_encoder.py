@@ -100,7 +100,7 @@ class TextEncoder:
                 why = settings.unsupported or "its checkpoint has no modules.json of sentence-transformers"
                 raise RequestError(
                     f"{base.name} does not say how its states become one vector ({why}), and nothing is guessed: pass "
-                    f"pooling, one of {known} or a list of them, and normalize"
+                    f"pooling (--pooling), one of {known} or a list of them, and normalize"
                 )
             modes = settings.modes
         else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -29,6 +30,7 @@ from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
 from adalink.training.models.loading import base_fingerprint, load_base, load_tokenizer, max_positions
 from adalink.training.models.sentence_files import read_pooling
+from adalink.training.models.source import display_name
 from adalink.training.outcome import ClassifiedRows
 from adalink.training.settings import HeadSettings, TrainSettings
 from adalink.training.trainer import mean_loss, trainer_arguments
@@ -36,6 +38,9 @@ from adalink.training.trainer import mean_loss, trainer_arguments
 if TYPE_CHECKING:
     from adalink.runtime.rows.source import RowSource
     from adalink.training.method.config import AdaLinkConfig
+
+# Settings of the method where the head is trained alone.
+_ALONE = {"rank": 0, "activation": "identity", "bias": False, "dropout": 0.0, "init": "kaiming", "soft_tokens": 0}
 
 
 def train_classifier(
@@ -64,86 +69,124 @@ def train_classifier(
         has_bottleneck = isinstance(config.rank, dict) or config.rank > 0
         check_label_texts(kind, has_adapter=not options.alone and (has_bottleneck or config.soft_tokens > 0))
     loop.progress(f"loading {run.base}")
-    tokenizer, model = load_tokenizer(base), load_base(base)
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        raise ModelError(
-            f"base model {run.base} is a {type(model).__name__}, a decoder: rows with labels are for "
-            'encoders; give it rows {"prompt": "...", "completion": "..."}, or make them with --template'
-        )
-    prepended = 0 if options.alone else config.prepended_positions
-    head = _make_head(base, tokenizer, model, (kind, labels), settings, options, prepended)
-    check_labels(head, rows.measured, (eval_data or data).path)
-    alone = {"rank": 0, "activation": "identity", "bias": False, "dropout": 0.0, "init": "kaiming", "soft_tokens": 0}
-    config = msgspec.structs.replace(config, head=head, **(alone if options.alone else {}))
-
-    def encode(some: Sequence[LabelledRow], origin: Path) -> list[LabelledExample]:
-        encoded = encode_labelled(some, tokenizer, head)
-        if cut := sum(example.is_cut for example in encoded):
-            loop.progress(f"{origin}: {cut} of {len(some)} texts are longer than {head.max_tokens} tokens, and are cut")
-        return encoded
-
-    examples, validation = encode(rows.learned, data.path), encode(rows.validation, data.path)
-    eval_examples = encode(rows.measured, (eval_data or data).path)
+    encoder = _Encoder(base, (kind, labels), settings, options, 0 if options.alone else config.prepended_positions)
+    check_labels(encoder.head, rows.measured, (eval_data or data).path)
+    config = msgspec.structs.replace(config, head=encoder.head, **(_ALONE if options.alone else {}))
+    examples, validation = (encoder.encode(some, data.path, loop) for some in (rows.learned, rows.validation))
+    eval_examples = encoder.encode(rows.measured, (eval_data or data).path, loop)
     run.find_checkpoint(
         {
             "base": run.base,
             "method": config.as_record(),
             "settings": {**settings.as_record(), "head": options.kind, "head_lr": options.lr},
             "data": rows.record,
-            "base_fingerprint": base_fingerprint(model),
-            "tokenizer_digest": digest_tokenizer(tokenizer),
+            "base_fingerprint": base_fingerprint(encoder.model),
+            "tokenizer_digest": digest_tokenizer(encoder.tokenizer),
         }
     )
-    model.to(trainer_arguments(run.checkpoints, settings).device)
+    encoder.model.to(trainer_arguments(run.checkpoints, settings).device)
     with run.begin():
-        collate = LabelCollator(head, _pad_token(tokenizer))
-        vectors = None if options.kind == "linear" else label_vectors(model, tokenizer, head, examples, collate)
+        vectors = None if options.kind == "linear" else encoder.label_vectors(examples)
         set_seed(settings.seed)
-        with attach(model, config) as attached:
+        with attach(encoder.model, config) as attached:
             if vectors is not None:
                 place(attached, vectors)
-            module = TrainableClassifier(attached)
+            module, collate = TrainableClassifier(attached), encoder.collate
             scale = Scale.of(examples) if kind == REGRESSION else Scale()
+            answers = _Answers(module, collate, settings.batch_size, rows.learned)
             loop.progress(f"training on {len(examples)} rows with {len(labels)} labels, {settings.max_steps} steps")
-            watched = _watch(rows, validation, eval_examples)
-
-            def measure_beside() -> dict[str, float]:
-                loss = mean_loss(module, scale.apply(watched.examples), collate, settings.batch_size)
-                if kind == REGRESSION:  # the head gives scaled numbers until the end
-                    return {"loss": loss}
-                scores = predict(module, watched.examples, collate, settings.batch_size)
-                said = classify_examples(head, watched.rows, watched.examples, scores)
-                name, value = next(iter(measure(head, watched.rows, said, rows.learned).items()))
-                return {"loss": loss, name: value}
-
-            lesson = Lesson(
-                module, scale.apply(examples), collate, measure_beside, _optimizer(module, settings, options)
-            )
-            history = run.train(lesson, settings)
+            measure_beside = partial(answers.curve_point, *_watch(rows, validation, eval_examples), scale)
+            optimizer = _optimizer(module, settings, options)
+            history = run.train(Lesson(module, scale.apply(examples), collate, measure_beside, optimizer), settings)
             scale.unscale(module)
-            adapter = run.make_adapter(attached, tokenizer)
+            adapter = run.make_adapter(attached, encoder.tokenizer)
             loop.progress(f"measuring on {len(rows.measured)} eval rows")
-            scores = predict(module, eval_examples, collate, settings.batch_size)
-            said = classify_examples(head, rows.measured, eval_examples, scores)
-    evaluation = measure(head, rows.measured, said, rows.learned)
-    return run.finish(adapter, history, {"evaluation": evaluation}, ClassifiedRows(rows.measured, said, head))
+            said = answers.give(rows.measured, eval_examples)
+    evaluation = measure(encoder.head, rows.measured, said, rows.learned)
+    return run.finish(adapter, history, {"evaluation": evaluation}, ClassifiedRows(rows.measured, said, encoder.head))
 
 
-class _Watched(NamedTuple):
-    """Rows of the evaluation curve, and their tokens."""
+class _Encoder:
+    """A base that reads text, the head that it gets, and its rows' tokens."""
 
-    rows: list[LabelledRow]
-    examples: list[LabelledExample]
+    def __init__(
+        self,
+        base: str | Path,
+        task: tuple[str, tuple[str, ...]],
+        settings: TrainSettings,
+        options: HeadSettings,
+        prepended: int,
+    ) -> None:
+        """Load it.
+
+        Args:
+            base: the base model.
+            task: problem type and labels.
+            settings: settings of the run.
+            options: settings of the head.
+            prepended: positions that the adapter puts before each row.
+
+        Raises:
+            ModelError: it cannot be loaded, or is a decoder.
+            ConfigError: a setting does not suit it.
+        """
+        self.tokenizer, self.model = load_tokenizer(base), load_base(base)
+        if self.model.can_generate() and not self.model.config.is_encoder_decoder:
+            raise ModelError(
+                f"base model {display_name(base)} is a {type(self.model).__name__}, a decoder: rows with labels are "
+                'for encoders; give it rows {"prompt": "...", "completion": "..."}, or make them with --template'
+            )
+        self.head = _make_head(base, self.tokenizer, self.model, task, settings, options, prepended)
+        pad = self.tokenizer.pad_token_id
+        self.collate = LabelCollator(self.head, pad if isinstance(pad, int) else 0)
+
+    def encode(self, rows: Sequence[LabelledRow], origin: Path, loop: LoopOptions) -> list[LabelledExample]:
+        """Tokens of rows; says how many are cut."""
+        encoded = encode_labelled(rows, self.tokenizer, self.head)
+        if cut := sum(example.is_cut for example in encoded):
+            most = self.head.max_tokens
+            loop.progress(f"{origin}: {cut} of {len(rows)} texts are longer than {most} tokens, and are cut")
+        return encoded
+
+    def label_vectors(self, examples: Sequence[LabelledExample]) -> torch.Tensor:
+        """See ``adalink.training.label_texts``."""
+        return label_vectors(self.model, self.tokenizer, self.head, examples, self.collate)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What an adapter with its head says of rows, as it is now; ``learned`` are rows for a baseline."""
+
+    module: TrainableClassifier
+    collate: LabelCollator
+    batch_size: int
+    learned: Sequence[LabelledRow]
+
+    def give(self, rows: Sequence[LabelledRow], examples: Sequence[LabelledExample]) -> list[Classification]:
+        """The answer to each row, whose tokens are ``examples``."""
+        scores = predict(self.module, examples, self.collate, self.batch_size)
+        return classify_examples(self.module.spec, rows, examples, scores)
+
+    def curve_point(
+        self, rows: Sequence[LabelledRow], examples: Sequence[LabelledExample], scale: Scale
+    ) -> dict[str, float]:
+        """The loss, as in training, and the measure to look at first; of scaled numbers the loss alone."""
+        loss = mean_loss(self.module, scale.apply(examples), self.collate, self.batch_size)
+        if self.module.spec.problem_type == REGRESSION:
+            return {"loss": loss}
+        measures = measure(self.module.spec, rows, self.give(rows, examples), self.learned)
+        name, value = next(iter(measures.items()))
+        return {"loss": loss, name: value}
 
 
 def _watch(
     rows: RunRows[LabelledRow], validation: list[LabelledExample], eval_examples: list[LabelledExample]
-) -> _Watched:
-    """The rows held out to decide by, else some of the eval rows."""
+) -> tuple[list[LabelledRow], list[LabelledExample]]:
+    """Rows of the evaluation curve and their tokens: those held out to decide by, else some of the eval rows."""
     if validation:
-        return _Watched(rows.validation, validation)
+        return rows.validation, validation
     numbers = spread(len(eval_examples))
-    return _Watched(pick(rows.measured, numbers), pick(eval_examples, numbers))
+    return pick(rows.measured, numbers), pick(eval_examples, numbers)
 
 
 def _make_head(
@@ -170,10 +213,6 @@ def _make_head(
         own = read_pooling(base, tokenizer, model.config)
         pooling = own.modes[0] if own is not None and len(own.modes) == 1 else "mean"
     return Head(problem_type=kind, labels=labels, pooling=pooling, max_tokens=longest)
-
-
-def _pad_token(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 @dataclass(frozen=True)

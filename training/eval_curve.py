@@ -46,6 +46,10 @@ class BestWeights(nn.Module):
             for number, parameter in enumerate(self._trained):
                 self.get_buffer(f"weight{number}").copy_(parameter)
 
+    def is_over(self, history: Iterable[dict[str, Any]], patience: int) -> bool:
+        """Whether a Trainer's log has as many evaluations after the best one as ``patience``."""
+        return len([point for point in eval_curve(history) if point["step"] > int(self.step)]) >= patience
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put the best weights in the place of those of now; nothing where there was no evaluation."""
@@ -82,8 +86,7 @@ class EvalCurve(TrainerCallback):  # type: ignore[misc]  # transformers has no t
         if self._best is None or self._patience is None:
             return
         self._best.keep_if_better(measured["loss"], step)
-        later = sum(entry["step"] > int(self._best.step) for entry in state.log_history if f"{_PREFIX}loss" in entry)
-        control.should_training_stop |= later >= self._patience
+        control.should_training_stop |= self._best.is_over(state.log_history, self._patience)
 
 
 def eval_curve(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

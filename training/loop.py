@@ -84,7 +84,7 @@ class TrainingRun:
             loop.progress(warning)
         self.base = display_name(base)
         self.checkpoints = checkpoints_of(self.out)
-        self._settings, self._loop = settings, loop
+        self._loop = loop
         self._record: dict[str, Any] = {}
         self._start = time.perf_counter()
         self._best_step: int | None = None
@@ -118,12 +118,14 @@ class TrainingRun:
             WriteError: a checkpoint cannot be written.
             KeyboardInterrupt: the run was asked to stop; a checkpoint is saved.
         """
-        module, best, loop = lesson.module, None, self._loop
-        if settings.early_stopping is not None:
+        module, best, loop, patience = lesson.module, None, self._loop, settings.early_stopping
+        if patience is not None:
             module.best = best = BestWeights(module.parameters())
-        if self.last is not None and step_of(self.last) == settings.max_steps:
-            history = restore(module, self.last)  # the Trainer would go one step further
-        else:
+        history = [] if self.last is None else restore(module, self.last)
+        is_over = self.last is not None and step_of(self.last) == settings.max_steps
+        if best is not None and patience is not None:
+            is_over |= best.is_over(history, patience)
+        if not is_over:  # else the Trainer would go one step further
             trainer = CheckpointTrainer(
                 model=module,
                 args=trainer_arguments(
@@ -140,12 +142,12 @@ class TrainingRun:
             )
             trainer.remove_callback(PrinterCallback)  # without a bar it prints dicts
             if settings.curve_steps:
-                patience = settings.early_stopping
                 trainer.add_callback(EvalCurve(trainer, lesson.measure, settings.curve_steps, best, patience))
             self._run(trainer)
             history = trainer.state.log_history
         if best is not None:
             if not int(best.step):
+                shutil.rmtree(self.checkpoints)  # nothing can be resumed
                 raise ModelError("no evaluation had a finite loss: train again with a lower rate")
             best.restore()
             loop.progress(f"best of all evaluations: step {int(best.step)}, loss {float(best.loss):.4g}")

@@ -132,13 +132,8 @@ def _train_on_prompts(
     examples, validation = decoder.encode(rows.learned, data.path), decoder.encode(rows.validation, data.path)
     eval_examples = decoder.encode(rows.measured, (eval_data or data).path)
     record = {"base": run.base, "method": config.as_record(), "settings": settings.as_record(), "data": rows.record}
-    if space is not None:
-        record["search"] = asdict(space)
-    record |= {"base_fingerprint": base_fingerprint(model), "tokenizer_digest": digest_tokenizer(decoder.tokenizer)}
-    if has_images:
-        digest = digest_images([*examples, *validation])
-        record["images"] = {"train": digest, "eval": digest_images(eval_examples)}
-    run.find_checkpoint(record)
+    record |= {} if space is None else {"search": asdict(space)}
+    run.find_checkpoint(record | decoder.record([*examples, *validation], eval_examples))
     collate = collator(model, decoder.tokenizer, decoder.images)
     model.to(trainer_arguments(run.checkpoints, settings).device)
     first = config if space is None else candidate_config(config, space, model)
@@ -208,6 +203,14 @@ class _Decoder:
         examples = encode_rows(rows, self.tokenizer, self._settings.max_length, origin, tokens, self._form)
         check_positions(examples, self.model, self._prepended, origin)
         return examples
+
+    def record(self, examples: Sequence[Example], eval_examples: Sequence[Example]) -> dict[str, Any]:
+        """Digests of the base and of the rows' images, for the report."""
+        digests: dict[str, Any] = {"base_fingerprint": base_fingerprint(self.model)}
+        digests["tokenizer_digest"] = digest_tokenizer(self.tokenizer)
+        if self.images is not None:
+            digests["images"] = {"train": digest_images(examples), "eval": digest_images(eval_examples)}
+        return digests
 
     def reply(self, examples: Sequence[Example], *, prepended: int) -> list[Reply]:
         """Greedy replies, behind so many positions of an adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers has n
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         points = eval_curve(state.log_history)
         mean = (time.monotonic() - self._start) / max(1, step - self._first)
-        measured = {name: value for name, value in points[-1].items() if name != "step"} if points else {}
+        point = points[-1] if points else {}
+        measured = {name: math.nan if value is None else value for name, value in point.items() if name != "step"}
         self._on_step(StepProgress(step, steps, losses[-1] if losses else None, measured, mean * (steps - step)))
 
 

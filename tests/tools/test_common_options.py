@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
+from adalink.runtime.storage.pooling_schema import Pooling
 from adalink.tools.cli import SECTIONS, VERBS, main
 from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
+from adalink.tools.common.next_step import say_next, verb_for_texts
 from adalink.tools.common.verb import Verb, VerbGroup
 from adalink.tools.common.verbose import say
 
@@ -144,7 +146,7 @@ def test_only_the_users_own_file_is_read_by_itself(probe: Any, tmp_path: Path, m
     ("text", "message"),
     [
         ("[doctor", "is not TOML"),
-        ("[doctr]", "doctr is no verb, expected a table of one, such as [train]; did you mean 'doctor'?"),
+        ("[doctr]", "doctr is no verb, expected a table of one, such as [quickstart]; did you mean 'doctor'?"),
         ("doctor = 3", "doctor is 3, expected a table of options: [doctor]"),
         ("[export]\nout = 'x'", "export.out is no verb, expected a table of one, such as [export.adapter]"),
         ("[doctor]\nmost-token = 3", "[doctor] has 'most-token', expected options by their long names"),
@@ -188,6 +190,15 @@ def test_json_is_alone_on_stdout_and_the_same_in_the_file(probe: Any, tmp_path: 
     alone = probe("doctor", "--json-file", report)
     assert answer(alone) == json.loads(report.read_text())
     assert alone.stderr == "progress\nnext: adalink inspect 'a b'\n"
+
+
+@pytest.mark.parametrize(
+    ("pooling", "verb"), [(None, "run"), (Pooling(), "run"), (Pooling(modes=("mean",)), "embed")], ids=str
+)
+def test_next_verb_is_one_that_the_base_can(pooling: Pooling | None, verb: str) -> None:
+    """`embed` guesses no pooling."""
+    base: Any = SimpleNamespace(pooling=pooling)
+    assert verb_for_texts(base) == verb
 
 
 def test_quiet_leaves_the_answer_alone(probe: Any) -> None:

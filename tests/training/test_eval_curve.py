@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.heads import make_head
 from helpers.sentences import save_encoder
 from helpers.studies import write_base
 from helpers.tiny_tokenizer import make_tokenizer
@@ -20,6 +19,7 @@ from transformers import TrainerCallback
 
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, ModelError
 from adalink.runtime.storage.head_spec import SINGLE_LABEL
+from adalink.tools.common.step_line import describe
 from adalink.training.adapter_io import load_adapter
 from adalink.training.data.held_out import VALIDATION_SHARE, hold_out
 from adalink.training.eval_curve import BestWeights, spread
@@ -126,14 +126,17 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]  # transformers has no t
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("is_over", [False, True])
 def test_resumed_early_stopping_is_as_uninterrupted(
-    stopped: tuple[Path, dict[str, Any]], base: Path, data: Path, tmp_path: Path
+    is_over: bool, stopped: tuple[Path, dict[str, Any]], base: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The best weights are from before the checkpoint."""
+    """The best weights are from before the checkpoint; at ``is_over`` the run has ended early, and trains no more."""
     whole = stopped[1]
     last = whole["eval_curve"][-1]["step"]
+    interruption: dict[str, Any] = {"stop": Stop(last)} if is_over else {"callbacks": (Interrupt(last - 1),)}
     with pytest.raises(KeyboardInterrupt):
-        run(base, data, tmp_path / "out", STOPPING, callbacks=(Interrupt(last - 1),))
+        run(base, data, tmp_path / "out", STOPPING, **interruption)
+    assert (tmp_path / f"out.checkpoints/checkpoint-{last}").is_dir() == is_over
     resumed = run(base, data, tmp_path / "out", STOPPING, resume=True)
     for name in ("adapter_digest", "eval_curve", "loss_curve", "best_step"):
         assert resumed[name] == whole[name]
@@ -175,10 +178,13 @@ def test_stop_saves_the_step_it_ends_in(base: Path, data: Path, tmp_path: Path) 
 def test_a_loss_that_is_never_finite_is_an_error(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the adapter would be that of the start."""
+    """Else the adapter would be that of the start. Nothing stays in the way of the next run."""
     monkeypatch.setattr("adalink.training.run.mean_loss", lambda *_: float("nan"))
+    steps: list[StepProgress] = []
     with pytest.raises(ModelError, match="no evaluation had a finite loss"):
-        run(base, data, tmp_path / "out", replace(STOPPING, max_steps=4))
+        run(base, data, tmp_path / "out", replace(STOPPING, max_steps=4), on_step=steps.append)
+    assert describe(steps[-1]).endswith("eval loss nan")
+    assert not (tmp_path / "out.checkpoints").exists()
 
 
 def test_curve_of_a_head_has_its_measure(tmp_path: Path) -> None:
@@ -190,7 +196,7 @@ def test_curve_of_a_head_has_its_measure(tmp_path: Path) -> None:
     report = train(encoder, path, path, tmp_path / "out", CONFIG, settings, loop=LoopOptions(**QUIET))
     assert [set(point) for point in report["eval_curve"]] == [{"step", "loss", "accuracy"}] * len(report["eval_curve"])
     assert report["evaluation"]["accuracy"] > 0.9
-    assert make_head(SINGLE_LABEL).problem_type == report["method"]["head"]["problem_type"]
+    assert report["method"]["head"]["problem_type"] == SINGLE_LABEL
 
 
 def test_rows_of_a_curve_are_spread() -> None:

@@ -96,7 +96,7 @@ def test_what_has_no_nearest_label(
 
 
 def test_labels_with_one_embedding(base: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "rows.jsonl", [{"text": "oil", "label": "tin"}, {"text": "corn", "label": "tin  "}])
-    with pytest.raises(ModelError, match="embeds labels 'tin' and 'tin  ' alike"):
+    data = write(tmp_path / "rows.jsonl", [{"text": "oil", "label": "a tin"}, {"text": "corn", "label": "a  tin"}])
+    with pytest.raises(ModelError, match="embeds labels 'a  tin' and 'a tin' alike"):
         train(base, data, data, tmp_path / "out", CONFIG, SETTINGS, head=NONE)
     assert sorted(tmp_path.iterdir()) == [data]

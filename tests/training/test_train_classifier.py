@@ -22,6 +22,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS, Head
 from adalink.runtime.text_classifier import Classification, read_scores
 from adalink.tools.cli import main
+from adalink.tools.evaluation.rows import read_eval_rows, rows_with_labels
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.classifier import _target
 from adalink.training.classifier_metrics import measure
@@ -271,8 +272,10 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     def read(*rows: dict[str, Any], kind: str | None = None) -> tuple[str, list[LabelledRow]]:
         return read_labelled_rows(write(tmp_path / "rows.jsonl", rows), kind)
 
-    kind, rows = read({"text": "a", "label": True}, {"text": "b", "label": 3})
-    assert (kind, [row.labels for row in rows]) == (SINGLE_LABEL, [("true",), ("3",)])
+    kind, rows = read({"text": "a", "label": True}, {"text": "b", "label": 3}, {"text": "c", "label": " tin "})
+    assert (kind, [row.labels for row in rows]) == (SINGLE_LABEL, [("true",), ("3",), ("tin",)])
+    trained, evaluated = rows_with_labels(rows, kind), read_eval_rows(tmp_path / "rows.jsonl", kind)
+    assert [row.expected for row in trained] == [row.expected for row in evaluated]
     kind, rows = read({"text": "a", "label": 1}, {"text": "b", "label": 0.5})
     assert (kind, [row.value for row in rows]) == (REGRESSION, [1.0, 0.5])
     assert read({"text": "a", "label": 1}, kind=REGRESSION)[1][0].value == 1.0

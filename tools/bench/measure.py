@@ -96,7 +96,7 @@ class Bench:
             quick: a quarter of the rounds, for an impression; no ``task_bytes``, which only a fresh process can tell.
 
         Returns:
-            The metrics, and the medians in milliseconds that the ratios come from.
+            The metrics, and the median of each side in milliseconds. A ratio is the median over the turns.
         """
         medians: dict[str, float] = {}
         metrics: list[Metric] = []

@@ -37,6 +37,7 @@ def print_report(
     _print_sides("decode step", "decode", ("base", "task"), 1, values, medians)
     echo(f"{'':<26}{'one task':>22}{f'{rows} tasks':>22}")
     _print_sides(f"step of {rows} rows", "mixed_batch", ("single", "mixed"), rows * step, values, medians)
+    echo("A ratio is the median over the turns, not of the two times.")
     echo()
     for name, (label, divisor, unit) in _SINGLE.items():
         if name in values:

@@ -22,9 +22,9 @@ def command(
 ) -> None:
     """Measure what a task costs beside the base model, with the deployment in DIR.
 
-    With and without the task take turns in one process, after a warm-up, with Python's garbage collector off; each
-    ratio is one of medians. An engine whose profile takes fewer than 32 rows is measured with as many as it takes.
-    Close other programs first.
+    With and without the task take turns in one process, after a warm-up, with Python's garbage collector off. A ratio
+    is the median over the turns, which a drift of the machine affects less than the two times. An engine whose profile
+    takes fewer than 32 rows is measured with as many as it takes. Close other programs first.
 
     The names in the JSON. prefill_ratio: a prompt of 64 tokens. decode_ratio: from one engine call to the next.
     swap_hot_us: switch between two loaded tasks and adapt one token. task_load_ms: read, check and open a task whose

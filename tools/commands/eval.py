@@ -94,7 +94,7 @@ def command(**values: Any) -> None:
     options = make_options(EvalOptions, values)
     evaluate(options)
     if options.html is None:
-        say_next("eval", *typed_words(click.get_current_context()), "--html", "report.html", output=options.output)
+        say_next(*typed_words(click.get_current_context()), "--html", "report.html", output=options.output)
     else:
         say_next("serve", options.deployment, output=options.output)
 

@@ -12,7 +12,7 @@ from adalink.tools.commands.export_engine import engine
 from adalink.tools.common.console import say
 from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import SAMPLE_TEXT, say_next
+from adalink.tools.common.next_step import SAMPLE_TEXT, say_next, verb_for_texts
 from adalink.tools.common.options import assume_pretokenizer_option, out_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import VerbGroup
@@ -133,7 +133,8 @@ def base(
     if vision is not None:
         result["vision"] = {"graph": vision.graph, "size_bytes": manifest.size_bytes(vision.files)}
     output.give(result, lambda: _show(out, manifest, variant))
-    say_next(*_next(model, out, manifest, quantization or target), output=output)
+    against = ("--against", model, "--revision", access.revision)
+    say_next(*_next(out, manifest, quantization or target, against), output=output)
 
 
 def _show(out: Path, manifest: Manifest, variant: Variant) -> None:
@@ -150,13 +151,13 @@ def _show(out: Path, manifest: Manifest, variant: Variant) -> None:
         echo(f"  left out of the checkpoint: {', '.join(manifest.base.unused_tensors)}")
 
 
-def _next(model: str, out: Path, manifest: Manifest, variant: str) -> tuple[object, ...]:
+def _next(out: Path, manifest: Manifest, variant: str, against: tuple[object, ...]) -> tuple[object, ...]:
     """What to do with a base; a further form of it, or one that has tasks, is verified first."""
     if len(manifest.variants) > 1 or variant != "onnxruntime-cpu":
-        return "verify", out, "--against", model, "--variant", variant
+        return "verify", out, *against, "--variant", variant
     if manifest.tasks:
-        return "verify", out, "--against", model
-    return "embed" if manifest.base.kind == "encoder" else "run", out, SAMPLE_TEXT
+        return "verify", out, *against
+    return verb_for_texts(manifest.base), out, SAMPLE_TEXT
 
 
 def _unit(vision: Vision) -> str:

@@ -12,7 +12,7 @@ from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.adapter_spec import show_rank
 from adalink.tools.common.console import say
 from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import SAMPLE_TEXT, say_next
+from adalink.tools.common.next_step import SAMPLE_TEXT, say_next, verb_for_texts
 from adalink.tools.common.options import out_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
@@ -122,7 +122,7 @@ def _verb(manifest: Manifest, task: str) -> str:
     """The verb that answers by a task."""
     if manifest.tasks[task].head is not None or manifest.tasks[task].labels is not None:
         return "classify"
-    return "embed" if manifest.base.kind == "encoder" else "run"
+    return verb_for_texts(manifest.base)
 
 
 def _by_name(adapters: tuple[Path, ...], name: str | None) -> dict[str, Path]:

@@ -253,7 +253,7 @@ def command(target: str, access: HubAccess, output: JsonOutput) -> None:
     with hub_access(target, access):
         description = describe(target)
     output.give(description, lambda: _show(target, description))
-    say_next(*_next(target, description), output=output)
+    say_next(*_next(target, description), "--revision", access.revision, output=output)
 
 
 def _show(target: str, description: Description) -> None:

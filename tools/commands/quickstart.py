@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shlex
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -19,9 +20,9 @@ from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.console import say
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import as_a_step, say_next
-from adalink.tools.common.options import make_options, map_option, template_option
+from adalink.tools.common.options import make_options, map_option, out_option, template_option
 from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.common.verb import Verb, words_for_steps
 
 _LARGEST_SEED = (1 << 32) - 1
 # What the steps need beside the runtime, the extra `cpu,eval,export,train`.
@@ -46,10 +47,8 @@ class QuickstartOptions:
 
 @click.command(cls=Verb, short_help="From rows and a model to a measured task, in one command.")
 @click.argument("model")
-@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for all of it."
-)
+@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
+@out_option("Folder for all of it.")
 @click.option("-t", "--task", metavar="NAME", help="Name of the task; that of the file ROWS by default.")
 @map_option
 @template_option
@@ -106,10 +105,11 @@ def start(options: QuickstartOptions) -> None:
             f"task {places.task!r} in {options.out} was made of {before[0]}: give another name with --task"
         )
     make_folder(places.page.parent, repair="choose a writable --out")
-    done = run_steps(steps, state, _call, say)
+    done = run_steps(steps, state, _call, say, words_for_steps(click.get_current_context()))
     report = json.loads(places.evaluation.read_bytes())
     verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
-    text = (source.template or "TEXT").replace("{text}", "TEXT")
+    parts = string.Formatter().parse(source.template or "{text}")
+    text = "".join(literal + (column or "").upper() for literal, column, _, _ in parts)
     following = (verb, str(places.deployment), text, "--task", places.task)
     result = {
         "verdict": report["verdict"],

@@ -8,16 +8,15 @@ import click
 
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.options import map_option, template_option
+from adalink.tools.common.next_step import say_next
+from adalink.tools.common.options import map_option, out_option, template_option
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 
 
 @click.command(cls=Verb, short_help="Divide rows into those to learn from and those to test with.")
-@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of both files."
-)
+@click.argument("rows", metavar="ROWS", type=click.Path(path_type=Path))
+@out_option("Folder of both files.")
 @map_option
 @template_option
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the lot.")
@@ -48,3 +47,5 @@ def command(
         echo(f"{files.test}: {counts[1]} rows to test with, by lot (seed {seed}{share})")
 
     output.give({**names, **sizes, "split": files.split.as_record()}, show)
+    data = ("--data", files.train, "--eval", files.test)
+    say_next("train", "--base", "MODEL", *data, "--out", "adapter", output=output)

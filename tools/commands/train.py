@@ -314,7 +314,8 @@ def command(**values: Any) -> None:
     if Path(_DEPLOYMENT, "manifest.json").is_file():
         say_next("export", "adapter", options.out, "--out", _DEPLOYMENT, output=options.output)
     else:
-        say_next("export", "base", options.base, "--out", _DEPLOYMENT, output=options.output)
+        revision = ("--revision", options.access.revision)
+        say_next("export", "base", options.base, *revision, "--out", _DEPLOYMENT, output=options.output)
 
 
 def train_adapter(options: TrainOptions) -> None:

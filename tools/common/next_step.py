@@ -6,10 +6,14 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from adalink.tools.common.json_output import JsonOutput
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verbose import is_quiet
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Base
 
 # A text to try a deployment with.
 SAMPLE_TEXT = "Oil prices rose again."
@@ -36,6 +40,11 @@ def say_next(*words: object, output: JsonOutput | None = None) -> None:
     if is_quiet() or _is_a_step.get() or (output is not None and output.on_stdout):
         return
     echo(f"next: adalink {shlex.join(_given(words))}", err=True)
+
+
+def verb_for_texts(base: Base) -> str:
+    """The verb that answers texts without labels: ``embed`` only for an encoder that says how its states are pooled."""
+    return "embed" if base.pooling is not None and base.pooling.modes else "run"
 
 
 def _given(words: tuple[object, ...]) -> list[str]:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
+from adalink.tools.common.verb import typed_words
 from adalink.training.run_folder import checkpoints_of
 
 _INTERRUPTED = 130
+_TOKEN = "--token"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,19 +45,10 @@ def resumable(out: Path, line: StepLine) -> Iterator[None]:
         line.close()
 
 
-def command_again(*more: str) -> str:
-    """The running command as it was given, with more options, for a shell."""
-    context = click.get_current_context()
-    words = []
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[name]
-        option = [] if isinstance(parameter, click.Argument) else [max(parameter.opts, key=len)]
-        if isinstance(value, bool):
-            words += option if value and option[0] not in more else []
-        else:
-            for one in value if isinstance(value, tuple) else (value,):
-                words += [*option, str(one)]
-    return shlex.join([*context.command_path.split(), *words, *more])
+def command_again(option: str) -> str:
+    """The running command as it was typed, with one more option, for a shell; a token is left out."""
+    words = [word for word in typed_words(click.get_current_context()) if word != option]
+    for place, word in reversed(list(enumerate(words))):
+        if word == _TOKEN or word.startswith(f"{_TOKEN}="):
+            del words[place : place + (2 if word == _TOKEN else 1)]
+    return shlex.join(["adalink", *words, option])

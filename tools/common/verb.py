@@ -33,7 +33,7 @@ class _CommonOptions(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line; errors say where a value comes from that is not on it."""
         name_variables(ctx)
-        ctx.meta[_ARGUMENTS] = list(args)
+        ctx.meta.setdefault(_ARGUMENTS, list(args))  # the outermost command has all of them
         try:
             return super().parse_args(ctx, args)
         except click.BadParameter as error:
@@ -85,9 +85,17 @@ class VerbGroup(_CommonOptions, click.Group):
 
 
 def typed_words(ctx: click.Context) -> list[str]:
-    """The words of a verb's command line, as they were typed."""
+    """The words of the command line behind the program's name, as they were typed."""
     words: list[str] = ctx.meta[_ARGUMENTS]
     return words
+
+
+def words_for_steps(ctx: click.Context) -> list[str]:
+    """What a verb gives on to the verbs that it runs: ``--config``, ``-v`` and ``-q``, as far as they were typed."""
+    level, typed = _level(ctx), ParameterSource.COMMANDLINE
+    is_typed = any(one.get_parameter_source("config") is typed for one in (ctx, ctx.find_root()))
+    words = ["--config", str(config_path(ctx))] if is_typed else []
+    return [*words, *(["-q"] if level < 0 else [f"-{'v' * level}"] if level else [])]
 
 
 def config_path(ctx: click.Context) -> Path | None:

@@ -88,7 +88,7 @@ def rows_with_completions(rows: Iterable[TrainingRow]) -> list[EvalRow]:
 
 def _labelled_answer(row: LabelledRow, kind: str) -> Answer:
     if kind == SINGLE_LABEL:
-        return Answer(row.labels[0].strip())
+        return Answer(row.labels[0])
     if kind == REGRESSION:
         return Answer(value=row.value)
     if kind == MULTI_LABEL:

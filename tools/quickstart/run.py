@@ -23,7 +23,9 @@ class Done(NamedTuple):
     seconds: float | None
 
 
-def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[str], None]) -> list[Done]:
+def run_steps(
+    steps: Sequence[Step], state: State, call: Call, say: Callable[[str], None], before: Sequence[str] = ()
+) -> list[Done]:
     """Do the steps in their order.
 
     Args:
@@ -31,6 +33,7 @@ def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[st
         state: what was done before, and is recorded.
         call: runs a command.
         say: called with lines for people.
+        before: options of ``adalink`` itself, for each command.
 
     Raises:
         click.exceptions.Exit: a command failed; with its exit code.
@@ -38,7 +41,7 @@ def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[st
     """
     done = []
     for number, step in enumerate(steps, start=1):
-        command = shlex.join(("adalink", *step.words))
+        command = shlex.join(("adalink", *before, *step.words))
         if state.is_done(step):
             say(f"[{number}/{len(steps)}] done before: {command}")
             done.append(Done(command, None))
@@ -46,7 +49,7 @@ def run_steps(steps: Sequence[Step], state: State, call: Call, say: Callable[[st
         say(f"[{number}/{len(steps)}] {command}")
         start = time.monotonic()
         try:
-            code, output = call([*step.words, *step.extra()])
+            code, output = call([*before, *step.words, *step.extra()])
         except click.ClickException:
             say(_goes_on(number))
             raise

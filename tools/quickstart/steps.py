@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from adalink.runtime.errors import AdaLinkError, ConfigError
+from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.digest import digest_file
@@ -131,7 +132,7 @@ def make_steps(model: str, rows: RowSource, places: Places, seed: int, training:
         Step(
             f"{places.task}/split",
             ("split", str(rows.path), *columns, *template, "--out", str(places.rows), *seeded),
-            lambda: [digest_file(path) for path in (rows.path, train, test)],
+            lambda: (digest_rows(rows.path), digest_file(train), digest_file(test)),
         ),
         Step(
             f"{places.task}/train",

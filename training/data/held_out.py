@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -50,7 +50,33 @@ class Split:
         }
 
 
-def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int, share: float = SHARE) -> Split:
+@dataclass(frozen=True)
+class Lot(Generic[T]):
+    """What a lot looks at in rows of one kind.
+
+    Attributes:
+        text: the text of a row.
+        label: its label, or what stands for it.
+        names: all its labels, where only rows with them can teach them.
+    """
+
+    text: Callable[[T], Hashable]
+    label: Callable[[T], Hashable]
+    names: Callable[[T], Collection[Hashable]] = lambda row: ()
+
+    def draw(self, rows: Sequence[T], seed: int, share: float = SHARE) -> Split:
+        """Hold some of these rows out; see ``hold_out``."""
+        texts, labels = [self.text(row) for row in rows], [self.label(row) for row in rows]
+        return hold_out(texts, labels, seed, share, [self.names(row) for row in rows])
+
+
+def hold_out(
+    texts: Sequence[Hashable],
+    labels: Sequence[Hashable],
+    seed: int,
+    share: float = SHARE,
+    names: Sequence[Collection[Hashable]] = (),
+) -> Split:
     """Hold some of the rows out.
 
     Equal texts stay together, so that none is both learned and measured. A label with a single text is not held out.
@@ -60,16 +86,17 @@ def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int, s
         labels: its label, or what stands for it; where they are nearly all different, all rows are one group.
         seed: of the lot.
         share: of the rows to hold out.
+        names: all labels of each row; a row stays if no other training row has one of them.
 
     Raises:
-        DataError: there are too few texts.
+        DataError: there are too few texts, or each has a label of its own.
     """
     rows_of: dict[Hashable, list[int]] = {}
     for number, text in enumerate(texts):
         rows_of.setdefault(text, []).append(number)
     if len(rows_of) < 2:
         raise DataError("all rows have one text, expected at least 2 to hold some out: add rows, or give --eval")
-    stratified = len(labels) >= _FEWEST_ROWS_A_LABEL * len(set(labels))
+    stratified = len(labels) >= _FEWEST_ROWS_A_LABEL * len(set(labels)) > _FEWEST_ROWS_A_LABEL
     groups: dict[Hashable, list[list[int]]] = {}
     for numbers in rows_of.values():
         groups.setdefault(labels[numbers[0]] if stratified else None, []).append(numbers)
@@ -85,8 +112,22 @@ def hold_out(texts: Sequence[Hashable], labels: Sequence[Hashable], seed: int, s
     if not held_out:  # every label has a few texts only
         held_out = list(rows_of.values())[int(rng.integers(len(rows_of)))]
     chosen = set(held_out)
+    if names:
+        _keep_teachers(rows_of.values(), chosen, names)
     train = tuple(number for number in range(len(texts)) if number not in chosen)
     return Split(train, tuple(sorted(chosen)), seed, stratified, share)
+
+
+def _keep_teachers(texts: Iterable[Sequence[int]], chosen: set[int], names: Sequence[Collection[Hashable]]) -> None:
+    """Take rows out of ``chosen``, until the others have all labels; ``texts`` are the rows of each text."""
+    known = {name for number, some in enumerate(names) if number not in chosen for name in some}
+    for numbers in texts:
+        wanted = {name for number in numbers for name in names[number]}
+        if numbers[0] in chosen and not wanted <= known:
+            chosen.difference_update(numbers)
+            known |= wanted
+    if not chosen:
+        raise DataError("each row has a label that no other has, and none can be held out: add rows, or give --eval")
 
 
 def describe_split(split: Split, labels: Sequence[Hashable]) -> str:

@@ -171,7 +171,7 @@ def _text(text: str, origin: str) -> str:
 def _name(label: Any, origin: str) -> str:
     if isinstance(label, float):
         raise DataError(f"{origin}: label is {label!r}, a number with a point: expected a name or a whole number")
-    return str(label).lower() if isinstance(label, bool) else str(label)
+    return str(label).lower() if isinstance(label, bool) else str(label).strip()
 
 
 def _join(row: _Row, origin: str) -> tuple[str, list[LabelledSpan]]:
@@ -206,6 +206,11 @@ def _check_spans(text: str, spans: Sequence[LabelledSpan], origin: str) -> tuple
             )
         end = span.end
     return ordered
+
+
+def names_of(row: LabelledRow) -> set[str]:
+    """All labels of a row, and those of its spans."""
+    return {*row.labels, *(span.label for span in row.spans)}
 
 
 def find_labels(kind: str, rows: Sequence[LabelledRow], origin: str | Path) -> tuple[str, ...]:

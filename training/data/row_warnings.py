@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from adalink.training.data.labelled_rows import LabelledRow
+from adalink.training.data.labelled_rows import LabelledRow, names_of
 from adalink.training.data.rows import TrainingRow
 
 
@@ -30,7 +30,7 @@ def warn_of_prompts(rows: Sequence[TrainingRow], eval_rows: Sequence[TrainingRow
 
 def warn_of_labels(rows: Sequence[LabelledRow], eval_rows: Sequence[LabelledRow]) -> list[str]:
     """Warnings about rows with labels, each a line."""
-    counts = Counter(name for row in rows for name in {*row.labels, *(span.label for span in row.spans)})
+    counts = Counter(name for row in rows for name in names_of(row))
     warnings = []
     if rare := sorted(name for name, count in counts.items() if count == 1):
         names = ", ".join(map(repr, rare[:5])) + (" and others" if len(rare) > 5 else "")

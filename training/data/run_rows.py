@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -11,8 +11,8 @@ from adalink.runtime.rows.lines import is_standard_input
 from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.head_spec import SINGLE_LABEL
-from adalink.training.data.held_out import VALIDATION_SHARE, Split, describe_split, hold_out, pick
-from adalink.training.data.labelled_rows import LabelledRow, read_labelled_rows
+from adalink.training.data.held_out import VALIDATION_SHARE, Lot, Split, describe_split, pick
+from adalink.training.data.labelled_rows import LabelledRow, names_of, read_labelled_rows
 from adalink.training.data.row_warnings import label_key, prompt_key, warn_of_labels, warn_of_prompts
 from adalink.training.data.rows import TrainingRow, read_rows
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 Progress = Callable[[str], None]
 Files = dict[str, dict[str, Any]]
+
+
+PROMPTS = Lot[TrainingRow](prompt_key, lambda row: row.completion)
+
+
+def labels_lot(kind: str) -> Lot[LabelledRow]:
+    """The lot of rows with labels, by their problem type."""
+    return Lot(label_key, lambda row: row.labels if kind == SINGLE_LABEL else (), names_of)
 
 
 def check_files(data: RowSource, eval_data: RowSource | None) -> None:
@@ -62,7 +70,7 @@ def read_prompts(
     """
     rows = read_rows(data)
     eval_rows = None if eval_data is None else read_rows(eval_data)
-    parted = _part(data, eval_data, rows, eval_rows, prompt_key, lambda row: row.completion, settings, progress)
+    parted = _part(data, eval_data, rows, eval_rows, PROMPTS, settings, progress)
     for line in warn_of_prompts(parted.training, parted.measured):
         progress(f"warning: {data.path}: {line}")
     return parted
@@ -78,11 +86,7 @@ def read_labelled(
     """Rows with labels, and their problem type first; raises as ``read_prompts``."""
     kind, rows = read_labelled_rows(data, problem_type)
     eval_rows = None if eval_data is None else read_labelled_rows(eval_data, kind)[1]
-
-    def label(row: LabelledRow) -> Hashable:
-        return row.labels if kind == SINGLE_LABEL else ()
-
-    parted = _part(data, eval_data, rows, eval_rows, label_key, label, settings, progress)
+    parted = _part(data, eval_data, rows, eval_rows, labels_lot(kind), settings, progress)
     for line in warn_of_labels(parted.training, parted.measured):
         progress(f"warning: {data.path}: {line}")
     return kind, parted
@@ -93,23 +97,20 @@ def _part(
     eval_data: RowSource | None,
     rows: list[R],
     eval_rows: list[R] | None,
-    key: Callable[[R], Hashable],
-    label: Callable[[R], Hashable],
+    lot: Lot[R],
     settings: TrainSettings,
     progress: Progress,
 ) -> RunRows[R]:
     """Hold rows out of those to learn from: to measure on where there are no others, and to end the run by."""
     splits: dict[str, Split] = {}
     if eval_rows is None:
-        labels = [label(row) for row in rows]
-        splits["split"] = split = hold_out([key(row) for row in rows], labels, settings.seed)
-        progress(describe_split(split, labels))
+        splits["split"] = split = lot.draw(rows, settings.seed)
+        progress(describe_split(split, [lot.label(row) for row in rows]))
         rows, eval_rows = pick(rows, split.train), pick(rows, split.held_out)
     record = _record(data, eval_data, rows, eval_rows)
     validation: list[R] = []
     if settings.early_stopping is not None:
-        labels = [label(row) for row in rows]
-        splits["validation"] = split = hold_out([key(row) for row in rows], labels, settings.seed, VALIDATION_SHARE)
+        splits["validation"] = split = lot.draw(rows, settings.seed, VALIDATION_SHARE)
         rows, validation = pick(rows, split.train), pick(rows, split.held_out)
         progress(f"early stopping: {len(validation)} of the training rows are held out to decide by")
     return RunRows(rows, eval_rows, validation, record | {name: split.as_record() for name, split in splits.items()})

@@ -11,12 +11,11 @@ import msgspec
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.rows.table import read_table
 from adalink.runtime.storage.atomic import make_folder, replace_file
-from adalink.runtime.storage.head_spec import REGRESSION, SINGLE_LABEL
-from adalink.training.data.held_out import Split, hold_out
+from adalink.runtime.storage.head_spec import REGRESSION
+from adalink.training.data.held_out import Split
 from adalink.training.data.labelled_rows import has_labels, read_labelled_rows
-from adalink.training.data.row_warnings import label_key, prompt_key
 from adalink.training.data.rows import read_rows
-from adalink.training.data.run_rows import check_files
+from adalink.training.data.run_rows import PROMPTS, check_files, labels_lot
 
 TRAIN_FILE, TEST_FILE = "train.jsonl", "test.jsonl"
 _EXPECTED = '{"text": "...", "label": "..."} or {"prompt": "...", "completion": "..."}'
@@ -49,13 +48,11 @@ def split_rows(source: RowSource, out: Path, seed: int = 0) -> SplitFiles:
     numbers: dict[int, float] = {}
     if source.template is None and has_labels(source):
         kind, rows = read_labelled_rows(source)
-        labels = [row.labels if kind == SINGLE_LABEL else () for row in rows]
-        split = hold_out([label_key(row) for row in rows], labels, seed)
+        split = labels_lot(kind).draw(rows, seed)
         if kind == REGRESSION:  # in CSV a number is text
             numbers = {place: row.value for place, row in enumerate(rows)}
     else:
-        prompts = read_rows(source)
-        split = hold_out([prompt_key(row) for row in prompts], [row.completion for row in prompts], seed)
+        split = PROMPTS.draw(read_rows(source), seed)
     held_out = set(split.held_out)
     parts: tuple[list[bytes], list[bytes]] = [], []
     for place, row in enumerate(read_table(source, _EXPECTED)):

@@ -52,7 +52,7 @@ def hub_access(spec: str | Path, access: HubAccess) -> Iterator[None]:
         _current.reset(before)
 
 
-def hub_options(origin: str | Path) -> dict[str, Any]:
+def download_options(origin: str | Path) -> dict[str, Any]:
     """Arguments of a download, ``revision`` and ``token`` if there are any; empty for what is here."""
     if Path(origin).expanduser().exists():
         return {}

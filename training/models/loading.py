@@ -15,7 +15,7 @@ from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
 from adalink.training.models.accounting import account_for_tensors
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
-from adalink.training.models.hub_access import hub_options
+from adalink.training.models.hub_access import download_options
 from adalink.training.models.size_limit import limit_model_size
 from adalink.training.models.source import Source, display_name, find_source
 from adalink.training.models.weight_files import (
@@ -188,7 +188,7 @@ def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
 
     try:
         return AutoImageProcessor.from_pretrained(
-            str(spec), backend="pil", trust_remote_code=False, **hub_options(spec)
+            str(spec), backend="pil", trust_remote_code=False, **download_options(spec)
         )
     except (OSError, ValueError):
         return None

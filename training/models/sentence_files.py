@@ -14,7 +14,7 @@ import msgspec
 from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.pooling_schema import POOLING_MODES, Pooling
-from adalink.training.models.hub_access import hub_options
+from adalink.training.models.hub_access import download_options
 from adalink.training.models.source import display_name, find_source
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class _SentenceFiles:
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self._source.origin, path, **hub_options(self._source.origin)))
+            return Path(hf_hub_download(self._source.origin, path, **download_options(self._source.origin)))
         except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
             is_known = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
             if not is_known and not is_default:

@@ -9,7 +9,7 @@ from pathlib import Path
 from adalink.runtime.errors import ModelError
 from adalink.runtime.near_names import did_you_mean
 from adalink.training.models.hub import check_hub
-from adalink.training.models.hub_access import hub_options
+from adalink.training.models.hub_access import download_options
 from adalink.training.models.weight_files import INDEX_FILE, PICKLED_SUFFIXES, check_pointers
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -30,7 +30,7 @@ class Source:
     def options(self) -> dict[str, str | bool]:
         """Arguments of transformers' loaders."""
         # Never run a checkpoint's own code; without this setting transformers may ask on a terminal.
-        options: dict[str, str | bool] = {"trust_remote_code": False, **hub_options(self.origin)}
+        options: dict[str, str | bool] = {"trust_remote_code": False, **download_options(self.origin)}
         return options if self.gguf_file is None else {**options, "gguf_file": self.gguf_file}
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.lfs import find_pointer
-from adalink.training.models.hub_access import hub_options
+from adalink.training.models.hub_access import download_options
 from adalink.training.models.size_limit import check_counts
 
 WEIGHTS_FILE = "model.safetensors"
@@ -132,7 +132,7 @@ def _fetch(hub_id: str, file: str) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(hub_id, file, **hub_options(hub_id)))
+        return Path(hf_hub_download(hub_id, file, **download_options(hub_id)))
     except (HfHubHTTPError, HFValidationError, OSError):  # transformers then says what is wrong
         return None
 

@@ -185,7 +185,7 @@ def test_spans(encoder: Path, tmp_path: Path) -> None:
 
 
 def evaluate_one(folder: Path, root: Path, task: str, rows: list[dict[str, Any]]) -> TaskReport:
-    files = ("--json", root / "report.json", "--html", root / "report.html")
+    files = ("--json-file", root / "report.json", "--html", root / "report.html")
     result = evaluate(folder, "--data", write_rows(root / "rows.jsonl", rows), "--task", task, *files)
     assert result.exit_code == 0, result.output
     report = read_report(root)

@@ -20,6 +20,8 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
 from adalink.tools.commands import quickstart
+from adalink.tools.common.verb import VerbGroup, words_for_steps
+from adalink.tools.common.verbose import say
 from adalink.tools.quickstart.run import run_steps
 from adalink.tools.quickstart.state import STATE_FILE, State
 from adalink.tools.quickstart.steps import TEMPLATE, Places, Step, choose_template, make_steps, name_task
@@ -72,7 +74,7 @@ def test_one_command_leads_to_a_measured_task(made: tuple[Path, Result]) -> None
     assert report["next"] == "adalink classify here/deployment TEXT --task my-news"
     for step, verb in zip(report["steps"], VERBS, strict=True):
         assert step["command"].startswith(f"adalink {verb} ")
-    assert all(step["seconds"] > 0 for step in report["steps"])
+    assert all(step["seconds"] >= 0 for step in report["steps"])  # none was done before
     assert report["evaluation"]["tasks"][0]["rows"] == 6
     task = read_manifest(root / "here/deployment").tasks["my-news"]
     assert task.adapter_digest == read_adapter(root / "here/adapters/my-news").digest
@@ -117,6 +119,30 @@ def test_other_rows_take_no_task_of_another_file(made: tuple[Path, Result], monk
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
     assert "task 'my-news' in here was made of my news.csv: give another name with --task" in result.stderr
+
+
+def test_steps_have_the_options_of_all_verbs(tmp_path: Path) -> None:
+    """What a step says is as quiet as the start, and its defaults come from the same file; its answer is taken."""
+
+    @click.group(cls=VerbGroup)
+    def root() -> None:
+        pass
+
+    @root.command()
+    @click.option("--number", default=1)
+    def step(number: int) -> None:
+        say(f"on the way {number}")
+        click.echo("answer")
+
+    @root.command()
+    def whole() -> None:
+        words = words_for_steps(click.get_current_context())
+        assert quickstart._call([*words, "step"]) == (0, "answer\n")
+
+    (tmp_path / "x.toml").write_text("[step]\nnumber = 2\n")
+    file = f"--config={tmp_path / 'x.toml'}"
+    for words, said in ((["whole"], "on the way 1\n"), (["whole", "-q"], ""), ([file, "whole"], "on the way 2\n")):
+        assert CliRunner().invoke(root, words, catch_exceptions=False).stderr == said
 
 
 @pytest.fixture

@@ -60,6 +60,21 @@ def test_one_text_cannot_be_split() -> None:
         hold_out(["a"] * 9, ["b"] * 9, 0)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_label_of_one_row_is_learned(seed: int) -> None:
+    """Of several labels too, which are no groups. Without their names the lot takes some of them."""
+    names = [["oil", f"rare {number}"] if number % 5 == 0 else ["oil"] for number in range(100)]
+    split = hold_out(TEXTS, [()] * 100, seed, names=names)
+    assert {name for number in split.train for name in names[number]} == {name for some in names for name in some}
+    lot = hold_out(TEXTS, [()] * 100, seed).held_out
+    assert split.held_out == tuple(number for number in lot if number % 5) != lot
+
+
+def test_rows_that_all_have_a_label_of_their_own() -> None:
+    with pytest.raises(DataError, match="each row has a label that no other has"):
+        hold_out(TEXTS, TEXTS, 0, names=[[text] for text in TEXTS])
+
+
 def labelled(text: str, *labels: str) -> LabelledRow:
     return LabelledRow(text=text, labels=labels, line=1)
 

@@ -14,7 +14,7 @@ from helpers.tiny_deployments import make_model_folder
 
 from adalink.runtime.errors import ConfigError
 from adalink.tools.cli import main
-from adalink.training.models.hub_access import HubAccess, hub_access, hub_options
+from adalink.training.models.hub_access import HubAccess, download_options, hub_access
 from adalink.training.models.loading import base_fingerprint, checkpoint_folder, load_base, load_tokenizer
 
 HUB_ID, TOKEN = "org/name", "hf_secret-word"
@@ -76,6 +76,11 @@ def test_every_file_is_of_the_revision(cache: Path) -> None:
     assert checkpoint_folder(HUB_ID) is None  # the block has ended
 
 
+def test_what_comes_next_is_of_the_revision(cache: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", HUB_ID, "--revision", "v2"])
+    assert result.stderr.endswith(f"next: adalink export base {HUB_ID} --out deployment --revision v2\n")
+
+
 def test_revision_that_there_is_not_is_an_error(cache: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", HUB_ID, "--revision", "v3"])
     assert result.exit_code == 2
@@ -118,6 +123,6 @@ def test_folder_has_no_revision(folders: dict[str, Path]) -> None:
     ):
         pass
     with hub_access(folder, HubAccess(token=TOKEN)):  # as HF_TOKEN may be set for others
-        assert hub_options(folder) == {}
-        assert hub_options(HUB_ID) == {"token": TOKEN}
-    assert hub_options(HUB_ID) == {}
+        assert download_options(folder) == {}
+        assert download_options(HUB_ID) == {"token": TOKEN}
+    assert download_options(HUB_ID) == {}
