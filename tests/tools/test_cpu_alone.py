@@ -52,7 +52,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
     folder = shutil.copytree(original, root / "deployment")
     (root / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "task": "alpha"}\n')
     rows = root / "rows.jsonl"
-    (root / "two.csv").write_text("text,label\na,x\nb,y\n")
+    (root / "two.csv").write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
     return {
         "quickstart": ["quickstart", model, rows, "--out", root / "quick"],
         "split": ["split", root / "two.csv", "--out", root / "parts"],

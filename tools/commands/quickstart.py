@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shlex
 import string
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import click
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.runtime.storage.decoding import decode_json
 from adalink.tools.common.console import say
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import as_a_step, say_next
@@ -106,7 +106,7 @@ def start(options: QuickstartOptions) -> None:
         )
     make_folder(places.page.parent, repair="choose a writable --out")
     done = run_steps(steps, state, _call, say, words_for_steps(click.get_current_context()))
-    report = json.loads(places.evaluation.read_bytes())
+    report = decode_json(places.evaluation.read_bytes(), dict[str, Any])
     verb = "run" if report["tasks"][0]["kind"] == "text" else "classify"
     parts = string.Formatter().parse(source.template or "{text}")
     text = "".join(literal + (column or "").upper() for literal, column, _, _ in parts)

@@ -6,16 +6,18 @@ file in the current folder is not read by itself: it may come with somebody else
 
 from __future__ import annotations
 
-import sys
+import codecs
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.near_names import did_you_mean
+from adalink.runtime.storage.decoding import decode_toml
 
 VARIABLE = "ADALINK_CONFIG"
 # Secrets do not belong into files, and the others are of the command line alone.
@@ -29,15 +31,11 @@ def user_file() -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Tables of a file, not yet checked; raises ``ConfigError``."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]  # another Python has it
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+        return decode_toml(path.read_bytes().removeprefix(codecs.BOM_UTF8), dict[str, Any])
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except msgspec.DecodeError as error:
         raise ConfigError(
             f"{path} is not TOML: {error}; expected tables such as [run] with lines task = 'x'"
         ) from error

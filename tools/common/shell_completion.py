@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from adalink.runtime.storage.decoding import decode_json
 from adalink.tools.common.verb import typed_words
 
 # adalink.runtime.backends.BACKENDS, whose package would bring numpy along; a test compares them.
@@ -47,10 +47,9 @@ def _manifest(ctx: click.Context) -> dict[str, Any]:
     """
     for word in typed_words(ctx):
         try:
-            manifest: dict[str, Any] = json.loads((Path(word).expanduser() / "manifest.json").read_text("utf-8"))
+            return decode_json((Path(word).expanduser() / "manifest.json").read_bytes(), dict[str, Any])
         except (OSError, ValueError, RuntimeError):
             continue
-        return manifest
     return {}
 
 

@@ -95,7 +95,7 @@ def hold_out(
     for number, text in enumerate(texts):
         rows_of.setdefault(text, []).append(number)
     if len(rows_of) < 2:
-        raise DataError("all rows have one text, expected at least 2 to hold some out: add rows, or give --eval")
+        raise DataError("all rows have one text, expected at least 2 to hold some out: add rows, or train with --eval")
     stratified = len(labels) >= _FEWEST_ROWS_A_LABEL * len(set(labels)) > _FEWEST_ROWS_A_LABEL
     groups: dict[Hashable, list[list[int]]] = {}
     for numbers in rows_of.values():
@@ -127,7 +127,9 @@ def _keep_teachers(texts: Iterable[Sequence[int]], chosen: set[int], names: Sequ
             chosen.difference_update(numbers)
             known |= wanted
     if not chosen:
-        raise DataError("each row has a label that no other has, and none can be held out: add rows, or give --eval")
+        raise DataError(
+            "each row has a label that no other has, and none can be held out: add rows, or train with --eval"
+        )
 
 
 def describe_split(split: Split, labels: Sequence[Hashable]) -> str:

@@ -56,7 +56,7 @@ def test_few_texts(count: int) -> None:
 
 
 def test_one_text_cannot_be_split() -> None:
-    with pytest.raises(DataError, match=r"all rows have one text, .*give --eval"):
+    with pytest.raises(DataError, match=r"all rows have one text, .*train with --eval"):
         hold_out(["a"] * 9, ["b"] * 9, 0)
 
 
