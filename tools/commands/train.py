@@ -21,13 +21,21 @@ from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.interrupts import Interrupts
 from adalink.tools.common.json_output import JsonOutput, json_options
 from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import assume_pretokenizer_option, is_given, make_options, map_option, template_option
+from adalink.tools.common.options import (
+    assume_pretokenizer_option,
+    is_given,
+    is_typed,
+    make_options,
+    map_option,
+    template_option,
+)
 from adalink.tools.common.rank_option import read_rank
 from adalink.tools.common.resumption import resumable
 from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 from adalink.tools.common.verbose import is_quiet
+from adalink.training.data.labelled_rows import has_labels
 from adalink.training.loop_options import REPORTERS, LoopOptions
 from adalink.training.method.config import INITS, AdaLinkConfig, Init
 from adalink.training.models.hub_access import HubAccess, hub_access
@@ -40,6 +48,8 @@ from adalink.training.settings import (
     SearchSettings,
     TrainSettings,
 )
+
+_HEAD_OPTIONS = ("pooling", "problem_type", "head_kind", "head_lr", "head_alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +146,12 @@ class TrainOptions:
             early_stopping=self.early_stopping,
         )
 
-    def head(self) -> HeadSettings | None:
-        """Settings of a task with labels; ``None`` where no option asks for one. Raises ``ConfigError``."""
-        if not any(map(is_given, ("pooling", "problem_type", "head_kind", "head_lr", "head_alone"))):
+    def head(self, source: RowSource) -> HeadSettings | None:
+        """Settings of a task with labels; ``None`` where no option asks for one. Raises ``AdaLinkError``."""
+        if not any(map(is_given, _HEAD_OPTIONS)):
             return None
+        if not any(map(is_typed, _HEAD_OPTIONS)) and (source.template is not None or not has_labels(source)):
+            return None  # a default for all trainings asks for no labels
         return HeadSettings(
             problem_type=self.problem_type,
             pooling=self.pooling,
@@ -331,7 +343,7 @@ def train_adapter(options: TrainOptions) -> None:
     from adalink.training.reporters import check_reporter
 
     check_reporter(options.report_to)
-    head = options.head()
+    head = options.head(source)
     check_training(
         options.base,
         source,

@@ -135,6 +135,27 @@ def test_ranks_of_modalities(monkeypatch, given, rank):
 
 
 @pytest.mark.parametrize(
+    ("row", "typed", "rate"),
+    [
+        ({"prompt": "ab", "completion": "c"}, [], None),
+        ({"text": "ab", "label": "c"}, [], 0.5),
+        ({"prompt": "ab", "completion": "c"}, ["--head-lr", "0.25"], 0.25),
+    ],
+)
+def test_a_default_of_the_head_asks_for_no_labels(monkeypatch, tmp_path, row, typed, rate):
+    """It is for all trainings; on the command line it is for this one, and rows without labels are an error then."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    heads = []
+    monkeypatch.setenv("ADALINK_TRAIN_HEAD_LR", "0.5")
+    monkeypatch.setattr("adalink.training.run.train", lambda *_, **options: heads.append(options["head"]) or REPORT)
+    monkeypatch.setattr("adalink.tools.preflight.training.check_training", lambda *values, **options: None)
+    given = ["--base", "b", "--data", str(tmp_path / "rows.jsonl"), "--out", "o", *typed, "--json"]
+    done = CliRunner().invoke(main, ["train", *given])
+    assert done.exit_code == 0, done.stderr
+    assert (None if heads[0] is None else heads[0].lr) == rate
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--rank", "many"], "--rank is many, expected one number, or MODALITY=NUMBER for each modality"),
