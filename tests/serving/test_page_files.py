@@ -16,6 +16,7 @@ from helpers.served import Served, serve_in_thread, wait_for
 from adalink.runtime import Deployment
 from adalink.serving.page import PAGE_ADDRESSES
 from adalink.tools.commands.serve import ServeCommandOptions, command
+from adalink.tools.common.json_output import join_json_options
 from adalink.tools.common.options import make_options
 
 FOLDER = REPOSITORY / "serving" / "page"
@@ -175,4 +176,5 @@ def test_server_without_a_page_has_none(opened: Deployment) -> None:
 @pytest.mark.parametrize("arguments", [[], ["--no-page"]])
 def test_option_turns_the_page_off(arguments: list[str], tmp_path: Path) -> None:
     values = command.make_context("serve", [str(tmp_path), *arguments]).params
+    join_json_options(values)
     assert make_options(ServeCommandOptions, values).no_page == bool(arguments)

@@ -198,7 +198,8 @@ methods = ["AdaLink 8", "LoRA 2"]
     assert shared["letters", "LoRA 2"]["alone"]["mean"] == alone["letters", "lora"]["accuracy"]
 
 
-def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path):
+def test_a_dry_run_lists_and_does_nothing(places, done, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     study = write_study(places, tmp_path)
     listed = json.loads(invoke(study, "--out", tmp_path / "out", "--dry-run", "--json").stdout)
     assert not (tmp_path / "out").exists()

@@ -113,6 +113,7 @@ def evaluate(options: EvalOptions) -> None:
     from adalink.tools.evaluation.evaluate import evaluate_task, make_report, read_task_rows
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.page import render_page
+    from adalink.tools.evaluation.rows import check_rows
     from adalink.tools.evaluation.terminal import print_report
     from adalink.tools.preflight.deployment import check_deployment
 
@@ -120,6 +121,7 @@ def evaluate(options: EvalOptions) -> None:
     for variant in options.variants or (None,):
         check_deployment(options.deployment, options.tasks, backend=options.backend, variant=variant)
     source = RowSource(options.data, read_columns(options.columns), options.template)
+    check_rows(source)
     reports = []
     with progress_bar() as progress:
         for variant in options.variants or (None,):

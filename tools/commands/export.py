@@ -100,8 +100,9 @@ def base(
 
     check_settings(DTYPES[dtype], target, quantization, ("text", *modalities))
     check_place(out, quantization or target, replace=replace)
-    with hub_access(model, access), quiet_libraries():
+    with hub_access(model, access):
         check_model(model, out)
+    with hub_access(model, access), quiet_libraries():
         assumed = None  # the checkpoint brings its own
         if assume_pretokenizer is not None:
             assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)

@@ -134,8 +134,9 @@ def verify_deployment(arguments: VerifyCommand) -> bool:
     check_deployment(
         arguments.deployment, (*adapters, *task_rows), backend=arguments.backend, variant=arguments.variant
     )
-    with hub_access(arguments.against, arguments.access), quiet_libraries():
+    with hub_access(arguments.against, arguments.access):
         find_source(arguments.against)
+    with hub_access(arguments.against, arguments.access), quiet_libraries():
         options = VerifyOptions(
             backend=arguments.backend,
             variant=arguments.variant,

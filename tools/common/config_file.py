@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.near_names import did_you_mean
-from adalink.runtime.storage.decoding import decode_toml
 
 VARIABLE = "ADALINK_CONFIG"
 # Secrets do not belong into files, and the others are of the command line alone.
@@ -31,11 +29,16 @@ def user_file() -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Tables of a file, not yet checked; raises ``ConfigError``."""
+    # `adalink --help` is to be quick: the reader is imported where there is a file.
+    from msgspec import DecodeError
+
+    from adalink.runtime.storage.decoding import decode_toml
+
     try:
         return decode_toml(path.read_bytes().removeprefix(codecs.BOM_UTF8), dict[str, Any])
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except msgspec.DecodeError as error:
+    except DecodeError as error:
         raise ConfigError(
             f"{path} is not TOML: {error}; expected tables such as [run] with lines task = 'x'"
         ) from error

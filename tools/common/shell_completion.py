@@ -9,7 +9,6 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from adalink.runtime.storage.decoding import decode_json
 from adalink.tools.common.verb import typed_words
 
 # adalink.runtime.backends.BACKENDS, whose package would bring numpy along; a test compares them.
@@ -45,6 +44,8 @@ def _manifest(ctx: click.Context) -> dict[str, Any]:
 
     Not of the parsed arguments: there are none while an option still lacks its value.
     """
+    from adalink.runtime.storage.decoding import decode_json
+
     for word in typed_words(ctx):
         try:
             return decode_json((Path(word).expanduser() / "manifest.json").read_bytes(), dict[str, Any])

@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.errors import DataError, RequestError
-from adalink.runtime.rows.lines import is_standard_input
+from adalink.runtime.errors import RequestError
 from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.head_spec import REGRESSION
@@ -41,8 +40,6 @@ def read_task_rows(deployment: Deployment, tasks: Sequence[str], source: RowSour
         RequestError: a task is not deployed, or has no head.
         DataError: a row has another form, or a label that the task never gives.
     """
-    if is_standard_input(source.path):
-        raise DataError("rows are read once for each task: save standard input as a file, and give its name")
     read: dict[str, list[EvalRow]] = {}
     found = {}
     for task in tasks:

@@ -82,6 +82,7 @@ def test_writes_an_adapter_and_prints_its_report_and_a_log_without_bars(work, wa
         "exact match of the base on 9 eval rows",
         "training on 9 rows, 6 steps",
         "exact match of the adapter on 9 eval rows",
+        "evaluation page: adapter/evaluation.html",
     ]
     assert [line.split(",")[0] for line in steps] == [f"step {number} of 6" for number in range(1, 7)]
     assert re.fullmatch(r"step 4 of 6, loss [0-9.]+, eval loss [0-9.]+, 0:0[0-9] left", steps[3])

@@ -98,6 +98,8 @@ def test_the_loss_of_held_out_rows_is_their_mean_with_nothing_dropped() -> None:
     """Five rows in batches of two: each row counts the same."""
 
     class Module(nn.Module):
+        attached = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+
         def row_losses(self, rows: torch.Tensor) -> torch.Tensor:
             assert not self.training
             return rows.float() ** 2

@@ -130,6 +130,7 @@ def test_the_command_searches_what_was_not_given(work, monkeypatch, tmp_path):
         return {"exact_match": {"adapter": 1, "base": 0}, "data": {"eval": {"rows": 1}}, "loss_curve": [{"loss": 1.0}]}
 
     monkeypatch.setattr("adalink.training.run.train", record)
+    monkeypatch.setattr("adalink.tools.preflight.training.check_training", lambda *arguments, **options: None)
 
     def call(*options):
         arguments = ["train", "--base", "b", "--data", "d", "--eval", "e", "--out", "o", *options]
