@@ -127,6 +127,7 @@ def check_lines(shown: str) -> None:
     assert "exact match of the adapter on 6 eval rows\r\n" in shown
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_stops_at_once(work: Path) -> None:
     terminal = Terminal(work, command("out"), 3.0)
     terminal.wait(r"step 1 of 40")
