@@ -113,37 +113,38 @@ def evaluate(options: EvalOptions) -> None:
     from adalink.tools.evaluation.evaluate import evaluate_task, make_report, read_task_rows
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.page import render_page
-    from adalink.tools.evaluation.rows import check_rows
     from adalink.tools.evaluation.terminal import print_report
     from adalink.tools.preflight.deployment import check_deployment
 
     check_installed()
-    for variant in options.variants or (None,):
+    variants = options.variants or (None,)
+    manifest, *_ = [
         check_deployment(options.deployment, options.tasks, backend=options.backend, variant=variant)
-    source = RowSource(options.data, read_columns(options.columns), options.template)
-    check_rows(source)
+        for variant in variants
+    ]
+    if not (tasks := options.tasks or sorted(manifest.tasks)):
+        raise RequestError(f"{options.deployment} has no task: add one with adalink export adapter")
+    asked = read_task_rows(manifest, tasks, RowSource(options.data, read_columns(options.columns), options.template))
     reports = []
     with progress_bar() as progress:
-        for variant in options.variants or (None,):
+        for variant in variants:
             with Deployment.open(
                 options.deployment, options.backend, variant=variant, threads=options.threads
             ) as deployment:
                 names = [key for key, one in deployment.manifest.variants.items() if one == deployment.variant]
-                if not (tasks := options.tasks or deployment.tasks):
-                    raise RequestError(f"{options.deployment} has no task: add one with adalink export adapter")
                 reports += [
                     evaluate_task(
                         deployment,
                         task,
                         variant or names[0],
-                        asked,
+                        rows,
                         progress,
                         against=options.against,
                         calibration=options.calibration,
                     )
-                    for task, asked in read_task_rows(deployment, tasks, source).items()
+                    for task, rows in asked.items()
                 ]
-                report = make_report(deployment, options.data, reports)
+    report = make_report(manifest.base.name, options.data, reports)
     options.output.give(to_builtins(report), lambda: print_report(report))
     if options.html is not None:
         page = render_page(report).encode()

@@ -19,6 +19,7 @@ from adalink.tools.evaluation.rows import TEXT, Answer, EvalRow
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.storage.manifest import Manifest
     from adalink.runtime.text_classifier import Classification
 
 Progress = Callable[[str, "float | None"], None]
@@ -47,23 +48,20 @@ class Answers:
     speed: Speed | None = None
 
 
-def kind_of(deployment: Deployment, task: str) -> tuple[str, tuple[str, ...]]:
+def kind_of(manifest: Manifest, task: str) -> tuple[str, tuple[str, ...]]:
     """What a task gives, as in ``TaskReport``, and the names of its labels.
 
     Raises:
-        RequestError: it is not deployed, or has no head.
+        RequestError: it has no head.
     """
-    settings = deployment.manifest.tasks.get(task)
-    if settings is None:
-        known = ", ".join(deployment.tasks) or "none"
-        raise RequestError(f"task {task!r} is not deployed; the deployment's tasks are: {known}")
+    settings = manifest.tasks[task]
     if settings.head is not None:
         labels = settings.head.labels
         kind = settings.head.problem_type
         return kind, tuple(label[2:] for label in labels if label.startswith("B-")) if kind == TOKENS else labels
     if settings.labels is not None:
         return SINGLE_LABEL, settings.labels.names
-    if deployment.manifest.base.kind == "encoder":
+    if manifest.base.kind == "encoder":
         raise RequestError(f"task {task!r} has no head: train it on rows with labels to evaluate it")
     return TEXT, ()
 

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.errors import RequestError
+from adalink.runtime.errors import DataError, RequestError
+from adalink.runtime.rows.lines import is_standard_input
 from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.head_spec import REGRESSION
@@ -21,6 +22,7 @@ from adalink.tools.evaluation.verdict import sum_up
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
+    from adalink.runtime.storage.manifest import Manifest
 
 MAJORITY, BASE = "majority", "base"
 
@@ -33,17 +35,24 @@ class TaskRows:
     rows: list[EvalRow]
 
 
-def read_task_rows(deployment: Deployment, tasks: Sequence[str], source: RowSource) -> dict[str, TaskRows]:
-    """The rows of each task, checked before anything is answered; a file is read once for each kind.
+def read_task_rows(manifest: Manifest, tasks: Sequence[str], source: RowSource) -> dict[str, TaskRows]:
+    """The rows of each task, checked before an engine is opened; a file is read once for each kind.
+
+    Args:
+        manifest: of the deployment.
+        tasks: tasks that it has.
+        source: the file.
 
     Raises:
-        RequestError: a task is not deployed, or has no head.
-        DataError: a row has another form, or a label that the task never gives.
+        RequestError: a task has no head.
+        DataError: the file is standard input, or a row has another form, or a label that the task never gives.
     """
+    if is_standard_input(source.path):
+        raise DataError("rows are read once for each task: save standard input as a file, and give its name")
     read: dict[str, list[EvalRow]] = {}
     found = {}
     for task in tasks:
-        kind, labels = kind_of(deployment, task)
+        kind, labels = kind_of(manifest, task)
         rows = read[kind] if kind in read else read.setdefault(kind, read_eval_rows(source, kind))
         if any(row.images for row in rows):  # labels are scored behind texts alone
             kind = TEXT
@@ -97,11 +106,11 @@ def evaluate_task(
     return make_task_report(task, variant, kind, rows, answers, reference)
 
 
-def make_report(deployment: Deployment, data: Path, tasks: Sequence[TaskReport]) -> Report:
-    """The report on all tasks and variants."""
+def make_report(base: str, data: Path, tasks: Sequence[TaskReport]) -> Report:
+    """The report on all tasks and variants of a base, by its name."""
     return Report(
         verdict=sum_up(tasks),
-        base=deployment.manifest.base.name,
+        base=base,
         data=data.name,
         data_sha256=digest_rows(data),
         kit_version=version("adalink-kit"),

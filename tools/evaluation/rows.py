@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
-from adalink.runtime.rows.lines import is_standard_input
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.rows.table import read_table
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
@@ -54,18 +53,6 @@ class EvalRow:
     text_pair: str | None = None
     images: tuple[Path, ...] = ()
     completion: str = ""
-
-
-def check_rows(source: RowSource) -> None:
-    """Check, before anything is loaded, that there are rows; what a task's rows must hold is checked with the task.
-
-    Raises:
-        DataError: the file cannot be read, or is standard input, which could not be read again for each task.
-    """
-    if is_standard_input(source.path):
-        raise DataError("rows are read once for each task: save standard input as a file, and give its name")
-    for _ in read_table(source, _EXPECTED):
-        pass
 
 
 def read_eval_rows(source: RowSource | Path, kind: str) -> list[EvalRow]:
