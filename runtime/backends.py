@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from adalink.runtime.engine import Backend
+from typing import TYPE_CHECKING
+
 from adalink.runtime.errors import BackendUnavailableError, RequestError
 from adalink.runtime.near_names import did_you_mean
+
+if TYPE_CHECKING:
+    from adalink.runtime.engine import Backend
 
 BACKENDS = (
     "onnxruntime-cpu",
@@ -14,6 +18,14 @@ BACKENDS = (
     "tensorrt",
     "tensorrt-rtx",
 )
+
+
+def check_backend(name: str) -> None:
+    """Check that there is a backend of that name; raises ``BackendUnavailableError``."""
+    if name not in BACKENDS:
+        raise BackendUnavailableError(
+            f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}"
+        )
 
 
 def open_backend(name: str, threads: int | None = None) -> Backend:
@@ -27,10 +39,7 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
         BackendUnavailableError: there is no such backend, or its package or device is not on this machine.
         RequestError: ``threads`` is given for a backend that has none.
     """
-    if name not in BACKENDS:
-        raise BackendUnavailableError(
-            f"backend {name!r} is not known: expected one of {', '.join(BACKENDS)}{did_you_mean(name, BACKENDS)}"
-        )
+    check_backend(name)
     if name == "onnxruntime-cpu":
         from adalink.runtime.ort.backend import OnnxRuntimeBackend
 

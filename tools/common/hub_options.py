@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from adalink.training.models.hub_access import HubAccess
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,6 +27,4 @@ def hub_options(command: F) -> F:
 def join_hub_options(values: dict[str, Any]) -> None:
     """Replace the values of both options by ``access``."""
     if "revision" in values:
-        from adalink.training.models.hub_access import HubAccess  # here, because it brings numpy along
-
         values["access"] = HubAccess(values.pop("revision"), values.pop("token"))

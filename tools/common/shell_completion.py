@@ -9,17 +9,9 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from adalink.runtime.backends import BACKENDS
 from adalink.tools.common.verb import typed_words
 
-# adalink.runtime.backends.BACKENDS, whose package would bring numpy along; a test compares them.
-BACKENDS = (
-    "onnxruntime-cpu",
-    "onnxruntime-cuda",
-    "onnxruntime-tensorrt",
-    "onnxruntime-tensorrt-rtx",
-    "tensorrt",
-    "tensorrt-rtx",
-)
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adalink.runtime.logs import ROOT
 from adalink.tools.common.terminal_text import echo
 
-_ROOT = "adalink"  # adalink.runtime.logs.ROOT, whose package would bring numpy along
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # Of the process, since progress comes from threads too.
@@ -54,7 +54,7 @@ def log_to_stderr(level: int) -> Iterator[None]:
     if level < 1:
         yield
         return
-    logger, handler = logging.getLogger(_ROOT), _StderrHandler()
+    logger, handler = logging.getLogger(ROOT), _StderrHandler()
     handler.setFormatter(logging.Formatter(_FORMAT))
     before = logger.level
     logger.setLevel(logging.INFO if level == 1 else logging.DEBUG)
@@ -69,7 +69,7 @@ def log_to_stderr(level: int) -> Iterator[None]:
 @contextmanager
 def warnings_to_stderr() -> Iterator[None]:
     """Show warnings and errors of the log on stderr until the block ends, where ``--verbose`` does not show all."""
-    logger, handler = logging.getLogger(_ROOT), _StderrHandler(logging.WARNING)
+    logger, handler = logging.getLogger(ROOT), _StderrHandler(logging.WARNING)
     handler.setFormatter(logging.Formatter(_FORMAT))
     if any(isinstance(other, _StderrHandler) for other in logger.handlers):
         yield

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from adalink.runtime.backends import BACKENDS
-from adalink.runtime.errors import BackendUnavailableError, UnknownTaskError
+from adalink.runtime.backends import check_backend
+from adalink.runtime.errors import UnknownTaskError
 from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -28,10 +28,7 @@ def check_deployment(
         AdaLinkError: it has not.
     """
     manifest = read_manifest(folder)
-    if backend not in BACKENDS:
-        raise BackendUnavailableError(
-            f"backend {backend!r} is not known: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}"
-        )
+    check_backend(backend)
     choose_variant(manifest, backend, variant)
     known = sorted(manifest.tasks)
     if unknown := next((task for task in tasks if task is not None and task not in manifest.tasks), None):
