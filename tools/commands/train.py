@@ -5,178 +5,32 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from adalink.runtime.errors import BackendUnavailableError, ConfigError
+from adalink.runtime.errors import BackendUnavailableError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
-from adalink.runtime.storage.label_spec import LabelSet
+from adalink.tools.commands.train_options import METHOD, TrainOptions
 from adalink.tools.common.console import say
 from adalink.tools.common.head_options import head_options
 from adalink.tools.common.hub_options import hub_options
 from adalink.tools.common.interrupts import Interrupts
-from adalink.tools.common.json_output import JsonOutput, json_options
+from adalink.tools.common.json_output import json_options
 from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import (
-    assume_pretokenizer_option,
-    is_given,
-    is_typed,
-    make_options,
-    map_option,
-    template_option,
-)
-from adalink.tools.common.rank_option import read_rank
+from adalink.tools.common.options import assume_pretokenizer_option, make_options, map_option, template_option
 from adalink.tools.common.resumption import resumable
 from adalink.tools.common.step_line import StepLine
 from adalink.tools.common.terminal_text import echo
 from adalink.tools.common.verb import Verb
 from adalink.tools.common.verbose import is_quiet
-from adalink.training.data.labelled_rows import has_labels
 from adalink.training.loop_options import REPORTERS, LoopOptions
-from adalink.training.method.config import INITS, AdaLinkConfig, Init
-from adalink.training.models.hub_access import HubAccess, hub_access
-from adalink.training.settings import (
-    DEVICES,
-    PRECISIONS,
-    RATES,
-    SEARCHED_INIT,
-    HeadSettings,
-    SearchSettings,
-    TrainSettings,
-)
+from adalink.training.method.config import INITS
+from adalink.training.models.hub_access import hub_access
+from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT, TrainSettings
 
-_HEAD_OPTIONS = ("pooling", "problem_type", "head_kind", "head_lr", "head_alone")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Options of ``adalink train``, by the names of its parameters.
-
-    Attributes:
-        base: model folder, GGUF file or hub id, which ``access`` is for.
-        data: rows to learn from.
-        eval_data: rows to measure on; ``None`` to hold some of ``data`` out.
-        columns: names of the rows' columns, as ``NAME=COLUMN,...``.
-        template: how a prompt is made of columns.
-        out: the adapter folder.
-        ranks: one number, or ``MODALITY=NUMBER`` for each modality.
-        modalities: what is adapted; text alone if none is named.
-        init: how the bottleneck starts; ``None`` where it was left open, as ``lr``.
-        minutes: time of a search; ``None`` for none.
-        pooling: of a task with labels, as the four that follow: see ``HeadSettings``.
-        assume_pretokenizer: see ``load_tokenizer``.
-        resume: go on with an interrupted run.
-        output: where the whole report goes as JSON.
-
-    The others are fields of ``AdaLinkConfig`` and ``TrainSettings``, where they are described and checked.
-    """
-
-    base: str
-    access: HubAccess
-    data: Path
-    eval_data: Path | None
-    columns: tuple[str, ...]
-    template: str | None
-    out: Path
-    ranks: tuple[str, ...]
-    activation: str
-    modalities: tuple[str, ...]
-    bias: bool
-    dropout: float
-    scope: str
-    soft_tokens: int
-    init: Init | None
-    lr: float | None
-    max_steps: int
-    batch_size: int
-    max_length: int
-    save_steps: int
-    eval_steps: int | None
-    early_stopping: int | None
-    report_to: str
-    seed: int
-    device: str
-    precision: str
-    minutes: float | None
-    labels: tuple[str, ...]
-    pooling: str | None
-    problem_type: str | None
-    head_kind: str
-    head_lr: float
-    head_alone: bool
-    assume_pretokenizer: str | None
-    resume: bool
-    output: JsonOutput
-
-    def method(self) -> AdaLinkConfig:
-        """The settings of the method; raises ``ConfigError``."""
-        rank = read_rank(self.ranks)
-        init = self.init
-        if init is None:  # without a bottleneck there is nothing to start
-            searched = self.minutes is not None and self.lr is None and rank != 0
-            init = SEARCHED_INIT if searched else _METHOD.init
-        return AdaLinkConfig(
-            rank=rank,
-            activation=self.activation,
-            bias=self.bias,
-            dropout=self.dropout,
-            scope=self.scope,
-            soft_tokens=self.soft_tokens,
-            modalities=self.modalities or _METHOD.modalities,
-            init=init,
-            labels=LabelSet(completions=self.labels) if self.labels else None,
-        )
-
-    def training(self, config: AdaLinkConfig) -> TrainSettings:
-        """How to train; the rate that is left open is the best known for the init. Raises ``ConfigError``."""
-        return TrainSettings(
-            lr=RATES[config.init][0] if self.lr is None else self.lr,
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            max_length=self.max_length,
-            seed=self.seed,
-            device=self.device,
-            precision=self.precision,
-            save_steps=self.save_steps,
-            eval_steps=self.eval_steps,
-            early_stopping=self.early_stopping,
-        )
-
-    def head(self, source: RowSource) -> HeadSettings | None:
-        """Settings of a task with labels; ``None`` where no option asks for one. Raises ``AdaLinkError``."""
-        if not any(map(is_given, _HEAD_OPTIONS)):
-            return None
-        if not any(map(is_typed, _HEAD_OPTIONS)) and (source.template is not None or not has_labels(source)):
-            return None  # a default for all trainings asks for no labels
-        return HeadSettings(
-            problem_type=self.problem_type,
-            pooling=self.pooling,
-            kind=self.head_kind,
-            lr=self.head_lr,
-            alone=self.head_alone,
-        )
-
-    def search(self, config: AdaLinkConfig) -> SearchSettings | None:
-        """What a search may choose from: all that the command line leaves open. Raises ``ConfigError``."""
-        if self.minutes is None:
-            return None
-        if isinstance(config.rank, dict):
-            raise ConfigError(
-                f"--rank is {' '.join(self.ranks)}, and --search takes one rank for all: give one, or none"
-            )
-        fixed: dict[str, Any] = {"rates": RATES[config.init] if self.lr is None else (self.lr,)}
-        if is_given("ranks"):
-            fixed["ranks"] = (config.rank,)
-        if is_given("activation") or config.rank == 0:
-            fixed["activations"] = (self.activation,)
-        return SearchSettings(minutes=self.minutes, **fixed)
-
-
-_METHOD = AdaLinkConfig()
 # Where examples put a deployment.
 _DEPLOYMENT = "deployment"
 
@@ -205,12 +59,12 @@ _DEPLOYMENT = "deployment"
     "--rank",
     "ranks",
     multiple=True,
-    default=[str(_METHOD.rank)],
+    default=[str(METHOD.rank)],
     show_default=True,
     metavar="R | MODALITY=R",
     help="Width of the bottleneck; one for each modality if repeated; 0 for none.",
 )
-@click.option("--activation", default=_METHOD.activation, show_default=True, type=click.Choice(ACTIVATIONS))
+@click.option("--activation", default=METHOD.activation, show_default=True, type=click.Choice(ACTIVATIONS))
 @click.option(
     "--modality",
     "modalities",
@@ -218,23 +72,23 @@ _DEPLOYMENT = "deployment"
     help="What is adapted: text, or image for a base that takes images; may be repeated. Text alone without it.",
 )
 @click.option("--bias", is_flag=True, help="Train biases too.")
-@click.option("--dropout", default=_METHOD.dropout, show_default=True, help="Dropout in the bottleneck.")
+@click.option("--dropout", default=METHOD.dropout, show_default=True, help="Dropout in the bottleneck.")
 @click.option(
     "--scope",
-    default=_METHOD.scope,
+    default=METHOD.scope,
     show_default=True,
     type=click.Choice(SCOPES),
     help="Adapt every position, or the prompt alone.",
 )
 @click.option(
     "--soft-tokens",
-    default=_METHOD.soft_tokens,
+    default=METHOD.soft_tokens,
     show_default=True,
     help="Trained vectors before each row's first token; alone with --rank 0.",
 )
 @click.option(
     "--init",
-    show_default=f"{_METHOD.init}; {SEARCHED_INIT} where --search chooses the rate",
+    show_default=f"{METHOD.init}; {SEARCHED_INIT} where --search chooses the rate",
     type=click.Choice(INITS),
     help="How the bottleneck starts: uniform, centered on the base's embeddings, or along the gradient of some rows.",
 )

@@ -11,6 +11,8 @@ from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.training.settings import HEADS, HeadSettings
 
+# Names of the parameters that the options below become.
+HEAD_PARAMETERS = ("pooling", "problem_type", "head_kind", "head_lr", "head_alone")
 _OPTIONS = (
     click.option(
         "--pooling",
