@@ -102,21 +102,21 @@ def base(
     check_place(out, quantization or target, replace=replace)
     with hub_access(model, access):
         check_model(model, out)
-    with hub_access(model, access), quiet_libraries():
-        assumed = None  # the checkpoint brings its own
-        if assume_pretokenizer is not None:
-            assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
-        manifest = export_base(
-            model,
-            out,
-            dtype=DTYPES[dtype],
-            target=target,
-            quantization=quantization,
-            modalities=("text", *modalities),
-            replace=replace,
-            tokenizer=assumed,
-            progress=say,
-        )
+        with quiet_libraries():
+            assumed = None  # the checkpoint brings its own
+            if assume_pretokenizer is not None:
+                assumed = load_tokenizer(model, assume_pretokenizer=assume_pretokenizer)
+            manifest = export_base(
+                model,
+                out,
+                dtype=DTYPES[dtype],
+                target=target,
+                quantization=quantization,
+                modalities=("text", *modalities),
+                replace=replace,
+                tokenizer=assumed,
+                progress=say,
+            )
     variant = manifest.variants[quantization or target]
     vision = manifest.base.vision
     result: dict[str, object] = {

@@ -134,26 +134,26 @@ def verify_deployment(arguments: VerifyCommand) -> bool:
     check_deployment(
         arguments.deployment, (*adapters, *task_rows), backend=arguments.backend, variant=arguments.variant
     )
+    options = VerifyOptions(
+        backend=arguments.backend,
+        variant=arguments.variant,
+        threads=arguments.threads,
+        quick=arguments.quick,
+        text=None if arguments.text_file is None else _read_text(arguments.text_file),
+        max_perplexity_increase=arguments.max_perplexity_increase,
+        task_rows={name: RowSource(path, columns, arguments.template) for name, path in task_rows.items()},
+        assume_pretokenizer=arguments.assume_pretokenizer,
+    )
     with hub_access(arguments.against, arguments.access):
         find_source(arguments.against)
-    with hub_access(arguments.against, arguments.access), quiet_libraries():
-        options = VerifyOptions(
-            backend=arguments.backend,
-            variant=arguments.variant,
-            threads=arguments.threads,
-            quick=arguments.quick,
-            text=None if arguments.text_file is None else _read_text(arguments.text_file),
-            max_perplexity_increase=arguments.max_perplexity_increase,
-            task_rows={name: RowSource(path, columns, arguments.template) for name, path in task_rows.items()},
-            assume_pretokenizer=arguments.assume_pretokenizer,
-        )
-        report = verify(
-            arguments.deployment,
-            arguments.against,
-            adapters,
-            options,
-            progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
-        )
+        with quiet_libraries():
+            report = verify(
+                arguments.deployment,
+                arguments.against,
+                adapters,
+                options,
+                progress=lambda line: say(f"[{time.monotonic() - started:5.1f} s] {line}"),
+            )
     environment = {
         **describe_environment(),
         "backend": arguments.backend,
