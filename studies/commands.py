@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adalink.tools.common.console import say
-from adalink.tools.common.error_boundary import BoundaryGroup
-from adalink.tools.common.quiet import quiet_libraries
+from adalink.tools.command_line.error_boundary import BoundaryGroup
 from adalink.tools.common.report_file import write_json
+from adalink.tools.terminal.console import say
+from adalink.tools.terminal.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from studies.experiment.settings import Study

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime.errors import BackendError
-from adalink.tools.common.quiet import silence_libraries
+from adalink.tools.terminal.quiet import silence_libraries
 from studies.experiment.run import perform
 from studies.experiment.run_settings import Run
 from studies.plan import Cell, Estimates, open_runs

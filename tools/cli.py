@@ -7,8 +7,8 @@ import importlib
 import click
 from click.shell_completion import CompletionItem
 
-from adalink.tools.common.error_boundary import BoundaryGroup, UserError
-from adalink.tools.common.verb import VerbGroup
+from adalink.tools.command_line.error_boundary import BoundaryGroup, UserError
+from adalink.tools.command_line.verb import VerbGroup
 
 # What a user wants to do -> its verbs, each with its one-line summary, so that `adalink --help` imports none of them.
 # A test compares them with the verbs' own.

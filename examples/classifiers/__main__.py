@@ -23,7 +23,7 @@ from adalink.export.adapter.export import export_adapters
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.tools.common.environment import PACKAGES, describe_environment, package_versions
-from adalink.tools.common.quiet import quiet_libraries
+from adalink.tools.terminal.quiet import quiet_libraries
 from examples.classifiers import costs, methods
 from examples.classifiers.answers import deployed_f1
 from examples.classifiers.base import find_minilm

@@ -11,8 +11,8 @@ import click
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
-from adalink.tools.common.console import print_table
 from adalink.tools.parity.check_accuracy import deployed_accuracy
+from adalink.tools.terminal.console import print_table
 from examples.demo import Progress
 from examples.demo.rows import DemoRow, draw_test_rows
 from examples.make_data import SEED, text_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adalink.tools.common.console import print_table
+from adalink.tools.terminal.console import print_table
 from examples.demo import Progress
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import DataError, ModelError
-from adalink.tools.common.console import print_table
+from adalink.tools.terminal.console import print_table
 from examples.classifiers.answers import deployed_f1, right_answers, said_answers
 from examples.classifiers.base import find_minilm
 from examples.classifiers.rows import TASKS, Row, make_rows

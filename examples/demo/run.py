@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adalink.runtime.errors import AdapterError, ModelError, WriteError
-from adalink.tools.common.error_boundary import BoundaryCommand
+from adalink.tools.command_line.error_boundary import BoundaryCommand
 from examples.demo import Progress
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def command(out: Path, model: str | None, examples: Path, encoder: str | None, f
       python -m examples.demo --out ./demo --fresh
     """  # noqa: D301
     from adalink.runtime.errors import BackendError
-    from adalink.tools.common.console import say
-    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.terminal.console import say
+    from adalink.tools.terminal.quiet import quiet_libraries
     from examples.demo.checks import show_bench, show_parity
     from examples.demo.classifiers import find_classifiers, find_encoder, show_classifiers
     from examples.demo.engine import build_engine

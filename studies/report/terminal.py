@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from adalink.tools.common.console import print_table, say
+from adalink.tools.terminal.console import print_table, say
 from studies.report.table import accuracy_rows, comparison_rows, not_compared_line, shared_rows
 
 

@@ -7,7 +7,7 @@ import re
 from helpers.paths import REPOSITORY
 
 from adalink.runtime import errors
-from adalink.tools.common.error_boundary import UserError
+from adalink.tools.command_line.error_boundary import UserError
 
 PAGE = (REPOSITORY / "docs/reference/errors.md").read_text(encoding="utf-8")
 

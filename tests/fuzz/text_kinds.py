@@ -25,7 +25,7 @@ class Rows(Kind):
         return {name: mutate_text(rng, self.read(f"rows/{name}"), words.ROW_WORDS)}
 
     def ask(self, files: Files) -> Any:
-        from adalink.tools.common.rows import read_rows as read_prompts
+        from adalink.tools.rows.rows import read_rows as read_prompts
         from adalink.training.data.rows import read_rows
 
         ((name, _),) = files.items()

@@ -20,7 +20,7 @@ def main(corpus: str, work: str) -> None:
     from fuzz.kinds import KINDS, generator_of
     from fuzz.outcomes import Outcome, describe
 
-    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.terminal.quiet import quiet_libraries
 
     kinds = {}
     with quiet_libraries():

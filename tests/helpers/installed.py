@@ -50,7 +50,7 @@ _CALL = """
 import json, sys
 from click.testing import CliRunner
 from adalink.tools.cli import main
-from adalink.tools.common import error_boundary
+from adalink.tools.command_line import error_boundary
 
 calls, known = json.load(sys.stdin)
 error_boundary._EXTRAS = error_boundary._EXTRAS if known else {}

@@ -15,9 +15,9 @@ from helpers.served import Served, serve_in_thread, wait_for
 
 from adalink.runtime import Deployment
 from adalink.serving.page import PAGE_ADDRESSES
+from adalink.tools.command_line.json_output import join_json_options
+from adalink.tools.command_line.options import make_options
 from adalink.tools.commands.serve import ServeCommandOptions, command
-from adalink.tools.common.json_output import join_json_options
-from adalink.tools.common.options import make_options
 
 FOLDER = REPOSITORY / "serving" / "page"
 KINDS = {

@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 
 from adalink.runtime.storage.pooling_schema import Pooling
 from adalink.tools.cli import SECTIONS, VERBS, main
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next, verb_for_texts
-from adalink.tools.common.verb import Verb, VerbGroup
-from adalink.tools.common.verbose import say
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next, verb_for_texts
+from adalink.tools.command_line.verb import Verb, VerbGroup
+from adalink.tools.terminal.verbose import say
 
 # Letters that stand for options of several names, and what they all mean.
 SAME_MEANING = {"m": {"base", "against"}}  # the base model

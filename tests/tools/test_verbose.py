@@ -12,7 +12,7 @@ from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.logs import ROOT
 from adalink.tools.cli import main
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.verb import Verb
 
 
 @pytest.fixture(scope="module")

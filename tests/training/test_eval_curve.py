@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from adalink.runtime.errors import BackendUnavailableError, ConfigError, ModelError
 from adalink.runtime.storage.head_spec import SINGLE_LABEL
-from adalink.tools.common.step_line import describe
+from adalink.tools.terminal.step_line import describe
 from adalink.training.adapter_io import load_adapter
 from adalink.training.data.held_out import VALIDATION_SHARE, hold_out
 from adalink.training.eval_curve import BestWeights, spread

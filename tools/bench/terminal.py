@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from adalink.tools.common.terminal_text import echo
+from adalink.tools.terminal.terminal_text import echo
 
 # Metric without two sides -> its name for people, and what it is divided by to have the unit behind it.
 _SINGLE = {

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import engine_options, task_option
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import engine_options, task_option
+from adalink.tools.command_line.verb import Verb
 
 
 @click.command(cls=Verb, short_help="Measure what a task costs beside the base model.")
@@ -43,8 +43,8 @@ def command(
     from adalink.tools.bench.measure import Bench
     from adalink.tools.bench.startup import measure_startup
     from adalink.tools.bench.terminal import print_report
-    from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
+    from adalink.tools.terminal.console import say
 
     say("opening the deployment")
     bench = Bench(deployment, task, backend, threads, variant)

@@ -16,13 +16,19 @@ from adalink.runtime.errors import AdaLinkError, BackendError, DataError, Reques
 from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
 from adalink.runtime.storage.variants import choose_variant
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import (
+    engine_options,
+    make_options,
+    sampling_options,
+    task_option,
+    typed_options,
+)
+from adalink.tools.command_line.verb import Verb
 from adalink.tools.common.chat_session import ChatSession
-from adalink.tools.common.interrupts import Interrupts
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import engine_options, make_options, sampling_options, task_option, typed_options
-from adalink.tools.common.terminal_text import echo, echo_generated, printable
-from adalink.tools.common.verb import Verb
+from adalink.tools.terminal.interrupts import Interrupts
+from adalink.tools.terminal.terminal_text import echo, echo_generated, printable
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest

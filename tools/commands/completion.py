@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.terminal_text import echo
 
 _VARIABLE = "_ADALINK_COMPLETE"
 _HOW = {

@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from adalink.runtime.near_names import did_you_mean
-from adalink.tools.common.config_file import VARIABLE, defaults_for, settable, user_file
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb, config_path, name_variables
-from adalink.tools.common.verbose import say
+from adalink.tools.command_line.config_file import VARIABLE, defaults_for, settable, user_file
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.verb import Verb, config_path, name_variables
+from adalink.tools.terminal.terminal_text import echo
+from adalink.tools.terminal.verbose import say
 
 _LOCAL_FILE = "adalink.toml"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.terminal_text import echo
 
 # Backend or job -> the extra that brings it.
 BACKEND_EXTRAS = {
@@ -79,7 +79,7 @@ def command(footprint: bool, output: JsonOutput) -> None:
 
 def _show_findings(findings: dict[str, Any]) -> None:
     """A list of backends and jobs; what to do about one that does not work is a line of its own, to be copied."""
-    from adalink.tools.common.console import print_fields, print_marked, print_wrapped
+    from adalink.tools.terminal.console import print_fields, print_marked, print_wrapped
 
     for part in ("backends", "jobs"):
         echo(part)
@@ -105,7 +105,7 @@ def _show_footprint(output: JsonOutput) -> None:
 
 
 def _print_footprint(packages: list[dict[str, object]], total: int) -> None:
-    from adalink.tools.common.console import print_table
+    from adalink.tools.terminal.console import print_table
 
     rows = [(entry["package"], entry["version"], f"{int(str(entry['bytes'])) / 1e6:.1f}") for entry in packages]
     print_table("Footprint of the runtime", ("package", "version", "MB"), [*rows, ("total", "", f"{total / 1e6:.1f}")])

@@ -11,14 +11,14 @@ import click
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import engine_options, make_options, map_option, rows_option, task_option
-from adalink.tools.common.prompt_rows import with_extras
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.text_rows import TextRow, answer_rows, given_texts, prepare_rows
-from adalink.tools.common.verb import Verb
-from adalink.tools.common.verbose import say
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import engine_options, make_options, map_option, rows_option, task_option
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.rows.prompt_rows import with_extras
+from adalink.tools.rows.text_rows import TextRow, answer_rows, given_texts, prepare_rows
+from adalink.tools.terminal.terminal_text import echo
+from adalink.tools.terminal.verbose import say
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment

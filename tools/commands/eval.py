@@ -10,9 +10,9 @@ import click
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import (
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import (
     backend_option,
     make_options,
     map_option,
@@ -21,8 +21,8 @@ from adalink.tools.common.options import (
     threads_option,
     variant_option,
 )
+from adalink.tools.command_line.verb import Verb, typed_words
 from adalink.tools.common.report_file import ReportFile
-from adalink.tools.common.verb import Verb, typed_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +109,12 @@ def evaluate(options: EvalOptions) -> None:
 
     from adalink.runtime.deployment import Deployment
     from adalink.runtime.storage.atomic import replace_file
-    from adalink.tools.common.console import progress_bar
     from adalink.tools.evaluation.evaluate import evaluate_task, make_report, read_task_rows
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.page import render_page
     from adalink.tools.evaluation.terminal import print_report
     from adalink.tools.preflight.deployment import check_deployment
+    from adalink.tools.terminal.console import progress_bar
 
     check_installed()
     variants = options.variants or (None,)

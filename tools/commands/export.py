@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adalink.tools.command_line.hub_options import hub_options
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import SAMPLE_TEXT, say_next, verb_for_texts
+from adalink.tools.command_line.options import assume_pretokenizer_option, out_option
+from adalink.tools.command_line.verb import VerbGroup
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
-from adalink.tools.common.console import say
-from adalink.tools.common.hub_options import hub_options
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import SAMPLE_TEXT, say_next, verb_for_texts
-from adalink.tools.common.options import assume_pretokenizer_option, out_option
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import VerbGroup
+from adalink.tools.terminal.console import say
+from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest, Variant, Vision
@@ -94,7 +94,7 @@ def base(
     """  # noqa: D301
     from adalink.export.base.export import export_base
     from adalink.export.base.request import check_model, check_place, check_settings
-    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.terminal.quiet import quiet_libraries
     from adalink.training.models.hub_access import hub_access
     from adalink.training.models.loading import load_tokenizer
 

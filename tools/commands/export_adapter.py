@@ -10,12 +10,12 @@ import click
 
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.adapter_spec import show_rank
-from adalink.tools.common.console import say
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import SAMPLE_TEXT, say_next, verb_for_texts
-from adalink.tools.common.options import out_option
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import SAMPLE_TEXT, say_next, verb_for_texts
+from adalink.tools.command_line.options import out_option
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.console import say
+from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adalink.tools.common.console import progress_bar, say
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import task_option, variant_option
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import task_option, variant_option
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.console import progress_bar, say
+from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest
@@ -145,7 +145,7 @@ def _add_portable_graph(
     from adalink.export.engine.request import check_request, has_portable
     from adalink.runtime.storage.manifest_io import read_manifest
     from adalink.runtime.trt.api import load_api
-    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.terminal.quiet import quiet_libraries
 
     manifest = read_manifest(deployment)
     load_api(backend)

@@ -11,11 +11,11 @@ from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
-from adalink.tools.common.hub_options import hub_options
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.hub_options import hub_options
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
     import onnx
@@ -166,7 +166,7 @@ def describe_adapter(folder: Path) -> Description:
 
 def describe_model(spec: str) -> Description:
     """Describe a base model, with the fingerprint that its adapters carry; raises ``ModelError``."""
-    from adalink.tools.common.quiet import quiet_libraries
+    from adalink.tools.terminal.quiet import quiet_libraries
     from adalink.training.models.loading import base_fingerprint, input_embedding, load_checkpoint
     from adalink.training.models.source import display_name
 
@@ -257,7 +257,7 @@ def command(target: str, access: HubAccess, output: JsonOutput) -> None:
 
 
 def _show(target: str, description: Description) -> None:
-    from adalink.tools.common.console import print_fields
+    from adalink.tools.terminal.console import print_fields
 
     echo(f"{target}: {description['kind']}")
     print_fields({name: value for name, value in description.items() if name != "kind"}, indent=2)

@@ -17,12 +17,12 @@ import click
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.decoding import decode_json
-from adalink.tools.common.console import say
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import as_a_step, say_next
-from adalink.tools.common.options import make_options, map_option, out_option, template_option
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb, words_for_steps
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import as_a_step, say_next
+from adalink.tools.command_line.options import make_options, map_option, out_option, template_option
+from adalink.tools.command_line.verb import Verb, words_for_steps
+from adalink.tools.terminal.console import say
+from adalink.tools.terminal.terminal_text import echo
 
 _LARGEST_SEED = (1 << 32) - 1
 # What the steps need beside the runtime, the extra `cpu,eval,export,train`.

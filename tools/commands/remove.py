@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import variant_option
-from adalink.tools.common.shell_completion import complete_tasks
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import variant_option
+from adalink.tools.command_line.shell_completion import complete_tasks
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.terminal_text import echo
 
 
 @click.command(cls=Verb, name="remove", short_help="Remove a task, a graph or an engine from a deployment.")

@@ -15,11 +15,9 @@ from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.answers import embed_rows, encode_rows, generate_rows
-from adalink.tools.common.conversations import is_rows, read_conversations
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import (
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import (
     engine_options,
     is_typed,
     make_options,
@@ -31,11 +29,13 @@ from adalink.tools.common.options import (
     template_option,
     typed_options,
 )
-from adalink.tools.common.prompt_rows import BadRows
-from adalink.tools.common.prompt_rows import PromptRow as PromptRow
-from adalink.tools.common.rows import read_rows as read_rows
-from adalink.tools.common.terminal_text import echo_generated
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.rows.answers import embed_rows, encode_rows, generate_rows
+from adalink.tools.rows.conversations import is_rows, read_conversations
+from adalink.tools.rows.prompt_rows import BadRows
+from adalink.tools.rows.prompt_rows import PromptRow as PromptRow
+from adalink.tools.rows.rows import read_rows as read_rows
+from adalink.tools.terminal.terminal_text import echo_generated
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from adalink.runtime.errors import ConfigError
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.options import engine_options, make_options
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
-from adalink.tools.common.verbose import say, warnings_to_stderr
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.options import engine_options, make_options
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.terminal_text import echo
+from adalink.tools.terminal.verbose import say, warnings_to_stderr
 
 # Time between two looks at the folder.
 _WATCH_SECONDS = 1.0

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import map_option, out_option, template_option
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import map_option, out_option, template_option
+from adalink.tools.command_line.verb import Verb
+from adalink.tools.terminal.terminal_text import echo
 
 
 @click.command(cls=Verb, short_help="Divide rows into those to learn from and those to test with.")

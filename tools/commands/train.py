@@ -13,19 +13,19 @@ import click
 from adalink.runtime.errors import BackendUnavailableError
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS, SCOPES
+from adalink.tools.command_line.head_options import head_options
+from adalink.tools.command_line.hub_options import hub_options
+from adalink.tools.command_line.json_output import json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import assume_pretokenizer_option, make_options, map_option, template_option
+from adalink.tools.command_line.resumption import resumable
+from adalink.tools.command_line.verb import Verb
 from adalink.tools.commands.train_options import METHOD, TrainOptions
-from adalink.tools.common.console import say
-from adalink.tools.common.head_options import head_options
-from adalink.tools.common.hub_options import hub_options
-from adalink.tools.common.interrupts import Interrupts
-from adalink.tools.common.json_output import json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import assume_pretokenizer_option, make_options, map_option, template_option
-from adalink.tools.common.resumption import resumable
-from adalink.tools.common.step_line import StepLine
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import Verb
-from adalink.tools.common.verbose import is_quiet
+from adalink.tools.terminal.console import say
+from adalink.tools.terminal.interrupts import Interrupts
+from adalink.tools.terminal.step_line import StepLine
+from adalink.tools.terminal.terminal_text import echo
+from adalink.tools.terminal.verbose import is_quiet
 from adalink.training.loop_options import REPORTERS, LoopOptions
 from adalink.training.method.config import INITS
 from adalink.training.models.hub_access import hub_access
@@ -208,9 +208,9 @@ def train_adapter(options: TrainOptions) -> None:
         wants_head=head is not None,
         problem_type=options.problem_type,
     )
-    from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.trained import PAGE_FILE, make_page
+    from adalink.tools.terminal.quiet import quiet_libraries
     from adalink.training.run import train
 
     has_page = True

@@ -9,10 +9,10 @@ from typing import Any
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.label_spec import LabelSet
-from adalink.tools.common.head_options import HEAD_PARAMETERS
-from adalink.tools.common.json_output import JsonOutput
-from adalink.tools.common.options import is_given, is_typed
-from adalink.tools.common.rank_option import read_rank
+from adalink.tools.command_line.head_options import HEAD_PARAMETERS
+from adalink.tools.command_line.json_output import JsonOutput
+from adalink.tools.command_line.options import is_given, is_typed
+from adalink.tools.command_line.rank_option import read_rank
 from adalink.training.data.labelled_rows import has_labels
 from adalink.training.method.config import AdaLinkConfig, Init
 from adalink.training.models.hub_access import HubAccess

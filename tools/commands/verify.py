@@ -11,10 +11,10 @@ import click
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.rows.source import RowSource, read_columns
-from adalink.tools.common.hub_options import hub_options
-from adalink.tools.common.json_output import JsonOutput, json_options
-from adalink.tools.common.next_step import say_next
-from adalink.tools.common.options import (
+from adalink.tools.command_line.hub_options import hub_options
+from adalink.tools.command_line.json_output import JsonOutput, json_options
+from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.options import (
     assume_pretokenizer_option,
     engine_options,
     make_options,
@@ -22,7 +22,7 @@ from adalink.tools.common.options import (
     require_rows,
     template_option,
 )
-from adalink.tools.common.verb import Verb
+from adalink.tools.command_line.verb import Verb
 
 if TYPE_CHECKING:
     from adalink.training.models.hub_access import HubAccess
@@ -117,12 +117,12 @@ def command(**values: Any) -> None:
 
 def verify_deployment(arguments: VerifyCommand) -> bool:
     """Verify, print the checks and write the report; returns whether all passed."""
-    from adalink.tools.common.console import say
     from adalink.tools.common.environment import describe_environment
-    from adalink.tools.common.quiet import quiet_libraries
     from adalink.tools.parity.suite import VerifyOptions, verify
     from adalink.tools.parity.terminal import print_report
     from adalink.tools.preflight.deployment import check_deployment
+    from adalink.tools.terminal.console import say
+    from adalink.tools.terminal.quiet import quiet_libraries
     from adalink.training.models.hub_access import hub_access
     from adalink.training.models.source import find_source
 

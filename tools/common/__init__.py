@@ -1,1 +1,1 @@
-"""Console, options and reports shared by the commands."""
+"""What several parts of the tools share, and no verb alone."""

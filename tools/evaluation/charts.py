@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
-from adalink.tools.common.terminal_text import printable
 from adalink.tools.evaluation.report import CalibrationBin, ItemMeasures, LabelMeasures, TaskReport
 from adalink.tools.evaluation.verdict import main_measure
+from adalink.tools.terminal.terminal_text import printable
 
 # All pictures are 360 units wide: legible on a phone, where a unit is a pixel.
 _WIDTH, _LEFT, _RIGHT = 360, 112, 350

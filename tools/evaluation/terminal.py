@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adalink.tools.common.terminal_text import echo
 from adalink.tools.evaluation.report import ClassMeasures, NumberMeasures, Report, TaskReport
 from adalink.tools.evaluation.verdict import show_measure
+from adalink.tools.terminal.terminal_text import echo
 
 _WIDTH, _SHOWN_CLASSES, _SHOWN_ROWS = 80, 20, 5
 

@@ -10,10 +10,10 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.text.tokenizer import Tokenizer
-from adalink.tools.common.answers import batch_rows
 from adalink.tools.common.environment import available_cores
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.torch_threads import torch_threads
+from adalink.tools.rows.answers import batch_rows
 
 if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from adalink.tools.common.console import line_width, print_fields, print_marked, print_table, print_wrapped
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verbose import is_quiet, is_verbose
 from adalink.tools.parity.report import Check, Report
+from adalink.tools.terminal.console import line_width, print_fields, print_marked, print_table, print_wrapped
+from adalink.tools.terminal.terminal_text import echo
+from adalink.tools.terminal.verbose import is_quiet, is_verbose
 
 # Columns of a line beside the check's name.
 _VERDICT, _FIGURES = 6, 22

@@ -22,8 +22,8 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
-from adalink.tools.common import answers
-from adalink.tools.common.rows import BadRows, PromptRow
+from adalink.tools.rows import answers
+from adalink.tools.rows.rows import BadRows, PromptRow
 
 TEXTS = ("Is it late?", "yes, 9-30.")
 # A line of a file, and what is said of it.

@@ -21,7 +21,7 @@ import pytest
 from helpers.studies import write_base
 
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.tools.common.step_line import StepLine, describe
+from adalink.tools.terminal.step_line import StepLine, describe
 from adalink.training.loop_options import StepProgress
 
 # Steps that take long enough for a person, or a test, to press a key between two of them.

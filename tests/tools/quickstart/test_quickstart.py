@@ -19,12 +19,12 @@ from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
+from adalink.tools.command_line.verb import VerbGroup, words_for_steps
 from adalink.tools.commands import quickstart
-from adalink.tools.common.verb import VerbGroup, words_for_steps
-from adalink.tools.common.verbose import say
 from adalink.tools.quickstart.run import run_steps
 from adalink.tools.quickstart.state import STATE_FILE, State
 from adalink.tools.quickstart.steps import TEMPLATE, Places, Step, choose_template, make_steps, name_task
+from adalink.tools.terminal.verbose import say
 
 WORDS = ("oil", "corn", "gold")
 VERBS = ["export base", "split", "train", "export adapter", "verify", "eval"]

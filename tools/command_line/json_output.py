@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from adalink.tools.common.report_file import ReportFile, write_text
-from adalink.tools.common.terminal_text import echo, json_text
+from adalink.tools.terminal.terminal_text import echo, json_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from adalink.tools.common.config_file import option_key
-from adalink.tools.common.shell_completion import complete_backends, complete_tasks, complete_variants
+from adalink.tools.command_line.config_file import option_key
+from adalink.tools.command_line.shell_completion import complete_backends, complete_tasks, complete_variants
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

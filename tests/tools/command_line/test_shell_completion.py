@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from adalink.runtime.backends import BACKENDS
 from adalink.tools.cli import VERBS, main
-from adalink.tools.common import shell_completion
+from adalink.tools.command_line import shell_completion
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adalink.runtime.errors import RequestError
-from adalink.tools.common.prompt_rows import BadRows, PromptRow, with_extras
+from adalink.tools.rows.prompt_rows import BadRows, PromptRow, with_extras
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment

@@ -9,7 +9,7 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 from adalink.tools.cli import main
-from adalink.tools.common.quiet import quiet_libraries
+from adalink.tools.terminal.quiet import quiet_libraries
 
 
 def read_gguf():

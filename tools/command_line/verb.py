@@ -13,10 +13,10 @@ import click
 from click.core import ParameterSource
 
 from adalink.runtime.near_names import did_you_mean
-from adalink.tools.common.config_file import VARIABLE, defaults_for, option_key
-from adalink.tools.common.hub_options import join_hub_options
-from adalink.tools.common.json_output import join_json_options
-from adalink.tools.common.verbose import verbosity
+from adalink.tools.command_line.config_file import VARIABLE, defaults_for, option_key
+from adalink.tools.command_line.hub_options import join_hub_options
+from adalink.tools.command_line.json_output import join_json_options
+from adalink.tools.terminal.verbose import verbosity
 
 # Keys of ``Context.meta``, which a verb shares with its group.
 _LEVELS, _CONFIG, _ARGUMENTS = (f"adalink.{name}" for name in ("levels", "config", "arguments"))

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from adalink.tools.common.json_output import JsonOutput
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verbose import is_quiet
+from adalink.tools.command_line.json_output import JsonOutput
+from adalink.tools.terminal.terminal_text import echo
+from adalink.tools.terminal.verbose import is_quiet
 
 if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Base

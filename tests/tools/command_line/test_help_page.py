@@ -2,14 +2,14 @@
 
 from helpers.paths import REPOSITORY
 
-from adalink.tools.common.help_page import render
+from adalink.tools.command_line.help_page import render
 
 PAGE = REPOSITORY / "docs/reference/cli.md"
 
 
 def test_cli_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == render(), (
-        "run: python -m adalink.tools.common.help_page docs/reference/cli.md"
+        "run: python -m adalink.tools.command_line.help_page docs/reference/cli.md"
     )
 
 

@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from adalink.runtime.backends import BACKENDS
-from adalink.tools.common.verb import typed_words
+from adalink.tools.command_line.verb import typed_words
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 

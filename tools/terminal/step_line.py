@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from adalink.tools.common.verbose import is_quiet, say
+from adalink.tools.terminal.verbose import is_quiet, say
 
 if TYPE_CHECKING:
     from adalink.training.loop_options import StepProgress

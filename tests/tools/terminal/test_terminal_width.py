@@ -16,8 +16,8 @@ import pytest
 SCRIPT = """
 from adalink.tools.bench.terminal import print_report as print_bench
 from adalink.tools.commands.doctor import _show_findings
-from adalink.tools.common.console import print_fields, print_table
-from adalink.tools.common.verbose import verbosity
+from adalink.tools.terminal.console import print_fields, print_table
+from adalink.tools.terminal.verbose import verbosity
 from adalink.tools.parity.report import Report, at_most
 from adalink.tools.parity.terminal import print_report
 from adalink.tools.commands import doctor

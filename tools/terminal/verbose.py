@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from adalink.runtime.logs import ROOT
-from adalink.tools.common.terminal_text import echo
+from adalink.tools.terminal.terminal_text import echo
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -15,9 +15,9 @@ from helpers.paths import REPOSITORY
 
 from adalink.runtime.errors import AdapterError
 from adalink.tools.cli import main
-from adalink.tools.common.console import print_table, progress_bar, say
-from adalink.tools.common.terminal_text import echo, echo_generated, printable
-from adalink.tools.common.verbose import log_to_stderr
+from adalink.tools.terminal.console import print_table, progress_bar, say
+from adalink.tools.terminal.terminal_text import echo, echo_generated, printable
+from adalink.tools.terminal.verbose import log_to_stderr
 
 # Clears the screen, sets the window's title, overwrites the line, turns the direction of what follows.
 EVIL = "topics\x1b[2J\x1b]0;title\x07\rall checks passed\x9b31m\u202eexe.png\u2066\x7f"

@@ -10,7 +10,7 @@ from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.rows.jsonl import read_jsonl
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.text.messages import ChatOptions, check_conversation, images_of
-from adalink.tools.common.prompt_rows import BadRows, PromptRow
+from adalink.tools.rows.prompt_rows import BadRows, PromptRow
 
 _EXPECTED = '{"messages": [{"role": "user", "content": text}, ...]}'
 _FIELDS = {"messages", "task", "tools", "documents", "chat_template_kwargs"}

@@ -1,6 +1,6 @@
 """``docs/reference/cli.md``: the help of every verb, as the verbs give it.
 
-``python -m adalink.tools.common.help_page docs/reference/cli.md`` writes it.
+``python -m adalink.tools.command_line.help_page docs/reference/cli.md`` writes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adalink.tools.cli import main
 _WIDTH = 100
 _INTRODUCTION = """# Command line
 
-This page is generated from the commands: `python -m adalink.tools.common.help_page docs/reference/cli.md`.
+This page is generated from the commands: `python -m adalink.tools.command_line.help_page docs/reference/cli.md`.
 A test compares the two.
 
 Results go to stdout, progress to stderr. [Exit codes](errors.md#exit-codes) say how a command ended.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from adalink.tools.common.step_line import StepLine
-from adalink.tools.common.terminal_text import echo
-from adalink.tools.common.verb import typed_words
+from adalink.tools.command_line.verb import typed_words
+from adalink.tools.terminal.step_line import StepLine
+from adalink.tools.terminal.terminal_text import echo
 from adalink.training.run_folder import checkpoints_of
 
 _INTERRUPTED = 130

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from adalink.tools.common.interrupts import Interrupts
+from adalink.tools.terminal.interrupts import Interrupts
 
 
 def test_first_calls_and_second_interrupts() -> None:

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from adalink.tools.common.terminal_text import echo, printable
-from adalink.tools.common.verbose import is_quiet
-from adalink.tools.common.verbose import say as say
+from adalink.tools.terminal.terminal_text import echo, printable
+from adalink.tools.terminal.verbose import is_quiet
+from adalink.tools.terminal.verbose import say as say
 
 _PIPE_WIDTH = 160
 

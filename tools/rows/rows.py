@@ -8,9 +8,9 @@ from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.rows.table import Row, read_table
-from adalink.tools.common.conversations import CONVERSATION_FIELDS, check_conversation_row
-from adalink.tools.common.prompt_rows import BadRows as BadRows
-from adalink.tools.common.prompt_rows import PromptRow as PromptRow
+from adalink.tools.rows.conversations import CONVERSATION_FIELDS, check_conversation_row
+from adalink.tools.rows.prompt_rows import BadRows as BadRows
+from adalink.tools.rows.prompt_rows import PromptRow as PromptRow
 
 _FIELDS = ("prompt", "task", "images", "text_pair")
 _EXPECTED = '{"prompt": text, "task": name or null}'

@@ -12,7 +12,7 @@ from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.runtime.rows.table import Row, read_table
-from adalink.tools.common.options import require_rows
+from adalink.tools.command_line.options import require_rows
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,7 +72,7 @@ def answer_rows(
     rows: Sequence[TextRow], prepared: Sequence[T], compute: Callable[[Sequence[T]], Sequence[R]], doing: str
 ) -> Iterator[tuple[TextRow, T, R]]:
     """Each row with what was prepared of it and its result, in order, with progress on long files."""
-    from adalink.tools.common.console import progress_bar
+    from adalink.tools.terminal.console import progress_bar
 
     with progress_bar() as progress:
         for start in range(0, len(rows), _TEXTS_AT_ONCE):

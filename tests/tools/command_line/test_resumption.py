@@ -9,11 +9,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from adalink.tools.common.hub_options import hub_options
-from adalink.tools.common.json_output import json_options
-from adalink.tools.common.resumption import resumable
-from adalink.tools.common.step_line import StepLine
-from adalink.tools.common.verb import VerbGroup
+from adalink.tools.command_line.hub_options import hub_options
+from adalink.tools.command_line.json_output import json_options
+from adalink.tools.command_line.resumption import resumable
+from adalink.tools.command_line.verb import VerbGroup
+from adalink.tools.terminal.step_line import StepLine
 
 
 @click.group(cls=VerbGroup)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from adalink.tools.common.terminal_text import printable
+from adalink.tools.terminal.terminal_text import printable
 
 # Package that a command may find missing -> the extra that brings it.
 _EXTRAS = {

@@ -1,0 +1,1 @@
+"""What all verbs of the command line share: their options, where values come from, and how answers are given."""
