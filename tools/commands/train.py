@@ -198,16 +198,17 @@ def train_adapter(options: TrainOptions) -> None:
 
     check_reporter(options.report_to)
     head = options.head(source)
-    check_training(
-        options.base,
-        source,
-        options.eval_data,
-        options.out,
-        device=options.device,
-        resume=options.resume,
-        wants_head=head is not None,
-        problem_type=options.problem_type,
-    )
+    with hub_access(options.base, options.access):
+        check_training(
+            options.base,
+            source,
+            options.eval_data,
+            options.out,
+            device=options.device,
+            resume=options.resume,
+            wants_head=head is not None,
+            problem_type=options.problem_type,
+        )
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.trained import PAGE_FILE, make_page
     from adalink.tools.terminal.quiet import quiet_libraries

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime.errors import ConfigError
+from adalink.training.models.hub import is_local
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,19 @@ def hub_access(spec: str | Path, access: HubAccess) -> Iterator[None]:
         _current.reset(before)
 
 
+def hub_revision() -> str | None:
+    """The revision that downloads take."""
+    return _current.get().revision
+
+
 def download_options(origin: str | Path) -> dict[str, Any]:
-    """Arguments of a download, ``revision`` and ``token`` if there are any; empty for what is here."""
+    """Arguments of a download; empty for what is here.
+
+    ``revision`` and ``token`` if there are any, and ``local_files_only`` if ``check_hub`` found the hub out of reach.
+    """
     if Path(origin).expanduser().exists():
         return {}
     access = _current.get()
-    options = {"revision": access.revision, "token": access.token}
+    only = is_local(str(origin), access.revision) or None
+    options = {"revision": access.revision, "token": access.token, "local_files_only": only}
     return {name: value for name, value in options.items() if value is not None}

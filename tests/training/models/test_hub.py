@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hub, "_REACHED", set())
+    monkeypatch.setattr(hub, "_LOCAL", set())
 
 
 @pytest.fixture
@@ -42,14 +44,27 @@ def closed() -> int:
     return port
 
 
+def cache_files(folder: Path, revision: str, *names: str) -> None:
+    """Files of a revision in the cache, as huggingface_hub lays it out."""
+    snapshot = folder / "hub/models--org--tiny-1.5/snapshots" / revision
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (snapshot / name).touch()
+
+
 def test_cached_id_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    snapshot = tmp_path / "hub/models--org--tiny-1.5/snapshots/0a1b"
-    snapshot.mkdir(parents=True)
+    refs = tmp_path / "hub/models--org--tiny-1.5/refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("0a1b")
+    cache_files(tmp_path, "0a1b", "config.json")  # planted: a download that was broken off
+    cache_files(tmp_path, "ffff", "config.json", "model.safetensors")  # planted: another revision
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or download it where"):
         find_source(ID)
-    (snapshot / "config.json").touch()
+    cache_files(tmp_path, "0a1b", "model.safetensors")
     assert find_source(ID) == Source(ID)
+    with pytest.raises(ModelError, match=r"does not hold revision 'v2' of it.*hf download org/tiny-1.5 --revision v2 "):
+        hub.check_hub(ID, "v2")
 
 
 def test_hub_that_answers_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch, listening: int, closed: int) -> None:
@@ -65,7 +80,7 @@ def test_unreachable_hub_is_named_with_the_way_round(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ModelError,
         match=rf"base model {ID}: there is no such file or folder here, the hub's cache does not hold it, and 127\.0\."
-        rf"0\.1 cannot be reached .*hf download {ID} --local-dir FOLDER",
+        rf"0\.1 cannot be reached .*HF_HUB_OFFLINE=1 .*hf download {ID} --local-dir FOLDER\) and pass the folder",
     ):
         find_source(ID)
 
@@ -89,6 +104,30 @@ def test_a_proxy_is_asked_instead(monkeypatch: pytest.MonkeyPatch, listening: in
     monkeypatch.setenv("http_proxy", f"127.0.0.1:{closed}")
     with pytest.raises(ModelError, match=r"hub\.invalid cannot be reached"):
         find_source(ID)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [("200 Connection established", ""), ("502 Bad Gateway", "Tunnel connection failed: 502 Bad Gateway")],
+)
+def test_a_proxy_is_asked_for_the_hub(monkeypatch: pytest.MonkeyPatch, answer: str, reason: str) -> None:
+    """It is there itself where the hub is not."""
+    asked: list[bytes] = []
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            asked.append(connection.recv(4096))
+            connection.sendall(f"HTTP/1.1 {answer}\r\n\r\n".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=[server])
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://user:p%40ss@127.0.0.1:{server.getsockname()[1]}")
+        assert hub._why_unreachable("https://hub.invalid") == reason
+        thread.join()
+    assert asked[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.")
+    assert b"Proxy-Authorization: Basic dXNlcjpwQHNz\r\n" in asked[0]  # base64 of user:p@ss
 
 
 @pytest.mark.parametrize("name", ["gpt2", "./gpt2", "a/b/c", "models/"])
