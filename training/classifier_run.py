@@ -93,7 +93,7 @@ def train_classifier(
                 place(attached, vectors)
             module, collate = TrainableClassifier(attached), encoder.collate
             scale = Scale.of(examples) if kind == REGRESSION else Scale()
-            answers = _Answers(module, collate, settings.batch_size, rows.learned)
+            answers = _Answers(module, collate, settings.batch_size)
             loop.progress(f"training on {len(examples)} rows with {len(labels)} labels, {settings.max_steps} steps")
             measure_beside = partial(answers.curve_point, *_watch(rows, validation, eval_examples), scale)
             optimizer = _optimizer(module, settings, options)
@@ -102,7 +102,7 @@ def train_classifier(
             adapter = run.make_adapter(attached, encoder.tokenizer)
             loop.progress(f"measuring on {len(rows.measured)} eval rows")
             said = answers.give(rows.measured, eval_examples)
-    evaluation = measure(encoder.head, rows.measured, said, rows.learned)
+    evaluation = measure(encoder.head, rows.measured, said)
     return run.finish(adapter, history, {"evaluation": evaluation}, ClassifiedRows(rows.measured, said, encoder.head))
 
 
@@ -155,12 +155,11 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What an adapter with its head says of rows, as it is now; ``learned`` are rows for a baseline."""
+    """What an adapter with its head says of rows, as it is now."""
 
     module: TrainableClassifier
     collate: LabelCollator
     batch_size: int
-    learned: Sequence[LabelledRow]
 
     def give(self, rows: Sequence[LabelledRow], examples: Sequence[LabelledExample]) -> list[Classification]:
         """The answer to each row, whose tokens are ``examples``."""
@@ -174,7 +173,7 @@ class _Answers:
         loss = mean_loss(self.module, scale.apply(examples), self.collate, self.batch_size)
         if self.module.spec.problem_type == REGRESSION:
             return {"loss": loss}
-        measures = measure(self.module.spec, rows, self.give(rows, examples), self.learned)
+        measures = measure(self.module.spec, rows, self.give(rows, examples))
         name, value = next(iter(measures.items()))
         return {"loss": loss, name: value}
 

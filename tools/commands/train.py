@@ -19,6 +19,7 @@ from adalink.tools.command_line.json_output import json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import assume_pretokenizer_option, make_options, map_option, template_option
 from adalink.tools.command_line.resumption import resumable
+from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.commands.train_options import METHOD, TrainOptions
 from adalink.tools.terminal.console import say
@@ -36,7 +37,14 @@ _DEPLOYMENT = "deployment"
 
 
 @click.command(cls=Verb, name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
-@click.option("-m", "--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
+@click.option(
+    "-m",
+    "--base",
+    required=True,
+    metavar="MODEL",
+    shell_complete=complete_files,
+    help="Model folder, GGUF file or hub id.",
+)
 @click.option(
     "-d",
     "--data",

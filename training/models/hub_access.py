@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _current: ContextVar[HubAccess] = ContextVar("adalink_hub_access", default=_PLAI
 
 @contextmanager
 def hub_access(spec: str | Path, access: HubAccess) -> Iterator[None]:
-    """Load bases with a revision and a token until the block ends.
+    """Load bases with a revision and a token until the block ends; a block around it may have the token.
 
     Args:
         spec: the base that is loaded.
@@ -46,7 +46,7 @@ def hub_access(spec: str | Path, access: HubAccess) -> Iterator[None]:
             f"base model {Path(spec).name} is a file or folder here and has no revision {access.revision!r}: leave "
             "--revision out, which is for hub ids"
         )
-    before = _current.set(access)
+    before = _current.set(replace(access, token=access.token or _current.get().token))
     try:
         yield
     finally:

@@ -158,3 +158,5 @@ def test_folder_has_no_revision(folders: dict[str, Path]) -> None:
         assert download_options(folder) == {}
         assert download_options(HUB_ID) == {"token": TOKEN}
     assert download_options(HUB_ID) == {}
+    with hub_access(HUB_ID, HubAccess("v1", TOKEN)), hub_access(HUB_ID, HubAccess("v2")):  # of a step of a quick start
+        assert download_options(HUB_ID) == {"revision": "v2", "token": TOKEN}
