@@ -5,20 +5,23 @@ transformers and ``huggingface_hub`` try an unreachable hub again and again, for
 
 from __future__ import annotations
 
-import base64
 import socket
+import ssl
 import threading
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from adalink.runtime.errors import ModelError
 
-# A hub that does not take a connection within this time is out of reach.
-_SECONDS = 0.9
+# A hub that does not take a connection within the first time, or does not answer within the second, is out of reach.
+_SECONDS, _ANSWER_SECONDS = 0.9, 3.0
+# What proxies answer where they reach nobody.
+_NOBODY = (502, 503, 504)
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
-# Hubs that took a connection.
+# Hubs that answered.
 _REACHED: set[str] = set()
 # Hub ids, with their revisions, whose files come from the cache alone: a process never mixes two states of a branch.
 _LOCAL: set[tuple[str, str | None]] = set()
@@ -70,46 +73,47 @@ def _is_cached(hub_id: str, revision: str | None) -> bool:
 
 
 def _why_unreachable(endpoint: str) -> str:
-    """Why no connection to the hub, or through the proxy in front of it, can be made; empty if one could."""
+    """Why the hub, or the proxy in front of it, does not answer; empty if it does."""
     if endpoint in _REACHED:
         return ""
-    reasons: list[str] = []
+    is_connected, reasons = threading.Event(), list[str]()
 
-    def connect() -> None:
+    def ask() -> None:
         try:
-            _connect(urlsplit(endpoint))
+            _ask(endpoint, is_connected)
             reasons.append("")
             _REACHED.add(endpoint)
         except (OSError, HTTPException) as error:
             reasons.append(str(getattr(error, "strerror", None) or error))
 
     # Looking a name up has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_SECONDS)
-    return reasons[0] if reasons else f"no connection within {_SECONDS:g} s"
+    if is_connected.is_set():
+        thread.join(_ANSWER_SECONDS)
+    return reasons[0] if reasons else f"no {'answer' if is_connected.is_set() else 'connection'} in time"
 
 
-def _connect(hub: SplitResult) -> None:
-    """Connect to a hub, and close; a proxy is asked for the hub, since itself it is always there.
+def _ask(endpoint: str, is_connected: threading.Event) -> None:
+    """Connect to the hub or its proxy, then ask for the hub's first page: networks take connections for anybody.
 
     Raises:
-        OSError: there is no connection.
-        HTTPException: the proxy's answer is no HTTP.
+        OSError: there is no connection or no answer, or a proxy answers that it reaches nobody.
+        HTTPException: the answer is no HTTP.
     """
-    name, port = hub.hostname or "", _port(hub)
-    proxy_url = getproxies().get(hub.scheme)
-    if not proxy_url or proxy_bypass(name):
-        socket.create_connection((name, port), timeout=_SECONDS).close()
-        return
-    proxy = urlsplit(proxy_url if "://" in proxy_url else f"http://{proxy_url}")
-    connection = HTTPConnection(proxy.hostname or "", _port(proxy), timeout=_SECONDS)
-    if hub.scheme == "https" and proxy.scheme == "http":
-        secret = base64.b64encode(unquote(f"{proxy.username}:{proxy.password or ''}").encode()).decode()
-        connection.set_tunnel(name, port, {"Proxy-Authorization": f"Basic {secret}"} if proxy.username else {})
-    connection.connect()
-    connection.close()
-
-
-def _port(address: SplitResult) -> int:
-    return address.port or (443 if address.scheme == "https" else 80)
+    address = urlsplit(endpoint)
+    proxy = getproxies().get(address.scheme)
+    if proxy and not proxy_bypass(address.hostname or ""):
+        address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
+    is_connected.set()
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=_ANSWER_SECONDS).close()
+    except HTTPError as error:
+        if error.code in _NOBODY:
+            raise
+    except URLError as error:
+        if not isinstance(error.reason, ssl.SSLCertVerificationError):  # httpx may know other certificates
+            raise
