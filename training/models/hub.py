@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, getproxies, proxy_bypass, urlopen
+from urllib.request import Request, build_opener, getproxies, proxy_bypass
 
 from adalink.runtime.errors import ModelError
 
@@ -110,7 +110,7 @@ def _ask(endpoint: str, is_connected: threading.Event) -> None:
     socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
     is_connected.set()
     try:
-        urlopen(Request(endpoint, method="HEAD"), timeout=_ANSWER_SECONDS).close()
+        build_opener().open(Request(endpoint, method="HEAD"), timeout=_ANSWER_SECONDS).close()
     except HTTPError as error:
         if error.code in _NOBODY:
             raise
