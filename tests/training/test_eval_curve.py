@@ -241,7 +241,11 @@ def test_settings_refuse(wrong: dict[str, int], message: str) -> None:
 def test_each_training_has_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that the caller has begun stays open; one whose training fails is marked as failed."""
     ends: list[int] = []
-    wandb = SimpleNamespace(run=None, finish=lambda exit_code: ends.append(exit_code))
+
+    def finish(*, exit_code: int) -> None:
+        ends.append(exit_code)
+
+    wandb = SimpleNamespace(run=None, finish=finish)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with run_of_its_own("wandb"):
         wandb.run = "begun by the Trainer"
