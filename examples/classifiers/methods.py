@@ -36,8 +36,7 @@ from adalink.training.trainer import trainer_arguments
 if TYPE_CHECKING:
     from adalink.runtime.arrays import Array
 
-# Peak learning rates of what is trained beside the head. The first is the best for most data sets of
-# studies/results/encoder. For kinds of tasks that it has not, the eval rows choose, with the first seed.
+# Peak learning rates of what is trained beside the head; the eval rows choose, with the first seed.
 RATES = {"adalink": (1e-2, 3e-3), "lora": (1e-2, 3e-3), "full": (3e-4,), "head": (HeadSettings.lr,)}
 RANK, LORA_RANK, LENGTH = 16, 8, 64
 SETTINGS = TrainSettings(max_steps=100, batch_size=16, max_length=LENGTH, device="cpu", save_steps=10_000, eval_steps=0)
