@@ -22,7 +22,7 @@ def dequantized(path: Path) -> dict[str, np.ndarray]:
     constants = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     found = {}
     for node, size in products(path):
-        codes, scales, *zeros = (constants[name] for name in node.input[1:4])
+        codes, scales, *zeros = (constants[name] for name in node.input[1:4] if name)
         per_byte = 8 // size["bits"]
         mask = 2 ** size["bits"] - 1
         matrix = np.zeros((size["N"], size["K"]))

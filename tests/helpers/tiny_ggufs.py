@@ -108,7 +108,8 @@ def _quantized(values: Any, kind: Any) -> Any:
     if not kind.name.endswith("_K"):
         return quantize(values, kind)
     group, size = GGML_QUANT_SIZES[kind]
-    blocks = np.random.default_rng(len(values)).integers(0, 256, (values.size // group, size), np.uint8)
+    seed = int(values.view(np.uint32).sum())  # no two matrices are equal
+    blocks = np.random.default_rng(seed).integers(0, 256, (values.size // group, size), np.uint8)
     scale = np.array([1e-4 if kind.name == "Q6_K" else 3e-3], "<f2").view(np.uint8)
     # The scale is at a block's end, or at its beginning, with that of the minima.
     blocks[:, -2:] = scale if kind.name == "Q6_K" else blocks[:, -2:]

@@ -76,7 +76,7 @@ def read_matrices(graph: Path) -> Iterator[Matrix]:
         if node.op_type != OPERATOR:
             continue
         size = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        codes, scales, *zeros = (numpy_helper.to_array(constants[name]) for name in node.input[1:4])
+        codes, scales, *zeros = (numpy_helper.to_array(constants[name]) for name in node.input[1:4] if name)
         columns, bits = size["N"], size["bits"]
         scales = scales.reshape(columns, -1)
         values = _unpacked(codes.reshape(*scales.shape, -1), bits).astype(np.float32)

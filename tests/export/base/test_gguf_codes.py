@@ -94,7 +94,7 @@ def test_the_engine_computes_with_the_codes(mixed):
     with Deployment.open(folder, threads=1) as deployment, torch.no_grad():
         found = deployment.run(input_ids=ids.numpy())["logits"]
         expected = load_base(path)(input_ids=ids).logits.numpy()
-    assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.02
+    assert 0 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.04
 
 
 def test_the_command_says_what_becomes_of_types(tmp_path):

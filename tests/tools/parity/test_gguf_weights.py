@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.tools.parity.gguf_weights import check_layers
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models.loading import load_base
 
@@ -105,6 +106,11 @@ def test_the_whole_of_verify(deployment):
     assert not [check for check in report.checks if not check.passed]
     assert {"quantization/gguf", "quantization/record", "activations/base/logits"} <= {c.name for c in report.checks}
     assert report.cost["perplexity"]["float32"] == pytest.approx(report.cost["perplexity"]["weights"], rel=1e-9)
-    load_base(path).save_pretrained(folder.parent / "folder")
+
+
+def test_a_model_that_is_no_gguf_file(clean, tmp_path):
+    path, folder = clean
+    load_base(path).save_pretrained(tmp_path / "folder")
+    quantization = read_manifest(folder).variants["gguf"].quantization
     with pytest.raises(ContractError, match=r"keeps the codes of a GGUF file, and folder is none: verify it against"):
-        verify(folder, str(folder.parent / "folder"), {}, options)
+        check_layers([], [], quantization, tmp_path / "folder")
