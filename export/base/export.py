@@ -19,7 +19,15 @@ from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import GGUF, SCHEMES, quantize
-from adalink.export.base.request import TARGETS, check_free, check_model, check_place, check_settings, codes_file
+from adalink.export.base.request import (
+    TARGETS,
+    check_free,
+    check_model,
+    check_place,
+    check_settings,
+    codes_file,
+    quantized_types,
+)
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
 from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
@@ -95,6 +103,8 @@ def export_base(
     codes = codes_file(model) if quantization == GGUF else None
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
+        if codes is None and (types := quantized_types(model)):
+            progress(f"its matrices are {' and '.join(types)}: --quantize gguf keeps their codes")
         progress(f"loading {display_name(model)}")
         checkpoint, name = load_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors

@@ -109,18 +109,27 @@ def codes_file(model: str | Path | PreTrainedModel) -> Path:
         ModelError: there is no such model, or the file cannot be read.
         ConfigError: it is no GGUF file, or none of its matrices is quantised.
     """
-    from adalink.training.models.gguf.header import read_header
     from adalink.training.models.source import display_name, gguf_file
 
-    other = "choose int4 or int8"
     path = gguf_file(model) if isinstance(model, (str, Path)) else None
     if path is None:
         name = display_name(model) if isinstance(model, (str, Path)) else f"a loaded {type(model).__name__}"
-        raise ConfigError(f"quantization 'gguf' keeps the codes of a GGUF file, and {name} is none: {other}")
-    types = {tensor.type for tensor in read_header(path).tensors.values() if len(tensor.shape) == 2}
-    if types <= {*FLOATS}:
         raise ConfigError(
-            f"quantization 'gguf' keeps codes, and the matrices of {path.name} are not quantised, but "
-            f"{' and '.join(sorted(types))}: {other}"
+            f"quantization 'gguf' keeps the codes of a GGUF file, and {name} is none: choose int4 or int8"
+        )
+    if not quantized_types(path):
+        raise ConfigError(
+            f"quantization 'gguf' keeps the codes of a quantised GGUF file, and the matrices of {path.name} are "
+            "floating point: choose int4 or int8"
         )
     return path
+
+
+def quantized_types(model: str | Path) -> tuple[str, ...]:
+    """Types of a GGUF file's matrices that are quantised; none for another kind of model. Raises ``ModelError``."""
+    from adalink.training.models.gguf.header import read_header
+    from adalink.training.models.source import gguf_file
+
+    path = gguf_file(model)
+    tensors = () if path is None else read_header(path).tensors.values()
+    return tuple(sorted({tensor.type for tensor in tensors if len(tensor.shape) == 2} - {*FLOATS}))

@@ -123,7 +123,7 @@ def test_codes_that_are_not_the_graphs_are_refused(tmp_path):
 
 def test_what_has_no_codes_is_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", wide("llama"), "llama")
-    with pytest.raises(ConfigError, match=r"the matrices of tiny.gguf are not quantised, but F32: choose int4 or int8"):
+    with pytest.raises(ConfigError, match=r"the matrices of tiny.gguf are floating point: choose int4 or int8"):
         export_base(path, tmp_path / "d", quantization="gguf")
     with pytest.raises(ConfigError, match=r"a loaded LlamaForCausalLM is none: choose int4 or int8"):
         export_base(load_base(path), tmp_path / "d", quantization="gguf")
