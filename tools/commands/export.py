@@ -92,6 +92,7 @@ def base(
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
+      adalink export base ./SmolLM2-135M-Instruct.Q4_0.gguf --out ./deployment --quantize gguf
     """  # noqa: D301
     from adalink.export.base.export import export_base
     from adalink.export.base.request import check_model, check_place, check_settings
