@@ -104,7 +104,7 @@ def export_base(
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
         if codes is None and (types := quantized_types(model)):
-            progress(f"its matrices are {' and '.join(types)}: --quantize gguf keeps their codes")
+            progress(f"{display_name(model)} has matrices in {' and '.join(types)}: --quantize gguf keeps their codes")
         progress(f"loading {display_name(model)}")
         checkpoint, name = load_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors

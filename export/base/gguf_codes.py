@@ -85,7 +85,11 @@ class GgufCodes:
         return pack(codes, scales, zero_points, bits)
 
     def record(self, scheme: Quantization) -> Quantization:
-        """A scheme with what became of the tensors that products have had, by type."""
+        """A scheme with what became of the tensors that products have had, by type.
+
+        Raises:
+            GraphError: none of them has been kept, nor quantised.
+        """
         types = {tensor.name: tensor.type for tensor in self._rows.tensors}
         counts = Counter((types[name], outcome) for name, outcome in self._outcomes.items())
         gguf = tuple(
@@ -93,6 +97,11 @@ class GgufCodes:
             for (kind, how), count in sorted(counts.items())
         )
         coded = sorted((entry.bits, entry.block_size) for entry in gguf if entry.block_size)
+        if not coded:
+            raise GraphError(
+                f"no product has codes of {self._rows.name}: its quantised tensors are merged with others in floating "
+                "point, or are embeddings alone; choose int4 or int8"
+            )
         (bits, block_size), (most, its_size) = coded[0], coded[-1]
         return msgspec.structs.replace(
             scheme,

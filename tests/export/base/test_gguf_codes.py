@@ -16,6 +16,8 @@ from helpers.tiny_models import token_ids
 from adalink.export.base.export import export_base
 from adalink.export.base.gguf_blocks import BLOCK_TYPES
 from adalink.export.base.gguf_codes import GgufCodes
+from adalink.export.base.quantize import SCHEMES
+from adalink.export.base.request import quantized_types
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.manifest import GgufTensors
@@ -111,7 +113,10 @@ def test_codes_that_are_not_the_graphs_are_refused(tmp_path):
     matrix = gguf.quants.dequantize(
         *next((t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors if t.shape[0] == 256)
     )
+    assert quantized_types(path) == ("Q4_0",)
     codes = GgufCodes(path)
+    with pytest.raises(GraphError, match=r"no product has codes of tiny.gguf.*choose int4 or int8"):
+        codes.record(SCHEMES["gguf"])
     assert codes.blocks(matrix[::-1], "/down_proj/MatMul").bits == 4
     changed = matrix.copy()
     changed[3, 5] += 1
@@ -123,6 +128,7 @@ def test_codes_that_are_not_the_graphs_are_refused(tmp_path):
 
 def test_what_has_no_codes_is_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", wide("llama"), "llama")
+    assert quantized_types(path) == ()
     with pytest.raises(ConfigError, match=r"the matrices of tiny.gguf are floating point: choose int4 or int8"):
         export_base(path, tmp_path / "d", quantization="gguf")
     with pytest.raises(ConfigError, match=r"a loaded LlamaForCausalLM is none: choose int4 or int8"):
