@@ -80,8 +80,9 @@ class GgufCodes:
                 _check_equal(values, levels, scales[part.rows], part, product)
             else:
                 again = round_to_nearest(values.T, bits, block_size)
-                codes[part.rows] = again.codes.reshape(values.shape)
-                scales[part.rows], zero_points[part.rows] = again.scales, again.zero_points
+                assert again.zero_points is not None
+                codes[part.rows], scales[part.rows] = again.codes.reshape(values.shape), again.scales
+                zero_points[part.rows] = again.zero_points
         return pack(codes, scales, zero_points, bits)
 
     def record(self, scheme: Quantization) -> Quantization:

@@ -40,7 +40,7 @@ class TensorPlace(NamedTuple):
         """Name of its ggml type, such as ``"Q4_0"``; its number if the ``gguf`` package does not know it."""
         from gguf import GGMLQuantizationType
 
-        known = {int(entry): entry.name for entry in GGMLQuantizationType}
+        known = {int(entry): str(entry.name) for entry in GGMLQuantizationType}
         return known.get(self.kind, str(self.kind))
 
 
