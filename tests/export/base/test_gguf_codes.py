@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from helpers.gguf_codes import export_codes, graphs_of, measured
 from helpers.quantized_graphs import dequantized, products
+from helpers.quick import slow_except
 from helpers.tiny_ggufs import wide, write_gguf
 from helpers.tiny_models import token_ids
 
@@ -24,6 +25,8 @@ from adalink.runtime.storage.manifest import GgufTensors
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
 from adalink.training.models.loading import load_base
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "t5")
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -46,7 +49,7 @@ def rows_of(path):
         yield from (row.tobytes() for row in np.atleast_2d(values) + 0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "t5"])
+@pytest.mark.parametrize("architecture", slow_except(ARCHITECTURES, "llama", "gpt2"))
 def test_every_family_keeps_its_codes(tmp_path, architecture):
     path, folder = export_codes(tmp_path, architecture)
     assert measured(path, folder) == dict.fromkeys(("matrices", "gguf", "record"), (0, True))
