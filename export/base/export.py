@@ -15,10 +15,19 @@ from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
+from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
-from adalink.export.base.quantize import SCHEMES, quantize
-from adalink.export.base.request import TARGETS, check_free, check_model, check_place, check_settings
+from adalink.export.base.quantize import GGUF, SCHEMES, quantize
+from adalink.export.base.request import (
+    TARGETS,
+    check_free,
+    check_model,
+    check_place,
+    check_settings,
+    codes_file,
+    quantized_types,
+)
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
 from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
@@ -61,7 +70,8 @@ def export_base(
         out: the deployment folder.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
         target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
-        quantization: one of ``adalink.export.base.quantize.SCHEMES``: a variant of that name with quantised matrices.
+        quantization: one of ``adalink.export.base.quantize.SCHEMES``: a variant of that name with quantised matrices;
+            ``"gguf"`` keeps the codes of a GGUF file.
         modalities: input modalities, ``"text"`` first. The caller's own encoder computes embeddings of the others, and
             adapters may have weights for any of them. A model that takes images has ``"image"`` by itself, and its
             vision encoder is exported beside it.
@@ -90,8 +100,11 @@ def export_base(
     variant = quantization or target
     check_place(Path(out), variant, replace=replace)
     progress = progress or (lambda line: None)
+    codes = codes_file(model) if quantization == GGUF else None
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
+        if codes is None and (types := quantized_types(model)):
+            progress(f"{display_name(model)} has matrices in {' and '.join(types)}: --quantize gguf keeps their codes")
         progress(f"loading {display_name(model)}")
         checkpoint, name = load_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors
@@ -144,7 +157,7 @@ def export_base(
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
-        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
+        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, codes, progress)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(
@@ -232,9 +245,10 @@ def _write_variant(
     base: Base,
     target: str,
     quantization: str | None,
+    codes: Path | None,
     progress: Progress,
 ) -> Variant:
-    """Write the graphs of one variant."""
+    """Write the graphs of one variant; ``codes`` is the GGUF file whose codes are kept."""
     from adalink.export.base.graphs import traced_graphs
     from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
     from adalink.export.base.ort_fusion import fuse, why_not_fused
@@ -244,6 +258,7 @@ def _write_variant(
 
     folder = writer.fresh_folder(f"base/{quantization or target}")
     scheme = None if quantization is None else SCHEMES[quantization]
+    gguf = None if codes is None else GgufCodes(codes)
     metadata = metadata_of(base)
     files = {}
     unfused_reason = why_not_fused(target)
@@ -267,11 +282,15 @@ def _write_variant(
                 portable = Path(temporary) / path.name
                 write_graph(graph, portable, metadata)
                 if scheme is not None:
-                    portable = _quantized(portable, scheme, progress)
+                    portable = _quantized(portable, scheme, gguf, progress)
                 progress(f"fusing {stem}.onnx for {target}")
                 fuse(portable, path, target)
     if unfused_reason is not None and target != "portable":
         progress(f"the graph is kept in standard operators: {unfused_reason}")
+    if scheme is not None and gguf is not None:
+        scheme = gguf.record(scheme)
+        for line in describe_tensors(scheme):
+            progress(line)
     return Variant(
         target=target,
         quantization=scheme,
@@ -282,11 +301,11 @@ def _write_variant(
     )
 
 
-def _quantized(portable: Path, scheme: Quantization, progress: Progress) -> Path:
+def _quantized(portable: Path, scheme: Quantization, gguf: GgufCodes | None, progress: Progress) -> Path:
     """Quantise a graph, and remove the original; returns the new file."""
     path = portable.with_name("quantized") / portable.name
     path.parent.mkdir()
-    quantize(portable, path, scheme, progress)
+    quantize(portable, path, scheme, progress, gguf)
     portable.unlink()
     portable.with_name(f"{portable.name}.data").unlink()
     return path

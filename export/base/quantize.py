@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from adalink.runtime.errors import ConfigError, GraphError
+from adalink.export.base.gguf_codes import BITS, BLOCK_SIZE, GgufCodes
+from adalink.export.base.integer_blocks import IntegerBlocks, round_to_nearest
+from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.manifest import Quantization
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _OPERATOR, _DOMAIN = "MatMulNBits", "com.microsoft"
 ROUND_TO_NEAREST = "round-to-nearest"
+GGUF = "gguf"  # the scheme and its algorithm: codes of a GGUF file as they are, and bits of what has none
 SCHEMES = {
     "int4": Quantization(
         algorithm=ROUND_TO_NEAREST, bits=4, block_size=32, sensitive_bits=8, sensitive_block_size=128, activation_bits=8
@@ -37,6 +40,14 @@ SCHEMES = {
         sensitive_block_size=128,
         activation_bits=8,
     ),
+    GGUF: Quantization(
+        algorithm=GGUF,
+        bits=BITS,
+        block_size=BLOCK_SIZE,
+        sensitive_bits=BITS,
+        sensitive_block_size=BLOCK_SIZE,
+        activation_bits=8,
+    ),
 }
 # An ``int4`` base has 4 bits only in the first matrices of a feed-forward block, where rounding costs least: a third
 # of SmolLM2. They are matched by the traced module's name, in every family that can be exported.
@@ -46,14 +57,15 @@ _ENTERS_FEED_FORWARD = re.compile(
 _LAYER = re.compile(r"\.(\d+)/")
 # The layers at both ends, one in twelve at each, stay in 8 bits.
 _END_SHARE = 12
-_INT8_ACTIVATIONS = 4  # the operator's accuracy_level: activations are rounded to 8 bits, block by block
 _EXTERNAL_FROM_BYTES = 1024
 _ALIGNMENT = 4096
 
 Progress = Callable[[str], None]
 
 
-def quantize(source: Path, target: Path, scheme: Quantization, progress: Progress) -> None:
+def quantize(
+    source: Path, target: Path, scheme: Quantization, progress: Progress, gguf: GgufCodes | None = None
+) -> None:
     """Write the graph ``source`` with its constant matrices quantised as ``target``.
 
     One matrix is in memory at a time.
@@ -63,9 +75,10 @@ def quantize(source: Path, target: Path, scheme: Quantization, progress: Progres
         target: file to write, new, in another folder; its weights go to ``<target>.data``.
         scheme: one of ``SCHEMES``.
         progress: callback, called with one line now and then.
+        gguf: codes of the matrices, in place of rounding to nearest.
 
     Raises:
-        GraphError: the graph has no product with a constant float32 matrix.
+        GraphError: the graph has no product with a constant float32 matrix, or one whose codes cannot be kept.
     """
     import onnx
 
@@ -80,7 +93,7 @@ def quantize(source: Path, target: Path, scheme: Quantization, progress: Progres
         )
     layers = 1 + max(_layer(node.name) for node in products.values())
     rewritten: dict[str, list[onnx.NodeProto]] = {}
-    coded: dict[tuple[str, int, bool], _Coded] = {}
+    coded: dict[tuple[str, int, bool], _Coded | None] = {}
     with target.with_name(f"{target.name}.data").open("wb") as stream:
         for index, (output, node) in enumerate(products.items()):
             if index % max(1, len(products) // 4) == 0:
@@ -89,15 +102,18 @@ def quantize(source: Path, target: Path, scheme: Quantization, progress: Progres
             key = (node.input[1], bits, _is_transposed(node))
             if key not in coded:
                 matrix = _values(constants[node.input[1]], source)
+                matrix = matrix.T if key[2] else matrix
+                blocks = gguf.blocks(matrix.T, node.name) if gguf else round_to_nearest(matrix, bits, block_size)
                 prefix = f"{node.input[1]}.{'t' if key[2] else ''}{bits}"
-                coded[key] = _code(matrix.T if key[2] else matrix, bits, block_size, prefix, stream, target)
-            rewritten[output] = coded[key].nodes(node)
+                coded[key] = None if blocks is None else _store(blocks, prefix, stream, target)
+            if (entry := coded[key]) is not None:
+                rewritten[output] = entry.nodes(node)
         nodes = [new for node in graph.node for new in rewritten.get(node.output[0], [node])]
         used = {name for node in nodes for name in node.input}
         kept = [_moved(tensor, source, stream, target) for tensor in graph.initializer if tensor.name in used]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
-    graph.initializer.extend([*kept, *(part for entry in coded.values() for part in entry.parts)])
+    graph.initializer.extend([*kept, *(part for entry in coded.values() if entry for part in entry.parts)])
     if _DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
     target.write_bytes(model.SerializeToString())
@@ -160,26 +176,10 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _code(
-    matrix: npt.NDArray[np.float32], bits: int, block_size: int, name: str, stream: BinaryIO, target: Path
-) -> _Coded:
-    """Quantise a matrix of shape ``(K, N)``; its tensors are named after ``name`` and written to ``stream``."""
-    from onnxruntime.capi import _pybind_state as kernels
-
-    rows, columns = matrix.shape
-    blocks = -(-rows // block_size)
-    padded = np.ascontiguousarray(np.pad(matrix, ((0, blocks * block_size - rows), (0, 0))))
-    codes = np.zeros((columns, blocks, block_size * bits // 8), np.uint8)
-    scales = np.zeros((columns, blocks), np.float32)
-    zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
-    kernel = getattr(kernels, f"quantize_matmul_{bits}bits", None)
-    if kernel is None:
-        raise ConfigError(f"the installed ONNX Runtime has no matrices in {bits} bits: pip install 'onnxruntime>=1.22'")
-    kernel(codes, padded, scales, zero_points, block_size, columns, rows, False)  # False: not symmetric
-    arrays = {"codes": codes, "scales": scales, "zero_points": zero_points}
-    parts = [_stored(f"{name}.{part}", array, stream, target) for part, array in arrays.items()]
-    attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block_size}
-    return _Coded(parts, attributes | {"accuracy_level": _INT8_ACTIVATIONS})
+def _store(blocks: IntegerBlocks, name: str, stream: BinaryIO, target: Path) -> _Coded:
+    """Write the tensors of a matrix, named after ``name``, to ``stream``."""
+    parts = [_stored(f"{name}.{part}", array, stream, target) for part, array in blocks.inputs.items()]
+    return _Coded(parts, blocks.attributes)
 
 
 def _values(tensor: onnx.TensorProto, source: Path) -> npt.NDArray[np.float32]:
