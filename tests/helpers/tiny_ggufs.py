@@ -59,9 +59,10 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str, **changes:
         path: the file.
         model: one of ``tiny_models``.
         architecture: its GGUF architecture.
-        changes: ``metadata`` and ``tensors`` to add or replace (``None`` leaves one out), and ``pre``.
+        changes: ``metadata`` and ``tensors`` to add or replace (``None`` leaves one out), ``pre``, and ``kinds``, the
+            types of tensors that are not stored in float32.
     """
-    from gguf import GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter, quantize
 
     metadata = {**_sizes(model, architecture), **tokenizer_metadata(changes.get("pre", "gpt-2"))}
     tensors = _tensors(model, architecture)
@@ -73,7 +74,8 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str, **changes:
             _add(writer, key, value)
     for name, values in tensors.items():
         if values is not None:
-            writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
+            kind = GGMLQuantizationType[changes.get("kinds", {}).get(name, "F32")]
+            writer.add_tensor(name, quantize(np.ascontiguousarray(values, dtype=np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

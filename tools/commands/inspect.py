@@ -11,6 +11,7 @@ from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
+from adalink.runtime.storage.table_schema import TableStorage
 from adalink.tools.command_line.hub_options import hub_options
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
@@ -75,6 +76,7 @@ def describe_deployment(folder: Path) -> Description:
             "vocab_size": base.vocab_size,
             "hidden_size": base.hidden_size,
             "embedding_dtype": base.embedding_dtype,
+            "embedding_table": _describe_table(manifest),
             "max_positions": base.max_positions,
             "modalities": list(base.modalities),
             "tokenizer": base.tokenizer,
@@ -102,6 +104,13 @@ def describe_deployment(folder: Path) -> Description:
         "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
     }
+
+
+def _describe_table(manifest: Manifest) -> Description:
+    """How rows of the embedding table are stored, and its size."""
+    base = manifest.base
+    storage = TableStorage(encoding=base.embedding_dtype) if base.table is None else base.table
+    return {**to_builtins(storage), "size_bytes": manifest.size_bytes((base.embeddings,))}
 
 
 def _describe_generation(base: Base) -> Description:
