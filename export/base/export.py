@@ -15,6 +15,7 @@ from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
+from adalink.export.base.head_table import share_with_head
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import SCHEMES, quantize
@@ -147,6 +148,8 @@ def export_base(
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
+        if writer.current is None:
+            base = share_with_head(writer, base, variants[variant], loaded)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,9 @@ def write_table(
 
 def _choose(base: Base, model: PreTrainedModel, gguf: Path | None) -> tuple[TableStorage | None, Rows, str]:
     """The smallest storage that keeps every number, its rows, and a line that says why."""
-    embeddings, tried = _tensor_rows(input_embedding(model)), []
+    embeddings, tried = module_rows(model), []
     for storage, stored in _candidates(base, model, gguf):
-        if _keeps_every_number(base, storage, stored, embeddings):
+        if keeps_every_number(base, partial(_look_up, base, storage, stored), embeddings):
             return storage, stored, storage.encoding
         tried.append(storage.encoding)
     reason = f": {' and '.join(tried)} would round it" if tried else ""
@@ -86,14 +87,15 @@ def _header(base: Base) -> bytes:
     return aligned_header(json.dumps({TENSOR_NAME: entry}).encode())
 
 
-def _keeps_every_number(base: Base, storage: TableStorage, stored: Rows, embeddings: Rows) -> bool:
-    """Whether embeddings are the same, bit for bit, when they are looked up in this storage."""
-    for ids in _blocks(base.vocab_size):
-        with np.errstate(over="ignore"):
-            received = EmbeddingTable(stored(*ids), base.embedding_dtype, storage).block(0, _BLOCK_ROWS)
-        if received.tobytes() != embeddings(*ids).tobytes():
-            return False
-    return True
+def _look_up(base: Base, storage: TableStorage, stored: Rows, first: int, last: int) -> Array:
+    """Embeddings as they would be looked up in a storage."""
+    return EmbeddingTable(stored(first, last), base.embedding_dtype, storage).block(0, last - first)
+
+
+def keeps_every_number(base: Base, looked_up: Rows, embeddings: Rows) -> bool:
+    """Whether rows that are looked up are the module's own for every token, bit for bit."""
+    with np.errstate(over="ignore"):
+        return all(looked_up(*ids).tobytes() == embeddings(*ids).tobytes() for ids in _blocks(base.vocab_size))
 
 
 def _check_fingerprint(table: EmbeddingTable, base: Base) -> None:
@@ -110,7 +112,7 @@ def _candidates(base: Base, model: PreTrainedModel, gguf: Path | None) -> Iterat
     """Storages to try, the smallest first, each with the rows that it would hold."""
     import torch
 
-    weight, scale = embedding_matrix(model), _scale(model)
+    weight, scale = embedding_matrix(model), module_scale(model)
     if gguf is not None:
         place = read_header(gguf).tensors[_GGUF_NAME]
         encoding = next((name for name, blocks in BLOCK_TYPES.items() if blocks.kind == place.kind), None)
@@ -119,17 +121,22 @@ def _candidates(base: Base, model: PreTrainedModel, gguf: Path | None) -> Iterat
             yield storage, _file_rows(gguf, place.start, stored_row(base, storage)[1])
     if base.embedding_dtype == "float32":
         for encoding in HALVES:
-            dtype: torch.dtype = getattr(torch, encoding)
-            yield (
-                TableStorage(encoding=encoding, scale=scale),
-                _tensor_rows(lambda ids, dtype=dtype: weight[ids].to(dtype)),
-            )
+            narrow = partial(_narrow, weight, getattr(torch, encoding))
+            yield TableStorage(encoding=encoding, scale=scale), _tensor_rows(narrow)
 
 
-def _scale(model: PreTrainedModel) -> float:
+def _narrow(weight: torch.Tensor, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    return weight[ids].to(dtype)
+
+
+def module_rows(model: PreTrainedModel) -> Rows:
+    """What the embedding module returns for each id."""
+    return _tensor_rows(input_embedding(model))
+
+
+def module_scale(model: PreTrainedModel) -> float:
     """The factor by which an embedding module multiplies its rows, such as Gemma's; 1 for others."""
-    scale = getattr(input_embedding(model), "embed_scale", 1.0)
-    return float(np.float32(scale))
+    return float(np.float32(getattr(input_embedding(model), "embed_scale", 1.0)))
 
 
 def _file_rows(path: Path, start: int, row_bytes: int) -> Rows:

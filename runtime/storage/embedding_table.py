@@ -6,6 +6,7 @@ it is looked up; the whole table is in memory nowhere (docs/decisions/0022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from adalink.runtime.storage.gguf_blocks import BLOCK_TYPES
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes, map_file
 from adalink.runtime.storage.safetensors import BYTES, STORED, as_float32, as_stored, raw_tensors
-from adalink.runtime.storage.table_schema import TableStorage
+from adalink.runtime.storage.table_schema import HeadCodes, TableStorage
 
 TENSOR_NAME = "embeddings"
 
@@ -31,59 +32,86 @@ class EmbeddingTable:
         dtype: numpy dtype of a row, that of the base; bfloat16 is returned as its bits, uint16.
     """
 
-    def __init__(self, stored: Array, dtype: str, storage: TableStorage | None = None) -> None:
+    def __init__(
+        self, stored: Array, dtype: str, storage: TableStorage | None = None, scales: Array | None = None
+    ) -> None:
         """Wrap a stored table.
 
         Args:
-            stored: rows as they are stored: of ``dtype``, of ``storage``'s 16 bits, or bytes of its blocks.
+            stored: rows as they are stored: of ``dtype``, of ``storage``'s 16 bits, or bytes of its blocks; codes have
+                shape ``(vocab, blocks, block_size)``.
             dtype: the base's embedding dtype.
             storage: how rows are stored, if not in ``dtype``.
+            scales: of codes, float32 ``(vocab, blocks)``.
         """
-        self._stored, self._dtype, self._storage = stored, dtype, storage
+        self._parts = (stored,) if scales is None else (stored, scales)
+        self._dtype, self._storage = dtype, storage
         self.dtype = np.dtype(STORED[dtype])
         blocks = None if storage is None else BLOCK_TYPES.get(storage.encoding)
-        width = stored.shape[1] if blocks is None else stored.shape[1] // blocks.size_bytes * blocks.weights
-        self.shape = (len(stored), width)
-        self._decode: Callable[[Array], npt.NDArray[np.float32]] = as_float32 if blocks is None else blocks.rows
+        row_size = int(np.prod(stored.shape[1:]))
+        self.shape = (len(stored), row_size if blocks is None else row_size // blocks.size_bytes * blocks.weights)
+        self._decode: Callable[..., npt.NDArray[np.float32]] = as_float32
+        if scales is not None:
+            self._decode = _dequantize
+        elif blocks is not None:
+            self._decode = blocks.rows
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return self.shape[0]
 
     def take(self, ids: Array) -> Array:
         """Embeddings of token ids, as a new array with shape ``(*ids.shape, d)``."""
-        return self._expand(self._stored.take(ids, axis=0))
+        return self._expand(*(part.take(ids, axis=0) for part in self._parts))
 
     def block(self, first: int, last: int) -> Array:
         """Embeddings of the ids from ``first`` up to ``last``, not to be changed, with shape ``(last - first, d)``."""
-        return self._expand(self._stored[first:last])
+        return self._expand(*(part[first:last] for part in self._parts))
 
     def stored_block(self, first: int, last: int) -> npt.NDArray[np.float32]:
         """Likewise rows of the embedding matrix: float32 numbers before the module's scale."""
-        return self._decode(self._stored[first:last])
+        return self._decode(*(part[first:last] for part in self._parts))
 
-    def _expand(self, stored: Array) -> Array:
+    def _expand(self, *parts: Array) -> Array:
         if self._storage is None:
-            return stored
-        rows = self._decode(stored)
+            return parts[0]
+        rows = self._decode(*parts)
         if self._storage.scale != 1:
             rows *= np.float32(self._storage.scale)
         return as_stored(rows, self._dtype)
+
+
+def _dequantize(codes: Array, scales: Array) -> npt.NDArray[np.float32]:
+    """Rows of codes ``(..., blocks, block_size)`` and their scales ``(..., blocks)``."""
+    weights: npt.NDArray[np.float32] = (codes.astype(np.float32) - 128) * scales[..., None]
+    return weights.reshape(*scales.shape[:-1], -1)
 
 
 def open_table(path: Path, base: Base) -> EmbeddingTable:
     """Map the table into memory, read-only.
 
     Args:
-        path: a safetensors file with the one tensor ``embeddings``.
+        path: a safetensors file with the one tensor ``embeddings``, or external data with the codes of a tied head.
         base: the contract, with the table's shape, dtype and storage.
 
     Raises:
         IntegrityError: the file is not that table.
     """
     try:
-        return EmbeddingTable(view_table(map_file(path), base, base.table), base.embedding_dtype, base.table)
+        data = map_file(path)
+        if base.table is not None and base.table.head is not None:
+            return _view_codes(data, base, base.table, base.table.head)
+        return EmbeddingTable(view_table(data, base, base.table), base.embedding_dtype, base.table)
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path}: {error}. Export the base again") from error
+
+
+def _view_codes(data: Bytes, base: Base, storage: TableStorage, head: HeadCodes) -> EmbeddingTable:
+    """The table in a head's codes; raises ``ValueError`` if the data are too short."""
+    shape = (base.vocab_size, base.hidden_size // head.block_size)
+    count = math.prod(shape)
+    codes = data[head.codes_start :][: count * head.block_size].reshape(*shape, head.block_size)
+    scales = data[head.scales_start :][: 4 * count].view("<f4").reshape(shape)
+    return EmbeddingTable(codes, base.embedding_dtype, storage, scales)
 
 
 def view_table(data: Bytes, base: Base, storage: TableStorage | None = None) -> Array:
