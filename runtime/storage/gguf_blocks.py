@@ -89,11 +89,16 @@ def _iq4_nl(blocks: Blocks) -> Floats:
     return _half(blocks, 0) * _IQ4_NL[_nibbles(blocks[:, 2:])]
 
 
+def _with_minima(steps: Floats, minima: Floats, numbers: npt.NDArray[np.integer]) -> Floats:
+    """Weights ``step * number - minimum``; each step is that of all numbers along the last axis."""
+    weights: Floats = steps[..., None] * numbers.astype(np.float32) - minima[..., None]
+    return weights.reshape(len(steps), -1)
+
+
 def _q2_k(blocks: Blocks) -> Floats:
-    scales = blocks[:, :16]
+    scales, minima = blocks[:, :16] & 15, blocks[:, :16] >> 4
     numbers = _pairs(blocks[:, 16:80].reshape(-1, 2, 32)).reshape(-1, 16, 16)
-    steps, lows = _half(blocks, 80) * (scales & 15), _half(blocks, 82) * (scales >> 4)
-    return (steps[..., None] * numbers - lows[..., None]).reshape(-1, 256)
+    return _with_minima(_half(blocks, 80) * scales, _half(blocks, 82) * minima, numbers)
 
 
 def _q3_k(blocks: Blocks) -> Floats:
@@ -113,20 +118,19 @@ def _six_bit_scales(packed: Blocks) -> tuple[Blocks, Blocks]:
     return scales, np.concatenate([high & 63, (ends >> 4) | (high >> 2 & 48)], axis=-1)
 
 
-def _with_minima(blocks: Blocks, numbers: Blocks) -> Floats:
+def _with_six_bits(blocks: Blocks, numbers: npt.NDArray[np.integer]) -> Floats:
     """Weights of Q4_K and Q5_K: ``numbers`` has shape ``(blocks, 8, 32)``."""
     scales, minima = _six_bit_scales(blocks[:, 4:16])
-    steps, lows = _half(blocks, 0) * scales, _half(blocks, 2) * minima
-    return (steps[..., None] * numbers - lows[..., None]).reshape(-1, 256)
+    return _with_minima(_half(blocks, 0) * scales, _half(blocks, 2) * minima, numbers)
 
 
 def _q4_k(blocks: Blocks) -> Floats:
-    return _with_minima(blocks, _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32))
+    return _with_six_bits(blocks, _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32))
 
 
 def _q5_k(blocks: Blocks) -> Floats:
     fifth = _bits(blocks[:, 16:48]).reshape(-1, 8, 32)
-    return _with_minima(blocks, _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4)
+    return _with_six_bits(blocks, _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4)
 
 
 def _q6_k(blocks: Blocks) -> Floats:

@@ -11,7 +11,6 @@ from msgspec import to_builtins
 from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
-from adalink.runtime.storage.table_schema import TableStorage
 from adalink.tools.command_line.hub_options import hub_options
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
@@ -107,10 +106,15 @@ def describe_deployment(folder: Path) -> Description:
 
 
 def _describe_table(manifest: Manifest) -> Description:
-    """How rows of the embedding table are stored, and its size."""
+    """How and where rows of the embedding table are stored; it has no size of its own in the weights of a variant."""
     base = manifest.base
-    storage = TableStorage(encoding=base.embedding_dtype) if base.table is None else base.table
-    return {**to_builtins(storage), "size_bytes": manifest.size_bytes((base.embeddings,))}
+    is_own = base.table is None or base.table.head is None
+    return {
+        "encoding": base.embedding_dtype if base.table is None else base.table.encoding,
+        "scale": 1.0 if base.table is None else base.table.scale,
+        "file": base.embeddings,
+        "size_bytes": manifest.size_bytes((base.embeddings,)) if is_own else 0,
+    }
 
 
 def _describe_generation(base: Base) -> Description:
