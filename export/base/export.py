@@ -140,7 +140,6 @@ def export_base(
                 progress(line)
         else:
             base = write_table(writer, base, loaded, gguf, progress)
-            progress("writing tokenizer and bank")
             write_common(writer, base, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")

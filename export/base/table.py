@@ -136,7 +136,7 @@ def module_rows(model: PreTrainedModel) -> Rows:
 
 def module_scale(model: PreTrainedModel) -> float:
     """The factor by which an embedding module multiplies its rows, such as Gemma's; 1 for others."""
-    return float(np.float32(getattr(input_embedding(model), "embed_scale", 1.0)))
+    return float(np.float32(float(getattr(input_embedding(model), "embed_scale", 1.0))))
 
 
 def _file_rows(path: Path, start: int, row_bytes: int) -> Rows:
