@@ -16,6 +16,7 @@ from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
 from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
+from adalink.export.base.head_table import share_with_head
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import GGUF, SCHEMES, quantize
@@ -28,6 +29,7 @@ from adalink.export.base.request import (
     codes_file,
     quantized_types,
 )
+from adalink.export.base.table import write_table
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
 from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
@@ -94,7 +96,7 @@ def export_base(
     from adalink.training.models.loading import base_fingerprint, find_image_processor, load_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
     from adalink.training.models.sentence_files import read_pooling
-    from adalink.training.models.source import display_name
+    from adalink.training.models.source import display_name, gguf_file
 
     check_settings(dtype, target, quantization, modalities)
     variant = quantization or target
@@ -111,10 +113,10 @@ def export_base(
         if unused:
             progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
-        pooling = read_pooling(model, tokenizer, loaded.config)
+        pooling, gguf = read_pooling(model, tokenizer, loaded.config), gguf_file(model)
     else:
         loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
-        unused, pooling = (), None
+        unused, pooling, gguf = (), None, None
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
     if architecture.bidirectional_prompt and quantization is not None:
@@ -150,14 +152,16 @@ def export_base(
             for line in name_missing(base, described):
                 progress(line)
         else:
-            progress("writing embeddings, tokenizer and bank")
-            write_common(writer, base, loaded, tokenizer)
+            base = write_table(writer, base, loaded, gguf, progress)
+            write_common(writer, base, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, codes, progress)
+        if writer.current is None:
+            base = share_with_head(writer, base, variants[variant], loaded)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(

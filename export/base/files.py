@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -161,26 +160,13 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | Non
     return template
 
 
-def write_common(
-    writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    """Write the shared files: embeddings, tokenizer, chat template, bank graphs.
+def write_common(writer: DeploymentWriter, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the shared files beside the embedding table: tokenizer, chat template, bank graphs.
 
     Raises:
         ModelError: the tokenizer has no ``tokenizer.json``.
         OSError: the disk is full or read-only.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with torch.no_grad():
-        table = model.get_input_embeddings()(torch.arange(base.vocab_size))
-    path = writer.stage(base.embeddings)
-    try:
-        save_file({"embeddings": table.contiguous()}, path)
-    except SafetensorError as error:  # its own class, also for a full disk
-        raise OSError(errno.EIO, str(error), str(path)) from error
     if tokenizer is not None:
         writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
     if template := _chat_template(tokenizer):
