@@ -21,10 +21,11 @@ import msgspec
 
 from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock, JournalEntry, hold_lock, read_own_lock
 from adalink.export.deployment_paths import link_error, move_file, parents_of, remove_file, set_mode
-from adalink.runtime.errors import DeploymentError, UnknownTaskError, WriteError
+from adalink.runtime.errors import DeploymentError, WriteError
 from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.storage.atomic import sync, write_through
 from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.manifest import MANIFEST_FILE, SCHEMA_VERSION, FileRecord, Manifest
 from adalink.runtime.storage.manifest_io import decode_manifest, encode_manifest, read_manifest
 
@@ -264,11 +265,7 @@ def remove_task(path: str | Path, name: str) -> Manifest:
         UnknownTaskError: no task of that name is deployed.
     """
     with open_writer(path) as writer:
-        if name not in writer.manifest.tasks:
-            raise UnknownTaskError(
-                f"task {name!r} is not in {path}: deployed are {', '.join(sorted(writer.manifest.tasks)) or 'none'}"
-                f"{did_you_mean(name, writer.manifest.tasks)}"
-            )
+        check_tasks([name], writer.manifest.tasks)
         tasks = {key: task for key, task in writer.manifest.tasks.items() if key != name}
         return writer.commit(msgspec.structs.replace(writer.manifest, tasks=tasks))
 

@@ -15,29 +15,24 @@ from adalink.training.data.labelled_rows import LabelledRow
 Found: TypeAlias = "Sequence[set[Any]]"
 
 
-def measure(
-    head: Head, rows: Sequence[LabelledRow], said: Sequence[Classification], training: Sequence[LabelledRow]
-) -> dict[str, float]:
-    """Metrics by name, the one to look at first.
+def measure(head: Head, rows: Sequence[LabelledRow], said: Sequence[Classification]) -> dict[str, float]:
+    """Metrics by name, the one to look at first; the answers that need no text are the best for these very rows.
 
     Args:
         head: the head.
         rows: rows with labels.
         said: what the head says of each row.
-        training: the rows of the training, for the answer that needs no text.
     """
     if head.problem_type == REGRESSION:
         numbers = [0.0 if one.value is None else one.value for one in said]
-        return _measure_numbers(numbers, [row.value for row in rows], training)
+        return _measure_numbers(numbers, [row.value for row in rows])
     if head.problem_type == SINGLE_LABEL:
         wanted = [{row.labels[0]} for row in rows]
         found = [{one.label} for one in said]
-        commonest = Counter(row.labels[0] for row in training).most_common(1)[0][0]
-        majority = _share([commonest in labels for labels in wanted])
         return {
             "accuracy": _share([one == other for one, other in zip(found, wanted, strict=True)]),
             "macro_f1": _macro_f1(found, wanted),
-            "majority_accuracy": majority,
+            "majority_accuracy": max(Counter(row.labels[0] for row in rows).values()) / len(rows),
         }
     if head.problem_type == MULTI_LABEL:
         wanted, several = [set(row.labels) for row in rows], [set(one.labels) for one in said]
@@ -48,18 +43,15 @@ def measure(
     return {"span_f1": _f1(read, spans), "span_macro_f1": _macro_f1(read, spans, kind=lambda span: span[2])}
 
 
-def _measure_numbers(
-    found: Sequence[float], wanted: Sequence[float], training: Sequence[LabelledRow]
-) -> dict[str, float]:
+def _measure_numbers(found: Sequence[float], wanted: Sequence[float]) -> dict[str, float]:
     ours, theirs = np.array(found), np.array(wanted)
     spread = ours.std() * theirs.std()
     correlation = float(((ours - ours.mean()) * (theirs - theirs.mean())).mean() / spread) if spread else 0.0
-    baseline = theirs - np.mean([row.value for row in training])
     return {
         "mean_squared_error": float(((ours - theirs) ** 2).mean()),
         "mean_absolute_error": float(np.abs(ours - theirs).mean()),
         "pearson": correlation,
-        "mean_squared_error_of_the_mean": float((baseline**2).mean()),
+        "mean_squared_error_of_the_mean": float(theirs.var()),
     }
 
 

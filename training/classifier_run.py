@@ -97,7 +97,7 @@ def train_classifier(
             if vectors is None and options.init == "probe" and run.last is None:
                 loop.progress("fitting the head to the base's states, to start from there")
                 fit_head(module, scale.apply(examples), collate, settings)
-            answers = _Answers(module, collate, settings.batch_size, rows.learned)
+            answers = _Answers(module, collate, settings.batch_size)
             loop.progress(f"training on {len(examples)} rows with {len(labels)} labels, {settings.max_steps} steps")
             measure_beside = partial(answers.curve_point, *_watch(rows, validation, eval_examples), scale)
             optimizer = _optimizer(module, settings, options)
@@ -106,7 +106,7 @@ def train_classifier(
             adapter = run.make_adapter(attached, encoder.tokenizer)
             loop.progress(f"measuring on {len(rows.measured)} eval rows")
             said = answers.give(rows.measured, eval_examples)
-    evaluation = measure(encoder.head, rows.measured, said, rows.learned)
+    evaluation = measure(encoder.head, rows.measured, said)
     return run.finish(adapter, history, {"evaluation": evaluation}, ClassifiedRows(rows.measured, said, encoder.head))
 
 
@@ -159,12 +159,11 @@ class _Encoder:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What an adapter with its head says of rows, as it is now; ``learned`` are rows for a baseline."""
+    """What an adapter with its head says of rows, as it is now."""
 
     module: TrainableClassifier
     collate: LabelCollator
     batch_size: int
-    learned: Sequence[LabelledRow]
 
     def give(self, rows: Sequence[LabelledRow], examples: Sequence[LabelledExample]) -> list[Classification]:
         """The answer to each row, whose tokens are ``examples``."""
@@ -178,7 +177,7 @@ class _Answers:
         loss = mean_loss(self.module, scale.apply(examples), self.collate, self.batch_size)
         if self.module.spec.problem_type == REGRESSION:
             return {"loss": loss}
-        measures = measure(self.module.spec, rows, self.give(rows, examples), self.learned)
+        measures = measure(self.module.spec, rows, self.give(rows, examples))
         name, value = next(iter(measures.items()))
         return {"loss": loss, name: value}
 

@@ -31,7 +31,7 @@ from adalink.training.loop_options import LoopOptions
 from adalink.training.model_card import CARD_FILE, make_card
 from adalink.training.models.source import display_name
 from adalink.training.outcome import ClassifiedRows, Outcome, RepliedRows
-from adalink.training.reporters import check_reporter, make_reporters
+from adalink.training.reporters import check_reporter, make_reporters, run_of_its_own
 from adalink.training.run_folder import check_fresh, check_target, checkpoints_of
 from adalink.training.settings import TrainSettings
 from adalink.training.step_callbacks import StepReporter, StopAfterStep
@@ -158,7 +158,7 @@ class TrainingRun:
         loop, stopper = self._loop, None
         if loop.on_step is not None:
             trainer.add_callback(StepReporter(loop.on_step))
-        with loop.stop or contextlib.nullcontext():
+        with loop.stop or contextlib.nullcontext(), run_of_its_own(loop.report_to):
             if loop.stop is not None:
                 trainer.add_callback(stopper := StopAfterStep(loop.stop))
             for callback in loop.callbacks:

@@ -94,8 +94,9 @@ On {files["eval"]["rows"]} eval rows of `{_code(files["eval"]["file"])}`{baselin
 
 ## Use
 
+With AdaLink Kit and its extras `cpu` and `export`:
+
 ```text
-pip install 'adalink-kit[cpu,export]'
 adalink export base MODEL --out deployment
 adalink export adapter {_code(name)} --out deployment
 adalink {verb} deployment "..." --task {_code(name)}
@@ -113,7 +114,7 @@ def _baseline(report: dict[str, Any]) -> str:
     if "exact_match" in report:
         return f" (the base model alone: {report['exact_match']['base']:.4f})"
     majority = report["evaluation"].get("majority_accuracy")
-    return "" if majority is None else f" (always the commonest label: {majority:.4f})"
+    return "" if majority is None else f" (always their commonest label: {majority:.4f})"
 
 
 def _escape(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,3 +41,21 @@ def make_reporters(name: str, folder: Path) -> list[TrainerCallback]:
     board = TensorBoardCallback()
     board.logging_dir = str(folder)  # by default in the checkpoints, which are removed at the end
     return [board]
+
+
+@contextmanager
+def run_of_its_own(name: str) -> Iterator[None]:
+    """End the run of Weights & Biases that the block begins: the next training of the process would go on in it."""
+    if name != "wandb":
+        yield
+        return
+    import wandb
+
+    is_begun_here = wandb.run is None
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        if is_begun_here:
+            wandb.finish(exit_code=exit_code)

@@ -86,7 +86,7 @@ def measure_adapter(base: Path, rows: dict[str, Path], folder: Path) -> dict[str
         module, collate = TrainableClassifier(attached), LabelCollator(head, tokenizer.pad_token_id)
         examples = encode_labelled(parts["eval"], tokenizer, head)
         scores = predict(module, examples, collate, SETTINGS.batch_size)
-    return measure(head, parts["eval"], classify_examples(head, parts["eval"], examples, scores), parts["train"])
+    return measure(head, parts["eval"], classify_examples(head, parts["eval"], examples, scores))
 
 
 def train_own_model(base: Path, rows: dict[str, Path], method: str, lr: float, seed: int, out: Path | None) -> Result:
@@ -107,7 +107,7 @@ def train_own_model(base: Path, rows: dict[str, Path], method: str, lr: float, s
         for split in ("eval", "test"):
             scores = predict(module, examples[split], collate, SETTINGS.batch_size)
             said = classify_examples(head, parts[split], examples[split], scores)
-            metrics[split] = measure(head, parts[split], said, parts["train"])
+            metrics[split] = measure(head, parts[split], said)
         weights = attached.weights()
     if out is not None:
         _export(model if tuned is None else tuned.merge_and_unload(), tokenizer, head, weights, out)
@@ -222,9 +222,9 @@ def _fit(vectors: Sequence[Array], examples: Sequence[Any], head: Head, strength
 def _measure(
     fitted: Any, vectors: Sequence[Array], examples: Sequence[Any], rows: Sequence[LabelledRow], head: Head
 ) -> dict[str, float]:
-    """Measures on rows; the commonest label, which no one looks at here, is that of these rows."""
+    """Measures on rows."""
     scores = [_scores(fitted, some, head) for some in vectors]
-    return measure(head, rows, classify_examples(head, rows, examples, scores), rows)
+    return measure(head, rows, classify_examples(head, rows, examples, scores))
 
 
 def _scores(fitted: Any, vectors: Array, head: Head) -> Array:

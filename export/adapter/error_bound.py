@@ -45,6 +45,12 @@ ACTIVATION_ERRORS = {
 }
 
 
+def worst_ratio(received: npt.ArrayLike, exact: npt.ArrayLike, bound: npt.ArrayLike) -> float:
+    """Largest deviation in units of its bound, over arrays of one shape; NaN counts as infinite."""
+    deviation = np.abs(np.asarray(received, np.float64) - np.asarray(exact, np.float64))
+    return float(np.nan_to_num(deviation / np.asarray(bound, np.float64), nan=np.inf).max())
+
+
 def gamma(terms: npt.ArrayLike, unit_roundoff: float = UNIT_ROUNDOFF["float32"]) -> Float64:
     """``n u / (1 - n u)``, the relative error of a sum of ``n`` terms; ``terms`` of any shape."""
     product = np.asarray(terms, np.float64) * unit_roundoff

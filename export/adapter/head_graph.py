@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
+from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64, worst_ratio
 from adalink.export.adapter.nodes import edge_type, finish_model
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
@@ -153,8 +153,7 @@ def check_head_graph(graph: bytes, adapter: Adapter, dtype: str) -> float:
     for row, length in enumerate(_CHECKED_LENGTHS):
         exact, bound = _exact_scores(head, adapter, states[row, :length])
         received = scores[row] if head.pooling else scores[row, :length]
-        ratio = float(np.nan_to_num(np.abs(received - exact) / bound, nan=np.inf).max())
-        worst = max(worst, ratio)
+        worst = max(worst, worst_ratio(received, exact, bound))
         if worst > 1.0:
             raise GraphError(f"head graph: a score is {worst:.3g} times its bound from that of the adapter's head")
         if probabilities is not None:

@@ -79,7 +79,7 @@ def export_engine(
     api = load_api(backend)
     with open_writer(deployment) as writer:
         manifest = writer.manifest
-        check_request(Path(deployment), manifest, engine, tasks, replace=replace)
+        check_request(manifest, engine, tasks, replace=replace)
         source = find_portable(Path(deployment), manifest, variant)
         shapes = _profile(profile, manifest.base)
         resolved, set_target = resolve_target(api, target)

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adalink.export.engine.graph import check_buildable
-from adalink.runtime.errors import ConfigError, DeploymentError, UnknownTaskError
+from adalink.runtime.errors import ConfigError, DeploymentError
 from adalink.runtime.near_names import did_you_mean
+from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.manifest import Base, Manifest, Variant
 
 _PORTABLE = "portable"
 _DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 
 
-def check_request(folder: Path, manifest: Manifest, engine: str, tasks: Sequence[str], *, replace: bool) -> None:
+def check_request(manifest: Manifest, engine: str, tasks: Sequence[str], *, replace: bool) -> None:
     """Check that an engine of that name can be built for these tasks.
 
     Raises:
@@ -29,11 +30,7 @@ def check_request(folder: Path, manifest: Manifest, engine: str, tasks: Sequence
         raise DeploymentError(f"variant {engine!r} is a graph, not an engine: choose another --name")
     if existing is not None and not replace:
         raise DeploymentError(f"the deployment already has an engine {engine!r}: pass --replace to build it again")
-    if missing := sorted(set(tasks) - manifest.tasks.keys()):
-        raise UnknownTaskError(
-            f"task {missing[0]!r} is not in {folder}: deployed are {', '.join(sorted(manifest.tasks)) or 'none'}"
-            f"{did_you_mean(missing[0], manifest.tasks)}"
-        )
+    check_tasks(tasks, manifest.tasks)
 
 
 def has_portable(manifest: Manifest) -> bool:

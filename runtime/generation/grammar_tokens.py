@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
+from adalink.runtime.extras import install_command
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.text.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ def make_tokens(tokenizer: Tokenizer, base: Base) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ImportError as error:
         raise BackendUnavailableError(
-            "structured output needs llguidance, which is not installed: pip install 'adalink-kit[structured]'"
+            f"structured output needs llguidance, which is not installed: {install_command('structured')}"
         ) from error
     ends = list(base.eos_token_ids)
     if not ends or max(ends) >= base.vocab_size:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adalink.runtime.engine import Backend, Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
+from adalink.runtime.extras import install_command
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.dynamic_cache import DynamicCacheEngine
 from adalink.runtime.ort.open_session import open_session
@@ -39,7 +40,7 @@ class OnnxRuntimeBackend:
             import onnxruntime
         except ImportError as error:
             raise BackendUnavailableError(
-                f"backend {name} needs ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
+                f"backend {name} needs ONNX Runtime, which is not installed: {install_command('cpu')}"
             ) from error
         if threads is not None and threads < 1:
             raise RequestError(f"threads is {threads}, expected at least 1")

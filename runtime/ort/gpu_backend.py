@@ -19,6 +19,7 @@ from adalink.runtime.device.protocols import DeviceArena
 from adalink.runtime.device.workspace import Plans
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import BackendUnavailableError, ContractError
+from adalink.runtime.extras import install_command
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
@@ -56,14 +57,14 @@ class OnnxRuntimeGpuBackend:
             import onnxruntime
         except ImportError as error:
             raise BackendUnavailableError(
-                f"backend {name} needs ONNX Runtime, which is not installed: pip install 'adalink-kit[gpu]'"
+                f"backend {name} needs ONNX Runtime, which is not installed: {install_command('gpu')}"
             ) from error
         provider = _PROVIDERS.get(name)
         if provider is not None and provider not in onnxruntime.get_available_providers():
             raise BackendUnavailableError(
                 f"backend {name} needs {provider}, this ONNX Runtime has "
                 f"{', '.join(onnxruntime.get_available_providers())}: pip uninstall -y onnxruntime && "
-                "pip install 'adalink-kit[gpu]'"
+                f"{install_command('gpu')}"
             )
         self.name = name
         self._ort = onnxruntime

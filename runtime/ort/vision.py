@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import VisionGraph
 from adalink.runtime.errors import BackendUnavailableError, GraphError
+from adalink.runtime.extras import install_command
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.errors import guard, wrong_name
 from adalink.runtime.ort.open_session import open_session
@@ -78,7 +79,7 @@ def open_vision_session(path: Path, threads: int | None) -> tuple[ModuleType, or
         import onnxruntime
     except ImportError as error:
         raise BackendUnavailableError(
-            "the vision tower runs on ONNX Runtime, which is not installed: pip install 'adalink-kit[cpu]'"
+            f"the vision tower runs on ONNX Runtime, which is not installed: {install_command('cpu')}"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0

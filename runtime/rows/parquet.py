@@ -47,8 +47,8 @@ def _refusals(path: Path, expected: str) -> Iterator[None]:
         import pyarrow
     except ImportError as error:
         raise BackendUnavailableError(
-            f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow, which 'adalink-kit[train]' "
-            "has too, or save the rows as JSONL or CSV"
+            f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow, which the extra `train` has "
+            "too, or save the rows as JSONL or CSV"
         ) from error
     try:
         yield

@@ -30,6 +30,9 @@ _OPTIONAL = (*_NESTED, "task", "text_pair")
 _PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
+# A row that says what is right, of either form.
+ANSWERED_ROW = '{"text": "...", "label": "..."} or {"prompt": "...", "completion": "..."}'
+
 Skip = Callable[[int, DataError], None]
 
 

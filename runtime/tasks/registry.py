@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adalink.runtime.engine import Backend, SharedAdapterGraph
-from adalink.runtime.errors import ContractError, IntegrityError, RequestError, UnknownTaskError
+from adalink.runtime.errors import ContractError, IntegrityError, RequestError
 from adalink.runtime.logs import get_logger
-from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_graph, read_verified
+from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
@@ -174,11 +174,7 @@ class TaskRegistry:
         return held
 
     def _check_known(self, name: str) -> None:
-        if name not in self._tasks:
-            raise UnknownTaskError(
-                f"task {name!r} is not deployed here; deployed are: {', '.join(self.names) or 'none'}"
-                f"{did_you_mean(name, self.names)}"
-            )
+        check_tasks([name], self._tasks)
 
     def _read(self, task: Task | AddedTask, manifest: Manifest) -> Adapter:
         """Read a task's adapter and check that it is the registered one."""

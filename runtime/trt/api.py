@@ -13,6 +13,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from adalink.runtime.errors import BackendError, BackendUnavailableError
+from adalink.runtime.extras import install_command
 
 # Backend -> its modules, of which the first one installed is used; and the extra that installs it.
 TENSORRT_BACKENDS = {
@@ -217,7 +218,7 @@ def load_api(backend: str) -> Api:
         BackendUnavailableError: its package is not installed, does not load, or is of a version the kit does not know.
     """
     modules, extra = TENSORRT_BACKENDS[backend]
-    install = f"pip install 'adalink-kit[{extra}]'"
+    install = install_command(extra)
     module = None
     for name in modules:
         try:

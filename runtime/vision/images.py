@@ -22,6 +22,7 @@ import numpy as np
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import BackendUnavailableError, RequestError
+from adalink.runtime.extras import install_command
 from adalink.runtime.storage.stamp import open_regular
 from adalink.runtime.vision.preprocess import MAX_PIXELS
 
@@ -57,7 +58,7 @@ def read_image(source: ImageInput, name: str) -> Array:
         from PIL import Image
     except ImportError as error:
         raise BackendUnavailableError(
-            "images need Pillow, which is not installed: pip install 'adalink-kit[vision]'"
+            f"images need Pillow, which is not installed: {install_command('vision')}"
         ) from error
     if isinstance(source, np.ndarray):
         return _from_array(source, name)

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from adalink.runtime.errors import ConfigError
+from adalink.runtime.extras import install_command
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.storage.decoding import decode_toml
 from adalink.training.method.config import AdaLinkConfig, Init
@@ -187,7 +188,7 @@ def read_study(path: Path) -> Study:
     try:
         study = decode_toml(path.read_bytes(), Study)
     except ImportError as error:  # Python 3.10 has no parser of TOML
-        raise ConfigError(f"study {path}: {error}: pip install 'adalink-kit[study]'") from error
+        raise ConfigError(f"study {path}: {error}: {install_command('study')}") from error
     except OSError as error:
         raise ConfigError(f"study {path}: cannot be read: {error.strerror}; expected a TOML file") from error
     except msgspec.DecodeError as error:  # a ValidationError is one too

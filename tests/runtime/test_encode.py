@@ -199,8 +199,8 @@ def test_files_on_a_hub(
 
     checkpoint = save_sentence_encoder(tmp_path / "tiny", encoder, PLAIN, normalize=True)
 
-    def fetch(hub_id: str, file: str) -> str:
-        assert hub_id == "org/tiny"
+    def fetch(hub_id: str, file: str, *, local_files_only: bool) -> str:
+        assert (hub_id, local_files_only) == ("org/tiny", True)
         if file in unreachable:
             raise LocalEntryNotFoundError(file)
         if file in missing or not (checkpoint / file).is_file():
@@ -209,7 +209,10 @@ def test_files_on_a_hub(
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache/models--org--tiny/snapshots/main/config").mkdir(parents=True)  # the hub itself is not asked
+    snapshot = tmp_path / "cache/models--org--tiny/snapshots/main"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):  # the hub itself is not asked
+        (snapshot / name).touch()
     pooling = read_pooling("org/tiny", load_tokenizer(checkpoint), load_base(checkpoint).config)
     if expected is None:
         assert pooling is None

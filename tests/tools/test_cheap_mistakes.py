@@ -47,6 +47,16 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "run, task": (["run", "deployment", "x", "--task", "topic"], r"deployed are: topics; did you mean 'topics'\?"),
     "run, variant": (["run", "deployment", "x", "--variant", "onnxruntime-cpi"], r"did you mean 'onnxruntime-cpu'\?"),
     "classify, task": (["classify", "deployment", "x", "--task", "topisc"], r"did you mean 'topics'\?"),
+    "run, a row's task": (
+        ["run", "deployment", "--rows", "tasks.jsonl"],
+        r"tasks.jsonl:2: task 'topisc' is not deployed here; deployed are: topics; did you mean 'topics'\?",
+    ),
+    "classify, a row's task": (
+        ["classify", "deployment", "--rows", "tasks.csv"],
+        r"tasks.csv:3: task 'topisc' .* did you mean 'topics'\?",
+    ),
+    "embed, a row's task": (["embed", "deployment", "--rows", "tasks.csv"], r"tasks.csv:3: task 'topisc'"),
+    "eval, a row's task": (["eval", "deployment", "--data", "tasks.csv"], r"tasks.csv:3: task 'topisc'"),
     "classify, no task": (["classify", "deployment", "x"], r"name a task with --task; deployed are: topics"),
     "embed, backend": (["embed", "deployment", "x", "--backend", "onnxruntime"], r"did you mean 'onnxruntime-cpu'\?"),
     "chat, task": (["chat", "deployment", "--task", "topcs"], r"did you mean 'topics'\?"),
@@ -113,6 +123,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "prompts.jsonl").write_text(PROMPTS)
     (root / "labels.jsonl").write_text(LABELS)
     (root / "other.csv").write_text("body,topic\na,b\n")
+    (root / "tasks.jsonl").write_text('{"prompt": "a", "task": "topics"}\n{"prompt": "b", "task": "topisc"}\n')
+    (root / "tasks.csv").write_text("text,label,task\na,x,topics\nb,y,topisc\n")
     (root / "bad.jsonl").write_text(f"{PROMPTS}{{'prompt'}}\n")
     for folder in ("full", "begun.checkpoints"):
         (root / folder).mkdir()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from adalink.training.loop import TrainingRun
 from adalink.training.loop_options import LoopOptions, StepProgress
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
+from adalink.training.reporters import run_of_its_own
 from adalink.training.run import train
 from adalink.training.settings import TrainSettings
 
@@ -233,6 +236,25 @@ def test_best_weights_are_in_checkpoints() -> None:
 def test_settings_refuse(wrong: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_each_training_has_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the caller has begun stays open; one whose training fails is marked as failed."""
+    ends: list[int] = []
+
+    def finish(*, exit_code: int) -> None:
+        ends.append(exit_code)
+
+    wandb = SimpleNamespace(run=None, finish=finish)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with run_of_its_own("wandb"):
+        wandb.run = "begun by the Trainer"
+    with run_of_its_own("wandb"), run_of_its_own("none"):
+        pass
+    wandb.run = None
+    with pytest.raises(KeyboardInterrupt), run_of_its_own("wandb"):
+        raise KeyboardInterrupt
+    assert ends == [0, 1]
 
 
 def test_a_reporter_that_is_not_there_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

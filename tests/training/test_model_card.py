@@ -109,6 +109,10 @@ def test_page_says_what_the_report_says(trained: tuple[str, Trained]) -> None:
         assert task.accuracy is not None
         assert task.accuracy.value == pytest.approx(record["evaluation"]["accuracy"])
         assert task.labels.macro_f1.value == pytest.approx(record["evaluation"]["macro_f1"])
+        assert task.reference is not None
+        assert task.reference.value == record["evaluation"]["majority_accuracy"]
+        card = (made.folder / "README.md").read_text(encoding="utf-8")
+        assert f"(always their commonest label: {task.reference.value:.4f})" in card
     assert made.report.training is not None
     assert [point.value for point in made.report.training.eval_loss] == [
         point["loss"] for point in record["eval_curve"]
@@ -119,18 +123,27 @@ def test_page_says_what_the_report_says(trained: tuple[str, Trained]) -> None:
     assert "ms in the median" not in page  # PyTorch's times are not those of a deployment
 
 
-def test_files_beside_the_adapter_change_nothing(trained: tuple[str, Trained], bases: tuple[Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def deployments(bases: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("deployments")
+    for base in bases:
+        export_base(base, root / base.name)
+    return root / bases[0].name, root / bases[1].name
+
+
+def test_files_beside_the_adapter_change_nothing(trained: tuple[str, Trained], deployments: tuple[Path, Path]) -> None:
     kind, made = trained
-    if kind not in (SINGLE_LABEL, "text"):
-        return
-    digest = made.record["adapter_digest"]
+    digest, out = made.record["adapter_digest"], deployments[kind == "text"]
     assert read_adapter(made.folder).digest == digest
-    out = made.folder.parent / "out"
-    export_base(bases[kind == "text"], out)
-    export_adapter(made.folder, out, name="task")
-    assert {path.name for path in (out / "tasks/task").iterdir()} <= {
-        *("adapter.onnx", "adapter_config.json", "adapter_model.safetensors", "head.onnx"),
-    }
+    assert export_adapter(made.folder, out, name=kind).tasks[kind].adapter_digest == digest
+    weights = made.folder / "adapter_model.safetensors"
+    head = set() if kind == "text" else {"head.onnx"}
+    exported = {path.name for path in (out / "tasks" / kind).iterdir()}
+    assert exported == {"adapter.onnx", "adapter_config.json", weights.name} | head
     for name in (PAGE_FILE, "README.md"):
         (made.folder / name).unlink()
     assert read_adapter(made.folder).digest == digest
+    planted = bytearray(weights.read_bytes())
+    planted[-4] ^= 1
+    weights.write_bytes(planted)
+    assert read_adapter(made.folder).digest != digest

@@ -292,15 +292,15 @@ def said_of(head: Head, scores: Sequence[Any]) -> list[Classification]:
 def test_metrics() -> None:
     head = make_head(SINGLE_LABEL)
     rows = [LabelledRow(text="a", labels=(label,), line=1) for label in ("oil", "oil", "grain", "trade")]
-    got = measure(head, rows, said_of(head, [np.eye(3)[number] for number in (0, 1, 1, 2)]), rows)
+    got = measure(head, rows, said_of(head, [np.eye(3)[number] for number in (0, 1, 1, 2)]))
     assert got == pytest.approx({"accuracy": 0.75, "macro_f1": (2 / 3 + 2 / 3 + 1) / 3, "majority_accuracy": 0.5})
     head = make_head(MULTI_LABEL)
     rows = [LabelledRow(text="a", labels=labels, line=1) for labels in (("red", "blue"), (), ("red",))]
-    got = measure(head, rows, said_of(head, [[1, -1, -1, 1, -1], [-1] * 5, [1, -1, -1, -1, -1]]), rows)
+    got = measure(head, rows, said_of(head, [[1, -1, -1, 1, -1], [-1] * 5, [1, -1, -1, -1, -1]]))
     assert got == pytest.approx({"micro_f1": 2 * 2 / 6, "macro_f1": (1 + 0 + 0) / 3, "exact_match": 2 / 3})
     head = make_head(REGRESSION)
     rows = [LabelledRow(text="a", value=value, line=1) for value in (1.0, 2.0, 6.0)]
-    got = measure(head, rows, said_of(head, [[1.0], [3.0], [6.0]]), rows)
+    got = measure(head, rows, said_of(head, [[1.0], [3.0], [6.0]]))
     assert got["mean_squared_error"] == pytest.approx(1 / 3)
     assert got["mean_absolute_error"] == pytest.approx(1 / 3)
     assert got["pearson"] == pytest.approx(np.corrcoef([1, 2, 6], [1, 3, 6])[0, 1])

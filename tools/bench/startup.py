@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import BackendUnavailableError
+from adalink.runtime.extras import install_command
 from adalink.tools.common.child_process import child_environment, python_command
 
 _IMPORT_CODE = """
@@ -48,7 +49,7 @@ def open_seconds(path: Path, threads: int | None, repeats: int, variant: str | N
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendUnavailableError("a bare session needs ONNX Runtime: pip install 'adalink-kit[cpu]'") from error
+        raise BackendUnavailableError(f"a bare session needs ONNX Runtime: {install_command('cpu')}") from error
 
     with Deployment.open(path, variant=variant, threads=threads) as opened:
         graphs = [name for name in (opened.variant.graph, opened.variant.decoder_graph) if name]

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from adalink.runtime.extras import install_command
 from adalink.tools.terminal.terminal_text import printable
 
 # Package that a command may find missing -> the extra that brings it.
@@ -88,7 +89,7 @@ def error_boundary(ctx: click.Context) -> Iterator[None]:
         verb = ctx.invoked_subcommand or ctx.info_name or ""
         extra = _EXTRA_OF_VERB.get(verb, _EXTRAS.get(package, "cpu,export,train"))
         raise UserError(
-            f"'{verb}' needs the package {package}, which is not installed: pip install 'adalink-kit[{extra}]'"
+            f"'{verb}' needs the package {package}, which is not installed: {install_command(extra)}"
         ) from error
     except click.UsageError as error:  # it quotes what the command line says
         raise click.UsageError(printable(error.format_message()), error.ctx) from error

@@ -27,6 +27,11 @@ assume_pretokenizer_option = click.option(
 )
 
 
+def deployment_argument(command: F) -> F:
+    """``DIR``: of every verb that reads or changes a deployment."""
+    return click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))(command)
+
+
 def engine_options(command: F) -> F:
     """``--backend``, ``--variant`` and ``--threads``: of every verb that opens a deployment to run it."""
     return backend_option(variant_option()(threads_option(command)))

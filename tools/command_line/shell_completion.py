@@ -31,6 +31,11 @@ def complete_backends(ctx: click.Context, option: click.Parameter, incomplete: s
     return _starting(incomplete, sorted({name for one in variants for name in one["backends"]}) or BACKENDS)
 
 
+def complete_files(ctx: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Files and folders, where a hub id may stand too; the shell finds them."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def _manifest(ctx: click.Context) -> dict[str, Any]:
     """The manifest of the first deployment among the words that are typed, unchecked; empty without one.
 

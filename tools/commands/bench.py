@@ -8,12 +8,12 @@ import click
 
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import engine_options, task_option
+from adalink.tools.command_line.options import deployment_argument, engine_options, task_option
 from adalink.tools.command_line.verb import Verb
 
 
 @click.command(cls=Verb, short_help="Measure what a task costs beside the base model.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @task_option("The task to measure; the first by name without it.")
 @engine_options
 @json_options("Print the report as JSON.")

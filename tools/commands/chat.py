@@ -19,6 +19,7 @@ from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
+    deployment_argument,
     engine_options,
     make_options,
     sampling_options,
@@ -85,7 +86,7 @@ class _Mode:
 
 
 @click.command(cls=Verb, short_help="Chat with a deployment in the terminal.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @task_option("The task that answers; the base model without it.")
 @click.option("--system", metavar="TEXT", help="The system message.")
 @click.option(

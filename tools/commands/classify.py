@@ -11,7 +11,14 @@ import click
 
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import engine_options, make_options, map_option, rows_option, task_option
+from adalink.tools.command_line.options import (
+    deployment_argument,
+    engine_options,
+    make_options,
+    map_option,
+    rows_option,
+    task_option,
+)
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.rows.prompt_rows import with_extras
 from adalink.tools.rows.text_rows import TextRow, answer_rows, given_texts, prepare_rows
@@ -45,7 +52,7 @@ class ClassifyOptions:
 
 
 @click.command(cls=Verb, short_help="Classify texts by tasks that were trained with labels.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @click.argument("text", required=False)
 @click.option("--text-pair", metavar="TEXT", help="The second text of a pair.")
 @rows_option("Rows with text, text_pair, task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
@@ -89,10 +96,11 @@ def classify(options: ClassifyOptions) -> None:
         AdaLinkError: a text, a task or the deployment cannot be used.
     """
     from adalink.runtime.deployment import Deployment
-    from adalink.tools.preflight.deployment import check_deployment
+    from adalink.tools.preflight.deployment import check_deployment, check_row_tasks
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task, options.text_pair)
     manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    check_row_tasks(manifest, rows)
     if not options.labels and (unnamed := [row.origin for row in rows if row.task is None]):
         place = f"{unnamed[0]}: " if unnamed[0] else ""
         raise click.UsageError(

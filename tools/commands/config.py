@@ -57,7 +57,7 @@ def command(output: JsonOutput) -> None:
     """  # noqa: D301
     root = click.get_current_context().find_root()
     given = config_path(root)
-    file, settings = _settings(root, given)
+    file, settings = find_settings(root, given)
     unknown = list(_unknown_variables(root))
     report = {
         "file": None if file is None else str(file),
@@ -84,8 +84,8 @@ def _show(file: Path | None, settings: list[Setting]) -> None:
         echo("no default is set")
 
 
-def _settings(root: click.Context, given: Path | None) -> tuple[Path | None, list[Setting]]:
-    """All defaults that are set; raises ``ConfigError`` for a file that is wrong."""
+def find_settings(root: click.Context, given: Path | None) -> tuple[Path | None, list[Setting]]:
+    """The file that is read and all defaults that are set; raises ``ConfigError`` for a file that is wrong."""
     file, settings = None, []
     for ctx in _verbs(root):
         file, defaults = defaults_for(ctx, given)

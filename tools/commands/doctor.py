@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from adalink.runtime.extras import install_command
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.terminal_text import echo
@@ -50,7 +51,7 @@ def _install(extra: str) -> str:
 
     rival = {"gpu": "onnxruntime", "cpu": "onnxruntime-gpu"}.get(extra.partition(",")[0])
     prefix = f"pip uninstall -y {rival} && " if rival and package_versions((rival,)) else ""
-    return f"{prefix}pip install 'adalink-kit[{extra}]'"
+    return f"{prefix}{install_command(extra)}"
 
 
 @click.command(cls=Verb, short_help="Say which backends work on this machine.")

@@ -13,7 +13,14 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import engine_options, make_options, map_option, rows_option, task_option
+from adalink.tools.command_line.options import (
+    deployment_argument,
+    engine_options,
+    make_options,
+    map_option,
+    rows_option,
+    task_option,
+)
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.rows.prompt_rows import with_extras
 from adalink.tools.rows.text_rows import TextRow, answer_rows, given_texts, prepare_rows
@@ -44,7 +51,7 @@ class EmbedOptions:
 
 
 @click.command(cls=Verb, short_help="Embed texts with an encoder, as sentence-transformers does.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @click.argument("text", required=False)
 @rows_option("Rows with text and task, as JSONL, JSON, CSV, TSV or Parquet; - for JSONL from standard input.")
 @map_option
@@ -83,12 +90,13 @@ def embed(options: EmbedOptions) -> None:
         AdaLinkError: a text, or the deployment, cannot be used.
     """
     from adalink.runtime.deployment import Deployment
-    from adalink.tools.preflight.deployment import check_deployment
+    from adalink.tools.preflight.deployment import check_deployment, check_row_tasks
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task)
     if paired := [row.origin for row in rows if row.text_pair is not None]:
         raise RequestError(f"{paired[0]}: a pair of texts has no embedding: leave text_pair out")
-    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    check_row_tasks(manifest, rows)
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads
     ) as deployment:

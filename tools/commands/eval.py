@@ -14,6 +14,7 @@ from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
     backend_option,
+    deployment_argument,
     make_options,
     map_option,
     task_option,
@@ -22,7 +23,7 @@ from adalink.tools.command_line.options import (
     variant_option,
 )
 from adalink.tools.command_line.verb import Verb, typed_words
-from adalink.tools.common.report_file import ReportFile
+from adalink.tools.common.report_file import ReportFile, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class EvalOptions:
 
 
 @click.command(cls=Verb, name="eval", short_help="Measure tasks on rows that say what is right.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @click.option(
     "-d",
     "--data",
@@ -108,7 +109,6 @@ def evaluate(options: EvalOptions) -> None:
     from msgspec import to_builtins
 
     from adalink.runtime.deployment import Deployment
-    from adalink.runtime.storage.atomic import replace_file
     from adalink.tools.evaluation.evaluate import evaluate_task, make_report, read_task_rows
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.page import render_page
@@ -147,5 +147,4 @@ def evaluate(options: EvalOptions) -> None:
     report = make_report(manifest.base.name, options.data, reports)
     options.output.give(to_builtins(report), lambda: print_report(report))
     if options.html is not None:
-        page = render_page(report).encode()
-        replace_file(options.html, page, repair="choose a writable place with --html", private=True)
+        write_text(options.html, render_page(report), option="--html")

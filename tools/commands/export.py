@@ -11,6 +11,7 @@ from adalink.tools.command_line.hub_options import hub_options
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import SAMPLE_TEXT, say_next, verb_for_texts
 from adalink.tools.command_line.options import assume_pretokenizer_option, out_option
+from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import VerbGroup
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
@@ -45,7 +46,7 @@ command.add_command(engine)
 
 
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_files)
 @out_option("The deployment folder.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True, help="Of the weights.")
 @click.option(

@@ -10,7 +10,8 @@ import click
 
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import task_option, variant_option
+from adalink.tools.command_line.options import deployment_argument, task_option, variant_option
+from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.console import progress_bar, say
 from adalink.tools.terminal.terminal_text import echo
@@ -23,7 +24,7 @@ _BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
 @click.command(cls=Verb, name="engine", short_help="Build a TensorRT engine of a deployment's base.")
-@click.argument("deployment", type=click.Path(path_type=Path, file_okay=False))
+@deployment_argument
 @click.option("-b", "--backend", required=True, type=click.Choice(_BACKENDS), help="The library that will run it.")
 @click.option(
     "--target",
@@ -42,7 +43,10 @@ _BACKENDS = ("tensorrt", "tensorrt-rtx")
 @click.option("--name", help="Name of the variant; the backend's without it.")
 @variant_option("The portable variant it is built from; without it, the one there is.")
 @click.option(
-    "--model", metavar="MODEL", help="The base model: its portable graph is exported first, where there is none yet."
+    "--model",
+    metavar="MODEL",
+    shell_complete=complete_files,
+    help="The base model: its portable graph is exported first, where there is none yet.",
 )
 @task_option("A task whose own graph is built too, for other programs; may be repeated.", "tasks", multiple=True)
 @click.option("--replace", is_flag=True, help="Build an engine again that is there already.")
@@ -59,7 +63,7 @@ def engine(
     replace: bool,
     output: JsonOutput,
 ) -> None:
-    """Build a TensorRT engine of the base in DEPLOYMENT.
+    """Build a TensorRT engine of the base of the deployment DIR.
 
     It is built from the portable base graph, unmodified by any task, together with small engines that adapt its input
     for every task there is or will be: adding a task later builds nothing. Of a base that takes images the vision
@@ -149,7 +153,7 @@ def _add_portable_graph(
 
     manifest = read_manifest(deployment)
     load_api(backend)
-    check_request(deployment, manifest, engine, tasks, replace=replace)
+    check_request(manifest, engine, tasks, replace=replace)
     if has_portable(manifest):
         return
     check_model(model, deployment)

@@ -13,6 +13,7 @@ from adalink.runtime.errors import GraphError
 from adalink.tools.command_line.hub_options import hub_options
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
+from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.terminal_text import echo
 
@@ -244,7 +245,7 @@ def _type(value: onnx.ValueInfoProto) -> str:
 
 
 @click.command(cls=Verb, short_help="Explain a deployment, adapter, model, ONNX file or engine.")
-@click.argument("target")
+@click.argument("target", shell_complete=complete_files)
 @hub_options
 @json_options("Print the description as JSON.")
 def command(target: str, access: HubAccess, output: JsonOutput) -> None:

@@ -8,19 +8,19 @@ import click
 
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import variant_option
+from adalink.tools.command_line.options import deployment_argument, variant_option
 from adalink.tools.command_line.shell_completion import complete_tasks
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.terminal_text import echo
 
 
 @click.command(cls=Verb, name="remove", short_help="Remove a task, a graph or an engine from a deployment.")
-@click.argument("deployment", type=click.Path(path_type=Path))
+@deployment_argument
 @click.argument("task", required=False, shell_complete=complete_tasks)
 @variant_option("Remove this form of the base, such as an engine, instead of a task.")
 @json_options("Print the result as JSON.")
 def command(deployment: Path, task: str | None, variant: str | None, output: JsonOutput) -> None:
-    """Remove TASK, or one form of the base, from DEPLOYMENT.
+    """Remove TASK, or one form of the base, from the deployment DIR.
 
     Removing a task touches no byte under base/ or engines/; removing a graph or an engine touches no task. A deployment
     that is open goes on with what it has loaded, until it is told to reload.

@@ -18,6 +18,7 @@ from adalink.runtime.rows.source import RowSource, read_columns
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
+    deployment_argument,
     engine_options,
     is_typed,
     make_options,
@@ -107,7 +108,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
 
 
 @click.command(cls=Verb, short_help="Generate text, or hidden states, with a deployment.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @click.argument("text", required=False)
 @click.option(
     "--file", "text_file", type=click.Path(path_type=Path, dir_okay=False), help="Read the prompt from a file."
@@ -212,7 +213,7 @@ def run(options: RunOptions) -> None:
         AdaLinkError: a prompt, or the deployment, cannot be used.
     """
     from adalink.runtime.deployment import Deployment
-    from adalink.tools.preflight.deployment import check_deployment
+    from adalink.tools.preflight.deployment import check_deployment, check_row_tasks
 
     sources = (options.text, options.text_file, options.jsonl, options.messages)
     if sum(source is not None for source in sources) > 1:
@@ -233,7 +234,8 @@ def run(options: RunOptions) -> None:
     else:
         prompt = _prompt(options.text, options.text_file)
         rows = [PromptRow(prompt, options.task, options.images, text_pair=options.text_pair)]
-    check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    rows = check_row_tasks(manifest, rows, lambda row, error: bad.add(row.line, error))
     with Deployment.open(
         options.deployment,
         options.backend,

@@ -10,7 +10,7 @@ import click
 
 from adalink.runtime.errors import ConfigError
 from adalink.tools.command_line.json_output import JsonOutput, json_options
-from adalink.tools.command_line.options import engine_options, make_options
+from adalink.tools.command_line.options import deployment_argument, engine_options, make_options
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.terminal_text import echo
 from adalink.tools.terminal.verbose import say, warnings_to_stderr
@@ -46,7 +46,7 @@ class ServeCommandOptions:
 
 
 @click.command(cls=Verb, short_help="Serve a deployment behind OpenAI's API, every task a model.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "-p", "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."

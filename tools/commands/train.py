@@ -19,6 +19,7 @@ from adalink.tools.command_line.json_output import json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import assume_pretokenizer_option, make_options, map_option, template_option
 from adalink.tools.command_line.resumption import resumable
+from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.commands.train_options import METHOD, TrainOptions
 from adalink.tools.terminal.console import say
@@ -36,7 +37,14 @@ _DEPLOYMENT = "deployment"
 
 
 @click.command(cls=Verb, name="train", short_help="Train an adapter on rows of prompts, or of texts with labels.")
-@click.option("-m", "--base", required=True, metavar="MODEL", help="Model folder, GGUF file or hub id.")
+@click.option(
+    "-m",
+    "--base",
+    required=True,
+    metavar="MODEL",
+    shell_complete=complete_files,
+    help="Model folder, GGUF file or hub id.",
+)
 @click.option(
     "-d",
     "--data",
@@ -198,16 +206,17 @@ def train_adapter(options: TrainOptions) -> None:
 
     check_reporter(options.report_to)
     head = options.head(source)
-    check_training(
-        options.base,
-        source,
-        options.eval_data,
-        options.out,
-        device=options.device,
-        resume=options.resume,
-        wants_head=head is not None,
-        problem_type=options.problem_type,
-    )
+    with hub_access(options.base, options.access):
+        check_training(
+            options.base,
+            source,
+            options.eval_data,
+            options.out,
+            device=options.device,
+            resume=options.resume,
+            wants_head=head is not None,
+            problem_type=options.problem_type,
+        )
     from adalink.tools.evaluation.metrics import check_installed
     from adalink.tools.evaluation.trained import PAGE_FILE, make_page
     from adalink.tools.terminal.quiet import quiet_libraries

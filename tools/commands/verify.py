@@ -16,12 +16,14 @@ from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
     assume_pretokenizer_option,
+    deployment_argument,
     engine_options,
     make_options,
     map_option,
     require_rows,
     template_option,
 )
+from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import Verb
 
 if TYPE_CHECKING:
@@ -50,9 +52,14 @@ class VerifyCommand:
 
 
 @click.command(cls=Verb, short_help="Prove that a deployment computes what PyTorch computes.")
-@click.argument("deployment", metavar="DIR", type=click.Path(path_type=Path))
+@deployment_argument
 @click.option(
-    "-m", "--against", required=True, metavar="MODEL", help="The base model: a folder, a GGUF file or a hub id."
+    "-m",
+    "--against",
+    required=True,
+    metavar="MODEL",
+    shell_complete=complete_files,
+    help="The base model: a folder, a GGUF file or a hub id.",
 )
 @click.option(
     "--adapter",

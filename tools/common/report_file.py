@@ -12,15 +12,16 @@ import click
 
 
 class ReportFile(click.Path):
-    """A report file: written after the work, with its folder checked to be writable before."""
+    """A report file: written after the work, with its folder; that this can be is checked before."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path; fails where its folder is missing or not writable."""
+        """The path; fails where its folder, or the one that it would be made in, is not writable."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not (path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+        there = next((folder for folder in path.absolute().parents if folder.exists()), path.absolute())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             self.fail(f"cannot write in {path.parent}: choose a writable folder", param, ctx)
         return path
 
@@ -31,10 +32,18 @@ def write_json(path: Path, report: Mapping[str, object], *, option: str = "--jso
 
 
 def write_text(path: Path, text: str, *, option: str = "--json-file") -> None:
-    """Write ``text`` beside ``path`` and rename it in; raises ``WriteError``.
+    """Write ``text`` beside ``path`` and rename it in, in a folder that is made if it is missing.
 
-    ``option`` is the one that says where, for the message.
+    Args:
+        path: the file.
+        text: its content.
+        option: the one that says where, for the message.
+
+    Raises:
+        WriteError: it cannot be written.
     """
-    from adalink.runtime.storage.atomic import replace_file  # here, because it brings numpy along
+    from adalink.runtime.storage.atomic import make_folder, replace_file  # here, because it brings numpy along
 
-    replace_file(path, text.encode(), repair=f"choose a writable place with {option}", private=True)
+    repair = f"choose a writable place with {option}"
+    make_folder(path.parent, repair=repair)
+    replace_file(path, text.encode(), repair=repair, private=True)

@@ -12,7 +12,9 @@ from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.rows.lines import is_standard_input
 from adalink.runtime.rows.shards import digest_rows
 from adalink.runtime.rows.source import RowSource
+from adalink.runtime.rows.table import ANSWERED_ROW, read_table
 from adalink.runtime.storage.head_spec import REGRESSION
+from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.tools.evaluation.answers import Answers, Progress, check_labels, classify_rows, generate_rows, kind_of
 from adalink.tools.evaluation.compare import against_base, against_constant
 from adalink.tools.evaluation.report import Report, TaskReport
@@ -38,28 +40,46 @@ class TaskRows:
 def read_task_rows(manifest: Manifest, tasks: Sequence[str], source: RowSource) -> dict[str, TaskRows]:
     """The rows of each task, checked before an engine is opened; a file is read once for each kind.
 
+    A row with a column ``task`` is for that task alone, as in ``adalink run``.
+
     Args:
         manifest: of the deployment.
         tasks: tasks that it has.
         source: the file.
 
     Raises:
-        RequestError: a task has no head.
-        DataError: the file is standard input, or a row has another form, or a label that the task never gives.
+        RequestError: a task has no head, or a row names one that is not deployed.
+        DataError: the file is standard input, or a row has another form, or a label that the task never gives, or no
+            row is for a task.
     """
     if is_standard_input(source.path):
         raise DataError("rows are read once for each task: save standard input as a file, and give its name")
+    named = _tasks_of(manifest, source)
     read: dict[str, list[EvalRow]] = {}
     found = {}
     for task in tasks:
         kind, labels = kind_of(manifest, task)
-        rows = read[kind] if kind in read else read.setdefault(kind, read_eval_rows(source, kind))
+        known = read[kind] if kind in read else read.setdefault(kind, read_eval_rows(source, kind))
+        if not (rows := [row for row in known if named.get(row.line) in (None, task)]):
+            raise DataError(f"{source.path}: every row names another task than {task!r}: leave --task {task} out")
         if any(row.images for row in rows):  # labels are scored behind texts alone
             kind = TEXT
         if kind not in (TEXT, REGRESSION):
             check_labels(rows, kind, labels, task, source.path)
         found[task] = TaskRows(kind, rows)
     return found
+
+
+def _tasks_of(manifest: Manifest, source: RowSource) -> dict[int, str | None]:
+    """The task of each row, by its line; raises ``UnknownTaskError`` or ``DataError``."""
+    tasks = {}
+    for row in read_table(source, ANSWERED_ROW):
+        task = row.fields.get("task")
+        if not isinstance(task, str | None):
+            raise DataError(f"{row.origin}: task is {task!r:.80}, expected a name or null")
+        check_tasks([task], manifest.tasks, row.origin)
+        tasks[row.line] = task
+    return tasks
 
 
 def evaluate_task(

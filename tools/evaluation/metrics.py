@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.runtime.errors import BackendUnavailableError
+from adalink.runtime.extras import install_command
 from adalink.tools.evaluation.report import CalibrationBin, ClassMeasures, Estimate, LabelMeasures
 
 # Standard deviations of a two-sided interval of 95 %.
@@ -25,7 +26,7 @@ def check_installed() -> None:
     """Check that scikit-learn is there, before anything slow; raises ``BackendUnavailableError``."""
     if find_spec("sklearn") is None:
         raise BackendUnavailableError(
-            "an evaluation measures with scikit-learn, which is not installed: pip install 'adalink-kit[eval]'"
+            f"an evaluation measures with scikit-learn, which is not installed: {install_command('eval')}"
         )
 
 

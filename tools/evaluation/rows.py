@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from adalink.runtime.errors import DataError, RequestError
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource
-from adalink.runtime.rows.table import read_table
+from adalink.runtime.rows.table import ANSWERED_ROW, read_table
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Kind of a task that gives text; the others are the problem types of heads.
 TEXT = "text"
-_EXPECTED = '{"text": "...", "label": "..."} or {"prompt": "...", "completion": "..."}'
 _OTHER_KINDS = {"labels": MULTI_LABEL, "spans": TOKENS, "tokens": TOKENS}
 
 # A label of several, or a span: its first character, the one behind its last, and its kind.
@@ -70,7 +69,7 @@ def read_eval_rows(source: RowSource | Path, kind: str) -> list[EvalRow]:
         from adalink.training.data.labelled_rows import read_labelled_rows
 
         return rows_with_labels(read_labelled_rows(source, kind)[1], kind)
-    return [_check(row.fields, row.origin, row.line, source.path.parent) for row in read_table(source, _EXPECTED)]
+    return [_check(row.fields, row.origin, row.line, source.path.parent) for row in read_table(source, ANSWERED_ROW)]
 
 
 def rows_with_labels(rows: Iterable[LabelledRow], kind: str) -> list[EvalRow]:
@@ -103,9 +102,9 @@ def _check(row: dict[str, Any], origin: str, line: int, folder: Path) -> EvalRow
     if other := next((name for name in _OTHER_KINDS if name in row), None):
         raise DataError(
             f"{origin}: {other!r} is for a task of {_OTHER_KINDS[other]}, and this one gives one label or text: "
-            f"expected {_EXPECTED}"
+            f"expected {ANSWERED_ROW}"
         )
-    raise DataError(f"{origin}: fields are {', '.join(map(str, row)) or 'none'}, expected {_EXPECTED}")
+    raise DataError(f"{origin}: fields are {', '.join(map(str, row)) or 'none'}, expected {ANSWERED_ROW}")
 
 
 def _read(row: dict[str, Any], text: str, answer: str, origin: str, line: int, folder: Path) -> EvalRow:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
+from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64, worst_ratio
 from adalink.export.adapter.head_graph import check_head_graph
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
@@ -80,7 +80,7 @@ def check_head(
             return [at_most(f"task/{task}/head", np.inf, 1.0, f"text {index}: {error}")]
         if received.shape != scores.shape:
             return [at_most(f"task/{task}/head", np.inf, 1.0, f"text {index}: {received.shape} and {scores.shape}")]
-        worst = float(np.nan_to_num(np.abs(received - scores) / bounds, nan=np.inf).max())
+        worst = worst_ratio(received, scores, bounds)
         if not worst <= ratio or index == 0:
             ratio, detail = worst, f"measured / bound of the scores of {len(texts)} texts, nearest at text {index}"
         if fault := fault_in_answer(said, text, head, encoded, scores, bounds):
@@ -113,7 +113,7 @@ def check_weights(task: str, adapter: Adapter, deployment: Deployment) -> Check:
             bound = 2 * UNIT_ROUNDOFF["float32"] * (np.abs(weight[:, column]) + np.abs(bias)) + 1e-30
             if received.shape != expected.shape:
                 return at_most(f"adapter/{task}/head-weights", np.inf, 1.0, f"{received.shape}, not {expected.shape}")
-            worst = float(np.nan_to_num(np.abs(received - expected) / bound, nan=np.inf).max())
+            worst = worst_ratio(received, expected, bound)
             if not worst <= ratio:
                 ratio, detail = worst, f"; worst: {sign:+g} times unit vector {column}"
     return at_most(f"adapter/{task}/head-weights", ratio, 1.0, f"measured / bound over the unit vectors{detail}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import Float64
+from adalink.export.adapter.error_bound import Float64, worst_ratio
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.head_spec import SINGLE_LABEL, Head
@@ -86,7 +86,7 @@ def _compare(
     (received,) = classifier.scores(classifier.prepare([text], task, calibration=calibration))
     if received.shape != right.scores.shape:
         return np.inf, f"{len(received)} scores, expected {len(right.scores)}"
-    worst = float(np.nan_to_num(np.abs(received - right.scores) / right.bounds, nan=np.inf).max())
+    worst = worst_ratio(received, right.scores, right.bounds)
     (said,) = deployment.classify([text], task, calibration=calibration)
     one_label = Head(problem_type=SINGLE_LABEL, labels=labels.names, pooling="mean", max_tokens=1)
     return worst, fault_in_answer(said, text, one_label, None, right.scores, right.bounds)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from adalink.export.adapter.error_bound import Float64
+from adalink.export.adapter.error_bound import Float64, worst_ratio
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.pooling_schema import Pooling
@@ -81,7 +81,7 @@ def check_pooling(
             return [at_most(f"{label}/pooling", np.inf, 1.0, f"text {index}: {error}")]
         if received.shape != expected.shape:
             return [at_most(f"{label}/pooling", np.inf, 1.0, f"text {index}: {received.shape} and {expected.shape}")]
-        ratio = float(np.nan_to_num(np.abs(received - expected) / bound, nan=np.inf).max())
+        ratio = worst_ratio(received, expected, bound)
         if not ratio <= worst or index == 0:
             worst, detail = ratio, f"measured / bound of {len(texts)} texts, nearest at text {index}"
     return [at_most(f"{label}/pooling", worst, 1.0, detail)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +12,12 @@ import numpy as np
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
-from adalink.runtime.errors import RequestError, UnknownTaskError
-from adalink.runtime.near_names import did_you_mean
+from adalink.runtime.errors import RequestError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.integrity import read_graph
+from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.common.environment import available_cores
@@ -171,7 +171,7 @@ def _refuse_costs(form: str, options: VerifyOptions) -> None:
 
 
 def _adapter_folders(deployment: Deployment, adapters: Mapping[str, Path]) -> dict[str, Path]:
-    _require_tasks(deployment, adapters)
+    check_tasks(adapters, deployment.tasks)
     copies = {name: (deployment.path / task.config).parent for name, task in deployment.manifest.tasks.items()}
     return {name: adapters.get(name, copies[name]) for name in deployment.tasks}
 
@@ -189,7 +189,7 @@ def _read_task_rows(
         )
     if files and (deployment.manifest.base.kind == "encoder" or deployment.manifest.base.tokenizer is None):
         raise RequestError("exact match needs a base that generates, with its tokenizer: leave --rows out")
-    _require_tasks(deployment, files)
+    check_tasks(files, deployment.tasks)
     for name in files:
         task = deployment.manifest.tasks[name]
         base, has = deployment.manifest.base, None
@@ -205,14 +205,6 @@ def _read_task_rows(
                 "leave its --rows out"
             )
     return {name: read_rows(path) for name, path in files.items()}
-
-
-def _require_tasks(deployment: Deployment, names: Iterable[str]) -> None:
-    if unknown := sorted(set(names) - set(deployment.tasks)):
-        raise UnknownTaskError(
-            f"task {unknown[0]!r} is not deployed here; deployed are: {', '.join(deployment.tasks) or 'none'}"
-            f"{did_you_mean(unknown[0], deployment.tasks)}"
-        )
 
 
 def _check_adapters(report: Report, deployment: Deployment, sources: Mapping[str, Adapter], progress: Progress) -> None:

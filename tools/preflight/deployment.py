@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from adalink.runtime.backends import check_backend
 from adalink.runtime.errors import UnknownTaskError
-from adalink.runtime.near_names import did_you_mean
+from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
+
+
+class TaskRow(Protocol):
+    """A row that may name a task, and its file and line."""
+
+    @property
+    def task(self) -> str | None:
+        """The task; ``None`` for the base model."""
+
+    @property
+    def origin(self) -> str | None:
+        """File and line; nothing for what is no row of a file."""
+
+
+R = TypeVar("R", bound=TaskRow)
 
 
 def check_deployment(
@@ -30,10 +46,31 @@ def check_deployment(
     manifest = read_manifest(folder)
     check_backend(backend)
     choose_variant(manifest, backend, variant)
-    known = sorted(manifest.tasks)
-    if unknown := next((task for task in tasks if task is not None and task not in manifest.tasks), None):
-        raise UnknownTaskError(
-            f"task {unknown!r} is not deployed here; deployed are: {', '.join(known) or 'none'}"
-            f"{did_you_mean(unknown, known)}"
-        )
+    check_tasks(tasks, manifest.tasks)
     return manifest
+
+
+def check_row_tasks(
+    manifest: Manifest, rows: Iterable[R], refuse: Callable[[R, UnknownTaskError], None] | None = None
+) -> list[R]:
+    """Check that a deployment has the tasks of rows; returns the rows whose task it has.
+
+    Args:
+        manifest: of the deployment.
+        rows: the rows.
+        refuse: called with a row whose task is unknown, and the error; without it the error is raised.
+
+    Raises:
+        UnknownTaskError: it has not; the message names the row.
+    """
+    good = []
+    for row in rows:
+        try:
+            check_tasks([row.task], manifest.tasks, row.origin or "")
+        except UnknownTaskError as error:
+            if refuse is None:
+                raise
+            refuse(row, error)
+        else:
+            good.append(row)
+    return good

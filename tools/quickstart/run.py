@@ -41,7 +41,7 @@ def run_steps(
     """
     done = []
     for number, step in enumerate(steps, start=1):
-        command = shlex.join(("adalink", *before, *step.words))
+        command = shlex.join(("adalink", *before, *step.command))
         if state.is_done(step):
             say(f"[{number}/{len(steps)}] done before: {command}")
             done.append(Done(command, None))
@@ -49,7 +49,7 @@ def run_steps(
         say(f"[{number}/{len(steps)}] {command}")
         start = time.monotonic()
         try:
-            code, output = call([*before, *step.words, *step.extra()])
+            code, output = call([*before, *step.command, *step.extra()])
         except click.ClickException:
             say(_goes_on(number))
             raise

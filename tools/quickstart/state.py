@@ -1,7 +1,12 @@
-"""``quickstart.json``: which steps of a quick start are done, and the digests that show it."""
+"""``quickstart.json``: which steps of a quick start are done, and the digests that show it.
+
+Paths in it start at its own folder: the same files are the same however they are typed, and also after a move.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +21,33 @@ STATE_FILE = "quickstart.json"
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A step that was done: its command, and what ``Step.proof`` gave then."""
+    """A step that was done.
+
+    Attributes:
+        command: its words, without ``adalink``.
+        defaults: what the environment and the configuration file said of its verb, by option.
+        proof: what ``Step.proof`` gave then.
+    """
 
     command: tuple[str, ...]
+    defaults: dict[str, Any]
     proof: Any
 
 
 class State:
     """The steps that were done in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Read them.
+
+        Args:
+            folder: the folder.
+            defaults: what the environment and the configuration file say, by verb and option.
 
         Raises:
             ConfigError: the folder holds other things, or a file of another form.
         """
-        self._path = folder / STATE_FILE
+        self._path, self._defaults = folder / STATE_FILE, defaults or {}
         self._records: dict[str, Record] = {}
         if self._path.is_file():
             try:
@@ -43,17 +59,29 @@ class State:
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} is not empty and holds no {STATE_FILE}: choose another --out")
 
-    def command_of(self, name: str) -> tuple[str, ...]:
-        """The command of a step that was done; empty for another."""
-        return self._records[name].command if name in self._records else ()
+    def rows_of(self, split: Step) -> str | None:
+        """The rows that a split was made of, unless they are those of this step; ``None`` if there was no split."""
+        before, now = self._records.get(split.name), self._command(split)
+        return None if before is None or before.command[1:2] == now[1:2] else before.command[1]
 
     def is_done(self, step: Step) -> bool:
         """Whether a step was done by this very command, and all that it read and wrote is as it was."""
-        record, evidence = self._records.get(step.name), step.evidence()
-        return record is not None and evidence is not None and record == Record(step.words, evidence)
+        record = self._record(step)
+        return record.proof is not None and record == self._records.get(step.name)
 
     def add(self, step: Step) -> None:
         """Record that a step is done; raises ``WriteError``."""
-        self._records[step.name] = Record(step.words, step.evidence())
+        self._records[step.name] = self._record(step)
         make_folder(self._path.parent)
         replace_file(self._path, msgspec.json.format(msgspec.json.encode(self._records), indent=2) + b"\n")
+
+    def _record(self, step: Step) -> Record:
+        defaults = msgspec.json.decode(msgspec.json.encode(self._defaults.get(step.verb, {})))
+        return Record(self._command(step), defaults, step.evidence())
+
+    def _command(self, step: Step) -> tuple[str, ...]:
+        """The words of a step, with paths as they are from the folder."""
+        return tuple(self._from_here(word) if isinstance(word, Path) else word for word in step.words)
+
+    def _from_here(self, path: Path) -> str:
+        return Path(os.path.relpath(path.expanduser().resolve(), self._path.parent.resolve())).as_posix()

@@ -36,16 +36,26 @@ class Step:
 
     Attributes:
         name: its key in the state of a quick start.
-        words: the command, without ``adalink``.
+        words: the command, without ``adalink``; files and folders of the user's are paths.
         proof: digests of what it reads and of what it has written; raises ``AdaLinkError``, ``OSError`` or
             ``KeyError`` where something is missing.
         extra: words of this time alone, such as ``--resume``.
     """
 
     name: str
-    words: tuple[str, ...]
+    words: tuple[str | Path, ...]
     proof: Callable[[], Any]
     extra: Callable[[], Sequence[str]] = tuple
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The words, as they are typed."""
+        return tuple(map(str, self.words))
+
+    @property
+    def verb(self) -> str:
+        """The verb, such as ``"export base"``."""
+        return " ".join(self.command[: 2 if self.command[0] == "export" else 1])
 
     def evidence(self) -> Any:
         """What ``proof`` gives, as JSON has it; ``None`` where something is missing."""
@@ -104,7 +114,9 @@ def choose_template(model: str, rows: RowSource) -> str | None:
     return TEMPLATE
 
 
-def make_steps(model: str, rows: RowSource, places: Places, seed: int, training: Sequence[str]) -> list[Step]:
+def make_steps(
+    model: str, rows: RowSource, places: Places, *, seed: int, revision: str | None = None, training: Sequence[str] = ()
+) -> list[Step]:
     """The steps, in their order.
 
     Args:
@@ -112,47 +124,51 @@ def make_steps(model: str, rows: RowSource, places: Places, seed: int, training:
         rows: the rows, with their columns and template.
         places: where everything goes.
         seed: of the split and of the training.
+        revision: of a hub id.
         training: further options of ``adalink train``.
     """
-    deployment, adapter = str(places.deployment), str(places.adapter)
+    deployment, adapter = places.deployment, places.adapter
+    base = Path(model) if Path(model).expanduser().exists() else model
+    revised = [] if revision is None else ["--revision", revision]
     train, test = places.rows / TRAIN_FILE, places.rows / TEST_FILE
     columns = [word for name, column in rows.columns.items() for word in ("--map", f"{name}={column}")]
     template = [] if rows.template is None else ["--template", rows.template]
     seeded = ["--seed", str(seed)]
-    reports = ["--html", str(places.page), "--json-file", str(places.evaluation)]
-    checkpoints = checkpoints_of(places.adapter)
+    learning: tuple[str | Path, ...] = (*revised, "--data", train, "--eval", test)
+    report = ("--json-file", places.evaluation)
+    checkpoints = checkpoints_of(adapter)
     return [
         Step(
             BASE,
-            ("export", "base", model, "--out", deployment),
+            ("export", "base", base, *revised, "--out", deployment),
             lambda: (stamp(model), _base_of(places)),
             # One that is there without a record may be another model's.
-            lambda: ["--replace"] if (places.deployment / MANIFEST_FILE).exists() else [],
+            lambda: ["--replace"] if (deployment / MANIFEST_FILE).exists() else [],
         ),
         Step(
             f"{places.task}/split",
-            ("split", str(rows.path), *columns, *template, "--out", str(places.rows), *seeded),
+            ("split", rows.path, *columns, *template, "--out", places.rows, *seeded),
             lambda: (digest_rows(rows.path), digest_file(train), digest_file(test)),
         ),
         Step(
             f"{places.task}/train",
-            ("train", "--base", model, "--data", str(train), "--eval", str(test), "--out", adapter, *seeded, *training),
-            lambda: (stamp(model), digest_file(train), digest_file(test), read_adapter(places.adapter).digest),
+            ("train", "--base", base, *learning, "--out", adapter, *seeded, *training),
+            lambda: (stamp(model), digest_file(train), digest_file(test), read_adapter(adapter).digest),
             lambda: ["--resume"] if checkpoints.exists() else [],
         ),
         Step(
             f"{places.task}/export",
             ("export", "adapter", adapter, "--out", deployment, "--replace"),
-            lambda: (read_adapter(places.adapter).digest, _task_of(places)),
+            lambda: (read_adapter(adapter).digest, _task_of(places)),
         ),
         Step(
             VERIFY,
-            ("verify", deployment, "--against", model, "--quick", "--json-file", str(places.parity)),
-            lambda: (stamp(model), read_manifest(places.deployment).digest, digest_file(places.parity)),
+            ("verify", deployment, "--against", base, *revised, "--quick", "--json-file", places.parity),
+            lambda: (stamp(model), read_manifest(deployment).digest, digest_file(places.parity)),
         ),
         Step(
             f"{places.task}/eval",
-            ("eval", deployment, "--data", str(test), "--task", places.task, *reports),
+            ("eval", deployment, "--data", test, "--task", places.task, "--html", places.page, *report),
             lambda: (
                 _base_of(places),
                 _task_of(places),
@@ -186,7 +202,8 @@ def name_task(task: str | None, rows: Path) -> str:
 
 def _base_of(places: Places) -> tuple[str, str]:
     manifest = read_manifest(places.deployment)
-    return manifest.base.weights_digest, manifest.variants[_VARIANT].graph
+    variants = manifest.variants  # a configuration file may ask for another one
+    return manifest.base.weights_digest, variants[_VARIANT if _VARIANT in variants else min(variants)].graph
 
 
 def _task_of(places: Places) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.rows.source import RowSource
-from adalink.runtime.rows.table import Row, is_text, origin_of, read_table
+from adalink.runtime.rows.table import ANSWERED_ROW, Row, is_text, origin_of, read_table
 from adalink.runtime.storage.head_spec import MULTI_LABEL, OUTSIDE, REGRESSION, SINGLE_LABEL, TOKENS, Head
 
 EXPECTED = '{"text": "...", "label": "..."}'
@@ -72,7 +72,7 @@ class LabelledRow(msgspec.Struct, frozen=True, kw_only=True):
 def has_labels(source: str | Path | RowSource) -> bool:
     """Whether the first row of a file has a text or labels, and no prompt; raises ``DataError``."""
     source = RowSource.of(source)
-    for row in read_table(source, f'{{"prompt": "...", "completion": "..."}} or {EXPECTED}'):
+    for row in read_table(source, ANSWERED_ROW):
         return not {"prompt", "messages"} & row.fields.keys() and bool(_LABELS & row.fields.keys())
     return False
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from adalink.runtime.rows.source import RowSource
-from adalink.runtime.rows.table import read_table
+from adalink.runtime.rows.table import ANSWERED_ROW, read_table
 from adalink.runtime.storage.atomic import make_folder, replace_file
 from adalink.runtime.storage.head_spec import REGRESSION
 from adalink.training.data.held_out import Split
@@ -18,7 +18,6 @@ from adalink.training.data.rows import read_rows
 from adalink.training.data.run_rows import PROMPTS, check_files, labels_lot
 
 TRAIN_FILE, TEST_FILE = "train.jsonl", "test.jsonl"
-_EXPECTED = '{"text": "...", "label": "..."} or {"prompt": "...", "completion": "..."}'
 
 
 class SplitFiles(NamedTuple):
@@ -55,7 +54,7 @@ def split_rows(source: RowSource, out: Path, seed: int = 0) -> SplitFiles:
         split = PROMPTS.draw(read_rows(source), seed)
     held_out = set(split.held_out)
     parts: tuple[list[bytes], list[bytes]] = [], []
-    for place, row in enumerate(read_table(source, _EXPECTED)):
+    for place, row in enumerate(read_table(source, ANSWERED_ROW)):
         fields = row.fields | ({"label": numbers[place]} if place in numbers else {})
         parts[place in held_out].append(msgspec.json.encode(_moved(fields, source.path.parent, out)) + b"\n")
     make_folder(out, repair="choose a writable --out")

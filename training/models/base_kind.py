@@ -10,6 +10,7 @@ import msgspec
 from adalink.runtime.storage.decoding import decode_json
 from adalink.training.models.gguf.header import read_header
 from adalink.training.models.source import Source
+from adalink.training.models.weight_files import fetch_file
 
 _DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Encoders among the architectures of GGUF files.
@@ -17,9 +18,12 @@ _GGUF_ENCODERS = ("bert", "nomic-bert", "jina-bert-v2", "modern-bert", "eurobert
 
 
 def read_config(source: Source) -> dict[str, Any] | None:
-    """``config.json`` of a local folder; ``None`` for another base, or one whose loading will say what is wrong."""
-    path = Path(source.origin) / "config.json"
-    if source.gguf_file is not None or not path.is_file():
+    """``config.json`` of a folder or hub id; ``None`` for another base, or one whose loading will say what is wrong."""
+    if source.gguf_file is not None:
+        return None
+    folder = Path(source.origin)
+    path = folder / "config.json" if folder.is_dir() else fetch_file(source.origin, "config.json")
+    if path is None or not path.is_file():
         return None
     try:
         return decode_json(path.read_bytes(), dict[str, Any])
@@ -30,7 +34,7 @@ def read_config(source: Source) -> dict[str, Any] | None:
 def find_kind(source: Source) -> str | None:
     """``"encoder"``, ``"decoder"`` or ``"encoder-decoder"``, as ``load_checkpoint`` will load it.
 
-    ``None`` where only loading tells: for a hub id, and where the config names no class.
+    ``None`` where only loading tells, as where the config names no class.
 
     Raises:
         ModelError: a GGUF file is damaged.

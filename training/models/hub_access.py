@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adalink.runtime.errors import ConfigError
+from adalink.training.models.hub import is_local
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ _current: ContextVar[HubAccess] = ContextVar("adalink_hub_access", default=_PLAI
 
 @contextmanager
 def hub_access(spec: str | Path, access: HubAccess) -> Iterator[None]:
-    """Load bases with a revision and a token until the block ends.
+    """Load bases with a revision and a token until the block ends; a block around it may have the token.
 
     Args:
         spec: the base that is loaded.
@@ -45,17 +46,26 @@ def hub_access(spec: str | Path, access: HubAccess) -> Iterator[None]:
             f"base model {Path(spec).name} is a file or folder here and has no revision {access.revision!r}: leave "
             "--revision out, which is for hub ids"
         )
-    before = _current.set(access)
+    before = _current.set(replace(access, token=access.token or _current.get().token))
     try:
         yield
     finally:
         _current.reset(before)
 
 
+def hub_revision() -> str | None:
+    """The revision that downloads take."""
+    return _current.get().revision
+
+
 def download_options(origin: str | Path) -> dict[str, Any]:
-    """Arguments of a download, ``revision`` and ``token`` if there are any; empty for what is here."""
+    """Arguments of a download; empty for what is here.
+
+    ``revision`` and ``token`` if there are any, and ``local_files_only`` if ``check_hub`` found the hub out of reach.
+    """
     if Path(origin).expanduser().exists():
         return {}
     access = _current.get()
-    options = {"revision": access.revision, "token": access.token}
+    only = is_local(str(origin), access.revision) or None
+    options = {"revision": access.revision, "token": access.token, "local_files_only": only}
     return {name: value for name, value in options.items() if value is not None}

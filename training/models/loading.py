@@ -95,6 +95,7 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
                 config=config,
                 dtype=torch_dtype,
                 output_loading_info=True,
+                adapter_kwargs=download_options(source.origin),  # it looks for an adapter, by options of its own
                 **source.options(),
                 **safetensors,
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from adalink.runtime.errors import ModelError
 from adalink.runtime.near_names import did_you_mean
 from adalink.training.models.hub import check_hub
-from adalink.training.models.hub_access import download_options
+from adalink.training.models.hub_access import download_options, hub_revision
 from adalink.training.models.weight_files import INDEX_FILE, PICKLED_SUFFIXES, check_pointers
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -58,7 +58,7 @@ def find_source(spec: str | Path) -> Source:
             f"base model {spec}: there is no such file or folder here, and it is no hub id, which is "
             f"org/name{did_you_mean(path.name, beside)}"
         )
-    check_hub(str(spec))
+    check_hub(str(spec), hub_revision())
     return Source(str(spec))
 
 

@@ -117,16 +117,16 @@ def fetch_weights(hub_id: str) -> Path | None:
     Raises:
         ModelError: it has an adapter beside its weights, or its index names a file that is pickled or outside.
     """
-    if _fetch(hub_id, ADAPTER_CONFIG) is not None:
+    if fetch_file(hub_id, ADAPTER_CONFIG) is not None:
         refuse_adapter(hub_id)
-    config, weights = _fetch(hub_id, "config.json"), _fetch(hub_id, WEIGHTS_FILE)
-    if weights is None and (weights := _fetch(hub_id, INDEX_FILE)) is not None:
+    config, weights = fetch_file(hub_id, "config.json"), fetch_file(hub_id, WEIGHTS_FILE)
+    if weights is None and (weights := fetch_file(hub_id, INDEX_FILE)) is not None:
         for shard in sorted(set(_weight_map(weights, hub_id).values())):
-            _fetch(hub_id, shard)
+            fetch_file(hub_id, shard)
     return None if config is None or weights is None else config.parent
 
 
-def _fetch(hub_id: str, file: str) -> Path | None:
+def fetch_file(hub_id: str, file: str) -> Path | None:
     """A file of a hub id, from the cache or the network; ``None`` if it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -189,7 +189,7 @@ def test_bank_that_computes_something_else_stops_the_export(deployment: Path, tm
 
 def test_removing_an_unknown_task_names_those_there(deployment: Path, tmp_path: Path) -> None:
     export_adapter(make(tmp_path / "topics", deployment), deployment)
-    with pytest.raises(UnknownTaskError, match=r"'topic' is not in .*: deployed are topics"):
+    with pytest.raises(UnknownTaskError, match=r"'topic' is not deployed here; deployed are: topics"):
         remove_task(deployment, "topic")
 
 

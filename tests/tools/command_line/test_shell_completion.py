@@ -38,6 +38,22 @@ def test_names_of_the_deployment_are_offered(folder: Path) -> None:
     assert offered("serve", folder, "-b") == ["onnxruntime-cpu", "tensorrt"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "base"],
+        ["quickstart"],
+        ["inspect"],
+        ["train", "-m"],
+        ["verify", "-m"],
+        ["export", "engine", "--model"],
+    ],
+)
+def test_the_shell_finds_models(words: list[str]) -> None:
+    completion = ShellComplete(main, {}, "adalink", "_ADALINK_COMPLETE")
+    assert [(item.type, item.value) for item in completion.get_completions(words, "mod")] == [("file", "mod")]
+
+
 def test_without_a_deployment_all_backends_are_offered(tmp_path: Path) -> None:
     assert offered("run", tmp_path, "--task") == []
     (tmp_path / "manifest.json").write_text("{")

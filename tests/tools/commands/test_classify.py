@@ -60,7 +60,7 @@ def test_pairs_and_rows_of_mixed_tasks(folder: Path, opened: Deployment, tmp_pat
 
 def test_the_line_at_fault_is_named(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "oil"}\n\n{"text": "oil", "task": "plain"}\n{"text": "oil", "task": "nobody"}\n')
+    path.write_text('{"text": "oil"}\n\n{"text": "oil", "task": "plain"}\n{"text": "oil", "task": "topics"}\n')
     result = classify(folder, "--jsonl", path, "--task", "topics")
     assert result.exit_code == 2
     assert "rows.jsonl:3: task 'plain' has no labels" in result.stderr

@@ -123,6 +123,28 @@ def test_heads_beside_each_other(encoder: Path, tmp_path: Path) -> None:
     assert result.stdout.startswith("2 evaluated. The best: ")
 
 
+def test_a_row_may_be_for_one_task(encoder: Path, tmp_path: Path) -> None:
+    """Rows of other tasks, which would be wrong here, play no part."""
+    with Deployment.open(encoder) as deployment:
+        said = {task: [one.label for one in deployment.classify(TEXTS, task)] for task in ("topics", "frozen")}
+    assert said["topics"] != said["frozen"]
+    rows = [
+        {"text": text, "label": label, "task": task}
+        for task, labels in said.items()
+        for text, label in zip(TEXTS, labels, strict=True)
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "a", "label": "oil"}])
+    tasks = ("--task", "topics", "--task", "frozen")
+    result = evaluate(encoder, "--data", data, *tasks, "--json-file", tmp_path / "report.json")
+    assert result.exit_code == 0, result.output
+    for task in read_report(tmp_path).tasks:
+        assert task.rows == 13
+        assert {row.line for row in task.wrong} <= {25}
+    data = write_rows(tmp_path / "rows.jsonl", rows[:12])
+    result = evaluate(encoder, "--data", data, "--task", "frozen")
+    assert (result.exit_code, "every row names another task than 'frozen'" in result.stderr) == (2, True)
+
+
 def test_several_labels(encoder: Path, tmp_path: Path) -> None:
     names = ("red", "green", "blue", "black", "white")
     rng = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""`adalink export`, `inspect` and `run` on models that take images."""
+"""`adalink export`, `inspect`, `run` and `eval` on models that take images."""
 
 from __future__ import annotations
 
@@ -66,6 +66,31 @@ def test_rows_name_images_beside_the_file(vision_deployment, files):
         )
     assert [answer["text"] for answer in answers] == [row.text for row in expected]
     assert "images" not in answers[1]
+
+
+def test_eval_asks_with_the_images_of_a_row(vision_deployment, files):
+    """Answers are those of PyTorch for each row alone; of a row with another one's image they would be others."""
+    asked = [("@!", (1,)), ("@!", (2,)), ("@ or @", (1, 2)), ("@ or @", (2, 1))]
+    rows = [
+        {"prompt": prompt, "completion": "abcd", "images": [f"{' ab'[seed]}.png" for seed in seeds]}
+        for prompt, seeds in asked
+    ]
+    (files / "right.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = files / "report.json"
+    output("eval", vision_deployment.folder, "--data", files / "right.jsonl", "--task", "both", "--json-file", report)
+    (task,) = json.loads(report.read_text())["tasks"]
+    tokenizer = FAMILIES["llava"].make_tokenizer()
+    limit = 1 + len(tokenizer("abcd", add_special_tokens=False)["input_ids"])
+    replies = [
+        tokenizer.decode(
+            vision_deployment.greedy(prompt, [picture(seed) for seed in seeds], "both", limit), skip_special_tokens=True
+        ).strip()
+        for prompt, seeds in asked
+    ]
+    assert replies[0] != replies[1]
+    assert replies[2] != replies[3]
+    assert (task["kind"], task["rows"], task["accuracy"]["value"]) == ("text", 4, 0.0)
+    assert {row["line"]: row["answer"] for row in task["wrong"]} == dict(enumerate(replies, start=1))
 
 
 @pytest.mark.parametrize(

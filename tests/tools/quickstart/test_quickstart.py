@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from adalink.tools.terminal.verbose import say
 
 WORDS = ("oil", "corn", "gold")
 VERBS = ["export base", "split", "train", "export adapter", "verify", "eval"]
+# Defaults of three steps, each of which leaves a trace.
+CONFIG = '[export.base]\ntarget = "portable"\n[train]\nmax-steps = 4\n[verify]\nthreads = 1\n'
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -36,9 +39,9 @@ def write_rows(path: Path, count: int) -> None:
         csv.writer(file).writerows([["body", "topic"], *rows])
 
 
-def start(*more: str) -> Result:
-    words = ["quickstart", "tiny", "my news.csv", "--out", "here", "--map", "text=body,label=topic", *more]
-    return CliRunner().invoke(main, words, catch_exceptions=False)
+def start(*more: str, rows: str | Path = "my news.csv", out: str | Path = "here") -> Result:
+    words = ["quickstart", "tiny", str(rows), "--out", str(out), "--map", "text=body,label=topic", "--rank", "4"]
+    return CliRunner().invoke(main, [*words, "--config", "my.toml", *more], catch_exceptions=False)
 
 
 class Calls:
@@ -51,6 +54,7 @@ class Calls:
 
     def __call__(self, words: Sequence[str]) -> tuple[int, str]:
         self.words.append(words)
+        words = words[2:] if words[0] == "--config" else words
         self.verbs.append(" ".join(words[: 2 if words[0] == "export" else 1]))
         return self._code, "said\n"
 
@@ -61,37 +65,69 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     root = tmp_path_factory.mktemp("quickstart")
     save_encoder(root / "tiny")
     write_rows(root / "my news.csv", 12)
+    (root / "my.toml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        return root, start("--rank", "4", "--max-steps", "4", "--json")
+        return root, start("--json")
 
 
 def test_one_command_leads_to_a_measured_task(made: tuple[Path, Result]) -> None:
     root, result = made
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["verdict"].startswith("my-news (onnxruntime-cpu) is right on ")
+    assert report["verdict"].startswith("my-news (portable) is right on ")
     assert report["next"] == "adalink classify here/deployment TEXT --task my-news"
     for step, verb in zip(report["steps"], VERBS, strict=True):
-        assert step["command"].startswith(f"adalink {verb} ")
+        assert step["command"].startswith(f"adalink --config my.toml {verb} ")
     assert all(step["seconds"] >= 0 for step in report["steps"])  # none was done before
     assert report["evaluation"]["tasks"][0]["rows"] == 6
     task = read_manifest(root / "here/deployment").tasks["my-news"]
     assert task.adapter_digest == read_adapter(root / "here/adapters/my-news").digest
     assert (root / "here/reports/my-news.html").is_file()
     parity = json.loads((root / "here/reports/parity.json").read_text())
-    assert parity["passed"] is True
+    assert (parity["passed"], parity["environment"]["threads"]) == (True, 1)
+    assert json.loads((root / "here/adapters/my-news/training.json").read_text())["settings"]["max_steps"] == 4
     for step in report["steps"]:
         assert f"] {step['command']}\n" in result.stderr
 
 
-def again(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> Calls:
+def test_told_commands_do_the_same(made: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tiny", "my news.csv", "my.toml"):
+        (tmp_path / name).symlink_to(made[0] / name)
+    monkeypatch.chdir(tmp_path)
+    for step in json.loads(made[1].stdout)["steps"]:
+        result = CliRunner().invoke(main, shlex.split(step["command"])[1:], catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+    assert read_adapter(Path("here/adapters/my-news")).digest == read_adapter(made[0] / "here/adapters/my-news").digest
+    assert {path.name for path in Path("here/reports").iterdir()} == {"my-news.html", "my-news.json", "parity.json"}
+
+
+def again(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch, **places: Path) -> Calls:
     """Start again; gives the commands that are run."""
     monkeypatch.chdir(made[0])
     calls = Calls()
     monkeypatch.setattr(quickstart, "_call", calls)
-    start("--rank", "4", "--max-steps", "4")
+    start(**places)
     return calls
+
+
+def test_paths_may_be_typed_in_another_way(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made[0].resolve()
+    assert again(made, monkeypatch, rows=root / "my news.csv", out=root / "here").verbs == []
+    assert again(made, monkeypatch, rows=root / "here/../my news.csv").verbs == []
+    assert str(root) not in (root / "here" / STATE_FILE).read_text()
+
+
+def test_other_defaults_are_another_command(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = made[0]
+    state = (root / "here" / STATE_FILE).read_bytes()
+    (root / "my.toml").write_text(CONFIG.replace("4", "5"))
+    assert again(made, monkeypatch).verbs == ["train"]  # no adapter is written here: nothing else has changed
+    (root / "here" / STATE_FILE).write_bytes(state)
+    (root / "my.toml").write_text(CONFIG)
+    monkeypatch.setenv("ADALINK_SPLIT_SEED", "3")
+    assert again(made, monkeypatch).verbs == ["split"]
+    (root / "here" / STATE_FILE).write_bytes(state)
 
 
 def test_what_is_done_is_not_done_again(made: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +154,10 @@ def test_other_rows_take_no_task_of_another_file(made: tuple[Path, Result], monk
     words = ["quickstart", "tiny", "other.csv", "--out", "here", "--map", "text=body,label=topic", "--task", "my-news"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
-    assert "task 'my-news' in here was made of my news.csv: give another name with --task" in result.stderr
+    assert (
+        "task 'my-news' in here was made of my news.csv, not of other.csv: give another name with --task"
+        in result.stderr
+    )
 
 
 def test_steps_have_the_options_of_all_verbs(tmp_path: Path) -> None:
@@ -192,8 +231,10 @@ def test_steps_are_commands_that_the_verbs_take(kind: str, tmp_path: Path) -> No
     assert template == (TEMPLATE if kind == "decoder" else None)
     places = Places(tmp_path / "out", "topics")
     source = RowSource(source.path, source.columns, template)
-    for step in make_steps(str(tmp_path / "model"), source, places, 0, ("--max-steps", "9")):
-        check_command([*step.words, *step.extra()])
+    model = str(tmp_path / "model")
+    for step in make_steps(model, source, places, seed=0, revision="v2", training=("--max-steps", "9")):
+        check_command([*step.command, *step.extra()])
+        assert ("--revision" in step.command) == (step.verb in ("export base", "train", "verify"))
         assert step.evidence() is None  # nothing is there yet
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ import torch
 from click.testing import CliRunner
 from helpers.tiny_deployments import make_model_folder
 
-from adalink.runtime.errors import ConfigError
+from adalink.runtime.errors import ConfigError, ModelError
 from adalink.tools.cli import main
+from adalink.training.models import hub
+from adalink.training.models.base_kind import find_kind
 from adalink.training.models.hub_access import HubAccess, download_options, hub_access
-from adalink.training.models.loading import base_fingerprint, checkpoint_folder, load_base, load_tokenizer
+from adalink.training.models.loading import (
+    base_fingerprint,
+    checkpoint_folder,
+    find_image_processor,
+    load_base,
+    load_tokenizer,
+)
+from adalink.training.models.sentence_files import read_pooling
+from adalink.training.models.source import find_source
 
 HUB_ID, TOKEN = "org/name", "hf_secret-word"
 MAIN, OTHER = "1" * 40, "2" * 40
@@ -45,6 +56,7 @@ def cache(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (repository / "refs" / "v2").write_text(OTHER)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_LOCAL", set())
     return repository
 
 
@@ -73,7 +85,27 @@ def test_every_file_is_of_the_revision(cache: Path) -> None:
         assert load_base(HUB_ID) is not None
         assert load_tokenizer(HUB_ID)("a")
         assert checkpoint_folder(HUB_ID) == cache / "snapshots" / OTHER
-    assert checkpoint_folder(HUB_ID) is None  # the block has ended
+    with pytest.raises(ModelError, match="the hub's cache does not hold it"):  # the block has ended
+        checkpoint_folder(HUB_ID)
+
+
+def test_unreachable_hub_is_asked_once(cache: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries would try again and again for each file."""
+    asked = []
+
+    def connect(*arguments: Any, **_: Any) -> None:
+        asked.append(arguments[0])
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert base_fingerprint(load_base(HUB_ID)) == base_fingerprint(load_base(folders[MAIN]))
+    assert load_tokenizer(HUB_ID)("a")
+    assert find_image_processor(HUB_ID) is None
+    assert read_pooling(HUB_ID, None, None) is None
+    assert find_kind(find_source(HUB_ID)) == "decoder"
+    assert asked == [("hub.invalid", 80)]
 
 
 def test_what_comes_next_is_of_the_revision(cache: Path) -> None:
@@ -126,3 +158,5 @@ def test_folder_has_no_revision(folders: dict[str, Path]) -> None:
         assert download_options(folder) == {}
         assert download_options(HUB_ID) == {"token": TOKEN}
     assert download_options(HUB_ID) == {}
+    with hub_access(HUB_ID, HubAccess("v1", TOKEN)), hub_access(HUB_ID, HubAccess("v2")):  # of a step of a quick start
+        assert download_options(HUB_ID) == {"revision": "v2", "token": TOKEN}
