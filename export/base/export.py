@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,9 @@ from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Qua
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
+
+    from adalink.export.tracing.graph import TracedGraph
+    from adalink.training.models.stand_ins import StandIns
 
 # Backends that take position ids of several axes.
 ONE_BACKEND = ("onnxruntime-cpu",)
@@ -81,10 +84,11 @@ def export_base(
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision.tower import describe_images, language_model, write_vision
-    from adalink.training.models.loading import base_fingerprint, find_image_processor, load_checkpoint, weights_digest
+    from adalink.training.models.loading import base_fingerprint, find_image_processor, open_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
     from adalink.training.models.sentence_files import read_pooling
     from adalink.training.models.source import display_name
+    from adalink.training.models.stand_ins import StandIns
 
     check_settings(dtype, target, quantization, modalities)
     variant = quantization or target
@@ -93,14 +97,15 @@ def export_base(
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
         progress(f"loading {display_name(model)}")
-        checkpoint, name = load_checkpoint(model), display_name(model)
+        (checkpoint, stand_ins), name = open_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors
         if unused:
             progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
         pooling = read_pooling(model, tokenizer, loaded.config)
     else:
-        loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+        stand_ins = StandIns()
+        loaded, name = stand_ins.skeleton(model).eval(), display_name(model.name_or_path or type(model).__name__)
         unused, pooling = (), None
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
@@ -117,13 +122,16 @@ def export_base(
     _check_unhooked(whole)
     vision = preprocessor = None
     if whole is not loaded:
-        _in_dtype(whole, "float32")
+        _in_dtype(whole, "float32", stand_ins)
+        language = {id(parameter) for parameter in loaded.parameters()}
+        stand_ins.fill(parameter for parameter in whole.parameters() if id(parameter) not in language)
         if image_processor is None and isinstance(model, (str, Path)):
             image_processor = find_image_processor(model)
         vision, preprocessor = describe_images(whole, image_processor, tokenizer)
         modalities = tuple(dict.fromkeys(("text", "image", *modalities)))
-    digests = base_fingerprint(loaded), weights_digest(whole)
-    loaded = _in_dtype(loaded, dtype)
+    progress("hashing the weights")
+    digests = base_fingerprint(loaded, stand_ins), weights_digest(whole, stand_ins)
+    loaded = _in_dtype(loaded, dtype, stand_ins)
     with open_writer(out, create=True) as writer:
         base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
         base = described = msgspec.structs.replace(base, unused_tensors=unused, pooling=pooling)
@@ -138,13 +146,14 @@ def export_base(
                 progress(line)
         else:
             progress("writing embeddings, tokenizer and bank")
-            write_common(writer, base, loaded, tokenizer)
+            write_common(writer, base, loaded, tokenizer, stand_ins)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
-        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, progress)
+        source = _Source(loaded, architecture, base, stand_ins)
+        variants[variant] = _write_variant(writer, source, target, quantization, progress)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(
@@ -159,7 +168,17 @@ def export_base(
         )
 
 
-def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+@dataclass(frozen=True)
+class _Source:
+    """What the graphs of a variant are made of: a model, its entry in the registry, its contract and its weights."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+    base: Base
+    stand_ins: StandIns
+
+
+def _in_dtype(model: PreTrainedModel, dtype: str, stand_ins: StandIns) -> PreTrainedModel:
     """The model on the CPU, its weights in ``dtype``.
 
     Rotary frequencies stay in float32, as in transformers: rounded to 11 bits they turn position 4,000 by up to a
@@ -172,6 +191,7 @@ def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
 
     kept = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
     try:
+        stand_ins.convert(model, getattr(torch, dtype))
         model.to(getattr(torch, dtype)).to("cpu").requires_grad_(False)
     except ValueError as error:  # what transformers says of bitsandbytes and GPTQ
         raise ModelError(
@@ -226,52 +246,36 @@ def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def _write_variant(
-    writer: DeploymentWriter,
-    model: PreTrainedModel,
-    architecture: Architecture,
-    base: Base,
-    target: str,
-    quantization: str | None,
-    progress: Progress,
+    writer: DeploymentWriter, source: _Source, target: str, quantization: str | None, progress: Progress
 ) -> Variant:
     """Write the graphs of one variant."""
     from adalink.export.base.graphs import traced_graphs
     from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
-    from adalink.export.base.ort_fusion import fuse, why_not_fused
+    from adalink.export.base.ort_fusion import why_not_fused
     from adalink.export.tracing.attention import exportable_attention
-    from adalink.export.tracing.graph import write_graph
     from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
 
+    model, architecture, base = source.model, source.architecture, source.base
     folder = writer.fresh_folder(f"base/{quantization or target}")
     scheme = None if quantization is None else SCHEMES[quantization]
     metadata = metadata_of(base)
     files = {}
-    unfused_reason = why_not_fused(target)
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
     if grouped and (reason := why_not_grouped(model, architecture)):
         grouped = False
         progress(f"attention is kept in standard operators: {reason}")
     if grouped and has_windows(model, architecture):
         metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
+    types, stand_ins = base.takes_token_types, source.stand_ins
     with exportable_attention(model):
-        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=base.takes_token_types)
-        for stem, graph in graphs.items():
+        for graph in traced_graphs(model, architecture, grouped=False, token_types=types, stand_ins=stand_ins).values():
             check_activations(graph, base.name, base.embedding_dtype)
-            progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
+        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=types, stand_ins=stand_ins)
+        for stem, graph in graphs.items():
             files[stem] = f"{folder}/{stem}.onnx"
-            path = writer.stage(files[stem])
-            if unfused_reason is not None:
-                write_graph(graph, path, metadata)
-                continue
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as temporary:
-                portable = Path(temporary) / path.name
-                write_graph(graph, portable, metadata)
-                if scheme is not None:
-                    portable = _quantized(portable, scheme, progress)
-                progress(f"fusing {stem}.onnx for {target}")
-                fuse(portable, path, target)
-    if unfused_reason is not None and target != "portable":
-        progress(f"the graph is kept in standard operators: {unfused_reason}")
+            _write_graph(graph, writer.stage(files[stem]), metadata, target, scheme, progress)
+    if target != "portable" and (reason := why_not_fused(target)):
+        progress(f"the graph is kept in standard operators: {reason}")
     return Variant(
         target=target,
         quantization=scheme,
@@ -282,11 +286,27 @@ def _write_variant(
     )
 
 
-def _quantized(portable: Path, scheme: Quantization, progress: Progress) -> Path:
-    """Quantise a graph, and remove the original; returns the new file."""
-    path = portable.with_name("quantized") / portable.name
-    path.parent.mkdir()
-    quantize(portable, path, scheme, progress)
-    portable.unlink()
-    portable.with_name(f"{portable.name}.data").unlink()
-    return path
+def _write_graph(
+    graph: TracedGraph,
+    path: Path,
+    metadata: dict[str, str],
+    target: str,
+    scheme: Quantization | None,
+    progress: Progress,
+) -> None:
+    """Trace a graph, and write it with its matrices quantised and its nodes fused as the target has them."""
+    from adalink.export.base.ort_fusion import fuse, why_not_fused
+    from adalink.export.tracing.graph import save_graph, trace
+
+    progress(f"tracing {path.name}")
+    traced = trace(graph, path.name, metadata)
+    if scheme is not None:
+        quantize(traced, scheme, path.name)
+    if why_not_fused(target) is not None:
+        save_graph(traced, path, progress)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as temporary:
+        portable = Path(temporary) / path.name
+        save_graph(traced, portable, progress)
+        progress(f"fusing {path.name} for {target}")
+        fuse(portable, path, target)

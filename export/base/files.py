@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import msgspec
 
 from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.architectures import Architecture, cache_shape
+from adalink.export.base.embedding_table import embedding_rows, write_table
 from adalink.export.base.generation import describe_generation
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ContractError, IntegrityError, ModelError, RequestError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from adalink.runtime.vision.preprocess import Preprocessor
+    from adalink.training.models.stand_ins import StandIns
 
 EMBEDDINGS_FILE = "base/embeddings.safetensors"
 TOKENIZER_FILE = "base/tokenizer.json"
@@ -162,25 +163,26 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | Non
 
 
 def write_common(
-    writer: DeploymentWriter, base: Base, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    writer: DeploymentWriter,
+    base: Base,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stand_ins: StandIns,
 ) -> None:
     """Write the shared files: embeddings, tokenizer, chat template, bank graphs.
+
+    Args:
+        writer: of the deployment.
+        base: the base contract.
+        model: the exported model.
+        tokenizer: its tokenizer, if it has one.
+        stand_ins: what its matrices stand for.
 
     Raises:
         ModelError: the tokenizer has no ``tokenizer.json``.
         OSError: the disk is full or read-only.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with torch.no_grad():
-        table = model.get_input_embeddings()(torch.arange(base.vocab_size))
-    path = writer.stage(base.embeddings)
-    try:
-        save_file({"embeddings": table.contiguous()}, path)
-    except SafetensorError as error:  # its own class, also for a full disk
-        raise OSError(errno.EIO, str(error), str(path)) from error
+    write_table(writer.stage(base.embeddings), embedding_rows(model, stand_ins), base)
     if tokenizer is not None:
         writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
     if template := _chat_template(tokenizer):

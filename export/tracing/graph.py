@@ -1,17 +1,23 @@
-"""Tracing: a PyTorch module to an ONNX graph, with its weights in a file beside it."""
+"""Tracing: a PyTorch module to an ONNX graph, with its weights in a file beside it.
+
+The module may have stand-ins for its matrices. No matrix is in memory while the graph is made.
+"""
 
 from __future__ import annotations
 
-import tempfile
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adalink.export.tracing.fold_weights import fold_weights
+from adalink.export.tracing.graph_weights import GraphWeight, Progress, WeightedGraph, placeholder, tensor_of
 from adalink.export.tracing.static_shapes import make_reshapes_static
 from adalink.runtime.errors import GraphError
+from adalink.training.models.stand_ins import StandIns
 
 if TYPE_CHECKING:
     import onnx
@@ -34,6 +40,7 @@ class TracedGraph:
         outputs: names of the outputs.
         axes: dynamic axes by input or output name.
         is_grouped: whether its attention is ``GroupQueryAttention``, which is not in the ONNX standard.
+        stand_ins: what the module's matrices stand for.
     """
 
     module: torch.nn.Module
@@ -41,14 +48,40 @@ class TracedGraph:
     outputs: list[str]
     axes: dict[str, Axes]
     is_grouped: bool = False
+    stand_ins: StandIns = field(default_factory=StandIns)
 
 
-def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> None:
+def write_graph(
+    graph: TracedGraph, path: Path, metadata: dict[str, str], progress: Progress = lambda line: None
+) -> None:
     """Trace ``graph`` into ``path``, with its weights in ``<path>.data``.
 
     Args:
         graph: the graph to trace; its module computes attention with ``adalink.export.tracing.attention``.
         path: file to write, new.
+        metadata: properties to record in the graph.
+        progress: callback, called with one line now and then.
+
+    Raises:
+        GraphError: the graph has operators that are neither standard nor known.
+    """
+    save_graph(trace(graph, path.name, metadata), path, progress)
+
+
+def save_graph(graph: WeightedGraph, path: Path, progress: Progress = lambda line: None) -> None:
+    """Write a graph as ``path``, with its weights in ``<path>.data``, and check it."""
+    import onnx
+
+    graph.save(path, progress)
+    onnx.checker.check_model(str(path))
+
+
+def trace(graph: TracedGraph, name: str, metadata: dict[str, str]) -> WeightedGraph:
+    """Trace ``graph``; its matrices are not read.
+
+    Args:
+        graph: as for ``write_graph``.
+        name: file name of the graph, for errors.
         metadata: properties to record in the graph.
 
     Raises:
@@ -57,36 +90,53 @@ def write_graph(graph: TracedGraph, path: Path, metadata: dict[str, str]) -> Non
     import onnx
     import torch
 
-    # Beside the target, so that a full disk shows here. The exporter lays out large weights differently from the kit.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".trace-") as folder:
-        traced = Path(folder) / path.name
-        with torch.no_grad(), quiet_exporter():
-            torch.onnx.export(
-                graph.module,
-                tuple(graph.inputs.values()),
-                str(traced),
-                input_names=list(graph.inputs),
-                output_names=graph.outputs,
-                dynamic_axes=graph.axes,
-                opset_version=OPSET,
-                custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
-                dynamo=False,
-            )
-        model = onnx.load(traced)
-    _check_operators(model, path.name)
+    stream = io.BytesIO()
+    with torch.no_grad(), quiet_exporter():
+        torch.onnx.export(
+            graph.module,
+            tuple(graph.inputs.values()),
+            stream,
+            input_names=list(graph.inputs),
+            output_names=graph.outputs,
+            dynamic_axes=graph.axes,
+            opset_version=OPSET,
+            custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
+            dynamo=False,
+            # Weights become inputs of the graph; what the exporter would fold is folded below.
+            export_params=False,
+            keep_initializers_as_inputs=True,
+            do_constant_folding=False,
+        )
+    model = onnx.load_from_string(stream.getvalue())
+    _check_operators(model, name)
+    weights = _take_weights(model, graph)
+    fold_weights(model, weights)
     _name_attention_shapes(model)
     make_reshapes_static(model)
     model.producer_name = "adalink-kit"
     onnx.helper.set_model_props(model, metadata)
-    onnx.save_model(
-        model,
-        path,
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{path.name}.data",
-        size_threshold=1024,
-    )
-    onnx.checker.check_model(str(path))
+    return WeightedGraph(model, weights)
+
+
+def _take_weights(model: onnx.ModelProto, graph: TracedGraph) -> dict[str, GraphWeight]:
+    """Make initializers of the graph inputs that are weights: matrices without values, and vectors with theirs."""
+    tensors = graph.module.state_dict(keep_vars=True)
+    inputs = [value for value in model.graph.input if value.name in graph.inputs]
+    weights = {}
+    for value in model.graph.input:
+        if value.name in graph.inputs:
+            continue
+        tensor = tensors[value.name]
+        weight = GraphWeight(graph.stand_ins.source(tensor), tensor.dtype)
+        if tensor.dim() > 1:
+            weights[value.name] = weight
+            initializer = placeholder(value.name, weight)
+        else:
+            initializer = tensor_of(value.name, weight.weight.read().to(weight.dtype))
+        model.graph.initializer.append(initializer)
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return weights
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
@@ -48,8 +49,13 @@ def fingerprint_embeddings(weight: npt.NDArray[np.floating]) -> str:
             the embedding module applies).
     """
     rows, width = weight.shape
-    state = hashlib.sha256(f"{rows},{width};".encode("ascii"))
     step = max(1, _CHUNK_BYTES // (4 * width))
-    for start in range(0, rows, step):
-        state.update(np.ascontiguousarray(weight[start : start + step], dtype="<f4").data)
+    return fingerprint_rows(rows, width, (weight[start : start + step] for start in range(0, rows, step)))
+
+
+def fingerprint_rows(rows: int, width: int, parts: Iterable[npt.NDArray[np.floating]]) -> str:
+    """``fingerprint_embeddings`` of a matrix with shape ``(rows, width)`` that comes in parts, some rows each."""
+    state = hashlib.sha256(f"{rows},{width};".encode("ascii"))
+    for part in parts:
+        state.update(np.ascontiguousarray(part, dtype="<f4").data)
     return f"sha256:{state.hexdigest()}"
