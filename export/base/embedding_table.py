@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.export.tracing.graph_weights import bits_of
-from adalink.runtime.storage.manifest import Base
 from adalink.training.models.stand_ins import StandIns
 from adalink.training.models.weights import read_pieces
 
@@ -36,11 +35,20 @@ def embedding_rows(model: PreTrainedModel, stand_ins: StandIns) -> Iterator[torc
         module.padding_idx = padding
 
 
-def write_table(path: Path, rows: Iterable[torch.Tensor], base: Base) -> None:
-    """Write rows as the tensor ``embeddings`` of a safetensors file; raises ``OSError`` as writing does."""
-    shape = [base.vocab_size, base.hidden_size]
-    size = shape[0] * shape[1] * (4 if base.embedding_dtype == "float32" else 2)
-    entry = {"dtype": _CODES[base.embedding_dtype], "shape": shape, "data_offsets": [0, size]}
+def write_table(path: Path, rows: Iterable[torch.Tensor], shape: tuple[int, int], dtype: str) -> None:
+    """Write rows as the tensor ``embeddings`` of a safetensors file.
+
+    Args:
+        path: file to write, new.
+        rows: all rows in turn, some at a time.
+        shape: of all together.
+        dtype: of the rows, one of ``adalink.runtime.storage.manifest.DTYPES``.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    size = shape[0] * shape[1] * (4 if dtype == "float32" else 2)
+    entry = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [0, size]}
     header = json.dumps({"embeddings": entry}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _HEADER_ALIGNMENT)
     with path.open("wb") as stream:

@@ -182,7 +182,8 @@ def write_common(
         ModelError: the tokenizer has no ``tokenizer.json``.
         OSError: the disk is full or read-only.
     """
-    write_table(writer.stage(base.embeddings), embedding_rows(model, stand_ins), base)
+    shape = base.vocab_size, base.hidden_size
+    write_table(writer.stage(base.embeddings), embedding_rows(model, stand_ins), shape, base.embedding_dtype)
     if tokenizer is not None:
         writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
     if template := _chat_template(tokenizer):
