@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 _CHILD = """
 import json, sys
@@ -25,7 +26,7 @@ print(int(peak.split()[1]) * 1024)
 """
 
 
-def measure(model: Path | str, out: Path, dtype: str, target: str, quantization: str | None) -> dict[str, object]:
+def measure(model: Path | str, out: Path, dtype: str, target: str, quantization: str | None) -> dict[str, Any]:
     """Export a model; peak of the resident memory, mapped files counted in, and the time."""
     command = [sys.executable, "-c", _CHILD, str(model), str(out), dtype, target, quantization or ""]
     start = time.perf_counter()
