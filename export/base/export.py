@@ -272,6 +272,7 @@ def _write_variant(
             check_activations(graph, base.name, base.embedding_dtype)
         graphs = traced_graphs(model, architecture, grouped=grouped, token_types=types, stand_ins=stand_ins)
         for stem, graph in graphs.items():
+            progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
             _write_graph(graph, writer.stage(files[stem]), metadata, target, scheme, progress)
     if target != "portable" and (reason := why_not_fused(target)):
@@ -298,7 +299,6 @@ def _write_graph(
     from adalink.export.base.ort_fusion import fuse, why_not_fused
     from adalink.export.tracing.graph import save_graph, trace
 
-    progress(f"tracing {path.name}")
     traced = trace(graph, path.name, metadata)
     if scheme is not None:
         quantize(traced, scheme, path.name)

@@ -32,12 +32,13 @@ def lazy_safetensors(stand_ins: StandIns, dtype: torch.dtype) -> Iterator[None]:
     def open_lazily(path: Any, *arguments: Any, **options: Any) -> Any:
         return _LazyFile(safe_open(path, *arguments, **options), Path(path), stand_ins, dtype, marks)
 
-    original = modeling_utils.safe_open
-    modeling_utils.safe_open = open_lazily
+    reader: Any = modeling_utils
+    original = reader.safe_open
+    reader.safe_open = open_lazily
     try:
         yield
     finally:
-        modeling_utils.safe_open = original
+        reader.safe_open = original
 
 
 def is_accounted(stand_ins: StandIns, model: PreTrainedModel, info: Mapping[str, Any]) -> bool:
