@@ -34,7 +34,7 @@ def test_stand_ins_of_a_folder(tmp_path, family):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     checkpoint, stand_ins = open_checkpoint(tmp_path)
     reference = load_base(tmp_path)
-    matrices = sum(parameter.dim() > 1 for name, parameter in reference.named_parameters() if "pooler" not in name)
+    matrices = sum(parameter.dim() > 1 for parameter in reference.parameters())
     assert check_values(checkpoint.model, stand_ins, reference) == matrices
     assert weights_digest(checkpoint.model, stand_ins) == weights_digest(reference)
     assert weights_digest(checkpoint.model) != weights_digest(reference), "the stand-ins themselves hold zeros"
@@ -79,14 +79,7 @@ def test_a_head_beside_the_table_is_tied_if_it_is_the_same(tmp_path, same):
     assert checkpoint.model.lm_head.weight is checkpoint.model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        lambda tensor: tensor.clone(),  # computed of a stand-in
-        lambda tensor: tensor.t().contiguous().t(),
-        lambda tensor: tensor.t() if len(tensor) == tensor.shape[1] else tensor.clone(),
-    ],
-)
+@pytest.mark.parametrize("fault", [torch.clone, lambda tensor: tensor.t().contiguous().t()])
 def test_weights_that_transformers_computes_are_loaded_whole(tmp_path, monkeypatch, fault):
     model = tiny_models.llama()
     model.save_pretrained(tmp_path)
@@ -94,7 +87,7 @@ def test_weights_that_transformers_computes_are_loaded_whole(tmp_path, monkeypat
 
     def changed(self, index):
         tensor = real(self, index)
-        return fault(tensor) if tensor.shape == (48, 48) else tensor
+        return fault(tensor) if tensor.shape == (96, 48) else tensor
 
     monkeypatch.setattr(lazy_files._LazySlice, "__getitem__", changed)
     checkpoint, stand_ins = open_checkpoint(tmp_path)

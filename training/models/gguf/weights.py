@@ -76,7 +76,7 @@ class GgufWeight:
         row_bytes = columns // numbers * size
         data = np.memmap(self.path, np.uint8, "r", self.place.start, (count, row_bytes))[start:stop]
         values = dequantize(data.view(_PLAIN[kind.name]) if kind.name in _PLAIN else data, kind)
-        return np.array(values, np.float32).reshape(len(data) if len(self.shape) > 1 else -1, *self.shape[2:], columns)
+        return np.array(values, np.float32).reshape((len(data), columns) if len(self.shape) > 1 else columns)
 
     def _laid_out(self, values: Float32) -> Float32:
         """Values in the layout of the model."""
