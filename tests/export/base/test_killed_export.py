@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.warm_python import WarmPython
 
 from adalink.export.base.export import export_base
@@ -62,6 +63,7 @@ for number, share in enumerate(shares, 1):
 """
 
 
+@pytest.mark.slow
 def test_kill_between_weights_leaves_the_deployment_as_it_was(
     pristine: Path, tmp_path: Path, warm_torch: WarmPython
 ) -> None:

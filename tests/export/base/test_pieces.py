@@ -61,14 +61,13 @@ def computation(model):
 @pytest.mark.parametrize(
     ("family", "grouped"),
     [
-        ("llama", False),
         ("llama", True),
+        ("gpt2", False),
         ("gemma3", True),
-        ("qwen3", True),
-        ("gpt2", True),
-        ("phi3", False),
         ("bert", False),
-        ("t5", False),
+        pytest.param("qwen3", True, marks=pytest.mark.slow),
+        pytest.param("phi3", False, marks=pytest.mark.slow),
+        pytest.param("t5", False, marks=pytest.mark.slow),
     ],
 )
 def test_graph_is_the_one_of_the_whole_model(tmp_path, monkeypatch, family, grouped):
