@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 _CHILD = """
-import json, sys
+import sys
 from pathlib import Path
 from adalink.export import export_base
+
+def memory(field):
+    # Of this process alone; getrusage also counts what its parent had when it was made.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+def progress(line):
+    print(f"{memory('VmRSS') >> 20:6} MiB, at most {memory('VmHWM') >> 20:6}: {line}", file=sys.stderr, flush=True)
+
 model, out, dtype, target, quantization = sys.argv[1:]
-export_base(model, out, dtype=dtype, target=target, quantization=quantization or None,
-            progress=lambda line: print(line, file=sys.stderr, flush=True))
-# Of this process alone; getrusage also counts what its parent had when it was made.
-peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(int(peak.split()[1]) * 1024)
+export_base(model, out, dtype=dtype, target=target, quantization=quantization or None, progress=progress)
+print(memory("VmHWM"))
 """
 
 

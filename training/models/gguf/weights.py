@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 # Architectures whose layouts are said here; T5, whose head is looked at, is loaded whole.
 _LAZY = ("gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
+_PIECE_BYTES = 1 << 20
 # Kinds that numpy has.
 _PLAIN = {"F32": "<f4", "F16": "<f2"}
 _TURNED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
@@ -75,8 +76,12 @@ class GgufWeight:
         count, columns = (1, *self.place.shape)[-2:]
         row_bytes = columns // numbers * size
         data = np.memmap(self.path, np.uint8, "r", self.place.start, (count, row_bytes))[start:stop]
-        values = dequantize(data.view(_PLAIN[kind.name]) if kind.name in _PLAIN else data, kind)
-        return np.array(values, np.float32).reshape((len(data), columns) if len(self.shape) > 1 else columns)
+        values = np.empty((len(data), columns), np.float32)
+        step = max(1, _PIECE_BYTES // row_bytes)
+        for first in range(0, len(data), step):  # the package takes several times the memory of the result
+            part = data[first : first + step]
+            values[first : first + step] = dequantize(part.view(_PLAIN.get(kind.name, np.uint8)), kind)
+        return values if len(self.shape) > 1 else values[0]
 
     def _laid_out(self, values: Float32) -> Float32:
         """Values in the layout of the model."""
