@@ -76,7 +76,7 @@ def write_model(folder: Path, size: str, dtype: str = "bfloat16") -> Path:
     (folder / "config.json").write_text(json.dumps(config_of(size, dtype)))
     generator = np.random.default_rng(0)
     shards = _shards(tensors_of(size), _CODES[dtype][1])
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(shard, file)

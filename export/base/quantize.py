@@ -152,7 +152,10 @@ class CodedMatrix:
 
         shape = (columns, blocks, self.block_size * self.bits // 8)
         tensor = data.add(f"{self.name}.codes", TensorProto.UINT8, shape, codes())
-        arrays = {"scales": np.concatenate(scales), "zero_points": np.concatenate(zero_points)}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "scales": np.concatenate(scales),
+            "zero_points": np.concatenate(zero_points),
+        }
         tensors = [numpy_helper.from_array(array, f"{self.name}.{part}") for part, array in arrays.items()]
         return [tensor, *map(data.move, tensors)]
 

@@ -5,7 +5,7 @@ The module may have stand-ins for its matrices. No matrix is in memory while the
 
 from __future__ import annotations
 
-import io
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,24 +90,25 @@ def trace(graph: TracedGraph, name: str, metadata: dict[str, str]) -> WeightedGr
     import onnx
     import torch
 
-    stream = io.BytesIO()
-    with torch.no_grad(), quiet_exporter():
-        torch.onnx.export(
-            graph.module,
-            tuple(graph.inputs.values()),
-            stream,
-            input_names=list(graph.inputs),
-            output_names=graph.outputs,
-            dynamic_axes=graph.axes,
-            opset_version=OPSET,
-            custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
-            dynamo=False,
-            # Weights become inputs of the graph; what the exporter would fold is folded below.
-            export_params=False,
-            keep_initializers_as_inputs=True,
-            do_constant_folding=False,
-        )
-    model = onnx.load_from_string(stream.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "traced.onnx"
+        with torch.no_grad(), quiet_exporter():
+            torch.onnx.export(
+                graph.module,
+                tuple(graph.inputs.values()),
+                str(path),
+                input_names=list(graph.inputs),
+                output_names=graph.outputs,
+                dynamic_axes=graph.axes,
+                opset_version=OPSET,
+                custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
+                dynamo=False,
+                # Weights become inputs of the graph; what the exporter would fold is folded below.
+                export_params=False,
+                keep_initializers_as_inputs=True,
+                do_constant_folding=False,
+            )
+        model = onnx.load(path)
     _check_operators(model, name)
     weights = _take_weights(model, graph)
     fold_weights(model, weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adalink.training.models.weights import TensorWeight, Weight
 
@@ -73,7 +73,8 @@ class StandIns:
                 return tensor
             return self.make(self.source(tensor), dtype)
 
-        model._apply(in_dtype)
+        apply: Any = model._apply
+        apply(in_dtype)
 
     def skeleton(self, model: Module) -> Module:
         """A copy of a model with stand-ins for its matrices; the model keeps its own."""
