@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from adalink.export.tracing.fold_weights import fold_weights
 from adalink.export.tracing.graph_weights import GraphWeight, Progress, WeightedGraph, placeholder, tensor_of
@@ -21,7 +23,6 @@ from adalink.training.models.stand_ins import StandIns
 
 if TYPE_CHECKING:
     import onnx
-    import torch
 
 OPSET = 20
 # The one operator that is not standard, in graphs for ONNX Runtime alone (adalink.export.base.grouped_attention).
@@ -88,63 +89,73 @@ def trace(graph: TracedGraph, name: str, metadata: dict[str, str]) -> WeightedGr
         GraphError: the graph has operators that are neither standard nor known.
     """
     import onnx
-    import torch
 
+    weights = {name: tensor.detach() for name, tensor in graph.module.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traced.onnx"
         with torch.no_grad(), quiet_exporter():
             torch.onnx.export(
-                graph.module,
-                tuple(graph.inputs.values()),
+                _WithWeights(graph.module, list(weights)),
+                (*weights.values(), *graph.inputs.values()),
                 str(path),
-                input_names=list(graph.inputs),
+                input_names=[*weights, *graph.inputs],
                 output_names=graph.outputs,
                 dynamic_axes=graph.axes,
                 opset_version=OPSET,
                 custom_opsets={DOMAIN: 1} if graph.is_grouped else None,  # PyTorch warns of one that is not used
                 dynamo=False,
-                # Weights become inputs of the graph; what the exporter would fold is folded below.
                 export_params=False,
-                keep_initializers_as_inputs=True,
-                do_constant_folding=False,
+                do_constant_folding=False,  # there are no constants but small ones, see fold_weights
             )
         model = onnx.load(path)
     _check_operators(model, name)
-    weights = _take_weights(model, graph)
-    fold_weights(model, weights)
+    matrices = _take_weights(model, graph, weights)
+    fold_weights(model, matrices)
     _name_attention_shapes(model)
     make_reshapes_static(model)
     model.producer_name = "adalink-kit"
     onnx.helper.set_model_props(model, metadata)
-    return WeightedGraph(model, weights)
+    return WeightedGraph(model, matrices)
 
 
-def _take_weights(model: onnx.ModelProto, graph: TracedGraph) -> dict[str, GraphWeight]:
+class _WithWeights(torch.nn.Module):
+    """A module whose weights are its first inputs: of weights as parameters the exporter makes copies."""
+
+    def __init__(self, module: torch.nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.graph = module
+        self._names = names
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """The module's outputs, with the weights and its own inputs in turn."""
+        weights = dict(zip(self._names, inputs, strict=False))
+        return torch.func.functional_call(self.graph, weights, inputs[len(self._names) :])
+
+
+def _take_weights(
+    model: onnx.ModelProto, graph: TracedGraph, tensors: dict[str, torch.Tensor]
+) -> dict[str, GraphWeight]:
     """Make initializers of the graph inputs that are weights: matrices without values, and vectors with theirs."""
-    tensors = graph.module.state_dict(keep_vars=True)
-    inputs = [value for value in model.graph.input if value.name in graph.inputs]
-    weights = {}
-    for value in model.graph.input:
-        if value.name in graph.inputs:
+    inputs = {value.name: value for value in model.graph.input}
+    matrices = {}
+    for name, tensor in tensors.items():
+        if name not in inputs:
             continue
-        tensor = tensors[value.name]
         weight = GraphWeight(graph.stand_ins.source(tensor), tensor.dtype)
         if tensor.dim() > 1:
-            weights[value.name] = weight
-            initializer = placeholder(value.name, weight)
+            matrices[name] = weight
+            initializer = placeholder(name, weight)
         else:
-            initializer = tensor_of(value.name, weight.weight.read().to(weight.dtype))
+            initializer = tensor_of(name, weight.weight.read().to(weight.dtype))
         model.graph.initializer.append(initializer)
     del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    return weights
+    model.graph.input.extend(inputs[name] for name in graph.inputs if name in inputs)
+    return matrices
 
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's warnings: that it is the older one, and that shapes are traced."""
-    import torch
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
