@@ -90,13 +90,13 @@ def trace(graph: TracedGraph, name: str, metadata: dict[str, str]) -> WeightedGr
     """
     import onnx
 
-    weights = {name: tensor.detach() for name, tensor in graph.module.state_dict().items()}
+    weights = _named_weights(graph.module)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traced.onnx"
         with torch.no_grad(), quiet_exporter():
             torch.onnx.export(
-                _WithWeights(graph.module, list(weights)),
-                (*weights.values(), *graph.inputs.values()),
+                _WithWeights(graph.module, list(weights.values())),
+                (*(weight.detach() for weight in weights.values()), *graph.inputs.values()),
                 str(path),
                 input_names=[*weights, *graph.inputs],
                 output_names=graph.outputs,
@@ -118,18 +118,37 @@ def trace(graph: TracedGraph, name: str, metadata: dict[str, str]) -> WeightedGr
     return WeightedGraph(model, matrices)
 
 
+def _named_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module; what is tied has its first name alone."""
+    names: dict[int, str] = {}
+    tensors = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in names.values()}
+
+
 class _WithWeights(torch.nn.Module):
     """A module whose weights are its first inputs: of weights as parameters the exporter makes copies."""
 
-    def __init__(self, module: torch.nn.Module, names: list[str]) -> None:
+    def __init__(self, module: torch.nn.Module, weights: list[torch.Tensor]) -> None:
         super().__init__()
         self.graph = module
-        self._names = names
+        self._weights = weights
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The module's outputs, with the weights and its own inputs in turn."""
-        weights = dict(zip(self._names, inputs, strict=False))
-        return torch.func.functional_call(self.graph, weights, inputs[len(self._names) :])
+        given = {id(weight): tensor for weight, tensor in zip(self._weights, inputs, strict=False)}
+        owners: list[dict[str, Any]] = [
+            owner for module in self.graph.modules() for owner in (module._parameters, module._buffers)
+        ]
+        before = [dict(owner) for owner in owners]
+        try:
+            for owner in owners:
+                owner.update({name: given[id(value)] for name, value in owner.items() if id(value) in given})
+            return self.graph(*inputs[len(self._weights) :])
+        finally:
+            for owner, values in zip(owners, before, strict=True):
+                owner.update(values)
 
 
 def _take_weights(
