@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adalink.training.models.weights import TensorWeight, Weight
+from adalink.training.models.weights import TensorWeight, Weight, read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class StandIns:
         before = [(parameter, parameter.data) for parameter in parameters if parameter in self]
         try:
             for parameter, stand_in in before:
-                parameter.data = self.source(stand_in).read().to(stand_in.dtype)
+                parameter.data = read_whole(self.source(stand_in), stand_in.dtype)
             yield
         finally:
             for parameter, stand_in in before:
@@ -103,7 +103,7 @@ class StandIns:
         """Give parameters their values for good."""
         for parameter in parameters:
             if parameter in self:
-                parameter.data = self.source(parameter.data).read().to(parameter.dtype, copy=True)
+                parameter.data = read_whole(self.source(parameter.data), parameter.dtype)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -100,6 +100,17 @@ def read_pieces(weight: Weight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         yield weight.read(start, min(start + step, weight.shape[0])).to(dtype).contiguous()
 
 
+def read_whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in ``dtype``, without a second copy of it as it is stored."""
+    import torch
+
+    values, start = torch.empty(weight.shape, dtype=dtype), 0
+    for piece in read_pieces(weight, dtype):
+        values[start : start + len(piece)] = piece
+        start += len(piece)
+    return values
+
+
 def digest_weight(weight: Weight) -> str:
     """Digest of a weight's values in float32."""
     import torch
