@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 from helpers.warm_python import WarmPython
 
 _IMPORTS = ("onnxruntime", "torch", "transformers.models.llama.modeling_llama", "transformers.trainer")
+
+
+_frozen_at = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Leave what imports made out of garbage collection: PyTorch's trainer collects at each start, for a second."""
+    global _frozen_at
+    if len(sys.modules) > _frozen_at + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen_at = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)

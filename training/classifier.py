@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from adalink.training.data.labelled_rows import LabelledRow
     from adalink.training.method.attach import AdaLinkModel
 
-_IGNORED = -100
+# The target of a token without a tag.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _target(
         return [float(label in row.labels) for label in head.labels]
     if head.problem_type == REGRESSION:
         return row.value
-    targets = [_IGNORED] * len(offsets)
+    targets = [IGNORED] * len(offsets)
     seen: set[tuple[int, int]] = set()
     for position, ((start, end), word) in enumerate(zip(offsets, words, strict=True)):
         start += len(row.text[start:end]) - len(row.text[start:end].lstrip())
@@ -113,7 +114,7 @@ class LabelCollator:
             batch["token_type_ids"] = padded([example.types for example in examples], 0)
         targets: list[Any] = [example.target for example in examples]
         is_tokens = self._head.problem_type == TOKENS
-        batch["labels"] = padded(targets, _IGNORED) if is_tokens else torch.tensor(targets)
+        batch["labels"] = padded(targets, IGNORED) if is_tokens else torch.tensor(targets)
         return batch
 
 
@@ -137,13 +138,13 @@ class TrainableClassifier(nn.Module):
         losses = self._losses(labels, inputs)
         if self.spec.problem_type != TOKENS:
             return {"loss": losses.mean()}
-        return {"loss": losses.sum() / (labels != _IGNORED).sum()}
+        return {"loss": losses.sum() / (labels != IGNORED).sum()}
 
     @torch.no_grad()
     def row_losses(self, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Loss of each row, of tokens the mean; float32 with shape ``(batch,)``; arguments as ``forward``'s."""
         losses = self._losses(labels, inputs)
-        return losses if losses.ndim == 1 else losses.sum(dim=1) / (labels != _IGNORED).sum(dim=1).clamp(min=1)
+        return losses if losses.ndim == 1 else losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
     def _losses(self, labels: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Losses with shape ``(batch,)``, or ``(batch, seq)`` of tokens, 0 for those without a tag."""
@@ -153,7 +154,7 @@ class TrainableClassifier(nn.Module):
         if kind == MULTI_LABEL:
             return functional.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(dim=1)
         losses = functional.cross_entropy(
-            scores.flatten(0, -2), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+            scores.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return losses.view(labels.shape)
 

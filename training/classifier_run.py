@@ -25,6 +25,7 @@ from adalink.training.data.labelled_rows import LabelledRow, check_labels, find_
 from adalink.training.data.run_rows import RunRows, read_labelled
 from adalink.training.eval_curve import spread
 from adalink.training.label_texts import check_label_texts, label_vectors, place
+from adalink.training.linear_probe import fit_head
 from adalink.training.loop import Lesson, TrainingRun
 from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import attach
@@ -78,7 +79,7 @@ def train_classifier(
         {
             "base": run.base,
             "method": config.as_record(),
-            "settings": {**settings.as_record(), "head": options.kind, "head_lr": options.lr},
+            "settings": {**settings.as_record(), **options.as_record()},
             "data": rows.record,
             "base_fingerprint": base_fingerprint(encoder.model),
             "tokenizer_digest": digest_tokenizer(encoder.tokenizer),
@@ -93,6 +94,9 @@ def train_classifier(
                 place(attached, vectors)
             module, collate = TrainableClassifier(attached), encoder.collate
             scale = Scale.of(examples) if kind == REGRESSION else Scale()
+            if vectors is None and options.init == "probe" and run.last is None:
+                loop.progress("fitting the head to the base's states, to start from there")
+                fit_head(module, scale.apply(examples), collate, settings)
             answers = _Answers(module, collate, settings.batch_size, rows.learned)
             loop.progress(f"training on {len(examples)} rows with {len(labels)} labels, {settings.max_steps} steps")
             measure_beside = partial(answers.curve_point, *_watch(rows, validation, eval_examples), scale)

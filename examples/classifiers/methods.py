@@ -28,6 +28,7 @@ from adalink.training.classifier import LabelCollator, TrainableClassifier, enco
 from adalink.training.classifier_metrics import measure
 from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
+from adalink.training.linear_probe import fit_head
 from adalink.training.loop_options import LoopOptions
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.models.loading import load_base, load_tokenizer
@@ -36,8 +37,7 @@ from adalink.training.trainer import trainer_arguments
 if TYPE_CHECKING:
     from adalink.runtime.arrays import Array
 
-# Peak learning rates of what is trained beside the head. The first is the best for most data sets of
-# studies/results/encoder. For kinds of tasks that it has not, the eval rows choose, with the first seed.
+# Peak learning rates of what is trained beside the head; the eval rows choose, with the first seed.
 RATES = {"adalink": (1e-2, 3e-3), "lora": (1e-2, 3e-3), "full": (3e-4,), "head": (HeadSettings.lr,)}
 RANK, LORA_RANK, LENGTH = 16, 8, 64
 SETTINGS = TrainSettings(max_steps=100, batch_size=16, max_length=LENGTH, device="cpu", save_steps=10_000, eval_steps=0)
@@ -102,6 +102,7 @@ def train_own_model(base: Path, rows: dict[str, Path], method: str, lr: float, s
         module = _OwnModel(attached)
         examples = {split: encode_labelled(some, tokenizer, head) for split, some in parts.items()}
         collate = LabelCollator(head, tokenizer.pad_token_id)
+        fit_head(module, examples["train"], collate, replace(SETTINGS, seed=seed))  # as the kit's own heads start
         seconds = _train(module, examples["train"], collate, replace(SETTINGS, seed=seed, lr=lr))
         for split in ("eval", "test"):
             scores = predict(module, examples[split], collate, SETTINGS.batch_size)

@@ -171,7 +171,7 @@ class Tab:
         """Wait until no answer is under way."""
         self.until("!document.querySelector('[aria-busy=true]')")
 
-    def until(self, script: str, seconds: float = 8) -> None:
+    def until(self, script: str, seconds: float = 30) -> None:
         """Wait until an expression is true in the page; Playwright's own way is an ``eval``, which the page forbids."""
 
         def holds() -> bool:

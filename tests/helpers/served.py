@@ -18,7 +18,7 @@ from adalink.serving.gateway import Gateway
 from adalink.serving.server import DrainingServer, bind
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 5) -> float:
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> float:
     """Seconds until something holds."""
     begun = time.perf_counter()
     while not holds():

@@ -70,7 +70,7 @@ def browser() -> Iterator[Any]:
 def shared_page(browser: Any) -> Any:
     """One page of a browser for all tests of a module, since a new one takes a quarter of a second."""
     page = browser.new_context(reduced_motion="reduce").new_page()
-    page.set_default_timeout(8000)
+    page.set_default_timeout(30_000)  # a machine may be busy
     return page
 
 

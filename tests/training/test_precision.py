@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.quick import slow_except
 from helpers.studies import write_letter_task
 from helpers.tiny_models import FAMILIES, idefics3, llava, paligemma, qwen2_5_vl
 from helpers.tiny_tokenizer import make_prefix_tokenizer, make_tile_tokenizer, make_tokenizer
@@ -50,7 +51,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
     return found
 
 
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("family", slow_except(BASES, "t5", "idefics3"))
 def test_only_products_of_a_step_are(family: str, products: dict[str, set[torch.dtype]], tmp_path: Path) -> None:
     """The first loss has bfloat16's few digits, and the adapter's weights end where float32's do."""
     make_base, make_words, make_processor, prompt = BASES[family]
@@ -89,7 +90,7 @@ def test_only_products_of_a_step_are(family: str, products: dict[str, set[torch.
             assert a @ b / math.sqrt((a @ a) * (b @ b)) > 0.9
 
 
-@pytest.mark.parametrize("is_supported", [True, False])
+@pytest.mark.parametrize("is_supported", slow_except([True, False], False))
 def test_a_cpu_that_only_emulates_it_is_warned_of_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_supported: bool
 ) -> None:

@@ -9,10 +9,10 @@ import click
 
 from adalink.runtime.storage.head_spec import PROBLEM_TYPES
 from adalink.runtime.storage.pooling_schema import POOLING_MODES
-from adalink.training.settings import HEADS, HeadSettings
+from adalink.training.settings import HEAD_INITS, HEADS, HeadSettings
 
 # Names of the parameters that the options below become.
-HEAD_PARAMETERS = ("pooling", "problem_type", "head_kind", "head_lr", "head_alone")
+HEAD_PARAMETERS = ("pooling", "problem_type", "head_kind", "head_lr", "head_init", "head_alone")
 _OPTIONS = (
     click.option(
         "--pooling",
@@ -36,6 +36,13 @@ _OPTIONS = (
     ),
     click.option(
         "--head-lr", default=HeadSettings.lr, show_default=True, help="Highest learning rate of the head, likewise."
+    ),
+    click.option(
+        "--head-init",
+        default=HeadSettings.init,
+        show_default=True,
+        type=click.Choice(HEAD_INITS),
+        help="Where the head starts: fitted to the base's states (a linear probe), or zeros.",
     ),
     click.option("--head-alone", is_flag=True, help="Likewise: train no bottleneck, only a head on the base's states."),
 )

@@ -77,6 +77,7 @@ class TrainOptions:
     problem_type: str | None
     head_kind: str
     head_lr: float
+    head_init: str
     head_alone: bool
     assume_pretokenizer: str | None
     resume: bool
@@ -127,6 +128,7 @@ class TrainOptions:
             pooling=self.pooling,
             kind=self.head_kind,
             lr=self.head_lr,
+            init=self.head_init,
             alone=self.head_alone,
         )
 

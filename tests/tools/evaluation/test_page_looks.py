@@ -19,7 +19,7 @@ WIDTHS = (320, 400, 800, 1280)
 def page() -> Iterator[Any]:
     with open_browser() as browser:
         tab = browser.new_page()
-        tab.set_default_timeout(8000)
+        tab.set_default_timeout(30_000)  # a machine may be busy
         yield tab
 
 
