@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
 from adalink.runtime.storage.digest import digest_bytes, fingerprint_rows
 from adalink.training.models.accounting import account_for_tensors
+from adalink.training.models.base_kind import auto_class
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
 from adalink.training.models.gguf.weights import is_lazy, load_lazily
@@ -110,11 +111,11 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32", stand_ins: Stan
                 stack.enter_context(limit_model_size(stored, display_name(spec)))
             if gguf is not None and stand_ins is not None and is_lazy(gguf.header):
                 assert source.gguf_path is not None
-                model, info = load_lazily(gguf.header, source.gguf_path, _auto_class(config), config, stand_ins)
+                model, info = load_lazily(gguf.header, source.gguf_path, auto_class(config), config, stand_ins)
             else:
                 if stand_ins is not None and gguf is None:
                     stack.enter_context(lazy_safetensors(stand_ins, torch_dtype))
-                model, info = _auto_class(config).from_pretrained(
+                model, info = auto_class(config).from_pretrained(
                     source.origin,
                     config=config,
                     dtype=torch_dtype,
@@ -323,18 +324,3 @@ def _weights_folder(source: Source) -> Path | None:
         return None
     folder = Path(source.origin)
     return folder if folder.is_dir() else fetch_weights(source.origin)
-
-
-def _auto_class(config: Any) -> Any:
-    """The transformers auto class for a checkpoint; GGUF configs carry no ``architectures``."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    if names := config.architectures:
-        if names[0].endswith("ForConditionalGeneration"):
-            return AutoModelForImageTextToText
-        return AutoModelForCausalLM if names[0].endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
-    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    return AutoModelForCausalLM if is_decoder else AutoModel
