@@ -84,11 +84,12 @@ def export_base(
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision.tower import describe_images, language_model, write_vision
-    from adalink.training.models.loading import base_fingerprint, find_image_processor, open_checkpoint, weights_digest
+    from adalink.training.models.loading import base_fingerprint, open_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
     from adalink.training.models.sentence_files import read_pooling
     from adalink.training.models.source import display_name
     from adalink.training.models.stand_ins import StandIns
+    from adalink.training.models.vision import find_image_processor
 
     check_settings(dtype, target, quantization, modalities)
     variant = quantization or target

@@ -17,7 +17,6 @@ from adalink.training.models.base_kind import auto_class
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
 from adalink.training.models.gguf.weights import is_lazy, load_lazily
-from adalink.training.models.hub_access import download_options
 from adalink.training.models.lazy_files import is_accounted, lazy_safetensors
 from adalink.training.models.size_limit import limit_model_size
 from adalink.training.models.source import Source, display_name, find_source
@@ -35,7 +34,6 @@ from adalink.training.models.weights import digest_weight, read_pieces
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.image_processing_utils import BaseImageProcessor
 
 DTYPES = ("float32", "float16", "bfloat16")
 _POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
@@ -207,19 +205,6 @@ def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         backend.enable_truncation(**truncation)
     if backend is not None and padding is not None:
         backend.enable_padding(**padding)
-
-
-def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
-    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
-    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(
-            str(spec), backend="pil", trust_remote_code=False, **download_options(spec)
-        )
-    except (OSError, ValueError):
-        return None
 
 
 def base_fingerprint(model: torch.nn.Module, stand_ins: StandIns | None = None) -> str:
