@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 # Smaller values stay in the graph.
 FROM_BYTES = 1024
-_ALIGNMENT = 4096
+# Tensors begin at a multiple of it, larger ones at a page.
+_ALIGNMENT, _PAGE = 64, 4096
+_PAGE_FROM_NUMBERS = 1 << 16
 _PIECE_BYTES = 32 << 20
 
 
@@ -45,11 +48,12 @@ class DataFile:
         """Append a tensor, whose values come in pieces; returns the initializer that refers to them."""
         from onnx import TensorProto
 
-        self._stream.write(bytes(-self._stream.tell() % _ALIGNMENT))
+        tensor = TensorProto(name=name, data_type=data_type, dims=shape, data_location=TensorProto.EXTERNAL)
+        alignment = _PAGE if math.prod(tensor.dims) >= _PAGE_FROM_NUMBERS else _ALIGNMENT
+        self._stream.write(bytes(-self._stream.tell() % alignment))
         start = self._stream.tell()
         for piece in pieces:
             self._stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        tensor = TensorProto(name=name, data_type=data_type, dims=shape, data_location=TensorProto.EXTERNAL)
         entries = {"location": self._location, "offset": start, "length": self._stream.tell() - start}
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=str(value))
