@@ -15,10 +15,19 @@ from adalink.export.architectures import Architecture, architecture_of
 from adalink.export.base.activations import check_activations
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
+from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
-from adalink.export.base.quantize import SCHEMES, quantize
-from adalink.export.base.request import TARGETS, check_free, check_model, check_place, check_settings
+from adalink.export.base.quantize import GGUF, SCHEMES, quantize
+from adalink.export.base.request import (
+    TARGETS,
+    check_free,
+    check_model,
+    check_place,
+    check_settings,
+    codes_file,
+    quantized_types,
+)
 from adalink.export.writer import DeploymentWriter, open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
 from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
@@ -64,7 +73,8 @@ def export_base(
         out: the deployment folder.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: of the weights, of ``inputs_embeds`` and of the outputs.
         target: one of ``TARGETS``; each is one variant, in ``base/<target>/``.
-        quantization: one of ``adalink.export.base.quantize.SCHEMES``: a variant of that name with quantised matrices.
+        quantization: one of ``adalink.export.base.quantize.SCHEMES``: a variant of that name with quantised matrices;
+            ``"gguf"`` keeps the codes of a GGUF file.
         modalities: input modalities, ``"text"`` first. The caller's own encoder computes embeddings of the others, and
             adapters may have weights for any of them. A model that takes images has ``"image"`` by itself, and its
             vision encoder is exported beside it.
@@ -95,8 +105,11 @@ def export_base(
     variant = quantization or target
     check_place(Path(out), variant, replace=replace)
     progress = progress or (lambda line: None)
+    codes = codes_file(model) if quantization == GGUF else None
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
+        if codes is None and (types := quantized_types(model)):
+            progress(f"{display_name(model)} has matrices in {' and '.join(types)}: --quantize gguf keeps their codes")
         progress(f"loading {display_name(model)}")
         (checkpoint, stand_ins), name = open_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors
@@ -154,7 +167,7 @@ def export_base(
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         source = _Source(loaded, architecture, base, stand_ins)
-        variants[variant] = _write_variant(writer, source, target, quantization, progress)
+        variants[variant] = _write_variant(writer, source, target, quantization, codes, progress)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(
@@ -247,9 +260,14 @@ def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def _write_variant(
-    writer: DeploymentWriter, source: _Source, target: str, quantization: str | None, progress: Progress
+    writer: DeploymentWriter,
+    source: _Source,
+    target: str,
+    quantization: str | None,
+    codes: Path | None,
+    progress: Progress,
 ) -> Variant:
-    """Write the graphs of one variant."""
+    """Write the graphs of one variant; ``codes`` is the GGUF file whose codes are kept."""
     from adalink.export.base.graphs import traced_graphs
     from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
     from adalink.export.base.ort_fusion import why_not_fused
@@ -259,6 +277,7 @@ def _write_variant(
     model, architecture, base = source.model, source.architecture, source.base
     folder = writer.fresh_folder(f"base/{quantization or target}")
     scheme = None if quantization is None else SCHEMES[quantization]
+    gguf = None if codes is None else GgufCodes(codes)
     metadata = metadata_of(base)
     files = {}
     grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
@@ -275,7 +294,11 @@ def _write_variant(
         for stem, graph in graphs.items():
             progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
-            _write_graph(graph, writer.stage(files[stem]), metadata, target, scheme, progress)
+            _write_graph(graph, writer.stage(files[stem]), metadata, target, (scheme, gguf), progress)
+    if scheme is not None and gguf is not None:
+        scheme = gguf.record(scheme)
+        for line in describe_tensors(scheme):
+            progress(line)
     if target != "portable" and (reason := why_not_fused(target)):
         progress(f"the graph is kept in standard operators: {reason}")
     return Variant(
@@ -293,7 +316,7 @@ def _write_graph(
     path: Path,
     metadata: dict[str, str],
     target: str,
-    scheme: Quantization | None,
+    quantization: tuple[Quantization | None, GgufCodes | None],
     progress: Progress,
 ) -> None:
     """Trace a graph, and write it with its matrices quantised and its nodes fused as the target has them."""
@@ -301,8 +324,9 @@ def _write_graph(
     from adalink.export.tracing.graph import save_graph, trace
 
     traced = trace(graph, path.name, metadata)
+    scheme, gguf = quantization
     if scheme is not None:
-        quantize(traced, scheme, path.name)
+        quantize(traced, scheme, path.name, gguf)
     if why_not_fused(target) is not None:
         save_graph(traced, path, progress)
         return

@@ -9,17 +9,19 @@ the graph, so adapters are not affected. Why these block sizes: docs/decisions/0
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from adalink.export.base.gguf_codes import BITS, BLOCK_SIZE, GgufCodes
+from adalink.export.base.integer_blocks import IntegerBlocks, require_bits, round_to_nearest
 from adalink.export.tracing.external_data import DataFile
 from adalink.export.tracing.fold_weights import drop_unused
-from adalink.export.tracing.graph_weights import GraphWeight, WeightedGraph
-from adalink.runtime.errors import ConfigError, GraphError
+from adalink.export.tracing.graph_weights import Coding, GraphWeight, WeightedGraph
+from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.manifest import Quantization
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _OPERATOR, _DOMAIN = "MatMulNBits", "com.microsoft"
 ROUND_TO_NEAREST = "round-to-nearest"
+GGUF = "gguf"  # the scheme and its algorithm: codes of a GGUF file as they are, and bits of what has none
 SCHEMES = {
     "int4": Quantization(
         algorithm=ROUND_TO_NEAREST, bits=4, block_size=32, sensitive_bits=8, sensitive_block_size=128, activation_bits=8
@@ -39,6 +42,14 @@ SCHEMES = {
         sensitive_block_size=128,
         activation_bits=8,
     ),
+    GGUF: Quantization(
+        algorithm=GGUF,
+        bits=BITS,
+        block_size=BLOCK_SIZE,
+        sensitive_bits=BITS,
+        sensitive_block_size=BLOCK_SIZE,
+        activation_bits=8,
+    ),
 }
 # An ``int4`` base has 4 bits only in the first matrices of a feed-forward block, where rounding costs least: a third
 # of SmolLM2. They are matched by the traced module's name, in every family that can be exported.
@@ -48,24 +59,24 @@ _ENTERS_FEED_FORWARD = re.compile(
 _LAYER = re.compile(r"\.(\d+)/")
 # The layers at both ends, one in twelve at each, stay in 8 bits.
 _END_SHARE = 12
-_INT8_ACTIVATIONS = 4  # the operator's accuracy_level: activations are rounded to 8 bits, block by block
-
 Float32 = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
 
-def quantize(graph: WeightedGraph, scheme: Quantization, name: str) -> None:
-    """Replace the products with constant matrices by quantised ones, in place; no matrix is read.
+def quantize(graph: WeightedGraph, scheme: Quantization, name: str, gguf: GgufCodes | None = None) -> None:
+    """Replace the products with constant matrices by quantised ones, in place.
 
-    Codes are made when the graph is saved, from one matrix at a time.
+    Codes are made when the graph is saved, from some columns of one matrix at a time. Those of a GGUF file are read
+    here, from one matrix at a time.
 
     Args:
         graph: a graph in float32.
         scheme: one of ``SCHEMES``.
         name: file name of the graph, for errors.
+        gguf: codes of the matrices, in place of rounding to nearest.
 
     Raises:
-        GraphError: the graph has no product with a constant float32 matrix.
+        GraphError: the graph has no product with a constant float32 matrix, or one whose codes cannot be kept.
         ConfigError: the installed ONNX Runtime has no such matrices.
     """
     import onnx
@@ -79,30 +90,81 @@ def quantize(graph: WeightedGraph, scheme: Quantization, name: str) -> None:
         )
     layers = 1 + max(_layer(node.name) for node in products)
     replaced: dict[str, list[onnx.NodeProto]] = {}
-    coded: dict[tuple[str, int, bool], CodedMatrix] = {}
+    coded: dict[tuple[str, int, bool], RoundedMatrix | KeptCodes | None] = {}
     for node in products:
         bits, block_size = _precision(node.name, scheme, layers)
         key = (node.input[1], bits, _is_transposed(node))
         if key not in coded:
             weight = graph.weights[node.input[1]]
+            weight = weight.turned() if key[2] else weight
             prefix = f"{node.input[1]}.{'t' if key[2] else ''}{bits}"
-            coded[key] = CodedMatrix(prefix, weight.turned() if key[2] else weight, bits, block_size)
-        replaced[node.output[0]] = coded[key].nodes(node)
+            if gguf is None:
+                coded[key] = RoundedMatrix(prefix, weight, bits, block_size)
+            else:
+                blocks = gguf.blocks(np.concatenate([part.T for part in weight.columns()]), node.name)
+                coded[key] = None if blocks is None else KeptCodes(prefix, blocks)
+        if (entry := coded[key]) is not None:
+            replaced[node.output[0]] = _nodes(node, entry.name, entry.attributes, entry.inputs)
     nodes = [new for node in nodes_before for new in replaced.get(node.output[0], [node])]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     drop_unused(model.graph, graph.weights)
-    graph.codings += coded.values()
+    codings: list[Coding] = [entry for entry in coded.values() if entry is not None]
+    graph.codings += codings
     if _DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
 
 
+def _nodes(
+    product: onnx.NodeProto, name: str, attributes: Mapping[str, int], parts: Iterable[str]
+) -> list[onnx.NodeProto]:
+    """Nodes that replace a ``MatMul``, or a ``Gemm``, whose third input is then added."""
+    from onnx import helper
+
+    bias = product.input[2] if len(product.input) > 2 else ""
+    output = f"{product.output[0]}.product" if bias else product.output[0]
+    inputs = [product.input[0], *(f"{name}.{part}" for part in parts)]
+    node = helper.make_node(_OPERATOR, inputs, [output], name=product.name, domain=_DOMAIN)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    nodes = [node]
+    if bias:
+        nodes.append(helper.make_node("Add", [output, bias], product.output, name=f"{product.name}.bias"))
+    return nodes
+
+
 @dataclass(frozen=True)
-class CodedMatrix:
-    """A matrix of shape ``(K, N)`` that is written quantised.
+class KeptCodes:
+    """A matrix that has its blocks already.
 
     Attributes:
-        name: its initializers are named after it: codes, scales, zero points.
+        name: its initializers are named after it.
+        blocks: the blocks.
+    """
+
+    name: str
+    blocks: IntegerBlocks
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Parts that the operator takes."""
+        return tuple(self.blocks.inputs)
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The operator's attributes."""
+        return self.blocks.attributes
+
+    def write(self, data: DataFile) -> list[onnx.TensorProto]:
+        """Append the blocks to ``data``; returns the initializers."""
+        return _stored(self.name, self.blocks.inputs, data)
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix of shape ``(K, N)`` that is rounded to nearest when it is written.
+
+    Attributes:
+        name: its initializers are named after it.
         matrix: the matrix.
         bits: bits of a code.
         block_size: rows of a block.
@@ -112,74 +174,46 @@ class CodedMatrix:
     matrix: GraphWeight
     bits: int
     block_size: int
+    inputs = ("codes", "scales", "zero_points")
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` if ONNX Runtime has no such codes."""
-        self._kernel()
+        require_bits(self.bits)
 
-    def nodes(self, product: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Nodes that replace a ``MatMul``, or a ``Gemm``, whose third input is then added."""
-        from onnx import helper
-
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The operator's attributes."""
         rows, columns = self.matrix.shape
-        sizes = {"K": rows, "N": columns, "bits": self.bits, "block_size": self.block_size}
-        bias = product.input[2] if len(product.input) > 2 else ""
-        output = f"{product.output[0]}.product" if bias else product.output[0]
-        inputs = [product.input[0], *(f"{self.name}.{part}" for part in ("codes", "scales", "zero_points"))]
-        node = helper.make_node(_OPERATOR, inputs, [output], name=product.name, domain=_DOMAIN)
-        for name, value in (sizes | {"accuracy_level": _INT8_ACTIVATIONS}).items():
-            node.attribute.append(helper.make_attribute(name, value))
-        nodes = [node]
-        if bias:
-            nodes.append(helper.make_node("Add", [output, bias], product.output, name=f"{product.name}.bias"))
-        return nodes
+        empty = np.zeros((columns, 0), np.uint8)
+        return IntegerBlocks(empty, np.zeros(0, np.float32), None, self.bits, self.block_size, rows).attributes
 
     def write(self, data: DataFile) -> list[onnx.TensorProto]:
         """Quantise the matrix into ``data``, some columns at a time; returns the initializers."""
-        from onnx import TensorProto, numpy_helper
+        from onnx import TensorProto
 
         rows, columns = self.matrix.shape
-        blocks = -(-rows // self.block_size)
         scales: list[Float32] = []
         zero_points: list[Codes] = []
 
         def codes() -> Iterator[Codes]:
             for part in self.matrix.columns():
-                code, scale, zero_point = self._code(part)
-                scales.append(scale)
-                zero_points.append(zero_point)
-                yield code
+                blocks = round_to_nearest(part, self.bits, self.block_size)
+                assert blocks.zero_points is not None
+                scales.append(blocks.scales)
+                zero_points.append(blocks.zero_points)
+                yield blocks.codes
 
-        shape = (columns, blocks, self.block_size * self.bits // 8)
+        shape = (columns, -(-rows // self.block_size), self.block_size * self.bits // 8)
         tensor = data.add(f"{self.name}.codes", TensorProto.UINT8, shape, codes())
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "scales": np.concatenate(scales),
-            "zero_points": np.concatenate(zero_points),
-        }
-        tensors = [numpy_helper.from_array(array, f"{self.name}.{part}") for part, array in arrays.items()]
-        return [tensor, *map(data.move, tensors)]
+        rest = {"scales": np.concatenate(scales), "zero_points": np.concatenate(zero_points)}
+        return [tensor, *_stored(self.name, rest, data)]
 
-    def _code(self, part: Float32) -> tuple[Codes, Float32, Codes]:
-        """Codes, scales and zero points of some columns, with shape ``(K, columns)``."""
-        rows, columns = part.shape
-        blocks = -(-rows // self.block_size)
-        padded = np.ascontiguousarray(np.pad(part, ((0, blocks * self.block_size - rows), (0, 0))))
-        codes = np.zeros((columns, blocks, self.block_size * self.bits // 8), np.uint8)
-        scales = np.zeros((columns, blocks), np.float32)
-        zero_points = np.zeros((columns, -(-blocks * self.bits // 8)), np.uint8)
-        # False: not symmetric.
-        self._kernel()(codes, padded, scales, zero_points, self.block_size, columns, rows, False)
-        return codes, scales, zero_points
 
-    def _kernel(self) -> Any:
-        from onnxruntime.capi import _pybind_state as kernels
+def _stored(name: str, arrays: Mapping[str, npt.NDArray[Any]], data: DataFile) -> list[onnx.TensorProto]:
+    """Arrays of a matrix as initializers named after it."""
+    from onnx import numpy_helper
 
-        kernel = getattr(kernels, f"quantize_matmul_{self.bits}bits", None)
-        if kernel is None:
-            raise ConfigError(
-                f"the installed ONNX Runtime has no matrices in {self.bits} bits: pip install 'onnxruntime>=1.22'"
-            )
-        return kernel
+    return [data.move(numpy_helper.from_array(array, f"{name}.{part}")) for part, array in arrays.items()]
 
 
 def _is_product(node: onnx.NodeProto, weights: Mapping[str, GraphWeight]) -> bool:

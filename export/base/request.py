@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adalink.export.architectures import check_model_type
+from adalink.export.base.gguf_codes import FLOATS
 from adalink.export.base.quantize import SCHEMES
 from adalink.export.writer import check_new
 from adalink.runtime.errors import ConfigError, DeploymentError, WriteError
 from adalink.runtime.storage.atomic import check_writable
 from adalink.runtime.storage.manifest import DTYPES, MANIFEST_FILE, Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TARGETS = {
     "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
@@ -95,3 +100,36 @@ def check_model(model: str | Path, out: Path) -> None:
             f"{there} has {free / 1e6:.0f} MB of free space, and the model's weights alone take {size / 1e6:.0f} MB: "
             f"{_REPAIR}"
         )
+
+
+def codes_file(model: str | Path | PreTrainedModel) -> Path:
+    """The GGUF file whose codes shall be kept; loads nothing.
+
+    Raises:
+        ModelError: there is no such model, or the file cannot be read.
+        ConfigError: it is no GGUF file, or none of its matrices is quantised.
+    """
+    from adalink.training.models.source import display_name, gguf_file
+
+    path = gguf_file(model) if isinstance(model, (str, Path)) else None
+    if path is None:
+        name = display_name(model) if isinstance(model, (str, Path)) else f"a loaded {type(model).__name__}"
+        raise ConfigError(
+            f"quantization 'gguf' keeps the codes of a GGUF file, and {name} is none: choose int4 or int8"
+        )
+    if not quantized_types(path):
+        raise ConfigError(
+            f"quantization 'gguf' keeps the codes of a quantised GGUF file, and the matrices of {path.name} are "
+            "floating point: choose int4 or int8"
+        )
+    return path
+
+
+def quantized_types(model: str | Path) -> tuple[str, ...]:
+    """Types of a GGUF file's matrices that are quantised; none for another kind of model. Raises ``ModelError``."""
+    from adalink.training.models.gguf.header import read_header
+    from adalink.training.models.source import gguf_file
+
+    path = gguf_file(model)
+    tensors = () if path is None else read_header(path).tensors.values()
+    return tuple(sorted({tensor.type for tensor in tensors if len(tensor.shape) == 2} - {*FLOATS}))

@@ -185,6 +185,24 @@ class Base(_Strict, frozen=True, kw_only=True):
         return self.vision is None or self.vision.patches is None
 
 
+class GgufTensors(_Strict, frozen=True, kw_only=True):
+    """Tensors of one type of the GGUF file that a variant was made of, and what became of them.
+
+    Attributes:
+        type: their type in the file, such as ``"Q4_0"``.
+        tensors: how many.
+        bits: bits of a weight in the variant; 32 for float32.
+        block_size: weights of a block; 0 without blocks.
+        is_exact: whether the weights have exactly the file's values; otherwise they were quantised again.
+    """
+
+    type: str
+    tensors: int
+    bits: int
+    block_size: int
+    is_exact: bool
+
+
 class Quantization(_Strict, frozen=True, kw_only=True):
     """Quantisation of a variant's constant matrices: blocks of integers, each with scale and zero point.
 
@@ -195,6 +213,8 @@ class Quantization(_Strict, frozen=True, kw_only=True):
         sensitive_bits: bits of a weight in the matrices most sensitive to rounding (docs/decisions/0007).
         sensitive_block_size: weights of a block in those matrices.
         activation_bits: bits of the matrices' inputs at run time.
+        gguf: what became of the tensors of a GGUF file whose codes were kept; ``bits`` and ``sensitive_bits`` are then
+            the fewest and the most. Empty for matrices that were quantised from floating point.
     """
 
     algorithm: str
@@ -203,6 +223,7 @@ class Quantization(_Strict, frozen=True, kw_only=True):
     sensitive_bits: int
     sensitive_block_size: int
     activation_bits: int
+    gguf: tuple[GgufTensors, ...] = ()
 
 
 class Variant(_Strict, frozen=True, kw_only=True):

@@ -59,26 +59,62 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str, **changes:
         path: the file.
         model: one of ``tiny_models``.
         architecture: its GGUF architecture.
-        changes: ``metadata`` and ``tensors`` to add or replace (``None`` leaves one out), and ``pre``.
+        changes: ``metadata`` and ``tensors`` to add or replace (``None`` leaves one out), ``pre``, and ``kind``, from
+            a matrix's name to its ggml type.
     """
-    from gguf import GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter
 
     metadata = {**_sizes(model, architecture), **tokenizer_metadata(changes.get("pre", "gpt-2"))}
     tensors = _tensors(model, architecture)
     metadata |= changes.get("metadata", {})
     tensors |= changes.get("tensors", {})
+    kind_of = changes.get("kind", lambda name: "F32")
     writer = GGUFWriter(path, architecture)
     for key, value in metadata.items():
         if value is not None:
             _add(writer, key, value)
     for name, values in tensors.items():
-        if values is not None:
-            writer.add_tensor(name, np.ascontiguousarray(values, dtype=np.float32))
+        if values is None:
+            continue
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        kind = GGMLQuantizationType[kind_of(name) if values.ndim == 2 else "F32"]
+        writer.add_tensor(name, _quantized(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def wide(architecture: str) -> PreTrainedModel:
+    """A tiny model whose rows are whole blocks: of 32 weights, and those of ``ffn_down`` of 256 where it can be."""
+    model = getattr(tiny_models, architecture)()
+    config = model.config
+    sizes = {"hidden_size": 64, "intermediate_size": 256}
+    if architecture == "gpt2":
+        sizes = {"n_embd": 64, "n_head": 4}
+    elif architecture == "t5":
+        sizes = {"d_model": 64, "d_ff": 256, "d_kv": 16}
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    return tiny_models._fill(type(model)(config), 1)
+
+
+def _quantized(values: Any, kind: Any) -> Any:
+    """Values in a type of ggml; in one that the ``gguf`` package cannot write, random blocks of like size."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import quantize
+
+    if not kind.name.endswith("_K"):
+        return quantize(values, kind)
+    group, size = GGML_QUANT_SIZES[kind]
+    seed = int(values.view(np.uint32).sum())  # no two matrices are equal
+    blocks = np.random.default_rng(seed).integers(0, 256, (values.size // group, size), np.uint8)
+    scale = np.array([1e-4 if kind.name == "Q6_K" else 3e-3], "<f2").view(np.uint8)
+    # The scale is at a block's end, or at its beginning, with that of the minima.
+    blocks[:, -2:] = scale if kind.name == "Q6_K" else blocks[:, -2:]
+    blocks[:, :4] = blocks[:, :4] if kind.name == "Q6_K" else np.tile(scale, 2)
+    return blocks.reshape(len(values), -1)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

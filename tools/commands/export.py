@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest, Variant, Vision
     from adalink.training.models.hub_access import HubAccess
 
-_QUANTIZATIONS = ("int4", "int8")
+_QUANTIZATIONS = ("int4", "int8", "gguf")
 _TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
 
 
@@ -59,7 +59,8 @@ command.add_command(engine)
     "--quantize",
     "quantization",
     type=click.Choice(_QUANTIZATIONS),
-    help="Store the matrices in 4 or 8 bits: a variant of that name, beside others or alone.",
+    help="Store the matrices in 4 or 8 bits: a variant of that name, beside others or alone. gguf keeps the codes that "
+    "a GGUF file has.",
 )
 @click.option(
     "--modality", "modalities", multiple=True, help="A modality beside text that embeddings may have; may be repeated."
@@ -91,6 +92,7 @@ def base(
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
+      adalink export base ./SmolLM2-135M-Instruct.Q4_0.gguf --out ./deployment --quantize gguf
     """  # noqa: D301
     from adalink.export.base.export import export_base
     from adalink.export.base.request import check_model, check_place, check_settings

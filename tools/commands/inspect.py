@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 from msgspec import to_builtins
-from msgspec.structs import asdict
 
 from adalink.runtime.errors import GraphError
 from adalink.tools.command_line.hub_options import hub_options
@@ -91,7 +90,7 @@ def describe_deployment(folder: Path) -> Description:
             name: {
                 "target": variant.target,
                 "backends": list(variant.backends),
-                "quantization": None if variant.quantization is None else asdict(variant.quantization),
+                "quantization": None if variant.quantization is None else to_builtins(variant.quantization),
                 "size_bytes": manifest.size_bytes(variant.files),
                 **({"engine": describe_engine(folder, manifest, variant)} if variant.is_compiled else {}),
             }

@@ -76,11 +76,13 @@ def read_matrices(graph: Path) -> Iterator[Matrix]:
         if node.op_type != OPERATOR:
             continue
         size = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        codes, scales, zeros = (numpy_helper.to_array(constants[name]) for name in node.input[1:4])
+        codes, scales, *zeros = (numpy_helper.to_array(constants[name]) for name in node.input[1:4] if name)
         columns, bits = size["N"], size["bits"]
         scales = scales.reshape(columns, -1)
         values = _unpacked(codes.reshape(*scales.shape, -1), bits).astype(np.float32)
-        zero_points = _unpacked(zeros.reshape(columns, -1), bits)[:, : scales.shape[1]].astype(np.float32)
+        zero_points = np.full(scales.shape, 2 ** (bits - 1), np.float32)  # the operator's default
+        if zeros:
+            zero_points = _unpacked(zeros[0].reshape(columns, -1), bits)[:, : scales.shape[1]].astype(np.float32)
         values = (values - zero_points[:, :, None]) * scales[:, :, None]
         yield Matrix(node.name, values.reshape(columns, -1)[:, : size["K"]], scales, bits, size["block_size"])
 
@@ -111,18 +113,31 @@ def find_layers(model: torch.nn.Module, matrices: list[Matrix]) -> list[Layer]:
     return layers
 
 
-def check_weights(layers: list[Layer], matrices: list[Matrix]) -> list[Check]:
-    """Every row of every matrix must be a layer's, and every weight within half a step of the model's.
+def check_matrices(layers: list[Layer], matrices: list[Matrix]) -> Check:
+    """Every row of every matrix must be a layer's."""
+    covered = {id(matrix): np.zeros(len(matrix.values), bool) for matrix in matrices}
+    for layer in layers:
+        covered[id(layer.matrix)][layer.rows] = True
+    strangers = [matrix.name for matrix in matrices if not covered[id(matrix)].all()]
+    count = sum(int((~rows).sum()) for rows in covered.values())
+    return at_most(
+        "quantization/matrices",
+        count,
+        0,
+        f"outputs of {len(matrices)} quantised products that are no layer of the model; in: {strangers or 'none'}",
+    )
+
+
+def check_weights(layers: list[Layer]) -> list[Check]:
+    """Every weight must be within half a step of the model's.
 
     With ``s`` the distance from a block's smallest to its largest weight (0 counted in), divided by the largest code,
     no weight lies further than ``s / 2`` from its nearest code, the ends of the block included: rounding the zero point
     shifts all codes by at most half a step.
     """
-    covered = {id(matrix): np.zeros(len(matrix.values), bool) for matrix in matrices}
     steps, scales = (0.0, "none"), (0.0, "none")
     slack = 0.0
     for layer in layers:
-        covered[id(layer.matrix)][layer.rows] = True
         weight = weight_of(layer.module).numpy().astype(np.float64)
         top = 2**layer.matrix.bits - 1
         slack = max(slack, 8 * top * UNIT_ROUNDOFF["float32"])
@@ -133,15 +148,7 @@ def check_weights(layers: list[Layer], matrices: list[Matrix]) -> list[Check]:
         steps = max(steps, (float((error.max(axis=2) / (safe / 2)).max()), layer.name))
         stored = np.abs(layer.matrix.scales[layer.rows].astype(np.float64))
         scales = max(scales, (float((np.abs(stored - step) / safe).max()), layer.name))
-    strangers = [matrix.name for matrix in matrices if not covered[id(matrix)].all()]
-    count = sum(int((~rows).sum()) for rows in covered.values())
     return [
-        at_most(
-            "quantization/matrices",
-            count,
-            0,
-            f"outputs of {len(matrices)} quantised products that are no layer of the model; in: {strangers or 'none'}",
-        ),
         at_most(
             "quantization/weights",
             steps[0],

@@ -19,13 +19,14 @@ import numpy as np
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
-from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.manifest import Base, Quantization
 from adalink.runtime.storage.pooling_schema import Pooling
 from adalink.tools.parity.check_checkpoint import check_files
 from adalink.tools.parity.gguf_tokens import GgufTokens
+from adalink.tools.parity.gguf_weights import check_layers
 from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
 from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels, position_maps
-from adalink.tools.parity.quantized_weights import Layer, Matrix, check_weights, find_layers, rounded_inputs
+from adalink.tools.parity.quantized_weights import Layer, Matrix, find_layers, rounded_inputs
 from adalink.tools.parity.reference_images import Pixels, image_features, pixel_tensors
 from adalink.tools.parity.report import Check
 from adalink.tools.parity.soft_prompt_reference import InputSide, without_input_side
@@ -129,19 +130,23 @@ class Reference:
             finally:
                 self._attached = self._input_side = None
 
-    def quantize(self, matrices: list[Matrix]) -> list[Check]:
+    def quantize(self, matrices: list[Matrix], quantization: Quantization) -> list[Check]:
         """Replace the weights of quantised layers by the graph's dequantised ones, for good; other weights stay.
 
         Args:
             matrices: the quantised matrices of the graph.
+            quantization: what the manifest says of them.
 
         Returns:
             Checks that the matrices are this model's weights, quantised.
+
+        Raises:
+            ContractError: they are codes of a GGUF file, and the model is not loaded from one.
         """
         import torch
 
         self._layers = find_layers(self._model, matrices)
-        checks = check_weights(self._layers, matrices)
+        checks = check_layers(self._layers, matrices, quantization, self._spec)
         for layer in self._layers:
             values = torch.from_numpy(np.ascontiguousarray(layer.values))
             # A new parameter: the head may share its weight with the embedding table.

@@ -111,8 +111,8 @@ def verify(
         Deployment.open(path, backend, variant=variant, threads=threads, full_check=True) as deployment,
     ):
         form = choose_variant(deployment.manifest, backend, variant)
-        is_quantized = deployment.variant.quantization is not None
-        if not is_quantized:
+        quantization = deployment.variant.quantization
+        if quantization is None:
             _refuse_costs(form, options)
         folders = _adapter_folders(deployment, adapters)
         tested = _read_task_rows(deployment, form, options.task_rows)
@@ -126,11 +126,11 @@ def verify(
         report.checks.append(check_table(deployment, reference))
         inputs = collect_inputs(report, deployment, reference, against, quick, progress)
         opened: Backend = open_backend(backend, threads)
-        if not is_quantized:
+        if quantization is None:
             _check_outputs(report, deployment, reference, folders, inputs, (opened, form), progress)
         else:
             progress("quantised weights against the model's")
-            report.checks += reference.quantize(matrices_of(deployment))
+            report.checks += reference.quantize(matrices_of(deployment), quantization)
             exact = ExactActivations(opened)
             with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
                 _check_outputs(report, unrounded, reference, folders, inputs, (exact, form), progress)

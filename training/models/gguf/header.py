@@ -35,6 +35,14 @@ class TensorPlace(NamedTuple):
     kind: int
     start: int
 
+    @property
+    def type(self) -> str:
+        """Name of its ggml type, such as ``"Q4_0"``; its number if the ``gguf`` package does not know it."""
+        from gguf import GGMLQuantizationType
+
+        known = {int(entry): str(entry.name) for entry in GGMLQuantizationType}
+        return known.get(self.kind, str(self.kind))
+
 
 @dataclass(frozen=True)
 class GgufHeader:
