@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.export.architectures import Architecture, architecture_of
-from adalink.export.base.activations import check_activations
+from adalink.export.architectures import architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
-from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
-from adalink.export.base.quantize import GGUF, SCHEMES, quantize
+from adalink.export.base.quantize import GGUF
 from adalink.export.base.request import (
     TARGETS,
     check_free,
@@ -28,19 +24,17 @@ from adalink.export.base.request import (
     codes_file,
     quantized_types,
 )
-from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.export.base.variant import ONE_BACKEND, BaseSource, write_variant
+from adalink.export.writer import open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
-from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
+from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
-    from adalink.export.tracing.graph import TracedGraph
     from adalink.training.models.stand_ins import StandIns
 
-# Backends that take position ids of several axes.
-ONE_BACKEND = ("onnxruntime-cpu",)
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -166,8 +160,8 @@ def export_base(
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
-        source = _Source(loaded, architecture, base, stand_ins)
-        variants[variant] = _write_variant(writer, source, target, quantization, codes, progress)
+        source = BaseSource(loaded, architecture, base, stand_ins)
+        variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(
@@ -180,16 +174,6 @@ def export_base(
                 files={},
             )
         )
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What the graphs of a variant are made of: a model, its entry in the registry, its contract and its weights."""
-
-    model: PreTrainedModel
-    architecture: Architecture
-    base: Base
-    stand_ins: StandIns
 
 
 def _in_dtype(model: PreTrainedModel, dtype: str, stand_ins: StandIns) -> PreTrainedModel:
@@ -257,81 +241,3 @@ def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
         is_gguf = any(folder.glob("*.gguf"))
         return load_tokenizer(spec) if is_gguf else None
     return load_tokenizer(spec)
-
-
-def _write_variant(
-    writer: DeploymentWriter,
-    source: _Source,
-    target: str,
-    quantization: str | None,
-    codes: Path | None,
-    progress: Progress,
-) -> Variant:
-    """Write the graphs of one variant; ``codes`` is the GGUF file whose codes are kept."""
-    from adalink.export.base.graphs import traced_graphs
-    from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
-    from adalink.export.base.ort_fusion import why_not_fused
-    from adalink.export.tracing.attention import exportable_attention
-    from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
-
-    model, architecture, base = source.model, source.architecture, source.base
-    folder = writer.fresh_folder(f"base/{quantization or target}")
-    scheme = None if quantization is None else SCHEMES[quantization]
-    gguf = None if codes is None else GgufCodes(codes)
-    metadata = metadata_of(base)
-    files = {}
-    grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
-    if grouped and (reason := why_not_grouped(model, architecture)):
-        grouped = False
-        progress(f"attention is kept in standard operators: {reason}")
-    if grouped and has_windows(model, architecture):
-        metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
-    types, stand_ins = base.takes_token_types, source.stand_ins
-    with exportable_attention(model):
-        for graph in traced_graphs(model, architecture, grouped=False, token_types=types, stand_ins=stand_ins).values():
-            check_activations(graph, base.name, base.embedding_dtype)
-        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=types, stand_ins=stand_ins)
-        for stem, graph in graphs.items():
-            progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
-            files[stem] = f"{folder}/{stem}.onnx"
-            _write_graph(graph, writer.stage(files[stem]), metadata, target, (scheme, gguf), progress)
-    if scheme is not None and gguf is not None:
-        scheme = gguf.record(scheme)
-        for line in describe_tensors(scheme):
-            progress(line)
-    if target != "portable" and (reason := why_not_fused(target)):
-        progress(f"the graph is kept in standard operators: {reason}")
-    return Variant(
-        target=target,
-        quantization=scheme,
-        backends=TARGETS[target] if architecture.position_axes == 1 else ONE_BACKEND,
-        graph=files["model"],
-        decoder_graph=files.get("decoder"),
-        files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
-    )
-
-
-def _write_graph(
-    graph: TracedGraph,
-    path: Path,
-    metadata: dict[str, str],
-    target: str,
-    quantization: tuple[Quantization | None, GgufCodes | None],
-    progress: Progress,
-) -> None:
-    """Trace a graph, and write it with its matrices quantised and its nodes fused as the target has them."""
-    from adalink.export.base.ort_fusion import fuse, why_not_fused
-    from adalink.export.tracing.graph import save_graph, trace
-
-    traced = trace(graph, path.name, metadata)
-    scheme, gguf = quantization
-    if scheme is not None:
-        quantize(traced, scheme, path.name, gguf)
-    if why_not_fused(target) is not None:
-        save_graph(traced, path, progress)
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as temporary:
-        portable = Path(temporary) / path.name
-        save_graph(traced, portable, progress)
-        progress(f"fusing {path.name} for {target}")
-        fuse(portable, path, target)
