@@ -205,7 +205,8 @@ class RoundedMatrix:
 
         shape = (columns, -(-rows // self.block_size), self.block_size * self.bits // 8)
         tensor = data.add(f"{self.name}.codes", TensorProto.UINT8, shape, codes())
-        rest = {"scales": np.concatenate(scales), "zero_points": np.concatenate(zero_points)}
+        rest: dict[str, npt.NDArray[Any]] = {"scales": np.concatenate(scales)}
+        rest["zero_points"] = np.concatenate(zero_points)
         return [tensor, *_stored(self.name, rest, data)]
 
 
