@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.profile import Profile
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import Grid, PatchTower
@@ -283,14 +284,14 @@ class Backend(Protocol):
 
     name: str
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> Engine:
         """Open a base graph with its embedder.
 
         Args:
             graph: an ONNX graph, or the plan of a compiled engine.
             base: the contract.
             role: ``"base"`` or ``"decoder"`` (of an encoder-decoder).
-            table: the embedding table, shape ``(vocab, d)``.
+            table: the embedding table.
 
         Raises:
             BackendError: the engine cannot load it.

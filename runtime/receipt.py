@@ -67,7 +67,7 @@ def make_receipt(
 
 def _digests(folder: Path, paths: Iterable[str]) -> dict[str, str]:
     digests = {}
-    for relative in paths:
+    for relative in dict.fromkeys(paths):
         path = locate(folder, relative)
         with reading(path), open_regular(path) as stream:
             digests[relative] = digest_stream(stream)

@@ -100,5 +100,5 @@ def _fit(states: torch.Tensor, targets: torch.Tensor, kind: str, scores: int) ->
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    search.step(objective)
+    search.step(objective)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()

@@ -153,12 +153,15 @@ class HeadSettings:
     init: str = "probe"
 
     def __post_init__(self) -> None:
-        for name, known in (("problem_type", PROBLEM_TYPES), ("pooling", POOLING_MODES)):
-            if (value := getattr(self, name)) not in (None, *known):
-                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        for name, value, known in (("head", self.kind, HEADS), ("init of the head", self.init, HEAD_INITS)):
+        settings = (
+            ("problem_type", self.problem_type, (None, *PROBLEM_TYPES)),
+            ("pooling", self.pooling, (None, *POOLING_MODES)),
+            ("head", self.kind, HEADS),
+            ("init of the head", self.init, HEAD_INITS),
+        )
+        for name, value, known in settings:
             if value not in known:
-                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+                raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(filter(None, known))}")
         if not 0.0 < self.lr < 1.0:
             raise ConfigError(f"lr of the head is {self.lr!r}, expected more than 0 and less than 1")
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
 from adalink.export.engine.graph import engine_graph
-from adalink.runtime.arrays import Array
 from adalink.runtime.device.adapter_weights import DeviceSharedAdapterGraph
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.device.protocols import Device, DeviceArena
@@ -20,6 +19,7 @@ from adalink.runtime.ort.errors import onnxruntime_errors, refusal
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
 from adalink.runtime.ort.open_session import open_session
 from adalink.runtime.profile import Profile
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
@@ -44,7 +44,7 @@ class FrontBackend:
     def __init__(self, device: Device, make_plans: MakePlans, profile: Profile, *, in_place: bool) -> None:
         self._device, self._make_plans, self._profile, self._in_place = device, make_plans, profile, in_place
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> DeviceEngine:
         """Write the engine's graph beside the portable one, whose weights it shares, and open it."""
         model = engine_graph(graph, base, self._profile.capacity if self._in_place else None)
         path = graph.with_name(f"engine-{'in-place' if self._in_place else 'growing'}.onnx")

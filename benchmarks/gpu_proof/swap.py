@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from adalink.runtime.arrays import Array
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device.adapter_weights import AdapterWeightPools, DeviceSharedAdapterGraph
 from adalink.runtime.device.protocols import Device
 from adalink.runtime.engine import Engine
 from adalink.runtime.errors import BackendError
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.tools.common.forwarding_backend import ForwardingBackend
@@ -45,6 +45,6 @@ class _Loader(ForwardingBackend):
         """See ``adalink.runtime.engine.Backend``."""
         return DeviceSharedAdapterGraph(activation_key)
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> Engine:
         """Never called: tasks alone are loaded."""
         raise BackendError(f"{graph}: no engine here")

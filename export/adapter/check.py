@@ -14,6 +14,7 @@ from adalink.export.adapter.session import OpenGraph
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import AdapterError, GraphError
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.safetensors import as_float32, as_stored
 from adalink.runtime.tasks.adapter_mapping import bank_weights
 from adalink.runtime.tasks.folding import ids_table
@@ -65,10 +66,10 @@ def check_in_bank(graph: OpenGraph, adapter: Adapter, dtype: str, embeds: npt.ND
         _compare("bank graph", received, adapter, name, dtype, embeds)
 
 
-def check_ids_table(adapter: Adapter, table: Array, dtype: str, ids: Array) -> None:
+def check_ids_table(adapter: Adapter, table: EmbeddingTable, dtype: str, ids: Array) -> None:
     """Look ``ids`` up in the adapter's table as the runtime does, and compare as ``check_task_graph``."""
     received = ids_table(adapter).lookup(table, ids).astype(np.float64)
-    _compare("table of token ids", received, adapter, "text", dtype, as_float32(table[ids]), ids)
+    _compare("table of token ids", received, adapter, "text", dtype, as_float32(table.take(ids)), ids)
 
 
 def _compare(

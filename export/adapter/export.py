@@ -150,7 +150,7 @@ class _Exporter:
         verified.check_unchanged()
         # Tokens to run a new graph on, evenly spread.
         self._ids = np.unique(np.linspace(0, len(self._table) - 1, _CHECKED_ROWS).astype(np.int64))
-        self._rows = as_float32(self._table[self._ids])
+        self._rows = as_float32(self._table.take(self._ids))
         self._bank_graphs: dict[str, OpenGraph] = {}
 
     def write(self, task: str, adapter: Adapter, fold: str | None) -> Task:

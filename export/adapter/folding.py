@@ -17,7 +17,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.adapter_spec import rank_of
-from adalink.runtime.storage.embedding_table import TENSOR_NAME
+from adalink.runtime.storage.embedding_table import TENSOR_NAME, EmbeddingTable
 from adalink.runtime.storage.manifest import FOLDS, Base
 from adalink.runtime.storage.mmap import Bytes
 from adalink.runtime.storage.safetensors import aligned_header, as_float32
@@ -46,14 +46,14 @@ def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None
         raise ConfigError(f"{base.name} has bfloat16 embeddings, which numpy cannot add to: fold {origin} to a table")
 
 
-def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenGraph) -> bytearray:
+def fold_task(fold: str, adapter: Adapter, base: Base, table: EmbeddingTable, bank: OpenGraph) -> bytearray:
     """Bytes of a folded task; filled in place, since they are as large as the embedding table.
 
     Args:
         fold: ``"table"`` or ``"rank"``.
         adapter: the task's adapter.
         base: the base contract.
-        table: its embedding table with shape ``(vocab, d)``; bfloat16 as its bits.
+        table: its embedding table.
         bank: the bank graph of the adapter's activation key, which computes a table.
 
     Raises:
@@ -73,7 +73,7 @@ def fold_task(fold: str, adapter: Adapter, base: Base, table: Array, bank: OpenG
     return data
 
 
-def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: Array) -> None:
+def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: EmbeddingTable) -> None:
     """Compare a folded form with the method in float64 for every token; raises ``GraphError``."""
     folded = view_fold(fold, data, adapter, base)
     for start, block in _blocks(table):
@@ -93,9 +93,9 @@ def _hidden(adapter: Adapter, block: Float64) -> Array:
     return activate(adapter.config.activation, hidden).astype(np.float32)
 
 
-def _blocks(table: Array) -> Iterator[tuple[int, Float64]]:
+def _blocks(table: EmbeddingTable) -> Iterator[tuple[int, Float64]]:
     for start in range(0, len(table), _BLOCK_ROWS):
-        yield start, _float64(table[start : start + _BLOCK_ROWS])
+        yield start, _float64(table.block(start, start + _BLOCK_ROWS))
 
 
 def _float64(values: Array) -> Float64:

@@ -12,6 +12,7 @@ import msgspec
 from adalink.export.architectures import architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
+from adalink.export.base.head_table import share_with_head
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import GGUF
@@ -24,6 +25,7 @@ from adalink.export.base.request import (
     codes_file,
     quantized_types,
 )
+from adalink.export.base.table import write_table
 from adalink.export.base.variant import ONE_BACKEND, BaseSource, write_variant
 from adalink.export.writer import open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
@@ -88,10 +90,10 @@ def export_base(
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision.tower import describe_images, language_model, write_vision
-    from adalink.training.models.loading import base_fingerprint, open_checkpoint, weights_digest
+    from adalink.training.models.loading import base_fingerprint, embedding_matrix, open_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
     from adalink.training.models.sentence_files import read_pooling
-    from adalink.training.models.source import display_name
+    from adalink.training.models.source import display_name, gguf_file
     from adalink.training.models.stand_ins import StandIns
     from adalink.training.models.vision import find_image_processor
 
@@ -110,11 +112,11 @@ def export_base(
         if unused:
             progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
-        pooling = read_pooling(model, tokenizer, loaded.config)
+        pooling, gguf = read_pooling(model, tokenizer, loaded.config), gguf_file(model)
     else:
         stand_ins = StandIns()
         loaded, name = stand_ins.skeleton(model).eval(), display_name(model.name_or_path or type(model).__name__)
-        unused, pooling = (), None
+        unused, pooling, gguf = (), None, None
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
     if architecture.bidirectional_prompt and quantization is not None:
@@ -153,8 +155,9 @@ def export_base(
             for line in name_missing(base, described):
                 progress(line)
         else:
-            progress("writing embeddings, tokenizer and bank")
-            write_common(writer, base, loaded, tokenizer, stand_ins)
+            with stand_ins.filled([embedding_matrix(loaded)]):
+                base = write_table(writer, base, loaded, gguf, progress)
+            write_common(writer, base, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
@@ -162,6 +165,9 @@ def export_base(
             progress(line)
         source = BaseSource(loaded, architecture, base, stand_ins)
         variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
+        if writer.current is None:
+            with stand_ins.filled([embedding_matrix(loaded)]):
+                base = share_with_head(writer, base, variants[variant], loaded)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(

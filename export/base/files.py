@@ -9,7 +9,6 @@ import msgspec
 
 from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.export.architectures import Architecture, cache_shape
-from adalink.export.base.embedding_table import embedding_rows, write_table
 from adalink.export.base.generation import describe_generation
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ContractError, IntegrityError, ModelError, RequestError
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from adalink.runtime.vision.preprocess import Preprocessor
-    from adalink.training.models.stand_ins import StandIns
 
 EMBEDDINGS_FILE = "base/embeddings.safetensors"
 TOKENIZER_FILE = "base/tokenizer.json"
@@ -162,28 +160,13 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> str | Non
     return template
 
 
-def write_common(
-    writer: DeploymentWriter,
-    base: Base,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    stand_ins: StandIns,
-) -> None:
-    """Write the shared files: embeddings, tokenizer, chat template, bank graphs.
-
-    Args:
-        writer: of the deployment.
-        base: the base contract.
-        model: the exported model.
-        tokenizer: its tokenizer, if it has one.
-        stand_ins: what its matrices stand for.
+def write_common(writer: DeploymentWriter, base: Base, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the shared files beside the embedding table: tokenizer, chat template, bank graphs.
 
     Raises:
         ModelError: the tokenizer has no ``tokenizer.json``.
         OSError: the disk is full or read-only.
     """
-    shape = base.vocab_size, base.hidden_size
-    write_table(writer.stage(base.embeddings), embedding_rows(model, stand_ins), shape, base.embedding_dtype)
     if tokenizer is not None:
         writer.stage(TOKENIZER_FILE).write_text(_tokenizer_text(tokenizer), encoding="utf-8")
     if template := _chat_template(tokenizer):

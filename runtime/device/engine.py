@@ -18,6 +18,7 @@ from adalink.runtime.engine import Engine, EngineInput, InputEmbedder
 from adalink.runtime.generation.padding import positions_of
 from adalink.runtime.implements import implements
 from adalink.runtime.profile import Profile, pieces
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping
 from adalink.runtime.tasks.host_embedder import HostEmbedder
@@ -26,7 +27,7 @@ from adalink.runtime.tasks.host_embedder import HostEmbedder
 class DeviceEmbedder:
     """See ``adalink.runtime.engine.InputEmbedder``; results are batch inputs, which the engine embeds itself."""
 
-    def __init__(self, context: EngineContext, table: Array) -> None:
+    def __init__(self, context: EngineContext, table: EmbeddingTable) -> None:
         self._context = context
         self._table = table
         self._workspaces: WorkspacePool[_ReadWorkspace] = WorkspacePool(lambda: _ReadWorkspace(context))
@@ -65,7 +66,7 @@ class DeviceEmbedder:
 class PreEmbedded:
     """See ``adalink.runtime.engine.InputEmbedder``: adapters are applied in main memory, before the device."""
 
-    def __init__(self, table: Array) -> None:
+    def __init__(self, table: EmbeddingTable) -> None:
         self._host = HostEmbedder(table)
 
     @implements(InputEmbedder)
@@ -120,7 +121,7 @@ class DeviceEngine:
         device: Device,
         plans: Plans,
         base: Base,
-        table: Array | None = None,
+        table: EmbeddingTable | None = None,
         embedder: InputEmbedder | None = None,
     ) -> None:
         """Copy the embedding table to the device, unless ``embedder`` applies adapters on the host."""
@@ -224,16 +225,17 @@ class DeviceEngine:
             reservation.release()
 
 
-def upload_table(device: Device, table: Array) -> int:
+def upload_table(device: Device, table: EmbeddingTable) -> int:
     """Copy the embedding table to the device through a window of pinned memory; returns its address."""
-    rows = max(1, (8 << 20) // table[0].nbytes)
-    window = device.pinned((min(rows, len(table)), table.shape[1]), table.dtype)
-    address, queue = device.allocate(table.nbytes), device.open_queue()
+    count, width = table.shape
+    row_bytes = width * table.dtype.itemsize
+    window = device.pinned((min(max(1, (8 << 20) // row_bytes), count), width), table.dtype)
+    address, queue = device.allocate(count * row_bytes), device.open_queue()
     try:
-        for first in range(0, len(table), len(window)):
-            block = table[first : first + len(window)]
+        for first in range(0, count, len(window)):
+            block = table.block(first, first + len(window))
             window[: len(block)] = block
-            queue.upload(address + first * table[0].nbytes, window[: len(block)])
+            queue.upload(address + first * row_bytes, window[: len(block)])
             queue.wait()
     finally:
         queue.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Backend, Engine
 from adalink.runtime.errors import BackendError, BackendUnavailableError, RequestError
 from adalink.runtime.implements import implements
@@ -16,6 +15,7 @@ from adalink.runtime.ort.session import GuardedSession, check_version, read_sign
 from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 from adalink.runtime.ort.static_cache import StaticCacheEngine
 from adalink.runtime.ort.vision import OnnxVisionGraph
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 from adalink.runtime.storage.vision_schema import PatchTower
@@ -48,7 +48,7 @@ class OnnxRuntimeBackend:
         self._threads = threads
 
     @implements(Backend)
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> Engine:
         if base.embedding_dtype == "bfloat16":
             raise BackendError(
                 "onnxruntime-cpu has no bfloat16 kernels: export the base again with --dtype fp32 or fp16, "

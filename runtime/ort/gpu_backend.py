@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.runtime.arrays import Array
 from adalink.runtime.device.cuda import CudaDevice, load_cuda
 from adalink.runtime.device.engine import DeviceEngine, PreEmbedded
 from adalink.runtime.device.protocols import DeviceArena
@@ -29,6 +28,7 @@ from adalink.runtime.ort.shared_adapter_graph import OnnxSharedAdapterGraph
 from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.profile import Profile, default_profile
 from adalink.runtime.storage.digest import digest_bytes, digest_file
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.user_cache import cache_path, make_private_folder
 from adalink.runtime.storage.vision_base import VisionBase
@@ -71,7 +71,7 @@ class OnnxRuntimeGpuBackend:
         load_cuda(name)
 
     @implements(Backend)
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> DeviceEngine:
         if role != "base" or base.kind == "encoder-decoder":
             raise ContractError(
                 f"{graph}: {base.name} is an encoder-decoder, which {self.name} does not run: use onnxruntime-cpu"

@@ -50,12 +50,12 @@ def fingerprint_embeddings(weight: npt.NDArray[np.floating]) -> str:
     """
     rows, width = weight.shape
     step = max(1, _CHUNK_BYTES // (4 * width))
-    return fingerprint_rows(rows, width, (weight[start : start + step] for start in range(0, rows, step)))
+    return fingerprint_rows((rows, width), (weight[start : start + step] for start in range(0, rows, step)))
 
 
-def fingerprint_rows(rows: int, width: int, parts: Iterable[npt.NDArray[np.floating]]) -> str:
-    """``fingerprint_embeddings`` of a matrix with shape ``(rows, width)`` that comes in parts, some rows each."""
-    state = hashlib.sha256(f"{rows},{width};".encode("ascii"))
-    for part in parts:
-        state.update(np.ascontiguousarray(part, dtype="<f4").data)
+def fingerprint_rows(shape: tuple[int, int], blocks: Iterable[npt.NDArray[np.floating]]) -> str:
+    """Likewise of a matrix that comes in blocks of rows; ``shape`` is that of the whole."""
+    state = hashlib.sha256("{},{};".format(*shape).encode("ascii"))
+    for block in blocks:
+        state.update(np.ascontiguousarray(block, dtype="<f4").data)
     return f"sha256:{state.hexdigest()}"

@@ -9,6 +9,7 @@ import msgspec
 from adalink.runtime.storage.adapter_spec import AdapterSpec
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.pooling_schema import Pooling
+from adalink.runtime.storage.table_schema import TableStorage
 from adalink.runtime.storage.vision_schema import Grid, PatchTower, PromptForm, TileTokens, tiles_of
 
 MANIFEST_FILE = "manifest.json"
@@ -111,7 +112,7 @@ class Base(_Strict, frozen=True, kw_only=True):
             empty in deployments of older kits.
         vocab_size: rows of the embedding table.
         hidden_size: width of the embeddings.
-        embedding_dtype: dtype of the table and of ``inputs_embeds``; one of ``DTYPES``.
+        embedding_dtype: dtype of embeddings, and so of ``inputs_embeds``; one of ``DTYPES``.
         modalities: modalities that the base takes.
         max_positions: longest sequence of the model; ``None`` without a limit.
         cache: shape of the KV cache; ``None`` for an encoder.
@@ -120,7 +121,8 @@ class Base(_Strict, frozen=True, kw_only=True):
         bos_token_id: token that begins a text, for chat templates that write it.
         decoder_start_token_id: first decoder token of an encoder-decoder.
         embeddings: path of the table (safetensors, one tensor ``embeddings`` with shape ``(vocab, d)``): the output of
-            the embedding module for each id.
+            the embedding module for each id, or what ``table`` says.
+        table: how rows of the table are stored; ``None`` for embeddings themselves, as in deployments of older kits.
         tokenizer: path of ``tokenizer.json``; ``None`` when the checkpoint has none.
         chat_template: path of the Jinja chat template, if the model has one.
         special_tokens: the tokenizer's special tokens by name, such as ``eos_token``, for chat templates. ``None`` in
@@ -168,6 +170,7 @@ class Base(_Strict, frozen=True, kw_only=True):
     special_tokens: dict[str, str | tuple[str, ...]] | None = None
     unused_tensors: tuple[str, ...] = ()
     pooling: Pooling | None = None
+    table: TableStorage | None = None
 
     @property
     def takes_token_types(self) -> bool:

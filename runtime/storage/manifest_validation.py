@@ -10,6 +10,7 @@ from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, Fault, find_fa
 from adalink.runtime.storage.generation_schema import check_generation
 from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
 from adalink.runtime.storage.pooling_schema import check_pooling
+from adalink.runtime.storage.table_schema import check_table_storage
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -69,6 +70,8 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
         check_generation(base.generation, base.vocab_size, demand)
     if base.pooling is not None:
         check_pooling(base.pooling, demand)
+    if base.table is not None:
+        check_table_storage(base.table, base.hidden_size, demand)
     if base.vision is not None:
         _check_vision(base.vision, base, demand)
     demand(bool(manifest.variants), "$.variants", {}, "at least one variant of the base")

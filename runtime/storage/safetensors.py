@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ _ALIGNMENT_BYTES = 64
 # numpy dtype of each embedding dtype; numpy has no bfloat16, so its bits are uint16.
 STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+# Of tensors that are no numbers, such as blocks of quantised rows.
+BYTES = {"U8": "u1"}
 
 
 def view_tensors(data: Bytes) -> dict[str, npt.NDArray[np.float32]]:
@@ -24,11 +28,15 @@ def view_tensors(data: Bytes) -> dict[str, npt.NDArray[np.float32]]:
     return {name: as_float32(tensor) for name, tensor in raw_tensors(data).items()}
 
 
-def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
+def raw_tensors(data: Bytes, others: Mapping[str, str] = MappingProxyType({})) -> dict[str, npt.NDArray[Any]]:
     """Tensors of a safetensors file by name, as views of ``data``; bfloat16 is returned as its bits, uint16.
 
+    Args:
+        data: the file's bytes.
+        others: dtypes to take beside those of floating-point numbers, such as ``BYTES``.
+
     Raises:
-        ValueError: the file is truncated, or not a safetensors file of floating-point tensors.
+        ValueError: the file is truncated, or not a safetensors file of such tensors.
     """
     if len(data) < 8:
         raise ValueError(f"it has {len(data)} bytes, expected a header length of 8")
@@ -42,13 +50,14 @@ def raw_tensors(data: Bytes) -> dict[str, npt.NDArray[Any]]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
+    dtypes = {**_DTYPES, **others}
     tensors, ends = {}, [0]
     for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
         begin, end = _offsets(name, entry)
         if begin != ends[-1]:
             raise ValueError(f"tensor {name!r} begins at {begin}, the one before it ends at {ends[-1]}")
         ends.append(end)
-        tensors[name] = _view(name, entry, data[start + begin : start + end])
+        tensors[name] = _view(name, entry, data[start + begin : start + end], dtypes)
     if start + ends[-1] != len(data):
         raise ValueError(f"its tensors end at {start + ends[-1]}, the file has {len(data)} bytes")
     return tensors
@@ -75,14 +84,14 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _view(name: str, entry: Any, data: Bytes) -> npt.NDArray[Any]:
+def _view(name: str, entry: Any, data: Bytes, dtypes: Mapping[str, str]) -> npt.NDArray[Any]:
     code, shape = entry.get("dtype"), entry.get("shape")
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise ValueError(f"tensor {name!r} has dtype {code!r}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(code, str) or code not in dtypes:
+        raise ValueError(f"tensor {name!r} has dtype {code!r}, expected one of {', '.join(dtypes)}")
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise ValueError(f"tensor {name!r} has shape {shape}, expected a list of sizes")
     try:
-        return data.view(_DTYPES[code]).reshape(shape)
+        return data.view(dtypes[code]).reshape(shape)
     except (ValueError, OverflowError) as error:  # numpy's sizes have 63 bits, and an array at most 64 of them
         raise ValueError(f"tensor {name!r} has {len(data)} bytes, which are not {code} of shape {shape}") from error
 

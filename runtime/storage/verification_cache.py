@@ -46,7 +46,7 @@ def verify_variant(folder: Path, manifest: Manifest, variant: Variant, *, full_c
         IntegrityError: as ``verify_once`` does.
         GraphError: a graph refers to a file that the variant does not list.
     """
-    paths = (manifest.base.embeddings, *variant.files)
+    paths = tuple(dict.fromkeys((manifest.base.embeddings, *variant.files)))  # one file may be both
     if full_check:
         verify_files(folder, manifest, sorted(manifest.files.keys() - set(paths)))
         verified = verify_files(folder, manifest, paths)

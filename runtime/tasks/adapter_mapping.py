@@ -15,6 +15,7 @@ import numpy as np
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import SharedAdapterGraph
 from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.tasks.folding import Folded
 from adalink.runtime.tasks.head import TaskHead
@@ -95,22 +96,22 @@ class AdapterMapping:
         self._whole = text[0].graph if is_whole else None
         self._whole_weights = text[0].weights if is_whole else {}
 
-    def lookup(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
+    def lookup(self, table: EmbeddingTable, ids: Array, modality: Array | None = None) -> Array:
         """Adapted embeddings of token ids; a batch of one folded task is a table lookup.
 
         Args:
-            table: the base's embedding table with shape ``(vocab, d)``.
+            table: the base's embedding table.
             ids: token ids with shape ``(batch, seq)``.
             modality: as in ``apply``.
         """
         if self._fold is not None and modality is None:
             return self._fold.lookup(table, ids)
-        embeds = self.embed(table, ids, modality) if self._deltas else table.take(ids, axis=0)
+        embeds = self.embed(table, ids, modality) if self._deltas else table.take(ids)
         return self.apply(embeds, modality)
 
-    def embed(self, table: Array, ids: Array, modality: Array | None = None) -> Array:
+    def embed(self, table: EmbeddingTable, ids: Array, modality: Array | None = None) -> Array:
         """Embeddings before the bottleneck: the base's, plus token embedding deltas; arguments as in ``lookup``."""
-        embeds = table.take(ids, axis=0)
+        embeds = table.take(ids)
         for delta in self._deltas:
             rows = slice(None) if delta.rows is None else delta.rows
             changed = delta.table.lookup(table, ids[rows])

@@ -15,7 +15,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.implements import implements
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter
 from adalink.runtime.storage.adapter_spec import rank_of
-from adalink.runtime.storage.embedding_table import view_table
+from adalink.runtime.storage.embedding_table import EmbeddingTable, view_table
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
 from adalink.runtime.storage.safetensors import raw_tensors
@@ -26,11 +26,11 @@ HIDDEN_NAME = "hidden"
 class Folded(Protocol):
     """A folded task: it needs token ids and no graph."""
 
-    def lookup(self, table: Array, ids: Array) -> Array:
+    def lookup(self, table: EmbeddingTable, ids: Array) -> Array:
         """Adapted embeddings with shape ``(batch, seq, d)``.
 
         Args:
-            table: the base's embedding table with shape ``(vocab, d)``.
+            table: the base's embedding table.
             ids: token ids with shape ``(batch, seq)``.
         """
         ...
@@ -43,7 +43,7 @@ class TableFold:
     adapted: Array
 
     @implements(Folded)
-    def lookup(self, table: Array, ids: Array) -> Array:
+    def lookup(self, table: EmbeddingTable, ids: Array) -> Array:
         return self.adapted.take(ids, axis=0)
 
 
@@ -56,11 +56,11 @@ class RankFold:
     up_bias: Array | None
 
     @implements(Folded)
-    def lookup(self, table: Array, ids: Array) -> Array:
+    def lookup(self, table: EmbeddingTable, ids: Array) -> Array:
         delta: Array = np.matmul(self.hidden.take(ids, axis=0), self.up.T)
         if self.up_bias is not None:
             delta += self.up_bias
-        embeds = table.take(ids, axis=0)
+        embeds = table.take(ids)
         if embeds.dtype == delta.dtype:
             delta += embeds
             return delta

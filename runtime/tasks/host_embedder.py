@@ -5,13 +5,14 @@ from __future__ import annotations
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import InputEmbedder
 from adalink.runtime.implements import implements
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
 
 
 class HostEmbedder:
     """See ``adalink.runtime.engine.InputEmbedder``; results are arrays."""
 
-    def __init__(self, table: Array) -> None:
+    def __init__(self, table: EmbeddingTable) -> None:
         self._table = table
 
     @implements(InputEmbedder)

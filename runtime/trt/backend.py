@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adalink.runtime.arrays import Array
 from adalink.runtime.device.adapter_weights import DeviceSharedAdapterGraph
 from adalink.runtime.device.cuda import CudaDevice
 from adalink.runtime.device.engine import DeviceEngine
@@ -17,6 +16,7 @@ from adalink.runtime.engine import PatchVisionGraph, VisionGraph
 from adalink.runtime.errors import BackendError, ContractError, DeploymentError, IntegrityError
 from adalink.runtime.implements import implements
 from adalink.runtime.profile import Profile
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
 from adalink.runtime.storage.stamp import Stamp, stamp_of
@@ -49,7 +49,7 @@ class TensorRtBackend:
         self._api = load_api(name)
         self._cpu_vision = cpu_vision
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> DeviceEngine:
         """See ``adalink.runtime.engine.Backend``; ``graph`` is a plan, with its record beside it.
 
         The caller has compared the plan with its digest: a plan is code.

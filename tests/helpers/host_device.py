@@ -18,7 +18,6 @@ from packaging.version import Version
 
 from adalink.export.adapter.embedder_graph import EMBEDDERS, build_embedder_graph
 from adalink.export.engine.graph import engine_graph
-from adalink.runtime.arrays import Array
 from adalink.runtime.device.adapter_weights import DeviceSharedAdapterGraph
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.device.protocols import DeviceArena
@@ -29,6 +28,7 @@ from adalink.runtime.errors import BackendError
 from adalink.runtime.ort.gpu_executor import OnnxRuntimeExecutor
 from adalink.runtime.ort.vision import OnnxVisionGraph
 from adalink.runtime.profile import Profile
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.vision_base import VisionBase
 
@@ -187,7 +187,7 @@ class HostBackend:
         self.device = HostDevice(**device)
         self.plans: HostPlans | None = None
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> DeviceEngine:
         if self.in_place and base.cache and not HAS_TENSOR_SCATTER:
             pytest.skip(f"ONNX Runtime {ort.__version__} has no TensorScatter; 1.24 has")
         model = engine_graph(graph, base, self.profile.capacity if self.in_place and base.cache else None)

@@ -32,7 +32,7 @@ def fold_trade(folder: Path, manifest: Manifest, task: str) -> dict[str, float]:
         return selection.lookup(table, ids)
 
     def in_bank(ids: np.ndarray) -> object:
-        return selection.apply(table.take(ids, axis=0))
+        return selection.apply(table.take(ids))
 
     times: dict[str, list[float]] = {"fold_us": [], "graph_us": []}
     ways: dict[str, Callable[[np.ndarray], object]] = {"fold_us": folded, "graph_us": in_bank}

@@ -74,6 +74,7 @@ def describe_deployment(folder: Path) -> Description:
             "vocab_size": base.vocab_size,
             "hidden_size": base.hidden_size,
             "embedding_dtype": base.embedding_dtype,
+            "embedding_table": _describe_table(manifest),
             "max_positions": base.max_positions,
             "modalities": list(base.modalities),
             "tokenizer": base.tokenizer,
@@ -100,6 +101,18 @@ def describe_deployment(folder: Path) -> Description:
         "files": len(manifest.files),
         "size_bytes": manifest.size_bytes(manifest.files),
         "integrity": "every file has the digest that the manifest records",
+    }
+
+
+def _describe_table(manifest: Manifest) -> Description:
+    """How and where rows of the embedding table are stored; it has no size of its own in the weights of a variant."""
+    base = manifest.base
+    is_own = base.table is None or base.table.head is None
+    return {
+        "encoding": base.embedding_dtype if base.table is None else base.table.encoding,
+        "scale": 1.0 if base.table is None else base.table.scale,
+        "file": base.embeddings,
+        "size_bytes": manifest.size_bytes((base.embeddings,)) if is_own else 0,
     }
 
 

@@ -14,6 +14,7 @@ from adalink.runtime.engine import (
     SpeculativeDecodeState,
 )
 from adalink.runtime.implements import implements
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.tools.common.forwarding_backend import ForwardingBackend
 
@@ -52,7 +53,7 @@ class ObservedBackend(ForwardingBackend):
         self._hooks = begin, end, rolled_back, dropped
 
     @implements(Backend)
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> Engine:
         return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base, Quantization
@@ -214,13 +215,13 @@ class Reference:
             return list(tokenizer(f"{tokenizer.bos_token}{text}\n", add_special_tokens=False)["input_ids"])
         return list(tokenizer(text)["input_ids"])
 
-    def embedding_table(self) -> Float64:
-        """Outputs of the embedding module for every id, shape ``(vocab, d)``."""
+    def embeddings(self, ids: Array) -> Float64:
+        """Outputs of the embedding module for ``ids``, shape ``(len(ids), d)``."""
         import torch
 
         with torch.no_grad():
-            table = self._model.get_input_embeddings()(torch.arange(self.base.vocab_size))
-        return np.asarray(table.double().numpy())
+            rows = self._model.get_input_embeddings()(torch.from_numpy(ids))
+        return np.asarray(rows.double().numpy())
 
     def image_embeds(self, pixels: Pixels) -> tuple[list[Float64], list[Float64]]:
         """Image embeddings of the vision tower and the projector, before any adapter.

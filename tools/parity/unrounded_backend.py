@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from adalink.runtime.arrays import Array
 from adalink.runtime.engine import Engine
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.tools.common.forwarding_backend import ForwardingBackend
 
@@ -20,7 +20,7 @@ class ExactActivations(ForwardingBackend):
         name: name of the wrapped backend.
     """
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> Engine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> Engine:
         """Open the graph without ``accuracy_level``; its weights are the same file."""
         import onnx
 

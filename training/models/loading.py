@@ -221,7 +221,7 @@ def base_fingerprint(model: torch.nn.Module, stand_ins: StandIns | None = None) 
 
     weight = (stand_ins or StandIns()).source(embedding_matrix(model))
     rows, width = weight.shape
-    return fingerprint_rows(rows, width, (piece.numpy() for piece in read_pieces(weight, torch.float32)))
+    return fingerprint_rows((rows, width), (piece.numpy() for piece in read_pieces(weight, torch.float32)))
 
 
 def weights_digest(model: torch.nn.Module, stand_ins: StandIns | None = None) -> str:

@@ -88,7 +88,7 @@ class StandIns:
         return copy.deepcopy(model, copies)
 
     @contextmanager
-    def filled(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    def filled(self, parameters: Iterable[torch.Tensor]) -> Iterator[None]:
         """Give parameters their values until the block ends."""
         before = [(parameter, parameter.data) for parameter in parameters if parameter in self]
         try:

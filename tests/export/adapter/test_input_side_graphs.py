@@ -23,6 +23,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, ContractError, GraphError, ManifestError
 from adalink.runtime.storage.adapter import Adapter, make_adapter
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest_io import decode_manifest, read_manifest
 from adalink.runtime.tasks.folding import ids_table
 
@@ -109,7 +110,8 @@ def test_the_check_finds_a_graph_that_adapts_behind_a_soft_prompt_alone() -> Non
 
 def test_the_check_of_a_table_of_ids_finds_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make("ids")
-    table = np.random.default_rng(1).normal(size=(VOCAB_SIZE, WIDTH)).astype(np.float32)
+    rows = np.random.default_rng(1).normal(size=(VOCAB_SIZE, WIDTH)).astype(np.float32)
+    table = EmbeddingTable(rows, "float32")
     check_ids_table(adapter, table, "float32", np.arange(VOCAB_SIZE))
     other = make_adapter(adapter.config, adapter.weights | {"text.up.weight": adapter.weights["text.up.weight"] * 2})
     monkeypatch.setattr(task_check, "ids_table", lambda _: ids_table(other))

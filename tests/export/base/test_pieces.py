@@ -10,10 +10,8 @@ import pytest
 import torch
 from helpers.export import MODELS
 from onnx import numpy_helper
-from safetensors.torch import save_file
 
 from adalink.export.architectures import architecture_of
-from adalink.export.base import embedding_table
 from adalink.export.base.export import export_base
 from adalink.export.base.graphs import traced_graphs
 from adalink.export.base.quantize import SCHEMES, quantize
@@ -110,20 +108,6 @@ def test_codes_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
         return {tensor.name: tensor.raw_data for tensor in onnx.load(path).graph.initializer}
 
     assert codes(2000) == codes(1 << 30)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_table_is_what_the_embedding_module_returns(tmp_path, monkeypatch, family):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1000)
-    model = MODELS[family]()
-    module = model.get_input_embeddings()
-    module.padding_idx = len(module.weight) - 1  # of a row that pieces do not have
-    stand_ins = StandIns()
-    rows = embedding_table.embedding_rows(stand_ins.skeleton(model), stand_ins)
-    embedding_table.write_table(tmp_path / "a", rows, tuple(module.weight.shape), "float32")
-    with torch.no_grad():
-        save_file({"embeddings": module(torch.arange(len(module.weight)))}, tmp_path / "b")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_progress_names_matrices(tmp_path, monkeypatch):

@@ -17,13 +17,13 @@ from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.base import variant
 from adalink.export.base.export import export_base
-from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import forward as passes
 from adalink.runtime.device.engine import DeviceEngine
 from adalink.runtime.errors import BackendError, GraphError, RequestError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 
@@ -326,7 +326,7 @@ def test_as_many_steps_stay_recorded_as_may(llama: Tiny, monkeypatch: pytest.Mon
 
 def test_the_engine_of_another_base_is_refused(llama: Tiny, bert: Tiny) -> None:
     class Wrong(HostBackend):
-        def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+        def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> DeviceEngine:
             other = bert.folder / read_manifest(bert.folder).variants["portable"].graph
             self.plans = HostPlans({"engine": str(other)}, self.profile)
             return DeviceEngine(self.device, self.plans, base, table)

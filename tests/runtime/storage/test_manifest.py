@@ -121,6 +121,9 @@ def _delete(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("base", "cache", "layers", value=10**9), "$.base.cache.layers"),
         (_set("base", "max_positions", value=-1), "$.base.max_positions"),
         (_set("base", "surprise", value=1), "$.base"),
+        (_set("base", "table", value={"encoding": "float32"}), "$.base.table.encoding"),
+        (_set("base", "table", value={"encoding": "Q6_K"}), "$.base.table.encoding"),
+        (_set("base", "table", value={"encoding": "bfloat16", "scale": 0}), "$.base.table.scale"),
         (_set("variants", value={}), "$.variants"),
         (_set("variants", "portable", "vision_graph", value="base/x.plan"), "$.variants['portable'].files"),
         (

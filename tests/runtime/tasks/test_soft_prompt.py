@@ -20,6 +20,7 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, make_adapter
 from adalink.runtime.storage.contract import check_adapter
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping, TokenEmbeddingDelta, mix
 from adalink.runtime.tasks.folding import RankFold
@@ -239,11 +240,12 @@ def test_rows_that_go_and_change_places_keep_their_tables() -> None:
     ]
     mixed = mix([(alone[0], np.array([0, 3])), (alone[1], np.array([2]))])
     ids = rng.integers(0, 20, (4, 5))
-    whole = mixed.lookup(table, ids)
+    stored = EmbeddingTable(table, "float32")
+    whole = mixed.lookup(stored, ids)
     np.testing.assert_allclose(whole[2], table[ids[2]] + folds[1].hidden[ids[2]] @ folds[1].up.T)
     np.testing.assert_array_equal(whole[1], table[ids[1]])
     for kept in ([3, 1, 2], [2, 0], [1], [3, 0]):
-        np.testing.assert_array_equal(mixed.take(kept).lookup(table, ids[kept]), whole[kept])
+        np.testing.assert_array_equal(mixed.take(kept).lookup(stored, ids[kept]), whole[kept])
     assert not mixed.take([1]).needs_ids
     assert [digest for digest, _ in mixed.adapters(4)] == ["0", "", "1", "0"]
 

@@ -34,6 +34,7 @@ from adalink.runtime.errors import (
 )
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
+from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.vision_base import VisionBase, vision_base
@@ -179,7 +180,7 @@ class GraphsOfPlans(HostBackend):
         self.folder = folder
         self.asked: list[str] = []
 
-    def open_engine(self, graph: Path, base: Base, role: str, table: Array) -> DeviceEngine:
+    def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> DeviceEngine:
         self.asked.append(graph.relative_to(self.folder).as_posix())
         variant = read_record(graph.parent).variant
         own = self.folder / read_manifest(self.folder).variants[variant].graph
