@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -11,15 +9,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from adalink.export.architectures import Architecture, architecture_of
-from adalink.export.base.activations import check_activations
+from adalink.export.architectures import architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
-from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
 from adalink.export.base.head_table import share_with_head
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
-from adalink.export.base.quantize import GGUF, SCHEMES, quantize
+from adalink.export.base.quantize import GGUF
 from adalink.export.base.request import (
     TARGETS,
     check_free,
@@ -30,16 +26,17 @@ from adalink.export.base.request import (
     quantized_types,
 )
 from adalink.export.base.table import write_table
-from adalink.export.writer import DeploymentWriter, open_writer
+from adalink.export.base.variant import ONE_BACKEND, BaseSource, write_variant
+from adalink.export.writer import open_writer
 from adalink.runtime.errors import ConfigError, ContractError, ModelError
-from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Quantization, Variant
+from adalink.runtime.storage.manifest import SCHEMA_VERSION, Base, Manifest, Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.image_processing_utils import BaseImageProcessor
 
-# Backends that take position ids of several axes.
-ONE_BACKEND = ("onnxruntime-cpu",)
+    from adalink.training.models.stand_ins import StandIns
+
 _TOKENIZER_SOURCES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,10 +90,12 @@ def export_base(
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision.tower import describe_images, language_model, write_vision
-    from adalink.training.models.loading import base_fingerprint, find_image_processor, load_checkpoint, weights_digest
+    from adalink.training.models.loading import base_fingerprint, embedding_matrix, open_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
     from adalink.training.models.sentence_files import read_pooling
     from adalink.training.models.source import display_name, gguf_file
+    from adalink.training.models.stand_ins import StandIns
+    from adalink.training.models.vision import find_image_processor
 
     check_settings(dtype, target, quantization, modalities)
     variant = quantization or target
@@ -108,14 +107,15 @@ def export_base(
         if codes is None and (types := quantized_types(model)):
             progress(f"{display_name(model)} has matrices in {' and '.join(types)}: --quantize gguf keeps their codes")
         progress(f"loading {display_name(model)}")
-        checkpoint, name = load_checkpoint(model), display_name(model)
+        (checkpoint, stand_ins), name = open_checkpoint(model), display_name(model)
         loaded, unused = checkpoint.model, checkpoint.unused_tensors
         if unused:
             progress(f"left out, since no output of the base depends on it: {', '.join(unused)}")
         tokenizer = tokenizer or _find_tokenizer(model)
         pooling, gguf = read_pooling(model, tokenizer, loaded.config), gguf_file(model)
     else:
-        loaded, name = copy.deepcopy(model).eval(), display_name(model.name_or_path or type(model).__name__)
+        stand_ins = StandIns()
+        loaded, name = stand_ins.skeleton(model).eval(), display_name(model.name_or_path or type(model).__name__)
         unused, pooling, gguf = (), None, None
     whole, loaded = loaded, language_model(loaded)
     architecture = architecture_of(loaded, bidirectional_prompt=has_bidirectional_prompt(whole))
@@ -132,13 +132,16 @@ def export_base(
     _check_unhooked(whole)
     vision = preprocessor = None
     if whole is not loaded:
-        _in_dtype(whole, "float32")
+        _in_dtype(whole, "float32", stand_ins)
+        language = {id(parameter) for parameter in loaded.parameters()}
+        stand_ins.fill(parameter for parameter in whole.parameters() if id(parameter) not in language)
         if image_processor is None and isinstance(model, (str, Path)):
             image_processor = find_image_processor(model)
         vision, preprocessor = describe_images(whole, image_processor, tokenizer)
         modalities = tuple(dict.fromkeys(("text", "image", *modalities)))
-    digests = base_fingerprint(loaded), weights_digest(whole)
-    loaded = _in_dtype(loaded, dtype)
+    progress("hashing the weights")
+    digests = base_fingerprint(loaded, stand_ins), weights_digest(whole, stand_ins)
+    loaded = _in_dtype(loaded, dtype, stand_ins)
     with open_writer(out, create=True) as writer:
         base = describe_base(loaded, architecture, name, digests, dtype, modalities, tokenizer, vision)
         base = described = msgspec.structs.replace(base, unused_tensors=unused, pooling=pooling)
@@ -152,16 +155,19 @@ def export_base(
             for line in name_missing(base, described):
                 progress(line)
         else:
-            base = write_table(writer, base, loaded, gguf, progress)
+            with stand_ins.filled([embedding_matrix(loaded)]):
+                base = write_table(writer, base, loaded, gguf, progress)
             write_common(writer, base, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base))
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
-        variants[variant] = _write_variant(writer, loaded, architecture, base, target, quantization, codes, progress)
+        source = BaseSource(loaded, architecture, base, stand_ins)
+        variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
         if writer.current is None:
-            base = share_with_head(writer, base, variants[variant], loaded)
+            with stand_ins.filled([embedding_matrix(loaded)]):
+                base = share_with_head(writer, base, variants[variant], loaded)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(
@@ -176,7 +182,7 @@ def export_base(
         )
 
 
-def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def _in_dtype(model: PreTrainedModel, dtype: str, stand_ins: StandIns) -> PreTrainedModel:
     """The model on the CPU, its weights in ``dtype``.
 
     Rotary frequencies stay in float32, as in transformers: rounded to 11 bits they turn position 4,000 by up to a
@@ -189,6 +195,7 @@ def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
 
     kept = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
     try:
+        stand_ins.convert(model, getattr(torch, dtype))
         model.to(getattr(torch, dtype)).to("cpu").requires_grad_(False)
     except ValueError as error:  # what transformers says of bitsandbytes and GPTQ
         raise ModelError(
@@ -240,76 +247,3 @@ def _find_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase | None:
         is_gguf = any(folder.glob("*.gguf"))
         return load_tokenizer(spec) if is_gguf else None
     return load_tokenizer(spec)
-
-
-def _write_variant(
-    writer: DeploymentWriter,
-    model: PreTrainedModel,
-    architecture: Architecture,
-    base: Base,
-    target: str,
-    quantization: str | None,
-    codes: Path | None,
-    progress: Progress,
-) -> Variant:
-    """Write the graphs of one variant; ``codes`` is the GGUF file whose codes are kept."""
-    from adalink.export.base.graphs import traced_graphs
-    from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
-    from adalink.export.base.ort_fusion import fuse, why_not_fused
-    from adalink.export.tracing.attention import exportable_attention
-    from adalink.export.tracing.graph import write_graph
-    from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
-
-    folder = writer.fresh_folder(f"base/{quantization or target}")
-    scheme = None if quantization is None else SCHEMES[quantization]
-    gguf = None if codes is None else GgufCodes(codes)
-    metadata = metadata_of(base)
-    files = {}
-    unfused_reason = why_not_fused(target)
-    grouped = target == "onnxruntime-cpu" and architecture.kind == "decoder"
-    if grouped and (reason := why_not_grouped(model, architecture)):
-        grouped = False
-        progress(f"attention is kept in standard operators: {reason}")
-    if grouped and has_windows(model, architecture):
-        metadata[NEEDS_ONNXRUNTIME] = WINDOWS_SINCE
-    with exportable_attention(model):
-        graphs = traced_graphs(model, architecture, grouped=grouped, token_types=base.takes_token_types)
-        for stem, graph in graphs.items():
-            check_activations(graph, base.name, base.embedding_dtype)
-            progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
-            files[stem] = f"{folder}/{stem}.onnx"
-            path = writer.stage(files[stem])
-            if unfused_reason is not None:
-                write_graph(graph, path, metadata)
-                continue
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".portable-") as temporary:
-                portable = Path(temporary) / path.name
-                write_graph(graph, portable, metadata)
-                if scheme is not None:
-                    portable = _quantized(portable, scheme, gguf, progress)
-                progress(f"fusing {stem}.onnx for {target}")
-                fuse(portable, path, target)
-    if unfused_reason is not None and target != "portable":
-        progress(f"the graph is kept in standard operators: {unfused_reason}")
-    if scheme is not None and gguf is not None:
-        scheme = gguf.record(scheme)
-        for line in describe_tensors(scheme):
-            progress(line)
-    return Variant(
-        target=target,
-        quantization=scheme,
-        backends=TARGETS[target] if architecture.position_axes == 1 else ONE_BACKEND,
-        graph=files["model"],
-        decoder_graph=files.get("decoder"),
-        files=tuple(path for name in files.values() for path in (name, f"{name}.data")),
-    )
-
-
-def _quantized(portable: Path, scheme: Quantization, gguf: GgufCodes | None, progress: Progress) -> Path:
-    """Quantise a graph, and remove the original; returns the new file."""
-    path = portable.with_name("quantized") / portable.name
-    path.parent.mkdir()
-    quantize(portable, path, scheme, progress, gguf)
-    portable.unlink()
-    portable.with_name(f"{portable.name}.data").unlink()
-    return path

@@ -5,6 +5,7 @@ The traced model runs unchanged around the kit's attention and masks. See docs/d
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from adalink.export.architectures import Architecture, cache_shape, mask_windows
 from adalink.export.tracing.graph import Axes, TracedGraph
 from adalink.runtime.storage.manifest import Cache
 from adalink.training.models.loading import max_positions
+from adalink.training.models.stand_ins import StandIns
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,12 @@ _BATCH, _SEQUENCE, _PAST, _SOURCE = 2, 3, 4, 5
 
 
 def traced_graphs(
-    model: PreTrainedModel, architecture: Architecture, *, grouped: bool, token_types: bool = False
+    model: PreTrainedModel,
+    architecture: Architecture,
+    *,
+    grouped: bool,
+    token_types: bool = False,
+    stand_ins: StandIns | None = None,
 ) -> dict[str, TracedGraph]:
     """The graphs of a base by file stem: ``model``, and for an encoder-decoder also ``decoder``.
 
@@ -31,7 +38,16 @@ def traced_graphs(
         architecture: its entry in the registry.
         grouped: whether a decoder computes attention with ``GroupQueryAttention``.
         token_types: whether an encoder takes ``token_type_ids``.
+        stand_ins: what the model's matrices stand for.
     """
+    known = stand_ins or StandIns()
+    graphs = _graphs(model, architecture, grouped, token_types, known)
+    return {stem: dataclasses.replace(graph, stand_ins=known) for stem, graph in graphs.items()}
+
+
+def _graphs(
+    model: PreTrainedModel, architecture: Architecture, grouped: bool, token_types: bool, stand_ins: StandIns
+) -> dict[str, TracedGraph]:
     from adalink.export.base.modules import CrossDecoderGraph, DecoderGraph, EncoderGraph
 
     if architecture.kind == "encoder":
@@ -39,7 +55,7 @@ def traced_graphs(
     cache = cache_shape(model.config, architecture)
     assert cache is not None
     if architecture.kind == "decoder" and grouped:
-        return {"model": _grouped_decoder_graph(model, architecture, cache)}
+        return {"model": _grouped_decoder_graph(model, architecture, cache, stand_ins)}
     if architecture.kind == "decoder":
         module = DecoderGraph(model, mask_windows(model.config, architecture), architecture.bidirectional_prompt)
         return {"model": _decoder_graph(module, model, architecture, cache)}
@@ -75,13 +91,15 @@ def _decoder_graph(
     return TracedGraph(module, inputs, ["logits", *present], axes)
 
 
-def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, cache: Cache) -> TracedGraph:
+def _grouped_decoder_graph(
+    model: PreTrainedModel, architecture: Architecture, cache: Cache, stand_ins: StandIns
+) -> TracedGraph:
     import torch
 
     from adalink.export.base.grouped_attention import GroupedDecoderGraph
 
     windows, limit = mask_windows(model.config, architecture), max_positions(model)
-    module = GroupedDecoderGraph(model, windows, limit, architecture.position_axes)
+    module = GroupedDecoderGraph(model, windows, limit, architecture.position_axes, stand_ins)
     past, present, axes = _cache_signature(model, cache)
     axes |= _axes(past, {0: "batch", 2: "capacity"}) | _axes(present, {0: "batch", 2: "capacity_after"})
     axes |= {"sequence_lengths": {0: "batch"}, "logits_at": {0: "places"}, "logits": {0: "places"}}
@@ -93,6 +111,7 @@ def _grouped_decoder_graph(model: PreTrainedModel, architecture: Architecture, c
     if not module.rotates:
         inputs["position_ids"] = _positions(architecture)
         axes |= {"position_ids": {0: "batch", 1: "sequence"}}
+    module.find_packed(*(inputs | past).values())
     return TracedGraph(module, inputs | past, ["logits", *present], axes, is_grouped=True)
 
 

@@ -25,6 +25,7 @@ from adalink.export.tracing.attention import NAME, plain_attention
 from adalink.export.tracing.graph import DOMAIN, OPERATOR
 from adalink.runtime.errors import ModelError
 from adalink.runtime.ort.session import is_older
+from adalink.training.models.stand_ins import StandIns
 
 # What the operator demands of its rotary tables (ONNX Runtime 1.31: group_query_attention_helper.h).
 _HEAD_MULTIPLE, _ROTARY_MULTIPLE = 16, 16
@@ -63,9 +64,22 @@ class GroupedDecoderGraph(torch.nn.Module):
     """
 
     def __init__(
-        self, model: Any, masks: dict[str, int | None], max_positions: int | None, position_axes: int = 1
+        self,
+        model: Any,
+        masks: dict[str, int | None],
+        max_positions: int | None,
+        position_axes: int = 1,
+        stand_ins: StandIns | None = None,
     ) -> None:
-        """``masks``: window sizes by mask name, from ``adalink.export.architectures.mask_windows``."""
+        """Wrap a model.
+
+        Args:
+            model: the decoder.
+            masks: window sizes by mask name, from ``adalink.export.architectures.mask_windows``.
+            max_positions: rows of the rotary tables.
+            position_axes: numbers in a position id.
+            stand_ins: what the model's matrices stand for.
+        """
         super().__init__()
         self.model = model
         self.masks = masks
@@ -73,7 +87,9 @@ class GroupedDecoderGraph(torch.nn.Module):
         self._call: _Call | None = None
         example = torch.randn(1, 2, model.get_input_embeddings().weight.shape[1]).to(model.dtype)
         groups = find_groups(model, lambda: model(inputs_embeds=example, use_cache=False))
-        self.products = [MergedLinear(group) for group in groups]
+        self.products = [MergedLinear(group, stand_ins) for group in groups]
+        # Layers whose attention takes a product's output unchanged.
+        self._unchanged: set[int] = set()
         self._registered = torch.nn.ModuleList(self.products)
         if self.rotates:
             assert max_positions is not None
@@ -82,6 +98,20 @@ class GroupedDecoderGraph(torch.nn.Module):
                 # Shared by all layers, and by name, so that the graph holds each once.
                 self.register_buffer(f"cos_{layer_type}", cos[:, :half].contiguous())
                 self.register_buffer(f"sin_{layer_type}", sin[:, :half].contiguous())
+
+    def find_packed(self, *inputs: torch.Tensor) -> None:
+        """Find the layers whose attention takes queries, keys and values as one product gives them.
+
+        ``inputs``: example inputs of ``forward``. Products are drawn, so that what a norm changes shows.
+        """
+        for product in self.products:
+            product.is_random = True
+        try:
+            with torch.no_grad():
+                self(*inputs)
+        finally:
+            for product in self.products:
+                product.is_random = False
 
     def forward(
         self,
@@ -163,7 +193,8 @@ class GroupedDecoderGraph(torch.nn.Module):
             "do_rotary": int(self.rotates),
         }
         parts = [_merge_heads(tensor) for tensor in (query, key, value)]
-        projected = self._packed(module, parts) or parts
+        packed = self._packed(module, parts)
+        projected = parts if packed is None else [packed]
         output, *present = _GroupQueryAttention.apply(  # type: ignore[no-untyped-call]
             settings,
             len(projected),
@@ -177,14 +208,15 @@ class GroupedDecoderGraph(torch.nn.Module):
         # Callers merge the last two dimensions, or all behind the sequence.
         return output.unsqueeze(2), None
 
-    def _packed(self, module: Any, parts: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    def _packed(self, module: Any, parts: list[torch.Tensor]) -> torch.Tensor | None:
         """The one product that queries, keys and values are slices of, if they are its unchanged slices."""
-        whole = torch.cat(parts, dim=-1)
-        children = [*module.children()]
+        children, width = [*module.children()], sum(int(part.shape[-1]) for part in parts)
         for product in self.products:
-            output = product.output
-            if product.layers[0] in children and output is not None and output.shape == whole.shape:
-                return [output] if output.equal(whole) else None
+            if product.layers[0] not in children or product.output is None or len(product.weight) != width:
+                continue
+            if product.is_random and product.output.equal(torch.cat(parts, dim=-1)):
+                self._unchanged.add(module.layer_idx)
+            return product.output if module.layer_idx in self._unchanged else None
         return None
 
 
@@ -218,7 +250,7 @@ class _GroupQueryAttention(torch.autograd.Function):
         batch, heads, past, head_dim = map(int, past_key.shape)
         sequence = int(inputs[0].shape[1])
         grown = past_key.new_zeros(batch, heads, past + sequence, head_dim)
-        # Random, not zeros: merged products are recognized by their values.
+        # Random, so that products of it differ from those of other layers.
         output = torch.randn(batch, sequence, settings["num_heads"] * head_dim).to(past_key.dtype)
         return output, grown, grown.clone()
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from adalink.training.models.stand_ins import StandIns
+from adalink.training.models.weights import JoinedWeight
+
 Linear = torch.nn.Linear
 
 
@@ -21,27 +24,37 @@ class MergedLinear(torch.nn.Module):
     Attributes:
         layers: the layers, in call order.
         output: the product's last output, shape ``(..., sum of the widths)``: the layers' outputs side by side.
+        is_random: whether to draw the output instead, to see what becomes of it; stand-ins give zeros.
     """
 
     layers: list[Linear]
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, layers: list[Linear]) -> None:
+    def __init__(self, layers: list[Linear], stand_ins: StandIns | None = None) -> None:
+        """``stand_ins``: what the layers' weights stand for."""
         super().__init__()
+        known = stand_ins or StandIns()
         # Not as submodules: the layers' weights are not this product's. Its weights are buffers, which the exporter
         # writes as initializers; constants would be in the graph's own bytes.
         self.__dict__["layers"] = layers
         self.output: torch.Tensor | None = None
-        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]))
+        joined = JoinedWeight([known.source(layer.weight) for layer in layers])
+        is_stand_in = layers[0].weight in known
+        dtype = layers[0].weight.dtype
+        self.register_buffer("weight", known.make(joined, dtype) if is_stand_in else joined.read().to(dtype))
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
+        self.is_random = False
         self._waiting: list[torch.Tensor] = []
 
     def part(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the next layer; the first call of a round computes all."""
         if not self._waiting:
-            self.output = torch.nn.functional.linear(x, self.weight, self.bias)
+            if self.is_random:
+                self.output = torch.randn(*x.shape[:-1], len(self.weight)).to(x.dtype)
+            else:
+                self.output = torch.nn.functional.linear(x, self.weight, self.bias)
             self._waiting = list(torch.split(self.output, [layer.out_features for layer in self.layers], dim=-1))
         return self._waiting.pop(0)
 

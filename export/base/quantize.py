@@ -9,16 +9,18 @@ the graph, so adapters are not affected. Why these block sizes: docs/decisions/0
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from adalink.export.base.gguf_codes import BITS, BLOCK_SIZE, GgufCodes
-from adalink.export.base.integer_blocks import IntegerBlocks, round_to_nearest
+from adalink.export.base.integer_blocks import IntegerBlocks, require_bits, round_to_nearest
+from adalink.export.tracing.external_data import DataFile
+from adalink.export.tracing.fold_weights import drop_unused
+from adalink.export.tracing.graph_weights import Coding, GraphWeight, WeightedGraph
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.manifest import Quantization
 
@@ -57,101 +59,170 @@ _ENTERS_FEED_FORWARD = re.compile(
 _LAYER = re.compile(r"\.(\d+)/")
 # The layers at both ends, one in twelve at each, stay in 8 bits.
 _END_SHARE = 12
-_EXTERNAL_FROM_BYTES = 1024
-_ALIGNMENT = 4096
-
-Progress = Callable[[str], None]
+Float32 = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.uint8]
 
 
-def quantize(
-    source: Path, target: Path, scheme: Quantization, progress: Progress, gguf: GgufCodes | None = None
-) -> None:
-    """Write the graph ``source`` with its constant matrices quantised as ``target``.
+def quantize(graph: WeightedGraph, scheme: Quantization, name: str, gguf: GgufCodes | None = None) -> None:
+    """Replace the products with constant matrices by quantised ones, in place.
 
-    One matrix is in memory at a time.
+    Codes are made when the graph is saved, from some columns of one matrix at a time. Those of a GGUF file are read
+    here, from one matrix at a time.
 
     Args:
-        source: a graph in float32, with its weights in ``<source>.data``.
-        target: file to write, new, in another folder; its weights go to ``<target>.data``.
+        graph: a graph in float32.
         scheme: one of ``SCHEMES``.
-        progress: callback, called with one line now and then.
+        name: file name of the graph, for errors.
         gguf: codes of the matrices, in place of rounding to nearest.
 
     Raises:
         GraphError: the graph has no product with a constant float32 matrix, or one whose codes cannot be kept.
+        ConfigError: the installed ONNX Runtime has no such matrices.
     """
     import onnx
 
-    model = onnx.load(source, load_external_data=False)
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    products = {node.output[0]: node for node in graph.node if _is_product(node, constants)}
+    model, nodes_before = graph.model, list(graph.model.graph.node)
+    products = [node for node in nodes_before if _is_product(node, graph.weights)]
     if not products:
         raise GraphError(
-            f"{source.name} multiplies with no constant float32 matrix, so nothing in it can be quantised: "
+            f"{name} multiplies with no constant float32 matrix, so nothing in it can be quantised: "
             "export it without --quantize"
         )
-    layers = 1 + max(_layer(node.name) for node in products.values())
-    rewritten: dict[str, list[onnx.NodeProto]] = {}
-    coded: dict[tuple[str, int, bool], _Coded | None] = {}
-    with target.with_name(f"{target.name}.data").open("wb") as stream:
-        for index, (output, node) in enumerate(products.items()):
-            if index % max(1, len(products) // 4) == 0:
-                progress(f"quantising {source.name}: matrix {index + 1} of {len(products)}")
-            bits, block_size = _precision(node.name, scheme, layers)
-            key = (node.input[1], bits, _is_transposed(node))
-            if key not in coded:
-                matrix = _values(constants[node.input[1]], source)
-                matrix = matrix.T if key[2] else matrix
-                blocks = gguf.blocks(matrix.T, node.name) if gguf else round_to_nearest(matrix, bits, block_size)
-                prefix = f"{node.input[1]}.{'t' if key[2] else ''}{bits}"
-                coded[key] = None if blocks is None else _store(blocks, prefix, stream, target)
-            if (entry := coded[key]) is not None:
-                rewritten[output] = entry.nodes(node)
-        nodes = [new for node in graph.node for new in rewritten.get(node.output[0], [node])]
-        used = {name for node in nodes for name in node.input}
-        kept = [_moved(tensor, source, stream, target) for tensor in graph.initializer if tensor.name in used]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend([*kept, *(part for entry in coded.values() if entry for part in entry.parts)])
+    layers = 1 + max(_layer(node.name) for node in products)
+    replaced: dict[str, list[onnx.NodeProto]] = {}
+    coded: dict[tuple[str, int, bool], RoundedMatrix | KeptCodes | None] = {}
+    for node in products:
+        bits, block_size = _precision(node.name, scheme, layers)
+        key = (node.input[1], bits, _is_transposed(node))
+        if key not in coded:
+            weight = graph.weights[node.input[1]]
+            weight = weight.turned() if key[2] else weight
+            prefix = f"{node.input[1]}.{'t' if key[2] else ''}{bits}"
+            if gguf is None:
+                coded[key] = RoundedMatrix(prefix, weight, bits, block_size)
+            else:
+                blocks = gguf.blocks(np.concatenate([part.T for part in weight.columns()]), node.name)
+                coded[key] = None if blocks is None else KeptCodes(prefix, blocks)
+        if (entry := coded[key]) is not None:
+            replaced[node.output[0]] = _nodes(node, entry.name, entry.attributes, entry.inputs)
+    nodes = [new for node in nodes_before for new in replaced.get(node.output[0], [node])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    drop_unused(model.graph, graph.weights)
+    codings: list[Coding] = [entry for entry in coded.values() if entry is not None]
+    graph.codings += codings
     if _DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
-    target.write_bytes(model.SerializeToString())
+
+
+def _nodes(
+    product: onnx.NodeProto, name: str, attributes: Mapping[str, int], parts: Iterable[str]
+) -> list[onnx.NodeProto]:
+    """Nodes that replace a ``MatMul``, or a ``Gemm``, whose third input is then added."""
+    from onnx import helper
+
+    bias = product.input[2] if len(product.input) > 2 else ""
+    output = f"{product.output[0]}.product" if bias else product.output[0]
+    inputs = [product.input[0], *(f"{name}.{part}" for part in parts)]
+    node = helper.make_node(_OPERATOR, inputs, [output], name=product.name, domain=_DOMAIN)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    nodes = [node]
+    if bias:
+        nodes.append(helper.make_node("Add", [output, bias], product.output, name=f"{product.name}.bias"))
+    return nodes
 
 
 @dataclass(frozen=True)
-class _Coded:
-    """A quantised matrix of shape ``(K, N)``.
+class KeptCodes:
+    """A matrix that has its blocks already.
 
     Attributes:
-        parts: its tensors: codes, scales, zero points.
-        attributes: of the operator.
+        name: its initializers are named after it.
+        blocks: the blocks.
     """
 
-    parts: list[onnx.TensorProto]
-    attributes: dict[str, int]
+    name: str
+    blocks: IntegerBlocks
 
-    def nodes(self, product: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Nodes that replace a ``MatMul``, or a ``Gemm``, whose third input is then added."""
-        from onnx import helper
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Parts that the operator takes."""
+        return tuple(self.blocks.inputs)
 
-        bias = product.input[2] if len(product.input) > 2 else ""
-        output = f"{product.output[0]}.product" if bias else product.output[0]
-        inputs = [product.input[0], *(part.name for part in self.parts)]
-        node = helper.make_node(_OPERATOR, inputs, [output], name=product.name, domain=_DOMAIN)
-        node.attribute.extend(helper.make_attribute(name, value) for name, value in self.attributes.items())
-        nodes = [node]
-        if bias:
-            nodes.append(helper.make_node("Add", [output, bias], product.output, name=f"{product.name}.bias"))
-        return nodes
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The operator's attributes."""
+        return self.blocks.attributes
+
+    def write(self, data: DataFile) -> list[onnx.TensorProto]:
+        """Append the blocks to ``data``; returns the initializers."""
+        return _stored(self.name, self.blocks.inputs, data)
 
 
-def _is_product(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix of shape ``(K, N)`` that is rounded to nearest when it is written.
+
+    Attributes:
+        name: its initializers are named after it.
+        matrix: the matrix.
+        bits: bits of a code.
+        block_size: rows of a block.
+    """
+
+    name: str
+    matrix: GraphWeight
+    bits: int
+    block_size: int
+    inputs = ("codes", "scales", "zero_points")
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` if ONNX Runtime has no such codes."""
+        require_bits(self.bits)
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The operator's attributes."""
+        rows, columns = self.matrix.shape
+        empty = np.zeros((columns, 0), np.uint8)
+        return IntegerBlocks(empty, np.zeros(0, np.float32), None, self.bits, self.block_size, rows).attributes
+
+    def write(self, data: DataFile) -> list[onnx.TensorProto]:
+        """Quantise the matrix into ``data``, some columns at a time; returns the initializers."""
+        from onnx import TensorProto
+
+        rows, columns = self.matrix.shape
+        scales: list[Float32] = []
+        zero_points: list[Codes] = []
+
+        def codes() -> Iterator[Codes]:
+            for part in self.matrix.columns():
+                blocks = round_to_nearest(part, self.bits, self.block_size)
+                assert blocks.zero_points is not None
+                scales.append(blocks.scales)
+                zero_points.append(blocks.zero_points)
+                yield blocks.codes
+
+        shape = (columns, -(-rows // self.block_size), self.block_size * self.bits // 8)
+        tensor = data.add(f"{self.name}.codes", TensorProto.UINT8, shape, codes())
+        rest: dict[str, npt.NDArray[Any]] = {"scales": np.concatenate(scales)}
+        rest["zero_points"] = np.concatenate(zero_points)
+        return [tensor, *_stored(self.name, rest, data)]
+
+
+def _stored(name: str, arrays: Mapping[str, npt.NDArray[Any]], data: DataFile) -> list[onnx.TensorProto]:
+    """Arrays of a matrix as initializers named after it."""
+    from onnx import numpy_helper
+
+    return [data.move(numpy_helper.from_array(array, f"{name}.{part}")) for part, array in arrays.items()]
+
+
+def _is_product(node: onnx.NodeProto, weights: Mapping[str, GraphWeight]) -> bool:
     """Whether ``node`` multiplies its first input with a constant float32 matrix, with at most an addition."""
     if node.op_type not in ("MatMul", "Gemm"):
         return False
-    matrix = constants.get(node.input[1])
-    if matrix is None or len(matrix.dims) != 2 or matrix.data_type != matrix.FLOAT:
+    matrix = weights.get(node.input[1])
+    if matrix is None or len(matrix.shape) != 2 or str(matrix.dtype) != "torch.float32":
         return False
     factors = {entry.name: entry.f for entry in node.attribute if entry.name in ("alpha", "beta")}
     is_transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
@@ -174,55 +245,3 @@ def _layer(name: str) -> int:
     """Number of the layer that a product belongs to; -1 if it is in none."""
     match = _LAYER.search(name)
     return int(match[1]) if match else -1
-
-
-def _store(blocks: IntegerBlocks, name: str, stream: BinaryIO, target: Path) -> _Coded:
-    """Write the tensors of a matrix, named after ``name``, to ``stream``."""
-    parts = [_stored(f"{name}.{part}", array, stream, target) for part, array in blocks.inputs.items()]
-    return _Coded(parts, blocks.attributes)
-
-
-def _values(tensor: onnx.TensorProto, source: Path) -> npt.NDArray[np.float32]:
-    """Values of a tensor, memory-mapped if they are external data."""
-    from onnx import TensorProto, numpy_helper
-
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    offset, shape = int(entries.get("offset", 0)), tuple(tensor.dims)
-    return np.memmap(source.with_name(entries["location"]), np.float32, "r", offset, shape)
-
-
-def _stored(name: str, array: npt.NDArray[Any], stream: BinaryIO, target: Path) -> onnx.TensorProto:
-    """A tensor with its values in ``stream``; small tensors stay in the graph."""
-    from onnx import TensorProto, numpy_helper
-
-    if array.nbytes < _EXTERNAL_FROM_BYTES:
-        return numpy_helper.from_array(array, name)
-    tensor = TensorProto(name=name, data_type=numpy_helper.from_array(array[:0]).data_type, dims=array.shape)
-    return _outside(tensor, array.tobytes(), stream, target)
-
-
-def _moved(tensor: onnx.TensorProto, source: Path, stream: BinaryIO, target: Path) -> onnx.TensorProto:
-    """A tensor of the source, with its values copied if they are external data."""
-    if tensor.data_location != tensor.EXTERNAL:
-        return tensor
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    with source.with_name(entries["location"]).open("rb") as origin:
-        origin.seek(int(entries.get("offset", 0)))
-        data = origin.read(int(entries["length"]))
-    return _outside(tensor, data, stream, target)
-
-
-def _outside(tensor: onnx.TensorProto, data: bytes, stream: BinaryIO, target: Path) -> onnx.TensorProto:
-    """Let ``tensor`` refer to ``data``, appended to the stream of ``<target>.data``."""
-    from onnx import TensorProto, external_data_helper
-
-    stream.write(bytes(-stream.tell() % _ALIGNMENT))
-    offset = stream.tell()
-    stream.write(data)
-    moved = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
-    external_data_helper.set_external_data(moved, f"{target.name}.data", offset, len(data))
-    moved.ClearField("raw_data")
-    moved.data_location = TensorProto.EXTERNAL
-    return moved

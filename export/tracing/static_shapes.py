@@ -164,7 +164,7 @@ def _infer(graph: onnx.GraphProto, model: onnx.ModelProto) -> dict[str, list[Dim
 
 
 def _is_small(tensor: onnx.TensorProto) -> bool:
-    return bool(math.prod(tensor.dims) <= _LARGE_ELEMENTS)
+    return bool(tensor.data_location != tensor.EXTERNAL and math.prod(tensor.dims) <= _LARGE_ELEMENTS)
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:

@@ -228,7 +228,8 @@ def check_tower_profile_limits(
 
 def reference_processor(against: str, vision: Vision) -> ReferenceProcessor:
     """The image processor of the model ``against``; raises ``ContractError`` if it has none."""
-    from adalink.training.models.loading import find_image_processor, load_tokenizer
+    from adalink.training.models.loading import load_tokenizer
+    from adalink.training.models.vision import find_image_processor
 
     processor = find_image_processor(against)
     if processor is None:

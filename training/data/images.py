@@ -15,10 +15,9 @@ from adalink.runtime.errors import DataError, ModelError, RequestError
 from adalink.runtime.storage.digest import digest_file
 from adalink.runtime.vision.images import read_image
 from adalink.training.data.rows import Example, ImageTokens
-from adalink.training.models.loading import find_image_processor
 from adalink.training.models.patches import read_patching
 from adalink.training.models.tiles import read_tile_tokens, read_tiling
-from adalink.training.models.vision import ImageSide, image_side
+from adalink.training.models.vision import ImageSide, find_image_processor, image_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -45,7 +45,13 @@ class _Account:
     left: list[str]
 
 
-def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mapping[str, Any], name: str) -> list[str]:
+def account_for_tensors(
+    files: WeightFiles,
+    model: PreTrainedModel,
+    info: Mapping[str, Any],
+    name: str,
+    stand_ins: Mapping[str, torch.Tensor],
+) -> list[str]:
     """Check that every tensor of a checkpoint is in the model, or left out on purpose.
 
     Args:
@@ -53,6 +59,7 @@ def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mappin
         model: the model that was loaded from them.
         info: transformers' loading info: ``unexpected_keys`` and ``missing_keys``.
         name: display name of the model, for errors.
+        stand_ins: stand-ins of tensors that the model has in the place of their values.
 
     Returns:
         Names of the tensors and files that are left out, with ``*`` for the number of a layer.
@@ -77,7 +84,10 @@ def account_for_tensors(files: WeightFiles, model: PreTrainedModel, info: Mappin
                 opened[path] = stack.enter_context(safe_open(path, framework="pt"))
             return opened[path].get_tensor(tensor)  # type: ignore[no-any-return]
 
-        left = sorted({*unexpected, *_claim_by_value(account, info, read)})
+        def values(tensor: str) -> torch.Tensor:
+            return stand_ins[tensor] if tensor in stand_ins else read(tensor)
+
+        left = sorted({*unexpected, *_claim_by_value(account, info, values)})
         refused = []
         for tensor in left:
             is_constant = find_constant(tensor, read, model) if tensor in files.tensors else None

@@ -51,3 +51,18 @@ def find_kind(source: Source) -> str | None:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         return None
     return "decoder" if names[0].endswith(_DECODER_CLASSES) else "encoder"
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers auto class for a checkpoint; GGUF configs carry no ``architectures``."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if names := config.architectures:
+        if names[0].endswith("ForConditionalGeneration"):
+            return AutoModelForImageTextToText
+        return AutoModelForCausalLM if names[0].endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return AutoModelForCausalLM if is_decoder else AutoModel

@@ -5,19 +5,22 @@ A base is a Hugging Face folder, a GGUF file (or a folder whose only model file 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.errors import AdaLinkError, ConfigError, ModelError
-from adalink.runtime.storage.digest import digest_bytes, fingerprint_embeddings
+from adalink.runtime.storage.digest import digest_bytes, fingerprint_rows
 from adalink.training.models.accounting import account_for_tensors
+from adalink.training.models.base_kind import auto_class
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
-from adalink.training.models.hub_access import download_options
+from adalink.training.models.gguf.weights import is_lazy, load_lazily
+from adalink.training.models.lazy_files import is_accounted, lazy_safetensors
 from adalink.training.models.size_limit import limit_model_size
 from adalink.training.models.source import Source, display_name, find_source
+from adalink.training.models.stand_ins import StandIns
 from adalink.training.models.weight_files import (
     ADAPTER_CONFIG,
     WeightFiles,
@@ -26,11 +29,11 @@ from adalink.training.models.weight_files import (
     find_weight_files,
     refuse_adapter,
 )
+from adalink.training.models.weights import digest_weight, read_pieces
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.image_processing_utils import BaseImageProcessor
 
 DTYPES = ("float32", "float16", "bfloat16")
 _POOLER = "pooler"  # a part of encoders that checkpoints may leave out, and that nothing here uses
@@ -55,7 +58,19 @@ def load_base(spec: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     return load_checkpoint(spec, dtype=dtype).model
 
 
-def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
+def open_checkpoint(spec: str | Path) -> tuple[Checkpoint, StandIns]:
+    """Open a base model as ``load_checkpoint`` loads it, in float32, with its matrices left in the files.
+
+    Returns:
+        The checkpoint, whose model has stand-ins for matrices, and what they stand for. Of a checkpoint whose matrices
+        transformers computes from others, the model has them all, and there are no stand-ins.
+    """
+    stand_ins = StandIns()
+    checkpoint = load_checkpoint(spec, stand_ins=stand_ins)
+    return checkpoint, stand_ins
+
+
+def load_checkpoint(spec: str | Path, *, dtype: str = "float32", stand_ins: StandIns | None = None) -> Checkpoint:
     """Load a base model, and account for every tensor of its files.
 
     The class follows the checkpoint: a causal language model, a vision-language model, an encoder-decoder with its
@@ -64,6 +79,7 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
     Args:
         spec: a Hugging Face folder, a ``.gguf`` file, a folder with one ``.gguf`` file, or a hub id.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; fingerprints are those of the float32 model.
+        stand_ins: takes up the matrices, which are then not read; empty, and left empty where they must be.
 
     Raises:
         ModelError: the checkpoint is missing, pickled, quantised or incomplete, its architecture is unknown, or it
@@ -87,18 +103,25 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
             files = _weight_files(source, display_name(spec))
         if gguf is not None:
             gguf.repair(config)
-        safetensors = {} if source.gguf_file else {"use_safetensors": True}
         stored = gguf.numbers if gguf is not None else files.numbers if files is not None else None
-        with nullcontext() if stored is None else limit_model_size(stored, display_name(spec)):
-            model, info = _auto_class(config).from_pretrained(
-                source.origin,
-                config=config,
-                dtype=torch_dtype,
-                output_loading_info=True,
-                adapter_kwargs=download_options(source.origin),  # it looks for an adapter, by options of its own
-                **source.options(),
-                **safetensors,
-            )
+        with ExitStack() as stack:
+            if stored is not None:
+                stack.enter_context(limit_model_size(stored, display_name(spec)))
+            if gguf is not None and stand_ins is not None and is_lazy(gguf.header):
+                assert source.gguf_path is not None
+                model, info = load_lazily(gguf.header, source.gguf_path, auto_class(config), config, stand_ins)
+            else:
+                if stand_ins is not None and gguf is None:
+                    stack.enter_context(lazy_safetensors(stand_ins, torch_dtype))
+                model, info = auto_class(config).from_pretrained(
+                    source.origin,
+                    config=config,
+                    dtype=torch_dtype,
+                    output_loading_info=True,
+                    adapter_kwargs=download_options(source.origin),  # it looks for an adapter, by options of its own
+                    **source.options(),
+                    **({} if source.gguf_file else {"use_safetensors": True}),
+                )
     except AdaLinkError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its parsers' own classes
@@ -109,7 +132,10 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32") -> Checkpoint:
         ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         refuse_adapter(display_name(spec))
-    unused = [] if source.gguf_file else _account(source, files, model, info, display_name(spec))
+    if stand_ins is not None and not is_accounted(stand_ins, model, info):
+        stand_ins.clear()
+        return load_checkpoint(spec, dtype=dtype)
+    unused = [] if source.gguf_file else _account(source, files, model, info, display_name(spec), stand_ins)
     missing = sorted(name for name in info["missing_keys"] if _POOLER not in name)
     if missing:
         raise ModelError(
@@ -182,44 +208,39 @@ def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         backend.enable_padding(**padding)
 
 
-def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
-    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
-    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(
-            str(spec), backend="pil", trust_remote_code=False, **download_options(spec)
-        )
-    except (OSError, ValueError):
-        return None
-
-
-def base_fingerprint(model: torch.nn.Module) -> str:
+def base_fingerprint(model: torch.nn.Module, stand_ins: StandIns | None = None) -> str:
     """Fingerprint of a base: the digest of its input embedding matrix as stored, in float32.
+
+    Args:
+        model: the model.
+        stand_ins: what its matrices stand for, if it was opened with stand-ins.
 
     Raises:
         ModelError: the model has no single input embedding matrix.
     """
     import torch
 
-    return fingerprint_embeddings(embedding_matrix(model).detach().to("cpu", torch.float32).numpy())
+    weight = (stand_ins or StandIns()).source(embedding_matrix(model))
+    rows, width = weight.shape
+    return fingerprint_rows((rows, width), (piece.numpy() for piece in read_pieces(weight, torch.float32)))
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module, stand_ins: StandIns | None = None) -> str:
     """Digest of all weights of a model, in float32; it tells models with the same embeddings apart.
 
     SHA-256 of one line per parameter, with its shape and the digest of its values. Lines are sorted, since releases of
     transformers name parameters differently. A pooler is left out, since a checkpoint may lack it.
-    """
-    import torch
 
-    lines = []
-    for name, parameter in model.named_parameters():
-        if _POOLER in name:
-            continue
-        values = parameter.detach().to("cpu", torch.float32).numpy().reshape(-1)
-        lines.append(f"{tuple(parameter.shape)} {digest_bytes(values.data)}")
+    Args:
+        model: the model.
+        stand_ins: as for ``base_fingerprint``.
+    """
+    known = stand_ins or StandIns()
+    lines = [
+        f"{tuple(parameter.shape)} {digest_weight(known.source(parameter))}"
+        for name, parameter in model.named_parameters()
+        if _POOLER not in name
+    ]
     return digest_bytes("\n".join(sorted(lines)).encode())
 
 
@@ -261,13 +282,18 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def _account(
-    source: Source, files: WeightFiles | None, model: PreTrainedModel, info: dict[str, Any], name: str
+    source: Source,
+    files: WeightFiles | None,
+    model: PreTrainedModel,
+    info: dict[str, Any],
+    name: str,
+    stand_ins: StandIns | None,
 ) -> list[str]:
     """Account for the tensors of a checkpoint that is loaded; those of a hub id may have come meanwhile."""
     files = files or _weight_files(source, name)
     if files is None:
         raise ModelError(f"base model {name}: its weight files are not in the hub's cache; load it from a local folder")
-    return account_for_tensors(files, model, info, name)
+    return account_for_tensors(files, model, info, name, stand_ins.by_name if stand_ins is not None else {})
 
 
 def _weight_files(source: Source, name: str) -> WeightFiles | None:
@@ -284,18 +310,3 @@ def _weights_folder(source: Source) -> Path | None:
         return None
     folder = Path(source.origin)
     return folder if folder.is_dir() else fetch_weights(source.origin)
-
-
-def _auto_class(config: Any) -> Any:
-    """The transformers auto class for a checkpoint; GGUF configs carry no ``architectures``."""
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM
-    if names := config.architectures:
-        if names[0].endswith("ForConditionalGeneration"):
-            return AutoModelForImageTextToText
-        return AutoModelForCausalLM if names[0].endswith(("ForCausalLM", "LMHeadModel")) else AutoModel
-    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    return AutoModelForCausalLM if is_decoder else AutoModel

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import ModelError
+from adalink.training.models.hub_access import download_options
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+    from transformers.image_processing_utils import BaseImageProcessor
 
 # Model types whose projector's output is image embeddings alone, which replace those of a placeholder token: the names
 # of the projector and of the language model.
@@ -99,3 +102,16 @@ def check_modalities(model: PreTrainedModel, modalities: tuple[str, ...]) -> Non
             f"{name} is fed with text and images, and the adapter has the modality {unknown[0]!r}: use the names "
             "'text' and 'image'"
         )
+
+
+def find_image_processor(spec: str | Path) -> BaseImageProcessor | None:
+    """Image processor of a checkpoint, in its PIL form; ``None`` if it has none."""
+    import PIL  # noqa: F401  # the command line names the extra of a module that is missing
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(
+            str(spec), backend="pil", trust_remote_code=False, **download_options(spec)
+        )
+    except (OSError, ValueError):
+        return None

@@ -13,33 +13,38 @@ from onnx import TensorProto, helper, numpy_helper
 
 from adalink.export.base.export import export_base
 from adalink.export.base.quantize import SCHEMES, quantize
+from adalink.export.tracing.graph_weights import GraphWeight, WeightedGraph, placeholder
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import BackendError, ConfigError, DeploymentError, GraphError
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.training.models.weights import TensorWeight
 
 ROWS, COLUMNS = 80, 24
 
 
-def save_graph(path, nodes, constants, inputs=("x",), output_width=COLUMNS):
+def weighted_graph(nodes, constants, inputs=("x",), output_width=COLUMNS):
+    """A graph whose matrices are not in it yet."""
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", ROWS]) for name in inputs],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", output_width])],
-        initializer=[numpy_helper.from_array(value, name) for name, value in constants.items()],
+        initializer=[numpy_helper.from_array(value, name) for name, value in constants.items() if value.ndim == 1],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
-    return path
+    weights = {
+        name: GraphWeight(TensorWeight(torch.from_numpy(value)), torch.float32)
+        for name, value in constants.items()
+        if value.ndim > 1
+    }
+    graph.initializer.extend(placeholder(name, weight) for name, weight in weights.items())
+    return WeightedGraph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), weights)
 
 
 def quantized(tmp_path, nodes, constants, scheme="int4"):
-    source = save_graph(tmp_path / "plain" / "model.onnx", nodes, constants)
-    target = tmp_path / "quantized" / "model.onnx"
-    target.parent.mkdir()
-    quantize(source, target, SCHEMES[scheme], lambda line: None)
-    return target
+    graph, path = weighted_graph(nodes, constants), tmp_path / "model.onnx"
+    quantize(graph, SCHEMES[scheme], path.name)
+    graph.save(path)
+    return path
 
 
 def run(path, **feeds):
@@ -136,11 +141,11 @@ def test_what_is_no_product_with_a_constant_stays(tmp_path, matrix):
     assert kinds == ["Gemm", MATRIX_OPERATOR]
 
 
-def test_a_graph_without_matrices_is_refused(tmp_path):
+def test_a_graph_without_matrices_is_refused():
     nodes = [helper.make_node("Relu", ["x"], ["y"])]
-    source = save_graph(tmp_path / "model.onnx", nodes, {}, output_width=ROWS)
-    with pytest.raises(GraphError, match=r"no constant float32 matrix.*without --quantize"):
-        quantize(source, tmp_path / "out.onnx", SCHEMES["int4"], lambda line: None)
+    graph = weighted_graph(nodes, {}, output_width=ROWS)
+    with pytest.raises(GraphError, match=r"model.onnx multiplies with no constant float32 matrix.*without --quantize"):
+        quantize(graph, SCHEMES["int4"], "model.onnx")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2", "phi3", "bert", "t5"])

@@ -15,7 +15,7 @@ from helpers.runtime import TASKS, Tiny, build
 from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
-from adalink.export.base import export
+from adalink.export.base import variant
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.device import forward as passes
@@ -89,7 +89,7 @@ def test_outputs_that_are_not_numbers_are_named(
     model = FAMILIES["llama"]()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    monkeypatch.setattr(export, "check_activations", lambda *given: None)
+    monkeypatch.setattr(variant, "check_activations", lambda *given: None)
     export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
     with Deployment(tmp_path, read_manifest(tmp_path), host, OpenOptions("portable")) as deployment:
         with pytest.raises(BackendError, match=r"row 0 \(base model\): the engine's logits for new token 1 hold NaN"):

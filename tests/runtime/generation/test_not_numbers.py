@@ -14,7 +14,7 @@ from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.base import export
+from adalink.export.base import variant
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.errors import BackendError, ModelError
@@ -49,7 +49,7 @@ def spoilt(family: str, how: str) -> Any:
 def broken(family: str, folder: Path, how: str) -> Deployment:
     """Its deployment, as an export without a look at the activations would write it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "check_activations", lambda *given: None)
+        patch.setattr(variant, "check_activations", lambda *given: None)
         export_base(spoilt(family, how), folder, tokenizer=make_tokenizer())
     return Deployment.open(folder, threads=1)
 

@@ -212,8 +212,10 @@ def test_export_of_a_base_says_nothing_but_its_own_progress(checkpoint: Path, tm
         text=True,
         check=True,
     )
-    assert [line.split()[0] for line in result.stderr.splitlines()] == [
-        "loading", "writing", "tracing", "fusing", "hashing", "next:"
+    # Weights are counted after a second of writing them.
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("writing model.onnx: matrix")]
+    assert [line.split()[0] for line in lines] == [
+        "loading", "hashing", "writing", "tracing", "fusing", "hashing", "next:"
     ]  # fmt: skip
 
 

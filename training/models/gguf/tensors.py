@@ -10,8 +10,6 @@ from adalink.training.models.gguf.metadata import ROPE_TENSOR
 from adalink.training.models.gguf.t5 import UNUSED_TENSOR
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
 
@@ -45,7 +43,9 @@ def check_tensors(header: GgufHeader, model: PreTrainedModel) -> None:
     Raises:
         ModelError: a tensor belongs to none.
     """
-    used = set(_names(header.architecture, model)) | {ROPE_TENSOR}  # that one is a setting, `metadata` takes it
+    used = set(gguf_names(header.architecture, model).values()) | {
+        ROPE_TENSOR
+    }  # that one is a setting, `metadata` takes it
     if header.architecture == "t5":
         used.add(UNUSED_TENSOR)
     if unused := [name for name in header.tensors if name not in used]:
@@ -74,14 +74,16 @@ def check_shapes(header: GgufHeader, model: PreTrainedModel) -> None:
             )
 
 
-def _names(architecture: str, model: PreTrainedModel) -> Iterator[str]:
-    """GGUF names of all weights of a model, by the table of the ``gguf`` package."""
+def gguf_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
+    """GGUF name of each weight of a model, by the table of the ``gguf`` package."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     table = get_tensor_name_map(kinds[architecture], model.config.num_hidden_layers)
+    names = {}
     for name in model.state_dict():
         stem, dot, ending = name.rpartition(".")
         known = table.get_name(stem)
         if known is not None:
-            yield f"{known}{dot}{ending}"
+            names[name] = f"{known}{dot}{ending}"
+    return names
