@@ -76,7 +76,7 @@ class State:
         replace_file(self._path, msgspec.json.format(msgspec.json.encode(self._records), indent=2) + b"\n")
 
     def _record(self, step: Step) -> Record:
-        defaults = msgspec.json.decode(msgspec.json.encode(self._defaults.get(step.verb, {})))
+        defaults = msgspec.to_builtins(self._defaults.get(step.verb, {}))
         return Record(self._command(step), defaults, step.evidence())
 
     def _command(self, step: Step) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from adalink.training.models.base_kind import auto_class
 from adalink.training.models.gguf.checked import CheckedGguf
 from adalink.training.models.gguf.tokenizer import load_gguf_tokenizer
 from adalink.training.models.gguf.weights import is_lazy, load_lazily
+from adalink.training.models.hub_access import download_options
 from adalink.training.models.lazy_files import is_accounted, lazy_safetensors
 from adalink.training.models.size_limit import limit_model_size
 from adalink.training.models.source import Source, display_name, find_source
