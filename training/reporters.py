@@ -49,7 +49,7 @@ def run_of_its_own(name: str) -> Iterator[None]:
     if name != "wandb":
         yield
         return
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  # the user's own
 
     is_begun_here = wandb.run is None
     exit_code = 1

@@ -111,7 +111,8 @@ class GgufRows:
     @cached_property
     def _factors(self) -> Keys:
         width = max(tensor.width for tensor in self.tensors)
-        return np.random.default_rng(0).integers(0, 2**64, width, np.uint64) | np.uint64(1)
+        factors: Keys = np.random.default_rng(0).integers(0, 2**64, width, np.uint64)
+        return np.bitwise_or(factors, np.uint64(1))
 
     def _keys_of(self, tensor: FileMatrix) -> Keys:
         starts = range(0, len(tensor.data), _CHUNK_ROWS)

@@ -46,17 +46,17 @@ def _half(blocks: Blocks, start: int) -> Floats:
 
 def _nibbles(data: Blocks) -> Blocks:
     """Four-bit numbers of bytes ``(..., n)``: the low ones, then the high ones, ``(..., 2 n)``."""
-    return np.concatenate([data & 15, data >> 4], axis=-1)
+    return np.concatenate([data & np.uint8(15), data >> np.uint8(4)], axis=-1)
 
 
 def _pairs(data: Blocks) -> Blocks:
     """Two-bit numbers of bytes ``(..., n)``, the lowest of all bytes first: ``(..., 4 n)``."""
-    return np.concatenate([data >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    return np.concatenate([data >> np.uint8(shift) & np.uint8(3) for shift in (0, 2, 4, 6)], axis=-1)
 
 
 def _bits(data: Blocks) -> Blocks:
     """Single bits of bytes ``(blocks, n)``, the lowest of all bytes first: ``(blocks, 8 n)``."""
-    return np.concatenate([data >> shift & 1 for shift in range(8)], axis=-1)
+    return np.concatenate([data >> np.uint8(shift) & np.uint8(1) for shift in range(8)], axis=-1)
 
 
 def _q4_0(blocks: Blocks) -> Floats:
@@ -114,8 +114,10 @@ def _q3_k(blocks: Blocks) -> Floats:
 def _six_bit_scales(packed: Blocks) -> tuple[Blocks, Blocks]:
     """Eight scales and eight minima of six bits each, from twelve bytes."""
     low, high, ends = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate([low & 63, (ends & 15) | (low >> 2 & 48)], axis=-1)
-    return scales, np.concatenate([high & 63, (ends >> 4) | (high >> 2 & 48)], axis=-1)
+    two, four, six = np.uint8(2), np.uint8(4), np.uint8(63)
+    top, bottom = np.uint8(48), np.uint8(15)
+    scales = np.concatenate([low & six, (ends & bottom) | (low >> two & top)], axis=-1)
+    return scales, np.concatenate([high & six, (ends >> four) | (high >> two & top)], axis=-1)
 
 
 def _with_six_bits(blocks: Blocks, numbers: npt.NDArray[np.integer]) -> Floats:
