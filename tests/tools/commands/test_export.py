@@ -81,7 +81,7 @@ def test_base_adapter_replace_and_remove(checkpoint: Path, tmp_path: Path) -> No
     assert json.loads(removed.stdout) == {"deployment": str(out), "removed": "topics", "tasks": []}
     missing = adalink("remove", out, "topics")
     assert missing.exit_code == 2
-    assert "'topics' is not in" in missing.stderr
+    assert "task 'topics' is not deployed here; deployed are: none" in missing.stderr
 
 
 def test_a_form_of_the_base_can_be_removed_but_not_the_last(checkpoint: Path, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_engine_gets_the_portable_graph_it_needs(
     monkeypatch.setattr("adalink.export.engine.export.export_engine", build)
     words = ("export", "engine", out, "--backend", "tensorrt", "--model")
     late = adalink(*words, checkpoint, "--task", "gone")
-    assert "task 'gone' is not in" in late.stderr
+    assert "task 'gone' is not deployed here" in late.stderr
     assert "tracing" not in late.stderr
     other = tmp_path / "other"
     FAMILIES["gpt2"]().save_pretrained(other)
