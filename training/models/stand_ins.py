@@ -57,7 +57,8 @@ class StandIns:
         if tensor not in self:
             return TensorWeight(tensor)
         whole, weight = self._known[_storage(tensor)]
-        assert self.is_whole(tensor), f"a part of a stand-in of shape {tuple(whole.shape)} says nothing of its values"
+        if not self.is_whole(tensor):
+            raise AssertionError(f"a part of a stand-in of shape {tuple(whole.shape)} says nothing of its values")
         return weight
 
     def is_whole(self, tensor: torch.Tensor) -> bool:
