@@ -163,7 +163,7 @@ def export_base(
             write_common(writer, base, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
-                write_vision(writer, vision, whole, preprocessor, metadata_of(base))
+                write_vision(writer, vision, whole, preprocessor, metadata_of(base), stand_ins)
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         source = BaseSource(loaded, architecture, base, stand_ins)
