@@ -21,12 +21,12 @@ from adalink.training.models.hub_access import HubAccess, download_options, hub_
 from adalink.training.models.loading import (
     base_fingerprint,
     checkpoint_folder,
-    find_image_processor,
     load_base,
     load_tokenizer,
 )
 from adalink.training.models.sentence_files import read_pooling
 from adalink.training.models.source import find_source
+from adalink.training.models.vision import find_image_processor
 
 HUB_ID, TOKEN = "org/name", "hf_secret-word"
 MAIN, OTHER = "1" * 40, "2" * 40
