@@ -22,8 +22,10 @@ from adalink.export.base.request import (
     check_model,
     check_place,
     check_settings,
+    check_unchanged,
     codes_file,
     quantized_types,
+    weight_stamps,
 )
 from adalink.export.base.table import write_table
 from adalink.export.base.variant import ONE_BACKEND, BaseSource, write_variant
@@ -83,14 +85,14 @@ def export_base(
         The deployment's manifest.
 
     Raises:
-        ModelError: the model cannot be loaded or exported.
+        ModelError: the model cannot be loaded or exported, or its files changed meanwhile.
         ContractError: the deployment holds another base, or the same with another dtype, tokenizer or image
             processor.
         IntegrityError: a file of the deployment that a further variant would share is missing or altered.
         DeploymentError: the variant exists, or the folder cannot be written.
     """
     from adalink.export.vision.tower import describe_images, language_model, write_vision
-    from adalink.training.models.loading import base_fingerprint, embedding_matrix, open_checkpoint, weights_digest
+    from adalink.training.models.loading import base_fingerprint, input_embedding, open_checkpoint, weights_digest
     from adalink.training.models.prefix_lm import has_bidirectional_prompt
     from adalink.training.models.sentence_files import read_pooling
     from adalink.training.models.source import display_name, gguf_file
@@ -102,6 +104,7 @@ def export_base(
     check_place(Path(out), variant, replace=replace)
     progress = progress or (lambda line: None)
     codes = codes_file(model) if quantization == GGUF else None
+    stamps = weight_stamps(model)
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
         if codes is None and (types := quantized_types(model)):
@@ -155,19 +158,20 @@ def export_base(
             for line in name_missing(base, described):
                 progress(line)
         else:
-            with stand_ins.filled([embedding_matrix(loaded)]):
+            with stand_ins.filled(input_embedding(loaded).parameters()):
                 base = write_table(writer, base, loaded, gguf, progress)
             write_common(writer, base, tokenizer)
             if vision is not None and preprocessor is not None:
                 progress(f"tracing {vision.graph}")
-                write_vision(writer, vision, whole, preprocessor, metadata_of(base))
+                write_vision(writer, vision, whole, preprocessor, metadata_of(base), stand_ins)
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         source = BaseSource(loaded, architecture, base, stand_ins)
         variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
         if writer.current is None:
-            with stand_ins.filled([embedding_matrix(loaded)]):
+            with stand_ins.filled(input_embedding(loaded).parameters()):
                 base = share_with_head(writer, base, variants[variant], loaded)
+        check_unchanged(stamps)
         progress("hashing and committing")
         current = writer.current
         return writer.commit(

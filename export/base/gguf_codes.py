@@ -1,6 +1,6 @@
 """Matrices of a graph as the codes of the GGUF file that its model was loaded from, with no second quantisation.
 
-Of each type it is known whether it becomes ONNX Runtime's blocks bit for bit (``BLOCK_TYPES``), stays floating point,
+Of each type it is known whether it becomes ONNX Runtime's blocks bit for bit (``LEVEL_TYPES``), stays floating point,
 or is quantised again, to 8 bits. Which tensor a matrix comes from is found by value (`gguf_rows`), and what is kept has
 exactly the values of the graph. Why: docs/decisions/0023-gguf-codes.md.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from adalink.export.base.gguf_blocks import BLOCK_TYPES, Levels
+from adalink.export.base.gguf_levels import LEVEL_TYPES, Levels
 from adalink.export.base.gguf_rows import FileMatrix, GgufRows, Places, RowsOfTensor
 from adalink.export.base.integer_blocks import Float32, IntegerBlocks, pack, require_bits, round_to_nearest
 from adalink.runtime.errors import GraphError
@@ -62,7 +62,7 @@ class GgufCodes:
         if any(part.tensor.type in FLOATS for part in parts):
             self._outcomes |= {part.tensor.name: _AS_FLOATS for part in parts}
             return None
-        types = [BLOCK_TYPES.get(part.tensor.type) for part in parts]
+        types = [LEVEL_TYPES.get(part.tensor.type) for part in parts]
         bits = max(BITS if kind is None else kind.bits for kind in types)
         block_size = min(BLOCK_SIZE if kind is None else kind.block_size for kind in types)
         require_bits(bits)
@@ -71,7 +71,7 @@ class GgufCodes:
         scales = np.empty((len(matrix), matrix.shape[1] // block_size), np.float32)
         zero_points = np.full(scales.shape, middle, np.uint8)
         for part in parts:
-            is_exact = part.tensor.type in BLOCK_TYPES
+            is_exact = part.tensor.type in LEVEL_TYPES
             self._outcomes[part.tensor.name] = Outcome(bits, block_size, is_exact)
             values = matrix[part.rows]
             if is_exact:
@@ -124,7 +124,7 @@ def describe_tensors(quantization: Quantization) -> Iterator[str]:
 
 def _read(tensor: FileMatrix, places: Places, block_size: int) -> tuple[Levels, Float32]:
     """Levels ``(rows, width)`` and scales ``(rows, blocks)`` of rows of a tensor, in blocks of a size or smaller."""
-    kind = BLOCK_TYPES[tensor.type]
+    kind = LEVEL_TYPES[tensor.type]
     levels, scales = kind.read(tensor.data[places].reshape(-1, kind.bytes))
     repeated = np.repeat(scales.reshape(len(places), -1), kind.block_size // block_size, axis=1)
     return levels.reshape(len(places), -1), repeated

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.base.gguf_blocks import Bytes
+from adalink.export.base.gguf_levels import Bytes
 from adalink.export.base.integer_blocks import Float32
 from adalink.runtime.errors import GraphError
 from adalink.training.models.gguf.header import TensorPlace, read_header

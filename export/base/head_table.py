@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adalink.export.base.table import keeps_every_number, module_rows, module_scale
+from adalink.export.tracing.external_data import is_external, place_of
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.manifest import Base, Variant
@@ -63,8 +64,8 @@ def _heads(path: Path, base: Base) -> Iterator[HeadCodes]:
         codes, scales = (tensors[name] for name in node.input[1:3])
         block_size = settings["block_size"]
         is_aligned = base.hidden_size % block_size == 0 and scales.data_type == scales.FLOAT
-        if is_aligned and _has_middle(node, tensors, path) and all(map(_is_external, (codes, scales))):
-            yield HeadCodes(codes_start=_start(codes), scales_start=_start(scales), block_size=block_size)
+        if is_aligned and _has_middle(node, tensors, path) and all(map(is_external, (codes, scales))):
+            yield HeadCodes(codes_start=place_of(codes)[1], scales_start=place_of(scales)[1], block_size=block_size)
 
 
 def _has_middle(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], path: Path) -> bool:
@@ -74,11 +75,3 @@ def _has_middle(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], path
     if len(node.input) < 4 or not node.input[3]:
         return True
     return bool((numpy_helper.to_array(tensors[node.input[3]], str(path.parent)) == _MIDDLE).all())
-
-
-def _is_external(tensor: onnx.TensorProto) -> bool:
-    return bool(tensor.data_location == tensor.EXTERNAL)
-
-
-def _start(tensor: onnx.TensorProto) -> int:
-    return int({entry.key: entry.value for entry in tensor.external_data}.get("offset", 0))

@@ -10,13 +10,16 @@ from adalink.export.architectures import check_model_type
 from adalink.export.base.gguf_codes import FLOATS
 from adalink.export.base.quantize import SCHEMES
 from adalink.export.writer import check_new
-from adalink.runtime.errors import ConfigError, DeploymentError, WriteError
+from adalink.runtime.errors import ConfigError, DeploymentError, ModelError, WriteError
 from adalink.runtime.storage.atomic import check_writable
 from adalink.runtime.storage.manifest import DTYPES, MANIFEST_FILE, Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.stamp import Stamp, stamp_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from adalink.training.models.source import Source
 
 TARGETS = {
     "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
@@ -91,15 +94,35 @@ def check_model(model: str | Path, out: Path) -> None:
     config = read_config(source)
     if config is not None and not any(name.endswith("_config") and isinstance(config[name], dict) for name in config):
         check_model_type(config.get("model_type"))
-    folder = Path(source.origin)
-    paths = [source.gguf_path] if source.gguf_path is not None else sorted(folder.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in paths)
+    size = sum(path.stat().st_size for path in _weight_paths(source))
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if (free := shutil.disk_usage(there).free) < size // 2:
         raise WriteError(
             f"{there} has {free / 1e6:.0f} MB of free space, and the model's weights alone take {size / 1e6:.0f} MB: "
             f"{_REPAIR}"
         )
+
+
+def weight_stamps(model: str | Path | PreTrainedModel) -> dict[Path, Stamp]:
+    """Stamps of a checkpoint's weight files, which an export reads several times; none for a loaded model."""
+    from adalink.training.models.source import find_source
+
+    paths = _weight_paths(find_source(model)) if isinstance(model, (str, Path)) else []
+    return {path: stamp_of(path.stat()) for path in paths}
+
+
+def check_unchanged(stamps: dict[Path, Stamp]) -> None:
+    """Check that weight files are those of ``weight_stamps``; raises ``ModelError``."""
+    for path, stamp in stamps.items():
+        if not path.exists() or stamp_of(path.stat()) != stamp:
+            raise ModelError(
+                f"{path} changed while it was exported, so that the weights may be of two models: export it again when "
+                "nothing writes to it"
+            )
+
+
+def _weight_paths(source: Source) -> list[Path]:
+    return [source.gguf_path] if source.gguf_path is not None else sorted(Path(source.origin).glob("*.safetensors"))
 
 
 def codes_file(model: str | Path | PreTrainedModel) -> Path:

@@ -95,7 +95,7 @@ def trace(graph: TracedGraph, name: str, metadata: dict[str, str]) -> WeightedGr
         path = Path(folder) / "traced.onnx"
         with torch.no_grad(), quiet_exporter():
             torch.onnx.export(
-                _WithWeights(graph.module, list(weights.values())),
+                _WithWeights(graph.module, list(weights.values())).eval(),  # the exporter restores the mode of all
                 (*(weight.detach() for weight in weights.values()), *graph.inputs.values()),
                 str(path),
                 input_names=[*weights, *graph.inputs],

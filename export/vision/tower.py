@@ -6,6 +6,7 @@ many positions an image takes up. The preprocessor beside the graph says how an 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from adalink.export.writer import DeploymentWriter
     from adalink.runtime.vision.preprocess import Preprocessor
+    from adalink.training.models.stand_ins import StandIns
 
 FOLDER = "base/vision"
 # Vision towers with a fixed size of image or tile.
@@ -218,15 +220,16 @@ def write_vision(
     model: PreTrainedModel,
     preprocessor: Preprocessor,
     metadata: dict[str, str],
+    stand_ins: StandIns,
 ) -> None:
-    """Write the vision graph and its preprocessor."""
+    """Write the vision graph and its preprocessor; ``stand_ins`` are those of the language model."""
     from adalink.export.tracing.attention import exportable_attention
     from adalink.export.tracing.graph import write_graph
 
     writer.stage(vision.preprocessor).write_bytes(msgspec.json.format(msgspec.json.encode(preprocessor), indent=2))
     graph = traced_patch_graph(model) if vision.patches is not None else _traced_graph(model, vision)
     with exportable_attention(model):
-        write_graph(graph, writer.stage(vision.graph), metadata)
+        write_graph(dataclasses.replace(graph, stand_ins=stand_ins), writer.stage(vision.graph), metadata)
 
 
 def _traced_graph(model: PreTrainedModel, vision: Vision) -> TracedGraph:

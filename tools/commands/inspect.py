@@ -106,9 +106,9 @@ def describe_deployment(folder: Path) -> Description:
 
 
 def _describe_table(manifest: Manifest) -> Description:
-    """How and where rows of the embedding table are stored; it has no size of its own in the weights of a variant."""
+    """How and where rows of the embedding table are stored; it has no size of its own in a file of a variant."""
     base = manifest.base
-    is_own = base.table is None or base.table.head is None
+    is_own = all(base.embeddings not in variant.files for variant in manifest.variants.values())
     return {
         "encoding": base.embedding_dtype if base.table is None else base.table.encoding,
         "scale": 1.0 if base.table is None else base.table.scale,

@@ -6,6 +6,7 @@ afterwards each parameter of the model tells by its stand-in which tensor of whi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,26 +20,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SAMPLE_ROWS = 2
+# The function of transformers that is replaced is one for all threads.
+_REPLACING = threading.Lock()
 
 
 @contextmanager
 def lazy_safetensors(stand_ins: StandIns, dtype: torch.dtype) -> Iterator[None]:
-    """Let transformers get stand-ins in ``dtype`` for the matrices of safetensors files until the block ends."""
+    """Let transformers get stand-ins in ``dtype`` for the matrices of safetensors files until the block ends.
+
+    Other threads get the values meanwhile, and wait where they want stand-ins too.
+    """
     from safetensors import safe_open
     from transformers import modeling_utils
 
-    marks = _Marks()
+    marks, thread = _Marks(), threading.get_ident()
 
     def open_lazily(path: Any, *arguments: Any, **options: Any) -> Any:
-        return _LazyFile(safe_open(path, *arguments, **options), Path(path), stand_ins, dtype, marks)
+        file = safe_open(path, *arguments, **options)
+        return _LazyFile(file, Path(path), stand_ins, dtype, marks) if threading.get_ident() == thread else file
 
     reader: Any = modeling_utils
-    original = reader.safe_open
-    reader.safe_open = open_lazily
-    try:
-        yield
-    finally:
-        reader.safe_open = original
+    with _REPLACING:
+        original = reader.safe_open
+        reader.safe_open = open_lazily
+        try:
+            yield
+        finally:
+            reader.safe_open = original
 
 
 def is_accounted(stand_ins: StandIns, model: PreTrainedModel, info: Mapping[str, Any]) -> bool:

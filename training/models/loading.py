@@ -80,7 +80,8 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32", stand_ins: Stan
     Args:
         spec: a Hugging Face folder, a ``.gguf`` file, a folder with one ``.gguf`` file, or a hub id.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``; fingerprints are those of the float32 model.
-        stand_ins: takes up the matrices, which are then not read; empty, and left empty where they must be.
+        stand_ins: takes up the matrices, which are then not read; empty, and left empty where they must be. For
+            float32 alone, in which their marks are exact.
 
     Raises:
         ModelError: the checkpoint is missing, pickled, quantised or incomplete, its architecture is unknown, or it
@@ -91,6 +92,7 @@ def load_checkpoint(spec: str | Path, *, dtype: str = "float32", stand_ins: Stan
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    assert stand_ins is None or dtype == "float32"
     source = find_source(spec)
     gguf = None if source.gguf_path is None else CheckedGguf(source.gguf_path)
     torch_dtype: torch.dtype = getattr(torch, dtype)

@@ -57,7 +57,8 @@ class StandIns:
         if tensor not in self:
             return TensorWeight(tensor)
         whole, weight = self._known[_storage(tensor)]
-        assert self.is_whole(tensor), f"a part of a stand-in of shape {tuple(whole.shape)} says nothing of its values"
+        if not self.is_whole(tensor):
+            raise AssertionError(f"a part of a stand-in of shape {tuple(whole.shape)} says nothing of its values")
         return weight
 
     def is_whole(self, tensor: torch.Tensor) -> bool:
@@ -77,12 +78,19 @@ class StandIns:
         apply(in_dtype)
 
     def skeleton(self, model: Module) -> Module:
-        """A copy of a model with stand-ins for its matrices; the model keeps its own."""
-        import torch
+        """A copy of a model with stand-ins for its matrices; the model keeps its own.
 
+        What a parametrised weight is computed from is copied with its values, as others read that weight.
+        """
+        import torch
+        from torch.nn.utils.parametrize import ParametrizationList
+
+        parts = [part for part in model.modules() if isinstance(part, ParametrizationList)]
+        kept = {id(parameter) for part in parts for parameter in part.parameters()}
         copies: dict[int, object] = {}
         for parameter in model.parameters():
-            if parameter.dim() > 1 and parameter.is_floating_point() and not parameter.is_meta:
+            is_matrix = parameter.dim() > 1 and parameter.is_floating_point() and not parameter.is_meta
+            if is_matrix and id(parameter) not in kept:
                 tensor = self.make(TensorWeight(parameter.detach()), parameter.dtype)
                 copies[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
         return copy.deepcopy(model, copies)

@@ -15,8 +15,8 @@ from helpers.tiny_ggufs import wide, write_gguf
 from helpers.tiny_models import token_ids
 
 from adalink.export.base.export import export_base
-from adalink.export.base.gguf_blocks import BLOCK_TYPES
 from adalink.export.base.gguf_codes import GgufCodes
+from adalink.export.base.gguf_levels import LEVEL_TYPES
 from adalink.export.base.quantize import SCHEMES
 from adalink.export.base.request import quantized_types
 from adalink.runtime.deployment import Deployment
@@ -29,10 +29,10 @@ from adalink.training.models.loading import load_base
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "t5")
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", LEVEL_TYPES)
 def test_levels_and_scales_are_those_of_the_gguf_package(name):
     """Random bytes, so every code occurs; only the scale is made finite."""
-    kind = BLOCK_TYPES[name]
+    kind = LEVEL_TYPES[name]
     groups = np.random.default_rng(5).integers(0, 256, (64, kind.bytes), np.uint8)
     place = slice(-2, None) if name == "Q6_K" else slice(2)
     groups[:, place] = np.linspace(-3, 3, 64).astype("<f2")[:, None].view(np.uint8)

@@ -20,6 +20,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import IntegrityError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.table_schema import CODES
+from adalink.tools.commands.inspect import describe_deployment
 from adalink.tools.parity.check_adapter import check_table
 from adalink.training.models.loading import base_fingerprint
 
@@ -67,6 +68,7 @@ def test_the_heads_codes_are_the_table(shared: tuple[Any, Path]) -> None:
     model, folder = shared
     base = read_manifest(folder).base
     assert base.embeddings == "base/int8/model.onnx.data"
+    assert describe_deployment(folder)["base"]["embedding_table"]["size_bytes"] == 0
     assert base.table is not None
     assert (base.table.encoding, base.table.head is None) == (CODES, False)
     assert not (folder / "base" / "embeddings.safetensors").exists()
@@ -90,6 +92,8 @@ def test_the_table_stays_when_the_variant_goes(shared: tuple[Any, Path], tmp_pat
     export_base(model, copied)
     assert looked_up(copied, variant="onnxruntime-cpu").tobytes() == rows_of(model).tobytes()
     remove_variant(copied, "int8")
+    left = describe_deployment(copied)["base"]["embedding_table"]
+    assert left["size_bytes"] == (copied / left["file"]).stat().st_size
     export_base(model, copied, quantization="int8")
     assert looked_up(copied, variant="int8").tobytes() == looked_up(copied, variant="onnxruntime-cpu").tobytes()
     assert looked_up(copied).tobytes() == rows_of(model).tobytes()

@@ -17,8 +17,17 @@ from adalink.export.base.graphs import traced_graphs
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.tracing import graph_weights
 from adalink.export.tracing.attention import exportable_attention
-from adalink.export.tracing.graph import DOMAIN, OPSET, _name_attention_shapes, quiet_exporter, save_graph, trace
+from adalink.export.tracing.graph import (
+    DOMAIN,
+    OPSET,
+    TracedGraph,
+    _name_attention_shapes,
+    quiet_exporter,
+    save_graph,
+    trace,
+)
 from adalink.export.tracing.static_shapes import make_reshapes_static
+from adalink.runtime.errors import ModelError
 from adalink.training.models import weights
 from adalink.training.models.stand_ins import StandIns
 
@@ -138,3 +147,24 @@ def test_fused_graph_has_no_weight_twice(tmp_path):
     size = (path.parent / "model.onnx.data").stat().st_size
     assert size - sum(length for _, length in places) < 4096 * len(places)
     assert np.prod(graph.initializer[0].dims) > 0
+
+
+def test_tracing_leaves_dropout_off():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5)).eval()
+    trace(TracedGraph(module, {"x": torch.zeros(2, 4)}, ["y"], {"x": {0: "batch"}}), "x.onnx", {})
+    assert not any(part.training for part in module.modules())
+
+
+def test_files_that_change_meanwhile_are_no_base(tmp_path):
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "model")
+
+    def overwrite(line):
+        if line.startswith("tracing"):
+            (tmp_path / "new").mkdir()
+            model.double().save_pretrained(tmp_path / "new")
+            (tmp_path / "new" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
+
+    with pytest.raises(ModelError, match=r"model\.safetensors changed while it was exported"):
+        export_base(tmp_path / "model", tmp_path / "out", progress=overwrite)
+    assert not (tmp_path / "out" / "manifest.json").exists()

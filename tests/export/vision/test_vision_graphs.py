@@ -54,11 +54,20 @@ def siglip() -> Any:
     return _fill(model, 21)
 
 
+def shared() -> Any:
+    """A projector that has matrices of the language model."""
+    model = llava()
+    attention = model.model.language_model.layers[0].self_attn
+    model.model.multi_modal_projector.linear_2 = torch.nn.Sequential(attention.q_proj, attention.o_proj)
+    return model
+
+
 # Towers beside those of the registry, by a name that begins with the family whose processor they take.
 MORE_TOWERS = {
     "llava, class token": lambda: llava(vision_feature_select_strategy="full"),
     "llava, two layers": lambda: llava(vision_feature_layer=[-2, 1]),
     "llava, siglip": siglip,
+    "llava, shared": shared,
     "qwen2_5_vl, all windows": lambda: qwen(()),
     "qwen2_5_vl, no window": lambda: qwen((0, 1, 2)),
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import tiny_models
 from helpers.tiny_ggufs import write_gguf
 from safetensors import safe_open
+from torch.nn.utils.parametrize import register_parametrization
 
 from adalink.training.models import lazy_files, loading
 from adalink.training.models.loading import base_fingerprint, load_base, open_checkpoint, weights_digest
@@ -134,3 +136,27 @@ def test_the_files_are_not_read(tmp_path, monkeypatch):
     assert read == []
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert len(file.keys()) > 10
+
+
+def test_another_thread_gets_values(tmp_path):
+    model = tiny_models.llama()
+    model.save_pretrained(tmp_path)
+    with lazy_files.lazy_safetensors(StandIns(), torch.float32), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(load_base, tmp_path).result()
+    assert weights_digest(other) == weights_digest(model)
+
+
+class Doubled(torch.nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrised_table_has_its_values():
+    model = tiny_models.llama()
+    register_parametrization(model.get_input_embeddings(), "weight", Doubled())
+    stand_ins = StandIns()
+    skeleton = stand_ins.skeleton(model)
+    assert base_fingerprint(skeleton, stand_ins) == base_fingerprint(model)
+    assert skeleton.model.layers[0].mlp.up_proj.weight in stand_ins

@@ -18,7 +18,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class BlockType:
+class LevelType:
     """A ggml type of signed integers: ``weight = level * scale``.
 
     Attributes:
@@ -67,9 +67,9 @@ def _read_q6_k(groups: Bytes) -> tuple[Levels, Float32]:
     return levels.reshape(count, 256), scales
 
 
-BLOCK_TYPES = {
-    "Q4_0": BlockType(18, 4, 32, _read_q4_0),
-    "Q5_0": BlockType(22, 8, 32, _read_q5_0),
-    "Q8_0": BlockType(34, 8, 32, _read_q8_0),
-    "Q6_K": BlockType(210, 8, 16, _read_q6_k),
+LEVEL_TYPES = {
+    "Q4_0": LevelType(18, 4, 32, _read_q4_0),
+    "Q5_0": LevelType(22, 8, 32, _read_q5_0),
+    "Q8_0": LevelType(34, 8, 32, _read_q8_0),
+    "Q6_K": LevelType(210, 8, 16, _read_q6_k),
 }
