@@ -78,8 +78,8 @@ GUARDS = [
     Mutant(
         "checkpoints: numbers are not counted while modules are made",
         _LOADING,
-        "with nullcontext() if stored is None else limit_model_size(stored, display_name(spec)):",
-        "with nullcontext():",
+        "            if stored is not None:\n",
+        "            if False:\n",
         f"{_SIZES}test_hundreds_of_layers",
     ),
     Mutant(

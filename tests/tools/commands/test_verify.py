@@ -62,9 +62,10 @@ def test_failed_check_exits_1(mistral, tmp_path):
 
 def test_report_without_a_folder_is_refused_before_the_work(mistral, tmp_path):
     model, folder = mistral
-    result = run(folder, "--against", model, "--quick", "--json-file", tmp_path / "no such folder" / "parity.json")
+    (tmp_path / "taken").write_text("a file")
+    result = run(folder, "--against", model, "--quick", "--json-file", tmp_path / "taken" / "parity.json")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "no such folder: choose a writable folder" in result.stderr
+    assert "taken: choose a writable folder" in result.stderr
 
 
 def test_report_that_cannot_be_written_exits_2(mistral, tmp_path, monkeypatch):

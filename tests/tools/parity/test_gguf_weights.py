@@ -16,6 +16,7 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.gguf_weights import check_layers
 from adalink.tools.parity.suite import VerifyOptions, verify
+from adalink.training.models.gguf.weights import GgufWeight
 from adalink.training.models.loading import load_base
 
 QUERY_ROWS, HEADS = 64, 4
@@ -82,6 +83,7 @@ def test_a_permutation_left_out_while_loading(tmp_path, monkeypatch):
     """Then model and engine agree, and both are wrong."""
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
+    monkeypatch.setattr(GgufWeight, "_laid_out", lambda self, values: values)
     monkeypatch.setattr(LlamaTensorProcessor, "_reverse_permute_weights", lambda self, weights, *_: weights)
     found = measured(*export_codes(tmp_path, "llama"))
     assert found["matrices"] == (0, True)
