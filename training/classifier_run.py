@@ -34,7 +34,7 @@ from adalink.training.models.sentence_files import read_pooling
 from adalink.training.models.source import display_name
 from adalink.training.outcome import ClassifiedRows
 from adalink.training.settings import HeadSettings, TrainSettings
-from adalink.training.trainer import mean_loss, trainer_arguments
+from adalink.training.trainer import batches, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
     from adalink.runtime.rows.source import RowSource
@@ -253,14 +253,13 @@ def predict(
 ) -> list[Array]:
     """Scores of each example, float32 with shape ``(labels,)``, or ``(tokens, labels)``."""
     module.eval()
-    device = next(module.head.parameters()).device
     scores: list[Array] = []
-    for start in range(0, len(examples), batch_size):
-        rows = examples[start : start + batch_size]
-        batch = {name: tensor.to(device) for name, tensor in collate(rows).items() if name != "labels"}
-        values = module.scores(**batch).float().cpu().numpy()
-        scores += [value[: len(row.ids)] if value.ndim == 2 else value for value, row in zip(values, rows, strict=True)]
-    return scores
+    for batch in batches(examples, collate, batch_size, module.head.weight.device):
+        del batch["labels"]
+        scores.extend(module.scores(**batch).float().cpu().numpy())
+    return [
+        value[: len(example.ids)] if value.ndim == 2 else value for value, example in zip(scores, examples, strict=True)
+    ]
 
 
 def classify_examples(

@@ -17,6 +17,7 @@ from adalink.runtime.errors import ConfigError, ModelError
 from adalink.runtime.storage.head_spec import SINGLE_LABEL, Head
 from adalink.training.classifier import LabelCollator, LabelledExample, encode_labelled, features
 from adalink.training.data.labelled_rows import LabelledRow
+from adalink.training.trainer import batches
 
 if TYPE_CHECKING:
     from adalink.training.method.attach import AdaLinkModel
@@ -76,8 +77,7 @@ def place(attached: AdaLinkModel, vectors: torch.Tensor) -> None:
 def _embed(model: Any, examples: Sequence[LabelledExample], collate: LabelCollator, head: Head) -> torch.Tensor:
     """Pooled states of each text, ``(texts, d)``."""
     parts = []
-    for start in range(0, len(examples), _BATCH_ROWS):
-        batch = collate(examples[start : start + _BATCH_ROWS])
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-        parts.append(features(model, head, **inputs))
+    for batch in batches(examples, collate, _BATCH_ROWS, model.device):
+        del batch["labels"]
+        parts.append(features(model, head, **batch))
     return torch.cat(parts)

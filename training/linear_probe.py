@@ -5,14 +5,15 @@ So a run does not spend its steps on the head (linear probing, then fine-tuning:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION
 from adalink.training.classifier import IGNORED, features
+from adalink.training.trainer import batches
 
 if TYPE_CHECKING:
     from adalink.training.classifier import LabelCollator, LabelledExample, TrainableClassifier
@@ -58,7 +59,7 @@ def _states(
     """Float64 states ``(n, d)`` on the CPU, and the target of each."""
     module.eval()
     states, targets, count = [], [], 0
-    for batch in _batches(module, examples, collate, batch_size):
+    for batch in batches(examples, collate, batch_size, module.head.weight.device):
         wanted = batch.pop("labels").cpu()
         with torch.no_grad():
             found = features(module.attached.model, module.spec, **batch).double().cpu()
@@ -71,14 +72,6 @@ def _states(
         if count >= MAX_STATES:
             break
     return torch.cat(states), torch.cat(targets)
-
-
-def _batches(
-    module: TrainableClassifier, examples: Sequence[LabelledExample], collate: LabelCollator, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    device = module.head.weight.device
-    for start in range(0, len(examples), batch_size):
-        yield {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
 
 
 def _fit(states: torch.Tensor, targets: torch.Tensor, kind: str, scores: int) -> tuple[torch.Tensor, torch.Tensor]:

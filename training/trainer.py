@@ -87,17 +87,26 @@ class Trainable(Protocol):
         ...
 
 
+def batches(
+    examples: Sequence[Any],
+    collate: Callable[[Any], dict[str, torch.Tensor]],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Examples in batches on a device, in their order."""
+    for start in range(0, len(examples), batch_size):
+        yield {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
+
+
 @torch.no_grad()
 def mean_loss(
     module: Trainable, examples: Sequence[Any], collate: Callable[[Any], dict[str, torch.Tensor]], batch_size: int
 ) -> float:
     """Mean over rows of the mean loss over a row's targets, without dropout; uses no random numbers."""
     module.train(False)
-    device, total = module.attached.model.device, 0.0
-    for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size])
-        losses = module.row_losses(**{name: value.to(device) for name, value in batch.items()})
-        total += float(losses.double().sum())
+    total = 0.0
+    for batch in batches(examples, collate, batch_size, module.attached.model.device):
+        total += float(module.row_losses(**batch).double().sum())
     return total / len(examples)
 
 
