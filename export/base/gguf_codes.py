@@ -15,10 +15,10 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from adalink.export.base.gguf_levels import LEVEL_TYPES, Levels
 from adalink.export.base.gguf_rows import FileMatrix, GgufRows, Places, RowsOfTensor
 from adalink.export.base.integer_blocks import Float32, IntegerBlocks, pack, require_bits, round_to_nearest
 from adalink.runtime.errors import GraphError
+from adalink.runtime.storage.gguf_blocks import BLOCK_TYPES, LEVEL_TYPES, Levels
 from adalink.runtime.storage.manifest import GgufTensors, Quantization
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -64,7 +64,7 @@ class GgufCodes:
             return None
         types = [LEVEL_TYPES.get(part.tensor.type) for part in parts]
         bits = max(BITS if kind is None else kind.bits for kind in types)
-        block_size = min(BLOCK_SIZE if kind is None else kind.block_size for kind in types)
+        block_size = min(BLOCK_SIZE if kind is None else kind.scaled for kind in types)
         require_bits(bits)
         middle = 1 << bits - 1
         codes = np.empty(matrix.shape, np.uint8)
@@ -125,8 +125,8 @@ def describe_tensors(quantization: Quantization) -> Iterator[str]:
 def _read(tensor: FileMatrix, places: Places, block_size: int) -> tuple[Levels, Float32]:
     """Levels ``(rows, width)`` and scales ``(rows, blocks)`` of rows of a tensor, in blocks of a size or smaller."""
     kind = LEVEL_TYPES[tensor.type]
-    levels, scales = kind.read(tensor.data[places].reshape(-1, kind.bytes))
-    repeated = np.repeat(scales.reshape(len(places), -1), kind.block_size // block_size, axis=1)
+    levels, scales = kind.read(tensor.data[places].reshape(-1, BLOCK_TYPES[tensor.type].size_bytes))
+    repeated = np.repeat(scales.reshape(len(places), -1), kind.scaled // block_size, axis=1)
     return levels.reshape(len(places), -1), repeated
 
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.base.gguf_levels import Bytes
 from adalink.export.base.integer_blocks import Float32
 from adalink.runtime.errors import GraphError
+from adalink.runtime.storage.gguf_blocks import Blocks
 from adalink.training.models.gguf.header import TensorPlace, read_header
 
 Keys = npt.NDArray[np.uint64]
@@ -54,7 +54,7 @@ class FileMatrix:
     name: str
     type: str
     width: int
-    data: Bytes
+    data: Blocks
 
     def values(self, rows: slice) -> Float32:
         """Some of its rows as numbers."""
@@ -151,7 +151,7 @@ class _Index:
         return np.where(own[places] == keys, self._orders[number][places], -1)
 
 
-def _matrix(name: str, place: TensorPlace, data: Bytes) -> FileMatrix:
+def _matrix(name: str, place: TensorPlace, data: Blocks) -> FileMatrix:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kind = GGMLQuantizationType(place.kind)

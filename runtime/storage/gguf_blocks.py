@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Blocks = npt.NDArray[np.uint8]
+Levels = npt.NDArray[np.int8]
 Floats = npt.NDArray[np.float32]
 
 _IQ4_NL = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
@@ -39,6 +40,26 @@ class BlockType(NamedTuple):
         return weights.reshape(*data.shape[:-1], data.shape[-1] // self.size_bytes * self.weights)
 
 
+class LevelType(NamedTuple):
+    """A block type of signed integers with a scale and no minimum: ``weight = level * scale``.
+
+    Attributes:
+        bits: bits that hold every level: 4 or 8.
+        scaled: weights with one scale.
+        read: from blocks to levels, int8 ``(blocks, weights)``, and scales ``(blocks, weights / scaled)``.
+    """
+
+    bits: int
+    scaled: int
+    read: Callable[[Blocks], tuple[Levels, Floats]]
+
+    def dequantize(self, blocks: Blocks) -> Floats:
+        """As ``BlockType.dequantize``."""
+        levels, scales = self.read(blocks)
+        weights = scales[..., None] * levels.reshape(*scales.shape, self.scaled)
+        return weights.reshape(len(blocks), -1)
+
+
 def _half(blocks: Blocks, start: int) -> Floats:
     """The float16 at byte ``start`` of each block, with shape ``(blocks, 1)``."""
     return blocks[:, start : start + 2].view("<f2").astype(np.float32)
@@ -59,30 +80,30 @@ def _bits(data: Blocks) -> Blocks:
     return np.concatenate([data >> np.uint8(shift) & np.uint8(1) for shift in range(8)], axis=-1)
 
 
-def _q4_0(blocks: Blocks) -> Floats:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).astype(np.float32) - 8)
+def _q4_0(blocks: Blocks) -> tuple[Levels, Floats]:
+    return _nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8), _half(blocks, 0)
 
 
 def _q4_1(blocks: Blocks) -> Floats:
     return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
 
 
-def _five_bits(blocks: Blocks, start: int) -> Floats:
+def _five_bits(blocks: Blocks, start: int) -> Blocks:
     """Numbers 0 to 31: the fifth bits of all weights lie in the four bytes at ``start``, the others behind them."""
     fifth = np.unpackbits(blocks[:, start : start + 4], axis=-1, bitorder="little")
-    return (_nibbles(blocks[:, start + 4 :]) | fifth << 4).astype(np.float32)
+    return _nibbles(blocks[:, start + 4 :]) | fifth << np.uint8(4)
 
 
-def _q5_0(blocks: Blocks) -> Floats:
-    return _half(blocks, 0) * (_five_bits(blocks, 2) - 16)
+def _q5_0(blocks: Blocks) -> tuple[Levels, Floats]:
+    return _five_bits(blocks, 2).astype(np.int8) - np.int8(16), _half(blocks, 0)
 
 
 def _q5_1(blocks: Blocks) -> Floats:
     return _half(blocks, 0) * _five_bits(blocks, 4) + _half(blocks, 2)
 
 
-def _q8_0(blocks: Blocks) -> Floats:
-    return _half(blocks, 0) * blocks[:, 2:].view(np.int8)
+def _q8_0(blocks: Blocks) -> tuple[Levels, Floats]:
+    return blocks[:, 2:].view(np.int8), _half(blocks, 0)
 
 
 def _iq4_nl(blocks: Blocks) -> Floats:
@@ -135,23 +156,29 @@ def _q5_k(blocks: Blocks) -> Floats:
     return _with_six_bits(blocks, _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4)
 
 
-def _q6_k(blocks: Blocks) -> Floats:
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 16, 16)
-    high = _pairs(blocks[:, 128:192].reshape(-1, 2, 32)).reshape(-1, 16, 16)
-    steps = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
-    return (steps[..., None] * ((low | high << 4).astype(np.float32) - 32)).reshape(-1, 256)
+def _q6_k(blocks: Blocks) -> tuple[Levels, Floats]:
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
+    high = _pairs(blocks[:, 128:192].reshape(-1, 2, 32)).reshape(-1, 256)
+    levels = (low | high << np.uint8(4)).astype(np.int8) - np.int8(32)
+    return levels, _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
 
 
+LEVEL_TYPES = {
+    "Q4_0": LevelType(4, 32, _q4_0),
+    "Q5_0": LevelType(8, 32, _q5_0),
+    "Q8_0": LevelType(8, 32, _q8_0),
+    "Q6_K": LevelType(8, 16, _q6_k),
+}
 BLOCK_TYPES = {
-    "Q4_0": BlockType(2, 32, 18, _q4_0),
+    "Q4_0": BlockType(2, 32, 18, LEVEL_TYPES["Q4_0"].dequantize),
     "Q4_1": BlockType(3, 32, 20, _q4_1),
-    "Q5_0": BlockType(6, 32, 22, _q5_0),
+    "Q5_0": BlockType(6, 32, 22, LEVEL_TYPES["Q5_0"].dequantize),
     "Q5_1": BlockType(7, 32, 24, _q5_1),
-    "Q8_0": BlockType(8, 32, 34, _q8_0),
+    "Q8_0": BlockType(8, 32, 34, LEVEL_TYPES["Q8_0"].dequantize),
     "Q2_K": BlockType(10, 256, 84, _q2_k),
     "Q3_K": BlockType(11, 256, 110, _q3_k),
     "Q4_K": BlockType(12, 256, 144, _q4_k),
     "Q5_K": BlockType(13, 256, 176, _q5_k),
-    "Q6_K": BlockType(14, 256, 210, _q6_k),
+    "Q6_K": BlockType(14, 256, 210, LEVEL_TYPES["Q6_K"].dequantize),
     "IQ4_NL": BlockType(20, 32, 18, _iq4_nl),
 }

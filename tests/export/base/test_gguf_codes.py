@@ -16,11 +16,11 @@ from helpers.tiny_models import token_ids
 
 from adalink.export.base.export import export_base
 from adalink.export.base.gguf_codes import GgufCodes
-from adalink.export.base.gguf_levels import LEVEL_TYPES
 from adalink.export.base.quantize import SCHEMES
 from adalink.export.base.request import quantized_types
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, GraphError
+from adalink.runtime.storage.gguf_blocks import BLOCK_TYPES, LEVEL_TYPES
 from adalink.runtime.storage.manifest import GgufTensors
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
@@ -33,11 +33,11 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "t5")
 def test_levels_and_scales_are_those_of_the_gguf_package(name):
     """Random bytes, so every code occurs; only the scale is made finite."""
     kind = LEVEL_TYPES[name]
-    groups = np.random.default_rng(5).integers(0, 256, (64, kind.bytes), np.uint8)
+    groups = np.random.default_rng(5).integers(0, 256, (64, BLOCK_TYPES[name].size_bytes), np.uint8)
     place = slice(-2, None) if name == "Q6_K" else slice(2)
     groups[:, place] = np.linspace(-3, 3, 64).astype("<f2")[:, None].view(np.uint8)
     levels, scales = kind.read(groups)
-    values = levels.reshape(64, -1, kind.block_size) * scales.reshape(64, -1, 1)
+    values = levels.reshape(64, -1, kind.scaled) * scales.reshape(64, -1, 1)
     expected = gguf.quants.dequantize(groups, gguf.GGMLQuantizationType[name])
     np.testing.assert_array_equal(values.reshape(64, -1), expected)
 
