@@ -11,15 +11,13 @@ from torch import nn
 from torch.nn import functional
 
 from adalink.runtime.storage.head_spec import MULTI_LABEL, OUTSIDE, REGRESSION, SINGLE_LABEL, TOKENS, Head
+from adalink.training.data.batches import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from adalink.training.data.labelled_rows import LabelledRow
     from adalink.training.method.attach import AdaLinkModel
-
-# The target of a token without a tag.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def _target(
         return [float(label in row.labels) for label in head.labels]
     if head.problem_type == REGRESSION:
         return row.value
-    targets = [IGNORED] * len(offsets)
+    targets = [IGNORED_LABEL] * len(offsets)
     seen: set[tuple[int, int]] = set()
     for position, ((start, end), word) in enumerate(zip(offsets, words, strict=True)):
         start += len(row.text[start:end]) - len(row.text[start:end].lstrip())
@@ -114,7 +112,7 @@ class LabelCollator:
             batch["token_type_ids"] = padded([example.types for example in examples], 0)
         targets: list[Any] = [example.target for example in examples]
         is_tokens = self._head.problem_type == TOKENS
-        batch["labels"] = padded(targets, IGNORED) if is_tokens else torch.tensor(targets)
+        batch["labels"] = padded(targets, IGNORED_LABEL) if is_tokens else torch.tensor(targets)
         return batch
 
 
@@ -138,13 +136,13 @@ class TrainableClassifier(nn.Module):
         losses = self._losses(labels, inputs)
         if self.spec.problem_type != TOKENS:
             return {"loss": losses.mean()}
-        return {"loss": losses.sum() / (labels != IGNORED).sum()}
+        return {"loss": losses.sum() / (labels != IGNORED_LABEL).sum()}
 
     @torch.no_grad()
     def row_losses(self, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Loss of each row, of tokens the mean; float32 with shape ``(batch,)``; arguments as ``forward``'s."""
         losses = self._losses(labels, inputs)
-        return losses if losses.ndim == 1 else losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+        return losses if losses.ndim == 1 else losses.sum(dim=1) / (labels != IGNORED_LABEL).sum(dim=1).clamp(min=1)
 
     def _losses(self, labels: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Losses with shape ``(batch,)``, or ``(batch, seq)`` of tokens, 0 for those without a tag."""
@@ -154,7 +152,7 @@ class TrainableClassifier(nn.Module):
         if kind == MULTI_LABEL:
             return functional.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(dim=1)
         losses = functional.cross_entropy(
-            scores.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            scores.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
         )
         return losses.view(labels.shape)
 

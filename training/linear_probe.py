@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION
-from adalink.training.classifier import IGNORED, features
+from adalink.training.classifier import features
+from adalink.training.data.batches import IGNORED_LABEL
 from adalink.training.trainer import batches
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _states(
         with torch.no_grad():
             found = features(module.attached.model, module.spec, **batch).double().cpu()
         if found.ndim == 3:  # of tokens
-            is_tagged = wanted != IGNORED
+            is_tagged = wanted != IGNORED_LABEL
             found, wanted = found[is_tagged], wanted[is_tagged]
         states.append(found)
         targets.append(wanted)

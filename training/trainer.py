@@ -14,7 +14,7 @@ from adalink.training.data.rows import end_token
 from adalink.training.models.prefix_lm import prompt_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
