@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from adalink.training.models.weights import PIECE_BYTES
+
 if TYPE_CHECKING:
     import onnx
 
@@ -19,7 +21,6 @@ FROM_BYTES = 1024
 # Tensors begin at a multiple of it, larger ones at a page.
 _ALIGNMENT, _PAGE = 64, 4096
 _PAGE_FROM_NUMBERS = 1 << 16
-_PIECE_BYTES = 32 << 20
 
 
 def data_path(graph: Path) -> Path:
@@ -86,7 +87,7 @@ def read_bytes(folder: Path, tensor: onnx.TensorProto) -> Iterable[npt.NDArray[n
     with (folder / name).open("rb") as stream:
         stream.seek(start)
         while length:
-            piece = stream.read(min(length, _PIECE_BYTES))
+            piece = stream.read(min(length, PIECE_BYTES))
             if not piece:
                 raise OSError(f"{folder / name} ends within the values of {tensor.name}")
             length -= len(piece)

@@ -100,14 +100,13 @@ class StandIns:
         """Give parameters their values until the block ends."""
         before = [(parameter, parameter.data) for parameter in parameters if parameter in self]
         try:
-            for parameter, stand_in in before:
-                parameter.data = read_whole(self.source(stand_in), stand_in.dtype)
+            self.fill(parameter for parameter, _ in before)
             yield
         finally:
             for parameter, stand_in in before:
                 parameter.data = stand_in
 
-    def fill(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def fill(self, parameters: Iterable[torch.Tensor]) -> None:
         """Give parameters their values for good."""
         for parameter in parameters:
             if parameter in self:
