@@ -27,8 +27,6 @@ def own_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub, "_REACHED", set())
-    monkeypatch.setattr(hub, "_LOCAL", set())
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -15,7 +15,6 @@ from helpers.tiny_deployments import make_model_folder
 
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.tools.cli import main
-from adalink.training.models import hub
 from adalink.training.models.base_kind import find_kind
 from adalink.training.models.hub_access import HubAccess, download_options, hub_access
 from adalink.training.models.loading import (
@@ -56,7 +55,6 @@ def cache(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (repository / "refs" / "v2").write_text(OTHER)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub, "_LOCAL", set())
     return repository
 
 
