@@ -15,9 +15,9 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.generation.prompt import PromptBatch
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
-from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import Manifest, Variant

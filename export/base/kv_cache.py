@@ -116,7 +116,8 @@ def _check_base(base: Base, variant: str) -> None:
 def _scales(graph: Path, base: Base, table: EmbeddingTable) -> dict[str, Float32]:
     """By name of a cache input, its scales with shape ``(1, kv_heads, 1, head_dim)``."""
     engine = OnnxRuntimeBackend(_BACKEND, None).open_engine(graph, base, "base", table)
-    assert isinstance(engine, SlotEngine) and base.cache is not None
+    assert isinstance(engine, SlotEngine)
+    assert base.cache is not None
     tokens = min(_TOKENS, base.max_positions or _TOKENS)
     rows = np.random.default_rng(_SEED).integers(0, base.vocab_size, (_ROWS, tokens))
     largest: Float32 = np.zeros((2 * base.cache.layers, base.cache.kv_heads, base.cache.head_dim), np.float32)

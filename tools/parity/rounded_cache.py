@@ -37,8 +37,8 @@ def rounded_cache(model: Any, scales: Scales) -> Iterator[None]:
     """
     import torch
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     def rounded(states: Any, name: str) -> Any:
         scale = torch.from_numpy(np.array(scales[name])).to(states.dtype)
@@ -49,15 +49,14 @@ def rounded_cache(model: Any, scales: Scales) -> Iterator[None]:
         key, value = rounded(key, f"{stem}.key"), rounded(value, f"{stem}.value")
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
-    configs = [model.config, *(getattr(model.config, "sub_configs", None) and [] or [])]
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, eager_mask)
-    before = [config._attn_implementation for config in configs]
+    config._attn_implementation = _NAME
     try:
-        for config in configs:
-            config._attn_implementation = _NAME
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+        config._attn_implementation = before
+        # A registered function stays for good, and would keep the scales in memory.
         AttentionInterface.register(_NAME, sdpa_attention_forward)

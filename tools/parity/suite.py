@@ -36,6 +36,7 @@ from adalink.tools.parity.check_batches import STEPS, Batch
 from adalink.tools.parity.check_defaults import check_defaults
 from adalink.tools.parity.check_generation import Generator
 from adalink.tools.parity.check_head import check_head, is_head_alone
+from adalink.tools.parity.check_kv_cache import check_kv_caches
 from adalink.tools.parity.check_labels import check_labels
 from adalink.tools.parity.check_outputs import Comparison, check_control, compare_outputs
 from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
@@ -128,12 +129,14 @@ def verify(
         opened: Backend = open_backend(backend, threads)
         if quantization is None:
             _check_outputs(report, deployment, reference, folders, inputs, (opened, form), progress)
+            report.checks += check_kv_caches(deployment, reference, folders, inputs.rows, (opened, form))
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment), quantization)
             exact = ExactActivations(opened)
             with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
                 _check_outputs(report, unrounded, reference, folders, inputs, (exact, form), progress)
+            report.checks += check_kv_caches(deployment, reference, folders, inputs.rows, (exact, form))
             progress("the engine as deployed, with rounded activations")
             report.checks += check_activations(
                 deployment, reference, folders, inputs.rows, inputs.texts, (opened, form), STEPS
