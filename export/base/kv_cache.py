@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.tracing.graph import DOMAIN, OPERATOR
 from adalink.export.writer import open_writer
 from adalink.runtime.engine import SlotEngine
 from adalink.runtime.errors import ConfigError, DeploymentError
@@ -33,6 +32,8 @@ DTYPE = "int8"
 # The oldest ONNX Runtime whose results were compared; the operator had no such cache on CPUs before 2026.
 CACHE_SINCE = "1.31"
 _BACKEND = "onnxruntime-cpu"
+# As in `adalink.export.tracing.graph`, which imports torch; here nothing else needs it.
+_ATTENTION = ("com.microsoft", "GroupQueryAttention")
 # Seeded token ids: rows, and tokens of a row. Real text has up to three times the range of these in single channels of
 # values, and less than twice in nearly all; docs/decisions/0026.
 _ROWS, _TOKENS, _SEED = 8, 256, 0
@@ -72,7 +73,7 @@ def export_kv_cache(
         verify_variant(writer.folder, manifest, source, full_check=False)
         graph = writer.folder / source.graph
         model = onnx.load(graph, load_external_data=False)
-        nodes = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+        nodes = [node for node in model.graph.node if (node.domain, node.op_type) == _ATTENTION]
         cache = manifest.base.cache
         if cache is None or len(nodes) != cache.layers:
             raise ConfigError(
