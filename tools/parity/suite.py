@@ -129,14 +129,14 @@ def verify(
         opened: Backend = open_backend(backend, threads)
         if quantization is None:
             _check_outputs(report, deployment, reference, folders, inputs, (opened, form), progress)
-            report.checks += check_kv_caches(deployment, reference, folders, inputs.rows, (opened, form))
+            report.checks += check_kv_caches(deployment, reference, folders, inputs.rows, opened)
         else:
             progress("quantised weights against the model's")
             report.checks += reference.quantize(matrices_of(deployment), quantization)
             exact = ExactActivations(opened)
             with Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded:
                 _check_outputs(report, unrounded, reference, folders, inputs, (exact, form), progress)
-            report.checks += check_kv_caches(deployment, reference, folders, inputs.rows, (exact, form))
+            report.checks += check_kv_caches(deployment, reference, folders, inputs.rows, exact)
             progress("the engine as deployed, with rounded activations")
             report.checks += check_activations(
                 deployment, reference, folders, inputs.rows, inputs.texts, (opened, form), STEPS

@@ -1,4 +1,4 @@
-"""A graph with an int8 KV cache computes what transformers computes with keys and values that are rounded likewise."""
+"""A graph with an int8 KV cache stores the nearest codes, and computes what transformers computes with them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from helpers.export import ALL_DECODERS, skip_windows_of_old
 from helpers.tiny_models import bert, token_ids
-from onnx import numpy_helper
 
 from adalink.export.base.export import export_base
 from adalink.export.base.kv_cache import export_kv_cache
@@ -19,41 +17,39 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError, ConfigError, DeploymentError
 from adalink.runtime.ort.static_cache import StaticCacheEngine
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.rounded_cache import read_scales, rounded_cache
+from adalink.tools.parity.stored_cache import read_scales, stored_cache
 
 IDS = token_ids(0).numpy()
 GRAPH = "base/onnxruntime-cpu/model.kv-int8.onnx"
 
 
-def logits(model: Any, scales: Any = None) -> np.ndarray:
-    """Of transformers in float64; with ``scales`` its keys and values are rounded."""
+def logits(model: Any, codes: Any = None, scales: Any = None) -> tuple[np.ndarray, float]:
+    """Of transformers in float64 on the first row, with stored codes; and the largest distance of its own from them."""
     with torch.no_grad():
-        if scales is None:
-            return np.asarray(model(input_ids=torch.from_numpy(IDS)).logits.numpy())
-        with rounded_cache(model, scales):
-            return np.asarray(model(input_ids=torch.from_numpy(IDS)).logits.numpy())
+        if codes is None:
+            return np.asarray(model(input_ids=torch.from_numpy(IDS[:1])).logits[0].numpy()), 0.0
+        with stored_cache(model, codes, scales) as distances:
+            values = model(input_ids=torch.from_numpy(IDS[:1])).logits[0].numpy()
+    return np.asarray(values), max(distances)
 
 
-def stepped(folder: Path) -> np.ndarray:
-    """Logits of the first row at each position, token by token, the first half as one piece."""
-    with Deployment.open(folder, kv_cache_dtype="int8") as opened:
-        engine, half = opened._runner.engine, IDS.shape[1] // 2
-        assert isinstance(engine, StaticCacheEngine)
-        embeds = opened._runner._table.take(IDS[:1])
-        state = engine.open_slots(1, 4)  # grows on the way
-        state.begin(None)
-        feeds = {"inputs_embeds": embeds, "attention_mask": np.ones_like(IDS[:1])}
-        state.extend(feeds, 0, half)
-        rows = [state.logits[0].copy()]
-        for place in range(half, IDS.shape[1]):
-            state.step(embeds[:, place : place + 1])
-            rows.append(state.logits[0].copy())
-        assert state.states(0, 2).dtype == np.int8
-    return np.stack(rows)
+def stepped(opened: Deployment) -> tuple[np.ndarray, np.ndarray]:
+    """The first row token by token, its first half as one piece: logits from there on, and the codes in the cache."""
+    engine, half = opened._runner.engine, IDS.shape[1] // 2
+    assert isinstance(engine, StaticCacheEngine)
+    embeds = opened.input_embeddings(IDS[:1])
+    state = engine.open_slots(1, 4)  # grows on the way
+    state.begin(None)
+    state.extend({"inputs_embeds": embeds, "attention_mask": np.ones_like(IDS[:1])}, 0, half)
+    rows = [state.logits[0].copy()]
+    for place in range(half, IDS.shape[1]):
+        state.step(embeds[:, place : place + 1])
+        rows.append(state.logits[0].copy())
+    return np.stack(rows), state.states(0, IDS.shape[1])
 
 
 @pytest.mark.parametrize("family", ALL_DECODERS)
-def test_int8_cache_rounds_as_transformers_does(family: str, tmp_path: Path) -> None:
+def test_int8_cache_holds_the_nearest_codes(family: str, tmp_path: Path) -> None:
     skip_windows_of_old(family)
     model, out = ALL_DECODERS[family](), tmp_path / "deployment"
     export_base(model, out)
@@ -61,21 +57,24 @@ def test_int8_cache_rounds_as_transformers_does(family: str, tmp_path: Path) -> 
         before = opened.run(input_ids=IDS)["logits"]
     manifest = export_kv_cache(out)
     assert manifest.variants["onnxruntime-cpu"].kv_cache_graphs == {"int8": GRAPH}
-    scales, model = read_scales(out / GRAPH), model.double()
-    expected, exact = logits(model, scales), logits(model)
-    effect = np.abs(expected - exact).max()
     with Deployment.open(out, kv_cache_dtype="int8") as opened:
-        whole = opened.run(input_ids=IDS)["logits"]
-    assert np.abs(whole - expected).max() < effect / 20
-    steps = stepped(out)
-    assert np.abs(steps - expected[0, -len(steps) :]).max() < effect / 20
+        whole = opened.run(input_ids=IDS)["logits"][0]
+        steps, states = stepped(opened)
+    assert states.dtype == np.int8
+    scales, model = read_scales(out / GRAPH), model.double()
+    codes = dict(zip(scales, states, strict=True))
+    expected, distance = logits(model, codes, scales)
+    effect = np.abs(expected - logits(model)[0]).max()
+    assert distance < 0.501
+    assert np.abs(whole - expected).max() < effect / 100
+    assert np.abs(steps - expected[-len(steps) :]).max() < effect / 100
     with Deployment.open(out, kv_cache_dtype="float32") as opened:
         assert np.array_equal(opened.run(input_ids=IDS)["logits"], before)
-    # Planted fault: one scale of the graph is not the one that is read.
-    graph = onnx.load(out / GRAPH, load_external_data=False)
-    scale = next(t for t in graph.graph.initializer if t.name == "past_key_values.1.value.scale")
-    wrong = dict(scales) | {"past_key_values.1.value": 4 * numpy_helper.to_array(scale)}
-    assert np.abs(whole - logits(model, wrong)).max() > effect / 4
+    # Planted faults: codes of the wrong tensor, and a scale that is not the graph's.
+    swapped = codes | {"past_key_values.1.key": codes["past_key_values.1.value"]}
+    assert logits(model, swapped, scales)[1] > 1
+    wrong = scales | {"past_key_values.1.value": 1.5 * scales["past_key_values.1.value"]}
+    assert logits(model, codes, wrong)[1] > 1
 
 
 def test_graphs_without_such_a_cache_are_refused(tmp_path: Path) -> None:
