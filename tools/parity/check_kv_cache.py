@@ -67,7 +67,7 @@ def check_kv_caches(
 
 
 def _run(engine: SlotEngine, embeds: Array) -> tuple[Float64, Array]:
-    """Logits of one row, ``(tokens, vocab)``, and what its cache holds, ``(2 * layers, kv_heads, tokens, head_dim)``."""
+    """Logits of one row, ``(tokens, vocab)``, and its codes, ``(2 * layers, kv_heads, tokens, head_dim)``."""
     tokens = embeds.shape[1]
     feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, tokens), np.int64)}
     state = engine.open_slots(1, tokens)
