@@ -56,12 +56,13 @@ def check_kv_caches(
                     embeds = deployment.input_embeddings([ids], tasks=task)
                     logits, states = _run(engine, embeds)
                     codes = dict(zip(scales, states, strict=True))
-                    exact = reference.values(ids, None)["logits"]
+                    unrounded = reference.values(ids, None)["logits"]
                     with stored_cache(reference.model, codes, scales) as found:
-                        sides.append((logits, reference.values(ids, None)["logits"], exact))
+                        sides.append((logits, reference.values(ids, None)["logits"], unrounded))
                     distances += found
             checks.append(at_most(f"{name}/codes", max(distances), MOST_STEPS, "steps from the nearest code"))
-            checks.append(_compare(f"{name}/logits", *map(np.concatenate, zip(*sides, strict=True))))
+            received, expected, exact = (np.concatenate(side) for side in zip(*sides, strict=True))
+            checks.append(_compare(f"{name}/logits", received, expected, exact))
         engine.close()
     return checks
 

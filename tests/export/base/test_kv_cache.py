@@ -48,7 +48,8 @@ def stepped(opened: Deployment) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(rows), state.states(0, IDS.shape[1])
 
 
-@pytest.mark.parametrize("family", ALL_DECODERS)
+# Learned positions; windows; norms of queries and keys.
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen3"])
 def test_int8_cache_holds_the_nearest_codes(family: str, tmp_path: Path) -> None:
     skip_windows_of_old(family)
     model, out = ALL_DECODERS[family](), tmp_path / "deployment"
