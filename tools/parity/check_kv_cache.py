@@ -10,7 +10,7 @@ import numpy as np
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.engine import Backend, SlotEngine
+from adalink.runtime.engine import Backend, Engine, SlotEngine
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.tools.parity.check_adapter import to_float64
 from adalink.tools.parity.check_outputs import log_softmax
@@ -46,7 +46,8 @@ def check_kv_caches(
         scales = read_scales(deployment.path / graph)
         table = open_table(deployment.path / manifest.base.embeddings, manifest.base)
         engine = backend.open_engine(deployment.path / graph, manifest.base, "base", table)
-        assert isinstance(engine, SlotEngine)
+        slots = engine
+        assert isinstance(slots, SlotEngine)
         for task in (None, *(name for name in deployment.tasks if not manifest.tasks[name].soft_tokens)):
             name = f"kv-cache/{dtype}/{'base' if task is None else f'task/{task}'}"
             sides: list[tuple[Float64, Float64, Float64]] = []
@@ -54,7 +55,7 @@ def check_kv_caches(
             with reference.adapted(None if task is None else folders[task]):
                 for ids in rows[:_ROWS]:
                     embeds = deployment.input_embeddings([ids], tasks=task)
-                    logits, states = _run(engine, embeds)
+                    logits, states = _run(engine, slots, embeds)
                     codes = dict(zip(scales, states, strict=True))
                     unrounded = reference.values(ids, None)["logits"]
                     with stored_cache(reference.model, codes, scales) as found:
@@ -67,11 +68,11 @@ def check_kv_caches(
     return checks
 
 
-def _run(engine: SlotEngine, embeds: Array) -> tuple[Float64, Array]:
+def _run(engine: Engine, slots: SlotEngine, embeds: Array) -> tuple[Float64, Array]:
     """Logits of one row, ``(tokens, vocab)``, and its codes, ``(2 * layers, kv_heads, tokens, head_dim)``."""
     tokens = embeds.shape[1]
     feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, tokens), np.int64)}
-    state = engine.open_slots(1, tokens)
+    state = slots.open_slots(1, tokens)
     state.begin(None)
     state.extend(feeds, 0, tokens)
     states = state.states(0, tokens)
