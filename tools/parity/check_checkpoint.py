@@ -6,27 +6,18 @@ the files itself and compares values, not names: a name may be changed while loa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from adalink.runtime.errors import ModelError
+from adalink.tools.parity.file_tensors import FileTensor, digest_values, file_tensors
 from adalink.tools.parity.report import Check, at_most
 
 NAME = "base/checkpoint"
-_INDEX = "model.safetensors.index.json"
 _SHOWN = 5
-_DTYPES = {
-    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
-    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"},
-}
 # Parts that no output of a base depends on: heads of other purposes, if the model has no module of that name, and
 # tensors of T5 that no implementation reads.
 _HEADS = re.compile(
@@ -35,19 +26,24 @@ _HEADS = re.compile(
 )
 _LAYER_NUMBER = re.compile(r"(?<=[.])[0-9]+(?=[.])")
 _UNREAD = re.compile(r"EncDecAttention\.relative_attention_bias\.weight$")
+_CONSTANTS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq")
 
-Array = npt.NDArray[Any]
+# Tensors of the files by the names of the parameters that have their values.
+Places = Mapping[str, FileTensor]
 
 
-def check_files(spec: str | Path, model: Any) -> list[Check]:
+def check_files(spec: str | Path, model: Any) -> tuple[list[Check], Places]:
     """Check the files of a base, as ``check_checkpoint``; a GGUF file has no safetensors, and no such check."""
     from adalink.training.models.loading import checkpoint_folder
 
     folder = checkpoint_folder(spec)
-    return [] if folder is None else [check_checkpoint(folder, model)]
+    if folder is None:
+        return [], {}
+    check, places = check_checkpoint(folder, model)
+    return [check], places
 
 
-def check_checkpoint(folder: Path, model: Any) -> Check:
+def check_checkpoint(folder: Path, model: Any) -> tuple[Check, Places]:
     """Compare the safetensors of a checkpoint with the model that was loaded from it.
 
     Args:
@@ -56,38 +52,40 @@ def check_checkpoint(folder: Path, model: Any) -> Check:
 
     Returns:
         A check whose measured value is the number of tensors that are in one of the two alone. Parts left out on
-        purpose are named in its detail.
+        purpose are named in its detail. And the tensors of the files by the names of the parameters that have their
+        values.
 
     Raises:
         ModelError: a file cannot be read.
     """
-    parameters = {name: _numbers(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: _numbers(value) for name, value in model.named_buffers(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     waiting: dict[str, list[str]] = {}
     for name, values in (parameters | buffers).items():
-        waiting.setdefault(_digest(values), []).append(name)
+        waiting.setdefault(digest_values(values), []).append(name)
     unplaced: list[str] = []
     left_out: list[str] = []
-    used: set[str] = set()
+    used: dict[str, FileTensor] = {}
     loose = []
-    for name, values in _tensors(folder):
-        names = waiting.get(_digest(values), [])
+    for tensor in file_tensors(folder):
+        digest, name = tensor.digest(), tensor.name
+        names = waiting.get(digest, [])
         if own := next((one for one in names if one.endswith(name) or name.endswith(one)), None):
             names.remove(own)
-            used.add(own)
+            used[own] = tensor
         else:
-            loose.append((name, values))
-    for name, values in loose:  # renamed while loading, or in the model no more often than the files hold it
-        if names := waiting.get(_digest(values), []):
-            used.add(names.pop())
-        elif _is_spare(name, values, model, buffers):
-            left_out.append(name)
+            loose.append((tensor, digest))
+    for tensor, digest in loose:  # renamed while loading, or in the model no more often than the files hold it
+        if names := waiting.get(digest, []):
+            used[names.pop()] = tensor
+        elif _is_spare(tensor, model, buffers):
+            left_out.append(tensor.name)
         else:
-            unplaced.append(name)
+            unplaced.append(tensor.name)
     unplaced += [path.name for path in sorted(folder.glob("adapter_*")) if path.is_file()]
-    origins = _filled(model, used)
+    origins = _filled(parameters, used)
     made_up = [name for name in parameters if name not in origins and "pooler" not in name]
-    return _as_check(unplaced, made_up, left_out)
+    return _as_check(unplaced, made_up, left_out), {name: used[name] for name in used if name in parameters}
 
 
 def _as_check(unplaced: list[str], made_up: list[str], left_out: list[str]) -> Check:
@@ -107,16 +105,28 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _filled(model: Any, used: set[str]) -> set[str]:
+def _filled(parameters: Mapping[str, Any], used: Collection[str]) -> set[str]:
     """Names of all parameters whose storage a tensor of the files has filled, tied ones too."""
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    storages = {id(by_name[name]) for name in used if name in by_name}
-    return {name for name, parameter in by_name.items() if id(parameter) in storages}
+    storages = {id(parameters[name]) for name in used if name in parameters}
+    return {name for name, parameter in parameters.items() if id(parameter) in storages}
 
 
-def _is_spare(name: str, values: Array, model: Any, buffers: dict[str, Array]) -> bool:
+def _is_spare(tensor: FileTensor, model: Any, buffers: Mapping[str, Any]) -> bool:
     """Whether a tensor is of a head that the model lacks, or a constant that the model computes, with its values."""
-    last = name.rpartition(".")[2]
+    name = tensor.name
+    if name.rpartition(".")[2] in _CONSTANTS or (name.endswith("attn.bias") and len(tensor.shape) == 4):
+        return _is_computed(tensor, buffers)
+    if _UNREAD.search(name):
+        return True
+    head = _HEADS.match(name)
+    modules = {module for module, _ in model.named_modules()}
+    return head is not None and head[1] not in modules and "lora_" not in name
+
+
+def _is_computed(tensor: FileTensor, buffers: Mapping[str, Any]) -> bool:
+    """Whether a constant has the values that the model computes for itself."""
+    last = tensor.name.rpartition(".")[2]
+    values = np.asarray(tensor.read().float().numpy())
     flat = values.reshape(-1)
     if last == "position_ids":
         return bool(np.array_equal(flat, np.arange(flat.size)))
@@ -127,52 +137,4 @@ def _is_spare(name: str, values: Array, model: Any, buffers: dict[str, Array]) -
     if last == "inv_freq":
         computed = (buffer for key, buffer in buffers.items() if "inv_freq" in key and buffer.shape == values.shape)
         return any(np.allclose(values, buffer, rtol=0.02, atol=1e-6) for buffer in computed)
-    if name.endswith("attn.bias") and values.ndim == 4:
-        return bool(np.array_equal(values != 0, np.tri(values.shape[-1], dtype=bool)[None, None]))
-    if _UNREAD.search(name):
-        return True
-    head = _HEADS.match(name)
-    modules = {module for module, _ in model.named_modules()}
-    return head is not None and head[1] not in modules and "lora_" not in name
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Array]]:
-    """Names and values of all tensors of the checkpoint, as float32."""
-    import ml_dtypes  # noqa: F401  # registers the names of 8-bit floats
-
-    for file in _files(folder):
-        try:
-            data = np.memmap(file, np.uint8, "r")
-            start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-            header = json.loads(data[8:start].tobytes())
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                values = np.frombuffer(data[start + begin : start + end].tobytes(), _DTYPES[entry["dtype"]])
-                if entry["dtype"] == "BF16":
-                    values = (values.astype(np.uint32) << 16).view(np.float32)
-                yield name, np.asarray(values.reshape(entry["shape"]), np.float32)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(
-                f"{file.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; "
-                "download it again"
-            ) from error
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    try:
-        return [folder / name for name in sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{_INDEX} of {folder.name} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _numbers(tensor: Any) -> Array:
-    import torch
-
-    return np.asarray(tensor.detach().to("cpu", torch.float32).numpy())
-
-
-def _digest(values: Array) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+    return bool(np.array_equal(values != 0, np.tri(values.shape[-1], dtype=bool)[None, None]))

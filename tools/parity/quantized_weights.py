@@ -5,6 +5,7 @@ Layers are matched by content, not by name: a graph may have merged or renamed i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF
+from adalink.tools.parity.file_tensors import FileTensor
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
+    import onnx
     import torch
+
+    from adalink.tools.parity.stored_weight import Rows
 
 Float32 = npt.NDArray[np.float32]
 
@@ -28,25 +33,55 @@ OPERATOR = "MatMulNBits"
 _NEAR = 0.5
 # Columns to search a layer's probe row by among a matrix's rows; a match is confirmed on the whole layer.
 _PROBE_COLUMNS = 64
+# The two codes of a byte: the lower four bits come first.
+_PAIRS = np.array([[byte & 15, byte >> 4] for byte in range(256)], np.float32)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantised matrix with shape ``(N, K)``: outputs by inputs.
+    """A quantised matrix with shape ``(N, K)``, outputs by inputs, whose numbers stay in the graph's file.
 
     Attributes:
         name: of its product in the graph.
-        values: the numbers that the engine multiplies with.
+        shape: its shape.
+        codes: bytes, shape ``(N, bytes)``.
         scales: shape ``(N, blocks)``.
+        zeros: zero points as codes, shape ``(N, bytes)``; ``None`` for the operator's default.
         bits: bits of a code.
         block_size: inputs of a block.
     """
 
     name: str
-    values: Float32
-    scales: Float32
+    shape: tuple[int, int]
+    codes: Rows
+    scales: Rows
+    zeros: Rows | None
     bits: int
     block_size: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The numbers that the engine multiplies with, in float32: its rows from ``start`` to ``stop``."""
+        import torch
+
+        scales = self.scales_of(start, stop)
+        values = self._unpacked(self.codes, start, stop).reshape(*scales.shape, -1)
+        if self.zeros is None:
+            values -= np.float32(2 ** (self.bits - 1))
+        else:
+            values -= self._unpacked(self.zeros, start, stop)[:, : scales.shape[1], None]
+        values *= scales[:, :, None]
+        return torch.from_numpy(values.reshape(len(values), -1)[:, : self.shape[1]])
+
+    def scales_of(self, start: int, stop: int | None) -> Float32:
+        """Scales of its rows from ``start`` to ``stop``, shape ``(rows, blocks)``."""
+        return np.asarray(self.scales.read(start, stop).float().numpy())
+
+    def _unpacked(self, codes: Rows, start: int, stop: int | None) -> Float32:
+        """Codes as numbers, shape ``(rows, codes)``."""
+        stored = codes.read(start, stop).numpy()
+        if self.bits == 8:
+            return stored.astype(np.float32)
+        return np.asarray(_PAIRS[stored].reshape(len(stored), -1))
 
 
 @dataclass(frozen=True)
@@ -59,63 +94,129 @@ class Layer:
     rows: slice
 
     @property
-    def values(self) -> Float32:
-        """The engine's weights in the module's layout."""
-        values = self.matrix.values[self.rows]
-        return values.T if _is_turned(self.module) else values
+    def shape(self) -> tuple[int, int]:
+        """Outputs by inputs."""
+        return self.rows.stop - self.rows.start, self.matrix.shape[1]
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The engine's weights of some outputs, shape ``(outputs, inputs)``."""
+        stop = self.shape[0] if stop is None else stop
+        return self.matrix.read(self.rows.start + start, self.rows.start + stop)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The engine's weights as a parameter of the module, in its layout."""
+        from adalink.tools.parity.stored_weight import StoredWeight, TensorRows
+
+        return StoredWeight(TensorRows(self.read().T) if _is_turned(self.module) else self, dtype)
+
+    def pairs(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Outputs in turn, some at a time: their rows of the matrix, the engine's weights and the module's."""
+        from adalink.tools.parity.stored_weight import pieces_of
+
+        for place, weight in pieces_of(weight_of(self.module)):
+            rows = slice(self.rows.start + place.start, self.rows.start + place.stop)
+            yield rows, self.matrix.read(rows.start, rows.stop), weight
 
 
 def read_matrices(graph: Path) -> Iterator[Matrix]:
-    """The quantised matrices of a graph, one at a time."""
+    """The quantised matrices of a graph."""
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
-    model = onnx.load(graph)
+    model = onnx.load(graph, load_external_data=False)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != OPERATOR:
             continue
         size = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        codes, scales, *zeros = (numpy_helper.to_array(constants[name]) for name in node.input[1:4] if name)
-        columns, bits = size["N"], size["bits"]
-        scales = scales.reshape(columns, -1)
-        values = _unpacked(codes.reshape(*scales.shape, -1), bits).astype(np.float32)
-        zero_points = np.full(scales.shape, 2 ** (bits - 1), np.float32)  # the operator's default
-        if zeros:
-            zero_points = _unpacked(zeros[0].reshape(columns, -1), bits)[:, : scales.shape[1]].astype(np.float32)
-        values = (values - zero_points[:, :, None]) * scales[:, :, None]
-        yield Matrix(node.name, values.reshape(columns, -1)[:, : size["K"]], scales, bits, size["block_size"])
+        shape = size["N"], size["K"]
+        codes, scales, *zeros = (_rows_of(constants[name], graph, shape[0]) for name in node.input[1:4] if name)
+        yield Matrix(node.name, shape, codes, scales, zeros[0] if zeros else None, size["bits"], size["block_size"])
+
+
+def _rows_of(tensor: onnx.TensorProto, graph: Path, rows: int) -> Rows:
+    """A constant of a graph, or of the file beside it, as so many rows."""
+    import torch
+    from onnx import external_data_helper, helper, numpy_helper
+
+    from adalink.tools.parity.stored_weight import TensorRows
+
+    if not external_data_helper.uses_external_data(tensor):
+        return TensorRows(torch.from_numpy(numpy_helper.to_array(tensor).reshape(rows, -1).copy()))
+    said = external_data_helper.ExternalDataInfo(tensor)
+    shape = (rows, math.prod(tensor.dims) // rows)
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+    return FileTensor(tensor.name, graph.with_name(said.location), said.offset or 0, shape, dtype)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A row of a layer to find it by: the one with the largest norm."""
+
+    module: Any
+    row: int
+    values: Float32
+
+    @property
+    def outputs(self) -> int:
+        return int(weight_of(self.module).shape[0])
 
 
 def find_layers(model: torch.nn.Module, matrices: list[Matrix]) -> list[Layer]:
     """The quantised linear layers, each with its rows of a matrix."""
-    import torch
-
-    missing = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    layers = []
+    missing = {name: _probe(module) for name, module in model.named_modules() if _is_linear(module)}
+    layers: list[Layer] = []
     for matrix in matrices:
-        width = matrix.values.shape[1]
-        names = [name for name, module in missing.items() if weight_of(module).shape[1] == width]
-        probes = [int(weight_of(missing[name]).norm(dim=1).argmax()) for name in names]
-        if not names:
+        probes = {name: probe for name, probe in missing.items() if len(probe.values) == matrix.shape[1]}
+        if not probes:
             continue
-        parts = [weight_of(missing[name])[row, :_PROBE_COLUMNS] for name, row in zip(names, probes, strict=True)]
-        sample = matrix.values[:, :_PROBE_COLUMNS]
-        distances = np.einsum("nk,nk->n", sample, sample)[None, :] - 2 * torch.stack(parts).numpy() @ sample.T
-        nearest = distances.argmin(axis=1)
-        for name, probe, row in zip(names, probes, nearest, strict=True):
-            weight = weight_of(missing[name]).numpy()
-            place = slice(int(row) - probe, int(row) - probe + len(weight))
-            if place.start < 0 or place.stop > len(matrix.values):
-                continue
-            if np.linalg.norm(matrix.values[place] - weight) < _NEAR * np.linalg.norm(weight):
-                layers.append(Layer(name, missing.pop(name), matrix, place))
+        parts = np.stack([probe.values[:_PROBE_COLUMNS] for probe in probes.values()])
+        sample = _sample(matrix)
+        distances = np.einsum("nk,nk->n", sample, sample)[None, :] - 2 * parts @ sample.T
+        for (name, probe), row in zip(probes.items(), distances.argmin(axis=1).tolist(), strict=True):
+            start = row - probe.row
+            layer = Layer(name, probe.module, matrix, slice(start, start + probe.outputs))
+            if start >= 0 and layer.rows.stop <= matrix.shape[0] and _is_near(layer, probe):
+                layers.append(layer)
+                del missing[name]
     return layers
+
+
+def _probe(module: Any) -> _Probe:
+    from adalink.tools.parity.stored_weight import pieces_of
+
+    largest, found = -1.0, _Probe(module, 0, np.zeros(0, np.float32))
+    for place, weight in pieces_of(weight_of(module)):
+        norms = weight.norm(dim=1)
+        row = int(norms.argmax())
+        if float(norms[row]) > largest:
+            largest = float(norms[row])
+            found = _Probe(module, place.start + row, weight[row].clone().numpy())
+    return found
+
+
+def _sample(matrix: Matrix) -> Float32:
+    """The first columns of all rows."""
+    from adalink.tools.parity.stored_weight import pieces_of
+
+    return np.concatenate([rows[:, :_PROBE_COLUMNS].numpy() for _, rows in pieces_of(matrix)])
+
+
+def _is_near(layer: Layer, probe: _Probe) -> bool:
+    """Whether rows of a matrix are a layer's: its probe, then all of them."""
+    row = layer.read(probe.row, probe.row + 1)[0].numpy()
+    if not np.linalg.norm(row - probe.values) < _NEAR * np.linalg.norm(probe.values):
+        return False
+    apart = size = 0.0
+    for _, engine, weight in layer.pairs():
+        apart += float((engine - weight).double().square().sum())
+        size += float(weight.double().square().sum())
+    return apart < _NEAR**2 * size
 
 
 def check_matrices(layers: list[Layer], matrices: list[Matrix]) -> Check:
     """Every row of every matrix must be a layer's."""
-    covered = {id(matrix): np.zeros(len(matrix.values), bool) for matrix in matrices}
+    covered = {id(matrix): np.zeros(matrix.shape[0], bool) for matrix in matrices}
     for layer in layers:
         covered[id(layer.matrix)][layer.rows] = True
     strangers = [matrix.name for matrix in matrices if not covered[id(matrix)].all()]
@@ -138,16 +239,17 @@ def check_weights(layers: list[Layer]) -> list[Check]:
     steps, scales = (0.0, "none"), (0.0, "none")
     slack = 0.0
     for layer in layers:
-        weight = weight_of(layer.module).numpy().astype(np.float64)
-        top = 2**layer.matrix.bits - 1
+        top, size = 2**layer.matrix.bits - 1, layer.matrix.block_size
         slack = max(slack, 8 * top * UNIT_ROUNDOFF["float32"])
-        blocks = _blocks(weight, layer.matrix.block_size)
-        step = (np.maximum(blocks.max(axis=2), 0) - np.minimum(blocks.min(axis=2), 0)) / top
-        error = np.abs(_blocks(layer.matrix.values[layer.rows].astype(np.float64) - weight, layer.matrix.block_size))
-        safe = np.where(step > 0, step, 1.0)
-        steps = max(steps, (float((error.max(axis=2) / (safe / 2)).max()), layer.name))
-        stored = np.abs(layer.matrix.scales[layer.rows].astype(np.float64))
-        scales = max(scales, (float((np.abs(stored - step) / safe).max()), layer.name))
+        for rows, engine, weight in layer.pairs():
+            exact = weight.double().numpy()
+            blocks = _blocks(exact, size)
+            step = (np.maximum(blocks.max(axis=2), 0) - np.minimum(blocks.min(axis=2), 0)) / top
+            error = np.abs(_blocks(engine.double().numpy() - exact, size))
+            safe = np.where(step > 0, step, 1.0)
+            steps = _larger(steps, (error.max(axis=2) / (safe / 2)).max(), layer.name)
+            stored = np.abs(layer.matrix.scales_of(rows.start, rows.stop).astype(np.float64))
+            scales = _larger(scales, (np.abs(stored - step) / safe).max(), layer.name)
     return [
         at_most(
             "quantization/weights",
@@ -162,6 +264,11 @@ def check_weights(layers: list[Layer]) -> list[Check]:
             f"relative deviation of a block's scale from its range / largest code; largest: {scales[1]}",
         ),
     ]
+
+
+def _larger(known: tuple[float, str], measured: np.floating[Any], name: str) -> tuple[float, str]:
+    """The larger of two deviations, with the name of its layer; NaN is larger than any number."""
+    return known if measured <= known[0] else (float(measured), name)
 
 
 @contextmanager
@@ -212,11 +319,3 @@ def _blocks(matrix: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float6
     """Shape ``(rows, columns)`` to ``(rows, blocks, size)``, the last block filled with zeros."""
     rows, columns = matrix.shape
     return np.pad(matrix, ((0, 0), (0, -columns % size))).reshape(rows, -1, size)
-
-
-def _unpacked(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Codes one to a byte, along the last axis; of two in a byte the lower four bits come first."""
-    if bits == 8:
-        return codes
-    halves: npt.NDArray[np.uint8] = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
-    return halves.reshape(*codes.shape[:-1], -1)

@@ -6,7 +6,6 @@ cost of quantising is measured apart.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,13 +53,14 @@ class Reference:
             ModelError: it cannot be loaded.
             ContractError: it is another model than the deployment's.
         """
+        from adalink.tools.parity.stored_weight import in_float64, store
         from adalink.training.models.loading import base_fingerprint, load_base, weights_digest
         from adalink.training.models.source import display_name
 
         self.base = base
         self._spec, self._assumed = spec, assume_pretokenizer
         self._model = load_base(spec)
-        self.file_checks = check_files(spec, self._model)
+        self.file_checks, places = check_files(spec, self._model)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
         for field, digest in digests.items():
             exported = getattr(base, field)
@@ -69,7 +69,9 @@ class Reference:
                     f"{display_name(spec)} has {field} {digest}, the deployment was exported from {base.name} with "
                     f"{exported}: verify it against the model it was made from"
                 )
-        self._exact = copy.deepcopy(self._model).double()
+        matrices = {name: tensor for name, tensor in places.items() if tensor.is_float32 and len(tensor.shape) > 1}
+        store(self._model, matrices)
+        self._exact = in_float64(self._model)
         self._attached: Any = None
         self._input_side: InputSide | None = None
         self._layers: list[Layer] = []
@@ -149,11 +151,11 @@ class Reference:
         self._layers = find_layers(self._model, matrices)
         checks = check_layers(self._layers, matrices, quantization, self._spec)
         for layer in self._layers:
-            values = torch.from_numpy(np.ascontiguousarray(layer.values))
-            # A new parameter: the head may share its weight with the embedding table.
-            self._originals.append(layer.module.weight)
-            layer.module.weight = torch.nn.Parameter(values, requires_grad=False)
-            self._twins[layer.name].weight = torch.nn.Parameter(values.double(), requires_grad=False)
+            # New parameters: the head may share its weight with the embedding table.
+            parameters = layer.module._parameters
+            self._originals.append(parameters["weight"])
+            parameters["weight"] = layer.weight(torch.float32)
+            self._twins[layer.name]._parameters["weight"] = layer.weight(torch.float64)
         return checks
 
     @contextmanager
@@ -278,7 +280,8 @@ class Reference:
 
     def _exchange(self) -> None:
         for index, layer in enumerate(self._layers):
-            layer.module.weight, self._originals[index] = self._originals[index], layer.module.weight
+            parameters = layer.module._parameters
+            parameters["weight"], self._originals[index] = self._originals[index], parameters["weight"]
 
     def _run(
         self,

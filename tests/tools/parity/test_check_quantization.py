@@ -98,7 +98,7 @@ def test_dequantised_matrices_agree_with_a_slow_reading(clean):
     matrices = list(read_matrices(path))
     assert [matrix.name for matrix in matrices] == list(slow)
     for matrix in matrices:
-        np.testing.assert_allclose(matrix.values, slow[matrix.name], rtol=1e-6, atol=0)
+        np.testing.assert_allclose(matrix.read(), slow[matrix.name], rtol=1e-6, atol=0)
 
 
 def test_the_plain_variant_is_verified_by_default(clean):
