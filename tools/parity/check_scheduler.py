@@ -124,7 +124,7 @@ class JoinedRows:
                 self._failed.append(str(error))
                 continue
             tokens = list(result.token_ids)
-            logits = np.stack(recorder.logits[: len(tokens)]).astype(np.float64)
+            logits = np.stack(recorder.logits[: len(tokens)])
             self.rows.append((task, GeneratedRow(prompt, tokens, logits, result.text)))
 
 

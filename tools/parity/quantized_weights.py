@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-    from adalink.tools.parity.stored_weight import Rows
+    from adalink.tools.parity.stored_weight import WeightSource
 
 Float32 = npt.NDArray[np.float32]
 
@@ -53,9 +53,9 @@ class Matrix:
 
     name: str
     shape: tuple[int, int]
-    codes: Rows
-    scales: Rows
-    zeros: Rows | None
+    codes: WeightSource
+    scales: WeightSource
+    zeros: WeightSource | None
     bits: int
     block_size: int
 
@@ -76,7 +76,7 @@ class Matrix:
         """Scales of its rows from ``start`` to ``stop``, shape ``(rows, blocks)``."""
         return np.asarray(self.scales.read(start, stop).float().numpy())
 
-    def _unpacked(self, codes: Rows, start: int, stop: int | None) -> Float32:
+    def _unpacked(self, codes: WeightSource, start: int, stop: int | None) -> Float32:
         """Codes as numbers, shape ``(rows, codes)``."""
         stored = codes.read(start, stop).numpy()
         if self.bits == 8:
@@ -105,9 +105,9 @@ class Layer:
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The engine's weights as a parameter of the module, in its layout."""
-        from adalink.tools.parity.stored_weight import StoredWeight, TensorRows
+        from adalink.tools.parity.stored_weight import StoredWeight, TensorSource
 
-        return StoredWeight(TensorRows(self.read().T) if _is_turned(self.module) else self, dtype)
+        return StoredWeight(TensorSource(self.read().T) if _is_turned(self.module) else self, dtype)
 
     def pairs(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Outputs in turn, some at a time: their rows of the matrix, the engine's weights and the module's."""
@@ -134,15 +134,15 @@ def read_matrices(graph: Path) -> Iterator[Matrix]:
         yield Matrix(node.name, shape, codes, scales, zeros[0] if zeros else None, size["bits"], size["block_size"])
 
 
-def _rows_of(tensor: onnx.TensorProto, graph: Path, rows: int) -> Rows:
+def _rows_of(tensor: onnx.TensorProto, graph: Path, rows: int) -> WeightSource:
     """A constant of a graph, or of the file beside it, as so many rows."""
     import torch
     from onnx import external_data_helper, helper, numpy_helper
 
-    from adalink.tools.parity.stored_weight import TensorRows
+    from adalink.tools.parity.stored_weight import TensorSource
 
     if not external_data_helper.uses_external_data(tensor):
-        return TensorRows(torch.from_numpy(numpy_helper.to_array(tensor).reshape(rows, -1).copy()))
+        return TensorSource(torch.from_numpy(numpy_helper.to_array(tensor).reshape(rows, -1).copy()))
     said = external_data_helper.ExternalDataInfo(tensor)
     shape = (rows, math.prod(tensor.dims) // rows)
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type).name

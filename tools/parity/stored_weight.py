@@ -19,7 +19,7 @@ _METADATA = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_flo
 _UNCHANGED = frozenset({"detach", "requires_grad_", "__deepcopy__", "cpu", "contiguous"})
 
 
-class Rows(Protocol):
+class WeightSource(Protocol):
     """Where a weight lies: a file, a graph or a tensor in memory."""
 
     @property
@@ -39,10 +39,10 @@ class StoredWeight(torch.Tensor):
         source: its place.
     """
 
-    source: Rows
+    source: WeightSource
 
     @staticmethod
-    def __new__(cls, source: Rows, dtype: torch.dtype) -> StoredWeight:
+    def __new__(cls, source: WeightSource, dtype: torch.dtype) -> StoredWeight:
         """A weight that is computed with in ``dtype``, whatever dtype it lies in."""
         # One number for all: whatever reads it past this class computes with NaN, and no check passes.
         placeholder = torch.full((), torch.nan, dtype=dtype).expand(source.shape)
@@ -51,7 +51,7 @@ class StoredWeight(torch.Tensor):
         weight._is_param = True  # for ``isinstance(weight, torch.nn.Parameter)``
         return weight
 
-    def __init__(self, source: Rows, dtype: torch.dtype) -> None:
+    def __init__(self, source: WeightSource, dtype: torch.dtype) -> None:
         super().__init__()
 
     @classmethod
@@ -101,7 +101,7 @@ class StoredWeight(torch.Tensor):
             yield slice(start, stop), self.source.read(start, stop).to(self.dtype)
 
 
-def store(model: torch.nn.Module, places: Mapping[str, Rows]) -> None:
+def store(model: torch.nn.Module, places: Mapping[str, WeightSource]) -> None:
     """Let go of the parameters of a model that lie elsewhere; what is tied stays tied.
 
     Args:
@@ -118,7 +118,7 @@ def in_float64(model: torch.nn.Module) -> Any:
     known: dict[int, Any] = {}
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.is_floating_point():
-            source = parameter.source if isinstance(parameter, StoredWeight) else TensorRows(parameter.detach())
+            source = parameter.source if isinstance(parameter, StoredWeight) else TensorSource(parameter.detach())
             known[id(parameter)] = StoredWeight(source, torch.float64)
     twin = copy.deepcopy(model, dict(known))
     changed: dict[int, Any] = {}
@@ -136,16 +136,16 @@ def in_float64(model: torch.nn.Module) -> Any:
     return twin
 
 
-def pieces_of(weight: torch.Tensor | Rows) -> Iterator[tuple[slice, torch.Tensor]]:
+def pieces_of(weight: torch.Tensor | WeightSource) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of a weight in turn, some at a time, and their places: a tensor's in its dtype, others in float32."""
     if isinstance(weight, StoredWeight):
         return weight.pieces()
     is_tensor = isinstance(weight, torch.Tensor)
-    source = TensorRows(weight.detach()) if is_tensor else weight
+    source = TensorSource(weight.detach()) if is_tensor else weight
     return StoredWeight(source, weight.dtype if is_tensor else torch.float32).pieces()
 
 
-class TensorRows:
+class TensorSource:
     """A weight in memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
