@@ -140,9 +140,9 @@ def pieces_of(weight: torch.Tensor | WeightSource) -> Iterator[tuple[slice, torc
     """Rows of a weight in turn, some at a time, and their places: a tensor's in its dtype, others in float32."""
     if isinstance(weight, StoredWeight):
         return weight.pieces()
-    is_tensor = isinstance(weight, torch.Tensor)
-    source = TensorSource(weight.detach()) if is_tensor else weight
-    return StoredWeight(source, weight.dtype if is_tensor else torch.float32).pieces()
+    if isinstance(weight, torch.Tensor):
+        return StoredWeight(TensorSource(weight.detach()), weight.dtype).pieces()
+    return StoredWeight(weight, torch.float32).pieces()
 
 
 class TensorSource:
