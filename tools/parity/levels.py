@@ -10,7 +10,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
-from adalink.tools.parity.check_adapter import (
+from adalink.tools.parity.checks.adapter import (
     check_contract,
     check_fold,
     check_soft_prompt,
@@ -19,20 +19,20 @@ from adalink.tools.parity.check_adapter import (
     through_bank,
     through_graph,
 )
-from adalink.tools.parity.check_batches import STEPS, Batch
-from adalink.tools.parity.check_defaults import check_defaults
-from adalink.tools.parity.check_generation import Generator
-from adalink.tools.parity.check_head import check_head, is_head_alone
-from adalink.tools.parity.check_labels import check_labels
-from adalink.tools.parity.check_outputs import Comparison, Rows, check_control, compare_outputs
-from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
-from adalink.tools.parity.check_profile import check_decoder_profile_limits, check_encoder_profile_limits
-from adalink.tools.parity.check_scheduler import JoinedRows
-from adalink.tools.parity.check_swap import check_mixed_outputs, mixed_tasks
-from adalink.tools.parity.inputs import ParityInputs
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.batches import STEPS, Batch
+from adalink.tools.parity.checks.defaults import check_defaults
+from adalink.tools.parity.checks.generation import Generator
+from adalink.tools.parity.checks.head import check_head, is_head_alone
+from adalink.tools.parity.checks.labels import check_labels
+from adalink.tools.parity.checks.outputs import Comparison, Rows, check_control, compare_outputs
+from adalink.tools.parity.checks.pooling import check_pooling, check_pooling_settings
+from adalink.tools.parity.checks.profile import check_decoder_profile_limits, check_encoder_profile_limits
+from adalink.tools.parity.checks.scheduler import JoinedRows
+from adalink.tools.parity.checks.swap import check_mixed_outputs, mixed_tasks
+from adalink.tools.parity.engines.shared_engines import SharedEngines
+from adalink.tools.parity.inputs.collect import ParityInputs
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report
-from adalink.tools.parity.shared_engines import SharedEngines
 
 Progress = Callable[[str], None]
 

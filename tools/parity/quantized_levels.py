@@ -10,15 +10,15 @@ import numpy as np
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.options import OpenOptions
-from adalink.tools.parity.check_accuracy import measure_accuracy
-from adalink.tools.parity.check_batches import STEPS
-from adalink.tools.parity.check_quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
-from adalink.tools.parity.check_scheduler import JoinedRows
-from adalink.tools.parity.check_swap import mixed_tasks
-from adalink.tools.parity.inputs import ParityInputs
+from adalink.tools.parity.checks.accuracy import measure_accuracy
+from adalink.tools.parity.checks.batches import STEPS
+from adalink.tools.parity.checks.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
+from adalink.tools.parity.checks.scheduler import JoinedRows
+from adalink.tools.parity.checks.swap import mixed_tasks
+from adalink.tools.parity.engines.shared_engines import SharedEngines
+from adalink.tools.parity.engines.unrounded_backend import ExactActivations
+from adalink.tools.parity.inputs.collect import ParityInputs
 from adalink.tools.parity.levels import Run, check_base_and_tasks
-from adalink.tools.parity.shared_engines import SharedEngines
-from adalink.tools.parity.unrounded_backend import ExactActivations
 
 if TYPE_CHECKING:
     from adalink.training.data.rows import TrainingRow

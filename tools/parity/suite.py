@@ -19,14 +19,14 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_variant
 from adalink.tools.common.environment import available_cores
-from adalink.tools.parity.check_adapter import check_table
-from adalink.tools.parity.check_swap import check_swaps
-from adalink.tools.parity.inputs import collect_inputs
+from adalink.tools.parity.checks.adapter import check_table
+from adalink.tools.parity.checks.swap import check_swaps
+from adalink.tools.parity.engines.shared_engines import SharedEngines
+from adalink.tools.parity.inputs.collect import collect_inputs
 from adalink.tools.parity.levels import Run, check_adapters, check_base_and_tasks
 from adalink.tools.parity.quantized_levels import CostOptions, check_quantized
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report
-from adalink.tools.parity.shared_engines import SharedEngines
 from adalink.tools.parity.torch_threads import torch_threads
 
 if TYPE_CHECKING:

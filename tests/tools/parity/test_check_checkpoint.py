@@ -11,7 +11,7 @@ from helpers.tiny_models import FAMILIES, LAYERS
 from safetensors.torch import load_file, save_file
 
 from adalink.export.base.export import export_base
-from adalink.tools.parity.check_checkpoint import NAME, check_checkpoint
+from adalink.tools.parity.reference.checkpoint import NAME, check_checkpoint
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models import loading
 from adalink.training.models.weight_files import WeightFiles

@@ -16,8 +16,8 @@ from adalink.export.base.export import export_base
 from adalink.runtime.errors import DataError, RequestError, UnknownTaskError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
-from adalink.tools.parity.check_quantization import check_cost
-from adalink.tools.parity.quantized_weights import read_matrices
+from adalink.tools.parity.checks.quantization import check_cost
+from adalink.tools.parity.reference.quantized_weights import read_matrices
 from adalink.tools.parity.suite import VerifyOptions, verify
 
 TASKS = {"alpha": {"seed": 1}}

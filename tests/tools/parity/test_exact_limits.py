@@ -16,11 +16,11 @@ from helpers.runtime import random_adapter
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import Adapter, make_adapter
-from adalink.tools.parity.check_adapter import check_vocabulary, check_weights
-from adalink.tools.parity.check_generation import GeneratedRow, Verdict, check_generation, judge
-from adalink.tools.parity.check_outputs import Rows, compare_outputs
-from adalink.tools.parity.check_swap import check_mixed_outputs
-from adalink.tools.parity.noise_floor import Outputs, limit_of
+from adalink.tools.parity.checks.adapter import check_vocabulary, check_weights
+from adalink.tools.parity.checks.generation import GeneratedRow, Verdict, check_generation, judge
+from adalink.tools.parity.checks.outputs import Rows, compare_outputs
+from adalink.tools.parity.checks.swap import check_mixed_outputs
+from adalink.tools.parity.reference.noise_floor import Outputs, limit_of
 
 FINGERPRINT = "sha256:" + "0" * 64
 JUST = 1e-9

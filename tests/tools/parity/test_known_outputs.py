@@ -5,9 +5,9 @@ import pytest
 from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.known_outputs import KnownOutputs, RowKey
-from adalink.tools.parity.noise_floor import Outputs
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference.known_outputs import KnownOutputs, RowKey
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import Outputs
 
 
 def made(positions):

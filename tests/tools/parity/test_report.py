@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from adalink.tools.parity.check_outputs import check_change, log_softmax, worst_of
+from adalink.tools.parity.checks.outputs import check_change, log_softmax, worst_of
 from adalink.tools.parity.report import Report, at_most, more_than
 
 

@@ -7,7 +7,7 @@ from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.shared_engines import SharedEngines
+from adalink.tools.parity.engines.shared_engines import SharedEngines
 
 
 def test_deployments_share_an_engine_until_it_is_closed(tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers.tiny_models import FAMILIES
 
-from adalink.tools.parity import stored_weight
-from adalink.tools.parity.check_checkpoint import check_checkpoint
-from adalink.tools.parity.stored_weight import StoredWeight, TensorSource, in_float64, store
+from adalink.tools.parity.reference import stored_weight
+from adalink.tools.parity.reference.checkpoint import check_checkpoint
+from adalink.tools.parity.reference.stored_weight import StoredWeight, TensorSource, in_float64, store
 from adalink.training.models.loading import load_base
 
 

@@ -21,9 +21,9 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.parity import suite
-from adalink.tools.parity.check_outputs import Comparison, Rows, compare_outputs
-from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.outputs import Comparison, Rows, compare_outputs
+from adalink.tools.parity.checks.pooling import check_pooling, check_pooling_settings
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report
 
 TASK = {"rank": 3, "activation": "gelu", "bias": True, "scope": "all", "soft_tokens": 2}

@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF
-from adalink.tools.parity.file_tensors import FileTensor
+from adalink.tools.parity.reference.file_tensors import FileTensor
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
     import onnx
     import torch
 
-    from adalink.tools.parity.stored_weight import WeightSource
+    from adalink.tools.parity.reference.stored_weight import WeightSource
 
 Float32 = npt.NDArray[np.float32]
 
@@ -105,13 +105,13 @@ class Layer:
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The engine's weights as a parameter of the module, in its layout."""
-        from adalink.tools.parity.stored_weight import StoredWeight, TensorSource
+        from adalink.tools.parity.reference.stored_weight import StoredWeight, TensorSource
 
         return StoredWeight(TensorSource(self.read().T) if _is_turned(self.module) else self, dtype)
 
     def pairs(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Outputs in turn, some at a time: their rows of the matrix, the engine's weights and the module's."""
-        from adalink.tools.parity.stored_weight import pieces_of
+        from adalink.tools.parity.reference.stored_weight import pieces_of
 
         for place, weight in pieces_of(weight_of(self.module)):
             rows = slice(self.rows.start + place.start, self.rows.start + place.stop)
@@ -139,7 +139,7 @@ def _rows_of(tensor: onnx.TensorProto, graph: Path, rows: int) -> WeightSource:
     import torch
     from onnx import external_data_helper, helper, numpy_helper
 
-    from adalink.tools.parity.stored_weight import TensorSource
+    from adalink.tools.parity.reference.stored_weight import TensorSource
 
     if not external_data_helper.uses_external_data(tensor):
         return TensorSource(torch.from_numpy(numpy_helper.to_array(tensor).reshape(rows, -1).copy()))
@@ -183,7 +183,7 @@ def find_layers(model: torch.nn.Module, matrices: list[Matrix]) -> list[Layer]:
 
 
 def _probe(module: Any) -> _Probe:
-    from adalink.tools.parity.stored_weight import pieces_of
+    from adalink.tools.parity.reference.stored_weight import pieces_of
 
     largest, found = -1.0, _Probe(module, 0, np.zeros(0, np.float32))
     for place, weight in pieces_of(weight_of(module)):
@@ -197,7 +197,7 @@ def _probe(module: Any) -> _Probe:
 
 def _sample(matrix: Matrix) -> Float32:
     """The first columns of all rows."""
-    from adalink.tools.parity.stored_weight import pieces_of
+    from adalink.tools.parity.reference.stored_weight import pieces_of
 
     return np.concatenate([rows[:, :_PROBE_COLUMNS].numpy() for _, rows in pieces_of(matrix)])
 

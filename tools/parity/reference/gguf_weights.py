@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest import GgufTensors, Quantization
-from adalink.tools.parity.quantized_weights import Layer, Matrix, check_matrices, check_weights
+from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, check_matrices, check_weights
 from adalink.tools.parity.report import Check, at_most
 from adalink.training.models.gguf.header import read_header
 from adalink.training.models.source import display_name, gguf_file

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +112,19 @@ def store(model: torch.nn.Module, places: Mapping[str, WeightSource]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {id(parameters[name]): StoredWeight(place, parameters[name].dtype) for name, place in places.items()}
     _exchange(model, lambda tensor: stored.get(id(tensor), tensor))
+
+
+@contextmanager
+def in_memory(model: torch.nn.Module) -> Iterator[None]:
+    """Read all weights of a model once, and keep them until the block ends."""
+    stored = {id(weight): weight for weight in model.parameters() if isinstance(weight, StoredWeight)}
+    loaded = {key: torch.nn.Parameter(weight.whole(), requires_grad=False) for key, weight in stored.items()}
+    _exchange(model, lambda tensor: loaded.get(id(tensor), tensor))
+    try:
+        yield
+    finally:
+        back = {id(parameter): stored[key] for key, parameter in loaded.items()}
+        _exchange(model, lambda tensor: back.get(id(tensor), tensor))
 
 
 def in_float64(model: torch.nn.Module) -> Any:

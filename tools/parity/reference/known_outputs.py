@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import Float64
-from adalink.tools.parity.noise_floor import Outputs
+from adalink.tools.parity.reference.noise_floor import Outputs
 
 Float32 = npt.NDArray[np.float32]
 

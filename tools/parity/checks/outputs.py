@@ -10,14 +10,14 @@ import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.noise_floor import TYPICAL_PERCENTILE, Outputs
-from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, Outputs
+from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.report import Check, at_most, more_than
 
 if TYPE_CHECKING:
-    from adalink.tools.parity.check_vision import ImagePrompts
+    from adalink.tools.parity.checks.vision import ImagePrompts
 
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14

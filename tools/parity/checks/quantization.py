@@ -11,11 +11,11 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import DataError, RequestError
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.check_generation import Generator, check_generation, judge
-from adalink.tools.parity.check_outputs import Rows, compare_outputs, decoder_row, log_softmax
-from adalink.tools.parity.quantized_weights import Matrix, read_matrices
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.generation import Generator, check_generation, judge
+from adalink.tools.parity.checks.outputs import Rows, compare_outputs, decoder_row, log_softmax
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.quantized_weights import Matrix, read_matrices
 from adalink.tools.parity.report import Check, at_most
 
 # Tokens of a text that are run at once, and how many such rows.

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from adalink.tools.parity.file_tensors import FileTensor, digest_values, file_tensors
+from adalink.tools.parity.reference.file_tensors import FileTensor, digest_values, file_tensors
 from adalink.tools.parity.report import Check, at_most
 
 NAME = "base/checkpoint"

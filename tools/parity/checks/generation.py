@@ -22,14 +22,14 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.tools.common.observed_backend import ObservedBackend
-from adalink.tools.parity.check_outputs import worst_of
-from adalink.tools.parity.noise_floor import Outputs
-from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.reference_images import Pixels
+from adalink.tools.parity.checks.outputs import worst_of
+from adalink.tools.parity.reference.images import Pixels
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import Outputs
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
-    from adalink.tools.parity.check_vision import ImagePrompts
+    from adalink.tools.parity.checks.vision import ImagePrompts
 
 
 @dataclass(frozen=True)

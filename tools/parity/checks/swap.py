@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.check_outputs import Comparison, Rows, decoder_row, worst_of
+from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.outputs import Comparison, Rows, decoder_row, worst_of
+from adalink.tools.parity.checks.swap_worker import run_fresh
 from adalink.tools.parity.report import Check, at_most
-from adalink.tools.parity.swap_worker import run_fresh
 
 _MIXED_ROWS = 8
 
