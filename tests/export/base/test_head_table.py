@@ -21,7 +21,7 @@ from adalink.runtime.errors import IntegrityError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.table_schema import CODES
 from adalink.tools.commands.inspect import describe_deployment
-from adalink.tools.parity.check_adapter import check_table
+from adalink.tools.parity.checks.adapter import check_table
 from adalink.training.models.loading import base_fingerprint
 
 WIDTH, BLOCK, MIDDLE = 384, 128, 128

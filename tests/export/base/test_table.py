@@ -29,7 +29,7 @@ from adalink.runtime.storage.embedding_table import EmbeddingTable, open_table
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.table_schema import TableStorage
-from adalink.tools.parity.check_adapter import check_table
+from adalink.tools.parity.checks.adapter import check_table
 from adalink.training.models.loading import base_fingerprint, load_base
 
 KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
