@@ -170,7 +170,7 @@ def export_base(
         variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
         if all(base.embeddings not in kept.files for kept in variants.values()):
             with stand_ins.filled(input_embedding(loaded).parameters()):
-                base = share_with_head(writer, base, variants[variant], loaded)
+                base = share_with_head(writer, base, variants[variant], loaded, progress)
         check_unchanged(stamps)
         progress("hashing and committing")
         current = writer.current

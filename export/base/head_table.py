@@ -7,7 +7,7 @@ returns, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 _MIDDLE = 128
 
 
-def share_with_head(writer: DeploymentWriter, base: Base, variant: Variant, model: PreTrainedModel) -> Base:
+def share_with_head(
+    writer: DeploymentWriter,
+    base: Base,
+    variant: Variant,
+    model: PreTrainedModel,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Base:
     """Let the table be read from the weights of a variant's head, if they are the same numbers.
 
     A table in blocks of a GGUF file is not read from floating-point rows: they would be larger than the blocks, should
@@ -41,6 +47,7 @@ def share_with_head(writer: DeploymentWriter, base: Base, variant: Variant, mode
         base: the base contract, with a table in a file of its own.
         variant: the staged variant.
         model: the exported model, in the base's dtype.
+        progress: callback, called with one line if there is one copy of both.
 
     Returns:
         The base; its table is in the variant's data, and no file of its own is left, where the head has it.
@@ -54,6 +61,7 @@ def share_with_head(writer: DeploymentWriter, base: Base, variant: Variant, mode
         table = open_table(writer.stage(shared.embeddings), shared)
         if keeps_every_number(base, table.block, module_rows(model)):
             writer.stage(base.embeddings).unlink(missing_ok=True)
+            progress(f"the embedding table is read from the head in {shared.embeddings}: one copy of both")
             return shared
     return base
 

@@ -20,8 +20,8 @@ from adalink.training.models.loading import base_fingerprint
 
 def test_variants_share_the_common_files(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
-    export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
-    table = tmp_path / "base" / "embeddings.safetensors"
+    first = export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
+    table = tmp_path / first.base.embeddings
     before = table.stat()
     manifest = export_base(model, tmp_path, target="onnxruntime-cpu", tokenizer=make_tokenizer())
     assert manifest.variants.keys() == {"portable", "onnxruntime-cpu"}

@@ -152,7 +152,7 @@ def test_a_task_of_another_base_is_not_run_with_this_one(copy: Path) -> None:
 def test_a_changed_engine_shows_in_the_receipt(copy: Path) -> None:
     with Deployment.open(copy) as opened:
         assert opened.receipt().unchanged
-        path = copy / "base" / "embeddings.safetensors"
+        path = copy / opened.manifest.base.embeddings
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
