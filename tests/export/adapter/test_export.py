@@ -62,7 +62,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 def test_adding_replacing_and_removing_touch_no_byte_of_the_base(deployment: Path, tmp_path: Path) -> None:
     before = state(deployment)
-    assert len(before) == 3 + len(ACTIVATION_KEYS)
+    assert len(before) == 2 + len(ACTIVATION_KEYS)
     first = make(tmp_path / "topics", deployment, seed=1)
     manifest = export_adapter(first, deployment)
     assert manifest.tasks.keys() == {"topics"}
