@@ -33,6 +33,7 @@ from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
+from adalink.runtime.storage.verification_cache import verify_once
 
 GRAPH_FILE, HEAD_FILE = "adapter.onnx", "head.onnx"
 _CHECKED_ROWS = 64
