@@ -118,8 +118,8 @@ class _Parser:
         if isinstance(parts, int) and parts > 1:
             raise ModelError(
                 f"base model {name} is one of the {parts} files of a split GGUF file, and the kit reads whole ones: "
-                "join them with 'llama-gguf-split --merge FIRST OUT' of llama.cpp, FIRST being the file -00001-of-, and "
-                "give OUT"
+                "join them with 'llama-gguf-split --merge FIRST OUT' of llama.cpp, FIRST being the file -00001-of-, "
+                "and give OUT"
             )
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError("it has no general.architecture")
