@@ -17,7 +17,6 @@ from adalink.runtime.storage.manifest import Base, Manifest
 from adalink.runtime.storage.safetensors import STORED, aligned_header, as_float32, as_stored
 from adalink.runtime.storage.table_schema import CODES, HALVES, TableStorage
 
-TABLE_FILE = "embeddings.safetensors"
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 _BLOCK_ROWS = 4096
 
@@ -54,6 +53,11 @@ def takes_table_along(before: Manifest, after: Manifest) -> bool:
         return any(before.base.embeddings in variant.files for variant in manifest.variants.values())
 
     return after.base.embeddings == before.base.embeddings and is_in_variant(before) and not is_in_variant(after)
+
+
+def own_name(base: Base) -> str:
+    """Name of the file that a table in a graph's data is written out to; codes keep the form that they have there."""
+    return "embeddings.data" if base.table is not None and base.table.head is not None else "embeddings.safetensors"
 
 
 def write_out(folder: Path, manifest: Manifest, relative: str, path: Path) -> Base:

@@ -21,7 +21,7 @@ import msgspec
 
 from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock, JournalEntry, hold_lock, read_own_lock
 from adalink.export.deployment_paths import link_error, move_file, parents_of, remove_file, set_mode
-from adalink.export.table_file import TABLE_FILE, takes_table_along, write_out
+from adalink.export.table_file import own_name, takes_table_along, write_out
 from adalink.runtime.errors import DeploymentError, WriteError
 from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.storage.atomic import sync, write_through
@@ -89,7 +89,7 @@ class DeploymentWriter:
             IntegrityError: the data with the table are missing or altered.
         """
         if self.current is not None and takes_table_along(self.current, manifest):
-            relative = f"{self.fresh_folder('base/table')}/{TABLE_FILE}"
+            relative = f"{self.fresh_folder('base/table')}/{own_name(self.current.base)}"
             base = write_out(self.folder, self.current, relative, self.stage(relative))
             manifest = msgspec.structs.replace(manifest, base=base)
         staged = {path.relative_to(self._staging).as_posix(): path for path in _files_below(self._staging)}
