@@ -100,7 +100,7 @@ def _own_storage(table: EmbeddingTable, base: Base) -> TableStorage | None:
     storage = base.table
     assert storage is not None
     if storage.head is not None:
-        codes, _ = table.parts
+        codes = table.parts[0]
         head = msgspec.structs.replace(storage.head, codes_start=0, scales_start=codes.nbytes)
         return TableStorage(encoding=CODES, scale=storage.scale, head=head)
     halves = (half for half in HALVES if storage.encoding == "float32" and _fits(table, half))
