@@ -427,9 +427,10 @@ def test_one_base_weight_altered(deployment):
 def test_embedding_table_altered(deployment):
     """One number of the table, in its last bit."""
     model, folder = deployment
-    path = folder / "base/embeddings.safetensors"
+    base = read_manifest(folder).base
+    path = folder / base.embeddings
     data = bytearray(path.read_bytes())
-    data[-4] ^= 1
+    data[base.table.rows_start + 4] ^= 1
     path.write_bytes(bytes(data))
     reseal(folder)
     assert "base/embeddings" in failures(model, folder)
