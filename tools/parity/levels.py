@@ -23,6 +23,7 @@ from adalink.tools.parity.checks.batches import STEPS, Batch
 from adalink.tools.parity.checks.defaults import check_defaults
 from adalink.tools.parity.checks.generation import Generator
 from adalink.tools.parity.checks.head import check_head, is_head_alone
+from adalink.tools.parity.checks.kv_cache import check_kv_caches
 from adalink.tools.parity.checks.labels import check_labels
 from adalink.tools.parity.checks.outputs import Comparison, Rows, check_control, compare_outputs
 from adalink.tools.parity.checks.pooling import check_pooling, check_pooling_settings
@@ -97,6 +98,7 @@ def check_base_and_tasks(run: Run, inputs: ParityInputs) -> None:
     if generated is not None:
         generated.check_mixed(run.report)
     _check_profile(run, generated, compared)
+    run.report.checks += check_kv_caches(run.deployment, run.reference, run.folders, inputs.rows, run.engine[0].inner)
     if generated is not None:
         generated.generator.close()
 
