@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from adalink.export.adapter.error_bound import LARGEST, Float64
+from adalink.export.adapter.peft import FINGERPRINT_KEY
 from adalink.export.hosts.host_base import HostBase
 from adalink.export.hosts.lora_factors import LoraFactors, check_lora
 from adalink.export.hosts.lora_layout import (
@@ -179,9 +180,7 @@ class _Writer:
                 f"base {self._base.name} takes images, and its deployment does not say where its embeddings are in the "
                 "model: give the model itself with --base"
             )
-        layout = peft_layout(
-            self._shape, self._base.embedding, {"adalink_base_fingerprint": self._base.contract.fingerprint}
-        )
+        layout = peft_layout(self._shape, self._base.embedding, {FINGERPRINT_KEY: self._base.contract.fingerprint})
         with replace_folder(out.resolve(), f"LoRA {out}") as staging:
             with (staging / WEIGHTS_FILE).open("wb") as file:
                 self._write(layout, file)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from helpers.loras import seeded_task
 from helpers.runtime import random_adapter, write_adapter
-from helpers.tiny_models import HIDDEN_SIZE
-from safetensors.numpy import load_file
+from helpers.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
+from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.hosts.host_base import HostBase, base_of_deployment
 from adalink.export.hosts.lora import export_lora
 from adalink.export.hosts.lora_layout import LoraLayout
+from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, GraphError, WriteError
 
 
@@ -137,13 +138,27 @@ def test_pieces_are_the_whole(base: HostBase, tmp_path: Path, monkeypatch: pytes
 
 
 def test_there_and_back_again(base: HostBase, pristine: Path, tmp_path: Path) -> None:
-    """What PEFT would load is imported as a table of token ids; that one goes to PEFT and comes back bit for bit."""
+    """A LoRA is imported as a table of token ids, without a word on its base, and goes out again bit for bit."""
     deployment = shutil.copytree(pristine / "deployment", tmp_path / "deployment")
-    digests = []
-    source = task(base, tmp_path, bias=True)
+    digests, files, source = [], [], task(base, tmp_path, bias=True)
+    with Deployment.open(deployment) as plain:
+        plain.add_task(source, "task")
+        expected = plain.input_embeddings(np.arange(VOCAB_SIZE)[None], tasks="task")
     for name in ("first", "second"):
         export_lora(source, base, tmp_path / name, "peft")
-        manifest = export_adapter(tmp_path / name, deployment)
-        digests.append(manifest.tasks[name].adapter_digest)
+        files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
+        digests.append(export_adapter(tmp_path / name, deployment).tasks[name].adapter_digest)
         source = deployment / "tasks" / name
     assert digests[0] == digests[1]
+    assert files[0] == files[1]
+    with Deployment.open(deployment) as imported:
+        found = imported.input_embeddings(np.arange(VOCAB_SIZE)[None], tasks="second")
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_lora_of_another_base_is_not_imported(base: HostBase, pristine: Path, tmp_path: Path) -> None:
+    export_lora(task(base, tmp_path), base, tmp_path / "out", "peft")
+    path = tmp_path / "out/adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"adalink_base_fingerprint": f"sha256:{'1' * 64}"})
+    with pytest.raises(ContractError, match="it belongs to another base"):
+        export_adapter(tmp_path / "out", pristine / "deployment", assume_base=True)
