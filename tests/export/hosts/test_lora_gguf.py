@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from helpers.llama_cpp import llama_cpp
 from helpers.loras import NEW, reference, seeded_task
 from helpers.runtime import write_adapter
 from helpers.tiny_ggufs import write_gguf
@@ -19,6 +18,7 @@ from adalink.export.hosts.host_base import HostBase, base_of_checkpoint
 from adalink.export.hosts.lora import export_lora
 from adalink.export.hosts.untied_gguf import is_tied
 from adalink.runtime.errors import ConfigError, DeploymentError
+from benchmarks.hosts.llama_cpp import llama_cpp
 
 IDS = token_ids(9, 2, 6)
 RANK = 4

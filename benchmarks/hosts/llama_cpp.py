@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.process import MeasurementError
 from benchmarks.serving.servers import Server, running
 
 
@@ -39,7 +40,8 @@ class LlamaCpp:
             answer = json.loads(connection.getresponse().read())
         finally:
             connection.close()
-        assert "error" not in answer, answer
+        if "error" in answer:
+            raise MeasurementError(f"llama.cpp: {answer['error']}")
         return dict(answer)
 
     def log_probabilities(self, prompt: Sequence[int], vocabulary: int, loras: Sequence[int] = ()) -> np.ndarray:
@@ -53,9 +55,9 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(model: Path, loras: Sequence[Path], log: Path) -> Iterator[LlamaCpp]:
-    """Serve a GGUF file in float32, with LoRAs that requests choose by number."""
+def llama_cpp(model: Path, loras: Sequence[Path], log: Path, *, context: int = 256) -> Iterator[LlamaCpp]:
+    """Serve a GGUF file with keys and values in float32, and with LoRAs that requests choose by number."""
     command = [sys.executable, "-m", "benchmarks.serving.llama_cpp", "serve", "--model", str(model)]
-    command += ["--slots", "1", "--threads", "1", "--context", "256", "--exact", "--lora", *map(str, loras)]
+    command += ["--slots", "1", "--threads", "1", "--context", str(context), "--exact", "--lora", *map(str, loras)]
     with running(Server("llama.cpp", "llama.cpp", tuple(command), "lora"), log) as (address, _):
         yield LlamaCpp(address, len(loras))
