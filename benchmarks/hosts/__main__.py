@@ -1,6 +1,6 @@
 """Compare tasks in other hosts with the kit: greedy tokens of the same prompts, on SmolLM2 with its example adapters.
 
-python -m benchmarks.hosts --deployment DIR [--adapters FOLDER ...]
+python -m benchmarks.hosts --deployment DIR [--adapters FOLDER ...] [--vllm-python PYTHON]
 
 Prints a Markdown table. A host that is not installed is named with the reason.
 """
@@ -8,7 +8,7 @@ Prints a Markdown table. A host that is not installed is named with the reason.
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import SamplingParams
 from benchmarks.hosts.llama_cpp import llama_cpp
 from benchmarks.prepare import smollm2
-from benchmarks.process import REPOSITORY, MeasurementError
+from benchmarks.process import REPOSITORY, MeasurementError, run_json
 from benchmarks.serving.llama_cpp import make_models
 from benchmarks.serving.prompts import mixed_prompts
 
@@ -40,6 +40,7 @@ class Setting(NamedTuple):
         deployment: a deployment of that checkpoint.
         prompts: token ids of each prompt.
         build: a folder for what hosts need.
+        vllm_python: Python of an environment with vLLM; ``None`` without one.
     """
 
     model: Path
@@ -47,6 +48,7 @@ class Setting(NamedTuple):
     deployment: Path
     prompts: Answers
     build: Path
+    vllm_python: Path | None
 
 
 def main() -> None:
@@ -55,21 +57,24 @@ def main() -> None:
     parser.add_argument("--deployment", type=Path, required=True, help="has the base in float32, as the demo makes it")
     parser.add_argument("--adapters", type=Path, nargs="+", default=EXAMPLES)
     parser.add_argument("--build", type=Path, default=Path("build/hosts"))
+    parser.add_argument("--vllm-python", type=Path, help="Python of an environment that has vLLM")
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
     model = next(Path(smollm2()).glob("*.gguf"))
     with Deployment.open(options.deployment) as deployment:
         encode = deployment.tokenizer.encode
         prompts = [list(encode(text)) for text in mixed_prompts(PROMPTS)]
-        setting = Setting(model, options.adapters, options.deployment, prompts, options.build)
+        setting = Setting(
+            model, options.adapters, options.deployment, prompts, options.build.resolve(), options.vllm_python
+        )
         expected = {folder.name: kit(deployment, folder, setting) for folder in setting.adapters}
     print("| host | format | task | answers of the kit, of so many |\n| --- | --- | --- | --- |")
-    for name, package, form, ask in HOSTS:
+    for name, form, ask in HOSTS:
         try:
-            label = f"{name} {version(package)}"
-            for task, answers in ask(setting).items():
-                same = sum(mine == theirs for mine, theirs in zip(expected[task], answers, strict=True))
-                print(f"| {label} | {form} | {task} | {same} of {len(answers)} |", flush=True)
+            release, answers = ask(setting)
+            for task, rows in answers.items():
+                same = sum(mine == theirs for mine, theirs in zip(expected[task], rows, strict=True))
+                print(f"| {name} {release} | {form} | {task} | {same} of {len(rows)} |", flush=True)
         except (PackageNotFoundError, ImportError, MeasurementError) as error:
             print(f"| {name} | {form} | not run: {error} | |", flush=True)
 
@@ -82,8 +87,8 @@ def kit(deployment: Deployment, adapter: Path, setting: Setting) -> Answers:
     return [list(row.token_ids) for row in made]
 
 
-def peft(setting: Setting) -> dict[str, Answers]:
-    """PEFT's answers, in PyTorch."""
+def peft(setting: Setting) -> tuple[str, dict[str, Answers]]:
+    """PEFT's version and answers, in PyTorch."""
     import torch
     from peft import PeftModel
 
@@ -108,11 +113,12 @@ def peft(setting: Setting) -> dict[str, Answers]:
             )
             rows.append(up_to_end(made[0, len(prompt) :].tolist(), ends))
         answers[adapter.name] = rows
-    return answers
+    return version("peft"), answers
 
 
-def llama(setting: Setting) -> dict[str, Answers]:
-    """llama.cpp's answers, on the checkpoint in float32."""
+def llama(setting: Setting) -> tuple[str, dict[str, Answers]]:
+    """llama.cpp's version and answers, on the checkpoint in float32."""
+    release = version("xllamacpp")
     model = setting.build / "f32.gguf"
     if not model.is_file():
         make_models(setting.model, setting.build)
@@ -123,7 +129,28 @@ def llama(setting: Setting) -> dict[str, Answers]:
         for number, adapter in enumerate(setting.adapters):
             made = [server.ask(prompt, NEW_TOKENS, [number]) for prompt in setting.prompts]
             answers[adapter.name] = [list(answer["tokens"]) for answer in made]
-    return answers
+    return release, answers
+
+
+def vllm(setting: Setting) -> tuple[str, dict[str, Answers]]:
+    """VLLM's version and answers, all tasks in one batch, in float32 on the CPU."""
+    if setting.vllm_python is None:
+        raise MeasurementError("give --vllm-python")
+    from adalink.training.models.loading import load_base, load_tokenizer
+
+    folder, prompts = setting.build / "model", setting.build / "prompts.json"
+    model = load_base(setting.model)
+    model.save_pretrained(folder)
+    load_tokenizer(setting.model).save_pretrained(folder)
+    prompts.write_text(json.dumps(setting.prompts), encoding="utf-8")
+    base = base_of_deployment(setting.deployment)
+    loras = [write(adapter, base, setting.build / f"{adapter.name}-peft", "peft") for adapter in setting.adapters]
+    command = [setting.vllm_python, "-m", "benchmarks.hosts.vllm", "--model", folder, "--prompts", prompts]
+    command += ["--new-tokens", str(NEW_TOKENS), "--lora", *loras]
+    made: dict[str, Any] = run_json(command, 900, setting.build / "vllm.log")
+    ends = set(model.generation_config.eos_token_id)
+    rows = [[up_to_end(tokens, ends) for tokens in answers] for answers in made["answers"]]
+    return made["version"], {adapter.name: found for adapter, found in zip(setting.adapters, rows, strict=True)}
 
 
 def write(adapter: Path, base: HostBase, out: Path, form: str) -> Path:
@@ -137,11 +164,12 @@ def up_to_end(tokens: list[int], ends: set[int]) -> list[int]:
     return next((tokens[:index] for index, token in enumerate(tokens) if token in ends), tokens)
 
 
-HOSTS: tuple[tuple[str, str, str, Callable[[Setting], dict[str, Any]]], ...] = (
-    ("PEFT", "peft", "peft", peft),
-    ("llama.cpp (xllamacpp)", "xllamacpp", "gguf", llama),
+HOSTS: tuple[tuple[str, str, Callable[[Setting], tuple[str, dict[str, Answers]]]], ...] = (
+    ("PEFT", "peft", peft),
+    ("vLLM, on the CPU", "peft", vllm),
+    ("llama.cpp (xllamacpp)", "gguf", llama),
 )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

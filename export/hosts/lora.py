@@ -198,10 +198,10 @@ class _Writer:
             },
         )
         make_folder(out.absolute().parent)
-        with draft_file(out) as file:
+        with draft_file(out) as (file, draft):
             self._write(layout, file)
             file.flush()
-            worst = self._check(read_gguf(Path(file.name)))
+            worst = self._check(read_gguf(draft))
         return self._describe(worst, out.stat().st_size)
 
     def _write(self, layout: LoraLayout, file: BinaryIO) -> None:
