@@ -18,6 +18,7 @@ from adalink.export.hosts.host_base import HostBase, base_of_checkpoint, base_of
 from adalink.export.hosts.lora import export_lora
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.generation.sampling import SamplingParams
+from adalink.tools.terminal.quiet import silence_libraries
 from benchmarks.hosts.llama_cpp import llama_cpp
 from benchmarks.prepare import smollm2
 from benchmarks.process import REPOSITORY, MeasurementError, run_json
@@ -68,6 +69,7 @@ def main() -> None:
             model, options.adapters, options.deployment, prompts, options.build.resolve(), options.vllm_python
         )
         expected = {folder.name: kit(deployment, folder, setting) for folder in setting.adapters}
+    silence_libraries()
     print("| host | format | task | answers of the kit, of so many |\n| --- | --- | --- | --- |")
     for name, form, ask in HOSTS:
         try:

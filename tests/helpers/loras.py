@@ -24,16 +24,16 @@ ACTIVATIONS = {
 }
 
 
-def seeded_task(fingerprint: str, *, size: float = 0.5, seed: int = 1, **settings: Any) -> Adapter:
+def seeded_task(
+    fingerprint: str, *, size: float = 0.5, seed: int = 1, width: int = HIDDEN_SIZE, **settings: Any
+) -> Adapter:
     """A task of rank 3 that visibly changes what a tiny model does; ``size`` is that of ``up``'s numbers."""
     method = {"rank": 3, "activation": "gelu", "bias": True, "modalities": ("text",), "scope": "all", **settings}
-    config = AdapterConfig(
-        base_model_name_or_path="tiny", base_fingerprint=fingerprint, hidden_size=HIDDEN_SIZE, **method
-    )
+    config = AdapterConfig(base_model_name_or_path="tiny", base_fingerprint=fingerprint, hidden_size=width, **method)
     rng = np.random.default_rng(seed)
-    shapes = {"down.weight": (3, HIDDEN_SIZE), "up.weight": (HIDDEN_SIZE, 3)}
+    shapes = {"down.weight": (3, width), "up.weight": (width, 3)}
     if config.bias:
-        shapes |= {"down.bias": (3,), "up.bias": (HIDDEN_SIZE,)}
+        shapes |= {"down.bias": (3,), "up.bias": (width,)}
     weights = {f"text.{name}": rng.normal(scale=0.5, size=shape).astype(np.float32) for name, shape in shapes.items()}
     for name in weights:
         weights[name] *= np.float32(size / 0.5 if "up" in name else 1)

@@ -11,8 +11,8 @@ import pytest
 from gguf import GGUFReader
 from helpers.loras import NEW, reference, seeded_task
 from helpers.runtime import write_adapter
-from helpers.tiny_ggufs import write_gguf
-from helpers.tiny_models import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, token_ids
+from helpers.tiny_ggufs import wide, write_gguf
+from helpers.tiny_models import VOCAB_SIZE, token_ids
 
 from adalink.export.hosts.host_base import HostBase, base_of_checkpoint
 from adalink.export.hosts.lora import export_lora
@@ -21,7 +21,8 @@ from adalink.runtime.errors import ConfigError, DeploymentError
 from benchmarks.hosts.llama_cpp import llama_cpp
 
 IDS = token_ids(9, 2, 6)
-RANK = 4
+# Llama.cpp wants queries as wide as the embeddings of some families, as `wide` makes them.
+WIDTH, RANK = 64, 4
 FAMILIES_TRIED = [
     "llama",
     "gemma3",
@@ -36,14 +37,14 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HostBas
     def make(family: str) -> HostBase:
         if family not in bases:
             path = tmp_path_factory.mktemp("bases") / f"{family}.gguf"
-            bases[family] = base_of_checkpoint(str(write_gguf(path, FAMILIES[family](), family)))
+            bases[family] = base_of_checkpoint(str(write_gguf(path, wide(family), family)))
         return bases[family]
 
     return make
 
 
 def export(base: HostBase, root: Path, name: str = "task", **options: Any) -> Path:
-    adapter = seeded_task(base.contract.fingerprint, **options.pop("settings", {}))
+    adapter = seeded_task(base.contract.fingerprint, width=WIDTH, **options.pop("settings", {}))
     export_lora(write_adapter(root / name, adapter), base, root / f"{name}.gguf", "gguf", **options)
     return root / f"{name}.gguf"
 
@@ -68,7 +69,7 @@ def test_the_file_is_as_llama_cpps_converter_writes_it(base_of: Callable[[str], 
     shapes = {tensor.name: tensor.data.shape for tensor in reader.tensors}
     assert shapes == {
         "token_embd.weight.lora_a": (VOCAB_SIZE, RANK),
-        "token_embd.weight.lora_b": (HIDDEN_SIZE, RANK),
+        "token_embd.weight.lora_b": (WIDTH, RANK),
     }
 
 
@@ -99,13 +100,13 @@ def test_llama_cpp_gives_probabilities_and_tokens_of_the_method(
     family: str, base_of: Callable[[str], HostBase], tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
-    base, model = base_of(family), FAMILIES[family]()
+    base, model = base_of(family), wide(family)
     assert base.gguf is not None
     untied = tmp_path / "untied.gguf" if is_tied(base.gguf) else None
     settings = {"activation": "silu"}
     path = export(base, tmp_path, settings=settings, untied_base=untied)
-    adapter = seeded_task(base.contract.fingerprint, **settings)
-    nothing = seeded_task(base.contract.fingerprint, size=0, activation="silu")
+    adapter = seeded_task(base.contract.fingerprint, width=WIDTH, **settings)
+    nothing = seeded_task(base.contract.fingerprint, width=WIDTH, size=0, activation="silu")
     other = base_of("qwen2" if family != "qwen2" else "phi3")
     faulty = plant(path, export(other, tmp_path, "other", settings=settings), tmp_path)
     with llama_cpp(untied or base.gguf, [path, *faulty.values()], tmp_path / "log") as server:
@@ -159,7 +160,7 @@ def test_a_base_is_never_overwritten(base_of: Callable[[str], HostBase], tmp_pat
     assert base.gguf is not None
     with pytest.raises(DeploymentError, match="a folder or the model itself"):
         export(base, tmp_path, untied_base=base.gguf, replace=True)
-    model = write_gguf(tmp_path / "task.gguf", FAMILIES["qwen2"](), "qwen2")
+    model = write_gguf(tmp_path / "task.gguf", wide("qwen2"), "qwen2")
     before = model.read_bytes()
     with pytest.raises(DeploymentError, match="is no LoRA: it is not replaced"):
         export(base_of("qwen2"), tmp_path, replace=True)
