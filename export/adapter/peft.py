@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from adalink.export.architectures import ARCHITECTURES
+from adalink.export.architectures import embedding_scale
 from adalink.runtime.errors import AdapterError, ConfigError, ContractError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
@@ -224,9 +224,7 @@ def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:
     second = folder.demand_shape(names["lora_embedding_B"], (base.hidden_size, rank), what)
     _check_matrix(folder)
     scaling = folder.number("lora_alpha") / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
-    if ARCHITECTURES[base.architecture].scales_embeddings:
-        # PEFT adds to the row before it is scaled.
-        scaling *= math.sqrt(base.hidden_size)
+    scaling *= embedding_scale(base.architecture, base.hidden_size)  # PEFT adds to the row before it is scaled
     weights = {
         TABLE_NAME: np.ascontiguousarray(first.T),
         "text.up.weight": (second.astype(np.float64) * scaling).astype(np.float32),

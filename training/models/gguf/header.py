@@ -52,11 +52,20 @@ class GgufHeader:
         name: file name, for messages.
         metadata: value of each key; the length of an array that is long and was not asked for.
         tensors: place of each tensor in the file.
+        size_bytes: bytes of the header; tensors begin at the next multiple of the alignment.
+        alignment: of tensors, in bytes.
     """
 
     name: str
     metadata: dict[str, Any]
     tensors: dict[str, TensorPlace]
+    size_bytes: int
+    alignment: int
+
+    @property
+    def tensors_start(self) -> int:
+        """First byte that may belong to a tensor."""
+        return -(-self.size_bytes // self.alignment) * self.alignment
 
     @property
     def architecture(self) -> str:
@@ -120,9 +129,10 @@ class _Parser:
         alignment = int(metadata.get("general.alignment", _ALIGNMENT))
         if alignment < 1:
             raise ValueError(f"its general.alignment is {alignment}")
-        data = -(-self._position // alignment) * alignment
-        placed = {key: place._replace(start=data + place.start) for key, place in places.items()}
-        return GgufHeader(name, metadata, placed)
+        header = GgufHeader(name, metadata, {}, self._position, alignment)
+        start = header.tensors_start
+        header.tensors.update((key, place._replace(start=start + place.start)) for key, place in places.items())
+        return header
 
     def _tensor(self) -> tuple[str, TensorPlace]:
         name = self._string()
