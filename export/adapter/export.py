@@ -57,7 +57,7 @@ def export_adapter(
         name: name of the task; the adapter folder's by default.
         dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
         replace: whether a task of that name may be there already.
-        fold: precompute the task for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.tasks.folding`).
+        fold: precompute the task for every token, as ``"table"`` (`adalink.runtime.tasks.folding`).
         assume_base: accept a PEFT folder as trained for this base; the folder itself cannot tell.
 
     Returns:
@@ -118,7 +118,7 @@ def export_adapters(
             )
             _check_dtype(writer.manifest.base, dtype, f"adapter {folder}", out)
             if fold is not None:
-                check_foldable(fold, adapter, writer.manifest.base, origin=f"adapter {folder}")
+                check_foldable(fold, adapter, origin=f"adapter {folder}")
             if task in tasks and not replace:
                 raise DeploymentError(
                     f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "

@@ -121,8 +121,13 @@ def base_of_checkpoint(spec: str) -> HostBase:
         values: npt.NDArray[np.float32] = weight.read(first, last).to(torch.float32).numpy()
         return values * np.float32(scale)
 
+    vocab_size, hidden_size = matrix.shape
     contract = _Checkpoint(
-        display_name(spec), base_fingerprint(model, stand_ins), *matrix.shape, has_hidden_states=kind != "decoder"
+        name=display_name(spec),
+        fingerprint=base_fingerprint(model, stand_ins),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        has_hidden_states=kind != "decoder",
     )
     head = model.get_output_embeddings()
     return HostBase(
@@ -143,4 +148,5 @@ def _find_embedding(model: PreTrainedModel) -> str:
     from adalink.training.models.loading import input_embedding
 
     embedding = input_embedding(model)
-    return next(name for name, module in model.named_modules() if module is embedding)
+    name: str = next(name for name, module in model.named_modules() if module is embedding)
+    return name

@@ -14,11 +14,10 @@ from typing import BinaryIO
 import numpy as np
 
 from adalink.export.adapter.error_bound import LARGEST, Float64
+from adalink.export.adapter.peft import FINGERPRINT_KEY
 from adalink.export.hosts.host_base import HostBase
 from adalink.export.hosts.lora_factors import LoraFactors, check_lora
 from adalink.export.hosts.lora_layout import (
-    GGUF_FIRST,
-    GGUF_SECOND,
     NUMBERS,
     LoraLayout,
     LoraShape,
@@ -26,14 +25,14 @@ from adalink.export.hosts.lora_layout import (
     peft_layout,
 )
 from adalink.export.hosts.lora_place import check_place
+from adalink.export.hosts.lora_reading import StoredLora, read_gguf, read_peft
 from adalink.export.hosts.untied_gguf import check_untied_place, is_tied, write_untied
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from adalink.runtime.storage.atomic import draft_file, make_folder, sync, write_through
 from adalink.runtime.storage.atomic_folder import replace_folder
 from adalink.runtime.storage.contract import check_adapter
-from adalink.runtime.storage.mmap import map_file
-from adalink.runtime.storage.safetensors import raw_tensors
 from adalink.training.models.gguf.header import read_header
 
 FORMATS = ("peft", "gguf")
@@ -179,15 +178,13 @@ class _Writer:
                 f"base {self._base.name} takes images, and its deployment does not say where its embeddings are in the "
                 "model: give the model itself with --base"
             )
-        layout = peft_layout(
-            self._shape, self._base.embedding, {"adalink_base_fingerprint": self._base.contract.fingerprint}
-        )
+        layout = peft_layout(self._shape, self._base.embedding, {FINGERPRINT_KEY: self._base.contract.fingerprint})
         with replace_folder(out.resolve(), f"LoRA {out}") as staging:
             with (staging / WEIGHTS_FILE).open("wb") as file:
                 self._write(layout, file)
             sync(staging / WEIGHTS_FILE)
             write_through(staging / CONFIG_FILE, self._peft_config())
-            worst = self._check_peft(staging)
+            worst = self._check(read_peft(staging))
         return self._describe(worst, sum(path.stat().st_size for path in out.iterdir()))
 
     def write_gguf(self, out: Path) -> Lora:
@@ -201,10 +198,10 @@ class _Writer:
             },
         )
         make_folder(out.absolute().parent)
-        with draft_file(out) as file:
+        with draft_file(out) as (file, draft):
             self._write(layout, file)
             file.flush()
-            worst = self._check_gguf(Path(file.name))
+            worst = self._check(read_gguf(draft))
         return self._describe(worst, out.stat().st_size)
 
     def _write(self, layout: LoraLayout, file: BinaryIO) -> None:
@@ -215,7 +212,7 @@ class _Writer:
             self._check_range(rows)
             layout.write_rows(file, first, rows)
 
-    def _check_range(self, values: np.ndarray) -> None:
+    def _check_range(self, values: Array) -> None:
         """Check that numbers can be stored; raises ``ConfigError``."""
         if not (np.abs(values) <= LARGEST[self._shape.dtype]).all():
             raise ConfigError(
@@ -240,40 +237,11 @@ class _Writer:
         }
         return json.dumps(fields, indent=2).encode() + b"\n"
 
-    def _check_peft(self, folder: Path) -> float:
-        """Read a folder as PEFT does, and compare it; see ``_check``."""
-        tensors = raw_tensors(map_file(folder / WEIGHTS_FILE))
-        by_part = {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
-        fields = json.loads((folder / CONFIG_FILE).read_bytes())
-        scaling = fields["lora_alpha"] / fields["r"]
-        return self._check(by_part["lora_embedding_A"].T, by_part["lora_embedding_B"], scaling)
-
-    def _check_gguf(self, path: Path) -> float:
-        """Read a file as llama.cpp does, and compare it; see ``_check``."""
-        header, data = read_header(path), map_file(path)
-        factors = []
-        for name in (GGUF_FIRST, GGUF_SECOND):
-            place = header.tensors[name]
-            count = int(np.prod(place.shape)) * self._shape.number.itemsize
-            factors.append(data[place.start : place.start + count].view(self._shape.number).reshape(place.shape))
-        scaling = header.metadata["adapter.lora.alpha"] / factors[1].shape[1]
-        return self._check(*factors, scaling)
-
-    def _check(self, first: np.ndarray, second: np.ndarray, scaling: float) -> float:
-        """Compare what a file holds with the method for every token.
-
-        Args:
-            first: ``A`` by token, shape ``(vocab, rank)``.
-            second: ``B``, shape ``(d, rank)``.
-            scaling: the host's scaling.
-
-        Raises:
-            GraphError: an embedding is outside the bound.
-        """
-        worst, whole = 0.0, scaling * self._base.scale
+    def _check(self, stored: StoredLora) -> float:
+        """Compare what a host reads with the method for every token; raises ``GraphError``."""
+        worst = 0.0
         for start, embeds in self._pieces("checking"):
-            stored = first[start : start + len(embeds)].astype(np.float64), second.astype(np.float64), whole
-            worst = max(worst, self._factors.worst_ratio(embeds, start, stored, self._shape.dtype))
+            worst = max(worst, self._factors.worst_ratio(embeds, start, stored, self._base.scale, self._shape.dtype))
         if worst > 1:
             raise GraphError(
                 f"{self._origin}: its LoRA was written, and an embedding is {worst:.3g} times the bound away from the "

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from adalink.export.adapter.check import activate, adapt_with_bound
 from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF, Float64
+from adalink.export.hosts.lora_reading import StoredLora
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter
 
@@ -65,7 +66,7 @@ class LoraFactors:
         hidden = activate(config.activation, hidden)
         return np.concatenate([hidden, np.ones((len(hidden), 1))], axis=1) if self._has_bias else hidden
 
-    def worst_ratio(self, embeds: Float64, first: int, stored: tuple[Float64, Float64, float], dtype: str) -> float:
+    def worst_ratio(self, embeds: Float64, first: int, stored: StoredLora, scale: float, dtype: str) -> float:
         """How far the embeddings that a file means are from the task's, at worst, in units of the bound.
 
         The bound is what rounding the file's numbers may change, so that the ratio of a right file is at most 1. What a
@@ -74,10 +75,12 @@ class LoraFactors:
         Args:
             embeds: as for ``first``.
             first: likewise.
-            stored: what a file holds: rows of ``A`` transposed for these tokens, ``B``, and the whole scaling.
+            stored: what a file holds.
+            scale: the factor of the model's embeddings.
             dtype: dtype of the file's numbers.
         """
-        hidden, second, scaling = stored
+        hidden = stored.first[first : first + len(embeds)].astype(np.float64)
+        second, scaling = stored.second.astype(np.float64), stored.scaling * scale
         expected, _ = adapt_with_bound(self._adapter, "text", embeds, "float32", np.arange(first, first + len(embeds)))
         unit, tiny = UNIT_ROUNDOFF[dtype], UNDERFLOW[dtype]
         # Both factors and the scaling are rounded, to the dtype's digits, or near zero to its smallest step.

@@ -18,6 +18,7 @@ NUMBERS = {"float32": "<f4", "float16": "<f2"}
 _CODES = {"float32": "F32", "float16": "F16"}
 # ggml's types of the same numbers.
 _GGML_TYPES = {"float32": 0, "float16": 1}
+GGUF_NUMBERS = {_GGML_TYPES[dtype]: number for dtype, number in NUMBERS.items()}
 GGUF_FIRST, GGUF_SECOND = "token_embd.weight.lora_a", "token_embd.weight.lora_b"
 
 

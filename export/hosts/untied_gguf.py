@@ -63,7 +63,7 @@ def write_untied(source: Path, out: Path) -> int:
     data_bytes = source.stat().st_size - header.tensors_start
     head_start = -(-data_bytes // header.alignment) * header.alignment
     make_folder(out.absolute().parent)
-    with source.open("rb") as model, draft_file(out) as copy:
+    with source.open("rb") as model, draft_file(out) as (copy, _):
         entries = bytearray(model.read(header.size_bytes))
         entries[_COUNT_AT : _COUNT_AT + 8] = struct.pack("<Q", len(header.tensors) + 1)
         entries += pack_tensor(_HEAD, TensorPlace(table.shape, table.kind, head_start))

@@ -14,9 +14,9 @@ from typing import BinaryIO
 from adalink.runtime.errors import WriteError
 
 # Windows has neither links to worry about nor these two flags.
-_PLAIN = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+_PLAIN = os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _PROBE_BYTES = 1 << 16
-_NEW_FILE, _ANY_FILE = _PLAIN | os.O_RDWR | os.O_EXCL, _PLAIN | os.O_WRONLY | os.O_TRUNC
+_NEW_FILE, _ANY_FILE = _PLAIN | os.O_EXCL, _PLAIN | os.O_TRUNC
 
 
 def replace_file(
@@ -39,7 +39,7 @@ def replace_file(
     Raises:
         WriteError: the disk refused: full, read-only or without permission. The old file is unchanged.
     """
-    with draft_file(path, repair=repair, durable=durable, private=private) as stream:
+    with draft_file(path, repair=repair, durable=durable, private=private) as (stream, _):
         stream.write(data)
 
 
@@ -50,7 +50,7 @@ def draft_file(
     repair: str = "free space or choose a writable folder",
     durable: bool = True,
     private: bool = False,
-) -> Iterator[BinaryIO]:
+) -> Iterator[tuple[BinaryIO, Path]]:
     """Likewise a file that is written piece by piece; it takes its place when the block ends without an error.
 
     Args:
@@ -60,7 +60,7 @@ def draft_file(
         private: likewise.
 
     Yields:
-        The file under a temporary name, to write and to read.
+        The file, and its temporary name.
 
     Raises:
         WriteError: as ``replace_file``, for any ``OSError`` of the block.
@@ -69,9 +69,9 @@ def draft_file(
     try:
         try:
             # A new file, whatever lies there: never the target of a link that somebody else has put there.
-            mode = 0o600 if private else 0o666
-            with open(draft, "w+b", opener=lambda name, _: os.open(name, _NEW_FILE, mode)) as stream:
-                yield stream
+            descriptor = os.open(draft, _NEW_FILE, 0o600 if private else 0o666)
+            with os.fdopen(descriptor, "wb") as stream:
+                yield stream, draft
                 _flush(stream, durable=durable)
             draft.replace(path)
         except BaseException:
@@ -110,8 +110,12 @@ def check_writable(folder: Path, *, repair: str = "free space or choose a writab
 def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
     """Write a file directly, flushed to the disk if ``durable``; raises ``OSError``, also for a link."""
     with os.fdopen(os.open(path, _ANY_FILE, 0o666), "wb") as stream:
-        stream.write(data)
-        _flush(stream, durable=durable)
+        _write(stream, data, durable=durable)
+
+
+def _write(stream: BinaryIO, data: bytes | memoryview, *, durable: bool) -> None:
+    stream.write(data)
+    _flush(stream, durable=durable)
 
 
 def _flush(stream: BinaryIO, *, durable: bool) -> None:

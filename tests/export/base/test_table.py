@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from helpers.folds import export_folded
 from helpers.host_device import HostDevice
 from helpers.runtime import TASKS, random_adapter, reseal, write_adapter
 from helpers.tiny_ggufs import write_gguf
@@ -122,7 +123,11 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     base = export_base(model, root / "deployment", tokenizer=make_tokenizer()).base
     for seed, (task, (settings, fold)) in enumerate(KINDS.items()):
         adapter = random_adapter(base.fingerprint, base.hidden_size, seed, **settings)
-        export_adapter(write_adapter(root / task, adapter), root / "deployment", fold=fold)
+        source = write_adapter(root / task, adapter)
+        if fold is None:
+            export_adapter(source, root / "deployment")
+        else:
+            export_folded(source, root / "deployment", task, fold)
     return model, root / "deployment"
 
 

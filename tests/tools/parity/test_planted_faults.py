@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from helpers.folds import export_folded
 from helpers.runtime import reseal
 from helpers.tiny_deployments import make_deployment, seeded_adapter
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from adalink.export.adapter.export import export_adapter
 from adalink.runtime.errors import BackendError
 from adalink.runtime.generation.running_batch import RunningBatch
 from adalink.runtime.model_runner import ModelRunner
@@ -224,7 +224,7 @@ def test_one_token_of_a_folded_task(fold, clean, tmp_path):
     folder = shutil.copytree(clean[1], tmp_path / "deployment")
     source = tmp_path / "folded"
     shutil.copytree(folder / "tasks/alpha", source)
-    task = export_adapter(source, folder, fold=fold).tasks["folded"]
+    task = export_folded(source, folder, "folded", fold)
     assert not failures(model, folder)
     path = folder / task.fold.path
     ((name, values),) = load_file(path).items()
