@@ -67,9 +67,8 @@ def _panel(axes: Axes, cases: Mapping[str, Any], task: str) -> None:
 def _label(axes: Axes, labels: Sequence[str], sizes: Sequence[float], rates: Sequence[float]) -> None:
     """Name each point, to the right above it; one that has a neighbour there is named below."""
     for label, size, rate in zip(labels, sizes, rates, strict=True):
-        is_crowded = any(
-            1 < other / size < 1.35 and abs(rate - above) < 0.35 for other, above in zip(sizes, rates, strict=True)
-        )
+        others = zip(sizes, rates, strict=True)
+        is_crowded = any(1 < other / size < 1.35 and abs(rate - above) < 0.35 for other, above in others)
         axes.annotate(
             label, (size, rate), xytext=(0, -13) if is_crowded else (6, 5), textcoords="offset points", fontsize=8,
             ha="center" if is_crowded else "left",

@@ -53,6 +53,8 @@ class EmbeddedGraph(Engine):
         self._session = onnxruntime.InferenceSession(settings.model / "model.onnx", options, ["CPUExecutionProvider"])
         assert settings.table is not None
         assert settings.adapters is not None
+        config = json.loads((settings.model / "genai_config.json").read_text(encoding="utf-8"))
+        self._head_size = int(config["model"]["decoder"]["head_size"])
         self._embed = HostEmbedder.read(np.load(settings.table, mmap_mode="r"), settings.adapters)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -70,7 +72,7 @@ class EmbeddedGraph(Engine):
             if node.name == "position_ids":
                 feeds[node.name] = np.arange(count)[None]
             elif node.name.startswith("past_key_values"):
-                feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), np.float32)
+                feeds[node.name] = np.zeros((1, node.shape[1], 0, self._head_size), np.float32)
         (scores,) = self._session.run(["logits"], feeds)
         return np.asarray(scores[0][list(row.positions)], np.float32)
 
