@@ -114,6 +114,7 @@ class Bench:
     def _measure(self, case: Case, prompts: Path, turn: int) -> Result:
         command = [*self._engine(case, "measure"), "--model", self._files.path(case).resolve(), "--prompts"]
         command += [prompts.resolve(), "--new-tokens", str(self._model.new_tokens)]
+        command += ["--repeats", str(self._model.repeats)]
         return self._run(command, f"{case.name}.{turn}")
 
     def _accuracy(self, case: Case, rows: Path, adapters: Path) -> Result:

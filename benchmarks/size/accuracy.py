@@ -64,7 +64,7 @@ def is_right(row: Row, logits: npt.NDArray[np.float32]) -> bool:
         raise ValueError(f"logits of {len(logits)} places, expected {len(row.target)}")
     if not np.isfinite(logits).all():
         raise ValueError("logits that are not numbers")
-    return logits.argmax(axis=1).tolist() == row.target
+    return bool(logits.argmax(axis=1).tolist() == row.target)
 
 
 @dataclass(frozen=True)

@@ -38,19 +38,21 @@ class Model:
         name: key of its results; a size of ``seeded_model``, or ``"smollm2"``.
         label: for people.
         cases: who is measured.
+        disk_gb: room that its files take at most.
+        new_tokens: tokens that each row generates.
         rounds: processes of each case, the cases taking turns.
         export_rounds: exports, the tools taking turns.
-        new_tokens: tokens that each row generates.
-        disk_gb: room that its files take at most.
+        repeats: generations of each kind in a process; their median is kept.
     """
 
     name: str
     label: str
     cases: tuple[Case, ...]
-    rounds: int
-    export_rounds: int
-    new_tokens: int
     disk_gb: float
+    new_tokens: int
+    rounds: int = 3
+    export_rounds: int = 1
+    repeats: int = 1
 
     @property
     def is_real(self) -> bool:
@@ -75,10 +77,10 @@ SHARED = (KIT_INT4, *LLAMA, GENAI)
 MODELS = {
     model.name: model
     for model in (
-        Model(SMOLLM2, "SmolLM2-135M", (*SHARED, KIT_INT8, *KIT_GGUF, KIT_FLOAT), 5, 3, 64, 4),
-        Model("0.5b", "0.5 billion, seeded", (*SHARED, KIT_INT8), 3, 1, 48, 6),
-        Model("1b", "1.2 billion, seeded", SHARED, 3, 1, 32, 10),
-        Model("3b", "3.1 billion, seeded", SHARED, 2, 1, 16, 20),
+        Model(SMOLLM2, "SmolLM2-135M", (*SHARED, KIT_INT8, *KIT_GGUF, KIT_FLOAT), 4, 64, export_rounds=3, repeats=3),
+        Model("0.5b", "0.5 billion, seeded", (*SHARED, KIT_INT8), 6, 48),
+        Model("1b", "1.2 billion, seeded", SHARED, 10, 32),
+        Model("3b", "3.1 billion, seeded", SHARED, 20, 16, rounds=2),
     )
 }
 # What a look at the numbers takes: some rows of each task alone.
@@ -87,4 +89,4 @@ QUICK_MODELS, QUICK_ROWS, QUICK_TOKENS = (SMOLLM2, "0.5b"), 50, 24
 
 def quick(model: Model) -> Model:
     """The same for an impression: one round, and the engines that every model has."""
-    return Model(model.name, model.label, SHARED, 1, 1, QUICK_TOKENS, model.disk_gb)
+    return Model(model.name, model.label, SHARED, model.disk_gb, QUICK_TOKENS, rounds=1)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.text.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ def write_adapters(path: Path) -> None:
     Raises:
         ValueError: a task has an activation, a bias or other modalities than text.
     """
-    arrays = {}
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
     for name in TASKS:
         adapter = read_adapter(ADAPTERS / name)
         if adapter.config.activation != "identity" or adapter.config.bias or adapter.config.modalities != ("text",):

@@ -144,8 +144,9 @@ class Files:
 
     def _make_gguf(self, case: Case, folder: Path) -> Result:
         folder.mkdir()
-        command = ["-m", "benchmarks.size.gguf_files", "--model", self._checkpoint, "--out", folder / "model.gguf"]
-        return self._watched("peers", [*command, "--type", case.bits], case)
+        command: list[str | Path] = ["-m", "benchmarks.size.gguf_files", "--model", self._checkpoint]
+        command += ["--out", folder / "model.gguf", "--type", case.bits]
+        return self._watched("peers", command, case)
 
     def _make_genai(self, case: Case, folder: Path) -> Result:
         took = self._watched("peers", self._builder(folder, case.bits), case)

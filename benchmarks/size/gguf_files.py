@@ -82,7 +82,7 @@ def write_file(model: Path, out: Path, file_type: str) -> None:
 
 def _row_bytes(kind: Any, columns: int) -> int:
     numbers, size = gguf.GGML_QUANT_SIZES[kind]
-    return columns // numbers * size
+    return int(columns // numbers * size)
 
 
 def _stored(tensor: Tensor, kind: Any) -> npt.NDArray[np.uint8]:

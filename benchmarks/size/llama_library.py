@@ -41,9 +41,11 @@ class _Batch(ctypes.Structure):
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
-@_LOG
-def _silent(level: int, text: bytes, data: int) -> None:
-    """Swallow a line of llama.cpp's log."""
+def _swallow(level: int, text: bytes, data: int) -> None:
+    """A line of llama.cpp's log."""
+
+
+_SILENT = _LOG(_swallow)  # it has to live as long as the library
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def open_library() -> Any:
     for name, (result, arguments) in types.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.llama_log_set(_silent, None)
+    library.llama_log_set(_SILENT, None)
     library.llama_backend_init()
     return library
 

@@ -47,7 +47,8 @@ class Settings:
     Attributes:
         model: folder or file of the model.
         threads: threads of the engine.
-        context: positions of a row.
+        context: positions of a row alone.
+        batch_context: positions of each row of a batch.
         table: float32 table of embeddings, for engines that are fed adapted embeddings and have none.
         adapters: weights of the tasks (``accuracy.HostEmbedder``); ``None`` where nothing is adapted.
     """
@@ -55,6 +56,7 @@ class Settings:
     model: Path
     threads: int
     context: int
+    batch_context: int = 0
     table: Path | None = None
     adapters: Path | None = None
 
@@ -101,12 +103,15 @@ def main(open_engine: Callable[[Settings], Engine]) -> None:
     gc.disable()
     if options.command == "measure":
         prompts = json.loads(options.prompts.read_text(encoding="utf-8"))
-        settings = Settings(options.model, options.threads, len(prompts["first"]) + options.new_tokens)
+        longest, longest_row = len(prompts["first"]), len(prompts["rows"][0])
+        settings = Settings(
+            options.model, options.threads, longest + options.new_tokens, longest_row + options.new_tokens
+        )
         result = measure_engine(open_engine, settings, prompts, options.new_tokens, options.repeats)
     else:
         rows = read_rows(options.rows, options.limit)
         longest = max(len(row.ids) for of_task in rows.values() for row in of_task)
-        settings = Settings(options.model, options.threads, longest, options.table, options.adapters)
+        settings = Settings(options.model, options.threads, longest, table=options.table, adapters=options.adapters)
         result = {"tasks": measure(rows, open_engine(settings).logits)}
     # Libraries may print what they like; the object is the last line.
     print(json.dumps(result), flush=True)

@@ -28,7 +28,7 @@ class LlamaEngine(Engine):
         """See ``Engine``."""
         rows = len(prompts)
         if rows not in self._contexts:
-            self._contexts[rows] = LlamaContext(self._model, rows, self._settings.context, self._settings.threads)
+            self._contexts[rows] = LlamaContext(self._model, rows, self._settings.batch_context, self._settings.threads)
         context, length = self._contexts[rows], len(prompts[0])
         context.clear()
         owners = [row for row in range(rows) for _ in range(length)]
