@@ -38,9 +38,11 @@ class Bench:
     Args:
         model: the model.
         options: of the command line.
+        known: cases of this model in the report that there is.
     """
 
-    def __init__(self, model: Model, options: argparse.Namespace) -> None:
+    def __init__(self, model: Model, options: argparse.Namespace, known: Result) -> None:
+        self._known = known
         self._model, self._options, self._began = model, options, time.monotonic()
         self._pythons = {"kit": Path(sys.executable), "peers": options.peers_python}
         self._files = Files(options.work, model, self._pythons, self.progress)
@@ -85,14 +87,11 @@ class Bench:
         }
 
     def _case(self, case: Case, rounds: dict[str, list[Result]], scores: Result, errors: dict[str, str]) -> Result:
-        if case.name in errors:
-            return {"label": case.label, "error": errors[case.name]}
-        return {
-            "label": case.label,
-            **self._files.made(case),
-            "rounds": rounds[case.name],
-            "accuracy": scores.get(case.name),
-        }
+        error = {"error": errors[case.name]} if case.name in errors else {}
+        if case.name not in rounds:
+            return {"label": case.label, **error}
+        measured = {"rounds": rounds[case.name], "accuracy": scores.get(case.name)}
+        return {"label": case.label, **self._files.made(case), **measured, **error}
 
     def _rounds(self, cases: list[Case], prompts: Path, errors: dict[str, str]) -> dict[str, list[Result]]:
         """Times and memory, round by round; a case that fails is measured no more."""
@@ -118,7 +117,7 @@ class Bench:
         return self._run(command, f"{case.name}.{turn}")
 
     def _accuracy(self, case: Case, rows: Path, adapters: Path) -> Result:
-        """Accuracy of both tasks on all rows."""
+        """Accuracy of both tasks; the report's own, if it is of the same files, scored in the same way."""
         command = [*self._engine(case, "accuracy"), "--rows", rows.resolve(), "--adapters", adapters.resolve()]
         path = self._files.path(case)
         if case == GENAI:
@@ -127,10 +126,18 @@ class Bench:
             command += ["--table", self._files.table.resolve()]
         if self._options.rows:
             command += ["--limit", str(self._options.rows)]
+        depends_on = {
+            "files": self._files.digest(path)[:16],
+            "scoring": digest_code(_SCORED, "")[:16],
+            "limit": self._options.rows,
+        }
+        known = self._known.get(case.name, {}).get("accuracy") or {}
+        if all(known.get(name) == value for name, value in depends_on.items()):
+            return dict(known)
         self.progress(f"{self._model.label}: accuracy of {case.label}")
-        name = f"{case.name}.{self._files.digest(path)[:16]}.{self._options.rows or 'all'}"
         make = partial(self._run, [*command, "--model", path.resolve()], f"{case.name}.accuracy")
-        return dict(self._scored.get(name, make)["tasks"])
+        name = f"{case.name}.{depends_on['files']}.{self._options.rows or 'all'}"
+        return {**self._scored.get(name, make), **depends_on}
 
     def _engine(self, case: Case, command: str) -> list[str | Path]:
         python: list[str | Path] = [self._pythons[case.environment], "-m", f"benchmarks.size.engines.{case.engine}"]
@@ -173,7 +180,8 @@ def main() -> None:
     )
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     for name in names:
-        bench = Bench(quick(MODELS[name]) if options.quick else MODELS[name], options)
+        model = quick(MODELS[name]) if options.quick else MODELS[name]
+        bench = Bench(model, options, report.get(name, {}).get("cases", {}))
         try:
             report[name] = bench.report()
         except MeasurementError as error:

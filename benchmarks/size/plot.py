@@ -29,7 +29,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     cases = {name: case for name, case in report[SMOLLM2]["cases"].items() if case.get("accuracy")}
-    tasks = list(next(iter(cases.values()))["accuracy"])
+    tasks = list(next(iter(cases.values()))["accuracy"]["tasks"])
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(10, 4.6), layout="constrained", squeeze=False)
     for axes, task in zip(panels[0], tasks, strict=True):
         _panel(axes, cases, task)
@@ -47,7 +47,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 def _panel(axes: Axes, cases: Mapping[str, Any], task: str) -> None:
     sizes = [case["shipped_bytes"] / 1e6 for case in cases.values()]
-    rates = [100 * case["accuracy"][task]["right"] for case in cases.values()]
+    rates = [100 * case["accuracy"]["tasks"][task]["right"] for case in cases.values()]
     for name, size, rate in zip(cases, sizes, rates, strict=True):
         marker, colour, _ = _ENGINES[_engine(name)]
         axes.plot(size, rate, marker, color=colour, markersize=8)
@@ -59,7 +59,9 @@ def _panel(axes: Axes, cases: Mapping[str, Any], task: str) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.margins(y=0.15)
-    axes.set_title(f"{task}, {next(iter(cases.values()))['accuracy'][task]['rows']:,} rows", loc="left", fontsize=10)
+    axes.set_title(
+        f"{task}, {next(iter(cases.values()))['accuracy']['tasks'][task]['rows']:,} rows", loc="left", fontsize=10
+    )
     axes.set_xlabel("shipped, MB, logarithmic (less is better)")
     axes.grid(alpha=0.3)
 

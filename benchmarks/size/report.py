@@ -72,7 +72,7 @@ def accuracy_rows(cases: Cases) -> list[list[str]]:
     return [
         [case["label"], f"{case['shipped_bytes'] / 1e6:,.0f}", *(f"{100 * task['right']:.2f} %" for task in tasks)]
         for case in measured
-        for tasks in [list(case["accuracy"].values())]
+        for tasks in [list(case["accuracy"]["tasks"].values())]
     ]
 
 
@@ -103,7 +103,7 @@ def section(report: Mapping[str, Any]) -> str:
         said += [f"{settings['new_tokens']} new tokens, medians of {settings['rounds']} rounds.", model["load"]]
         lines += [f"### {model['label']}", "", *[line for line in said if line], ""]
         if name == SMOLLM2 and (scored := accuracy_rows(cases)):
-            tasks = next(case["accuracy"] for case in cases.values() if case.get("accuracy"))
+            tasks = next(case["accuracy"]["tasks"] for case in cases.values() if case.get("accuracy"))
             heads = [f"`{task}`, {figures['rows']:,} rows" for task, figures in tasks.items()]
             lines += [*table(["", "shipped, MB", *heads], scored), ""]
         lines += [*table(["", "shipped, MB", *columns], figure_rows(cases)), ""]

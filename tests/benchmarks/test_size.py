@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,8 @@ def test_other_logits_are_no_answer(logits: np.ndarray, fault: str) -> None:
 def test_the_host_adapts_as_the_kit_does(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     table, down, up = rng.normal(size=(20, 8)), rng.normal(size=(4, 8)), rng.normal(size=(8, 4))
-    np.savez(tmp_path / "a.npz", **{"topic.down": down.astype(np.float32), "topic.up": up.astype(np.float32)})
+    weights = {"topic.down": down.astype(np.float32), "topic.up": up.astype(np.float32)}
+    np.savez(tmp_path / "a.npz", allow_pickle=False, **weights)
     embed = HostEmbedder.read(table.astype(np.float32), tmp_path / "a.npz")
     exact = table[[3, 17]] + np.einsum("dr,re,te->td", up, down, table[[3, 17]])
     np.testing.assert_allclose(embed("topic", [3, 17]), exact, rtol=1e-5, atol=1e-5)
@@ -88,7 +90,7 @@ def test_a_gguf_file_of_a_folder_is_the_same_model(tmp_path: Path, monkeypatch: 
     folder = seeded_model.write_model(tmp_path / "hf", "tiny", "float32")
 
     def by_gguf(values: np.ndarray, kind: int, row_bytes: int) -> np.ndarray:
-        return gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind))
+        return np.asarray(gguf.quants.quantize(values, gguf.GGMLQuantizationType(kind)))
 
     monkeypatch.setattr(gguf_files, "quantize", by_gguf)
     gguf_files.write_file(folder, tmp_path / "model.gguf", "Q8_0")
@@ -193,13 +195,13 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
         command="python -m benchmarks.size",
     )  # fmt: skip
 
-    def again() -> dict[str, Any]:
-        bench = run.Bench(quick(MODELS["smollm2"]), options)
+    def again(known: dict[str, Any]) -> dict[str, Any]:
+        bench = run.Bench(quick(MODELS["smollm2"]), options, known)
         object.__setattr__(bench._model, "rounds", 3)
         bench._files = FakeFiles(tmp_path)  # type: ignore[assignment]
         return bench.report()
 
-    return SimpleNamespace(report={"smollm2": again()}, again=again, calls=calls)
+    return SimpleNamespace(report={"smollm2": again({})}, again=again, calls=calls)
 
 
 def test_rounds_alternate_and_are_kept(measured: SimpleNamespace) -> None:
@@ -210,8 +212,17 @@ def test_rounds_alternate_and_are_kept(measured: SimpleNamespace) -> None:
         *("kit-int4.2", "llama-q4_0.2", "llama-q4_k_m.2"),
     ]
     measured.calls.clear()
-    assert measured.again()["cases"]["kit-int4"] == measured.report["smollm2"]["cases"]["kit-int4"]
+    assert measured.again({})["cases"]["kit-int4"] == measured.report["smollm2"]["cases"]["kit-int4"]
     assert measured.calls == ["smollm2.llama-q8_0.0"]  # what failed is tried again, nothing else
+
+
+def test_accuracy_of_the_report_is_kept_for_the_same_files(measured: SimpleNamespace, tmp_path: Path) -> None:
+    known = json.loads(json.dumps(measured.report["smollm2"]["cases"]))
+    known["llama-q4_0"]["accuracy"]["files"] = "1" * 16
+    shutil.rmtree(tmp_path / "results")
+    measured.calls.clear()
+    assert measured.again(known)["cases"]["kit-int4"]["accuracy"] == known["kit-int4"]["accuracy"]
+    assert [call for call in measured.calls if "accuracy" in call] == ["smollm2.llama-q4_0.accuracy"]
 
 
 def test_the_report_is_of_medians_and_of_ratios_of_one_round(measured: SimpleNamespace) -> None:
