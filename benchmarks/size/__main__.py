@@ -9,6 +9,7 @@ comes, so that an interrupted run goes on where it stopped. A model's files are 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
@@ -61,7 +62,7 @@ class Bench:
         prompts, rows, adapters = self._files.write_inputs()
         cases = [case for case in self._model.cases if case.name not in errors]
         scores = {}
-        if self._model.is_real and not self._options.no_accuracy:
+        if self._model.is_real:
             for case in cases:
                 try:
                     scores[case.name] = self._accuracy(case, rows, adapters)
@@ -134,10 +135,15 @@ class Bench:
         known = self._known.get(case.name, {}).get("accuracy") or {}
         if all(known.get(name) == value for name, value in depends_on.items()):
             return dict(known)
-        self.progress(f"{self._model.label}: accuracy of {case.label}")
-        make = partial(self._run, [*command, "--model", path.resolve()], f"{case.name}.accuracy")
+        make = partial(self._score, [*command, "--model", path.resolve()], case)
         name = f"{case.name}.{depends_on['files']}.{self._options.rows or 'all'}"
         return {**self._scored.get(name, make), **depends_on}
+
+    def _score(self, command: list[str | Path], case: Case) -> Result:
+        if self._options.no_accuracy:
+            raise MeasurementError("left out")
+        self.progress(f"{self._model.label}: accuracy of {case.label}")
+        return self._run(command, f"{case.name}.accuracy")
 
     def _engine(self, case: Case, command: str) -> list[str | Path]:
         python: list[str | Path] = [self._pythons[case.environment], "-m", f"benchmarks.size.engines.{case.engine}"]
@@ -166,7 +172,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"JSON file; models that it has keep their part; {STORED} without it")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--keep", action="store_true", help="do not remove a model's files")
-    parser.add_argument("--no-accuracy", action="store_true", help="measure no accuracy")
+    parser.add_argument("--no-accuracy", action="store_true", help="keep what accuracy there is, and measure no more")
+    parser.add_argument("--rounds", type=int, help="as many rounds; by default as many as the model has")
     parser.add_argument("--rows", type=int, help="accuracy on the first rows of each task alone")
     parser.add_argument("--note", default="", help="of the machine, such as its load, for the report")
     parser.add_argument("--quick", action="store_true", help="one short round of two models, for an impression")
@@ -181,6 +188,8 @@ def main() -> None:
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     for name in names:
         model = quick(MODELS[name]) if options.quick else MODELS[name]
+        if options.rounds is not None:
+            model = dataclasses.replace(model, rounds=options.rounds)
         bench = Bench(model, options, report.get(name, {}).get("cases", {}))
         try:
             report[name] = bench.report()
