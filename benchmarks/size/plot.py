@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.plot_units import spread
 from benchmarks.plots import KIT_COLOUR, LIMIT_COLOUR, PEER_COLOUR
 from benchmarks.size.cases import SMOLLM2
 
@@ -51,7 +53,6 @@ def _panel(axes: Axes, cases: Mapping[str, Any], task: str) -> None:
     for name, size, rate in zip(cases, sizes, rates, strict=True):
         marker, colour, _ = _ENGINES[_engine(name)]
         axes.plot(size, rate, marker, color=colour, markersize=8)
-    _label(axes, [case["label"].partition(", ")[2] for case in cases.values()], sizes, rates)
     low, high = 0.85 * min(sizes), 1.5 * max(sizes)
     axes.set_xscale("log")
     axes.set_xlim(low, high)
@@ -59,6 +60,7 @@ def _panel(axes: Axes, cases: Mapping[str, Any], task: str) -> None:
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.margins(y=0.15)
+    _label(axes, [case["label"].partition(", ")[2] for case in cases.values()], sizes, rates)
     axes.set_title(
         f"{task}, {next(iter(cases.values()))['accuracy']['tasks'][task]['rows']:,} rows", loc="left", fontsize=10
     )
@@ -67,13 +69,14 @@ def _panel(axes: Axes, cases: Mapping[str, Any], task: str) -> None:
 
 
 def _label(axes: Axes, labels: Sequence[str], sizes: Sequence[float], rates: Sequence[float]) -> None:
-    """Name each point, to the right above it; one that has a neighbour there is named below."""
-    for label, size, rate in zip(labels, sizes, rates, strict=True):
-        others = zip(sizes, rates, strict=True)
-        is_crowded = any(1 < other / size < 1.35 and abs(rate - above) < 0.35 for other, above in others)
+    """Name each point in a column in the widest gap between sizes, with a line to it; names that would overlap part."""
+    ordered = sorted(sizes)
+    column = 1.12 * max(pairwise(ordered), key=lambda pair: pair[1] / pair[0], default=ordered)[0]
+    low, high = axes.get_ylim()
+    for label, size, rate, height in zip(labels, sizes, rates, spread(rates, 0.05 * (high - low)), strict=True):
         axes.annotate(
-            label, (size, rate), xytext=(0, -13) if is_crowded else (6, 5), textcoords="offset points", fontsize=8,
-            ha="center" if is_crowded else "left",
+            label, (size, rate), xytext=(column, height), fontsize=8, va="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5},
         )  # fmt: skip
 
 
