@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from adalink.runtime import Deployment
-from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.runtime.generation.speculative_decoding import DRAFT_TOKENS
+from adalink.runtime.sampling.sampler import PLAIN_GREEDY
 from adalink.tools.common.environment import available_cores, describe_environment
 from adalink.tools.common.report_file import write_json
 from benchmarks.prepare import write_adapter

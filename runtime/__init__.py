@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
     from adalink.runtime.generation.handle import Handle, TextPiece
     from adalink.runtime.generation.request import Request
-    from adalink.runtime.generation.sampling import SamplingParams
     from adalink.runtime.generation.sequence import Generation
-    from adalink.runtime.generation.structured_output import StructuredOutput
     from adalink.runtime.receipt import Receipt
+    from adalink.runtime.sampling.sampler import SamplingParams
+    from adalink.runtime.sampling.structured_output import StructuredOutput
     from adalink.runtime.tasks.task_changes import Reload
     from adalink.runtime.text.messages import ChatOptions
     from adalink.runtime.text.spans import Span
@@ -48,9 +48,9 @@ else:
             "Receipt": "adalink.runtime.receipt",
             "Reload": "adalink.runtime.tasks.task_changes",
             "Request": "adalink.runtime.generation.request",
-            "SamplingParams": "adalink.runtime.generation.sampling",
+            "SamplingParams": "adalink.runtime.sampling.sampler",
             "Span": "adalink.runtime.text.spans",
-            "StructuredOutput": "adalink.runtime.generation.structured_output",
+            "StructuredOutput": "adalink.runtime.sampling.structured_output",
             "TextPiece": "adalink.runtime.generation.handle",
         },
     )

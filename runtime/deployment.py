@@ -22,7 +22,6 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.handle import Handle
 from adalink.runtime.generation.request import Request
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.sequence import Generation, Stream
 from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.label_scorer import LabelScorer
@@ -31,6 +30,7 @@ from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import IMAGE_CACHE_BYTES, OpenOptions
 from adalink.runtime.receipt import Receipt
 from adalink.runtime.request import Prompts, Tasks
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant

@@ -14,13 +14,10 @@ import numpy as np
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import row_label
-from adalink.runtime.generation.grammar import Grammars
 from adalink.runtime.generation.handle import Handle
-from adalink.runtime.generation.logits_processors import LogitsProcessor
 from adalink.runtime.generation.prompt import Prompt
 from adalink.runtime.generation.request import Request
 from adalink.runtime.generation.row import Row, RowOptions
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.scheduler import Scheduler
 from adalink.runtime.generation.sequence import Generation, SequenceState, Stream, stops_behind
 from adalink.runtime.generation.speculative_decoding import draft_limit
@@ -30,6 +27,9 @@ from adalink.runtime.input_processor import InputProcessor
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.request import Prompts, Tasks
+from adalink.runtime.sampling.grammar import Grammars
+from adalink.runtime.sampling.logits_processors import LogitsProcessor
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.manifest import Manifest, Variant
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.text.messages import ChatOptions, Messages

@@ -8,18 +8,18 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from adalink.runtime.deployment import Deployment
-from adalink.serving.adapters import load_adapter, unload_adapter
-from adalink.serving.classifying import classify
-from adalink.serving.embeddings import embeddings
+from adalink.serving.endpoints.adapters import load_adapter, unload_adapter
+from adalink.serving.endpoints.classify import classify
+from adalink.serving.endpoints.completions import chat_completions, completions
+from adalink.serving.endpoints.embeddings import embeddings
+from adalink.serving.endpoints.health import live, metrics, ready
+from adalink.serving.endpoints.inference import infer, model_metadata, model_ready, server_metadata
+from adalink.serving.endpoints.models import list_models, show_model
+from adalink.serving.endpoints.page import PAGE_ADDRESSES, page_routes
+from adalink.serving.endpoints.tokenize import detokenize, tokenize
 from adalink.serving.gateway import Gateway
-from adalink.serving.generating import chat_completions, completions
 from adalink.serving.guard import Guard, http_error
-from adalink.serving.health import live, metrics, ready
-from adalink.serving.inference import infer, model_metadata, model_ready, server_metadata
-from adalink.serving.models import list_models, show_model
 from adalink.serving.options import ServeOptions
-from adalink.serving.page import PAGE_ADDRESSES, page_routes
-from adalink.serving.tokenizing import detokenize, tokenize
 
 
 def make_app(deployment: Deployment, options: ServeOptions | None = None) -> Starlette:

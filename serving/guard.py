@@ -12,8 +12,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adalink.serving.api_error import ApiError, as_api_error
+from adalink.serving.endpoints.completions import error_response
 from adalink.serving.gateway import Gateway
-from adalink.serving.generating import error_response
 from adalink.serving.json_body import JsonResponse
 
 # What load balancers ask, which have no key.

@@ -19,9 +19,9 @@ from adalink.runtime.errors import ConfigError
 from adalink.runtime.logs import get_logger
 from adalink.serving.api_error import ApiError
 from adalink.serving.app import make_app
+from adalink.serving.connections import h11_settings
 from adalink.serving.gateway import Gateway
 from adalink.serving.options import ServeOptions
-from adalink.serving.protocol import h11_settings
 from adalink.serving.watching import watch
 
 _LOG = get_logger(__name__)

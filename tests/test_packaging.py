@@ -36,7 +36,7 @@ def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
         for path in (REPOSITORY / package).rglob("*")
         if path.suffix in (".py", ".typed") and "__pycache__" not in path.parts
     }
-    expected |= {f"adalink/serving/page/{name}" for name in PAGE_FILES}
+    expected |= {f"adalink/serving/endpoints/page/{name}" for name in PAGE_FILES}
     assert packed == expected
     assert any(name.endswith("entry_points.txt") for name in names)
 

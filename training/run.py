@@ -16,16 +16,17 @@ from transformers import set_seed
 from adalink.runtime.errors import ConfigError, DataError, ModelError
 from adalink.runtime.rows.source import RowSource
 from adalink.training.adapter_io import digest_tokenizer
-from adalink.training.classifier_run import train_classifier
 from adalink.training.data.held_out import pick
 from adalink.training.data.images import TrainingImages, digest_images
 from adalink.training.data.labelled_rows import has_labels
 from adalink.training.data.rows import check_labels, check_positions, encode_rows, find_labels
 from adalink.training.data.run_rows import check_files, read_prompts
-from adalink.training.eval_curve import spread
 from adalink.training.evaluation import greedy_replies, share_right
-from adalink.training.loop import Lesson, TrainingRun
-from adalink.training.loop_options import LoopOptions
+from adalink.training.heads.run import train_classifier
+from adalink.training.loop.eval_curve import spread
+from adalink.training.loop.loop import Lesson, TrainingRun
+from adalink.training.loop.options import LoopOptions
+from adalink.training.loop.trainer import TrainableAdapters, collator, mean_loss, trainer_arguments
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions
@@ -36,7 +37,6 @@ from adalink.training.models.vision import image_side
 from adalink.training.outcome import RepliedRows
 from adalink.training.search.search import candidate_config, search
 from adalink.training.settings import HeadSettings, TrainSettings
-from adalink.training.trainer import TrainableAdapters, collator, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -139,7 +139,7 @@ class HeadSettings:
         lr: peak learning rate of the head.
         alone: whether the head is trained alone, on the states of the unchanged base: rank 0.
         init: where a linear head starts: ``"probe"``, fitted to the unchanged base's states
-            (``adalink.training.linear_probe``), or ``"zeros"``.
+            (``adalink.training.heads.linear_probe``), or ``"zeros"``.
 
     Raises:
         ConfigError: a setting is out of range.

@@ -24,6 +24,7 @@ from benchmarks.gpu_proof.record import (
 )
 
 _PACKAGE = "benchmarks.gpu_proof"
+_STEPS = f"{_PACKAGE}.steps"
 _REPOSITORY = Path(__file__).parents[2]
 # Kept for the last report, and for the rest of the machine to close.
 _RESERVE_SECONDS = 4.0
@@ -53,21 +54,21 @@ class Step:
 
 
 STEPS = (
-    Step("machine", "GPU, driver, libraries, bandwidth", f"{_PACKAGE}.machine", 45),
-    Step("bases", "seeded bases and deployments", f"{_PACKAGE}.deployments", 150, 20),
-    Step("ort-parity", "ONNX Runtime CUDA: verify", f"{_PACKAGE}.ort_parity", 150, 20, needs="bases"),
-    Step("ort-speed", "ONNX Runtime CUDA: swaps, decode, batch of 32", f"{_PACKAGE}.ort_speed", 90, needs="bases"),
-    Step("device", "device front end and CUDA graphs", f"{_PACKAGE}.device_engine", 75, needs="bases"),
-    Step("tensorrt-rtx", "TensorRT-RTX: plans on this GPU", f"{_PACKAGE}.tensorrt_rtx", 90, needs="bases"),
-    Step("rtx-portable", "TensorRT-RTX: a portable plan", f"{_PACKAGE}.tensorrt_rtx_portable", 60, needs="bases"),
-    Step("rtx-plugin", "TensorRT-RTX in ONNX Runtime", f"{_PACKAGE}.rtx_plugin", 60, needs="bases"),
-    Step("tensorrt", "TensorRT, where its libraries are", f"{_PACKAGE}.tensorrt_engine", 90, needs="bases"),
-    Step("tests", "tests that need a GPU", f"{_PACKAGE}.gpu_tests", 90, 15),
-    Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_PACKAGE}.training", 90, 15, needs="bases"),
-    Step("cells", "many configurations in one batch", f"{_PACKAGE}.cells", 75, needs="bases"),
-    Step("study", "the full study's learning rates, on real texts", f"{_PACKAGE}.study_rows", 120, 40, needs="bases"),
-    Step("real", "SmolLM2 with the example adapters: verify", f"{_PACKAGE}.real", 150, 60),
-    Step("large", "the base of 1B parameters, float16", f"{_PACKAGE}.large", 150, 60, needs="bases"),
+    Step("machine", "GPU, driver, libraries, bandwidth", f"{_STEPS}.machine", 45),
+    Step("bases", "seeded bases and deployments", f"{_STEPS}.deployments", 150, 20),
+    Step("ort-parity", "ONNX Runtime CUDA: verify", f"{_STEPS}.ort_parity", 150, 20, needs="bases"),
+    Step("ort-speed", "ONNX Runtime CUDA: swaps, decode, batch of 32", f"{_STEPS}.ort_speed", 90, needs="bases"),
+    Step("device", "device front end and CUDA graphs", f"{_STEPS}.device_engine", 75, needs="bases"),
+    Step("tensorrt-rtx", "TensorRT-RTX: plans on this GPU", f"{_STEPS}.tensorrt_rtx", 90, needs="bases"),
+    Step("rtx-portable", "TensorRT-RTX: a portable plan", f"{_STEPS}.tensorrt_rtx_portable", 60, needs="bases"),
+    Step("rtx-plugin", "TensorRT-RTX in ONNX Runtime", f"{_STEPS}.rtx_plugin", 60, needs="bases"),
+    Step("tensorrt", "TensorRT, where its libraries are", f"{_STEPS}.tensorrt_engine", 90, needs="bases"),
+    Step("tests", "tests that need a GPU", f"{_STEPS}.gpu_tests", 90, 15),
+    Step("training", "AdaLink, prefix and LoRA in bfloat16", f"{_STEPS}.training", 90, 15, needs="bases"),
+    Step("cells", "many configurations in one batch", f"{_STEPS}.cells", 75, needs="bases"),
+    Step("study", "the full study's learning rates, on real texts", f"{_STEPS}.study_rows", 120, 40, needs="bases"),
+    Step("real", "SmolLM2 with the example adapters: verify", f"{_STEPS}.real", 150, 60),
+    Step("large", "the base of 1B parameters, float16", f"{_STEPS}.large", 150, 60, needs="bases"),
 )
 
 

@@ -24,15 +24,15 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.head_spec import MULTI_LABEL, SINGLE_LABEL, TOKENS, Head
 from adalink.training import AdaLinkConfig, HeadSettings, TrainSettings, train
 from adalink.training.adapter_io import load_adapter, save_adapter, to_adapter
-from adalink.training.classifier import LabelCollator, TrainableClassifier, encode_labelled, features
-from adalink.training.classifier_metrics import measure
-from adalink.training.classifier_run import classify_examples, predict
 from adalink.training.data.labelled_rows import LabelledRow, find_labels, read_labelled_rows
-from adalink.training.linear_probe import fit_head
-from adalink.training.loop_options import LoopOptions
+from adalink.training.heads.classifier import LabelCollator, TrainableClassifier, encode_labelled, features
+from adalink.training.heads.linear_probe import fit_head
+from adalink.training.heads.metrics import measure
+from adalink.training.heads.run import classify_examples, predict
+from adalink.training.loop.options import LoopOptions
+from adalink.training.loop.trainer import trainer_arguments
 from adalink.training.method.attach import AdaLinkModel, attach
 from adalink.training.models.loading import load_base, load_tokenizer
-from adalink.training.trainer import trainer_arguments
 
 if TYPE_CHECKING:
     from adalink.runtime.arrays import Array

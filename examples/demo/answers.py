@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.generation.sampling import PLAIN_GREEDY
+from adalink.runtime.sampling.sampler import PLAIN_GREEDY
 from adalink.tools.parity.check_accuracy import deployed_accuracy
 from adalink.tools.terminal.console import print_table
 from examples.demo import Progress

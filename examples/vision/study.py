@@ -24,7 +24,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, read_rows
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
 from adalink.training.settings import TrainSettings

@@ -1,1 +1,1 @@
-"""Generation: decode loop, sampling, speculative decoding, prefix cache."""
+"""Generation: requests in one running batch, speculative decoding, prefix cache."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from adalink.runtime.arguments import check_kind, check_whole
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.logits_processors import LogitsProcessor
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.stop_texts import check_stops
-from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import is_number
+from adalink.runtime.sampling.logits_processors import LogitsProcessor
+from adalink.runtime.sampling.sampler import SamplingParams
+from adalink.runtime.sampling.structured_output import StructuredOutput
 from adalink.runtime.text.messages import ChatOptions, Conversation
 from adalink.runtime.vision.images import ImageInput
 

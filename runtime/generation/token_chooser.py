@@ -10,9 +10,9 @@ import numpy as np
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import all_equal, not_numbers
-from adalink.runtime.generation.logits_processors import LogitsProcessor, RowLimits, make_processors
 from adalink.runtime.generation.prompt import Prompt
-from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.sampling.logits_processors import LogitsProcessor, RowLimits, make_processors
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.manifest import Base
 
 

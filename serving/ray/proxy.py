@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adalink.runtime.logs import get_logger
 from adalink.serving.api_error import ApiError
-from adalink.serving.generating import error_response
+from adalink.serving.endpoints.completions import error_response
 
 _LOG = get_logger(__name__)
 # What a proxy answers by itself, with a bare text.

@@ -7,7 +7,7 @@ import ipaddress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adalink.serving.api_error import ApiError
-from adalink.serving.generating import error_response
+from adalink.serving.endpoints.completions import error_response
 
 # Header of each answer that says which replica gave it.
 REPLICA_HEADER = "x-adalink-replica"

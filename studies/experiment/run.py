@@ -22,10 +22,10 @@ from transformers import PrinterCallback, Trainer, set_seed
 
 from adalink.runtime.errors import DataError, ModelError
 from adalink.runtime.storage.digest import digest_bytes
+from adalink.training.loop.trainer import trainer_arguments
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import load_base, load_tokenizer
 from adalink.training.models.prefix_lm import has_bidirectional_prompt
-from adalink.training.trainer import trainer_arguments
 from studies.experiment.combined import combine
 from studies.experiment.data import DataSet, Labelled, digest_rows, load_data
 from studies.experiment.methods import tune

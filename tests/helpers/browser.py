@@ -228,7 +228,7 @@ def assert_all_is_text(tab: Tab) -> None:
 
 def plant(tab: Tab, good: str, bad: str) -> Tab:
     """Open the page with a fault in its script."""
-    text = (REPOSITORY / "serving/page/page.js").read_text(encoding="utf-8")
+    text = (REPOSITORY / "serving/endpoints/page/page.js").read_text(encoding="utf-8")
     assert text.count(good) == 1
     headers = {"Content-Type": "text/javascript", "Cache-Control": "no-store"}
     tab.page.route("**/page.js", lambda route: route.fulfill(body=text.replace(good, bad), headers=headers))

@@ -21,7 +21,7 @@ from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LA
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.text.spans import read_spans
 from adalink.training.adapter_io import load_adapter
-from adalink.training.classifier import LabelCollator, LabelledExample, TrainableClassifier
+from adalink.training.heads.classifier import LabelCollator, LabelledExample, TrainableClassifier
 from adalink.training.models.loading import load_base, load_tokenizer
 
 HEADS = [name for name, settings in TASKS.items() if "head" in settings]

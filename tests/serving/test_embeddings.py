@@ -19,7 +19,7 @@ from helpers.served import Served, serve_in_thread, wait_for
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
-from adalink.serving import pieces
+from adalink.serving.endpoints import pieces
 from adalink.training.adapter_io import load_adapter
 from adalink.training.models.loading import load_base, load_tokenizer
 

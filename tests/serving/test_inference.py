@@ -11,7 +11,7 @@ from helpers.runtime import Tiny, build
 from helpers.served import Served, serve_in_thread
 
 from adalink.runtime import Deployment
-from adalink.serving import inference
+from adalink.serving.endpoints import inference
 
 IDS = [[5, 9, 30, 7], [8, 8, 2, 0]]
 

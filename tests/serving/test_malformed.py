@@ -14,7 +14,7 @@ import pytest
 from helpers.served import Served, serve_in_thread
 
 from adalink.runtime import Deployment
-from adalink.serving import generating
+from adalink.serving.endpoints import completions as generating
 
 CHAT: dict[str, Any] = {
     "model": "beta",

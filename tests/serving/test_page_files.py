@@ -14,12 +14,12 @@ from helpers.runtime import build
 from helpers.served import Served, serve_in_thread, wait_for
 
 from adalink.runtime import Deployment
-from adalink.serving.page import PAGE_ADDRESSES
+from adalink.serving.endpoints.page import PAGE_ADDRESSES
 from adalink.tools.command_line.json_output import join_json_options
 from adalink.tools.command_line.options import make_options
 from adalink.tools.commands.serve import ServeCommandOptions, command
 
-FOLDER = REPOSITORY / "serving" / "page"
+FOLDER = REPOSITORY / "serving" / "endpoints" / "page"
 KINDS = {
     "/": "text/html",
     "/page/page.css": "text/css",

@@ -9,8 +9,8 @@ import pytest
 from helpers.served import Served, serve_in_thread
 
 from adalink.runtime import BackendError, BackendUnavailableError, Deployment, IntegrityError
-from adalink.serving.fields import ChatFields, CompletionFields
-from adalink.serving.unsupported import refuse_unsupported
+from adalink.serving.openai.fields import ChatFields, CompletionFields
+from adalink.serving.openai.unsupported import refuse_unsupported
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,YWI="}}

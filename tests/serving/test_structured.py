@@ -10,7 +10,7 @@ import pytest
 from helpers.served import Served
 
 from adalink.runtime import RequestError, SamplingParams
-from adalink.runtime.generation.structured_output import StructuredOutput
+from adalink.runtime.sampling.structured_output import StructuredOutput
 
 SCHEMA = {"enum": ["oil", 12]}
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from adalink.training.loop.trainer import trainer_arguments
 from adalink.training.method.adalink import AdaLink
 from adalink.training.settings import TrainSettings
-from adalink.training.trainer import trainer_arguments
 from studies.experiment.optimizer import make_optimizer
 
 

@@ -18,7 +18,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.head_spec import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKENS
 from adalink.tools.evaluation.report import Report
 from adalink.tools.evaluation.trained import PAGE_FILE, make_page, make_training_report
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.outcome import Outcome
 from adalink.training.run import train

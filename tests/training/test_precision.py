@@ -18,7 +18,7 @@ from torch import nn
 
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
 from adalink.training.settings import TrainSettings

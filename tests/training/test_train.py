@@ -19,7 +19,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.digest import digest_file
 from adalink.training.adapter_io import load_adapter
 from adalink.training.evaluation import greedy_replies
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
 from adalink.training.run import train

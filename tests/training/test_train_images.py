@@ -24,7 +24,8 @@ from adalink.training.data.batches import pad_decoder
 from adalink.training.data.images import TrainingImages
 from adalink.training.data.rows import TrainingRow, encode_rows, read_rows
 from adalink.training.evaluation import exact_match
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
+from adalink.training.loop.trainer import TrainableAdapters, collator
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import load_base
@@ -32,7 +33,6 @@ from adalink.training.models.patches import read_patching
 from adalink.training.models.prefix_lm import prompt_form, prompt_inputs
 from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.trainer import TrainableAdapters, collator
 from studies.experiment.run import open_base
 
 SETTINGS = TrainSettings(lr=2e-2, max_steps=150, batch_size=8, max_length=32, seed=3, device="cpu", save_steps=20)

@@ -16,7 +16,7 @@ from adalink.runtime import DataError, ModelError
 from adalink.runtime.rows.source import RowSource
 from adalink.training import AdaLinkConfig, TrainSettings, train
 from adalink.training.data.rows import encode_rows, read_rows
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
 
 SETTINGS = TrainSettings(max_steps=1, batch_size=4, max_length=40, device="cpu", seed=5)
 CONFIG = AdaLinkConfig(rank=2)

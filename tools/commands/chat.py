@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import AdaLinkError, BackendError, DataError, RequestError
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.request import check_text
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.variants import choose_variant
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next

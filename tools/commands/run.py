@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adalink.runtime.errors import DataError
-from adalink.runtime.generation.sampling import SamplingParams
-from adalink.runtime.generation.structured_output import StructuredOutput
 from adalink.runtime.request import check_text
 from adalink.runtime.rows.source import RowSource, read_columns
+from adalink.runtime.sampling.sampler import SamplingParams
+from adalink.runtime.sampling.structured_output import StructuredOutput
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (

@@ -27,7 +27,7 @@ from adalink.tools.terminal.interrupts import Interrupts
 from adalink.tools.terminal.step_line import StepLine
 from adalink.tools.terminal.terminal_text import echo
 from adalink.tools.terminal.verbose import is_quiet
-from adalink.training.loop_options import REPORTERS, LoopOptions
+from adalink.training.loop.options import REPORTERS, LoopOptions
 from adalink.training.method.config import INITS
 from adalink.training.models.hub_access import hub_access
 from adalink.training.settings import DEVICES, PRECISIONS, RATES, SEARCHED_INIT, TrainSettings
@@ -202,7 +202,7 @@ def train_adapter(options: TrainOptions) -> None:
     source = RowSource(options.data, read_columns(options.columns), options.template)
     settings, space = options.training(config), options.search(config)
     from adalink.tools.preflight.training import check_training
-    from adalink.training.reporters import check_reporter
+    from adalink.training.loop.reporters import check_reporter
 
     check_reporter(options.report_to)
     head = options.head(source)

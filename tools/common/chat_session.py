@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.request import Request
-from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.sampling.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment

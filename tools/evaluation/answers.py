@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.runtime.errors import DataError, RequestError
-from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.head_spec import SINGLE_LABEL, TOKENS
 from adalink.tools.evaluation.metrics import Flags, Numbers
 from adalink.tools.evaluation.report import Speed

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.generation.sampling import PLAIN_GREEDY
+from adalink.runtime.sampling.sampler import PLAIN_GREEDY
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.common.environment import available_cores

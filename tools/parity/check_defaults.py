@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.tools.parity.reference import Reference
 from adalink.tools.parity.report import Report, at_most

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adalink.tools.terminal.verbose import is_quiet, say
 
 if TYPE_CHECKING:
-    from adalink.training.loop_options import StepProgress
+    from adalink.training.loop.options import StepProgress
 
 _SECONDS_BETWEEN = 0.1
 

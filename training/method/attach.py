@@ -64,7 +64,7 @@ class AdaLinkModel:
         adapters: one ``AdaLink`` per modality, none for rank 0; beside them the parameter ``soft_prompt`` of shape
             ``(n, d)``, if there is one. On the device of the embedding.
         head: from ``d`` numbers to a score for each label; ``None`` without ``config.head``. Nothing calls it here: see
-            ``adalink.training.classifier``.
+            ``adalink.training.heads.classifier``.
     """
 
     def __init__(self, model: PreTrainedModel, config: AdaLinkConfig) -> None:

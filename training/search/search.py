@@ -22,7 +22,8 @@ from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.atomic import replace_file
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import digest_bytes
-from adalink.training.checkpoints import SEARCH_FILE
+from adalink.training.loop.checkpoints import SEARCH_FILE
+from adalink.training.loop.trainer import TrainableAdapters, mean_loss, trainer_arguments
 from adalink.training.method.attach import attach
 from adalink.training.method.initialization import find_directions, follow_directions
 from adalink.training.models.loading import embedding_matrix
@@ -36,7 +37,6 @@ from adalink.training.search.plan import (
     rank_trials,
     split_rows,
 )
-from adalink.training.trainer import TrainableAdapters, mean_loss, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from adalink.training.data.rows import Example, TrainingRow
+    from adalink.training.loop.trainer import Collate
     from adalink.training.method.config import AdaLinkConfig
     from adalink.training.settings import SearchSettings, TrainSettings
-    from adalink.training.trainer import Collate
 
 _MEASURED_STEPS = 4
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu_proof import cells
 from benchmarks.gpu_proof.bases import SHAPES, write_base
-from benchmarks.gpu_proof.cells import Cell, study_cells, train_cells
+from benchmarks.gpu_proof.steps import cells
+from benchmarks.gpu_proof.steps.cells import Cell, study_cells, train_cells
 
 CELLS = [Cell("a", 4, "identity", 1e-2), Cell("b", 16, "gelu", 3e-3), Cell("c", 8, "identity", 3e-2)]
 STEPS = 4

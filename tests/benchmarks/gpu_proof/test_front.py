@@ -17,7 +17,7 @@ from adalink.runtime.errors import BackendError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
-from benchmarks.gpu_proof.front import CudaPlans, FrontBackend, Graphs
+from benchmarks.gpu_proof.measure.front import CudaPlans, FrontBackend, Graphs
 
 PROFILE = Profile(batch=ShapeRange(1, 2, 4), seq=ShapeRange(1, 4, 8), past=ShapeRange(0, 16, 62))
 CPU = {"provider": "CPUExecutionProvider", "place": "cpu"}

@@ -16,12 +16,12 @@ from helpers.paths import REPOSITORY
 from adalink.runtime.device.gpus import find_gpus
 from adalink.runtime.profile import parse_profile
 from adalink.runtime.storage.manifest_io import read_manifest
-from benchmarks.gpu_proof.device_engine import _SMALL_PROFILE
-from benchmarks.gpu_proof.engine_case import run_plan
-from benchmarks.gpu_proof.front import FrontBackend
+from benchmarks.gpu_proof.measure.engine_case import run_plan
+from benchmarks.gpu_proof.measure.front import FrontBackend
 from benchmarks.gpu_proof.record import Record, read_json
 from benchmarks.gpu_proof.schedule import STEPS
 from benchmarks.gpu_proof.step import Plan
+from benchmarks.gpu_proof.steps.device_engine import _SMALL_PROFILE
 
 pytestmark = pytest.mark.skipif(bool(find_gpus().devices), reason="there is a GPU: python -m benchmarks.gpu_proof")
 ON_CPU = {"machine", "bases"}

@@ -13,8 +13,8 @@ from helpers.studies import write_base
 
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
-from benchmarks.gpu_proof.cells import Cell
-from benchmarks.gpu_proof.study_rows import (
+from benchmarks.gpu_proof.steps.cells import Cell
+from benchmarks.gpu_proof.steps.study_rows import (
     Together,
     group_losses,
     in_groups,

@@ -15,8 +15,8 @@ from adalink.runtime.errors import BackendError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.profile import Profile, ShapeRange
 from adalink.runtime.storage.manifest_io import read_manifest
-from benchmarks.gpu_proof.device_engine import try_memory, try_recording
-from benchmarks.gpu_proof.front import FrontBackend
+from benchmarks.gpu_proof.measure.front import FrontBackend
+from benchmarks.gpu_proof.steps.device_engine import try_memory, try_recording
 
 PROFILE = Profile(batch=ShapeRange(1, 2, 4), seq=ShapeRange(1, 4, 8), past=ShapeRange(0, 16, 62))
 PROMPTS = [[5, 9, 33, 41, 7, 60, 12, 44, 81, 19], [8, 70, 3], [90, 4, 77, 21, 15]]

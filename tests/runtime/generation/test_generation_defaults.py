@@ -17,7 +17,8 @@ from adalink.export.base.export import export_base
 from adalink.export.base.generation import describe_generation
 from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation import logits_processors, token_chooser
+from adalink.runtime.generation import token_chooser
+from adalink.runtime.sampling import logits_processors
 from adalink.runtime.storage.manifest_io import read_manifest
 
 STEPS = 12

@@ -17,9 +17,9 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.padding import pad, positions_of
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.model_runner import ModelRunner
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.adapter import make_adapter
 
 PROMPTS = ["A bank raised", "wheat", "Q", "crude oil, 1987"]

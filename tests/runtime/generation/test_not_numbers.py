@@ -19,9 +19,9 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.errors import BackendError, ModelError
 from adalink.runtime.generation import token_chooser
-from adalink.runtime.generation.sampling import PLAIN_GREEDY
 from adalink.runtime.generation.token_chooser import TokenChooser
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.sampling.sampler import PLAIN_GREEDY
 from adalink.runtime.storage.adapter import make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
 

@@ -16,10 +16,10 @@ from helpers.tiny_tokenizer import CHARACTERS, make_tokenizer
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError
-from adalink.runtime.generation.sampling import SamplingParams
 from adalink.runtime.generation.sequence import Generation
 from adalink.runtime.generation.speculative_decoding import PromptLookup
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
+from adalink.runtime.sampling.sampler import SamplingParams
 
 PROMPTS = ["A bank raised", "wheat wheat wheat", "Q", "crude oil, 1987"]
 STEPS = 24

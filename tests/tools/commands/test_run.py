@@ -16,7 +16,7 @@ from helpers.runtime import reseal
 from helpers.tiny_deployments import make_deployment
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.text.tokenizer import Tokenizer

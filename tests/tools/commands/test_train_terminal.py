@@ -22,7 +22,7 @@ from helpers.studies import write_base
 
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.tools.terminal.step_line import StepLine, describe
-from adalink.training.loop_options import StepProgress
+from adalink.training.loop.options import StepProgress
 
 # Steps that take long enough for a person, or a test, to press a key between two of them.
 SCRIPT = """
@@ -30,7 +30,7 @@ import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from transformers import TrainerCallback
 from adalink.training import settings
-from adalink.training.step_callbacks import StepReporter
+from adalink.training.loop.step_callbacks import StepReporter
 tell = StepReporter.on_step_end
 def slow(self, args, state, control, **more):
     tell(self, args, state, control, **more)

@@ -16,14 +16,14 @@ from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.batches import IGNORED_LABEL
 from adalink.training.data.rows import Example
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
+from adalink.training.loop.trainer import TrainableAdapters, collator
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.method.initialization import find_directions, follow_directions, measure_gradients
 from adalink.training.models.loading import input_embedding
 from adalink.training.run import train
 from adalink.training.settings import SearchSettings, TrainSettings
-from adalink.training.trainer import TrainableAdapters, collator
 
 RANK = 5
 CONFIG = AdaLinkConfig(rank=RANK, activation="gelu", bias=True, init="gradient")

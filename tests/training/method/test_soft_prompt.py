@@ -16,13 +16,13 @@ from adalink.runtime.storage.adapter import AdapterConfig, make_adapter, read_ad
 from adalink.training.adapter_io import load_adapter, save_adapter, to_adapter
 from adalink.training.data.batches import pad_decoder
 from adalink.training.data.rows import TrainingRow, encode_rows
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
+from adalink.training.loop.trainer import TrainableAdapters
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.models.loading import base_fingerprint, input_embedding
 from adalink.training.run import train
 from adalink.training.settings import TrainSettings
-from adalink.training.trainer import TrainableAdapters
 
 N = 5
 SOFT = AdaLinkConfig(rank=0, activation="identity", soft_tokens=N)

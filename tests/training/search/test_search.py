@@ -18,13 +18,13 @@ from helpers.tiny_tokenizer import make_tokenizer
 from adalink.runtime.errors import ConfigError, DataError
 from adalink.training.data.batches import pad_decoder, pad_encoder_decoder
 from adalink.training.data.rows import TrainingRow, encode_rows
+from adalink.training.loop.trainer import TrainableAdapters, collator
 from adalink.training.method.attach import attach
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.search import search as search_module
 from adalink.training.search.plan import Candidate, Trial, list_candidates, plan_rungs, rank_trials, split_rows
 from adalink.training.search.search import _read, search
 from adalink.training.settings import SearchSettings, TrainSettings
-from adalink.training.trainer import TrainableAdapters, collator
 
 CONFIG = AdaLinkConfig(rank=4)
 SETTINGS = TrainSettings(lr=0.5, max_steps=32, batch_size=8, max_length=24, seed=3, device="cpu")

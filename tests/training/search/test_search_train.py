@@ -13,7 +13,7 @@ from helpers.tiny_tokenizer import make_tokenizer
 from adalink.runtime.errors import ConfigError, DataError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.training.data.rows import TrainingRow, encode_rows
-from adalink.training.loop_options import LoopOptions
+from adalink.training.loop.options import LoopOptions
 from adalink.training.method.config import AdaLinkConfig
 from adalink.training.run import train
 from adalink.training.search import search as search_module

@@ -1,0 +1,1 @@
+"""What several steps measure: parity with PyTorch, swaps, decode steps, plans."""

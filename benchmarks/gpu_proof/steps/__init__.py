@@ -1,0 +1,1 @@
+"""Steps of the proof, each a module with ``run(record, plan)``."""
