@@ -30,7 +30,10 @@ from benchmarks.store import Result, Store
 _TIMEOUT_S = 7200
 # What a figure depends on; accuracy depends on the files of the model and on how they are scored.
 _TIMED = ("src/adalink/runtime", "src/adalink/export", "benchmarks/size", "constraints.txt")
-_SCORED = ("benchmarks/size/engines", "benchmarks/size/accuracy.py", "benchmarks/size/llama_library.py")
+_SCORED = (
+    *(f"benchmarks/size/engines/{name}.py" for name in ("kit", "llama_cpp", "genai")),
+    *("benchmarks/size/accuracy.py", "benchmarks/size/llama_library.py"),
+)
 
 
 class Bench:

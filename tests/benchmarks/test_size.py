@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.size import __main__ as run
 from benchmarks.size import gguf_files, seeded_model
 from benchmarks.size.accuracy import HostEmbedder, Row, is_right, measure, read_rows
 from benchmarks.size.cases import MODELS, quick
+from benchmarks.size.engines import common
 from benchmarks.size.engines.common import FIELDS, Engine, Settings, measure_engine
 from benchmarks.size.plot import draw
 from benchmarks.size.report import accuracy_rows, export_rows, figure_rows, ratio_rows, section
@@ -105,7 +107,7 @@ def test_a_gguf_file_of_a_folder_is_the_same_model(tmp_path: Path, monkeypatch: 
 
 
 class FakeEngine(Engine):
-    """Tokens at once, as many as asked, or one too few for a batch."""
+    """A token each half millisecond, or one too few for a batch."""
 
     packages = ("numpy",)
     is_short = False
@@ -114,6 +116,7 @@ class FakeEngine(Engine):
         assert settings.context == 3 + 4
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        time.sleep(new_tokens * 5e-4)
         return [[7] * (new_tokens - (self.is_short and len(prompts) > 1)) for _ in prompts]
 
     def logits(self, task: str, row: Row) -> np.ndarray:
@@ -126,6 +129,11 @@ def test_an_engine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     figures = measure_engine(FakeEngine, settings, prompts, new_tokens=4, repeats=2)
     assert sorted(figures) == sorted(FIELDS)
     assert figures["first_tokens"] == [7] * 8
+    slow_first = iter([0.2, 0.1])
+    monkeypatch.setattr(common, "_seconds", lambda *_: next(slow_first))
+    with pytest.raises(RuntimeError, match=r"4 tokens took 0\.100 s and one took 0\.200 s: measure without"):
+        measure_engine(FakeEngine, settings, prompts, new_tokens=4, repeats=1)
+    monkeypatch.undo()
     monkeypatch.setattr(FakeEngine, "is_short", True)
     with pytest.raises(RuntimeError, match="asked for 1 tokens, got"):
         measure_engine(FakeEngine, settings, prompts, new_tokens=4, repeats=2)
