@@ -131,7 +131,7 @@ def test_an_engine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert figures["first_tokens"] == [7] * 8
     slow_first = iter([0.2, 0.1])
     monkeypatch.setattr(common, "_seconds", lambda *_: next(slow_first))
-    with pytest.raises(RuntimeError, match=r"4 tokens took 0\.100 s and one took 0\.200 s: measure without"):
+    with pytest.raises(RuntimeError, match=r"4 tokens took 0\.100 s and one took 0\.200 s: stop other"):
         measure_engine(FakeEngine, settings, prompts, new_tokens=4, repeats=1)
     monkeypatch.undo()
     monkeypatch.setattr(FakeEngine, "is_short", True)

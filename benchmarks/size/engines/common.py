@@ -149,9 +149,7 @@ def _speed(engine: Engine, prompts: list[list[int]], new_tokens: int, repeats: i
     first = statistics.median(_seconds(engine, prompts, 1) for _ in range(repeats))
     whole = statistics.median(_seconds(engine, prompts, new_tokens) for _ in range(repeats))
     if whole <= first:
-        raise RuntimeError(
-            f"{new_tokens} tokens took {whole:.3f} s and one {first:.3f} s: other work runs; measure again"
-        )
+        raise RuntimeError(f"{new_tokens} tokens took {whole:.3f} s and one took {first:.3f} s: stop other programs")
     return first, len(prompts) * (new_tokens - 1) / (whole - first)
 
 
