@@ -70,7 +70,7 @@ class Bench:
                 try:
                     scores[case.name] = self._accuracy(case, rows, adapters)
                 except MeasurementError as error:
-                    self.progress(f"{case.label}: accuracy FAILED, {error}")
+                    self.progress(f"{case.label}: no accuracy, {error}")
         self._files.remove_checkpoint()
         rounds = self._rounds(cases, prompts, errors)
         measured = {case.name: self._case(case, rounds, scores, errors) for case in self._model.cases}

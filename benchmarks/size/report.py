@@ -29,15 +29,15 @@ Cases = Mapping[str, Mapping[str, Any]]
 
 
 def median(case: Mapping[str, Any], field: str) -> float | None:
-    """Median over the rounds; ``None`` for a case that was not measured."""
-    values = [figures[field] for figures in case.get("rounds", [])]
+    """Median over the rounds; ``None`` for what was not measured."""
+    values = [figures[field] for figures in case.get("rounds", []) if field in figures]
     return statistics.median(values) if values else None
 
 
 def ratio(cases: Cases, above: str, below: str, field: str) -> float | None:
-    """Median of the rounds' own ratios of two cases; ``None`` if one was not measured."""
+    """Median of the rounds' own ratios of two cases; ``None`` for what was not measured."""
     pairs = zip(*(cases.get(name, {}).get("rounds", []) for name in (above, below)), strict=False)
-    ratios = [top[field] / bottom[field] for top, bottom in pairs]
+    ratios = [top[field] / bottom[field] for top, bottom in pairs if field in top and field in bottom]
     return statistics.median(ratios) if ratios else None
 
 
