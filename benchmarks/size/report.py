@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,14 @@ BEGIN, END = "<!-- measured: written by make bench-size -->", "<!-- end of measu
 STORED = Path("benchmarks/results/size.json")
 PLOT = Path("benchmarks/results/size.png")
 PAGE = Path("docs/benchmarks.md")
-# Figures of a round, and what they are in a table.
+# Figures of a round: name, unit and form in a table.
 FIGURES = {
-    "resident_mb": ("resident, MB", "{:,.0f}"),
-    "open_s": ("opening, s", "{:.2f}"),
-    "first_token_ms": ("first token, ms", "{:,.0f}"),
-    "tok_s_1": ("tokens/s, 1 row", "{:,.0f}"),
-    "tok_s_16": ("tokens/s, 16 rows", "{:,.0f}"),
+    "resident_mb": ("resident", ", MB", "{:,.0f}"),
+    "open_s": ("opening", ", s", "{:.2f}"),
+    "first_token_ms": ("first token", ", ms", "{:,.0f}"),
+    "tok_s_1": ("tokens/s, 1 row", "", "{:,.0f}"),
+    "tok_s_16": ("tokens/s, 16 rows", "", "{:,.0f}"),
 }
-_RATIO_TITLES = ("shipped", "resident", "opening", "first token", "tokens/s, 1 row", "tokens/s, 16 rows")
 Cases = Mapping[str, Mapping[str, Any]]
 
 
@@ -41,14 +41,20 @@ def ratio(cases: Cases, above: str, below: str, field: str) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
+def measured_fields(cases: Cases) -> list[str]:
+    """Figures that some case has."""
+    return [field for field in FIGURES if any(median(case, field) is not None for case in cases.values())]
+
+
 def figure_rows(cases: Cases) -> list[list[str]]:
-    """The table of a model."""
+    """The table of a model, without its head."""
+    fields = measured_fields(cases)
     rows = []
     for case in cases.values():
         if "error" in case:
-            rows.append([case["label"], case["error"], *[""] * len(FIGURES)])
+            rows.append([case["label"], case["error"], *[""] * len(fields)])
             continue
-        values = [(median(case, field), form) for field, (_, form) in FIGURES.items()]
+        values = [(median(case, field), FIGURES[field][2]) for field in fields]
         cells = ["" if value is None else form.format(value) for value, form in values]
         rows.append([case["label"], f"{case['shipped_bytes'] / 1e6:,.0f}", *cells])
     return rows
@@ -60,7 +66,7 @@ def ratio_rows(cases: Cases) -> list[list[str]]:
     for name, case in cases.items():
         if name.startswith("kit") or "error" in case or "error" in cases[KIT_INT4.name]:
             continue
-        ratios = [ratio(cases, KIT_INT4.name, name, field) for field in FIGURES]
+        ratios = [ratio(cases, KIT_INT4.name, name, field) for field in measured_fields(cases)]
         size = cases[KIT_INT4.name]["shipped_bytes"] / case["shipped_bytes"]
         rows.append([case["label"], f"{size:.2f}", *("" if value is None else f"{value:.2f}" for value in ratios)])
     return rows
@@ -86,29 +92,34 @@ def export_rows(report: Mapping[str, Any]) -> list[list[str]]:
             if "error" in case:
                 rows.append([model["label"], case["label"], case["error"], ""])
                 continue
-            seconds, peak = (
-                statistics.median(export[field] for export in case["exports"]) for field in ("seconds", "peak_bytes")
-            )
-            rows.append([model["label"], case["label"], f"{seconds:.0f}", f"{peak / 1e9:.1f}"])
+            times = [export["seconds"] for export in case["exports"] if "seconds" in export]
+            peak = statistics.median(export["peak_bytes"] for export in case["exports"])
+            seconds = f"{statistics.median(times):.0f}" if times else ""
+            rows.append([model["label"], case["label"], seconds, f"{peak / 1e9:.1f}"])
     return rows
 
 
 def section(report: Mapping[str, Any]) -> str:
     """The part of the page."""
     lines = []
-    columns = [title for title, _ in FIGURES.values()]
     for name, model in report.items():
         settings, cases = model["settings"], model["cases"]
+        shown = [FIGURES[field] for field in measured_fields(cases)]
         said = [f"Measured on {model['date']}: {model['environment']['cpu']}, {settings['threads']} threads,"]
-        said += [f"{settings['new_tokens']} new tokens, medians of {settings['rounds']} rounds.", model["load"]]
-        lines += [f"### {model['label']}", "", *[line for line in said if line], ""]
+        said += [f"{settings['new_tokens']} new tokens, rounds: {settings['rounds']}.", model["load"]]
+        lines += [f"### {model['label']}", "", *textwrap.wrap(" ".join(said), 120, break_on_hyphens=False), ""]
         if name == SMOLLM2 and (scored := accuracy_rows(cases)):
             tasks = next(case["accuracy"]["tasks"] for case in cases.values() if case.get("accuracy"))
             heads = [f"`{task}`, {figures['rows']:,} rows" for task, figures in tasks.items()]
             lines += [*table(["", "shipped, MB", *heads], scored), ""]
-        lines += [*table(["", "shipped, MB", *columns], figure_rows(cases)), ""]
+        lines += [*table(["", "shipped, MB", *(title + unit for title, unit, _ in shown)], figure_rows(cases)), ""]
         if ratios := ratio_rows(cases):
-            lines += ["The kit's int4 over each peer:", "", *table(["", *_RATIO_TITLES], ratios), ""]
+            lines += [
+                "The kit's int4 over each peer:",
+                "",
+                *table(["", "shipped", *(title for title, _, _ in shown)], ratios),
+                "",
+            ]
     lines += ["### Exports", "", *table(["", "", "seconds", "peak memory, GB"], export_rows(report))]
     return "\n".join(lines)
 
