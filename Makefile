@@ -97,7 +97,7 @@ bench-serving: demo ## measure the kit's server beside llama.cpp's, 16 tasks (25
 		$(if $(QUICK),--quick --out build/bench/serving.json,--out benchmarks/results/serving.json)
 	$(if $(QUICK),,$(RUN)/python -m benchmarks.serving.report)
 
-bench-size: $(VENV)/models $(PEERS)/installed ## measure what ships beside llama.cpp and onnxruntime-genai, 0.1 to 3 billion parameters (1 hour, 20 GB of disk; QUICK=1: 5 minutes)
+bench-size: $(VENV)/models $(PEERS)/installed ## measure what ships beside llama.cpp and onnxruntime-genai, 0.1 to 3 billion parameters (80 minutes, 20 GB of disk; QUICK=1: 5 minutes)
 	$(RUN)/python -m benchmarks.size --peers-python $(PEERS)/bin/python $(if $(QUICK),--quick)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
