@@ -6,6 +6,7 @@ the file is compared with both.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest import GgufTensors, Quantization
-from adalink.tools.parity.quantized_weights import Layer, Matrix, check_matrices, check_weights, weight_of
+from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, check_matrices, check_weights
 from adalink.tools.parity.report import Check, at_most
 from adalink.training.models.gguf.header import read_header
 from adalink.training.models.source import display_name, gguf_file
@@ -135,13 +136,11 @@ def check_codes(weights: GgufWeights, layers: list[Layer], recorded: tuple[GgufT
     outcomes: dict[str, tuple[str, int, int, bool]] = {}
     for layer in layers:
         tensor = weights.tensor_of(layer.name)
-        model, engine = weight_of(layer.module).numpy(), layer.matrix.values[layer.rows]
         if tensor is None:
-            wrong[layer.name] += engine.size
+            wrong[layer.name] += math.prod(layer.shape)
             continue
         is_kept = weights.type_of(tensor) in KEPT
-        expected = weights.values_of(tensor)
-        wrong[layer.name] += sum(_differing(expected, found) for found in ([model, engine] if is_kept else [model]))
+        wrong[layer.name] += _differing(weights.values_of(tensor), layer, is_kept)
         again += [] if is_kept else [layer]
         outcomes[tensor] = (weights.type_of(tensor), layer.matrix.bits, layer.matrix.block_size, is_kept)
     said = Counter({(e.type, e.bits, e.block_size, e.is_exact): e.tensors for e in recorded if e.block_size})
@@ -165,6 +164,12 @@ def check_codes(weights: GgufWeights, layers: list[Layer], recorded: tuple[GgufT
     ]
 
 
-def _differing(expected: Float32, found: Float32) -> int:
-    """How many weights differ; all, if shapes do."""
-    return found.size if expected.shape != found.shape else int((expected != found).sum())
+def _differing(expected: Float32, layer: Layer, is_kept: bool) -> int:
+    """How many weights of the model, and of the engine if it keeps them, are not the file's; all, if shapes differ."""
+    if expected.shape != layer.shape:
+        return math.prod(layer.shape)
+    count, first = 0, layer.rows.start
+    for rows, engine, model in layer.pairs():
+        right = expected[rows.start - first : rows.stop - first]
+        count += sum(int((right != values.numpy()).sum()) for values in ([model, engine] if is_kept else [model]))
+    return count

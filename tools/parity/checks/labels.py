@@ -18,8 +18,8 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.head_spec import SINGLE_LABEL, Head
 from adalink.runtime.storage.label_spec import LabelSet
-from adalink.tools.parity.check_head import fault_in_answer
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.head import fault_in_answer
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Check, at_most
 
 # Sequences that PyTorch runs: each is one text and one label. Two texts at least, since one calibrates the other.

@@ -9,9 +9,9 @@ import numpy as np
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.storage.manifest import Base
-from adalink.tools.parity.position_labels import PositionLabels
-from adalink.tools.parity.prompts import fit
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.inputs.prompts import fit
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.position_labels import PositionLabels
 from adalink.tools.parity.report import Report, at_most
 
 

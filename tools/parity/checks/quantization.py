@@ -11,11 +11,11 @@ from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import DataError, RequestError
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.check_generation import Generator, check_generation, judge
-from adalink.tools.parity.check_outputs import compare_outputs, decoder_row, log_softmax
-from adalink.tools.parity.quantized_weights import Matrix, read_matrices
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.generation import Generator, check_generation, judge
+from adalink.tools.parity.checks.outputs import Rows, compare_outputs, decoder_row, log_softmax
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.quantized_weights import Matrix, read_matrices
 from adalink.tools.parity.report import Check, at_most
 
 # Tokens of a text that are run at once, and how many such rows.
@@ -56,7 +56,7 @@ def check_activations(
         for task in (None, *deployment.tasks):
             label = "activations/base" if task is None else f"activations/task/{task}"
             with reference.adapted(None if task is None else folders[task]):
-                comparison = compare_outputs(label, deployment, reference, task, rows)
+                comparison = compare_outputs(label, deployment, reference, task, Rows(rows))
                 checks += comparison.checks
                 if texts is None or task is not None:
                     continue

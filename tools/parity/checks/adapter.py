@@ -21,13 +21,13 @@ from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter, AdapterCo
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.manifest import Task
 from adalink.runtime.storage.safetensors import as_float32, as_stored
-from adalink.tools.parity.float64_adapter import exact_adapter
+from adalink.tools.parity.reference.float64_adapter import exact_adapter
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from adalink.tools.parity.reference import Reference
+    from adalink.tools.parity.reference.model import Reference
 
 # Embeddings (1, tokens, d) in the base's dtype, their modality, and their token ids (1, tokens) if any -> adapted
 # embeddings.

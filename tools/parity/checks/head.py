@@ -31,10 +31,10 @@ from adalink.runtime.storage.head_spec import (
 from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Task
 from adalink.runtime.text_classifier import PreparedText
-from adalink.tools.parity.check_outputs import Comparison, decoder_row
-from adalink.tools.parity.check_pooling import pool_with_error
-from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.outputs import Comparison, decoder_row
+from adalink.tools.parity.checks.pooling import pool_with_error
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.report import Check, at_most
 
 # Scripts in which a tokenizer's word is a whole sentence, by the names of their letters.

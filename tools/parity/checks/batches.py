@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adalink.tools.parity.check_generation import GeneratedRow, Generator, Verdict, check_generation, judge
-from adalink.tools.parity.check_vision import ImagePrompts
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.generation import GeneratedRow, Generator, Verdict, check_generation, judge
+from adalink.tools.parity.checks.vision import ImagePrompts
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Check
 
 STEPS = 32

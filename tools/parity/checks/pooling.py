@@ -18,8 +18,8 @@ from adalink.export.adapter.error_bound import Float64, worst_ratio
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdaLinkError
 from adalink.runtime.storage.pooling_schema import Pooling
-from adalink.tools.parity.check_outputs import Comparison, decoder_row
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.outputs import Comparison, decoder_row
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Check, Report, at_most
 
 # Roundings to float32 of the vector, and of the states where the engine stores less.

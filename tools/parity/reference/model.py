@@ -1,12 +1,14 @@
 """The reference of every comparison: the checkpoint in PyTorch, in float32 and in float64.
 
+transformers loads the whole model in float32. Then every matrix that a file holds too, value by value, is let go of and
+read from there, a piece at a time; the model in float64 has no matrices of its own.
+
 Float64 measures the noise of float32. For a quantised engine the reference uses the engine's weights, dequantised; the
 cost of quantising is measured apart.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,21 +24,26 @@ from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.manifest import Base, Quantization
 from adalink.runtime.storage.pooling_schema import Pooling
-from adalink.tools.parity.check_checkpoint import check_files
-from adalink.tools.parity.gguf_tokens import GgufTokens
-from adalink.tools.parity.gguf_weights import check_layers
-from adalink.tools.parity.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
-from adalink.tools.parity.position_labels import NO_LABELS, PositionLabels, position_maps
-from adalink.tools.parity.quantized_weights import Layer, Matrix, find_layers, rounded_inputs
-from adalink.tools.parity.reference_images import Pixels, image_features, pixel_tensors
+from adalink.tools.parity.reference.checkpoint import check_files
+from adalink.tools.parity.reference.forward import Row, run_row
+from adalink.tools.parity.reference.gguf_tokens import GgufTokens
+from adalink.tools.parity.reference.gguf_weights import check_layers
+from adalink.tools.parity.reference.images import Pixels, image_features, pixel_tensors
+from adalink.tools.parity.reference.input_side import InputSide, without_input_side
+from adalink.tools.parity.reference.known_outputs import KnownOutputs
+from adalink.tools.parity.reference.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
+from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
+from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
-from adalink.tools.parity.soft_prompt_reference import InputSide, without_input_side
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from adalink.training.data.rows import Example
+
+# The models, and the adapters that are attached to them, by precision.
+_FLOAT32, _FLOAT64 = 0, 1
 
 
 class Reference:
@@ -54,13 +61,14 @@ class Reference:
             ModelError: it cannot be loaded.
             ContractError: it is another model than the deployment's.
         """
+        from adalink.tools.parity.reference.stored_weight import in_float64, store
         from adalink.training.models.loading import base_fingerprint, load_base, weights_digest
         from adalink.training.models.source import display_name
 
         self.base = base
         self._spec, self._assumed = spec, assume_pretokenizer
         self._model = load_base(spec)
-        self.file_checks = check_files(spec, self._model)
+        self.file_checks, places = check_files(spec, self._model)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
         for field, digest in digests.items():
             exported = getattr(base, field)
@@ -69,13 +77,16 @@ class Reference:
                     f"{display_name(spec)} has {field} {digest}, the deployment was exported from {base.name} with "
                     f"{exported}: verify it against the model it was made from"
                 )
-        self._exact = copy.deepcopy(self._model).double()
+        matrices = {name: tensor for name, tensor in places.items() if tensor.is_float32 and len(tensor.shape) > 1}
+        store(self._model, matrices)
+        self._exact = in_float64(self._model)
         self._attached: Any = None
         self._input_side: InputSide | None = None
         self._layers: list[Layer] = []
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
+        self._known = KnownOutputs()
 
     @property
     def model(self) -> Any:
@@ -126,10 +137,12 @@ class Reference:
                 self._attached = [
                     stack.enter_context(load_adapter(folder, model)) for model in (self._model, self._exact)
                 ]
+            self._known.clear()
             try:
                 yield
             finally:
                 self._attached = self._input_side = None
+                self._known.clear()
 
     def quantize(self, matrices: list[Matrix], quantization: Quantization) -> list[Check]:
         """Replace the weights of quantised layers by the graph's dequantised ones, for good; other weights stay.
@@ -149,11 +162,12 @@ class Reference:
         self._layers = find_layers(self._model, matrices)
         checks = check_layers(self._layers, matrices, quantization, self._spec)
         for layer in self._layers:
-            values = torch.from_numpy(np.ascontiguousarray(layer.values))
-            # A new parameter: the head may share its weight with the embedding table.
-            self._originals.append(layer.module.weight)
-            layer.module.weight = torch.nn.Parameter(values, requires_grad=False)
-            self._twins[layer.name].weight = torch.nn.Parameter(values.double(), requires_grad=False)
+            # New parameters: the head may share its weight with the embedding table.
+            parameters = layer.module._parameters
+            self._originals.append(parameters["weight"])
+            parameters["weight"] = layer.weight(torch.float32)
+            self._twins[layer.name]._parameters["weight"] = layer.weight(torch.float64)
+        self._known.clear()
         return checks
 
     @contextmanager
@@ -169,10 +183,12 @@ class Reference:
     def rounded_activations(self) -> Iterator[None]:
         """Measure noise as the effect of rounded inputs of quantised products, until the block ends."""
         self._is_rounding = True
+        self._known.clear()
         try:
             yield
         finally:
             self._is_rounding = False
+            self._known.clear()
 
     @property
     def noise_source(self) -> str:
@@ -192,7 +208,7 @@ class Reference:
 
     def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Float64]:
         """Float32 outputs of one row by name, without their noise."""
-        return self._run(self._model, 0, ids, decoder_ids, None, None)
+        return self._run(_FLOAT32, Row(ids, decoder_ids))
 
     def exact_match(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_rows: int
@@ -200,11 +216,13 @@ class Reference:
         """Exact match in float32 (``adalink.training.evaluation``), as a share of the examples.
 
         The adapter in ``folder`` is attached as it was trained, with its soft prompt. Do not call this in ``adapted``.
+        All weights are in memory meanwhile, in float32: each step of many rows needs them.
         """
+        from adalink.tools.parity.reference.stored_weight import in_memory
         from adalink.training.adapter_io import load_adapter
         from adalink.training.evaluation import exact_match
 
-        with load_adapter(folder, self._model):
+        with in_memory(self._model), load_adapter(folder, self._model):
             return exact_match(self._model, tokenizer, examples, batch_rows)
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -263,68 +281,34 @@ class Reference:
             pixels: the row's images as the model takes them.
             labels: labels of the row's positions.
         """
-        row = (ids, decoder_ids, prompt_length, pixels, labels)
-        values = self._run(self._model, 0, *row)
+        row = Row(ids, decoder_ids, prompt_length, pixels, labels)
+        key = row.key(self.base.kind)
+        outputs = None if key is None else self._known.find(key)
+        if outputs is None:
+            outputs = self._outputs(row)
+            if key is not None:
+                self._known.add(key, outputs)
+        return outputs
+
+    def _outputs(self, row: Row) -> Outputs:
+        values = self._run(_FLOAT32, row)
         if not self._is_rounding:
-            return Outputs(values, deviations(values, self._run(self._exact, 1, *row)))
+            return Outputs(values, deviations(values, self._run(_FLOAT64, row)))
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(rounded_inputs(layer, layer.module))
                 stack.enter_context(rounded_inputs(layer, self._twins[layer.name]))
             # In both precisions: on the edge between two codes they round apart, as two engines would.
-            single = deviations(values, self._run(self._model, 0, *row))
-            double = deviations(values, self._run(self._exact, 1, *row))
+            single = deviations(values, self._run(_FLOAT32, row))
+            double = deviations(values, self._run(_FLOAT64, row))
         return Outputs(values, {name: np.maximum(single[name], double[name]) for name in values})
+
+    def _run(self, precision: int, row: Row) -> dict[str, Float64]:
+        model = (self._model, self._exact)[precision]
+        attached = None if self._attached is None else self._attached[precision]
+        return run_row(model, attached, self._input_side, self.base, row)
 
     def _exchange(self) -> None:
         for index, layer in enumerate(self._layers):
-            layer.module.weight, self._originals[index] = self._originals[index], layer.module.weight
-
-    def _run(
-        self,
-        model: Any,
-        side: int,
-        ids: list[int],
-        decoder_ids: list[int] | None,
-        prompt_length: int | None,
-        pixels: Pixels | None,
-        labels: PositionLabels = NO_LABELS,
-    ) -> dict[str, Float64]:
-        import torch
-
-        from adalink.training.models.prefix_lm import prompt_inputs
-
-        row, input_side = torch.tensor([ids]), self._input_side
-        images = {} if pixels is None else pixel_tensors(model, pixels)
-        if "image_grid_thw" in images:  # from embeddings alone the model cannot count its positions
-            is_image = (row == model.config.image_token_id).int()
-            images["position_ids"] = model.base_model.get_rope_index(row, is_image, images["image_grid_thw"])[0]
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if self._attached is not None:
-                attached = self._attached[side]
-                maps = position_maps(attached.config.modalities, self.base, len(ids), prompt_length, labels)
-                stack.enter_context(attached.positions(**maps))
-            inputs, soft_tokens = {"input_ids": row}, 0
-            if input_side is not None:
-                is_text = torch.tensor([labels.is_text(len(ids))])
-                if pixels is not None and self.base.vision is not None:
-                    is_text = row != self.base.vision.image_token_id
-                inputs = {"inputs_embeds": input_side.embeds(model, row, prompt_length, is_text, **images)}
-                soft_tokens = input_side.soft_tokens
-            if labels.token_types is not None:
-                inputs["token_type_ids"] = torch.tensor([[0] * soft_tokens + labels.token_types])
-            prompt = soft_tokens + (len(ids) if prompt_length is None else prompt_length)
-            inputs |= prompt_inputs(model, (torch.arange(soft_tokens + len(ids)) < prompt)[None])
-            if self.base.kind == "encoder-decoder":
-                outputs = model(**inputs, decoder_input_ids=torch.tensor([decoder_ids]))
-                return {
-                    "last_hidden_state": _float64(outputs.encoder_last_hidden_state)[soft_tokens:],
-                    "logits": _float64(outputs.logits),
-                }
-            name = "logits" if self.base.kind == "decoder" else "last_hidden_state"
-            return {name: _float64(getattr(model(**inputs, **images), name))[soft_tokens:]}
-
-
-def _float64(tensor: torch.Tensor) -> Float64:
-    return np.asarray(tensor[0].double().numpy())
+            parameters = layer.module._parameters
+            parameters["weight"], self._originals[index] = self._originals[index], parameters["weight"]

@@ -15,11 +15,11 @@ import numpy as np
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.profile import Profile
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.check_generation import Generator, Verdict, check_generation, expected_outputs, judge
-from adalink.tools.parity.check_outputs import Comparison, worst_of
-from adalink.tools.parity.noise_floor import Outputs
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.generation import Generator, Verdict, check_generation, expected_outputs, judge
+from adalink.tools.parity.checks.outputs import Comparison, worst_of
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import Outputs
 from adalink.tools.parity.report import Check, at_most
 
 STEPS = 4

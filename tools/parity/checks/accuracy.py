@@ -11,7 +11,7 @@ from adalink.runtime.sampling.sampler import PLAIN_GREEDY
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.common.environment import available_cores
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.torch_threads import torch_threads
 from adalink.tools.rows.answers import batch_rows
 

@@ -17,10 +17,10 @@ from adalink.runtime.storage.manifest import Vision
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.vision.images import read_image
 from adalink.runtime.vision.preprocess import read_preprocessor
-from adalink.tools.parity.check_outputs import worst_of
-from adalink.tools.parity.noise_floor import TYPICAL_PERCENTILE, limit_of
-from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.reference_images import Pixels
+from adalink.tools.parity.checks.outputs import worst_of
+from adalink.tools.parity.reference.images import Pixels
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, limit_of
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:

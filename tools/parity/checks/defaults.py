@@ -14,7 +14,7 @@ import numpy as np
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.generation_schema import GenerationDefaults
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report, at_most
 
 _STEPS = 16

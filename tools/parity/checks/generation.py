@@ -19,17 +19,17 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.options import OpenOptions
+from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.tools.common.observed_backend import ObservedBackend
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.check_outputs import worst_of
-from adalink.tools.parity.noise_floor import Outputs
-from adalink.tools.parity.reference import Reference
-from adalink.tools.parity.reference_images import Pixels
+from adalink.tools.parity.checks.outputs import worst_of
+from adalink.tools.parity.reference.images import Pixels
+from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import Outputs
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
-    from adalink.tools.parity.check_vision import ImagePrompts
+    from adalink.tools.parity.checks.vision import ImagePrompts
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class GeneratedRow:
     Attributes:
         prompt: token ids of the prompt, with one placeholder for each position of an image.
         tokens: generated tokens; behind images, up to the first placeholder, which PyTorch would take for an image.
-        logits: logits of each step, shape ``(steps, vocab)``.
+        logits: logits of each step as floating-point numbers, shape ``(steps, vocab)``.
         text: the tokens' text, up to a stop text.
         pixels: the prompt's images as inputs of the PyTorch model; ``None`` without images.
     """
 
     prompt: list[int]
     tokens: list[int]
-    logits: Float64
+    logits: Array
     text: str
     pixels: Pixels | None = None
 
@@ -154,7 +154,10 @@ class Generator:
         results = self._deployment.generate(
             prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )
-        logits = [to_float64(np.stack(steps_of_row), self._base.embedding_dtype) for steps_of_row in self._logits]
+        logits = [np.stack(steps_of_row) for steps_of_row in self._logits]
+        self._logits = []
+        if self._base.embedding_dtype == "bfloat16":
+            logits = [as_float32(row) for row in logits]
         texts = [row.text for row in results]
         generated = [list(row.token_ids) for row in results]
         if image_prompts is None:
@@ -232,7 +235,7 @@ def judge(
         step = int(steps[0])
         ours, theirs = generator.text(int(chosen[step])), generator.text(int(expected[step].argmax()))
         wrong = f"step {step}: {ours!r}, PyTorch {theirs!r} by {margins[step]:.1e} (ties end at {2 * limits[step]:.1e})"
-    return Verdict(np.abs(row.logits - expected).max(axis=1), limits, ties, wrong)
+    return Verdict(np.abs(row.logits.astype(np.float64) - expected).max(axis=1), limits, ties, wrong)
 
 
 def check_generation(label: str, verdicts: list[Verdict], how: str = "") -> list[Check]:

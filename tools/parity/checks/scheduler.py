@@ -20,8 +20,8 @@ from adalink.runtime.errors import BackendError
 from adalink.runtime.generation.handle import Handle
 from adalink.runtime.generation.request import Request
 from adalink.runtime.options import OpenOptions
-from adalink.tools.parity.check_generation import GeneratedRow, Generator, Verdict, check_generation, judge
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.generation import GeneratedRow, Generator, Verdict, check_generation, judge
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Check, at_most
 
 _SLOTS = 4
@@ -124,7 +124,7 @@ class JoinedRows:
                 self._failed.append(str(error))
                 continue
             tokens = list(result.token_ids)
-            logits = np.stack(recorder.logits[: len(tokens)]).astype(np.float64)
+            logits = np.stack(recorder.logits[: len(tokens)])
             self.rows.append((task, GeneratedRow(prompt, tokens, logits, result.text)))
 
 

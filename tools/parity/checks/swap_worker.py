@@ -1,7 +1,8 @@
 """Worker process of level 4: opens a deployment, runs tasks one after another, and digests the outputs.
 
-``python -m adalink.tools.parity.swap_worker`` reads ``{"path", "backend", "variant", "threads", "ids", "decoder_ids",
-"tasks"}`` from stdin and prints ``{"digests": [...], "builds", "builder_calls", "files": {...}, "unchanged"}``.
+``python -m adalink.tools.parity.checks.swap_worker`` reads ``{"path", "backend", "variant", "threads", "ids",
+"decoder_ids", "tasks"}`` from stdin. It prints ``{"digests": [...], "builds", "builder_calls", "files": {...},
+"unchanged"}``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def run_fresh(request: dict[str, Any]) -> dict[str, Any]:
     """Answer a request in a new process; raises ``BackendError`` if that process fails."""
     done = subprocess.run(
-        python_command(module="adalink.tools.parity.swap_worker"),
+        python_command(module="adalink.tools.parity.checks.swap_worker"),
         input=json.dumps(request),
         env=child_environment(),
         capture_output=True,

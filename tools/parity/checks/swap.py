@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.check_adapter import to_float64
-from adalink.tools.parity.check_outputs import Comparison, decoder_row, worst_of
+from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.outputs import Comparison, Rows, decoder_row, worst_of
+from adalink.tools.parity.checks.swap_worker import run_fresh
 from adalink.tools.parity.report import Check, at_most
-from adalink.tools.parity.swap_worker import run_fresh
 
 _MIXED_ROWS = 8
 
@@ -79,7 +79,7 @@ def check_mixed_outputs(
     Args:
         deployment: the deployment to verify.
         rows: token ids.
-        compared: comparison of each task on the rows alone, for outputs and tolerances.
+        compared: comparison of each task on the rows alone, for tolerances.
     """
     base = deployment.manifest.base
     tasks = mixed_tasks(deployment)
@@ -105,7 +105,7 @@ def check_mixed_outputs(
             together = mixed[name][place]
             if not (is_seq2seq and name == "logits"):
                 together = together[places[place]]
-            alone = compared[task].received[index][name]
+            alone = Rows(rows).received(deployment, task, index)[name]
             deviations.append(np.abs(to_float64(together, base.embedding_dtype) - alone).max(axis=1))
             limits.append(compared[task].limits[name][index])
         deviation, limit, place, position = worst_of(deviations, limits)

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
-from adalink.tools.parity.check_batches import STEPS
-from adalink.tools.parity.check_vision import (
+from adalink.tools.parity.checks.batches import STEPS
+from adalink.tools.parity.checks.vision import (
     ImagePrompts,
     check_tower_profile_limits,
     check_vision,
     make_image_prompts,
     reference_processor,
 )
-from adalink.tools.parity.gguf_tokens import PROBES
-from adalink.tools.parity.labelled_rows import LabelledRows, collect_labelled_rows
-from adalink.tools.parity.prompts import fitting_prompts, longest_prompt, seeded_rows
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.inputs.labelled_rows import LabelledRows, collect_labelled_rows
+from adalink.tools.parity.inputs.prompts import fitting_prompts, longest_prompt, seeded_rows
+from adalink.tools.parity.reference.gguf_tokens import PROBES
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report, at_most
 
 # Generation is measured from the shortest prompts: each step costs as much after a long one.
