@@ -14,7 +14,7 @@ from adalink.export.adapter.nodes import edge_type
 from adalink.export.tracing.external_data import DataFile
 from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
-from adalink.runtime.storage.table_schema import HALVES
+from adalink.runtime.storage.table_schema import NUMBERS
 
 if TYPE_CHECKING:
     import onnx
@@ -33,7 +33,7 @@ class Lookup:
 
 
 def refer_to_table(base: Base, file: Path) -> Lookup:
-    """A lookup in a linked file: the deployment's table, or the data of a graph that has it as codes of its head.
+    """A lookup in a linked file: the deployment's table, or the data of a graph that has it in its head.
 
     Args:
         base: the contract; its table is not in GGUF blocks (``is_readable``).
@@ -52,9 +52,9 @@ def refer_to_table(base: Base, file: Path) -> Lookup:
         return Lookup(_from_codes(base), [codes, scales])
     dtype = base.embedding_dtype if table is None else table.encoding
     rows = _external("table", edge_type(dtype), shape)
-    size = file.stat().st_size
     length = base.vocab_size * base.hidden_size * (4 if dtype == "float32" else 2)
-    _place(rows, file, size - length, length)
+    start = None if table is None else table.rows_start
+    _place(rows, file, file.stat().st_size - length if start is None else start, length)
     return Lookup(_from_rows(base, dtype), [rows])
 
 
@@ -79,7 +79,7 @@ def copy_table(base: Base, table: EmbeddingTable, graph: Path) -> Lookup:
 def is_readable(base: Base) -> bool:
     """Whether ONNX can read the table as it lies in its file; GGUF blocks it cannot."""
     table = base.table
-    return table is None or table.head is not None or table.encoding in HALVES
+    return table is None or table.head is not None or table.encoding in NUMBERS
 
 
 def _from_rows(base: Base, dtype: str, scale: float | None = None) -> list[onnx.NodeProto]:

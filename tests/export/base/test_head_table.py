@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.runtime import reseal
 from helpers.tied_codes import WIDTH, tied
-from helpers.tiny_models import VOCAB_SIZE
+from helpers.tiny_models import FAMILIES, VOCAB_SIZE
 
 from adalink.export.base.export import export_base
 from adalink.export.table_file import write_out
