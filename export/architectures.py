@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from adalink.runtime.errors import ModelError
 from adalink.runtime.storage.manifest import Cache
@@ -96,6 +99,11 @@ def check_model_type(name: object) -> None:
             f"model type {name!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}. "
             "A new one needs an entry in adalink.export.architectures and its parity test"
         )
+
+
+def embedding_scale(name: str, hidden_size: int) -> float:
+    """The factor by which a model's embedding module multiplies a row of its matrix: a float32 number."""
+    return float(np.float32(math.sqrt(hidden_size))) if ARCHITECTURES[name].scales_embeddings else 1.0
 
 
 def mask_windows(config: PretrainedConfig, architecture: Architecture) -> dict[str, int | None]:

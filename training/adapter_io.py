@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.runtime.errors import AdapterError, WriteError
+from adalink.runtime.errors import AdapterError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -23,6 +18,7 @@ from adalink.runtime.storage.adapter import (
 )
 from adalink.runtime.storage.adapter_spec import MethodSpec, settings_of
 from adalink.runtime.storage.atomic import write_through
+from adalink.runtime.storage.atomic_folder import replace_folder
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.tokenizer_digest import tokenizer_digest
 from adalink.training.method.attach import AdaLinkModel, attach
@@ -33,9 +29,6 @@ from adalink.training.run_folder import check_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 def to_adapter(attached: AdaLinkModel, base_name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Adapter:
@@ -83,22 +76,9 @@ def save_adapter(folder: str | Path, adapter: Adapter | AdaLinkModel, extra: Map
     check_target(folder)
     config_bytes, weights_bytes = encode_adapter(adapter)
     files = {CONFIG_FILE: config_bytes, WEIGHTS_FILE: weights_bytes, **(extra or {})}
-    staging: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        staging.chmod(0o755)
+    with replace_folder(folder, f"adapter {folder}") as staging:
         for name, data in files.items():
             write_through(staging / name, data)
-        _rename_over(staging, folder)
-    except OSError as error:
-        raise WriteError(
-            f"adapter {folder}: cannot write {error.filename or folder}: {error.strerror or error}; what was there is "
-            "as it was. Free space or choose a writable folder"
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
@@ -135,25 +115,3 @@ class _ModelBase:
         self.fingerprint = base_fingerprint(model)
         self.vocab_size, self.hidden_size = embedding_matrix(model).shape
         self.max_positions = max_positions(model)
-
-
-def _rename_over(staging: Path, folder: Path) -> None:
-    """Rename ``staging`` to ``folder``; an old one ends up in ``staging``. One system call where the kernel has it."""
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(folder), _RENAME_EXCHANGE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code), str(folder))
-    aside = staging.with_name(f"{staging.name}.old")
-    folder.rename(aside)
-    try:
-        staging.rename(folder)
-    except OSError:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -16,9 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from adalink.runtime.storage.adapter import read_adapter
+from adalink.export.hosts.host_base import base_of_deployment
+from adalink.export.hosts.lora import export_lora
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.environment import describe_environment
 from adalink.tools.common.report_file import write_json
@@ -109,10 +108,9 @@ def prepare(options: argparse.Namespace) -> list[Server]:
         return servers
     if not (models / f"lora-{TASKS - 1}.gguf").is_file():
         say("making the models of llama.cpp")
-        adapters = build / "adapters.npz"
-        np.savez(adapters, allow_pickle=False, **adapter_weights(deployment))
         make = [options.peers_python, "-m", "benchmarks.serving.llama_cpp", "make", "--model", options.model]
-        run([*make, "--adapters", adapters.resolve(), "--out", models.resolve()], 600, build / "make.log")
+        run([*make, "--out", models.resolve()], 600, build / "make.log")
+        make_loras(deployment, models)
     for name, label in (("f32", "llama.cpp, F32"), ("q4_0", "llama.cpp, Q4_0")):
         for loras, suffix in ((TASKS, ", 16 LoRAs"), (0, ", no adapter")):
             command = llama_cpp(options.peers_python, models.resolve(), name, loras, SLOTS)
@@ -138,14 +136,11 @@ def genai_servers(options: argparse.Namespace) -> list[Server]:
     return servers
 
 
-def adapter_weights(deployment: Path) -> dict[str, Any]:
-    """Weights of all tasks, by number."""
-    weights = {}
+def make_loras(deployment: Path, out: Path) -> None:
+    """Write all tasks as LoRAs for llama.cpp, by number."""
+    base = base_of_deployment(deployment)
     for number, name in enumerate(sorted(read_manifest(deployment).tasks)):
-        adapter = read_adapter(deployment / "tasks" / name)
-        weights[f"down-{number}"] = adapter.weights["text.down.weight"]
-        weights[f"up-{number}"] = adapter.weights["text.up.weight"]
-    return weights
+        export_lora(deployment / "tasks" / name, base, out / f"lora-{number}.gguf", "gguf", replace=True)
 
 
 def closed_batch(build: Path, variant: str) -> float:

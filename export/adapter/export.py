@@ -28,11 +28,12 @@ from adalink.runtime.storage.adapter import (
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.embedding_table import open_table
-from adalink.runtime.storage.integrity import read_graph, verify_files
+from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
+from adalink.runtime.storage.verification_cache import verify_once
 
 GRAPH_FILE, HEAD_FILE = "adapter.onnx", "head.onnx"
 _CHECKED_ROWS = 64
@@ -57,7 +58,7 @@ def export_adapter(
         name: name of the task; the adapter folder's by default.
         dtype: dtype of the task graph's input and output; the base's by default, and no other fits.
         replace: whether a task of that name may be there already.
-        fold: precompute the task for every token, as ``"table"`` or ``"rank"`` (`adalink.runtime.tasks.folding`).
+        fold: precompute the task for every token, as ``"table"`` (`adalink.runtime.tasks.folding`).
         assume_base: accept a PEFT folder as trained for this base; the folder itself cannot tell.
 
     Returns:
@@ -118,7 +119,7 @@ def export_adapters(
             )
             _check_dtype(writer.manifest.base, dtype, f"adapter {folder}", out)
             if fold is not None:
-                check_foldable(fold, adapter, writer.manifest.base, origin=f"adapter {folder}")
+                check_foldable(fold, adapter, origin=f"adapter {folder}")
             if task in tasks and not replace:
                 raise DeploymentError(
                     f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
@@ -145,7 +146,8 @@ class _Exporter:
         self._writer = writer
         self._manifest = writer.manifest
         self._dtype = writer.manifest.base.embedding_dtype
-        verified = verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
+        # Data of a graph that hold the table may be large: they are read again after a change alone.
+        verified = verify_once(writer.folder, writer.manifest, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
         verified.check_unchanged()
         # Tokens to run a new graph on, evenly spread.

@@ -10,29 +10,32 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from adalink.export.adapter.check import activate, find_outside_bound
+from adalink.export.adapter.check import find_outside_bound
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import Adapter
-from adalink.runtime.storage.adapter_spec import rank_of
 from adalink.runtime.storage.embedding_table import TENSOR_NAME, EmbeddingTable
-from adalink.runtime.storage.manifest import FOLDS, Base
+from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
 from adalink.runtime.storage.safetensors import aligned_header, as_float32
 from adalink.runtime.tasks.adapter_mapping import bank_weights
-from adalink.runtime.tasks.folding import HIDDEN_NAME, view_fold
+from adalink.runtime.tasks.folding import view_fold
 
-FOLD_FILES = {"table": "embeddings.safetensors", "rank": "hidden.safetensors"}
+# What can be written. Older kits wrote "rank" too (`adalink.runtime.tasks.folding`).
+FOLD_FILES = {"table": "embeddings.safetensors"}
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK_ROWS = 4096
 
 
-def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None:
+def check_foldable(fold: str, adapter: Adapter, origin: str) -> None:
     """Check that the adapter depends on the token alone, so that it can be precomputed; raises ``ConfigError``."""
-    if fold not in FOLDS:
-        raise ConfigError(f"fold is {fold!r}, expected one of {', '.join(FOLDS)}")
+    if fold not in FOLD_FILES:
+        raise ConfigError(
+            f"fold is {fold!r}, expected {' or '.join(FOLD_FILES)}; the bottleneck of every token, once 'rank', is "
+            "what 'adalink export lora' writes for other engines"
+        )
     if adapter.config.modalities != ("text",):
         raise ConfigError(
             f"{origin} adapts {', '.join(adapter.config.modalities)}: only an adapter of text alone can be folded, "
@@ -42,15 +45,13 @@ def check_foldable(fold: str, adapter: Adapter, base: Base, origin: str) -> None
         alone = "is a soft prompt alone" if adapter.config.soft_tokens else "is a head alone"
         what = "looks token ids up" if adapter.config.rank else alone
         raise ConfigError(f"{origin} {what}: there is nothing to compute ahead; export it without --fold")
-    if fold == "rank" and base.embedding_dtype == "bfloat16":
-        raise ConfigError(f"{base.name} has bfloat16 embeddings, which numpy cannot add to: fold {origin} to a table")
 
 
 def fold_task(fold: str, adapter: Adapter, base: Base, table: EmbeddingTable, bank: OpenGraph) -> bytearray:
     """Bytes of a folded task; filled in place, since they are as large as the embedding table.
 
     Args:
-        fold: ``"table"`` or ``"rank"``.
+        fold: a key of ``FOLD_FILES``.
         adapter: the task's adapter.
         base: the base contract.
         table: its embedding table.
@@ -59,16 +60,11 @@ def fold_task(fold: str, adapter: Adapter, base: Base, table: EmbeddingTable, ba
     Raises:
         GraphError: a component of some token is outside the bound of the graph.
     """
-    if fold == "table":
-        dtype = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
-        weights = bank_weights(adapter, "text")
-        data, rows = _tensor_file(TENSOR_NAME, _CODES[base.embedding_dtype], dtype, len(table), table.shape[1])
-        for start, block in _blocks(table):
-            rows[start : start + len(block)] = bank.run(block[None], weights)[0].astype(dtype)
-    else:
-        data, rows = _tensor_file(HIDDEN_NAME, "F32", np.dtype("<f4"), len(table), rank_of(adapter.config.rank, "text"))
-        for start, block in _blocks(table):
-            rows[start : start + len(block)] = _hidden(adapter, block)
+    dtype = np.dtype(ml_dtypes.bfloat16 if base.embedding_dtype == "bfloat16" else base.embedding_dtype)
+    weights = bank_weights(adapter, "text")
+    data, rows = _tensor_file(TENSOR_NAME, _CODES[base.embedding_dtype], dtype, len(table), table.shape[1])
+    for start, block in _blocks(table):
+        rows[start : start + len(block)] = bank.run(block[None], weights)[0].astype(dtype)
     check_fold(fold, np.frombuffer(data, np.uint8), adapter, base, table)
     return data
 
@@ -84,13 +80,6 @@ def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: Embe
                 f"{outside.difference}: the task was not registered; report this with the versions of onnx, "
                 "onnxruntime and numpy"
             )
-
-
-def _hidden(adapter: Adapter, block: Float64) -> Array:
-    """``act(down(x))``, rounded once; shape ``(rows, r)``."""
-    bias = adapter.weights.get("text.down.bias")
-    hidden = block @ adapter.weights["text.down.weight"].T.astype(np.float64) + (0.0 if bias is None else bias)
-    return activate(adapter.config.activation, hidden).astype(np.float32)
 
 
 def _blocks(table: EmbeddingTable) -> Iterator[tuple[int, Float64]]:

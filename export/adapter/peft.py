@@ -1,7 +1,7 @@
 """PEFT adapter folders: methods that act on the input alone become adapters of this kit.
 
-The format is that of PEFT 0.21. A PEFT folder holds the name of its base, not a fingerprint, so the caller vouches for
-the base.
+The format is that of PEFT 0.21. A folder that PEFT wrote holds the name of its base, not a fingerprint, so the caller
+vouches for the base.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from adalink.export.architectures import ARCHITECTURES
+from adalink.export.architectures import embedding_scale
 from adalink.runtime.errors import AdapterError, ConfigError, ContractError
 from adalink.runtime.storage.adapter import (
     CONFIG_FILE,
@@ -30,7 +30,10 @@ from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import fingerprint_embeddings
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
+from adalink.runtime.storage.safetensors import read_metadata
 
+# Of the texts beside the tensors: which base a folder is for, where this kit has written it.
+FINGERPRINT_KEY = "adalink_base_fingerprint"
 _ACCEPTED = "PROMPT_TUNING, P_TUNING, and LORA of the input embedding alone"
 # Why a method cannot be served from the input alone.
 _REASONS = {
@@ -92,6 +95,7 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
         reason = _REASONS.get(peft_type, "this kit knows no way to serve it from the input alone")
         raise AdapterError(f"{origin}: {peft_type} cannot be exported: {reason}; of PEFT's methods {_ACCEPTED} can")
     folder = _Folder(origin, fields, decode_tensors(weights_bytes, origin), base)
+    _check_fingerprint(folder, read_metadata(weights_bytes))
     settings, weights = readers[peft_type](folder)
     if not (assume_base or folder.shows_base):
         raise ContractError(
@@ -131,7 +135,7 @@ class _Folder:
         fields: of its config.
         tensors: its weights, float32 by name.
         base: the contract of the deployment.
-        shows_base: whether it holds the base's own embedding matrix.
+        shows_base: whether it holds the base's fingerprint, or its embedding matrix.
     """
 
     def __init__(self, origin: str, fields: Mapping[str, Any], tensors: Weights, base: Base) -> None:
@@ -162,6 +166,17 @@ class _Folder:
                 f"{shape} ({what}): it was trained for another base"
             )
         return self.tensors[name]
+
+
+def _check_fingerprint(folder: _Folder, metadata: Mapping[str, str]) -> None:
+    """Compare the base's fingerprint that `adalink.export.hosts` writes with the base; raises ``ContractError``."""
+    fingerprint = metadata.get(FINGERPRINT_KEY)
+    if fingerprint not in (None, folder.base.fingerprint):
+        raise ContractError(
+            f"{folder.origin} was made for the base {fingerprint}, {folder.base.name} is {folder.base.fingerprint}: "
+            "it belongs to another base"
+        )
+    folder.shows_base = fingerprint is not None
 
 
 def _soft_prompt(folder: _Folder) -> tuple[dict[str, Any], Weights]:
@@ -224,9 +239,7 @@ def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:
     second = folder.demand_shape(names["lora_embedding_B"], (base.hidden_size, rank), what)
     _check_matrix(folder)
     scaling = folder.number("lora_alpha") / (math.sqrt(rank) if folder.fields.get("use_rslora") else rank)
-    if ARCHITECTURES[base.architecture].scales_embeddings:
-        # PEFT adds to the row before it is scaled.
-        scaling *= math.sqrt(base.hidden_size)
+    scaling *= embedding_scale(base.architecture, base.hidden_size)  # PEFT adds to the row before it is scaled
     weights = {
         TABLE_NAME: np.ascontiguousarray(first.T),
         "text.up.weight": (second.astype(np.float64) * scaling).astype(np.float32),

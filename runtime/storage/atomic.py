@@ -1,12 +1,13 @@
 """Atomic writes: a file is written under a temporary name, then renamed.
 
-For a folder of several files see ``adalink.export.writer`` and ``adalink.training.adapter_io``.
+For a folder see ``adalink.runtime.storage.atomic_folder``, for a deployment ``adalink.export.writer``.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,13 +39,40 @@ def replace_file(
     Raises:
         WriteError: the disk refused: full, read-only or without permission. The old file is unchanged.
     """
+    with draft_file(path, repair=repair, durable=durable, private=private) as (stream, _):
+        stream.write(data)
+
+
+@contextmanager
+def draft_file(
+    path: Path,
+    *,
+    repair: str = "free space or choose a writable folder",
+    durable: bool = True,
+    private: bool = False,
+) -> Iterator[tuple[BinaryIO, Path]]:
+    """Likewise a file that is written piece by piece; it takes its place when the block ends without an error.
+
+    Args:
+        path: as for ``replace_file``.
+        repair: likewise.
+        durable: likewise.
+        private: likewise.
+
+    Yields:
+        The file, and its temporary name.
+
+    Raises:
+        WriteError: as ``replace_file``, for any ``OSError`` of the block.
+    """
     draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         try:
             # A new file, whatever lies there: never the target of a link that somebody else has put there.
             descriptor = os.open(draft, _NEW_FILE, 0o600 if private else 0o666)
             with os.fdopen(descriptor, "wb") as stream:
-                _write(stream, data, durable=durable)
+                yield stream, draft
+                _flush(stream, durable=durable)
             draft.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -87,6 +115,10 @@ def write_through(path: Path, data: bytes | memoryview, *, durable: bool = True)
 
 def _write(stream: BinaryIO, data: bytes | memoryview, *, durable: bool) -> None:
     stream.write(data)
+    _flush(stream, durable=durable)
+
+
+def _flush(stream: BinaryIO, *, durable: bool) -> None:
     if durable:
         stream.flush()
         os.fsync(stream.fileno())

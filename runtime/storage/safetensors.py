@@ -38,17 +38,7 @@ def raw_tensors(data: Bytes, others: Mapping[str, str] = MappingProxyType({})) -
     Raises:
         ValueError: the file is truncated, or not a safetensors file of such tensors.
     """
-    if len(data) < 8:
-        raise ValueError(f"it has {len(data)} bytes, expected a header length of 8")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    if start > len(data):
-        raise ValueError(f"its header claims {start - 8} bytes, the file has {len(data)}")
-    try:
-        header = json.loads(data[8:start].tobytes())
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
+    start, header = _header(data)
     header.pop("__metadata__", None)
     dtypes = {**_DTYPES, **others}
     tensors, ends = {}, [0]
@@ -63,10 +53,32 @@ def raw_tensors(data: Bytes, others: Mapping[str, str] = MappingProxyType({})) -
     return tensors
 
 
+def read_metadata(data: Bytes) -> dict[str, str]:
+    """Texts that a safetensors file holds beside its tensors; raises ``ValueError`` as ``raw_tensors``."""
+    texts = _header(data)[1].get("__metadata__")
+    return {name: text for name, text in texts.items() if isinstance(text, str)} if isinstance(texts, dict) else {}
+
+
 def aligned_header(header: bytes) -> bytes:
     """Header of a safetensors file: its length and JSON, padded so that tensors are aligned."""
     padded = header + b" " * (-(8 + len(header)) % _ALIGNMENT_BYTES)
     return len(padded).to_bytes(8, "little") + padded
+
+
+def _header(data: Bytes) -> tuple[int, dict[str, Any]]:
+    """The first byte of the tensors, and the entry of each; raises ``ValueError``."""
+    if len(data) < 8:
+        raise ValueError(f"it has {len(data)} bytes, expected a header length of 8")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if start > len(data):
+        raise ValueError(f"its header claims {start - 8} bytes, the file has {len(data)}")
+    try:
+        header = json.loads(data[8:start].tobytes())
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return start, header
 
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:

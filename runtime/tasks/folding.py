@@ -1,7 +1,8 @@
 """Folding: a text task precomputed for every token, since on text an adapter is a function of the token alone.
 
 A ``table`` fold holds the adapted embeddings: one lookup for a token. A ``rank`` fold holds ``act(down(x))`` of every
-token: one lookup and one product of width ``r``. Both agree with the graph within its bound (docs/concepts/parity.md).
+token: one lookup and one product of width ``r``; older kits exported it. Both agree with the graph within its bound
+(docs/concepts/parity.md).
 """
 
 from __future__ import annotations

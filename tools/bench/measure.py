@@ -19,7 +19,7 @@ from adalink.runtime.errors import DeploymentError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.observed_backend import ObservedBackend
-from adalink.tools.parity.prompts import PROMPTS, fit
+from adalink.tools.parity.inputs.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
 MIXED_TASKS = 32

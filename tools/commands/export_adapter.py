@@ -33,8 +33,8 @@ _MOST_LISTED = 20
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the task's input; the base's by default.")
 @click.option(
     "--fold",
-    type=click.Choice(["table", "rank"]),
-    help="Also compute the task ahead for every token: all adapted embeddings, or the bottleneck's values.",
+    type=click.Choice(["table"]),
+    help="Also compute the task ahead for every token: all adapted embeddings, for engines with an embedding table.",
 )
 @click.option("--assume-base", is_flag=True, help="You know that a PEFT folder was trained for this very base.")
 @click.option("--replace", is_flag=True, help="Take the place of tasks of the same name.")
@@ -52,8 +52,8 @@ def adapter(
     """Export each ADAPTER, a folder that training or PEFT wrote, as a task of a deployment.
 
     The adapters must belong to the deployment's base. All are added in one change, or none. No byte under base/ or
-    engines/ is touched. --fold is for adapters of text alone: "table" is what any engine with an external embedding
-    table can use, "rank" is smaller; the command prints what each token gains and what it takes.
+    engines/ is touched. --fold table is for adapters of text alone, and for engines with an external embedding table:
+    the command prints what each token gains and what it takes. For engines that take LoRA see export lora.
 
     Of PEFT's methods, those that act at the input alone can be exported: prompt tuning, P-tuning, and LoRA of the input
     embedding. Such a folder does not say which weights it was trained for: --assume-base says that you know.
@@ -63,7 +63,7 @@ def adapter(
       adalink export adapter ./adapters/topics --out ./deployment
       adalink export adapter ./adapters/* --out ./deployment
       adalink export adapter ./adapters/topics-2 --out ./deployment --name topics --replace
-      adalink export adapter ./adapters/topics --out ./deployment --fold rank
+      adalink export adapter ./adapters/topics --out ./deployment --fold table
       adalink export adapter ./peft/prompt-tuned --out ./deployment --assume-base
     """  # noqa: D301
     from adalink.export.adapter.export import export_adapters

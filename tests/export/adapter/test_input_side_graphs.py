@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers.folds import export_folded
 from helpers.runtime import ACTIVATIONS, random_adapter, write_adapter
 from helpers.soft_prompts import TASKS
 from helpers.tiny_models import VOCAB_SIZE, llama
@@ -150,7 +151,7 @@ def test_the_manifest_says_what_a_task_is(folder: Path, tmp_path: Path) -> None:
 def test_a_bottleneck_is_folded_beside_its_soft_prompt(folder: Path, tmp_path: Path, fold: str) -> None:
     source = write_adapter(tmp_path / "both", own(folder, "both"))
     export_adapter(source, folder, name="plain", replace=True)
-    export_adapter(source, folder, name="folded", fold=fold, replace=True)
+    export_folded(source, folder, "folded", fold)
     rows = [[5, 9, 33, 41], [7, 60, 12, 8]]
     with Deployment.open(folder) as deployment:
         expected = deployment.run(input_ids=rows, tasks="plain")["logits"]
@@ -163,6 +164,11 @@ def test_a_bottleneck_is_folded_beside_its_soft_prompt(folder: Path, tmp_path: P
 def test_what_has_nothing_to_fold_is_refused(folder: Path, tmp_path: Path, task: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"{reason}: there is nothing to compute ahead"):
         export_adapter(write_adapter(tmp_path / task, own(folder, task)), folder, name="new", fold="table")
+
+
+def test_what_is_a_lora_now_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="once 'rank', is what 'adalink export lora' writes"):
+        export_adapter(write_adapter(tmp_path / "both", own(folder, "both")), folder, name="new", fold="rank")
 
 
 def test_a_table_of_ids_is_refused_where_numpy_cannot_add(tmp_path: Path) -> None:

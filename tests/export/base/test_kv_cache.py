@@ -17,7 +17,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import BackendError, ConfigError, DeploymentError
 from adalink.runtime.ort.static_cache import StaticCacheEngine
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.stored_cache import read_scales, stored_cache
+from adalink.tools.parity.reference.stored_cache import read_scales, stored_cache
 
 IDS = token_ids(0).numpy()
 GRAPH = "base/onnxruntime-cpu/model.kv-int8.onnx"

@@ -52,11 +52,20 @@ class GgufHeader:
         name: file name, for messages.
         metadata: value of each key; the length of an array that is long and was not asked for.
         tensors: place of each tensor in the file.
+        size_bytes: bytes of the header; tensors begin at the next multiple of the alignment.
+        alignment: of tensors, in bytes.
     """
 
     name: str
     metadata: dict[str, Any]
     tensors: dict[str, TensorPlace]
+    size_bytes: int
+    alignment: int
+
+    @property
+    def tensors_start(self) -> int:
+        """First byte that may belong to a tensor."""
+        return -(-self.size_bytes // self.alignment) * self.alignment
 
     @property
     def architecture(self) -> str:
@@ -72,7 +81,7 @@ def read_header(path: str | Path, arrays: Collection[str] = ()) -> GgufHeader:
         arrays: keys of long arrays to read in full.
 
     Raises:
-        ModelError: it is no GGUF file, of an unknown version, or truncated.
+        ModelError: it is no GGUF file, of an unknown version, truncated, or a part of a split one.
     """
     path = Path(path)
     try:
@@ -114,15 +123,23 @@ class _Parser:
         for _ in range(keys):
             key = self._string()
             metadata[key] = self._value(self._unpack("I")[0], whole=key in self._arrays)
+        parts = metadata.get("split.count")
+        if isinstance(parts, int) and parts > 1:
+            raise ModelError(
+                f"base model {name} is one of the {parts} files of a split GGUF file, and the kit reads whole ones: "
+                "join them with 'llama-gguf-split --merge FIRST OUT' of llama.cpp, FIRST being the file -00001-of-, "
+                "and give OUT"
+            )
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError("it has no general.architecture")
         places = dict(self._tensor() for _ in range(tensors))
         alignment = int(metadata.get("general.alignment", _ALIGNMENT))
         if alignment < 1:
             raise ValueError(f"its general.alignment is {alignment}")
-        data = -(-self._position // alignment) * alignment
-        placed = {key: place._replace(start=data + place.start) for key, place in places.items()}
-        return GgufHeader(name, metadata, placed)
+        header = GgufHeader(name, metadata, {}, self._position, alignment)
+        start = header.tensors_start
+        header.tensors.update((key, place._replace(start=start + place.start)) for key, place in places.items())
+        return header
 
     def _tensor(self) -> tuple[str, TensorPlace]:
         name = self._string()
