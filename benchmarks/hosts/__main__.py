@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from adalink.export.hosts.host_base import HostBase, base_of_checkpoint, base_of_deployment
 from adalink.export.hosts.lora import export_lora
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.generation.sampling import SamplingParams
+from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.tools.terminal.quiet import silence_libraries
 from benchmarks.hosts.llama_cpp import llama_cpp
 from benchmarks.prepare import smollm2
