@@ -14,7 +14,7 @@ PIN     = $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # Coverage is measured where Python has a quick tracer, from 3.12 on. COVERAGE=1: anyhow, in 1.6 times the time; COVERAGE=0: never.
 COVERAGE ?= $(shell $(PYTHON) -c 'import sys; print(int(sys.version_info >= (3, 12)))')
 
-.PHONY: help demo test test-slow test-gpu gpu-wheels fuzz lint docs format bench bench-serving study vision models clean
+.PHONY: help demo test test-slow test-gpu gpu-wheels fuzz lint docs format bench bench-serving bench-size study vision models clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  %-10s %s\n", $$1, $$2 }'
@@ -96,6 +96,9 @@ bench-serving: demo ## measure the kit's server beside llama.cpp's, 16 tasks (25
 		$(if $(wildcard $(PEERS)/installed),--peers-python $(PEERS)/bin/python) \
 		$(if $(QUICK),--quick --out build/bench/serving.json,--out benchmarks/results/serving.json)
 	$(if $(QUICK),,$(RUN)/python -m benchmarks.serving.report)
+
+bench-size: $(VENV)/models $(PEERS)/installed ## measure what ships beside llama.cpp and onnxruntime-genai, 0.1 to 3 billion parameters (80 minutes, 20 GB of disk; QUICK=1: 5 minutes)
+	$(RUN)/python -m benchmarks.size --peers-python $(PEERS)/bin/python $(if $(QUICK),--quick)
 
 study: $(VENV)/models ## compare AdaLink with LoRA, prompt tuning and the plain base: the reduced study, two CPU cores, 90 minutes at most
 	$(RUN)/python -m studies run studies/files/reduced.toml --out build/study --jobs 2 --minutes 88

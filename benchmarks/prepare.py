@@ -17,7 +17,7 @@ from adalink.runtime.storage.adapter import AdapterConfig, encode_adapter, make_
 from adalink.runtime.storage.manifest import MANIFEST_FILE, Base
 from adalink.runtime.storage.manifest_io import encode_manifest, read_manifest
 from adalink.runtime.text.tokenizer import Tokenizer
-from adalink.tools.parity.prompts import PROMPTS, fit
+from adalink.tools.parity.inputs.prompts import PROMPTS, fit
 
 # Size of the seeded weights: outputs change visibly and stay finite.
 SCALE = 0.25

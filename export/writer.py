@@ -21,6 +21,7 @@ import msgspec
 
 from adalink.export.deployment_lock import LOCK_FILE, DeploymentLock, JournalEntry, hold_lock, read_own_lock
 from adalink.export.deployment_paths import link_error, move_file, parents_of, remove_file, set_mode
+from adalink.export.table_file import own_name, takes_table_along, write_out
 from adalink.runtime.errors import DeploymentError, WriteError
 from adalink.runtime.near_names import did_you_mean
 from adalink.runtime.storage.atomic import sync, write_through
@@ -80,11 +81,17 @@ class DeploymentWriter:
     def commit(self, manifest: Manifest) -> Manifest:
         """Make ``manifest`` and every staged file the deployment; returns the manifest as it is on disk.
 
-        ``manifest.files`` is filled in here: staged files are hashed, kept ones keep their record.
+        ``manifest.files`` is filled in here: staged files are hashed, kept ones keep their record. A table that lies in
+        the data of a variant which goes is written into a file of its own, so that the data go too.
 
         Raises:
             DeploymentError: something that is not the kit's lies where a file would go.
+            IntegrityError: the data with the table are missing or altered.
         """
+        if self.current is not None and takes_table_along(self.current, manifest):
+            relative = f"{self.fresh_folder('base/table')}/{own_name(self.current.base)}"
+            base = write_out(self.folder, self.current, relative, self.stage(relative))
+            manifest = msgspec.structs.replace(manifest, base=base)
         staged = {path.relative_to(self._staging).as_posix(): path for path in _files_below(self._staging)}
         kept = dict(self.current.files) if self.current else {}
         if clash := sorted(staged.keys() & kept.keys()):

@@ -13,6 +13,7 @@ from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.engine import Engine
 from adalink.runtime.errors import IntegrityError, RequestError
 from adalink.runtime.generation.prompt import Prompt
+from adalink.runtime.heap import release_freed_memory
 from adalink.runtime.request import (
     Prompts,
     Tasks,
@@ -69,6 +70,7 @@ class InputProcessor:
                 text = None if template is None else self._read_text(template)
                 data = read_verified(self._path, self._manifest, self._base.tokenizer)
                 self._tokenizer = Tokenizer(data, text, self._base)
+                release_freed_memory()
             return self._tokenizer
 
     def _read_text(self, path: str) -> str:

@@ -15,11 +15,13 @@ from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.generation.prompt import PromptBatch
+from adalink.runtime.options import OpenOptions
 from adalink.runtime.receipt import Receipt, make_receipt
 from adalink.runtime.request import check_input_ids, check_length
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import Manifest, Variant
+from adalink.runtime.storage.variants import choose_graph
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
@@ -37,19 +39,20 @@ class ModelRunner:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, prefix_cache_bytes: int = 0
+        self, path: Path, manifest: Manifest, variant: Variant, backend: Backend, options: OpenOptions
     ) -> None:
         """Open the engines; arguments and errors are those of ``Deployment``."""
         self._path, self._manifest, self._variant = path, manifest, variant
         self._base = manifest.base
         self._builds = 0
         self._table = open_table(locate(path, self._base.embeddings), self._base)
-        self.engine = self._build(backend, variant.graph, "base")
+        self.engine = self._build(backend, choose_graph(manifest, variant, options.kv_cache_dtype), "base")
         self._decoder = self._build(backend, variant.decoder_graph, "decoder") if variant.decoder_graph else None
         self.slot_engine: SlotEngine | None = None
         # A prompt that attends in both directions is read at once.
         if self._decoder is None and isinstance(self.engine, SlotEngine) and not self._base.bidirectional_prompt:
             self.slot_engine = self.engine
+        prefix_cache_bytes = options.prefix_cache_bytes
         self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
         if self.prefixes is not None and self.slot_engine is None:
             self.close()

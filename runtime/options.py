@@ -28,6 +28,8 @@ class OpenOptions:
         context: most positions of a request, prompt and reply together. Memory for ``slots`` of them is taken once and
             kept. By default the base's own limit holds, and memory follows the requests.
         queue_limit: most requests that wait; further ones are refused. Any number by default.
+        kv_cache_dtype: dtype of the KV cache, such as ``"int8"``, where the variant has a graph for it
+            (`adalink.export.base.kv_cache`); the base's own by default.
 
     Raises:
         RequestError: a value is of a wrong type, or a number is less than 1, that of a cache less than 0.
@@ -42,10 +44,13 @@ class OpenOptions:
     slots: int | None = None
     context: int | None = None
     queue_limit: int | None = None
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.variant is not None:
             check_name(self.variant, "variant")
+        if self.kv_cache_dtype is not None:
+            check_name(self.kv_cache_dtype, "kv_cache_dtype")
         check_flag(self.full_check, "full_check")
         for name in ("threads", "task_memory_bytes", "slots", "context", "queue_limit"):
             if getattr(self, name) is not None:

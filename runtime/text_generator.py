@@ -47,6 +47,7 @@ class TextGenerator:
         self, manifest: Manifest, variant: Variant, inputs: InputProcessor, runner: ModelRunner, options: OpenOptions
     ) -> None:
         self._base, self._variant, self._inputs = manifest.base, variant, inputs
+        self._kv_cache_dtype = options.kv_cache_dtype
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
         self.scheduler = Scheduler(
@@ -101,7 +102,7 @@ class TextGenerator:
         # Neither the base's stop texts nor its forced end may cut a structured text, and call it complete.
         has_defaults = sampling.base_defaults and settings.structured is None
         stops = resolve_stops(settings.stop, base.generation, base_defaults=has_defaults)
-        drafts = draft_limit(settings.draft_tokens, base, self._variant)
+        drafts = draft_limit(settings.draft_tokens, base, self._variant, self._kv_cache_dtype)
         if messages is not None:
             prompts, images, chat = self._inputs.encode_messages(prompts, messages, images, chat)
         checked = self._inputs.process_prompts(

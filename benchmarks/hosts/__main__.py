@@ -14,10 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adalink.export.hosts.genai import export_genai
 from adalink.export.hosts.host_base import HostBase, base_of_checkpoint, base_of_deployment
 from adalink.export.hosts.lora import export_lora
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.sampling.sampler import SamplingParams
+from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.terminal.quiet import silence_libraries
 from benchmarks.hosts.llama_cpp import llama_cpp
 from benchmarks.prepare import smollm2
@@ -134,6 +136,33 @@ def llama(setting: Setting) -> tuple[str, dict[str, Answers]]:
     return release, answers
 
 
+def genai(setting: Setting) -> tuple[str, dict[str, Answers]]:
+    """onnxruntime-genai's version and answers, a generator a prompt."""
+    import onnxruntime_genai
+    from safetensors.numpy import load_file
+
+    release, folder = version("onnxruntime-genai"), setting.build / "genai"
+    tasks = [adapter.name for adapter in setting.adapters]
+    export_genai(setting.deployment, folder, tasks=tasks, replace=True)
+    model = onnxruntime_genai.Model(str(folder))
+    ends = set(read_manifest(setting.deployment).base.eos_token_ids)
+    answers: dict[str, Answers] = {}
+    for task in tasks:
+        weights = load_file(folder / "tasks" / f"{task}.safetensors")
+        for prompt in setting.prompts:
+            params = onnxruntime_genai.GeneratorParams(model)
+            params.set_search_options(max_length=len(prompt) + NEW_TOKENS)
+            generator = onnxruntime_genai.Generator(model, params)
+            for name, value in weights.items():
+                generator.set_model_input(name, value)
+            generator.append_tokens(prompt)
+            while not generator.is_done():
+                generator.generate_next_token()
+            made = generator.get_sequence(0)[len(prompt) :]
+            answers.setdefault(task, []).append(up_to_end([int(token) for token in made], ends))
+    return release, answers
+
+
 def vllm(setting: Setting) -> tuple[str, dict[str, Answers]]:
     """VLLM's version and answers, all tasks in one batch, in float32 on the CPU."""
     if setting.vllm_python is None:
@@ -170,6 +199,7 @@ HOSTS: tuple[tuple[str, str, Callable[[Setting], tuple[str, dict[str, Answers]]]
     ("PEFT", "peft", peft),
     ("vLLM, on the CPU", "peft", vllm),
     ("llama.cpp (xllamacpp)", "gguf", llama),
+    ("onnxruntime-genai", "folder", genai),
 )
 
 

@@ -40,7 +40,8 @@ def measure(model: Path | str, out: Path, dtype: str, target: str, quantization:
     seconds = time.perf_counter() - start
     variant = out / "base" / (quantization or target)
     graph_bytes = sum(path.stat().st_size for path in variant.iterdir())
-    table_bytes = (out / "base/embeddings.safetensors").stat().st_size
+    table = out / "base/embeddings.safetensors"  # none where the table is read from the head
+    table_bytes = table.stat().st_size if table.exists() else 0
     peak = int(done.stdout.split()[-1])
     return {
         "variant": quantization or target,

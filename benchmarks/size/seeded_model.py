@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-# Sizes of real models: Qwen2.5-0.5B, Llama-3.2-1B, Qwen2.5-3B; `matrix` has one layer and one matrix above 2 GiB.
+# Sizes of real models: Gemma-3-270M, Qwen2.5-0.5B, Llama-3.2-1B, Qwen2.5-3B; `matrix` has one layer, and one matrix
+# above 2 GiB.
 SIZES = {
+    "0.27b": {"hidden": 640, "layers": 18, "inner": 2048, "heads": 10, "kv_heads": 2, "vocabulary": 262144},
     "0.5b": {"hidden": 896, "layers": 24, "inner": 4864, "heads": 14, "kv_heads": 2, "vocabulary": 151936},
     "1b": {"hidden": 2048, "layers": 16, "inner": 8192, "heads": 32, "kv_heads": 8, "vocabulary": 128256},
     "3b": {"hidden": 2048, "layers": 36, "inner": 11008, "heads": 16, "kv_heads": 2, "vocabulary": 151936},

@@ -11,7 +11,7 @@ import click
 
 from adalink.runtime.errors import DataError
 from adalink.runtime.sampling.sampler import PLAIN_GREEDY
-from adalink.tools.parity.check_accuracy import deployed_accuracy
+from adalink.tools.parity.checks.accuracy import deployed_accuracy
 from adalink.tools.terminal.console import print_table
 from examples.demo import Progress
 from examples.demo.rows import DemoRow, draw_test_rows

@@ -28,11 +28,12 @@ from adalink.runtime.storage.adapter import (
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.embedding_table import open_table
-from adalink.runtime.storage.integrity import read_graph, verify_files
+from adalink.runtime.storage.integrity import read_graph
 from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
+from adalink.runtime.storage.verification_cache import verify_once
 
 GRAPH_FILE, HEAD_FILE = "adapter.onnx", "head.onnx"
 _CHECKED_ROWS = 64
@@ -145,7 +146,8 @@ class _Exporter:
         self._writer = writer
         self._manifest = writer.manifest
         self._dtype = writer.manifest.base.embedding_dtype
-        verified = verify_files(writer.folder, writer.manifest, [self._manifest.base.embeddings])
+        # Data of a graph that hold the table may be large: they are read again after a change alone.
+        verified = verify_once(writer.folder, writer.manifest, [self._manifest.base.embeddings])
         self._table = open_table(writer.folder / self._manifest.base.embeddings, self._manifest.base)
         verified.check_unchanged()
         # Tokens to run a new graph on, evenly spread.

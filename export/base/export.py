@@ -168,9 +168,9 @@ def export_base(
             progress(line)
         source = BaseSource(loaded, architecture, base, stand_ins)
         variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
-        if writer.current is None:
+        if all(base.embeddings not in kept.files for kept in variants.values()):
             with stand_ins.filled(input_embedding(loaded).parameters()):
-                base = share_with_head(writer, base, variants[variant], loaded)
+                base = share_with_head(writer, base, variants[variant], loaded, progress)
         check_unchanged(stamps)
         progress("hashing and committing")
         current = writer.current

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from adalink.export.table_file import Rows, blocks_of_rows, write_rows
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.digest import fingerprint_rows
-from adalink.runtime.storage.embedding_table import TENSOR_NAME, EmbeddingTable, open_table, stored_row
+from adalink.runtime.storage.embedding_table import EmbeddingTable, open_table, stored_row
 from adalink.runtime.storage.gguf_blocks import BLOCK_TYPES
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import map_file
-from adalink.runtime.storage.safetensors import STORED, aligned_header
 from adalink.runtime.storage.table_schema import HALVES, TableStorage
 from adalink.training.models.gguf.header import read_header
 from adalink.training.models.loading import embedding_matrix, input_embedding
@@ -28,12 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 _GGUF_NAME = "token_embd.weight"
-_BLOCK_ROWS = 4096
-
-# From a range of token ids to their rows.
-Rows = Callable[[int, int], Array]
 
 
 def write_table(
@@ -59,10 +53,7 @@ def write_table(
     progress(f"writing the embedding table in {line}")
     base = msgspec.structs.replace(base, table=storage)
     path = writer.stage(base.embeddings)
-    with path.open("wb") as file:
-        file.write(_header(base))
-        for ids in _blocks(base.vocab_size):
-            file.write(np.ascontiguousarray(rows(*ids)).data)
+    write_rows(path, base, rows)
     if storage is not None:
         _check_fingerprint(open_table(path, base), base)
     return base
@@ -79,14 +70,6 @@ def _choose(base: Base, model: PreTrainedModel, gguf: Path | None) -> tuple[Tabl
     return None, embeddings, f"{base.embedding_dtype}{reason}"
 
 
-def _header(base: Base) -> bytes:
-    """Header of the table's safetensors file."""
-    dtype, width = stored_row(base, base.table)
-    size = base.vocab_size * width * np.dtype(STORED.get(dtype, "u1")).itemsize
-    entry = {"dtype": _CODES[dtype], "shape": [base.vocab_size, width], "data_offsets": [0, size]}
-    return aligned_header(json.dumps({TENSOR_NAME: entry}).encode())
-
-
 def _look_up(base: Base, storage: TableStorage, stored: Rows, first: int, last: int) -> Array:
     """Embeddings as they would be looked up in a storage."""
     return EmbeddingTable(stored(first, last), base.embedding_dtype, storage).block(0, last - first)
@@ -95,12 +78,12 @@ def _look_up(base: Base, storage: TableStorage, stored: Rows, first: int, last: 
 def keeps_every_number(base: Base, looked_up: Rows, embeddings: Rows) -> bool:
     """Whether rows that are looked up are the module's own for every token, bit for bit."""
     with np.errstate(over="ignore"):
-        return all(looked_up(*ids).tobytes() == embeddings(*ids).tobytes() for ids in _blocks(base.vocab_size))
+        return all(looked_up(*ids).tobytes() == embeddings(*ids).tobytes() for ids in blocks_of_rows(base.vocab_size))
 
 
 def _check_fingerprint(table: EmbeddingTable, base: Base) -> None:
     """Check that the stored rows are the checkpoint's embedding matrix; raises ``GraphError``."""
-    fingerprint = fingerprint_rows(table.shape, (table.stored_block(*ids) for ids in _blocks(len(table))))
+    fingerprint = fingerprint_rows(table.shape, (table.stored_block(*ids) for ids in blocks_of_rows(len(table))))
     if fingerprint != base.fingerprint:
         raise GraphError(
             f"the embedding table of {base.name} was written with fingerprint {fingerprint}, the checkpoint has "
@@ -155,7 +138,3 @@ def _tensor_rows(compute: Callable[[torch.Tensor], torch.Tensor]) -> Rows:
         return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
     return rows
-
-
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + _BLOCK_ROWS, count)) for first in range(0, count, _BLOCK_ROWS))

@@ -14,14 +14,16 @@ from adalink.export.base.files import metadata_of
 from adalink.export.base.gguf_codes import GgufCodes, describe_tensors
 from adalink.export.base.quantize import SCHEMES, quantize
 from adalink.export.base.request import TARGETS
+from adalink.export.base.tied_head import keep_table_rows
 from adalink.export.writer import DeploymentWriter
-from adalink.runtime.storage.manifest import Base, Quantization, Variant
+from adalink.runtime.storage.manifest import Base, Variant
+from adalink.training.models.loading import embedding_matrix
 from adalink.training.models.stand_ins import StandIns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from adalink.export.tracing.graph import TracedGraph
+    from adalink.export.tracing.graph_weights import WeightedGraph
 
 # Backends that take position ids of several axes.
 ONE_BACKEND = ("onnxruntime-cpu",)
@@ -52,6 +54,7 @@ def write_variant(
     from adalink.export.base.grouped_attention import WINDOWS_SINCE, has_windows, why_not_grouped
     from adalink.export.base.ort_fusion import why_not_fused
     from adalink.export.tracing.attention import exportable_attention
+    from adalink.export.tracing.graph import trace
     from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
 
     model, architecture, base = source.model, source.architecture, source.base
@@ -74,7 +77,12 @@ def write_variant(
         for stem, graph in graphs.items():
             progress(f"tracing {stem}.onnx ({base.embedding_dtype})")
             files[stem] = f"{folder}/{stem}.onnx"
-            _write_graph(graph, writer.stage(files[stem]), metadata, target, (scheme, gguf), progress)
+            traced = trace(graph, f"{stem}.onnx", metadata)
+            if scheme is not None:
+                quantize(traced, scheme, f"{stem}.onnx", gguf)
+            elif graph.is_grouped or target == "portable":
+                keep_table_rows(traced, stand_ins.source(embedding_matrix(model)), is_flat=graph.is_grouped)
+            _write_graph(traced, writer.stage(files[stem]), target, progress)
     if scheme is not None and gguf is not None:
         scheme = gguf.record(scheme)
         for line in describe_tensors(scheme):
@@ -91,22 +99,11 @@ def write_variant(
     )
 
 
-def _write_graph(
-    graph: TracedGraph,
-    path: Path,
-    metadata: dict[str, str],
-    target: str,
-    quantization: tuple[Quantization | None, GgufCodes | None],
-    progress: Progress,
-) -> None:
-    """Trace a graph, and write it with its matrices quantised and its nodes fused as the target has them."""
+def _write_graph(traced: WeightedGraph, path: Path, target: str, progress: Progress) -> None:
+    """Write a traced graph, its nodes fused as the target has them."""
     from adalink.export.base.ort_fusion import fuse, why_not_fused
-    from adalink.export.tracing.graph import save_graph, trace
+    from adalink.export.tracing.graph import save_graph
 
-    traced = trace(graph, path.name, metadata)
-    scheme, gguf = quantization
-    if scheme is not None:
-        quantize(traced, scheme, path.name, gguf)
     if why_not_fused(target) is not None:
         save_graph(traced, path, progress)
         return

@@ -19,7 +19,7 @@ DRAFT_TOKENS = 8
 _LONGEST_MATCH = 3
 
 
-def draft_limit(draft_tokens: int | None, base: Base, variant: Variant) -> int:
+def draft_limit(draft_tokens: int | None, base: Base, variant: Variant, kv_cache_dtype: str | None = None) -> int:
     """Most draft tokens of a pass.
 
     By default ``DRAFT_TOKENS`` where the engine computes in float32 throughout, as a pass over several tokens then
@@ -29,7 +29,8 @@ def draft_limit(draft_tokens: int | None, base: Base, variant: Variant) -> int:
         RequestError: ``draft_tokens`` is no whole number.
     """
     if draft_tokens is None:
-        return DRAFT_TOKENS if base.embedding_dtype == "float32" and variant.quantization is None else 0
+        is_exact = base.embedding_dtype == "float32" and variant.quantization is None
+        return DRAFT_TOKENS if is_exact and kv_cache_dtype in (None, "float32") else 0
     check_whole(draft_tokens, "draft_tokens", 0)
     return draft_tokens
 

@@ -56,7 +56,7 @@ class DynamicCacheEngine:
         if signature.past:
             if cache is None:
                 heads, head_dim = signature.cache_shape
-                empty = np.zeros((len(feeds["inputs_embeds"]), heads, 0, head_dim), signature.dtype)
+                empty = np.zeros((len(feeds["inputs_embeds"]), heads, 0, head_dim), signature.cache_dtype)
                 cache = [value(empty)] * len(signature.past)
             values.update(zip(signature.past, cache, strict=True))
         names = [signature.output, *signature.present]

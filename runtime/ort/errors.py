@@ -10,6 +10,7 @@ from adalink.runtime.errors import BackendError
 
 T = TypeVar("T")
 
+INT8 = "tensor(int8)"
 ORT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from adalink.runtime.errors import BackendError, GraphError, RequestError
-from adalink.runtime.ort.errors import ORT_TYPES, guard, wrong_name
+from adalink.runtime.ort.errors import INT8, ORT_TYPES, guard, wrong_name
 from adalink.runtime.storage.manifest import Base
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Signature:
         output: name of the output beside the cache.
         vocab_size: columns of the logits.
         cache_shape: ``(kv_heads, head_dim)``; zeros for a graph without a cache.
-        dtype: dtype of embeddings, cache and output.
+        dtype: dtype of embeddings and output.
+        cache_dtype: dtype of the cache.
     """
 
     inputs: frozenset[str]
@@ -45,6 +46,7 @@ class Signature:
     vocab_size: int
     cache_shape: tuple[int, int]
     dtype: np.dtype[Any]
+    cache_dtype: np.dtype[Any]
 
     @property
     def in_place(self) -> bool:
@@ -67,6 +69,7 @@ def read_signature(session: ort.InferenceSession, base: Base, role: str, origin:
         vocab_size=base.vocab_size,
         cache_shape=(cache.kv_heads, cache.head_dim) if cache else (0, 0),
         dtype=np.dtype(base.embedding_dtype),
+        cache_dtype=np.dtype("int8" if past and types[past[0]] == INT8 else base.embedding_dtype),
     )
     lengths = ("sequence_lengths", "logits_at") if signature.in_place else ("attention_mask",)
     token_types = ("token_type_ids",) if base.takes_token_types else ()

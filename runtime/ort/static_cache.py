@@ -44,7 +44,7 @@ class StaticCacheEngine:
             "sequence_lengths": lengths,
             "logits_at": np.flatnonzero(is_token),
             "position_ids": positions,
-            **dict.fromkeys(signature.past, np.zeros((batch, heads, 0, head_dim), signature.dtype)),
+            **dict.fromkeys(signature.past, np.zeros((batch, heads, 0, head_dim), signature.cache_dtype)),
         }
         inputs = {name: values[name] for name in (*signature.inputs, *signature.past)}
         logits: Array = self._session.call(lambda session: session.run([signature.output], inputs))[0]
@@ -89,7 +89,7 @@ class StaticCacheDecodeState:
         self._alive = 0
         self._lengths = np.zeros(slots, np.int32)
         # Positions beyond a row's length are never read and stay uninitialised.
-        self._cache = _empty((len(signature.past), slots, heads, capacity, head_dim), signature.dtype)
+        self._cache = _empty((len(signature.past), slots, heads, capacity, head_dim), signature.cache_dtype)
         self._logits = np.empty((slots, signature.vocab_size), signature.dtype)
         self._logits_indices = np.arange(slots)
         # Position ids of each row's last token; the shape of one is known with the first row.

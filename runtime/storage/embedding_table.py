@@ -30,6 +30,7 @@ class EmbeddingTable:
     Attributes:
         shape: ``(vocab, d)``.
         dtype: numpy dtype of a row, that of the base; bfloat16 is returned as its bits, uint16.
+        parts: rows as they are stored; of codes, these and their scales.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class EmbeddingTable:
             storage: how rows are stored, if not in ``dtype``.
             scales: of codes, float32 ``(vocab, blocks)``.
         """
-        self._parts = (stored,) if scales is None else (stored, scales)
+        self.parts = (stored,) if scales is None else (stored, scales)
         self._dtype, self._storage = dtype, storage
         self.dtype = np.dtype(STORED[dtype])
         blocks = None if storage is None else BLOCK_TYPES.get(storage.encoding)
@@ -61,22 +62,22 @@ class EmbeddingTable:
 
     def take(self, ids: Array) -> Array:
         """Embeddings of token ids, as a new array with shape ``(*ids.shape, d)``."""
-        return self._expand(*(part.take(ids, axis=0) for part in self._parts))
+        return self._expand(*(part.take(ids, axis=0) for part in self.parts))
 
     def block(self, first: int, last: int) -> Array:
         """Embeddings of the ids from ``first`` up to ``last``, not to be changed, with shape ``(last - first, d)``."""
-        return self._expand(*(part[first:last] for part in self._parts))
+        return self._expand(*(part[first:last] for part in self.parts))
 
     def stored_block(self, first: int, last: int) -> npt.NDArray[np.float32]:
         """Likewise rows of the embedding matrix: float32 numbers before the module's scale."""
-        return self._decode(*(part[first:last] for part in self._parts))
+        return self._decode(*(part[first:last] for part in self.parts))
 
     def _expand(self, *parts: Array) -> Array:
         if self._storage is None:
             return parts[0]
         rows = self._decode(*parts)
         if self._storage.scale != 1:
-            rows *= np.float32(self._storage.scale)
+            rows = rows * np.float32(self._storage.scale)  # float32 rows are the file's own bytes
         return as_stored(rows, self._dtype)
 
 
@@ -90,7 +91,8 @@ def open_table(path: Path, base: Base) -> EmbeddingTable:
     """Map the table into memory, read-only.
 
     Args:
-        path: a safetensors file with the one tensor ``embeddings``, or external data with the codes of a tied head.
+        path: a safetensors file with the one tensor ``embeddings``, or external data with the rows or the codes of a
+            tied head.
         base: the contract, with the table's shape, dtype and storage.
 
     Raises:
@@ -100,6 +102,8 @@ def open_table(path: Path, base: Base) -> EmbeddingTable:
         data = map_file(path)
         if base.table is not None and base.table.head is not None:
             return _view_codes(data, base, base.table, base.table.head)
+        if base.table is not None and base.table.rows_start is not None:
+            return _view_rows(data, base, base.table, base.table.rows_start)
         return EmbeddingTable(view_table(data, base, base.table), base.embedding_dtype, base.table)
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path}: {error}. Export the base again") from error
@@ -112,6 +116,14 @@ def _view_codes(data: Bytes, base: Base, storage: TableStorage, head: HeadCodes)
     codes = data[head.codes_start :][: count * head.block_size].reshape(*shape, head.block_size)
     scales = data[head.scales_start :][: 4 * count].view("<f4").reshape(shape)
     return EmbeddingTable(codes, base.embedding_dtype, storage, scales)
+
+
+def _view_rows(data: Bytes, base: Base, storage: TableStorage, start: int) -> EmbeddingTable:
+    """The table in a head's rows; raises ``ValueError`` if the data are too short."""
+    dtype = np.dtype(STORED[storage.encoding])
+    shape = (base.vocab_size, base.hidden_size)
+    rows = data[start:][: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    return EmbeddingTable(rows, base.embedding_dtype, storage)
 
 
 def view_table(data: Bytes, base: Base, storage: TableStorage | None = None) -> Array:

@@ -17,6 +17,8 @@ SCHEMA_VERSION = 4
 # Fields that came later have defaults: manifests of these versions mean what they meant.
 READABLE_VERSIONS = (3, 4)
 DTYPES = ("float32", "float16", "bfloat16")
+# Dtypes of a KV cache that is not in the base's.
+KV_CACHE_DTYPES = ("int8",)
 FOLDS = ("table", "rank")
 BASE_KINDS = ("decoder", "encoder", "encoder-decoder")
 # A vision tower's working memory grows with the pixels of a call, and larger calls are hardly faster.
@@ -240,6 +242,8 @@ class Variant(_Strict, frozen=True, kw_only=True):
         graph: path of the graph, or of the engine's plan; for an encoder-decoder, of its encoder.
         decoder_graph: path of the decoder of an encoder-decoder.
         vision_graph: path of a compiled engine's plan of the vision tower; without it the base's own graph runs.
+        kv_cache_graphs: by dtype of the KV cache, path of a decoder's graph that keeps it so, over the same weights;
+            ``graph`` keeps it in the base's dtype. Empty if there is no other, and in deployments of older kits.
         files: every file of the variant, the graphs and their external data, or the plans and their record.
     """
 
@@ -249,6 +253,7 @@ class Variant(_Strict, frozen=True, kw_only=True):
     graph: str
     decoder_graph: str | None = None
     vision_graph: str | None = None
+    kv_cache_graphs: dict[str, str] = {}
     files: tuple[str, ...]
 
     @property

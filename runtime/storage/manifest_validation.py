@@ -8,7 +8,18 @@ from collections.abc import Callable
 from adalink.runtime.errors import DeploymentError, ManifestError
 from adalink.runtime.storage.adapter_spec import ACTIVATION_KEYS, Fault, find_fault
 from adalink.runtime.storage.generation_schema import check_generation
-from adalink.runtime.storage.manifest import BASE_KINDS, DTYPES, FOLDS, MANIFEST_FILE, Base, Manifest, Task, Vision
+from adalink.runtime.storage.manifest import (
+    BASE_KINDS,
+    DTYPES,
+    FOLDS,
+    KV_CACHE_DTYPES,
+    MANIFEST_FILE,
+    Base,
+    Manifest,
+    Task,
+    Variant,
+    Vision,
+)
 from adalink.runtime.storage.pooling_schema import check_pooling
 from adalink.runtime.storage.table_schema import check_table_storage
 
@@ -79,6 +90,7 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
         for path in (variant.graph, variant.decoder_graph, variant.vision_graph):
             field = f"$.variants[{name!r}].files"
             demand(path is None or path in variant.files, field, variant.files, f"a list with {path}")
+        _check_cache_graphs(name, variant, base, demand)
         field, tower = f"$.variants[{name!r}].vision_graph", variant.vision_graph
         demand(tower is None or base.vision is not None, field, tower, "null for a base that takes no images")
     for name, task in manifest.tasks.items():
@@ -94,6 +106,15 @@ def check_manifest(manifest: Manifest, origin: str = MANIFEST_FILE) -> None:
             demand(False, f"{field}.sha256", record.sha256, "'sha256:' and 64 digits")
     for path in sorted(manifest.paths_in_use() - manifest.files.keys()):
         demand(False, f"$.files[{path!r}]", None, "a digest and size, since the manifest refers to it")
+
+
+def _check_cache_graphs(
+    name: str, variant: Variant, base: Base, demand: Callable[[bool, str, object, str], None]
+) -> None:
+    field, graphs = f"$.variants[{name!r}].kv_cache_graphs", variant.kv_cache_graphs
+    allowed = KV_CACHE_DTYPES if base.kind == "decoder" and not variant.is_compiled else ()
+    demand(graphs.keys() <= set(allowed), field, graphs, f"no dtypes but {', '.join(allowed) or 'none'}")
+    demand(set(graphs.values()) <= set(variant.files), field, graphs, "paths of $.files of the variant")
 
 
 def _check_special_tokens(base: Base, demand: Callable[[bool, str, object, str], None]) -> None:

@@ -10,8 +10,9 @@ import msgspec
 from adalink.runtime.storage.gguf_blocks import BLOCK_TYPES
 
 HALVES = ("bfloat16", "float16")
+NUMBERS = ("float32", *HALVES)
 CODES = "codes"
-ENCODINGS = (*HALVES, *BLOCK_TYPES, CODES)
+ENCODINGS = (*NUMBERS, *BLOCK_TYPES, CODES)
 
 Demand = Callable[[bool, str, object, str], None]
 
@@ -34,14 +35,18 @@ class TableStorage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How a row of the table is stored; looked up it is ``float32(stored) * scale``, in the base's dtype.
 
     Attributes:
-        encoding: ``"float16"``, ``"bfloat16"``, a GGUF block type such as ``"Q8_0"``, or ``"codes"`` of a tied head.
+        encoding: ``"float32"``, ``"float16"``, ``"bfloat16"``, a GGUF block type such as ``"Q8_0"``, or ``"codes"`` of
+            a tied head.
         scale: factor of the embedding module, a float32 number; 1 for most models.
-        head: place of the head's codes; ``None`` for a table in a file of its own.
+        head: place of codes; ``None`` for other encodings.
+        rows_start: first byte of the rows of a tied head, ``(vocab, d)``, in the external data of a graph; ``None`` for
+            other tables.
     """
 
     encoding: str
     scale: float = 1.0
     head: HeadCodes | None = None
+    rows_start: int | None = None
 
 
 def check_table_storage(storage: TableStorage, hidden_size: int, demand: Demand) -> None:
@@ -66,4 +71,7 @@ def check_table_storage(storage: TableStorage, hidden_size: int, demand: Demand)
             demand(0 <= start < 1 << 62, f"$.base.table.head.{name}", start, "the number of a byte")
         fits = 1 <= head.block_size <= hidden_size and hidden_size % head.block_size == 0
         demand(fits, "$.base.table.head.block_size", head.block_size, f"a divisor of {hidden_size}")
+    rows_start, field = storage.rows_start, "$.base.table.rows_start"
+    demand(rows_start is None or encoding in NUMBERS, field, rows_start, f"null for the encoding {encoding}")
+    demand(rows_start is None or 0 <= rows_start < 1 << 62, field, rows_start, "the number of a byte")
     demand(math.isfinite(scale) and scale != 0, "$.base.table.scale", scale, "a finite number other than 0")

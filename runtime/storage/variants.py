@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adalink.runtime.errors import BackendError
 from adalink.runtime.near_names import did_you_mean
-from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.manifest import Manifest, Variant
 
 # Backends that run a compiled plan, not a graph.
 COMPILED_BACKENDS = ("tensorrt", "tensorrt-rtx")
@@ -57,3 +57,22 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
         return -bits, variants[key].target != backend, key
 
     return min(serving, key=preference)
+
+
+def choose_graph(manifest: Manifest, variant: Variant, kv_cache_dtype: str | None) -> str:
+    """Path of the base graph of a variant whose KV cache has a dtype; ``None`` is the base's own.
+
+    Raises:
+        BackendError: the variant has no such graph.
+    """
+    own = manifest.base.embedding_dtype
+    if kv_cache_dtype is None or (kv_cache_dtype == own and manifest.base.kind == "decoder"):
+        return variant.graph
+    graph = variant.kv_cache_graphs.get(kv_cache_dtype)
+    if graph is None:
+        dtypes = ", ".join((own, *variant.kv_cache_graphs))
+        raise BackendError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, but {variant.graph} has no such KV cache, only {dtypes}: leave it "
+            "out, or add the graph with 'adalink export kv-cache DIR' and --variant"
+        )
+    return graph

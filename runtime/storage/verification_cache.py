@@ -81,6 +81,7 @@ def verify_once(
     known = _recall(memory) if memory else {}
     learnt: dict[str, _VerifiedFile] = {}
     verified = VerifiedFiles(folder, manifest)
+    unknown: dict[str, Stamp] = {}
     for relative in paths:
         path = locate(folder, relative)
         stamp, expected = stamp_at(path), manifest.files[relative].sha256
@@ -89,14 +90,15 @@ def verify_once(
         if record is not None and (record.sha256, record.stamp) == (expected, stamp):
             _LOG.debug("%s has not changed since its digest was checked: not read again", path)
             check_referenced(relative, record.refers_to, paths)
-            verified.add(relative, stamp)
-            continue
-        started = time.time_ns()
-        verify_files(folder, manifest, [relative], progress)
-        refers_to = check_graphs(folder, manifest, paths, relative)
-        if stamp_at(path) == stamp and is_settled(stamp, started):
-            learnt[relative] = _VerifiedFile(expected, stamp, refers_to)
+        else:
+            unknown[relative] = stamp
         verified.add(relative, stamp)
+    started = time.time_ns()
+    verify_files(folder, manifest, unknown, progress)
+    for relative, stamp in unknown.items():
+        refers_to = check_graphs(folder, manifest, paths, relative)
+        if stamp_at(locate(folder, relative)) == stamp and is_settled(stamp, started):
+            learnt[relative] = _VerifiedFile(manifest.files[relative].sha256, stamp, refers_to)
     if learnt and memory:
         write_cache_file(memory, msgspec.json.encode({**known, **learnt}))
     return verified

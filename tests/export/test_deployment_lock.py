@@ -176,16 +176,16 @@ def test_first_export_killed_anywhere_can_be_repeated_and_keeps_foreign_files(pr
 def test_file_of_an_unfinished_commit_is_removed_by_its_bytes(pristine: Path, tmp_path: Path) -> None:
     """After a kill somebody writes another file to the place of one of the kit's."""
     source, folder = pristine / "deployment", tmp_path / "new"
-    step = 0
-    while not (folder / "base" / "embeddings.safetensors").exists() or (folder / MANIFEST_FILE).exists():
+    step, path = 0, folder / read_manifest(source).base.embeddings
+    while not path.exists() or (folder / MANIFEST_FILE).exists():
         step += 1
         shutil.rmtree(folder, ignore_errors=True)
         assert kill_at(step, lambda: publish(source, folder))
-    (folder / "base" / "embeddings.safetensors").write_bytes(b"mine")
-    with pytest.raises(DeploymentError, match=r"embeddings\.safetensors is not a file of this kit"):
+    path.write_bytes(b"mine")
+    with pytest.raises(DeploymentError, match=r"model\.onnx\.data is not a file of this kit"):
         publish(source, folder)
-    assert (folder / "base" / "embeddings.safetensors").read_bytes() == b"mine"
-    (folder / "base" / "embeddings.safetensors").unlink()
+    assert path.read_bytes() == b"mine"
+    path.unlink()
     verify_files(folder, publish(source, folder))
 
 

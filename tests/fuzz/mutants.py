@@ -9,8 +9,8 @@ from fuzz.guard_mutants import GUARDS
 from fuzz.mutant import Mutant
 
 _LIMITS = "tests/tools/parity/test_exact_limits.py::"
-_OUTPUTS, _GENERATION = "tools/parity/check_outputs.py", "tools/parity/check_generation.py"
-_ADAPTER, _DECODING = "tools/parity/check_adapter.py", "tests/runtime/storage/test_decoding.py::"
+_OUTPUTS, _GENERATION = "tools/parity/checks/outputs.py", "tools/parity/checks/generation.py"
+_ADAPTER, _DECODING = "tools/parity/checks/adapter.py", "tests/runtime/storage/test_decoding.py::"
 _NAMES = "tests/runtime/ort/test_open_session.py::"
 _WRITER, _CACHE = "tests/export/test_writer.py::", "tests/runtime/storage/test_user_cache.py::"
 
@@ -45,7 +45,7 @@ _CHECKS = [
     ),
     Mutant(
         "parity: the best component of a row in a mixed batch instead of the worst",
-        "tools/parity/check_swap.py",
+        "tools/parity/checks/swap.py",
         "base.embedding_dtype) - alone).max(axis=1)",
         "base.embedding_dtype) - alone).min(axis=1)",
         f"{_LIMITS}test_a_row_of_a_mixed_batch_deviates_by_its_worst_component",
@@ -94,7 +94,7 @@ _CHECKS = [
     ),
     Mutant(
         "parity: the tolerance of an engine loosened 100 times",
-        "tools/parity/noise_floor.py",
+        "tools/parity/reference/noise_floor.py",
         "NOISE_FACTOR = 16.0",
         "NOISE_FACTOR = 1600.0",
         f"{_LIMITS}test_the_limit_is_sixteen_times_the_larger_noise",

@@ -121,7 +121,7 @@ def test_a_writer_that_is_not_atomic_is_found(corpus: Path, tmp_path: Path, monk
     """Planted: a change that spoils a file in place, and takes long over it."""
 
     def spoil(folder: Path) -> None:
-        path = folder / "base" / "embeddings.safetensors"
+        path = folder / "base/onnxruntime-cpu/model.onnx.data"
         data = path.read_bytes()
         path.write_bytes(data[:-1])
         time.sleep(0.05)
@@ -130,7 +130,7 @@ def test_a_writer_that_is_not_atomic_is_found(corpus: Path, tmp_path: Path, monk
     planted = kills.Change("planted", spoil, 1)
     monkeypatch.setattr(kills, "changes", lambda corpus: [planted])
     counted = kills.run_kills(corpus, tmp_path, 3)
-    assert any("embeddings.safetensors has" in fault["fault"] for fault in counted.faults)
+    assert any("model.onnx.data has" in fault["fault"] for fault in counted.faults)
 
 
 def test_sixty_four_threads_get_the_bits_of_one(corpus: Path) -> None:

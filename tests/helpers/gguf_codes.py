@@ -9,8 +9,8 @@ from helpers.tiny_ggufs import wide, write_gguf
 
 from adalink.export.base.export import export_base
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.gguf_weights import check_layers
-from adalink.tools.parity.quantized_weights import find_layers, read_matrices
+from adalink.tools.parity.reference.gguf_weights import check_layers
+from adalink.tools.parity.reference.quantized_weights import find_layers, read_matrices
 from adalink.training.models.loading import load_base
 
 

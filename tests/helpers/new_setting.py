@@ -43,7 +43,7 @@ def arrivals(root: Path, flavour: int) -> dict[str, object]:
     from adalink.export.adapter.export import export_adapter
     from adalink.runtime.storage.adapter import read_adapter
     from adalink.tools.commands.inspect import describe
-    from adalink.tools.parity.check_adapter import check_contract
+    from adalink.tools.parity.checks.adapter import check_contract
     from adalink.training.adapter_io import load_adapter, save_adapter, to_adapter
     from adalink.training.method.attach import attach
     from adalink.training.method.config import AdaLinkConfig

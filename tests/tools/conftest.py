@@ -14,7 +14,7 @@ from helpers.warm_python import WarmPython
 
 from adalink.runtime.storage.digest import digest_file
 from adalink.tools.common.child_process import python_command
-from adalink.tools.parity import check_swap, swap_worker
+from adalink.tools.parity.checks import swap, swap_worker
 
 _IMPORTS = (
     "adalink.runtime.deployment",
@@ -51,6 +51,6 @@ def fresh_processes_once() -> Iterator[None]:
         return copy.deepcopy(answers[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check_swap, "run_fresh", run_once)
+        patch.setattr(swap, "run_fresh", run_once)
         yield
     warm.close()

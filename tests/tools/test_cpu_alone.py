@@ -89,6 +89,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "export base": ["export", "base", model, "--out", root / "other"],
         "export adapter": ["export", "adapter", adapter, "--out", folder, "--name", "gamma"],
         "export adapter fold": ["export", "adapter", adapter, "--out", folder, "--replace", "--fold", "table"],
+        "export kv-cache": ["export", "kv-cache", folder],
         "export engine": ["export", "engine", folder, "--backend", "tensorrt"],
         "export engine rtx": ["export", "engine", folder, "--backend", "tensorrt-rtx"],
         "export lora": ["export", "lora", adapter, "--base", model, "--format", "peft", "--out", root / "lora"],

@@ -19,7 +19,7 @@ from adalink.runtime.errors import DeploymentError
 from adalink.runtime.options import OpenOptions
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.observed_backend import ObservedBackend
-from adalink.tools.parity.prompts import PROMPTS, fit
+from adalink.tools.parity.inputs.prompts import PROMPTS, fit
 
 PREFILL_TOKENS = 64
 MIXED_TASKS = 32
@@ -50,9 +50,9 @@ class Bench:
     """
 
     def __init__(
-        self, path: Path, task: str | None, backend: str, threads: int | None, variant: str | None = None
+        self, path: Path, task: str | None, backend: str, threads: int | None, options: OpenOptions | None = None
     ) -> None:
-        """Open the deployment, with a variant of its base.
+        """Open the deployment; ``options`` say with which variant of its base and which KV cache.
 
         Raises:
             DeploymentError: it has no task, or not that one.
@@ -71,7 +71,7 @@ class Bench:
         # The time from one pass to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
         self._starts: list[float] = []
         observed = ObservedBackend(open_backend(backend, threads), lambda: self._starts.append(time.perf_counter()))
-        self._deployment = Deployment(path, endless, observed, OpenOptions(variant))
+        self._deployment = Deployment(path, endless, observed, options)
         self._base = manifest.base
         self.model = manifest.base.name
         self._folder = (path / manifest.tasks[self.task].graph).parent

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from adalink.runtime.storage.manifest import KV_CACHE_DTYPES
 from adalink.tools.command_line.config_file import option_key
 from adalink.tools.command_line.shell_completion import complete_backends, complete_tasks, complete_variants
 
@@ -58,6 +59,15 @@ def variant_option(
     return click.option(
         "--variant", *names, metavar="NAME", shell_complete=complete_variants, help=help_text, **settings
     )
+
+
+def kv_cache_option(command: F) -> F:
+    """``--kv-cache-dtype``."""
+    return click.option(
+        "--kv-cache-dtype",
+        type=click.Choice(("float32", *KV_CACHE_DTYPES)),
+        help="Of the KV cache; int8 takes a quarter of float32's memory and needs 'adalink export kv-cache'.",
+    )(command)
 
 
 def threads_option(command: F) -> F:

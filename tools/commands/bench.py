@@ -8,7 +8,7 @@ import click
 
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import deployment_argument, engine_options, task_option
+from adalink.tools.command_line.options import deployment_argument, engine_options, kv_cache_option, task_option
 from adalink.tools.command_line.verb import Verb
 
 
@@ -16,9 +16,16 @@ from adalink.tools.command_line.verb import Verb
 @deployment_argument
 @task_option("The task to measure; the first by name without it.")
 @engine_options
+@kv_cache_option
 @json_options("Print the report as JSON.")
 def command(
-    deployment: Path, task: str | None, backend: str, variant: str | None, threads: int | None, output: JsonOutput
+    deployment: Path,
+    task: str | None,
+    backend: str,
+    variant: str | None,
+    threads: int | None,
+    kv_cache_dtype: str | None,
+    output: JsonOutput,
 ) -> None:
     """Measure what a task costs beside the base model, with the deployment in DIR.
 
@@ -40,6 +47,7 @@ def command(
     from adalink.tools.preflight.deployment import check_deployment
 
     check_deployment(deployment, [task], backend=backend, variant=variant)
+    from adalink.runtime.options import OpenOptions
     from adalink.tools.bench.measure import Bench
     from adalink.tools.bench.startup import measure_startup
     from adalink.tools.bench.terminal import print_report
@@ -47,7 +55,7 @@ def command(
     from adalink.tools.terminal.console import say
 
     say("opening the deployment")
-    bench = Bench(deployment, task, backend, threads, variant)
+    bench = Bench(deployment, task, backend, threads, OpenOptions(variant, kv_cache_dtype=kv_cache_dtype))
     try:
         metrics, medians = bench.measure(say)
         environment = {
@@ -55,6 +63,7 @@ def command(
             "backend": backend,
             "variant": variant,
             "threads": threads,
+            "kv_cache_dtype": kv_cache_dtype,
             "model": bench.model,
             "task": bench.task,
             "prompt_tokens": bench.tokens,

@@ -21,6 +21,7 @@ from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
     deployment_argument,
     engine_options,
+    kv_cache_option,
     make_options,
     sampling_options,
     task_option,
@@ -60,6 +61,7 @@ class ChatSettings:
         backend: the engine's backend.
         variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
+        kv_cache_dtype: dtype of the KV cache; see ``Deployment.open``.
         max_new_tokens: most tokens of a reply.
         sampling: the options of ``SamplingParams``.
         output: where replies go as JSON.
@@ -71,6 +73,7 @@ class ChatSettings:
     backend: str
     variant: str | None
     threads: int | None
+    kv_cache_dtype: str | None
     max_new_tokens: int
     sampling: Mapping[str, Any]
     output: JsonOutput
@@ -100,6 +103,7 @@ class _Mode:
 @sampling_options
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the conversation get less likely.")
 @engine_options
+@kv_cache_option
 @json_options("Print one JSON line for each reply, when it is whole.")
 def command(**values: Any) -> None:
     """Chat with the deployment in DIR, in its model's chat template.
@@ -140,6 +144,7 @@ def run(settings: ChatSettings) -> None:
         variant=settings.variant,
         threads=settings.threads,
         prefix_cache_bytes=_cache_bytes(manifest, settings),
+        kv_cache_dtype=settings.kv_cache_dtype,
     ) as deployment:
         session = ChatSession(
             deployment,

@@ -15,6 +15,8 @@ from adalink.tools.command_line.shell_completion import complete_files
 from adalink.tools.command_line.verb import VerbGroup
 from adalink.tools.commands.export_adapter import DTYPES, adapter
 from adalink.tools.commands.export_engine import engine
+from adalink.tools.commands.export_genai import genai
+from adalink.tools.commands.export_kv_cache import kv_cache
 from adalink.tools.commands.export_lora import lora
 from adalink.tools.terminal.console import say
 from adalink.tools.terminal.terminal_text import echo
@@ -44,6 +46,8 @@ def command() -> None:
 
 command.add_command(adapter)
 command.add_command(engine)
+command.add_command(kv_cache)
+command.add_command(genai)
 command.add_command(lora)
 
 

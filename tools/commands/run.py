@@ -21,6 +21,7 @@ from adalink.tools.command_line.options import (
     deployment_argument,
     engine_options,
     is_typed,
+    kv_cache_option,
     make_options,
     map_option,
     require_rows,
@@ -66,6 +67,7 @@ class RunOptions:
         backend: the engine's backend.
         variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
+        kv_cache_dtype: dtype of the KV cache; see ``Deployment.open``.
         full_check: read every file again.
         output: where results go as JSON.
         settings: the other arguments of ``Deployment.generate``.
@@ -85,6 +87,7 @@ class RunOptions:
     backend: str
     variant: str | None
     threads: int | None
+    kv_cache_dtype: str | None
     full_check: bool
     output: JsonOutput
     settings: Mapping[str, Any]
@@ -181,6 +184,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
     "default 8 in float32, and 0 where it might change the text.",
 )
 @engine_options
+@kv_cache_option
 @click.option("--full-check", is_flag=True, help="Read every file again, also those known to be unchanged.")
 @json_options("Print one JSON line for each result.")
 def command(**values: Any) -> None:
@@ -242,6 +246,7 @@ def run(options: RunOptions) -> None:
         variant=options.variant,
         threads=options.threads,
         full_check=options.full_check,
+        kv_cache_dtype=options.kv_cache_dtype,
     ) as opened:
         if opened.manifest.base.kind == "encoder":
             _print_states(opened, rows, bad, options)

@@ -10,7 +10,7 @@ import click
 
 from adalink.runtime.errors import ConfigError
 from adalink.tools.command_line.json_output import JsonOutput, json_options
-from adalink.tools.command_line.options import deployment_argument, engine_options, make_options
+from adalink.tools.command_line.options import deployment_argument, engine_options, kv_cache_option, make_options
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.terminal_text import echo
 from adalink.tools.terminal.verbose import say, warnings_to_stderr
@@ -29,6 +29,7 @@ class ServeCommandOptions:
     backend: str
     variant: str | None
     threads: int | None
+    kv_cache_dtype: str | None
     slots: int
     context: int | None
     queue: int
@@ -52,6 +53,7 @@ class ServeCommandOptions:
     "-p", "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="The port; 0 for any free one."
 )
 @engine_options
+@kv_cache_option
 @click.option(
     "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode together."
 )
@@ -161,6 +163,7 @@ def run(options: ServeCommandOptions) -> None:
             slots=options.slots,
             context=options.context,
             queue_limit=options.queue,
+            kv_cache_dtype=options.kv_cache_dtype,
         ) as deployment,
     ):
 

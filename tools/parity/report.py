@@ -43,7 +43,7 @@ class Report:
     Attributes:
         checks: in the order in which they were made.
         receipt: the record that nothing was rebuilt.
-        cost: the cost of quantising (``adalink.tools.parity.check_quantization.measure_cost``).
+        cost: the cost of quantising (``adalink.tools.parity.checks.quantization.measure_cost``).
         skipped: checks that could not be made, each with its reason.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.noise_floor import TYPICAL_PERCENTILE, limit_of
+from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, limit_of
 from benchmarks.gpu_proof.record import Record
 from benchmarks.gpu_proof.step import Plan
 
@@ -21,7 +21,7 @@ def compare_with_pytorch(record: Record, plan: Plan, deployment: Deployment, aga
     """The base and two tasks on a few prompts; the limit grows with the noise of float32, and with the dtype."""
     import torch
 
-    from adalink.tools.parity.prompts import choose_prompts
+    from adalink.tools.parity.inputs.prompts import choose_prompts
     from adalink.training.models.loading import load_base
 
     place = "cuda" if plan.has_gpu and torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adalink.export.adapter.error_bound import ACTIVATION_ERRORS, adapter_bound, gamma
 from adalink.runtime.storage.adapter import AdapterConfig, make_adapter
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
-from adalink.tools.parity.float64_adapter import exact_adapter
+from adalink.tools.parity.reference.float64_adapter import exact_adapter
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

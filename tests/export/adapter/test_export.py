@@ -62,7 +62,7 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 def test_adding_replacing_and_removing_touch_no_byte_of_the_base(deployment: Path, tmp_path: Path) -> None:
     before = state(deployment)
-    assert len(before) == 3 + len(ACTIVATION_KEYS)
+    assert len(before) == 2 + len(ACTIVATION_KEYS)
     first = make(tmp_path / "topics", deployment, seed=1)
     manifest = export_adapter(first, deployment)
     assert manifest.tasks.keys() == {"topics"}
@@ -142,11 +142,11 @@ def test_damaged_adapter_is_refused_before_anything_is_written(deployment: Path,
 
 
 def test_damaged_embeddings_are_found_before_a_task_is_added(deployment: Path, tmp_path: Path) -> None:
-    path = deployment / "base" / "embeddings.safetensors"
+    path = deployment / read_manifest(deployment).base.embeddings
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"base/embeddings\.safetensors has digest"):
+    with pytest.raises(IntegrityError, match=r"model\.onnx\.data has digest"):
         export_adapter(make(tmp_path / "topics", deployment), deployment)
 
 

@@ -16,11 +16,11 @@ from helpers.export import in_half
 from helpers.tiny_models import DECODERS, FAMILIES, HIDDEN_SIZE, LAYERS, MAX_POSITIONS, VOCAB_SIZE, token_ids
 from helpers.tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 from onnx import numpy_helper
-from safetensors.torch import load_file
 
 from adalink.export.base.export import export_base
 from adalink.export.tracing.static_shapes import make_reshapes_static
 from adalink.runtime.errors import ConfigError, ModelError
+from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest import Cache
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -89,10 +89,10 @@ def test_a_decoder_must_know_how_it_begins(tmp_path: Path) -> None:
 def test_table_is_what_the_embedding_module_returns(family: str, dtype: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     manifest = export_base(model, tmp_path, dtype=dtype, target="portable")
-    table = load_file(tmp_path / manifest.base.embeddings)["embeddings"]
+    rows = open_table(tmp_path / manifest.base.embeddings, manifest.base).block(0, VOCAB_SIZE)
     narrow = copy.deepcopy(model).to(getattr(torch, dtype))
-    assert torch.equal(table, narrow.get_input_embeddings()(torch.arange(VOCAB_SIZE)))
-    assert table.dtype == getattr(torch, dtype)
+    table = narrow.get_input_embeddings()(torch.arange(VOCAB_SIZE)).detach()
+    assert rows.tobytes() == table.view(torch.uint8).numpy().tobytes()
     assert manifest.base.fingerprint == base_fingerprint(model), "the fingerprint is that of the float32 model"
     weight = narrow.get_input_embeddings().weight
     assert torch.equal(table, weight) == (not family.startswith("gemma")), "gemma scales its embeddings"

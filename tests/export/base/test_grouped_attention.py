@@ -210,7 +210,8 @@ def test_each_layer_is_one_operator_fed_by_one_product(tmp_path: Path) -> None:
     plain, normed = ([node for node in graph.node if node.op_type == "GroupQueryAttention"] for graph in graphs)
     assert [list(node.input[1:3]) for node in plain] == [["", ""]] * LAYERS
     assert all(all(node.input[1:3]) for node in normed), "queries and keys have norms between product and attention"
-    products = [node for node in graphs[0].node if node.op_type == "MatMul"]
+    products = [node for node in graphs[0].node if node.op_type in ("MatMul", "Gemm")]
+    assert [node.op_type for node in products[-2:]] == ["MatMul", "Gemm"], "a tied head has the table's rows"
     assert len(products) == 4 * LAYERS + 1
     assert not [node for node in graphs[0].node if node.op_type in ("Reshape", "Transpose", "Concat", "Shape")]
 

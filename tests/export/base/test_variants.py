@@ -20,8 +20,8 @@ from adalink.training.models.loading import base_fingerprint
 
 def test_variants_share_the_common_files(tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
-    export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
-    table = tmp_path / "base" / "embeddings.safetensors"
+    first = export_base(model, tmp_path, target="portable", tokenizer=make_tokenizer())
+    table = tmp_path / first.base.embeddings
     before = table.stat()
     manifest = export_base(model, tmp_path, target="onnxruntime-cpu", tokenizer=make_tokenizer())
     assert manifest.variants.keys() == {"portable", "onnxruntime-cpu"}
@@ -87,7 +87,7 @@ def test_a_variant_with_other_common_files_is_refused_and_named(field: str, chan
 
 
 def test_a_variant_without_a_tokenizer_keeps_the_one_that_is_there(tmp_path: Path) -> None:
-    model, tokenizer = FAMILIES["llama"](), make_tokenizer()
+    model, tokenizer = FAMILIES["qwen2"](), make_tokenizer()
     model.generation_config.eos_token_id = model.config.eos_token_id = 1
     first = export_base(model, tmp_path / "one", tokenizer=tokenizer)
     assert first.base.eos_token_ids == (1, 2)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers.runtime import reseal
+from safetensors.numpy import save_file
 
 from adalink.export.adapter.bank_graph import build_bank_graph
 from adalink.runtime import Deployment, receipt
@@ -152,7 +153,7 @@ def test_a_task_of_another_base_is_not_run_with_this_one(copy: Path) -> None:
 def test_a_changed_engine_shows_in_the_receipt(copy: Path) -> None:
     with Deployment.open(copy) as opened:
         assert opened.receipt().unchanged
-        path = copy / "base" / "embeddings.safetensors"
+        path = copy / opened.manifest.base.embeddings
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
@@ -206,9 +207,14 @@ def test_a_bank_graph_that_is_none_is_refused(llama: Any) -> None:
         backend.open_bank("gelu", task, base)
 
 
-def test_an_embedding_table_of_another_shape_is_refused(llama: Any) -> None:
-    base = read_manifest(llama.folder).base
-    path = llama.folder / base.embeddings
+def test_an_embedding_table_of_another_shape_is_refused(llama: Any, tmp_path: Path) -> None:
+    shared, path = read_manifest(llama.folder).base, tmp_path / "embeddings.safetensors"
+    table = open_table(llama.folder / shared.embeddings, shared)
+    assert table.shape == (96, 48)
+    with pytest.raises(IntegrityError, match="Export the base again"):
+        open_table(llama.folder / shared.embeddings, msgspec.structs.replace(shared, vocab_size=96_000))
+    save_file({"embeddings": np.array(table.block(0, 96))}, path)
+    base = msgspec.structs.replace(shared, table=None)
     assert open_table(path, base).shape == (96, 48)
     for changes in ({"vocab_size": 97}, {"hidden_size": 24}, {"embedding_dtype": "float16"}):
         with pytest.raises(IntegrityError, match="expected one tensor 'embeddings'"):

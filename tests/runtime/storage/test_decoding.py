@@ -88,9 +88,9 @@ ALLOWED = {
     "export/base/files.py": "what the package tokenizers has just written",
     "training/models/gguf/tokenizer.py": "likewise",
     "export/base/generation.py": "as transformers reads the same file",
-    "tools/parity/check_checkpoint.py": "verify's own reader of checkpoints, which shares nothing with what it checks",
+    "tools/parity/reference/file_tensors.py": "verify's own reader, which shares nothing with what it checks",
     "tools/doctor/probe.py": "the answer of the kit's own child process",
-    "tools/parity/swap_worker.py": "likewise",
+    "tools/parity/checks/swap_worker.py": "likewise",
     "tools/quickstart/steps.py": "what it has just encoded",
 }
 DECODERS = {

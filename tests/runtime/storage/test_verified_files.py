@@ -95,7 +95,7 @@ def test_file_that_changes_while_it_is_read_is_refused(copy: Path, monkeypatch: 
         verify_files(copy, manifest, [manifest.base.embeddings])
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "base/embeddings.safetensors", "base/tokenizer.json"])
+@pytest.mark.parametrize("name", ["manifest.json", "base/onnxruntime-cpu/model.onnx.data", "base/tokenizer.json"])
 def test_pipe_in_the_place_of_a_file_does_not_wait(llama: Any, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "copy"))
     (folder / name).unlink()

@@ -19,7 +19,7 @@ from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.storage.lru import LruTable
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.float64_adapter import exact_adapter
+from adalink.tools.parity.reference.float64_adapter import exact_adapter
 
 POOL = 24
 THREADS, STEPS = 4, 120

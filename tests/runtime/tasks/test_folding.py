@@ -20,7 +20,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.errors import ConfigError, GraphError, IntegrityError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.float64_adapter import exact_adapter
+from adalink.tools.parity.reference.float64_adapter import exact_adapter
 
 D, V = 48, 96
 

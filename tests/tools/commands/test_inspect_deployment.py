@@ -107,10 +107,10 @@ def test_altered_deployment_exits_2(place, tmp_path):
     import shutil
 
     copied = shutil.copytree(place[1], tmp_path / "copy")
-    path = copied / "base/embeddings.safetensors"
+    path = copied / read_manifest(copied).base.embeddings
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     result = run(copied)
     assert result.exit_code == 2
-    assert "embeddings.safetensors has digest" in result.stderr
+    assert "model.onnx.data has digest" in result.stderr

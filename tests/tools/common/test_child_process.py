@@ -18,7 +18,7 @@ from adalink.tools.bench.startup import import_seconds
 from adalink.tools.common import child_process
 from adalink.tools.common.child_process import child_environment, python_command
 from adalink.tools.doctor.probe import probe, probe_gpus
-from adalink.tools.parity.swap_worker import run_fresh
+from adalink.tools.parity.checks.swap_worker import run_fresh
 
 STRAYS = ("onnxruntime", "hashlib", "json", "numpy", "click")
 PACKAGES = ("runtime", "training", "export", "tools")

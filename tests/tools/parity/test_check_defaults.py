@@ -15,8 +15,8 @@ from helpers.tiny_deployments import make_model_folder
 from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.check_defaults import check_defaults
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.defaults import check_defaults
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report
 
 SETTINGS = {"repetition_penalty": 1.4, "min_new_tokens": 5, "suppress_tokens": [30, 40], "num_beams": 3}

@@ -8,7 +8,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.tools.common.observed_backend import ObservedBackend
-from adalink.tools.parity.check_generation import Generator
+from adalink.tools.parity.checks.generation import Generator
 
 
 @pytest.mark.parametrize("target", ["onnxruntime-cpu", "portable"])

@@ -16,8 +16,8 @@ from adalink.export.base.export import export_base
 from adalink.runtime.errors import DataError, RequestError, UnknownTaskError
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
-from adalink.tools.parity.check_quantization import check_cost
-from adalink.tools.parity.quantized_weights import read_matrices
+from adalink.tools.parity.checks.quantization import check_cost
+from adalink.tools.parity.reference.quantized_weights import read_matrices
 from adalink.tools.parity.suite import VerifyOptions, verify
 
 TASKS = {"alpha": {"seed": 1}}
@@ -98,7 +98,7 @@ def test_dequantised_matrices_agree_with_a_slow_reading(clean):
     matrices = list(read_matrices(path))
     assert [matrix.name for matrix in matrices] == list(slow)
     for matrix in matrices:
-        np.testing.assert_allclose(matrix.values, slow[matrix.name], rtol=1e-6, atol=0)
+        np.testing.assert_allclose(matrix.read(), slow[matrix.name], rtol=1e-6, atol=0)
 
 
 def test_the_plain_variant_is_verified_by_default(clean):

@@ -16,11 +16,11 @@ from helpers.runtime import random_adapter
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import Adapter, make_adapter
-from adalink.tools.parity.check_adapter import check_vocabulary, check_weights
-from adalink.tools.parity.check_generation import GeneratedRow, Verdict, check_generation, judge
-from adalink.tools.parity.check_outputs import compare_outputs
-from adalink.tools.parity.check_swap import check_mixed_outputs
-from adalink.tools.parity.noise_floor import Outputs, limit_of
+from adalink.tools.parity.checks.adapter import check_vocabulary, check_weights
+from adalink.tools.parity.checks.generation import GeneratedRow, Verdict, check_generation, judge
+from adalink.tools.parity.checks.outputs import Rows, compare_outputs
+from adalink.tools.parity.checks.swap import check_mixed_outputs
+from adalink.tools.parity.reference.noise_floor import Outputs, limit_of
 
 FINGERPRINT = "sha256:" + "0" * 64
 JUST = 1e-9
@@ -53,7 +53,7 @@ def make_deployment(values: list[Array]) -> Any:
 
 def compare(ours: list[Array], theirs: list[Array]) -> dict[str, Any]:
     ids = [[1] * len(row) for row in ours]
-    comparison = compare_outputs("base", make_deployment(ours), make_reference(theirs), None, ids)
+    comparison = compare_outputs("base", make_deployment(ours), make_reference(theirs), None, Rows(ids))
     assert [limits.tolist() for limits in comparison.limits["logits"]] == [[LIMIT] * len(row) for row in ours]
     return {check.name: check for check in comparison.checks}
 
@@ -155,10 +155,12 @@ def test_a_row_of_a_mixed_batch_deviates_by_its_worst_component(factor: float, p
     together = np.stack([alone] * 8)
     together[5, 1, 2] += factor * LIMIT
     base = SimpleNamespace(kind="decoder", pad_token_id=0, embedding_dtype="float64")
-    deployment: Any = SimpleNamespace(
-        manifest=SimpleNamespace(base=base), tasks=["alpha"], run=lambda **_: {"logits": together}
-    )
-    one: Any = SimpleNamespace(limits={"logits": [np.full(3, LIMIT)]}, received=[{"logits": alone}])
+
+    def run(**given: Any) -> dict[str, Array]:
+        return {"logits": together if len(given["input_ids"]) == 8 else alone[None]}
+
+    deployment: Any = SimpleNamespace(manifest=SimpleNamespace(base=base), tasks=["alpha"], run=run)
+    one: Any = SimpleNamespace(limits={"logits": [np.full(3, LIMIT)]})
     (check,) = check_mixed_outputs(deployment, [[4, 5, 6]], {None: one, "alpha": one})
     assert check.passed is passed
     assert "row 5 (alpha), position 1" in check.detail

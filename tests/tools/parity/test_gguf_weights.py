@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.gguf_weights import check_layers
+from adalink.tools.parity.reference.gguf_weights import check_layers
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models.gguf.weights import GgufWeight
 from adalink.training.models.loading import load_base

@@ -24,9 +24,9 @@ from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import adapter_mapping as bank
 from adalink.runtime.tasks.registry import TaskRegistry
-from adalink.tools.parity import check_scheduler, swap_worker
+from adalink.tools.parity.checks import scheduler, swap_worker
+from adalink.tools.parity.checks.swap_worker import run_fresh
 from adalink.tools.parity.suite import VerifyOptions, verify
-from adalink.tools.parity.swap_worker import run_fresh
 
 SCHEDULER = {"scheduler/decode-logits", "scheduler/generation", "scheduler/failed-rows"}
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu"}}
@@ -174,10 +174,8 @@ def test_a_running_batch_that_fails_is_a_failed_check(deployment, monkeypatch, f
         if len(calls) >= fails_at:
             raise BackendError("the engine refused")
 
-    record = check_scheduler._Recorder.__call__
-    monkeypatch.setattr(
-        check_scheduler._Recorder, "__call__", lambda self, *given: (record(self, *given), fail(*given))[0]
-    )
+    record = scheduler._Recorder.__call__
+    monkeypatch.setattr(scheduler._Recorder, "__call__", lambda self, *given: (record(self, *given), fail(*given))[0])
     assert "scheduler/failed-rows" in failures(*deployment)
 
 
@@ -376,7 +374,7 @@ def test_engine_rebuilt_or_base_changed_during_swaps(deployment, monkeypatch):
         answer = run_fresh(request)
         return {**answer, "builds": 1, "builder_calls": 1, "unchanged": False}
 
-    monkeypatch.setattr("adalink.tools.parity.check_swap.run_fresh", run_fresh_and_rebuild)
+    monkeypatch.setattr("adalink.tools.parity.checks.swap.run_fresh", run_fresh_and_rebuild)
     assert failures(model, folder) == {"receipt/engine-builds", "receipt/builder-calls", "receipt/base-files"}
 
 
@@ -429,9 +427,10 @@ def test_one_base_weight_altered(deployment):
 def test_embedding_table_altered(deployment):
     """One number of the table, in its last bit."""
     model, folder = deployment
-    path = folder / "base/embeddings.safetensors"
+    base = read_manifest(folder).base
+    path = folder / base.embeddings
     data = bytearray(path.read_bytes())
-    data[-4] ^= 1
+    data[base.table.rows_start + 4] ^= 1
     path.write_bytes(bytes(data))
     reseal(folder)
     assert "base/embeddings" in failures(model, folder)

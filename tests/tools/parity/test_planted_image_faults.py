@@ -34,14 +34,14 @@ from adalink.runtime.vision.patches import Patching
 from adalink.runtime.vision.placeholders import merge
 from adalink.runtime.vision.tiles import Tiling
 from adalink.tools.parity import suite
-from adalink.tools.parity.check_outputs import compare_outputs
-from adalink.tools.parity.check_vision import (
+from adalink.tools.parity.checks.outputs import Rows, compare_outputs
+from adalink.tools.parity.checks.vision import (
     ReferenceProcessor,
     check_vision,
     make_image_prompts,
     reference_processor,
 )
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.reference.model import Reference
 
 Pair = tuple[Path, Path]
 WORDS = [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
@@ -110,7 +110,7 @@ def image_failures(model: Path, folder: Path) -> set[str]:
         reference, images = Reference(model, opened.manifest.base), reference_processor(str(model), vision)
         checks = check_vision(opened, reference, images)
         prompts = make_image_prompts(opened, WORDS, 256, images)
-        checks += compare_outputs("base/images", opened, reference, None, prompts.rows, prompts).checks
+        checks += compare_outputs("base/images", opened, reference, None, Rows(prompts.rows, prompts)).checks
     return failed(checks)
 
 

@@ -12,7 +12,7 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime.errors import RequestError
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.prompts import PROMPTS, fit, fitting_prompts
+from adalink.tools.parity.inputs.prompts import PROMPTS, fit, fitting_prompts
 from adalink.tools.parity.suite import VerifyOptions, verify
 
 # Bytes; with a token that begins every text; letters in threes, as where merging makes fewer tokens.

@@ -19,8 +19,8 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment, Request, StructuredOutput
 from adalink.runtime.storage.adapter import make_adapter
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.parity.check_adapter import check_weights, through_graph
-from adalink.tools.parity.prompts import PROMPTS
+from adalink.tools.parity.checks.adapter import check_weights, through_graph
+from adalink.tools.parity.inputs.prompts import PROMPTS
 from adalink.tools.parity.suite import VerifyOptions, verify
 
 pytestmark = pytest.mark.slow

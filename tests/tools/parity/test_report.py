@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from adalink.tools.parity.check_outputs import Comparison, check_control, log_softmax, worst_of
+from adalink.tools.parity.checks.outputs import check_change, log_softmax, worst_of
 from adalink.tools.parity.report import Report, at_most, more_than
 
 
@@ -42,19 +42,11 @@ def test_the_worst_is_the_nearest_to_its_limit():
 
 
 def test_a_control_must_exceed_the_largest_limit_of_its_row():
-    def compared(change):
-        rows = [np.full((2, 3), float(row)) for row in range(2)]
-        rows[1][0, 2] -= change
-        return Comparison(
-            [], {"logits": [np.array([9.0, 9.0]), np.array([0.1, 0.5])]}, {}, [{"logits": own} for own in rows]
-        )
-
-    plain = compared(0.0)
+    limits = [np.array([9.0, 9.0]), np.array([0.1, 0.5])]
     for change, passed in ((0.0, False), (0.3, False), (0.5, False), (0.6, True), (np.nan, False)):
-        (check,) = check_control("topics", plain, compared(change))
-        assert check.name == "control/topics/logits"
+        check = check_change("control/topics/logits", [0.0, change], limits)
         assert check.passed is passed, change
-    assert check_control("topics", plain, compared(0.6))[0].measured == pytest.approx(0.6)
+        assert check.limit == (0.5 if change else 9.0)
 
 
 def test_log_probabilities_of_large_logits():

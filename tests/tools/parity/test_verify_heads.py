@@ -21,9 +21,9 @@ from adalink.runtime.tasks import head as head_module
 from adalink.runtime.tasks.head import TaskHead
 from adalink.runtime.text import truncation
 from adalink.tools.parity import suite
-from adalink.tools.parity.check_head import check_head
-from adalink.tools.parity.check_outputs import Comparison, compare_outputs
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.head import check_head
+from adalink.tools.parity.checks.outputs import Comparison, Rows, compare_outputs
+from adalink.tools.parity.reference.model import Reference
 
 HEADS = [name for name, settings in TASKS.items() if "head" in settings]
 WEIGHTS = {f"adapter/{name}/head-weights" for name in HEADS}
@@ -64,7 +64,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Verified:
         compared = {}
         for name in HEADS:
             with reference.adapted((folder / deployment.manifest.tasks[name].config).parent):
-                compared[name] = compare_outputs(name, deployment, reference, name, rows)
+                compared[name] = compare_outputs(name, deployment, reference, name, Rows(rows))
     return Verified(model, folder, reference, compared, prompts)
 
 

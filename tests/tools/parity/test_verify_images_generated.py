@@ -18,8 +18,8 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.vision.placeholders import merge
 from adalink.tools.parity import suite
-from adalink.tools.parity.check_generation import Generator
-from adalink.tools.parity.check_vision import make_image_prompts, reference_processor
+from adalink.tools.parity.checks.generation import Generator
+from adalink.tools.parity.checks.vision import make_image_prompts, reference_processor
 from adalink.tools.parity.suite import VerifyOptions, verify
 
 CLASSES = ("llava", "idefics3", "smolvlm")

@@ -15,8 +15,8 @@ from adalink.runtime import Deployment, text_classifier
 from adalink.runtime.label_scorer import LabelScorer
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.tools.parity import suite
-from adalink.tools.parity.check_labels import check_labels
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.labels import check_labels
+from adalink.tools.parity.reference.model import Reference
 
 LABELS = LabelSet(completions=(" oil", " oil and gas", " wheat", " x"))
 TASKS: dict[str, dict[str, Any]] = {

@@ -21,9 +21,9 @@ from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
 from adalink.runtime.text.tokenizer import Tokenizer
 from adalink.tools.parity import suite
-from adalink.tools.parity.check_outputs import Comparison, compare_outputs
-from adalink.tools.parity.check_pooling import check_pooling, check_pooling_settings
-from adalink.tools.parity.reference import Reference
+from adalink.tools.parity.checks.outputs import Comparison, Rows, compare_outputs
+from adalink.tools.parity.checks.pooling import check_pooling, check_pooling_settings
+from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Report
 
 TASK = {"rank": 3, "activation": "gelu", "bias": True, "scope": "all", "soft_tokens": 2}
@@ -70,7 +70,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Verified:
         rows = [deployment.tokenizer.encode(prompt) for prompt in PROMPTS]
         for task in (None, "soft"):
             with reference.adapted(adapter_of(root / "out", task)):
-                compared[task] = compare_outputs("", deployment, reference, task, rows)
+                compared[task] = compare_outputs("", deployment, reference, task, Rows(rows))
     return Verified(model, root / "out", reference, compared)
 
 

@@ -103,6 +103,24 @@ def test_refuses_extra_tensors(tmp_path, name):
         load_base(llama(tmp_path, tensors={name: EXTRA}))
 
 
+def test_refuses_a_part_of_a_split_file(tmp_path):
+    """As the ``gguf`` package splits; only the first part says what the model is."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=1)
+    for name in ("token_embd.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.iterdir())
+    assert [path.name for path in parts] == ["tiny-00001-of-00002.gguf", "tiny-00002-of-00002.gguf"]
+    for path in parts:
+        with pytest.raises(ModelError, match=r"one of the 2 files of a split GGUF file.*llama-gguf-split --merge"):
+            load_base(path)
+
+
 def test_refuses_layers_that_it_does_not_hold_before_the_config_is_made(tmp_path, monkeypatch):
     path = llama(tmp_path, metadata={"llama.block_count": 3})
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *args, **options: pytest.fail("it was made"))

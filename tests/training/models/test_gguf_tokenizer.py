@@ -11,7 +11,7 @@ from helpers import tiny_models
 from helpers.tiny_ggufs import tokens, write_gguf
 
 from adalink.runtime.errors import ConfigError, ModelError
-from adalink.tools.parity.gguf_tokens import KINDS, PROBES, GgufTokens, _byte_letters, split
+from adalink.tools.parity.reference.gguf_tokens import KINDS, PROBES, GgufTokens, _byte_letters, split
 from adalink.training.models.gguf.pretokenizer import PRE_TOKENIZERS, apply_pretokenizer
 from adalink.training.models.loading import load_tokenizer
 

@@ -81,7 +81,7 @@ def read_header(path: str | Path, arrays: Collection[str] = ()) -> GgufHeader:
         arrays: keys of long arrays to read in full.
 
     Raises:
-        ModelError: it is no GGUF file, of an unknown version, or truncated.
+        ModelError: it is no GGUF file, of an unknown version, truncated, or a part of a split one.
     """
     path = Path(path)
     try:
@@ -123,6 +123,13 @@ class _Parser:
         for _ in range(keys):
             key = self._string()
             metadata[key] = self._value(self._unpack("I")[0], whole=key in self._arrays)
+        parts = metadata.get("split.count")
+        if isinstance(parts, int) and parts > 1:
+            raise ModelError(
+                f"base model {name} is one of the {parts} files of a split GGUF file, and the kit reads whole ones: "
+                "join them with 'llama-gguf-split --merge FIRST OUT' of llama.cpp, FIRST being the file -00001-of-, "
+                "and give OUT"
+            )
         if not isinstance(metadata.get("general.architecture"), str):
             raise ValueError("it has no general.architecture")
         places = dict(self._tensor() for _ in range(tensors))

@@ -1,0 +1,245 @@
+"""``export_genai``: a deployment as a folder for onnxruntime-genai, whose generators run its tasks.
+
+The folder is a pipeline of type ``decoder-pipeline``: a small graph with the tasks' bottleneck, the unmodified base,
+and a graph that puts its logits into the expected shape. Weights are linked where the disk has links, not copied.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adalink.export.hosts.genai_check import check_front
+from adalink.export.hosts.genai_config import genai_config, not_carried, tokenizer_config
+from adalink.export.hosts.genai_graphs import build_front, build_head
+from adalink.export.hosts.genai_table import Lookup, copy_table, is_readable, refer_to_table
+from adalink.export.hosts.genai_tasks import check_task, forms_of, task_tensors
+from adalink.runtime.errors import ConfigError, DeploymentError, IntegrityError
+from adalink.runtime.storage.adapter import Adapter, read_adapter
+from adalink.runtime.storage.atomic import write_through
+from adalink.runtime.storage.atomic_folder import replace_folder
+from adalink.runtime.storage.digest import digest_file
+from adalink.runtime.storage.embedding_table import open_table
+from adalink.runtime.storage.integrity import locate, verify_files
+from adalink.runtime.storage.known_tasks import check_tasks
+from adalink.runtime.storage.manifest import Base, Manifest
+from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.runtime.storage.variants import choose_variant
+
+if TYPE_CHECKING:
+    import onnx
+
+CONFIG = "genai_config.json"
+TASKS = "tasks"
+BASE = "base.safetensors"
+_TABLE = "embeddings.data"
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class GenaiFolder:
+    """A folder that was written.
+
+    Attributes:
+        variant: the variant whose graph it has.
+        tasks: its tasks.
+        inputs: names of the inputs that each generator must be given.
+        size_bytes: bytes of its files.
+        linked_bytes: how many of them it shares with the deployment.
+        not_carried: generation defaults that the folder does not say.
+    """
+
+    variant: str
+    tasks: tuple[str, ...]
+    inputs: tuple[str, ...]
+    size_bytes: int
+    linked_bytes: int
+    not_carried: dict[str, object]
+
+
+def export_genai(
+    deployment: str | Path,
+    out: str | Path,
+    *,
+    variant: str | None = None,
+    tasks: Sequence[str] | None = None,
+    replace: bool = False,
+    copy: bool = False,
+    progress: Progress = lambda line, done: None,
+) -> GenaiFolder:
+    """Write a folder for onnxruntime-genai.
+
+    Args:
+        deployment: the deployment folder.
+        out: the folder to write.
+        variant: the base variant, one for ``onnxruntime-cpu``; by default as ``Deployment.open`` chooses.
+        tasks: the tasks; all by default.
+        replace: whether such a folder may be there already.
+        copy: copy weights even where they could be linked.
+        progress: called with a line, and how far it is from 0 to 1.
+
+    Raises:
+        BackendError: there is no such variant.
+        ConfigError: the base or a task cannot go there; says why.
+        DeploymentError: no deployment, or (``IntegrityError``) a damaged one; or the place is taken.
+        GraphError: the graph of the tasks does not compute them.
+        UnknownTaskError: a task is not deployed.
+    """
+    folder, out = Path(deployment), Path(out)
+    _check_place(out, replace=replace)
+    manifest = read_manifest(folder)
+    name = choose_variant(manifest, "onnxruntime-cpu", variant)
+    chosen = sorted(manifest.tasks) if tasks is None else list(dict.fromkeys(tasks))
+    check_tasks(chosen, manifest.tasks)
+    _check_base(manifest)
+    writer = _Writer(folder, manifest, name, copy=copy)
+    adapters = {task: writer.read_task(task) for task in chosen}
+    with replace_folder(out.resolve(), f"folder {out}") as staging:
+        writer.write(staging, adapters, progress)
+        size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    inputs = forms_of(adapters.values()).inputs
+    return GenaiFolder(name, tuple(chosen), inputs, size, writer.linked_bytes, not_carried(manifest.base.generation))
+
+
+class _Writer:
+    """Writes one folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest, variant: str, *, copy: bool) -> None:
+        self._folder, self._manifest, self._base = folder, manifest, manifest.base
+        self._variant, self._copy = manifest.variants[variant], copy
+        self.linked_bytes = 0
+
+    def read_task(self, task: str) -> Adapter:
+        entry = self._manifest.tasks[task]
+        verify_files(self._folder, self._manifest, (entry.config, entry.weights))
+        adapter = read_adapter(locate(self._folder, entry.config).parent)
+        check_task(adapter, f"task {task}")
+        return adapter
+
+    def write(self, staging: Path, adapters: dict[str, Adapter], progress: Progress) -> None:
+        base, graph = self._base, Path(self._variant.graph).name
+        progress("linking the base", None)
+        for path in self._variant.files:
+            self._link(path, staging)
+        inputs, positions = base_inputs(staging / graph, base)
+        forms = forms_of(adapters.values())
+        write_through(
+            staging / "front.onnx", build_front(base, self._lookup(staging), forms, positions).SerializeToString()
+        )
+        write_through(staging / "head.onnx", build_head(base).SerializeToString())
+        write_through(staging / CONFIG, genai_config(base, graph, forms.inputs, inputs))
+        self._write_tokenizer(staging)
+        self._write_tasks(staging, adapters)
+        table = open_table(locate(self._folder, base.embeddings), base)
+        check_front(staging / "front.onnx", table, adapters, forms, progress)
+
+    def _lookup(self, staging: Path) -> Lookup:
+        if is_readable(self._base):
+            path = self._base.embeddings
+            name = Path(path).name if path in self._variant.files else _TABLE
+            if name == _TABLE:
+                self._link(path, staging, name)
+            return refer_to_table(self._base, staging / name)
+        verify_files(self._folder, self._manifest, (self._base.embeddings,))
+        table = open_table(locate(self._folder, self._base.embeddings), self._base)
+        return copy_table(self._base, table, staging / "front.onnx")
+
+    def _write_tokenizer(self, staging: Path) -> None:
+        base = self._base
+        if base.tokenizer is None:
+            raise ConfigError(f"base {base.name} has no tokenizer, and onnxruntime-genai needs one: export it with one")
+        self._link(base.tokenizer, staging)
+        template = None
+        if base.chat_template is not None:
+            verify_files(self._folder, self._manifest, (base.chat_template,))
+            template = locate(self._folder, base.chat_template).read_text(encoding="utf-8")
+        write_through(staging / "tokenizer_config.json", tokenizer_config(base, template))
+
+    def _write_tasks(self, staging: Path, adapters: dict[str, Adapter]) -> None:
+        from safetensors.numpy import save
+
+        forms, width = forms_of(adapters.values()), self._base.hidden_size
+        (staging / TASKS).mkdir()
+        write_through(staging / BASE, save(task_tensors(None, forms, width)))
+        for task, adapter in adapters.items():
+            data = save(task_tensors(adapter, forms, width), {"adapter_digest": adapter.digest})
+            write_through(staging / TASKS / f"{task}.safetensors", data)
+
+    def _link(self, path: str, staging: Path, name: str | None = None) -> None:
+        """Put a file of the deployment into the folder; what lies there has the recorded digest."""
+        source, record = locate(self._folder, path), self._manifest.files[path]
+        target = staging / (name or source.name)
+        is_linked = not self._copy and _hard_link(source, target)
+        if not is_linked:
+            shutil.copyfile(source, target)
+        if digest_file(target) != record.sha256:
+            raise IntegrityError(f"{path} was altered: export it again or restore it from a good copy")
+        self.linked_bytes += record.size_bytes if is_linked else 0
+
+
+def base_inputs(path: Path, base: Base) -> tuple[tuple[str, ...], int | None]:
+    """Inputs of a base graph without the cache, and the axes of its position ids, ``None`` if it takes none.
+
+    Raises:
+        ConfigError: it has no cache that is written in place, or takes what a text does not say.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    taken = {value.name: value for value in graph.input if not value.name.startswith("past_key_values.")}
+    if "sequence_lengths" not in taken:
+        raise ConfigError(
+            f"base {base.name}: this variant's cache grows, and onnxruntime-genai gives one that is written in place: "
+            "export the base with --target onnxruntime-cpu, and name that variant"
+        )
+    known = ("inputs_embeds", "sequence_lengths", "logits_at", "position_ids")
+    if unknown := sorted(taken.keys() - set(known)):
+        raise ConfigError(
+            f"base {base.name}: its graph takes {', '.join(unknown)}, which onnxruntime-genai does not give"
+        )
+    return tuple(name for name in known if name in taken), _axes(taken.get("position_ids"))
+
+
+def _axes(value: onnx.ValueInfoProto | None) -> int | None:
+    if value is None:
+        return None
+    sizes = value.type.tensor_type.shape.dim
+    return int(sizes[2].dim_value) if len(sizes) > 2 else 0
+
+
+def _check_base(manifest: Manifest) -> None:
+    base = manifest.base
+    if base.kind != "decoder" or base.cache is None:
+        raise ConfigError(f"base {base.name} is an {base.kind}: onnxruntime-genai generates text, with decoders alone")
+    if base.bidirectional_prompt:
+        raise ConfigError(f"base {base.name} reads its prompts in both directions, which onnxruntime-genai does not do")
+    if base.embedding_dtype == "bfloat16":
+        raise ConfigError(
+            f"base {base.name} is in bfloat16, in which ONNX Runtime computes little on a CPU: export fp32"
+        )
+
+
+def _check_place(out: Path, *, replace: bool) -> None:
+    """Check that a folder can be written; raises ``DeploymentError``."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / CONFIG).is_file() or not (out / "front.onnx").is_file():
+        raise DeploymentError(
+            f"{out} is there, and no folder for onnxruntime-genai: it is not replaced; choose another"
+        )
+    if not replace:
+        raise DeploymentError(f"{out} is there already: pass --replace to put this one in its place")
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    """Link a file; whether the disk has such links, and both places are on one disk."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,68 @@
+"""Check of a folder for onnxruntime-genai: its first graph gives the embeddings of the base and of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from adalink.export.adapter.check import find_outside_bound
+from adalink.export.hosts.genai_tasks import TaskForms, task_tensors
+from adalink.runtime.errors import GraphError
+from adalink.runtime.storage.adapter import Adapter
+from adalink.runtime.storage.embedding_table import EmbeddingTable
+from adalink.runtime.storage.safetensors import as_float32
+
+_PIECE_BYTES = 32 << 20
+
+Progress = Callable[[str, float | None], None]
+
+
+def check_front(
+    path: Path, table: EmbeddingTable, adapters: Mapping[str, Adapter], forms: TaskForms, progress: Progress
+) -> None:
+    """Run the graph for every token of the vocabulary, with no task and with each.
+
+    Args:
+        path: the graph.
+        table: the deployment's table.
+        adapters: the tasks.
+        forms: what the graph takes.
+        progress: called with a line, and how far it is from 0 to 1.
+
+    Raises:
+        GraphError: without a task an embedding is not that of the table bit for bit, or with one it is outside the
+            bound of the method in float64.
+    """
+    import onnxruntime as ort
+
+    tokens, width = table.shape
+    dtype = str(table.dtype)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    step = max(1, _PIECE_BYTES // (8 * width))
+    for number, (task, adapter) in enumerate({"the base": None, **adapters}.items()):
+        weights = task_tensors(adapter, forms, width)
+        for first in range(0, tokens, step):
+            ids = np.arange(first, min(first + step, tokens))
+            progress(f"checking {task}: {first} of {tokens} tokens", (number + first / tokens) / (len(adapters) + 1))
+            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **weights}
+            received = session.run(["inputs_embeds"], feeds)[0][0]
+            embeds = table.block(int(ids[0]), int(ids[-1]) + 1)
+            if adapter is None:
+                is_right = np.array_equal(received, embeds)
+                outside = None if is_right else "not the embedding of the deployment"
+            else:
+                found = find_outside_bound(
+                    received.astype(np.float64), adapter, "text", as_float32(embeds).astype(np.float64), dtype
+                )
+                outside = (
+                    None
+                    if found is None
+                    else f"element {found.column} of token {first + found.row} is {found.difference}"
+                )
+            if outside is not None:
+                raise GraphError(
+                    f"{task} in the graph for onnxruntime-genai: {outside}. Nothing was written; report this with the "
+                    "versions of onnx and onnxruntime"
+                )

@@ -1,0 +1,136 @@
+"""The embedding table of a deployment as initializers of a graph: its file is referred to, where ONNX can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adalink.export.adapter.nodes import edge_type
+from adalink.export.tracing.external_data import DataFile
+from adalink.runtime.storage.embedding_table import EmbeddingTable
+from adalink.runtime.storage.manifest import Base
+from adalink.runtime.storage.table_schema import NUMBERS
+
+if TYPE_CHECKING:
+    import onnx
+
+# Name of the value that a lookup gives.
+EMBEDS = "embeds"
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Nodes from ``input_ids`` to ``EMBEDS`` in the base's dtype, and the table's initializers."""
+
+    nodes: list[onnx.NodeProto]
+    initializers: list[onnx.TensorProto]
+
+
+def refer_to_table(base: Base, file: Path) -> Lookup:
+    """A lookup in a linked file: the deployment's table, or the data of a graph that has it in its head.
+
+    Args:
+        base: the contract; its table is not in GGUF blocks (``is_readable``).
+        file: where the file lies, in the folder of the graph.
+    """
+    from onnx import TensorProto
+
+    table, shape = base.table, (base.vocab_size, base.hidden_size)
+    if table is not None and table.head is not None:
+        head = table.head
+        blocks = base.hidden_size // head.block_size
+        codes = _external("table_codes", TensorProto.UINT8, (base.vocab_size, blocks, head.block_size))
+        scales = _external("table_scales", TensorProto.FLOAT, (base.vocab_size, blocks, 1))
+        _place(codes, file, head.codes_start, base.vocab_size * base.hidden_size)
+        _place(scales, file, head.scales_start, 4 * base.vocab_size * blocks)
+        return Lookup(_from_codes(base), [codes, scales])
+    dtype = base.embedding_dtype if table is None else table.encoding
+    rows = _external("table", edge_type(dtype), shape)
+    length = base.vocab_size * base.hidden_size * (4 if dtype == "float32" else 2)
+    start = None if table is None else table.rows_start
+    _place(rows, file, file.stat().st_size - length if start is None else start, length)
+    return Lookup(_from_rows(base, dtype), [rows])
+
+
+def copy_table(base: Base, table: EmbeddingTable, graph: Path) -> Lookup:
+    """A lookup in the data file of a graph, which is given the table's rows in the base's dtype.
+
+    Args:
+        base: the contract.
+        table: the table.
+        graph: where the graph will be.
+    """
+
+    def pieces() -> Iterator[npt.NDArray[Any]]:
+        for first in range(0, len(table), _ROWS):
+            yield table.block(first, min(first + _ROWS, len(table)))
+
+    with DataFile(graph) as data:
+        rows = data.add("table", edge_type(base.embedding_dtype), table.shape, pieces())
+    return Lookup(_from_rows(base, base.embedding_dtype, scale=1.0), [rows])
+
+
+def is_readable(base: Base) -> bool:
+    """Whether ONNX can read the table as it lies in its file; GGUF blocks it cannot."""
+    table = base.table
+    return table is None or table.head is not None or table.encoding in NUMBERS
+
+
+def _from_rows(base: Base, dtype: str, scale: float | None = None) -> list[onnx.NodeProto]:
+    from onnx import helper
+
+    scale = scale if scale is not None else 1.0 if base.table is None else base.table.scale
+    if dtype == base.embedding_dtype and scale == 1:
+        return [helper.make_node("Gather", ["table", "input_ids"], [EMBEDS], axis=0)]
+    gather = helper.make_node("Gather", ["table", "input_ids"], ["stored"], axis=0)
+    widen = helper.make_node("Cast", ["stored"], ["expanded"], to=edge_type("float32"))
+    return [gather, widen, *_finish(base, scale)]
+
+
+def _from_codes(base: Base) -> list[onnx.NodeProto]:
+    from onnx import helper
+
+    assert base.table is not None
+    return [
+        helper.make_node("Gather", ["table_codes", "input_ids"], ["codes"], axis=0),
+        helper.make_node("Gather", ["table_scales", "input_ids"], ["scales"], axis=0),
+        helper.make_node("Cast", ["codes"], ["unsigned"], to=edge_type("float32")),
+        _constant("middle", 128.0),
+        helper.make_node("Sub", ["unsigned", "middle"], ["levels"]),
+        helper.make_node("Mul", ["levels", "scales"], ["blocks"]),
+        _constant("row", [0, 0, base.hidden_size]),
+        helper.make_node("Reshape", ["blocks", "row"], ["expanded"]),
+        *_finish(base, base.table.scale),
+    ]
+
+
+def _finish(base: Base, scale: float) -> list[onnx.NodeProto]:
+    """From ``expanded``, float32, to ``EMBEDS``: times the module's factor, then in the base's dtype."""
+    from onnx import helper
+
+    nodes = [_constant("factor", float(scale)), helper.make_node("Mul", ["expanded", "factor"], ["scaled"])]
+    return [*nodes, helper.make_node("Cast", ["scaled"], [EMBEDS], to=edge_type(base.embedding_dtype))]
+
+
+def _constant(name: str, value: float | list[int]) -> onnx.NodeProto:
+    from onnx import helper, numpy_helper
+
+    array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array))
+
+
+def _external(name: str, data_type: int, shape: tuple[int, ...]) -> onnx.TensorProto:
+    from onnx import TensorProto
+
+    return TensorProto(name=name, data_type=data_type, dims=shape, data_location=TensorProto.EXTERNAL)
+
+
+def _place(tensor: onnx.TensorProto, file: Path, start: int, length: int) -> None:
+    for key, value in {"location": file.name, "offset": start, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))

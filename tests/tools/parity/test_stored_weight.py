@@ -1,0 +1,89 @@
+"""Matrices that stay in their files compute what they compute in memory; PyTorch itself is the reference."""
+
+import copy
+
+import pytest
+import torch
+from helpers.tiny_models import FAMILIES
+
+from adalink.tools.parity.reference import stored_weight
+from adalink.tools.parity.reference.checkpoint import check_checkpoint
+from adalink.tools.parity.reference.stored_weight import StoredWeight, TensorSource, in_float64, store
+from adalink.training.models.loading import load_base
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(stored_weight, "PIECE_BYTES", 1000)
+
+
+def outputs(model):
+    row = {"input_ids": torch.tensor([[5, 7, 9, 11, 7]])}
+    if model.config.is_encoder_decoder:
+        row["decoder_input_ids"] = torch.tensor([[1, 3, 4]])
+    with torch.no_grad():
+        result = model(**row)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_its_files_is_the_model(tmp_path, family):
+    FAMILIES[family]().to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40kB")
+    whole, model = load_base(tmp_path), load_base(tmp_path)
+    _, places = check_checkpoint(tmp_path, model)
+    store(model, {name: tensor for name, tensor in places.items() if len(tensor.shape) > 1})
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    assert matrices
+    assert all(isinstance(parameter, StoredWeight) for parameter in matrices)
+    assert len(list(model.parameters())) == len(list(whole.parameters()))  # what is tied stays tied
+    torch.testing.assert_close(outputs(model), outputs(whole), rtol=1e-5, atol=1e-5)
+    exact = outputs(in_float64(model))
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, outputs(copy.deepcopy(whole).double()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_byte_that_changes_in_the_file_changes_the_outputs(tmp_path):
+    """So the values are the file's, and no copy of them."""
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    model = load_base(tmp_path)
+    _, places = check_checkpoint(tmp_path, model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    store(model, {name: places[name]})
+    before = outputs(model)
+    with places[name].path.open("r+b") as file:
+        file.seek(places[name].offset + 3)
+        file.write(b"\x42")
+    assert (outputs(model) - before).abs().max() > 1
+
+
+def test_what_reads_past_the_files_gives_no_number():
+    weight = StoredWeight(TensorSource(torch.ones(3, 4)), torch.float32)
+    assert weight.as_subclass(torch.Tensor).isnan().all() or weight.as_subclass(torch.Tensor).eq(1).all()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.Tensor.sum(weight).isnan()
+
+
+VALUES = torch.arange(24, dtype=torch.float32).reshape(6, 4)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight: weight[2],
+        lambda weight: weight[-1],
+        lambda weight: weight[1:5:2],
+        lambda weight: weight.T,
+        lambda weight: weight.data + 1,
+        lambda weight: weight.norm(dim=1),
+        lambda weight: torch.addmm(torch.ones(4), torch.ones(2, 6), weight),
+        lambda weight: torch.nn.functional.linear(torch.ones(2, 3, 4), weight, torch.arange(6.0)),
+        lambda weight: torch.nn.functional.embedding(torch.tensor([[5, 0], [5, 2]]), weight, padding_idx=0),
+        lambda weight: torch.tensor(weight.shape),
+        lambda weight: torch.stack([piece.sum() for _, piece in stored_weight.pieces_of(weight)]),
+        lambda weight: weight.detach().requires_grad_(False).double(),
+    ],
+)
+def test_each_use_of_a_weight_is_that_of_a_tensor(use):
+    received = use(StoredWeight(TensorSource(VALUES.to(torch.float16)), torch.float32))
+    assert type(received) is torch.Tensor
+    torch.testing.assert_close(received, use(VALUES), rtol=0, atol=0)

@@ -1,0 +1,1 @@
+"""The engines of a parity run: opened once, and without rounding."""

@@ -1,0 +1,1 @@
+"""What a parity run is run on: prompts, rows with labels, images."""
