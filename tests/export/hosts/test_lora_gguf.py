@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from helpers.loras import NEW, reference, seeded_task
 from helpers.runtime import write_adapter
@@ -41,6 +42,14 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HostBas
         return bases[family]
 
     return make
+
+
+def foreign_base(path: Path) -> HostBase:
+    """A base of the same sizes with another table."""
+    model = wide("qwen2")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.flip(1))
+    return base_of_checkpoint(str(write_gguf(path, model, "qwen2")))
 
 
 def export(base: HostBase, root: Path, name: str = "task", **options: Any) -> Path:
@@ -107,7 +116,7 @@ def test_llama_cpp_gives_probabilities_and_tokens_of_the_method(
     path = export(base, tmp_path, settings=settings, untied_base=untied)
     adapter = seeded_task(base.contract.fingerprint, width=WIDTH, **settings)
     nothing = seeded_task(base.contract.fingerprint, width=WIDTH, size=0, activation="silu")
-    other = base_of("qwen2" if family != "qwen2" else "phi3")
+    other = foreign_base(tmp_path / "foreign.gguf")
     faulty = plant(path, export(other, tmp_path, "other", settings=settings), tmp_path)
     with llama_cpp(untied or base.gguf, [path, *faulty.values()], tmp_path / "log") as server:
         expected, tokens = reference(model, adapter, IDS)
