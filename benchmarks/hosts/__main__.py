@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adalink.export.hosts.genai import export_genai
-from adalink.export.hosts.host_base import HostBase, base_of_checkpoint, base_of_deployment
-from adalink.export.hosts.lora import export_lora
+from adalink.export.genai.export import export_genai
+from adalink.export.lora.base import HostBase, base_of_checkpoint, base_of_deployment
+from adalink.export.lora.export import export_lora
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -176,8 +176,8 @@ def vllm(setting: Setting) -> tuple[str, dict[str, Answers]]:
     prompts.write_text(json.dumps(setting.prompts), encoding="utf-8")
     base = base_of_deployment(setting.deployment)
     loras = [write(adapter, base, setting.build / f"{adapter.name}-peft", "peft") for adapter in setting.adapters]
-    command = [setting.vllm_python, "-m", "benchmarks.hosts.vllm", "--model", folder, "--prompts", prompts]
-    command += ["--new-tokens", str(NEW_TOKENS), "--lora", *loras]
+    command: list[str | Path] = [setting.vllm_python, "-m", "benchmarks.hosts.vllm_engine", "--model", folder]
+    command += ["--prompts", prompts, "--new-tokens", str(NEW_TOKENS), "--lora", *loras]
     made: dict[str, Any] = run_json(command, 900, setting.build / "vllm.log")
     ends = set(model.generation_config.eos_token_id)
     rows = [[up_to_end(tokens, ends) for tokens in answers] for answers in made["answers"]]

@@ -16,8 +16,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from adalink.export.hosts.host_base import base_of_deployment
-from adalink.export.hosts.lora import export_lora
+from adalink.export.lora.base import base_of_deployment
+from adalink.export.lora.export import export_lora
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.common.environment import describe_environment
 from adalink.tools.common.report_file import write_json

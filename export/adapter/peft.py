@@ -169,7 +169,7 @@ class _Folder:
 
 
 def _check_fingerprint(folder: _Folder, metadata: Mapping[str, str]) -> None:
-    """Compare the base's fingerprint that `adalink.export.hosts` writes with the base; raises ``ContractError``."""
+    """Compare the base's fingerprint that `adalink.export.lora` writes with the base; raises ``ContractError``."""
     fingerprint = metadata.get(FINGERPRINT_KEY)
     if fingerprint not in (None, folder.base.fingerprint):
         raise ContractError(

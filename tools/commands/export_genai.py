@@ -14,7 +14,7 @@ from adalink.tools.terminal.console import progress_bar, say
 from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
-    from adalink.export.hosts.genai import GenaiFolder
+    from adalink.export.genai.export import GenaiFolder
 
 
 @click.command(cls=Verb, name="genai", short_help="Export a deployment as a folder for onnxruntime-genai.")
@@ -45,8 +45,8 @@ def genai(
       adalink export genai ./deployment --out ./genai
       adalink export genai ./deployment --variant int4 --task topics --out ./genai
     """  # noqa: D301
-    from adalink.export.hosts.genai import export_genai
-    from adalink.export.hosts.genai_tokenizer import compare_tokenizers
+    from adalink.export.genai.export import export_genai
+    from adalink.export.genai.tokenizer import compare_tokenizers
 
     with progress_bar() as progress:
         written = export_genai(

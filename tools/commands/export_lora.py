@@ -15,8 +15,8 @@ from adalink.tools.terminal.console import progress_bar, say
 from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
-    from adalink.export.hosts.host_base import HostBase
-    from adalink.export.hosts.lora import Lora
+    from adalink.export.lora.base import HostBase
+    from adalink.export.lora.export import Lora
     from adalink.training.models.hub_access import HubAccess
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -80,7 +80,7 @@ def lora(
       adalink export lora ./adapters/topics --base ./model.gguf --format gguf --out ./topics.gguf \\
         --untied-base ./model-untied.gguf
     """  # noqa: D301
-    from adalink.export.hosts.lora import export_lora
+    from adalink.export.lora.export import export_lora
 
     with progress_bar() as progress:
         host_base = _open_base(base, deployment, access)
@@ -117,7 +117,7 @@ def lora(
 
 
 def _open_base(model: str | None, deployment: Path | None, access: HubAccess) -> HostBase:
-    from adalink.export.hosts.host_base import base_of_checkpoint, base_of_deployment
+    from adalink.export.lora.base import base_of_checkpoint, base_of_deployment
 
     if (model is None) == (deployment is None):
         raise click.UsageError("give one of --base and --deployment")

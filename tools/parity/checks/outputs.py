@@ -197,9 +197,13 @@ def _figures(ours: Float64, theirs: Float64, noise: Float64, *, is_logits: bool)
             chosen = mine.argmax(axis=1)
             margins.append(other.max(axis=1) - np.take_along_axis(other, chosen[:, None], axis=1)[:, 0])
             agrees.append(chosen == other.argmax(axis=1))
-    empty = [np.zeros(0)]
-    parts = (deviations, divergences or empty, margins or empty, agrees or empty)
-    return _RowFigures(noise, *(np.concatenate(part) for part in parts))
+    return _RowFigures(
+        noise,
+        np.concatenate(deviations),
+        np.concatenate(divergences or [np.zeros(0)]),
+        np.concatenate(margins or [np.zeros(0)]),
+        np.concatenate(agrees or [np.zeros(0, np.bool_)]),
+    )
 
 
 def _check_deviation(name: str, rows: list[_RowFigures], limits: list[Float64], noise: str) -> Check:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 # Bytes of a piece in the precision of its product. The allocator gives buffers of this size out again.
 PIECE_BYTES = 16 << 20
@@ -74,7 +75,7 @@ class StoredWeight(torch.Tensor):
                     return args[0].rows(args[1])
             if function in _PRODUCTS and len(args) > 1 and isinstance(args[1], StoredWeight):
                 return _PRODUCTS[function](*args, **kwargs)
-            whole = torch.utils._pytree.tree_map_only(StoredWeight, StoredWeight.whole, (args, dict(kwargs)))
+            whole = tree_map_only(StoredWeight, StoredWeight.whole, (args, dict(kwargs)))
             return function(*whole[0], **whole[1])
 
     def rows(self, index: int | slice) -> torch.Tensor:

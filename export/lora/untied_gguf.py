@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from adalink.export.hosts.gguf_bytes import pack_tensor, padded
+from adalink.export.lora.gguf_bytes import pack_tensor, padded
 from adalink.runtime.errors import ConfigError, DeploymentError
 from adalink.runtime.storage.atomic import draft_file, make_folder
 from adalink.training.models.gguf.header import TensorPlace, read_header

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from adalink.export.adapter.check import find_outside_bound
-from adalink.export.hosts.genai_tasks import TaskForms, task_tensors
+from adalink.export.genai.tasks import TaskForms, task_tensors
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.embedding_table import EmbeddingTable

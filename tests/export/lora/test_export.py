@@ -14,9 +14,9 @@ from helpers.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.hosts.host_base import HostBase, base_of_deployment
-from adalink.export.hosts.lora import export_lora
-from adalink.export.hosts.lora_layout import LoraLayout
+from adalink.export.lora.base import HostBase, base_of_deployment
+from adalink.export.lora.export import export_lora
+from adalink.export.lora.layout import LoraLayout
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, GraphError, WriteError
 
@@ -125,7 +125,7 @@ def test_numbers_beyond_float16_are_refused(base: HostBase, tmp_path: Path) -> N
 def test_pieces_are_the_whole(base: HostBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     for name, size in (("whole", 1 << 25), ("pieces", 8 * HIDDEN_SIZE * 7)):
-        monkeypatch.setattr("adalink.export.hosts.lora._PIECE_BYTES", size)
+        monkeypatch.setattr("adalink.export.lora.export._PIECE_BYTES", size)
         for form in ("peft", "gguf"):
             progress = lambda line, _: lines.append(line)  # noqa: E731
             export_lora(task(base, tmp_path), base, tmp_path / f"{name}.{form}", form, progress=progress)

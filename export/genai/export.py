@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalink.export.hosts.genai_check import check_front
-from adalink.export.hosts.genai_config import genai_config, not_carried, tokenizer_config
-from adalink.export.hosts.genai_graphs import build_front, build_head
-from adalink.export.hosts.genai_table import Lookup, copy_table, is_readable, refer_to_table
-from adalink.export.hosts.genai_tasks import check_task, forms_of, task_tensors
+from adalink.export.genai.check import check_front
+from adalink.export.genai.config import genai_config, not_carried, tokenizer_config
+from adalink.export.genai.graphs import build_front, build_head
+from adalink.export.genai.table import Lookup, copy_table, is_readable, refer_to_table
+from adalink.export.genai.tasks import check_task, forms_of, task_tensors
 from adalink.runtime.errors import ConfigError, DeploymentError, IntegrityError
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.atomic import write_through

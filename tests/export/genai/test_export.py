@@ -25,9 +25,9 @@ from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
-from adalink.export.hosts import genai_graphs
-from adalink.export.hosts.genai import base_inputs, export_genai
-from adalink.export.hosts.genai_tokenizer import TEXTS, compare_tokenizers
+from adalink.export.genai import graphs as genai_graphs
+from adalink.export.genai.export import base_inputs, export_genai
+from adalink.export.genai.tokenizer import TEXTS, compare_tokenizers
 from adalink.export.writer import remove_task
 from adalink.runtime import Deployment
 from adalink.runtime.errors import ConfigError, DeploymentError, GraphError, IntegrityError, UnknownTaskError
@@ -293,7 +293,7 @@ def test_wrong_graphs_are_found(llama, tmp_path, monkeypatch, fault):
             next(node for node in model.graph.node if node.op_type == "Add").input[0] = "down_bias"
         return model
 
-    monkeypatch.setattr("adalink.export.hosts.genai.build_front", wrong)
+    monkeypatch.setattr("adalink.export.genai.export.build_front", wrong)
     with pytest.raises(GraphError, match="in the graph for onnxruntime-genai"):
         export_genai(llama[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -369,7 +369,7 @@ def test_other_tokens_are_said(llama, tmp_path, monkeypatch):
         assert compare_tokenizers(llama[1], tmp_path / "out") is None
         monkeypatch.setattr(OtherTokenizer, "wrong", TEXTS[4])
         assert "makes other tokens of 'Grüße" in compare_tokenizers(llama[1], tmp_path / "out")
-    monkeypatch.setattr("adalink.export.hosts.genai_tokenizer.find_spec", lambda name: None)
+    monkeypatch.setattr("adalink.export.genai.tokenizer.find_spec", lambda name: None)
     assert "not installed here" in compare_tokenizers(llama[1], tmp_path / "out")
 
 

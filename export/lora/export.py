@@ -15,18 +15,18 @@ import numpy as np
 
 from adalink.export.adapter.error_bound import LARGEST, Float64
 from adalink.export.adapter.peft import FINGERPRINT_KEY
-from adalink.export.hosts.host_base import HostBase
-from adalink.export.hosts.lora_factors import LoraFactors, check_lora
-from adalink.export.hosts.lora_layout import (
+from adalink.export.lora.base import HostBase
+from adalink.export.lora.factors import LoraFactors, check_lora
+from adalink.export.lora.layout import (
     NUMBERS,
     LoraLayout,
     LoraShape,
     gguf_layout,
     peft_layout,
 )
-from adalink.export.hosts.lora_place import check_place
-from adalink.export.hosts.lora_reading import StoredLora, read_gguf, read_peft
-from adalink.export.hosts.untied_gguf import check_untied_place, is_tied, write_untied
+from adalink.export.lora.place import check_place
+from adalink.export.lora.reading import StoredLora, read_gguf, read_peft
+from adalink.export.lora.untied_gguf import check_untied_place, is_tied, write_untied
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
@@ -87,12 +87,12 @@ def export_lora(
 
     Args:
         adapter_folder: a folder that training wrote.
-        base: its base, with the embeddings to adapt (`adalink.export.hosts.host_base`).
+        base: its base, with the embeddings to adapt (`adalink.export.lora.base`).
         out: a folder for ``"peft"``, a file for ``"gguf"``.
         form: one of ``FORMATS``.
         dtype: of the LoRA's numbers: ``"float32"``, or ``"float16"``, which rounds them.
         untied_base: where to write a copy of a GGUF base whose head has a matrix of its own, which llama.cpp needs
-            (`adalink.export.hosts.untied_gguf`).
+            (`adalink.export.lora.untied_gguf`).
         replace: whether a LoRA, or a copy of the base, may be there already.
         progress: called with a line, and how far it is from 0 to 1.
 

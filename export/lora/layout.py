@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from adalink.export.hosts.gguf_bytes import ALIGNMENT, pack_header
+from adalink.export.lora.gguf_bytes import ALIGNMENT, pack_header
 from adalink.runtime.arrays import Array
 from adalink.runtime.storage.safetensors import aligned_header
 from adalink.training.models.gguf.header import TensorPlace

@@ -15,9 +15,9 @@ from helpers.runtime import write_adapter
 from helpers.tiny_ggufs import wide, write_gguf
 from helpers.tiny_models import VOCAB_SIZE, token_ids
 
-from adalink.export.hosts.host_base import HostBase, base_of_checkpoint
-from adalink.export.hosts.lora import export_lora
-from adalink.export.hosts.untied_gguf import is_tied
+from adalink.export.lora.base import HostBase, base_of_checkpoint
+from adalink.export.lora.export import export_lora
+from adalink.export.lora.untied_gguf import is_tied
 from adalink.runtime.errors import ConfigError, DeploymentError
 from benchmarks.hosts.llama_cpp import llama_cpp
 

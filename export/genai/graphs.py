@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adalink.export.adapter.nodes import INPUT_NAME, edge_type, finish_model, residual_nodes
-from adalink.export.hosts.genai_table import EMBEDS, Lookup
-from adalink.export.hosts.genai_tasks import TaskForms
+from adalink.export.genai.table import EMBEDS, Lookup
+from adalink.export.genai.tasks import TaskForms
 from adalink.runtime.storage.manifest import Base
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def build_front(base: Base, lookup: Lookup, forms: TaskForms, positions: int | N
     """Build the graph of the first stage.
 
     Inputs: ``input_ids`` int64 ``(1, sequence)``, ``attention_mask`` int64 ``(1, total)``, of which only the length is
-    read, and a task's weights (`adalink.export.hosts.genai_tasks.task_tensors`).
+    read, and a task's weights (`adalink.export.genai.tasks.task_tensors`).
 
     Outputs: what the base's graph takes. ``inputs_embeds`` ``(1, sequence, d)``, ``sequence_lengths`` int32 ``(1,)``,
     ``logits_at`` int64 ``(1,)``, and ``position_ids`` if it takes them.
@@ -37,8 +37,9 @@ def build_front(base: Base, lookup: Lookup, forms: TaskForms, positions: int | N
     """
     from onnx import TensorProto, helper
 
-    width, sequence = base.hidden_size, [1, "sequence"]
-    shapes = {
+    width = base.hidden_size
+    sequence: list[str | int | None] = [1, "sequence"]
+    shapes: dict[str, list[str | int | None]] = {
         "down": [1, "rank", width],
         "up": [1, width, "rank"],
         "down_bias": [1, 1, "rank"],

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from adalink.export.adapter.check import activate, adapt_with_bound
 from adalink.export.adapter.error_bound import UNDERFLOW, UNIT_ROUNDOFF, Float64
-from adalink.export.hosts.lora_reading import StoredLora
+from adalink.export.lora.reading import StoredLora
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter import TABLE_NAME, Adapter
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adalink.export.hosts.lora_layout import GGUF_FIRST, GGUF_NUMBERS, GGUF_SECOND
+from adalink.export.lora.layout import GGUF_FIRST, GGUF_NUMBERS, GGUF_SECOND
 from adalink.runtime.arrays import Array
 from adalink.runtime.storage.adapter import CONFIG_FILE, WEIGHTS_FILE
 from adalink.runtime.storage.mmap import map_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from adalink.export.hosts.genai_graphs import SCORES
+from adalink.export.genai.graphs import SCORES
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest import Base

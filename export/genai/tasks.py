@@ -75,10 +75,9 @@ def task_tensors(adapter: Adapter | None, forms: TaskForms, hidden_size: int) ->
         ``down`` float32 ``(1, r, d)`` and ``up`` ``(1, d, r)``; where the graph takes them ``down_bias`` ``(1, 1, r)``,
         ``up_bias`` ``(1, 1, d)`` and ``activation``, int64 ``(1,)``.
     """
-    values: Tensors
-    if adapter is None:
-        values, activation = {"down": np.zeros((1, hidden_size)), "up": np.zeros((hidden_size, 1))}, 0
-    else:
+    values: Tensors = {"down": np.zeros((1, hidden_size)), "up": np.zeros((hidden_size, 1))}
+    activation = 0
+    if adapter is not None:
         values = {name: adapter.weights[f"text.{name}.weight"] for name in ("down", "up")}
         activation = forms.activations.index(adapter.config.activation)
     if forms.has_bias:

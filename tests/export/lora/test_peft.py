@@ -18,8 +18,8 @@ from helpers.runtime import write_adapter
 from helpers.tiny_models import FAMILIES, VOCAB_SIZE, token_ids
 from safetensors.numpy import load_file, save_file
 
-from adalink.export.hosts.host_base import HostBase, base_of_checkpoint
-from adalink.export.hosts.lora import Lora, export_lora
+from adalink.export.lora.base import HostBase, base_of_checkpoint
+from adalink.export.lora.export import Lora, export_lora
 from adalink.runtime.storage.adapter import Adapter
 
 IDS = token_ids(9, 3, 6)

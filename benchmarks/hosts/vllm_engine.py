@@ -1,6 +1,6 @@
 """vLLM with the tasks as LoRAs, all in one batch; run in an environment of its own that has vLLM.
 
-python -m benchmarks.hosts.vllm --model DIR --prompts FILE --new-tokens N --lora DIR ...
+python -m benchmarks.hosts.vllm_engine --model DIR --prompts FILE --new-tokens N --lora DIR ...
 
 ``FILE`` is a JSON list of lists of token ids. Prints the version, and token ids for each LoRA and prompt, as JSON.
 """

@@ -1,1 +1,0 @@
-"""Tasks in the formats of other engines and servers."""
