@@ -83,7 +83,9 @@ def test_graphs_without_such_a_cache_are_refused(tmp_path: Path) -> None:
     export_base(ALL_DECODERS["llama"](), folder)
     with pytest.raises(BackendError, match=r"only float32: leave it out, or add the graph with 'adalink export kv-"):
         Deployment.open(folder, kv_cache_dtype="int8")
-    export_kv_cache(folder)
+    with Deployment.open(folder) as opened:
+        export_kv_cache(folder)
+        opened.reload()  # the graph that is open is what it was
     with pytest.raises(DeploymentError, match="has a graph with an int8 KV cache already"):
         export_kv_cache(folder)
     export_base(ALL_DECODERS["llama"](), folder, target="portable")
