@@ -18,8 +18,8 @@ _CHECKS = [
     Mutant(
         "parity: the top-1 margin loosened 100 times",
         _OUTPUTS,
-        "bad = np.flatnonzero(~(margins <= 2 * limit))",
-        "bad = np.flatnonzero(~(margins <= 200 * limit))",
+        "bad = np.flatnonzero(~(row.margin <= 2 * limit))",
+        "bad = np.flatnonzero(~(row.margin <= 200 * limit))",
         f"{_LIMITS}test_another_top_token_is_a_tie_up_to_twice_the_limit",
     ),
     Mutant(
@@ -32,15 +32,15 @@ _CHECKS = [
     Mutant(
         "parity: the best component of a decode step instead of the worst",
         _GENERATION,
-        "np.abs(row.logits - expected).max(axis=1)",
-        "np.abs(row.logits - expected).min(axis=1)",
+        "np.abs(row.logits.astype(np.float64) - expected).max(axis=1)",
+        "np.abs(row.logits.astype(np.float64) - expected).min(axis=1)",
         f"{_LIMITS}test_a_step_deviates_by_its_worst_component",
     ),
     Mutant(
         "parity: the best component of a position instead of the worst",
         _OUTPUTS,
-        "deviations = [np.abs(ours - theirs).max(axis=1) for ours, theirs in pairs]",
-        "deviations = [np.abs(ours - theirs).min(axis=1) for ours, theirs in pairs]",
+        "deviations.append(np.abs(mine - other).max(axis=1))",
+        "deviations.append(np.abs(mine - other).min(axis=1))",
         f"{_LIMITS}test_one_logit_of_one_position_may_deviate_by_the_limit",
     ),
     Mutant(
@@ -98,6 +98,20 @@ _CHECKS = [
         "NOISE_FACTOR = 16.0",
         "NOISE_FACTOR = 1600.0",
         f"{_LIMITS}test_the_limit_is_sixteen_times_the_larger_noise",
+    ),
+    Mutant(
+        "parity: noise of another model counted as noise",
+        "tools/parity/reference/noise_floor.py",
+        "np.where(values <= most[name], values, np.nan)",
+        "np.where(values <= most[name], values, values)",
+        f"{_LIMITS}test_noise_that_is_another_model_passes_nothing",
+    ),
+    Mutant(
+        "parity: outputs of too many positions cut off",
+        _OUTPUTS,
+        "ours = np.full_like(theirs, np.nan)",
+        "ours = np.resize(ours, theirs.shape)",
+        f"{_LIMITS}test_outputs_of_more_or_fewer_positions",
     ),
     Mutant(
         "parity: a measured value that is not a number passes",
