@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
+from contextlib import suppress
 
 
 def release_freed_memory() -> None:
@@ -12,7 +12,7 @@ def release_freed_memory() -> None:
     A parser leaves many small holes in the heap: those of a tokenizer with 150,000 merges are 80 MB, which glibc would
     keep for good.
     """
-    if os.name == "posix":
+    with suppress(OSError, TypeError):  # a static Python has no such library, Windows none without a name
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)

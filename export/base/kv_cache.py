@@ -8,6 +8,7 @@ head. The scales are constants of the graph: twice the largest number that a cha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.export.writer import open_writer
-from adalink.runtime.engine import SlotEngine
-from adalink.runtime.errors import ConfigError, DeploymentError
+from adalink.runtime.engine import Engine, SlotEngine
+from adalink.runtime.errors import ConfigError, DeploymentError, GraphError
 from adalink.runtime.ort.backend import OnnxRuntimeBackend
 from adalink.runtime.ort.session import NEEDS_ONNXRUNTIME
 from adalink.runtime.storage.embedding_table import EmbeddingTable, open_table
@@ -59,6 +60,7 @@ def export_kv_cache(
         ConfigError: the variant's graph has no such cache, or ONNX Runtime is too old for it.
         DeploymentError: there is no deployment, or the variant has the graph already.
         IntegrityError: a file is missing or altered.
+        GraphError: the base's keys or values are no finite numbers.
     """
     import onnx
 
@@ -115,24 +117,29 @@ def _check_base(base: Base, variant: str) -> None:
 
 
 def _scales(graph: Path, base: Base, table: EmbeddingTable) -> dict[str, Float32]:
-    """By name of a cache input, its scales with shape ``(1, kv_heads, 1, head_dim)``."""
-    engine = OnnxRuntimeBackend(_BACKEND, None).open_engine(graph, base, "base", table)
-    assert isinstance(engine, SlotEngine)
+    """By name of a cache input, its scales with shape ``(1, kv_heads, 1, head_dim)``; raises ``GraphError``."""
     assert base.cache is not None
     tokens = min(_TOKENS, base.max_positions or _TOKENS)
     rows = np.random.default_rng(_SEED).integers(0, base.vocab_size, (_ROWS, tokens))
     largest: Float32 = np.zeros((2 * base.cache.layers, base.cache.kv_heads, base.cache.head_dim), np.float32)
-    for ids in rows:
-        state = engine.open_slots(1, tokens)
-        state.begin(None)
-        feeds = {"inputs_embeds": table.take(ids)[None], "attention_mask": np.ones((1, tokens), np.int64)}
-        state.extend(feeds, 0, tokens)
-        np.maximum(largest, np.abs(state.states(0, tokens)).max(axis=2), out=largest)
-        state.close()
-    engine.close()
+    with closing(OnnxRuntimeBackend(_BACKEND, None).open_engine(graph, base, "base", table)) as engine:
+        slots: Engine = engine
+        assert isinstance(slots, SlotEngine)
+        for ids in rows:
+            state = slots.open_slots(1, tokens)
+            state.begin(None)
+            feeds = {"inputs_embeds": table.take(ids)[None], "attention_mask": np.ones((1, tokens), np.int64)}
+            state.extend(feeds, 0, tokens)
+            np.maximum(largest, np.abs(state.states(0, tokens)).max(axis=2), out=largest)
+            state.close()
+    names = [past for past, _ in base.cache.names()]
+    if bad := [name for name, channels in zip(names, largest, strict=True) if not np.isfinite(channels).all()]:
+        raise GraphError(
+            f"{base.name} has keys or values on seeded tokens that are no finite numbers, in {bad[0]}: there is no "
+            f"scale for an {DTYPE} KV cache; check the base with 'adalink verify'"
+        )
     # A channel that was always 0 still needs a scale.
     scales = np.maximum(largest, np.float32(1e-6)) * np.float32(_HEADROOM / _MOST_CODE)
-    names = [past for past, _ in base.cache.names()]
     return {name: scales[index][None, :, None] for index, name in enumerate(names)}
 
 

@@ -104,7 +104,7 @@ def check_model(model: str | Path, out: Path) -> None:
 
 
 def weight_stamps(model: str | Path | PreTrainedModel) -> dict[Path, Stamp]:
-    """Stamps of a checkpoint's weight files, which an export reads several times; none for a loaded model."""
+    """Stamps of a checkpoint's weight files, which export and verify read several times; none for a loaded model."""
     from adalink.training.models.source import find_source
 
     paths = _weight_paths(find_source(model)) if isinstance(model, (str, Path)) else []
@@ -116,8 +116,8 @@ def check_unchanged(stamps: dict[Path, Stamp]) -> None:
     for path, stamp in stamps.items():
         if not path.exists() or stamp_of(path.stat()) != stamp:
             raise ModelError(
-                f"{path} changed while it was exported, so that the weights may be of two models: export it again when "
-                "nothing writes to it"
+                f"{path} changed while it was read, so that the weights may be of two models: try again when nothing "
+                "writes to it"
             )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from adalink.runtime.errors import IntegrityError
@@ -102,22 +103,24 @@ def verify_files(
         folder: the deployment.
         manifest: its manifest.
         paths: the files; by default all files of the manifest.
-        progress: called with each path before it is read.
+        progress: called with each path before it is read, by the thread of the caller.
 
     Raises:
         IntegrityError: a file is missing, unreadable, truncated, altered, or a link out of the deployment.
     """
     names = sorted(manifest.files) if paths is None else list(paths)
 
-    def verify(relative: str) -> Stamp:
-        if progress is not None:
-            progress(relative)
-        return _verify_file(folder, manifest, relative)
+    def announced() -> Iterator[str]:
+        for relative in names:
+            if progress is not None:
+                progress(relative)
+            yield relative
 
     verified = VerifiedFiles(folder, manifest)
     # Digests are computed without Python's lock: as many files at a time as there are cores.
     with ThreadPoolExecutor(max(1, min(len(names), os.cpu_count() or 1))) as pool:
-        for relative, stamp in zip(names, pool.map(verify, names), strict=True):
+        stamps = pool.map(partial(_verify_file, folder, manifest), announced())
+        for relative, stamp in zip(names, stamps, strict=True):
             verified.add(relative, stamp)
     return verified
 

@@ -68,6 +68,11 @@ def choose_graph(manifest: Manifest, variant: Variant, kv_cache_dtype: str | Non
     own = manifest.base.embedding_dtype
     if kv_cache_dtype is None or (kv_cache_dtype == own and manifest.base.kind == "decoder"):
         return variant.graph
+    if manifest.base.kind != "decoder":
+        raise BackendError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, but {manifest.base.name} is {manifest.base.kind}, not a decoder: "
+            "leave it out"
+        )
     graph = variant.kv_cache_graphs.get(kv_cache_dtype)
     if graph is None:
         dtypes = ", ".join((own, *variant.kv_cache_graphs))

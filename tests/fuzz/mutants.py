@@ -100,6 +100,20 @@ _CHECKS = [
         f"{_LIMITS}test_the_limit_is_sixteen_times_the_larger_noise",
     ),
     Mutant(
+        "parity: noise of another model counted as noise",
+        "tools/parity/reference/noise_floor.py",
+        "np.where(values <= most[name], values, np.nan)",
+        "np.where(values <= most[name], values, values)",
+        f"{_LIMITS}test_noise_that_is_another_model_passes_nothing",
+    ),
+    Mutant(
+        "parity: outputs of too many positions cut off",
+        _OUTPUTS,
+        "ours = np.full_like(theirs, np.nan)",
+        "ours = np.resize(ours, theirs.shape)",
+        f"{_LIMITS}test_outputs_of_more_or_fewer_positions",
+    ),
+    Mutant(
         "parity: a measured value that is not a number passes",
         "tools/parity/report.py",
         "return Check(name, bool(measured <= limit)",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
 import pytest
+
+from adalink.runtime.heap import release_freed_memory
 
 _CHILD = """
 from adalink.runtime.heap import release_freed_memory
@@ -26,3 +29,14 @@ print(before - resident())
 def test_freed_memory_is_returned() -> None:
     done = subprocess.run([sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 20_000_000
+
+
+@pytest.mark.parametrize("fault", [None, OSError("dynamic loading is not supported"), TypeError("no name")])
+def test_no_c_library_is_needed(fault: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: None) -> object:
+        if fault is not None:
+            raise fault
+        return object()  # one without such a call, as musl is
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    release_freed_memory()

@@ -98,7 +98,7 @@ def check_base_and_tasks(run: Run, inputs: ParityInputs) -> None:
     if generated is not None:
         generated.check_mixed(run.report)
     _check_profile(run, generated, compared)
-    run.report.checks += check_kv_caches(run.deployment, run.reference, run.folders, inputs.rows, run.engine[0].inner)
+    _check_kv_caches(run, inputs)
     if generated is not None:
         generated.generator.close()
 
@@ -186,6 +186,18 @@ def _kinds_of_rows(inputs: ParityInputs) -> list[_KindOfRows]:
         _KindOfRows(kind.name, f"rows: {kind.name}", Rows(kind.rows, labels=kind.labels), kind.is_text)
         for kind in inputs.labelled
     ]
+
+
+def _check_kv_caches(run: Run, inputs: ParityInputs) -> None:
+    """Graphs of the variant with another KV cache."""
+    report, deployment = run.report, run.deployment
+    if not deployment.variant.kv_cache_graphs:
+        return
+    run.progress("KV caches in another dtype")
+    report.checks += check_kv_caches(deployment, run.reference, run.folders, inputs.rows, run.engine[0].inner)
+    for name, task in sorted(deployment.manifest.tasks.items()):
+        if task.soft_tokens:
+            report.skipped.append(f"KV caches in another dtype under {name}: a soft prompt has keys and values too")
 
 
 def _check_profile(run: Run, generated: _Generated | None, compared: Mapping[str | None, Comparison]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adalink.export.base.request import check_unchanged, weight_stamps
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
@@ -93,6 +94,7 @@ def verify(
     sources = {name: read_adapter(folder) for name, folder in folders.items()}
     # Before the engine: PyTorch needs memory for the whole model while it is loaded, and for a piece of it afterwards.
     progress(f"loading {manifest.base.name} in PyTorch, float32 and float64")
+    stamps = weight_stamps(against)  # every row reads the files
     reference = Reference(against, manifest.base, options.assume_pretokenizer)
     report = Report()
     with torch_threads(available_cores() // 2), engines:
@@ -110,6 +112,7 @@ def verify(
             else:
                 costs = CostOptions(options.text, options.max_perplexity_increase, tested, options.quick)
                 check_quantized(run, inputs, costs)
+            check_unchanged(stamps)
     # Without an engine here: each fresh process opens one.
     progress(f"switching between {len(folders)} tasks in fresh processes")
     checks, report.receipt = check_swaps(deployment, engines.name, form, options.threads, inputs.rows[0])

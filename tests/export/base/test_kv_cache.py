@@ -14,8 +14,8 @@ from helpers.tiny_models import bert, token_ids
 from adalink.export.base.export import export_base
 from adalink.export.base.kv_cache import export_kv_cache
 from adalink.runtime import Deployment
-from adalink.runtime.errors import BackendError, ConfigError, DeploymentError
-from adalink.runtime.ort.static_cache import StaticCacheEngine
+from adalink.runtime.errors import BackendError, ConfigError, DeploymentError, GraphError
+from adalink.runtime.ort.static_cache import StaticCacheDecodeState, StaticCacheEngine
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.reference.stored_cache import read_scales, stored_cache
 
@@ -28,9 +28,9 @@ def logits(model: Any, codes: Any = None, scales: Any = None) -> tuple[np.ndarra
     with torch.no_grad():
         if codes is None:
             return np.asarray(model(input_ids=torch.from_numpy(IDS[:1])).logits[0].numpy()), 0.0
-        with stored_cache(model, codes, scales) as distances:
+        with stored_cache(model, codes, scales) as figures:
             values = model(input_ids=torch.from_numpy(IDS[:1])).logits[0].numpy()
-    return np.asarray(values), max(distances)
+    return np.asarray(values), figures.largest
 
 
 def stepped(opened: Deployment) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +83,9 @@ def test_graphs_without_such_a_cache_are_refused(tmp_path: Path) -> None:
     export_base(ALL_DECODERS["llama"](), folder)
     with pytest.raises(BackendError, match=r"only float32: leave it out, or add the graph with 'adalink export kv-"):
         Deployment.open(folder, kv_cache_dtype="int8")
-    export_kv_cache(folder)
+    with Deployment.open(folder) as opened:
+        export_kv_cache(folder)
+        opened.reload()  # the graph that is open is what it was
     with pytest.raises(DeploymentError, match="has a graph with an int8 KV cache already"):
         export_kv_cache(folder)
     export_base(ALL_DECODERS["llama"](), folder, target="portable")
@@ -93,3 +95,14 @@ def test_graphs_without_such_a_cache_are_refused(tmp_path: Path) -> None:
     export_base(bert(), tmp_path / "bert")
     with pytest.raises(ConfigError, match="is encoder in float32"):
         export_kv_cache(tmp_path / "bert")
+    with pytest.raises(BackendError, match="is encoder, not a decoder: leave it out"):
+        Deployment.open(tmp_path / "bert", kv_cache_dtype="float32")
+
+
+def test_numbers_without_a_range_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_base(ALL_DECODERS["llama"](), tmp_path)
+    states = StaticCacheDecodeState.states
+    monkeypatch.setattr(StaticCacheDecodeState, "states", lambda *place: states(*place) * np.float32(np.inf))
+    with pytest.raises(GraphError, match=r"no finite numbers, in past_key_values\.0\.key"):
+        export_kv_cache(tmp_path)
+    assert read_manifest(tmp_path).variants["onnxruntime-cpu"].kv_cache_graphs == {}

@@ -165,6 +165,6 @@ def test_files_that_change_meanwhile_are_no_base(tmp_path):
             model.double().save_pretrained(tmp_path / "new")
             (tmp_path / "new" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
 
-    with pytest.raises(ModelError, match=r"model\.safetensors changed while it was exported"):
+    with pytest.raises(ModelError, match=r"model\.safetensors changed while it was read"):
         export_base(tmp_path / "model", tmp_path / "out", progress=overwrite)
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,23 @@ def test_what_is_checked_later_does_not_push_out_what_was_before(settled: Path) 
     for paths in ([TABLE], [other], [TABLE, other]):
         verify_once(settled, manifest, paths, read.append)
     assert read == [TABLE, other]
+
+
+def test_files_are_told_one_after_another_and_each_is_checked(settled: Path) -> None:
+    """They are hashed by several threads; the callback belongs to the caller's, and no thread's error is lost."""
+    manifest, threads, told = read_manifest(settled), set[int](), list[str]()
+
+    def note(path: str) -> None:
+        threads.add(threading.get_ident())
+        told.append(path)
+
+    integrity.verify_files(settled, manifest, None, note)
+    assert (threads, told) == ({threading.get_ident()}, sorted(manifest.files))
+    for path in (told[0], told[len(told) // 2], told[-1]):
+        flip(settled / path)
+        with pytest.raises(IntegrityError, match=rf"{re.escape(path)} has digest"):
+            integrity.verify_files(settled, manifest)
+        flip(settled / path)
 
 
 def test_a_file_that_is_exchanged_while_it_is_read_is_not_remembered(

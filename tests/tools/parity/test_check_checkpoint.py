@@ -11,6 +11,7 @@ from helpers.tiny_models import FAMILIES, LAYERS
 from safetensors.torch import load_file, save_file
 
 from adalink.export.base.export import export_base
+from adalink.runtime.errors import ModelError
 from adalink.tools.parity.reference.checkpoint import NAME, check_checkpoint
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models import loading
@@ -111,3 +112,15 @@ def test_heads_and_constants_are_named(tmp_path):
     check, _ = check_checkpoint(tmp_path, loading.load_base(tmp_path))
     assert check.passed
     assert check.detail.endswith("left out on purpose: classifier.weight, cls.predictions.bias")
+
+
+def test_files_that_change_meanwhile_are_no_reference(tmp_path):
+    model = make_model_folder(tmp_path / "tiny", "llama")
+    export_base(model, tmp_path / "deployment")
+
+    def touch(line):
+        if line.startswith("base: outputs"):
+            plant(model, {})
+
+    with pytest.raises(ModelError, match=r"model\.safetensors changed while it was read"):
+        verify(tmp_path / "deployment", str(model), {}, VerifyOptions(threads=1, quick=True), progress=touch)

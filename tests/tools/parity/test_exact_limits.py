@@ -20,7 +20,7 @@ from adalink.tools.parity.checks.adapter import check_vocabulary, check_weights
 from adalink.tools.parity.checks.generation import GeneratedRow, Verdict, check_generation, judge
 from adalink.tools.parity.checks.outputs import Rows, compare_outputs
 from adalink.tools.parity.checks.swap import check_mixed_outputs
-from adalink.tools.parity.reference.noise_floor import Outputs, limit_of
+from adalink.tools.parity.reference.noise_floor import Outputs, limit_of, noise_of
 
 FINGERPRINT = "sha256:" + "0" * 64
 JUST = 1e-9
@@ -56,6 +56,26 @@ def compare(ours: list[Array], theirs: list[Array]) -> dict[str, Any]:
     comparison = compare_outputs("base", make_deployment(ours), make_reference(theirs), None, Rows(ids))
     assert [limits.tolist() for limits in comparison.limits["logits"]] == [[LIMIT] * len(row) for row in ours]
     return {check.name: check for check in comparison.checks}
+
+
+@pytest.mark.parametrize("positions", [4, 7, 9, 16])
+def test_outputs_of_more_or_fewer_positions(positions: int) -> None:
+    """Eight are compared at a time; what lies beyond is not left out."""
+    theirs = np.random.default_rng(0).normal(size=(8, 5))
+    ours = np.resize(theirs, (positions, 5))
+    comparison = compare_outputs("base", make_deployment([ours]), make_reference([theirs]), None, Rows([[1] * 8]))
+    assert not any(check.passed for check in comparison.checks if check.name in ("base/logits", "base/kl"))
+
+
+def test_noise_that_is_another_model_passes_nothing() -> None:
+    """A float64 model that computes something else would widen each limit."""
+    logits = np.random.default_rng(0).normal(size=(6, 5))
+    rounded, other = logits + 1e-4, logits.copy()
+    other[3] += 0.02
+    np.testing.assert_allclose(noise_of({"logits": logits}, {"logits": rounded})["logits"], 1e-4, rtol=1e-9)
+    noise = noise_of({"logits": logits}, {"logits": other})["logits"]
+    assert np.isnan(noise).tolist() == [False, False, False, True, False, False]
+    assert np.isnan(limit_of(noise, float(np.percentile(noise, 90)), "float32")).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

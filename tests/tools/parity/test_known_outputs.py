@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from helpers.tiny_deployments import make_deployment
 
+from adalink.export.base.export import export_base
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.reference.known_outputs import KnownOutputs, RowKey
 from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.reference.noise_floor import Outputs
+from adalink.tools.parity.reference.quantized_weights import read_matrices
 
 
 def made(positions):
@@ -64,3 +66,20 @@ def test_the_reference_gives_a_beginning_what_it_has_alone(tmp_path, family):
     with reference.adapted((folder / manifest.tasks["alpha"].config).parent):
         adapted = reference.outputs(*short, prompt_length=length)
     assert np.abs(adapted.values["logits"] - alone.values["logits"]).max() > 1e-2
+
+
+def test_other_weights_are_another_model(tmp_path):
+    model, folder = make_deployment(tmp_path, "llama", {})
+    export_base(model, folder, quantization="int4")
+    manifest = read_manifest(folder)
+    reference, row = Reference(model, manifest.base), ([5, 6, 7, 8, 9], None)
+    unrounded = reference.outputs(*row, prompt_length=3).values["logits"]
+    matrices = list(read_matrices(folder / manifest.variants["int4"].graph))
+    reference.quantize(matrices, manifest.variants["int4"].quantization)
+    quantized = reference.outputs(*row, prompt_length=3).values["logits"]
+    with reference.original_weights():
+        original = reference.outputs(*row, prompt_length=3).values["logits"]
+    again = reference.outputs(*row, prompt_length=3).values["logits"]
+    assert np.abs(quantized - unrounded).max() > 1e-3
+    np.testing.assert_allclose(original, unrounded, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(again, quantized)

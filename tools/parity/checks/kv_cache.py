@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,18 @@ from adalink.runtime.storage.embedding_table import open_table
 from adalink.tools.parity.checks.adapter import to_float64
 from adalink.tools.parity.checks.outputs import log_softmax
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.stored_cache import read_scales, stored_cache
-from adalink.tools.parity.report import Check, at_most
+from adalink.tools.parity.reference.stored_cache import CodeFigures, read_scales, stored_cache
+from adalink.tools.parity.report import Check, at_most, more_than
 
 # Rounding to the nearest code is at most half a step away; the rest is the noise of float32, as a share of a step.
 MOST_STEPS = 0.5 + 0.01
 # With the same codes both sides compute the same: what is left is float32's noise, far below what rounding does.
 MOST_OF_EFFECT = 0.01
+# Share of numbers beyond the last code. One in 100,000 is usual, and one in 200 costs half of what four bits cost
+# (docs/decisions/0026).
+MOST_CLIPPED = 0.001
+# The largest code of a typical channel, of 127, on a few short prompts. Scales have twice the range of 2,048 tokens.
+LEAST_CODE = 8
 _ROWS = 4
 
 
@@ -45,31 +51,48 @@ def check_kv_caches(
     for dtype, graph in deployment.variant.kv_cache_graphs.items():
         scales = read_scales(deployment.path / graph)
         table = open_table(deployment.path / manifest.base.embeddings, manifest.base)
-        engine = backend.open_engine(deployment.path / graph, manifest.base, "base", table)
-        slots = engine
-        assert isinstance(slots, SlotEngine)
-        for task in (None, *(name for name in deployment.tasks if not manifest.tasks[name].soft_tokens)):
-            name = f"kv-cache/{dtype}/{'base' if task is None else f'task/{task}'}"
-            sides: list[tuple[Float64, Float64, Float64]] = []
-            distances: list[float] = []
-            with reference.adapted(None if task is None else folders[task]):
-                for ids in rows[:_ROWS]:
-                    embeds = deployment.input_embeddings([ids], tasks=task)
-                    logits, states = _run(engine, slots, embeds)
-                    codes = dict(zip(scales, states, strict=True))
-                    unrounded = reference.values(ids, None)["logits"]
-                    with stored_cache(reference.model, codes, scales) as found:
-                        sides.append((logits, reference.values(ids, None)["logits"], unrounded))
-                    distances += found
-            checks.append(at_most(f"{name}/codes", max(distances), MOST_STEPS, "steps from the nearest code"))
-            received, expected, exact = (np.concatenate(side) for side in zip(*sides, strict=True))
-            checks.append(_compare(f"{name}/logits", received, expected, exact))
-        engine.close()
+        with closing(backend.open_engine(deployment.path / graph, manifest.base, "base", table)) as engine:
+            for task in (None, *(name for name in deployment.tasks if not manifest.tasks[name].soft_tokens)):
+                name = f"kv-cache/{dtype}/{'base' if task is None else f'task/{task}'}"
+                with reference.adapted(None if task is None else folders[task]):
+                    embeds = [deployment.input_embeddings([ids], tasks=task) for ids in rows[:_ROWS]]
+                    checks += _check_task(name, engine, reference, scales, list(zip(rows, embeds, strict=False)))
     return checks
 
 
-def _run(engine: Engine, slots: SlotEngine, embeds: Array) -> tuple[Float64, Array]:
+def _check_task(
+    name: str,
+    engine: Engine,
+    reference: Reference,
+    scales: Mapping[str, Array],
+    rows: list[tuple[list[int], Array]],
+) -> list[Check]:
+    """Rows are token ids and adapted embeddings; the task's adapter is attached to the reference."""
+    sides: list[tuple[Float64, Float64, Float64]] = []
+    largest: list[Array] = []
+    figures = CodeFigures()
+    for ids, embeds in rows:
+        logits, states = _run(engine, embeds)
+        unrounded = reference.values(ids, None)["logits"]
+        with stored_cache(reference.model, dict(zip(scales, states, strict=True)), scales) as row:
+            sides.append((logits, reference.values(ids, None)["logits"], unrounded))
+        figures.add(row)
+        largest.append(np.abs(states.astype(np.int16)).max(axis=2))
+    clipped, codes = figures.clipped / max(1, figures.count), np.max(largest, axis=0)
+    least = float(np.median(codes.reshape(len(scales), -1), axis=1).min())
+    received, expected, exact = (np.concatenate(side) for side in zip(*sides, strict=True))
+    return [
+        at_most(f"{name}/codes", figures.largest, MOST_STEPS, "steps from the nearest code"),
+        at_most(f"{name}/clipped", clipped, MOST_CLIPPED, f"share of {figures.count} numbers beyond the last code"),
+        more_than(f"{name}/range", least, LEAST_CODE, "largest code of 127 in the median channel of a tensor; least"),
+        _compare(f"{name}/logits", received, expected, exact),
+    ]
+
+
+def _run(engine: Engine, embeds: Array) -> tuple[Float64, Array]:
     """Logits of one row, ``(tokens, vocab)``, and its codes, ``(2 * layers, kv_heads, tokens, head_dim)``."""
+    slots = engine
+    assert isinstance(slots, SlotEngine)
     tokens = embeds.shape[1]
     feeds = {"inputs_embeds": embeds, "attention_mask": np.ones((1, tokens), np.int64)}
     state = slots.open_slots(1, tokens)

@@ -186,7 +186,9 @@ class _RowFigures:
 
 
 def _figures(ours: Float64, theirs: Float64, noise: Float64, *, is_logits: bool) -> _RowFigures:
-    """Figures of each position, a few positions at a time, as a vocabulary may be large."""
+    """Figures of each position, a few positions at a time, as a vocabulary may be large; NaN for outputs too many."""
+    if ours.shape != theirs.shape:
+        ours = np.full_like(theirs, np.nan)
     deviations, divergences, margins, agrees = [], [], [], []
     for start in range(0, len(theirs), _POSITIONS):
         mine, other = ours[start : start + _POSITIONS], theirs[start : start + _POSITIONS]

@@ -31,7 +31,7 @@ from adalink.tools.parity.reference.gguf_weights import check_layers
 from adalink.tools.parity.reference.images import Pixels, image_features, pixel_tensors
 from adalink.tools.parity.reference.input_side import InputSide, without_input_side
 from adalink.tools.parity.reference.known_outputs import KnownOutputs
-from adalink.tools.parity.reference.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of
+from adalink.tools.parity.reference.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of, noise_of
 from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, find_layers, rounded_inputs
 from adalink.tools.parity.report import Check
@@ -172,7 +172,7 @@ class Reference:
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:
-        """Let ``values`` compute with the checkpoint's weights until the block ends."""
+        """Compute with the checkpoint's weights in float32 until the block ends; their noise is unknown."""
         self._exchange()
         try:
             yield
@@ -293,7 +293,7 @@ class Reference:
     def _outputs(self, row: Row) -> Outputs:
         values = self._run(_FLOAT32, row)
         if not self._is_rounding:
-            return Outputs(values, deviations(values, self._run(_FLOAT64, row)))
+            return Outputs(values, noise_of(values, self._run(_FLOAT64, row)))
         with ExitStack() as stack:
             for layer in self._layers:
                 stack.enter_context(rounded_inputs(layer, layer.module))
@@ -309,6 +309,7 @@ class Reference:
         return run_row(model, attached, self._input_side, self.base, row)
 
     def _exchange(self) -> None:
+        self._known.clear()
         for index, layer in enumerate(self._layers):
             parameters = layer.module._parameters
             parameters["weight"], self._originals[index] = self._originals[index], parameters["weight"]

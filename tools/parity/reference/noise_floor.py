@@ -17,6 +17,9 @@ from adalink.export.adapter.error_bound import UNIT_ROUNDOFF, Float64
 NOISE_FACTOR = 16.0
 # Likewise for rounded activations, in multiples of what rounding them changes in PyTorch.
 ACTIVATIONS_FACTOR = 3.0
+# Float32's noise as a share of the outputs' size (rms), at most. It is a ten-thousandth or less, and 1 or more between
+# two models.
+MOST_NOISE = 0.01
 # The percentile over all positions that is called the typical noise.
 TYPICAL_PERCENTILE = 90
 
@@ -45,6 +48,16 @@ def limit_of(noise: Float64, typical: float, dtype: str) -> Float64:
     """
     scale = UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
     return np.asarray(NOISE_FACTOR * scale * np.maximum(noise, typical))
+
+
+def noise_of(single: dict[str, Float64], double: dict[str, Float64]) -> dict[str, Float64]:
+    """Noise of the float32 model's outputs at each position.
+
+    It is NaN where it is more than rounding: one of the two models is another then, and NaN passes no check.
+    """
+    most = {name: MOST_NOISE * np.sqrt(np.mean(values**2)) for name, values in single.items()}
+    noise = deviations(single, double).items()
+    return {name: np.where(values <= most[name], values, np.nan) for name, values in noise}
 
 
 def deviations(ours: dict[str, Float64], theirs: dict[str, Float64]) -> dict[str, Float64]:

@@ -317,5 +317,4 @@ def _is_linear(module: Any) -> bool:
 
 def _blocks(matrix: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
     """Shape ``(rows, columns)`` to ``(rows, blocks, size)``, the last block filled with zeros."""
-    rows, columns = matrix.shape
-    return np.pad(matrix, ((0, 0), (0, -columns % size))).reshape(rows, -1, size)
+    return np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % size))).reshape(len(matrix), -1, size)

@@ -71,6 +71,8 @@ class StoredWeight(torch.Tensor):
                     return function(*args, **kwargs)
                 if name in _UNCHANGED:
                     return args[0]
+                if _changes(name):
+                    raise RuntimeError(f"{name} would change a weight that lies in a file: it is read-only")
                 if name == "__getitem__" and isinstance(args[1], (int, slice)):
                     return args[0].rows(args[1])
             if function in _PRODUCTS and len(args) > 1 and isinstance(args[1], StoredWeight):
@@ -104,14 +106,18 @@ class StoredWeight(torch.Tensor):
 
 
 def store(model: torch.nn.Module, places: Mapping[str, WeightSource]) -> None:
-    """Let go of the parameters of a model that lie elsewhere; what is tied stays tied.
+    """Let go of the parameters of a model that lie elsewhere; what is tied stays tied, what was reshaped in memory.
 
     Args:
         model: the model.
-        places: by name of a parameter where the same values lie.
+        places: by name of a parameter where the same values lie, maybe in another shape.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = {id(parameters[name]): StoredWeight(place, parameters[name].dtype) for name, place in places.items()}
+    stored = {
+        id(parameters[name]): StoredWeight(place, parameters[name].dtype)
+        for name, place in places.items()
+        if tuple(parameters[name].shape) == place.shape
+    }
     _exchange(model, lambda tensor: stored.get(id(tensor), tensor))
 
 
@@ -170,6 +176,11 @@ class TensorSource:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows, as a view."""
         return self._tensor[start:stop]
+
+
+def _changes(name: str) -> bool:
+    """Whether a method changes its tensor; a change of a weight's copy would be lost without a word."""
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _exchange(model: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
