@@ -11,13 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.genai_host import NEW, Host, greedy
-from helpers.tiny_deployments import make_deployment
+from helpers.runtime import random_adapter
+from helpers.tiny_deployments import make_deployment, write_adapter
 from helpers.tiny_models import VOCAB_SIZE
 
+from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.export.genai.config import genai_config
 from adalink.export.genai.export import export_genai
 from adalink.runtime.storage.generation_schema import GenerationDefaults
+from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.cli import main
 from adalink.training.models.loading import load_base
@@ -49,6 +52,20 @@ def test_config_has_defaults_of_the_base(llama, tmp_path):
         "top_k": 7,
     }
     Host(tmp_path / "out")  # it refuses settings that it does not know
+
+
+def test_parts_of_tasks_that_stay_are_said(llama, tmp_path):
+    base = export_base(llama[0], tmp_path / "deployment", modalities=("text", "image")).base
+    settings = {"rank": 2, "activation": "relu", "bias": True, "scope": "all", "modalities": ("image", "text")}
+    labels = LabelSet(completions=(" oil", " corn"))
+    adapter = random_adapter(base.fingerprint, base.hidden_size, 3, **settings, labels=labels)
+    export_adapter(write_adapter(tmp_path / "topics", adapter), tmp_path / "deployment")
+    result = CliRunner().invoke(
+        main, ["export", "genai", str(tmp_path / "deployment"), "--out", str(tmp_path / "out"), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["left_out"] == {"topics": ["weights for image", "labels"]}
+    assert "task topics: weights for image and labels stay in the kit" in result.stderr
 
 
 @pytest.mark.parametrize(
