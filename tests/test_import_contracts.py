@@ -30,7 +30,11 @@ PLANTED = (
     ),
     ("export/writer.py", "from adalink.training.settings import TrainSettings", "export uses of training only"),
     ("training/models/loading.py", "from adalink.training.settings import TrainSettings", "training.models stands al"),
-    ("export/vision/tower.py", "from adalink.export.base.files import describe_base", "inside export: {base, engine}"),
+    (
+        "export/vision/tower.py",
+        "from adalink.export.base.files import describe_base",
+        "inside export: {genai, lora} ->",
+    ),
     ("training/loop/checkpoints.py", "from adalink.training.search.search import search", "inside training: run ->"),
     ("serving/options.py", "from adalink.training.settings import TrainSettings", "serving uses runtime alone"),
     ("serving/metrics.py", "from adalink.serving.gateway import Gateway", "inside serving: {server, ray} -> app"),

@@ -18,8 +18,8 @@ _CHECKS = [
     Mutant(
         "parity: the top-1 margin loosened 100 times",
         _OUTPUTS,
-        "bad = np.flatnonzero(~(margins <= 2 * limit))",
-        "bad = np.flatnonzero(~(margins <= 200 * limit))",
+        "bad = np.flatnonzero(~(row.margin <= 2 * limit))",
+        "bad = np.flatnonzero(~(row.margin <= 200 * limit))",
         f"{_LIMITS}test_another_top_token_is_a_tie_up_to_twice_the_limit",
     ),
     Mutant(
@@ -32,15 +32,15 @@ _CHECKS = [
     Mutant(
         "parity: the best component of a decode step instead of the worst",
         _GENERATION,
-        "np.abs(row.logits - expected).max(axis=1)",
-        "np.abs(row.logits - expected).min(axis=1)",
+        "np.abs(row.logits.astype(np.float64) - expected).max(axis=1)",
+        "np.abs(row.logits.astype(np.float64) - expected).min(axis=1)",
         f"{_LIMITS}test_a_step_deviates_by_its_worst_component",
     ),
     Mutant(
         "parity: the best component of a position instead of the worst",
         _OUTPUTS,
-        "deviations = [np.abs(ours - theirs).max(axis=1) for ours, theirs in pairs]",
-        "deviations = [np.abs(ours - theirs).min(axis=1) for ours, theirs in pairs]",
+        "deviations.append(np.abs(mine - other).max(axis=1))",
+        "deviations.append(np.abs(mine - other).min(axis=1))",
         f"{_LIMITS}test_one_logit_of_one_position_may_deviate_by_the_limit",
     ),
     Mutant(

@@ -92,6 +92,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "export kv-cache": ["export", "kv-cache", folder],
         "export engine": ["export", "engine", folder, "--backend", "tensorrt"],
         "export engine rtx": ["export", "engine", folder, "--backend", "tensorrt-rtx"],
+        "export genai": ["export", "genai", folder, "--task", "alpha", "--out", root / "genai"],
         "export lora": ["export", "lora", adapter, "--base", model, "--format", "peft", "--out", root / "lora"],
         "remove": ["remove", folder, "alpha"],
     }

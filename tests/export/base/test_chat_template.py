@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from helpers.chat_templates import TEMPLATES
 from helpers.tiny_models import FAMILIES
@@ -31,7 +32,9 @@ def test_special_tokens_are_the_tokenizers(tmp_path: Path) -> None:
     base = read_manifest(tmp_path / "deployment").base
     assert base.special_tokens is not None
     assert base.special_tokens["eos_token"] == "b"
-    assert export_base(tmp_path / "model", tmp_path / "deployment", replace=True).base == base
+    again = export_base(tmp_path / "model", tmp_path / "deployment", replace=True).base
+    # The table is in the data of the variant, whose folder is another one.
+    assert msgspec.structs.replace(again, embeddings=base.embeddings) == base
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ ALLOWED = {
     "training/models/gguf/tokenizer.py": "likewise",
     "export/base/generation.py": "as transformers reads the same file",
     "tools/parity/reference/file_tensors.py": "verify's own reader, which shares nothing with what it checks",
+    "export/lora/place.py": "what may lie where a LoRA is to be written; any error means that it is none",
+    "export/lora/reading.py": "what the kit has just written, read as the host does",
     "tools/doctor/probe.py": "the answer of the kit's own child process",
     "tools/parity/checks/swap_worker.py": "likewise",
     "tools/quickstart/steps.py": "what it has just encoded",

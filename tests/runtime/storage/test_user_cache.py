@@ -18,12 +18,12 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     write_cache_file(path, b"before")
     assert read_cache_file(path) == b"before"
 
-    def half(stream: BinaryIO, data: bytes, **options: bool) -> None:
-        stream.write(data[: len(data) // 2])
+    def half(stream: BinaryIO, **options: bool) -> None:
+        stream.truncate(stream.tell() // 2)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_write", half)
+        patch.setattr(atomic, "_flush", half)
         write_cache_file(path, b"after, and longer")
     assert read_cache_file(path) == b"before"
     assert [other.name for other in path.parent.iterdir()] == ["file"]

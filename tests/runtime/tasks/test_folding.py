@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.folds import export_folded
 from helpers.runtime import random_adapter, reseal, write_adapter
 from helpers.tiny_models import FAMILIES
 from helpers.tiny_tokenizer import make_tokenizer
@@ -58,16 +59,13 @@ def test_every_token_within_the_bound(deployment: Path, tmp_path: Path, fold: st
     adapter = make(manifest.base.fingerprint, 1, **changes)
     source = write_adapter(tmp_path / "topics", adapter)
     if dtype == "bfloat16":  # for other hosts: the CPU provider runs no base of this dtype
-        if fold == "rank":
-            with pytest.raises(ConfigError, match=r"bfloat16.*to a table"):
-                export_adapter(source, deployment, fold=fold)
-        else:
+        if fold == "table":
             entry = export_adapter(source, deployment, fold=fold).tasks["topics"].fold
             assert entry is not None
             assert (deployment / entry.path).stat().st_size == pytest.approx(V * D * 2, abs=256)
         return
     export_adapter(source, deployment, name="plain")
-    export_adapter(source, deployment, fold=fold)
+    export_folded(source, deployment, "topics", fold)
     ids = np.arange(V).reshape(2, -1)
     with Deployment.open(deployment, threads=1) as opened:
         embeds = opened.input_embeddings(ids)
@@ -102,7 +100,7 @@ def test_a_folded_table_is_the_embedding_table_of_another_host(llama: Any, tmp_p
 @pytest.mark.parametrize("fold", ["table", "rank"])
 def test_memory_of_a_folded_task_is_counted(llama: Any, tmp_path: Path, fold: str) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
-    entry = export_adapter(llama.sources / "alpha", folder, name="folded", fold=fold).tasks["folded"].fold
+    entry = export_folded(llama.sources / "alpha", folder, "folded", fold).fold
     assert entry is not None
     with Deployment.open(folder, threads=1) as opened:
         weights = opened._tasks.get("alpha").size
@@ -111,7 +109,7 @@ def test_memory_of_a_folded_task_is_counted(llama: Any, tmp_path: Path, fold: st
 
 def test_scope_prompt_holds_for_a_folded_task(llama: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
-    export_adapter(llama.sources / "prompted", folder, name="folded", fold="rank")
+    export_folded(llama.sources / "prompted", folder, "folded", "rank")
     with Deployment.open(folder, threads=1) as opened:
         results = [opened.generate(["wheat"], tasks=name, max_new_tokens=8)[0] for name in ("folded", "prompted")]
     assert results[0] == results[1]
@@ -121,7 +119,7 @@ def test_only_text_alone_can_be_folded(llama: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
     with pytest.raises(ConfigError, match=r"adapts image, text: only an adapter of text alone.*without --fold"):
         export_adapter(llama.sources / "double", folder, name="x", fold="table")
-    with pytest.raises(ConfigError, match="fold is 'half', expected one of table, rank"):
+    with pytest.raises(ConfigError, match="fold is 'half', expected table; the bottleneck of every token, once 'rank'"):
         export_adapter(llama.sources / "alpha", folder, name="x", fold="half")
     assert "x" not in read_manifest(folder).tasks
 
@@ -132,21 +130,19 @@ def test_a_wrong_fold_is_not_registered(llama: Any, tmp_path: Path, monkeypatch:
     check = fold_module.check_fold
 
     def spoiled(fold: str, data: np.ndarray, adapter: Any, base: Any, table: np.ndarray) -> None:
-        width = table.shape[1] if fold == "table" else adapter.config.rank
-        tensor = data[-4 * len(table) * width :].view(np.float32).reshape(len(table), width)
+        tensor = data[-4 * table.shape[0] * table.shape[1] :].view(np.float32).reshape(table.shape)
         tensor[77, 3] += 0.01 * np.abs(tensor).max()
         check(fold, data, adapter, base, table)
 
     monkeypatch.setattr(fold_module, "check_fold", spoiled)
-    for kind in ("table", "rank"):
-        with pytest.raises(GraphError, match=rf"folded task \({kind}\): component \d+ of token 77 "):
-            export_adapter(llama.sources / "alpha", folder, name="x", fold=kind)
+    with pytest.raises(GraphError, match=r"folded task \(table\): component \d+ of token 77 "):
+        export_adapter(llama.sources / "alpha", folder, name="x", fold="table")
 
 
 def test_a_fold_of_another_shape_is_refused_when_it_is_loaded(llama: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "deployment"))
     for kind, name in (("table", "embeddings"), ("rank", "hidden")):
-        export_adapter(llama.sources / "alpha", folder, name=kind, fold=kind)
+        export_folded(llama.sources / "alpha", folder, kind, kind)
         save_file({name: np.zeros((V, 4), np.float32)}, folder / f"tasks/{kind}/{name}.safetensors")
     reseal(folder)
     with Deployment.open(folder, threads=1) as opened:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from helpers.folds import export_folded
 from helpers.runtime import TASKS, random_adapter, reseal
 from helpers.versions import NEW_TOKENS, PROMPT, Versions, tokens
 
@@ -51,7 +52,7 @@ def test_reload_takes_up_every_change_of_the_folder(versions: Versions, opened: 
 @pytest.mark.parametrize("fold", ["table", "rank"])
 def test_the_same_adapter_with_a_fold_is_taken_up(versions: Versions, opened: Deployment, fold: str) -> None:
     text = tokens(opened, "alpha")
-    versions.export(0, "alpha", fold=fold)
+    export_folded(versions.adapter("alpha", 0), versions.folder, "alpha", fold)
     assert opened.reload() == Reload(replaced=("alpha",))
     assert tokens(opened, "alpha") == text
     assert opened._tasks.get("alpha").value._fold is not None

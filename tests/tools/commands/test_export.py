@@ -215,7 +215,7 @@ def test_export_of_a_base_says_nothing_but_its_own_progress(checkpoint: Path, tm
     # Weights are counted after a second of writing them.
     lines = [line for line in result.stderr.splitlines() if not line.startswith("writing model.onnx: matrix")]
     assert [line.split()[0] for line in lines] == [
-        "loading", "hashing", "writing", "tracing", "fusing", "hashing", "next:"
+        "loading", "hashing", "writing", "tracing", "fusing", "the", "hashing", "next:"
     ]  # fmt: skip
 
 

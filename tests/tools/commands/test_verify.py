@@ -72,7 +72,7 @@ def test_report_that_cannot_be_written_exits_2(mistral, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_write", refuse)
+    monkeypatch.setattr(atomic, "_flush", refuse)
     model, folder = mistral
     result = run(folder, "--against", model, "--quick", "--json-file", tmp_path / "parity.json")
     assert result.exit_code == 2

@@ -16,7 +16,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.tasks import registry
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
-from adalink.tools.parity import suite
+from adalink.tools.parity import levels, suite
 
 BOTH = {"rank": 4, "activation": "tanh", "bias": True, "scope": "all", "modalities": ("image", "text")}
 TASKS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def clean(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def outcome(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, *, generate: bool = False) -> dict[str, bool]:
     monkeypatch.setattr(suite, "check_swaps", lambda *_: ([], {}))  # fresh processes, of which this is not about
     if not generate:
-        monkeypatch.setattr(suite, "Generator", lambda *_: None)
+        monkeypatch.setattr(levels, "_Generated", lambda *_: None)
     report = suite.verify(pair[1], str(pair[0]), {}, suite.VerifyOptions(threads=1, quick=True))
     return {check.name: check.passed for check in report.checks}
 

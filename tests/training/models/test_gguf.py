@@ -71,7 +71,7 @@ EXTRA = np.ones((48, 48), np.float32)
         ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier would be dropped"),
         ({"llama.rope.freq_base_swa": 1e4}, r"llama.rope.freq_base_swa would be dropped"),
         ({"adapter.type": "lora"}, r"key adapter.type would be dropped"),
-        ({"split.count": 2}, r"key split.count would be dropped"),
+        ({"split.count": 2}, r"one of the 2 files of a split GGUF file.*llama-gguf-split --merge"),
         ({"general.type": "adapter"}, r"general.type would be dropped: it is 'adapter'"),
     ],
 )
