@@ -134,7 +134,7 @@ class ModelRunner:
         """
         expected = 1 if self._decoder is None else 2
         vision = self._base.vision
-        paths = (*self._variant.files, self._base.embeddings, *(vision.all_files if vision else ()))
+        paths = (*self._variant.files, manifest.base.embeddings, *(vision.all_files if vision else ()))
         return make_receipt(self._path, manifest, paths, self._builds, expected, tasks)
 
     def close(self) -> None:

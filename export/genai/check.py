@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from adalink.export.adapter.check import find_outside_bound
-from adalink.export.genai.tasks import TaskForms, task_tensors
+from adalink.export.genai.tasks import task_tensors
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.embedding_table import EmbeddingTable
@@ -20,7 +20,11 @@ Progress = Callable[[str, float | None], None]
 
 
 def check_front(
-    path: Path, table: EmbeddingTable, adapters: Mapping[str, Adapter], forms: TaskForms, progress: Progress
+    path: Path,
+    table: EmbeddingTable,
+    adapters: Mapping[str, Adapter],
+    activations: tuple[str, ...],
+    progress: Progress,
 ) -> None:
     """Run the graph for every token of the vocabulary, with no task and with each.
 
@@ -28,7 +32,7 @@ def check_front(
         path: the graph.
         table: the deployment's table.
         adapters: the tasks.
-        forms: what the graph takes.
+        activations: those that the graph computes.
         progress: called with a line, and how far it is from 0 to 1.
 
     Raises:
@@ -42,7 +46,7 @@ def check_front(
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     step = max(1, _PIECE_BYTES // (8 * width))
     for number, (task, adapter) in enumerate({"the base": None, **adapters}.items()):
-        weights = task_tensors(adapter, forms, width)
+        weights = task_tensors(adapter, activations, width)
         for first in range(0, tokens, step):
             ids = np.arange(first, min(first + step, tokens))
             progress(f"checking {task}: {first} of {tokens} tokens", (number + first / tokens) / (len(adapters) + 1))

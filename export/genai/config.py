@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from adalink.export.genai.graphs import SCORES
+from adalink.export.genai.place import FRONT, HEAD
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest import Base
@@ -15,7 +16,6 @@ _SEARCH = (
     "temperature",
     "top_k",
     "top_p",
-    "min_p",
     "repetition_penalty",
     "no_repeat_ngram_size",
     "min_length",
@@ -42,9 +42,9 @@ def genai_config(base: Base, graph: str, task_inputs: tuple[str, ...], base_inpu
     layers = [(index, kind) for index in range(cache.layers) for kind in names]
     past, present = ([names[kind][place].replace("%d", str(index)) for index, kind in layers] for place in (0, 1))
     stages: list[dict[str, Stage]] = [
-        {"front": _stage("front.onnx", ["input_ids", "attention_mask", *task_inputs], list(base_inputs))},
+        {"front": _stage(FRONT, ["input_ids", "attention_mask", *task_inputs], list(base_inputs))},
         {"base": _stage(graph, [*base_inputs, *past], ["logits", *present])},
-        {"head": _stage("head.onnx", ["logits", "input_ids"], [SCORES])},
+        {"head": _stage(HEAD, ["logits", "input_ids"], [SCORES])},
     ]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -75,7 +75,7 @@ def genai_config(base: Base, graph: str, task_inputs: tuple[str, ...], base_inpu
     if base.bos_token_id is not None:
         model["bos_token_id"] = base.bos_token_id
     search = {"max_length": length, "past_present_share_buffer": True, "num_beams": 1, "chunk_size": _CHUNK}
-    return _encode({"model": model, "search": {**search, **_defaults(base.generation)}})
+    return _encode({"model": model, "search": {**search, **_defaults(base)}})
 
 
 def not_carried(generation: GenerationDefaults | None) -> dict[str, object]:
@@ -96,9 +96,16 @@ def _stage(filename: str, inputs: list[str], outputs: list[str]) -> Stage:
     return {"filename": filename, "inputs": inputs, "outputs": outputs}
 
 
-def _defaults(generation: GenerationDefaults | None) -> dict[str, object]:
-    applied = {} if generation is None else generation.applied()
-    return {"do_sample": False, **{name: value for name, value in applied.items() if name in _SEARCH}}
+def _defaults(base: Base) -> dict[str, object]:
+    """How tokens are chosen; where the host's own default differs, what the checkpoint says is written out."""
+    generation = base.generation
+    if generation is None:
+        return {"do_sample": False}
+    values = {name: getattr(generation, name) for name in _SEARCH}
+    given = {name: value for name, value in values.items() if value is not None}
+    if generation.do_sample or generation.top_k == 0:  # the host keeps 50 tokens where no number is given
+        given["top_k"] = generation.top_k or base.vocab_size
+    return {**given, "do_sample": generation.do_sample and generation.temperature != 0}
 
 
 def _encode(value: object) -> bytes:

@@ -16,9 +16,20 @@ from typing import TYPE_CHECKING
 from adalink.export.genai.check import check_front
 from adalink.export.genai.config import genai_config, not_carried, tokenizer_config
 from adalink.export.genai.graphs import build_front, build_head
+from adalink.export.genai.place import (
+    BASE,
+    CONFIG,
+    DIGEST_KEY,
+    FRONT,
+    HEAD,
+    TABLE,
+    TASKS,
+    TOKENIZER_CONFIG,
+    check_place,
+)
 from adalink.export.genai.table import Lookup, copy_table, is_readable, refer_to_table
-from adalink.export.genai.tasks import check_task, forms_of, task_tensors
-from adalink.runtime.errors import ConfigError, DeploymentError, IntegrityError
+from adalink.export.genai.tasks import INPUTS, activations_of, check_task, left_out, task_tensors
+from adalink.runtime.errors import ConfigError, IntegrityError
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.atomic import write_through
 from adalink.runtime.storage.atomic_folder import replace_folder
@@ -32,11 +43,6 @@ from adalink.runtime.storage.variants import choose_variant
 
 if TYPE_CHECKING:
     import onnx
-
-CONFIG = "genai_config.json"
-TASKS = "tasks"
-BASE = "base.safetensors"
-_TABLE = "embeddings.data"
 
 Progress = Callable[[str, float | None], None]
 
@@ -52,6 +58,7 @@ class GenaiFolder:
         size_bytes: bytes of its files.
         linked_bytes: how many of them it shares with the deployment.
         not_carried: generation defaults that the folder does not say.
+        left_out: parts of tasks that stay in the kit, by task.
     """
 
     variant: str
@@ -60,6 +67,7 @@ class GenaiFolder:
     size_bytes: int
     linked_bytes: int
     not_carried: dict[str, object]
+    left_out: dict[str, tuple[str, ...]]
 
 
 def export_genai(
@@ -91,7 +99,7 @@ def export_genai(
         UnknownTaskError: a task is not deployed.
     """
     folder, out = Path(deployment), Path(out)
-    _check_place(out, replace=replace)
+    check_place(out, replace=replace)
     manifest = read_manifest(folder)
     name = choose_variant(manifest, "onnxruntime-cpu", variant)
     chosen = sorted(manifest.tasks) if tasks is None else list(dict.fromkeys(tasks))
@@ -102,8 +110,15 @@ def export_genai(
     with replace_folder(out.resolve(), f"folder {out}") as staging:
         writer.write(staging, adapters, progress)
         size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-    inputs = forms_of(adapters.values()).inputs
-    return GenaiFolder(name, tuple(chosen), inputs, size, writer.linked_bytes, not_carried(manifest.base.generation))
+    return GenaiFolder(
+        variant=name,
+        tasks=tuple(chosen),
+        inputs=INPUTS,
+        size_bytes=size,
+        linked_bytes=writer.linked_bytes,
+        not_carried=not_carried(manifest.base.generation),
+        left_out={task: parts for task, adapter in adapters.items() if (parts := left_out(adapter))},
+    )
 
 
 class _Writer:
@@ -127,27 +142,26 @@ class _Writer:
         for path in self._variant.files:
             self._link(path, staging)
         inputs, positions = base_inputs(staging / graph, base)
-        forms = forms_of(adapters.values())
-        write_through(
-            staging / "front.onnx", build_front(base, self._lookup(staging), forms, positions).SerializeToString()
-        )
-        write_through(staging / "head.onnx", build_head(base).SerializeToString())
-        write_through(staging / CONFIG, genai_config(base, graph, forms.inputs, inputs))
+        activations = activations_of(adapters.values())
+        front = build_front(base, self._lookup(staging), activations, positions)
+        write_through(staging / FRONT, front.SerializeToString())
+        write_through(staging / HEAD, build_head(base).SerializeToString())
+        write_through(staging / CONFIG, genai_config(base, graph, INPUTS, inputs))
         self._write_tokenizer(staging)
-        self._write_tasks(staging, adapters)
+        self._write_tasks(staging, adapters, activations)
         table = open_table(locate(self._folder, base.embeddings), base)
-        check_front(staging / "front.onnx", table, adapters, forms, progress)
+        check_front(staging / FRONT, table, adapters, activations, progress)
 
     def _lookup(self, staging: Path) -> Lookup:
         if is_readable(self._base):
             path = self._base.embeddings
-            name = Path(path).name if path in self._variant.files else _TABLE
-            if name == _TABLE:
+            name = Path(path).name if path in self._variant.files else TABLE
+            if name == TABLE:
                 self._link(path, staging, name)
             return refer_to_table(self._base, staging / name)
         verify_files(self._folder, self._manifest, (self._base.embeddings,))
         table = open_table(locate(self._folder, self._base.embeddings), self._base)
-        return copy_table(self._base, table, staging / "front.onnx")
+        return copy_table(self._base, table, staging / FRONT)
 
     def _write_tokenizer(self, staging: Path) -> None:
         base = self._base
@@ -158,16 +172,16 @@ class _Writer:
         if base.chat_template is not None:
             verify_files(self._folder, self._manifest, (base.chat_template,))
             template = locate(self._folder, base.chat_template).read_text(encoding="utf-8")
-        write_through(staging / "tokenizer_config.json", tokenizer_config(base, template))
+        write_through(staging / TOKENIZER_CONFIG, tokenizer_config(base, template))
 
-    def _write_tasks(self, staging: Path, adapters: dict[str, Adapter]) -> None:
+    def _write_tasks(self, staging: Path, adapters: dict[str, Adapter], activations: tuple[str, ...]) -> None:
         from safetensors.numpy import save
 
-        forms, width = forms_of(adapters.values()), self._base.hidden_size
+        width = self._base.hidden_size
         (staging / TASKS).mkdir()
-        write_through(staging / BASE, save(task_tensors(None, forms, width)))
+        write_through(staging / BASE, save(task_tensors(None, activations, width)))
         for task, adapter in adapters.items():
-            data = save(task_tensors(adapter, forms, width), {"adapter_digest": adapter.digest})
+            data = save(task_tensors(adapter, activations, width), {DIGEST_KEY: adapter.digest})
             write_through(staging / TASKS / f"{task}.safetensors", data)
 
     def _link(self, path: str, staging: Path, name: str | None = None) -> None:
@@ -222,18 +236,6 @@ def _check_base(manifest: Manifest) -> None:
         raise ConfigError(
             f"base {base.name} is in bfloat16, in which ONNX Runtime computes little on a CPU: export fp32"
         )
-
-
-def _check_place(out: Path, *, replace: bool) -> None:
-    """Check that a folder can be written; raises ``DeploymentError``."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / CONFIG).is_file() or not (out / "front.onnx").is_file():
-        raise DeploymentError(
-            f"{out} is there, and no folder for onnxruntime-genai: it is not replaced; choose another"
-        )
-    if not replace:
-        raise DeploymentError(f"{out} is there already: pass --replace to put this one in its place")
 
 
 def _hard_link(source: Path, target: Path) -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from adalink.export.adapter.nodes import INPUT_NAME, edge_type, finish_model, residual_nodes
 from adalink.export.genai.table import EMBEDS, Lookup
-from adalink.export.genai.tasks import TaskForms
+from adalink.export.genai.tasks import INPUTS
+from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.storage.manifest import Base
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ SCORES = "scores"
 _LENGTHS, _PLACES = "sequence_lengths", "logits_at"
 
 
-def build_front(base: Base, lookup: Lookup, forms: TaskForms, positions: int | None) -> onnx.ModelProto:
+def build_front(base: Base, lookup: Lookup, activations: tuple[str, ...], positions: int | None) -> onnx.ModelProto:
     """Build the graph of the first stage.
 
     Inputs: ``input_ids`` int64 ``(1, sequence)``, ``attention_mask`` int64 ``(1, total)``, of which only the length is
@@ -32,7 +33,7 @@ def build_front(base: Base, lookup: Lookup, forms: TaskForms, positions: int | N
     Args:
         base: the contract.
         lookup: how tokens are looked up.
-        forms: what the tasks need.
+        activations: those that the tasks use, some of ``ACTIVATIONS``; a task with another one is an error when run.
         positions: axes of the base's position ids, 0 for none of their own; ``None`` if it takes none.
     """
     from onnx import TensorProto, helper
@@ -48,22 +49,18 @@ def build_front(base: Base, lookup: Lookup, forms: TaskForms, positions: int | N
     inputs = [
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, sequence),
         helper.make_tensor_value_info("attention_mask", TensorProto.INT64, [1, "total"]),
-        *(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name])
-            for name in forms.inputs
-            if name in shapes
-        ),
+        *(helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in INPUTS if name in shapes),
+        helper.make_tensor_value_info("activation", TensorProto.INT64, [1]),
     ]
-    if "activation" in forms.inputs:
-        inputs.append(helper.make_tensor_value_info("activation", TensorProto.INT64, [1]))
     dtype = edge_type(base.embedding_dtype)
     outputs = [
         helper.make_tensor_value_info(INPUT_NAME, dtype, [*sequence, width]),
         helper.make_tensor_value_info(_LENGTHS, TensorProto.INT32, [1]),
         helper.make_tensor_value_info(_PLACES, TensorProto.INT64, [1]),
     ]
-    nodes = [*lookup.nodes, *_adapt(forms, dtype), *_lengths()]
-    initializers = [_int64("one", [1])]
+    nodes = [*lookup.nodes, *_adapt(activations, dtype), *_lengths()]
+    places = [activations.index(name) if name in activations else len(activations) for name in ACTIVATIONS]
+    initializers = [_int64("one", [1]), _int64("front", [0]), _int64("places", places)]
     if positions is not None:
         shape = [*sequence, positions] if positions else sequence
         outputs.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, shape))
@@ -108,8 +105,11 @@ def build_head(base: Base) -> onnx.ModelProto:
     return finish_model(graph, {"genai": "head"})
 
 
-def _adapt(forms: TaskForms, dtype: int) -> list[onnx.NodeProto]:
-    """Nodes from ``EMBEDS`` to ``inputs_embeds``: the bottleneck in float32, with the activation that is asked for."""
+def _adapt(activations: tuple[str, ...], dtype: int) -> list[onnx.NodeProto]:
+    """Nodes from ``EMBEDS`` to ``inputs_embeds``: the bottleneck in float32, with the activation that is asked for.
+
+    One that is not computed here has a place behind the last, which ONNX Runtime refuses.
+    """
     from onnx import TensorProto, helper
 
     nodes = [helper.make_node("Transpose", [name], [f"{name}_t"], perm=[0, 2, 1]) for name in ("down", "up")]
@@ -117,19 +117,17 @@ def _adapt(forms: TaskForms, dtype: int) -> list[onnx.NodeProto]:
     if dtype != TensorProto.FLOAT:
         nodes.append(helper.make_node("Cast", [source], ["x"], to=TensorProto.FLOAT))
         source = "x"
-    biases = ("down_bias", "up_bias") if forms.has_bias else None
-    adapted = ""
-    for index, activation in enumerate(forms.activations):
-        prefix = f"{activation}_" if len(forms.activations) > 1 else ""
-        nodes += residual_nodes(prefix, source, "down_t", "up_t", biases, activation)
-        if index:
-            nodes += [
-                helper.make_node("Constant", [], [f"{prefix}index"], value_int=index),
-                helper.make_node("Equal", ["activation", f"{prefix}index"], [f"{prefix}chosen"]),
-                helper.make_node("Where", [f"{prefix}chosen", f"{prefix}adapted", adapted], [f"{prefix}result"]),
-            ]
-        adapted = f"{prefix}result" if index else f"{prefix}adapted"
-    return [*nodes, helper.make_node("Cast", [adapted], [INPUT_NAME], to=dtype)]
+    for name in activations:
+        nodes += residual_nodes(f"{name}_", source, "down_t", "up_t", ("down_bias", "up_bias"), name)
+        nodes.append(helper.make_node("Unsqueeze", [f"{name}_adapted", "front"], [f"{name}_result"]))
+    return [
+        *nodes,
+        helper.make_node("Concat", [f"{name}_result" for name in activations], ["results"], axis=0),
+        helper.make_node("Gather", ["places", "activation"], ["place"], axis=0),
+        helper.make_node("Gather", ["results", "place"], ["result"], axis=0),
+        helper.make_node("Squeeze", ["result", "front"], ["adapted"]),
+        helper.make_node("Cast", ["adapted"], [INPUT_NAME], to=dtype),
+    ]
 
 
 def _lengths() -> list[onnx.NodeProto]:

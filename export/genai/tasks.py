@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,33 +11,16 @@ from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 
+# Inputs that a generator must be given, the same in every folder: a task of another one is never computed otherwise.
+INPUTS = ("down", "up", "down_bias", "up_bias", "activation")
+
 Tensors = dict[str, npt.NDArray[np.generic]]
 
 
-@dataclass(frozen=True)
-class TaskForms:
-    """What the tasks of one folder need of its graph.
-
-    Attributes:
-        activations: their activations, in the order of ``ACTIVATIONS``; the input ``activation`` is an index of these.
-        has_bias: whether one of them has biases.
-    """
-
-    activations: tuple[str, ...]
-    has_bias: bool
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs that a generator must be given for each task."""
-        biases = ("down_bias", "up_bias") if self.has_bias else ()
-        return ("down", "up", *biases, *(("activation",) if len(self.activations) > 1 else ()))
-
-
-def forms_of(adapters: Iterable[Adapter]) -> TaskForms:
-    """What these tasks need; of no task, what the base needs."""
-    configs = [adapter.config for adapter in adapters]
-    used = {config.activation for config in configs} or {"identity"}
-    return TaskForms(tuple(name for name in ACTIVATIONS if name in used), any(config.bias for config in configs))
+def activations_of(adapters: Iterable[Adapter]) -> tuple[str, ...]:
+    """Activations that these tasks use, in the order of ``ACTIVATIONS``; of no task, the identity."""
+    used = {adapter.config.activation for adapter in adapters} or {"identity"}
+    return tuple(name for name in ACTIVATIONS if name in used)
 
 
 def check_task(adapter: Adapter, origin: str) -> None:
@@ -63,31 +45,31 @@ def check_task(adapter: Adapter, origin: str) -> None:
         )
 
 
-def task_tensors(adapter: Adapter | None, forms: TaskForms, hidden_size: int) -> Tensors:
+def left_out(adapter: Adapter) -> tuple[str, ...]:
+    """Parts of a task that stay in the kit: its text is generated without them."""
+    config = adapter.config
+    weights = (f"weights for {name}" for name in config.modalities if name != "text")
+    return (*weights, *(("labels",) if config.labels is not None else ()))
+
+
+def task_tensors(adapter: Adapter | None, activations: tuple[str, ...], hidden_size: int) -> Tensors:
     """Values of the inputs of one task.
 
     Args:
         adapter: the adapter; ``None`` for the base model, which a bottleneck of zeros leaves as it is.
-        forms: what the folder's graph takes.
+        activations: those that the folder's graph computes.
         hidden_size: ``d``.
 
     Returns:
-        ``down`` float32 ``(1, r, d)`` and ``up`` ``(1, d, r)``; where the graph takes them ``down_bias`` ``(1, 1, r)``,
-        ``up_bias`` ``(1, 1, d)`` and ``activation``, int64 ``(1,)``.
+        ``down`` float32 ``(1, r, d)``, ``up`` ``(1, d, r)``, ``down_bias`` ``(1, 1, r)``, ``up_bias`` ``(1, 1, d)``,
+        zeros for an adapter without, and ``activation`` int64 ``(1,)``, an index of ``ACTIVATIONS``.
     """
     values: Tensors = {"down": np.zeros((1, hidden_size)), "up": np.zeros((hidden_size, 1))}
-    activation = 0
     if adapter is not None:
         values = {name: adapter.weights[f"text.{name}.weight"] for name in ("down", "up")}
-        activation = forms.activations.index(adapter.config.activation)
-    if forms.has_bias:
-        sizes = {"down": values["down"].shape[0], "up": hidden_size}
-        given = {} if adapter is None else adapter.weights
-        values |= {
-            f"{name}_bias": given.get(f"text.{name}.bias", np.zeros(size, np.float32))[None]
-            for name, size in sizes.items()
-        }
+    given = {} if adapter is None else adapter.weights
+    for name, size in {"down": values["down"].shape[0], "up": hidden_size}.items():
+        values[f"{name}_bias"] = given.get(f"text.{name}.bias", np.zeros(size, np.float32))[None]
     tensors: Tensors = {name: np.ascontiguousarray(value[None], np.float32) for name, value in values.items()}
-    if "activation" in forms.inputs:
-        tensors["activation"] = np.array([activation], np.int64)
-    return tensors
+    activation = activations[0] if adapter is None else adapter.config.activation
+    return {**tensors, "activation": np.array([ACTIVATIONS.index(activation)], np.int64)}

@@ -112,6 +112,10 @@ def export_lora(
     check_lora(adapter, base.kind, origin)
     untied = None if untied_base is None else Path(untied_base)
     check_head(base, form, untied, replace=replace)
+    if untied is not None and untied.resolve() == out.resolve():
+        raise ConfigError(
+            f"{out} is named for the LoRA and for the copy of the base: name another file for one of them"
+        )
     writer = _Writer(adapter, base, dtype, origin, progress)
     lora = writer.write_peft(out) if form == "peft" else writer.write_gguf(out)
     if untied is not None and base.gguf is not None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adalink.export.lora.gguf_bytes import pack_tensor, padded
-from adalink.runtime.errors import ConfigError, DeploymentError
+from adalink.runtime.errors import ConfigError, DeploymentError, ModelError
 from adalink.runtime.storage.atomic import draft_file, make_folder
-from adalink.training.models.gguf.header import TensorPlace, read_header
+from adalink.training.models.gguf.header import GgufHeader, TensorPlace, read_header
 
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
 # The number of tensors, behind the magic and the version.
@@ -37,8 +37,21 @@ def check_untied_place(source: Path, out: Path, *, replace: bool) -> None:
         raise ConfigError(f"{source.name} has no tensor {_TABLE!r}, or is one of several files: join them first")
     if out.is_dir() or (out.exists() and out.samefile(source)):
         raise DeploymentError(f"{out} is a folder or the model itself: name another file for its copy")
+    if out.exists() and not _is_copy(out, header):
+        raise DeploymentError(
+            f"{out} is there, and is no such copy of {source.name}: it is not replaced; choose another"
+        )
     if out.exists() and not replace:
         raise DeploymentError(f"{out} is there already: pass --replace to write it again")
+
+
+def _is_copy(path: Path, source: GgufHeader) -> bool:
+    """Whether a file is what ``write_untied`` makes of a model with this header, as far as its own header tells."""
+    try:
+        header = read_header(path)
+    except ModelError:
+        return False
+    return header.metadata == source.metadata and header.tensors.keys() == {*source.tensors, _HEAD}
 
 
 def write_untied(source: Path, out: Path) -> int:

@@ -62,11 +62,14 @@ def genai(
         "size_bytes": written.size_bytes,
         "linked_bytes": written.linked_bytes,
         "not_carried": written.not_carried,
+        "left_out": {task: list(parts) for task, parts in written.left_out.items()},
         "tokenizer_difference": difference,
     }
     output.give(result, lambda: _show(out, written))
     if difference is not None:
         say(difference)
+    for task, parts in written.left_out.items():
+        say(f"task {task}: {' and '.join(parts)} stay in the kit, and its text is generated without them")
     if written.not_carried:
         settings = ", ".join(f"{name}={value}" for name, value in written.not_carried.items())
         say(f"the base's defaults {settings} are not in {out / 'genai_config.json'}: apply them in your program")

@@ -18,8 +18,8 @@ from helpers.tiny_models import FAMILIES, VOCAB_SIZE
 from adalink.export.base.export import export_base
 from adalink.export.table_file import write_out
 from adalink.export.writer import remove_variant
-from adalink.runtime import Deployment
-from adalink.runtime.errors import IntegrityError
+from adalink.runtime import Deployment, Reload
+from adalink.runtime.errors import ContractError, IntegrityError
 from adalink.runtime.storage.integrity import verify_files
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.table_schema import CODES
@@ -150,6 +150,25 @@ def test_a_variant_written_again_holds_the_table(shared: tuple[Any, Path], tmp_p
     assert manifest.base.embeddings == "base/int8.2/model.onnx.data"
     assert not list((copied / "base").glob("int8/*"))
     assert looked_up(copied).tobytes() == rows_of(model).tobytes()
+
+
+def test_an_open_deployment_goes_on_where_the_table_has_moved(tmp_path: Path) -> None:
+    """Another variant takes the table along, and leaves it; the one that is open has the same rows."""
+    model = FAMILIES["llama"]()
+    export_base(model, tmp_path, quantization="int4")
+    with Deployment.open(tmp_path, variant="int4") as deployment:
+        before, places = deployment.run(input_ids=[[5, 6]])["logits"], set()
+        for change in (export_base, remove_variant):
+            change(*((model, tmp_path) if change is export_base else (tmp_path, "onnxruntime-cpu")))
+            assert deployment.reload() == Reload()
+            places.add(deployment.manifest.base.embeddings)
+            assert deployment.receipt().unchanged
+            assert np.array_equal(deployment.run(input_ids=[[5, 6]])["logits"], before)
+        assert places == {"base/onnxruntime-cpu/model.onnx.data", "base/table/embeddings.safetensors"}
+        other = msgspec.structs.replace(deployment.manifest.base, fingerprint=f"sha256:{'0' * 64}")
+        reseal(tmp_path, base=other)
+        with pytest.raises(ContractError, match="fingerprint is"):
+            deployment.reload()
 
 
 def test_altered_data_are_not_written_out(shared: tuple[Any, Path], tmp_path: Path) -> None:

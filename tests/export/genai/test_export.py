@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,15 +11,9 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-import torch
-from click.testing import CliRunner
-from helpers.gguf_codes import kind_of
+from helpers.genai_host import NEW, Host, greedy
 from helpers.paths import REPOSITORY
-from helpers.tied_codes import tied
 from helpers.tiny_deployments import make_deployment, make_model_folder, seeded_adapter, write_adapter
-from helpers.tiny_ggufs import wide, write_gguf
-from helpers.tiny_models import FAMILIES
-from helpers.tiny_tokenizer import make_tokenizer
 from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
@@ -32,7 +25,6 @@ from adalink.export.writer import remove_task
 from adalink.runtime import Deployment
 from adalink.runtime.errors import ConfigError, DeploymentError, GraphError, IntegrityError, UnknownTaskError
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.tools.cli import main
 from adalink.training.models.loading import load_base
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -40,9 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "relu": {"seed": 2, "activation": "relu", "bias": False, "rank": 3},
     "plain": {"seed": 3, "activation": "identity", "bias": False, "rank": 8},
 }
-ACTIVATIONS = {"gelu": torch.nn.functional.gelu, "relu": torch.relu, "identity": lambda x: x}
 PROMPTS = ([5], [7, 0, 2, 9], list(range(10, 40)))
-NEW = 12
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "gemma3"])
@@ -57,47 +47,6 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_deployment(tmp_path_factory.mktemp("genai-llama"), "llama", TASKS)
-
-
-def greedy(model: Any, prompt: list[int], adapter: Any) -> list[int]:
-    """The likeliest tokens of transformers, with the method written out; all is computed anew at each step."""
-    tokens, ends = list(prompt), model.generation_config.eos_token_id
-    with torch.no_grad():
-        while len(tokens) < len(prompt) + NEW:
-            embeds = model.get_input_embeddings()(torch.tensor([tokens]))
-            if adapter is not None:
-                weights = {name: torch.from_numpy(weight) for name, weight in adapter.weights.items()}
-                hidden = embeds @ weights["text.down.weight"].T + weights.get("text.down.bias", 0)
-                activated = ACTIVATIONS[adapter.config.activation](hidden)
-                embeds = embeds + activated @ weights["text.up.weight"].T + weights.get("text.up.bias", 0)
-            tokens.append(int(model(inputs_embeds=embeds).logits[0, -1].argmax()))
-            if tokens[-1] == ends:
-                break
-    return tokens[len(prompt) :]
-
-
-class Host:
-    """onnxruntime-genai on a folder, as a program uses it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-        self.folder, self.model = folder, self._genai.Model(str(folder))
-
-    def weights(self, task: str | None) -> dict[str, np.ndarray]:
-        return load_file(self.folder / "tasks" / f"{task}.safetensors" if task else self.folder / "base.safetensors")
-
-    def generate(self, prompt: list[int], weights: dict[str, np.ndarray]) -> list[int]:
-        params = self._genai.GeneratorParams(self.model)
-        params.set_search_options(max_length=len(prompt) + NEW)
-        generator = self._genai.Generator(self.model, params)
-        for name, value in weights.items():
-            generator.set_model_input(name, value)
-        generator.append_tokens(prompt)
-        tokens: list[int] = []
-        while not generator.is_done():
-            generator.generate_next_token()
-            tokens.append(int(generator.get_next_tokens()[0]))
-        return tokens
 
 
 def test_generators_give_tokens_of_pytorch(made):
@@ -143,7 +92,7 @@ def test_weights_are_linked_and_can_be_copied(llama, tmp_path):
     copied = export_genai(deployment, tmp_path / "copied", copy=True, tasks=["relu"])
     assert (tmp_path / "linked" / graph.name).samefile(graph)
     assert linked.linked_bytes > graph.with_name(f"{graph.name}.data").stat().st_size
-    assert (copied.linked_bytes, copied.tasks, copied.inputs) == (0, ("relu",), ("down", "up"))
+    assert (copied.linked_bytes, copied.tasks) == (0, ("relu",))
     assert not (tmp_path / "copied" / graph.name).samefile(graph)
     assert (tmp_path / "copied" / graph.name).read_bytes() == graph.read_bytes()
 
@@ -156,60 +105,6 @@ def test_folder_stands_alone(llama, tmp_path):
     shutil.rmtree(tmp_path / "deployment")
     host = Host((tmp_path / "out").rename(tmp_path / "moved"))
     assert host.generate(PROMPTS[1], host.weights("plain")) == expected
-
-
-def halved(root: Path) -> Path:
-    """A checkpoint of gemma3, whose module scales, with numbers of bfloat16."""
-    model = FAMILIES["gemma3"]()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
-    model.save_pretrained(root)
-    make_tokenizer().save_pretrained(root)
-    return root
-
-
-def stored(kind: str, root: Path) -> tuple[Path, str]:
-    """A deployment whose table lies in its file in some form, and what it was made from."""
-    source = root / "model"
-    if kind == "codes":
-        tied(is_exact=True).save_pretrained(source)
-        make_tokenizer().save_pretrained(source)
-        export_base(source, root / "deployment", quantization="int8")
-    elif kind == "Q8_0":
-        source = write_gguf(root / "tiny.gguf", wide("llama"), "llama", kind=kind_of)
-    elif kind == "bfloat16":
-        halved(source)
-    else:
-        make_model_folder(source, "llama")
-    export_base(source, root / "deployment", dtype="float16" if kind == "float16" else "float32")
-    return root / "deployment", str(source)
-
-
-@pytest.mark.parametrize(
-    ("kind", "encoding", "variant"),
-    [
-        ("bfloat16", "bfloat16", None),
-        ("float16", None, None),
-        ("codes", "codes", "int8"),
-        ("codes", "codes", "onnxruntime-cpu"),
-        ("Q8_0", "Q8_0", None),
-    ],
-)
-def test_tables_are_those_of_pytorch(kind, encoding, variant, tmp_path):
-    """Embeddings of the graph are the module's, bit for bit, however the deployment stores them."""
-    import onnxruntime as ort
-
-    deployment, source = stored(kind, tmp_path)
-    base = read_manifest(deployment).base
-    assert (base.table and base.table.encoding) == encoding
-    export_genai(deployment, tmp_path / "out", variant=variant)
-    session = ort.InferenceSession(tmp_path / "out" / "front.onnx", providers=["CPUExecutionProvider"])
-    ids, weights = np.arange(base.vocab_size)[None], load_file(tmp_path / "out" / "base.safetensors")
-    received = session.run(["inputs_embeds"], {"input_ids": ids, "attention_mask": ids * 0 + 1, **weights})[0]
-    with torch.no_grad():
-        expected = load_base(source).get_input_embeddings()(torch.from_numpy(ids)).numpy()
-    assert received.tobytes() == expected.astype(received.dtype).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +150,13 @@ def test_place_is_kept(llama, tmp_path):
     export_genai(llama[1], tmp_path / "second")
     with pytest.raises(DeploymentError, match="--replace"):
         export_genai(llama[1], tmp_path / "second")
+    for own in ("chat.py", "tasks/own.safetensors", "notes/a.onnx"):
+        (tmp_path / "second" / own).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "second" / "base.safetensors", tmp_path / "second" / own)
+        with pytest.raises(DeploymentError, match=f"holds '{own.partition('/a')[0]}', which this command did"):
+            export_genai(llama[1], tmp_path / "second", replace=True)
+        (tmp_path / "second" / own).unlink()
+    (tmp_path / "second" / "notes").rmdir()
     assert export_genai(llama[1], tmp_path / "second", replace=True, tasks=["plain"]).tasks == ("plain",)
     assert [path.name for path in (tmp_path / "second" / "tasks").iterdir()] == ["plain.safetensors"]
 
@@ -282,10 +184,11 @@ def test_wrong_graphs_are_found(llama, tmp_path, monkeypatch, fault):
     """Planted faults: the check of all tokens finds a graph that computes something else."""
     right = genai_graphs.build_front
 
-    def wrong(base: Any, lookup: Any, forms: Any, positions: Any) -> onnx.ModelProto:
+    def wrong(base: Any, lookup: Any, activations: Any, positions: Any) -> onnx.ModelProto:
+        model = right(base, lookup, activations, positions)
         if fault == "activation":
-            forms = type(forms)(forms.activations[::-1], forms.has_bias)
-        model = right(base, lookup, forms, positions)
+            results = next(node for node in model.graph.node if node.op_type == "Concat").input
+            results[:] = results[::-1]
         if fault == "table":
             entry = next(entry for entry in model.graph.initializer[-1].external_data if entry.key == "offset")
             entry.value = str(int(entry.value) - 4)
@@ -299,24 +202,16 @@ def test_wrong_graphs_are_found(llama, tmp_path, monkeypatch, fault):
     assert not (tmp_path / "out").exists()
 
 
-def test_config_has_defaults_of_the_base(llama, tmp_path):
-    deployment = tmp_path / "deployment"
-    model = load_base(llama[0])
-    model.generation_config.update(do_sample=True, temperature=0.5, top_k=7, bad_words_ids=[[3]])
-    model.save_pretrained(tmp_path / "model")
-    shutil.copy(llama[0] / "tokenizer.json", tmp_path / "model")
-    shutil.copy(llama[0] / "tokenizer_config.json", tmp_path / "model")
-    export_base(tmp_path / "model", deployment)
-    result = CliRunner().invoke(main, ["export", "genai", str(deployment), "--out", str(tmp_path / "out"), "--json"])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["not_carried"] == {"bad_words_ids": [[3]]}
-    assert "apply them in your program" in result.stderr
-    search = json.loads((tmp_path / "out" / "genai_config.json").read_text())["search"]
-    assert {name: search[name] for name in ("do_sample", "temperature", "top_k")} == {
-        "do_sample": True,
-        "temperature": 0.5,
-        "top_k": 7,
-    }
+def test_a_task_of_another_folder_is_computed_or_refused(llama, tmp_path):
+    """Files of folders with other tasks have the same inputs, and never mean another activation."""
+    whole, part = (
+        (export_genai(llama[1], tmp_path / name, tasks=tasks), Host(tmp_path / name))[1]
+        for name, tasks in (("whole", None), ("part", ["gelu", "plain"]))
+    )
+    for task in ("gelu", "plain"):
+        assert part.generate(PROMPTS[1], whole.weights(task)) == whole.generate(PROMPTS[1], whole.weights(task))
+    with pytest.raises(RuntimeError, match="out of data bounds"):
+        part.generate(PROMPTS[1], whole.weights("relu"))
 
 
 def test_graphs_with_other_inputs_are_refused(llama, tmp_path):

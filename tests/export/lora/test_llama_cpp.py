@@ -101,10 +101,7 @@ def test_the_untied_copy_holds_every_tensor_and_the_head(base_of: Callable[[str]
         export(again, tmp_path, replace=True, untied_base=tmp_path / "twice.gguf")
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["llama", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "gpt2", "phi3"))],
-)
+@pytest.mark.parametrize("family", FAMILIES_TRIED)
 def test_llama_cpp_gives_probabilities_and_tokens_of_the_method(
     family: str, base_of: Callable[[str], HostBase], tmp_path: Path
 ) -> None:
@@ -131,7 +128,7 @@ def test_llama_cpp_gives_probabilities_and_tokens_of_the_method(
             }
             assert np.abs(off[0]).max() <= limit
             for number, fault in enumerate(faulty, 1):
-                assert np.abs(off[number]).max() > 100 * limit, fault
+                assert np.abs(off[number]).max() > 20 * limit, fault
             made = server.ask(ids, NEW, [0])["tokens"]
             assert made == tokens[row][: len(made)]
             assert len(made) == NEW or tokens[row][len(made)] == 2
@@ -169,6 +166,20 @@ def test_a_base_is_never_overwritten(base_of: Callable[[str], HostBase], tmp_pat
     assert base.gguf is not None
     with pytest.raises(DeploymentError, match="a folder or the model itself"):
         export(base, tmp_path, untied_base=base.gguf, replace=True)
+    with pytest.raises(ConfigError, match="named for the LoRA and for the copy"):
+        export(base, tmp_path, untied_base=tmp_path / "task.gguf")
+    others = (base_of("qwen2").gguf, write_gguf(tmp_path / "other.gguf", wide("gemma3"), "gemma3"))
+    for other in (*others, tmp_path / "task" / "adapter_config.json"):
+        assert other is not None
+        before = other.read_bytes()
+        with pytest.raises(DeploymentError, match=r"is no such copy of llama\.gguf: it is not replaced"):
+            export(base, tmp_path, untied_base=other, replace=True)
+        assert other.read_bytes() == before
+    copy = tmp_path / "copy.gguf"
+    export(base, tmp_path, "first", untied_base=copy)
+    with pytest.raises(DeploymentError, match="there already: pass --replace"):
+        export(base, tmp_path, "second", untied_base=copy)
+    export(base, tmp_path, "third", untied_base=copy, replace=True)
     model = write_gguf(tmp_path / "task.gguf", wide("qwen2"), "qwen2")
     before = model.read_bytes()
     with pytest.raises(DeploymentError, match="is no LoRA: it is not replaced"):
