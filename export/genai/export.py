@@ -138,10 +138,10 @@ class _Writer:
 
     def write(self, staging: Path, adapters: dict[str, Adapter], progress: Progress) -> None:
         base, graph = self._base, Path(self._variant.graph).name
+        inputs, positions = base_inputs(locate(self._folder, self._variant.graph), base)
         progress("linking the base", None)
         for path in self._variant.files:
             self._link(path, staging)
-        inputs, positions = base_inputs(staging / graph, base)
         activations = activations_of(adapters.values())
         front = build_front(base, self._lookup(staging), activations, positions)
         write_through(staging / FRONT, front.SerializeToString())
