@@ -256,7 +256,8 @@ def test_other_tokens_are_said(llama, tmp_path, monkeypatch):
     """Where a library reads the tokenizer otherwise, the export says of which text; without it, that nobody looked."""
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     export_genai(llama[1], tmp_path / "out")
-    assert "cannot read this tokenizer" in compare_tokenizers(llama[1], tmp_path / "out")
+    # Of a tokenizer of this kind it reads nothing right, where it does not refuse it.
+    assert re.search("cannot read this tokenizer|makes other tokens", compare_tokenizers(llama[1], tmp_path / "out"))
     with Deployment.open(llama[1]) as deployment:
         monkeypatch.setattr(OtherTokenizer, "inner", deployment.tokenizer, raising=False)
         monkeypatch.setattr(OtherTokenizer, "wrong", "", raising=False)
