@@ -70,7 +70,7 @@ def test_a_killed_process_is_told(done, tmp_path, monkeypatch, warm_workers):
 
 
 @pytest.mark.parametrize(("replaced", "sign", "ending", "code"), [
-    ("stay_with_second_seed", r"\[ .* min\]", signal.SIGINT, 130),
+    pytest.param("stay_with_second_seed", r"\[ .* min\]", signal.SIGINT, 130, marks=pytest.mark.slow),
     pytest.param(
         "stay_with_second_seed", r"\[ .* min\]", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow
     ),

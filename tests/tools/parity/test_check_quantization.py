@@ -74,7 +74,8 @@ def change_part(part, layer, change):
 @pytest.mark.parametrize(
     ("family", "scheme"),
     [
-        *((family, "int4") for family in ("llama", "qwen2", "qwen3", "gemma3", "gpt2", "phi3", "bert", "t5")),
+        *((family, "int4") for family in ("llama", "gemma3", "gpt2", "bert")),
+        *(pytest.param(family, "int4", marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "phi3", "t5")),
         ("gpt2", "int8"),
     ],
 )

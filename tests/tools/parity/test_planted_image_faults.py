@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 from helpers.host_device import HostBackend
+from helpers.quick import slow_except
 from helpers.runtime import reseal
 from helpers.tiny_models import IMAGE_TOKEN, IMAGE_TOKENS
 from helpers.vision import clip_processor
@@ -114,7 +115,7 @@ def image_failures(model: Path, folder: Path) -> set[str]:
     return failed(checks)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", slow_except(CHECKS, "smolvlm"))
 def test_clean_deployment_passes(clean: Callable[[str], Pair], name: str) -> None:
     model, folder = clean(name)
     report = outcome(model, folder)
@@ -344,7 +345,7 @@ def test_prompt_whose_last_position_only_itself_sees_is_found(
     assert failures(clean("paligemma")[0], folder) >= {"base/logits", "base/decode-logits"}
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in-place", "growing"])
+@pytest.mark.parametrize("in_place", slow_except([True, False], True), ids=["in-place", "growing"])
 def test_engine_of_limited_shapes_passes_at_its_corners(
     planted: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, in_place: bool
 ) -> None:

@@ -20,6 +20,7 @@ from adalink.runtime.storage.label_spec import LabelSet
 from adalink.tools.parity import suite
 
 TASKS = {"alpha": {"seed": 1}, "beta": {"seed": 2, "activation": "silu", "scope": "prompt"}}
+CACHES = (cache.StaticDeviceCache, cache.DynamicDeviceCache)
 PROFILE = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(1, 8, 16), past=ShapeRange(0, 16, 63))
 ENCODER = Profile(batch=ShapeRange(1, 2, 3), seq=ShapeRange(2, 8, 64), past=None)
 
@@ -135,7 +136,7 @@ def test_rows_whose_tasks_are_exchanged_are_found(outcome, monkeypatch):
     assert "task/alpha/logits" not in found
 
 
-@pytest.mark.parametrize("kind", [cache.StaticDeviceCache, cache.DynamicDeviceCache], ids=["in-place", "growing"])
+@pytest.mark.parametrize("kind", slow_except(CACHES, cache.StaticDeviceCache), ids=["in-place", "growing"])
 def test_a_cache_that_does_not_move_with_its_row_is_found(outcome, monkeypatch, kind):
     monkeypatch.setattr(kind, "move", lambda self, queue, source, target: None)
     found = failures(outcome("llama", PROFILE, in_place=kind is cache.StaticDeviceCache))
