@@ -53,7 +53,8 @@ def _rename_over(staging: Path, folder: Path) -> None:
     if not folder.exists():
         staging.rename(folder)
         return
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    # Windows has no library of that kind to look in.
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(staging), _AT_FDCWD, os.fsencode(folder), _RENAME_EXCHANGE) == 0:
             return
