@@ -24,9 +24,9 @@ _BLOCK_ROWS = 4096
 Rows = Callable[[int, int], Array]
 
 
-def blocks_of_rows(count: int) -> Iterator[tuple[int, int]]:
-    """First and last id of each block of a table of ``count`` rows."""
-    return ((first, min(first + _BLOCK_ROWS, count)) for first in range(0, count, _BLOCK_ROWS))
+def blocks_of_rows(count: int, rows: int = _BLOCK_ROWS) -> Iterator[tuple[int, int]]:
+    """First id and the one behind the last of each block of ``rows``, of a table of ``count`` rows."""
+    return ((first, min(first + rows, count)) for first in range(0, count, rows))
 
 
 def write_rows(path: Path, base: Base, stored: Rows) -> None:

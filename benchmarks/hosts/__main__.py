@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalink.export.genai.export import export_genai
-from adalink.export.lora.base import HostBase, base_of_checkpoint, base_of_deployment
+from adalink.export.lora.base import LoraBase, base_of_checkpoint, base_of_deployment
 from adalink.export.lora.export import export_lora
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.sampling.sampler import SamplingParams
@@ -184,7 +184,7 @@ def vllm(setting: Setting) -> tuple[str, dict[str, Answers]]:
     return made["version"], {adapter.name: found for adapter, found in zip(setting.adapters, rows, strict=True)}
 
 
-def write(adapter: Path, base: HostBase, out: Path, form: str) -> Path:
+def write(adapter: Path, base: LoraBase, out: Path, form: str) -> Path:
     """A task as a LoRA."""
     export_lora(adapter, base, out, form, replace=True)
     return out

@@ -13,6 +13,7 @@ import numpy as np
 from adalink.export.adapter.check import find_outside_bound
 from adalink.export.adapter.error_bound import Float64
 from adalink.export.adapter.session import OpenGraph
+from adalink.export.table_file import blocks_of_rows
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import Adapter
@@ -26,7 +27,6 @@ from adalink.runtime.tasks.folding import view_fold
 # What can be written. Older kits wrote "rank" too (`adalink.runtime.tasks.folding`).
 FOLD_FILES = {"table": "embeddings.safetensors"}
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_BLOCK_ROWS = 4096
 
 
 def check_foldable(fold: str, adapter: Adapter, origin: str) -> None:
@@ -83,8 +83,7 @@ def check_fold(fold: str, data: Bytes, adapter: Adapter, base: Base, table: Embe
 
 
 def _blocks(table: EmbeddingTable) -> Iterator[tuple[int, Float64]]:
-    for start in range(0, len(table), _BLOCK_ROWS):
-        yield start, _float64(table.block(start, start + _BLOCK_ROWS))
+    return ((first, _float64(table.block(first, last))) for first, last in blocks_of_rows(len(table)))
 
 
 def _float64(values: Array) -> Float64:

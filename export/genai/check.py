@@ -9,6 +9,8 @@ import numpy as np
 
 from adalink.export.adapter.check import find_outside_bound
 from adalink.export.genai.tasks import task_tensors
+from adalink.export.table_file import blocks_of_rows
+from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.embedding_table import EmbeddingTable
@@ -44,29 +46,28 @@ def check_front(
     tokens, width = table.shape
     dtype = str(table.dtype)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    step = max(1, _PIECE_BYTES // (8 * width))
+    blocks = list(blocks_of_rows(tokens, max(1, _PIECE_BYTES // (8 * width))))
     for number, (task, adapter) in enumerate({"the base": None, **adapters}.items()):
         weights = task_tensors(adapter, activations, width)
-        for first in range(0, tokens, step):
-            ids = np.arange(first, min(first + step, tokens))
+        for first, last in blocks:
             progress(f"checking {task}: {first} of {tokens} tokens", (number + first / tokens) / (len(adapters) + 1))
-            feeds = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **weights}
+            ids = np.arange(first, last)[None]
+            feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **weights}
             received = session.run(["inputs_embeds"], feeds)[0][0]
-            embeds = table.block(int(ids[0]), int(ids[-1]) + 1)
-            if adapter is None:
-                is_right = np.array_equal(received, embeds)
-                outside = None if is_right else "not the embedding of the deployment"
-            else:
-                found = find_outside_bound(
-                    received.astype(np.float64), adapter, "text", as_float32(embeds).astype(np.float64), dtype
-                )
-                outside = (
-                    None
-                    if found is None
-                    else f"element {found.column} of token {first + found.row} is {found.difference}"
-                )
-            if outside is not None:
+            fault = _find_fault(received, table.block(first, last), adapter, dtype, first)
+            if fault is not None:
                 raise GraphError(
-                    f"{task} in the graph for onnxruntime-genai: {outside}. Nothing was written; report this with the "
+                    f"{task} in the graph for onnxruntime-genai: {fault}. Nothing was written; report this with the "
                     "versions of onnx and onnxruntime"
                 )
+
+
+def _find_fault(received: Array, embeds: Array, adapter: Adapter | None, dtype: str, first: int) -> str | None:
+    """What is wrong with the embeddings that the graph gave of tokens from ``first`` on; ``None`` if nothing is."""
+    if adapter is None:
+        return None if np.array_equal(received, embeds) else "not the embedding of the deployment"
+    exact = as_float32(embeds).astype(np.float64)
+    found = find_outside_bound(received.astype(np.float64), adapter, "text", exact, dtype)
+    if found is None:
+        return None
+    return f"element {found.column} of token {first + found.row} is {found.difference}"

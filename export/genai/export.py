@@ -34,7 +34,7 @@ from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.atomic import write_through
 from adalink.runtime.storage.atomic_folder import replace_folder
 from adalink.runtime.storage.digest import digest_file
-from adalink.runtime.storage.embedding_table import open_table
+from adalink.runtime.storage.embedding_table import EmbeddingTable, open_table
 from adalink.runtime.storage.integrity import locate, verify_files
 from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.manifest import Base, Manifest
@@ -143,16 +143,16 @@ class _Writer:
         for path in self._variant.files:
             self._link(path, staging)
         activations = activations_of(adapters.values())
-        front = build_front(base, self._lookup(staging), activations, positions)
+        table = open_table(locate(self._folder, base.embeddings), base)
+        front = build_front(base, self._lookup(staging, table), activations, positions)
         write_through(staging / FRONT, front.SerializeToString())
         write_through(staging / HEAD, build_head(base).SerializeToString())
         write_through(staging / CONFIG, genai_config(base, graph, INPUTS, inputs))
         self._write_tokenizer(staging)
         self._write_tasks(staging, adapters, activations)
-        table = open_table(locate(self._folder, base.embeddings), base)
         check_front(staging / FRONT, table, adapters, activations, progress)
 
-    def _lookup(self, staging: Path) -> Lookup:
+    def _lookup(self, staging: Path, table: EmbeddingTable) -> Lookup:
         if is_readable(self._base):
             path = self._base.embeddings
             name = Path(path).name if path in self._variant.files else TABLE
@@ -160,7 +160,6 @@ class _Writer:
                 self._link(path, staging, name)
             return refer_to_table(self._base, staging / name)
         verify_files(self._folder, self._manifest, (self._base.embeddings,))
-        table = open_table(locate(self._folder, self._base.embeddings), self._base)
         return copy_table(self._base, table, staging / FRONT)
 
     def _write_tokenizer(self, staging: Path) -> None:

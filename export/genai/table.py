@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from adalink.export.adapter.nodes import edge_type
+from adalink.export.table_file import blocks_of_rows
 from adalink.export.tracing.external_data import DataFile
 from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.manifest import Base
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 # Name of the value that a lookup gives.
 EMBEDS = "embeds"
-_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,9 @@ def copy_table(base: Base, table: EmbeddingTable, graph: Path) -> Lookup:
         table: the table.
         graph: where the graph will be.
     """
-
-    def pieces() -> Iterator[npt.NDArray[Any]]:
-        for first in range(0, len(table), _ROWS):
-            yield table.block(first, min(first + _ROWS, len(table)))
-
     with DataFile(graph) as data:
-        rows = data.add("table", edge_type(base.embedding_dtype), table.shape, pieces())
+        blocks = (table.block(*ids) for ids in blocks_of_rows(len(table)))
+        rows = data.add("table", edge_type(base.embedding_dtype), table.shape, blocks)
     return Lookup(_from_rows(base, base.embedding_dtype, scale=1.0), [rows])
 
 

@@ -1,4 +1,4 @@
-"""What a task's form for another host needs to know of its base: from a deployment, or from a checkpoint."""
+"""What a LoRA needs to know of its base: from a deployment, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _DECODER_EMBEDDING, _ENCODER_EMBEDDING = "model.embed_tokens", "embeddings.word_
 
 
 @dataclass(frozen=True)
-class HostBase:
-    """A base, as far as its hosts are concerned.
+class LoraBase:
+    """A base, as far as a LoRA of it is concerned.
 
     Attributes:
         contract: what an adapter must match.
@@ -73,7 +73,7 @@ class _Checkpoint:
     takes_soft_prompts: bool = True
 
 
-def base_of_deployment(folder: Path) -> HostBase:
+def base_of_deployment(folder: Path) -> LoraBase:
     """The base of a deployment, with the embeddings that its tasks act on.
 
     Raises:
@@ -85,7 +85,7 @@ def base_of_deployment(folder: Path) -> HostBase:
     table = open_table(folder / base.embeddings, base)
     verified.check_unchanged()
     embedding = _ENCODER_EMBEDDING if base.kind == "encoder" else _DECODER_EMBEDDING
-    return HostBase(
+    return LoraBase(
         contract=base,
         name=base.name,
         model_type=base.architecture,
@@ -98,7 +98,7 @@ def base_of_deployment(folder: Path) -> HostBase:
     )
 
 
-def base_of_checkpoint(spec: str) -> HostBase:
+def base_of_checkpoint(spec: str) -> LoraBase:
     """The base in a Hugging Face folder, a GGUF file or a hub id; its matrices stay in their files.
 
     Raises:
@@ -130,7 +130,7 @@ def base_of_checkpoint(spec: str) -> HostBase:
         has_hidden_states=kind != "decoder",
     )
     head = model.get_output_embeddings()
-    return HostBase(
+    return LoraBase(
         contract=contract,
         name=contract.name,
         model_type=model_type,

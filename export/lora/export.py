@@ -15,7 +15,7 @@ import numpy as np
 
 from adalink.export.adapter.error_bound import LARGEST, Float64
 from adalink.export.adapter.peft import FINGERPRINT_KEY
-from adalink.export.lora.base import HostBase
+from adalink.export.lora.base import LoraBase
 from adalink.export.lora.factors import LoraFactors, check_lora
 from adalink.export.lora.layout import (
     NUMBERS,
@@ -27,6 +27,7 @@ from adalink.export.lora.layout import (
 from adalink.export.lora.place import check_place
 from adalink.export.lora.reading import StoredLora, read_gguf, read_peft
 from adalink.export.lora.untied_gguf import check_untied_place, is_tied, write_untied
+from adalink.export.table_file import blocks_of_rows
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import ConfigError, GraphError
 from adalink.runtime.storage.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
@@ -74,7 +75,7 @@ class Lora:
 
 def export_lora(
     adapter_folder: str | Path,
-    base: HostBase,
+    base: LoraBase,
     out: str | Path,
     form: str,
     *,
@@ -124,7 +125,7 @@ def export_lora(
     return lora
 
 
-def check_head(base: HostBase, form: str, untied: Path | None, *, replace: bool) -> None:
+def check_head(base: LoraBase, form: str, untied: Path | None, *, replace: bool) -> None:
     """Check that llama.cpp will not apply the LoRA to a head that shares its embeddings.
 
     Args:
@@ -149,7 +150,7 @@ def check_head(base: HostBase, form: str, untied: Path | None, *, replace: bool)
         )
 
 
-def gguf_architecture(base: HostBase) -> str:
+def gguf_architecture(base: LoraBase) -> str:
     """``general.architecture`` of a base; raises ``ConfigError`` where llama.cpp cannot run a LoRA of its embedding."""
     name = read_header(base.gguf).architecture if base.gguf is not None else _GGUF_NAMES.get(base.model_type)
     if name is None or base.kind != "decoder":
@@ -168,7 +169,7 @@ def gguf_architecture(base: HostBase) -> str:
 class _Writer:
     """Writes and checks one LoRA."""
 
-    def __init__(self, adapter: Adapter, base: HostBase, dtype: str, origin: str, progress: Progress) -> None:
+    def __init__(self, adapter: Adapter, base: LoraBase, dtype: str, origin: str, progress: Progress) -> None:
         if dtype not in NUMBERS:
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(NUMBERS)}")
         self._adapter, self._base, self._origin, self._progress = adapter, base, origin, progress
@@ -255,9 +256,8 @@ class _Writer:
 
     def _pieces(self, job: str) -> Iterator[tuple[int, Float64]]:
         """Embeddings of all tokens, some at a time, in float64, with the id of the first."""
-        tokens, step = self._shape.tokens, max(1, _PIECE_BYTES // (8 * self._shape.width))
-        for first in range(0, tokens, step):
-            last = min(first + step, tokens)
+        tokens = self._shape.tokens
+        for first, last in blocks_of_rows(tokens, max(1, _PIECE_BYTES // (8 * self._shape.width))):
             self._progress(f"{job}: {last} of {tokens} tokens", first / tokens)
             yield first, self._base.rows(first, last).astype(np.float64)
 

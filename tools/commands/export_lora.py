@@ -15,7 +15,7 @@ from adalink.tools.terminal.console import progress_bar, say
 from adalink.tools.terminal.terminal_text import echo
 
 if TYPE_CHECKING:
-    from adalink.export.lora.base import HostBase
+    from adalink.export.lora.base import LoraBase
     from adalink.export.lora.export import Lora
     from adalink.training.models.hub_access import HubAccess
 
@@ -83,10 +83,10 @@ def lora(
     from adalink.export.lora.export import export_lora
 
     with progress_bar() as progress:
-        host_base = _open_base(base, deployment, access)
+        lora_base = _open_base(base, deployment, access)
         written = export_lora(
             adapter,
-            host_base,
+            lora_base,
             out,
             form,
             dtype=_DTYPES[dtype],
@@ -96,8 +96,8 @@ def lora(
         )
     result = {
         "adapter": str(adapter),
-        "base": host_base.name,
-        "fingerprint": host_base.contract.fingerprint,
+        "base": lora_base.name,
+        "fingerprint": lora_base.contract.fingerprint,
         "format": form,
         "out": str(out),
         "dtype": written.dtype,
@@ -108,15 +108,15 @@ def lora(
         "worst_ratio": written.worst_ratio,
         "untied_base": None if untied_base is None else str(untied_base),
     }
-    output.give(result, lambda: _show(out, host_base, written, form, untied_base))
-    if form == "gguf" and untied_base is None and host_base.gguf is None and host_base.is_tied is not False:
+    output.give(result, lambda: _show(out, lora_base, written, form, untied_base))
+    if form == "gguf" and untied_base is None and lora_base.gguf is None and lora_base.is_tied is not False:
         say(
             "llama.cpp needs a GGUF file whose head has a matrix of its own; of a model whose head is tied, "
             "--base MODEL.gguf --untied-base FILE writes one"
         )
 
 
-def _open_base(model: str | None, deployment: Path | None, access: HubAccess) -> HostBase:
+def _open_base(model: str | None, deployment: Path | None, access: HubAccess) -> LoraBase:
     from adalink.export.lora.base import base_of_checkpoint, base_of_deployment
 
     if (model is None) == (deployment is None):
@@ -131,7 +131,7 @@ def _open_base(model: str | None, deployment: Path | None, access: HubAccess) ->
         return base_of_checkpoint(model)
 
 
-def _show(out: Path, base: HostBase, written: Lora, form: str, untied_base: Path | None) -> None:
+def _show(out: Path, base: LoraBase, written: Lora, form: str, untied_base: Path | None) -> None:
     size = f"rank {written.rank}, {written.size_bytes / 1e6:.1f} MB"
     echo(f"{out} is a LoRA of the input embedding for {base.name}: {size}")
     echo(f"  {written.tokens} tokens agree with the method: {written.worst_ratio:.2g} of the bound for {written.dtype}")

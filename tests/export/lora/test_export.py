@@ -14,7 +14,7 @@ from helpers.tiny_models import HIDDEN_SIZE, VOCAB_SIZE
 from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
-from adalink.export.lora.base import HostBase, base_of_deployment
+from adalink.export.lora.base import LoraBase, base_of_deployment
 from adalink.export.lora.export import export_lora
 from adalink.export.lora.layout import LoraLayout
 from adalink.runtime.deployment import Deployment
@@ -22,11 +22,11 @@ from adalink.runtime.errors import ConfigError, ContractError, DeploymentError, 
 
 
 @pytest.fixture(scope="module")
-def base(pristine: Path) -> HostBase:
+def base(pristine: Path) -> LoraBase:
     return base_of_deployment(pristine / "deployment")
 
 
-def task(base: HostBase, root: Path, **settings: Any) -> Path:
+def task(base: LoraBase, root: Path, **settings: Any) -> Path:
     method = {"rank": 3, "activation": "gelu", "bias": False, "scope": "all", **settings}
     return write_adapter(root / "task", random_adapter(base.contract.fingerprint, HIDDEN_SIZE, 3, **method))
 
@@ -42,14 +42,14 @@ def task(base: HostBase, root: Path, **settings: Any) -> Path:
 )
 @pytest.mark.parametrize("form", ["peft", "gguf"])
 def test_what_acts_elsewhere_is_refused(
-    settings: dict[str, Any], reason: str, form: str, base: HostBase, tmp_path: Path
+    settings: dict[str, Any], reason: str, form: str, base: LoraBase, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=f"{reason}.*; run it with the kit's own runtime"):
         export_lora(task(base, tmp_path, **settings), base, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(base: HostBase, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(base: LoraBase, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "task", seeded_task(f"sha256:{'0' * 64}"))
     with pytest.raises(ContractError, match="belongs to another base"):
         export_lora(folder, base, tmp_path / "out", "peft")
@@ -66,7 +66,7 @@ FAULTS = {
 @pytest.mark.parametrize("form", ["peft", "gguf"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_that_is_wrong_is_not_kept(
-    fault: str, form: str, base: HostBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str, form: str, base: LoraBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows = LoraLayout.write_rows
     monkeypatch.setattr(
@@ -80,7 +80,7 @@ def test_a_file_that_is_wrong_is_not_kept(
 
 
 @pytest.mark.parametrize("form", ["peft", "gguf"])
-def test_a_lora_is_replaced_as_a_whole(form: str, base: HostBase, tmp_path: Path) -> None:
+def test_a_lora_is_replaced_as_a_whole(form: str, base: LoraBase, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_lora(task(base, tmp_path), base, out, form)
     before = {path.name: path.read_bytes() for path in ([out] if form == "gguf" else out.iterdir())}
@@ -94,7 +94,7 @@ def test_a_lora_is_replaced_as_a_whole(form: str, base: HostBase, tmp_path: Path
 
 @pytest.mark.parametrize("form", ["peft", "gguf"])
 def test_a_full_disk_leaves_what_was_there(
-    form: str, base: HostBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, base: LoraBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["task"]
 
 
-def test_other_things_are_not_replaced(base: HostBase, tmp_path: Path) -> None:
+def test_other_things_are_not_replaced(base: LoraBase, tmp_path: Path) -> None:
     source = task(base, tmp_path)
     for form, place in (("peft", source), ("gguf", source / "adapter_config.json"), ("gguf", source)):
         with pytest.raises(DeploymentError, match=r"is no LoRA: it is not replaced|is a folder, and the format gguf"):
@@ -114,7 +114,7 @@ def test_other_things_are_not_replaced(base: HostBase, tmp_path: Path) -> None:
         export_lora(source, base, source / "adapter_config.json", "peft", replace=True)
 
 
-def test_numbers_beyond_float16_are_refused(base: HostBase, tmp_path: Path) -> None:
+def test_numbers_beyond_float16_are_refused(base: LoraBase, tmp_path: Path) -> None:
     adapter = seeded_task(base.contract.fingerprint, size=1e6, bias=False)
     folder = write_adapter(tmp_path / "task", adapter)
     with pytest.raises(ConfigError, match="more than float16 holds: choose --dtype fp32"):
@@ -122,7 +122,7 @@ def test_numbers_beyond_float16_are_refused(base: HostBase, tmp_path: Path) -> N
     assert export_lora(folder, base, tmp_path / "out", "peft").worst_ratio <= 1
 
 
-def test_pieces_are_the_whole(base: HostBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_the_whole(base: LoraBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     for name, size in (("whole", 1 << 25), ("pieces", 8 * HIDDEN_SIZE * 7)):
         monkeypatch.setattr("adalink.export.lora.export._PIECE_BYTES", size)
@@ -137,7 +137,7 @@ def test_pieces_are_the_whole(base: HostBase, tmp_path: Path, monkeypatch: pytes
     assert len(set(lines)) == 2 * 14
 
 
-def test_there_and_back_again(base: HostBase, pristine: Path, tmp_path: Path) -> None:
+def test_there_and_back_again(base: LoraBase, pristine: Path, tmp_path: Path) -> None:
     """A LoRA is imported as a table of token ids, without a word on its base, and goes out again bit for bit."""
     deployment = shutil.copytree(pristine / "deployment", tmp_path / "deployment")
     digests, files, source = [], [], task(base, tmp_path, bias=True)
@@ -156,7 +156,7 @@ def test_there_and_back_again(base: HostBase, pristine: Path, tmp_path: Path) ->
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_lora_of_another_base_is_not_imported(base: HostBase, pristine: Path, tmp_path: Path) -> None:
+def test_a_lora_of_another_base_is_not_imported(base: LoraBase, pristine: Path, tmp_path: Path) -> None:
     export_lora(task(base, tmp_path), base, tmp_path / "out", "peft")
     path = tmp_path / "out/adapter_model.safetensors"
     save_file(load_file(path), path, metadata={"adalink_base_fingerprint": f"sha256:{'1' * 64}"})

@@ -15,7 +15,7 @@ from helpers.runtime import write_adapter
 from helpers.tiny_ggufs import wide, write_gguf
 from helpers.tiny_models import VOCAB_SIZE, token_ids
 
-from adalink.export.lora.base import HostBase, base_of_checkpoint
+from adalink.export.lora.base import LoraBase, base_of_checkpoint
 from adalink.export.lora.export import export_lora
 from adalink.export.lora.untied_gguf import is_tied
 from adalink.runtime.errors import ConfigError, DeploymentError
@@ -32,10 +32,10 @@ FAMILIES_TRIED = [
 
 
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HostBase]:
-    bases: dict[str, HostBase] = {}
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoraBase]:
+    bases: dict[str, LoraBase] = {}
 
-    def make(family: str) -> HostBase:
+    def make(family: str) -> LoraBase:
         if family not in bases:
             path = tmp_path_factory.mktemp("bases") / f"{family}.gguf"
             bases[family] = base_of_checkpoint(str(write_gguf(path, wide(family), family)))
@@ -44,7 +44,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HostBas
     return make
 
 
-def foreign_base(path: Path) -> HostBase:
+def foreign_base(path: Path) -> LoraBase:
     """A base of the same sizes with another table."""
     model = wide("qwen2")
     with torch.no_grad():
@@ -52,7 +52,7 @@ def foreign_base(path: Path) -> HostBase:
     return base_of_checkpoint(str(write_gguf(path, model, "qwen2")))
 
 
-def export(base: HostBase, root: Path, name: str = "task", **options: Any) -> Path:
+def export(base: LoraBase, root: Path, name: str = "task", **options: Any) -> Path:
     adapter = seeded_task(base.contract.fingerprint, width=WIDTH, **options.pop("settings", {}))
     export_lora(write_adapter(root / name, adapter), base, root / f"{name}.gguf", "gguf", **options)
     return root / f"{name}.gguf"
@@ -63,7 +63,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def test_the_file_is_as_llama_cpps_converter_writes_it(base_of: Callable[[str], HostBase], tmp_path: Path) -> None:
+def test_the_file_is_as_llama_cpps_converter_writes_it(base_of: Callable[[str], LoraBase], tmp_path: Path) -> None:
     path = export(base_of("qwen2"), tmp_path)
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -82,7 +82,7 @@ def test_the_file_is_as_llama_cpps_converter_writes_it(base_of: Callable[[str], 
     }
 
 
-def test_the_untied_copy_holds_every_tensor_and_the_head(base_of: Callable[[str], HostBase], tmp_path: Path) -> None:
+def test_the_untied_copy_holds_every_tensor_and_the_head(base_of: Callable[[str], LoraBase], tmp_path: Path) -> None:
     base, copy = base_of("llama"), tmp_path / "untied.gguf"
     export(base, tmp_path, untied_base=copy)
     before, after = GGUFReader(base.gguf), GGUFReader(copy)
@@ -103,7 +103,7 @@ def test_the_untied_copy_holds_every_tensor_and_the_head(base_of: Callable[[str]
 
 @pytest.mark.parametrize("family", FAMILIES_TRIED)
 def test_llama_cpp_gives_probabilities_and_tokens_of_the_method(
-    family: str, base_of: Callable[[str], HostBase], tmp_path: Path
+    family: str, base_of: Callable[[str], LoraBase], tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed: pip install xllamacpp")
     base, model = base_of(family), wide(family)
@@ -155,13 +155,13 @@ def plant(path: Path, other: Path, root: Path) -> dict[str, Path]:
     return written
 
 
-def test_a_tied_head_is_refused_with_the_way_out(base_of: Callable[[str], HostBase], tmp_path: Path) -> None:
+def test_a_tied_head_is_refused_with_the_way_out(base_of: Callable[[str], LoraBase], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"apply the LoRA to the head as well: write a copy .* --untied-base FILE"):
         export(base_of("llama"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["task"]
 
 
-def test_a_base_is_never_overwritten(base_of: Callable[[str], HostBase], tmp_path: Path) -> None:
+def test_a_base_is_never_overwritten(base_of: Callable[[str], LoraBase], tmp_path: Path) -> None:
     base = base_of("llama")
     assert base.gguf is not None
     with pytest.raises(DeploymentError, match="a folder or the model itself"):

@@ -18,7 +18,7 @@ from helpers.runtime import write_adapter
 from helpers.tiny_models import FAMILIES, VOCAB_SIZE, token_ids
 from safetensors.numpy import load_file, save_file
 
-from adalink.export.lora.base import HostBase, base_of_checkpoint
+from adalink.export.lora.base import LoraBase, base_of_checkpoint
 from adalink.export.lora.export import Lora, export_lora
 from adalink.runtime.storage.adapter import Adapter
 
@@ -31,10 +31,10 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HostBase]:
-    bases: dict[str, HostBase] = {}
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoraBase]:
+    bases: dict[str, LoraBase] = {}
 
-    def make(family: str) -> HostBase:
+    def make(family: str) -> LoraBase:
         if family not in bases:
             folder = save_tiny(tmp_path_factory.mktemp("bases") / family, FAMILIES[family]())
             bases[family] = base_of_checkpoint(str(folder))
@@ -43,7 +43,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], HostBas
     return make
 
 
-def export(adapter: Adapter, base: HostBase, root: Path, form: str = "peft", **options: Any) -> tuple[Path, Lora]:
+def export(adapter: Adapter, base: LoraBase, root: Path, form: str = "peft", **options: Any) -> tuple[Path, Lora]:
     out = root / f"lora.{form}"
     return out, export_lora(write_adapter(root / "task", adapter), base, out, form, **options)
 
@@ -66,7 +66,7 @@ def load(family: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize(("family", "activation", "bias"), CASES)
 def test_peft_gives_outputs_and_tokens_of_the_method(
-    family: str, activation: str, bias: bool, base_of: Callable[[str], HostBase], tmp_path: Path
+    family: str, activation: str, bias: bool, base_of: Callable[[str], LoraBase], tmp_path: Path
 ) -> None:
     base = base_of(family)
     adapter = seeded_task(base.contract.fingerprint, activation=activation, bias=bias)
@@ -96,7 +96,7 @@ FAULTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "another base's table"])
-def test_a_fault_in_the_factors_is_seen(fault: str, base_of: Callable[[str], HostBase], tmp_path: Path) -> None:
+def test_a_fault_in_the_factors_is_seen(fault: str, base_of: Callable[[str], LoraBase], tmp_path: Path) -> None:
     base = base_of("llama")
     adapter = seeded_task(base.contract.fingerprint)
     folder, _ = export(adapter, base, tmp_path)
@@ -114,7 +114,7 @@ def test_a_fault_in_the_factors_is_seen(fault: str, base_of: Callable[[str], Hos
     assert np.abs(received - reference(FAMILIES["llama"](), adapter, IDS)[0]).max() > 100 * limit
 
 
-def test_half_the_size_within_its_bound(base_of: Callable[[str], HostBase], tmp_path: Path) -> None:
+def test_half_the_size_within_its_bound(base_of: Callable[[str], LoraBase], tmp_path: Path) -> None:
     base = base_of("gemma3")
     adapter = seeded_task(base.contract.fingerprint)
     folder, written = export(adapter, base, tmp_path, dtype="float16")
