@@ -52,9 +52,11 @@ def share_with_head(
     Returns:
         The base; its table is in the variant's data, and no file of its own is left, where the head has it.
     """
+    import onnx
+
     path = variant.decoder_graph or variant.graph
-    graph = writer.stage(path)
-    places = [_codes(graph, base), *([] if _is_in_blocks(base) else [_rows(graph, base)])]
+    graph = onnx.load(writer.stage(path), load_external_data=False).graph
+    places = [_codes(graph, writer.stage(path), base), *([] if _is_in_blocks(base) else [_rows(graph, base)])]
     for storage in chain.from_iterable(places):
         storage = msgspec.structs.replace(storage, scale=module_scale(model))
         shared = msgspec.structs.replace(base, embeddings=f"{path}.data", table=storage)
@@ -70,22 +72,19 @@ def _is_in_blocks(base: Base) -> bool:
     return base.table is not None and base.table.encoding in BLOCK_TYPES
 
 
-def _rows(path: Path, base: Base) -> Iterator[TableStorage]:
+def _rows(graph: onnx.GraphProto, base: Base) -> Iterator[TableStorage]:
     """Weights of a graph that have the shape of the table, as they lie in its data."""
     import onnx
 
     shape, types = [base.vocab_size, base.hidden_size], {onnx.TensorProto.DataType.Value(n.upper()): n for n in HALVES}
     types[onnx.TensorProto.FLOAT] = "float32"
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+    for tensor in graph.initializer:
         if list(tensor.dims) == shape and tensor.data_type in types and is_external(tensor):
             yield TableStorage(encoding=types[tensor.data_type], rows_start=place_of(tensor)[1])
 
 
-def _codes(path: Path, base: Base) -> Iterator[TableStorage]:
+def _codes(graph: onnx.GraphProto, path: Path, base: Base) -> Iterator[TableStorage]:
     """Products of a graph whose 8 bit codes have the shape of the table, and zero points of 128."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         settings = {entry.name: entry.i for entry in node.attribute}
