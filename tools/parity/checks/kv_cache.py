@@ -14,7 +14,7 @@ from adalink.runtime.engine import Backend, Engine, SlotEngine
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.tools.parity.checks.outputs import log_softmax
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.noise_floor import in_float64
+from adalink.tools.parity.reference.noise_floor import widened
 from adalink.tools.parity.reference.stored_cache import CodeFigures, read_scales, stored_cache
 from adalink.tools.parity.report import Check, at_most, more_than
 
@@ -111,7 +111,7 @@ class _Differences:
 
     def add(self, received: Array, expected: Array, exact: Array) -> None:
         """Logits of a row, ``(positions, vocab)``: of the engine, of PyTorch with its codes, and without rounding."""
-        for ours, theirs, unrounded in in_float64(received, expected, exact):
+        for ours, theirs, unrounded in widened(received, expected, exact):
             self._numbers += ours.size
             self._effect += float(np.square(theirs - unrounded).sum())
             self._away += float(np.square(ours - theirs).sum())

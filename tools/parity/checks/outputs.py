@@ -13,7 +13,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.tools.parity.checks.adapter import as_numbers
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, Outputs, in_float64, largest_deviations
+from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, Outputs, largest_deviations, widened
 from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.report import Check, at_most, more_than
 
@@ -189,7 +189,7 @@ def _figures(ours: Array, theirs: Array, noise: Float64, *, is_logits: bool) -> 
     if ours.shape != theirs.shape:
         ours = np.full_like(theirs, np.nan)
     deviations, divergences, margins, agrees = [], [], [], []
-    for mine, other in in_float64(ours, theirs):
+    for mine, other in widened(ours, theirs):
         deviations.append(np.abs(mine - other).max(axis=1))
         if is_logits:
             log_p, log_q = log_softmax(other), log_softmax(mine)

@@ -15,7 +15,7 @@ from adalink.tools.parity.checks.adapter import as_numbers
 from adalink.tools.parity.checks.generation import Generator, check_generation, judge
 from adalink.tools.parity.checks.outputs import Rows, compare_outputs, decoder_row, log_softmax
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.noise_floor import in_float64, largest_deviations
+from adalink.tools.parity.reference.noise_floor import largest_deviations, widened
 from adalink.tools.parity.reference.quantized_weights import Matrix, read_matrices
 from adalink.tools.parity.report import Check, at_most
 
@@ -135,7 +135,7 @@ class _Sums:
             return
         surprises: list[float] = []
         divergences: list[float] = []
-        for received, expected in in_float64(values, exact):
+        for received, expected in widened(values, exact):
             log_p, log_q = log_softmax(expected), log_softmax(received)
             divergences += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
             following = targets[len(surprises) : len(surprises) + len(received)]

@@ -72,15 +72,15 @@ def deviations(ours: dict[str, Array], theirs: dict[str, Array]) -> dict[str, Fl
 def largest_deviations(ours: Array, theirs: Array) -> Float64:
     """Largest deviation at each position of ``(positions, numbers)``, in float64."""
     assert ours.shape == theirs.shape
-    return np.array([largest for one, other in in_float64(ours, theirs) for largest in np.abs(one - other).max(axis=1)])
+    return np.array([largest for one, other in widened(ours, theirs) for largest in np.abs(one - other).max(axis=1)])
 
 
 def root_mean_square(values: Array) -> float:
     """Of all numbers, computed in float64."""
-    return float(np.sqrt(sum(float(np.square(rows).sum()) for (rows,) in in_float64(values)) / values.size))
+    return float(np.sqrt(sum(float(np.square(rows).sum()) for (rows,) in widened(values)) / values.size))
 
 
-def in_float64(*arrays: Array) -> Iterator[tuple[Float64, ...]]:
+def widened(*arrays: Array) -> Iterator[tuple[Float64, ...]]:
     """Some positions of arrays of ``(positions, numbers)`` at a time, widened."""
     for start in range(0, len(arrays[0]), _POSITIONS):
         yield tuple(array[start : start + _POSITIONS].astype(np.float64) for array in arrays)
