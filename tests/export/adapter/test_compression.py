@@ -182,7 +182,7 @@ def test_the_first_dimensions_of_a_task_are_tasks(tiny: Tiny, deployed: dict[str
     ids = [[5, 9, 11, 40, 7]]
     with Deployment.open(tiny.folder, threads=1) as deployment:
         names: list[str | None] = ["int8", "int8@3", None, "int8@8", "pair@5"]
-        received = deployment.run(ids * 5, tasks=names)
+        received = deployment.run(input_ids=ids * 5, tasks=names)["logits"]
         for row, name in enumerate(names):
             adapter = None if name is None else deployed[name.partition("@")[0]].adapter
             width = {"int8@3": 3, "pair@5": 5}.get(name or "", 8)
@@ -201,14 +201,14 @@ def test_the_first_dimensions_of_a_task_are_tasks(tiny: Tiny, deployed: dict[str
             ("alpha@2", "'alpha' is not nested"),
         ):
             with pytest.raises(RequestError, match=message):
-                deployment.run(ids, tasks=name)
+                deployment.run(input_ids=ids, tasks=name)
         for name in ("int8@0", "int8@08", "int8@", "int8@x", "nothing@2", "@2", "int8@2@2"):
             with pytest.raises(UnknownTaskError):
-                deployment.run(ids, tasks=name)
+                deployment.run(input_ids=ids, tasks=name)
         assert "int8@3" not in deployment.tasks
         deployment.remove_task("int8")
         with pytest.raises(UnknownTaskError):
-            deployment.run(ids, tasks="int8@3")
+            deployment.run(input_ids=ids, tasks="int8@3")
 
 
 def test_another_adapter_of_the_name_replaces_its_first_dimensions_too(
@@ -230,7 +230,7 @@ def test_another_adapter_of_the_name_replaces_its_first_dimensions_too(
         rows = []
         for folder in folders:
             deployment.add_task(folder, "one", replace=True)
-            rows.append(deployment.run(ids, tasks="one@2"))
+            rows.append(deployment.run(input_ids=ids, tasks="one@2")["logits"])
         assert np.abs(rows[0] - rows[1]).max() > 1e-2
 
 

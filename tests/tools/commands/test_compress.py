@@ -129,7 +129,10 @@ def test_tasks_with_heads_keep_them(encoder: Path, tmp_path: Path, name: str, me
         "topics": [{"label": one.label} for one in said],
         "colours": [{"labels": sorted(one.labels)} for one in said],
         "rating": [{"label": one.value} for one in said],
-        "names": [{"spans": [[span.start, span.end, span.label] for span in one.spans]} for one in said],
+        "names": [
+            {"spans": [{"start": span.start, "end": span.end, "label": span.label} for span in one.spans]}
+            for one in said
+        ],
     }[name]
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"text": text, **answer} for text, answer in zip(texts, answers, strict=True)]
