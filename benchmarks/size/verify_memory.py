@@ -18,20 +18,28 @@ from benchmarks.size.export_memory import measure as measure_export
 from benchmarks.size.seeded_model import SIZES, parameters_of, write_model
 
 _CHILD = """
-import json, resource, sys, threading, time
+import json, sys, threading, time
 from pathlib import Path
 from adalink.tools.parity.suite import VerifyOptions, verify
 
-def memory(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+def memory(field, process="self"):
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    except (OSError, StopIteration):  # it has ended
+        return 0
 
-peaks, is_running = {"RssAnon": 0, "RssFile": 0}, True
+def fresh_processes():
+    return [child for tasks in Path("/proc/self/task").glob("*/children") for child in tasks.read_text().split()]
+
+peaks, is_running = {"all": 0, "RssAnon": 0, "fresh": 0}, True
 
 def watch():
     while is_running:
-        for field in peaks:
-            peaks[field] = max(peaks[field], memory(field))
+        fresh = sum(memory("VmRSS", child) for child in fresh_processes())
+        now = {"all": memory("VmRSS") + fresh, "RssAnon": memory("RssAnon"), "fresh": fresh}
+        for name, size in now.items():
+            peaks[name] = max(peaks[name], size)
         time.sleep(0.05)
 
 def progress(line):
@@ -48,9 +56,9 @@ is_running = False
 watcher.join()
 print(json.dumps({
     "seconds": round(seconds, 1),
-    "peak_bytes": memory("VmHWM"),
+    "peak_bytes": max(memory("VmHWM"), peaks["all"]),
     "peak_anonymous_bytes": peaks["RssAnon"],
-    "peak_of_fresh_process_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    "peak_of_fresh_process_bytes": peaks["fresh"],
     "checks": len(report.checks),
     "failed": [check.name for check in report.checks if not check.passed],
 }))
@@ -60,7 +68,7 @@ print(json.dumps({
 def measure(
     work: Path, size: str, quantization: str | None, tokenizer: Path | None, threads: int | None = None
 ) -> dict[str, Any]:
-    """Verify a seeded model; peaks of the resident memory, mapped files counted in, and the time.
+    """Verify a seeded model; peaks of the resident memory, mapped files and fresh processes counted in, and the time.
 
     Args:
         work: folder for checkpoint and deployment, which are deleted.

@@ -14,6 +14,7 @@ import torch
 from helpers.tiny_models import DECODERS, FAMILIES, MAX_POSITIONS, _fill
 
 from adalink.export.base.grouped_attention import WINDOWS_SINCE
+from adalink.export.base.kv_cache import CACHE_SINCE
 from adalink.runtime.ort.session import is_older
 from adalink.runtime.storage.manifest import Manifest
 
@@ -138,6 +139,11 @@ def in_half(model: Any) -> Any:
             owner, _, own = name.rpartition(".")
             setattr(rounded.get_submodule(owner), own, values)
     return rounded
+
+
+needs_int8_cache = pytest.mark.skipif(
+    is_older(ort.__version__, CACHE_SINCE), reason=f"an int8 KV cache takes ONNX Runtime {CACHE_SINCE}"
+)
 
 
 def skip_windows_of_old(family: str) -> None:

@@ -45,23 +45,30 @@ class CostOptions:
 
 
 def check_quantized(run: Run, inputs: ParityInputs, options: CostOptions) -> None:
-    """All levels of a quantised variant that its engine takes part in, and the table of costs."""
+    """All levels of a quantised variant that its engine takes part in, and the table of costs.
+
+    The run's deployment is closed, and opened again for the last levels.
+    """
     deployment, reference, quantization = run.deployment, run.reference, run.deployment.variant.quantization
     assert quantization is not None
     run.progress("quantised weights against the model's")
     run.report.checks += reference.quantize(matrices_of(deployment), quantization)
     engines, form = run.engine
+    # One engine at a time: with its weights in the layout of the kernels, each is as large as its graph.
+    deployment.close()
+    engines.close()
     with (
         SharedEngines(ExactActivations(engines.inner)) as exact,
         Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded,
     ):
         check_base_and_tasks(replace(run, deployment=unrounded, engine=(exact, form)), inputs)
     run.progress("the engine as deployed, with rounded activations")
-    run.report.checks += check_activations(
-        deployment, reference, run.folders, inputs.rows, inputs.texts, run.engine, STEPS
-    )
-    run.progress("the cost of quantising")
-    _measure_costs(run, inputs, options)
+    with Deployment(deployment.path, deployment.manifest, engines, OpenOptions(form)) as deployed:
+        run.report.checks += check_activations(
+            deployed, reference, run.folders, inputs.rows, inputs.texts, run.engine, STEPS
+        )
+        run.progress("the cost of quantising")
+        _measure_costs(replace(run, deployment=deployed), inputs, options)
 
 
 def _measure_costs(run: Run, inputs: ParityInputs, options: CostOptions) -> None:

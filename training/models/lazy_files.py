@@ -7,7 +7,7 @@ afterwards each parameter of the model tells by its stand-in which tensor of whi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,23 +26,38 @@ _REPLACING = threading.Lock()
 
 @contextmanager
 def lazy_safetensors(stand_ins: StandIns, dtype: torch.dtype) -> Iterator[None]:
-    """Let transformers get stand-ins in ``dtype`` for the matrices of safetensors files until the block ends.
+    """Let transformers get stand-ins in ``dtype`` for the matrices of safetensors files until the block ends."""
+    from safetensors import safe_open
 
-    Other threads get the values meanwhile, and wait where they want stand-ins too.
+    marks = _Marks()
+
+    def open_lazily(path: Path) -> _LazyFile:
+        return _LazyFile(safe_open(path, framework="pt"), path, stand_ins, dtype, marks)
+
+    with replaced_reader(open_lazily):
+        yield
+
+
+@contextmanager
+def replaced_reader(open_file: Callable[[Path], Any]) -> Iterator[None]:
+    """Let transformers open safetensors files with ``open_file`` until the block ends.
+
+    Other threads get the usual files meanwhile, and wait where they want to replace them too.
     """
     from safetensors import safe_open
     from transformers import modeling_utils
 
-    marks, thread = _Marks(), threading.get_ident()
+    thread = threading.get_ident()
 
-    def open_lazily(path: Any, *arguments: Any, **options: Any) -> Any:
-        file = safe_open(path, *arguments, **options)
-        return _LazyFile(file, Path(path), stand_ins, dtype, marks) if threading.get_ident() == thread else file
+    def open_otherwise(path: Any, *arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == thread:
+            return open_file(Path(path))
+        return safe_open(path, *arguments, **options)
 
     reader: Any = modeling_utils
     with _REPLACING:
         original = reader.safe_open
-        reader.safe_open = open_lazily
+        reader.safe_open = open_otherwise
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from helpers.export import skip_windows_of_old
 from helpers.runtime import reseal
 from helpers.tied_codes import WIDTH, tied
 from helpers.tiny_models import FAMILIES, VOCAB_SIZE
@@ -71,6 +72,7 @@ def test_codes_that_round_a_row_are_not_taken(tmp_path: Path) -> None:
 
 def half_gemma() -> Any:
     """A tied model whose embedding module scales, of numbers that fit 16 bits."""
+    skip_windows_of_old("gemma3")  # in standard operators ONNX Runtime turns the head's rows into columns
     model = FAMILIES["gemma3"]()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.export import ALL_DECODERS, skip_windows_of_old
+from helpers.export import ALL_DECODERS, needs_int8_cache, skip_windows_of_old
 from helpers.tiny_models import bert, token_ids
 
 from adalink.export.base.export import export_base
@@ -19,6 +19,7 @@ from adalink.runtime.ort.static_cache import StaticCacheDecodeState, StaticCache
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.tools.parity.reference.stored_cache import read_scales, stored_cache
 
+pytestmark = needs_int8_cache
 IDS = token_ids(0).numpy()
 GRAPH = "base/onnxruntime-cpu/model.kv-int8.onnx"
 

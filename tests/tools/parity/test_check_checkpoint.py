@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from adalink.export.base.export import export_base
 from adalink.runtime.errors import ModelError
 from adalink.tools.parity.reference.checkpoint import NAME, check_checkpoint
+from adalink.tools.parity.reference.stored_model import load_stored
 from adalink.tools.parity.suite import VerifyOptions, verify
 from adalink.training.models import loading
 from adalink.training.models.weight_files import WeightFiles
@@ -75,7 +76,7 @@ def test_a_tensor_that_the_model_lacks(tmp_path, blind, name):
     norm = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
     value = PLANTED[name]
     plant(tmp_path, {name: norm if value is None else value})
-    check, _ = check_checkpoint(tmp_path, loading.load_base(tmp_path))
+    check = check_checkpoint(tmp_path, loading.load_base(tmp_path))
     assert not check.passed
     assert check.measured == 1
     assert f"in the files but not in the model: {name}" in check.detail
@@ -86,7 +87,7 @@ def test_a_parameter_that_no_file_holds(tmp_path, blind):
     model = loading.load_base(tmp_path)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
-    check, _ = check_checkpoint(tmp_path, model)
+    check = check_checkpoint(tmp_path, model)
     name = "model.layers.1.mlp.up_proj.weight"
     assert check.measured == 2
     assert f"in the files but not in the model: {name}; in the model but not in the files: {name}" in check.detail
@@ -95,21 +96,22 @@ def test_a_parameter_that_no_file_holds(tmp_path, blind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_saved_is_what_is_loaded(tmp_path, family):
     FAMILIES[family]().save_pretrained(tmp_path, max_shard_size="100kB")
-    check, _ = check_checkpoint(tmp_path, loading.load_base(tmp_path))
-    assert check.passed, check.detail
+    for load in (loading.load_base, load_stored):
+        check = check_checkpoint(tmp_path, load(tmp_path))
+        assert check.passed, check.detail
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_stored_in_another_dtype(tmp_path, dtype):
     FAMILIES["llama"]().to(dtype).save_pretrained(tmp_path)
-    assert check_checkpoint(tmp_path, loading.load_base(tmp_path))[0].passed
+    assert check_checkpoint(tmp_path, loading.load_base(tmp_path)).passed
 
 
 def test_heads_and_constants_are_named(tmp_path):
     FAMILIES["bert"]().save_pretrained(tmp_path)
     head = {"classifier.weight": torch.randn(3, 48), "cls.predictions.bias": torch.randn(96)}
     plant(tmp_path, head | {"embeddings.position_ids": torch.arange(64)[None]})
-    check, _ = check_checkpoint(tmp_path, loading.load_base(tmp_path))
+    check = check_checkpoint(tmp_path, loading.load_base(tmp_path))
     assert check.passed
     assert check.detail.endswith("left out on purpose: classifier.weight, cls.predictions.bias")
 

@@ -174,14 +174,15 @@ def test_a_row_of_a_mixed_batch_deviates_by_its_worst_component(factor: float, p
     alone = np.linspace(-1, 1, 12).reshape(3, 4)
     together = np.stack([alone] * 8)
     together[5, 1, 2] += factor * LIMIT
-    base = SimpleNamespace(kind="decoder", pad_token_id=0, embedding_dtype="float64")
+    base = SimpleNamespace(kind="decoder", pad_token_id=0, embedding_dtype="float64", vocab_size=1 << 20)
 
     def run(**given: Any) -> dict[str, Array]:
         return {"logits": together if len(given["input_ids"]) == 8 else alone[None]}
 
     deployment: Any = SimpleNamespace(manifest=SimpleNamespace(base=base), tasks=["alpha"], run=run)
     one: Any = SimpleNamespace(limits={"logits": [np.full(3, LIMIT)]})
-    (check,) = check_mixed_outputs(deployment, [[4, 5, 6]], {None: one, "alpha": one})
+    # Logits of nine positions of so large a vocabulary are not within the memory set aside: that row is left out.
+    (check,) = check_mixed_outputs(deployment, [[4, 5, 6], [7] * 9], {None: one, "alpha": one})
     assert check.passed is passed
     assert "row 5 (alpha), position 1" in check.detail
 

@@ -6,6 +6,7 @@ from helpers.tiny_deployments import make_deployment
 
 from adalink.export.base.export import export_base
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.tools.parity.reference import known_outputs
 from adalink.tools.parity.reference.known_outputs import KnownOutputs, RowKey
 from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.reference.noise_floor import Outputs
@@ -13,7 +14,7 @@ from adalink.tools.parity.reference.quantized_weights import read_matrices
 
 
 def made(positions):
-    values = np.arange(positions * 3, dtype=np.float64).reshape(positions, 3)
+    values = np.arange(positions * 3, dtype=np.float32).reshape(positions, 3)
     return Outputs(
         {"logits": values, "last_hidden_state": values[:2]},
         {"logits": values[:, 0], "last_hidden_state": values[:2, 0]},
@@ -27,7 +28,6 @@ def test_rows_that_begin_a_known_one():
     np.testing.assert_array_equal(found.values["logits"], made(5).values["logits"][:3])
     np.testing.assert_array_equal(found.noise["logits"], made(5).noise["logits"][:3])
     assert len(found.values["last_hidden_state"]) == 2
-    assert found.values["logits"].dtype == np.float64
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,32 @@ def test_the_oldest_rows_are_forgotten():
     assert known.find(RowKey((11,), ())) is not None
     known.clear()
     assert known.find(RowKey((11,), ())) is None
+
+
+def test_memory_for_rows_has_a_limit(monkeypatch):
+    monkeypatch.setattr(known_outputs, "_MOST_BYTES", 3 * (5 * 12 + 24))
+    known = KnownOutputs()
+    for token in range(4):
+        known.add(RowKey((token,), ()), made(5))
+    assert [known.find(RowKey((token,), ())) is not None for token in range(4)] == [False, True, True, True]
+    known.add(RowKey((7,), ()), made(500))  # the latest is kept, however large
+    assert known.find(RowKey((7,), ())) is not None
+    assert known.find(RowKey((3,), ())) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_logits_behind_a_prompt_begin_at_its_last_position(tmp_path, family):
+    model, folder = make_deployment(tmp_path, family, {"alpha": {"seed": 1}})
+    manifest = read_manifest(folder)
+    reference, ids = Reference(model, manifest.base), [5, 6, 7, 8, 9]
+    for path in (None, (folder / manifest.tasks["alpha"].config).parent):
+        with reference.adapted(path):
+            whole = reference.outputs(ids, None)
+            kept = reference.outputs(ids, None, prompt_length=3)
+            one = reference.outputs(ids, None, prompt_length=5)
+        assert (len(whole.values["logits"]), len(kept.values["logits"]), len(one.values["logits"])) == (5, 3, 1)
+        np.testing.assert_allclose(kept.values["logits"], whole.values["logits"][2:], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(one.values["logits"], whole.values["logits"][4:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "t5"])

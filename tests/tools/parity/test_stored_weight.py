@@ -7,8 +7,8 @@ import torch
 from helpers.tiny_models import FAMILIES
 
 from adalink.tools.parity.reference import stored_weight
-from adalink.tools.parity.reference.checkpoint import check_checkpoint
-from adalink.tools.parity.reference.stored_weight import StoredWeight, TensorSource, in_float64, store
+from adalink.tools.parity.reference.stored_model import load_stored
+from adalink.tools.parity.reference.stored_weight import StoredWeight, TensorSource, in_float64
 from adalink.training.models.loading import load_base
 
 
@@ -29,13 +29,15 @@ def outputs(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_its_files_is_the_model(tmp_path, family):
     FAMILIES[family]().to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40kB")
-    whole, model = load_base(tmp_path), load_base(tmp_path)
-    _, places = check_checkpoint(tmp_path, model)
-    store(model, {name: tensor for name, tensor in places.items() if len(tensor.shape) > 1})
+    whole, model = load_base(tmp_path), load_stored(tmp_path)
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     assert matrices
     assert all(isinstance(parameter, StoredWeight) for parameter in matrices)
-    assert len(list(model.parameters())) == len(list(whole.parameters()))  # what is tied stays tied
+    names = [[name for name, _ in each.named_parameters()] for each in (model, whole)]
+    assert names[0] == names[1]  # what is tied stays tied
+    for (name, buffer), (_, expected) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
+        assert buffer.dtype == expected.dtype, name  # float32: rounded frequencies are those of another model
+        assert torch.equal(buffer, expected), name
     torch.testing.assert_close(outputs(model), outputs(whole), rtol=1e-5, atol=1e-5)
     exact = outputs(in_float64(model))
     assert exact.dtype == torch.float64
@@ -45,13 +47,11 @@ def test_a_model_in_its_files_is_the_model(tmp_path, family):
 def test_a_byte_that_changes_in_the_file_changes_the_outputs(tmp_path):
     """So the values are the file's, and no copy of them."""
     FAMILIES["llama"]().save_pretrained(tmp_path)
-    model = load_base(tmp_path)
-    _, places = check_checkpoint(tmp_path, model)
-    name = "model.layers.0.mlp.up_proj.weight"
-    store(model, {name: places[name]})
+    model = load_stored(tmp_path)
     before = outputs(model)
-    with places[name].path.open("r+b") as file:
-        file.seek(places[name].offset + 3)
+    tensor = model.model.layers[0].mlp.up_proj.weight.source
+    with tensor.path.open("r+b") as file:
+        file.seek(tensor.offset + 3)
         file.write(b"\x42")
     assert (outputs(model) - before).abs().max() > 1
 
@@ -88,14 +88,13 @@ def test_each_use_of_a_weight_is_that_of_a_tensor(use):
     torch.testing.assert_close(received, use(VALUES), rtol=0, atol=0)
 
 
-def test_a_reshaped_weight_stays_in_memory():
-    """Zeros of two shapes have the same digest, and a file may hold a matrix flat."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(8, 3, bias=False))
-    places = {"0.weight": TensorSource(torch.zeros(3, 8)), "1.weight": TensorSource(torch.zeros(3, 8))}
-    store(model, places)
-    assert not isinstance(model[0].weight, StoredWeight)
-    assert model[0].weight.shape == (6, 4)
-    assert isinstance(model[1].weight, StoredWeight)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_float32_rounds_is_read(tmp_path, dtype):
+    FAMILIES["llama"]().to(dtype).save_pretrained(tmp_path)
+    model, whole = load_stored(tmp_path), load_base(tmp_path)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    assert isinstance(weight, StoredWeight) == (dtype == torch.float32)
+    assert torch.equal(weight[:], whole.model.layers[1].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize(

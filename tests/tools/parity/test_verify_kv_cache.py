@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from helpers.export import needs_int8_cache
 from helpers.runtime import reseal
 from helpers.tiny_deployments import make_deployment
 from onnx import helper, numpy_helper
@@ -19,6 +20,7 @@ from adalink.tools.parity.checks.kv_cache import check_kv_caches
 from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.suite import VerifyOptions, verify
 
+pytestmark = needs_int8_cache
 GRAPH = "base/onnxruntime-cpu/model.kv-int8.onnx"
 TASKS = {"alpha": {"seed": 1}, "asked": {"seed": 2, "soft_tokens": 3}}
 ROWS = [[5, 9, 11, 40, 41, 7, 23, 90, 3, 64, 18, 55], [8, 70, 33, 2, 61, 14, 29], [3, 4, 66]]

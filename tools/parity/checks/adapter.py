@@ -178,11 +178,14 @@ def _other_inputs(config: AdapterConfig, embeds: Array, modality: int, ids: Arra
     return {"modality": np.full(embeds.shape[:2], modality)} if len(config.modalities) > 1 and config.rank else {}
 
 
+def as_numbers(values: Array, dtype: str) -> Array:
+    """Values of the deployment as floating-point numbers; bfloat16 comes as its bits."""
+    return as_float32(values) if dtype == "bfloat16" else values
+
+
 def to_float64(values: Array, dtype: str) -> Float64:
-    """Values of the deployment as float64; bfloat16 comes as its bits."""
-    if dtype == "bfloat16":
-        values = as_float32(values)
-    return values.astype(np.float64)
+    """Values of the deployment as float64."""
+    return as_numbers(values, dtype).astype(np.float64)
 
 
 def from_float64(values: npt.NDArray[np.float64], dtype: str) -> Array:

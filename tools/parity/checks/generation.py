@@ -19,13 +19,13 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.options import OpenOptions
-from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.tools.common.observed_backend import ObservedBackend
 from adalink.tools.parity.checks.outputs import worst_of
+from adalink.tools.parity.checks.step_logits import LogitsFile, Place, StepLogits
 from adalink.tools.parity.reference.images import Pixels
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.noise_floor import Outputs
+from adalink.tools.parity.reference.noise_floor import Outputs, largest_deviations
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class GeneratedRow:
     Attributes:
         prompt: token ids of the prompt, with one placeholder for each position of an image.
         tokens: generated tokens; behind images, up to the first placeholder, which PyTorch would take for an image.
-        logits: logits of each step as floating-point numbers, shape ``(steps, vocab)``.
+        logits: logits of each step as floating-point numbers, of which a slice has the shape ``(steps, vocab)``.
         text: the tokens' text, up to a stop text.
         pixels: the prompt's images as inputs of the PyTorch model; ``None`` without images.
     """
 
     prompt: list[int]
     tokens: list[int]
-    logits: Array
+    logits: StepLogits | Array
     text: str
     pixels: Pixels | None = None
 
@@ -63,7 +63,8 @@ class Generator:
     def __init__(self, deployment: Deployment, backend: Backend, variant: str) -> None:
         # Greedy, without penalties and bans: what is compared is the engine's logits, and they alone choose.
         base = msgspec.structs.replace(deployment.manifest.base, eos_token_ids=(), generation=None)
-        self._logits: list[list[Array]] = []
+        self._file = LogitsFile(base.embedding_dtype)
+        self._places: list[list[Place]] = []
         self._alive: list[int] = []  # the rows still in the batch, by their first numbers
         self._passes = 0
         self._is_speculative: bool | None = None  # unknown before the first attempt
@@ -126,14 +127,14 @@ class Generator:
     def _take(self, logits: Array) -> None:
         if not self._alive:  # those of the prompts
             self._alive = list(range(len(logits)))
-            self._logits = [[] for _ in logits]
+            self._places = [[] for _ in logits]
         for place, row in enumerate(self._alive):
-            self._logits[row].append(logits[place].copy())
+            self._places[row].append(self._file.add(logits[place]))
 
     def _roll_back(self, count: int) -> None:
         self._is_speculative = True
-        logits = self._logits[self._alive[0]]
-        del logits[len(logits) - count :]
+        places = self._places[self._alive[0]]
+        del places[len(places) - count :]
 
     def _drop(self, place: int) -> None:
         self._alive[place] = self._alive[-1]
@@ -149,15 +150,12 @@ class Generator:
         stop: Sequence[str],
         draft_tokens: int | None = 0,
     ) -> list[GeneratedRow]:
-        self._alive = []
+        self._alive, self._file = [], LogitsFile(self._base.embedding_dtype)
         images = None if image_prompts is None else image_prompts.images
         results = self._deployment.generate(
             prompts, images=images, tasks=tasks, max_new_tokens=steps, stop=stop, draft_tokens=draft_tokens
         )
-        logits = [np.stack(steps_of_row) for steps_of_row in self._logits]
-        self._logits = []
-        if self._base.embedding_dtype == "bfloat16":
-            logits = [as_float32(row) for row in logits]
+        logits = [StepLogits(self._file, places) for places in self._places]
         texts = [row.text for row in results]
         generated = [list(row.token_ids) for row in results]
         if image_prompts is None:
@@ -168,7 +166,7 @@ class Generator:
             image_prompts.rows, image_prompts.pixels, generated, logits, texts, strict=True
         ):
             end = tokens.index(placeholder) + 1 if pixels is not None and placeholder in tokens else len(tokens)
-            rows.append(GeneratedRow(prompt, tokens[:end], row_logits[:end], text, pixels))
+            rows.append(GeneratedRow(prompt, tokens[:end], row_logits.first(end), text, pixels))
         return rows
 
     def encode(self, prompt: str | list[int]) -> list[int]:
@@ -225,7 +223,7 @@ def judge(
     """
     outputs = expected_outputs(reference, row) if outputs is None else outputs
     chosen = np.array(row.tokens)
-    expected = outputs.values["logits"][-len(chosen) :]
+    expected = outputs.values["logits"][-len(chosen) :].astype(np.float64)
     limits = reference.limit(outputs.noise["logits"][-len(chosen) :], typical)
     margins = expected.max(axis=1) - expected[np.arange(len(chosen)), chosen]
     ties = int(((margins > 0) & (margins <= 2 * limits)).sum())
@@ -235,7 +233,7 @@ def judge(
         step = int(steps[0])
         ours, theirs = generator.text(int(chosen[step])), generator.text(int(expected[step].argmax()))
         wrong = f"step {step}: {ours!r}, PyTorch {theirs!r} by {margins[step]:.1e} (ties end at {2 * limits[step]:.1e})"
-    return Verdict(np.abs(row.logits.astype(np.float64) - expected).max(axis=1), limits, ties, wrong)
+    return Verdict(largest_deviations(row.logits[:], expected), limits, ties, wrong)
 
 
 def check_generation(label: str, verdicts: list[Verdict], how: str = "") -> list[Check]:

@@ -166,7 +166,7 @@ def _reference_scores(
     types = encoded.get("token_type_ids") if deployment.manifest.base.takes_token_types else None
     labels = NO_LABELS if types is None else PositionLabels(list(types))
     outputs = reference.outputs(list(encoded["input_ids"]), decoder_row(deployment, 0), labels=labels)
-    states = outputs.values["last_hidden_state"]
+    states = outputs.values["last_hidden_state"].astype(np.float64)
     errors = reference.limit(outputs.noise["last_hidden_state"], typical)[:, None] * np.ones_like(states)
     if head.pooling:
         states, errors = pool_with_error(head.pooling, states, errors, 0)

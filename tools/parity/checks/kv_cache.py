@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend, Engine, SlotEngine
 from adalink.runtime.storage.embedding_table import open_table
-from adalink.tools.parity.checks.adapter import to_float64
 from adalink.tools.parity.checks.outputs import log_softmax
 from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import widened
 from adalink.tools.parity.reference.stored_cache import CodeFigures, read_scales, stored_cache
 from adalink.tools.parity.report import Check, at_most, more_than
 
@@ -68,28 +67,27 @@ def _check_task(
     rows: list[tuple[list[int], Array]],
 ) -> list[Check]:
     """Rows are token ids and adapted embeddings; the task's adapter is attached to the reference."""
-    sides: list[tuple[Float64, Float64, Float64]] = []
+    differences = _Differences()
     largest: list[Array] = []
     figures = CodeFigures()
     for ids, embeds in rows:
         logits, states = _run(engine, embeds)
         unrounded = reference.values(ids, None)["logits"]
         with stored_cache(reference.model, dict(zip(scales, states, strict=True)), scales) as row:
-            sides.append((logits, reference.values(ids, None)["logits"], unrounded))
+            differences.add(logits, reference.values(ids, None)["logits"], unrounded)
         figures.add(row)
         largest.append(np.abs(states.astype(np.int16)).max(axis=2))
     clipped, codes = figures.clipped / max(1, figures.count), np.max(largest, axis=0)
     least = float(np.median(codes.reshape(len(scales), -1), axis=1).min())
-    received, expected, exact = (np.concatenate(side) for side in zip(*sides, strict=True))
     return [
         at_most(f"{name}/codes", figures.largest, MOST_STEPS, "steps from the nearest code"),
         at_most(f"{name}/clipped", clipped, MOST_CLIPPED, f"share of {figures.count} numbers beyond the last code"),
         more_than(f"{name}/range", least, LEAST_CODE, "largest code of 127 in the median channel of a tensor; least"),
-        _compare(f"{name}/logits", received, expected, exact),
+        differences.check(f"{name}/logits"),
     ]
 
 
-def _run(engine: Engine, embeds: Array) -> tuple[Float64, Array]:
+def _run(engine: Engine, embeds: Array) -> tuple[Array, Array]:
     """Logits of one row, ``(tokens, vocab)``, and its codes, ``(2 * layers, kv_heads, tokens, head_dim)``."""
     slots = engine
     assert isinstance(slots, SlotEngine)
@@ -100,18 +98,33 @@ def _run(engine: Engine, embeds: Array) -> tuple[Float64, Array]:
     state.extend(feeds, 0, tokens)
     states = state.states(0, tokens)
     state.close()
-    return to_float64(engine.run(feeds)[0], "float32"), states
+    return engine.run(feeds)[0], states
 
 
-def _compare(name: str, received: Float64, expected: Float64, exact: Float64) -> Check:
-    """Logits with shape ``(positions, vocab)``: of the engine, of PyTorch with its codes, and without rounding."""
-    effect = float(np.sqrt(np.mean((expected - exact) ** 2)))
-    away = float(np.sqrt(np.mean((received - expected) ** 2)))
-    log_p, log_q = log_softmax(exact), log_softmax(received)
-    divergence = float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
-    return at_most(
-        name,
-        away / effect if effect else away,
-        MOST_OF_EFFECT,
-        f"of what rounding keys and values does to the logits, {effect:.3g} rms; the KL divergence is {divergence:.2g}",
-    )
+class _Differences:
+    """Sums over the logits of all rows."""
+
+    def __init__(self) -> None:
+        self._numbers = 0
+        self._effect = self._away = 0.0
+        self._divergences: list[float] = []
+
+    def add(self, received: Array, expected: Array, exact: Array) -> None:
+        """Logits of a row, ``(positions, vocab)``: of the engine, of PyTorch with its codes, and without rounding."""
+        for ours, theirs, unrounded in widened(received, expected, exact):
+            self._numbers += ours.size
+            self._effect += float(np.square(theirs - unrounded).sum())
+            self._away += float(np.square(ours - theirs).sum())
+            log_p, log_q = log_softmax(unrounded), log_softmax(ours)
+            self._divergences += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
+
+    def check(self, name: str) -> Check:
+        """How far the engine is from PyTorch with its codes, beside what rounding does."""
+        effect, away = (float(np.sqrt(total / self._numbers)) for total in (self._effect, self._away))
+        return at_most(
+            name,
+            away / effect if effect else away,
+            MOST_OF_EFFECT,
+            f"of what rounding keys and values does to the logits, {effect:.3g} rms; the KL divergence is "
+            f"{np.mean(self._divergences):.2g}",
+        )

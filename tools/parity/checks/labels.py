@@ -106,13 +106,10 @@ def _score(reference: Reference, prompt: list[int], label: str, typical: float) 
     if base.kind == "encoder-decoder":
         assert base.decoder_start_token_id is not None
         outputs = reference.outputs(prompt, [base.decoder_start_token_id, *tokens])
-        first = 0
     else:
         outputs = reference.outputs([*prompt, *tokens], None, prompt_length=len(prompt))
-        first = len(prompt) - 1
-    positions = slice(first, first + len(targets))
-    logits = outputs.values["logits"][positions]
-    limits = reference.limit(outputs.noise["logits"][positions], typical)
+    logits = outputs.values["logits"][: len(targets)].astype(np.float64)
+    limits = reference.limit(outputs.noise["logits"][: len(targets)], typical)
     totals = np.logaddexp.reduce(logits, axis=1)
     chosen = [np.logaddexp.reduce(row[ids]) for row, ids in zip(logits, targets, strict=True)]
     score = float(np.sum(chosen - totals))

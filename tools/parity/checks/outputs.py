@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.adapter import as_numbers
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, Outputs
+from adalink.tools.parity.reference.noise_floor import TYPICAL_PERCENTILE, Outputs, largest_deviations, widened
 from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.report import Check, at_most, more_than
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 # Rounding of the float64 sums in the divergence itself.
 _KL_ROUNDING = 1e-14
 _DECODER_TOKENS = 8
-# Positions whose distributions are in memory at once.
-_POSITIONS = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Rows:
         pixels = None if self.image_prompts is None else self.image_prompts.pixels[index]
         return reference.outputs(self.ids[index], decoder_ids, pixels=pixels, labels=self.labels_of(index))
 
-    def received(self, deployment: Deployment, task: str | None, index: int) -> dict[str, Float64]:
+    def received(self, deployment: Deployment, task: str | None, index: int) -> dict[str, Array]:
         """The deployment's outputs for a row under a task."""
         decoder_ids = decoder_row(deployment, index)
         outputs = deployment.run(
@@ -75,7 +74,7 @@ class Rows:
             **self.labels_of(index).arguments(),
         )
         dtype = deployment.manifest.base.embedding_dtype
-        return {name: to_float64(value[0], dtype) for name, value in outputs.items()}
+        return {name: as_numbers(value[0], dtype) for name, value in outputs.items()}
 
 
 def compare_outputs(
@@ -129,7 +128,7 @@ def check_control(
     for index in range(len(rows.ids)):
         with_task, without = (rows.received(deployment, one, index) for one in (task, None))
         for output, values in with_task.items():
-            changes[output].append(float(np.abs(values - without[output]).max()))
+            changes[output].append(float(largest_deviations(values, without[output]).max()))
     return [check_change(f"control/{name}/{output}", changes[output], limits) for output, limits in limits_of.items()]
 
 
@@ -185,13 +184,12 @@ class _RowFigures:
     agrees: npt.NDArray[np.bool_]
 
 
-def _figures(ours: Float64, theirs: Float64, noise: Float64, *, is_logits: bool) -> _RowFigures:
-    """Figures of each position, a few positions at a time, as a vocabulary may be large; NaN for outputs too many."""
+def _figures(ours: Array, theirs: Array, noise: Float64, *, is_logits: bool) -> _RowFigures:
+    """Figures of each position; NaN for outputs too many."""
     if ours.shape != theirs.shape:
         ours = np.full_like(theirs, np.nan)
     deviations, divergences, margins, agrees = [], [], [], []
-    for start in range(0, len(theirs), _POSITIONS):
-        mine, other = ours[start : start + _POSITIONS], theirs[start : start + _POSITIONS]
+    for mine, other in widened(ours, theirs):
         deviations.append(np.abs(mine - other).max(axis=1))
         if is_logits:
             log_p, log_q = log_softmax(other), log_softmax(mine)

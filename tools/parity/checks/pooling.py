@@ -104,7 +104,7 @@ def _reference_vector(
         prompt_ids = encode(prompt)
         first = len(prompt_ids) - (prompt_ids[-1] in tokenizer.all_special_ids)
     outputs = reference.outputs(ids, decoder_row(deployment, 0))
-    states = outputs.values["last_hidden_state"]
+    states = outputs.values["last_hidden_state"].astype(np.float64)
     errors = reference.limit(outputs.noise["last_hidden_state"], typical)[:, None] * np.ones_like(states)
     vectors, bounds = zip(*(pool_with_error(mode, states, errors, first) for mode in pooling.modes), strict=True)
     vector, bound = np.concatenate(vectors), np.concatenate(bounds)

@@ -15,11 +15,11 @@ import numpy as np
 from adalink.export.adapter.error_bound import Float64
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.profile import Profile
-from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.adapter import as_numbers
 from adalink.tools.parity.checks.generation import Generator, Verdict, check_generation, expected_outputs, judge
 from adalink.tools.parity.checks.outputs import Comparison, worst_of
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.reference.noise_floor import Outputs
+from adalink.tools.parity.reference.noise_floor import Outputs, largest_deviations
 from adalink.tools.parity.report import Check, at_most
 
 STEPS = 4
@@ -91,13 +91,13 @@ def check_encoder_profile_limits(
         with reference.adapted(None if task is None else folders[task]):
             for batch, length in profile_limits:
                 rows = _rows(deployment, batch, length, task)
-                states = to_float64(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
+                states = as_numbers(deployment.run(input_ids=rows, tasks=task)[name], base.embedding_dtype)
                 for row, ids in enumerate(rows):
                     if tuple(ids) not in expected_of:
                         expected_of[tuple(ids)] = reference.outputs(ids, None)
                     expected = expected_of[tuple(ids)]
                     deviations, limits = compared_rows[batch, length]
-                    deviations.append(np.abs(states[row] - expected.values[name]).max(axis=1))
+                    deviations.append(largest_deviations(states[row], expected.values[name]))
                     limits.append(reference.limit(expected.noise[name], compared[task].typical[name]))
     checks = []
     for (batch, length), (deviations, limits) in compared_rows.items():

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
 from adalink.runtime.errors import DataError, RequestError
-from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.adapter import as_numbers
 from adalink.tools.parity.checks.generation import Generator, check_generation, judge
 from adalink.tools.parity.checks.outputs import Rows, compare_outputs, decoder_row, log_softmax
 from adalink.tools.parity.reference.model import Reference
+from adalink.tools.parity.reference.noise_floor import largest_deviations, widened
 from adalink.tools.parity.reference.quantized_weights import Matrix, read_matrices
 from adalink.tools.parity.report import Check, at_most
 
@@ -101,14 +102,12 @@ def measure_cost(deployment: Deployment, reference: Reference, rows: list[list[i
         decoder = decoder_row(deployment, index)
         with reference.original_weights():
             exact = reference.values(ids, decoder)[name]
+        targets = (decoder or ids)[1:] if name == "logits" else None
+        sums["float32"].append(_Sums(exact, exact, targets))
+        sums["weights"].append(_Sums(reference.values(ids, decoder)[name], exact, targets))
         output = deployment.run(input_ids=[ids], decoder_input_ids=decoder and [decoder])[name][0]
-        targets = (decoder or ids)[1:]
-        others = {
-            "weights": reference.values(ids, decoder)[name],
-            "deployed": to_float64(output, deployment.manifest.base.embedding_dtype),
-        }
-        for side, values in {"float32": exact, **others}.items():
-            sums[side].append(_Sums(values, exact, targets if name == "logits" else None))
+        deployed = as_numbers(output, deployment.manifest.base.embedding_dtype)
+        sums["deployed"].append(_Sums(deployed, exact, targets))
     figures = sums["float32"][0].figures
     return {figure: {side: _total(figure, rows_of_side) for side, rows_of_side in sums.items()} for figure in figures}
 
@@ -126,19 +125,25 @@ def check_cost(cost: Cost, most_percent: float) -> Check:
 class _Sums:
     """Figures of one row, and its number of predicted tokens."""
 
-    def __init__(self, values: Float64, exact: Float64, targets: list[int] | None) -> None:
+    def __init__(self, values: Array, exact: Array, targets: list[int] | None) -> None:
         self.positions = len(values) if targets is None else len(targets)
-        change = float(np.abs(values - exact).max())
+        change = float(largest_deviations(values, exact).max())
         if targets is None:
-            means = values.mean(axis=0), exact.mean(axis=0)
+            means = values.mean(axis=0, dtype=np.float64), exact.mean(axis=0, dtype=np.float64)
             cosine = float(means[0] @ means[1] / (np.linalg.norm(means[0]) * np.linalg.norm(means[1])))
             self.figures = {"cosine": cosine, "max_change": change}
             return
-        log_p, log_q = log_softmax(exact), log_softmax(values)
+        surprises: list[float] = []
+        divergences: list[float] = []
+        for received, expected in widened(values, exact):
+            log_p, log_q = log_softmax(expected), log_softmax(received)
+            divergences += (np.exp(log_p) * (log_p - log_q)).sum(axis=1).tolist()
+            following = targets[len(surprises) : len(surprises) + len(received)]
+            surprises += (-log_q[np.arange(len(following)), following]).tolist()
         self.figures = {
-            "perplexity": float(-log_q[np.arange(len(targets)), targets].mean()) if targets else 0.0,
+            "perplexity": float(np.mean(surprises)) if targets else 0.0,
             "top1": float((values.argmax(axis=1) == exact.argmax(axis=1)).mean()),
-            "kl": float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()),
+            "kl": float(np.mean(divergences)),
             "max_logit_change": change,
         }
 

@@ -21,6 +21,7 @@ from adalink.runtime.generation.handle import Handle
 from adalink.runtime.generation.request import Request
 from adalink.runtime.options import OpenOptions
 from adalink.tools.parity.checks.generation import GeneratedRow, Generator, Verdict, check_generation, judge
+from adalink.tools.parity.checks.step_logits import LogitsFile, Place, StepLogits
 from adalink.tools.parity.reference.model import Reference
 from adalink.tools.parity.report import Check, at_most
 
@@ -99,7 +100,8 @@ class JoinedRows:
 
     def _submit(self, opened: Deployment, prompts: list[list[int]], tasks: Sequence[str | None]) -> None:
         """Run all rows, submitted from a logits processor of a row that runs on."""
-        recorders = [_Recorder(drawn.cancelled_at) for drawn in self._drawn]
+        file = LogitsFile(opened.manifest.base.embedding_dtype)
+        recorders = [_Recorder(file, drawn.cancelled_at) for drawn in self._drawn]
         step = 0
 
         def tick(scores: Array, sequence: Sequence[int]) -> None:
@@ -124,7 +126,7 @@ class JoinedRows:
                 self._failed.append(str(error))
                 continue
             tokens = list(result.token_ids)
-            logits = np.stack(recorder.logits[: len(tokens)])
+            logits = StepLogits(file, recorder.places[: len(tokens)])
             self.rows.append((task, GeneratedRow(prompt, tokens, logits, result.text)))
 
 
@@ -137,14 +139,14 @@ def _is_as_alone(opened: Deployment, task: str | None, row: GeneratedRow) -> boo
 class _Recorder:
     """A logits processor that changes nothing: keeps each step's logits, and cancels its row at one."""
 
-    def __init__(self, cancelled_at: int | None) -> None:
+    def __init__(self, file: LogitsFile, cancelled_at: int | None) -> None:
         self.handle: Handle | None = None
-        self.logits: list[Array] = []
-        self._cancelled_at = cancelled_at
+        self.places: list[Place] = []
+        self._file, self._cancelled_at = file, cancelled_at
 
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
-        self.logits.append(scores.copy())
-        if len(self.logits) == self._cancelled_at and self.handle is not None:
+        self.places.append(self._file.add(scores))
+        if len(self.places) == self._cancelled_at and self.handle is not None:
             self.handle.cancel()
 
 

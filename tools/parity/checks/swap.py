@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
-from adalink.tools.parity.checks.adapter import to_float64
+from adalink.tools.parity.checks.adapter import as_numbers
 from adalink.tools.parity.checks.outputs import Comparison, Rows, decoder_row, worst_of
 from adalink.tools.parity.checks.swap_worker import run_fresh
+from adalink.tools.parity.reference.noise_floor import largest_deviations
 from adalink.tools.parity.report import Check, at_most
 
 _MIXED_ROWS = 8
+# Of one batch, 256 MiB in float32.
+_MOST_LOGITS = 1 << 26
 
 
 def check_swaps(
@@ -83,7 +86,8 @@ def check_mixed_outputs(
     """
     base = deployment.manifest.base
     tasks = mixed_tasks(deployment)
-    chosen = [index % len(rows) for index in range(len(tasks))]
+    fitting = _fitting(rows, len(tasks) * base.vocab_size if "logits" in compared[None].limits else 0)
+    chosen = [fitting[index % len(fitting)] for index in range(len(tasks))]
     longest = max(len(rows[index]) for index in chosen)
     ids = np.full((len(tasks), longest), base.pad_token_id, np.int64)
     mask = np.zeros((len(tasks), longest), np.int64)
@@ -106,7 +110,7 @@ def check_mixed_outputs(
             if not (is_seq2seq and name == "logits"):
                 together = together[places[place]]
             alone = Rows(rows).received(deployment, task, index)[name]
-            deviations.append(np.abs(to_float64(together, base.embedding_dtype) - alone).max(axis=1))
+            deviations.append(largest_deviations(as_numbers(together, base.embedding_dtype), alone))
             limits.append(compared[task].limits[name][index])
         deviation, limit, place, position = worst_of(deviations, limits)
         detail = (
@@ -115,6 +119,17 @@ def check_mixed_outputs(
         )
         checks.append(at_most(f"mixed/{name}", deviation, limit, detail))
     return checks
+
+
+def _fitting(rows: list[list[int]], position_logits: int) -> list[int]:
+    """Numbers of the rows that may be in the batch, so that its logits fit into the memory set aside for them.
+
+    Args:
+        rows: token ids.
+        position_logits: logits of one position of all rows.
+    """
+    longest = max(_MOST_LOGITS // max(1, position_logits), min(map(len, rows)))
+    return [index for index, row in enumerate(rows) if len(row) <= longest]
 
 
 def mixed_tasks(deployment: Deployment) -> list[str | None]:

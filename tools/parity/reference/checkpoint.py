@@ -28,22 +28,16 @@ _LAYER_NUMBER = re.compile(r"(?<=[.])[0-9]+(?=[.])")
 _UNREAD = re.compile(r"EncDecAttention\.relative_attention_bias\.weight$")
 _CONSTANTS = ("position_ids", "token_type_ids", "masked_bias", "inv_freq")
 
-# Tensors of the files by the names of the parameters that have their values.
-Places = Mapping[str, FileTensor]
 
-
-def check_files(spec: str | Path, model: Any) -> tuple[list[Check], Places]:
+def check_files(spec: str | Path, model: Any) -> list[Check]:
     """Check the files of a base, as ``check_checkpoint``; a GGUF file has no safetensors, and no such check."""
     from adalink.training.models.loading import checkpoint_folder
 
     folder = checkpoint_folder(spec)
-    if folder is None:
-        return [], {}
-    check, places = check_checkpoint(folder, model)
-    return [check], places
+    return [] if folder is None else [check_checkpoint(folder, model)]
 
 
-def check_checkpoint(folder: Path, model: Any) -> tuple[Check, Places]:
+def check_checkpoint(folder: Path, model: Any) -> Check:
     """Compare the safetensors of a checkpoint with the model that was loaded from it.
 
     Args:
@@ -52,32 +46,32 @@ def check_checkpoint(folder: Path, model: Any) -> tuple[Check, Places]:
 
     Returns:
         A check whose measured value is the number of tensors that are in one of the two alone. Parts left out on
-        purpose are named in its detail. And the tensors of the files by the names of the parameters that have their
-        values.
+        purpose are named in its detail.
 
     Raises:
         ModelError: a file cannot be read.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
+    digests = _Digests()
     waiting: dict[str, list[str]] = {}
     for name, values in (parameters | buffers).items():
-        waiting.setdefault(digest_values(values), []).append(name)
+        waiting.setdefault(digests.of(values), []).append(name)
     unplaced: list[str] = []
     left_out: list[str] = []
-    used: dict[str, FileTensor] = {}
+    used: set[str] = set()
     loose = []
     for tensor in file_tensors(folder):
-        digest, name = tensor.digest(), tensor.name
+        digest, name = digests.of_file(tensor), tensor.name
         names = waiting.get(digest, [])
         if own := next((one for one in names if one.endswith(name) or name.endswith(one)), None):
             names.remove(own)
-            used[own] = tensor
+            used.add(own)
         else:
             loose.append((tensor, digest))
     for tensor, digest in loose:  # renamed while loading, or in the model no more often than the files hold it
         if names := waiting.get(digest, []):
-            used[names.pop()] = tensor
+            used.add(names.pop())
         elif _is_spare(tensor, model, buffers):
             left_out.append(tensor.name)
         else:
@@ -85,7 +79,25 @@ def check_checkpoint(folder: Path, model: Any) -> tuple[Check, Places]:
     unplaced += [path.name for path in sorted(folder.glob("adapter_*")) if path.is_file()]
     origins = _filled(parameters, used)
     made_up = [name for name in parameters if name not in origins and "pooler" not in name]
-    return _as_check(unplaced, made_up, left_out), {name: used[name] for name in used if name in parameters}
+    return _as_check(unplaced, made_up, left_out)
+
+
+class _Digests:
+    """Digests of values in float32. What lies in a file is read once, for the file and for the model."""
+
+    def __init__(self) -> None:
+        self._known: dict[FileTensor, str] = {}
+
+    def of(self, values: Any) -> str:
+        """Digest of a tensor of the model."""
+        source = getattr(values, "source", None)
+        return self.of_file(source) if isinstance(source, FileTensor) else digest_values(values)
+
+    def of_file(self, tensor: FileTensor) -> str:
+        """Digest of a tensor of a file."""
+        if tensor not in self._known:
+            self._known[tensor] = digest_values(tensor.read())
+        return self._known[tensor]
 
 
 def _as_check(unplaced: list[str], made_up: list[str], left_out: list[str]) -> Check:

@@ -71,10 +71,6 @@ class FileTensor:
         data = np.memmap(self.path, np.uint8, "c", offset=begin, shape=(count * dtype.itemsize,))
         return torch.from_numpy(data).view(dtype).reshape(shape)
 
-    def digest(self) -> str:
-        """Digest of its values in float32."""
-        return digest_values(self.read())
-
 
 def digest_values(tensor: torch.Tensor) -> str:
     """Digest of the values of a tensor in float32."""
@@ -93,22 +89,28 @@ def file_tensors(folder: Path) -> Iterator[FileTensor]:
         ModelError: a file cannot be read.
     """
     for path in _files(folder):
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(start, size) - 8))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                tensor = FileTensor(name, path, start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-                _check_bytes(tensor, end - begin, size)
-                yield tensor
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(
-                f"{path.name} of {folder.name} cannot be read as safetensors: {type(error).__name__}: {error}; "
-                "download it again"
-            ) from error
+        yield from tensors_of(path)
+
+
+def tensors_of(path: Path) -> list[FileTensor]:
+    """All tensors of a file; raises ``ModelError`` as ``file_tensors`` does."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(start, size) - 8))
+        header.pop("__metadata__", None)
+        tensors = []
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            tensors.append(FileTensor(name, path, start + begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]]))
+            _check_bytes(tensors[-1], end - begin, size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{path.name} of {path.parent.name} cannot be read as safetensors: {type(error).__name__}: {error}; "
+            "download it again"
+        ) from error
+    return tensors
 
 
 def _check_bytes(tensor: FileTensor, count: int, file_bytes: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from adalink.export.adapter.error_bound import Float64
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.manifest import Base
 from adalink.tools.parity.reference.images import Pixels, pixel_tensors
 from adalink.tools.parity.reference.input_side import InputSide
@@ -48,8 +47,10 @@ class Row:
         return RowKey(tuple(self.ids[: self.prompt_length]), tuple(self.ids[self.prompt_length :]))
 
 
-def run_row(model: Any, attached: Any, input_side: InputSide | None, base: Base, row: Row) -> dict[str, Float64]:
-    """Outputs by name, without those of a soft prompt.
+def run_row(model: Any, attached: Any, input_side: InputSide | None, base: Base, row: Row) -> dict[str, Array]:
+    """Outputs by name in the model's precision, without those of a soft prompt.
+
+    A decoder's logits behind a prompt begin at its last position.
 
     Args:
         model: the model.
@@ -86,12 +87,20 @@ def run_row(model: Any, attached: Any, input_side: InputSide | None, base: Base,
         if base.kind == "encoder-decoder":
             outputs = model(**inputs, decoder_input_ids=torch.tensor([row.decoder_ids]))
             return {
-                "last_hidden_state": _float64(outputs.encoder_last_hidden_state)[soft_tokens:],
-                "logits": _float64(outputs.logits),
+                "last_hidden_state": _array(outputs.encoder_last_hidden_state)[soft_tokens:],
+                "logits": _array(outputs.logits),
             }
-        name = "logits" if base.kind == "decoder" else "last_hidden_state"
-        return {name: _float64(getattr(model(**inputs, **images), name))[soft_tokens:]}
+        if base.kind == "encoder":
+            return {"last_hidden_state": _array(model(**inputs, **images).last_hidden_state)[soft_tokens:]}
+        kept = length if row.prompt_length is None else length - row.prompt_length + 1
+        return {"logits": _array(model(**inputs, **images, **_logits_to_keep(model, kept)).logits)[-kept:]}
 
 
-def _float64(tensor: torch.Tensor) -> Float64:
-    return np.asarray(tensor[0].double().numpy())
+def _logits_to_keep(model: Any, kept: int) -> dict[str, int]:
+    """The argument that lets a model compute its last logits alone, if it takes that."""
+    takes_it = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": kept} if takes_it else {}
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    return tensor[0].numpy()

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from adalink.export.adapter.error_bound import Float64
 from adalink.tools.parity.reference.noise_floor import Outputs
 
-Float32 = npt.NDArray[np.float32]
-
-_MOST_ROWS = 8
+_MOST_ROWS, _MOST_BYTES = 8, 192 << 20
 
 
 @dataclass(frozen=True)
@@ -37,18 +31,17 @@ class RowKey:
 
 
 class KnownOutputs:
-    """The latest rows; the values are kept in float32, in which PyTorch has given them."""
+    """The latest rows, as many as memory is set aside for."""
 
     def __init__(self) -> None:
-        self._rows: dict[RowKey, tuple[dict[str, Float32], dict[str, Float64]]] = {}
+        self._rows: dict[RowKey, Outputs] = {}
 
     def find(self, row: RowKey) -> Outputs | None:
         """Outputs of a row, if it or a longer one is known."""
-        for known, (kept, deviations) in self._rows.items():
+        for known, outputs in self._rows.items():
             if row.is_beginning_of(known):
                 missing = len(known.generated) - len(row.generated)
-                values = {name: np.asarray(value, np.float64) for name, value in kept.items()}
-                noise = dict(deviations)
+                values, noise = dict(outputs.values), dict(outputs.noise)
                 for arrays in (values, noise):  # an encoder's states are those of the prompt, which is the same
                     arrays["logits"] = arrays["logits"][: len(arrays["logits"]) - missing]
                 return Outputs(values, noise)
@@ -56,9 +49,12 @@ class KnownOutputs:
 
     def add(self, row: RowKey, outputs: Outputs) -> None:
         """Keep a row, and let go of the oldest beyond some."""
-        self._rows[row] = {name: value.astype(np.float32) for name, value in outputs.values.items()}, outputs.noise
-        while len(self._rows) > _MOST_ROWS:
+        self._rows[row] = outputs
+        while len(self._rows) > 1 and (len(self._rows) > _MOST_ROWS or self._bytes() > _MOST_BYTES):
             del self._rows[next(iter(self._rows))]
+
+    def _bytes(self) -> int:
+        return sum(array.nbytes for outputs in self._rows.values() for array in outputs.values.values())
 
     def clear(self) -> None:
         """Forget all rows: the reference computes otherwise from now on."""

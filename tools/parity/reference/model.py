@@ -1,7 +1,7 @@
 """The reference of every comparison: the checkpoint in PyTorch, in float32 and in float64.
 
-transformers loads the whole model in float32. Then every matrix that a file holds too, value by value, is let go of and
-read from there, a piece at a time; the model in float64 has no matrices of its own.
+transformers loads the model in float32, with matrices that stay in the checkpoint's files and are read from there, a
+piece at a time. The model in float64 has no matrices of its own.
 
 Float64 measures the noise of float32. For a quantised engine the reference uses the engine's weights, dequantised; the
 cost of quantising is measured apart.
@@ -34,6 +34,7 @@ from adalink.tools.parity.reference.known_outputs import KnownOutputs
 from adalink.tools.parity.reference.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of, noise_of
 from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
 from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, find_layers, rounded_inputs
+from adalink.tools.parity.reference.stored_model import load_stored
 from adalink.tools.parity.report import Check
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ class Reference:
             ModelError: it cannot be loaded.
             ContractError: it is another model than the deployment's.
         """
-        from adalink.tools.parity.reference.stored_weight import in_float64, store
-        from adalink.training.models.loading import base_fingerprint, load_base, weights_digest
+        from adalink.tools.parity.reference.stored_weight import in_float64
+        from adalink.training.models.loading import base_fingerprint, weights_digest
         from adalink.training.models.source import display_name
 
         self.base = base
         self._spec, self._assumed = spec, assume_pretokenizer
-        self._model = load_base(spec)
-        self.file_checks, places = check_files(spec, self._model)
+        self._model = load_stored(spec)
+        self.file_checks = check_files(spec, self._model)
         digests = {"fingerprint": base_fingerprint(self._model), "weights_digest": weights_digest(self._model)}
         for field, digest in digests.items():
             exported = getattr(base, field)
@@ -77,8 +78,6 @@ class Reference:
                     f"{display_name(spec)} has {field} {digest}, the deployment was exported from {base.name} with "
                     f"{exported}: verify it against the model it was made from"
                 )
-        matrices = {name: tensor for name, tensor in places.items() if tensor.is_float32 and len(tensor.shape) > 1}
-        store(self._model, matrices)
         self._exact = in_float64(self._model)
         self._attached: Any = None
         self._input_side: InputSide | None = None
@@ -206,7 +205,7 @@ class Reference:
             return np.asarray(ACTIVATIONS_FACTOR * np.maximum(noise, typical))
         return limit_of(noise, typical, self.base.embedding_dtype)
 
-    def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Float64]:
+    def values(self, ids: list[int], decoder_ids: list[int] | None) -> dict[str, Array]:
         """Float32 outputs of one row by name, without their noise."""
         return self._run(_FLOAT32, Row(ids, decoder_ids))
 
@@ -272,7 +271,7 @@ class Reference:
         pixels: Pixels | None = None,
         labels: PositionLabels = NO_LABELS,
     ) -> Outputs:
-        """Run one row.
+        """Run one row. A decoder's logits behind a prompt begin at its last position.
 
         Args:
             ids: the row's tokens.
@@ -303,7 +302,7 @@ class Reference:
             double = deviations(values, self._run(_FLOAT64, row))
         return Outputs(values, {name: np.maximum(single[name], double[name]) for name in values})
 
-    def _run(self, precision: int, row: Row) -> dict[str, Float64]:
+    def _run(self, precision: int, row: Row) -> dict[str, Array]:
         model = (self._model, self._exact)[precision]
         attached = None if self._attached is None else self._attached[precision]
         return run_row(model, attached, self._input_side, self.base, row)

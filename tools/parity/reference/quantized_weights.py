@@ -199,7 +199,7 @@ def _sample(matrix: Matrix) -> Float32:
     """The first columns of all rows."""
     from adalink.tools.parity.reference.stored_weight import pieces_of
 
-    return np.concatenate([rows[:, :_PROBE_COLUMNS].numpy() for _, rows in pieces_of(matrix)])
+    return np.concatenate([rows[:, :_PROBE_COLUMNS].clone().numpy() for _, rows in pieces_of(matrix)])
 
 
 def _is_near(layer: Layer, probe: _Probe) -> bool:

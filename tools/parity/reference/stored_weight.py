@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_map_only
 # Bytes of a piece in the precision of its product. The allocator gives buffers of this size out again.
 PIECE_BYTES = 16 << 20
 _TURNED = frozenset({"T", "mT", "H", "mH"})
-_METADATA = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "__len__"})
+_METADATA = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "__len__", "data_ptr"}
+)
 _UNCHANGED = frozenset({"detach", "requires_grad_", "__deepcopy__", "cpu", "contiguous"})
 
 
@@ -69,7 +71,7 @@ class StoredWeight(torch.Tensor):
                     return args[0] if function.__self__.__name__ == "data" else function(*args, **kwargs)
                 if name in _METADATA:
                     return function(*args, **kwargs)
-                if name in _UNCHANGED:
+                if name in _UNCHANGED or (name == "to" and args[0].is_as_wanted(*args[1:], **kwargs)):
                     return args[0]
                 if _changes(name):
                     raise RuntimeError(f"{name} would change a weight that lies in a file: it is read-only")
@@ -79,6 +81,11 @@ class StoredWeight(torch.Tensor):
                 return _PRODUCTS[function](*args, **kwargs)
             whole = tree_map_only(StoredWeight, StoredWeight.whole, (args, dict(kwargs)))
             return function(*whole[0], **whole[1])
+
+    def is_as_wanted(self, *wanted: Any, **named: Any) -> bool:
+        """Whether ``to`` with these arguments changes nothing."""
+        empty = torch.empty(0, dtype=self.dtype)
+        return empty.to(*wanted, **named) is empty
 
     def rows(self, index: int | slice) -> torch.Tensor:
         """Some rows, or one; raises ``IndexError`` as an index of a tensor does."""
@@ -103,22 +110,6 @@ class StoredWeight(torch.Tensor):
         for start in range(0, count, step):
             stop = min(start + step, count)
             yield slice(start, stop), self.source.read(start, stop).to(self.dtype)
-
-
-def store(model: torch.nn.Module, places: Mapping[str, WeightSource]) -> None:
-    """Let go of the parameters of a model that lie elsewhere; what is tied stays tied, what was reshaped in memory.
-
-    Args:
-        model: the model.
-        places: by name of a parameter where the same values lie, maybe in another shape.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stored = {
-        id(parameters[name]): StoredWeight(place, parameters[name].dtype)
-        for name, place in places.items()
-        if tuple(parameters[name].shape) == place.shape
-    }
-    _exchange(model, lambda tensor: stored.get(id(tensor), tensor))
 
 
 @contextmanager
