@@ -74,7 +74,15 @@ class Deployment:
         self._reloader = TaskReloader(path, self._tasks, self.variant, full_check=options.full_check)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
-        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
+        self._inputs = InputProcessor(
+            path,
+            manifest,
+            self._tasks,
+            self._vision,
+            self._runner.engine,
+            self._runner.check_kv_prefix,
+            options.context,
+        )
         self._generator = TextGenerator(manifest, self.variant, self._inputs, self._runner, options)
         self._encoder = TextEncoder(manifest.base, self._inputs, self._runner)
         scorer = LabelScorer(manifest.base, self._inputs, self._runner)

@@ -14,13 +14,15 @@ from adalink.export.adapter.nodes import INPUT_NAME, OUTPUT_NAME, edge_type, fin
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
 from adalink.runtime.storage.adapter_spec import settings_at_default, settings_of, show_setting
 from adalink.runtime.storage.head_spec import HEAD_BIAS, HEAD_WEIGHT
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 
 if TYPE_CHECKING:
     import onnx
 
 IDS_NAME = "input_ids"
 _LOOKED_UP = (SOFT_PROMPT_NAME, TABLE_NAME)
-_BEHIND_THE_BASE = (HEAD_WEIGHT, HEAD_BIAS)
+# What does not act on the base's input embeddings.
+_NOT_AT_THE_INPUT = (HEAD_WEIGHT, HEAD_BIAS, KV_PREFIX_NAME)
 
 
 def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto:
@@ -52,7 +54,7 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
     initializers = [
         onnx.numpy_helper.from_array(np.ascontiguousarray(weight if name in _LOOKED_UP else weight.T), name)
         for name, weight in adapter.weights.items()
-        if name not in _BEHIND_THE_BASE
+        if name not in _NOT_AT_THE_INPUT
     ]
     if dtype != "float32" and modalities:
         nodes.append(helper.make_node("Cast", [INPUT_NAME], ["x"], to=TensorProto.FLOAT))
@@ -88,7 +90,7 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
         nodes += _soft_prompt_nodes(result, dtype)
         initializers.append(onnx.numpy_helper.from_array(np.array([1, 1], np.int64), "soft.ones"))
         shape = ["batch", "total", config.hidden_size]
-    if not nodes:  # a head alone
+    if not nodes:  # a head or a KV prefix alone
         nodes.append(helper.make_node("Identity", [INPUT_NAME], [OUTPUT_NAME]))
     nodes[-1].output[0] = OUTPUT_NAME
     graph = helper.make_graph(

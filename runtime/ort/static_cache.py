@@ -7,16 +7,24 @@ and the cache, whose input and output share an address. A step writes a few numb
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import DecodeState, Engine, InputEmbedder, SlotEngine, SlotState, SpeculativeDecodeState
+from adalink.runtime.engine import (
+    DecodeState,
+    Engine,
+    InputEmbedder,
+    KvPrefixEngine,
+    SlotEngine,
+    SlotState,
+    SpeculativeDecodeState,
+)
 from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.admission import FIRST_TOKENS
+from adalink.runtime.generation.admission import FIRST_TOKENS, PASS_TOKENS
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
@@ -61,6 +69,44 @@ class StaticCacheEngine:
         state = self.open_slots(len(embeds), embeds.shape[1] + min(max_new_tokens, FIRST_TOKENS))
         state.prefill(embeds, positions, lengths)
         return state
+
+    @implements(KvPrefixEngine)
+    def run_after(self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, Array]) -> Array:
+        mask, signature = feeds["attention_mask"], self._signature
+        result = np.zeros((*mask.shape, signature.vocab_size), signature.dtype)
+        if plain := [row for row, states in enumerate(kv_prefixes) if states is None]:
+            result[plain] = self.run({name: value[plain] for name, value in feeds.items()})
+        for row, states in enumerate(kv_prefixes):
+            if states is not None:
+                embeds, _, lengths = _at_left(_one_row(feeds, row))
+                state = self.open_slots(1, states.shape[2] + int(lengths[0]))
+                state.begin(states)
+                result[row, mask[row] != 0] = state.verify(embeds)
+        return result
+
+    @implements(KvPrefixEngine)
+    def start_after(
+        self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, Array], max_new_tokens: int
+    ) -> StaticCacheDecodeState:
+        lengths = feeds["attention_mask"].sum(axis=1)
+        longest = max(
+            int(length) + (0 if states is None else states.shape[2])
+            for length, states in zip(lengths, kv_prefixes, strict=True)
+        )
+        state = self.open_slots(len(lengths), longest + min(max_new_tokens, FIRST_TOKENS))
+        for row, states in enumerate(kv_prefixes):
+            state.begin(states)
+            state.extend(_one_row(feeds, row), 0, int(lengths[row]))
+        return state
+
+    @implements(KvPrefixEngine)
+    def read_states(self, feeds: Mapping[str, Array]) -> Array:
+        length = int(feeds["attention_mask"].sum())
+        state = self.open_slots(1, length)
+        state.begin(None)
+        for start in range(0, length, PASS_TOKENS):
+            state.extend(feeds, start, min(start + PASS_TOKENS, length))
+        return state.states(0, length)
 
     @implements(SlotEngine)
     def open_slots(self, slots: int, capacity: int) -> StaticCacheDecodeState:
@@ -109,21 +155,22 @@ class StaticCacheDecodeState:
     def begin(self, states: Array | None) -> None:
         self._append(np.zeros(1, np.int32), self._positions[:1])
         if states is not None:
-            length = states.shape[2]
+            row, length = self._alive - 1, states.shape[2]
             self._make_room(length)
-            self._cache[:, self._alive - 1, :, :length] = states
-            self._lengths[self._alive - 1] = length
+            self._cache[:, row, :, :length] = states
+            self._lengths[row], self._positions[row] = length, length - 1
 
     @implements(SlotState)
     def extend(self, feeds: Mapping[str, Array], start: int, stop: int) -> None:
         embeds, positions, _ = _at_left(feeds)
         row = self._alive - 1
+        before = int(self._lengths[row]) - start  # positions of a KV prefix
         self._make_room(stop - start)
         if positions.ndim != self._positions.ndim:
             self._positions = np.zeros((len(self._lengths), 1, *positions.shape[2:]), np.int64)
-        self._lengths[row] = stop
-        self._positions[row] = positions_after(positions[:, :stop])[0] - 1
-        piece, numbers = (np.ascontiguousarray(array[:, start:stop]) for array in (embeds, positions))
+        self._lengths[row] = before + stop
+        self._positions[row] = before + positions_after(positions[:, :stop])[0] - 1
+        piece, numbers = (np.ascontiguousarray(array[:, start:stop]) for array in (embeds, before + positions))
         rows = slice(row, row + 1)
         self._run(self._bind(rows, piece, numbers, np.array([stop - start - 1]), self._logits[rows]))
 
@@ -274,6 +321,10 @@ def _longer(array: Array, rows: int) -> Array:
     longer = np.zeros((rows, *array.shape[1:]), array.dtype)
     longer[: len(array)] = array
     return longer
+
+
+def _one_row(feeds: Mapping[str, Array], row: int) -> dict[str, Array]:
+    return {name: value[row : row + 1] for name, value in feeds.items()}
 
 
 def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:

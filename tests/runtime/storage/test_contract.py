@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import Adapter, AdapterConfig, encode_adapter, make_adapter, weight_shapes
 from adalink.runtime.storage.contract import check_adapter
+from adalink.runtime.storage.manifest import Cache
 
 OWN, OTHER = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
 
@@ -25,6 +26,8 @@ class FakeBase:
     max_positions: int | None = 8
     modalities: tuple[str, ...] | None = ("text",)
     takes_soft_prompts: bool = True
+    cache: Cache | None = field(default_factory=lambda: Cache(layers=2, kv_heads=1, head_dim=3))
+    no_kv_prefix: str = ""
     has_hidden_states: bool = True
 
 
