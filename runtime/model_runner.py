@@ -158,6 +158,10 @@ class ModelRunner:
         """
         self._after([kv_prefix])
 
+    def read_states(self, batch: PromptBatch) -> Array:
+        """Keys and values of a batch of one prompt; see ``KvPrefixEngine.read_states``."""
+        return self._after([]).read_states(self.feeds(batch.inputs, batch.layout))
+
     def _after(self, kv_prefixes: Sequence[KvPrefix | None]) -> KvPrefixEngine:
         """The engine of rows with these KV prefixes; raises as ``check_kv_prefix``."""
         digests = {prefix.spec.variant_digest for prefix in kv_prefixes if prefix is not None} - {""}
@@ -169,7 +173,7 @@ class ModelRunner:
             )
         if self._kv_prefix_engine is None:
             raise BackendError(
-                f"the task has a KV prefix, and {self._variant.graph} on this backend begins every row with an empty "
+                f"a KV prefix was asked for, and {self._variant.graph} on this backend begins every row with an empty "
                 "KV cache: open the deployment with the backend onnxruntime-cpu, and without kv_cache_dtype"
             )
         return self._kv_prefix_engine

@@ -183,7 +183,6 @@ def test_a_saved_embedding_matrix_shows_the_base(bases: Callable[[str], Path], s
             peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5]),
             "trainable_token_indices",
         ),
-        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PREFIX_TUNING .*every layer's cache"),
         (
             peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
             "IA3 .*inside every layer",

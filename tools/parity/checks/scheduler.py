@@ -99,7 +99,7 @@ class JoinedRows:
 
     def _submit(self, opened: Deployment, prompts: list[list[int]], tasks: Sequence[str | None]) -> None:
         """Run all rows, submitted from a logits processor of a row that runs on."""
-        recorders = [_Recorder(drawn.cancelled_at) for drawn in self._drawn]
+        recorders = [Recorder(drawn.cancelled_at) for drawn in self._drawn]
         step = 0
 
         def tick(scores: Array, sequence: Sequence[int]) -> None:
@@ -134,10 +134,10 @@ def _is_as_alone(opened: Deployment, task: str | None, row: GeneratedRow) -> boo
     return list(opened.submit(request).result().token_ids) == row.tokens
 
 
-class _Recorder:
+class Recorder:
     """A logits processor that changes nothing: keeps each step's logits, and cancels its row at one."""
 
-    def __init__(self, cancelled_at: int | None) -> None:
+    def __init__(self, cancelled_at: int | None = None) -> None:
         self.handle: Handle | None = None
         self.logits: list[Array] = []
         self._cancelled_at = cancelled_at
