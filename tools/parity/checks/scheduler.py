@@ -143,6 +143,7 @@ class Recorder:
         self._cancelled_at = cancelled_at
 
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
+        """Keep one step's logits; see ``LogitsProcessor``."""
         self.logits.append(scores.copy())
         if len(self.logits) == self._cancelled_at and self.handle is not None:
             self.handle.cancel()
