@@ -286,7 +286,8 @@ class Deployment:
 
         Raises:
             RequestError: the prompt is too long, or has no tokens.
-            BackendError: the engine refused, or takes no KV prefix, for which these are.
+            ContractError: the base takes no KV prefix, for which these are.
+            BackendError: the engine refused, or takes none.
         """
         self._check_open()
         prompts = self._inputs.process_prompts([prompt], None, None, chat=False, max_new_tokens=1)

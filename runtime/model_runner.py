@@ -65,7 +65,7 @@ class ModelRunner:
         # Keys and values of another dtype than the base's would have to be rounded first.
         has_own_dtype = options.kv_cache_dtype in (None, self._base.embedding_dtype)
         self._kv_prefix_engine: KvPrefixEngine | None = None
-        if self._decoder is None and has_own_dtype and isinstance(self.engine, KvPrefixEngine):
+        if not self._base.no_kv_prefix and has_own_dtype and isinstance(self.engine, KvPrefixEngine):
             self._kv_prefix_engine = self.engine
         prefix_cache_bytes = options.prefix_cache_bytes
         self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
@@ -154,7 +154,7 @@ class ModelRunner:
 
         Raises:
             BackendError: this engine, or a KV cache of this dtype, takes none.
-            ContractError: it was computed by another variant.
+            ContractError: it was computed by another variant, or the base takes none.
         """
         self._after([kv_prefix])
 
@@ -171,6 +171,8 @@ class ModelRunner:
                 f"{self._variant_digest} ({self._variant.graph}), which computes other numbers: open the deployment "
                 "with that variant, or compute the prefix again with 'adalink export prefix' and --variant"
             )
+        if self._base.no_kv_prefix:
+            raise ContractError(f"{self._base.name} takes no KV prefix: {self._base.no_kv_prefix}")
         if self._kv_prefix_engine is None:
             raise BackendError(
                 f"a KV prefix was asked for, and {self._variant.graph} on this backend begins every row with an empty "

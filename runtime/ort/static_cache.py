@@ -6,10 +6,7 @@ and the cache, whose input and output share an address. A step writes a few numb
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -23,11 +20,11 @@ from adalink.runtime.engine import (
     SlotState,
     SpeculativeDecodeState,
 )
-from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.admission import FIRST_TOKENS, PASS_TOKENS
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
+from adalink.runtime.ort.static_buffers import BoundCall, empty_cache, longer
 
 
 class StaticCacheEngine:
@@ -135,14 +132,14 @@ class StaticCacheDecodeState:
         self._alive = 0
         self._lengths = np.zeros(slots, np.int32)
         # Positions beyond a row's length are never read and stay uninitialised.
-        self._cache = _empty((len(signature.past), slots, heads, capacity, head_dim), signature.cache_dtype)
+        self._cache = empty_cache((len(signature.past), slots, heads, capacity, head_dim), signature.cache_dtype)
         self._logits = np.empty((slots, signature.vocab_size), signature.dtype)
         self._logits_indices = np.arange(slots)
         # Position ids of each row's last token; the shape of one is known with the first row.
         self._positions = np.zeros((slots, 1), np.int64)
         # Bound calls: a decode step for the current number of rows, and a verification for each number of tokens.
-        self._step: _Bound | None = None
-        self._verifications: dict[int, _Bound] = {}
+        self._step: BoundCall | None = None
+        self._verifications: dict[int, BoundCall] = {}
 
     def prefill(self, inputs_embeds: Array, positions: Array, lengths: Array) -> None:
         """Prefill: run prompts of shape ``(batch, longest, d)``, left-aligned, in a state without rows."""
@@ -261,17 +258,17 @@ class StaticCacheDecodeState:
         """Move all rows into larger buffers."""
         alive, used = self._alive, min(capacity, self._cache.shape[3])
         layers, _, heads, _, head_dim = self._cache.shape
-        larger = _empty((layers, slots, heads, capacity, head_dim), self._cache.dtype)
+        larger = empty_cache((layers, slots, heads, capacity, head_dim), self._cache.dtype)
         larger[:, :alive, :, :used] = self._cache[:, :alive, :, :used]
         self._cache = larger
-        self._lengths, self._positions = _longer(self._lengths, slots), _longer(self._positions, slots)
-        self._logits, self._logits_indices = _longer(self._logits, slots), np.arange(slots)
+        self._lengths, self._positions = longer(self._lengths, slots), longer(self._positions, slots)
+        self._logits, self._logits_indices = longer(self._logits, slots), np.arange(slots)
         self._step = None
         self._verifications.clear()
 
     def _bind(
         self, rows: slice, inputs_embeds: Array, positions: Array, logits_indices: Array, logits: Array
-    ) -> _Bound:
+    ) -> BoundCall:
         """Bind a call to the buffers of ``rows``; it writes the logits at ``logits_indices`` of their tokens."""
         binding, value = self._session.call(lambda session: session.io_binding()), self._session.value
         buffers = {
@@ -287,40 +284,10 @@ class StaticCacheDecodeState:
             shared = value(layer[rows])
             binding.bind_ortvalue_input(past, shared)
             binding.bind_ortvalue_output(present, shared)
-        return _Bound(binding, inputs_embeds, positions, logits_indices, logits)
+        return BoundCall(binding, inputs_embeds, positions, logits_indices, logits)
 
-    def _run(self, bound: _Bound) -> None:
+    def _run(self, bound: BoundCall) -> None:
         self._session.call(lambda session: session.run_with_iobinding(bound.binding))
-
-
-@dataclass(frozen=True, eq=False)
-class _Bound:
-    """A bound call. It keeps its buffers alive, which a binding of ONNX Runtime 1.23 does not."""
-
-    binding: Any
-    embeds: Array
-    positions: Array
-    logits_indices: Array
-    logits: Array
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An uninitialised KV cache; raises ``RequestError`` if there is no memory for it."""
-    try:
-        return np.empty(shape, dtype)
-    except (MemoryError, ValueError) as error:  # numpy says ValueError of more bytes than an address can count
-        size_gb = math.prod(shape) * dtype.itemsize / 1e9
-        raise RequestError(
-            f"no memory for a KV cache of {shape[1]} rows of {shape[3]} tokens ({size_gb:.1f} GB): send fewer rows, "
-            "shorter prompts, or ask for fewer new tokens"
-        ) from error
-
-
-def _longer(array: Array, rows: int) -> Array:
-    """A copy of an array with ``rows`` rows, zeros at the end."""
-    longer = np.zeros((rows, *array.shape[1:]), array.dtype)
-    longer[: len(array)] = array
-    return longer
 
 
 def _one_row(feeds: Mapping[str, Array], row: int) -> dict[str, Array]:

@@ -41,6 +41,8 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
         super().__post_init__()
         if self.input != "embeddings":
             raise ConfigError(f"input is {self.input!r}, expected 'embeddings': no table of token ids is trained here")
+        if self.kv_prefix is not None:
+            raise ConfigError("kv_prefix is set, expected none: no keys and values are trained here")
         if self.init not in INITS:
             raise ConfigError(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
         if not 0.0 <= self.dropout < 1.0:
@@ -62,6 +64,6 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
 
     def as_record(self) -> dict[str, Any]:
         """All settings by name, for reports; head and labels only if there are some."""
-        record = {name: value for name, value in structs.asdict(self).items() if name != "input"}
+        record = {name: value for name, value in structs.asdict(self).items() if name not in ("input", "kv_prefix")}
         parts = {name: record.pop(name) for name in ("head", "labels")}
         return record | {name: to_builtins(part) for name, part in parts.items() if part is not None}

@@ -104,7 +104,7 @@ def test_16_bits_are_half_the_file_and_are_rounded(own: Soft) -> None:
     ("text", "name", "error", "message"),
     [
         (" \n", "empty", DataError, "is empty"),
-        ("a" * 63, "long", RequestError, "positions"),
+        ("a" * 64, "long", RequestError, "positions"),
         (TEXT, "text-portable", DeploymentError, "--replace"),
         (TEXT, "no/name", DeploymentError, "task name"),
     ],

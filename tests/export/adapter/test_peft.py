@@ -97,9 +97,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def peft_output(tuned: Any, ids: torch.Tensor, **inputs: Any) -> tuple[np.ndarray, float]:
     """PEFT's output at the tokens' own positions, and a limit (as ``helpers.export.yardstick``)."""
     found = []
-    wide = copy.deepcopy(tuned).double()
-    wide.base_model_torch_dtype = torch.float64
-    for model in (tuned, wide):
+    for model in (tuned, copy.deepcopy(tuned).double()):
         with torch.no_grad():
             made = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
         found.append(made.logits if hasattr(made, "logits") else made.last_hidden_state)

@@ -157,7 +157,7 @@ def test_labels_behind_a_kv_prefix(llama: Prefixed, variant: str) -> None:
                 chosen = torch.log_softmax(logits, dim=1)[range(start - 1, len(tokens) - 1), tokens[start:]]
                 scores.append(float(chosen.sum()))
             expected = np.exp(np.array(scores) - np.logaddexp.reduce(scores))
-            received = [answer.probabilities[label] for label in labels]
+            received = [answer.probabilities[label.strip()] for label in labels]
             np.testing.assert_allclose(received, expected, rtol=1e-3, atol=1e-6)
 
 
