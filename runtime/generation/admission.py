@@ -123,10 +123,13 @@ class SlotAdmission:
             row = waiting.take()
             if row is None:
                 break
-            if row.prompt.read_length <= min(PASS_TOKENS, max(left, STEP_TOKENS)) and not self._begins_in_cache(row):
+            is_short = row.prompt.read_length <= min(PASS_TOKENS, max(left, STEP_TOKENS))
+            is_free = self._reading is None
+            # Looked up for long prompts too, but not while one waits for another to be read.
+            if (is_short or is_free) and not self._begins_in_cache(row) and is_short:
                 together.append(row)
                 left -= row.prompt.read_length
-            elif self._reading is None:
+            elif is_free:
                 self._reading = self._begin(row, batch)
                 left -= self._read_on(batch, left)
             else:

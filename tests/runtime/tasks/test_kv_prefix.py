@@ -12,8 +12,12 @@ import pytest
 import torch
 from helpers.export import skip_windows_of_old
 from helpers.host_device import HostBackend
-from helpers.kv_prefixes import TASKS, Prefixed, build_prefixed
+from helpers.kv_prefixes import SETTINGS, TASKS, Prefixed, build_prefixed, prefix_adapter
+from helpers.quick import slow_except
+from helpers.runtime import write_adapter
 from helpers.soft_prompts import padded
+from helpers.vision_deployments import VisionDeployment, picture
+from transformers import DynamicCache
 
 from adalink.export.base.kv_cache import export_kv_cache
 from adalink.runtime import Request, model_runner
@@ -36,10 +40,18 @@ def rows(*lengths: int) -> list[list[int]]:
     return [rng.integers(3, 96, length).tolist() for length in lengths]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3", "gpt2", "phi3"])
-def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prefixed:
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "gpt2", "phi3"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Prefixed:
+    return build_prefixed("llama", tmp_path_factory.mktemp("kv-prefix"))
+
+
+@pytest.fixture(scope="module", params=slow_except(FAMILIES, "llama", "gemma3"))
+def decoder(request: pytest.FixtureRequest, llama: Prefixed, tmp_path_factory: pytest.TempPathFactory) -> Prefixed:
     skip_windows_of_old(request.param)
-    return build_prefixed(request.param, tmp_path_factory.mktemp(request.param))
+    return llama if request.param == "llama" else build_prefixed(request.param, tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,11 +79,6 @@ def test_generation_alone_and_in_a_mixed_batch(decoder: Prefixed, variant: str) 
         for prompt, row, wanted, task in zip(prompts, found, expected, TASKS, strict=True):
             assert list(row.token_ids) == wanted, task
             assert deployment.generate([prompt], tasks=task, max_new_tokens=NEW)[0] == row, task
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Prefixed:
-    return build_prefixed("llama", tmp_path_factory.mktemp("kv-prefix"))
 
 
 def test_rows_that_join_a_running_batch(llama: Prefixed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,3 +244,22 @@ def test_states_in_another_order_show(
     with Deployment.open(llama.folder) as deployment:
         received = deployment.run(input_ids=[ids], tasks="before")["logits"][0]
     assert np.abs(received - expected).max() > 100 * limit
+
+
+def test_images_stand_behind_a_kv_prefix(vision_deployment: VisionDeployment, tmp_path: Path) -> None:
+    adapter = prefix_adapter(read_manifest(vision_deployment.folder).base, 7, **SETTINGS["before"])
+    model = vision_deployment.model
+    with Deployment.open(vision_deployment.folder) as deployment:
+        deployment.add_task(write_adapter(tmp_path / "before", adapter))
+        ids = vision_deployment.inputs(deployment.tokenizer.encode("a @b"), [])["input_ids"].numpy()
+        embeds = torch.tensor(deployment.input_embeddings(ids, images=[[picture(2)]]))
+        received = deployment.run(input_ids=ids, tasks="before", images=[[picture(2)]])["logits"][0]
+    cache = DynamicCache(config=model.config.get_text_config())
+    for layer, (key, value) in enumerate(torch.tensor(adapter.weights["kv_prefix"])):
+        cache.update(key[None], value[None], layer)
+    mask = torch.ones(1, 5 + embeds.shape[1], dtype=torch.int64)
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, past_key_values=cache, attention_mask=mask).logits[0].numpy()
+        plain = model(inputs_embeds=embeds).logits[0].numpy()
+    np.testing.assert_allclose(received, expected, rtol=0, atol=2e-5)
+    assert np.abs(plain - expected).max() > 0.01

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.kv_prefixes import SETTINGS, prefix_adapter
+from helpers.quick import slow_except
 from helpers.runtime import write_adapter
 from helpers.tiny_deployments import make_model_folder
 
@@ -48,7 +49,7 @@ def failures(clean, variant="onnxruntime-cpu"):
     return {name for name, passed in outcome(clean, variant).items() if not passed}
 
 
-@pytest.mark.parametrize("variant", ["onnxruntime-cpu", "portable"])
+@pytest.mark.parametrize("variant", slow_except(["onnxruntime-cpu", "portable"], "onnxruntime-cpu"))
 def test_clean_deployment_passes(clean, variant):
     results = outcome(clean, variant)
     assert all(results.values()), {name for name, passed in results.items() if not passed}
@@ -68,7 +69,7 @@ def plant(monkeypatch, change):
     )
 
 
-@pytest.mark.parametrize("fault", ["keys-and-values", "layer", "number"])
+@pytest.mark.parametrize("fault", slow_except(["keys-and-values", "layer", "number"], "layer"))
 def test_other_states(clean, monkeypatch, fault):
     def change(states):
         if fault == "layer":
@@ -85,6 +86,7 @@ def test_other_states(clean, monkeypatch, fault):
     assert ("task/before/logits" in found) == (fault != "number"), "a last bit shows at level 1 alone"
 
 
+@pytest.mark.slow
 def test_positions_off_by_one(clean, monkeypatch):
     begin = StaticCacheDecodeState.begin
 
@@ -101,6 +103,7 @@ def test_positions_off_by_one(clean, monkeypatch):
     assert {"task/before/logits", "task/before/decode-logits", "task/all/logits"} <= failures(clean)
 
 
+@pytest.mark.slow
 def test_positions_that_do_not_count_from_the_prefix(clean, monkeypatch):
     forward = dynamic_cache.DynamicCacheEngine.forward
 
@@ -114,7 +117,7 @@ def test_positions_that_do_not_count_from_the_prefix(clean, monkeypatch):
     assert {"task/before/logits", "task/all/logits"} <= failures(clean, "portable")
 
 
-@pytest.mark.parametrize("fault", ["lost", "neighbour"])
+@pytest.mark.parametrize("fault", slow_except(["lost", "neighbour"], "lost"))
 def test_a_row_of_a_mixed_batch(clean, monkeypatch, fault):
     states = model_runner._states
 
