@@ -165,8 +165,8 @@ class SlotState(SpeculativeDecodeState, Protocol):
         """
         ...
 
-    def states(self, row: int, length: int) -> Array:
-        """A copy of the cached keys and values of a row's first tokens, as ``begin`` takes them."""
+    def states(self, row: int, length: int, start: int = 0) -> Array:
+        """A copy of the keys and values of a row's positions ``start`` to ``length``, as ``begin`` takes them."""
         ...
 
 

@@ -145,7 +145,7 @@ class SlotAdmission:
             return
         keys = np.concatenate([row.prefix_positions, np.array(row.run_tokens, np.int64)])
         length = row.prompt.length + len(row.run_tokens)
-        prefixes.add(row.prefix_key, keys, _last(batch.states(index, length), len(keys)))
+        prefixes.add(row.prefix_key, keys, batch.states(index, length, length - len(keys)))
 
     def close(self) -> list[Row]:
         """See ``Admission.close``."""
@@ -234,7 +234,8 @@ class SlotAdmission:
         """Keep a prompt's keys and values for later prompts."""
         if self._runner.prefixes is not None and len(row.prefix_positions) > row.cached_tokens + 1:
             slots: SlotState = state  # type: ignore[assignment]  # what a ``SlotEngine`` starts
-            states = _last(slots.states(index, row.prompt.length), len(row.prefix_positions))
+            length = row.prompt.length
+            states = slots.states(index, length, length - len(row.prefix_positions))
             self._runner.prefixes.add(row.prefix_key, row.prefix_positions, states)
 
     def _collate(self, rows: Sequence[Row]) -> PromptBatch:
@@ -274,11 +275,6 @@ class _Spare:
 def _spare_capacity(length: int) -> int:
     """Positions of a decode state for prompts of about this length: whole passes."""
     return -(-length // PASS_TOKENS) * PASS_TOKENS
-
-
-def _last(states: Array, length: int) -> Array:
-    """Keys and values of the last positions: those after a KV prefix."""
-    return states if states.shape[2] == length else states[:, :, -length:].copy()
 
 
 def by_length(rows: Sequence[Row]) -> list[list[Row]]:

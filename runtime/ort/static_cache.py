@@ -181,8 +181,8 @@ class StaticCacheDecodeState:
         self._logits[rows] = state._logits[:count]
 
     @implements(SlotState)
-    def states(self, row: int, length: int) -> Array:
-        return self._cache[:, row, :, :length].copy()
+    def states(self, row: int, length: int, start: int = 0) -> Array:
+        return self._cache[:, row, :, start:length].copy()
 
     @property
     @implements(DecodeState)
