@@ -275,8 +275,7 @@ class Deployment:
         """
         self._check_open()
         _, mapping = self._inputs.resolve_rows(task, 1)[0]
-        prefix = next(iter(mapping.kv_prefixes(1)), None)
-        return None if prefix is None else prefix.states
+        return None if mapping.kv_prefix is None else mapping.kv_prefix.states
 
     def read_states(self, prompt: str | list[int]) -> Array:
         """Keys and values of a prompt under the base model, shaped as those of ``kv_prefix``.

@@ -214,10 +214,9 @@ class InputProcessor:
 
     def _kv_prefix(self, mapping: AdapterMapping) -> KvPrefix | None:
         """The KV prefix of a task's mapping, checked."""
-        kv_prefix = next(iter(mapping.kv_prefixes(1)), None)
-        if kv_prefix is not None:
-            self._check_kv_prefix(kv_prefix)
-        return kv_prefix
+        if mapping.kv_prefix is not None:
+            self._check_kv_prefix(mapping.kv_prefix)
+        return mapping.kv_prefix
 
     def _limit(self, max_new_tokens: int | None, positions: int) -> int:
         """Most new tokens after a prompt of ``positions``; raises ``RequestError`` if prompt and reply do not fit.

@@ -144,8 +144,7 @@ class ModelRunner:
             adapter = inputs.tasks.adapters(1, self._base.modalities.index("image"))[0]
         images = () if inputs.images is None else inputs.images[0]
         text = prompt_cache_keys(inputs.ids[0], images, adapter[0], self._base.vision)
-        kv_prefix = next(iter(inputs.tasks.kv_prefixes(1)), None)
-        before = "" if kv_prefix is None else kv_prefix.digest
+        before = "" if inputs.tasks.kv_prefix is None else inputs.tasks.kv_prefix.digest
         key = PrefixKey(self._base.fingerprint, *inputs.tasks.adapters(1)[0], before)
         return key, np.concatenate([layout.cache_keys(0), text])
 
@@ -166,10 +165,12 @@ class ModelRunner:
         """The engine of rows with these KV prefixes; raises as ``check_kv_prefix``."""
         digests = {prefix.spec.variant_digest for prefix in kv_prefixes if prefix is not None} - {""}
         if others := digests - {self._variant_digest}:
+            variants = self._manifest.variants.items()
+            names = [name for name, variant in variants if variant_digest(self._manifest, variant) in others]
             raise ContractError(
-                f"the task's KV prefix was computed by the base variant {min(others)}, the open one is "
-                f"{self._variant_digest} ({self._variant.graph}), which computes other numbers: open the deployment "
-                "with that variant, or compute the prefix again with 'adalink export prefix' and --variant"
+                f"the task's KV prefix was computed by the base variant {' or '.join(names) or min(others)}, the open "
+                f"one is {self._variant.graph} ({self._variant_digest}), which computes other numbers: open the "
+                "deployment with that variant, or compute the prefix again with 'adalink export prefix' and --variant"
             )
         if self._base.no_kv_prefix:
             raise ContractError(f"{self._base.name} takes no KV prefix: {self._base.no_kv_prefix}")

@@ -160,6 +160,11 @@ class AdapterMapping:
         return _by_row(self._kv_prefixes, batch)
 
     @property
+    def kv_prefix(self) -> KvPrefix | None:
+        """The KV prefix of a batch of one task."""
+        return next((prefix for rows, prefix in self._kv_prefixes if rows is None), None)
+
+    @property
     def needs_ids(self) -> bool:
         """Whether a task needs token ids; embeddings alone are then not enough."""
         return bool(self._deltas)
