@@ -12,12 +12,13 @@ import numpy as np
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.engine import Backend
+from adalink.runtime.errors import BackendError
 from adalink.runtime.generation.request import Request
 from adalink.runtime.options import OpenOptions
 from adalink.tools.parity.checks.generation import GeneratedRow, Generator, Verdict, check_generation, judge
 from adalink.tools.parity.checks.scheduler import Recorder
 from adalink.tools.parity.reference.model import Reference
-from adalink.tools.parity.report import Check
+from adalink.tools.parity.report import Check, at_most
 
 _TOKENS, _ROUNDS = 8, 2
 _BYTES = 1 << 30
@@ -43,6 +44,7 @@ class CachedRows:
         """
         self._rows: list[tuple[str | None, GeneratedRow]] = []
         self._verdicts: list[Verdict] = []
+        self._failed: list[str] = []
         if not deployment.takes_prefix_cache:
             return
         backend, variant = engine
@@ -56,7 +58,11 @@ class CachedRows:
             for task in [*tasks] * _ROUNDS:
                 recorder = Recorder()
                 request = Request(prompt, task=task, max_new_tokens=_TOKENS, processors=[recorder], draft_tokens=0)
-                result = opened.submit(request).result()
+                try:
+                    result = opened.submit(request).result()
+                except BackendError as error:
+                    self._failed.append(str(error))
+                    continue
                 logits = np.stack(recorder.logits[: len(result.token_ids)])
                 self._rows.append((task, GeneratedRow(prompt, list(result.token_ids), logits, result.text)))
 
@@ -66,6 +72,11 @@ class CachedRows:
 
     def checks(self) -> list[Check]:
         """The checks, once every task's rows were judged."""
-        if not self._verdicts:
+        if not (self._rows or self._failed):
             return []
-        return check_generation("prefix-cache", self._verdicts, "one prompt under every task in turn, from the cache: ")
+        detail = f"rows of one prompt under every task in turn; first error: {(self._failed or ['none'])[0]}"
+        checks = [at_most("prefix-cache/failed-rows", len(self._failed), 0, detail)]
+        if self._verdicts:
+            how = "one prompt under every task in turn, from the cache: "
+            checks += check_generation("prefix-cache", self._verdicts, how)
+        return checks
