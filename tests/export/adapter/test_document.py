@@ -117,6 +117,7 @@ def test_a_text_that_cannot_be_a_task(own: Soft, text: str, name: str, error: ty
     assert read_manifest(own.folder) == before
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_no_text_as_a_task(tmp_path: Path) -> None:
     made = build_soft("bert", tmp_path)
     with pytest.raises(AdaLinkError, match="KV"):

@@ -204,6 +204,7 @@ def test_a_kv_cache_in_8_bits_refuses(llama: Prefixed, tmp_path: Path) -> None:
         deployment.generate(rows(4), tasks="words", max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_a_base_in_half_keeps_the_prefix_in_half(tmp_path: Path) -> None:
     own = build_prefixed("llama", tmp_path, dtype="float16")
     (ids,) = rows(7)
