@@ -21,6 +21,7 @@ from adalink.runtime.engine import Backend
 from adalink.runtime.errors import RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.handle import Handle
+from adalink.runtime.generation.prompt import collate
 from adalink.runtime.generation.request import Request
 from adalink.runtime.generation.sequence import Generation, Stream
 from adalink.runtime.input_processor import InputProcessor
@@ -74,7 +75,15 @@ class Deployment:
         self._reloader = TaskReloader(path, self._tasks, self.variant, full_check=options.full_check)
         self._runner = ModelRunner(path, manifest, self.variant, backend, options)
         self._vision = OpenVision(path, manifest, self.variant, backend, options.image_cache_bytes)
-        self._inputs = InputProcessor(path, manifest, self._tasks, self._vision, self._runner.engine, options.context)
+        self._inputs = InputProcessor(
+            path,
+            manifest,
+            self._tasks,
+            self._vision,
+            self._runner.engine,
+            self._runner.check_kv_prefix,
+            options.context,
+        )
         self._generator = TextGenerator(manifest, self.variant, self._inputs, self._runner, options)
         self._encoder = TextEncoder(manifest.base, self._inputs, self._runner)
         scorer = LabelScorer(manifest.base, self._inputs, self._runner)
@@ -191,6 +200,11 @@ class Deployment:
         return self._runner.engine.profile
 
     @property
+    def takes_prefix_cache(self) -> bool:
+        """Whether it can be opened with ``prefix_cache_bytes``."""
+        return self._runner.slot_engine is not None
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer; raises ``RequestError`` if the deployment has none."""
         return self._inputs.tokenizer
@@ -252,6 +266,33 @@ class Deployment:
         self._check_open()
         inputs = self._inputs.process_arrays(input_ids, inputs_embeds, modality, tasks, images)
         return self._runner.engine.embedder.read(self._runner.input_embeddings(inputs))
+
+    def kv_prefix(self, task: str) -> Array | None:
+        """Keys and values with which rows of a task begin; ``None`` for a task without a KV prefix.
+
+        Their shape is ``(2 * layers, kv_heads, n, head_dim)``: key and value of each layer in turn. Do not write to
+        them. Raises ``UnknownTaskError``.
+        """
+        self._check_open()
+        _, mapping = self._inputs.resolve_rows(task, 1)[0]
+        return None if mapping.kv_prefix is None else mapping.kv_prefix.states
+
+    def read_states(self, prompt: str | list[int]) -> Array:
+        """Keys and values of a prompt under the base model, shaped as those of ``kv_prefix``.
+
+        Args:
+            prompt: a text, or token ids.
+
+        Raises:
+            RequestError: the prompt is too long, or has no tokens.
+            ContractError: the base takes no KV prefix, for which these are.
+            BackendError: the engine refused, or takes none.
+        """
+        self._check_open()
+        prompts = self._inputs.process_prompts([prompt], None, None, chat=False, max_new_tokens=1)
+        return self._runner.read_states(
+            collate(prompts, self.manifest.base.pad_token_id, self._runner.engine.padding_side)
+        )
 
     @property
     def text_encoder(self) -> TextEncoder:

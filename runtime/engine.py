@@ -6,7 +6,7 @@ implements these protocols and changes no caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -133,11 +133,11 @@ class SlotState(SpeculativeDecodeState, Protocol):
     """A decode state that new rows join between two steps (continuous batching)."""
 
     def begin(self, states: Array | None) -> None:
-        """Append a row without tokens, or after a cached prefix.
+        """Append a row without tokens, or after a KV prefix or cached states.
 
         Args:
-            states: keys and values of the row's first ``n`` tokens, shape ``(2 * layers, kv_heads, n, head_dim)``, as
-                ``states`` returns them; or ``None``.
+            states: keys and values of the row's first ``n`` positions, shape
+                ``(2 * layers, kv_heads, n, head_dim)``, as ``states`` returns them; or ``None``.
 
         Raises:
             RequestError: there is no memory for it.
@@ -149,8 +149,8 @@ class SlotState(SpeculativeDecodeState, Protocol):
 
         Args:
             feeds: the whole prompt, as for ``Engine.start``, a batch of one row.
-            start: positions that the row has already.
-            stop: positions that it has afterwards.
+            start: positions of it that the row has already; a KV prefix is before them.
+            stop: positions of it that the row has afterwards.
 
         Raises:
             BackendError: the engine refused.
@@ -165,8 +165,8 @@ class SlotState(SpeculativeDecodeState, Protocol):
         """
         ...
 
-    def states(self, row: int, length: int) -> Array:
-        """A copy of the cached keys and values of a row's first tokens, as ``begin`` takes them."""
+    def states(self, row: int, length: int, start: int = 0) -> Array:
+        """A copy of the keys and values of a row's positions ``start`` to ``length``, as ``begin`` takes them."""
         ...
 
 
@@ -184,6 +184,36 @@ class SlotEngine(Protocol):
         Raises:
             RequestError: there is no memory for the KV cache.
         """
+        ...
+
+
+@runtime_checkable
+class KvPrefixEngine(Protocol):
+    """An engine whose rows can begin with given keys and values, without any change to its graph.
+
+    Positions of a row's tokens count on from its KV prefix, and nothing stands between the two.
+    """
+
+    def run_after(self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, EngineInput]) -> Array:
+        """As ``Engine.run``.
+
+        Args:
+            kv_prefixes: keys and values before each row's first token, as ``SlotState.begin`` takes them.
+            feeds: as for ``Engine.run``, without ``position_ids``.
+
+        Raises:
+            BackendError: the engine refused.
+        """
+        ...
+
+    def start_after(
+        self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, EngineInput], max_new_tokens: int
+    ) -> DecodeState:
+        """As ``Engine.start``; arguments and errors as of ``run_after``."""
+        ...
+
+    def read_states(self, feeds: Mapping[str, EngineInput]) -> Array:
+        """Keys and values of one row of tokens, as ``SlotState.begin`` takes them; raises as ``Engine.start``."""
         ...
 
 

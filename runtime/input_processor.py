@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from adalink.runtime.request import (
 from adalink.runtime.storage.integrity import read_verified
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping
+from adalink.runtime.tasks.kv_prefix import KvPrefix
 from adalink.runtime.tasks.registry import TaskRegistry
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.text.messages import ChatOptions, Messages, as_options, images_of, split_batch
@@ -49,9 +51,21 @@ class InputProcessor:
         tasks: TaskRegistry,
         vision: OpenVision,
         engine: Engine,
+        check_kv_prefix: Callable[[KvPrefix], None],
         context: int | None = None,
     ) -> None:
-        """``engine`` takes the batches; ``context`` is the most positions of a prompt and its reply."""
+        """Prepare.
+
+        Args:
+            path: the deployment.
+            manifest: its manifest.
+            tasks: its tasks.
+            vision: its vision tower.
+            engine: takes the batches.
+            check_kv_prefix: raises an error for a KV prefix that the engine cannot take.
+            context: most positions of a prompt and its reply.
+        """
+        self._check_kv_prefix = check_kv_prefix
         self._path, self._manifest, self._base = path, manifest, manifest.base
         self._tasks, self._vision, self._padding_side = tasks, vision, engine.padding_side
         self._capacity = None if engine.profile is None else engine.profile.capacity
@@ -105,21 +119,26 @@ class InputProcessor:
         texts = check_prompts(prompts, base)
         row_tasks = self._tasks.resolve_rows(tasks, len(texts))
         row_images = check_images(images, len(texts), base)
-        tokens = [self._tokenize(text, chat, len(row)) for text, row in zip(texts, row_images, strict=True)]
+        kv_prefixes = [self._kv_prefix(mapping) for _, mapping in row_tasks]
+        tokens = [
+            self._tokenize(text, chat, len(row), kv_prefix)
+            for text, row, kv_prefix in zip(texts, row_images, kv_prefixes, strict=True)
+        ]
         prepared = self._vision.prepare(row_images) if any(row_images) else [[] for _ in texts]
         tokens = [expand(prompt, prepared[row], row, base) for row, prompt in enumerate(tokens)]
         lengths, limits = [], []
-        for index, (prompt, (_, mapping)) in enumerate(zip(tokens, row_tasks, strict=True)):
+        for index, (prompt, (_, mapping), kv_prefix) in enumerate(zip(tokens, row_tasks, kv_prefixes, strict=True)):
             if not prompt:
                 raise RequestError(f"prompt {index} has no tokens: give it some text")
             check_input_ids([prompt], base)
             lengths.append(sum(len(vectors.vectors) for vectors in mapping.soft_prompts(1) if vectors is not None))
-            limits.append(self._limit(max_new_tokens, lengths[-1] + len(prompt)))
+            before = lengths[-1] + (0 if kv_prefix is None else len(kv_prefix))
+            limits.append(self._limit(max_new_tokens, before + len(prompt)))
         embeds = self._vision.embed(prepared) if encode_images and any(row_images) else [[] for _ in tokens]
         return [
-            Prompt(prompt, task, mapping, row_embeds, length, limit)
-            for prompt, (task, mapping), row_embeds, length, limit in zip(
-                tokens, row_tasks, embeds, lengths, limits, strict=True
+            Prompt(prompt, task, mapping, row_embeds, length, limit, kv_prefix)
+            for prompt, (task, mapping), row_embeds, length, limit, kv_prefix in zip(
+                tokens, row_tasks, embeds, lengths, limits, kv_prefixes, strict=True
             )
         ]
 
@@ -183,11 +202,21 @@ class InputProcessor:
         return self._tasks.resolve_rows(tasks, batch)
 
     def lay_out(self, inputs: BatchInputs, attention_mask: npt.ArrayLike | None) -> SoftPromptLayout:
-        """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long."""
+        """Layout of a batch with its soft prompts; raises ``RequestError`` if it is too long, and as ``generate``."""
         mask = check_mask(attention_mask, inputs.shape)
         layout = SoftPromptLayout(mask, inputs.tasks.soft_prompts(len(mask)), self._padding_side)
         check_length(layout.mask.shape[1], self._base)
+        for row, kv_prefix in enumerate(inputs.tasks.kv_prefixes(len(mask))):
+            if kv_prefix is not None:
+                self._check_kv_prefix(kv_prefix)
+                check_length(len(kv_prefix) + int(layout.mask[row].sum()), self._base)
         return layout
+
+    def _kv_prefix(self, mapping: AdapterMapping) -> KvPrefix | None:
+        """The KV prefix of a task's mapping, checked."""
+        if mapping.kv_prefix is not None:
+            self._check_kv_prefix(mapping.kv_prefix)
+        return mapping.kv_prefix
 
     def _limit(self, max_new_tokens: int | None, positions: int) -> int:
         """Most new tokens after a prompt of ``positions``; raises ``RequestError`` if prompt and reply do not fit.
@@ -212,11 +241,15 @@ class InputProcessor:
             )
         return limit
 
-    def _tokenize(self, prompt: str | list[int], chat: bool | ChatOptions, images: int) -> list[int]:
-        """Token ids of a checked prompt; ``images`` is its number of images."""
+    def _tokenize(
+        self, prompt: str | list[int], chat: bool | ChatOptions, images: int, kv_prefix: KvPrefix | None
+    ) -> list[int]:
+        """Token ids of a checked prompt; ``images`` is its number of images, ``kv_prefix`` what it follows."""
         if isinstance(prompt, str):
             if options := as_options(chat):
                 return self.tokenizer.encode_chat(prompt, options)
+            if kv_prefix is not None and kv_prefix.spec.continues_text:
+                return self.tokenizer.encode_plain(prompt)
             return self.tokenizer.encode(prompt, images)
         if chat:
             raise RequestError("chat is for texts: put the template's tokens into the prompt, or pass a text")

@@ -83,7 +83,8 @@ class LabelScorer:
         alike: dict[int, Prompt] = {}
         for row in rows:
             if id(row.prompt.tasks) not in alike:
-                ids = self._inputs.process_prompts([neutral], None, None, chat=False, max_new_tokens=1)[0].token_ids
+                task = row.prompt.task
+                ids = self._inputs.process_prompts([neutral], None, task, chat=False, max_new_tokens=1)[0].token_ids
                 alike[id(row.prompt.tasks)] = replace(row.prompt, token_ids=ids)
                 self._check_room(alike[id(row.prompt.tasks)], row.targets)
         return [replace(row, neutral=alike[id(row.prompt.tasks)]) for row in rows]

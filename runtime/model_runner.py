@@ -10,8 +10,16 @@ import numpy.typing as npt
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.batch_inputs import BatchInputs
-from adalink.runtime.engine import Backend, DecodeState, Engine, EngineInput, InputEmbedder, SlotEngine
-from adalink.runtime.errors import RequestError
+from adalink.runtime.engine import (
+    Backend,
+    DecodeState,
+    Engine,
+    EngineInput,
+    InputEmbedder,
+    KvPrefixEngine,
+    SlotEngine,
+)
+from adalink.runtime.errors import BackendError, ContractError, RequestError
 from adalink.runtime.finite import check_outputs
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.generation.prompt import PromptBatch
@@ -21,9 +29,10 @@ from adalink.runtime.request import check_input_ids, check_length
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import locate
 from adalink.runtime.storage.manifest import Manifest, Variant
-from adalink.runtime.storage.variants import choose_graph
+from adalink.runtime.storage.variants import choose_graph, variant_digest
 from adalink.runtime.storage.vision_base import vision_base
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER
+from adalink.runtime.tasks.kv_prefix import KvPrefix
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.vision.mrope import grid_positions
 from adalink.runtime.vision.placeholders import merge, prompt_cache_keys
@@ -44,6 +53,7 @@ class ModelRunner:
         """Open the engines; arguments and errors are those of ``Deployment``."""
         self._path, self._manifest, self._variant = path, manifest, variant
         self._base = manifest.base
+        self._variant_digest = variant_digest(manifest, variant)
         self._builds = 0
         self._table = open_table(locate(path, self._base.embeddings), self._base)
         self.engine = self._build(backend, choose_graph(manifest, variant, options.kv_cache_dtype), "base")
@@ -52,6 +62,11 @@ class ModelRunner:
         # A prompt that attends in both directions is read at once.
         if self._decoder is None and isinstance(self.engine, SlotEngine) and not self._base.bidirectional_prompt:
             self.slot_engine = self.engine
+        # Keys and values of another dtype than the base's would have to be rounded first.
+        has_own_dtype = options.kv_cache_dtype in (None, self._base.embedding_dtype)
+        self._kv_prefix_engine: KvPrefixEngine | None = None
+        if not self._base.no_kv_prefix and has_own_dtype and isinstance(self.engine, KvPrefixEngine):
+            self._kv_prefix_engine = self.engine
         prefix_cache_bytes = options.prefix_cache_bytes
         self.prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
         if self.prefixes is not None and self.slot_engine is None:
@@ -72,7 +87,11 @@ class ModelRunner:
         """Forward pass over whole sequences with their soft prompts; see ``Deployment.run``."""
         if decoder_input_ids is not None and self._decoder is None:
             raise RequestError(f"decoder_input_ids is for encoder-decoders; {self._base.name} is none: leave it out")
-        output = self.engine.run(self.feeds(inputs, layout))
+        kv_prefixes = inputs.tasks.kv_prefixes(len(layout.mask))
+        feeds = self.feeds(inputs, layout)
+        output = (
+            self._after(kv_prefixes).run_after(_states(kv_prefixes), feeds) if kv_prefixes else self.engine.run(feeds)
+        )
         if self._base.kind == "decoder":
             return {"logits": layout.strip(output)}
         result = {"last_hidden_state": layout.strip(output)}
@@ -106,6 +125,9 @@ class ModelRunner:
         """
         feeds, layout = self.feeds(batch.inputs, batch.layout), batch.layout
         if self._decoder is None:
+            kv_prefixes = batch.inputs.tasks.kv_prefixes(len(layout.mask))
+            if kv_prefixes:
+                return self._after(kv_prefixes).start_after(_states(kv_prefixes), feeds, max_new_tokens)
             return self.engine.start(feeds, max_new_tokens)
         first = np.full((len(layout.mask), 1), self._base.decoder_start_token_id, np.int64)
         states = {"last_hidden_state": self.engine.run(feeds)}
@@ -122,8 +144,42 @@ class ModelRunner:
             adapter = inputs.tasks.adapters(1, self._base.modalities.index("image"))[0]
         images = () if inputs.images is None else inputs.images[0]
         text = prompt_cache_keys(inputs.ids[0], images, adapter[0], self._base.vision)
-        key = PrefixKey(self._base.fingerprint, *inputs.tasks.adapters(1)[0])
+        before = "" if inputs.tasks.kv_prefix is None else inputs.tasks.kv_prefix.digest
+        key = PrefixKey(self._base.fingerprint, *inputs.tasks.adapters(1)[0], before)
         return key, np.concatenate([layout.cache_keys(0), text])
+
+    def check_kv_prefix(self, kv_prefix: KvPrefix) -> None:
+        """Check that the engine can begin rows with a KV prefix.
+
+        Raises:
+            BackendError: this engine, or a KV cache of this dtype, takes none.
+            ContractError: it was computed by another variant, or the base takes none.
+        """
+        self._after([kv_prefix])
+
+    def read_states(self, batch: PromptBatch) -> Array:
+        """Keys and values of a batch of one prompt; see ``KvPrefixEngine.read_states``."""
+        return self._after([]).read_states(self.feeds(batch.inputs, batch.layout))
+
+    def _after(self, kv_prefixes: Sequence[KvPrefix | None]) -> KvPrefixEngine:
+        """The engine of rows with these KV prefixes; raises as ``check_kv_prefix``."""
+        digests = {prefix.spec.variant_digest for prefix in kv_prefixes if prefix is not None} - {""}
+        if others := digests - {self._variant_digest}:
+            variants = self._manifest.variants.items()
+            names = [name for name, variant in variants if variant_digest(self._manifest, variant) in others]
+            raise ContractError(
+                f"the task's KV prefix was computed by the base variant {' or '.join(names) or min(others)}, the open "
+                f"one is {self._variant.graph} ({self._variant_digest}), which computes other numbers: open the "
+                "deployment with that variant, or compute the prefix again with 'adalink export prefix' and --variant"
+            )
+        if self._base.no_kv_prefix:
+            raise ContractError(f"{self._base.name} takes no KV prefix: {self._base.no_kv_prefix}")
+        if self._kv_prefix_engine is None:
+            raise BackendError(
+                f"a KV prefix was asked for, and {self._variant.graph} on this backend begins every row with an empty "
+                "KV cache: open the deployment with the backend onnxruntime-cpu, and without kv_cache_dtype"
+            )
+        return self._kv_prefix_engine
 
     def receipt(self, manifest: Manifest, tasks: Mapping[str, Sequence[str]]) -> Receipt:
         """See ``Deployment.receipt``.
@@ -183,6 +239,10 @@ class ModelRunner:
             raise RequestError(f"decoder_input_ids has {len(ids)} rows, the encoder's input {len(states)}")
         check_length(ids.shape[1], self._base)
         return decoder.run(_decoder_feeds(decoder, ids, states, mask))
+
+
+def _states(kv_prefixes: Sequence[KvPrefix | None]) -> list[Array | None]:
+    return [None if prefix is None else prefix.states for prefix in kv_prefixes]
 
 
 def _decoder_feeds(decoder: Engine, ids: Array, states: Array, mask: Array) -> dict[str, EngineInput]:

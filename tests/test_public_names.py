@@ -21,7 +21,7 @@ PUBLIC = {
         *("AdaLinkConfig", "HeadSettings", "TrainSettings", "attach", "load_adapter", "save_adapter", "train"),
     },
     "adalink.serving": {"ServeOptions", "make_app", "serve"},
-    "adalink.export": {"export_adapter", "export_base", "export_engine"},
+    "adalink.export": {"export_adapter", "export_base", "export_engine", "export_prefix"},
 }
 HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "optimum", "tokenizers"}
 

@@ -110,6 +110,8 @@ class _ModelBase:
     embedding_dtype = "float32"
     modalities = None
     takes_soft_prompts = True
+    cache = None
+    no_kv_prefix = "PyTorch models of adalink.training take none: use it in a deployment"
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.name = f"this {type(model).__name__}"

@@ -33,6 +33,7 @@ from adalink.runtime.storage.manifest import Base, Fold, Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
+from adalink.runtime.storage.variants import variant_digest
 from adalink.runtime.storage.verification_cache import verify_once
 
 GRAPH_FILE, HEAD_FILE = "adapter.onnx", "head.onnx"
@@ -78,7 +79,7 @@ def export_adapter(
 
 
 def export_adapters(
-    adapter_folders: Mapping[str, str | Path],
+    adapter_folders: Mapping[str, str | Path | Adapter],
     out: str | Path,
     *,
     dtype: str | None = None,
@@ -90,7 +91,7 @@ def export_adapters(
     """Add many adapters to a deployment in one change: all of them or none.
 
     Args:
-        adapter_folders: adapter folder of each task, by the task's name.
+        adapter_folders: adapter folder of each task, by the task's name; or the adapter itself.
         out: the deployment.
         dtype: see ``export_adapter``.
         replace: likewise.
@@ -108,18 +109,20 @@ def export_adapters(
         tasks = dict(writer.manifest.tasks)
         for done, (task, folder) in enumerate(adapter_folders.items()):
             progress(done, task)
-            adapter = _read(folder, writer.manifest.base, assume_base)
+            origin = f"task {task}" if isinstance(folder, Adapter) else f"adapter {folder}"
+            adapter = folder if isinstance(folder, Adapter) else _read(folder, writer.manifest.base, assume_base)
             digest = deployed_tokenizer_digest(writer.folder, writer.manifest)
             check_adapter(
                 adapter,
                 writer.manifest.base,
-                f"adapter {folder}",
+                origin,
                 holder=f"deployment {out}",
                 tokenizer_digest=digest,
             )
-            _check_dtype(writer.manifest.base, dtype, f"adapter {folder}", out)
+            _check_dtype(writer.manifest.base, dtype, origin, out)
+            _check_variant(writer.manifest, adapter, origin, out)
             if fold is not None:
-                check_foldable(fold, adapter, origin=f"adapter {folder}")
+                check_foldable(fold, adapter, origin=origin)
             if task in tasks and not replace:
                 raise DeploymentError(
                     f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
@@ -201,4 +204,16 @@ def _check_dtype(base: Base, dtype: str | None, origin: str, folder: str | Path)
         raise ContractError(
             f"{origin}: a task graph of {dtype} was asked for, the base of {folder} takes {base.embedding_dtype}: "
             "leave the dtype out, or export the base in that dtype into another folder"
+        )
+
+
+def _check_variant(manifest: Manifest, adapter: Adapter, origin: str, folder: str | Path) -> None:
+    """A KV prefix that a variant computed belongs to it; raises ``ContractError``."""
+    prefix = adapter.config.kv_prefix
+    digests = {name: variant_digest(manifest, variant) for name, variant in manifest.variants.items()}
+    if prefix is not None and prefix.variant_digest and prefix.variant_digest not in digests.values():
+        raise ContractError(
+            f"{origin}: its KV prefix was computed by the base variant {prefix.variant_digest}, and {folder} has only "
+            f"{', '.join(f'{name} ({digest})' for name, digest in sorted(digests.items()))}: compute it there, with "
+            "'adalink export prefix'"
         )

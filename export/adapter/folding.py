@@ -42,8 +42,7 @@ def check_foldable(fold: str, adapter: Adapter, origin: str) -> None:
             "whose inputs are the rows of the embedding table; export it without --fold"
         )
     if adapter.config.input == "ids" or not adapter.config.rank:
-        alone = "is a soft prompt alone" if adapter.config.soft_tokens else "is a head alone"
-        what = "looks token ids up" if adapter.config.rank else alone
+        what = "looks token ids up" if adapter.config.rank else "has no bottleneck"
         raise ConfigError(f"{origin} {what}: there is nothing to compute ahead; export it without --fold")
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapter folders: methods that act on the input alone become adapters of this kit.
+"""PEFT adapter folders: methods that act on the input, or on the initial KV cache, become adapters of this kit.
 
 The format is that of PEFT 0.21. A folder that PEFT wrote holds the name of its base, not a fingerprint, so the caller
 vouches for the base.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,17 +29,16 @@ from adalink.runtime.storage.adapter import (
 )
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.digest import fingerprint_embeddings
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME, KvPrefixSpec
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.mmap import Bytes
-from adalink.runtime.storage.safetensors import read_metadata
+from adalink.runtime.storage.safetensors import raw_tensors, read_metadata
 
 # Of the texts beside the tensors: which base a folder is for, where this kit has written it.
 FINGERPRINT_KEY = "adalink_base_fingerprint"
-_ACCEPTED = "PROMPT_TUNING, P_TUNING, and LORA of the input embedding alone"
-# Why a method cannot be served from the input alone.
+_ACCEPTED = "PROMPT_TUNING, P_TUNING, CPT, PREFIX_TUNING, CARTRIDGE, and LORA of the input embedding alone"
+# Why a method cannot be served from the input and the initial KV cache.
 _REASONS = {
-    "PREFIX_TUNING": "it puts keys and values before the text in every layer's cache",
-    "CARTRIDGE": "it puts keys and values before the text in every layer's cache",
     "ADAPTION_PROMPT": "it adds prompts to the attention of inner layers",
     "MULTITASK_PROMPT_TUNING": "its prompt depends on a number given with each call",
     "IA3": "it scales activations inside every layer",
@@ -61,6 +61,12 @@ _PROMPT_NEUTRAL = _NEUTRAL | {
     *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"),
     *("encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"),
 }
+# Of CPT, what its loss and its training ask of the prompt's tokens: the vectors stand before the text like any other.
+_CPT_NEUTRAL = _PROMPT_NEUTRAL | {
+    *("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type", "opt_loss_decay_factor"),
+    *("opt_projection_epsilon", "opt_projection_format_epsilon"),
+}
+_KV_PREFIX_NEUTRAL = _PROMPT_NEUTRAL | {"prefix_projection", "init_weights", "num_frozen_tokens"}
 _LORA_NEUTRAL = _NEUTRAL | {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out"),
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"),
@@ -82,19 +88,23 @@ def convert_peft(config_bytes: bytes, weights_bytes: Bytes, base: Base, origin: 
         assume_base: accept it as trained for this base.
 
     Raises:
-        AdapterError: the method acts on more than the input, or the folder does not fit its method.
-        ContractError: its width or vocabulary is another base's, or nobody vouches for the base.
+        AdapterError: the method acts on more than that, or the folder does not fit its method.
+        ContractError: its width, vocabulary or KV cache is another base's, or nobody vouches for the base.
     """
     peft_type, fields = read_method(config_bytes, origin), _read_fields(config_bytes, origin)
     readers: dict[str, Callable[[_Folder], tuple[dict[str, Any], Weights]]] = {
         "PROMPT_TUNING": _soft_prompt,
         "P_TUNING": _soft_prompt,
+        "CPT": partial(_soft_prompt, neutral=_CPT_NEUTRAL),
+        "PREFIX_TUNING": _kv_prefix,
+        "CARTRIDGE": _kv_prefix,
         "LORA": _lora,
     }
     if peft_type not in readers:
-        reason = _REASONS.get(peft_type, "this kit knows no way to serve it from the input alone")
+        reason = _REASONS.get(peft_type, "this kit knows no way to serve it from the input")
         raise AdapterError(f"{origin}: {peft_type} cannot be exported: {reason}; of PEFT's methods {_ACCEPTED} can")
     folder = _Folder(origin, fields, decode_tensors(weights_bytes, origin), base)
+    folder.halves = {name for name, tensor in raw_tensors(weights_bytes).items() if tensor.dtype == np.float16}
     _check_fingerprint(folder, read_metadata(weights_bytes))
     settings, weights = readers[peft_type](folder)
     if not (assume_base or folder.shows_base):
@@ -136,11 +146,13 @@ class _Folder:
         tensors: its weights, float32 by name.
         base: the contract of the deployment.
         shows_base: whether it holds the base's fingerprint, or its embedding matrix.
+        halves: names of the tensors that it holds in float16.
     """
 
     def __init__(self, origin: str, fields: Mapping[str, Any], tensors: Weights, base: Base) -> None:
         self.origin, self.fields, self.tensors, self.base = origin, fields, tensors, base
         self.shows_base = False
+        self.halves: set[str] = set()
 
     def number(self, name: str) -> float:
         """A positive number of the config; raises ``AdapterError``."""
@@ -179,12 +191,20 @@ def _check_fingerprint(folder: _Folder, metadata: Mapping[str, str]) -> None:
     folder.shows_base = fingerprint is not None
 
 
-def _soft_prompt(folder: _Folder) -> tuple[dict[str, Any], Weights]:
-    """Prompt tuning and P-tuning: PEFT saves the vectors that its encoder computed.
+def _soft_prompt(folder: _Folder, neutral: set[str] = _PROMPT_NEUTRAL) -> tuple[dict[str, Any], Weights]:
+    """Prompt tuning, P-tuning and CPT: PEFT saves the vectors that its encoder computed.
 
     It prepends them as they are: a model that scales its embeddings does not scale these.
     """
-    folder.demand_neutral(_PROMPT_NEUTRAL)
+    folder.demand_neutral(neutral)
+    count = _check_prompt_embeddings(folder)
+    what = f"num_virtual_tokens {count}, hidden_size {folder.base.hidden_size}"
+    vectors = folder.demand_shape("prompt_embeddings", (count, folder.base.hidden_size), what)
+    return {"rank": 0, "soft_tokens": count}, {SOFT_PROMPT_NAME: vectors}
+
+
+def _check_prompt_embeddings(folder: _Folder) -> int:
+    """Check that a folder holds one prompt and nothing else; returns its number of tokens."""
     submodules = folder.fields.get("num_transformer_submodules")
     if submodules not in (1, None):
         raise AdapterError(
@@ -196,10 +216,36 @@ def _soft_prompt(folder: _Folder) -> tuple[dict[str, Any], Weights]:
             f"{folder.origin}: it holds {sorted(folder.tensors)}, expected 'prompt_embeddings' alone: what was trained "
             "beside the prompt is no part of an engine's input"
         )
-    count = int(folder.number("num_virtual_tokens"))
-    what = f"num_virtual_tokens {count}, hidden_size {folder.base.hidden_size}"
-    vectors = folder.demand_shape("prompt_embeddings", (count, folder.base.hidden_size), what)
-    return {"rank": 0, "soft_tokens": count}, {SOFT_PROMPT_NAME: vectors}
+    return int(folder.number("num_virtual_tokens"))
+
+
+def _kv_prefix(folder: _Folder) -> tuple[dict[str, Any], Weights]:
+    """Prefix tuning, with a projection or without, and cartridges: PEFT saves the keys and values of each token.
+
+    A row holds, for each layer, its key and then its value, head after head.
+    """
+    origin, base = folder.origin, folder.base
+    folder.demand_neutral(_KV_PREFIX_NEUTRAL)
+    if base.no_kv_prefix or base.cache is None:
+        raise ContractError(f"{origin} is a KV prefix, and {base.name} takes none: {base.no_kv_prefix}")
+    count, cache = _check_prompt_embeddings(folder), base.cache
+    expected = {
+        "num_layers": cache.layers,
+        "num_attention_heads": cache.kv_heads,
+        "token_dim": cache.kv_heads * cache.head_dim,
+    }
+    # As many numbers a token may be other heads: PEFT's own fields say which.
+    for name, value in expected.items():
+        if folder.fields.get(name) != value:
+            raise ContractError(
+                f"{origin}: {name} is {folder.fields.get(name)!r}, the KV cache of {base.name} asks for {value} "
+                f"({cache.layers} layers, {cache.kv_heads} heads of {cache.head_dim}): it was trained for another base"
+            )
+    what = f"num_virtual_tokens {count}, 2 * {cache.layers} layers * token_dim {expected['token_dim']}"
+    rows = folder.demand_shape("prompt_embeddings", (count, 2 * cache.layers * expected["token_dim"]), what)
+    states = rows.reshape(count, cache.layers, 2, cache.kv_heads, cache.head_dim).transpose(1, 2, 3, 0, 4)
+    dtype = "float16" if "prompt_embeddings" in folder.halves else "float32"
+    return {"rank": 0, "kv_prefix": KvPrefixSpec(tokens=count, dtype=dtype)}, {KV_PREFIX_NAME: states}
 
 
 def _lora(folder: _Folder) -> tuple[dict[str, Any], Weights]:

@@ -15,6 +15,7 @@ from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapte
 from adalink.runtime.storage.adapter_spec import settings_at_default, settings_of, show_setting
 from adalink.runtime.storage.compressed_weights import by_dimension, is_compressed
 from adalink.runtime.storage.head_spec import HEAD_BIAS, HEAD_WEIGHT
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 from adalink.runtime.storage.quantized_rows import quantize_rows
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 IDS_NAME = "input_ids"
 _LOOKED_UP = (SOFT_PROMPT_NAME, TABLE_NAME)
-_BEHIND_THE_BASE = (HEAD_WEIGHT, HEAD_BIAS)
+# What does not act on the base's input embeddings.
+_NOT_AT_THE_INPUT = (HEAD_WEIGHT, HEAD_BIAS, KV_PREFIX_NAME)
 
 
 def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto:
@@ -57,7 +59,7 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
         if config.weight_dtype != "float32" and is_compressed(name):
             initializers += _codes(name, weight, config.weight_dtype)
             nodes += _dequantize_nodes(name)
-        elif name not in _BEHIND_THE_BASE:
+        elif name not in _NOT_AT_THE_INPUT:
             value = np.ascontiguousarray(weight if name in _LOOKED_UP else weight.T)
             initializers.append(onnx.numpy_helper.from_array(value, name))
     if dtype != "float32" and modalities:
@@ -94,7 +96,7 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
         nodes += _soft_prompt_nodes(result, dtype)
         initializers.append(onnx.numpy_helper.from_array(np.array([1, 1], np.int64), "soft.ones"))
         shape = ["batch", "total", config.hidden_size]
-    if not nodes:  # a head alone
+    if not nodes:  # a head or a KV prefix alone
         nodes.append(helper.make_node("Identity", [INPUT_NAME], [OUTPUT_NAME]))
     nodes[-1].output[0] = OUTPUT_NAME
     graph = helper.make_graph(

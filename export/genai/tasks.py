@@ -31,6 +31,8 @@ def check_task(adapter: Adapter, origin: str) -> None:
         reason = (
             f"it has a soft prompt of {config.soft_tokens} positions, and a generator counts positions by its tokens"
         )
+    elif config.kv_prefix is not None:
+        reason = "it has a KV prefix, and a generator begins with an empty cache"
     elif config.scope != "all":
         reason = f"its scope is {config.scope!r}, and the graph cannot tell prompts from new tokens"
     elif config.input != "embeddings":

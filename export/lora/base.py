@@ -14,6 +14,7 @@ from adalink.export.architectures import ARCHITECTURES, architecture_of, embeddi
 from adalink.runtime.storage.contract import AdapterBase
 from adalink.runtime.storage.embedding_table import open_table
 from adalink.runtime.storage.integrity import verify_files
+from adalink.runtime.storage.manifest import Cache
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.safetensors import as_float32
 from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
@@ -71,6 +72,8 @@ class _Checkpoint:
     max_positions: int | None = None
     modalities: tuple[str, ...] | None = None
     takes_soft_prompts: bool = True
+    cache: Cache | None = None
+    no_kv_prefix: str = "a LoRA has none"
 
 
 def base_of_deployment(folder: Path) -> LoraBase:

@@ -112,6 +112,7 @@ def check_lora(adapter: Adapter, kind: str, origin: str) -> None:
         "its base is an encoder-decoder, whose decoder has the same embeddings": kind == "encoder-decoder",
         "its head acts on hidden states, behind the model": config.head is not None,
         "its soft prompt is no token, and a LoRA changes embeddings of tokens": config.soft_tokens > 0,
+        "its KV prefix stands in the cache, and a LoRA changes embeddings of tokens": config.kv_prefix is not None,
         f"it adapts {', '.join(config.modalities)}, and a LoRA changes text alone": config.modalities != ("text",),
         'its scope is "prompt", and a LoRA changes generated tokens too': config.scope == "prompt",
     }

@@ -123,10 +123,13 @@ class SlotAdmission:
             row = waiting.take()
             if row is None:
                 break
-            if row.prompt.length <= min(PASS_TOKENS, max(left, STEP_TOKENS)) and not self._begins_in_cache(row):
+            is_short = row.prompt.read_length <= min(PASS_TOKENS, max(left, STEP_TOKENS))
+            is_free = self._reading is None
+            # Looked up for long prompts too, but not while one waits for another to be read.
+            if (is_short or is_free) and not self._begins_in_cache(row) and is_short:
                 together.append(row)
-                left -= row.prompt.length
-            elif self._reading is None:
+                left -= row.prompt.read_length
+            elif is_free:
                 self._reading = self._begin(row, batch)
                 left -= self._read_on(batch, left)
             else:
@@ -141,7 +144,8 @@ class SlotAdmission:
         if prefixes is None or row.handle.is_failed or not row.run_tokens or row.prefix_key.scope == "prompt":
             return
         keys = np.concatenate([row.prefix_positions, np.array(row.run_tokens, np.int64)])
-        prefixes.add(row.prefix_key, keys, batch.states(index, len(keys)))
+        length = row.prompt.length + len(row.run_tokens)
+        prefixes.add(row.prefix_key, keys, batch.states(index, length, length - len(keys)))
 
     def close(self) -> list[Row]:
         """See ``Admission.close``."""
@@ -149,20 +153,20 @@ class SlotAdmission:
         return [] if reading is None else [reading.row]
 
     def _begins_in_cache(self, row: Row) -> bool:
-        """Whether the prefix cache knows the prompt's beginning; notes what it knows."""
-        prefixes = self._runner.prefixes
+        """Whether keys and values come before what is read: a KV prefix, or what the prefix cache knows; notes that."""
+        has_kv_prefix, prefixes = row.prompt.kv_prefix is not None, self._runner.prefixes
         if prefixes is None:
-            return False
+            return has_kv_prefix
         row.prefix_key, row.prefix_positions = self._runner.prefix_key(self._collate([row]))
         row.prefix = prefixes.find(row.prefix_key, row.prefix_positions)
-        return row.prefix is not None
+        return has_kv_prefix or row.prefix is not None
 
     def _begin(self, row: Row, batch: RunningBatch) -> _Reading | None:
         """Begin to read a prompt by itself; ``None`` if it cannot be read."""
         try:
             collated = self._collate([row])
             state = self._open_one(row, batch)
-            state.begin(row.prefix)
+            state.begin(row.initial_states)
             done = 0 if row.prefix is None else row.prefix.shape[2]
             row.cached_tokens, row.prefix = done, None
             return _Reading(row, self._runner.feeds(collated.inputs, collated.layout), state, done)
@@ -187,7 +191,7 @@ class SlotAdmission:
         reading = self._reading
         if reading is None:
             return 0
-        row, length = reading.row, reading.row.prompt.length
+        row, length = reading.row, reading.row.prompt.read_length
         if row.stop_if_over():
             self._reading = None
             return 0
@@ -203,7 +207,7 @@ class SlotAdmission:
                 self._keep_prompt(row, reading.state, 0)
                 if batch.add([row], reading.state):
                     reading.state.drop(0)
-                    self._spare = _Spare(reading.state, _spare_capacity(length))
+                    self._spare = _Spare(reading.state, _spare_capacity(row.prompt.length))
         except Exception as error:
             self._reading = None
             row.fail(error)
@@ -230,7 +234,8 @@ class SlotAdmission:
         """Keep a prompt's keys and values for later prompts."""
         if self._runner.prefixes is not None and len(row.prefix_positions) > row.cached_tokens + 1:
             slots: SlotState = state  # type: ignore[assignment]  # what a ``SlotEngine`` starts
-            states = slots.states(index, len(row.prefix_positions))
+            length = row.prompt.length
+            states = slots.states(index, length, length - len(row.prefix_positions))
             self._runner.prefixes.add(row.prefix_key, row.prefix_positions, states)
 
     def _collate(self, rows: Sequence[Row]) -> PromptBatch:
@@ -245,7 +250,7 @@ class _Reading:
         row: its row.
         feeds: the engine's inputs for the whole prompt.
         state: a decode state with its row alone.
-        done: positions that have been read.
+        done: positions of it that have been read, or were in the prefix cache.
     """
 
     row: Row

@@ -2,7 +2,7 @@
 
 Keys and values of a token depend on the tokens up to it and on their embeddings. A prefix is therefore reused only
 under the same base and adapter. The adapter is identified by its digest, since its name may refer to another adapter
-later.
+later. A task's KV prefix is not stored again with every prompt: prompts begin after it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class PrefixKey:
         base: fingerprint of the base; a cache serves a single variant.
         adapter: digest of the adapter; empty for the base model.
         scope: scope of the adapter.
+        kv_prefix: digest of the adapter whose KV prefix stands before the prompt; empty for none.
     """
 
     base: str
     adapter: str
     scope: str
+    kv_prefix: str = ""
 
 
 class PrefixCache:

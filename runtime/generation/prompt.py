@@ -10,6 +10,7 @@ import numpy as np
 from adalink.runtime.batch_inputs import BatchInputs
 from adalink.runtime.generation.padding import pad
 from adalink.runtime.tasks.adapter_mapping import AdapterMapping, combine
+from adalink.runtime.tasks.kv_prefix import KvPrefix
 from adalink.runtime.tasks.soft_prompt import SoftPromptLayout
 from adalink.runtime.vision.placeholders import ImageEmbeds
 
@@ -25,6 +26,7 @@ class Prompt:
         images: embeddings of its images, in order.
         soft_prompt_tokens: positions of the task's soft prompt before it.
         max_new_tokens: most new tokens.
+        kv_prefix: the task's KV prefix, before the soft prompt; ``None`` without.
     """
 
     token_ids: list[int]
@@ -33,11 +35,17 @@ class Prompt:
     images: Sequence[ImageEmbeds]
     soft_prompt_tokens: int
     max_new_tokens: int
+    kv_prefix: KvPrefix | None = None
+
+    @property
+    def read_length(self) -> int:
+        """Positions that the engine reads: soft prompt and tokens."""
+        return self.soft_prompt_tokens + len(self.token_ids)
 
     @property
     def length(self) -> int:
-        """Positions that it takes in the model."""
-        return self.soft_prompt_tokens + len(self.token_ids)
+        """Positions that it takes in the model: the KV prefix, and those that are read."""
+        return (0 if self.kv_prefix is None else len(self.kv_prefix)) + self.read_length
 
 
 @dataclass(frozen=True, eq=False)

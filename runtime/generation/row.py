@@ -50,7 +50,7 @@ class Row:
         cached_tokens: positions of the prompt that came from the prefix cache.
         prefix_key: base and adapter of its states in the prefix cache, where there is one.
         prefix_positions: key of each position of its prompt there.
-        prefix: states of the beginning of its prompt, if the cache has them.
+        prefix: states of the beginning of its prompt, if the cache has them; they follow a KV prefix.
     """
 
     def __init__(
@@ -110,6 +110,12 @@ class Row:
         if self._lookup is None:
             self._lookup = PromptLookup((*self.prompt.token_ids, *self._chosen), self.options.draft_tokens)
         return self._lookup
+
+    @property
+    def initial_states(self) -> Array | None:
+        """Keys and values with which it begins: its task's KV prefix, and what the prefix cache knows of its prompt."""
+        kv_prefix = self.prompt.kv_prefix
+        return self.prefix if kv_prefix is None else kv_prefix.followed_by(self.prefix)
 
     def choose(self, logits: Array) -> None:
         """Choose the next token; the row has ended if it was the last, or if it failed.

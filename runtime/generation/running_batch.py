@@ -111,10 +111,10 @@ class RunningBatch:
             self.rows.pop()
             self._tasks = None
 
-    def states(self, index: int, length: int) -> Array:
-        """A copy of the keys and values of a row's first positions; see ``SlotState.states``."""
+    def states(self, index: int, length: int, start: int) -> Array:
+        """A copy of the keys and values of a row's positions ``start`` to ``length``; see ``SlotState.states``."""
         slots: SlotState = self._state  # type: ignore[assignment]  # only asked of such engines
-        return slots.states(index, length)
+        return slots.states(index, length, start)
 
     def close(self) -> list[Row]:
         """Free the decode state; returns the rows that were left."""

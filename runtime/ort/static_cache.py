@@ -6,20 +6,25 @@ and the cache, whose input and output share an address. A step writes a few numb
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from adalink.runtime.arrays import Array
-from adalink.runtime.engine import DecodeState, Engine, InputEmbedder, SlotEngine, SlotState, SpeculativeDecodeState
-from adalink.runtime.errors import RequestError
-from adalink.runtime.generation.admission import FIRST_TOKENS
+from adalink.runtime.engine import (
+    DecodeState,
+    Engine,
+    InputEmbedder,
+    KvPrefixEngine,
+    SlotEngine,
+    SlotState,
+    SpeculativeDecodeState,
+)
+from adalink.runtime.generation.admission import FIRST_TOKENS, PASS_TOKENS
 from adalink.runtime.generation.padding import move_left, positions_after
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.session import GuardedSession, Signature
+from adalink.runtime.ort.static_buffers import BoundCall, empty_cache, longer
 
 
 class StaticCacheEngine:
@@ -62,6 +67,44 @@ class StaticCacheEngine:
         state.prefill(embeds, positions, lengths)
         return state
 
+    @implements(KvPrefixEngine)
+    def run_after(self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, Array]) -> Array:
+        mask, signature = feeds["attention_mask"], self._signature
+        result = np.zeros((*mask.shape, signature.vocab_size), signature.dtype)
+        if plain := [row for row, states in enumerate(kv_prefixes) if states is None]:
+            result[plain] = self.run({name: value[plain] for name, value in feeds.items()})
+        for row, states in enumerate(kv_prefixes):
+            if states is not None:
+                embeds, _, lengths = _at_left(_one_row(feeds, row))
+                state = self.open_slots(1, states.shape[2] + int(lengths[0]))
+                state.begin(states)
+                result[row, mask[row] != 0] = state.verify(embeds)
+        return result
+
+    @implements(KvPrefixEngine)
+    def start_after(
+        self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, Array], max_new_tokens: int
+    ) -> StaticCacheDecodeState:
+        lengths = feeds["attention_mask"].sum(axis=1)
+        longest = max(
+            int(length) + (0 if states is None else states.shape[2])
+            for length, states in zip(lengths, kv_prefixes, strict=True)
+        )
+        state = self.open_slots(len(lengths), longest + min(max_new_tokens, FIRST_TOKENS))
+        for row, states in enumerate(kv_prefixes):
+            state.begin(states)
+            state.extend(_one_row(feeds, row), 0, int(lengths[row]))
+        return state
+
+    @implements(KvPrefixEngine)
+    def read_states(self, feeds: Mapping[str, Array]) -> Array:
+        length = int(feeds["attention_mask"].sum())
+        state = self.open_slots(1, length)
+        state.begin(None)
+        for start in range(0, length, PASS_TOKENS):
+            state.extend(feeds, start, min(start + PASS_TOKENS, length))
+        return state.states(0, length)
+
     @implements(SlotEngine)
     def open_slots(self, slots: int, capacity: int) -> StaticCacheDecodeState:
         return StaticCacheDecodeState(self._session, self._signature, slots, capacity)
@@ -89,14 +132,14 @@ class StaticCacheDecodeState:
         self._alive = 0
         self._lengths = np.zeros(slots, np.int32)
         # Positions beyond a row's length are never read and stay uninitialised.
-        self._cache = _empty((len(signature.past), slots, heads, capacity, head_dim), signature.cache_dtype)
+        self._cache = empty_cache((len(signature.past), slots, heads, capacity, head_dim), signature.cache_dtype)
         self._logits = np.empty((slots, signature.vocab_size), signature.dtype)
         self._logits_indices = np.arange(slots)
         # Position ids of each row's last token; the shape of one is known with the first row.
         self._positions = np.zeros((slots, 1), np.int64)
         # Bound calls: a decode step for the current number of rows, and a verification for each number of tokens.
-        self._step: _Bound | None = None
-        self._verifications: dict[int, _Bound] = {}
+        self._step: BoundCall | None = None
+        self._verifications: dict[int, BoundCall] = {}
 
     def prefill(self, inputs_embeds: Array, positions: Array, lengths: Array) -> None:
         """Prefill: run prompts of shape ``(batch, longest, d)``, left-aligned, in a state without rows."""
@@ -109,21 +152,22 @@ class StaticCacheDecodeState:
     def begin(self, states: Array | None) -> None:
         self._append(np.zeros(1, np.int32), self._positions[:1])
         if states is not None:
-            length = states.shape[2]
+            row, length = self._alive - 1, states.shape[2]
             self._make_room(length)
-            self._cache[:, self._alive - 1, :, :length] = states
-            self._lengths[self._alive - 1] = length
+            self._cache[:, row, :, :length] = states
+            self._lengths[row], self._positions[row] = length, length - 1
 
     @implements(SlotState)
     def extend(self, feeds: Mapping[str, Array], start: int, stop: int) -> None:
         embeds, positions, _ = _at_left(feeds)
         row = self._alive - 1
+        before = int(self._lengths[row]) - start  # positions of a KV prefix
         self._make_room(stop - start)
         if positions.ndim != self._positions.ndim:
             self._positions = np.zeros((len(self._lengths), 1, *positions.shape[2:]), np.int64)
-        self._lengths[row] = stop
-        self._positions[row] = positions_after(positions[:, :stop])[0] - 1
-        piece, numbers = (np.ascontiguousarray(array[:, start:stop]) for array in (embeds, positions))
+        self._lengths[row] = before + stop
+        self._positions[row] = before + positions_after(positions[:, :stop])[0] - 1
+        piece, numbers = (np.ascontiguousarray(array[:, start:stop]) for array in (embeds, before + positions))
         rows = slice(row, row + 1)
         self._run(self._bind(rows, piece, numbers, np.array([stop - start - 1]), self._logits[rows]))
 
@@ -137,8 +181,8 @@ class StaticCacheDecodeState:
         self._logits[rows] = state._logits[:count]
 
     @implements(SlotState)
-    def states(self, row: int, length: int) -> Array:
-        return self._cache[:, row, :, :length].copy()
+    def states(self, row: int, length: int, start: int = 0) -> Array:
+        return self._cache[:, row, :, start:length].copy()
 
     @property
     @implements(DecodeState)
@@ -214,17 +258,17 @@ class StaticCacheDecodeState:
         """Move all rows into larger buffers."""
         alive, used = self._alive, min(capacity, self._cache.shape[3])
         layers, _, heads, _, head_dim = self._cache.shape
-        larger = _empty((layers, slots, heads, capacity, head_dim), self._cache.dtype)
+        larger = empty_cache((layers, slots, heads, capacity, head_dim), self._cache.dtype)
         larger[:, :alive, :, :used] = self._cache[:, :alive, :, :used]
         self._cache = larger
-        self._lengths, self._positions = _longer(self._lengths, slots), _longer(self._positions, slots)
-        self._logits, self._logits_indices = _longer(self._logits, slots), np.arange(slots)
+        self._lengths, self._positions = longer(self._lengths, slots), longer(self._positions, slots)
+        self._logits, self._logits_indices = longer(self._logits, slots), np.arange(slots)
         self._step = None
         self._verifications.clear()
 
     def _bind(
         self, rows: slice, inputs_embeds: Array, positions: Array, logits_indices: Array, logits: Array
-    ) -> _Bound:
+    ) -> BoundCall:
         """Bind a call to the buffers of ``rows``; it writes the logits at ``logits_indices`` of their tokens."""
         binding, value = self._session.call(lambda session: session.io_binding()), self._session.value
         buffers = {
@@ -240,40 +284,14 @@ class StaticCacheDecodeState:
             shared = value(layer[rows])
             binding.bind_ortvalue_input(past, shared)
             binding.bind_ortvalue_output(present, shared)
-        return _Bound(binding, inputs_embeds, positions, logits_indices, logits)
+        return BoundCall(binding, inputs_embeds, positions, logits_indices, logits)
 
-    def _run(self, bound: _Bound) -> None:
+    def _run(self, bound: BoundCall) -> None:
         self._session.call(lambda session: session.run_with_iobinding(bound.binding))
 
 
-@dataclass(frozen=True, eq=False)
-class _Bound:
-    """A bound call. It keeps its buffers alive, which a binding of ONNX Runtime 1.23 does not."""
-
-    binding: Any
-    embeds: Array
-    positions: Array
-    logits_indices: Array
-    logits: Array
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An uninitialised KV cache; raises ``RequestError`` if there is no memory for it."""
-    try:
-        return np.empty(shape, dtype)
-    except (MemoryError, ValueError) as error:  # numpy says ValueError of more bytes than an address can count
-        size_gb = math.prod(shape) * dtype.itemsize / 1e9
-        raise RequestError(
-            f"no memory for a KV cache of {shape[1]} rows of {shape[3]} tokens ({size_gb:.1f} GB): send fewer rows, "
-            "shorter prompts, or ask for fewer new tokens"
-        ) from error
-
-
-def _longer(array: Array, rows: int) -> Array:
-    """A copy of an array with ``rows`` rows, zeros at the end."""
-    longer = np.zeros((rows, *array.shape[1:]), array.dtype)
-    longer[: len(array)] = array
-    return longer
+def _one_row(feeds: Mapping[str, Array], row: int) -> dict[str, Array]:
+    return {name: value[row : row + 1] for name, value in feeds.items()}
 
 
 def _at_left(feeds: Mapping[str, Array]) -> tuple[Array, Array, Array]:

@@ -1,7 +1,7 @@
 """The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/concepts/file-formats.md).
 
 Training writes it, export reads it, and a deployment has a copy beside each task graph. Weights are float32 here; those
-of a compressed adapter are stored in fewer bits.
+of a compressed adapter, and a KV prefix of 16 bits, are stored in fewer bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of
 from adalink.runtime.storage.compressed_weights import decode_compressed, encode_compressed
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.head_spec import HEAD_BIAS, HEAD_WEIGHT
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 from adalink.runtime.storage.lfs import find_pointer
 from adalink.runtime.storage.mmap import Bytes, read_file
 from adalink.runtime.storage.safetensors import aligned_header, view_tensors
@@ -93,17 +94,23 @@ def check_fingerprint(value: str) -> None:
         raise ConfigError(f"{value!r} is not a digest: expected 'sha256:' and 64 lower-case hex digits")
 
 
-def weight_shapes(config: AdapterConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
+def weight_shapes(
+    config: AdapterConfig, vocab_size: int = 0, cache_shape: tuple[int, int, int] = (0, 0, 0)
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of an adapter with this config.
 
     Args:
         config: the adapter's config.
         vocab_size: rows of its token table, for ``input`` ``"ids"``.
+        cache_shape: layers, kv_heads and head_dim of its KV prefix.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if config.head is not None:
         labels = len(config.head.labels)
         shapes |= {HEAD_WEIGHT: (labels, config.hidden_size), HEAD_BIAS: (labels,)}
+    if config.kv_prefix is not None:
+        layers, kv_heads, head_dim = cache_shape
+        shapes[KV_PREFIX_NAME] = (layers, 2, kv_heads, config.kv_prefix.tokens, head_dim)
     if config.soft_tokens:
         shapes[SOFT_PROMPT_NAME] = (config.soft_tokens, config.hidden_size)
     if config.input == "ids":
@@ -121,8 +128,12 @@ def weight_shapes(config: AdapterConfig, vocab_size: int = 0) -> dict[str, tuple
 
 def make_adapter(config: AdapterConfig, weights: Weights, origin: str = "adapter") -> Adapter:
     """Check ``weights`` against ``config`` and compute the digest; raises ``AdapterError``."""
-    table = weights.get(TABLE_NAME)
-    expected = weight_shapes(config, vocab_size=len(table) if table is not None and table.ndim else 0)
+    table, prefix = weights.get(TABLE_NAME), weights.get(KV_PREFIX_NAME)
+    expected = weight_shapes(
+        config,
+        vocab_size=len(table) if table is not None and table.ndim else 0,
+        cache_shape=_cache_shape(prefix),
+    )
     if missing := sorted(expected.keys() - weights.keys()):
         raise AdapterError(f"{origin}: tensor {missing[0]!r} is missing; expected {sorted(expected)}")
     if extra := sorted(weights.keys() - expected.keys()):
@@ -136,8 +147,21 @@ def make_adapter(config: AdapterConfig, weights: Weights, origin: str = "adapter
             )
         if not np.isfinite(weight).all():
             raise AdapterError(f"{origin}: tensor {name!r} holds NaN or infinity; train again with a lower rate")
+    for name, dtype in _stored_dtypes(config).items():
+        with np.errstate(over="ignore"):
+            is_exact = np.array_equal(weights[name], weights[name].astype(dtype))
+        if not is_exact:
+            raise AdapterError(f"{origin}: tensor {name!r} holds numbers that {dtype} cannot store")
     ordered = {name: np.ascontiguousarray(weights[name], dtype=np.float32) for name in expected}
     return Adapter(config=config, weights=ordered, digest=_digest(config, ordered))
+
+
+def _cache_shape(kv_prefix: npt.NDArray[np.float32] | None) -> tuple[int, int, int]:
+    """Layers, heads and width of a head of a KV prefix; zeros, which fit none, without one."""
+    if kv_prefix is None or kv_prefix.ndim != 5:
+        return 0, 0, 0
+    layers, _, heads, _, head_dim = kv_prefix.shape
+    return layers, heads, head_dim
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -229,9 +253,16 @@ def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
         tensors = encode_compressed(adapter.weights, adapter.config.weight_dtype)
     except ValueError as error:
         raise AdapterError(f"adapter: {error}") from error
+    tensors |= {name: adapter.weights[name].astype(dtype) for name, dtype in _stored_dtypes(adapter.config).items()}
     data = save_safetensors(tensors, metadata={"format": "pt"})
     start = 8 + int.from_bytes(data[:8], "little")
     return config, aligned_header(data[8:start]) + data[start:]
+
+
+def _stored_dtypes(config: AdapterConfig) -> dict[str, str]:
+    """Dtype of each tensor that the file does not hold in float32."""
+    prefix = config.kv_prefix
+    return {} if prefix is None or prefix.dtype == "float32" else {KV_PREFIX_NAME: prefix.dtype}
 
 
 def _encode_config(config: AdapterConfig) -> bytes:

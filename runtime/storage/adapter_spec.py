@@ -13,6 +13,7 @@ import msgspec
 
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.head_spec import Head, fault_in_head
+from adalink.runtime.storage.kv_prefix_spec import KvPrefixSpec, fault_in_kv_prefix
 from adalink.runtime.storage.label_spec import LabelSet, fault_in_labels
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
@@ -38,7 +39,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rank: width ``r`` of the bottleneck, or one for each modality: ``{"text": 16, "image": 64}``; 0 for a soft
-            prompt or a head alone.
+            prompt, a KV prefix or a head alone.
         activation: one of ``ACTIVATIONS``; ``gelu`` is the exact erf form.
         scope: ``"all"`` adapts every position, ``"prompt"`` leaves generated and target tokens unadapted.
         modalities: names of the adapted modalities; each has separate weights.
@@ -47,6 +48,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
             ``x + up(table[id])``.
         head: labels and pooling of a task on an encoder; ``None`` without.
         labels: labels of a task whose completions are labels; ``None`` without.
+        kv_prefix: the KV prefix, which stands before the soft prompt; ``None`` without.
         weight_dtype: how ``down`` and ``up`` are stored: ``"float32"``, or by row as ``"int8"`` or ``"int4"``.
         nested: whether the bottleneck's dimensions are ordered, so that the first ``k`` of them are an adapter too.
     """
@@ -59,13 +61,14 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     input: str = "embeddings"
     head: Head | None = None
     labels: LabelSet | None = None
+    kv_prefix: KvPrefixSpec | None = None
     weight_dtype: str = "float32"
     nested: bool = False
 
     @property
     def prepended_positions(self) -> int:
         """Positions that the adapter puts before every sequence; a prompt has so many fewer."""
-        return self.soft_tokens
+        return self.soft_tokens + (0 if self.kv_prefix is None else self.kv_prefix.tokens)
 
 
 class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
@@ -87,8 +90,8 @@ class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
         if self.rank == 0 and not (is_empty and self.input == "embeddings"):
             raise ConfigError(
                 f"rank is 0 with activation {self.activation!r}, bias {self.bias} and input {self.input!r}, expected "
-                "'identity', no bias and input 'embeddings': a soft prompt or a head alone has activation 'identity' "
-                "and no bias"
+                "'identity', no bias and input 'embeddings': a soft prompt, KV prefix or head alone has activation "
+                "'identity' and no bias"
             )
         if (self.nested or self.weight_dtype != "float32") and (self.rank == 0 or self.input == "ids"):
             raise ConfigError(
@@ -125,10 +128,16 @@ def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | Non
     if not _is_whole(soft_tokens) or not 0 <= soft_tokens <= MOST_SOFT_TOKENS:
         expected = f"a whole number from 0 to {MOST_SOFT_TOKENS}"
         return Fault("soft_tokens", f"soft_tokens is {soft_tokens!r}, expected {expected}")
-    if message := _fault_in_rank(rank, modalities, bool(soft_tokens or spec.head), hidden_size):
+    is_more = bool(soft_tokens or spec.kv_prefix or spec.head)
+    if message := _fault_in_rank(rank, modalities, is_more, hidden_size):
         return Fault("rank", message)
     if spec.head is not None and (message := fault_in_head(spec.head)):
         return Fault("head", message)
+    if spec.kv_prefix is not None:
+        if message := fault_in_kv_prefix(spec.kv_prefix):
+            return Fault("kv_prefix", message)
+        if spec.head is not None:
+            return Fault("kv_prefix", "kv_prefix is beside a head, which encoders have: expected one of the two")
     if spec.labels is not None:
         if message := fault_in_labels(spec.labels):
             return Fault("labels", message)
@@ -206,7 +215,7 @@ def _fault_in_rank(rank: Rank, modalities: tuple[str, ...], may_be_0: bool, hidd
     ranks = list(rank.values()) if isinstance(rank, dict) else [rank]
     least = 0 if may_be_0 and not isinstance(rank, dict) else 1
     if any(not _is_whole(width) or width < least for width in ranks):
-        hint = "" if may_be_0 else "; 0 is for adapters with a soft prompt or a head"
+        hint = "" if may_be_0 else "; 0 is for adapters with a soft prompt, a KV prefix or a head"
         expected = f"a whole number of at least {least}" if hidden_size is None else f"{least} to {hidden_size}"
         return f"rank is {rank!r}, expected {expected}, or one for each modality{hint}"
     if isinstance(rank, dict) and rank.keys() != set(modalities):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 from adalink.runtime.storage.safetensors import as_float32, as_stored
+
+if TYPE_CHECKING:
+    from adalink.runtime.storage.manifest import Cache
 
 
 class AdapterBase(Protocol):
@@ -52,6 +56,16 @@ class AdapterBase(Protocol):
     @property
     def takes_soft_prompts(self) -> bool:
         """Whether soft prompts can be prepended."""
+        ...
+
+    @property
+    def cache(self) -> Cache | None:
+        """Shape of the KV cache; ``None`` without one."""
+        ...
+
+    @property
+    def no_kv_prefix(self) -> str:
+        """Why no KV prefix can stand before its rows; empty if one can."""
         ...
 
     @property
@@ -106,6 +120,7 @@ def check_adapter(
         )
     check_tokenizer(adapter, tokenizer_digest, origin, what)
     _check_soft_prompt(adapter, base, origin, what)
+    _check_kv_prefix(adapter, base, origin, what)
     _check_table(adapter, base, origin, what)
 
 
@@ -150,6 +165,33 @@ def _check_soft_prompt(adapter: Adapter, base: AdapterBase, origin: str, what: s
     if not np.isfinite(as_float32(stored)).all():
         raise ContractError(
             f"{origin}: the soft prompt holds numbers beyond {base.embedding_dtype}, which {what} takes: "
+            "train it again with a lower rate, or use a base of another dtype"
+        )
+
+
+def _check_kv_prefix(adapter: Adapter, base: AdapterBase, origin: str, what: str) -> None:
+    states = adapter.weights.get(KV_PREFIX_NAME)
+    if states is None:
+        return
+    if base.no_kv_prefix or base.cache is None:
+        raise ContractError(f"{origin} has a KV prefix, and none can stand before rows of {what}: {base.no_kv_prefix}")
+    cache, tokens = base.cache, states.shape[3]
+    expected = (cache.layers, 2, cache.kv_heads, tokens, cache.head_dim)
+    if states.shape != expected:
+        raise ContractError(
+            f"{origin} has a KV prefix of shape {states.shape}, the KV cache of {what} asks for {expected} (layers, 2, "
+            "kv_heads, tokens, head_dim): use it with the base that it was made for"
+        )
+    if base.max_positions is not None and adapter.config.prepended_positions >= base.max_positions:
+        raise ContractError(
+            f"{origin} puts {adapter.config.prepended_positions} positions before every text, {tokens} of them its KV "
+            f"prefix, and {what} was made for at most {base.max_positions}: that leaves none for text; make it shorter"
+        )
+    with np.errstate(over="ignore"):
+        stored = as_stored(states, base.embedding_dtype)
+    if not np.isfinite(as_float32(stored)).all():
+        raise ContractError(
+            f"{origin}: the KV prefix holds numbers beyond {base.embedding_dtype}, in which {what} keeps its KV cache: "
             "train it again with a lower rate, or use a base of another dtype"
         )
 

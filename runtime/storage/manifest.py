@@ -189,6 +189,19 @@ class Base(_Strict, frozen=True, kw_only=True):
         """Whether soft prompts can be prepended; not where positions follow the image grid."""
         return self.vision is None or self.vision.patches is None
 
+    @property
+    def no_kv_prefix(self) -> str:
+        """Why no KV prefix can stand before rows of this base; empty if one can."""
+        if self.kind == "encoder":
+            return "an encoder has no KV cache"
+        if self.kind == "encoder-decoder":
+            return "its prompts are read by an encoder, which has no KV cache"
+        if self.bidirectional_prompt:
+            return "its prompts attend in both directions, and what stands before them would have to attend to them"
+        if self.vision is not None and self.vision.patches is not None:
+            return "its positions follow the grid of an image, in which a KV prefix has no place"
+        return ""
+
 
 class GgufTensors(_Strict, frozen=True, kw_only=True):
     """Tensors of one type of the GGUF file that a variant was made of, and what became of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from adalink.runtime.errors import BackendError
 from adalink.runtime.near_names import did_you_mean
+from adalink.runtime.storage.digest import digest_bytes
 from adalink.runtime.storage.manifest import Manifest, Variant
 
 # Backends that run a compiled plan, not a graph.
@@ -81,3 +82,13 @@ def choose_graph(manifest: Manifest, variant: Variant, kv_cache_dtype: str | Non
             "out, or add the graph with 'adalink export kv-cache DIR' and --variant"
         )
     return graph
+
+
+def variant_digest(manifest: Manifest, variant: Variant) -> str:
+    """Digest of the numbers of a base variant: of its files, but for graphs with another KV cache.
+
+    Keys and values that one variant computed are of no use to another, which rounds otherwise.
+    """
+    own = set(variant.files) - set(variant.kv_cache_graphs.values())
+    digests = sorted(manifest.files[path].sha256 for path in own)
+    return digest_bytes("\n".join(digests).encode())

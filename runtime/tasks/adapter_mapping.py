@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +20,10 @@ from adalink.runtime.storage.embedding_table import EmbeddingTable
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.runtime.tasks.folding import Folded
 from adalink.runtime.tasks.head import TaskHead
+from adalink.runtime.tasks.kv_prefix import KvPrefix
 from adalink.runtime.tasks.soft_prompt import SoftPrompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,10 @@ class TokenEmbeddingDelta:
 class AdapterMapping:
     """The adapters of one batch, fixed for its lifetime: adding or removing tasks does not affect it."""
 
-    __slots__ = ("_deltas", "_fold", "_groups", "_prompts", "_text", "_whole", "_whole_weights", "head", "labels")
+    __slots__ = (
+        *("_deltas", "_fold", "_groups", "_kv_prefixes", "_prompts", "_text", "_whole", "_whole_weights"),
+        *("head", "labels"),
+    )
 
     def __init__(
         self,
@@ -72,6 +79,7 @@ class AdapterMapping:
         *,
         deltas: Sequence[TokenEmbeddingDelta] = (),
         prompts: Sequence[tuple[Array | None, SoftPrompt]] = (),
+        kv_prefixes: Sequence[tuple[Array | None, KvPrefix]] = (),
         head: TaskHead | None = None,
         labels: LabelSet | None = None,
     ) -> None:
@@ -82,6 +90,7 @@ class AdapterMapping:
             fold: the task on text, precomputed for every token; only for a batch of one task.
             deltas: token embedding deltas.
             prompts: soft prompts with their rows; ``None`` for all rows.
+            kv_prefixes: KV prefixes, likewise.
             head: the task's head; only for a batch of one task.
             labels: likewise, the labels that it says as text.
         """
@@ -90,6 +99,7 @@ class AdapterMapping:
         self._fold = fold
         self._deltas = tuple(deltas)
         self._prompts = tuple(prompts)
+        self._kv_prefixes = tuple(kv_prefixes)
         self._text = text = tuple(group for group in groups if group.modality == 0)
         # The common case: one task for a whole batch of text.
         is_whole = len(text) == 1 and text[0].rows is None
@@ -143,13 +153,16 @@ class AdapterMapping:
 
     def soft_prompts(self, batch: int) -> list[SoftPrompt | None]:
         """The soft prompt of each row; an empty list if no row has one."""
-        if not self._prompts:
-            return []
-        by_row: list[SoftPrompt | None] = [None] * batch
-        for rows, prompt in self._prompts:
-            for row in range(batch) if rows is None else rows.tolist():
-                by_row[row] = prompt
-        return by_row
+        return _by_row(self._prompts, batch)
+
+    def kv_prefixes(self, batch: int) -> list[KvPrefix | None]:
+        """The KV prefix of each row; an empty list if no row has one."""
+        return _by_row(self._kv_prefixes, batch)
+
+    @property
+    def kv_prefix(self) -> KvPrefix | None:
+        """The KV prefix of a batch of one task."""
+        return next((prefix for rows, prefix in self._kv_prefixes if rows is None), None)
 
     @property
     def needs_ids(self) -> bool:
@@ -187,7 +200,7 @@ class AdapterMapping:
         return AdapterMapping(stacked, deltas=deltas)
 
     def take(self, kept: Sequence[int]) -> AdapterMapping:
-        """The mapping of a batch of the rows ``kept``, in that order, after its soft prompts."""
+        """The mapping of a batch of the rows ``kept``, in that order, after its soft prompts and KV prefixes."""
         groups = [group for old in self._groups if (group := _take(old, np.asarray(kept))) is not None]
         deltas = []
         for delta in self._deltas:
@@ -212,11 +225,13 @@ def mix(members: Iterable[tuple[AdapterMapping, Array]]) -> AdapterMapping:
     groups: list[AdapterGroup] = []
     deltas: list[TokenEmbeddingDelta] = []
     prompts: list[tuple[Array | None, SoftPrompt]] = []
+    kv_prefixes: list[tuple[Array | None, KvPrefix]] = []
     for alone, rows in members:
         groups += [replace(group, rows=rows) for group in alone._groups]
         deltas += [replace(delta, rows=rows) for delta in alone._deltas]
         prompts += [(rows, prompt) for _, prompt in alone._prompts]
-    return AdapterMapping(groups, deltas=deltas, prompts=prompts)
+        kv_prefixes += [(rows, prefix) for _, prefix in alone._kv_prefixes]
+    return AdapterMapping(groups, deltas=deltas, prompts=prompts, kv_prefixes=kv_prefixes)
 
 
 def combine(rows: Sequence[AdapterMapping]) -> AdapterMapping:
@@ -257,6 +272,17 @@ def bank_weights(adapter: Adapter, modality: str) -> dict[str, Array]:
     if adapter.config.bias:
         weights |= {f"{name}_bias": adapter.weights[f"{modality}.{name}.bias"][None, None] for name in ("down", "up")}
     return weights
+
+
+def _by_row(members: Sequence[tuple[Array | None, T]], batch: int) -> list[T | None]:
+    """What each row has of ``members`` with their rows; an empty list if there are none."""
+    if not members:
+        return []
+    by_row: list[T | None] = [None] * batch
+    for rows, member in members:
+        for row in range(batch) if rows is None else rows.tolist():
+            by_row[row] = member
+    return by_row
 
 
 def _take(group: AdapterGroup, kept: Array) -> AdapterGroup | None:

@@ -22,6 +22,7 @@ from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, combine, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.head import head_of
+from adalink.runtime.tasks.kv_prefix import kv_prefixes_of
 from adalink.runtime.tasks.nested import narrow
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 from adalink.runtime.tasks.task_changes import Reload, compare_tasks, is_replaced
@@ -223,7 +224,13 @@ class TaskRegistry:
         )
         prompts = [(None, prompt) for prompt in soft_prompts_of(adapter, base)]
         mapping = AdapterMapping(
-            groups, fold, deltas=deltas, prompts=prompts, head=head_of(adapter), labels=config.labels
+            groups,
+            fold,
+            deltas=deltas,
+            prompts=prompts,
+            kv_prefixes=[(None, prefix) for prefix in kv_prefixes_of(adapter, base)],
+            head=head_of(adapter),
+            labels=config.labels,
         )
         return mapping, adapter.size_bytes + fold_bytes
 

@@ -52,6 +52,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
     folder = shutil.copytree(original, root / "deployment")
     (root / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "task": "alpha"}\n')
     rows = root / "rows.jsonl"
+    (root / "manual.txt").write_text("a b c")
     (root / "two.csv").write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
     return {
         "quickstart": ["quickstart", model, rows, "--out", root / "quick"],
@@ -95,6 +96,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "export engine rtx": ["export", "engine", folder, "--backend", "tensorrt-rtx"],
         "export genai": ["export", "genai", folder, "--task", "alpha", "--out", root / "genai"],
         "export lora": ["export", "lora", adapter, "--base", model, "--format", "peft", "--out", root / "lora"],
+        "export prefix": ["export", "prefix", folder, "--text", root / "manual.txt", "--name", "manual"],
         "remove": ["remove", folder, "alpha"],
     }
 

@@ -55,8 +55,9 @@ def adapter(
     engines/ is touched. --fold table is for adapters of text alone, and for engines with an external embedding table:
     the command prints what each token gains and what it takes. For engines that take LoRA see export lora.
 
-    Of PEFT's methods, those that act at the input alone can be exported: prompt tuning, P-tuning, and LoRA of the input
-    embedding. Such a folder does not say which weights it was trained for: --assume-base says that you know.
+    Of PEFT's methods, those that act at the input or on the initial KV cache can be exported: prompt tuning, P-tuning,
+    CPT, prefix tuning, cartridges, and LoRA of the input embedding. Such a folder does not say which weights it was
+    trained for: --assume-base says that you know.
 
     \b
     Example:
@@ -102,6 +103,8 @@ def _show(out: Path, manifest: Manifest, tasks: list[str], trade: dict[str, floa
     for task in tasks[:_MOST_LISTED]:
         entry = manifest.tasks[task]
         soft = f", soft prompt of {entry.soft_tokens}" if entry.soft_tokens else ""
+        if entry.kv_prefix is not None:
+            soft = f", KV prefix of {entry.kv_prefix.tokens}{soft}"
         method = f"rank {show_rank(entry.rank)}, {entry.activation}" + (", by token id" if entry.input == "ids" else "")
         echo(f"task {task} is in {out}: {method}{soft}, scope {entry.scope}")
         echo(f"  {entry.graph}, {manifest.size_bytes((entry.graph,)) / 1e3:.1f} kB, {entry.adapter_digest}")

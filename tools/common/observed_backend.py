@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from adalink.runtime.arrays import Array
 from adalink.runtime.engine import (
@@ -11,6 +12,7 @@ from adalink.runtime.engine import (
     DecodeState,
     Engine,
     EngineInput,
+    KvPrefixEngine,
     SpeculativeDecodeState,
 )
 from adalink.runtime.implements import implements
@@ -54,7 +56,10 @@ class ObservedBackend(ForwardingBackend):
 
     @implements(Backend)
     def open_engine(self, graph: Path, base: Base, role: str, table: EmbeddingTable) -> Engine:
-        return _ObservedEngine(self._inner.open_engine(graph, base, role, table), *self._hooks)
+        engine = self._inner.open_engine(graph, base, role, table)
+        if isinstance(engine, KvPrefixEngine):
+            return _ObservedKvPrefixEngine(engine, *self._hooks)
+        return _ObservedEngine(engine, *self._hooks)
 
 
 class _ObservedEngine:
@@ -72,11 +77,27 @@ class _ObservedEngine:
 
     def start(self, feeds: Mapping[str, EngineInput], max_new_tokens: int) -> DecodeState:
         self._begin()
-        decoding = self._inner.start(feeds, max_new_tokens)
+        return self._observe(self._inner.start(feeds, max_new_tokens))
+
+    def _observe(self, decoding: DecodeState) -> DecodeState:
         self._end(decoding.logits)
         if isinstance(decoding, SpeculativeDecodeState):
             return _ObservedSpeculativeDecodeState(decoding, self._begin, self._end, self._dropped, self._rolled_back)
         return _ObservedDecodeState(decoding, self._begin, self._end, self._dropped)
+
+
+class _ObservedKvPrefixEngine(_ObservedEngine):
+    def __init__(self, inner: Any, begin: Begin, end: End, rolled_back: RolledBack, dropped: Dropped) -> None:
+        super().__init__(inner, begin, end, rolled_back, dropped)
+        self._after: KvPrefixEngine = inner
+        self.run_after = inner.run_after
+        self.read_states = inner.read_states
+
+    def start_after(
+        self, kv_prefixes: Sequence[Array | None], feeds: Mapping[str, EngineInput], max_new_tokens: int
+    ) -> DecodeState:
+        self._begin()
+        return self._observe(self._after.start_after(kv_prefixes, feeds, max_new_tokens))
 
 
 class _ObservedDecodeState:

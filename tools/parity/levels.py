@@ -13,6 +13,7 @@ from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.tools.parity.checks.adapter import (
     check_contract,
     check_fold,
+    check_kv_prefix,
     check_soft_prompt,
     check_vocabulary,
     check_weights,
@@ -27,6 +28,7 @@ from adalink.tools.parity.checks.kv_cache import check_kv_caches
 from adalink.tools.parity.checks.labels import check_labels
 from adalink.tools.parity.checks.outputs import Comparison, Rows, check_control, compare_outputs
 from adalink.tools.parity.checks.pooling import check_pooling, check_pooling_settings
+from adalink.tools.parity.checks.prefix_cache import CachedRows
 from adalink.tools.parity.checks.profile import check_decoder_profile_limits, check_encoder_profile_limits
 from adalink.tools.parity.checks.scheduler import JoinedRows
 from adalink.tools.parity.checks.swap import check_mixed_outputs, mixed_tasks
@@ -79,6 +81,8 @@ def check_adapters(run: Run, sources: Mapping[str, Adapter]) -> None:
                 report.checks.append(check_weights(name, way, adapt, adapter, dtype))
         if adapter.config.soft_tokens:
             report.checks.append(check_soft_prompt(name, graph, deployment, adapter))
+        if adapter.config.kv_prefix is not None:
+            report.checks.append(check_kv_prefix(name, deployment, adapter))
         if task.fold is not None:
             report.checks.append(check_fold(name, task.fold.kind, deployment, adapter))
 
@@ -115,6 +119,7 @@ class _Generated:
         run.progress("rows that join a running batch")
         tasks = mixed_tasks(run.deployment)
         self._joined = JoinedRows(run.deployment, run.engine, texts, tasks)
+        self._cached = CachedRows(run.deployment, run.engine, texts, [None, *run.deployment.tasks])
         self._batches = [Batch(self.generator, texts, tasks)]
         if (images := inputs.generated_images) is not None:
             self._batches.append(Batch(self.generator, images.prompts, tasks, images))
@@ -126,10 +131,11 @@ class _Generated:
             run.progress(f"{label}: {STEPS} greedy steps{' after images' if batch.has_images else ''}")
             run.report.checks += batch.check(label, task, run.reference, typical[batch.has_images])
         self._joined.judge(task, run.reference, self.generator, typical[False])
+        self._cached.judge(task, run.reference, self.generator, typical[False])
 
     def check_mixed(self, report: Report) -> None:
         """The rows of mixed batches, once every task has been checked."""
-        report.checks += self._joined.checks()
+        report.checks += self._joined.checks() + self._cached.checks()
         for batch in self._batches:
             report.checks += batch.check_mixed()
             if not batch.ends_apart:
@@ -196,7 +202,9 @@ def _check_kv_caches(run: Run, inputs: ParityInputs) -> None:
     run.progress("KV caches in another dtype")
     report.checks += check_kv_caches(deployment, run.reference, run.folders, inputs.rows, run.engine[0].inner)
     for name, task in sorted(deployment.manifest.tasks.items()):
-        if task.soft_tokens:
+        if task.kv_prefix is not None:
+            report.skipped.append(f"KV caches in another dtype under {name}: they take no KV prefix, and say so")
+        elif task.soft_tokens:
             report.skipped.append(f"KV caches in another dtype under {name}: a soft prompt has keys and values too")
 
 

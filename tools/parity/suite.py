@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from adalink.export.base.request import check_unchanged, weight_stamps
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
@@ -17,7 +19,7 @@ from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.known_tasks import check_tasks
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
-from adalink.runtime.storage.variants import choose_variant
+from adalink.runtime.storage.variants import choose_variant, variant_digest
 from adalink.runtime.storage.verification_cache import verify_variant
 from adalink.tools.common.environment import available_cores
 from adalink.tools.parity.checks.adapter import check_table
@@ -85,6 +87,7 @@ def verify(
     manifest = read_manifest(path)
     engines = SharedEngines(open_backend(options.backend, options.threads))
     form = choose_variant(manifest, engines.name, options.variant)
+    manifest, left_out = _without_other_prefixes(manifest, form, engines.name)
     if manifest.variants[form].quantization is None:
         _refuse_costs(form, options)
     folders = _adapter_folders(path, manifest, adapters)
@@ -96,7 +99,7 @@ def verify(
     progress(f"loading {manifest.base.name} in PyTorch, float32 and float64")
     stamps = weight_stamps(against)  # every row reads the files
     reference = Reference(against, manifest.base, options.assume_pretokenizer)
-    report = Report()
+    report = Report(skipped=left_out)
     with torch_threads(available_cores() // 2), engines:
         progress("opening the deployment")
         with Deployment(path, manifest, engines, OpenOptions(form, full_check=True)) as deployment:
@@ -118,6 +121,19 @@ def verify(
     checks, report.receipt = check_swaps(deployment, engines.name, form, options.threads, inputs.rows[0])
     report.checks += checks
     return report
+
+
+def _without_other_prefixes(manifest: Manifest, form: str, backend: str) -> tuple[Manifest, list[str]]:
+    """The manifest without tasks whose KV prefix this engine refuses, and why each is left out."""
+    digest, reasons = variant_digest(manifest, manifest.variants[form]), {}
+    for name, task in manifest.tasks.items():
+        if task.kv_prefix is not None and backend != "onnxruntime-cpu":
+            reasons[name] = f"{backend} takes no KV prefix, and says so"
+        elif task.kv_prefix is not None and task.kv_prefix.variant_digest not in ("", digest):
+            reasons[name] = f"another variant than {form!r} computed its KV prefix; verify it with that"
+    tasks = {name: task for name, task in manifest.tasks.items() if name not in reasons}
+    left_out = [f"task {name}: {reason}" for name, reason in sorted(reasons.items())]
+    return msgspec.structs.replace(manifest, tasks=tasks), left_out
 
 
 def _refuse_costs(form: str, options: VerifyOptions) -> None:
@@ -159,6 +175,8 @@ def _read_task_rows(
             has = "a table of token ids"
         elif task.soft_tokens and base.kind == "encoder-decoder":
             has = "a soft prompt before an encoder-decoder"
+        elif task.kv_prefix is not None:
+            has = "a KV prefix"
         elif base.vision is None and task.modalities != ("text",):
             has = "weights for embeddings of other modalities"
         if has is not None:

@@ -41,6 +41,8 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
         super().__post_init__()
         if self.input != "embeddings":
             raise ConfigError(f"input is {self.input!r}, expected 'embeddings': no table of token ids is trained here")
+        if self.kv_prefix is not None:
+            raise ConfigError("kv_prefix is set, expected none: no keys and values are trained here")
         if self.weight_dtype != "float32" or self.nested:
             raise ConfigError(
                 f"weight_dtype is {self.weight_dtype!r} and nested {self.nested}, expected 'float32' and false: train "
@@ -67,6 +69,6 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
 
     def as_record(self) -> dict[str, Any]:
         """All settings by name, for reports; head and labels only if there are some."""
-        record = {name: value for name, value in structs.asdict(self).items() if name != "input"}
+        record = {name: value for name, value in structs.asdict(self).items() if name not in ("input", "kv_prefix")}
         parts = {name: record.pop(name) for name in ("head", "labels")}
         return record | {name: to_builtins(part) for name, part in parts.items() if part is not None}

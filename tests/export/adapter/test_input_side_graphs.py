@@ -160,7 +160,7 @@ def test_a_bottleneck_is_folded_beside_its_soft_prompt(folder: Path, tmp_path: P
         np.testing.assert_allclose(folded, plain, atol=1e-5)
 
 
-@pytest.mark.parametrize(("task", "reason"), [("soft", "soft prompt alone"), ("ids", "looks token ids up")])
+@pytest.mark.parametrize(("task", "reason"), [("soft", "has no bottleneck"), ("ids", "looks token ids up")])
 def test_what_has_nothing_to_fold_is_refused(folder: Path, tmp_path: Path, task: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"{reason}: there is nothing to compute ahead"):
         export_adapter(write_adapter(tmp_path / task, own(folder, task)), folder, name="new", fold="table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import AdapterError, ContractError
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME, KvPrefixSpec
 from adalink.runtime.storage.manifest_io import read_manifest
 
 TOKENS, STEPS, NEW = 4, 3, 8
@@ -39,6 +41,20 @@ def configure(method: str, family: str, **settings: Any) -> peft.PeftConfig:
         case "lstm":
             lstm = {"encoder_hidden_size": 24, "encoder_reparameterization_type": "LSTM"}
             return peft.PromptEncoderConfig(**(soft | lstm | settings))
+        case "prefix" | "projected":
+            return peft.PrefixTuningConfig(
+                **(soft | {"prefix_projection": method == "projected", "encoder_hidden_size": 24} | settings)
+            )
+        case "cartridge":
+            return peft.CartridgeConfig(**(soft | settings))
+        case "cpt":
+            return peft.CPTConfig(
+                task_type=task_type,
+                cpt_token_ids=[5, 6, 7, 8],
+                cpt_mask=[1] * TOKENS,
+                cpt_tokens_type_mask=[1, 2, 3, 4],
+                **settings,
+            )
     lora = {"task_type": task_type, "r": 3, "lora_alpha": 7, "target_modules": [EMBEDDINGS.get(family, "embed_tokens")]}
     return peft.LoraConfig(**(lora | {"use_rslora": method == "rslora"} | settings))
 
@@ -89,8 +105,23 @@ def peft_output(tuned: Any, ids: torch.Tensor, **inputs: Any) -> tuple[np.ndarra
     return own, 8 * float((found[0] - found[1]).abs().max())
 
 
-@pytest.mark.parametrize("method", ["prompt", "p-tuning", "lstm", "lora", "rslora"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "gemma3", "bert", "t5"])
+CASES = [
+    *itertools.product(
+        ["llama", "gpt2", "gemma", "gemma3", "bert", "t5"], ["prompt", "p-tuning", "lstm", "lora", "rslora"]
+    ),
+    *itertools.product(["llama", "gemma3"], ["prefix"]),
+    *itertools.product(["llama"], ["projected", "cartridge", "cpt"]),
+]
+SLOW_CASES = [
+    *itertools.product(["gpt2", "qwen2", "qwen3", "phi3"], ["prefix"]),
+    *itertools.product(["gemma3"], ["projected", "cartridge", "cpt"]),
+]
+KV_PREFIXES = ("prefix", "projected", "cartridge")
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
 def test_outputs_and_generation_are_pefts(
     family: str, method: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -100,7 +131,10 @@ def test_outputs_and_generation_are_pefts(
     folder, ids = bases(family), token_ids(9, 3, 6)
     tuned = train(FAMILIES[family](), family, method, tmp_path / "tuned")
     entry = export_adapter(tmp_path / "tuned", folder, name=method, assume_base=True, replace=True).tasks[method]
-    assert (entry.rank, entry.soft_tokens) == ((3, 0) if "lora" in method else (0, TOKENS))
+    if method in KV_PREFIXES:
+        assert (entry.rank, entry.soft_tokens, entry.kv_prefix) == (0, 0, KvPrefixSpec(tokens=TOKENS))
+    else:
+        assert (entry.rank, entry.soft_tokens) == ((3, 0) if "lora" in method else (0, TOKENS))
     keeps_prefixes = family not in ("bert", "t5")
     with Deployment.open(folder, prefix_cache_bytes=keeps_prefixes << 20) as deployment:
         if family == "t5":
@@ -183,7 +217,6 @@ def test_a_saved_embedding_matrix_shows_the_base(bases: Callable[[str], Path], s
             peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5]),
             "trainable_token_indices",
         ),
-        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PREFIX_TUNING .*every layer's cache"),
         (
             peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
             "IA3 .*inside every layer",
@@ -299,3 +332,37 @@ def test_a_pickle_is_never_loaded(bases: Callable[[str], Path], saved: Callable[
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match="pickled, which can run code"):
         export_adapter(folder, bases("llama"), assume_base=True)
+
+
+def test_a_kv_prefix_of_another_cache_is_refused(bases: Callable[[str], Path], saved: Callable[..., Path]) -> None:
+    """As many numbers a token in other heads: only the config tells."""
+    folder = edit(saved("prefix"), num_attention_heads=4)
+    with pytest.raises(ContractError, match=r"num_attention_heads is 4, the KV cache of .* asks for 2"):
+        export_adapter(folder, bases("llama"), assume_base=True)
+    with pytest.raises(ContractError, match="num_layers is 3"):
+        export_adapter(edit(folder, num_attention_heads=2, num_layers=3), bases("llama"), assume_base=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_base_without_an_initial_cache_takes_no_kv_prefix(
+    family: str, bases: Callable[[str], Path], saved: Callable[..., Path]
+) -> None:
+    with pytest.raises(ContractError, match=r"encoder.* has no KV cache"):
+        export_adapter(saved("prefix"), bases(family), assume_base=True)
+
+
+def test_a_kv_prefix_of_16_bits_stays_one(bases: Callable[[str], Path], saved: Callable[..., Path]) -> None:
+    folder = saved("prefix")
+    tensors = {
+        name: value.astype(np.float16) for name, value in load_file(folder / "adapter_model.safetensors").items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    manifest = export_adapter(folder, bases("llama"), name="half", replace=True, assume_base=True)
+    (rows,), cache = tensors.values(), manifest.base.cache
+    assert cache is not None
+    stored = load_file(bases("llama") / manifest.tasks["half"].weights)[KV_PREFIX_NAME]
+    assert stored.dtype == np.float16
+    for token, layer, part in itertools.product(range(TOKENS), range(cache.layers), (0, 1)):
+        width = cache.kv_heads * cache.head_dim
+        start = (2 * layer + part) * width
+        np.testing.assert_array_equal(stored[layer, part, :, token].ravel(), rows[token, start : start + width])

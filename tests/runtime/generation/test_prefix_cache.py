@@ -14,6 +14,7 @@ from helpers.runtime import random_adapter, write_adapter
 
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import RequestError
+from adalink.runtime.generation import admission
 from adalink.runtime.generation.prefix_cache import PrefixCache, PrefixKey
 from adalink.runtime.storage.digest import cache_key
 
@@ -168,3 +169,13 @@ def test_bases_that_cannot_go_on_say_so(t5: Any, llama: Any) -> None:
         Deployment.open(t5.folder, prefix_cache_bytes=9)
     with pytest.raises(RequestError, match="prefix_cache_bytes is -1"):
         Deployment.open(llama.folder, prefix_cache_bytes=-1)
+
+
+def test_a_prompt_of_several_pieces_hits_too(
+    llama: Any, cached: Deployment, resumed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt is read by itself, in pieces: what is known of it is still not read again."""
+    monkeypatch.setattr(admission, "PASS_TOKENS", 8)
+    expected = plain(llama, PROMPTS[:2], "alpha")
+    assert [cached.generate([prompt], tasks="alpha", max_new_tokens=12)[0] for prompt in PROMPTS[:2]] == expected
+    assert resumed == [len(cached.tokenizer.encode(f"{SHARED} "))]

@@ -16,7 +16,7 @@ from adalink.export.base.export import export_base
 from adalink.runtime import Deployment
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation import admission
-from adalink.runtime.ort import dynamic_cache, static_cache
+from adalink.runtime.ort import dynamic_cache, static_buffers, static_cache
 from adalink.runtime.ort.static_cache import StaticCacheDecodeState
 from adalink.runtime.storage.manifest_io import read_manifest
 
@@ -85,4 +85,4 @@ def test_a_cache_that_is_not_copied_would_show(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1 << 50, 8), (2, 1, 1, 1 << 62, 8)])
 def test_memory_that_is_not_there_is_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match=r"no memory for a KV cache of 1 rows of \d+ tokens .*: send fewer rows"):
-        static_cache._empty(shape, np.dtype(np.float32))
+        static_buffers.empty_cache(shape, np.dtype(np.float32))

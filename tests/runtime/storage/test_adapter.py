@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from helpers.paths import REPOSITORY
+from safetensors.numpy import load_file
 
 from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter import (
@@ -24,6 +25,7 @@ from adalink.runtime.storage.adapter import (
 )
 from adalink.runtime.storage.adapter_spec import MOST_SOFT_TOKENS
 from adalink.runtime.storage.digest import fingerprint_embeddings
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME, KvPrefixSpec
 
 EXAMPLES = REPOSITORY / "examples" / "adapters"
 VOCAB_SIZE = 11
@@ -124,6 +126,9 @@ def test_the_soft_prompt_is_part_of_the_digest() -> None:
         ({"input": "tokens"}, "expected one of embeddings, ids"),
         (BY_IDS | {"modalities": ("text", "image")}, r"modalities \('text',\)"),
         (BY_IDS | {"activation": "relu"}, "activation 'identity'"),
+        ({"kv_prefix": KvPrefixSpec(tokens=0)}, "kv_prefix.tokens is 0"),
+        ({"kv_prefix": KvPrefixSpec(tokens=2, dtype="int8")}, "kv_prefix.dtype is 'int8', expected float32 or float16"),
+        ({"kv_prefix": KvPrefixSpec(tokens=2, variant_digest="int4")}, "kv_prefix.variant_digest is 'int4'"),
     ],
 )
 def test_settings_of_soft_prompts_and_tables_of_ids_are_checked(changes: dict[str, object], message: str) -> None:
@@ -135,6 +140,48 @@ def test_a_soft_prompt_of_another_length_than_the_config_says_is_refused() -> No
     adapter = make(**SOFT_ALONE)
     with pytest.raises(AdapterError, match=r"'soft_prompt' has shape \(4, 24\), expected \(5, 24\)"):
         make_adapter(adapter.config, {"soft_prompt": adapter.weights["soft_prompt"][:4]})
+
+
+def make_kv_prefix(dtype: str, **settings: object) -> Adapter:
+    spec = KvPrefixSpec(tokens=3, dtype=dtype)
+    config = make_config(**({"rank": 0, "activation": "identity", "bias": False, "kv_prefix": spec} | settings))
+    states = np.random.default_rng(4).normal(size=(2, 2, 1, 3, 4)).astype(dtype).astype(np.float32)
+    others = {
+        name: np.full(shape, 0.1, np.float32) for name, shape in weight_shapes(config).items() if name != KV_PREFIX_NAME
+    }
+    return make_adapter(config, others | {KV_PREFIX_NAME: states})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("settings", [{}, {"rank": 3, "soft_tokens": 2}], ids=["alone", "beside others"])
+def test_a_kv_prefix_comes_back_as_it_was(tmp_path: Path, dtype: str, settings: dict[str, object]) -> None:
+    adapter = make_kv_prefix(dtype, **settings)
+    again = read_adapter(write(tmp_path, adapter))
+    assert (again.config, again.digest) == (adapter.config, adapter.digest)
+    for name, weight in adapter.weights.items():
+        np.testing.assert_array_equal(again.weights[name], weight)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    assert {name: str(weight.dtype) for name, weight in stored.items()} == {
+        name: dtype if name == KV_PREFIX_NAME else "float32" for name in adapter.weights
+    }
+    expected = {"tokens": 3} if dtype == "float32" else {"tokens": 3, "dtype": dtype}
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["kv_prefix"] == expected
+
+
+def test_a_kv_prefix_is_part_of_the_digest_and_fits_its_config() -> None:
+    adapter = make_kv_prefix("float16")
+    states = adapter.weights[KV_PREFIX_NAME]
+    changed = states.copy()
+    changed[1, 1, 0, 2, 3] += 1
+    assert make_adapter(adapter.config, {KV_PREFIX_NAME: changed}).digest != adapter.digest
+    with pytest.raises(AdapterError, match=r"has shape \(2, 2, 1, 2, 4\), expected \(2, 2, 1, 3, 4\)"):
+        make_adapter(adapter.config, {KV_PREFIX_NAME: states[:, :, :, :2]})
+    with pytest.raises(AdapterError, match=r"expected \(0, 2, 0, 3, 0\)"):
+        make_adapter(adapter.config, {KV_PREFIX_NAME: states[0]})
+    with pytest.raises(AdapterError, match="numbers that float16 cannot store"):
+        make_adapter(adapter.config, {KV_PREFIX_NAME: states * np.float32(1.0001)})
+    with pytest.raises(AdapterError, match="'kv_prefix' is not part of the method"):
+        make_adapter(make_config(), {**make().weights, KV_PREFIX_NAME: states})
 
 
 def test_config_on_disk_has_the_documented_fields(tmp_path: Path) -> None:

@@ -62,11 +62,11 @@ def test_every_holder_inherits_the_settings(kind: type[AdapterSpec]) -> None:
 def test_settings_of_leaves_out_what_a_holder_adds() -> None:
     config = AdaLinkConfig(rank={"text": 2, "image": 3}, modalities=("text", "image"), dropout=0.5, soft_tokens=4)
     known = {"activation": "identity", "scope": "all", "modalities": ("text", "image"), "input": "embeddings"}
-    known |= {"head": None, "labels": None}
+    known |= {"head": None, "labels": None, "kv_prefix": None, "weight_dtype": "float32", "nested": False}
     settings = {"rank": {"text": 2, "image": 3}, "soft_tokens": 4, **known}
     assert settings_of(config) == settings
     assert settings_of(config, MethodSpec) == settings | {"bias": False}
-    assert settings_at_default(config) == {"input", "head", "labels"}
+    assert settings_at_default(config) == {"input", "head", "labels", "kv_prefix", "weight_dtype", "nested"}
 
 
 def test_a_manifest_written_before_later_settings_opens() -> None:
@@ -75,6 +75,7 @@ def test_a_manifest_written_before_later_settings_opens() -> None:
     task = msgspec.json.decode(json.dumps(older), type=Task)
     assert (task.soft_tokens, task.input, task.head, task.fold) == (0, "embeddings", None, None)
     later = {"soft_tokens": 0, "input": "embeddings", "head": None, "labels": None, "fold": None, "head_graph": None}
+    later |= {"kv_prefix": None, "weight_dtype": "float32", "nested": False}
     assert (
         msgspec.json.encode(task, order="sorted")
         == json.dumps(older | later, sort_keys=True, separators=(",", ":")).encode()

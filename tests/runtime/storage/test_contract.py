@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,13 @@ import pytest
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import Adapter, AdapterConfig, encode_adapter, make_adapter, weight_shapes
 from adalink.runtime.storage.contract import check_adapter
+from adalink.runtime.storage.kv_prefix_spec import KvPrefixSpec
+from adalink.runtime.storage.manifest import Cache
 
 OWN, OTHER = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
+
+
+OTHER_CACHE = Cache(layers=2, kv_heads=3, head_dim=1)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class FakeBase:
     max_positions: int | None = 8
     modalities: tuple[str, ...] | None = ("text",)
     takes_soft_prompts: bool = True
+    cache: Cache | None = field(default_factory=lambda: Cache(layers=2, kv_heads=1, head_dim=3))
+    no_kv_prefix: str = ""
     has_hidden_states: bool = True
 
 
@@ -40,11 +47,21 @@ def make(value: float = 1.0, **changes: Any) -> Adapter:
         "scope": "all",
     }
     config = AdapterConfig(**(settings | changes))
-    weights = {name: np.full(shape, value, np.float32) for name, shape in weight_shapes(config, 11).items()}
+    weights = {name: np.full(shape, value, np.float32) for name, shape in weight_shapes(config, 11, (2, 1, 3)).items()}
     return make_adapter(config, weights)
 
 
-@pytest.mark.parametrize("changes", [{}, {"soft_tokens": 7}, {"rank": 0, "soft_tokens": 1}, {"input": "ids"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_prefix": KvPrefixSpec(tokens=2), "soft_tokens": 3},
+        {"soft_tokens": 7},
+        {"rank": 0, "soft_tokens": 1},
+        {"input": "ids"},
+    ],
+    ids=str,
+)
 def test_fitting_adapter_passes(changes: dict[str, Any]) -> None:
     check_adapter(make(**changes), FakeBase(), "adapter a")
 
@@ -72,10 +89,31 @@ def test_fitting_adapter_passes(changes: dict[str, Any]) -> None:
         ({"soft_tokens": 8}, {}, "soft prompt of 8 positions, tiny of deployment x was made for at most 8"),
         ({"soft_tokens": 1}, {"takes_soft_prompts": False}, "use an adapter without a soft prompt"),
         ({"soft_tokens": 1, "value": 7e4}, {}, "the soft prompt holds numbers beyond float16"),
+        ({"kv_prefix": KvPrefixSpec(tokens=1)}, {"no_kv_prefix": "it is odd"}, "none can stand before rows of tiny"),
+        (
+            {"kv_prefix": KvPrefixSpec(tokens=1)},
+            {"cache": OTHER_CACHE},
+            "asks for (2, 2, 3, 1, 1) (layers, 2, kv_heads",
+        ),
+        ({"kv_prefix": KvPrefixSpec(tokens=7), "soft_tokens": 1}, {}, "puts 8 positions before every text, 7 of them"),
+        ({"kv_prefix": KvPrefixSpec(tokens=1), "value": 7e4}, {}, "the KV prefix holds numbers beyond float16"),
         ({"input": "ids"}, {"vocab_size": 12}, "table of 11 token ids, tiny of deployment x has 12"),
         ({"input": "ids"}, {"embedding_dtype": "bfloat16"}, "export the base with --dtype fp32 or fp16"),
     ],
-    ids=["base", "modality", "width", "positions", "grid", "range", "vocabulary", "bfloat16"],
+    ids=[
+        "base",
+        "modality",
+        "width",
+        "positions",
+        "grid",
+        "range",
+        "no cache",
+        "cache",
+        "before",
+        "prefix range",
+        "vocabulary",
+        "bfloat16",
+    ],
 )
 def test_fault_is_named_with_both_sides(adapter: dict[str, Any], base: dict[str, Any], message: str) -> None:
     with pytest.raises(ContractError) as caught:

@@ -174,8 +174,8 @@ def test_a_running_batch_that_fails_is_a_failed_check(deployment, monkeypatch, f
         if len(calls) >= fails_at:
             raise BackendError("the engine refused")
 
-    record = scheduler._Recorder.__call__
-    monkeypatch.setattr(scheduler._Recorder, "__call__", lambda self, *given: (record(self, *given), fail(*given))[0])
+    record = scheduler.Recorder.__call__
+    monkeypatch.setattr(scheduler.Recorder, "__call__", lambda self, *given: (record(self, *given), fail(*given))[0])
     assert "scheduler/failed-rows" in failures(*deployment)
 
 

@@ -291,7 +291,7 @@ def test_what_cannot_be_made_right_is_refused():
         ({"rank": 0}, "rank is 0, expected a whole number of at least 1, .*; 0 is for adapters with a soft prompt"),
         (
             {"rank": 0, "soft_tokens": 2, "activation": "gelu"},
-            "a soft prompt or a head alone has activation 'identity' and no bias",
+            "a soft prompt, KV prefix or head alone has activation 'identity' and no bias",
         ),
         ({"rank": 0, "soft_tokens": 2, "activation": "identity", "bias": True}, "no bias"),
         ({"soft_tokens": -1}, "soft_tokens is -1"),

@@ -19,6 +19,7 @@ from adalink.runtime.arrays import Array
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, Adapter, AdapterConfig
 from adalink.runtime.storage.adapter_spec import settings_of
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 from adalink.runtime.storage.manifest import Task
 from adalink.runtime.storage.safetensors import as_float32, as_stored
 from adalink.tools.parity.reference.float64_adapter import exact_adapter
@@ -138,6 +139,21 @@ def check_soft_prompt(name: str, graph: bytes, deployment: Deployment, adapter: 
     differing = int((received[:, :soft_tokens] != stored).sum())
     detail = f"numbers of {soft_tokens} vectors that the graph puts before the text and that are not the adapter's"
     return at_most(f"adapter/{name}/graph-soft-prompt", differing, 0, detail)
+
+
+def check_kv_prefix(name: str, deployment: Deployment, adapter: Adapter) -> Check:
+    """The KV prefix with which the deployment begins a row: the adapter's, rounded to the base's dtype, bit for bit."""
+    base = deployment.manifest.base
+    received = deployment.kv_prefix(name)
+    differing, tokens = float("inf"), adapter.weights[KV_PREFIX_NAME].shape[3]
+    if received is not None and base.cache is not None:
+        stored = to_float64(as_stored(adapter.weights[KV_PREFIX_NAME], base.embedding_dtype), base.embedding_dtype)
+        found = to_float64(received, base.embedding_dtype)
+        # Key and value of each layer in turn, as the base graph names its inputs.
+        pairs = [(layer, part) for layer in range(base.cache.layers) for part in (0, 1)]
+        differing = sum(float((found[index] != stored[pair]).sum()) for index, pair in enumerate(pairs))
+    detail = f"numbers of keys and values at {tokens} positions before the text that are not the adapter's"
+    return at_most(f"adapter/{name}/kv-prefix", differing, 0, detail)
 
 
 def through_bank(deployment: Deployment, name: str) -> Adapt:

@@ -37,7 +37,7 @@ def check_kv_caches(
     rows: list[list[int]],
     backend: Backend,
 ) -> list[Check]:
-    """For each graph of the open variant with another KV cache: the base, and every task without a soft prompt.
+    """For each graph of the open variant with another KV cache: the base, and tasks with nothing before the text.
 
     Args:
         deployment: the open deployment.
@@ -51,7 +51,7 @@ def check_kv_caches(
         scales = read_scales(deployment.path / graph)
         table = open_table(deployment.path / manifest.base.embeddings, manifest.base)
         with closing(backend.open_engine(deployment.path / graph, manifest.base, "base", table)) as engine:
-            for task in (None, *(name for name in deployment.tasks if not manifest.tasks[name].soft_tokens)):
+            for task in (None, *(name for name in deployment.tasks if not manifest.tasks[name].prepended_positions)):
                 name = f"kv-cache/{dtype}/{'base' if task is None else f'task/{task}'}"
                 with reference.adapted(None if task is None else folders[task]):
                     embeds = [deployment.input_embeddings([ids], tasks=task) for ids in rows[:_ROWS]]

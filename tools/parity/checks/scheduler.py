@@ -101,7 +101,7 @@ class JoinedRows:
     def _submit(self, opened: Deployment, prompts: list[list[int]], tasks: Sequence[str | None]) -> None:
         """Run all rows, submitted from a logits processor of a row that runs on."""
         file = LogitsFile(opened.manifest.base.embedding_dtype)
-        recorders = [_Recorder(file, drawn.cancelled_at) for drawn in self._drawn]
+        recorders = [Recorder(file, drawn.cancelled_at) for drawn in self._drawn]
         step = 0
 
         def tick(scores: Array, sequence: Sequence[int]) -> None:
@@ -136,15 +136,16 @@ def _is_as_alone(opened: Deployment, task: str | None, row: GeneratedRow) -> boo
     return list(opened.submit(request).result().token_ids) == row.tokens
 
 
-class _Recorder:
+class Recorder:
     """A logits processor that changes nothing: keeps each step's logits, and cancels its row at one."""
 
-    def __init__(self, file: LogitsFile, cancelled_at: int | None) -> None:
+    def __init__(self, file: LogitsFile, cancelled_at: int | None = None) -> None:
         self.handle: Handle | None = None
         self.places: list[Place] = []
         self._file, self._cancelled_at = file, cancelled_at
 
     def __call__(self, scores: Array, sequence: Sequence[int]) -> None:
+        """Keep one step's logits; see ``LogitsProcessor``."""
         self.places.append(self._file.add(scores))
         if len(self.places) == self._cancelled_at and self.handle is not None:
             self.handle.cancel()

@@ -55,7 +55,7 @@ def run_row(model: Any, attached: Any, input_side: InputSide | None, base: Base,
     Args:
         model: the model.
         attached: the adapter that is attached to it, if any.
-        input_side: the adapter's soft prompt or table, if it has one.
+        input_side: the adapter's soft prompt, table or KV prefix, if it has one.
         base: the contract.
         row: the row.
     """
@@ -78,7 +78,8 @@ def run_row(model: Any, attached: Any, input_side: InputSide | None, base: Base,
             is_text = torch.tensor([labels.is_text(length)])
             if row.pixels is not None and base.vision is not None:
                 is_text = ids != base.vision.image_token_id
-            inputs = {"inputs_embeds": input_side.embeds(model, ids, row.prompt_length, is_text, **images)}
+            embeds = input_side.embeds(model, ids, row.prompt_length, is_text, **images)
+            inputs = {"inputs_embeds": embeds, **input_side.cache_inputs(model, embeds)}
             soft_tokens = input_side.soft_tokens
         if labels.token_types is not None:
             inputs["token_type_ids"] = torch.tensor([[0] * soft_tokens + labels.token_types])

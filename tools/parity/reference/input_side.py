@@ -1,8 +1,9 @@
-"""Soft prompts and tables of token ids in PyTorch, as ``inputs_embeds`` of a model.
+"""Soft prompts, tables of token ids and KV prefixes in PyTorch, as ``inputs_embeds`` and cache of a model.
 
 `adalink.training` attaches soft prompts by hooks. This implementation is independent of it, because levels 2 to 6 are
 the test of what training ships. A bottleneck beside them is attached as always: the embedding's output is captured,
 and the soft prompt is put before it.
+The cache that holds a KV prefix is transformers' own, which numbers the positions after it itself.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter, make_adapter
+from adalink.runtime.storage.adapter_spec import AdapterSpec
+from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 
 if TYPE_CHECKING:
     import torch
 
 
 class InputSide:
-    """The soft prompt, or the table of token ids, of one adapter.
+    """The soft prompt, the table of token ids and the KV prefix of one adapter.
 
     Attributes:
         soft_tokens: positions of the soft prompt.
@@ -33,7 +36,7 @@ class InputSide:
         self._weights = {
             name: torch.from_numpy(value).double()
             for name, value in adapter.weights.items()
-            if name in (SOFT_PROMPT_NAME, TABLE_NAME) or config.input == "ids"
+            if name in (SOFT_PROMPT_NAME, TABLE_NAME, KV_PREFIX_NAME) or config.input == "ids"
         }
 
     def embeds(
@@ -60,14 +63,38 @@ class InputSide:
         soft = self._weights.get(SOFT_PROMPT_NAME)
         return x if soft is None else torch.cat([soft[None].to(x.dtype), x], dim=1)
 
+    def cache_inputs(self, model: Any, embeds: torch.Tensor) -> dict[str, Any]:
+        """The cache that holds the KV prefix, and the mask of it and the row; nothing without one.
+
+        Args:
+            model: the model.
+            embeds: the row's embeddings, shape ``(1, soft_tokens + seq, d)``.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        states = self._weights.get(KV_PREFIX_NAME)
+        if states is None:
+            return {}
+        cache: Any = DynamicCache(config=model.config.get_text_config())
+        for layer, (key, value) in enumerate(states.to(embeds.dtype)):
+            cache.update(key[None], value[None], layer)
+        mask = torch.ones(1, states.shape[3] + embeds.shape[1], dtype=torch.int64)
+        return {"past_key_values": cache, "attention_mask": mask}
+
+
+def has_input_side(config: AdapterSpec) -> bool:
+    """Whether an adapter has more than a bottleneck on embeddings and a head."""
+    return bool(config.soft_tokens or config.kv_prefix or config.input == "ids")
+
 
 def without_input_side(adapter: Adapter) -> Adapter | None:
     """The bottleneck of an adapter alone; ``None`` if there is none that takes embeddings."""
     config = adapter.config
     if config.input == "ids" or not config.rank:
         return None
-    weights = {name: value for name, value in adapter.weights.items() if name != SOFT_PROMPT_NAME}
-    return make_adapter(msgspec.structs.replace(config, soft_tokens=0), weights)
+    weights = {name: value for name, value in adapter.weights.items() if name not in (SOFT_PROMPT_NAME, KV_PREFIX_NAME)}
+    return make_adapter(msgspec.structs.replace(config, soft_tokens=0, kv_prefix=None), weights)
 
 
 class _EnoughError(Exception):

@@ -29,7 +29,7 @@ from adalink.tools.parity.reference.forward import Row, run_row
 from adalink.tools.parity.reference.gguf_tokens import GgufTokens
 from adalink.tools.parity.reference.gguf_weights import check_layers
 from adalink.tools.parity.reference.images import Pixels, image_features, pixel_tensors
-from adalink.tools.parity.reference.input_side import InputSide, without_input_side
+from adalink.tools.parity.reference.input_side import InputSide, has_input_side, without_input_side
 from adalink.tools.parity.reference.known_outputs import KnownOutputs
 from adalink.tools.parity.reference.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of, noise_of
 from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
@@ -124,7 +124,7 @@ class Reference:
         with ExitStack() as stack:
             if folder is not None:
                 adapter = read_adapter(folder)
-                if adapter.config.soft_tokens or adapter.config.input == "ids":
+                if has_input_side(adapter.config):
                     self._input_side = InputSide(adapter)
                     bottleneck, folder = without_input_side(adapter), None
                     if bottleneck is not None:
