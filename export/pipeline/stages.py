@@ -45,6 +45,7 @@ class Stages:
         graph: file name of that graph.
         adapters: the tasks.
         activations: those that the graph with the tasks computes.
+        tokenizer: file name of the tokenizer.
         inputs: names of the inputs of the base's graph, without the cache.
         linked_bytes: how many bytes the folder shares with the deployment.
     """
@@ -79,6 +80,10 @@ class Stages:
         chosen = sorted(manifest.tasks) if tasks is None else list(dict.fromkeys(tasks))
         check_tasks(chosen, manifest.tasks)
         check_base(manifest.base, host)
+        if manifest.base.tokenizer is None:
+            raise ConfigError(f"base {self.base.name} has no tokenizer, and {host} needs one: export it with one")
+        self._tokenizer = manifest.base.tokenizer
+        self.tokenizer = Path(self._tokenizer).name
         self.adapters = {task: self._read_task(task) for task in chosen}
         self.activations = activations_of(self.adapters.values())
         path = locate(deployment, self._entry.graph)
@@ -90,7 +95,6 @@ class Stages:
         """Write the base, the graph with the tasks, the tokenizer and the tasks.
 
         Raises:
-            ConfigError: the deployment has no tokenizer.
             GraphError: the graph of the tasks does not compute them.
             IntegrityError: a file of the deployment was altered.
         """
@@ -100,9 +104,7 @@ class Stages:
         table = open_table(locate(self._folder, self.base.embeddings), self.base)
         front = build_front(self.base, self._lookup(staging, table), self.activations, self._positions)
         write_through(staging / FRONT, front.SerializeToString())
-        if self.base.tokenizer is None:
-            raise ConfigError(f"base {self.base.name} has no tokenizer, and {self._host} needs one: export it with one")
-        self._link(self.base.tokenizer, staging)
+        self._link(self._tokenizer, staging)
         self._write_tasks(staging)
         check_front(staging / FRONT, table, self.adapters, self.activations, progress)
 

@@ -19,6 +19,7 @@ from adalink.export.web.check import expected_results
 from adalink.export.web.libraries import copy_libraries
 from adalink.export.web.pieces import PIECE_BYTES, split_file
 from adalink.export.web.place import INDEX, PAGE, check_place
+from adalink.export.web.tokenizer import rewrite_tokenizer
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 from adalink.runtime.storage.atomic import write_through
@@ -88,6 +89,7 @@ def export_web(
         )
     with replace_folder(out.resolve(), f"folder {out}") as staging:
         stages.write(staging, progress)
+        rewrite_tokenizer(staging / stages.tokenizer)
         size = _check_size(stages, staging)
         copied = copy_libraries(Path(libraries), staging) if libraries is not None else ()
         for path in PAGE.iterdir():
@@ -110,12 +112,10 @@ def _index(stages: Stages, staging: Path, libraries: Sequence[str]) -> dict[str,
     """What ``web.json`` says, but for the check; files are split on the way."""
     base = stages.base
     cache = base.cache
-    assert base.tokenizer is not None
     assert cache is not None
     tasks = {task: f"{TASKS}/{task}.safetensors" for task in stages.adapters}
-    tokenizer = Path(base.tokenizer).name
     data = {name: _data_files(staging / name) for name in (FRONT, stages.graph)}
-    names = dict.fromkeys((*chain(data, *data.values()), tokenizer, BASE, *tasks.values()))
+    names = dict.fromkeys((*chain(data, *data.values()), stages.tokenizer, BASE, *tasks.values()))
     keys = [f"{layer}.{kind}" for layer in range(cache.layers) for kind in ("key", "value")]
     caches = {"pasts": [f"past_key_values.{key}" for key in keys], "presents": [f"present.{key}" for key in keys]}
     activations = [ACTIVATIONS.index(name) for name in stages.activations]
@@ -126,7 +126,7 @@ def _index(stages: Stages, staging: Path, libraries: Sequence[str]) -> dict[str,
         "vocabulary": base.vocab_size,
         "positions": base.max_positions or 1 << 30,
         "ends": base.eos_token_ids,
-        "tokenizer": tokenizer,
+        "tokenizer": stages.tokenizer,
         "front": {"graph": FRONT, "data": data[FRONT], **front},
         "base": {
             "graph": stages.graph,

@@ -16,7 +16,8 @@ _ENTRIES = {
     "onnxruntime-web": ("ort.wasm.min.mjs", "ort.webgpu.min.mjs"),
     "@huggingface/tokenizers": ("tokenizers.min.mjs",),
 }
-_COMPANION = re.compile(rb"ort-wasm[\w.-]+\.(?:mjs|wasm)")
+# A module that loads a WebAssembly file of its own name.
+_COMPANION = re.compile(rb"ort-wasm[\w.-]+\.mjs")
 
 
 def copy_libraries(modules: Path, staging: Path) -> tuple[str, ...]:
@@ -38,7 +39,8 @@ def copy_libraries(modules: Path, staging: Path) -> tuple[str, ...]:
         for name in entries:
             _copy(source / name, staging, modules)
             for companion in sorted({found.decode() for found in _COMPANION.findall((source / name).read_bytes())}):
-                _copy(source / companion, staging, modules)
+                for path in (source / companion, (source / companion).with_suffix(".wasm")):
+                    _copy(path, staging, modules)
     return tuple(sorted(f"{LIBRARIES}/{path.name}" for path in (staging / LIBRARIES).iterdir()))
 
 

@@ -15,7 +15,7 @@ Entry = dict[str, object]
 
 
 def split_file(folder: Path, name: str, limit: int) -> Entry:
-    """Split a file that is larger than ``limit``, in place.
+    """Split a file that is larger than ``limit``, in place; the files are no links any more.
 
     Args:
         folder: the folder.
@@ -25,19 +25,12 @@ def split_file(folder: Path, name: str, limit: int) -> Entry:
     Returns:
         Its size and pieces, each with path, size and digest. A small file is a piece by itself.
     """
-    path = folder / name
-    size = path.stat().st_size
-    if size <= limit:
-        return {"size": size, "pieces": [_piece(name, path.read_bytes())]}
-    pieces = []
-    with path.open("rb") as stream:
+    whole, pieces = (folder / name).rename(folder / f"{name}.whole"), []
+    size = whole.stat().st_size
+    with whole.open("rb") as stream:
         while data := stream.read(limit):
-            part = f"{name}.{len(pieces):03d}"
+            part = name if size <= limit else f"{name}.{len(pieces):03d}"
             (folder / part).write_bytes(data)
-            pieces.append(_piece(part, data))
-    path.unlink()
+            pieces.append({"path": part, "size": len(data), "sha256": f"sha256:{hashlib.sha256(data).hexdigest()}"})
+    whole.unlink()
     return {"size": size, "pieces": pieces}
-
-
-def _piece(name: str, data: bytes) -> Entry:
-    return {"path": name, "size": len(data), "sha256": f"sha256:{hashlib.sha256(data).hexdigest()}"}

@@ -54,13 +54,25 @@ def run_node(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedPro
     if node is None:
         pytest.skip("Node is not installed")
     installed_modules("examples/node")
-    command = [node, str(NODE / "generate.mjs"), *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
+    command = [node, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, cwd=NODE, capture_output=True, text=True, check=False, timeout=120)
+
+
+def run_script(script: str) -> str:
+    """What a module of JavaScript prints."""
+    done = run_node("--input-type=module", "-e", script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def generate_in_node(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the example's program."""
+    return run_node("generate.mjs", *arguments, stdin=stdin)
 
 
 def ask_node(folder: Path, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Answers of Node to several requests, one after another."""
-    done = run_node(folder, "--json", stdin=json.dumps(requests))
+    done = generate_in_node(folder, "--json", stdin=json.dumps(requests))
     assert done.returncode == 0, done.stderr
     answers: list[dict[str, Any]] = json.loads(done.stdout)
     return answers

@@ -59,6 +59,7 @@ async function start(provider, Tokenizer, progress, where, threads = 1) {
   ort.env.wasm.wasmPaths = new URL("lib/", import.meta.url).href;
   ort.env.wasm.numThreads = threads;
   model = await Model.open({ ort, Tokenizer, read, providers: [provider], progress });
+  model.encode(""); // refused where the tokenizer is not the kit's
   postMessage({ kind: "ready", name: model.name, tasks: model.tasks, where });
 }
 

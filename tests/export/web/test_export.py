@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.paths import REPOSITORY
 from helpers.tiny_deployments import make_model_folder
 from helpers.tiny_models import MAX_POSITIONS, VOCAB_SIZE
 
@@ -83,9 +84,9 @@ def test_missing_libraries_are_named_with_their_command(site, tmp_path):
 @pytest.mark.parametrize("example", ["web", "node"])
 def test_packages_of_examples_are_pinned(example):
     """The versions that the export names are those that the tests run, and the lock names no registry."""
-    folder = PAGE.parents[2] / "examples" / example
+    folder = REPOSITORY / "examples" / example
     pinned = json.loads((folder / "package.json").read_text())["dependencies"]
     assert {name: version for name, version in pinned.items() if name in PACKAGES}.items() <= PACKAGES.items()
-    lock = (folder / "package-lock.json").read_text()
-    assert {address.split("/")[2] for address in json.loads(lock) if "resolved" in address} <= {"registry.npmjs.org"}
-    assert "://" not in lock.replace("https://registry.npmjs.org", "").replace("https://opencollective", "")
+    packages = json.loads((folder / "package-lock.json").read_text())["packages"]
+    assert [name for name, package in packages.items() if "resolved" in package] == []
+    assert all("integrity" in package for name, package in packages.items() if name)

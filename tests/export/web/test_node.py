@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.genai_host import NEW, greedy
-from helpers.sites import TASKS, ask_node, run_node, seal
+from helpers.sites import TASKS, ask_node, generate_in_node, run_script, seal
 from helpers.tied_codes import tied
 from helpers.tiny_deployments import seeded_adapter, write_adapter
 from helpers.tiny_tokenizer import make_bpe_tokenizer
@@ -20,6 +19,7 @@ from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
 from adalink.export.pipeline.texts import TEXTS
 from adalink.export.web.export import export_web
+from adalink.export.web.tokenizer import rewrite_tokenizer
 from adalink.runtime import Deployment, SamplingParams
 from adalink.training.models.loading import load_base
 
@@ -69,7 +69,7 @@ def test_codes_of_a_head_are_read_by_both_graphs(tmp_path):
     ]
 
 
-def test_draws_follow_the_softmax(site, tmp_path):
+def test_draws_follow_the_softmax(site):
     """Shares on a grid fall on each token as often as it is likely."""
     logits, temperature, count = np.array([0.5, -1.0, 2.0, 0.0], np.float32), 0.7, 10_000
     script = f"""
@@ -79,9 +79,7 @@ def test_draws_follow_the_softmax(site, tmp_path):
         counts[draw(Float32Array.from({logits.tolist()}), {temperature}, (place + 0.5) / {count})]++;
       console.log(JSON.stringify(counts));
     """
-    node = shutil.which("node") or pytest.skip("Node is not installed")
-    command = [node, "--input-type=module", "-e", script]
-    counts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    counts = json.loads(run_script(script))
     exact = np.exp(logits.astype(np.float64) / temperature)
     np.testing.assert_allclose(np.array(counts) / count, exact / exact.sum(), atol=1.5 / count)
 
@@ -123,7 +121,10 @@ def take_task_of_another_base(folder: Path) -> None:
 
 def take_another_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace('"the"', '"thE"'))
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
+    path.write_text(json.dumps(content))
     seal(folder)
 
 
@@ -136,13 +137,13 @@ def take_another_tokenizer(folder: Path) -> None:
         (shift_table, "result: the base model: logits are"),
         (exchange_tasks, "result: gelu: logits are"),
         (take_task_of_another_base, "task-base: task gelu is for another base"),
-        (take_another_tokenizer, "tokenizer"),
+        (take_another_tokenizer, "tokenizer: this library makes other tokens of"),
     ],
 )
 def test_faults_are_named(site, tmp_path, fault, words):
     folder = shutil.copytree(site.folder, tmp_path / "site")
     fault(folder)
-    done = run_node(folder, "--task", "gelu", "the")
+    done = generate_in_node(folder, "--task", "gelu", "--tokens", "8", "the")
     assert (done.returncode, done.stdout) == (2, ""), done.stdout
     assert done.stderr.startswith(words)
 
@@ -150,15 +151,47 @@ def test_faults_are_named(site, tmp_path, fault, words):
 def test_wrong_requests_are_named(site):
     assert (
         "request: task gellu is not in this folder, only gelu, relu"
-        in run_node(site.folder, "--task", "gellu", "a").stderr
+        in generate_in_node(site.folder, "--task", "gellu", "--tokens", "8", "a").stderr
     )
-    assert "ask for fewer" in run_node(site.folder, "--tokens", "64", "a").stderr
-    assert "token ids" in run_node(site.folder, "--json", stdin='[{"prompt": [96]}]').stderr
+    assert "ask for fewer" in generate_in_node(site.folder, "--tokens", "64", "a").stderr
+    assert "token ids" in generate_in_node(site.folder, "--json", "--tokens", "8", stdin='[{"prompt": [96]}]').stderr
 
 
 def test_large_files_come_in_pieces(site, tmp_path, monkeypatch):
     monkeypatch.setattr("adalink.export.web.export.PIECE_BYTES", 5000)
     export_web(site.deployment, tmp_path / "site")
     assert len(list((tmp_path / "site").glob("model.onnx.data.0*"))) > 3
-    request = [{"prompt": PROMPTS[1], "task": "relu"}]
+    request = [{"prompt": PROMPTS[1], "task": "relu", "maxNewTokens": NEW}]
     assert ask_node(tmp_path / "site", request) == ask_node(site.folder, request)
+
+
+@pytest.mark.parametrize("individual", [True, False])
+def test_numbers_are_split_as_the_kit_splits_them(tmp_path, individual):
+    """The library's own step knows only 0 to 9: without the rewriting it makes other tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    texts = [*TEXTS, "x\r\n½ ①Ⅷ٣４", "12 345  ²"]
+    tokenizer = Tokenizer(models.BPE())
+    digits, byte_level = pre_tokenizers.Digits(individual), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = byte_level
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts * 9, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    expected = [tokenizer.encode(text).ids for text in texts]
+    assert encode_in_node(path, texts) != expected
+    rewrite_tokenizer(path)
+    assert encode_in_node(path, texts) == expected
+
+
+def encode_in_node(path: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, as the library makes them."""
+    script = f"""
+      import {{ readFileSync }} from "node:fs";
+      import {{ Tokenizer }} from "@huggingface/tokenizers";
+      const tokenizer = new Tokenizer(JSON.parse(readFileSync({json.dumps(str(path))})), {{}});
+      console.log(JSON.stringify({json.dumps(texts)}.map((text) => tokenizer.encode(text).ids)));
+    """
+    ids: list[list[int]] = json.loads(run_script(script))
+    return ids
