@@ -175,7 +175,7 @@ def node(setting: Setting) -> tuple[str, dict[str, Answers]]:
     tasks = [adapter.name for adapter in setting.adapters]
     export_web(setting.deployment, folder, tasks=tasks, replace=True)
     requests = [{"prompt": prompt, "task": task} for task in tasks for prompt in setting.prompts]
-    command = ["node", example / "generate.mjs", folder, "--json", "--tokens", str(NEW_TOKENS)]
+    command = ["node", str(example / "generate.mjs"), str(folder), "--json", "--tokens", str(NEW_TOKENS)]
     done = subprocess.run(command, input=json.dumps(requests), stdout=subprocess.PIPE, text=True, check=True)
     made = [answer["tokens"] for answer in json.loads(done.stdout)]
     count = len(setting.prompts)

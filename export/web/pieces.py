@@ -25,7 +25,8 @@ def split_file(folder: Path, name: str, limit: int) -> Entry:
     Returns:
         Its size and pieces, each with path, size and digest. A small file is a piece by itself.
     """
-    whole, pieces = (folder / name).rename(folder / f"{name}.whole"), []
+    whole = (folder / name).rename(folder / f"{name}.whole")
+    pieces: list[Entry] = []
     size = whole.stat().st_size
     with whole.open("rb") as stream:
         while data := stream.read(limit):

@@ -15,7 +15,7 @@ def rewrite_tokenizer(path: Path) -> None:
     content = json.loads(path.read_bytes())
     content["pre_tokenizer"] = _rewrite(content.get("pre_tokenizer"))
     path.unlink()
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
 def _rewrite(step: dict[str, Any] | None) -> dict[str, Any] | None:
