@@ -211,16 +211,17 @@ export class Model {
   }
 
   // Logits of one prompt, under the base model and each task, beside those of the kit: another table, graph or kernel
-  // gives others. Rounding moves them by far less than the tolerance.
+  // gives others. Rounding moves them by less than the tolerance.
   async #check() {
-    const { prompt, tolerance, logits } = this.#index.check;
-    for (const [task, { ids, values }] of logits) {
+    const { prompt, logits } = this.#index.check;
+    for (const [task, { ids, values, tolerance }] of logits) {
       const caches = this.#emptyCaches(prompt.length);
       const made = await this.#step(prompt, prompt.length, this.#tasks.get(task), caches);
       Object.values(caches).forEach((tensor) => tensor.dispose());
-      const worst = Math.max(...ids.map((id, place) => Math.abs(made[id] - values[place])));
+      const squares = ids.map((id, place) => (made[id] - values[place]) ** 2);
+      const error = Math.sqrt(squares.reduce((sum, square) => sum + square) / squares.length);
       const what = task ?? "the base model";
-      demand(worst <= tolerance, "result", `${what}: logits are ${worst} off those of the kit, more than ${tolerance}`);
+      demand(error <= tolerance, "result", `${what}: logits are ${error} off those of the kit, more than ${tolerance}`);
     }
   }
 
