@@ -89,14 +89,15 @@ def export_web(
         )
     with replace_folder(out.resolve(), f"folder {out}") as staging:
         stages.write(staging, progress)
+        progress("asking the kit for what it gives", None)
+        check = expected_results(deployment, stages.variant, stages.adapters)
         rewrite_tokenizer(staging / stages.tokenizer)
         size = _check_size(stages, staging)
         copied = copy_libraries(Path(libraries), staging) if libraries is not None else ()
         for path in PAGE.iterdir():
             shutil.copyfile(path, staging / path.name)
         index = _index(stages, staging, copied)
-        progress("asking the kit for what it gives", None)
-        index["check"] = expected_results(deployment, stages.variant, stages.adapters)
+        index["check"] = check
         write_through(staging / INDEX, json.dumps(index, indent=1).encode() + b"\n")
     return WebFolder(
         variant=stages.variant,

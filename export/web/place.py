@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from adalink.export.pipeline.stages import TASKS
 from adalink.runtime.errors import DeploymentError
+from adalink.runtime.storage.decoding import decode_json
 
 INDEX, LIBRARIES = "web.json", "lib"
 # What is served beside the model: a page, its worker, and the module that runs the model, in Node too.
 PAGE = Path(__file__).parent / "page"
+
+
+class _Piece(msgspec.Struct):
+    path: str
+
+
+class _Entry(msgspec.Struct):
+    pieces: list[_Piece]
+
+
+class _Index(msgspec.Struct):
+    """What ``web.json`` says of the files beside it."""
+
+    files: dict[str, _Entry]
+    libraries: list[str]
 
 
 def check_place(out: Path, *, replace: bool) -> None:
@@ -31,8 +47,8 @@ def check_place(out: Path, *, replace: bool) -> None:
         raise DeploymentError(f"{out} is there, and no folder for the web: it is not replaced; choose another")
     if not replace:
         raise DeploymentError(f"{out} is there already: pass --replace to put this one in its place")
-    pieces = [piece["path"] for entry in index["files"].values() for piece in entry["pieces"]]
-    known = {INDEX, LIBRARIES, TASKS, *index["libraries"], *pieces, *(path.name for path in PAGE.iterdir())}
+    pieces = [piece.path for entry in index.files.values() for piece in entry.pieces]
+    known = {INDEX, LIBRARIES, TASKS, *index.libraries, *pieces, *(path.name for path in PAGE.iterdir())}
     others = sorted({path.relative_to(out).as_posix() for path in out.rglob("*")} - known)
     if others:
         raise DeploymentError(
@@ -41,9 +57,8 @@ def check_place(out: Path, *, replace: bool) -> None:
         )
 
 
-def _read_index(out: Path) -> dict[str, Any] | None:
+def _read_index(out: Path) -> _Index | None:
     try:
-        index: dict[str, Any] = json.loads((out / INDEX).read_bytes())
-        return index if "files" in index and "libraries" in index else None
-    except (OSError, ValueError, TypeError):
+        return decode_json((out / INDEX).read_bytes(), _Index)
+    except (OSError, ValueError):
         return None

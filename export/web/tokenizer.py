@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from adalink.runtime.storage.decoding import decode_json
+
 
 def rewrite_tokenizer(path: Path) -> None:
-    """Replace steps that @huggingface/tokenizers runs otherwise; the file is no link any more.
+    """Replace steps that @huggingface/tokenizers runs otherwise; the file is no link any more. The kit can read it.
 
     ``Digits`` splits at every number of Unicode, ``½`` among them, and there only at 0 to 9.
     """
-    content = json.loads(path.read_bytes())
+    content = decode_json(path.read_bytes(), dict[str, Any])
     content["pre_tokenizer"] = _rewrite(content.get("pre_tokenizer"))
     path.unlink()
     path.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
