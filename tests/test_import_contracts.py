@@ -33,7 +33,7 @@ PLANTED = (
     (
         "export/vision/tower.py",
         "from adalink.export.base.files import describe_base",
-        "inside export: {genai, lora} ->",
+        "inside export: {genai, lora, web} ->",
     ),
     ("training/loop/checkpoints.py", "from adalink.training.search.search import search", "inside training: run ->"),
     ("serving/options.py", "from adalink.training.settings import TrainSettings", "serving uses runtime alone"),

@@ -1,4 +1,4 @@
-"""The wheel holds every module of the five folders and the files of the server's page, and nothing else."""
+"""The wheel holds every module of the five folders and the files of its pages, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 from helpers.paths import REPOSITORY
 
 PACKAGES = ("training", "export", "runtime", "serving", "tools")
-PAGE_FILES = ("icon.svg", "index.html", "page.css", "page.js")
+PAGES = {
+    "serving/endpoints/page": ("icon.svg", "index.html", "page.css", "page.js"),
+    "export/web/page": ("adalink.mjs", "index.html", "page.css", "page.mjs", "worker.mjs"),
+}
 
 
 def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
@@ -36,7 +39,7 @@ def test_the_wheel_holds_what_the_tree_holds(tmp_path: Path) -> None:
         for path in (REPOSITORY / package).rglob("*")
         if path.suffix in (".py", ".typed") and "__pycache__" not in path.parts
     }
-    expected |= {f"adalink/serving/endpoints/page/{name}" for name in PAGE_FILES}
+    expected |= {f"adalink/{folder}/{name}" for folder, names in PAGES.items() for name in names}
     assert packed == expected
     assert any(name.endswith("entry_points.txt") for name in names)
 

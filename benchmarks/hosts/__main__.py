@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 from adalink.export.genai.export import export_genai
 from adalink.export.lora.base import LoraBase, base_of_checkpoint, base_of_deployment
 from adalink.export.lora.export import export_lora
+from adalink.export.web.export import export_web
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.sampling.sampler import SamplingParams
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -163,6 +166,23 @@ def genai(setting: Setting) -> tuple[str, dict[str, Answers]]:
     return release, answers
 
 
+def node(setting: Setting) -> tuple[str, dict[str, Answers]]:
+    """onnxruntime-node's version and answers, one prompt after another."""
+    example, folder = REPOSITORY / "examples/node", setting.build / "web"
+    package = example / "node_modules/onnxruntime-node/package.json"
+    if shutil.which("node") is None or not package.is_file():
+        raise MeasurementError("Node or its packages are not installed: npm ci --prefix examples/node --ignore-scripts")
+    tasks = [adapter.name for adapter in setting.adapters]
+    export_web(setting.deployment, folder, tasks=tasks, replace=True)
+    requests = [{"prompt": prompt, "task": task} for task in tasks for prompt in setting.prompts]
+    command = ["node", str(example / "generate.mjs"), str(folder), "--json", "--tokens", str(NEW_TOKENS)]
+    done = subprocess.run(command, input=json.dumps(requests), stdout=subprocess.PIPE, text=True, check=True)
+    made = [answer["tokens"] for answer in json.loads(done.stdout)]
+    count = len(setting.prompts)
+    answers = {task: made[start * count :][:count] for start, task in enumerate(tasks)}
+    return json.loads(package.read_text())["version"], answers
+
+
 def vllm(setting: Setting) -> tuple[str, dict[str, Answers]]:
     """VLLM's version and answers, all tasks in one batch, in float32 on the CPU."""
     if setting.vllm_python is None:
@@ -200,6 +220,7 @@ HOSTS: tuple[tuple[str, str, Callable[[Setting], tuple[str, dict[str, Answers]]]
     ("vLLM, on the CPU", "peft", vllm),
     ("llama.cpp (xllamacpp)", "gguf", llama),
     ("onnxruntime-genai", "folder", genai),
+    ("onnxruntime-node", "folder", node),
 )
 
 

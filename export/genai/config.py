@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from adalink.export.genai.graphs import SCORES
-from adalink.export.genai.place import FRONT, HEAD
+from adalink.export.genai.place import HEAD
+from adalink.export.pipeline.stages import FRONT
 from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.generation_schema import GenerationDefaults
 from adalink.runtime.storage.manifest import Base

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from adalink.export.pipeline.stages import BASE, DIGEST_KEY, FRONT, TABLE, TASKS
 from adalink.runtime.errors import DeploymentError
 from adalink.runtime.storage.mmap import map_file
 from adalink.runtime.storage.safetensors import read_metadata
 
-CONFIG, FRONT, HEAD = "genai_config.json", "front.onnx", "head.onnx"
-TABLE, BASE, TASKS = "embeddings.data", "base.safetensors", "tasks"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-# Text beside the tensors of a task file that the kit wrote.
-DIGEST_KEY = "adapter_digest"
+CONFIG, HEAD, TOKENIZER_CONFIG = "genai_config.json", "head.onnx", "tokenizer_config.json"
 _FILES = {CONFIG, TABLE, BASE, "tokenizer.json", TOKENIZER_CONFIG}
 _GRAPH_ENDINGS = (".onnx", ".onnx.data")
 

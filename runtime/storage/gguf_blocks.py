@@ -60,6 +60,24 @@ class LevelType(NamedTuple):
         return weights.reshape(len(blocks), -1)
 
 
+class OffsetType(NamedTuple):
+    """A block type of unsigned integers with a scale and an offset: ``weight = number * scale + offset``.
+
+    Attributes:
+        scaled: weights with one scale and offset.
+        read: from blocks to numbers, uint8 ``(blocks, weights)``, scales ``(blocks, weights / scaled)`` and offsets.
+    """
+
+    scaled: int
+    read: Callable[[Blocks], tuple[Blocks, Floats, Floats]]
+
+    def dequantize(self, blocks: Blocks) -> Floats:
+        """As ``BlockType.dequantize``."""
+        numbers, scales, offsets = self.read(blocks)
+        weights: Floats = scales[..., None] * numbers.reshape(*scales.shape, self.scaled) + offsets[..., None]
+        return weights.reshape(len(blocks), -1)
+
+
 def _half(blocks: Blocks, start: int) -> Floats:
     """The float16 at byte ``start`` of each block, with shape ``(blocks, 1)``."""
     return blocks[:, start : start + 2].view("<f2").astype(np.float32)
@@ -84,8 +102,8 @@ def _q4_0(blocks: Blocks) -> tuple[Levels, Floats]:
     return _nibbles(blocks[:, 2:]).astype(np.int8) - np.int8(8), _half(blocks, 0)
 
 
-def _q4_1(blocks: Blocks) -> Floats:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
+def _q4_1(blocks: Blocks) -> tuple[Blocks, Floats, Floats]:
+    return _nibbles(blocks[:, 4:]), _half(blocks, 0), _half(blocks, 2)
 
 
 def _five_bits(blocks: Blocks, start: int) -> Blocks:
@@ -98,8 +116,8 @@ def _q5_0(blocks: Blocks) -> tuple[Levels, Floats]:
     return _five_bits(blocks, 2).astype(np.int8) - np.int8(16), _half(blocks, 0)
 
 
-def _q5_1(blocks: Blocks) -> Floats:
-    return _half(blocks, 0) * _five_bits(blocks, 4) + _half(blocks, 2)
+def _q5_1(blocks: Blocks) -> tuple[Blocks, Floats, Floats]:
+    return _five_bits(blocks, 4), _half(blocks, 0), _half(blocks, 2)
 
 
 def _q8_0(blocks: Blocks) -> tuple[Levels, Floats]:
@@ -110,16 +128,10 @@ def _iq4_nl(blocks: Blocks) -> Floats:
     return _half(blocks, 0) * _IQ4_NL[_nibbles(blocks[:, 2:])]
 
 
-def _with_minima(steps: Floats, minima: Floats, numbers: npt.NDArray[np.integer]) -> Floats:
-    """Weights ``step * number - minimum``; each step is that of all numbers along the last axis."""
-    weights: Floats = steps[..., None] * numbers.astype(np.float32) - minima[..., None]
-    return weights.reshape(len(steps), -1)
-
-
-def _q2_k(blocks: Blocks) -> Floats:
+def _q2_k(blocks: Blocks) -> tuple[Blocks, Floats, Floats]:
     scales, minima = blocks[:, :16] & 15, blocks[:, :16] >> 4
-    numbers = _pairs(blocks[:, 16:80].reshape(-1, 2, 32)).reshape(-1, 16, 16)
-    return _with_minima(_half(blocks, 80) * scales, _half(blocks, 82) * minima, numbers)
+    numbers = _pairs(blocks[:, 16:80].reshape(-1, 2, 32)).reshape(-1, 256)
+    return numbers, _half(blocks, 80) * scales, -(_half(blocks, 82) * minima)
 
 
 def _q3_k(blocks: Blocks) -> Floats:
@@ -141,19 +153,19 @@ def _six_bit_scales(packed: Blocks) -> tuple[Blocks, Blocks]:
     return scales, np.concatenate([high & six, (ends >> four) | (high >> two & top)], axis=-1)
 
 
-def _with_six_bits(blocks: Blocks, numbers: npt.NDArray[np.integer]) -> Floats:
-    """Weights of Q4_K and Q5_K: ``numbers`` has shape ``(blocks, 8, 32)``."""
+def _q4_k(blocks: Blocks) -> tuple[Blocks, Floats, Floats]:
+    return _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 256), *_six_bit_lines(blocks)
+
+
+def _q5_k(blocks: Blocks) -> tuple[Blocks, Floats, Floats]:
+    low, fifth = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)), _bits(blocks[:, 16:48])
+    return low.reshape(-1, 256) | fifth << np.uint8(4), *_six_bit_lines(blocks)
+
+
+def _six_bit_lines(blocks: Blocks) -> tuple[Floats, Floats]:
+    """Scales and offsets of Q4_K and Q5_K."""
     scales, minima = _six_bit_scales(blocks[:, 4:16])
-    return _with_minima(_half(blocks, 0) * scales, _half(blocks, 2) * minima, numbers)
-
-
-def _q4_k(blocks: Blocks) -> Floats:
-    return _with_six_bits(blocks, _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32))
-
-
-def _q5_k(blocks: Blocks) -> Floats:
-    fifth = _bits(blocks[:, 16:48]).reshape(-1, 8, 32)
-    return _with_six_bits(blocks, _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | fifth << 4)
+    return _half(blocks, 0) * scales, -(_half(blocks, 2) * minima)
 
 
 def _q6_k(blocks: Blocks) -> tuple[Levels, Floats]:
@@ -169,16 +181,23 @@ LEVEL_TYPES = {
     "Q8_0": LevelType(8, 32, _q8_0),
     "Q6_K": LevelType(8, 16, _q6_k),
 }
+OFFSET_TYPES = {
+    "Q4_1": OffsetType(32, _q4_1),
+    "Q5_1": OffsetType(32, _q5_1),
+    "Q2_K": OffsetType(16, _q2_k),
+    "Q4_K": OffsetType(32, _q4_k),
+    "Q5_K": OffsetType(32, _q5_k),
+}
 BLOCK_TYPES = {
     "Q4_0": BlockType(2, 32, 18, LEVEL_TYPES["Q4_0"].dequantize),
-    "Q4_1": BlockType(3, 32, 20, _q4_1),
+    "Q4_1": BlockType(3, 32, 20, OFFSET_TYPES["Q4_1"].dequantize),
     "Q5_0": BlockType(6, 32, 22, LEVEL_TYPES["Q5_0"].dequantize),
-    "Q5_1": BlockType(7, 32, 24, _q5_1),
+    "Q5_1": BlockType(7, 32, 24, OFFSET_TYPES["Q5_1"].dequantize),
     "Q8_0": BlockType(8, 32, 34, LEVEL_TYPES["Q8_0"].dequantize),
-    "Q2_K": BlockType(10, 256, 84, _q2_k),
+    "Q2_K": BlockType(10, 256, 84, OFFSET_TYPES["Q2_K"].dequantize),
     "Q3_K": BlockType(11, 256, 110, _q3_k),
-    "Q4_K": BlockType(12, 256, 144, _q4_k),
-    "Q5_K": BlockType(13, 256, 176, _q5_k),
+    "Q4_K": BlockType(12, 256, 144, OFFSET_TYPES["Q4_K"].dequantize),
+    "Q5_K": BlockType(13, 256, 176, OFFSET_TYPES["Q5_K"].dequantize),
     "Q6_K": BlockType(14, 256, 210, LEVEL_TYPES["Q6_K"].dequantize),
     "IQ4_NL": BlockType(20, 32, 18, _iq4_nl),
 }

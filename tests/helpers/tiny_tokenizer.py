@@ -72,3 +72,20 @@ def make_tile_tokenizer(specials: tuple[str, ...] = TILE_SPECIALS) -> PreTrained
     tokenizer.backend_tokenizer.model = WordLevel(vocabulary, unk_token="<unk>")
     tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials], special_tokens=True)
     return tokenizer
+
+
+def make_bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Characters and two merges, of a kind that JavaScript reads too; each text begins with ``<bos>``."""
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = (*SPECIALS, *CHARACTERS[:-2], "th", "the")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", "h"), ("th", "e")], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )

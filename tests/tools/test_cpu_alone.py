@@ -95,6 +95,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         "export engine": ["export", "engine", folder, "--backend", "tensorrt"],
         "export engine rtx": ["export", "engine", folder, "--backend", "tensorrt-rtx"],
         "export genai": ["export", "genai", folder, "--task", "alpha", "--out", root / "genai"],
+        "export web": ["export", "web", folder, "--task", "alpha", "--out", root / "web"],
         "export lora": ["export", "lora", adapter, "--base", model, "--format", "peft", "--out", root / "lora"],
         "export prefix": ["export", "prefix", folder, "--text", root / "manual.txt", "--name", "manual"],
         "remove": ["remove", folder, "alpha"],

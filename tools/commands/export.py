@@ -19,6 +19,7 @@ from adalink.tools.commands.export_genai import genai
 from adalink.tools.commands.export_kv_cache import kv_cache
 from adalink.tools.commands.export_lora import lora
 from adalink.tools.commands.export_prefix import prefix
+from adalink.tools.commands.export_web import web
 from adalink.tools.terminal.console import say
 from adalink.tools.terminal.terminal_text import echo
 
@@ -51,6 +52,7 @@ command.add_command(kv_cache)
 command.add_command(genai)
 command.add_command(lora)
 command.add_command(prefix)
+command.add_command(web)
 
 
 @command.command(name="base", short_help="Export a checkpoint as the base of a deployment.")

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
 from adalink.export.base.export import export_base
-from adalink.export.genai import graphs as genai_graphs
-from adalink.export.genai.export import base_inputs, export_genai
+from adalink.export.genai.export import export_genai
 from adalink.export.genai.tokenizer import TEXTS, compare_tokenizers
+from adalink.export.pipeline import front as pipeline_front
+from adalink.export.pipeline.stages import base_inputs
 from adalink.export.writer import remove_task
 from adalink.runtime import Deployment
 from adalink.runtime.errors import ConfigError, DeploymentError, GraphError, IntegrityError, UnknownTaskError
@@ -183,7 +184,7 @@ def test_altered_files_are_found(llama, tmp_path, what):
 @pytest.mark.parametrize("fault", ["activation", "transposed", "table"])
 def test_wrong_graphs_are_found(llama, tmp_path, monkeypatch, fault):
     """Planted faults: the check of all tokens finds a graph that computes something else."""
-    right = genai_graphs.build_front
+    right = pipeline_front.build_front
 
     def wrong(base: Any, lookup: Any, activations: Any, positions: Any) -> onnx.ModelProto:
         model = right(base, lookup, activations, positions)
@@ -197,8 +198,8 @@ def test_wrong_graphs_are_found(llama, tmp_path, monkeypatch, fault):
             next(node for node in model.graph.node if node.op_type == "Add").input[0] = "down_bias"
         return model
 
-    monkeypatch.setattr("adalink.export.genai.export.build_front", wrong)
-    with pytest.raises(GraphError, match="in the graph for onnxruntime-genai"):
+    monkeypatch.setattr("adalink.export.pipeline.stages.build_front", wrong)
+    with pytest.raises(GraphError, match=r"in front\.onnx"):
         export_genai(llama[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +222,7 @@ def test_graphs_with_other_inputs_are_refused(llama, tmp_path):
     graph.graph.input.append(onnx.helper.make_tensor_value_info("pixels", 1, [1]))
     onnx.save(graph, tmp_path / "model.onnx")
     with pytest.raises(ConfigError, match="takes pixels"):
-        base_inputs(tmp_path / "model.onnx", base)
+        base_inputs(tmp_path / "model.onnx", base, "a host")
 
 
 def test_task_files_are_plain_safetensors(llama, tmp_path):

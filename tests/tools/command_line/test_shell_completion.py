@@ -63,7 +63,7 @@ def test_without_a_deployment_all_backends_are_offered(tmp_path: Path) -> None:
 
 def test_verbs_and_options_are_offered() -> None:
     assert offered(incomplete="e") == [verb for verb in VERBS if verb.startswith("e")]
-    assert set(offered("export")) == {"adapter", "base", "engine", "genai", "kv-cache", "lora", "prefix"}
+    assert set(offered("export")) == {"adapter", "base", "engine", "genai", "kv-cache", "lora", "prefix", "web"}
     assert "--max-new-tokens" in offered("run", "x", incomplete="--max")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ import numpy as np
 from adalink.export.adapter.nodes import edge_type
 from adalink.export.table_file import blocks_of_rows
 from adalink.export.tracing.external_data import DataFile
+from adalink.runtime.arrays import Array
 from adalink.runtime.storage.embedding_table import EmbeddingTable
+from adalink.runtime.storage.gguf_blocks import BLOCK_TYPES, LEVEL_TYPES, OFFSET_TYPES
 from adalink.runtime.storage.manifest import Base
 from adalink.runtime.storage.table_schema import NUMBERS
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 # Name of the value that a lookup gives.
 EMBEDS = "embeds"
+# The code of 0.
+_MIDDLE = 128
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,17 @@ def refer_to_table(base: Base, file: Path) -> Lookup:
 
 
 def copy_table(base: Base, table: EmbeddingTable, graph: Path) -> Lookup:
-    """A lookup in the data file of a graph, which is given the table's rows in the base's dtype.
+    """A lookup in the data file of a graph: codes of GGUF blocks with their scales, or rows in the base's dtype.
 
     Args:
-        base: the contract.
+        base: the contract; its table is in GGUF blocks.
         table: the table.
         graph: where the graph will be.
     """
+    assert base.table is not None
     with DataFile(graph) as data:
+        if base.table.encoding in LEVEL_TYPES or base.table.encoding in OFFSET_TYPES:
+            return _copy_codes(base, base.table.encoding, table, data)
         blocks = (table.block(*ids) for ids in blocks_of_rows(len(table)))
         rows = data.add("table", edge_type(base.embedding_dtype), table.shape, blocks)
     return Lookup(_from_rows(base, base.embedding_dtype, scale=1.0), [rows])
@@ -87,21 +95,51 @@ def _from_rows(base: Base, dtype: str, scale: float | None = None) -> list[onnx.
     return [gather, widen, *_finish(base, scale)]
 
 
-def _from_codes(base: Base) -> list[onnx.NodeProto]:
+def _copy_codes(base: Base, encoding: str, table: EmbeddingTable, data: DataFile) -> Lookup:
+    """Codes of 8 bits, and scales (and offsets) in 16 bits where these hold them; they give every row bit for bit."""
+    from onnx import TensorProto
+
+    scaled = LEVEL_TYPES[encoding].scaled if encoding in LEVEL_TYPES else OFFSET_TYPES[encoding].scaled
+    shape = (base.vocab_size, base.hidden_size // scaled)
+
+    def part(place: int, first: int, last: int) -> Array:
+        blocks = table.parts[0][first:last].reshape(-1, BLOCK_TYPES[encoding].size_bytes)
+        if encoding in OFFSET_TYPES:
+            return OFFSET_TYPES[encoding].read(blocks)[place]
+        levels, scales = LEVEL_TYPES[encoding].read(blocks)
+        return (levels.view(np.uint8) + np.uint8(_MIDDLE)) if place == 0 else scales
+
+    def each(place: int) -> Iterator[Array]:
+        return (part(place, *ids) for ids in blocks_of_rows(len(table)))
+
+    lines = []
+    for place, name in enumerate(("scales", "offsets")[: 2 if encoding in OFFSET_TYPES else 1], 1):
+        is_half = all(np.array_equal(piece.astype(np.float16), piece) for piece in each(place))
+        dtype, kind = (np.float16, TensorProto.FLOAT16) if is_half else (np.float32, TensorProto.FLOAT)
+        pieces = (piece.astype(dtype) for piece in each(place))
+        lines.append(data.add(f"table_{name}", kind, (*shape, 1), pieces))
+    codes = data.add("table_codes", TensorProto.UINT8, (*shape, scaled), each(0))
+    return Lookup(_from_codes(base, 0 if encoding in OFFSET_TYPES else _MIDDLE, len(lines) > 1), [codes, *lines])
+
+
+def _from_codes(base: Base, middle: int = _MIDDLE, has_offsets: bool = False) -> list[onnx.NodeProto]:
+    """Rows ``(code - middle) * scale``, plus offsets."""
     from onnx import helper
 
     assert base.table is not None
-    return [
-        helper.make_node("Gather", ["table_codes", "input_ids"], ["codes"], axis=0),
-        helper.make_node("Gather", ["table_scales", "input_ids"], ["scales"], axis=0),
-        helper.make_node("Cast", ["codes"], ["unsigned"], to=edge_type("float32")),
-        _constant("middle", 128.0),
-        helper.make_node("Sub", ["unsigned", "middle"], ["levels"]),
-        helper.make_node("Mul", ["levels", "scales"], ["blocks"]),
-        _constant("row", [0, 0, base.hidden_size]),
-        helper.make_node("Reshape", ["blocks", "row"], ["expanded"]),
-        *_finish(base, base.table.scale),
+    values = ("codes", "scales", *(("offsets",) if has_offsets else ()))
+    nodes = [helper.make_node("Gather", [f"table_{name}", "input_ids"], [name], axis=0) for name in values]
+    nodes += [helper.make_node("Cast", [name], [f"{name}_32"], to=edge_type("float32")) for name in values]
+    nodes += [
+        _constant("middle", float(middle)),
+        helper.make_node("Sub", ["codes_32", "middle"], ["levels"]),
+        helper.make_node("Mul", ["levels", "scales_32"], ["products"]),
     ]
+    if has_offsets:
+        nodes.append(helper.make_node("Add", ["products", "offsets_32"], ["blocks"]))
+    row = "blocks" if has_offsets else "products"
+    shape = _constant("row", [0, 0, base.hidden_size])
+    return [*nodes, shape, helper.make_node("Reshape", [row, "row"], ["expanded"]), *_finish(base, base.table.scale)]
 
 
 def _finish(base: Base, scale: float) -> list[onnx.NodeProto]:

@@ -1,4 +1,4 @@
-"""Check of a folder for onnxruntime-genai: its first graph gives the embeddings of the base and of every task."""
+"""Check of the graph before a base: it gives the embeddings of the base and of every task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from adalink.export.adapter.check import find_outside_bound
-from adalink.export.genai.tasks import task_tensors
+from adalink.export.pipeline.tasks import task_tensors
 from adalink.export.table_file import blocks_of_rows
 from adalink.runtime.arrays import Array
 from adalink.runtime.errors import GraphError
@@ -57,7 +57,7 @@ def check_front(
             fault = _find_fault(received, table.block(first, last), adapter, dtype, first)
             if fault is not None:
                 raise GraphError(
-                    f"{task} in the graph for onnxruntime-genai: {fault}. Nothing was written; report this with the "
+                    f"{task} in {path.name}: {fault}. Nothing was written; report this with the "
                     "versions of onnx and onnxruntime"
                 )
 

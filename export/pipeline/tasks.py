@@ -1,4 +1,4 @@
-"""Tasks as inputs of an onnxruntime-genai generator: weights of an adapter by the names of the graph's inputs."""
+"""Tasks as inputs of the graph before a base: weights of an adapter by the names of the inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adalink.runtime.errors import ConfigError
 from adalink.runtime.storage.adapter import Adapter
 from adalink.runtime.storage.adapter_spec import ACTIVATIONS
 
-# Inputs that a generator must be given, the same in every folder: a task of another one is never computed otherwise.
+# The same in every folder: a task of another one is never computed otherwise.
 INPUTS = ("down", "up", "down_bias", "up_bias", "activation")
 
 Tensors = dict[str, npt.NDArray[np.generic]]
@@ -23,7 +23,7 @@ def activations_of(adapters: Iterable[Adapter]) -> tuple[str, ...]:
     return tuple(name for name in ACTIVATIONS if name in used)
 
 
-def check_task(adapter: Adapter, origin: str) -> None:
+def check_task(adapter: Adapter, origin: str, host: str) -> None:
     """Check that a task acts on the embeddings of every text position, and nowhere else; raises ``ConfigError``."""
     config = adapter.config
     reason = None
@@ -40,11 +40,9 @@ def check_task(adapter: Adapter, origin: str) -> None:
     elif config.head is not None:
         reason = "it has a head, which needs hidden states"
     elif "text" not in config.modalities:
-        reason = f"it adapts {', '.join(config.modalities)}, and onnxruntime-genai is given texts alone"
+        reason = f"it adapts {', '.join(config.modalities)}, and {host} is given texts alone"
     if reason is not None:
-        raise ConfigError(
-            f"{origin} cannot go to onnxruntime-genai: {reason}. Leave it out: name the others with --task"
-        )
+        raise ConfigError(f"{origin} cannot go to {host}: {reason}. Leave it out: name the others with --task")
 
 
 def left_out(adapter: Adapter) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""A graph with the tasks before an unmodified base: what hosts of several graphs share."""
