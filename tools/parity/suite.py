@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from adalink.export.base.request import check_unchanged, weight_stamps
 from adalink.runtime.backends import open_backend
 from adalink.runtime.deployment import Deployment
@@ -15,7 +17,7 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.known_tasks import check_tasks
-from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.manifest import Base, Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
 from adalink.runtime.storage.verification_cache import verify_variant
@@ -95,7 +97,7 @@ def verify(
     # Before the engine: PyTorch needs memory for the whole model while it is loaded, and for a piece of it afterwards.
     progress(f"loading {manifest.base.name} in PyTorch, float32 and float64")
     stamps = weight_stamps(against)  # every row reads the files
-    reference = Reference(against, manifest.base, options.assume_pretokenizer)
+    reference = Reference(against, _with_weights(manifest, form), options.assume_pretokenizer)
     report = Report()
     with torch_threads(available_cores() // 2), engines:
         progress("opening the deployment")
@@ -118,6 +120,12 @@ def verify(
     checks, report.receipt = check_swaps(deployment, engines.name, form, options.threads, inputs.rows[0])
     report.checks += checks
     return report
+
+
+def _with_weights(manifest: Manifest, form: str) -> Base:
+    """The base contract, with the digest of a variant's weights where the variant has its own."""
+    own = manifest.variants[form].weights_digest
+    return msgspec.structs.replace(manifest.base, weights_digest=own) if own else manifest.base
 
 
 def _refuse_costs(form: str, options: VerifyOptions) -> None:
