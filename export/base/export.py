@@ -174,7 +174,9 @@ def export_base(
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
         if target == LLAMA_CPP and gguf is not None:
+            check_unchanged(stamps)
             variants[variant] = register_file(writer, base, gguf, digests[1], copy=copy)
+            stamps = weight_stamps(gguf)  # a link is a change of the file's state
         else:
             source = BaseSource(loaded, architecture, base, stand_ins)
             variants[variant] = write_variant(writer, source, target, quantization, codes, progress)

@@ -24,8 +24,8 @@ Bytes = npt.NDArray[np.uint8]
 BATCH_TOKENS, PASS_TOKENS = 2048, 512
 # llama.cpp's own limit, and what it rounds the positions of a sequence up to.
 MOST_SEQUENCES, POSITIONS_STEP = 256, 256
-# ``LLAMA_FTYPE_ALL_F32``
-_ALL_FLOAT32 = 0
+# ``LLAMA_FTYPE_ALL_F32``, and the mark of a type that the file does not say.
+_ALL_FLOAT32, _GUESSED = 0, 1024
 
 
 class LlamaModel:
@@ -69,7 +69,7 @@ class LlamaModel:
                 raise GraphError(f"{path}: the model is {kind}, and the kit runs decoders with attention alone")
         self.vocab_size = int(self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.handle)))
         self.width = int(self.library.llama_model_n_embd_inp(self.handle))
-        self.is_float32 = self.library.llama_model_ftype(self.handle) == _ALL_FLOAT32
+        self.is_float32 = self.library.llama_model_ftype(self.handle) & ~_GUESSED == _ALL_FLOAT32
 
     def close(self) -> None:
         """Free the weights; contexts first."""
@@ -106,7 +106,8 @@ class LlamaContext:
         self._model, self._library = model, model.library
         params = self._library.llama_context_default_params()
         params.n_ctx = sequences * self.capacity
-        params.n_batch, params.n_ubatch, params.n_seq_max = BATCH_TOKENS, PASS_TOKENS, sequences
+        batch = min(BATCH_TOKENS, params.n_ctx)
+        params.n_batch, params.n_ubatch, params.n_seq_max = batch, min(PASS_TOKENS, batch), sequences
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = cache_type
         self._handle = self._library.llama_init_from_model(model.handle, params)
@@ -115,7 +116,7 @@ class LlamaContext:
                 f"llama.cpp made no KV cache of {sequences} rows of {self.capacity} positions: {said_last()}; send "
                 "fewer rows, shorter prompts, or ask for fewer new tokens"
             )
-        self._check((sequences, self.capacity, BATCH_TOKENS, PASS_TOKENS, threads))
+        self._check((sequences, self.capacity, batch, min(PASS_TOKENS, batch), threads))
         self._memory = self._library.llama_get_memory(self._handle)
 
     def _check(self, asked: tuple[int, ...]) -> None:

@@ -104,7 +104,6 @@ class LlamaDecodeState:
     def __init__(self, engine: LlamaEngine) -> None:
         """A state without rows."""
         self._engine, self._sequences = engine, engine.sequences
-        self._sequences.enter(self)
         # Sequence and positions of each row; a row that another state has adopted has no sequence.
         self._numbers: list[int | None] = []
         self._lengths: list[int] = []
@@ -182,7 +181,7 @@ class LlamaDecodeState:
 
     @implements(DecodeState)
     def close(self) -> None:
-        self._sequences.leave(self, [number for number in self._numbers if number is not None])
+        self._sequences.give_back([number for number in self._numbers if number is not None])
         self._numbers, self._lengths = [], []
 
     def _number(self, row: int) -> int:

@@ -7,7 +7,6 @@ they need more: a larger context takes over what the sequences hold.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,60 +65,46 @@ class Sequences:
         self._model, self._threads, self._cache_type, self._longest = model, threads, cache_type, longest
         self._context: LlamaContext | None = None
         self._held: set[int] = set()
-        # Open decode states, which may take sequences later; one that is forgotten goes by itself.
-        self._users: weakref.WeakSet[object] = weakref.WeakSet()
         self._lock = threading.RLock()
 
     def reserve(self, sequences: int, capacity: int) -> None:
         """Take memory for so many more sequences, of so many positions; raises ``RequestError`` if there is none."""
         with self._lock:
-            context, needed = self._open(), len(self._held) + sequences
-            has_room = needed <= context.sequences and capacity <= context.capacity
-            if has_room:
+            context, needed = self._context, len(self._held) + sequences
+            slots, positions = (0, 1) if context is None else (context.sequences, context.capacity)
+            if context is not None and needed <= slots and capacity <= positions:
                 return
             if needed > MOST_SEQUENCES:
                 raise RequestError(
                     f"llama.cpp decodes {MOST_SEQUENCES} sequences at most, and {needed} are asked for: open the "
                     "deployment with fewer slots, or send fewer rows"
                 )
-            if needed > context.sequences:
-                needed = min(MOST_SEQUENCES, max(needed, 2 * context.sequences)) if self._held else needed
-            if capacity > context.capacity and self._held:
-                capacity = max(capacity, min(2 * context.capacity, self._longest or 2 * context.capacity))
-            self._grow(max(needed, context.sequences), max(capacity, context.capacity))
+            if self._held and needed > slots:
+                needed = min(MOST_SEQUENCES, max(needed, 2 * slots))
+            if self._held and capacity > positions:
+                capacity = max(capacity, min(2 * positions, self._longest or 2 * positions))
+            self._grow(max(needed, slots, 1), max(capacity, positions))
 
     def take(self, count: int, capacity: int) -> list[int]:
         """Numbers of so many free sequences, without positions; raises as ``reserve`` does."""
         with self._lock:
             self.reserve(count, capacity)
-            free = [number for number in range(self._open().sequences) if number not in self._held][:count]
+            free = [number for number in range(self._opened().sequences) if number not in self._held][:count]
             self._held.update(free)
             return free
 
     def give_back(self, numbers: Sequence[int]) -> None:
-        """Free sequences with what they hold; the memory too once no sequence is held and no state open."""
+        """Free sequences with what they hold; the memory stays, since taking it anew would cost as much as a prompt."""
         with self._lock:
             for number in numbers:
-                self._open().cut(number)
                 self._held.discard(number)
-            if not self._held and not self._users:
-                self.close()
-
-    def enter(self, user: object) -> None:
-        """Keep the memory for a decode state, until it leaves or is forgotten."""
-        with self._lock:
-            self._users.add(user)
-
-    def leave(self, user: object, numbers: Sequence[int]) -> None:
-        """Give back what a decode state holds, for good."""
-        with self._lock:
-            self._users.discard(user)
-            self.give_back(numbers)
+                if self._context is not None:
+                    self._context.cut(number)
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to a free number."""
         with self._lock:
-            context = self._open()
+            context = self._opened()
             context.load(target, context.save(source), context.length(source))
             context.cut(source)
             self._held.discard(source)
@@ -130,22 +115,22 @@ class Sequences:
     ) -> Float32:
         """See ``LlamaContext.decode``."""
         with self._lock:
-            return self._open().decode(embeds, numbers, positions, wanted)
+            return self._opened().decode(embeds, numbers, positions, wanted)
 
     def cut(self, number: int, length: int) -> None:
         """See ``LlamaContext.cut``."""
         with self._lock:
-            self._open().cut(number, length)
+            self._opened().cut(number, length)
 
     def save(self, number: int) -> Bytes:
         """See ``LlamaContext.save``."""
         with self._lock:
-            return self._open().save(number)
+            return self._opened().save(number)
 
     def load(self, number: int, states: SequenceStates) -> None:
         """Give a sequence without positions those of ``states``."""
         with self._lock:
-            self._open().load(number, states.data, states.length)
+            self._opened().load(number, states.data, states.length)
 
     def close(self) -> None:
         """Free the memory."""
@@ -154,30 +139,26 @@ class Sequences:
                 self._context.close()
             self._context = None
 
-    def _open(self) -> LlamaContext:
+    def _opened(self) -> LlamaContext:
         if self._context is None:
-            self._context = self._make(1, 1)
+            raise RequestError("the deployment is closed: open it again")
         return self._context
 
-    def _make(self, sequences: int, capacity: int) -> LlamaContext:
-        if self._model.handle is None:
-            raise RequestError("the deployment is closed: open it again")
-        return LlamaContext(self._model, sequences, capacity, self._threads, self._cache_type)
-
     def _grow(self, sequences: int, capacity: int) -> None:
-        """Move all sequences to a larger context."""
-        before = self._open()
+        """Move all sequences to a larger context; without any, the smaller one goes first."""
         if not self._held:
             self.close()
-            self._context = self._make(sequences, capacity)
-            return
-        larger = self._make(sequences, capacity)
-        try:
-            for number in self._held:
-                if before.length(number):
-                    larger.load(number, before.save(number), before.length(number))
-        except BaseException:
-            larger.close()
-            raise
-        before.close()
+        before = self._context
+        if self._model.handle is None:
+            raise RequestError("the deployment is closed: open it again")
+        larger = LlamaContext(self._model, sequences, capacity, self._threads, self._cache_type)
+        if before is not None:
+            try:
+                for number in self._held:
+                    if before.length(number):
+                        larger.load(number, before.save(number), before.length(number))
+            except BaseException:
+                larger.close()
+                raise
+            before.close()
         self._context = larger

@@ -73,6 +73,7 @@ class ContextParams(ctypes.Structure):
         ("type_v", ctypes.c_int32),
         ("abort_callback", ctypes.c_void_p),
         ("abort_callback_data", ctypes.c_void_p),
+        ("reserved", ctypes.c_void_p),
         ("embeddings", ctypes.c_bool),
         ("offload_kqv", ctypes.c_bool),
         ("no_perf", ctypes.c_bool),
