@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from adalink.runtime.errors import BackendError, BackendUnavailableError, GraphError, RequestError
 from adalink.runtime.llama_cpp.library import open_library, said_last
-from adalink.runtime.llama_cpp.structures import Batch
+from adalink.runtime.llama_cpp.structures import F32, Batch
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -26,6 +26,7 @@ BATCH_TOKENS, PASS_TOKENS = 2048, 512
 MOST_SEQUENCES, POSITIONS_STEP = 256, 256
 # ``LLAMA_FTYPE_ALL_F32``, and the mark of a type that the file does not say.
 _ALL_FLOAT32, _GUESSED = 0, 1024
+_NO_FLASH_ATTENTION = 0
 
 
 class LlamaModel:
@@ -110,6 +111,8 @@ class LlamaContext:
         params.n_batch, params.n_ubatch, params.n_seq_max = batch, min(PASS_TOKENS, batch), sequences
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = cache_type
+        if cache_type == F32:  # flash attention would round keys and values to half precision
+            params.flash_attn_type = _NO_FLASH_ATTENTION
         self._handle = self._library.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise RequestError(
