@@ -16,6 +16,8 @@ from adalink.runtime.llama_cpp.context import LlamaContext
 
 # Float32 through two layers: sums of at most 256 terms, six in a row, of logits around 10.
 LIMIT = 256 * 6 * 2**-24 * 10
+# llama.cpp looks GELU up in a table: what goes in and what comes out are in half precision.
+GELU_LIMIT = 2 * 2**-11 * 10
 TASKS = [None, "alpha", "beta", "prompted"]
 
 
@@ -39,7 +41,7 @@ def test_architectures_give_pytorchs_logits(family: str, tmp_path: Path) -> None
     """Gemma 3 multiplies what it looks up, and not what it is fed."""
     tiny = build_gguf(tmp_path, family)
     with Deployment.open(tiny.folder, BACKEND, threads=1) as opened:
-        assert check_rows(tiny, opened) < LIMIT
+        assert check_rows(tiny, opened) < (GELU_LIMIT if family == "gemma3" else LIMIT)
 
 
 def test_rows_of_mixed_tasks(gguf: Tiny, opened: Deployment) -> None:
@@ -134,8 +136,8 @@ def test_positions_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.Mo
     """Rotary positions are relative; GPT-2 has a table of them, in which a shift of all would show."""
     tiny, decode = build_gguf(tmp_path, "gpt2"), LlamaContext.decode
     with Deployment.open(tiny.folder, BACKEND, threads=1) as opened:
-        assert check_rows(tiny, opened) < LIMIT
+        assert check_rows(tiny, opened) < GELU_LIMIT
         monkeypatch.setattr(
             LlamaContext, "decode", lambda self, a, b, at, d: decode(self, a, b, [one + 1 for one in at], d)
         )
-        assert check_rows(tiny, opened) > 100 * LIMIT
+        assert check_rows(tiny, opened) > 20 * GELU_LIMIT
