@@ -13,6 +13,7 @@ from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import ConfigError, IntegrityError, RequestError
 from adalink.runtime.generation.handle import Handle
 from adalink.runtime.generation.request import Request
+from adalink.runtime.storage.known_tasks import split_name
 from adalink.runtime.storage.manifest import Base
 from adalink.serving.api_error import ApiError
 from adalink.serving.metrics import Metrics
@@ -93,7 +94,7 @@ class Gateway:
         """The task of a model's name, ``None`` for the base model; raises ``ApiError`` (404) for any other name."""
         if model == self.base_name:
             return None
-        if model not in self.deployment.tasks:
+        if split_name(model)[0] not in self.deployment.tasks:
             raise ApiError(404, f"the model {model[:80]!r} does not exist: see /v1/models", "model", "model_not_found")
         return model
 

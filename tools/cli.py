@@ -19,6 +19,7 @@ SECTIONS = {
     "Make": {
         "split": "Divide rows into those to learn from and those to test with.",
         "train": "Train an adapter on rows of prompts, or of texts with labels.",
+        "compress": "Make an adapter smaller, and measure what that loses.",
         "export": "Export a base model, adapters and engines into a deployment.",
         "remove": "Remove a task, a graph or an engine from a deployment.",
     },

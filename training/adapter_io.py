@@ -96,7 +96,9 @@ def load_adapter(folder: str | Path, model: PreTrainedModel) -> AdaLinkModel:
         raise AdapterError(
             f"adapter {folder} has a table of token ids, expected one that acts on embeddings: what trained it loads it"
         )
-    attached = attach(model, AdaLinkConfig(**settings_of(config, MethodSpec)))
+    # In PyTorch weights are float32, and training would undo an order of the dimensions.
+    settings = {**settings_of(config, MethodSpec), "weight_dtype": "float32", "nested": False}
+    attached = attach(model, AdaLinkConfig(**settings))
     attached.load_weights(adapter.weights)
     attached.adapters.eval()
     return attached

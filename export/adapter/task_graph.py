@@ -13,9 +13,12 @@ import numpy as np
 from adalink.export.adapter.nodes import INPUT_NAME, OUTPUT_NAME, edge_type, finish_model, residual_nodes
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
 from adalink.runtime.storage.adapter_spec import settings_at_default, settings_of, show_setting
+from adalink.runtime.storage.compressed_weights import by_dimension, is_compressed
 from adalink.runtime.storage.head_spec import HEAD_BIAS, HEAD_WEIGHT
+from adalink.runtime.storage.quantized_rows import quantize_rows
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import onnx
 
 IDS_NAME = "input_ids"
@@ -49,11 +52,14 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
     if config.input == "ids":
         inputs.append(helper.make_tensor_value_info(IDS_NAME, TensorProto.INT64, shape[:2]))
     nodes, result = [], INPUT_NAME
-    initializers = [
-        onnx.numpy_helper.from_array(np.ascontiguousarray(weight if name in _LOOKED_UP else weight.T), name)
-        for name, weight in adapter.weights.items()
-        if name not in _BEHIND_THE_BASE
-    ]
+    initializers: list[onnx.TensorProto] = []
+    for name, weight in adapter.weights.items():
+        if config.weight_dtype != "float32" and is_compressed(name):
+            initializers += _codes(name, weight, config.weight_dtype)
+            nodes += _dequantize_nodes(name)
+        elif name not in _BEHIND_THE_BASE:
+            value = np.ascontiguousarray(weight if name in _LOOKED_UP else weight.T)
+            initializers.append(onnx.numpy_helper.from_array(value, name))
     if dtype != "float32" and modalities:
         nodes.append(helper.make_node("Cast", [INPUT_NAME], ["x"], to=TensorProto.FLOAT))
         result = "x"
@@ -99,6 +105,28 @@ def build_task_graph(adapter: Adapter, task: str, dtype: str) -> onnx.ModelProto
         initializer=initializers,
     )
     return finish_model(graph, _metadata(adapter, task))
+
+
+def _codes(name: str, weight: npt.NDArray[np.float32], weight_dtype: str) -> list[onnx.TensorProto]:
+    """Codes and scales of a matrix that is multiplied transposed; ``int4`` has a byte a code here too."""
+    from onnx import numpy_helper
+
+    codes, scales = quantize_rows(np.ascontiguousarray(by_dimension(name, weight)), weight_dtype)
+    is_up = name.endswith(".up.weight")
+    return [
+        numpy_helper.from_array(np.ascontiguousarray(codes if is_up else codes.T), f"{name}.codes"),
+        numpy_helper.from_array(scales if is_up else np.ascontiguousarray(scales.T), f"{name}.scales"),
+    ]
+
+
+def _dequantize_nodes(name: str) -> list[onnx.NodeProto]:
+    """Nodes that make the matrix ``name`` of its codes; an engine computes them once, as they have no input."""
+    from onnx import TensorProto, helper
+
+    return [
+        helper.make_node("Cast", [f"{name}.codes"], [f"{name}.numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.numbers", f"{name}.scales"], [name]),
+    ]
 
 
 def _soft_prompt_nodes(embeds: str, dtype: str) -> list[onnx.NodeProto]:

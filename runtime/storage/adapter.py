@@ -1,6 +1,7 @@
 """The adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` (docs/concepts/file-formats.md).
 
-Training writes it, export reads it, and a deployment has a copy beside each task graph. Weights are float32.
+Training writes it, export reads it, and a deployment has a copy beside each task graph. Weights are float32 here; those
+of a compressed adapter are stored in fewer bits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 
 from adalink.runtime.errors import AdapterError, ConfigError
 from adalink.runtime.storage.adapter_spec import MethodSpec, find_fault, rank_of, settings_at_default, show_rank
+from adalink.runtime.storage.compressed_weights import decode_compressed, encode_compressed
 from adalink.runtime.storage.decoding import decode_json
 from adalink.runtime.storage.head_spec import HEAD_BIAS, HEAD_WEIGHT
 from adalink.runtime.storage.lfs import find_pointer
@@ -205,16 +207,29 @@ def decode_adapter(config_bytes: bytes, weights_bytes: Bytes, origin: str) -> Ad
         config = decode_json(config_bytes, AdapterConfig)
     except (msgspec.DecodeError, ConfigError) as error:
         raise AdapterError(f"{origin}: {CONFIG_FILE}: {error}") from error
-    return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
+    if config.weight_dtype == "float32":
+        return make_adapter(config, decode_tensors(weights_bytes, origin), origin)
+    try:
+        weights = decode_compressed(weights_bytes, config.weight_dtype, config.hidden_size)
+    except ValueError as error:
+        raise AdapterError(f"{origin}: {WEIGHTS_FILE}, of weight_dtype {config.weight_dtype}: {error}") from error
+    return make_adapter(config, weights, origin)
 
 
 def encode_adapter(adapter: Adapter) -> tuple[bytes, bytes]:
     """Bytes of ``adapter_config.json`` and ``adapter_model.safetensors``; encoding is deterministic.
 
     The tensors begin at a multiple of 64 bytes, so that they are aligned in a mapped file.
+
+    Raises:
+        AdapterError: the weights are not those of the config's ``weight_dtype``.
     """
     config = msgspec.json.format(_encode_config(adapter.config), indent=2) + b"\n"
-    data = save_safetensors(dict(adapter.weights), metadata={"format": "pt"})
+    try:
+        tensors = encode_compressed(adapter.weights, adapter.config.weight_dtype)
+    except ValueError as error:
+        raise AdapterError(f"adapter: {error}") from error
+    data = save_safetensors(tensors, metadata={"format": "pt"})
     start = 8 + int.from_bytes(data[:8], "little")
     return config, aligned_header(data[8:start]) + data[start:]
 

@@ -20,6 +20,9 @@ ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 ACTIVATION_KEYS = tuple(f"{activation}{bias}" for activation in ACTIVATIONS for bias in ("", "_bias"))
 SCOPES = ("all", "prompt")
 INPUTS = ("embeddings", "ids")
+# How the bottleneck's matrices are stored, and the bits of a number.
+WEIGHT_BITS = {"float32": 32, "int8": 8, "int4": 4}
+_CHOICES = {"activation": ACTIVATIONS, "scope": SCOPES, "input": INPUTS, "weight_dtype": tuple(WEIGHT_BITS)}
 # A soft prompt occupies positions of the model; a longer one is taken for a mistake.
 MOST_SOFT_TOKENS = 4096
 
@@ -44,6 +47,8 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
             ``x + up(table[id])``.
         head: labels and pooling of a task on an encoder; ``None`` without.
         labels: labels of a task whose completions are labels; ``None`` without.
+        weight_dtype: how ``down`` and ``up`` are stored: ``"float32"``, or by row as ``"int8"`` or ``"int4"``.
+        nested: whether the bottleneck's dimensions are ordered, so that the first ``k`` of them are an adapter too.
     """
 
     rank: Rank
@@ -54,6 +59,8 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     input: str = "embeddings"
     head: Head | None = None
     labels: LabelSet | None = None
+    weight_dtype: str = "float32"
+    nested: bool = False
 
     @property
     def prepended_positions(self) -> int:
@@ -82,6 +89,11 @@ class MethodSpec(AdapterSpec, frozen=True, kw_only=True):
                 f"rank is 0 with activation {self.activation!r}, bias {self.bias} and input {self.input!r}, expected "
                 "'identity', no bias and input 'embeddings': a soft prompt or a head alone has activation 'identity' "
                 "and no bias"
+            )
+        if (self.nested or self.weight_dtype != "float32") and (self.rank == 0 or self.input == "ids"):
+            raise ConfigError(
+                f"weight_dtype is {self.weight_dtype!r} and nested {self.nested} with rank {show_rank(self.rank)} and "
+                f"input {self.input!r}: expected 'float32' and false, as only a bottleneck is compressed"
             )
         if self.input == "ids" and not (is_empty and self.modalities == ("text",)):
             raise ConfigError(
@@ -122,9 +134,16 @@ def find_fault(spec: AdapterSpec, hidden_size: int | None = None) -> Fault | Non
             return Fault("labels", message)
         if spec.head is not None:
             return Fault("labels", "labels are beside a head, which has its own: expected one of the two")
-    for field, known in (("activation", ACTIVATIONS), ("scope", SCOPES), ("input", INPUTS)):
+    for field, known in (
+        ("activation", ACTIVATIONS),
+        ("scope", SCOPES),
+        ("input", INPUTS),
+        ("weight_dtype", WEIGHT_BITS),
+    ):
         if (value := getattr(spec, field)) not in known:
             return Fault(field, f"{field} is {value!r}, expected one of {', '.join(known)}")
+    if spec.nested and spec.activation != "identity":
+        return Fault("nested", f"nested is true with activation {spec.activation!r}, expected 'identity'")
     if not modalities or len(set(modalities)) != len(modalities):
         return Fault("modalities", f"modalities are {modalities!r}, expected at least one name and none twice")
     for name in modalities:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_graph, read_verified
-from adalink.runtime.storage.known_tasks import check_tasks
+from adalink.runtime.storage.known_tasks import check_tasks, split_name
 from adalink.runtime.storage.lru import Held, LruTable
 from adalink.runtime.storage.manifest import Manifest, Task
 from adalink.runtime.storage.manifest_validation import check_task_name
@@ -22,6 +22,7 @@ from adalink.runtime.storage.tokenizer_digest import deployed_tokenizer_digest
 from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, TokenEmbeddingDelta, combine, task_groups
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.head import head_of
+from adalink.runtime.tasks.nested import narrow
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 from adalink.runtime.tasks.task_changes import Reload, compare_tasks, is_replaced
 
@@ -67,7 +68,8 @@ class TaskRegistry:
     def loaded(self) -> tuple[Manifest, dict[str, tuple[str, ...]]]:
         """The manifest, and the files of each task of it whose weights are in memory."""
         with self._lock:
-            manifest, tasks = self._manifest, {name: self._tasks[name] for name in self._loaded.entries}
+            names = {split_name(name)[0] for name in self._loaded.entries}
+            manifest, tasks = self._manifest, {name: self._tasks[name] for name in names}
         return manifest, {name: task.files for name, task in sorted(tasks.items()) if isinstance(task, Task)}
 
     def get(self, name: str) -> Held[AdapterMapping]:
@@ -79,9 +81,8 @@ class TaskRegistry:
         loaded = table.entries.get(name)
         if loaded is None:
             with self._lock:
-                self._check_known(name)
-                task = self._tasks[name]
-                loaded = table.entries.get(name) or self._hold(name, *self._load(task, self._manifest))
+                check_tasks([name], self._tasks, nested=True)
+                loaded = table.entries.get(name) or self._hold(name, *self._load(name, self._tasks, self._manifest))
         loaded.last_used = next(table.clock)  # as ``table.get`` does, without a call: this is in every request's way
         return loaded
 
@@ -100,6 +101,7 @@ class TaskRegistry:
                 raise RequestError(
                     f"task {name!r} is deployed already: choose another name, remove it first, or pass replace=True"
                 )
+            self._drop(name)
             self._tasks = {**self._tasks, name: AddedTask(folder.resolve(), adapter.digest)}
             self._hold(name, *loaded)
         return name
@@ -112,13 +114,13 @@ class TaskRegistry:
         """
         _, loaded = self.loaded()
         names = [name for name in loaded if is_replaced(name, self._manifest, manifest)]
-        ready = {name: self._load(manifest.tasks[name], manifest) for name in names}
+        ready = {name: self._load(name, manifest.tasks, manifest) for name in names}
         with self._lock:
             added = {name: task for name, task in self._tasks.items() if isinstance(task, AddedTask)}
             tasks: dict[str, Task | AddedTask] = {**manifest.tasks, **added}
             changes = compare_tasks(self._tasks, tasks, self._manifest, manifest)
             for name in (*changes.removed, *changes.replaced):
-                self._loaded.pop(name)
+                self._drop(name)
             self._tasks, self._manifest = tasks, manifest
             for name in changes.replaced:
                 if name in ready:
@@ -131,13 +133,13 @@ class TaskRegistry:
         with self._lock:
             self._check_known(name)
             self._tasks = {key: task for key, task in self._tasks.items() if key != name}
-            self._loaded.pop(name)
+            self._drop(name)
 
     def unload(self, name: str) -> None:
         """Free the memory of a task; its next use loads it again. Raises ``UnknownTaskError``."""
         with self._lock:
             self._check_known(name)
-            self._loaded.pop(name)
+            self._drop(name)
 
     def resolve(self, tasks: Tasks, batch: int) -> AdapterMapping:
         """Adapter mapping of a batch: one task for all rows or one for each; ``None`` is the base model.
@@ -173,6 +175,11 @@ class TaskRegistry:
         _LOG.info("loaded task %s: %d bytes", name, size_bytes)
         return held
 
+    def _drop(self, task: str) -> None:
+        """Free the memory of a task, and of each number of its dimensions; the caller holds the lock."""
+        for name in [name for name in self._loaded.entries if task in (name, split_name(name)[0])]:
+            self._loaded.pop(name)
+
     def _check_known(self, name: str) -> None:
         check_tasks([name], self._tasks)
 
@@ -192,10 +199,12 @@ class TaskRegistry:
             )
         return adapter
 
-    def _load(self, task: Task | AddedTask, manifest: Manifest) -> tuple[AdapterMapping, int]:
-        """A task ready to run, and its size in bytes."""
-        adapter = self._read(task, manifest)
-        if isinstance(task, AddedTask) or task.fold is None:
+    def _load(self, name: str, tasks: Mapping[str, Task | AddedTask], manifest: Manifest) -> tuple[AdapterMapping, int]:
+        """A task ready to run, or the first dimensions of it, and its size in bytes."""
+        task = tasks[split_name(name)[0]]
+        whole = self._read(task, manifest)
+        adapter = narrow(whole, name)
+        if isinstance(task, AddedTask) or task.fold is None or adapter is not whole:
             return self._prepare(adapter)
         data = map_verified(self._folder, manifest, task.fold.path)
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from adalink.runtime.storage.known_tasks import split_name
 from adalink.serving.gateway import Gateway
 from adalink.serving.json_body import JsonResponse
 
@@ -28,7 +29,7 @@ def _describe(gateway: Gateway, task: str | None) -> dict[str, Any]:
 
     A task of the deployment with labels has ``problem_type`` and ``labels`` too.
     """
-    entry = None if task is None else gateway.deployment.manifest.tasks.get(task)
+    entry = None if task is None else gateway.deployment.manifest.tasks.get(split_name(task)[0])
     head = None if entry is None else entry.head
     labels = {} if head is None else {"problem_type": head.problem_type, "labels": list(head.labels)}
     return {

@@ -45,6 +45,11 @@ EXPORT = ["export", "base", "decoder", "--out"]
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "run, no deployment": (["run", "nowhere", "x"], r"nowhere does not exist: make one with 'adalink export base"),
     "run, task": (["run", "deployment", "x", "--task", "topic"], r"deployed are: topics; did you mean 'topics'\?"),
+    "run, dimensions": (["run", "deployment", "x", "--task", "topics@2"], r"'topics' is not nested, so that no part"),
+    "compress, in place": (
+        ["compress", "adapter", "--deployment", "deployment", "--rows", "labels.jsonl", "--out", "adapter"],
+        r"--out is the adapter adapter itself: name another folder",
+    ),
     "run, variant": (["run", "deployment", "x", "--variant", "onnxruntime-cpi"], r"did you mean 'onnxruntime-cpu'\?"),
     "classify, task": (["classify", "deployment", "x", "--task", "topisc"], r"did you mean 'topics'\?"),
     "run, a row's task": (

@@ -83,6 +83,7 @@ def commands(made: tuple[Path, Path, Path], root: Path) -> dict[str, list[Any]]:
         ],
         "embed": ["embed", folder, "Hello", "--threads", "1"],
         "eval": ["eval", folder, "--data", rows, "--task", "alpha", "--threads", "1"],
+        "compress": ["compress", adapter, "--deployment", folder, "--rows", rows, "--out", root / "small"],
         "bench": ["bench", folder, "--task", "alpha", "--threads", "1"],
         "verify": ["verify", folder, "--against", model, "--quick"],
         "train": ["train", "--base", model, "--data", rows, "--eval", rows, "--out", root / "trained"],

@@ -138,7 +138,7 @@ def run(settings: ChatSettings) -> None:
     from adalink.tools.preflight.deployment import check_deployment
 
     manifest = check_deployment(
-        settings.deployment, [settings.task], backend=settings.backend, variant=settings.variant
+        settings.deployment, [settings.task], backend=settings.backend, variant=settings.variant, nested=True
     )
     _check_can_chat(manifest)
     sampling = _sampling(manifest, settings.sampling)

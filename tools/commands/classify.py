@@ -99,7 +99,9 @@ def classify(options: ClassifyOptions) -> None:
     from adalink.tools.preflight.deployment import check_deployment, check_row_tasks
 
     rows = given_texts(options.text, options.jsonl, options.columns, options.task, options.text_pair)
-    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    manifest = check_deployment(
+        options.deployment, [options.task], backend=options.backend, variant=options.variant, nested=True
+    )
     check_row_tasks(manifest, rows)
     if not options.labels and (unnamed := [row.origin for row in rows if row.task is None]):
         place = f"{unnamed[0]}: " if unnamed[0] else ""

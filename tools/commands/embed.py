@@ -95,7 +95,9 @@ def embed(options: EmbedOptions) -> None:
     rows = given_texts(options.text, options.jsonl, options.columns, options.task)
     if paired := [row.origin for row in rows if row.text_pair is not None]:
         raise RequestError(f"{paired[0]}: a pair of texts has no embedding: leave text_pair out")
-    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    manifest = check_deployment(
+        options.deployment, [options.task], backend=options.backend, variant=options.variant, nested=True
+    )
     check_row_tasks(manifest, rows)
     with Deployment.open(
         options.deployment, options.backend, variant=options.variant, threads=options.threads

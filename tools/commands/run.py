@@ -242,7 +242,9 @@ def run(options: RunOptions) -> None:
     else:
         prompt = _prompt(options.text, options.text_file)
         rows = [PromptRow(prompt, options.task, options.images, text_pair=options.text_pair)]
-    manifest = check_deployment(options.deployment, [options.task], backend=options.backend, variant=options.variant)
+    manifest = check_deployment(
+        options.deployment, [options.task], backend=options.backend, variant=options.variant, nested=True
+    )
     rows = check_row_tasks(manifest, rows, lambda row, error: bad.add(row.line, error))
     with Deployment.open(
         options.deployment,

@@ -19,7 +19,8 @@ from adalink.tools.evaluation.rows import TEXT, Answer, EvalRow
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
-    from adalink.runtime.storage.manifest import Manifest
+    from adalink.runtime.storage.adapter_spec import AdapterSpec
+    from adalink.runtime.storage.manifest import Base
     from adalink.runtime.text_classifier import Classification
 
 Progress = Callable[[str, "float | None"], None]
@@ -48,20 +49,24 @@ class Answers:
     speed: Speed | None = None
 
 
-def kind_of(manifest: Manifest, task: str) -> tuple[str, tuple[str, ...]]:
+def kind_of(base: Base, settings: AdapterSpec, task: str) -> tuple[str, tuple[str, ...]]:
     """What a task gives, as in ``TaskReport``, and the names of its labels.
+
+    Args:
+        base: its base.
+        settings: its settings.
+        task: its name, for messages.
 
     Raises:
         RequestError: it has no head.
     """
-    settings = manifest.tasks[task]
     if settings.head is not None:
         labels = settings.head.labels
         kind = settings.head.problem_type
         return kind, tuple(label[2:] for label in labels if label.startswith("B-")) if kind == TOKENS else labels
     if settings.labels is not None:
         return SINGLE_LABEL, settings.labels.names
-    if manifest.base.kind == "encoder":
+    if base.kind == "encoder":
         raise RequestError(f"task {task!r} has no head: train it on rows with labels to evaluate it")
     return TEXT, ()
 

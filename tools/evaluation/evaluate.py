@@ -58,7 +58,7 @@ def read_task_rows(manifest: Manifest, tasks: Sequence[str], source: RowSource) 
     read: dict[str, list[EvalRow]] = {}
     found = {}
     for task in tasks:
-        kind, labels = kind_of(manifest, task)
+        kind, labels = kind_of(manifest.base, manifest.tasks[task], task)
         known = read[kind] if kind in read else read.setdefault(kind, read_eval_rows(source, kind))
         if not (rows := [row for row in known if named.get(row.line) in (None, task)]):
             raise DataError(f"{source.path}: every row names another task than {task!r}: leave --task {task} out")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from adalink.runtime.backends import check_backend
-from adalink.runtime.errors import UnknownTaskError
-from adalink.runtime.storage.known_tasks import check_tasks
+from adalink.runtime.errors import RequestError
+from adalink.runtime.storage.known_tasks import check_tasks, split_name
 from adalink.runtime.storage.manifest import Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant
+from adalink.runtime.tasks.nested import check_width
 
 
 class TaskRow(Protocol):
@@ -30,7 +31,12 @@ R = TypeVar("R", bound=TaskRow)
 
 
 def check_deployment(
-    folder: Path, tasks: Iterable[str | None] = (), *, backend: str = "onnxruntime-cpu", variant: str | None = None
+    folder: Path,
+    tasks: Iterable[str | None] = (),
+    *,
+    backend: str = "onnxruntime-cpu",
+    variant: str | None = None,
+    nested: bool = False,
 ) -> Manifest:
     """Check that a deployment has these tasks and a base for the backend; returns its manifest.
 
@@ -39,6 +45,7 @@ def check_deployment(
         tasks: names of tasks; ``None`` is the base model.
         backend: the backend that will run it.
         variant: name of the variant, if one was asked for.
+        nested: whether a name may ask for some dimensions of a task, as in ``topics@8``.
 
     Raises:
         AdaLinkError: it has not.
@@ -46,12 +53,13 @@ def check_deployment(
     manifest = read_manifest(folder)
     check_backend(backend)
     choose_variant(manifest, backend, variant)
-    check_tasks(tasks, manifest.tasks)
+    for task in tasks:
+        _check_task(task, manifest, nested=nested)
     return manifest
 
 
 def check_row_tasks(
-    manifest: Manifest, rows: Iterable[R], refuse: Callable[[R, UnknownTaskError], None] | None = None
+    manifest: Manifest, rows: Iterable[R], refuse: Callable[[R, RequestError], None] | None = None
 ) -> list[R]:
     """Check that a deployment has the tasks of rows; returns the rows whose task it has.
 
@@ -61,16 +69,22 @@ def check_row_tasks(
         refuse: called with a row whose task is unknown, and the error; without it the error is raised.
 
     Raises:
-        UnknownTaskError: it has not; the message names the row.
+        RequestError: it has not; the message names the row.
     """
     good = []
     for row in rows:
         try:
-            check_tasks([row.task], manifest.tasks, row.origin or "")
-        except UnknownTaskError as error:
+            _check_task(row.task, manifest, row.origin or "", nested=True)
+        except RequestError as error:
             if refuse is None:
                 raise
             refuse(row, error)
         else:
             good.append(row)
     return good
+
+
+def _check_task(name: str | None, manifest: Manifest, place: str = "", *, nested: bool) -> None:
+    check_tasks([name], manifest.tasks, place, nested=nested)
+    if nested and name is not None:
+        check_width(name, manifest.tasks[split_name(name)[0]])

@@ -41,6 +41,11 @@ class AdaLinkConfig(MethodSpec, frozen=True, kw_only=True):
         super().__post_init__()
         if self.input != "embeddings":
             raise ConfigError(f"input is {self.input!r}, expected 'embeddings': no table of token ids is trained here")
+        if self.weight_dtype != "float32" or self.nested:
+            raise ConfigError(
+                f"weight_dtype is {self.weight_dtype!r} and nested {self.nested}, expected 'float32' and false: train "
+                "first, and make the adapter smaller afterwards, with adalink compress"
+            )
         if self.init not in INITS:
             raise ConfigError(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
         if not 0.0 <= self.dropout < 1.0:
