@@ -165,9 +165,9 @@ class LlamaDecodeState:
     @implements(DecodeState)
     def drop(self, row: int) -> None:
         number = self._numbers[row]
-        for columns in (self._numbers, self._lengths):
-            columns[row] = columns[-1]
-            columns.pop()
+        self._numbers[row], self._lengths[row] = self._numbers[-1], self._lengths[-1]
+        self._numbers.pop()
+        self._lengths.pop()
         self._logits[row] = self._logits[-1]
         self._logits = self._logits[:-1]
         if number is None:
@@ -219,12 +219,12 @@ class LlamaDecodeState:
 
     def _decode(self, batch: list[tuple[int, Float32]]) -> None:
         """One call: tokens behind those of each row."""
-        counts = [len(part) for _, part in batch]
-        numbers = np.repeat([self._number(row) for row, _ in batch], counts)
-        positions = np.concatenate([self._lengths[row] + np.arange(len(part)) for row, part in batch])
-        logits = self._sequences.decode(
-            np.concatenate([part for _, part in batch]), numbers, positions, np.cumsum(counts) - 1
-        )
+        numbers, positions, lasts = list[int](), list[int](), list[int]()
+        for row, part in batch:
+            numbers += [self._number(row)] * len(part)
+            positions += range(self._lengths[row], self._lengths[row] + len(part))
+            lasts.append(len(numbers) - 1)
+        logits = self._sequences.decode(np.concatenate([part for _, part in batch]), numbers, positions, lasts)
         for (row, part), scores in zip(batch, logits, strict=True):
             self._lengths[row] += len(part)
             self._logits[row] = scores

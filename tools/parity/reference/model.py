@@ -84,7 +84,7 @@ class Reference:
         self._exact = in_float64(self._model)
         self._attached: Any = None
         self._input_side: InputSide | None = None
-        self._layers: list[Layer] | list[FileLayer] = []
+        self._layers: Sequence[Layer | FileLayer] = []
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
