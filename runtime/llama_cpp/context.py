@@ -111,6 +111,8 @@ class LlamaContext:
         params.n_batch, params.n_ubatch, params.n_seq_max = batch, min(PASS_TOKENS, batch), sequences
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = cache_type
+        # One pool of positions: what a sequence holds can then go to a context with another number of sequences.
+        params.kv_unified = True
         if cache_type == F32:  # flash attention would round keys and values to half precision
             params.flash_attn_type = _NO_FLASH_ATTENTION
         self._handle = self._library.llama_init_from_model(model.handle, params)
@@ -119,7 +121,7 @@ class LlamaContext:
                 f"llama.cpp made no KV cache of {sequences} rows of {self.capacity} positions: {said_last()}; send "
                 "fewer rows, shorter prompts, or ask for fewer new tokens"
             )
-        self._check((sequences, self.capacity, batch, min(PASS_TOKENS, batch), threads))
+        self._check((sequences, sequences * self.capacity, batch, min(PASS_TOKENS, batch), threads))
         self._memory = self._library.llama_get_memory(self._handle)
 
     def _check(self, asked: tuple[int, ...]) -> None:

@@ -170,14 +170,8 @@ class LlamaDecodeState:
         self._lengths.pop()
         self._logits[row] = self._logits[-1]
         self._logits = self._logits[:-1]
-        if number is None:
-            return
-        self._sequences.give_back([number])
-        # llama.cpp runs sequences with consecutive numbers in one pass: the highest takes the place that is free.
-        highest = max((held for held in self._numbers if held is not None), default=-1)
-        if highest > number:
-            self._sequences.move(highest, number)
-            self._numbers[self._numbers.index(highest)] = number
+        if number is not None:
+            self._sequences.give_back([number])
 
     @implements(DecodeState)
     def close(self) -> None:
@@ -203,11 +197,9 @@ class LlamaDecodeState:
         self._sequences.reserve(
             0, max(self._lengths[row] + len(piece) for row, piece in zip(rows, pieces, strict=True))
         )
-        # By sequence: llama.cpp runs rising numbers in one pass.
-        order = sorted(range(len(rows)), key=lambda index: self._number(rows[index]))
         batch: list[tuple[int, Float32]] = []
         size = 0
-        for row, piece in [(rows[index], pieces[index]) for index in order]:
+        for row, piece in zip(rows, pieces, strict=True):
             for start in range(0, len(piece), BATCH_TOKENS):
                 part = piece[start : start + BATCH_TOKENS]
                 if size + len(part) > BATCH_TOKENS:

@@ -101,15 +101,6 @@ class Sequences:
                 if self._context is not None:
                     self._context.cut(number)
 
-    def move(self, source: int, target: int) -> None:
-        """Move a sequence to a free number."""
-        with self._lock:
-            context = self._opened()
-            context.load(target, context.save(source), context.length(source))
-            context.cut(source)
-            self._held.discard(source)
-            self._held.add(target)
-
     def decode(
         self, embeds: npt.NDArray[Any], numbers: Sequence[int], positions: Sequence[int], wanted: Sequence[int]
     ) -> Float32:
