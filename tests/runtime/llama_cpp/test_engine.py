@@ -76,12 +76,16 @@ def test_memory_grows_with_rows_and_lengths(gguf: Tiny) -> None:
     """Without slots or a context, sequences move to larger caches while others are in the batch."""
     with Deployment.open(gguf.folder, BACKEND, threads=1) as opened:
         sequences = opened._runner.engine.sequences  # type: ignore[attr-defined]
-        held = sequences.take(1, 8)
+        held, ids = sequences.take(1, 8), random_ids(6)
+        embeds = gguf.embeds(ids, "alpha")[0].detach().numpy()
+        sequences.decode(embeds[:5], held * 5, range(5), [4])
         for count in (2, 7):
             prompts = [random_ids(3 + at, at) for at in range(count)]
             replies = opened.generate(prompts, tasks="beta", max_new_tokens=6)
             assert [list(reply.token_ids) for reply in replies] == [gguf.greedy(one, "beta", 6) for one in prompts]
         sequences.reserve(0, 300)
+        logits = sequences.decode(embeds[5:], held, [5], [0])
+        assert np.abs(logits - gguf.logits(ids, "alpha")[-1:]).max() < LIMIT, "what it held has moved along"
         assert sequences._context.capacity >= 300
         sequences.give_back(held)
         assert not sequences._held, "every row has given back its own"
