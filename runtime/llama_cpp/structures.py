@@ -1,4 +1,4 @@
-"""llama.cpp's structures as ``llama.h`` of September 2026 has them, and the check that a library has the same.
+"""llama.cpp's structures as xllamacpp 2026.10 has them, and the check that a library has the same.
 
 A library fills a structure with its defaults, and takes it by value. A field that moved would be set silently in the
 place of another. So the defaults of every field are compared before any is set.
@@ -73,7 +73,7 @@ class ContextParams(ctypes.Structure):
         ("type_v", ctypes.c_int32),
         ("abort_callback", ctypes.c_void_p),
         ("abort_callback_data", ctypes.c_void_p),
-        ("reserved", ctypes.c_void_p),
+        ("unnamed", ctypes.c_void_p),  # new there, and not set
         ("embeddings", ctypes.c_bool),
         ("offload_kqv", ctypes.c_bool),
         ("no_perf", ctypes.c_bool),

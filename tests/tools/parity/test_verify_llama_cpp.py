@@ -42,6 +42,7 @@ def test_a_quantised_file_passes(quantized: Tiny) -> None:
     assert report.receipt["base_unchanged"]
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_engine_is_found(quantized: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundredth more at one position: less than rounded activations change, so the float32 copy has to show it."""
     decode = LlamaContext.decode
