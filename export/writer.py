@@ -112,7 +112,8 @@ class DeploymentWriter:
         # Some libraries write files that only their owner may read; a deployment's have the mode of any new file.
         mode = stat.S_IMODE(pending.stat().st_mode)
         for path in staged.values():
-            set_mode(path, mode)
+            if path.stat().st_nlink == 1:  # a linked file is the user's own
+                set_mode(path, mode)
         _sync_all(staged.values())
         for relative in staged:
             _check_free(self.folder, relative)

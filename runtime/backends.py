@@ -1,4 +1,4 @@
-"""Backends by name. Only this module imports the code of ONNX Runtime, TensorRT and devices, on demand."""
+"""Backends by name. Only this module imports the code of ONNX Runtime, TensorRT, llama.cpp and devices, on demand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ BACKENDS = (
     "onnxruntime-tensorrt-rtx",
     "tensorrt",
     "tensorrt-rtx",
+    "llama.cpp",
 )
 
 
@@ -28,18 +29,26 @@ def check_backend(name: str) -> None:
         )
 
 
-def open_backend(name: str, threads: int | None = None) -> Backend:
+def open_backend(name: str, threads: int | None = None, gpu_layers: int | None = None) -> Backend:
     """Backend by name.
 
     Args:
         name: one of ``BACKENDS``.
         threads: threads of the engine; all physical cores by default.
+        gpu_layers: layers whose weights llama.cpp puts on a GPU; none by default.
 
     Raises:
         BackendUnavailableError: there is no such backend, or its package or device is not on this machine.
-        RequestError: ``threads`` is given for a backend that has none.
+        RequestError: ``threads`` or ``gpu_layers`` is given for a backend that has none.
     """
     check_backend(name)
+    if name == "llama.cpp":
+        from adalink.runtime.llama_cpp.backend import LlamaCppBackend
+        from adalink.runtime.ort.backend import OnnxRuntimeBackend
+
+        return LlamaCppBackend(name, threads, gpu_layers or 0, OnnxRuntimeBackend("onnxruntime-cpu", 1).open_bank)
+    if gpu_layers is not None:
+        raise RequestError(f"gpu_layers is {gpu_layers}, but only llama.cpp puts layers on a GPU: leave it out")
     if name == "onnxruntime-cpu":
         from adalink.runtime.ort.backend import OnnxRuntimeBackend
 

@@ -106,6 +106,7 @@ class Deployment:
         context: int | None = None,
         queue_limit: int | None = None,
         kv_cache_dtype: str | None = None,
+        gpu_layers: int | None = None,
     ) -> Deployment:
         """Verify the base's files against the manifest and open its engine, once.
 
@@ -124,6 +125,7 @@ class Deployment:
             context: most positions of a request; memory for all slots is then taken once.
             queue_limit: most requests that wait; any number by default.
             kv_cache_dtype: ``"int8"`` for a KV cache of a quarter of the size, where the variant has a graph for it.
+            gpu_layers: layers whose weights llama.cpp puts on a GPU; none by default. Not tried on one yet.
 
         Raises:
             RequestError: an option is out of range or no such value, or the base does not support a prefix cache.
@@ -143,9 +145,10 @@ class Deployment:
             context,
             queue_limit,
             kv_cache_dtype,
+            gpu_layers,
         )
         manifest = read_manifest(folder)
-        opened = open_backend(check_name(backend, "backend"), threads)
+        opened = open_backend(check_name(backend, "backend"), threads, gpu_layers)
         name = choose_variant(manifest, opened.name, variant)
         verified = verify_variant(folder, manifest, manifest.variants[name], full_check=full_check)
         deployment = cls(folder, manifest, opened, options)

@@ -30,6 +30,7 @@ class OpenOptions:
         queue_limit: most requests that wait; further ones are refused. Any number by default.
         kv_cache_dtype: dtype of the KV cache, such as ``"int8"``, where the variant has a graph for it
             (`adalink.export.base.kv_cache`); the base's own by default.
+        gpu_layers: layers whose weights llama.cpp puts on a GPU, where it was built for one; none by default.
 
     Raises:
         RequestError: a value is of a wrong type, or a number is less than 1, that of a cache less than 0.
@@ -45,6 +46,7 @@ class OpenOptions:
     context: int | None = None
     queue_limit: int | None = None
     kv_cache_dtype: str | None = None
+    gpu_layers: int | None = None
 
     def __post_init__(self) -> None:
         if self.variant is not None:
@@ -52,7 +54,7 @@ class OpenOptions:
         if self.kv_cache_dtype is not None:
             check_name(self.kv_cache_dtype, "kv_cache_dtype")
         check_flag(self.full_check, "full_check")
-        for name in ("threads", "task_memory_bytes", "slots", "context", "queue_limit"):
+        for name in ("threads", "task_memory_bytes", "slots", "context", "queue_limit", "gpu_layers"):
             if getattr(self, name) is not None:
                 check_whole(getattr(self, name), name, 1)
         for name in ("prefix_cache_bytes", "image_cache_bytes"):

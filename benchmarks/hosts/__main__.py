@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from adalink.export.base.export import export_base
 from adalink.export.genai.export import export_genai
 from adalink.export.lora.base import LoraBase, base_of_checkpoint, base_of_deployment
 from adalink.export.lora.export import export_lora
@@ -139,6 +140,16 @@ def llama(setting: Setting) -> tuple[str, dict[str, Answers]]:
     return release, answers
 
 
+def llama_backend(setting: Setting) -> tuple[str, dict[str, Answers]]:
+    """llama.cpp's version and the answers of the kit's backend, fed embeddings, on the same file."""
+    release, model, folder = version("xllamacpp"), setting.build / "f32.gguf", setting.build / "llama-cpp"
+    if not model.is_file():
+        make_models(setting.model, setting.build)
+    export_base(model, folder, target="llama.cpp", replace=True)
+    with Deployment.open(folder, "llama.cpp") as deployment:
+        return release, {adapter.name: kit(deployment, adapter, setting) for adapter in setting.adapters}
+
+
 def genai(setting: Setting) -> tuple[str, dict[str, Answers]]:
     """onnxruntime-genai's version and answers, a generator a prompt."""
     import onnxruntime_genai
@@ -219,6 +230,7 @@ HOSTS: tuple[tuple[str, str, Callable[[Setting], tuple[str, dict[str, Answers]]]
     ("PEFT", "peft", peft),
     ("vLLM, on the CPU", "peft", vllm),
     ("llama.cpp (xllamacpp)", "gguf", llama),
+    ("llama.cpp (xllamacpp)", "the kit's backend", llama_backend),
     ("onnxruntime-genai", "folder", genai),
     ("onnxruntime-node", "folder", node),
 )

@@ -32,7 +32,7 @@ _TIMEOUT_S = 7200
 _TIMED = ("src/adalink/runtime", "src/adalink/export", "benchmarks/size", "constraints.txt")
 _SCORED = (
     *(f"benchmarks/size/engines/{name}.py" for name in ("kit", "llama_cpp", "genai")),
-    *("benchmarks/size/accuracy.py", "benchmarks/size/llama_library.py"),
+    *("benchmarks/size/accuracy.py", "src/adalink/runtime/llama_cpp"),
 )
 
 

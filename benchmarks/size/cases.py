@@ -13,8 +13,8 @@ class Case:
         name: key of its results.
         label: for people.
         engine: module of ``benchmarks.size.engines``.
-        bits: what is asked for: a quantisation of the kit's (empty for float32), a type of llama.cpp's, or a precision
-            of onnxruntime-genai's builder.
+        bits: what is asked for: a quantisation of the kit's (empty for float32, ``llama.cpp`` for a GGUF file as it
+            is), a type of llama.cpp's, or a precision of onnxruntime-genai's builder.
         source: type of the GGUF file that it is made of; empty for the checkpoint.
     """
 
@@ -26,8 +26,8 @@ class Case:
 
     @property
     def environment(self) -> str:
-        """Which Python runs it: ``"kit"`` or ``"peers"``."""
-        return "kit" if self.engine == "kit" else "peers"
+        """Which Python runs it: ``"kit"`` or ``"peers"``; llama.cpp's library is called through the kit's bindings."""
+        return "peers" if self.engine == "genai" else "kit"
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,25 @@ KIT_GGUF = tuple(
     Case(f"kit-gguf-{case.bits.lower()}", f"AdaLink Kit, codes of {case.bits}", "kit", "gguf", case.bits)
     for case in LLAMA
 )
+KIT_LLAMA = tuple(
+    Case(f"kit-llama-{case.bits.lower()}", f"AdaLink Kit on llama.cpp, {case.bits}", "kit", "llama.cpp", case.bits)
+    for case in LLAMA
+)
 KIT_FLOAT = Case("kit-float32", "AdaLink Kit, float32", "kit", "")
 SHARED = (KIT_INT4, *LLAMA, GENAI)
 
 MODELS = {
     model.name: model
     for model in (
-        Model(SMOLLM2, "SmolLM2-135M", (*SHARED, KIT_INT8, *KIT_GGUF, KIT_FLOAT), 4, 64, export_rounds=3, repeats=3),
+        Model(
+            SMOLLM2,
+            "SmolLM2-135M",
+            (*SHARED, KIT_INT8, *KIT_GGUF, *KIT_LLAMA, KIT_FLOAT),
+            4,
+            64,
+            export_rounds=3,
+            repeats=3,
+        ),
         Model("0.5b", "0.5 billion, seeded", (*SHARED, KIT_INT8), 6, 48),
         Model("1b", "1.2 billion, seeded", SHARED, 10, 32),
         Model("3b", "3.1 billion, seeded", SHARED, 20, 16, rounds=2),

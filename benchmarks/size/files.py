@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from adalink.export.base.request import LLAMA_CPP
 from adalink.runtime import Deployment
 from adalink.runtime.storage.digest import digest_file
 from adalink.tools.common.report_file import write_json
@@ -139,14 +140,15 @@ class Files:
     def _make_kit(self, case: Case, folder: Path) -> Result:
         source = self.path(_gguf_case(self.model, case.source)) if case.source else self._checkpoint
         command: list[str | Path] = ["-m", "adalink.tools", "export", "base", source, "--out", folder]
-        took = self._watched("kit", [*command, *(["--quantize", case.bits] if case.bits else [])], case)
+        option = "--target" if case.bits == LLAMA_CPP else "--quantize"
+        took = self._watched("kit", [*command, *([option, case.bits] if case.bits else [])], case)
         return took | {"shipped_bytes": kit_model.finish(folder, has_tasks=self.model.is_real)}
 
     def _make_gguf(self, case: Case, folder: Path) -> Result:
         folder.mkdir()
         command: list[str | Path] = ["-m", "benchmarks.size.gguf_files", "--model", self._checkpoint]
         command += ["--out", folder / "model.gguf", "--type", case.bits]
-        return self._watched("peers", command, case)
+        return self._watched("kit", command, case)
 
     def _make_genai(self, case: Case, folder: Path) -> Result:
         took = self._watched("peers", self._builder(folder, case.bits), case)

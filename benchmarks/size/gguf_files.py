@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp's quantiser writes them; run in the environment of the peers.
+"""GGUF files as llama.cpp's quantiser writes them.
 
 python -m benchmarks.size.gguf_files --model GGUF-OR-FOLDER --out FILE --type Q4_K_M
 
@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.size.llama_library import quantize
+from adalink.runtime.llama_cpp.library import open_library
 
 Kind = gguf.GGMLQuantizationType
 # Of each file type, what most matrices have.
@@ -90,6 +90,17 @@ def _stored(tensor: Tensor, kind: Any) -> npt.NDArray[np.uint8]:
     if kind == Kind.F32:
         return values.view(np.uint8)
     return quantize(values, int(kind), _row_bytes(kind, values.shape[-1]))
+
+
+def quantize(values: npt.NDArray[np.float32], kind: int, row_bytes: int) -> npt.NDArray[np.uint8]:
+    """Blocks of a matrix, ``(rows, row_bytes)``, in one of ggml's types, by llama.cpp's own coder."""
+    rows, columns = values.shape
+    blocks = np.zeros((rows, row_bytes), np.uint8)
+    data = np.ascontiguousarray(values).ctypes.data
+    written = open_library().ggml_quantize_chunk(kind, data, blocks.ctypes.data, 0, rows, columns, None)
+    if written != blocks.nbytes:
+        raise RuntimeError(f"ggml wrote {written} bytes of type {kind}, expected {blocks.nbytes}")
+    return blocks
 
 
 def _of_file(path: Path, writer: Any) -> tuple[list[Tensor], int]:

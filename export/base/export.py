@@ -12,11 +12,13 @@ import msgspec
 from adalink.export.architectures import architecture_of
 from adalink.export.base.files import check_common, describe_base, metadata_of, write_common
 from adalink.export.base.generation import report
+from adalink.export.base.gguf_file import check_base, register_file
 from adalink.export.base.head_table import share_with_head
 from adalink.export.base.older_base import name_missing, take_up
 from adalink.export.base.pooling import report_pooling
 from adalink.export.base.quantize import GGUF
 from adalink.export.base.request import (
+    LLAMA_CPP,
     TARGETS,
     check_free,
     check_model,
@@ -60,6 +62,7 @@ def export_base(
     quantization: str | None = None,
     modalities: tuple[str, ...] = ("text",),
     replace: bool = False,
+    copy: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     image_processor: BaseImageProcessor | None = None,
     progress: Progress | None = None,
@@ -77,6 +80,7 @@ def export_base(
             adapters may have weights for any of them. A model that takes images has ``"image"`` by itself, and its
             vision encoder is exported beside it.
         replace: whether to replace an existing variant of that name.
+        copy: whether the GGUF file of the target ``"llama.cpp"`` is copied where it could be linked.
         tokenizer: tokenizer of a loaded model; a checkpoint brings its own.
         image_processor: image processor of a loaded model that takes images; a checkpoint brings its own.
         progress: callback, called with one line per step.
@@ -107,7 +111,7 @@ def export_base(
     stamps = weight_stamps(model)
     if isinstance(model, (str, Path)):
         check_model(model, Path(out))
-        if codes is None and (types := quantized_types(model)):
+        if codes is None and target != LLAMA_CPP and (types := quantized_types(model)):
             progress(f"{display_name(model)} has matrices in {' and '.join(types)}: --quantize gguf keeps their codes")
         progress(f"loading {display_name(model)}")
         (checkpoint, stand_ins), name = open_checkpoint(model), display_name(model)
@@ -127,6 +131,8 @@ def export_base(
             f"quantization {quantization!r} is for bases whose attention is causal: its cost is measured as the "
             f"perplexity of a text, and prompts of {name} attend in both directions; leave it out"
         )
+    if target == LLAMA_CPP:
+        gguf = check_base(architecture, name, gguf, has_vision=whole is not loaded)
     if architecture.position_axes > 1 and not set(TARGETS[target]) & set(ONE_BACKEND):
         raise ConfigError(
             f"target {target!r} is for {', '.join(TARGETS[target])}, where positions that follow the grid of an image "
@@ -150,7 +156,8 @@ def export_base(
         base = described = msgspec.structs.replace(base, unused_tensors=unused, pooling=pooling)
         variants: dict[str, Variant] = {}
         if writer.current is not None:
-            _check_same_base(writer.current.base, base, Path(out))
+            # Another file with the same embeddings is another form of the base.
+            _check_same_base(writer.current.base, base, Path(out), has_weights=target != LLAMA_CPP)
             check_common(Path(out), writer.current, base, tokenizer, preprocessor)
             variants = dict(writer.current.variants)
             check_free(writer.current, variant, Path(out), replace=replace)
@@ -166,9 +173,14 @@ def export_base(
                 write_vision(writer, vision, whole, preprocessor, metadata_of(base), stand_ins)
         for line in (*report(base.generation), *report_pooling(base)):
             progress(line)
-        source = BaseSource(loaded, architecture, base, stand_ins)
-        variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
-        if all(base.embeddings not in kept.files for kept in variants.values()):
+        if target == LLAMA_CPP and gguf is not None:
+            check_unchanged(stamps)
+            variants[variant] = register_file(writer, base, gguf, digests[1], copy=copy)
+            stamps = weight_stamps(gguf)  # a link is a change of the file's state
+        else:
+            source = BaseSource(loaded, architecture, base, stand_ins)
+            variants[variant] = write_variant(writer, source, target, quantization, codes, progress)
+        if target != LLAMA_CPP and all(base.embeddings not in kept.files for kept in variants.values()):
             with stand_ins.filled(input_embedding(loaded).parameters()):
                 base = share_with_head(writer, base, variants[variant], loaded, progress)
         check_unchanged(stamps)
@@ -226,10 +238,10 @@ def _check_unhooked(model: PreTrainedModel) -> None:
             )
 
 
-def _check_same_base(current: Base, new: Base, folder: Path) -> None:
-    """Refuse to mix two bases in one deployment; raises ``ContractError``."""
+def _check_same_base(current: Base, new: Base, folder: Path, *, has_weights: bool) -> None:
+    """Refuse to mix two bases in one deployment; raises ``ContractError``. ``has_weights``: compare all weights."""
     fields = ("fingerprint", "architecture", "embedding_dtype", "vocab_size", "hidden_size", "cache", "modalities")
-    for field in (*fields, "max_positions", "vision", "weights_digest"):
+    for field in (*fields, "max_positions", "vision", *(("weights_digest",) if has_weights else ())):
         current_value, new_value = getattr(current, field), getattr(new, field)
         if field == "vision" and current_value and new_value:  # the prompt form is the tokenizer's, see check_common
             current_value, new_value = (

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from adalink.training.models.source import Source
 
+LLAMA_CPP = "llama.cpp"
 TARGETS = {
     "portable": ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx"),
     "onnxruntime-cpu": ("onnxruntime-cpu",),
     "onnxruntime-cuda": ("onnxruntime-cuda",),
+    LLAMA_CPP: (LLAMA_CPP,),
 }
 QUANTIZED_TARGETS = ("onnxruntime-cpu",)
 _REPAIR = "free space, or choose a writable --out"
@@ -38,6 +40,11 @@ def check_settings(dtype: str, target: str, quantization: str | None, modalities
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    if target == LLAMA_CPP and (dtype != "float32" or quantization is not None):
+        raise ConfigError(
+            f"target {LLAMA_CPP!r} runs a GGUF file as it is, in whatever types it has, and is fed float32 embeddings: "
+            "leave --dtype and --quantize out"
+        )
     if dtype == "bfloat16" and target == "onnxruntime-cpu":
         raise ConfigError(
             "target 'onnxruntime-cpu' cannot run bfloat16: ONNX Runtime's CPU provider has no such kernels; choose "

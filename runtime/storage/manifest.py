@@ -245,19 +245,21 @@ class Quantization(_Strict, frozen=True, kw_only=True):
 
 
 class Variant(_Strict, frozen=True, kw_only=True):
-    """Base variant: an ONNX graph, or a compiled engine.
+    """Base variant: an ONNX graph, a compiled engine, or a GGUF file.
 
     Attributes:
-        target: export target (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``); for a compiled engine, its
-            backend.
+        target: export target (``portable``, ``onnxruntime-cpu``, ``onnxruntime-cuda``, ``llama.cpp``); for a compiled
+            engine, its backend.
         quantization: its quantisation; ``None`` if it is not quantised.
         backends: runtime backends that can run it.
-        graph: path of the graph, or of the engine's plan; for an encoder-decoder, of its encoder.
+        graph: path of the graph, of the engine's plan, or of the GGUF file; for an encoder-decoder, of its encoder.
         decoder_graph: path of the decoder of an encoder-decoder.
         vision_graph: path of a compiled engine's plan of the vision tower; without it the base's own graph runs.
         kv_cache_graphs: by dtype of the KV cache, path of a decoder's graph that keeps it so, over the same weights;
             ``graph`` keeps it in the base's dtype. Empty if there is no other, and in deployments of older kits.
         files: every file of the variant, the graphs and their external data, or the plans and their record.
+        weights_digest: digest of its weights as they are, where they are not the base's: those of a GGUF file with the
+            base's embeddings. Empty if they are the base's, or made of them.
     """
 
     target: str
@@ -268,11 +270,17 @@ class Variant(_Strict, frozen=True, kw_only=True):
     vision_graph: str | None = None
     kv_cache_graphs: dict[str, str] = {}
     files: tuple[str, ...]
+    weights_digest: str = ""
 
     @property
     def is_compiled(self) -> bool:
-        """Whether ``graph`` is the plan of an engine rather than an ONNX file."""
-        return not self.graph.endswith(".onnx")
+        """Whether ``graph`` is the plan of an engine."""
+        return not (self.graph.endswith(".onnx") or self.is_gguf)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether ``graph`` is a GGUF file."""
+        return self.graph.endswith(".gguf")
 
 
 class Fold(_Strict, frozen=True, kw_only=True):

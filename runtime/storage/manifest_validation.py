@@ -112,7 +112,7 @@ def _check_cache_graphs(
     name: str, variant: Variant, base: Base, demand: Callable[[bool, str, object, str], None]
 ) -> None:
     field, graphs = f"$.variants[{name!r}].kv_cache_graphs", variant.kv_cache_graphs
-    allowed = KV_CACHE_DTYPES if base.kind == "decoder" and not variant.is_compiled else ()
+    allowed = KV_CACHE_DTYPES if base.kind == "decoder" and variant.graph.endswith(".onnx") else ()
     demand(graphs.keys() <= set(allowed), field, graphs, f"no dtypes but {', '.join(allowed) or 'none'}")
     demand(set(graphs.values()) <= set(variant.files), field, graphs, "paths of $.files of the variant")
 

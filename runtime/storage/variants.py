@@ -44,6 +44,8 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
         served_here = sorted({entry for variant in variants.values() for entry in variant.backends})
         target = backend if backend in ("onnxruntime-cpu", "onnxruntime-cuda") else "portable"
         what, command = "base graph", f"base MODEL --out DIR --target {target}"
+        if backend == "llama.cpp":
+            what, command = "GGUF file", "base MODEL.gguf --out DIR --target llama.cpp"
         if backend in COMPILED_BACKENDS:
             what, command = "engine", f"engine DIR --backend {backend}"
         raise BackendError(

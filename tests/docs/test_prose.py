@@ -88,7 +88,7 @@ def test_guides_and_concepts_are_all_there():
     assert names_in("guides") == {
         *("train", "export", "rows", "run", "many-tasks", "serve", "images", "quantize", "nvidia", "update-a-task"),
         *("verify-in-ci", "classify", "evaluate", "more-machines", "command-line", "docker", "onnxruntime-genai"),
-        *("kv-prefix", "compress", "web"),
+        *("kv-prefix", "compress", "web", "llama-cpp"),
     }
     assert names_in("concepts") == {"how-it-works", "parity", "file-formats", "when-it-is-enough"}
     assert names_in("project") == {"gpu-proof", "reliability", "stability", "studies"}

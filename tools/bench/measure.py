@@ -70,7 +70,8 @@ class Bench:
         endless = msgspec.structs.replace(manifest, base=base)
         # The time from one pass to the next is a whole decode step: engine, choice of the token, lookup and adaptation.
         self._starts: list[float] = []
-        observed = ObservedBackend(open_backend(backend, threads), lambda: self._starts.append(time.perf_counter()))
+        opened = open_backend(backend, threads, None if options is None else options.gpu_layers)
+        observed = ObservedBackend(opened, lambda: self._starts.append(time.perf_counter()))
         self._deployment = Deployment(path, endless, observed, options)
         self._base = manifest.base
         self.model = manifest.base.name

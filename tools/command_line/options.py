@@ -70,6 +70,15 @@ def kv_cache_option(command: F) -> F:
     )(command)
 
 
+def gpu_layers_option(command: F) -> F:
+    """``--gpu-layers``."""
+    return click.option(
+        "--gpu-layers",
+        type=click.IntRange(min=1),
+        help="Layers whose weights llama.cpp puts on a GPU, in a build for one. Not tried on a GPU yet.",
+    )(command)
+
+
 def threads_option(command: F) -> F:
     """``--threads``."""
     return click.option("-j", "--threads", type=click.IntRange(min=1), help="Threads of the engine.")(command)

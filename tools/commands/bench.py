@@ -8,7 +8,13 @@ import click
 
 from adalink.tools.command_line.json_output import JsonOutput, json_options
 from adalink.tools.command_line.next_step import say_next
-from adalink.tools.command_line.options import deployment_argument, engine_options, kv_cache_option, task_option
+from adalink.tools.command_line.options import (
+    deployment_argument,
+    engine_options,
+    gpu_layers_option,
+    kv_cache_option,
+    task_option,
+)
 from adalink.tools.command_line.verb import Verb
 
 
@@ -17,6 +23,7 @@ from adalink.tools.command_line.verb import Verb
 @task_option("The task to measure; the first by name without it.")
 @engine_options
 @kv_cache_option
+@gpu_layers_option
 @json_options("Print the report as JSON.")
 def command(
     deployment: Path,
@@ -25,6 +32,7 @@ def command(
     variant: str | None,
     threads: int | None,
     kv_cache_dtype: str | None,
+    gpu_layers: int | None,
     output: JsonOutput,
 ) -> None:
     """Measure what a task costs beside the base model, with the deployment in DIR.
@@ -55,7 +63,8 @@ def command(
     from adalink.tools.terminal.console import say
 
     say("opening the deployment")
-    bench = Bench(deployment, task, backend, threads, OpenOptions(variant, kv_cache_dtype=kv_cache_dtype))
+    options = OpenOptions(variant, kv_cache_dtype=kv_cache_dtype, gpu_layers=gpu_layers)
+    bench = Bench(deployment, task, backend, threads, options)
     try:
         metrics, medians = bench.measure(say)
         environment = {
@@ -64,6 +73,7 @@ def command(
             "variant": variant,
             "threads": threads,
             "kv_cache_dtype": kv_cache_dtype,
+            "gpu_layers": gpu_layers,
             "model": bench.model,
             "task": bench.task,
             "prompt_tokens": bench.tokens,

@@ -21,6 +21,7 @@ from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
     deployment_argument,
     engine_options,
+    gpu_layers_option,
     kv_cache_option,
     make_options,
     sampling_options,
@@ -62,6 +63,7 @@ class ChatSettings:
         variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
         kv_cache_dtype: dtype of the KV cache; see ``Deployment.open``.
+        gpu_layers: see ``Deployment.open``.
         max_new_tokens: most tokens of a reply.
         sampling: the options of ``SamplingParams``.
         output: where replies go as JSON.
@@ -74,6 +76,7 @@ class ChatSettings:
     variant: str | None
     threads: int | None
     kv_cache_dtype: str | None
+    gpu_layers: int | None
     max_new_tokens: int
     sampling: Mapping[str, Any]
     output: JsonOutput
@@ -104,6 +107,7 @@ class _Mode:
 @click.option("--repetition-penalty", type=float, help="Above 1, tokens of the conversation get less likely.")
 @engine_options
 @kv_cache_option
+@gpu_layers_option
 @json_options("Print one JSON line for each reply, when it is whole.")
 def command(**values: Any) -> None:
     """Chat with the deployment in DIR, in its model's chat template.
@@ -145,6 +149,7 @@ def run(settings: ChatSettings) -> None:
         threads=settings.threads,
         prefix_cache_bytes=_cache_bytes(manifest, settings),
         kv_cache_dtype=settings.kv_cache_dtype,
+        gpu_layers=settings.gpu_layers,
     ) as deployment:
         session = ChatSession(
             deployment,
@@ -189,8 +194,8 @@ def _cache_bytes(manifest: Manifest, settings: ChatSettings) -> int:
     except BackendError:
         return 0  # opening says what is wrong
     base = manifest.base
-    goes_on = variant.target == "onnxruntime-cpu" and base.kind == "decoder" and not base.bidirectional_prompt
-    return _CACHE_BYTES if goes_on else 0
+    goes_on = variant.target in ("onnxruntime-cpu", "llama.cpp") and base.kind == "decoder"
+    return _CACHE_BYTES if goes_on and not base.bidirectional_prompt else 0
 
 
 def _converse(session: ChatSession, mode: _Mode) -> None:

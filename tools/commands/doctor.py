@@ -19,6 +19,7 @@ BACKEND_EXTRAS = {
     "onnxruntime-tensorrt-rtx": "cpu,tensorrt-rtx-provider",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
+    "llama.cpp": "llama-cpp",
 }
 JOB_PACKAGES = {
     "train": ("torch", "transformers", "accelerate", "gguf"),

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from adalink.runtime.storage.manifest import Manifest, Variant, Vision
     from adalink.training.models.hub_access import HubAccess
 
+_LLAMA_CPP = "llama.cpp"
 _QUANTIZATIONS = ("int4", "int8", "gguf")
-_TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda")
+_TARGETS = ("portable", "onnxruntime-cpu", "onnxruntime-cuda", _LLAMA_CPP)
 
 
 @click.group(cls=VerbGroup, name="export", short_help="Export a base model, adapters and engines into a deployment.")
@@ -64,7 +65,8 @@ command.add_command(web)
     type=click.Choice(_TARGETS),
     default="onnxruntime-cpu",
     show_default=True,
-    help="What the graph is for; portable has standard ONNX operators only. Each target is one variant of the base.",
+    help="What the graph is for; portable has standard ONNX operators only. llama.cpp runs a GGUF file as it is. Each "
+    "target is one variant of the base.",
 )
 @click.option(
     "--quantize",
@@ -79,6 +81,7 @@ command.add_command(web)
 @assume_pretokenizer_option
 @hub_options
 @click.option("--replace", is_flag=True, help="Write a variant again that is there already.")
+@click.option("--copy", is_flag=True, help="With --target llama.cpp: copy the file where it could be linked.")
 @json_options("Print the result as JSON.")
 def base(
     model: str,
@@ -89,6 +92,7 @@ def base(
     modalities: tuple[str, ...],
     assume_pretokenizer: str | None,
     replace: bool,
+    copy: bool,
     access: HubAccess,
     output: JsonOutput,
 ) -> None:
@@ -104,6 +108,7 @@ def base(
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --target portable
       adalink export base ./SmolLM2-135M-Instruct --out ./deployment --quantize int4
       adalink export base ./SmolLM2-135M-Instruct.Q4_0.gguf --out ./deployment --quantize gguf
+      adalink export base ./SmolLM2-135M-Instruct.Q4_0.gguf --out ./deployment --target llama.cpp
     """  # noqa: D301
     from adalink.export.base.export import export_base
     from adalink.export.base.request import check_model, check_place, check_settings
@@ -127,6 +132,7 @@ def base(
                 quantization=quantization,
                 modalities=("text", *modalities),
                 replace=replace,
+                copy=copy,
                 tokenizer=assumed,
                 progress=say,
             )
@@ -167,6 +173,8 @@ def _show(out: Path, manifest: Manifest, variant: Variant) -> None:
 
 def _next(out: Path, manifest: Manifest, variant: str, against: tuple[object, ...]) -> tuple[object, ...]:
     """What to do with a base; a further form of it, or one that has tasks, is verified first."""
+    if (backends := manifest.variants[variant].backends) == (_LLAMA_CPP,):
+        return "verify", out, *against, "--backend", *backends, "--variant", variant
     if len(manifest.variants) > 1 or variant != "onnxruntime-cpu":
         return "verify", out, *against, "--variant", variant
     if manifest.tasks:

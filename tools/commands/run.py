@@ -20,6 +20,7 @@ from adalink.tools.command_line.next_step import say_next
 from adalink.tools.command_line.options import (
     deployment_argument,
     engine_options,
+    gpu_layers_option,
     is_typed,
     kv_cache_option,
     make_options,
@@ -68,6 +69,7 @@ class RunOptions:
         variant: variant of the base; see ``Deployment.open``.
         threads: threads of the engine.
         kv_cache_dtype: dtype of the KV cache; see ``Deployment.open``.
+        gpu_layers: see ``Deployment.open``.
         full_check: read every file again.
         output: where results go as JSON.
         settings: the other arguments of ``Deployment.generate``.
@@ -88,6 +90,7 @@ class RunOptions:
     variant: str | None
     threads: int | None
     kv_cache_dtype: str | None
+    gpu_layers: int | None
     full_check: bool
     output: JsonOutput
     settings: Mapping[str, Any]
@@ -185,6 +188,7 @@ def _biases(_: click.Context, option: click.Parameter, values: tuple[str, ...]) 
 )
 @engine_options
 @kv_cache_option
+@gpu_layers_option
 @click.option("--full-check", is_flag=True, help="Read every file again, also those known to be unchanged.")
 @json_options("Print one JSON line for each result.")
 def command(**values: Any) -> None:
@@ -249,6 +253,7 @@ def run(options: RunOptions) -> None:
         threads=options.threads,
         full_check=options.full_check,
         kv_cache_dtype=options.kv_cache_dtype,
+        gpu_layers=options.gpu_layers,
     ) as opened:
         if opened.manifest.base.kind == "encoder":
             _print_states(opened, rows, bad, options)

@@ -10,7 +10,13 @@ import click
 
 from adalink.runtime.errors import ConfigError
 from adalink.tools.command_line.json_output import JsonOutput, json_options
-from adalink.tools.command_line.options import deployment_argument, engine_options, kv_cache_option, make_options
+from adalink.tools.command_line.options import (
+    deployment_argument,
+    engine_options,
+    gpu_layers_option,
+    kv_cache_option,
+    make_options,
+)
 from adalink.tools.command_line.verb import Verb
 from adalink.tools.terminal.terminal_text import echo
 from adalink.tools.terminal.verbose import say, warnings_to_stderr
@@ -30,6 +36,7 @@ class ServeCommandOptions:
     variant: str | None
     threads: int | None
     kv_cache_dtype: str | None
+    gpu_layers: int | None
     slots: int
     context: int | None
     queue: int
@@ -54,6 +61,7 @@ class ServeCommandOptions:
 )
 @engine_options
 @kv_cache_option
+@gpu_layers_option
 @click.option(
     "--slots", type=click.IntRange(min=1), default=16, show_default=True, help="Requests that decode together."
 )
@@ -164,6 +172,7 @@ def run(options: ServeCommandOptions) -> None:
             context=options.context,
             queue_limit=options.queue,
             kv_cache_dtype=options.kv_cache_dtype,
+            gpu_layers=options.gpu_layers,
         ) as deployment,
     ):
 

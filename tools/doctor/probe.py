@@ -120,6 +120,18 @@ def _tensorrt(backend: str) -> Finding:
         return Finding(False, str(error))
 
 
+def _llama_cpp() -> Finding:
+    from adalink.runtime.errors import BackendError
+    from adalink.runtime.llama_cpp.library import open_library
+
+    try:
+        library = open_library()
+    except BackendError as error:
+        return Finding(False, str(error))
+    gpu = "with layers on a GPU" if library.llama_supports_gpu_offload() else "on the CPU"
+    return Finding(True, f"llama.cpp {library.llama_version().decode()}, {gpu}: its structures are as expected")
+
+
 PROBES: dict[str, Callable[[], Finding]] = {
     "onnxruntime-cpu": lambda: _onnxruntime("CPUExecutionProvider"),
     "onnxruntime-cuda": lambda: _onnxruntime("CUDAExecutionProvider"),
@@ -127,6 +139,7 @@ PROBES: dict[str, Callable[[], Finding]] = {
     "onnxruntime-tensorrt-rtx": _plugin,
     "tensorrt": lambda: _tensorrt("tensorrt"),
     "tensorrt-rtx": lambda: _tensorrt("tensorrt-rtx"),
+    "llama.cpp": _llama_cpp,
 }
 
 

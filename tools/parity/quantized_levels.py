@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adalink.runtime.deployment import Deployment
+from adalink.runtime.engine import Backend
 from adalink.runtime.options import OpenOptions
 from adalink.tools.parity.checks.accuracy import measure_accuracy
 from adalink.tools.parity.checks.batches import STEPS
 from adalink.tools.parity.checks.quantization import check_activations, check_cost, matrices_of, measure_cost, text_rows
 from adalink.tools.parity.checks.scheduler import JoinedRows
 from adalink.tools.parity.checks.swap import mixed_tasks
+from adalink.tools.parity.engines.float32_gguf import Float32Gguf
 from adalink.tools.parity.engines.shared_engines import SharedEngines
 from adalink.tools.parity.engines.unrounded_backend import ExactActivations
 from adalink.tools.parity.inputs.collect import ParityInputs
@@ -52,13 +54,18 @@ def check_quantized(run: Run, inputs: ParityInputs, options: CostOptions) -> Non
     deployment, reference, quantization = run.deployment, run.reference, run.deployment.variant.quantization
     assert quantization is not None
     run.progress("quantised weights against the model's")
-    run.report.checks += reference.quantize(matrices_of(deployment), quantization)
     engines, form = run.engine
+    if deployment.variant.is_gguf:
+        run.report.checks += reference.take_file(deployment.path / deployment.variant.graph, quantization)
+        backend: Backend = Float32Gguf(engines.inner)
+    else:
+        run.report.checks += reference.quantize(matrices_of(deployment), quantization)
+        backend = ExactActivations(engines.inner)
     # One engine at a time: with its weights in the layout of the kernels, each is as large as its graph.
     deployment.close()
     engines.close()
     with (
-        SharedEngines(ExactActivations(engines.inner)) as exact,
+        SharedEngines(backend) as exact,
         Deployment(deployment.path, deployment.manifest, exact, OpenOptions(form)) as unrounded,
     ):
         check_base_and_tasks(replace(run, deployment=unrounded, engine=(exact, form)), inputs)

@@ -17,7 +17,7 @@ from adalink.runtime.options import OpenOptions
 from adalink.runtime.rows.source import RowSource
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.known_tasks import check_tasks
-from adalink.runtime.storage.manifest import Manifest
+from adalink.runtime.storage.manifest import Base, Manifest
 from adalink.runtime.storage.manifest_io import read_manifest
 from adalink.runtime.storage.variants import choose_variant, variant_digest
 from adalink.runtime.storage.verification_cache import verify_variant
@@ -98,7 +98,7 @@ def verify(
     # Before the engine: PyTorch needs memory for the whole model while it is loaded, and for a piece of it afterwards.
     progress(f"loading {manifest.base.name} in PyTorch, float32 and float64")
     stamps = weight_stamps(against)  # every row reads the files
-    reference = Reference(against, manifest.base, options.assume_pretokenizer)
+    reference = Reference(against, _with_weights(manifest, form), options.assume_pretokenizer)
     report = Report(skipped=left_out)
     with torch_threads(available_cores() // 2), engines:
         progress("opening the deployment")
@@ -134,6 +134,12 @@ def _without_other_prefixes(manifest: Manifest, form: str, backend: str) -> tupl
     tasks = {name: task for name, task in manifest.tasks.items() if name not in reasons}
     left_out = [f"task {name}: {reason}" for name, reason in sorted(reasons.items())]
     return msgspec.structs.replace(manifest, tasks=tasks), left_out
+
+
+def _with_weights(manifest: Manifest, form: str) -> Base:
+    """The base contract, with the digest of a variant's weights where the variant has its own."""
+    own = manifest.variants[form].weights_digest
+    return msgspec.structs.replace(manifest.base, weights_digest=own) if own else manifest.base
 
 
 def _refuse_costs(form: str, options: VerifyOptions) -> None:

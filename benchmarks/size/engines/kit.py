@@ -10,6 +10,8 @@ from adalink.runtime import Deployment
 from benchmarks.size.accuracy import Row
 from benchmarks.size.engines.common import Engine, Settings, main
 
+_BACKENDS = {".onnx": "onnxruntime-cpu", ".gguf": "llama.cpp"}
+
 
 class KitEngine(Engine):
     """The one variant of a deployment; tasks are deployed in it."""
@@ -17,8 +19,9 @@ class KitEngine(Engine):
     packages = ("adalink-kit", "onnxruntime", "numpy")
 
     def __init__(self, settings: Settings) -> None:
-        (variant,) = (settings.model / "base").glob("*/model.onnx")
-        self._deployment = Deployment.open(settings.model, variant=variant.parent.name, threads=settings.threads)
+        (graph,) = (path for path in (settings.model / "base").glob("*/model.*") if path.suffix in _BACKENDS)
+        backend, variant = _BACKENDS[graph.suffix], graph.parent.name
+        self._deployment = Deployment.open(settings.model, backend, variant=variant, threads=settings.threads)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """See ``Engine``; one token a step, as the others."""

@@ -1,4 +1,4 @@
-"""llama.cpp's library on a GGUF file; for a task it is fed adapted embeddings, in place of tokens."""
+"""llama.cpp alone, by the kit's bindings; for a task it is fed adapted embeddings in place of tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from adalink.runtime.llama_cpp.context import LlamaContext, LlamaModel
+from adalink.runtime.llama_cpp.structures import F16
 from benchmarks.size.accuracy import HostEmbedder, Row
 from benchmarks.size.engines.common import Engine, Settings, main
-from benchmarks.size.llama_library import LlamaContext, LlamaModel
 
 
 class LlamaEngine(Engine):
@@ -18,7 +19,7 @@ class LlamaEngine(Engine):
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._model = settings, LlamaModel(settings.model)
-        self._contexts = {1: LlamaContext(self._model, 1, settings.context, settings.threads)}
+        self._contexts = {1: LlamaContext(self._model, 1, settings.context, settings.threads, F16)}
         self._embed: HostEmbedder | None = None
         if settings.adapters is not None:
             (table,) = (t for t in gguf.GGUFReader(settings.model).tensors if t.name == "token_embd.weight")
@@ -28,9 +29,11 @@ class LlamaEngine(Engine):
         """See ``Engine``."""
         rows = len(prompts)
         if rows not in self._contexts:
-            self._contexts[rows] = LlamaContext(self._model, rows, self._settings.batch_context, self._settings.threads)
+            size = self._settings.batch_context
+            self._contexts[rows] = LlamaContext(self._model, rows, size, self._settings.threads, F16)
         context, length = self._contexts[rows], len(prompts[0])
-        context.clear()
+        for row in range(rows):
+            context.cut(row)
         owners = [row for row in range(rows) for _ in range(length)]
         lasts = [length * (row + 1) - 1 for row in range(rows)]
         tokens = context.decode(np.concatenate(prompts), owners, [*range(length)] * rows, lasts).argmax(1)
@@ -44,7 +47,7 @@ class LlamaEngine(Engine):
         """See ``Engine``."""
         assert self._embed is not None
         context, count = self._contexts[1], len(row.ids)
-        context.clear()
+        context.cut(0)
         return context.decode(self._embed(task, row.ids), [0] * count, range(count), row.positions)
 
 

@@ -77,6 +77,11 @@ class GgufWeights:
         name = f"{match[1] + '.' if match[1] else ''}blk.{match[2]}.{_NAMES[match[3]]}.weight"
         return name if name in self._tensors else None
 
+    @property
+    def types(self) -> Counter[str]:
+        """How many matrices there are of each type."""
+        return Counter(str(tensor.tensor_type.name) for tensor in self._tensors.values() if len(tensor.shape) == 2)
+
     def type_of(self, tensor: str) -> str:
         """Type of a tensor, such as ``"Q4_0"``."""
         return str(self._tensors[tensor].tensor_type.name)

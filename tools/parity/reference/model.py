@@ -26,6 +26,7 @@ from adalink.runtime.storage.manifest import Base, Quantization
 from adalink.runtime.storage.pooling_schema import Pooling
 from adalink.tools.parity.reference.checkpoint import check_files
 from adalink.tools.parity.reference.forward import Row, run_row
+from adalink.tools.parity.reference.gguf_file import FileLayer, file_layers
 from adalink.tools.parity.reference.gguf_tokens import GgufTokens
 from adalink.tools.parity.reference.gguf_weights import check_layers
 from adalink.tools.parity.reference.images import Pixels, image_features, pixel_tensors
@@ -33,7 +34,8 @@ from adalink.tools.parity.reference.input_side import InputSide, has_input_side,
 from adalink.tools.parity.reference.known_outputs import KnownOutputs
 from adalink.tools.parity.reference.noise_floor import ACTIVATIONS_FACTOR, Outputs, deviations, limit_of, noise_of
 from adalink.tools.parity.reference.position_labels import NO_LABELS, PositionLabels
-from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, find_layers, rounded_inputs
+from adalink.tools.parity.reference.quantized_weights import Layer, Matrix, find_layers
+from adalink.tools.parity.reference.rounding import rounded_inputs
 from adalink.tools.parity.reference.stored_model import load_stored
 from adalink.tools.parity.report import Check
 
@@ -81,7 +83,7 @@ class Reference:
         self._exact = in_float64(self._model)
         self._attached: Any = None
         self._input_side: InputSide | None = None
-        self._layers: list[Layer] = []
+        self._layers: Sequence[Layer | FileLayer] = []
         self._twins: dict[str, Any] = dict(self._exact.named_modules())
         self._originals: list[torch.nn.Parameter] = []
         self._is_rounding = False
@@ -158,15 +160,20 @@ class Reference:
         """
         import torch
 
-        self._layers = find_layers(self._model, matrices)
-        checks = check_layers(self._layers, matrices, quantization, self._spec)
-        for layer in self._layers:
+        self._layers = layers = find_layers(self._model, matrices)
+        checks = check_layers(layers, matrices, quantization, self._spec)
+        for layer in layers:
             # New parameters: the head may share its weight with the embedding table.
             parameters = layer.module._parameters
             self._originals.append(parameters["weight"])
             parameters["weight"] = layer.weight(torch.float32)
             self._twins[layer.name]._parameters["weight"] = layer.weight(torch.float64)
         self._known.clear()
+        return checks
+
+    def take_file(self, path: Path, quantization: Quantization) -> list[Check]:
+        """Check that the weights are those of a deployed GGUF file, whose products round their inputs by its types."""
+        self._layers, checks = file_layers(self._model, path, quantization)
         return checks
 
     @contextmanager
@@ -237,8 +244,7 @@ class Reference:
         import torch
 
         with torch.no_grad():
-            rows = self._model.get_input_embeddings()(torch.from_numpy(ids))
-        return np.asarray(rows.double().numpy())
+            return np.asarray(self._model.get_input_embeddings()(torch.from_numpy(ids)).double().numpy())
 
     def image_embeds(self, pixels: Pixels) -> tuple[list[Float64], list[Float64]]:
         """Image embeddings of the vision tower and the projector, before any adapter.
@@ -303,12 +309,11 @@ class Reference:
         return Outputs(values, {name: np.maximum(single[name], double[name]) for name in values})
 
     def _run(self, precision: int, row: Row) -> dict[str, Array]:
-        model = (self._model, self._exact)[precision]
         attached = None if self._attached is None else self._attached[precision]
-        return run_row(model, attached, self._input_side, self.base, row)
+        return run_row((self._model, self._exact)[precision], attached, self._input_side, self.base, row)
 
     def _exchange(self) -> None:
         self._known.clear()
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers[: len(self._originals)]):
             parameters = layer.module._parameters
             parameters["weight"], self._originals[index] = self._originals[index], parameters["weight"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from adalink.export.adapter.error_bound import UNIT_ROUNDOFF
 from adalink.tools.parity.reference.file_tensors import FileTensor
+from adalink.tools.parity.reference.rounding import rounded_blocks
 from adalink.tools.parity.report import Check, at_most
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ class Layer:
 
         return StoredWeight(TensorSource(self.read().T) if _is_turned(self.module) else self, dtype)
 
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``adalink.tools.parity.reference.rounding.RoundedProduct``."""
+        return rounded_blocks(x, self.matrix.block_size)
+
     def pairs(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Outputs in turn, some at a time: their rows of the matrix, the engine's weights and the module's."""
         from adalink.tools.parity.reference.stored_weight import pieces_of
@@ -164,7 +168,7 @@ class _Probe:
 
 def find_layers(model: torch.nn.Module, matrices: list[Matrix]) -> list[Layer]:
     """The quantised linear layers, each with its rows of a matrix."""
-    missing = {name: _probe(module) for name, module in model.named_modules() if _is_linear(module)}
+    missing = {name: _probe(module) for name, module in model.named_modules() if is_linear(module)}
     layers: list[Layer] = []
     for matrix in matrices:
         probes = {name: probe for name, probe in missing.items() if len(probe.values) == matrix.shape[1]}
@@ -271,32 +275,6 @@ def _larger(known: tuple[float, str], measured: np.floating[Any], name: str) -> 
     return known if measured <= known[0] else (float(measured), name)
 
 
-@contextmanager
-def rounded_inputs(layer: Layer, module: Any) -> Iterator[None]:
-    """Round the inputs of ``module``, the layer in either precision, to 8 bits until the block ends.
-
-    The step of a block is its largest magnitude over 127, as in the operator at ``accuracy_level`` 4 (ONNX Runtime,
-    ``sqnbitgemm``). The implementation is independent of it.
-    """
-    import torch
-
-    size = layer.matrix.block_size
-
-    def rounded(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x = arguments[0]
-        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
-        blocks = padded.reshape(*x.shape[:-1], -1, size)
-        step = blocks.abs().amax(dim=-1, keepdim=True) / 127
-        near = torch.where(step > 0, torch.round(blocks / step) * step, blocks)
-        return (near.flatten(-2)[..., : x.shape[-1]], *arguments[1:])
-
-    handle = module.register_forward_pre_hook(rounded)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def weight_of(module: Any) -> torch.Tensor:
     """A linear layer's matrix as ``(outputs, inputs)``; GPT-2 stores it the other way round."""
     weight: torch.Tensor = module.weight.detach()
@@ -309,7 +287,8 @@ def _is_turned(module: Any) -> bool:
     return isinstance(module, Conv1D)
 
 
-def _is_linear(module: Any) -> bool:
+def is_linear(module: Any) -> bool:
+    """Whether a module multiplies its input with a matrix."""
     import torch
 
     return isinstance(module, torch.nn.Linear) or _is_turned(module)
