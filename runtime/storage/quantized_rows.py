@@ -93,7 +93,8 @@ def _pack(codes: Codes) -> npt.NDArray[np.uint8]:
     """Two codes a byte, the first in the low four bits, each plus 8; an odd row ends with a 0."""
     padded = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
     shifted = (padded + 8).astype(np.uint8)
-    return np.bitwise_or(shifted[:, 0::2], shifted[:, 1::2] << 4).astype(np.uint8)
+    packed: npt.NDArray[np.uint8] = np.bitwise_or(shifted[:, 0::2], shifted[:, 1::2] << 4).astype(np.uint8)
+    return packed
 
 
 def _unpack(packed: npt.NDArray[np.uint8], columns: int) -> Codes:

@@ -99,8 +99,8 @@ GUARDS = [
     Mutant(
         "tasks: loaded without the lock",
         _TASKS,
-        "            with self._lock:\n                self._check_known(name)\n                task",
-        "            if True:\n                self._check_known(name)\n                task",
+        "            with self._lock:\n                check_tasks([name], self._tasks, nested=True)",
+        "            if True:\n                check_tasks([name], self._tasks, nested=True)",
         f"{_THREADS}test_task_is_loaded_once",
     ),
     Mutant(
