@@ -468,6 +468,13 @@ class Deployment:
             [prompt], [list(images)], task, chat=False, max_new_tokens=max_new_tokens, encode_images=False
         )
 
+    def check_task(self, name: str) -> None:
+        """Check a name as ``generate`` does, without loading the task.
+
+        Raises ``UnknownTaskError``, or ``RequestError`` for dimensions that a task has not, as in ``topics@8``.
+        """
+        self._tasks.check(check_name(name, "name"))
+
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""
         self._check_open()
