@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adalink.export.adapter.export import export_adapters
+from adalink.export.adapter.export import check_free, export_adapters
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import DataError
 from adalink.runtime.storage.adapter import Adapter, AdapterConfig, make_adapter
@@ -48,6 +48,7 @@ def export_prefix(
 
     Raises:
         AdapterError: a number is beyond ``dtype``.
+        BackendError: no variant runs on the CPU, or not the one that was asked for.
         ContractError: the base takes no KV prefix, or the text fills all its positions.
         DataError: the text is empty.
         DeploymentError: there is no deployment, or the name is taken or unusable.
@@ -57,6 +58,7 @@ def export_prefix(
     if not text.strip():
         raise DataError("the text of a KV prefix is empty: give it some")
     manifest = read_manifest(Path(deployment))
+    check_free(name, manifest, deployment, replace=replace)  # a long text takes its time
     form = choose_variant(manifest, BACKEND, variant)
     with Deployment.open(deployment, BACKEND, variant=form) as opened:
         states = opened.read_states(text)

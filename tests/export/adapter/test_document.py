@@ -105,16 +105,21 @@ def test_16_bits_are_half_the_file_and_are_rounded(own: Soft) -> None:
     [
         (" \n", "empty", DataError, "is empty"),
         ("a" * 64, "long", RequestError, "positions"),
-        (TEXT, "text-portable", DeploymentError, "--replace"),
         (TEXT, "no/name", DeploymentError, "task name"),
     ],
-    ids=["empty", "long", "taken", "name"],
+    ids=["empty", "long", "name"],
 )
 def test_a_text_that_cannot_be_a_task(own: Soft, text: str, name: str, error: type[AdaLinkError], message: str) -> None:
     before = read_manifest(own.folder)
     with pytest.raises(error, match=message):
         export_prefix(own.folder, text, name)
     assert read_manifest(own.folder) == before
+
+
+def test_a_name_that_is_taken_is_said_before_the_text_is_read(own: Soft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deployment, "open", lambda *given, **named: pytest.fail("the engine was opened"))
+    with pytest.raises(DeploymentError, match="--replace"):
+        export_prefix(own.folder, TEXT, "text-portable")
 
 
 @pytest.mark.slow
