@@ -192,8 +192,10 @@ def _target(options: CompressOptions) -> Path:
 
     out = options.out.resolve()
     check_target(out)
-    if out == options.adapter.resolve():
-        raise ConfigError(f"--out is the adapter {options.adapter} itself: name another folder, so that both are there")
+    adapter = options.adapter.resolve()
+    if out in (adapter, *adapter.parents):
+        what = "is the adapter itself" if out == adapter else "holds the adapter"
+        raise ConfigError(f"--out {options.out} {what}, {options.adapter}: name another folder, so that both are there")
     if out.is_dir() and any(out.iterdir()) and not options.replace:
         raise ConfigError(f"{options.out} holds an adapter already: pass --replace to put this one in its place")
     return out

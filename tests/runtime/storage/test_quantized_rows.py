@@ -97,9 +97,7 @@ FAULTS = {
     "codes are of another width": lambda tensors: tensors.update(
         {"text.up.weight.codes": np.ascontiguousarray(tensors["text.up.weight.codes"][:, :-1])}
     ),
-    "the matrix is there too": lambda tensors: tensors.update(
-        {"text.up.weight": np.zeros((31, 6), np.float32)}
-    ),
+    "the matrix is there too": lambda tensors: tensors.update({"text.up.weight": np.zeros((31, 6), np.float32)}),
     "codes are of what is not compressed": lambda tensors: tensors.update(
         {f"of.text.up.weight.bias.{part}": tensors[f"text.up.weight.{part}"] for part in ("codes", "scales")}
     ),
