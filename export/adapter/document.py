@@ -31,8 +31,8 @@ def export_prefix(
 ) -> Manifest:
     """Compute the keys and values of a text with the deployment's own engine, and add them as a task.
 
-    A prompt of the task goes on from the text: it gives what the text and the prompt give together. The task is for
-    this variant alone, since others round otherwise.
+    A prompt of the task goes on from the text: it gives what the tokens of both give together, but that penalties do
+    not count those of the text. The task is for this variant alone, since others round otherwise.
 
     Args:
         deployment: the deployment folder.
