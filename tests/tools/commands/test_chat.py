@@ -229,10 +229,8 @@ def test_a_soft_prompt_takes_room_under_the_first_dimensions_of_a_task_too(
     adapter = random_adapter(base.fingerprint, base.hidden_size, 3, rank=4, soft_tokens=3, nested=True, **settings)
     export_adapter(write_adapter(tmp_path / "soft", adapter), folder)
     with Deployment.open(folder, threads=1) as deployment:
-        prompt, capacity = (
-            len(deployment.tokenizer.encode_messages([{"role": "user", "content": "Hi"}])),
-            POSITIONS // 2,
-        )
+        prompt = len(deployment.tokenizer.encode_messages([{"role": "user", "content": "Hi"}]))
+        capacity = POSITIONS // 2
         monkeypatch.setattr(Deployment, "profile", SimpleNamespace(capacity=capacity))
         for task in ("soft", "soft@2"):
             session = ChatSession(deployment, task=task, max_new_tokens=POSITIONS)
