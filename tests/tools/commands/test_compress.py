@@ -118,7 +118,8 @@ def test_text_is_compared_and_tokens_of_the_training_weigh(root: Path, tmp_path:
     )
     for result in (plain, weighed):
         assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["rank"] == 6
+        report = json.loads(result.stdout)
+        assert (report["rank"], report["rank_before"]) == (6, 16)
     one, other = (read_adapter(tmp_path / name) for name in ("plain", "weighed"))
     assert not np.array_equal(one.weights["text.down.weight"], other.weights["text.down.weight"])
 
