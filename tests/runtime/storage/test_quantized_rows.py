@@ -88,6 +88,7 @@ FAULTS = {
     "codes are missing": lambda tensors: tensors.pop("text.up.weight.codes"),
     "a scale is not one of ours": lambda tensors: tensors["text.up.weight.scales"].__setitem__(0, 0.1),
     "a scale is NaN": lambda tensors: tensors["text.up.weight.scales"].__setitem__(0, np.nan),
+    "a scale is too large": lambda tensors: tensors["text.up.weight.scales"].fill(3e38),
     "a scale is negative": lambda tensors: np.negative(
         tensors["text.up.weight.scales"], out=tensors["text.up.weight.scales"]
     ),
@@ -107,6 +108,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_other_codes_and_scales_are_refused(fault: str, weight_dtype: str) -> None:
