@@ -455,6 +455,23 @@ class Deployment:
         check_kind(request, "request", Request, "a Request")
         return self._generator.submit(request)
 
+    def encode_prompt(self, prompt: str, task: str | None = None, images: int = 0) -> list[int]:
+        """Token ids of a prompt as ``generate`` reads it under a task.
+
+        Behind a KV prefix that was computed from a text they are without the token that begins one.
+
+        Args:
+            prompt: the text.
+            task: the task; ``None`` is the base model.
+            images: its number of images.
+
+        Raises:
+            UnknownTaskError: the task is not deployed.
+            RequestError: the text cannot be encoded, or the deployment has no tokenizer.
+        """
+        self._check_open()
+        return self._inputs.encode_prompt(prompt, task, images)
+
     def check_prompt(
         self,
         prompt: list[int],
