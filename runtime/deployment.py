@@ -455,6 +455,23 @@ class Deployment:
         check_kind(request, "request", Request, "a Request")
         return self._generator.submit(request)
 
+    def encode_prompt(self, prompt: str, task: str | None = None, images: int = 0) -> list[int]:
+        """Token ids of a prompt as ``generate`` reads it under a task.
+
+        Behind a KV prefix that was computed from a text they are without the token that begins one.
+
+        Args:
+            prompt: the text.
+            task: the task; ``None`` is the base model.
+            images: its number of images.
+
+        Raises:
+            UnknownTaskError: the task is not deployed.
+            RequestError: the text cannot be encoded, or the deployment has no tokenizer.
+        """
+        self._check_open()
+        return self._inputs.encode_prompt(prompt, task, images)
+
     def check_prompt(
         self,
         prompt: list[int],
@@ -467,6 +484,13 @@ class Deployment:
         self._inputs.process_prompts(
             [prompt], [list(images)], task, chat=False, max_new_tokens=max_new_tokens, encode_images=False
         )
+
+    def check_task(self, name: str) -> None:
+        """Check a name as ``generate`` does, without loading the task.
+
+        Raises ``UnknownTaskError``, or ``RequestError`` for dimensions that a task has not, as in ``topics@8``.
+        """
+        self._tasks.check(check_name(name, "name"))
 
     def load_task(self, name: str) -> None:
         """Load a task before its first use; raises ``UnknownTaskError``, or ``IntegrityError`` for altered files."""

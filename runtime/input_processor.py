@@ -212,6 +212,10 @@ class InputProcessor:
                 check_length(len(kv_prefix) + int(layout.mask[row].sum()), self._base)
         return layout
 
+    def encode_prompt(self, prompt: str, task: str | None, images: int) -> list[int]:
+        """See ``Deployment.encode_prompt``."""
+        return self._tokenize(prompt, False, images, self._tasks.resolve(task, 1).kv_prefix)
+
     def _kv_prefix(self, mapping: AdapterMapping) -> KvPrefix | None:
         """The KV prefix of a task's mapping, checked."""
         if mapping.kv_prefix is not None:

@@ -10,10 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from adalink.runtime.deployment import Deployment
-from adalink.runtime.errors import ConfigError, IntegrityError, RequestError
+from adalink.runtime.errors import ConfigError, IntegrityError, RequestError, UnknownTaskError
 from adalink.runtime.generation.handle import Handle
 from adalink.runtime.generation.request import Request
-from adalink.runtime.storage.known_tasks import split_name
 from adalink.runtime.storage.manifest import Base
 from adalink.serving.api_error import ApiError
 from adalink.serving.metrics import Metrics
@@ -94,8 +93,13 @@ class Gateway:
         """The task of a model's name, ``None`` for the base model; raises ``ApiError`` (404) for any other name."""
         if model == self.base_name:
             return None
-        if split_name(model)[0] not in self.deployment.tasks:
-            raise ApiError(404, f"the model {model[:80]!r} does not exist: see /v1/models", "model", "model_not_found")
+        try:
+            self.deployment.check_task(model)
+        except UnknownTaskError as error:
+            message = f"the model {model[:80]!r} does not exist: see /v1/models"
+            raise ApiError(404, message, "model", "model_not_found") from error
+        except RequestError as error:
+            raise ApiError(404, str(error), "model", "model_not_found") from error
         return model
 
     async def in_thread(self, call: Any, *arguments: Any) -> Any:

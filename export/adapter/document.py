@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adalink.export.adapter.export import export_adapters
+from adalink.export.adapter.export import check_free, export_adapters
 from adalink.runtime.deployment import Deployment
 from adalink.runtime.errors import DataError
 from adalink.runtime.storage.adapter import Adapter, AdapterConfig, make_adapter
@@ -31,8 +31,8 @@ def export_prefix(
 ) -> Manifest:
     """Compute the keys and values of a text with the deployment's own engine, and add them as a task.
 
-    A prompt of the task goes on from the text: it gives what the text and the prompt give together. The task is for
-    this variant alone, since others round otherwise.
+    A prompt of the task goes on from the text: it gives what the tokens of both give together, but that penalties do
+    not count those of the text. The task is for this variant alone, since others round otherwise.
 
     Args:
         deployment: the deployment folder.
@@ -48,6 +48,7 @@ def export_prefix(
 
     Raises:
         AdapterError: a number is beyond ``dtype``.
+        BackendError: no variant runs on the CPU, or not the one that was asked for.
         ContractError: the base takes no KV prefix, or the text fills all its positions.
         DataError: the text is empty.
         DeploymentError: there is no deployment, or the name is taken or unusable.
@@ -57,6 +58,7 @@ def export_prefix(
     if not text.strip():
         raise DataError("the text of a KV prefix is empty: give it some")
     manifest = read_manifest(Path(deployment))
+    check_free(name, manifest, deployment, replace=replace)  # a long text takes its time
     form = choose_variant(manifest, BACKEND, variant)
     with Deployment.open(deployment, BACKEND, variant=form) as opened:
         states = opened.read_states(text)

@@ -123,14 +123,19 @@ def export_adapters(
             _check_variant(writer.manifest, adapter, origin, out)
             if fold is not None:
                 check_foldable(fold, adapter, origin=origin)
-            if task in tasks and not replace:
-                raise DeploymentError(
-                    f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
-                    "or --name to give it another name"
-                )
+            check_free(task, writer.manifest, out, replace=replace)
             exporter = exporter or _Exporter(writer)
             tasks[task] = exporter.write(task, adapter, fold)
         return writer.commit(msgspec.structs.replace(writer.manifest, tasks=tasks))
+
+
+def check_free(task: str, manifest: Manifest, out: str | Path, *, replace: bool) -> None:
+    """Check that a deployment has no task of a name, unless it is to be replaced; raises ``DeploymentError``."""
+    if task in manifest.tasks and not replace:
+        raise DeploymentError(
+            f"deployment {out} already has a task {task!r}: pass --replace to put this adapter in its place, "
+            "or --name to give it another name"
+        )
 
 
 def _read(folder: str | Path, base: Base, assume_base: bool) -> Adapter:

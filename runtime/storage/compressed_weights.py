@@ -54,6 +54,8 @@ def decode_compressed(data: Bytes, weight_dtype: str, hidden_size: int) -> dict[
         if name.endswith(_SCALES):
             if name.removesuffix(_SCALES) + _CODES not in tensors:
                 raise ValueError(f"tensor {name!r} is without its codes")
+        elif is_compressed(stem) != (stem != name):
+            raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected codes of the bottleneck's matrices alone")
         elif stem == name:
             if tensor.dtype not in (np.float32, np.float16, np.uint16):
                 raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected a floating-point number")

@@ -71,7 +71,8 @@ def decode_rows(codes: npt.NDArray[Any], scales: npt.NDArray[Any], columns: int,
     if scales.dtype != np.float32 or scales.shape != (len(codes),):
         raise ValueError(f"scales are {scales.dtype} of shape {scales.shape}, expected float32 of ({len(codes)},)")
     numbers = codes if weight_dtype == "int8" else _unpack(codes, columns)
-    matrix = _multiply(numbers, scales[:, None])
+    with np.errstate(over="ignore", invalid="ignore"):
+        matrix = _multiply(numbers, scales[:, None])
     if not np.isfinite(matrix).all():
         raise ValueError("scales are not finite")
     again, again_scales = quantize_rows(matrix, weight_dtype)

@@ -12,6 +12,7 @@ from adalink.runtime.errors import ContractError, IntegrityError, RequestError
 from adalink.runtime.logs import get_logger
 from adalink.runtime.request import Tasks
 from adalink.runtime.storage.adapter import Adapter, decode_adapter, read_adapter
+from adalink.runtime.storage.adapter_spec import AdapterSpec
 from adalink.runtime.storage.contract import check_adapter
 from adalink.runtime.storage.integrity import map_verified, read_graph, read_verified
 from adalink.runtime.storage.known_tasks import check_tasks, split_name
@@ -23,7 +24,7 @@ from adalink.runtime.tasks.adapter_mapping import NO_ADAPTER, AdapterMapping, To
 from adalink.runtime.tasks.folding import Folded, ids_table, view_fold
 from adalink.runtime.tasks.head import head_of
 from adalink.runtime.tasks.kv_prefix import kv_prefixes_of
-from adalink.runtime.tasks.nested import narrow
+from adalink.runtime.tasks.nested import check_width, narrow
 from adalink.runtime.tasks.soft_prompt import soft_prompts_of
 from adalink.runtime.tasks.task_changes import Reload, compare_tasks, is_replaced
 
@@ -32,10 +33,11 @@ _LOG = get_logger(__name__)
 
 @dataclass(frozen=True)
 class AddedTask:
-    """A task outside the deployment folder: its adapter folder, and the adapter's digest when it was added."""
+    """A task outside the deployment folder: its adapter folder, and digest and settings when it was added."""
 
     folder: Path
     digest: str
+    settings: AdapterSpec
 
 
 class TaskRegistry:
@@ -82,10 +84,20 @@ class TaskRegistry:
         loaded = table.entries.get(name)
         if loaded is None:
             with self._lock:
-                check_tasks([name], self._tasks, nested=True)
+                self.check(name)
                 loaded = table.entries.get(name) or self._hold(name, *self._load(name, self._tasks, self._manifest))
         loaded.last_used = next(table.clock)  # as ``table.get`` does, without a call: this is in every request's way
         return loaded
+
+    def check(self, name: str) -> None:
+        """Check that ``get`` takes a name, without reading anything.
+
+        Raises ``UnknownTaskError``, or ``RequestError`` for dimensions that a task has not.
+        """
+        tasks = self._tasks
+        check_tasks([name], tasks, nested=True)
+        task = tasks[split_name(name)[0]]
+        check_width(name, task.settings if isinstance(task, AddedTask) else task)
 
     def add(self, folder: Path, name: str | None, *, replace: bool = False) -> str:
         """Register an adapter folder in this process; see ``Deployment.add_task``."""
@@ -103,7 +115,7 @@ class TaskRegistry:
                     f"task {name!r} is deployed already: choose another name, remove it first, or pass replace=True"
                 )
             self._drop(name)
-            self._tasks = {**self._tasks, name: AddedTask(folder.resolve(), adapter.digest)}
+            self._tasks = {**self._tasks, name: AddedTask(folder.resolve(), adapter.digest, adapter.config)}
             self._hold(name, *loaded)
         return name
 

@@ -18,9 +18,8 @@ async def tokenize(request: HttpRequest) -> JsonResponse:
     """``POST /tokenize``: token ids of a prompt or a conversation; images are their placeholders."""
     gateway: Gateway = request.app.state.gateway
     fields: TokenizeFields = await read_fields(request, gateway, TokenizeFields)
-    if fields.model is not None:
-        gateway.task_of(fields.model)
-    answer: dict[str, Any] = await gateway.in_thread(_tokenize, gateway, fields)
+    task = None if fields.model is None else gateway.task_of(fields.model)
+    answer: dict[str, Any] = await gateway.with_tasks(_tokenize, gateway, fields, task)
     return JsonResponse(answer)
 
 
@@ -37,7 +36,7 @@ async def detokenize(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"prompt": text})
 
 
-def _tokenize(gateway: Gateway, fields: TokenizeFields) -> dict[str, Any]:
+def _tokenize(gateway: Gateway, fields: TokenizeFields, task: str | None) -> dict[str, Any]:
     tokenizer = gateway.deployment.tokenizer
     if (fields.prompt is None) == (fields.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt")
@@ -51,6 +50,6 @@ def _tokenize(gateway: Gateway, fields: TokenizeFields) -> dict[str, Any]:
         tokens = tokenizer.encode_messages(fields.messages, chat_options(fields))
     else:
         assert fields.prompt is not None
-        tokens = tokenizer.encode(fields.prompt)
+        tokens = gateway.deployment.encode_prompt(fields.prompt, task)
     texts = [gateway.token_texts.text(token) for token in tokens] if fields.return_token_strs else None
     return {"count": len(tokens), "max_model_len": gateway.max_positions, "tokens": tokens, "token_strs": texts}

@@ -99,8 +99,8 @@ GUARDS = [
     Mutant(
         "tasks: loaded without the lock",
         _TASKS,
-        "            with self._lock:\n                check_tasks([name], self._tasks, nested=True)",
-        "            if True:\n                check_tasks([name], self._tasks, nested=True)",
+        "            with self._lock:\n                self.check(name)",
+        "            if True:\n                self.check(name)",
         f"{_THREADS}test_task_is_loaded_once",
     ),
     Mutant(

@@ -94,7 +94,7 @@ class Soft:
 
 def build_soft(family: str, root: Path, **settings: Any) -> Soft:
     model, folder = FAMILIES[family](), root / "deployment"
-    export_base(model, folder, tokenizer=make_tokenizer(), **settings)
+    export_base(model, folder, **{"tokenizer": make_tokenizer(), **settings})
     base = read_manifest(folder).base
     adapters = {
         task: random_adapter(base.fingerprint, base.hidden_size, 70 + seed, **own)

@@ -51,9 +51,13 @@ TILE_SPECIALS = (
 
 def make_prefix_tokenizer() -> PreTrainedTokenizerFast:
     """The same with a placeholder that is no character; by itself it begins each text with its token, as Gemma's do."""
+    return with_beginning(make_tile_tokenizer(("<image>",)))
+
+
+def with_beginning(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, which now begins each text with its token."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = make_tile_tokenizer(("<image>",))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return tokenizer
 

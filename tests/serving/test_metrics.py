@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from helpers.runtime import random_adapter, write_adapter
 from helpers.served import serve_in_thread, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -32,6 +35,26 @@ def test_metrics_count_by_task(opened: Deployment, slow_steps: None) -> None:
         assert "nothing" not in text
         families = {family.name: family.type for family in text_string_to_metric_families(text)}
         assert families["adalink_time_to_first_token_seconds"] == "histogram"
+
+
+def test_dimensions_that_no_task_has_are_no_models_and_no_labels(opened: Deployment, tmp_path: Path) -> None:
+    settings = {"rank": 4, "activation": "identity", "bias": False, "scope": "all", "nested": True}
+    adapter = random_adapter(opened.manifest.base.fingerprint, opened.manifest.base.hidden_size, 3, **settings)
+    opened.add_task(write_adapter(tmp_path / "wide", adapter))
+    try:
+        with serve_in_thread(opened) as server:
+            for name, message in (("wide@99991", "has rank 4"), ("beta@99992", "not nested")):
+                refused = server.post("/v1/completions", {"model": name, "prompt": "wheat"})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+                assert message in refused.json()["error"]["message"]
+                assert server.get(f"/v1/models/{name}").status_code == 404
+            assert server.get("/v1/models/wide@4").json()["id"] == "wide@4"
+            server.post("/v1/completions", {"model": "wide@4", "prompt": "wheat", "max_tokens": 2})
+            text = server.get("/metrics").text
+            assert 'task="wide@4"' in text
+            assert "9999" not in text
+    finally:
+        opened.remove_task("wide")
 
 
 def test_load_is_that_of_now(opened: Deployment, slow_steps: None) -> None:

@@ -192,8 +192,10 @@ def _target(options: CompressOptions) -> Path:
 
     out = options.out.resolve()
     check_target(out)
-    if out == options.adapter.resolve():
-        raise ConfigError(f"--out is the adapter {options.adapter} itself: name another folder, so that both are there")
+    adapter = options.adapter.resolve()
+    if out in (adapter, *adapter.parents):
+        what = "is the adapter itself" if out == adapter else "holds the adapter"
+        raise ConfigError(f"--out {options.out} {what}, {options.adapter}: name another folder, so that both are there")
     if out.is_dir() and any(out.iterdir()) and not options.replace:
         raise ConfigError(f"{options.out} holds an adapter already: pass --replace to put this one in its place")
     return out
@@ -226,7 +228,7 @@ def _compress(
 def _describe(
     adapter: Adapter, small: Compressed, loss: Loss, options: CompressOptions, file_bytes: int
 ) -> dict[str, Any]:
-    from adalink.runtime.storage.adapter_spec import rank_of, show_rank
+    from adalink.runtime.storage.adapter_spec import rank_of
 
     config = small.adapter.config
     kept = None
@@ -236,7 +238,7 @@ def _describe(
         "adapter": str(options.out),
         "written": loss.points <= options.most_loss,
         "rank": config.rank,
-        "rank_before": show_rank(adapter.config.rank),
+        "rank_before": adapter.config.rank,
         "weight_dtype": config.weight_dtype,
         "nested": config.nested,
         "energy": kept,
@@ -249,10 +251,11 @@ def _describe(
 
 
 def _show(result: Mapping[str, Any]) -> None:
+    from adalink.runtime.storage.adapter_spec import show_rank
+
     before, after = result["size_bytes_before"] / 1e3, result["size_bytes"] / 1e3
-    echo(
-        f"{result['adapter']}: rank {result['rank']}, {result['weight_dtype']}, {after:.1f} kB instead of {before:.1f}"
-    )
+    rank = show_rank(result["rank"])
+    echo(f"{result['adapter']}: rank {rank}, {result['weight_dtype']}, {after:.1f} kB instead of {before:.1f}")
     if result["energy"] is not None:
         echo(f"  it makes {100 * result['energy']:.2f} % of the squared change of text embeddings")
     echo(f"  {_loss_line(result)}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adalink.runtime.errors import RequestError
 from adalink.runtime.generation.request import Request
 from adalink.runtime.sampling.sampler import SamplingParams
+from adalink.runtime.storage.known_tasks import split_name
 
 if TYPE_CHECKING:
     from adalink.runtime.deployment import Deployment
@@ -147,8 +148,9 @@ class ChatSession:
     def _check(self, messages: list[dict[str, str]]) -> Callable[[int], None]:
         """What raises ``RequestError`` if a reply of so many tokens does not fit behind the conversation."""
         token_ids, capacity = self._deployment.tokenizer.encode_messages(messages), self._capacity
-        task = None if self.task is None else self._deployment.manifest.tasks.get(self.task)
-        positions = len(token_ids) + (0 if task is None else task.soft_tokens)
+        name = None if self.task is None else split_name(self.task)[0]
+        task = None if name is None else self._deployment.manifest.tasks.get(name)
+        positions = len(token_ids) + (0 if task is None else task.prepended_positions)
 
         def check(tokens: int) -> None:
             self._deployment.check_prompt(token_ids, (), self.task, tokens)

@@ -133,7 +133,7 @@ def generate_rows(deployment: Deployment, rows: Sequence[EvalRow], task: str | N
     """Greedy text for rows: right if it is the completion, spaces at its ends aside, and ends there."""
     limit = 1 + max(len(deployment.tokenizer.encode_plain(row.completion)) for row in rows)
     for row in rows:
-        ids = deployment.tokenizer.encode(row.text)
+        ids = deployment.encode_prompt(row.text, task)
         deployment.check_prompt(ids, row.images, task=task, max_new_tokens=limit)
 
     def generate(some: Sequence[EvalRow]) -> list[tuple[str, bool, int]]:

@@ -56,8 +56,10 @@ def _encode_row(deployment: Deployment, row: PromptRow, chat: bool) -> tuple[lis
         return tokenizer.encode_messages(row.messages, row.chat), types
     if row.text_pair is not None or deployment.manifest.base.kind == "encoder":
         ids, types = tokenizer.encode_pair(row.prompt, row.text_pair)
+    elif chat:
+        ids = tokenizer.encode_chat(row.prompt)
     else:
-        ids = tokenizer.encode_chat(row.prompt) if chat else tokenizer.encode(row.prompt, len(row.images))
+        ids = deployment.encode_prompt(row.prompt, row.task, len(row.images))
     if not ids:
         raise RequestError("the prompt has no tokens: give it some text")
     return ids, types

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from helpers.served import serve_in_thread
 from helpers.soft_prompts import Soft, build_soft
+from helpers.tiny_tokenizer import make_tokenizer, with_beginning
 
 from adalink.export.adapter.document import export_prefix
 from adalink.export.base.export import export_base
@@ -16,6 +20,7 @@ from adalink.runtime.errors import AdaLinkError, ContractError, DataError, Deplo
 from adalink.runtime.storage.adapter_spec import settings_of
 from adalink.runtime.storage.kv_prefix_spec import KV_PREFIX_NAME
 from adalink.runtime.storage.manifest_io import read_manifest
+from adalink.tools.cli import main
 
 TEXT, QUESTION = "Oil prices rose again in may.\n", "why?"
 VARIANTS = ("onnxruntime-cpu", "portable")
@@ -23,7 +28,7 @@ VARIANTS = ("onnxruntime-cpu", "portable")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Soft:
-    made = build_soft("llama", tmp_path_factory.mktemp("document"))
+    made = build_soft("llama", tmp_path_factory.mktemp("document"), tokenizer=with_beginning(make_tokenizer()))
     export_base(made.model, made.folder, target="portable")
     for variant in VARIANTS:
         export_prefix(made.folder, TEXT, f"text-{variant}", variant=variant)
@@ -50,6 +55,20 @@ def test_a_question_gives_what_the_whole_text_gives(own: Soft, variant: str) -> 
             tuple(expected),
             tuple(own.greedy(deployment.tokenizer.encode("hello"), None, 12)),
         ]
+
+
+def test_the_command_line_and_the_server_read_prompts_as_generate_does(own: Soft) -> None:
+    task = "text-onnxruntime-cpu"
+    words = ["run", str(own.folder), QUESTION, "--task", task, "--max-new-tokens", "12", "--json"]
+    answer = json.loads(CliRunner().invoke(main, [*words, "--variant", "onnxruntime-cpu"]).stdout)
+    with Deployment.open(own.folder, variant="onnxruntime-cpu", threads=1) as deployment:
+        whole = [*deployment.tokenizer.encode(TEXT), *deployment.tokenizer.encode_plain(QUESTION)]
+        assert answer["token_ids"] == own.greedy(whole, None, 12)
+        assert answer["prompt_tokens"] == len(QUESTION)
+        with serve_in_thread(deployment) as server:
+            for model, beginning in ((task, []), (server.gateway.base_name, [1])):
+                found = server.post("/tokenize", {"model": model, "prompt": QUESTION}).json()["tokens"]
+                assert found == [*beginning, *deployment.tokenizer.encode_plain(QUESTION)]
 
 
 def test_the_states_are_pytorchs(own: Soft) -> None:
@@ -105,16 +124,21 @@ def test_16_bits_are_half_the_file_and_are_rounded(own: Soft) -> None:
     [
         (" \n", "empty", DataError, "is empty"),
         ("a" * 64, "long", RequestError, "positions"),
-        (TEXT, "text-portable", DeploymentError, "--replace"),
         (TEXT, "no/name", DeploymentError, "task name"),
     ],
-    ids=["empty", "long", "taken", "name"],
+    ids=["empty", "long", "name"],
 )
 def test_a_text_that_cannot_be_a_task(own: Soft, text: str, name: str, error: type[AdaLinkError], message: str) -> None:
     before = read_manifest(own.folder)
     with pytest.raises(error, match=message):
         export_prefix(own.folder, text, name)
     assert read_manifest(own.folder) == before
+
+
+def test_a_name_that_is_taken_is_said_before_the_text_is_read(own: Soft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Deployment, "open", lambda *given, **named: pytest.fail("the engine was opened"))
+    with pytest.raises(DeploymentError, match="--replace"):
+        export_prefix(own.folder, TEXT, "text-portable")
 
 
 @pytest.mark.slow

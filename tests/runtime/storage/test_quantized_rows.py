@@ -88,6 +88,7 @@ FAULTS = {
     "codes are missing": lambda tensors: tensors.pop("text.up.weight.codes"),
     "a scale is not one of ours": lambda tensors: tensors["text.up.weight.scales"].__setitem__(0, 0.1),
     "a scale is NaN": lambda tensors: tensors["text.up.weight.scales"].__setitem__(0, np.nan),
+    "a scale is too large": lambda tensors: tensors["text.up.weight.scales"].fill(3e38),
     "a scale is negative": lambda tensors: np.negative(
         tensors["text.up.weight.scales"], out=tensors["text.up.weight.scales"]
     ),
@@ -97,12 +98,17 @@ FAULTS = {
     "codes are of another width": lambda tensors: tensors.update(
         {"text.up.weight.codes": np.ascontiguousarray(tensors["text.up.weight.codes"][:, :-1])}
     ),
+    "the matrix is there too": lambda tensors: tensors.update({"text.up.weight": np.zeros((31, 6), np.float32)}),
+    "codes are of what is not compressed": lambda tensors: tensors.update(
+        {f"of.text.up.weight.bias.{part}": tensors[f"text.up.weight.{part}"] for part in ("codes", "scales")}
+    ),
     "codes are floats": lambda tensors: tensors.update(
         {"text.up.weight.codes": tensors["text.up.weight.codes"].astype(np.float32)}
     ),
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_other_codes_and_scales_are_refused(fault: str, weight_dtype: str) -> None:

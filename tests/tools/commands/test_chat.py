@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from helpers.chats import LENGTH, POSITIONS, Reference, make_chat_deployment
+from helpers.runtime import random_adapter, write_adapter
 from helpers.tiny_deployments import make_deployment
 
 from adalink.export.adapter.export import export_adapter
@@ -218,6 +219,22 @@ def test_a_reply_gets_the_room_that_is_left(opened: Deployment) -> None:
         assert session.send("Hi").limit == capacity - prompt, "of a compiled engine"
         with pytest.raises(RequestError, match=f"this engine takes {capacity}: shorten the message"):
             session.send("Hi" * (capacity // 2))
+
+
+def test_a_soft_prompt_takes_room_under_the_first_dimensions_of_a_task_too(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(chat_folder, tmp_path / "deployment")
+    base, settings = read_manifest(folder).base, {"activation": "identity", "bias": False, "scope": "all"}
+    adapter = random_adapter(base.fingerprint, base.hidden_size, 3, rank=4, soft_tokens=3, nested=True, **settings)
+    export_adapter(write_adapter(tmp_path / "soft", adapter), folder)
+    with Deployment.open(folder, threads=1) as deployment:
+        prompt = len(deployment.tokenizer.encode_messages([{"role": "user", "content": "Hi"}]))
+        capacity = POSITIONS // 2
+        monkeypatch.setattr(Deployment, "profile", SimpleNamespace(capacity=capacity))
+        for task in ("soft", "soft@2"):
+            session = ChatSession(deployment, task=task, max_new_tokens=POSITIONS)
+            assert session.send("Hi").limit == capacity - prompt - 3, task
 
 
 def test_what_fails_changes_no_conversation(opened: Deployment) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from adalink.runtime import Deployment, SamplingParams
 from adalink.runtime.storage.adapter import read_adapter
 from adalink.runtime.storage.label_spec import LabelSet
 from adalink.tools.cli import main
+from adalink.tools.evaluation.loss import Loss
 
 LABELS = (" oil", " wheat", " tea")
 TEXTS = [f"text {number} of oil and {'wheat' * (number % 3)}" for number in range(16)]
@@ -100,6 +102,14 @@ def test_a_loss_that_is_too_large_writes_nothing(root: Path, tmp_path: Path) -> 
     assert read_adapter(out).config.rank == 1
 
 
+def test_half_a_point_is_no_more_than_half_a_point() -> None:
+    wrong = [
+        Loss(measure="accuracy", rows=200, same=0, before=right / 200, after=(right - 1) / 200).points
+        for right in range(1, 201)
+    ]
+    assert wrong == [0.5] * 200
+
+
 def test_text_is_compared_and_tokens_of_the_training_weigh(root: Path, tmp_path: Path) -> None:
     plain = compress(*arguments(root, "free", tmp_path / "plain", "--rank", 6, "--most-loss", 100, "--json"))
     weighed = compress(
@@ -108,7 +118,8 @@ def test_text_is_compared_and_tokens_of_the_training_weigh(root: Path, tmp_path:
     )
     for result in (plain, weighed):
         assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["rank"] == 6
+        report = json.loads(result.stdout)
+        assert (report["rank"], report["rank_before"]) == (6, 16)
     one, other = (read_adapter(tmp_path / name) for name in ("plain", "weighed"))
     assert not np.array_equal(one.weights["text.down.weight"], other.weights["text.down.weight"])
 
@@ -174,6 +185,10 @@ def test_wrong_use_is_said_before_anything_is_computed(
 def test_the_adapter_itself_and_other_folders_are_not_replaced(root: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
+    inner = shutil.copytree(root / "topics", shutil.copytree(root / "free", tmp_path / "outer") / "topics")
+    outer = compress(inner, *arguments(root, "topics", tmp_path / "outer")[1:], "--replace")
+    assert outer.exit_code == 2
+    assert "holds the adapter" in outer.stderr
     for out, message in (
         (root / "topics", "is the adapter"),
         (tmp_path / "other", "it is no adapter"),

@@ -8,6 +8,7 @@ from helpers.kv_prefixes import SETTINGS, prefix_adapter
 from helpers.quick import slow_except
 from helpers.runtime import write_adapter
 from helpers.tiny_deployments import make_model_folder
+from helpers.tiny_tokenizer import make_tokenizer, with_beginning
 
 from adalink.export.adapter.document import export_prefix
 from adalink.export.adapter.export import export_adapters
@@ -27,6 +28,7 @@ OWN = ["before", "before-too", "all"]
 def clean(tmp_path_factory):
     root = tmp_path_factory.mktemp("clean")
     model, folder = make_model_folder(root / "tiny", "llama"), root / "deployment"
+    with_beginning(make_tokenizer()).save_pretrained(model)
     for target in ("onnxruntime-cpu", "portable"):
         export_base(model, folder, target=target)
     base = read_manifest(folder).base

@@ -159,7 +159,8 @@ class Generator:
         texts = [row.text for row in results]
         generated = [list(row.token_ids) for row in results]
         if image_prompts is None:
-            ids = [self.encode(prompt) for prompt in prompts]
+            names = [tasks] * len(prompts) if tasks is None or isinstance(tasks, str) else tasks
+            ids = [self.encode(prompt, task) for prompt, task in zip(prompts, names, strict=True)]
             return [GeneratedRow(*row) for row in zip(ids, generated, logits, texts, strict=True)]
         placeholder, rows = vision_base(self._base).vision.image_token_id, []
         for prompt, pixels, tokens, row_logits, text in zip(
@@ -169,9 +170,9 @@ class Generator:
             rows.append(GeneratedRow(prompt, tokens[:end], row_logits.first(end), text, pixels))
         return rows
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
-        """Token ids of a prompt."""
-        return self._deployment.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    def encode(self, prompt: str | list[int], task: str | None = None) -> list[int]:
+        """Token ids of a prompt, as a task reads it."""
+        return self._deployment.encode_prompt(prompt, task) if isinstance(prompt, str) else prompt
 
     def text(self, token: int) -> str:
         """Text of one token."""
