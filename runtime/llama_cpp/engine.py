@@ -141,7 +141,8 @@ class LlamaDecodeState:
         state._numbers = [None] * len(state._numbers)
 
     @implements(SlotState)
-    def states(self, row: int, length: int) -> SequenceStates:
+    def states(self, row: int, length: int, start: int = 0) -> SequenceStates:
+        assert start == 0  # no KV prefix comes before a prompt here
         return SequenceStates(self._sequences.save(self._number(row)), length)
 
     @property
