@@ -184,6 +184,12 @@ class LlamaContext:
         if not self._library.llama_memory_seq_rm(self._memory, sequence, length, -1):
             raise BackendError(f"llama.cpp cannot cut a sequence to {length} positions")
 
+    def copy(self, sequence: int, to: int, length: int) -> None:
+        """Give a sequence without positions the first ``length`` of another; raises ``BackendError``."""
+        self._library.llama_memory_seq_cp(self._memory, sequence, to, 0, length)
+        if self.length(to) != length:
+            raise BackendError(f"llama.cpp copied {self.length(to)} positions of a sequence, expected {length}")
+
     def save(self, sequence: int) -> Bytes:
         """A copy of a sequence's keys and values, as llama.cpp writes them."""
         size = self._library.llama_state_seq_get_size(self._handle, sequence)

@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_decode": (_NUMBER, [_POINTER, Batch]),
     "llama_get_logits": (_FLOATS, [_POINTER]),
     "llama_get_memory": (_POINTER, [_POINTER]),
+    "llama_memory_seq_cp": (None, [_POINTER, _NUMBER, _NUMBER, _NUMBER, _NUMBER]),
     "llama_memory_seq_rm": (ctypes.c_bool, [_POINTER, _NUMBER, _NUMBER, _NUMBER]),
     "llama_memory_seq_pos_max": (_NUMBER, [_POINTER, _NUMBER]),
     "llama_state_seq_get_size": (_SIZE, [_POINTER, _NUMBER]),

@@ -11,7 +11,7 @@ from helpers.llama_cpp import BACKEND, build_gguf
 from helpers.runtime import Tiny
 
 from adalink.runtime import Deployment, Request
-from adalink.runtime.errors import BackendError
+from adalink.runtime.errors import BackendError, RequestError
 from adalink.runtime.llama_cpp.context import LlamaContext
 
 # Float32 through two layers: sums of at most 256 terms, six in a row, of logits around 10.
@@ -89,6 +89,33 @@ def test_memory_grows_with_rows_and_lengths(gguf: Tiny) -> None:
         assert sequences._context.capacity >= 300
         sequences.give_back(held)
         assert not sequences._held, "every row has given back its own"
+
+
+@pytest.mark.parametrize("task", [None, "alpha"])
+def test_labels_share_the_prompt(gguf: Tiny, opened: Deployment, task: str | None) -> None:
+    """Copies of a sequence go on by themselves, and all are given back."""
+    labels, prompt = [" oil", " oil and gas", " x", " wheat"], "the price of oil"
+    (one,) = opened.classify([prompt], task, labels=labels)
+    read, scores = opened.tokenizer.encode(prompt), []
+    for label in labels:
+        ids = opened.tokenizer.encode_plain(label)
+        exact = gguf.logits([*read, *ids], task)[len(read) - 1 :].astype(np.float64)
+        shares = exact - np.logaddexp.reduce(exact, axis=1)[:, None]
+        ends = np.logaddexp.reduce(shares[-1, list(opened.manifest.base.eos_token_ids)])
+        scores.append(shares[range(len(ids)), ids].sum() + ends)
+    expected = np.exp(scores - np.logaddexp.reduce(scores))
+    assert list(one.probabilities.values()) == pytest.approx(expected, abs=2e-4)
+    assert not opened._runner.engine.sequences._held  # type: ignore[attr-defined]
+
+
+def test_nothing_is_made_of_a_closed_model(gguf: Tiny) -> None:
+    """Weights go together with the caches: a thread that is computing is refused, and does not end the process."""
+    opened = Deployment.open(gguf.folder, BACKEND, threads=1)
+    sequences = opened._runner.engine.sequences  # type: ignore[attr-defined]
+    sequences.close()
+    with pytest.raises(RequestError, match="the deployment is closed"):
+        sequences.take(1, 8)
+    opened.close()
 
 
 FAULTS = {
