@@ -6,6 +6,7 @@ llama.cpp ends the process on a fault of its caller's. So what it takes is check
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class LlamaModel:
             )
         params = self.library.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
-        self.handle = self.library.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = self.library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise BackendError(f"{path}: llama.cpp cannot load it: {said_last()}")
         kinds = {"has_encoder": "an encoder", "is_recurrent": "recurrent", "is_hybrid": "recurrent in part"}

@@ -75,9 +75,16 @@ def open_library() -> Any:
     """The library, ready to be called.
 
     Raises:
-        BackendUnavailableError: the package is missing, or its library has other structures than this kit knows.
+        BackendUnavailableError: the package is missing, or its library cannot be loaded or has other structures than
+            this kit knows.
     """
-    library = ctypes.CDLL(str(_find()))
+    path = _find()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"{path} cannot be loaded: {error}: install the version that {install_command('llama-cpp')} takes"
+        ) from error
     for name, (result, arguments) in _FUNCTIONS.items():
         try:
             function = getattr(library, name)
