@@ -53,6 +53,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_state_seq_set_data": (_SIZE, [_POINTER, _POINTER, _SIZE, _NUMBER]),
 }
 _WARNING = 3
+# Lines of a message: the cause comes before what it led to.
+_TOLD = 3
 _lines: deque[str] = deque(maxlen=8)
 
 
@@ -66,8 +68,10 @@ _LOGGER = _LOG(_keep)  # it has to live as long as the library
 
 
 def said_last() -> str:
-    """The last fault that llama.cpp has told, for messages."""
-    return _lines[-1] if _lines else "it does not say why"
+    """What llama.cpp has told last of a fault, for messages; told once, since the next fault is another one."""
+    lines = list(_lines)[-_TOLD:]
+    _lines.clear()
+    return "; ".join(lines) or "it does not say why"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from adalink.runtime import Deployment
 from adalink.runtime.backends import open_backend
 from adalink.runtime.errors import BackendError, BackendUnavailableError, ContractError, IntegrityError, RequestError
 from adalink.runtime.llama_cpp import library
+from adalink.runtime.llama_cpp.context import LlamaModel
 from adalink.runtime.llama_cpp.library import open_library
 from adalink.runtime.llama_cpp.structures import ContextParams, ModelParams, check_defaults
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -66,6 +67,14 @@ def test_an_altered_file_is_refused(copied: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match=r"model\.gguf"):
         Deployment.open(copied, BACKEND)
+
+
+def test_a_file_that_is_not_whole_is_said_to_be_so(gguf: Tiny, tmp_path: Path) -> None:
+    (whole,) = (gguf.folder / "base").rglob("*.gguf")
+    path = tmp_path / "half.gguf"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(BackendError, match=r"half\.gguf: llama\.cpp cannot load it: .*not within the file bounds"):
+        LlamaModel(path)
 
 
 def test_a_table_of_another_model_is_refused(copied: Path) -> None:
