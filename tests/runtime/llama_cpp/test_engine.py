@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from helpers.llama_cpp import BACKEND, build_gguf
 from helpers.runtime import Tiny
+from helpers.served import wait_for
 
 from adalink.runtime import Deployment, Request
 from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.generation.handle import Handle
 from adalink.runtime.llama_cpp.context import LlamaContext
+from adalink.runtime.llama_cpp.sequences import Sequences
 
 # Float32 through two layers: sums of at most 256 terms, six in a row, of logits around 10.
 LIMIT = 256 * 6 * 2**-24 * 10
@@ -116,6 +120,36 @@ def test_nothing_is_made_of_a_closed_model(gguf: Tiny) -> None:
     with pytest.raises(RequestError, match="the deployment is closed"):
         sequences.take(1, 8)
     opened.close()
+
+
+@pytest.mark.parametrize("fault", ["load", "read", "cancel"])
+def test_prompts_that_are_not_read_to_their_end_give_back_their_sequence(
+    opened: Deployment, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A number that stays taken is a row less for everybody, until none is left."""
+    prompt, sequences = random_ids(9, 5), opened._runner.engine.sequences  # type: ignore[attr-defined]
+    opened.generate([prompt], max_new_tokens=2)
+    load, is_sent, handles = Sequences.load, threading.Event(), list[Handle]()
+
+    def planted(self: Sequences, number: int, states: Any) -> None:
+        load(self, number, states)
+        is_sent.wait(60)
+        if fault == "load":
+            raise BackendError("planted")
+        if fault == "cancel":
+            handles[0].cancel()
+
+    monkeypatch.setattr(Sequences, "load", planted)
+    if fault == "read":
+        monkeypatch.setattr(Sequences, "decode", lambda *_: (_ for _ in ()).throw(BackendError("planted")))
+    handles.append(opened.submit(Request(prompt, max_new_tokens=2)))
+    is_sent.set()
+    if fault == "cancel":
+        assert handles[0].result(60).finish_reason == "cancelled"
+    else:
+        with pytest.raises(BackendError, match="planted"):
+            handles[0].result(60)
+    wait_for(lambda: not sequences._held, 10)
 
 
 FAULTS = {
