@@ -75,7 +75,7 @@ class CompressOptions:
     help="A deployment of its base. It is not changed.",
 )
 @out_option("The adapter folder to write.")
-@click.option("-r", "--rank", type=click.IntRange(min=1), help="Dimensions to keep; all without it.")
+@click.option("--rank", type=click.IntRange(min=1), help="Dimensions to keep; all without it.")
 @click.option(
     "--energy",
     metavar="SHARE",
@@ -90,7 +90,7 @@ class CompressOptions:
     help="Of each number, with one scale for each dimension.",
 )
 @click.option(
-    "-d", "--rows", "data", required=True, type=click.Path(path_type=Path), help="Rows that say what is right."
+    "-r", "--rows", "data", required=True, type=click.Path(path_type=Path), help="Rows that say what is right."
 )
 @map_option
 @template_option

@@ -25,7 +25,7 @@ def run(*arguments):
 
 
 # Of a text base with two tasks, from a folder whose generation config says nothing.
-CHECKS = 49
+CHECKS = 52
 
 
 @pytest.fixture(scope="module")
