@@ -96,7 +96,9 @@ def test_memory_grows_with_rows_and_lengths(gguf: Tiny) -> None:
 
 
 @pytest.mark.parametrize("task", [None, "alpha"])
-def test_labels_share_the_prompt(gguf: Tiny, opened: Deployment, task: str | None) -> None:
+def test_labels_share_the_prompt(
+    gguf: Tiny, opened: Deployment, monkeypatch: pytest.MonkeyPatch, task: str | None
+) -> None:
     """Copies of a sequence go on by themselves, and all are given back."""
     labels, prompt = [" oil", " oil and gas", " x", " wheat"], "the price of oil"
     (one,) = opened.classify([prompt], task, labels=labels)
@@ -109,7 +111,12 @@ def test_labels_share_the_prompt(gguf: Tiny, opened: Deployment, task: str | Non
         scores.append(shares[range(len(ids)), ids].sum() + ends)
     expected = np.exp(scores - np.logaddexp.reduce(scores))
     assert list(one.probabilities.values()) == pytest.approx(expected, abs=2e-4)
-    assert not opened._runner.engine.sequences._held  # type: ignore[attr-defined]
+    sequences = opened._runner.engine.sequences  # type: ignore[attr-defined]
+    assert not sequences._held
+    monkeypatch.setattr(LlamaContext, "copy", lambda *_: (_ for _ in ()).throw(BackendError("planted")))
+    with pytest.raises(BackendError, match="planted"):
+        opened.classify([prompt], task, labels=labels)
+    assert not sequences._held
 
 
 def test_nothing_is_made_of_a_closed_model(gguf: Tiny) -> None:
