@@ -160,6 +160,8 @@ class SlotState(SpeculativeDecodeState, Protocol):
     def adopt(self, state: Any) -> None:
         """Append the rows of another decode state of the same engine, with caches and logits.
 
+        The other one runs no more. It may be adopted again, as long as none of its rows has left an adopter.
+
         Raises:
             RequestError: there is no memory for them.
         """

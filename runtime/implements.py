@@ -14,11 +14,21 @@ def implements(protocol: type) -> Callable[[F], F]:
     Protocols are structural, so a class need not inherit them; ``typing.override`` wants that it does.
 
     Args:
-        protocol: the protocol; without a method of that name, ``AttributeError`` is raised where the class is made.
+        protocol: the protocol; without a method of that name, ``AttributeError`` is raised where the class is made,
+            and ``TypeError`` if the method lacks one of its parameters.
     """
 
     def mark(method: F) -> F:
-        method.__doc__ = getattr(protocol, method.__name__).__doc__
+        promised = getattr(protocol, method.__name__)
+        lacking = [name for name in _parameters(promised) if name not in _parameters(method)]
+        if lacking:
+            raise TypeError(f"{method.__qualname__} lacks {', '.join(lacking)} of {protocol.__name__}")
+        method.__doc__ = promised.__doc__
         return method
 
     return mark
+
+
+def _parameters(method: Any) -> tuple[str, ...]:
+    code = getattr(method, "__code__", None)  # a property has none
+    return () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

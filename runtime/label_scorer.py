@@ -153,8 +153,12 @@ class LabelScorer:
         read = self._runner.start(collate([prompt], pad, engine.padding_side), longest)
         try:
             state = slots.open_slots(rows, prompt.length + longest)
-            for _ in range(rows):
-                state.adopt(read)
+            try:
+                for _ in range(rows):
+                    state.adopt(read)
+            except BaseException:
+                state.close()
+                raise
         finally:
             read.close()
         return state

@@ -14,8 +14,11 @@ import * as ort from "onnxruntime-node";
 
 const options = { task: { type: "string" }, tokens: { type: "string", default: "64" }, json: { type: "boolean" } };
 const { values, positionals } = parseArgs({ options, allowPositionals: true });
-const folder = resolve(positionals[0]);
-const { AdaLinkError, Model } = await import(pathToFileURL(join(folder, "adalink.mjs")));
+const folder = resolve(positionals[0] ?? ".");
+const { AdaLinkError, Model } = await import(pathToFileURL(join(folder, "adalink.mjs"))).catch(() => {
+  console.error(`missing: ${folder} holds no adalink.mjs. Name a folder that adalink export web wrote`);
+  process.exit(2);
+});
 
 async function read(path, count = () => {}) {
   const bytes = await readFile(join(folder, path)).catch(({ code }) => {
@@ -23,6 +26,14 @@ async function read(path, count = () => {}) {
   });
   count(bytes.length);
   return bytes;
+}
+
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch ({ message }) {
+    throw new AdaLinkError("request", `standard input is no JSON: ${message}`);
+  }
 }
 
 async function answer(model, { prompt, ...settings }, write) {
@@ -41,7 +52,7 @@ try {
   const maxNewTokens = Number(values.tokens);
   if (values.json) {
     const answers = [];
-    for (const request of JSON.parse(await readAll(process.stdin)))
+    for (const request of parse(await readAll(process.stdin)))
       answers.push(await answer(model, { maxNewTokens, ...request }, () => {}));
     console.log(JSON.stringify(answers));
   } else {

@@ -163,6 +163,7 @@ class SlotAdmission:
 
     def _begin(self, row: Row, batch: RunningBatch) -> _Reading | None:
         """Begin to read a prompt by itself; ``None`` if it cannot be read."""
+        state: SlotState | None = None
         try:
             collated = self._collate([row])
             state = self._open_one(row, batch)
@@ -171,6 +172,8 @@ class SlotAdmission:
             row.cached_tokens, row.prefix = done, None
             return _Reading(row, self._runner.feeds(collated.inputs, collated.layout), state, done)
         except Exception as error:
+            if state is not None:
+                state.close()
             row.fail(error)
             return None
 
@@ -194,6 +197,7 @@ class SlotAdmission:
         row, length = reading.row, reading.row.prompt.read_length
         if row.stop_if_over():
             self._reading = None
+            reading.state.close()
             return 0
         rest = length - reading.done
         most = max(1, min(most, PASS_TOKENS))
@@ -210,6 +214,7 @@ class SlotAdmission:
                     self._spare = _Spare(reading.state, _spare_capacity(row.prompt.length))
         except Exception as error:
             self._reading = None
+            reading.state.close()
             row.fail(error)
         return size
 
@@ -221,6 +226,7 @@ class SlotAdmission:
             batch.open(self._engine.open_slots(len(rows), capacity))
         for group in groups:
             room = 1 if batch.has_state else max(row.prompt.max_new_tokens for row in group)
+            state: DecodeState | None = None
             try:
                 state = self._runner.start(self._collate(group), room)
                 for index, row in enumerate(group):
@@ -228,6 +234,8 @@ class SlotAdmission:
                 if batch.add(group, state):
                     state.close()
             except Exception as error:
+                if state is not None:
+                    state.close()
                 fail_all(group, error)
 
     def _keep_prompt(self, row: Row, state: DecodeState, index: int) -> None:

@@ -55,6 +55,7 @@ class LlamaCppBackend:
                 "the base with --dtype fp32"
             )
         model = LlamaModel(graph, self._gpu_layers)
+        sequences = Sequences(model, self._threads, F32 if model.is_float32 else F16, base.max_positions)
         try:
             for what, received, expected in (
                 ("logits", model.vocab_size, base.vocab_size),
@@ -62,10 +63,9 @@ class LlamaCppBackend:
             ):
                 if received != expected:
                     raise GraphError(f"{graph}: {received} {what}, the contract says {expected}: export it again")
-            sequences = Sequences(model, self._threads, F32 if model.is_float32 else F16, base.max_positions)
             scale = find_input_scale(sequences, table, str(graph))
         except BaseException:
-            model.close()
+            sequences.close()
             raise
         return LlamaEngine(model, sequences, HostEmbedder(table), scale)
 

@@ -6,6 +6,7 @@ llama.cpp ends the process on a fault of its caller's. So what it takes is check
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class LlamaModel:
             )
         params = self.library.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
-        self.handle = self.library.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = self.library.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise BackendError(f"{path}: llama.cpp cannot load it: {said_last()}")
         kinds = {"has_encoder": "an encoder", "is_recurrent": "recurrent", "is_hybrid": "recurrent in part"}
@@ -183,6 +184,12 @@ class LlamaContext:
         """Forget a sequence's positions from ``length`` on; raises ``BackendError``."""
         if not self._library.llama_memory_seq_rm(self._memory, sequence, length, -1):
             raise BackendError(f"llama.cpp cannot cut a sequence to {length} positions")
+
+    def copy(self, sequence: int, to: int, length: int) -> None:
+        """Give a sequence without positions the first ``length`` of another; raises ``BackendError``."""
+        self._library.llama_memory_seq_cp(self._memory, sequence, to, 0, length)
+        if self.length(to) != length:
+            raise BackendError(f"llama.cpp copied {self.length(to)} positions of a sequence, expected {length}")
 
     def save(self, sequence: int) -> Bytes:
         """A copy of a sequence's keys and values, as llama.cpp writes them."""

@@ -30,7 +30,7 @@ class LlamaEngine:
         """Take over the model.
 
         Args:
-            model: the weights.
+            model: the weights, which the sequences free.
             sequences: its sequences.
             embedder: the input embedder.
             input_scale: what embeddings are multiplied by before they are fed, where llama.cpp multiplies them too.
@@ -40,7 +40,7 @@ class LlamaEngine:
         self.padding_side = "right"
         self.vocab_size = model.vocab_size
         self.sequences = sequences
-        self._model, self._scale = model, np.float32(input_scale)
+        self._scale = np.float32(input_scale)
 
     @implements(Engine)
     def run(self, feeds: Mapping[str, Array]) -> Array:
@@ -86,7 +86,6 @@ class LlamaEngine:
     @implements(Engine)
     def close(self) -> None:
         self.sequences.close()
-        self._model.close()
 
     def at_left(self, feeds: Mapping[str, Array]) -> tuple[Float32, Array]:
         """Left-aligned embeddings as llama.cpp takes them, and row lengths."""
@@ -104,9 +103,10 @@ class LlamaDecodeState:
     def __init__(self, engine: LlamaEngine) -> None:
         """A state without rows."""
         self._engine, self._sequences = engine, engine.sequences
-        # Sequence and positions of each row; a row that another state has adopted has no sequence.
-        self._numbers: list[int | None] = []
+        # Sequence and positions of each row; after an adoption the sequences are the adopter's to free.
+        self._numbers: list[int] = []
         self._lengths: list[int] = []
+        self._is_adopted = False
         self._logits = np.zeros((0, engine.vocab_size), np.float32)
 
     def prefill(self, embeds: Float32, lengths: Sequence[int]) -> None:
@@ -124,7 +124,7 @@ class LlamaDecodeState:
         self._lengths.append(0)
         self._logits = np.concatenate([self._logits, np.zeros_like(self._logits, shape=(1, self._logits.shape[1]))])
         if states is not None:
-            self._sequences.load(self._number(-1), states)
+            self._sequences.load(self._numbers[-1], states)
             self._lengths[-1] = states.length
 
     @implements(SlotState)
@@ -135,14 +135,16 @@ class LlamaDecodeState:
 
     @implements(SlotState)
     def adopt(self, state: LlamaDecodeState) -> None:
-        self._numbers += state._numbers
+        # The first time without a copy; whoever adopts it again gets copies of what the first has.
+        copied, state._is_adopted = state._is_adopted, True
+        self._numbers += self._sequences.copy(state._numbers, state._lengths) if copied else state._numbers
         self._lengths += state._lengths
         self._logits = np.concatenate([self._logits, state._logits])
-        state._numbers = [None] * len(state._numbers)
 
     @implements(SlotState)
-    def states(self, row: int, length: int) -> SequenceStates:
-        return SequenceStates(self._sequences.save(self._number(row)), length)
+    def states(self, row: int, length: int, start: int = 0) -> SequenceStates:
+        assert start == 0  # no KV prefix comes before a prompt here
+        return SequenceStates(self._sequences.save(self._numbers[row]), length)
 
     @property
     @implements(DecodeState)
@@ -160,7 +162,7 @@ class LlamaDecodeState:
     @implements(SpeculativeDecodeState)
     def rollback(self, count: int) -> None:
         self._lengths[0] -= count
-        self._sequences.cut(self._number(0), self._lengths[0])
+        self._sequences.cut(self._numbers[0], self._lengths[0])
 
     @implements(DecodeState)
     def drop(self, row: int) -> None:
@@ -170,25 +172,22 @@ class LlamaDecodeState:
         self._lengths.pop()
         self._logits[row] = self._logits[-1]
         self._logits = self._logits[:-1]
-        if number is not None:
+        if not self._is_adopted:
             self._sequences.give_back([number])
+        self._is_adopted &= bool(self._numbers)  # without rows it can begin anew
 
     @implements(DecodeState)
     def close(self) -> None:
-        self._sequences.give_back([number for number in self._numbers if number is not None])
+        if not self._is_adopted:
+            self._sequences.give_back(self._numbers)
         self._numbers, self._lengths = [], []
-
-    def _number(self, row: int) -> int:
-        number = self._numbers[row]
-        assert number is not None
-        return number
 
     def _append(self, row: int, embeds: Float32) -> Array:
         """Append tokens to one row; returns their logits, ``(tokens, vocab)``."""
         start, count = self._lengths[row], len(embeds)
         self._sequences.reserve(0, start + count)
         positions = range(start, start + count)
-        logits = self._sequences.decode(embeds, [self._number(row)] * count, positions, range(count))
+        logits = self._sequences.decode(embeds, [self._numbers[row]] * count, positions, range(count))
         self._lengths[row] = start + count
         return logits
 
@@ -211,9 +210,10 @@ class LlamaDecodeState:
 
     def _decode(self, batch: list[tuple[int, Float32]]) -> None:
         """One call: tokens behind those of each row."""
+        assert not self._is_adopted
         numbers, positions, lasts = list[int](), list[int](), list[int]()
         for row, part in batch:
-            numbers += [self._number(row)] * len(part)
+            numbers += [self._numbers[row]] * len(part)
             positions += range(self._lengths[row], self._lengths[row] + len(part))
             lasts.append(len(numbers) - 1)
         logits = self._sequences.decode(np.concatenate([part for _, part in batch]), numbers, positions, lasts)

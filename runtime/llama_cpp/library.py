@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_decode": (_NUMBER, [_POINTER, Batch]),
     "llama_get_logits": (_FLOATS, [_POINTER]),
     "llama_get_memory": (_POINTER, [_POINTER]),
+    "llama_memory_seq_cp": (None, [_POINTER, _NUMBER, _NUMBER, _NUMBER, _NUMBER]),
     "llama_memory_seq_rm": (ctypes.c_bool, [_POINTER, _NUMBER, _NUMBER, _NUMBER]),
     "llama_memory_seq_pos_max": (_NUMBER, [_POINTER, _NUMBER]),
     "llama_state_seq_get_size": (_SIZE, [_POINTER, _NUMBER]),
@@ -52,6 +53,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_state_seq_set_data": (_SIZE, [_POINTER, _POINTER, _SIZE, _NUMBER]),
 }
 _WARNING = 3
+# Lines of a message: the cause comes before what it led to.
+_TOLD = 3
 _lines: deque[str] = deque(maxlen=8)
 
 
@@ -65,8 +68,10 @@ _LOGGER = _LOG(_keep)  # it has to live as long as the library
 
 
 def said_last() -> str:
-    """The last fault that llama.cpp has told, for messages."""
-    return _lines[-1] if _lines else "it does not say why"
+    """What llama.cpp has told last of a fault, for messages; told once, since the next fault is another one."""
+    lines = list(_lines)[-_TOLD:]
+    _lines.clear()
+    return "; ".join(lines) or "it does not say why"
 
 
 @functools.cache
@@ -74,9 +79,16 @@ def open_library() -> Any:
     """The library, ready to be called.
 
     Raises:
-        BackendUnavailableError: the package is missing, or its library has other structures than this kit knows.
+        BackendUnavailableError: the package is missing, or its library cannot be loaded or has other structures than
+            this kit knows.
     """
-    library = ctypes.CDLL(str(_find()))
+    path = _find()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"{path} cannot be loaded: {error}: install the version that {install_command('llama-cpp')} takes"
+        ) from error
     for name, (result, arguments) in _FUNCTIONS.items():
         try:
             function = getattr(library, name)

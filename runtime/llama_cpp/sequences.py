@@ -123,12 +123,33 @@ class Sequences:
         with self._lock:
             self._opened().load(number, states.data, states.length)
 
-    def close(self) -> None:
-        """Free the memory."""
+    def copy(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
+        """Numbers of as many free sequences, which then hold the first positions of others.
+
+        Raises:
+            RequestError: as ``reserve`` does.
+            BackendError: a sequence has fewer positions.
+        """
         with self._lock:
-            if self._context is not None:
-                self._context.close()
-            self._context = None
+            copies = self.take(len(numbers), max(lengths))
+            try:
+                for number, to, length in zip(numbers, copies, lengths, strict=True):
+                    self._opened().copy(number, to, length)
+            except BaseException:
+                self.give_back(copies)
+                raise
+            return copies
+
+    def close(self) -> None:
+        """Free the memory, and the model: nobody is to make a cache of it in between."""
+        with self._lock:
+            self._free()
+            self._model.close()
+
+    def _free(self) -> None:
+        if self._context is not None:
+            self._context.close()
+        self._context = None
 
     def _opened(self) -> LlamaContext:
         if self._context is None:
@@ -138,7 +159,7 @@ class Sequences:
     def _grow(self, sequences: int, capacity: int) -> None:
         """Move all sequences to a larger context; without any, the smaller one goes first."""
         if not self._held:
-            self.close()
+            self._free()
         before = self._context
         if self._model.handle is None:
             raise RequestError("the deployment is closed: open it again")

@@ -49,8 +49,8 @@ def choose_variant(manifest: Manifest, backend: str, name: str | None = None) ->
         if backend in COMPILED_BACKENDS:
             what, command = "engine", f"engine DIR --backend {backend}"
         raise BackendError(
-            f"this deployment has no {what} for {backend}, only for {', '.join(served_here) or 'none'}: add one with "
-            f"'adalink export {command}'"
+            f"this deployment has no {what} for {backend}, only for {', '.join(served_here) or 'none'}: "
+            f"choose a backend that it is for, or add one with 'adalink export {command}'"
         )
 
     def preference(key: str) -> tuple[int, bool, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adalink.runtime.engine import DecodeState, Engine
+from adalink.runtime.engine import DecodeState, Engine, SlotState
 from adalink.runtime.implements import implements
 from adalink.runtime.ort.dynamic_cache import DynamicCacheDecodeState, DynamicCacheEngine
 
@@ -25,3 +25,12 @@ def test_implements_method_that_the_protocol_lacks_is_refused() -> None:
             @implements(Engine)
             def strat(self, feeds: Any) -> None:
                 raise AssertionError
+
+
+def test_parameters_are_those_of_the_protocol() -> None:
+    """Callers know the protocol alone."""
+    with pytest.raises(TypeError, match=r"states lacks start of SlotState"):
+
+        class _State:
+            @implements(SlotState)
+            def states(self, row: int, length: int) -> None: ...

@@ -46,7 +46,7 @@ async function readFile(name, { size, pieces }, read, count) {
   return data;
 }
 
-// A safetensors file: {tensors: {name: {type, dims, data}}, metadata}.
+// A safetensors file: {tensors: {name: {type, dims, data}}, metadata}. What is no such file, or no whole one, throws.
 export function readSafetensors(bytes) {
   const types = { F32: ["float32", Float32Array], I64: ["int64", BigInt64Array] };
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -56,9 +56,19 @@ export function readSafetensors(bytes) {
   for (const [name, { dtype, shape, data_offsets: ends }] of Object.entries(entries)) {
     const [type, Kind] = types[dtype];
     const [first, last] = ends.map((end) => bytes.byteOffset + start + end);
+    const [size, end] = [shape.reduce((product, count) => product * count, 1), bytes.byteOffset + bytes.length];
+    if (last > end || last - first !== size * Kind.BYTES_PER_ELEMENT) throw new RangeError(`${name} is not whole`);
     tensors[name] = { type, dims: shape, data: new Kind(bytes.buffer.slice(first, last)) };
   }
   return { tensors, metadata };
+}
+
+function wholeTask(bytes, name) {
+  try {
+    return readSafetensors(bytes);
+  } catch {
+    throw new AdaLinkError("task", `task ${name} is no whole safetensors file: load it again`);
+  }
 }
 
 export class Model {
@@ -122,11 +132,12 @@ export class Model {
   // Yields {token, text} for each token, then {reason, text}: "end" of the text, or "length". `text` is what is new.
   // With temperature 0 the likeliest token is taken; else one of all, drawn with `random`.
   async *generate(prompt, { task = null, maxNewTokens = 64, temperature = 0, random = Math.random } = {}) {
-    const ids = typeof prompt === "string" ? this.encode(prompt) : Array.from(prompt);
+    const ids = typeof prompt === "string" ? this.encode(prompt) : Array.from(prompt ?? []);
     this.#checkRequest(ids, task, maxNewTokens, temperature);
     this.#isBusy = true;
-    let caches = this.#emptyCaches(ids.length + maxNewTokens);
+    let caches = {};
     try {
+      caches = this.#emptyCaches(ids.length + maxNewTokens);
       const stream = new TextStream(this);
       let [next, reason, length] = [ids, "length", ids.length];
       for (let made = 0; made < maxNewTokens; made++, length++) {
@@ -159,12 +170,17 @@ export class Model {
   }
 
   #weights(bytes, name) {
-    const { tensors, metadata } = readSafetensors(bytes);
+    const { tensors, metadata } = wholeTask(bytes, name);
     const { fingerprint, inputs, activations, width } = this.#index.front;
     const isOfBase = name === undefined || metadata.base_fingerprint === fingerprint;
     demand(isOfBase, "task-base", `task ${name} is for another base: export it from a deployment of ${this.name}`);
-    const isWhole = inputs.every((input) => tensors[input]) && tensors.down.dims[2] === width;
-    demand(isWhole, "task", `task ${name} is not what this folder takes: export it again with adalink export web`);
+    const rank = tensors.down?.dims[1];
+    const shapes = { down: [1, rank, width], up: [1, width, rank], down_bias: [1, 1, rank], up_bias: [1, 1, width] };
+    const isTaken = inputs.every((input) => {
+      const [type, dims] = input === "activation" ? ["int64", [1]] : ["float32", shapes[input]];
+      return tensors[input]?.type === type && String(tensors[input].dims) === String(dims);
+    });
+    demand(isTaken, "task", `task ${name} is not what this folder takes: export it again with adalink export web`);
     const isKnown = activations.includes(Number(tensors.activation.data[0]));
     demand(isKnown, "task", `task ${name} has an activation that this folder does not compute: export them together`);
     return Object.fromEntries(inputs.map((input) => [input, this.#tensor(tensors[input])]));

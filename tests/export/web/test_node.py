@@ -13,6 +13,7 @@ from helpers.sites import TASKS, ask_node, generate_in_node, run_script, seal
 from helpers.tied_codes import tied
 from helpers.tiny_deployments import seeded_adapter, write_adapter
 from helpers.tiny_tokenizer import make_bpe_tokenizer
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from adalink.export.adapter.export import export_adapter
@@ -82,6 +83,11 @@ def test_draws_follow_the_softmax(site):
     counts = json.loads(run_script(script))
     exact = np.exp(logits.astype(np.float64) / temperature)
     np.testing.assert_allclose(np.array(counts) / count, exact / exact.sum(), atol=1.5 / count)
+
+
+def read_about(path: Path) -> dict[str, str]:
+    with safe_open(path, "numpy") as file:
+        return dict(file.metadata())
 
 
 def cut(folder: Path) -> None:
@@ -155,6 +161,60 @@ def test_wrong_requests_are_named(site):
     )
     assert "ask for fewer" in generate_in_node(site.folder, "--tokens", "64", "a").stderr
     assert "token ids" in generate_in_node(site.folder, "--json", "--tokens", "8", stdin='[{"prompt": [96]}]').stderr
+
+
+def test_wrong_calls_of_the_program_are_named(site, tmp_path):
+    for arguments, words in (
+        ((tmp_path,), f"missing: {tmp_path} holds no adalink.mjs"),
+        ((site.folder,), "request: the prompt is empty"),
+        ((site.folder, "--json"), "request: standard input is no JSON"),
+    ):
+        done = generate_in_node(*arguments, stdin="no")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(words)
+
+
+def test_tasks_that_are_added_are_whole(site, tmp_path):
+    """Their files have no digest: what is not one of this folder's is refused before it runs."""
+    path = site.folder / "tasks/gelu.safetensors"
+    tensors, whole, about = load_file(path), path.read_bytes(), read_about(path)
+    files = {"none": b"", "page": b"<!doctype html>", "cut": whole[:-40]}
+    changes = {"turned": {"up": tensors["up"].swapaxes(1, 2)}, "half": {"down": tensors["down"].astype(np.float16)}}
+    for name, change in changes.items():
+        save_file(
+            {key: np.ascontiguousarray(value) for key, value in (tensors | change).items()}, tmp_path / name, about
+        )
+        files[name] = (tmp_path / name).read_bytes()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    script = f"""
+      import {{ readFile }} from "node:fs/promises";
+      import {{ Tokenizer }} from "@huggingface/tokenizers";
+      import * as ort from "onnxruntime-node";
+      const {{ Model }} = await import("{(site.folder / "adalink.mjs").as_uri()}");
+      const read = (path) => readFile({json.dumps(str(site.folder))} + "/" + path);
+      const model = await Model.open({{ ort, Tokenizer, read }});
+      const codes = [];
+      for (const name of {json.dumps([*files])}) {{
+        try {{
+          // In the middle of other bytes, as Node's small buffers are.
+          const bytes = await readFile({json.dumps(str(tmp_path))} + "/" + name);
+          const room = new Uint8Array(bytes.length + 200);
+          room.set(bytes, 100);
+          model.addTask(name, room.subarray(100, 100 + bytes.length));
+          codes.push(null);
+        }} catch ({{ code }}) {{
+          codes.push(code);
+        }}
+      }}
+      const {{ Float32Array }} = globalThis;
+      globalThis.Float32Array = null; // as if there were no memory for a cache
+      await model.generate([5], {{ maxNewTokens: 2 }}).next().catch(() => codes.push("failed"));
+      globalThis.Float32Array = Float32Array;
+      await model.generate([5], {{ maxNewTokens: 2 }}).next();
+      console.log(JSON.stringify(codes));
+    """
+    assert json.loads(run_script(script)) == ["task"] * 5 + ["failed"]
 
 
 def test_large_files_come_in_pieces(site, tmp_path, monkeypatch):

@@ -87,7 +87,9 @@ def test_answers_are_those_of_the_kit(browser, folder, site):
         page.tab.evaluate("document.querySelector('#form').requestSubmit(); document.querySelector('#stop').click()")
         page.wait()
         assert page.text("outcome").endswith("stopped")
-        assert page.text("text") == expected[2][:1]  # of the task that is chosen
+        begun = page.text("text")  # of the task that is chosen; a busy machine stops some tokens later
+        assert expected[2].startswith(begun)
+        assert begun != expected[2]
         assert page.ask(PROMPT, "", 12) == expected[-1]
         assert not page.complaints
         assert {address.split("/")[2] for address in page.addresses} == {url.split("/")[2]}

@@ -14,6 +14,8 @@ from helpers.runtime import Tiny, reseal
 from adalink.runtime import Deployment
 from adalink.runtime.backends import open_backend
 from adalink.runtime.errors import BackendError, BackendUnavailableError, ContractError, IntegrityError, RequestError
+from adalink.runtime.llama_cpp import library
+from adalink.runtime.llama_cpp.context import LlamaModel
 from adalink.runtime.llama_cpp.library import open_library
 from adalink.runtime.llama_cpp.structures import ContextParams, ModelParams, check_defaults
 from adalink.runtime.storage.manifest_io import read_manifest
@@ -29,9 +31,8 @@ def copied(gguf: Tiny, tmp_path: Path) -> Path:
     [(ContextParams, "n_seq_max", 0), (ContextParams, "type_k", 0), (ModelParams, "n_gpu_layers", 0)],
 )
 def test_another_structure_is_found(kind: type, field: str, value: int) -> None:
-    library = open_library()
     names = {ModelParams: "llama_model_default_params", ContextParams: "llama_context_default_params"}
-    params = getattr(library, names[kind])()
+    params = getattr(open_library(), names[kind])()
     check_defaults(params, "of the test")
     setattr(params, field, value)
     with pytest.raises(BackendUnavailableError, match=f"{field} = .* by default, this kit expects"):
@@ -48,6 +49,17 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_library.cache_clear()
 
 
+def test_a_library_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "xllamacpp.so").write_bytes(b"no library")
+    open_library.cache_clear()
+    try:
+        monkeypatch.setattr(library, "_find", lambda: tmp_path / "xllamacpp.so")
+        with pytest.raises(BackendUnavailableError, match=r"xllamacpp\.so cannot be loaded: .*pip .*llama-cpp"):
+            open_backend(BACKEND)
+    finally:
+        open_library.cache_clear()
+
+
 def test_an_altered_file_is_refused(copied: Path) -> None:
     (path,) = (copied / "base").rglob("*.gguf")
     data = bytearray(path.read_bytes())
@@ -55,6 +67,14 @@ def test_an_altered_file_is_refused(copied: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match=r"model\.gguf"):
         Deployment.open(copied, BACKEND)
+
+
+def test_a_file_that_is_not_whole_is_said_to_be_so(gguf: Tiny, tmp_path: Path) -> None:
+    (whole,) = (gguf.folder / "base").rglob("*.gguf")
+    path = tmp_path / "half.gguf"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(BackendError, match=r"half\.gguf: llama\.cpp cannot load it: .*not within the file bounds"):
+        LlamaModel(path)
 
 
 def test_a_table_of_another_model_is_refused(copied: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from helpers.llama_cpp import BACKEND, build_gguf
 from helpers.runtime import Tiny
+from helpers.served import wait_for
 
 from adalink.runtime import Deployment, Request
-from adalink.runtime.errors import BackendError
+from adalink.runtime.errors import BackendError, RequestError
+from adalink.runtime.generation.handle import Handle
 from adalink.runtime.llama_cpp.context import LlamaContext
+from adalink.runtime.llama_cpp.sequences import Sequences
 
 # Float32 through two layers: sums of at most 256 terms, six in a row, of logits around 10.
 LIMIT = 256 * 6 * 2**-24 * 10
@@ -89,6 +93,70 @@ def test_memory_grows_with_rows_and_lengths(gguf: Tiny) -> None:
         assert sequences._context.capacity >= 300
         sequences.give_back(held)
         assert not sequences._held, "every row has given back its own"
+
+
+@pytest.mark.parametrize("task", [None, "alpha"])
+def test_labels_share_the_prompt(
+    gguf: Tiny, opened: Deployment, monkeypatch: pytest.MonkeyPatch, task: str | None
+) -> None:
+    """Copies of a sequence go on by themselves, and all are given back."""
+    labels, prompt = [" oil", " oil and gas", " x", " wheat"], "the price of oil"
+    (one,) = opened.classify([prompt], task, labels=labels)
+    read, scores = opened.tokenizer.encode(prompt), []
+    for label in labels:
+        ids = opened.tokenizer.encode_plain(label)
+        exact = gguf.logits([*read, *ids], task)[len(read) - 1 :].astype(np.float64)
+        shares = exact - np.logaddexp.reduce(exact, axis=1)[:, None]
+        ends = np.logaddexp.reduce(shares[-1, list(opened.manifest.base.eos_token_ids)])
+        scores.append(shares[range(len(ids)), ids].sum() + ends)
+    expected = np.exp(scores - np.logaddexp.reduce(scores))
+    assert list(one.probabilities.values()) == pytest.approx(expected, abs=2e-4)
+    sequences = opened._runner.engine.sequences  # type: ignore[attr-defined]
+    assert not sequences._held
+    monkeypatch.setattr(LlamaContext, "copy", lambda *_: (_ for _ in ()).throw(BackendError("planted")))
+    with pytest.raises(BackendError, match="planted"):
+        opened.classify([prompt], task, labels=labels)
+    assert not sequences._held
+
+
+def test_nothing_is_made_of_a_closed_model(gguf: Tiny) -> None:
+    """Weights go together with the caches: a thread that is computing is refused, and does not end the process."""
+    opened = Deployment.open(gguf.folder, BACKEND, threads=1)
+    sequences = opened._runner.engine.sequences  # type: ignore[attr-defined]
+    sequences.close()
+    with pytest.raises(RequestError, match="the deployment is closed"):
+        sequences.take(1, 8)
+    opened.close()
+
+
+@pytest.mark.parametrize("fault", ["load", "read", "cancel"])
+def test_prompts_that_are_not_read_to_their_end_give_back_their_sequence(
+    opened: Deployment, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A number that stays taken is a row less for everybody, until none is left."""
+    prompt, sequences = random_ids(9, 5), opened._runner.engine.sequences  # type: ignore[attr-defined]
+    opened.generate([prompt], max_new_tokens=2)
+    load, is_sent, handles = Sequences.load, threading.Event(), list[Handle]()
+
+    def planted(self: Sequences, number: int, states: Any) -> None:
+        load(self, number, states)
+        is_sent.wait(60)
+        if fault == "load":
+            raise BackendError("planted")
+        if fault == "cancel":
+            handles[0].cancel()
+
+    monkeypatch.setattr(Sequences, "load", planted)
+    if fault == "read":
+        monkeypatch.setattr(Sequences, "decode", lambda *_: (_ for _ in ()).throw(BackendError("planted")))
+    handles.append(opened.submit(Request(prompt, max_new_tokens=2)))
+    is_sent.set()
+    if fault == "cancel":
+        assert handles[0].result(60).finish_reason == "cancelled"
+    else:
+        with pytest.raises(BackendError, match="planted"):
+            handles[0].result(60)
+    wait_for(lambda: not sequences._held, 10)
 
 
 FAULTS = {
