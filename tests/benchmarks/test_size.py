@@ -126,7 +126,13 @@ class FakeEngine(Engine):
 def test_an_engine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: dict[str, Any] = {"first": [1, 2, 3], "rows": [[1], [2]]}
     settings = Settings(tmp_path, threads=1, context=7)
+    real = common._seconds
+    # The clock of the machine is left out: four tokens take longer than one on an idle machine alone.
+    monkeypatch.setattr(
+        common, "_seconds", lambda engine, prompts, count: 0 * real(engine, prompts, count) + count / 100
+    )
     figures = measure_engine(FakeEngine, settings, prompts, new_tokens=4, repeats=2)
+    assert figures["tok_s_1"] == pytest.approx(100)
     assert sorted(figures) == sorted(FIELDS)
     assert figures["first_tokens"] == [7] * 8
     slow_first = iter([0.2, 0.1])

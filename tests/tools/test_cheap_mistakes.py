@@ -48,7 +48,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "run, dimensions": (["run", "deployment", "x", "--task", "topics@2"], r"'topics' is not nested, so that no part"),
     "compress, in place": (
         ["compress", "adapter", "--deployment", "deployment", "--rows", "labels.jsonl", "--out", "adapter"],
-        r"--out is the adapter adapter itself: name another folder",
+        r"--out adapter is the adapter itself, adapter: name another folder",
     ),
     "run, variant": (["run", "deployment", "x", "--variant", "onnxruntime-cpi"], r"did you mean 'onnxruntime-cpu'\?"),
     "classify, task": (["classify", "deployment", "x", "--task", "topisc"], r"did you mean 'topics'\?"),
