@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adalink.export.architectures import Architecture
 from adalink.export.base.request import LLAMA_CPP
+from adalink.export.hard_links import hard_link
 from adalink.export.writer import DeploymentWriter
 from adalink.runtime.errors import ConfigError, ModelError
 from adalink.runtime.storage.manifest import Base, GgufTensors, Quantization, Variant
@@ -73,7 +73,7 @@ def register_file(
     """
     relative = f"{writer.fresh_folder(f'base/{LLAMA_CPP}')}/model.gguf"
     path = writer.stage(relative)
-    if copy or not _hard_link(gguf, path):
+    if copy or not hard_link(gguf, path):
         shutil.copyfile(gguf, path)
     return Variant(
         target=LLAMA_CPP,
@@ -119,12 +119,3 @@ def _describe_tensor(place: TensorPlace) -> tuple[str, int, int]:
         raise ModelError(f"a tensor has type {place.type}, which the package gguf does not know: update it") from error
     assert digits is not None
     return place.type, int(digits[0]), 0 if block == 1 else block
-
-
-def _hard_link(source: Path, target: Path) -> bool:
-    """Link a file; whether the disk has such links, and both places are on one disk."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        return False
-    return True

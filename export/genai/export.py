@@ -14,7 +14,7 @@ from adalink.export.genai.config import genai_config, not_carried, tokenizer_con
 from adalink.export.genai.graphs import build_head
 from adalink.export.genai.place import CONFIG, HEAD, TOKENIZER_CONFIG, check_place
 from adalink.export.pipeline.stages import Progress, Stages
-from adalink.export.pipeline.tasks import INPUTS, left_out
+from adalink.export.pipeline.tasks import INPUTS
 from adalink.runtime.storage.atomic import write_through
 from adalink.runtime.storage.atomic_folder import replace_folder
 
@@ -86,5 +86,5 @@ def export_genai(
         size_bytes=size,
         linked_bytes=stages.linked_bytes,
         not_carried=not_carried(stages.base.generation),
-        left_out={task: parts for task, adapter in stages.adapters.items() if (parts := left_out(adapter))},
+        left_out=stages.left_out,
     )

@@ -5,16 +5,16 @@ Weights are linked where the disk has links, not copied.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adalink.export.hard_links import hard_link
 from adalink.export.pipeline.check import check_front
 from adalink.export.pipeline.front import build_front
 from adalink.export.pipeline.table import Lookup, copy_table, is_readable, refer_to_table
-from adalink.export.pipeline.tasks import activations_of, check_task, task_tensors
+from adalink.export.pipeline.tasks import activations_of, check_task, left_out, task_tensors
 from adalink.runtime.errors import ConfigError, IntegrityError
 from adalink.runtime.storage.adapter import Adapter, read_adapter
 from adalink.runtime.storage.atomic import write_through
@@ -108,6 +108,11 @@ class Stages:
         self._write_tasks(staging)
         check_front(staging / FRONT, table, self.adapters, self.activations, progress)
 
+    @property
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        """Parts of tasks that stay in the kit, by task; a task that goes whole is not there."""
+        return {task: parts for task, adapter in self.adapters.items() if (parts := left_out(adapter))}
+
     def read_chat_template(self) -> str | None:
         """The chat template; ``None`` without one."""
         if self.base.chat_template is None:
@@ -151,7 +156,7 @@ class Stages:
         """Put a file of the deployment into the folder; what lies there has the recorded digest."""
         source, record = locate(self._folder, path), self._manifest.files[path]
         target = staging / (name or source.name)
-        is_linked = not self._copy and _hard_link(source, target)
+        is_linked = not self._copy and hard_link(source, target)
         if not is_linked:
             shutil.copyfile(source, target)
         if digest_file(target) != record.sha256:
@@ -197,12 +202,3 @@ def check_base(base: Base, host: str) -> None:
         raise ConfigError(
             f"base {base.name} is in bfloat16, in which ONNX Runtime computes little on a CPU: export fp32"
         )
-
-
-def _hard_link(source: Path, target: Path) -> bool:
-    """Link a file; whether the disk has such links, and both places are on one disk."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        return False
-    return True

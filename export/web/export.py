@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from adalink.export.pipeline.stages import BASE, FRONT, TASKS, Progress, Stages
-from adalink.export.pipeline.tasks import INPUTS, left_out
+from adalink.export.pipeline.tasks import INPUTS
 from adalink.export.tracing.external_data import is_external, place_of
 from adalink.export.web.check import expected_results
 from adalink.export.web.libraries import copy_libraries
@@ -105,7 +105,7 @@ def export_web(
         download_bytes=size,
         libraries=copied,
         not_carried={} if stages.base.generation is None else stages.base.generation.applied(),
-        left_out={task: parts for task, adapter in stages.adapters.items() if (parts := left_out(adapter))},
+        left_out=stages.left_out,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from adalink.runtime.errors import ContractError
 from adalink.runtime.storage.adapter import SOFT_PROMPT_NAME, TABLE_NAME, Adapter
@@ -160,13 +161,7 @@ def _check_soft_prompt(adapter: Adapter, base: AdapterBase, origin: str, what: s
             f"{origin} has a soft prompt of {len(vectors)} positions, {what} was made for at most "
             f"{base.max_positions}: that leaves none for text; train a shorter one"
         )
-    with np.errstate(over="ignore"):
-        stored = as_stored(vectors, base.embedding_dtype)
-    if not np.isfinite(as_float32(stored)).all():
-        raise ContractError(
-            f"{origin}: the soft prompt holds numbers beyond {base.embedding_dtype}, which {what} takes: "
-            "train it again with a lower rate, or use a base of another dtype"
-        )
+    _check_range(vectors, base, f"{origin}: the soft prompt", f"which {what} takes")
 
 
 def _check_kv_prefix(adapter: Adapter, base: AdapterBase, origin: str, what: str) -> None:
@@ -187,11 +182,16 @@ def _check_kv_prefix(adapter: Adapter, base: AdapterBase, origin: str, what: str
             f"{origin} puts {adapter.config.prepended_positions} positions before every text, {tokens} of them its KV "
             f"prefix, and {what} was made for at most {base.max_positions}: that leaves none for text; make it shorter"
         )
+    _check_range(states, base, f"{origin}: the KV prefix", f"in which {what} keeps its KV cache")
+
+
+def _check_range(numbers: npt.NDArray[np.float32], base: AdapterBase, holder: str, use: str) -> None:
+    """Check that numbers are finite in the base's dtype, of which ``use`` says what it is for."""
     with np.errstate(over="ignore"):
-        stored = as_stored(states, base.embedding_dtype)
+        stored = as_stored(numbers, base.embedding_dtype)
     if not np.isfinite(as_float32(stored)).all():
         raise ContractError(
-            f"{origin}: the KV prefix holds numbers beyond {base.embedding_dtype}, in which {what} keeps its KV cache: "
+            f"{holder} holds numbers beyond {base.embedding_dtype}, {use}: "
             "train it again with a lower rate, or use a base of another dtype"
         )
 
